@@ -1,0 +1,1 @@
+//! DCF: the 17-byte header, message types, codecs and chunks.

@@ -1,0 +1,1 @@
+//! Committed benchmarks; each prints a ratio against its anchor.

@@ -1,0 +1,1 @@
+//! The hydramesh command line.

@@ -1,0 +1,2 @@
+//! The `hydramesh` command.
+fn main() {}

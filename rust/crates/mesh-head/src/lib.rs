@@ -1,0 +1,1 @@
+//! The head: registry, router, DCF and OpenAI front ends.

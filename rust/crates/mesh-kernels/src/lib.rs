@@ -1,0 +1,1 @@
+//! Quantised matrix products, attention and a thread pool for CPUs.

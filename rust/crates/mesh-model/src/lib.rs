@@ -1,0 +1,1 @@
+//! Models on disk: GGUF, tokenizer, chat template, streaming detokenisation.

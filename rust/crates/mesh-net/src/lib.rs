@@ -1,0 +1,1 @@
+//! The carriers: batched UDP, QUIC links with mesh-issued certificates, join tokens.

@@ -1,0 +1,360 @@
+//! Protobuf bodies of the mesh's internal DCF messages.
+//!
+//! Field numbers are never reused; unknown fields are ignored, so that heads and workers of neighbouring versions talk.
+//! Which DCF type carries which body is listed in docs/protocol.md.
+
+use prost::Message;
+
+/// What a worker says first on its control stream (DCF 0x10).
+#[derive(Clone, PartialEq, Message)]
+pub struct Hello {
+    /// Name a person knows the node by; the host name by default.
+    #[prost(string, tag = "1")]
+    pub node_name: String,
+    /// Program version.
+    #[prost(string, tag = "2")]
+    pub version: String,
+    /// What it serves.
+    #[prost(message, repeated, tag = "3")]
+    pub models: Vec<ModelCard>,
+    /// Protocol version; [`PROTOCOL_VERSION`] here.
+    #[prost(uint32, tag = "4")]
+    pub protocol: u32,
+}
+
+/// One model that a worker serves.
+#[derive(Clone, PartialEq, Message)]
+pub struct ModelCard {
+    /// Name in the API.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// Architecture as in the file (`llama`, `qwen2`, ...).
+    #[prost(string, tag = "2")]
+    pub architecture: String,
+    /// SHA-256 over the file, lower-case hex: two workers with the same one are replicas.
+    #[prost(string, tag = "3")]
+    pub fingerprint: String,
+    /// Most tokens of prompt and answer together.
+    #[prost(uint32, tag = "4")]
+    pub context: u32,
+    /// Requests it runs at once.
+    #[prost(uint32, tag = "5")]
+    pub slots: u32,
+    /// Measured decode speed of one stream, tokens per second; 0 is unknown.
+    #[prost(float, tag = "6")]
+    pub decode_tps: f32,
+    /// Measured prefill speed, tokens per second; 0 is unknown.
+    #[prost(float, tag = "7")]
+    pub prefill_tps: f32,
+    /// Bytes of the file.
+    #[prost(uint64, tag = "8")]
+    pub file_bytes: u64,
+    /// Weight format of most bytes (`Q4_1`, ...).
+    #[prost(string, tag = "9")]
+    pub quantization: String,
+    /// First layer held (with `layer_end`, the range of a shard).
+    #[prost(uint32, tag = "10")]
+    pub layer_start: u32,
+    /// One past the last layer held.
+    #[prost(uint32, tag = "11")]
+    pub layer_end: u32,
+}
+
+/// The head's answer to [`Hello`] (DCF 0x11).
+#[derive(Clone, PartialEq, Message)]
+pub struct Welcome {
+    /// Name of the mesh.
+    #[prost(string, tag = "1")]
+    pub mesh: String,
+    /// Seconds between heartbeats.
+    #[prost(float, tag = "2")]
+    pub heartbeat_seconds: f32,
+    /// UDP port of the worker bus.
+    #[prost(uint32, tag = "3")]
+    pub heartbeat_port: u32,
+    /// Names the session in sealed datagrams.
+    #[prost(fixed64, tag = "4")]
+    pub session: u64,
+    /// Program version of the head.
+    #[prost(string, tag = "5")]
+    pub version: String,
+}
+
+/// Load and speed, sent sealed in every heartbeat and on the control stream when it changes (DCF 0x12).
+#[derive(Clone, PartialEq, Message)]
+pub struct Load {
+    /// Requests that hold a slot.
+    #[prost(uint32, tag = "1")]
+    pub running: u32,
+    /// Requests that wait for one.
+    #[prost(uint32, tag = "2")]
+    pub queued: u32,
+    /// KV cache in use, tokens.
+    #[prost(uint64, tag = "3")]
+    pub kv_tokens_used: u64,
+    /// KV cache there is, tokens.
+    #[prost(uint64, tag = "4")]
+    pub kv_tokens_total: u64,
+    /// Measured per model.
+    #[prost(message, repeated, tag = "5")]
+    pub speeds: Vec<ModelSpeed>,
+    /// It finishes what runs and takes nothing new.
+    #[prost(bool, tag = "6")]
+    pub draining: bool,
+    /// Resident memory, bytes.
+    #[prost(uint64, tag = "7")]
+    pub resident_bytes: u64,
+    /// Prompt tokens not yet prefilled, over all requests.
+    #[prost(uint64, tag = "8")]
+    pub prefill_backlog: u64,
+}
+
+/// Measured speeds of one model on one worker.
+#[derive(Clone, PartialEq, Message)]
+pub struct ModelSpeed {
+    /// Model name.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// Decode, tokens per second over all streams at the current batch.
+    #[prost(float, tag = "2")]
+    pub decode_tps: f32,
+    /// Prefill, tokens per second.
+    #[prost(float, tag = "3")]
+    pub prefill_tps: f32,
+}
+
+/// A request for text (DCF 0x20), head to worker, first message of its stream.
+#[derive(Clone, PartialEq, Message)]
+pub struct Generate {
+    /// Request id, for logs of all services.
+    #[prost(string, tag = "1")]
+    pub request_id: String,
+    /// Model name.
+    #[prost(string, tag = "2")]
+    pub model: String,
+    /// What to answer.
+    #[prost(oneof = "Prompt", tags = "3, 4, 5")]
+    pub prompt: Option<Prompt>,
+    /// How to answer.
+    #[prost(message, optional, tag = "6")]
+    pub params: Option<GenerateParams>,
+    /// Tokens already generated elsewhere, to continue after: they are not sent again.
+    #[prost(uint32, repeated, tag = "7")]
+    pub generated: Vec<u32>,
+    /// Bytes of answer text already sent to the client from `generated`.
+    #[prost(uint64, tag = "8")]
+    pub text_sent: u64,
+    /// Milliseconds the worker may spend from now; 0 is without limit.
+    #[prost(uint64, tag = "9")]
+    pub deadline_ms: u64,
+}
+
+/// What to answer.
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub enum Prompt {
+    /// Text to complete as it is.
+    #[prost(string, tag = "3")]
+    Text(String),
+    /// Chat messages, rendered with the model's template.
+    #[prost(message, tag = "4")]
+    Chat(Chat),
+    /// Token ids.
+    #[prost(message, tag = "5")]
+    Tokens(TokenList),
+}
+
+/// Chat messages and template variables.
+#[derive(Clone, PartialEq, Message)]
+pub struct Chat {
+    /// The conversation.
+    #[prost(message, repeated, tag = "1")]
+    pub messages: Vec<ChatMessage>,
+}
+
+/// One message of a conversation.
+#[derive(Clone, PartialEq, Message)]
+pub struct ChatMessage {
+    /// `system`, `user` or `assistant`.
+    #[prost(string, tag = "1")]
+    pub role: String,
+    /// Text.
+    #[prost(string, tag = "2")]
+    pub content: String,
+}
+
+/// Token ids.
+#[derive(Clone, PartialEq, Message)]
+pub struct TokenList {
+    /// The ids.
+    #[prost(uint32, repeated, tag = "1")]
+    pub tokens: Vec<u32>,
+}
+
+/// Sampling and limits. An absent field means the worker's default for the model.
+#[derive(Clone, PartialEq, Message)]
+pub struct GenerateParams {
+    /// Most new tokens, `generated` included.
+    #[prost(uint32, optional, tag = "1")]
+    pub max_tokens: Option<u32>,
+    /// 0 is greedy.
+    #[prost(float, optional, tag = "2")]
+    pub temperature: Option<f32>,
+    /// Nucleus.
+    #[prost(float, optional, tag = "3")]
+    pub top_p: Option<f32>,
+    /// 0 is all.
+    #[prost(uint32, optional, tag = "4")]
+    pub top_k: Option<u32>,
+    /// Least probability relative to the most likely token.
+    #[prost(float, optional, tag = "5")]
+    pub min_p: Option<f32>,
+    /// Multiplicative penalty.
+    #[prost(float, optional, tag = "6")]
+    pub repetition_penalty: Option<f32>,
+    /// Additive penalty for presence.
+    #[prost(float, optional, tag = "7")]
+    pub presence_penalty: Option<f32>,
+    /// Additive penalty per occurrence.
+    #[prost(float, optional, tag = "8")]
+    pub frequency_penalty: Option<f32>,
+    /// Seed; the head sets one for every request so that a rerun draws the same.
+    #[prost(uint64, optional, tag = "9")]
+    pub seed: Option<u64>,
+    /// Texts that end the answer and are not part of it.
+    #[prost(string, repeated, tag = "10")]
+    pub stop: Vec<String>,
+    /// Number of alternatives to report per token; absent is no log probabilities.
+    #[prost(uint32, optional, tag = "11")]
+    pub logprobs: Option<u32>,
+    /// Added to the logits of single tokens.
+    #[prost(message, repeated, tag = "12")]
+    pub logit_bias: Vec<LogitBias>,
+    /// Go on past the end-of-sequence token (for measurements).
+    #[prost(bool, tag = "13")]
+    pub ignore_eos: bool,
+    /// Put the prompt before the answer (`/v1/completions` with `echo`).
+    #[prost(bool, tag = "14")]
+    pub echo: bool,
+}
+
+/// An addition to one token's logit.
+#[derive(Clone, PartialEq, Message)]
+pub struct LogitBias {
+    /// Token id.
+    #[prost(uint32, tag = "1")]
+    pub token: u32,
+    /// Added to its logit; -100 bans, 100 forces.
+    #[prost(float, tag = "2")]
+    pub bias: f32,
+}
+
+/// New tokens of an answer (DCF 0x21), worker to head.
+#[derive(Clone, PartialEq, Message)]
+pub struct Tokens {
+    /// Index of the first token here in the whole answer, `Generate::generated` included.
+    #[prost(uint32, tag = "1")]
+    pub index: u32,
+    /// The ids.
+    #[prost(uint32, repeated, tag = "2")]
+    pub tokens: Vec<u32>,
+    /// New text, whole characters only; may be empty while a character or a possible stop text is incomplete.
+    #[prost(string, tag = "3")]
+    pub text: String,
+    /// Log probabilities, one entry per token when asked for.
+    #[prost(message, repeated, tag = "4")]
+    pub logprobs: Vec<TokenLogprob>,
+}
+
+/// Log probability of a chosen token and its likeliest alternatives.
+#[derive(Clone, PartialEq, Message)]
+pub struct TokenLogprob {
+    /// Token id.
+    #[prost(uint32, tag = "1")]
+    pub token: u32,
+    /// Its bytes (may be part of a character).
+    #[prost(bytes = "vec", tag = "2")]
+    pub bytes: Vec<u8>,
+    /// Natural logarithm of its probability.
+    #[prost(float, tag = "3")]
+    pub logprob: f32,
+    /// Alternatives, likeliest first.
+    #[prost(message, repeated, tag = "4")]
+    pub top: Vec<TokenLogprob>,
+}
+
+/// The end of an answer (DCF 0x22), worker to head.
+#[derive(Clone, PartialEq, Message)]
+pub struct Done {
+    /// Why it ended.
+    #[prost(enumeration = "FinishReason", tag = "1")]
+    pub finish: i32,
+    /// Tokens of the prompt.
+    #[prost(uint32, tag = "2")]
+    pub prompt_tokens: u32,
+    /// Tokens of the answer, `Generate::generated` included.
+    #[prost(uint32, tag = "3")]
+    pub completion_tokens: u32,
+    /// Prompt tokens found in the KV cache.
+    #[prost(uint32, tag = "4")]
+    pub cached_tokens: u32,
+    /// Microseconds from arrival to the first token.
+    #[prost(uint64, tag = "5")]
+    pub first_token_us: u64,
+    /// Microseconds from arrival to the end.
+    #[prost(uint64, tag = "6")]
+    pub total_us: u64,
+    /// Text that was held back and is now certain.
+    #[prost(string, tag = "7")]
+    pub text: String,
+}
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum FinishReason {
+    /// Not given.
+    Unspecified = 0,
+    /// End-of-sequence token or a stop text.
+    Stop = 1,
+    /// `max_tokens` or the context was reached.
+    Length = 2,
+}
+
+/// Asks to join (DCF 0x30), on a connection that is authenticated by the token's pin only.
+#[derive(Clone, PartialEq, Message)]
+pub struct JoinRequest {
+    /// Public part of the token.
+    #[prost(string, tag = "1")]
+    pub token_id: String,
+    /// Secret part.
+    #[prost(bytes = "vec", tag = "2")]
+    pub token_secret: Vec<u8>,
+    /// PKCS#10 request for the node's own key, DER.
+    #[prost(bytes = "vec", tag = "3")]
+    pub csr: Vec<u8>,
+    /// Name of the node.
+    #[prost(string, tag = "4")]
+    pub node_name: String,
+}
+
+/// The answer to [`JoinRequest`] (DCF 0x31).
+#[derive(Clone, PartialEq, Message)]
+pub struct JoinResponse {
+    /// Certificate for the node, then the mesh root, DER.
+    #[prost(bytes = "vec", repeated, tag = "1")]
+    pub certificates: Vec<Vec<u8>>,
+    /// Name of the mesh.
+    #[prost(string, tag = "2")]
+    pub mesh: String,
+}
+
+/// Asks for a fresh certificate before the old one ends (DCF 0x32), on an authenticated link; answered by 0x31.
+#[derive(Clone, PartialEq, Message)]
+pub struct RenewRequest {
+    /// PKCS#10 request, DER.
+    #[prost(bytes = "vec", tag = "1")]
+    pub csr: Vec<u8>,
+}
+
+/// Version of the internal messages.
+pub const PROTOCOL_VERSION: u32 = 1;

@@ -1,0 +1,1 @@
+//! What every service shares: layered configuration, telemetry, systemd, signals, health.

@@ -1,0 +1,1 @@
+//! The shim: a bidirectional UDP bridge from clients to a live head.

@@ -1,0 +1,1 @@
+//! Tests and load programs that start a real mesh.

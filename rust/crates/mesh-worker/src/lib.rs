@@ -1,0 +1,1 @@
+//! The worker: hosts engines, answers tasks.
