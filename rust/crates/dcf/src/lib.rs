@@ -1,1 +1,38 @@
 //! DCF: the 17-byte header, message types, codecs and chunks.
+//!
+//! Every message of the mesh is a DCF message: a fixed header, then the payload. This crate turns bytes into messages and
+//! back, and does nothing else: no socket, no clock, no task. Whoever calls it brings the bytes and the time.
+//!
+//! - [`Header`] is the 17 bytes, [`MsgType`] the first of them;
+//! - [`Message`] is a header with its payload, read from and written to datagrams without copying the payload in;
+//! - [`StreamCodec`] frames messages back to back on a stream;
+//! - [`chunk`] cuts payloads that no datagram can hold and puts them together again within bounds;
+//! - [`ErrorCode`] and [`ErrorBody`] are what an Error message says.
+//!
+//! What comes from the network is never trusted here: nothing panics, and nothing is allocated from a length field alone.
+//!
+//! ```
+//! use bytes::Bytes;
+//! use dcf::{Message, MsgType};
+//!
+//! let task = Message::new(MsgType::TASK, 7, 1_767_830_401_000_000, "Why is the sky blue?");
+//! let datagram: Bytes = task.encode_datagram();
+//! assert_eq!(Message::decode_datagram(datagram)?, task);
+//! # Ok::<(), dcf::DecodeError>(())
+//! ```
+#![forbid(unsafe_code)]
+
+pub mod chunk;
+mod error;
+mod header;
+mod kind;
+mod message;
+mod stream;
+
+pub use error::{ErrorBody, ErrorCode};
+pub use header::{HEADER_LEN, Header};
+pub use kind::MsgType;
+pub use message::{
+    DecodeError, MAX_DATAGRAM, MAX_DATAGRAM_PAYLOAD, Message, PartialBody, decode_datagram,
+};
+pub use stream::{DEFAULT_MAX_PAYLOAD, StreamCodec, StreamError};

@@ -1,0 +1,145 @@
+//! What an Error message carries.
+
+use std::{borrow::Cow, fmt};
+
+use bytes::{BufMut, Bytes, BytesMut};
+
+/// The first byte of an Error message's payload. Codes above 0x40 are this project's own.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(transparent)]
+pub struct ErrorCode(pub u8);
+
+macro_rules! error_codes {
+    ($($(#[$doc:meta])* $constant:ident = $value:literal, $name:literal;)*) => {
+        impl ErrorCode {
+            $($(#[$doc])* pub const $constant: Self = Self($value);)*
+
+            /// The code in words, `None` for one that is not assigned.
+            #[must_use]
+            pub const fn name(self) -> Option<&'static str> {
+                match self.0 {
+                    $($value => Some($name),)*
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+
+error_codes! {
+    /// No error.
+    OK = 0, "ok";
+    /// The payload cannot be understood; asking again will not help.
+    INVALID_PAYLOAD = 1, "invalid payload";
+    /// Everyone who could answer is busy; ask again later.
+    WORKER_BUSY = 2, "worker busy";
+    /// The model failed on it.
+    INFERENCE_FAILED = 3, "inference failed";
+    /// No answer in time.
+    TIMEOUT = 4, "timeout";
+    /// Nobody there to answer.
+    NO_WORKERS = 5, "no workers";
+    /// A payload in Chunks did not arrive whole.
+    CHUNK_MISSING = 6, "chunk missing";
+    /// The peers' versions cannot talk to each other.
+    VERSION_MISMATCH = 7, "version mismatch";
+    /// No worker has the model that was asked for.
+    UNKNOWN_MODEL = 0x41, "unknown model";
+    /// Prompt and answer do not fit the model's context.
+    CONTEXT_TOO_LONG = 0x42, "context too long";
+    /// The receiver is shutting down; ask another.
+    DRAINING = 0x43, "draining";
+    /// Too many messages from this source.
+    RATE_LIMITED = 0x44, "rate limited";
+    /// The sender may not ask for this.
+    UNAUTHORIZED = 0x45, "unauthorized";
+    /// The one who asked took it back.
+    CANCELLED = 0x46, "cancelled";
+    /// A fault of the receiver.
+    INTERNAL = 0x47, "internal error";
+}
+
+impl From<u8> for ErrorCode {
+    fn from(value: u8) -> Self {
+        Self(value)
+    }
+}
+
+impl fmt::Display for ErrorCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.name() {
+            Some(name) => f.write_str(name),
+            None => write!(f, "error code {:#04x}", self.0),
+        }
+    }
+}
+
+impl fmt::Debug for ErrorCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// The payload of an Error message: code u8, then UTF-8 text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ErrorBody<'a> {
+    /// What kind of failure.
+    pub code: ErrorCode,
+    /// What to tell a person.
+    pub text: Cow<'a, str>,
+}
+
+impl<'a> ErrorBody<'a> {
+    /// Reads a payload; `None` if it is empty. Bytes that are not UTF-8 become U+FFFD: an error is worth showing even then.
+    #[must_use]
+    pub fn parse(payload: &'a [u8]) -> Option<Self> {
+        let (&code, text) = payload.split_first()?;
+        Some(Self {
+            code: ErrorCode(code),
+            text: String::from_utf8_lossy(text),
+        })
+    }
+
+    /// The payload.
+    #[must_use]
+    pub fn encode(&self) -> Bytes {
+        let mut payload = BytesMut::with_capacity(1 + self.text.len());
+        payload.put_u8(self.code.0);
+        payload.put_slice(self.text.as_bytes());
+        payload.freeze()
+    }
+}
+
+impl fmt::Display for ErrorBody<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.text.is_empty() {
+            write!(f, "{}", self.code)
+        } else {
+            write!(f, "{}: {}", self.code, self.text)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_payload_is_no_error_body() {
+        assert_eq!(ErrorBody::parse(b""), None);
+    }
+
+    #[test]
+    fn text_that_is_not_utf8_is_still_shown() {
+        let body = ErrorBody::parse(b"\x03bad \xff").unwrap();
+        assert_eq!(body.to_string(), "inference failed: bad \u{fffd}");
+    }
+
+    #[test]
+    fn an_unknown_code_keeps_its_number() {
+        assert_eq!(
+            ErrorBody::parse(b"\x99").unwrap().to_string(),
+            "error code 0x99"
+        );
+    }
+}

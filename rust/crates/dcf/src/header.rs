@@ -1,0 +1,169 @@
+//! The 17 bytes before every payload.
+
+use crate::{DecodeError, MsgType};
+
+/// Bytes of an encoded [`Header`].
+pub const HEADER_LEN: usize = 17;
+
+/// The header of a DCF message; big-endian on the wire.
+///
+/// | offset | bytes | field |
+/// |---|---|---|
+/// | 0 | 1 | `msg_type` |
+/// | 1 | 4 | `sequence` |
+/// | 5 | 8 | `timestamp_us` |
+/// | 13 | 4 | `payload_len` |
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Header {
+    /// What follows; see [`MsgType`]. Any value decodes: whether it is assigned is for the next layer to ask.
+    pub msg_type: u8,
+    /// Chosen by the client, echoed in every answer.
+    pub sequence: u32,
+    /// Microseconds since the Unix epoch.
+    pub timestamp_us: u64,
+    /// Bytes of payload after the header.
+    pub payload_len: u32,
+}
+
+impl Header {
+    /// The type as a [`MsgType`].
+    #[inline]
+    #[must_use]
+    pub const fn kind(&self) -> MsgType {
+        MsgType(self.msg_type)
+    }
+
+    /// The header as it stands on the wire.
+    #[inline]
+    #[must_use]
+    pub const fn encode(&self) -> [u8; HEADER_LEN] {
+        let [s0, s1, s2, s3] = self.sequence.to_be_bytes();
+        let [t0, t1, t2, t3, t4, t5, t6, t7] = self.timestamp_us.to_be_bytes();
+        let [l0, l1, l2, l3] = self.payload_len.to_be_bytes();
+        [
+            self.msg_type,
+            s0,
+            s1,
+            s2,
+            s3,
+            t0,
+            t1,
+            t2,
+            t3,
+            t4,
+            t5,
+            t6,
+            t7,
+            l0,
+            l1,
+            l2,
+            l3,
+        ]
+    }
+
+    /// Reads the header at the start of `bytes`; what follows it is not looked at.
+    ///
+    /// # Errors
+    /// [`DecodeError::ShortHeader`] if there are fewer than [`HEADER_LEN`] bytes.
+    #[inline]
+    pub const fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        match bytes.first_chunk::<HEADER_LEN>() {
+            Some(bytes) => Ok(Self::from_array(bytes)),
+            None => Err(DecodeError::ShortHeader { len: bytes.len() }),
+        }
+    }
+
+    /// Reads a header of known length.
+    #[inline]
+    #[must_use]
+    pub const fn from_array(bytes: &[u8; HEADER_LEN]) -> Self {
+        let [
+            kind,
+            s0,
+            s1,
+            s2,
+            s3,
+            t0,
+            t1,
+            t2,
+            t3,
+            t4,
+            t5,
+            t6,
+            t7,
+            l0,
+            l1,
+            l2,
+            l3,
+        ] = *bytes;
+        Self {
+            msg_type: kind,
+            sequence: u32::from_be_bytes([s0, s1, s2, s3]),
+            timestamp_us: u64::from_be_bytes([t0, t1, t2, t3, t4, t5, t6, t7]),
+            payload_len: u32::from_be_bytes([l0, l1, l2, l3]),
+        }
+    }
+
+    /// Reads the header of a datagram and checks it against the datagram: assigned type, payload not cut short.
+    ///
+    /// # Errors
+    /// The [`DecodeError`] that [`crate::decode_datagram`] would give.
+    #[inline]
+    pub const fn decode_checked(datagram: &[u8]) -> Result<Self, DecodeError> {
+        let header = match Self::decode(datagram) {
+            Ok(header) => header,
+            Err(error) => return Err(error),
+        };
+        let present = datagram.len() - HEADER_LEN;
+        if (header.payload_len as usize) > present {
+            return Err(DecodeError::Truncated {
+                payload_len: header.payload_len,
+                present,
+            });
+        }
+        if !header.kind().is_assigned() {
+            return Err(DecodeError::UnknownType(header.msg_type));
+        }
+        Ok(header)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_lie_where_the_table_says() {
+        let header = Header {
+            msg_type: 2,
+            sequence: 0x0304_0506,
+            timestamp_us: 0x0708_090a_0b0c_0d0e,
+            payload_len: 0x0f10_1112,
+        };
+        assert_eq!(
+            header.encode(),
+            [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]
+        );
+        assert_eq!(Header::decode(&header.encode()), Ok(header));
+    }
+
+    #[test]
+    fn sixteen_bytes_are_no_header() {
+        assert_eq!(
+            Header::decode(&[0; 16]),
+            Err(DecodeError::ShortHeader { len: 16 })
+        );
+    }
+
+    #[test]
+    fn encoding_is_const() {
+        const ACK: [u8; HEADER_LEN] = Header {
+            msg_type: 4,
+            sequence: 9,
+            timestamp_us: 0,
+            payload_len: 0,
+        }
+        .encode();
+        assert_eq!(ACK[0..5], [4, 0, 0, 0, 9]);
+    }
+}

@@ -1,0 +1,146 @@
+//! The first byte of the header.
+
+use std::fmt;
+
+/// The type of a message.
+///
+/// A newtype rather than an enum, so that a type which this version does not know can still be held, counted and
+/// printed; [`MsgType::is_assigned`] tells the known ones.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(transparent)]
+pub struct MsgType(pub u8);
+
+macro_rules! message_types {
+    ($($(#[$doc:meta])* $constant:ident = $value:literal, $name:literal;)*) => {
+        impl MsgType {
+            $($(#[$doc])* pub const $constant: Self = Self($value);)*
+
+            /// All assigned types, in order of their number.
+            pub const ASSIGNED: &'static [Self] = &[$(Self::$constant),*];
+
+            /// The name of the type, `None` for one that is not assigned.
+            #[must_use]
+            pub const fn name(self) -> Option<&'static str> {
+                match self.0 {
+                    $($value => Some($name),)*
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+
+message_types! {
+    /// A worker is alive; worker to head, over UDP.
+    HEARTBEAT = 0x01, "Heartbeat";
+    /// A request; client to head, head to worker.
+    TASK = 0x02, "Task";
+    /// The answer to a Task.
+    RESULT = 0x03, "Result";
+    /// Received.
+    ACK = 0x04, "Ack";
+    /// Refused.
+    NACK = 0x05, "Nack";
+    /// A piece of a payload too large for one datagram; see [`crate::chunk`].
+    CHUNK = 0x06, "Chunk";
+    /// A Chunk was received.
+    CHUNK_ACK = 0x07, "ChunkAck";
+    /// Are you there? The answer has the same type and sequence.
+    HEALTH = 0x08, "Health";
+    /// The receiver is to stop; head to worker.
+    SHUTDOWN = 0x09, "Shutdown";
+    /// First message of a worker on its control stream.
+    HELLO = 0x10, "Hello";
+    /// The head's answer to Hello.
+    WELCOME = 0x11, "Welcome";
+    /// Load and speed of a worker.
+    LOAD = 0x12, "Load";
+    /// A heartbeat sealed with keys of the worker's QUIC session; over UDP.
+    SEALED_HEARTBEAT = 0x13, "SealedHeartbeat";
+    /// The receiver is to finish what runs and take nothing new.
+    DRAIN = 0x14, "Drain";
+    /// A request for text, first message of its stream; head to worker.
+    GENERATE = 0x20, "Generate";
+    /// New tokens of an answer.
+    TOKENS = 0x21, "Tokens";
+    /// The end of an answer.
+    DONE = 0x22, "Done";
+    /// A piece of an answer's text for a client that asked to be streamed to; see [`crate::PartialBody`].
+    PARTIAL = 0x23, "Partial";
+    /// Echo this cookie to show that datagrams reach you at the address you send from.
+    CHALLENGE = 0x28, "Challenge";
+    /// The cookie of a Challenge, echoed.
+    CHALLENGE_REPLY = 0x29, "ChallengeReply";
+    /// A node asks to join with a token.
+    JOIN_REQUEST = 0x30, "JoinRequest";
+    /// Certificates for a node that joined or renewed.
+    JOIN_RESPONSE = 0x31, "JoinResponse";
+    /// A node asks for a fresh certificate.
+    RENEW_REQUEST = 0x32, "RenewRequest";
+    /// Something failed: a code, then text; see [`crate::ErrorBody`].
+    ERROR = 0xFF, "Error";
+}
+
+impl MsgType {
+    /// Whether this version knows the type.
+    #[inline]
+    #[must_use]
+    pub const fn is_assigned(self) -> bool {
+        self.name().is_some()
+    }
+
+    /// Whether the number lies in the range set aside for messages between our own nodes, 0x10–0x7F.
+    #[inline]
+    #[must_use]
+    pub const fn is_internal(self) -> bool {
+        matches!(self.0, 0x10..=0x7F)
+    }
+}
+
+impl From<u8> for MsgType {
+    fn from(value: u8) -> Self {
+        Self(value)
+    }
+}
+
+impl From<MsgType> for u8 {
+    fn from(kind: MsgType) -> Self {
+        kind.0
+    }
+}
+
+impl fmt::Display for MsgType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.name() {
+            Some(name) => f.write_str(name),
+            None => write!(f, "type {:#04x}", self.0),
+        }
+    }
+}
+
+impl fmt::Debug for MsgType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn assigned_types_are_ascending_and_have_names() {
+        assert!(MsgType::ASSIGNED.is_sorted_by(|a, b| a < b));
+        assert!(MsgType::ASSIGNED.iter().all(|kind| kind.is_assigned()));
+        let named = (0..=u8::MAX)
+            .filter(|&value| MsgType(value).is_assigned())
+            .count();
+        assert_eq!(named, MsgType::ASSIGNED.len());
+    }
+
+    #[test]
+    fn a_type_without_a_name_prints_its_number() {
+        assert_eq!(MsgType(0x7E).to_string(), "type 0x7e");
+        assert_eq!(MsgType::CHUNK_ACK.to_string(), "ChunkAck");
+    }
+}

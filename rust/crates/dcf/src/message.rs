@@ -1,0 +1,253 @@
+//! A message: header and payload.
+
+use std::borrow::Cow;
+
+use bytes::{BufMut, Bytes, BytesMut};
+
+use crate::{ErrorBody, ErrorCode, HEADER_LEN, Header, MsgType};
+
+/// Most bytes that one UDP datagram over IPv4 carries.
+pub const MAX_DATAGRAM: usize = 65_507;
+
+/// Most bytes of payload in one datagram; more can only go as Chunks.
+pub const MAX_DATAGRAM_PAYLOAD: usize = MAX_DATAGRAM - HEADER_LEN;
+
+/// A DCF message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Message {
+    /// What it is.
+    pub kind: MsgType,
+    /// Chosen by the client, echoed in every answer.
+    pub sequence: u32,
+    /// Microseconds since the Unix epoch.
+    pub timestamp_us: u64,
+    /// The payload; what is in it depends on `kind`.
+    pub payload: Bytes,
+}
+
+impl Message {
+    /// A message of these parts.
+    pub fn new(kind: MsgType, sequence: u32, timestamp_us: u64, payload: impl Into<Bytes>) -> Self {
+        Self {
+            kind,
+            sequence,
+            timestamp_us,
+            payload: payload.into(),
+        }
+    }
+
+    /// An Error message: `code`, then `text`.
+    #[must_use]
+    pub fn error(sequence: u32, timestamp_us: u64, code: ErrorCode, text: &str) -> Self {
+        Self::new(
+            MsgType::ERROR,
+            sequence,
+            timestamp_us,
+            ErrorBody {
+                code,
+                text: Cow::Borrowed(text),
+            }
+            .encode(),
+        )
+    }
+
+    /// What an Error message says; `None` if this is none, or if it lacks even the code.
+    #[must_use]
+    pub fn error_body(&self) -> Option<ErrorBody<'_>> {
+        (self.kind == MsgType::ERROR)
+            .then(|| ErrorBody::parse(&self.payload))
+            .flatten()
+    }
+
+    /// A Partial message: `text` stands at byte `offset` of the answer.
+    #[must_use]
+    pub fn partial(sequence: u32, timestamp_us: u64, offset: u32, text: &str) -> Self {
+        let mut payload = BytesMut::with_capacity(4 + text.len());
+        payload.put_u32(offset);
+        payload.put_slice(text.as_bytes());
+        Self::new(MsgType::PARTIAL, sequence, timestamp_us, payload)
+    }
+
+    /// What a Partial message says; `None` if this is none, is shorter than its offset, or is not UTF-8.
+    #[must_use]
+    pub fn partial_body(&self) -> Option<PartialBody<'_>> {
+        if self.kind != MsgType::PARTIAL {
+            return None;
+        }
+        let (offset, text) = self.payload.split_first_chunk::<4>()?;
+        Some(PartialBody {
+            offset: u32::from_be_bytes(*offset),
+            text: std::str::from_utf8(text).ok()?,
+        })
+    }
+
+    /// The header that goes before the payload.
+    ///
+    /// # Panics
+    /// If the payload has 4 GiB or more, which no carrier takes.
+    #[must_use]
+    pub fn header(&self) -> Header {
+        Header {
+            msg_type: self.kind.0,
+            sequence: self.sequence,
+            timestamp_us: self.timestamp_us,
+            payload_len: u32::try_from(self.payload.len())
+                .expect("a payload is shorter than 4 GiB"),
+        }
+    }
+
+    /// Bytes of the encoded message.
+    #[must_use]
+    pub fn encoded_len(&self) -> usize {
+        HEADER_LEN + self.payload.len()
+    }
+
+    /// Whether the message goes into one datagram.
+    #[must_use]
+    pub fn fits_datagram(&self) -> bool {
+        self.payload.len() <= MAX_DATAGRAM_PAYLOAD
+    }
+
+    /// The message as one datagram. Ask [`Message::fits_datagram`] first where the payload is of unknown size.
+    ///
+    /// # Panics
+    /// If the payload has 4 GiB or more.
+    #[must_use]
+    pub fn encode_datagram(&self) -> Bytes {
+        let mut datagram = BytesMut::with_capacity(self.encoded_len());
+        self.encode_into(&mut datagram);
+        datagram.freeze()
+    }
+
+    /// Appends the encoded message to `buffer`.
+    ///
+    /// # Panics
+    /// If the payload has 4 GiB or more.
+    pub fn encode_into(&self, buffer: &mut BytesMut) {
+        buffer.reserve(self.encoded_len());
+        buffer.put_slice(&self.header().encode());
+        buffer.put_slice(&self.payload);
+    }
+
+    /// Reads the one message of a datagram; the payload is a view into it. Bytes after `payload_len` are ignored.
+    ///
+    /// # Errors
+    /// [`DecodeError`] if the datagram is shorter than its header says, or its type is not assigned.
+    pub fn decode_datagram(datagram: Bytes) -> Result<Self, DecodeError> {
+        let header = Header::decode_checked(&datagram)?;
+        let end = HEADER_LEN + header.payload_len as usize;
+        Ok(Self::from_parts(header, datagram.slice(HEADER_LEN..end)))
+    }
+
+    pub(crate) fn from_parts(header: Header, payload: Bytes) -> Self {
+        Self {
+            kind: header.kind(),
+            sequence: header.sequence,
+            timestamp_us: header.timestamp_us,
+            payload,
+        }
+    }
+}
+
+/// [`Message::decode_datagram`].
+///
+/// # Errors
+/// As there.
+pub fn decode_datagram(datagram: Bytes) -> Result<Message, DecodeError> {
+    Message::decode_datagram(datagram)
+}
+
+/// What a Partial message says: u32 offset, then UTF-8.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PartialBody<'a> {
+    /// Where `text` begins in the whole answer, in bytes.
+    pub offset: u32,
+    /// A piece of the answer, whole characters only.
+    pub text: &'a str,
+}
+
+/// Why a datagram holds no message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DecodeError {
+    /// Not even a header.
+    #[error(
+        "{len} bytes are shorter than the {HEADER_LEN}-byte DCF header; is the sender speaking DCF?"
+    )]
+    ShortHeader {
+        /// Bytes there are.
+        len: usize,
+    },
+    /// Cut short, or the header lies.
+    #[error(
+        "the DCF header announces {payload_len} bytes of payload, {present} follow it; the datagram was cut or its length is wrong"
+    )]
+    Truncated {
+        /// What the header says.
+        payload_len: u32,
+        /// What follows the header.
+        present: usize,
+    },
+    /// A type that this version does not know.
+    #[error("DCF message type {0:#04x} is not assigned; the sender may be of a newer version")]
+    UnknownType(u8),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn decoding_does_not_copy_the_payload() {
+        let datagram = Message::new(MsgType::TASK, 1, 2, "hello").encode_datagram();
+        let message = decode_datagram(datagram.clone()).unwrap();
+        assert_eq!(message.payload.as_ptr(), datagram[HEADER_LEN..].as_ptr());
+    }
+
+    #[test]
+    fn the_largest_datagram_payload_fits_and_one_more_does_not() {
+        let mut message = Message::new(MsgType::RESULT, 1, 2, vec![0; MAX_DATAGRAM_PAYLOAD]);
+        assert!(message.fits_datagram());
+        assert_eq!(message.encode_datagram().len(), MAX_DATAGRAM);
+        message.payload = vec![0; MAX_DATAGRAM_PAYLOAD + 1].into();
+        assert!(!message.fits_datagram());
+    }
+
+    #[test]
+    fn partials_carry_offset_and_text() {
+        let message = Message::partial(3, 0, 70_000, "é!");
+        assert_eq!(
+            message.partial_body(),
+            Some(PartialBody {
+                offset: 70_000,
+                text: "é!"
+            })
+        );
+    }
+
+    #[test]
+    fn a_partial_with_half_a_character_has_no_body() {
+        let mut message = Message::partial(3, 0, 0, "é");
+        message.payload.truncate(5);
+        assert_eq!(message.partial_body(), None);
+        message.payload.truncate(3);
+        assert_eq!(message.partial_body(), None);
+    }
+
+    #[test]
+    fn only_errors_have_an_error_body() {
+        let message = Message::error(9, 0, ErrorCode::NO_WORKERS, "no workers available");
+        let body = message.error_body().unwrap();
+        assert_eq!(
+            (body.code, &*body.text),
+            (ErrorCode::NO_WORKERS, "no workers available")
+        );
+        assert_eq!(
+            Message {
+                kind: MsgType::RESULT,
+                ..message
+            }
+            .error_body(),
+            None
+        );
+    }
+}
