@@ -7,7 +7,7 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cache=${HYDRAMESH_CACHE:-$root/.cache}
 seconds=${FUZZ_SECONDS:-60}
-version=0.13.1
+version=0.13.2
 tool=$cache/cargo-fuzz/bin/cargo-fuzz
 
 if ! "$tool" --version 2>/dev/null | grep -qF "$version"; then

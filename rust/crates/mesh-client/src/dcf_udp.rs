@@ -1,0 +1,519 @@
+//! A task over DCF/UDP: one Task datagram out, Partials while the answer grows if they were asked for, one Result in the end.
+//!
+//! A datagram may be lost, so the Task is repeated until something comes back; the head knows a repeated Task by address
+//! and sequence and does not run it twice. A shim that has not seen this address before may send a Challenge first, which
+//! is echoed.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use dcf::chunk::{Chunk, Limits, Reassembler};
+use dcf::{ErrorCode, Message, MsgType};
+use serde_json::Value;
+use tokio::net::UdpSocket;
+
+/// First wait before a Task is repeated; it doubles up to [`LONGEST_REPEAT`].
+const FIRST_REPEAT: Duration = Duration::from_millis(500);
+const LONGEST_REPEAT: Duration = Duration::from_secs(5);
+
+/// One client socket, toward one shim or head.
+#[derive(Debug)]
+pub struct DcfClient {
+    socket: UdpSocket,
+    target: SocketAddr,
+    next_sequence: u32,
+}
+
+/// The whole answer to one task.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// The text.
+    pub text: String,
+    /// From the first Task datagram to the first piece of text.
+    pub first_text: Duration,
+    /// From the first Task datagram to the end.
+    pub total: Duration,
+    /// Partials that came.
+    pub partials: u32,
+    /// Task datagrams that were sent beyond the first.
+    pub repeats: u32,
+}
+
+impl DcfClient {
+    /// A socket toward `target` (`host:port`).
+    ///
+    /// # Errors
+    /// If the name does not resolve or no socket can be had.
+    pub async fn connect(target: &str) -> Result<Self, DcfError> {
+        let unreachable = |reason: String| DcfError::Unreachable {
+            address: target.to_owned(),
+            reason,
+        };
+        let address = tokio::net::lookup_host(target)
+            .await
+            .map_err(|error| unreachable(error.to_string()))?
+            .next()
+            .ok_or_else(|| unreachable("the name has no address".to_owned()))?;
+        let any: IpAddr = match address {
+            SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let socket = UdpSocket::bind((any, 0)).await?;
+        // Connected, so that the system tells us when nothing listens there, and drops what others send.
+        socket.connect(address).await?;
+        Ok(Self {
+            socket,
+            target: address,
+            next_sequence: now_us() as u32,
+        })
+    }
+
+    /// Sends `prompt` as it is, like a v5.0.0 client, and waits for the answer.
+    ///
+    /// # Errors
+    /// See [`DcfError`].
+    pub async fn ask_plain(&mut self, prompt: &str, timeout: Duration) -> Result<Answer, DcfError> {
+        let payload = Bytes::copy_from_slice(prompt.as_bytes());
+        self.run(payload, timeout, &mut |_| {}).await
+    }
+
+    /// Sends a JSON task (`prompt` or `messages`, and parameters); `on_text` sees the answer's text piece by piece, in
+    /// order and complete, if the task has `"stream": true`, else at once.
+    ///
+    /// # Errors
+    /// See [`DcfError`].
+    pub async fn ask(
+        &mut self,
+        task: &Value,
+        timeout: Duration,
+        on_text: &mut dyn FnMut(&str),
+    ) -> Result<Answer, DcfError> {
+        let payload = Bytes::from(task.to_string());
+        self.run(payload, timeout, on_text).await
+    }
+
+    async fn run(
+        &mut self,
+        payload: Bytes,
+        timeout: Duration,
+        on_text: &mut dyn FnMut(&str),
+    ) -> Result<Answer, DcfError> {
+        if payload.len() > dcf::MAX_DATAGRAM_PAYLOAD {
+            return Err(DcfError::TaskTooLong { len: payload.len() });
+        }
+        let sequence = self.next_sequence;
+        self.next_sequence = sequence.wrapping_add(1);
+        let task = Message::new(MsgType::TASK, sequence, now_us(), payload).encode_datagram();
+
+        let started = Instant::now();
+        let deadline = started + timeout;
+        let mut incoming = Incoming::new(sequence, started);
+        let mut wait = FIRST_REPEAT;
+        let mut repeat_at = started + wait;
+        let mut repeats = 0;
+        let mut buffer = vec![0; dcf::MAX_DATAGRAM];
+        self.send(&task).await?;
+        loop {
+            let now = Instant::now();
+            if now >= deadline {
+                return Err(DcfError::Timeout {
+                    address: self.target,
+                    waited: timeout,
+                    received: incoming.text.len(),
+                });
+            }
+            if now >= repeat_at {
+                self.send(&task).await?;
+                repeats += 1;
+                wait = (wait * 2).min(LONGEST_REPEAT);
+                repeat_at = now + wait;
+            }
+            let until = tokio::time::Instant::from_std(repeat_at.min(deadline));
+            let Ok(received) = tokio::time::timeout_at(until, self.socket.recv(&mut buffer)).await
+            else {
+                continue;
+            };
+            let len = match received {
+                Ok(len) => len,
+                Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+                    return Err(DcfError::Unreachable {
+                        address: self.target.to_string(),
+                        reason: "nothing listens on that UDP port".to_owned(),
+                    });
+                }
+                Err(error) => return Err(error.into()),
+            };
+            let Ok(message) = Message::decode_datagram(Bytes::copy_from_slice(&buffer[..len]))
+            else {
+                continue;
+            };
+            match incoming.take(&message, Instant::now(), on_text)? {
+                Step::Nothing => {}
+                // Something works on it: no need to ask again soon.
+                Step::Progress => {
+                    wait = LONGEST_REPEAT;
+                    repeat_at = Instant::now() + wait;
+                }
+                Step::Challenge(reply) => {
+                    self.send(&reply.encode_datagram()).await?;
+                    self.send(&task).await?;
+                }
+                Step::Done(mut answer) => {
+                    answer.repeats = repeats;
+                    return Ok(answer);
+                }
+            }
+        }
+    }
+
+    async fn send(&self, datagram: &[u8]) -> Result<(), DcfError> {
+        match self.socket.send(datagram).await {
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+                Err(DcfError::Unreachable {
+                    address: self.target.to_string(),
+                    reason: "nothing listens on that UDP port".to_owned(),
+                })
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// Why a task over DCF/UDP has no answer.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DcfError {
+    /// Nothing there.
+    #[error("cannot reach {address} over UDP: {reason}")]
+    Unreachable {
+        /// Where.
+        address: String,
+        /// The system's words.
+        reason: String,
+    },
+    /// No answer in time.
+    #[error("no answer from {address} within {waited:?} ({received} bytes of text had come)")]
+    Timeout {
+        /// Where.
+        address: SocketAddr,
+        /// How long was waited.
+        waited: Duration,
+        /// Bytes of text that Partials had brought.
+        received: usize,
+    },
+    /// The mesh answered with an Error.
+    #[error("{code}: {text}")]
+    Refused {
+        /// What kind.
+        code: ErrorCode,
+        /// What it says.
+        text: String,
+    },
+    /// More than a datagram holds.
+    #[error(
+        "the task has {len} bytes, a datagram holds {limit}; use the HTTP API for it",
+        limit = dcf::MAX_DATAGRAM_PAYLOAD
+    )]
+    TaskTooLong {
+        /// Bytes of the task.
+        len: usize,
+    },
+    /// The answer makes no sense.
+    #[error("the answer is broken: {0}")]
+    Broken(String),
+    /// The socket failed.
+    #[error("UDP socket: {0}")]
+    Io(#[from] std::io::Error),
+}
+
+/// What has come of one answer; no socket, no clock.
+struct Incoming {
+    sequence: u32,
+    started: Instant,
+    first_text: Option<Instant>,
+    /// Text from the start, without gaps, already given to the caller.
+    text: String,
+    /// Partials that came before their predecessors.
+    early: BTreeMap<usize, String>,
+    partials: u32,
+    chunks: Reassembler<()>,
+}
+
+enum Step {
+    Nothing,
+    Progress,
+    Challenge(Message),
+    Done(Answer),
+}
+
+impl Incoming {
+    /// Most Partials kept out of order; a lost one is made up for by the Result anyway.
+    const MAX_EARLY: usize = 1_024;
+
+    fn new(sequence: u32, started: Instant) -> Self {
+        Self {
+            sequence,
+            started,
+            first_text: None,
+            text: String::new(),
+            early: BTreeMap::new(),
+            partials: 0,
+            chunks: Reassembler::new(Limits {
+                max_messages: 1,
+                max_payload: dcf::chunk::MAX_PAYLOAD,
+                max_bytes: 2 * dcf::chunk::MAX_PAYLOAD,
+                ..Limits::default()
+            }),
+        }
+    }
+
+    fn take(
+        &mut self,
+        message: &Message,
+        now: Instant,
+        on_text: &mut dyn FnMut(&str),
+    ) -> Result<Step, DcfError> {
+        if message.sequence != self.sequence {
+            return Ok(Step::Nothing);
+        }
+        match message.kind {
+            MsgType::PARTIAL => {
+                let Some(partial) = message.partial_body() else {
+                    return Ok(Step::Nothing);
+                };
+                self.partials += 1;
+                if self.early.len() < Self::MAX_EARLY {
+                    self.early
+                        .insert(partial.offset as usize, partial.text.to_owned());
+                }
+                self.advance(now, on_text);
+                Ok(Step::Progress)
+            }
+            MsgType::ACK => Ok(Step::Progress),
+            MsgType::CHALLENGE => Ok(Step::Challenge(Message::new(
+                MsgType::CHALLENGE_REPLY,
+                message.sequence,
+                message.timestamp_us,
+                message.payload.clone(),
+            ))),
+            // A v5.0.0 head forwards results with the type of a Task.
+            MsgType::RESULT | MsgType::TASK => self.end(&message.payload, now, on_text),
+            MsgType::CHUNK => {
+                let whole = Chunk::parse(&message.payload)
+                    .and_then(|chunk| self.chunks.push((), &chunk, now));
+                match whole {
+                    Ok(None) => Ok(Step::Progress),
+                    Ok(Some(payload)) => self.end(&payload, now, on_text),
+                    Err(error) => Err(DcfError::Broken(error.to_string())),
+                }
+            }
+            MsgType::ERROR => {
+                let body = message
+                    .error_body()
+                    .ok_or_else(|| DcfError::Broken("an Error without a code".to_owned()))?;
+                Err(DcfError::Refused {
+                    code: body.code,
+                    text: body.text.into_owned(),
+                })
+            }
+            _ => Ok(Step::Nothing),
+        }
+    }
+
+    fn advance(&mut self, now: Instant, on_text: &mut dyn FnMut(&str)) {
+        while let Some(entry) = self.early.first_entry() {
+            let offset = *entry.key();
+            if offset > self.text.len() {
+                return;
+            }
+            let piece = entry.remove();
+            // A repeat, or one that overlaps what is there: only what is new counts.
+            if let Some(new) = piece.get(self.text.len() - offset..)
+                && !new.is_empty()
+            {
+                self.give(new, now, on_text);
+            }
+        }
+    }
+
+    fn end(
+        &mut self,
+        payload: &[u8],
+        now: Instant,
+        on_text: &mut dyn FnMut(&str),
+    ) -> Result<Step, DcfError> {
+        let whole = std::str::from_utf8(payload)
+            .map_err(|error| DcfError::Broken(format!("the Result is not UTF-8: {error}")))?;
+        let Some(rest) = whole.strip_prefix(self.text.as_str()) else {
+            return Err(DcfError::Broken(
+                "the Result does not begin with the text of its Partials".to_owned(),
+            ));
+        };
+        if !rest.is_empty() {
+            self.give(rest, now, on_text);
+        }
+        Ok(Step::Done(Answer {
+            text: std::mem::take(&mut self.text),
+            first_text: self.first_text.unwrap_or(now) - self.started,
+            total: now - self.started,
+            partials: self.partials,
+            repeats: 0,
+        }))
+    }
+
+    fn give(&mut self, new: &str, now: Instant, on_text: &mut dyn FnMut(&str)) {
+        self.first_text.get_or_insert(now);
+        self.text.push_str(new);
+        on_text(new);
+    }
+}
+
+fn now_us() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_micros() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn incoming() -> (Incoming, Instant) {
+        let now = Instant::now();
+        (Incoming::new(7, now), now)
+    }
+
+    fn feed(
+        incoming: &mut Incoming,
+        message: Message,
+        seen: &mut String,
+    ) -> Result<Step, DcfError> {
+        let now = incoming.started + Duration::from_millis(5);
+        incoming.take(&message, now, &mut |text| seen.push_str(text))
+    }
+
+    fn result(text: &str) -> Message {
+        Message::new(MsgType::RESULT, 7, 0, text.to_owned())
+    }
+
+    #[test]
+    fn partials_in_any_order_and_repeated_give_the_text_once() {
+        let (mut incoming, _) = incoming();
+        let mut seen = String::new();
+        for (offset, text) in [
+            (2, "llo"),
+            (0, "he"),
+            (2, "llo"),
+            (9, "lost its turn"),
+            (5, " w"),
+        ] {
+            feed(
+                &mut incoming,
+                Message::partial(7, 0, offset, text),
+                &mut seen,
+            )
+            .expect("text");
+        }
+        assert_eq!(seen, "hello w");
+        let done = feed(&mut incoming, result("hello world"), &mut seen).expect("an answer");
+        assert_eq!(seen, "hello world");
+        let Step::Done(answer) = done else {
+            panic!("not done")
+        };
+        assert_eq!((answer.text.as_str(), answer.partials), ("hello world", 5));
+    }
+
+    #[test]
+    fn a_partial_that_cuts_a_character_of_ours_is_left_out() {
+        let (mut incoming, _) = incoming();
+        let mut seen = String::new();
+        feed(&mut incoming, Message::partial(7, 0, 0, "e"), &mut seen).expect("text");
+        feed(&mut incoming, Message::partial(7, 0, 0, "é"), &mut seen).expect("ignored");
+        assert_eq!(seen, "e");
+    }
+
+    #[test]
+    fn answers_to_other_tasks_are_not_ours() {
+        let (mut incoming, _) = incoming();
+        let other = Message::new(MsgType::RESULT, 8, 0, "no");
+        let step = feed(&mut incoming, other, &mut String::new()).expect("ignored");
+        assert!(matches!(step, Step::Nothing));
+    }
+
+    #[test]
+    fn a_result_that_contradicts_its_partials_is_an_error() {
+        let (mut incoming, _) = incoming();
+        let mut seen = String::new();
+        feed(&mut incoming, Message::partial(7, 0, 0, "hel"), &mut seen).expect("text");
+        let error = feed(&mut incoming, result("other"), &mut seen).err();
+        assert!(matches!(error, Some(DcfError::Broken(_))));
+    }
+
+    #[test]
+    fn a_long_answer_in_chunks_is_put_together() {
+        let (mut incoming, _) = incoming();
+        let mut seen = String::new();
+        let text = "a long answer ".repeat(10_000);
+        let chunks = dcf::chunk::split(7, 0, text.clone().into()).expect("fits");
+        let mut last = Step::Nothing;
+        for chunk in chunks {
+            last = feed(&mut incoming, chunk, &mut seen).expect("a chunk");
+        }
+        assert!(matches!(last, Step::Done(_)));
+        assert_eq!(seen, text);
+    }
+
+    #[test]
+    fn a_challenge_is_echoed_with_its_cookie() {
+        let (mut incoming, _) = incoming();
+        let challenge = Message::new(MsgType::CHALLENGE, 7, 1, vec![1, 2, 3]);
+        let step = feed(&mut incoming, challenge, &mut String::new()).expect("a challenge");
+        let Step::Challenge(reply) = step else {
+            panic!("no reply")
+        };
+        assert_eq!(reply.kind, MsgType::CHALLENGE_REPLY);
+        assert_eq!(&reply.payload[..], [1, 2, 3]);
+    }
+
+    #[tokio::test]
+    async fn a_lost_task_is_repeated_with_the_same_sequence() {
+        let server = UdpSocket::bind("127.0.0.1:0").await.expect("a port");
+        let address = server.local_addr().expect("bound").to_string();
+        let serve = tokio::spawn(async move {
+            let mut buffer = [0; 2048];
+            let (len, from) = server.recv_from(&mut buffer).await.expect("first");
+            let first = buffer[..len].to_vec();
+            let (len, _) = server.recv_from(&mut buffer).await.expect("repeat");
+            assert_eq!(first, buffer[..len], "the repeat is the same datagram");
+            let task = Message::decode_datagram(first.into()).expect("a task");
+            let answer = Message::new(MsgType::RESULT, task.sequence, 0, task.payload);
+            server
+                .send_to(&answer.encode_datagram(), from)
+                .await
+                .expect("sent");
+        });
+        let mut client = DcfClient::connect(&address).await.expect("a socket");
+        let answer = client
+            .ask_plain("hello", Duration::from_secs(10))
+            .await
+            .expect("an answer");
+        assert_eq!((answer.text.as_str(), answer.repeats), ("hello", 1));
+        serve.await.expect("the server");
+    }
+
+    #[tokio::test]
+    async fn a_port_nobody_listens_on_is_told_at_once() {
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("a port");
+        let address = socket.local_addr().expect("bound").to_string();
+        drop(socket);
+        let mut client = DcfClient::connect(&address).await.expect("a socket");
+        let error = client.ask_plain("x", Duration::from_secs(5)).await;
+        assert!(
+            matches!(error, Err(DcfError::Unreachable { .. })),
+            "{error:?}"
+        );
+    }
+}
