@@ -1,1 +1,21 @@
-//! What every service shares: layered configuration, telemetry, systemd, signals, health.
+//! What every service shares: layered configuration, telemetry, systemd, signals, metrics, health.
+//!
+//! A binary's `main` reads as a list of these modules:
+//!
+//! 1. [`config::Loader`] merges defaults, file, environment and flags into one checked value;
+//! 2. [`telemetry::init`] sends `tracing` to the journal, a terminal or JSON lines;
+//! 3. [`metrics::Metrics`] and [`health::Health`] are served by [`health::router`] through [`http::serve`];
+//! 4. [`shutdown::Shutdown`] turns SIGTERM into a drain with a limit;
+//! 5. [`notify`] tells systemd what the service is doing, and its watchdog whether the loops still turn.
+
+#![forbid(unsafe_code)]
+
+pub mod addresses;
+pub mod config;
+pub mod files;
+pub mod health;
+pub mod http;
+pub mod metrics;
+pub mod notify;
+pub mod shutdown;
+pub mod telemetry;

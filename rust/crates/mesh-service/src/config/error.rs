@@ -1,0 +1,148 @@
+//! What can be wrong with a configuration, in words for the person who wrote it.
+
+use std::path::PathBuf;
+
+use super::tree::Origin;
+
+/// Why a configuration was refused.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read configuration file {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The file is not TOML.
+    #[error("{} is not valid TOML: {reason}", path.display())]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Position and reason, from the TOML parser.
+        reason: String,
+    },
+    /// A key that the service does not have.
+    #[error("unknown key `{key}` ({origin}){}", hint(nearest.as_deref(), valid))]
+    UnknownKey {
+        /// Dotted path of the key.
+        key: String,
+        /// Where it was set.
+        origin: Origin,
+        /// The most similar key that exists, if any is similar.
+        nearest: Option<String>,
+        /// The keys that exist at that place.
+        valid: Vec<String>,
+    },
+    /// A value that the key cannot take.
+    #[error("`{key}` ({origin}): {reason}")]
+    Value {
+        /// Dotted path of the key; empty for the whole configuration.
+        key: String,
+        /// Where it was set.
+        origin: Origin,
+        /// What was expected.
+        reason: String,
+    },
+    /// An argument of `--set` without `=`.
+    #[error("--set takes KEY=VALUE, got `{assignment}`")]
+    Assignment {
+        /// The argument.
+        assignment: String,
+    },
+    /// An environment variable that is not UTF-8.
+    #[error("environment variable {variable} is not UTF-8")]
+    NotUtf8 {
+        /// Its name.
+        variable: String,
+    },
+    /// A configuration that TOML cannot express (a bug in the configuration type).
+    #[error("the configuration cannot be written as TOML: {reason}")]
+    Unprintable {
+        /// What the TOML writer said.
+        reason: String,
+    },
+}
+
+fn hint(nearest: Option<&str>, valid: &[String]) -> String {
+    match nearest {
+        Some(key) => format!("; did you mean `{key}`?"),
+        None if valid.is_empty() => String::new(),
+        None => format!("; valid keys here: {}", valid.join(", ")),
+    }
+}
+
+/// The candidate most similar to `key`, when it is similar enough to be a slip of the pen or a misplaced name.
+pub(super) fn nearest_key(key: &str, siblings: &[String], known: &[String]) -> Option<String> {
+    let distance_in_place = |candidate: &&String| edit_distance(key, candidate);
+    if let Some(best) = siblings.iter().min_by_key(distance_in_place) {
+        if edit_distance(key, best) <= last_segment(key).len().div_ceil(3).max(2) {
+            return Some(best.clone());
+        }
+    }
+    known
+        .iter()
+        .map(|candidate| {
+            (
+                edit_distance(last_segment(key), last_segment(candidate)),
+                candidate,
+            )
+        })
+        .filter(|(distance, _)| *distance <= 1)
+        .min_by_key(|(distance, candidate)| (*distance, candidate.len()))
+        .map(|(_, candidate)| candidate.clone())
+}
+
+fn last_segment(key: &str) -> &str {
+    key.rsplit('.').next().unwrap_or(key)
+}
+
+/// Levenshtein distance in characters.
+fn edit_distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, ca) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, &cb) in b.iter().enumerate() {
+            let substituted = diagonal + usize::from(ca != cb);
+            diagonal = row[j + 1];
+            row[j + 1] = substituted.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn edit_distance_counts_insertions_deletions_and_substitutions() {
+        assert_eq!(edit_distance("", "abc"), 3);
+        assert_eq!(edit_distance("listen", "lisen"), 1);
+        assert_eq!(edit_distance("kitten", "sitting"), 3);
+        assert_eq!(edit_distance("same", "same"), 0);
+    }
+
+    #[test]
+    fn nearest_key_prefers_siblings_then_finds_misplaced_names() {
+        let siblings = [
+            "http".to_owned(),
+            "quic".to_owned(),
+            "worker_timeout".to_owned(),
+        ];
+        let known = ["http.listen".to_owned(), "worker_timeout".to_owned()];
+        assert_eq!(
+            nearest_key("worker_timout", &siblings, &known).as_deref(),
+            Some("worker_timeout")
+        );
+        assert_eq!(
+            nearest_key("listen", &siblings, &known).as_deref(),
+            Some("http.listen")
+        );
+        assert_eq!(nearest_key("colour_of_the_sky", &siblings, &known), None);
+    }
+}

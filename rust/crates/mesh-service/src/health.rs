@@ -1,0 +1,149 @@
+//! `/health` (liveness), `/ready` (readiness with its reason) and `/metrics`, the same for every service.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use serde_json::json;
+
+use crate::metrics::{CONTENT_TYPE, Metrics};
+use crate::notify::Watchdog;
+
+/// What the health endpoints tell. Clones share their state.
+#[derive(Clone, Debug)]
+pub struct Health {
+    /// Why the service is not ready; `None` is ready.
+    unready: Arc<Mutex<Option<String>>>,
+    watchdog: Option<Watchdog>,
+}
+
+impl Health {
+    /// Alive, and not ready because it is starting.
+    pub fn starting() -> Self {
+        Self {
+            unready: Arc::new(Mutex::new(Some("starting".to_owned()))),
+            watchdog: None,
+        }
+    }
+
+    /// Makes `/health` fail while a loop that `watchdog` watches is stuck.
+    #[must_use]
+    pub fn watched_by(mut self, watchdog: Watchdog) -> Self {
+        self.watchdog = Some(watchdog);
+        self
+    }
+
+    /// Requests can be served from now on.
+    pub fn set_ready(&self) {
+        *self.lock() = None;
+    }
+
+    /// Requests cannot be served, for this reason.
+    pub fn set_unready(&self, reason: impl Into<String>) {
+        *self.lock() = Some(reason.into());
+    }
+
+    /// Why the service is not ready; `None` is ready.
+    pub fn unready_reason(&self) -> Option<String> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<String>> {
+        self.unready.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The three endpoints; merge it into the service's own router.
+pub fn router(health: Health, metrics: Arc<Metrics>) -> Router {
+    Router::new()
+        .route("/health", get(live))
+        .route("/ready", get(ready))
+        .with_state(health)
+        .route("/metrics", get(scrape).with_state(metrics))
+}
+
+async fn live(State(health): State<Health>) -> Response {
+    match health.watchdog.as_ref().and_then(Watchdog::stuck) {
+        None => Json(json!({ "status": "ok" })).into_response(),
+        Some((name, silence)) => {
+            let reason = format!("{name} has not turned for {:.1} s", silence.as_secs_f64());
+            unavailable("stuck", &reason)
+        }
+    }
+}
+
+async fn ready(State(health): State<Health>) -> Response {
+    match health.unready_reason() {
+        None => Json(json!({ "status": "ready" })).into_response(),
+        Some(reason) => unavailable("unready", &reason),
+    }
+}
+
+fn unavailable(status: &str, reason: &str) -> Response {
+    (
+        StatusCode::SERVICE_UNAVAILABLE,
+        Json(json!({ "status": status, "reason": reason })),
+    )
+        .into_response()
+}
+
+async fn scrape(State(metrics): State<Arc<Metrics>>) -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, CONTENT_TYPE)], metrics.encode())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::body::{Body, to_bytes};
+    use axum::http::Request;
+    use std::time::Duration;
+    use tower::ServiceExt;
+
+    async fn get(router: &Router, path: &str) -> (StatusCode, String) {
+        let request = Request::get(path).body(Body::empty()).expect("request");
+        let response = router.clone().oneshot(request).await.expect("infallible");
+        let status = response.status();
+        let body = to_bytes(response.into_body(), 1 << 20).await.expect("body");
+        (status, String::from_utf8(body.to_vec()).expect("UTF-8"))
+    }
+
+    #[tokio::test]
+    async fn readiness_follows_the_service_and_tells_why_not() {
+        let health = Health::starting();
+        let router = router(health.clone(), Arc::new(Metrics::new("test", "0")));
+        let (status, body) = get(&router, "/ready").await;
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(body, r#"{"reason":"starting","status":"unready"}"#);
+        health.set_ready();
+        assert_eq!(get(&router, "/ready").await.0, StatusCode::OK);
+        health.set_unready("no worker");
+        assert!(get(&router, "/ready").await.1.contains("no worker"));
+        assert_eq!(
+            get(&router, "/health").await,
+            (StatusCode::OK, r#"{"status":"ok"}"#.to_owned())
+        );
+        assert!(
+            get(&router, "/metrics")
+                .await
+                .1
+                .contains("process_open_fds")
+        );
+    }
+
+    #[tokio::test]
+    async fn a_stuck_loop_ends_liveness() {
+        let watchdog = Watchdog::with_feed(None, || {});
+        let health = Health::starting().watched_by(watchdog.clone());
+        let router = router(health, Arc::new(Metrics::new("test", "0")));
+        let heart = watchdog.register("router", Duration::from_millis(20));
+        tokio::time::sleep(Duration::from_millis(40)).await;
+        let (status, body) = get(&router, "/health").await;
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+        assert!(body.contains("router"), "{body}");
+        heart.beat();
+        assert_eq!(get(&router, "/health").await.0, StatusCode::OK);
+    }
+}

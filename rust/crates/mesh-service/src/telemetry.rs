@@ -1,0 +1,147 @@
+//! Where `tracing` events go: the journal, a terminal, or JSON lines.
+
+use std::io::IsTerminal;
+use std::os::unix::fs::MetadataExt;
+
+use tracing_subscriber::filter::EnvFilter;
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::registry::Registry;
+use tracing_subscriber::util::SubscriberInitExt;
+
+use crate::config::CommonArgs;
+
+/// The form of log lines.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    /// The journal when stderr is connected to it, else text.
+    #[default]
+    Auto,
+    /// Text on stderr.
+    Human,
+    /// One JSON object per line on stderr.
+    Json,
+    /// The systemd journal, with fields.
+    Journal,
+}
+
+/// Why logging could not be set up.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TelemetryError {
+    /// The filter is not one.
+    #[error(
+        "log filter `{filter}` is not valid: {reason}; use a level such as debug, or target=level pairs"
+    )]
+    Filter {
+        /// The filter.
+        filter: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The journal was asked for and is not there.
+    #[error("cannot reach the systemd journal: {0}; use --log-format human")]
+    Journal(std::io::Error),
+    /// Another subscriber is in place.
+    #[error("logging was set up twice")]
+    AlreadySet,
+}
+
+/// Sets up logging for the whole process; `service` becomes the journal's identifier.
+pub fn init(service: &str, args: &CommonArgs) -> Result<(), TelemetryError> {
+    let filter = filter(
+        args.log_level.as_deref(),
+        std::env::var("RUST_LOG").ok().as_deref(),
+    )?;
+    Registry::default()
+        .with(output(service, args.log_format)?.with_filter(filter))
+        .try_init()
+        .map_err(|_| TelemetryError::AlreadySet)
+}
+
+/// The filter in effect: the flag, else the environment, else `info`.
+fn filter(flag: Option<&str>, environment: Option<&str>) -> Result<EnvFilter, TelemetryError> {
+    let filter = flag
+        .or(environment)
+        .filter(|filter| !filter.trim().is_empty())
+        .unwrap_or("info");
+    EnvFilter::builder()
+        .parse(filter)
+        .map_err(|error| TelemetryError::Filter {
+            filter: filter.to_owned(),
+            reason: error.to_string(),
+        })
+}
+
+fn output(
+    service: &str,
+    format: LogFormat,
+) -> Result<Box<dyn Layer<Registry> + Send + Sync>, TelemetryError> {
+    let journal = || {
+        tracing_journald::layer()
+            .map(|layer| layer.with_syslog_identifier(format!("mesh-{service}")))
+    };
+    let text = || {
+        let colour = std::io::stderr().is_terminal();
+        tracing_subscriber::fmt::layer()
+            .with_writer(std::io::stderr)
+            .with_ansi(colour)
+            .boxed()
+    };
+    Ok(match format {
+        LogFormat::Human => text(),
+        LogFormat::Json => tracing_subscriber::fmt::layer()
+            .with_writer(std::io::stderr)
+            .json()
+            .flatten_event(true)
+            .boxed(),
+        LogFormat::Journal => journal().map_err(TelemetryError::Journal)?.boxed(),
+        LogFormat::Auto if stderr_is_journal() => journal().map_or_else(|_| text(), Layer::boxed),
+        LogFormat::Auto => text(),
+    })
+}
+
+/// Whether systemd connected our stderr to the journal: `JOURNAL_STREAM` names the device and inode of the socket it
+/// made (systemd.exec(5)), and a redirected stderr has others.
+fn stderr_is_journal() -> bool {
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else {
+        return false;
+    };
+    let Ok(stderr) = std::fs::metadata("/proc/self/fd/2") else {
+        return false;
+    };
+    parse_journal_stream(&stream) == Some((stderr.dev(), stderr.ino()))
+}
+
+fn parse_journal_stream(stream: &str) -> Option<(u64, u64)> {
+    let (device, inode) = stream.split_once(':')?;
+    Some((device.parse().ok()?, inode.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_flag_wins_over_the_environment_and_info_is_the_default() {
+        let shown = |flag, environment| filter(flag, environment).expect("valid").to_string();
+        assert_eq!(shown(Some("debug"), Some("warn")), "debug");
+        assert_eq!(shown(None, Some("warn")), "warn");
+        assert_eq!(shown(None, Some(" ")), "info");
+        assert_eq!(shown(None, None), "info");
+    }
+
+    #[test]
+    fn a_bad_filter_is_named() {
+        let error = filter(Some("mesh=loud=really"), None)
+            .expect_err("not a filter")
+            .to_string();
+        assert!(error.contains("mesh=loud=really"), "{error}");
+    }
+
+    #[test]
+    fn journal_stream_is_device_and_inode() {
+        assert_eq!(parse_journal_stream("9:1234"), Some((9, 1234)));
+        assert_eq!(parse_journal_stream("9"), None);
+        assert_eq!(parse_journal_stream("a:b"), None);
+    }
+}
