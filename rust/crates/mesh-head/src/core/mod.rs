@@ -1,0 +1,17 @@
+//! The deciding parts of the head as plain state machines: no socket, no clock, no task.
+//!
+//! Events and the current time go in, decisions come out. The shells around them ([`crate::mesh`], [`crate::drive`]) do
+//! what was decided. That keeps every failure case an ordinary unit test with simulated time.
+//!
+//! - [`registry`]: which workers there are, what they serve, how loaded they are.
+//! - [`router`]: which of them answers a request soonest.
+//! - [`placement`]: registry, router and the bounded queue together.
+//! - [`request`]: the life of one answer across worker deaths.
+//! - [`dedup`]: a repeated DCF task does not run twice.
+
+pub mod affinity;
+pub mod dedup;
+pub mod placement;
+pub mod registry;
+pub mod request;
+pub mod router;

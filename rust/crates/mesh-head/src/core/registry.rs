@@ -1,0 +1,493 @@
+//! The registry of workers.
+//!
+//! A mesh worker enters with its Hello and leaves when its link closes; a v5.0.0 worker enters with a heartbeat. Either is
+//! pruned after [`Registry::timeout`] without a sign of life.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use mesh_proto::{Hello, Load, ModelCard};
+
+/// Names a worker within this head's life; never reused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WorkerId(pub u64);
+
+/// How a worker is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Carrier {
+    /// Over its QUIC link; the node id is the SHA-256 of its public key.
+    Mesh {
+        /// Lower-case hex.
+        node_id: String,
+    },
+    /// DCF v5.0.0 over UDP.
+    Legacy,
+}
+
+/// One model on one worker, with the speeds the head believes in.
+#[derive(Debug, Clone)]
+pub struct ServedModel {
+    /// As the worker announced it.
+    pub card: ModelCard,
+    /// Decode speed of a single stream, tokens per second; 0 is unknown.
+    pub decode_tps: f64,
+    /// Prefill speed, tokens per second; 0 is unknown.
+    pub prefill_tps: f64,
+}
+
+/// A worker as the head knows it.
+#[derive(Debug, Clone)]
+pub struct Worker {
+    /// Its name within this head.
+    pub id: WorkerId,
+    /// Name a person knows it by.
+    pub name: String,
+    /// How it is reached.
+    pub carrier: Carrier,
+    /// Where it is: remote address of the link, or where a v5.0.0 worker takes tasks.
+    pub address: SocketAddr,
+    /// Program version, empty for v5.0.0.
+    pub version: String,
+    /// What it serves; empty for v5.0.0, which serves plain tasks.
+    pub models: Vec<ServedModel>,
+    /// Its last load report.
+    pub load: Load,
+    /// It finishes what runs and takes nothing new.
+    pub draining: bool,
+    /// It said busy: nothing new before this moment.
+    pub busy_until: Option<Instant>,
+    /// When it joined.
+    pub joined: Instant,
+    /// Last sign of life.
+    pub last_seen: Instant,
+    /// When an answer last came back from it complete.
+    pub last_success: Option<Instant>,
+    /// Requests of this head that run on it.
+    pub assigned: u32,
+    /// Prompt tokens of those whose first token has not come yet.
+    pub prefilling: u64,
+    /// Answers it completed.
+    pub completed: u64,
+    /// Attempts that failed on it.
+    pub failed: u64,
+    /// Seconds a task takes on a v5.0.0 worker, smoothed; 0 is unknown.
+    pub task_seconds: f64,
+    /// Value of the router's counter at the last assignment: the tie break.
+    pub last_turn: u64,
+}
+
+impl Worker {
+    /// Requests that hold or wait for a slot, by whichever count is larger: its report is up to 250 ms old, and other
+    /// heads may use it too.
+    pub fn active(&self) -> u32 {
+        self.assigned
+            .max(self.load.running.saturating_add(self.load.queued))
+    }
+
+    /// The model of that name, if it serves it.
+    pub fn model(&self, name: &str) -> Option<&ServedModel> {
+        self.models.iter().find(|model| model.card.name == name)
+    }
+
+    /// Whether it is a v5.0.0 worker.
+    pub fn is_legacy(&self) -> bool {
+        self.carrier == Carrier::Legacy
+    }
+}
+
+/// All workers, and the models that were served lately.
+#[derive(Debug)]
+pub struct Registry {
+    /// Silence after which a worker is pruned.
+    timeout: Duration,
+    // Ordered, so that routing never depends on a hash seed.
+    workers: BTreeMap<WorkerId, Worker>,
+    /// Model names and when a worker last served them.
+    known_models: BTreeMap<String, Instant>,
+    next_id: u64,
+}
+
+impl Registry {
+    /// An empty registry that prunes workers after `timeout` of silence.
+    pub fn new(timeout: Duration) -> Self {
+        Self {
+            timeout,
+            workers: BTreeMap::new(),
+            known_models: BTreeMap::new(),
+            next_id: 1,
+        }
+    }
+
+    /// Silence after which a worker is pruned.
+    pub fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
+    /// Enters a mesh worker. A node that is already there has come back on a new link: the old entry's id is returned
+    /// as well, for the caller to end what runs on it.
+    pub fn join(
+        &mut self,
+        node_id: &str,
+        address: SocketAddr,
+        hello: Hello,
+        now: Instant,
+    ) -> (WorkerId, Option<WorkerId>) {
+        let carrier = Carrier::Mesh {
+            node_id: node_id.to_owned(),
+        };
+        let replaced = self
+            .workers
+            .values()
+            .find(|worker| worker.carrier == carrier)
+            .map(|worker| worker.id);
+        if let Some(old) = replaced {
+            self.leave(old, now);
+        }
+        let models = hello
+            .models
+            .into_iter()
+            .take(MODELS_PER_WORKER)
+            .map(|card| ServedModel {
+                decode_tps: speed(card.decode_tps),
+                prefill_tps: speed(card.prefill_tps),
+                card,
+            })
+            .collect();
+        let name = if hello.node_name.is_empty() {
+            short(node_id).to_owned()
+        } else {
+            hello.node_name
+        };
+        let id = self.insert(name, carrier, address, hello.version, models, now);
+        self.remember_models(id, now);
+        (id, replaced)
+    }
+
+    /// A heartbeat of a v5.0.0 worker that takes tasks at `address`. True means that it is new.
+    pub fn legacy_heartbeat(
+        &mut self,
+        address: SocketAddr,
+        now: Instant,
+    ) -> Option<(WorkerId, bool)> {
+        let mut legacy = self
+            .workers
+            .values_mut()
+            .filter(|worker| worker.is_legacy());
+        if let Some(worker) = legacy.find(|worker| worker.address == address) {
+            worker.last_seen = now;
+            return Some((worker.id, false));
+        }
+        // Heartbeats carry no proof of who sent them, so their number must not decide how much memory they take.
+        if self
+            .workers
+            .values()
+            .filter(|worker| worker.is_legacy())
+            .count()
+            >= LEGACY_WORKERS
+        {
+            return None;
+        }
+        let id = self.insert(
+            address.to_string(),
+            Carrier::Legacy,
+            address,
+            String::new(),
+            Vec::new(),
+            now,
+        );
+        Some((id, true))
+    }
+
+    /// A sign of life without news.
+    pub fn seen(&mut self, id: WorkerId, now: Instant) {
+        if let Some(worker) = self.workers.get_mut(&id) {
+            worker.last_seen = now;
+        }
+    }
+
+    /// A load report. Speeds in it replace what is believed so far.
+    pub fn report(&mut self, id: WorkerId, load: Load, now: Instant) {
+        let Some(worker) = self.workers.get_mut(&id) else {
+            return;
+        };
+        worker.last_seen = now;
+        worker.draining = load.draining;
+        for measured in &load.speeds {
+            let Some(model) = worker
+                .models
+                .iter_mut()
+                .find(|model| model.card.name == measured.name)
+            else {
+                continue;
+            };
+            let (decode, prefill) = (speed(measured.decode_tps), speed(measured.prefill_tps));
+            if decode > 0.0 {
+                model.decode_tps = decode / batch_gain(load.running.max(1));
+            }
+            if prefill > 0.0 {
+                model.prefill_tps = prefill;
+            }
+        }
+        worker.load = load;
+        self.remember_models(id, now);
+    }
+
+    /// Removes a worker; its link is closed.
+    pub fn leave(&mut self, id: WorkerId, now: Instant) -> Option<Worker> {
+        self.remember_models(id, now);
+        self.workers.remove(&id)
+    }
+
+    /// Removes and returns the workers that were silent for too long.
+    pub fn prune(&mut self, now: Instant) -> Vec<Worker> {
+        let silent: Vec<WorkerId> = self
+            .workers
+            .values()
+            .filter(|worker| now.saturating_duration_since(worker.last_seen) >= self.timeout)
+            .map(|worker| worker.id)
+            .collect();
+        self.known_models
+            .retain(|_, seen| now.saturating_duration_since(*seen) < MODEL_MEMORY);
+        silent
+            .into_iter()
+            .filter_map(|id| self.leave(id, now))
+            .collect()
+    }
+
+    /// One worker.
+    pub fn get(&self, id: WorkerId) -> Option<&Worker> {
+        self.workers.get(&id)
+    }
+
+    /// One worker, to change.
+    pub fn get_mut(&mut self, id: WorkerId) -> Option<&mut Worker> {
+        self.workers.get_mut(&id)
+    }
+
+    /// All workers in the order in which they joined.
+    pub fn iter(&self) -> impl Iterator<Item = &Worker> {
+        self.workers.values()
+    }
+
+    /// Number of workers.
+    pub fn len(&self) -> usize {
+        self.workers.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.workers.is_empty()
+    }
+
+    /// Whether a worker serves this model now or did within the last minutes.
+    pub fn knows_model(&self, name: &str) -> bool {
+        self.known_models.contains_key(name)
+            || self.iter().any(|worker| worker.model(name).is_some())
+    }
+
+    /// Every model served now, by name, each with the card of the worker that joined first.
+    pub fn models(&self) -> BTreeMap<&str, &ModelCard> {
+        let mut models = BTreeMap::new();
+        for worker in self.iter() {
+            for model in &worker.models {
+                models
+                    .entry(model.card.name.as_str())
+                    .or_insert(&model.card);
+            }
+        }
+        models
+    }
+
+    fn insert(
+        &mut self,
+        name: String,
+        carrier: Carrier,
+        address: SocketAddr,
+        version: String,
+        models: Vec<ServedModel>,
+        now: Instant,
+    ) -> WorkerId {
+        let id = WorkerId(self.next_id);
+        self.next_id += 1;
+        let worker = Worker {
+            id,
+            name,
+            carrier,
+            address,
+            version,
+            models,
+            load: Load::default(),
+            draining: false,
+            busy_until: None,
+            joined: now,
+            last_seen: now,
+            last_success: None,
+            assigned: 0,
+            prefilling: 0,
+            completed: 0,
+            failed: 0,
+            task_seconds: 0.0,
+            last_turn: 0,
+        };
+        self.workers.insert(id, worker);
+        id
+    }
+
+    fn remember_models(&mut self, id: WorkerId, now: Instant) {
+        let Some(worker) = self.workers.get(&id) else {
+            return;
+        };
+        for model in &worker.models {
+            if let Some(seen) = self.known_models.get_mut(&model.card.name) {
+                *seen = now;
+            } else if self.known_models.len() < KNOWN_MODELS {
+                self.known_models.insert(model.card.name.clone(), now);
+            }
+        }
+    }
+}
+
+/// How much faster `batch` streams decode together than one does. Decoding is bound by reading the weights, which a batch
+/// shares; the square root lies between no gain and a perfect one, and both measured points (2 and 8 streams) near it.
+pub fn batch_gain(batch: u32) -> f64 {
+    f64::from(batch.max(1)).sqrt()
+}
+
+/// The first characters of a node id, enough to tell nodes apart.
+fn short(node_id: &str) -> &str {
+    node_id.get(..12).unwrap_or(node_id)
+}
+
+/// A reported speed, or 0 (unknown) where the report makes no sense.
+fn speed(reported: f32) -> f64 {
+    if reported.is_finite() && reported > 0.0 {
+        f64::from(reported)
+    } else {
+        0.0
+    }
+}
+
+const MODELS_PER_WORKER: usize = 64;
+const KNOWN_MODELS: usize = 1024;
+const LEGACY_WORKERS: usize = 1024;
+/// How long a model without a worker is answered with "no worker" and not with "no such model".
+const MODEL_MEMORY: Duration = Duration::from_secs(600);
+
+#[cfg(test)]
+mod tests {
+    use mesh_proto::ModelSpeed;
+
+    use super::*;
+
+    fn address(port: u16) -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], port))
+    }
+
+    fn hello(name: &str) -> Hello {
+        let card = ModelCard {
+            name: "tiny".into(),
+            slots: 4,
+            decode_tps: 100.0,
+            ..Default::default()
+        };
+        Hello {
+            node_name: name.into(),
+            models: vec![card],
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_silent_worker_is_pruned_at_the_timeout_and_not_before() {
+        let start = Instant::now();
+        let mut registry = Registry::new(Duration::from_secs(10));
+        let (mesh, _) = registry.join("aa", address(1), hello("one"), start);
+        let (legacy, new) = registry.legacy_heartbeat(address(2), start).unwrap();
+        assert!(new);
+        registry.report(mesh, Load::default(), start + Duration::from_secs(5));
+        assert!(
+            registry
+                .prune(start + Duration::from_millis(9_999))
+                .is_empty()
+        );
+        let pruned: Vec<_> = registry
+            .prune(start + Duration::from_secs(10))
+            .iter()
+            .map(|worker| worker.id)
+            .collect();
+        assert_eq!(pruned, [legacy]);
+        assert_eq!(registry.prune(start + Duration::from_secs(15)).len(), 1);
+        assert!(registry.is_empty());
+    }
+
+    #[test]
+    fn a_heartbeat_keeps_a_legacy_worker_alive() {
+        let start = Instant::now();
+        let mut registry = Registry::new(Duration::from_secs(10));
+        for beat in 0..20 {
+            let now = start + Duration::from_secs(2 * beat);
+            let (_, new) = registry.legacy_heartbeat(address(2), now).unwrap();
+            assert_eq!(new, beat == 0);
+            assert!(registry.prune(now).is_empty());
+        }
+    }
+
+    #[test]
+    fn a_node_that_comes_back_replaces_its_old_entry() {
+        let start = Instant::now();
+        let mut registry = Registry::new(Duration::from_secs(10));
+        let (old, none) = registry.join("aa", address(1), hello("one"), start);
+        assert_eq!(none, None);
+        let (new, replaced) = registry.join("aa", address(9), hello("one"), start);
+        assert_eq!(replaced, Some(old));
+        assert_ne!(new, old);
+        assert_eq!(registry.len(), 1);
+    }
+
+    #[test]
+    fn a_model_is_remembered_for_a_while_after_its_worker_left() {
+        let start = Instant::now();
+        let mut registry = Registry::new(Duration::from_secs(10));
+        let (id, _) = registry.join("aa", address(1), hello("one"), start);
+        registry.leave(id, start);
+        assert!(registry.knows_model("tiny"));
+        assert!(!registry.knows_model("large"));
+        registry.prune(start + MODEL_MEMORY);
+        assert!(!registry.knows_model("tiny"));
+    }
+
+    #[test]
+    fn a_batched_speed_is_brought_back_to_one_stream() {
+        let start = Instant::now();
+        let mut registry = Registry::new(Duration::from_secs(10));
+        let (id, _) = registry.join("aa", address(1), hello("one"), start);
+        let speeds = vec![ModelSpeed {
+            name: "tiny".into(),
+            decode_tps: 300.0,
+            prefill_tps: f32::NAN,
+        }];
+        registry.report(
+            id,
+            Load {
+                running: 4,
+                speeds,
+                ..Default::default()
+            },
+            start,
+        );
+        let model = registry.get(id).unwrap().model("tiny").unwrap();
+        assert_eq!(model.decode_tps, 150.0);
+        assert_eq!(model.prefill_tps, 0.0);
+    }
+
+    #[test]
+    fn forged_heartbeats_do_not_grow_the_registry_without_bound() {
+        let start = Instant::now();
+        let mut registry = Registry::new(Duration::from_secs(10));
+        let accepted = (1..=5000)
+            .filter(|port| registry.legacy_heartbeat(address(*port), start).is_some())
+            .count();
+        assert_eq!(accepted, LEGACY_WORKERS);
+    }
+}

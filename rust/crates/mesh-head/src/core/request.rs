@@ -1,0 +1,411 @@
+//! The life of one answer, across the deaths of the workers that make it.
+//!
+//! An [`Answer`] is told what happens (a worker was found, tokens came, the link broke, time passed) and says what follows
+//! ([`Step`]). It keeps the tokens so far: when a worker dies, the next one continues after them ([`Resume`]), so that the
+//! client sees one stream without a lost, doubled or changed token.
+//!
+//! Events name their attempt. Whatever still arrives from an attempt that was given up changes nothing.
+
+use std::time::{Duration, Instant};
+
+use dcf::ErrorCode;
+use mesh_proto::{Done, TokenLogprob, Tokens};
+
+use super::placement::{Ended, Refusal};
+use super::registry::WorkerId;
+
+/// What an answer may cost.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// From arrival to the last token.
+    pub timeout: Duration,
+    /// Attempts after the first.
+    pub reruns: u32,
+    /// Least silence between tokens that counts as death.
+    pub silence: Duration,
+    /// The same before the first token, on top of ten times what the router expects.
+    pub first_token: Duration,
+}
+
+/// What to do next.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Step {
+    /// Nothing; go on waiting.
+    Wait,
+    /// Give this to the client.
+    Emit(Delta),
+    /// The attempt is over as [`Ended`] says; ask for another worker and call [`Answer::placed`].
+    Again(Ended),
+    /// The answer is complete: give this to the client, and it was the last.
+    Complete(Complete),
+    /// There will be no (more) answer. If an attempt runs, it is over as [`Ended`] says.
+    Fail(AnswerError, Ended),
+}
+
+/// A piece of the answer.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Delta {
+    /// Index of the first of `tokens` in the answer.
+    pub index: u32,
+    /// New tokens.
+    pub tokens: Vec<u32>,
+    /// New text; may be empty.
+    pub text: String,
+    /// One per token where asked for.
+    pub logprobs: Vec<TokenLogprob>,
+}
+
+/// The end of an answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Complete {
+    /// The worker's account. Its `text` is the last piece of the answer.
+    pub done: Done,
+    /// From arrival to the first token.
+    pub first_token: Option<Duration>,
+    /// From arrival to the end.
+    pub total: Duration,
+    /// How often it was run again.
+    pub reruns: u32,
+}
+
+/// Where the next attempt begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Resume {
+    /// Name of the attempt in later events.
+    pub attempt: u32,
+    /// Bytes of text the client has.
+    pub text_sent: u64,
+}
+
+/// Why there is no answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AnswerError {
+    /// No worker took it.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The worker says that the request itself cannot be answered.
+    #[error("{text}")]
+    Rejected {
+        /// The worker's code.
+        code: ErrorCode,
+        /// The worker's words.
+        text: String,
+    },
+    /// Time is up.
+    #[error("no complete answer within {} s; ask for fewer tokens, or raise request_timeout", .0.as_secs_f64())]
+    Timeout(Duration),
+    /// It failed too often.
+    #[error("{attempts} workers failed on this request, the last one with: {last}")]
+    WorkersFailed {
+        /// Attempts made.
+        attempts: u32,
+        /// What the last one said.
+        last: String,
+    },
+    /// The head is shutting down.
+    #[error("this head is shutting down; ask again in a moment, or ask another head")]
+    ShuttingDown,
+}
+
+/// How an attempt failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Failure {
+    /// The link or the stream broke.
+    Lost(String),
+    /// The worker answered with an Error.
+    Error {
+        /// Its code.
+        code: ErrorCode,
+        /// Its words.
+        text: String,
+    },
+}
+
+/// See the module's page.
+#[derive(Debug)]
+pub struct Answer {
+    limits: Limits,
+    started: Instant,
+    attempt: u32,
+    phase: Phase,
+    tokens: Vec<u32>,
+    text_bytes: u64,
+    first_token: Option<Instant>,
+    pace: Pace,
+    failures: u32,
+    failed_on: Vec<WorkerId>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Placing,
+    Running {
+        worker: WorkerId,
+        last_heard: Instant,
+        allowance: Duration,
+        decoding: bool,
+    },
+    Ended,
+}
+
+/// Step times of one answer.
+#[derive(Debug, Default)]
+struct Pace {
+    mean: Option<Duration>,
+    slowest: Duration,
+}
+
+impl Answer {
+    /// A request that arrived at `now`.
+    pub fn new(limits: Limits, now: Instant) -> Self {
+        Self {
+            limits,
+            started: now,
+            attempt: 0,
+            phase: Phase::Placing,
+            tokens: Vec::new(),
+            text_bytes: 0,
+            first_token: None,
+            pace: Pace::default(),
+            failures: 0,
+            failed_on: Vec::new(),
+        }
+    }
+
+    /// The answer so far, for [`mesh_proto::Generate::generated`].
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Whether anything went to the client: then only the same weights may go on.
+    pub fn has_begun(&self) -> bool {
+        !self.tokens.is_empty() || self.text_bytes > 0
+    }
+
+    /// Workers that failed on it.
+    pub fn failed_on(&self) -> &[WorkerId] {
+        &self.failed_on
+    }
+
+    /// Attempts that failed so far.
+    pub fn failures(&self) -> u32 {
+        self.failures
+    }
+
+    /// Moment after which the answer is of no use.
+    pub fn deadline(&self) -> Instant {
+        self.started + self.limits.timeout
+    }
+
+    /// When to call [`Answer::time_passed`], unless something else happens before.
+    pub fn next_timer(&self) -> Option<Instant> {
+        match self.phase {
+            Phase::Placing => Some(self.deadline()),
+            Phase::Running {
+                last_heard,
+                allowance,
+                ..
+            } => Some(self.deadline().min(last_heard + allowance)),
+            Phase::Ended => None,
+        }
+    }
+
+    /// A worker was found, which the router expects to send its first token after `expected`.
+    pub fn placed(&mut self, worker: WorkerId, expected: Duration, now: Instant) -> Resume {
+        self.attempt += 1;
+        let allowance = self.limits.first_token + expected.saturating_mul(10);
+        self.phase = Phase::Running {
+            worker,
+            last_heard: now,
+            allowance,
+            decoding: false,
+        };
+        Resume {
+            attempt: self.attempt,
+            text_sent: self.text_bytes,
+        }
+    }
+
+    /// No worker was found.
+    pub fn refused(&mut self, refusal: Refusal) -> Step {
+        self.fail(refusal.into(), Ended::Cancelled)
+    }
+
+    /// Tokens came.
+    pub fn tokens_came(&mut self, attempt: u32, tokens: Tokens, now: Instant) -> Step {
+        let Some(worker) = self.worker_of(attempt) else {
+            return Step::Wait;
+        };
+        let have = self.tokens.len() as u64;
+        let first = u64::from(tokens.index);
+        let end = first + tokens.tokens.len() as u64;
+        if end <= have && first < have {
+            // All of it is here already; a repeat that says something else is no repeat.
+            let known = &self.tokens[first as usize..end as usize];
+            return if known == tokens.tokens {
+                Step::Wait
+            } else {
+                self.again(
+                    worker,
+                    "the worker changed tokens that it had sent".to_owned(),
+                    Ended::Failed,
+                )
+            };
+        }
+        if first != have {
+            let text = format!("the worker sent tokens {first}..{end} where token {have} was next");
+            return self.again(worker, text, Ended::Failed);
+        }
+
+        if !tokens.tokens.is_empty() {
+            self.heard(now);
+            self.first_token.get_or_insert(now);
+        }
+        self.text_bytes += tokens.text.len() as u64;
+        self.tokens.extend_from_slice(&tokens.tokens);
+        Step::Emit(Delta {
+            index: tokens.index,
+            tokens: tokens.tokens,
+            text: tokens.text,
+            logprobs: tokens.logprobs,
+        })
+    }
+
+    /// The worker says that the answer is complete.
+    pub fn done(&mut self, attempt: u32, done: Done, now: Instant) -> Step {
+        let Some(worker) = self.worker_of(attempt) else {
+            return Step::Wait;
+        };
+        let have = self.tokens.len();
+        if u64::from(done.completion_tokens) != have as u64 {
+            let text = format!(
+                "the worker counts {} tokens of which {have} came",
+                done.completion_tokens
+            );
+            return self.again(worker, text, Ended::Failed);
+        }
+        self.text_bytes += done.text.len() as u64;
+        self.phase = Phase::Ended;
+        Step::Complete(Complete {
+            done,
+            first_token: self
+                .first_token
+                .map(|at| at.saturating_duration_since(self.started)),
+            total: now.saturating_duration_since(self.started),
+            reruns: self.failures,
+        })
+    }
+
+    /// The attempt failed.
+    pub fn failed(&mut self, attempt: u32, failure: Failure) -> Step {
+        let Some(worker) = self.worker_of(attempt) else {
+            return Step::Wait;
+        };
+        let (code, text) = match failure {
+            Failure::Lost(text) => return self.again(worker, text, Ended::Failed),
+            Failure::Error { code, text } => (code, text),
+        };
+        match code {
+            // The request's fault: the same everywhere.
+            ErrorCode::INVALID_PAYLOAD | ErrorCode::CONTEXT_TOO_LONG => {
+                self.fail(AnswerError::Rejected { code, text }, Ended::Cancelled)
+            }
+            ErrorCode::WORKER_BUSY | ErrorCode::DRAINING => {
+                // Not a failure, and the worker's own pause keeps this from turning quickly; the deadline ends it.
+                self.phase = Phase::Placing;
+                Step::Again(Ended::Busy)
+            }
+            _ => self.again(worker, format!("{code}: {text}"), Ended::Failed),
+        }
+    }
+
+    /// Time has passed: perhaps too much.
+    pub fn time_passed(&mut self, now: Instant) -> Step {
+        if self.phase == Phase::Ended {
+            return Step::Wait;
+        }
+        if now >= self.deadline() {
+            // A worker that let a whole deadline pass did not do well, but that need not be its fault.
+            return self.fail(AnswerError::Timeout(self.limits.timeout), Ended::Cancelled);
+        }
+        match self.phase {
+            Phase::Running {
+                worker,
+                last_heard,
+                allowance,
+                ..
+            } if now >= last_heard + allowance => {
+                let text = format!("no token for {:.1} s", (now - last_heard).as_secs_f64());
+                self.again(worker, text, Ended::Failed)
+            }
+            _ => Step::Wait,
+        }
+    }
+
+    fn worker_of(&self, attempt: u32) -> Option<WorkerId> {
+        match self.phase {
+            Phase::Running { worker, .. } if attempt == self.attempt => Some(worker),
+            _ => None,
+        }
+    }
+
+    fn heard(&mut self, now: Instant) {
+        let Phase::Running {
+            last_heard,
+            allowance,
+            decoding,
+            ..
+        } = &mut self.phase
+        else {
+            return;
+        };
+        // The wait for an attempt's first token is a prefill, which says nothing about the pace of decoding.
+        if *decoding {
+            self.pace.step(now.saturating_duration_since(*last_heard));
+        }
+        *decoding = true;
+        *last_heard = now;
+        *allowance = self.pace.allowance(self.limits.silence);
+    }
+
+    fn again(&mut self, worker: WorkerId, text: String, ended: Ended) -> Step {
+        self.failures += 1;
+        self.failed_on.push(worker);
+        if self.failures > self.limits.reruns {
+            return self.fail(
+                AnswerError::WorkersFailed {
+                    attempts: self.failures,
+                    last: text,
+                },
+                ended,
+            );
+        }
+        self.phase = Phase::Placing;
+        Step::Again(ended)
+    }
+
+    fn fail(&mut self, error: AnswerError, ended: Ended) -> Step {
+        self.phase = Phase::Ended;
+        Step::Fail(error, ended)
+    }
+}
+
+impl Pace {
+    fn step(&mut self, gap: Duration) {
+        let mean = self.mean.unwrap_or(gap);
+        self.mean = Some(mean.mul_f64(1.0 - PACE_WEIGHT) + gap.mul_f64(PACE_WEIGHT));
+        self.slowest = self.slowest.max(gap);
+    }
+
+    /// Silence that is out of proportion to the steps so far: twenty times the mean, four times the slowest.
+    fn allowance(&self, floor: Duration) -> Duration {
+        floor
+            .max(self.mean.unwrap_or_default() * 20)
+            .max(self.slowest * 4)
+    }
+}
+
+const PACE_WEIGHT: f64 = 0.1;
+
+#[cfg(test)]
+mod tests;
