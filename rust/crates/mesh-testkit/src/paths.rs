@@ -1,8 +1,10 @@
 //! Where `make fetch` puts what is never committed.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
 /// The cache folder: `HYDRAMESH_CACHE`, else `.cache` at the root of the repository.
 pub fn cache_dir() -> PathBuf {
@@ -36,4 +38,51 @@ pub fn fetched(relative: &str) -> Result<PathBuf> {
         bail!("{} is missing: run `make fetch`", path.display());
     }
     Ok(path)
+}
+
+/// The folder with the services of the same build as the running test or benchmark: `HYDRAMESH_BIN_DIR`, else
+/// `target/<profile>`, where they are built first so that no test runs against yesterday's services.
+///
+/// # Errors
+/// If they cannot be built.
+pub fn bin_dir() -> Result<PathBuf> {
+    static BUILT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    BUILT
+        .get_or_init(|| find_or_build().map_err(|error| format!("{error:#}")))
+        .clone()
+        .map_err(|error| anyhow!(error))
+}
+
+fn find_or_build() -> Result<PathBuf> {
+    if let Some(dir) = std::env::var_os("HYDRAMESH_BIN_DIR") {
+        return Ok(PathBuf::from(dir));
+    }
+    let program = std::env::current_exe().context("where is this program?")?;
+    // target/<profile>/deps/<test>-<hash> or target/<profile>/<program>
+    let dir = program
+        .ancestors()
+        .skip(1)
+        .find(|dir| dir.file_name().is_some_and(|name| name != "deps"))
+        .with_context(|| format!("{} is in no build folder", program.display()))?;
+    let profile = match dir.file_name().and_then(|name| name.to_str()) {
+        Some("debug") => "dev",
+        Some(name) => name,
+        None => bail!("{} is in no build folder", program.display()),
+    };
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .ancestors()
+        .nth(2)
+        .expect("the crate lies two folders below the workspace");
+    let status = Command::new(cargo)
+        .current_dir(workspace)
+        .args(["build", "--quiet", "--bins", "--profile", profile])
+        .args(["-p", "mesh-head", "-p", "mesh-worker"])
+        .args(["-p", "mesh-shim", "-p", "mesh-cli"])
+        .status()
+        .context("starting cargo")?;
+    if !status.success() {
+        bail!("the services cannot be built (cargo's words are above)");
+    }
+    Ok(dir.to_owned())
 }

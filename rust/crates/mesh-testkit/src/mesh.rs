@@ -1,0 +1,362 @@
+//! A whole mesh on loopback: a head, workers that join it with tokens, a shim before it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use mesh_client::http::HttpClient;
+use serde_json::{Value, json};
+use toml::Table;
+
+use crate::paths;
+use crate::process::{Launcher, Service};
+
+/// How long a mesh may take until every worker can be asked.
+const READY_LIMIT: Duration = Duration::from_secs(90);
+
+/// What a mesh shall be made of.
+#[derive(Debug)]
+pub struct MeshBuilder {
+    launcher: Option<Launcher>,
+    model: Option<PathBuf>,
+    workers: usize,
+    shim: bool,
+    head_config: Table,
+    worker_config: Table,
+    shim_config: Table,
+}
+
+impl MeshBuilder {
+    /// How many workers.
+    #[must_use]
+    pub fn workers(mut self, workers: usize) -> Self {
+        self.workers = workers;
+        self
+    }
+
+    /// Puts a shim before the head.
+    #[must_use]
+    pub fn shim(mut self) -> Self {
+        self.shim = true;
+        self
+    }
+
+    /// The model file that every worker serves; SmolLM2 from the cache otherwise.
+    #[must_use]
+    pub fn model(mut self, path: &Path) -> Self {
+        self.model = Some(path.to_owned());
+        self
+    }
+
+    /// Other binaries than those of the running test.
+    #[must_use]
+    pub fn launcher(mut self, launcher: Launcher) -> Self {
+        self.launcher = Some(launcher);
+        self
+    }
+
+    /// TOML that is put over the head's configuration, such as `queue_limit = 4`.
+    ///
+    /// # Panics
+    /// If it is not TOML.
+    #[must_use]
+    pub fn head_config(mut self, toml: &str) -> Self {
+        overlay(&mut self.head_config, parse(toml));
+        self
+    }
+
+    /// TOML that is put over every worker's configuration.
+    ///
+    /// # Panics
+    /// If it is not TOML.
+    #[must_use]
+    pub fn worker_config(mut self, toml: &str) -> Self {
+        overlay(&mut self.worker_config, parse(toml));
+        self
+    }
+
+    /// TOML that is put over the shim's configuration.
+    ///
+    /// # Panics
+    /// If it is not TOML.
+    #[must_use]
+    pub fn shim_config(mut self, toml: &str) -> Self {
+        overlay(&mut self.shim_config, parse(toml));
+        self
+    }
+
+    /// Starts everything and waits until every worker can be asked.
+    ///
+    /// # Errors
+    /// If a service does not start; the message holds the end of its log.
+    pub async fn start(self) -> Result<Mesh> {
+        let launcher = match self.launcher {
+            Some(launcher) => launcher,
+            None => Launcher::for_tests()?,
+        };
+        let mut config = parse(
+            r#"
+            [http]
+            listen = "127.0.0.1:0"
+            [dcf]
+            clients = "127.0.0.1:0"
+            workers = "127.0.0.1:0"
+            [quic]
+            listen = "127.0.0.1:0"
+            "#,
+        );
+        overlay(&mut config, self.head_config);
+        let mut head = launcher.start("mesh-head", "head", &config).await?;
+        head.wait_for("/health").await?;
+
+        let mut mesh = Mesh {
+            launcher,
+            model: self.model,
+            worker_config: self.worker_config,
+            workers: Vec::new(),
+            shim: None,
+            head,
+        };
+        for _ in 0..self.workers {
+            mesh.start_worker("").await?;
+        }
+        mesh.wait_for_workers(self.workers).await?;
+        if self.shim {
+            mesh.start_shim(self.shim_config).await?;
+        }
+        Ok(mesh)
+    }
+}
+
+/// A running mesh. Dropping it kills all of it.
+#[derive(Debug)]
+pub struct Mesh {
+    launcher: Launcher,
+    model: Option<PathBuf>,
+    worker_config: Table,
+    /// The workers, in the order of their start.
+    pub workers: Vec<Service>,
+    /// The shim.
+    pub shim: Option<Service>,
+    /// The head.
+    pub head: Service,
+}
+
+impl Mesh {
+    /// A mesh to be described.
+    pub fn builder() -> MeshBuilder {
+        MeshBuilder {
+            launcher: None,
+            model: None,
+            workers: 0,
+            shim: false,
+            head_config: Table::new(),
+            worker_config: Table::new(),
+            shim_config: Table::new(),
+        }
+    }
+
+    /// A client of the head's HTTP API.
+    ///
+    /// # Errors
+    /// If the head has no HTTP address.
+    pub fn client(&self) -> Result<HttpClient> {
+        self.head.http()
+    }
+
+    /// A client that may do what the administrator may.
+    ///
+    /// # Errors
+    /// If the head's key cannot be read.
+    pub fn admin(&self) -> Result<HttpClient> {
+        let path = self.head.state_dir().join("admin.key");
+        let key = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let address = self.head.address("http")?.to_string();
+        Ok(HttpClient::new(&address, Some(key.trim().to_owned()))?)
+    }
+
+    /// A new join token.
+    ///
+    /// # Errors
+    /// If the head refuses.
+    pub async fn join_token(&self) -> Result<String> {
+        let answer = self.admin()?.post("/v1/mesh/tokens", &json!({})).await?;
+        let token = answer["token"]
+            .as_str()
+            .with_context(|| format!("no token in {answer}"))?;
+        Ok(token.to_owned())
+    }
+
+    /// The registry, as `/v1/mesh` shows it.
+    ///
+    /// # Errors
+    /// If the head does not answer.
+    pub async fn registry(&self) -> Result<Value> {
+        Ok(self.client()?.get("/v1/mesh").await?)
+    }
+
+    /// Workers that the head counts as usable now.
+    ///
+    /// # Errors
+    /// If the head does not answer.
+    pub async fn usable_workers(&self) -> Result<Vec<Value>> {
+        Ok(usable(&self.registry().await?))
+    }
+
+    /// Starts one more worker, with `toml` over the usual configuration, and does not wait for its model.
+    ///
+    /// # Errors
+    /// If it does not start.
+    pub async fn start_worker(&mut self, toml: &str) -> Result<usize> {
+        let token = self.join_token().await?;
+        self.start_worker_with_token(toml, &token).await
+    }
+
+    /// As [`Mesh::start_worker`], with a token of the caller's.
+    ///
+    /// # Errors
+    /// If it does not start.
+    pub async fn start_worker_with_token(&mut self, toml: &str, token: &str) -> Result<usize> {
+        let index = self.workers.len();
+        let name = format!("worker-{}", index + 1);
+        let config = self.worker_configuration(&name, toml, token)?;
+        let worker = self.launcher.start("mesh-worker", &name, &config).await?;
+        self.workers.push(worker);
+        Ok(index)
+    }
+
+    /// The configuration a worker of this mesh gets.
+    ///
+    /// # Errors
+    /// If the model was not fetched.
+    pub fn worker_configuration(&self, name: &str, toml: &str, token: &str) -> Result<Table> {
+        let token_file = self.head.state_dir().join(format!("{name}.token"));
+        fs::write(&token_file, token).with_context(|| token_file.display().to_string())?;
+        let model = match &self.model {
+            Some(model) => model.clone(),
+            None => paths::smollm2()?,
+        };
+        let mut config = parse(
+            r#"
+            [http]
+            listen = "127.0.0.1:0"
+            [dcf]
+            listen = "127.0.0.1:0"
+            "#,
+        );
+        config.insert("node_name".into(), name.into());
+        config.insert("head".into(), self.head.address("quic")?.to_string().into());
+        config.insert(
+            "join_token_file".into(),
+            token_file.display().to_string().into(),
+        );
+        config.insert("models".into(), vec![model.display().to_string()].into());
+        overlay(&mut config, self.worker_config.clone());
+        overlay(&mut config, parse(toml));
+        Ok(config)
+    }
+
+    /// Starts a shim before the head, with `config` over the usual one.
+    ///
+    /// # Errors
+    /// If it does not start.
+    pub async fn start_shim(&mut self, extra: Table) -> Result<()> {
+        let mut config = parse("listen = \"127.0.0.1:0\"\n[http]\nlisten = \"127.0.0.1:0\"\n");
+        let head = self.head.address("dcf.clients")?.to_string();
+        config.insert("heads".into(), vec![head].into());
+        overlay(&mut config, extra);
+        let mut shim = self.launcher.start("mesh-shim", "shim", &config).await?;
+        shim.wait_for("/health").await?;
+        self.shim = Some(shim);
+        Ok(())
+    }
+
+    /// Waits until the head counts `wanted` usable workers, no more and no fewer.
+    ///
+    /// # Errors
+    /// If it does not within 90 s, or if a worker ends meanwhile.
+    pub async fn wait_for_workers(&mut self, wanted: usize) -> Result<()> {
+        let started = Instant::now();
+        loop {
+            let registry = self.registry().await?;
+            if usable(&registry).len() == wanted {
+                return Ok(());
+            }
+            if started.elapsed() > READY_LIMIT {
+                let logs: String = self.workers.iter().map(Service::log_end).collect();
+                bail!(
+                    "the head has not {wanted} usable workers after {READY_LIMIT:?}: {registry}\n{logs}"
+                );
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Ends all services that run with SIGTERM, workers first, and checks that each exits with 0.
+    ///
+    /// # Errors
+    /// If one does not end, or not with 0.
+    pub async fn shutdown(mut self) -> Result<()> {
+        let services = self
+            .shim
+            .iter_mut()
+            .chain(&mut self.workers)
+            .chain(std::iter::once(&mut self.head));
+        for service in services {
+            if !service.is_running() {
+                continue;
+            }
+            let status = service.terminate(Duration::from_secs(30)).await?;
+            if !status.success() {
+                bail!(
+                    "{} ended with {status}; its log ends:\n{}",
+                    service.name(),
+                    service.log_end()
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+fn usable(registry: &Value) -> Vec<Value> {
+    let workers = registry["workers"].as_array().map(Vec::as_slice);
+    workers
+        .unwrap_or_default()
+        .iter()
+        .filter(|worker| worker["state"] == "ready")
+        .cloned()
+        .collect()
+}
+
+fn parse(toml: &str) -> Table {
+    toml.parse().expect("the test's own TOML")
+}
+
+/// Puts `over` over `table`, table by table.
+fn overlay(table: &mut Table, over: Table) {
+    for (key, value) in over {
+        match (table.get_mut(&key), value) {
+            (Some(toml::Value::Table(under)), toml::Value::Table(over)) => overlay(under, over),
+            (_, value) => {
+                table.insert(key, value);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tests_configuration_goes_over_the_usual_one_key_by_key() {
+        let mut config = parse("a = 1\n[http]\nlisten = \"x\"\nkeep = true\n");
+        overlay(&mut config, parse("a = 2\n[http]\nlisten = \"y\"\n"));
+        assert_eq!(
+            config,
+            parse("a = 2\n[http]\nlisten = \"y\"\nkeep = true\n")
+        );
+    }
+}

@@ -1,0 +1,387 @@
+//! One service as a real process: started from a configuration, watched, signalled, cleaned up.
+
+use std::fs::{self, File};
+use std::net::SocketAddr;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use mesh_client::http::HttpClient;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::paths;
+
+/// How long a service may take to write its addresses or to become ready, on a busy machine.
+const START_LIMIT: Duration = Duration::from_secs(90);
+const POLL: Duration = Duration::from_millis(20);
+
+/// Which binaries to start, and with what around them.
+#[derive(Debug, Clone)]
+pub struct Launcher {
+    bin_dir: PathBuf,
+    environment: Vec<(String, String)>,
+    own_group: bool,
+}
+
+impl Launcher {
+    /// The services of the same build as the running test, built if they are not there.
+    ///
+    /// # Errors
+    /// If they cannot be built, or if ONNX Runtime was not fetched.
+    pub fn for_tests() -> Result<Self> {
+        Ok(Self {
+            bin_dir: paths::bin_dir()?,
+            environment: vec![("ORT_DYLIB_PATH".to_owned(), text(&paths::ort_library()?)?)],
+            own_group: false,
+        })
+    }
+
+    /// The services beside the running executable, with ONNX Runtime's library at `ort_library`. A Ctrl-C at the terminal
+    /// does not reach them: whoever started them stops them.
+    ///
+    /// # Errors
+    /// If one is not there.
+    pub fn beside_this_program(ort_library: &Path) -> Result<Self> {
+        let program = std::env::current_exe().context("where is this program?")?;
+        let bin_dir = program
+            .parent()
+            .ok_or_else(|| anyhow!("{} has no folder", program.display()))?
+            .to_owned();
+        for name in ["mesh-head", "mesh-worker", "mesh-shim"] {
+            if !bin_dir.join(name).is_file() {
+                bail!(
+                    "{name} is not beside {}; `make build` builds all of them",
+                    program.display()
+                );
+            }
+        }
+        Ok(Self {
+            bin_dir,
+            environment: vec![("ORT_DYLIB_PATH".to_owned(), text(ort_library)?)],
+            own_group: true,
+        })
+    }
+
+    /// The executable called `name`.
+    pub fn binary(&self, name: &str) -> PathBuf {
+        self.bin_dir.join(name)
+    }
+
+    /// Starts `program` with `config` as its configuration file, under the name `name`, and waits until it has written its
+    /// addresses.
+    ///
+    /// # Errors
+    /// If it cannot be started or ends at once; the message holds the end of its log.
+    pub async fn start(&self, program: &str, name: &str, config: &toml::Table) -> Result<Service> {
+        let dir = tempfile::Builder::new()
+            .prefix(&format!("hydramesh-{name}-"))
+            .tempdir()
+            .context("a temporary folder")?;
+        self.start_in(program, name, config, dir).await
+    }
+
+    async fn start_in(
+        &self,
+        program: &str,
+        name: &str,
+        config: &toml::Table,
+        dir: TempDir,
+    ) -> Result<Service> {
+        let mut service = Service {
+            launcher: self.clone(),
+            program: program.to_owned(),
+            name: name.to_owned(),
+            dir,
+            child: None,
+            addresses: Value::Null,
+        };
+        service.configure(config)?;
+        service.spawn().await?;
+        Ok(service)
+    }
+}
+
+/// A running service. Dropping it kills the process and removes its folder.
+#[derive(Debug)]
+pub struct Service {
+    launcher: Launcher,
+    program: String,
+    name: String,
+    dir: TempDir,
+    child: Option<Child>,
+    addresses: Value,
+}
+
+impl Service {
+    /// The name it was started under.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its state folder.
+    pub fn state_dir(&self) -> PathBuf {
+        self.dir.path().join("state")
+    }
+
+    /// Its process id.
+    ///
+    /// # Panics
+    /// If it was stopped.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().expect("the service runs").id()
+    }
+
+    /// The address it listens at under `key` of its `addresses.json`.
+    ///
+    /// # Errors
+    /// If it has none.
+    pub fn address(&self, key: &str) -> Result<SocketAddr> {
+        self.addresses[key]
+            .as_str()
+            .and_then(|address| address.parse().ok())
+            .ok_or_else(|| {
+                anyhow!(
+                    "{} has no address {key:?} among {}",
+                    self.name,
+                    self.addresses
+                )
+            })
+    }
+
+    /// A client of its HTTP endpoints.
+    ///
+    /// # Errors
+    /// If it has none.
+    pub fn http(&self) -> Result<HttpClient> {
+        Ok(HttpClient::new(&self.address("http")?.to_string(), None)?)
+    }
+
+    /// All it has logged so far, over restarts.
+    pub fn log(&self) -> String {
+        fs::read(self.log_path())
+            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+            .unwrap_or_default()
+    }
+
+    /// Its log file.
+    pub fn log_path(&self) -> PathBuf {
+        self.dir.path().join("service.log")
+    }
+
+    /// Waits until `path` (`/health`, `/ready`) answers with success.
+    ///
+    /// # Errors
+    /// If it does not within 90 s, or if the process ends; the message holds the end of its log.
+    pub async fn wait_for(&mut self, path: &str) -> Result<()> {
+        let http = self.http()?;
+        let started = Instant::now();
+        loop {
+            self.fail_if_ended()?;
+            let answer = tokio::time::timeout(Duration::from_secs(2), http.get_text(path)).await;
+            match answer {
+                Ok(Ok(_)) => return Ok(()),
+                _ if started.elapsed() > START_LIMIT => {
+                    bail!(
+                        "{} did not answer {path} within {START_LIMIT:?} (last: {answer:?}); its log ends:\n{}",
+                        self.name,
+                        self.log_end()
+                    );
+                }
+                _ => tokio::time::sleep(POLL).await,
+            }
+        }
+    }
+
+    /// Sends a signal: `SIGKILL` as a crash, `SIGSTOP` and `SIGCONT` as a machine that hangs and comes back.
+    ///
+    /// # Errors
+    /// If the process is gone.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = i32::try_from(self.pid()).context("a process id")?;
+        kill(Pid::from_raw(pid), signal).with_context(|| format!("{signal} to {}", self.name))
+    }
+
+    /// Kills it as a crash would and waits until it is gone.
+    ///
+    /// # Errors
+    /// If it is gone already.
+    pub fn crash(&mut self) -> Result<()> {
+        self.signal(Signal::SIGKILL)?;
+        if let Some(mut child) = self.child.take() {
+            child.wait().context("waiting for a killed process")?;
+        }
+        Ok(())
+    }
+
+    /// Sends SIGTERM and waits for the end.
+    ///
+    /// # Errors
+    /// If it does not end within `limit`.
+    pub async fn terminate(&mut self, limit: Duration) -> Result<ExitStatus> {
+        self.signal(Signal::SIGTERM)?;
+        self.wait_for_end(limit).await
+    }
+
+    /// Waits until the process ends by itself.
+    ///
+    /// # Errors
+    /// If it does not end within `limit`.
+    pub async fn wait_for_end(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let started = Instant::now();
+        let child = self.child.as_mut().context("the service runs")?;
+        loop {
+            if let Some(status) = child.try_wait().context("waiting for a process")? {
+                self.child = None;
+                return Ok(status);
+            }
+            if started.elapsed() > limit {
+                bail!(
+                    "{} still runs {limit:?} later; its log ends:\n{}",
+                    self.name,
+                    self.log_end()
+                );
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// Whether the process runs.
+    pub fn is_running(&mut self) -> bool {
+        self.child
+            .as_mut()
+            .is_some_and(|child| matches!(child.try_wait(), Ok(None)))
+    }
+
+    /// Starts it again after [`Service::crash`] or [`Service::terminate`], with the same state and, `config` being `None`,
+    /// the same configuration. Ports that the system chose may change.
+    ///
+    /// # Errors
+    /// As [`Launcher::start`].
+    pub async fn restart(&mut self, config: Option<&toml::Table>) -> Result<()> {
+        if self.is_running() {
+            bail!("{} runs still", self.name);
+        }
+        if let Some(config) = config {
+            self.configure(config)?;
+        }
+        self.spawn().await
+    }
+
+    /// Bytes of memory that it holds now.
+    ///
+    /// # Errors
+    /// If the process is gone.
+    pub fn resident_bytes(&self) -> Result<u64> {
+        let path = format!("/proc/{}/status", self.pid());
+        let status = fs::read_to_string(&path).with_context(|| path.clone())?;
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .with_context(|| format!("VmRSS in {path}"))?;
+        let kilobytes: u64 = line.trim().trim_end_matches(" kB").parse()?;
+        Ok(kilobytes * 1024)
+    }
+
+    /// The last 40 lines of its log.
+    pub fn log_end(&self) -> String {
+        let log = self.log();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(40)..].join("\n")
+    }
+
+    fn configure(&self, config: &toml::Table) -> Result<()> {
+        let path = self.config_path();
+        fs::write(&path, config.to_string()).with_context(|| path.display().to_string())
+    }
+
+    fn config_path(&self) -> PathBuf {
+        self.dir.path().join("config.toml")
+    }
+
+    async fn spawn(&mut self) -> Result<()> {
+        let addresses = self.state_dir().join("addresses.json");
+        let _ = fs::remove_file(&addresses);
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.log_path())
+            .context("the log file")?;
+        let binary = self.launcher.binary(&self.program);
+        let mut command = Command::new(&binary);
+        command
+            .arg("--config")
+            .arg(self.config_path())
+            .arg("--state-dir")
+            .arg(self.state_dir())
+            .envs(self.launcher.environment.iter().cloned())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().context("the log file")?)
+            .stderr(log);
+        if self.launcher.own_group {
+            command.process_group(0);
+        }
+        let child = command
+            .spawn()
+            .with_context(|| format!("starting {}", binary.display()))?;
+        self.child = Some(child);
+
+        let started = Instant::now();
+        loop {
+            // Written in one piece, but a reader may come in the middle of a rename on some file systems.
+            if let Ok(bytes) = fs::read(&addresses)
+                && let Ok(found) = serde_json::from_slice(&bytes)
+            {
+                self.addresses = found;
+                return Ok(());
+            }
+            self.fail_if_ended()?;
+            if started.elapsed() > START_LIMIT {
+                bail!(
+                    "{} wrote no addresses within {START_LIMIT:?}; its log ends:\n{}",
+                    self.name,
+                    self.log_end()
+                );
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    fn fail_if_ended(&mut self) -> Result<()> {
+        let Some(child) = self.child.as_mut() else {
+            bail!("{} was stopped", self.name);
+        };
+        if let Some(status) = child.try_wait()? {
+            self.child = None;
+            bail!(
+                "{} ended with {status}; its log ends:\n{}",
+                self.name,
+                self.log_end()
+            );
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        // What a failed test needs to be understood.
+        if std::thread::panicking() {
+            eprintln!("--- log of {}, its end ---\n{}", self.name, self.log_end());
+        }
+    }
+}
+
+fn text(path: &Path) -> Result<String> {
+    path.to_str()
+        .map(str::to_owned)
+        .with_context(|| format!("{} is not UTF-8", path.display()))
+}

@@ -1,0 +1,357 @@
+//! DCF v5.0.0 peers as they exist in the field: a client, a worker and a head over plain sockets.
+//!
+//! Written from the wire format alone and on purpose without the `dcf` crate: a mistake there must not cancel itself out.
+
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail};
+
+/// Message type of a heartbeat.
+pub const HEARTBEAT: u8 = 0x01;
+/// Message type of a task.
+pub const TASK: u8 = 0x02;
+/// Message type of a result.
+pub const RESULT: u8 = 0x03;
+/// Message type of an error.
+pub const ERROR: u8 = 0xFF;
+
+const HEADER: usize = 17;
+const LARGEST: usize = 65_507;
+
+/// One message: type u8, sequence u32, timestamp u64, payload length u32, all big-endian, then the payload.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Datagram {
+    /// The type.
+    pub kind: u8,
+    /// The sequence.
+    pub sequence: u32,
+    /// What it carries.
+    pub payload: Vec<u8>,
+}
+
+impl Datagram {
+    /// A message of these parts.
+    pub fn new(kind: u8, sequence: u32, payload: impl Into<Vec<u8>>) -> Self {
+        Self {
+            kind,
+            sequence,
+            payload: payload.into(),
+        }
+    }
+
+    /// Its bytes, with the time of now.
+    pub fn encode(&self) -> Vec<u8> {
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| since.as_micros() as u64);
+        let mut bytes = vec![self.kind];
+        bytes.extend(self.sequence.to_be_bytes());
+        bytes.extend(now.to_be_bytes());
+        bytes.extend((self.payload.len() as u32).to_be_bytes());
+        bytes.extend(&self.payload);
+        bytes
+    }
+
+    /// Reads a datagram; `None` if it is shorter than its header says.
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        let header: &[u8; HEADER] = bytes.first_chunk()?;
+        let sequence = u32::from_be_bytes([header[1], header[2], header[3], header[4]]);
+        let len = u32::from_be_bytes([header[13], header[14], header[15], header[16]]);
+        let payload = bytes[HEADER..].get(..len as usize)?;
+        Some(Self::new(header[0], sequence, payload))
+    }
+
+    /// The payload as text.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.payload).into_owned()
+    }
+
+    /// Code and text, if it is an Error.
+    pub fn error(&self) -> Option<(u8, String)> {
+        let (&code, text) = self.payload.split_first()?;
+        (self.kind == ERROR).then(|| (code, String::from_utf8_lossy(text).into_owned()))
+    }
+}
+
+/// A client: one Task out, one datagram back.
+#[derive(Debug)]
+pub struct V5Client {
+    socket: UdpSocket,
+}
+
+impl V5Client {
+    /// A client of the shim or head at `target`.
+    ///
+    /// # Errors
+    /// If there is no socket to be had.
+    pub fn new(target: SocketAddr) -> Result<Self> {
+        let socket = UdpSocket::bind("127.0.0.1:0").context("a UDP socket")?;
+        socket.connect(target)?;
+        Ok(Self { socket })
+    }
+
+    /// Sends a task and does not wait.
+    ///
+    /// # Errors
+    /// If nothing listens there.
+    pub fn send(&self, sequence: u32, prompt: &str) -> Result<()> {
+        self.send_raw(&Datagram::new(TASK, sequence, prompt).encode())
+    }
+
+    /// Sends bytes as they are.
+    ///
+    /// # Errors
+    /// If nothing listens there.
+    pub fn send_raw(&self, bytes: &[u8]) -> Result<()> {
+        self.socket.send(bytes).context("sending a datagram")?;
+        Ok(())
+    }
+
+    /// The next datagram, `None` if none comes within `limit`.
+    ///
+    /// # Errors
+    /// If the socket fails or the datagram is no DCF message.
+    pub fn receive(&self, limit: Duration) -> Result<Option<Datagram>> {
+        self.socket.set_read_timeout(Some(limit))?;
+        let mut buffer = vec![0; LARGEST];
+        match self.socket.recv(&mut buffer) {
+            Ok(len) => match Datagram::decode(&buffer[..len]) {
+                Some(datagram) => Ok(Some(datagram)),
+                None => bail!("{len} bytes came that are no DCF message"),
+            },
+            Err(error) if timed_out(&error) => Ok(None),
+            Err(error) => Err(error).context("receiving a datagram"),
+        }
+    }
+
+    /// Sends a task and waits for the one datagram that comes back.
+    ///
+    /// # Errors
+    /// If none comes within `limit`, or if it has another sequence.
+    pub fn ask(&self, sequence: u32, prompt: &str, limit: Duration) -> Result<Datagram> {
+        self.send(sequence, prompt)?;
+        let answer = self
+            .receive(limit)?
+            .with_context(|| format!("no answer to task {sequence} within {limit:?}"))?;
+        if answer.sequence != sequence {
+            bail!("task {sequence} was answered as {}", answer.sequence);
+        }
+        Ok(answer)
+    }
+}
+
+/// A worker: heartbeats to a head, answers each task by a function of its text.
+#[derive(Debug)]
+pub struct V5Worker {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+    address: SocketAddr,
+}
+
+impl V5Worker {
+    /// Starts one that announces itself at `bus` every `interval` (2 s in the field). `answer` gives the result of a task;
+    /// `None` leaves the task without one.
+    ///
+    /// # Errors
+    /// If there is no socket to be had.
+    pub fn start(
+        bus: SocketAddr,
+        interval: Duration,
+        mut answer: impl FnMut(&Datagram) -> Option<Vec<u8>> + Send + 'static,
+    ) -> Result<Self> {
+        let socket = UdpSocket::bind("127.0.0.1:0").context("a UDP socket")?;
+        let address = socket.local_addr()?;
+        socket.set_read_timeout(Some(interval.min(Duration::from_millis(100))))?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || {
+            let heartbeat = Datagram::new(HEARTBEAT, 0, address.port().to_string());
+            let mut buffer = vec![0; LARGEST];
+            let mut next = std::time::Instant::now();
+            while !stopped.load(Ordering::Relaxed) {
+                if std::time::Instant::now() >= next {
+                    let _ = socket.send_to(&heartbeat.encode(), bus);
+                    next += interval;
+                }
+                let Ok((len, _)) = socket.recv_from(&mut buffer) else {
+                    continue;
+                };
+                let Some(task) = Datagram::decode(&buffer[..len]) else {
+                    continue;
+                };
+                if task.kind == TASK
+                    && let Some(result) = answer(&task)
+                {
+                    let result = Datagram::new(RESULT, task.sequence, result);
+                    let _ = socket.send_to(&result.encode(), bus);
+                }
+            }
+        });
+        Ok(Self {
+            stop,
+            thread: Some(thread),
+            address,
+        })
+    }
+
+    /// Where it takes tasks.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+impl Drop for V5Worker {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A head: hears heartbeats, sends tasks to the worker it heard last.
+#[derive(Debug)]
+pub struct V5Head {
+    bus: UdpSocket,
+}
+
+impl V5Head {
+    /// One whose worker bus has a port that the system chose.
+    ///
+    /// # Errors
+    /// If there is no socket to be had.
+    pub fn start() -> Result<Self> {
+        Ok(Self {
+            bus: UdpSocket::bind("127.0.0.1:0").context("a UDP socket")?,
+        })
+    }
+
+    /// Where workers send heartbeats and results.
+    ///
+    /// # Errors
+    /// If the socket fails.
+    pub fn bus(&self) -> Result<SocketAddr> {
+        Ok(self.bus.local_addr()?)
+    }
+
+    /// Waits for a heartbeat; the address it names, and the bytes of its payload.
+    ///
+    /// # Errors
+    /// If none comes within `limit`, or if one is malformed.
+    pub fn heartbeat(&self, limit: Duration) -> Result<(SocketAddr, Vec<u8>)> {
+        let (from, datagram) = self.receive(limit, HEARTBEAT)?;
+        if datagram.sequence != 0 {
+            bail!("a heartbeat has sequence {}", datagram.sequence);
+        }
+        let port = datagram
+            .text()
+            .parse()
+            .with_context(|| format!("a heartbeat names the port {:?}", datagram.text()))?;
+        Ok((SocketAddr::new(from.ip(), port), datagram.payload))
+    }
+
+    /// Sends a task to `worker` and waits for its answer, heartbeats aside.
+    ///
+    /// # Errors
+    /// If none comes within `limit`.
+    pub fn ask(
+        &self,
+        worker: SocketAddr,
+        sequence: u32,
+        prompt: &str,
+        limit: Duration,
+    ) -> Result<Datagram> {
+        self.bus
+            .send_to(&Datagram::new(TASK, sequence, prompt).encode(), worker)?;
+        let (_, answer) = self.receive_other(limit, HEARTBEAT)?;
+        if answer.sequence != sequence {
+            bail!("task {sequence} was answered as {}", answer.sequence);
+        }
+        Ok(answer)
+    }
+
+    fn receive(&self, limit: Duration, kind: u8) -> Result<(SocketAddr, Datagram)> {
+        self.receive_where(limit, |datagram| datagram.kind == kind)
+    }
+
+    fn receive_other(&self, limit: Duration, kind: u8) -> Result<(SocketAddr, Datagram)> {
+        self.receive_where(limit, |datagram| datagram.kind != kind)
+    }
+
+    fn receive_where(
+        &self,
+        limit: Duration,
+        wanted: impl Fn(&Datagram) -> bool,
+    ) -> Result<(SocketAddr, Datagram)> {
+        let deadline = std::time::Instant::now() + limit;
+        let mut buffer = vec![0; LARGEST];
+        loop {
+            let left = deadline.saturating_duration_since(std::time::Instant::now());
+            if left.is_zero() {
+                bail!("nothing came within {limit:?}");
+            }
+            self.bus.set_read_timeout(Some(left))?;
+            match self.bus.recv_from(&mut buffer) {
+                Ok((len, from)) => {
+                    let datagram = Datagram::decode(&buffer[..len])
+                        .with_context(|| format!("{len} bytes from {from} are no DCF message"))?;
+                    if wanted(&datagram) {
+                        return Ok((from, datagram));
+                    }
+                }
+                Err(error) if timed_out(&error) => {}
+                Err(error) => return Err(error).context("receiving a datagram"),
+            }
+        }
+    }
+}
+
+fn timed_out(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_peers_understand_each_other() {
+        let head = V5Head::start().expect("a head");
+        let bus = head.bus().expect("bound");
+        let worker = V5Worker::start(bus, Duration::from_millis(50), |task| {
+            Some(format!("answer to {}", task.text()).into_bytes())
+        })
+        .expect("a worker");
+        let limit = Duration::from_secs(5);
+        let (address, payload) = head.heartbeat(limit).expect("a heartbeat");
+        assert_eq!(address, worker.address());
+        assert_eq!(payload, address.port().to_string().into_bytes());
+        let answer = head.ask(address, 41, "why?", limit).expect("an answer");
+        assert_eq!(
+            (answer.kind, answer.text().as_str()),
+            (RESULT, "answer to why?")
+        );
+    }
+
+    #[test]
+    fn the_bytes_are_those_of_the_field() {
+        // The published vector "task_plain_text", its timestamp aside.
+        let bytes = Datagram::new(TASK, 1, "Why is the sky blue?").encode();
+        assert_eq!(bytes[..5], [2, 0, 0, 0, 1]);
+        assert_eq!(bytes[13..17], [0, 0, 0, 0x14]);
+        assert_eq!(&bytes[17..], b"Why is the sky blue?");
+        assert_eq!(
+            Datagram::decode(&bytes[..bytes.len() - 1]),
+            None,
+            "cut short"
+        );
+    }
+}
