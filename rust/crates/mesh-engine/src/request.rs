@@ -1,0 +1,271 @@
+//! What is asked of an engine and what it answers.
+
+use std::time::{Duration, Instant};
+
+use crate::StageError;
+
+/// A request for text.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    /// Request id, for the logs of all services.
+    pub id: String,
+    /// Tokens to continue.
+    pub prompt_tokens: Vec<u32>,
+    /// Tokens of the answer generated elsewhere, to go on after: they are not reported again.
+    pub generated: Vec<u32>,
+    /// Bytes of answer text, `echo` included, that the client already has.
+    pub text_sent: u64,
+    /// How tokens are chosen.
+    pub params: SamplingParams,
+    /// Texts that end the answer and are not part of it.
+    pub stop: Vec<String>,
+    /// Most tokens of the answer, `generated` included; `None` is as many as the context holds.
+    pub max_tokens: Option<u32>,
+    /// When the answer is of no more use.
+    pub deadline: Option<Instant>,
+    /// Text put before the answer, not searched for stop texts.
+    pub echo: String,
+    /// Go on past tokens that end an answer.
+    pub ignore_eos: bool,
+}
+
+impl Request {
+    /// A greedy request for at most `max_tokens` tokens after `prompt_tokens`, with everything else left out.
+    pub fn greedy(id: impl Into<String>, prompt_tokens: Vec<u32>, max_tokens: u32) -> Self {
+        Request {
+            id: id.into(),
+            prompt_tokens,
+            generated: Vec::new(),
+            text_sent: 0,
+            params: SamplingParams::greedy(),
+            stop: Vec::new(),
+            max_tokens: Some(max_tokens),
+            deadline: None,
+            echo: String::new(),
+            ignore_eos: false,
+        }
+    }
+}
+
+/// How the next token is chosen from a row of logits.
+///
+/// The steps, in order: logit bias, penalties, temperature, top-k, top-p over what top-k left, min-p, one draw.
+/// Log probabilities are those of the model itself, before any of these.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingParams {
+    /// Divides the logits; 0 is greedy: the largest logit, the lowest id among equals.
+    pub temperature: f32,
+    /// Keeps the likeliest `top_k` tokens; 0 keeps all.
+    pub top_k: u32,
+    /// Keeps the fewest likeliest tokens that together reach this probability; 1 keeps all.
+    pub top_p: f32,
+    /// Keeps tokens at least this likely relative to the likeliest; 0 keeps all.
+    pub min_p: f32,
+    /// Divides positive and multiplies negative logits of tokens that occur in the prompt or the answer; 1 is off.
+    pub repetition_penalty: f32,
+    /// Subtracted from the logits of tokens that occur in the answer; 0 is off.
+    pub presence_penalty: f32,
+    /// Subtracted once per occurrence in the answer; 0 is off.
+    pub frequency_penalty: f32,
+    /// With the token's index in the answer, decides every draw.
+    pub seed: u64,
+    /// Added to the logits of single tokens.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Alternatives to report with each token's log probability; `None` reports no log probabilities.
+    pub logprobs: Option<u32>,
+}
+
+impl SamplingParams {
+    /// The likeliest token, always.
+    pub fn greedy() -> Self {
+        SamplingParams {
+            temperature: 0.0,
+            ..SamplingParams::default()
+        }
+    }
+}
+
+impl Default for SamplingParams {
+    /// The model's own distribution: temperature 1, nothing cut off, no penalties, seed 0.
+    fn default() -> Self {
+        SamplingParams {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            seed: 0,
+            logit_bias: Vec::new(),
+            logprobs: None,
+        }
+    }
+}
+
+/// What happens to a request. [`Event::Done`], [`Event::Scored`] and [`Event::Failed`] are last.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// New tokens, new text or both.
+    Tokens(Tokens),
+    /// The answer is complete.
+    Done(Done),
+    /// The scores asked for by [`EngineHandle::score`](crate::EngineHandle::score).
+    Scored(Vec<TokenScore>),
+    /// There will be no answer.
+    Failed(RequestError),
+}
+
+impl Event {
+    /// Whether nothing follows.
+    pub fn is_last(&self) -> bool {
+        !matches!(self, Event::Tokens(_))
+    }
+}
+
+/// New tokens of an answer.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Tokens {
+    /// Index of the first of `tokens` in the whole answer, [`Request::generated`] included.
+    pub index: u32,
+    /// The ids.
+    pub tokens: Vec<u32>,
+    /// New text, whole characters only; empty while a character or a possible stop text is incomplete.
+    pub text: String,
+    /// One entry per token if asked for, else empty.
+    pub logprobs: Vec<TokenLogprobs>,
+}
+
+/// How likely a token was, and the likeliest ones in its place.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprobs {
+    /// The token chosen.
+    pub chosen: Logprob,
+    /// The likeliest tokens, likeliest first.
+    pub top: Vec<Logprob>,
+}
+
+/// A token and the natural logarithm of its probability.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Logprob {
+    /// Token id.
+    pub token: u32,
+    /// Natural logarithm of its probability under the model.
+    pub logprob: f32,
+}
+
+/// The end of an answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Done {
+    /// Why it ended.
+    pub finish: Finish,
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Tokens of the answer, [`Request::generated`] included.
+    pub completion_tokens: u32,
+    /// Prompt tokens whose KV rows were found in the cache.
+    pub cached_tokens: u32,
+    /// From submission to the first token computed here; `None` if none was.
+    pub first_token: Option<Duration>,
+    /// From submission to the end.
+    pub total: Duration,
+    /// Text that was held back and is now certain.
+    pub text: String,
+}
+
+/// Why an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Finish {
+    /// A token that ends answers, or a stop text.
+    Stop,
+    /// `max_tokens` or the context was reached.
+    Length,
+}
+
+/// How the model saw one token of a given text.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TokenScore {
+    /// Natural logarithm of the token's probability, given the tokens before it.
+    pub logprob: f32,
+    /// The likeliest token in its place.
+    pub argmax: u32,
+    /// Natural logarithm of that one's probability.
+    pub max_logprob: f32,
+}
+
+/// Why a request gets no answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RequestError {
+    /// Nothing to continue.
+    #[error("the prompt is empty; it needs at least one token")]
+    EmptyPrompt,
+    /// A token id outside the vocabulary.
+    #[error("token id {token} is outside the model's vocabulary of {vocab}")]
+    NoSuchToken {
+        /// The id.
+        token: u32,
+        /// Vocabulary size.
+        vocab: usize,
+    },
+    /// The tokens leave no room for an answer.
+    #[error(
+        "{tokens} tokens leave no room for an answer in the context of {context}; shorten the prompt"
+    )]
+    ContextTooLong {
+        /// Tokens of the prompt and of the answer so far.
+        tokens: u64,
+        /// Tokens the context holds.
+        context: u32,
+    },
+    /// More KV memory than the engine has in all.
+    #[error(
+        "the request reserves {tokens} KV tokens, but this engine has {total}; ask for a lower max_tokens"
+    )]
+    KvTooSmall {
+        /// Tokens of the prompt and the longest answer.
+        tokens: u64,
+        /// The engine's KV memory, in tokens.
+        total: u64,
+    },
+    /// A sampling parameter outside its range.
+    #[error("{name} is {value}, but must be {range}")]
+    InvalidParameter {
+        /// Name in the API.
+        name: &'static str,
+        /// The value given.
+        value: String,
+        /// What is allowed.
+        range: &'static str,
+    },
+    /// Too many requests wait.
+    #[error("{limit} requests already wait for this engine; try again later")]
+    QueueFull {
+        /// The queue's limit.
+        limit: usize,
+    },
+    /// Time ran out.
+    #[error("the deadline passed with {tokens} tokens of the answer done")]
+    DeadlineExceeded {
+        /// Tokens of the answer that were there.
+        tokens: u32,
+    },
+    /// The engine takes nothing new.
+    #[error("the engine is shutting down and takes no new requests")]
+    Draining,
+    /// A row of logits without a single finite number.
+    #[error("the model gave no finite logit for token {index} of the answer")]
+    BadLogits {
+        /// Index of the token that was to be chosen.
+        index: u32,
+    },
+    /// The stage failed the step that the request was in.
+    #[error("a step of the engine failed: {0}")]
+    Stage(#[from] StageError),
+    /// The engine's thread is gone.
+    #[error("the engine stopped: {reason}; restart the worker")]
+    EngineDead {
+        /// What ended it.
+        reason: String,
+    },
+}

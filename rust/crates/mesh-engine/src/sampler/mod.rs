@@ -1,0 +1,359 @@
+//! Chooses the next token from a row of logits.
+//!
+//! A choice is a pure function of the logits, the tokens before it and `(seed, index)`, so that a request run again
+//! elsewhere draws the same tokens. The order of the steps is documented at [`SamplingParams`]. Top-k, top-p and min-p
+//! each keep a prefix of the tokens ordered by likelihood, so together they keep the shortest of the three prefixes, and
+//! only that prefix is ever sorted.
+//!
+//! Penalties: repetition looks at prompt and answer, presence and frequency at the answer alone, as vLLM and the OpenAI
+//! API do.
+
+mod math;
+mod random;
+mod select;
+
+use std::collections::HashMap;
+
+use self::select::Candidate;
+use crate::request::{Logprob, RequestError, SamplingParams, TokenLogprobs, TokenScore};
+
+/// The sampling state of one answer.
+#[derive(Debug, Clone)]
+pub struct Sampler {
+    params: SamplingParams,
+    history: History,
+}
+
+/// A chosen token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Choice {
+    /// Token id.
+    pub token: u32,
+    /// How likely it was, if asked for.
+    pub logprobs: Option<TokenLogprobs>,
+}
+
+/// Buffers that samplers share, so that a choice allocates nothing once they have grown.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    row: Vec<f32>,
+    sanitized: Vec<f32>,
+    candidates: Vec<Candidate>,
+    block_sums: Vec<f64>,
+}
+
+impl Sampler {
+    /// A sampler for the answer to `prompt` that so far consists of `generated`.
+    pub fn new(params: SamplingParams, prompt: &[u32], generated: &[u32]) -> Self {
+        let mut history = History::default();
+        if params.repetition_penalty != 1.0 {
+            history.add_prompt(prompt);
+        }
+        let mut sampler = Sampler { params, history };
+        for &token in generated {
+            sampler.accept(token);
+        }
+        sampler
+    }
+
+    /// Chooses token `index` of the answer; `None` if no logit is a number above minus infinity.
+    ///
+    /// NaN counts as minus infinity, plus infinity as the largest number.
+    pub fn choose(&self, logits: &[f32], index: u32, scratch: &mut Scratch) -> Option<Choice> {
+        let Scratch {
+            row,
+            sanitized,
+            candidates,
+            block_sums,
+        } = scratch;
+        let mut raw = logits;
+        let mut raw_max = math::max(raw);
+        if raw_max == f32::INFINITY {
+            sanitized.clear();
+            sanitized.extend(
+                raw.iter()
+                    .map(|&x| if x == f32::INFINITY { f32::MAX } else { x }),
+            );
+            raw = sanitized;
+            raw_max = f32::MAX;
+        }
+
+        let adjusted = if self.adjusts() {
+            row.clear();
+            row.extend_from_slice(raw);
+            self.adjust(row);
+            row
+        } else {
+            raw
+        };
+        let token = if self.params.temperature < GREEDY_BELOW {
+            math::argmax(adjusted)?
+        } else {
+            self.draw(adjusted, index, candidates, block_sums)?
+        };
+        let logprobs = self
+            .params
+            .logprobs
+            .map(|n| logprobs(raw, raw_max, token, n as usize, candidates));
+        Some(Choice { token, logprobs })
+    }
+
+    /// Counts `token` as part of the answer.
+    pub fn accept(&mut self, token: u32) {
+        let p = &self.params;
+        if p.repetition_penalty != 1.0 || p.presence_penalty != 0.0 || p.frequency_penalty != 0.0 {
+            self.history.add_answer(token);
+        }
+    }
+
+    fn adjusts(&self) -> bool {
+        !self.params.logit_bias.is_empty() || !self.history.is_empty()
+    }
+
+    /// Applies logit bias and penalties.
+    fn adjust(&self, row: &mut [f32]) {
+        let p = &self.params;
+        for &(token, bias) in &p.logit_bias {
+            if let Some(logit) = row.get_mut(token as usize) {
+                *logit += bias;
+            }
+        }
+        for (token, in_answer) in self.history.iter() {
+            let Some(logit) = row.get_mut(token as usize) else {
+                continue;
+            };
+            if *logit > 0.0 {
+                *logit /= p.repetition_penalty;
+            } else {
+                *logit *= p.repetition_penalty;
+            }
+            if in_answer > 0 {
+                *logit -= p.presence_penalty + p.frequency_penalty * in_answer as f32;
+            }
+        }
+    }
+
+    /// One draw from the distribution that temperature, top-k, top-p and min-p leave.
+    fn draw(
+        &self,
+        row: &[f32],
+        index: u32,
+        candidates: &mut Vec<Candidate>,
+        block_sums: &mut Vec<f64>,
+    ) -> Option<u32> {
+        let p = &self.params;
+        let max = math::max(row);
+        if max == f32::NEG_INFINITY {
+            return None;
+        }
+        let max = max.min(f32::MAX);
+        let scale = 1.0 / p.temperature;
+        let uniform = random::uniform(p.seed, index);
+        let top_k = match p.top_k {
+            0 => row.len(),
+            k => (k as usize).min(row.len()),
+        };
+        let all = top_k == row.len();
+        if all && p.top_p >= 1.0 && p.min_p <= 0.0 {
+            return math::draw_from_all(row, max, scale, uniform, block_sums);
+        }
+        let floor = if p.min_p > 0.0 {
+            max + p.temperature * p.min_p.ln()
+        } else {
+            f32::NEG_INFINITY
+        };
+
+        if p.top_p >= 1.0 {
+            if all {
+                select::at_least(row, floor, candidates);
+            } else {
+                select::top(row, top_k, floor, candidates);
+            }
+        } else if !all {
+            // Top-p is a share of what top-k leaves, before min-p.
+            select::top(row, top_k, f32::NEG_INFINITY, candidates);
+            let total = candidates
+                .iter()
+                .map(|c| weight(c, max, scale))
+                .sum::<f64>();
+            let kept = nucleus(candidates, max, scale, total * f64::from(p.top_p));
+            candidates.truncate(kept.unwrap_or(candidates.len()));
+            candidates.retain(|c| c.logit >= floor);
+        } else {
+            let wanted = math::sum_exp(row, max, scale) * f64::from(p.top_p);
+            let mut k = FIRST_NUCLEUS;
+            loop {
+                select::top(row, k, floor, candidates);
+                if let Some(kept) = nucleus(candidates, max, scale, wanted) {
+                    candidates.truncate(kept);
+                    break;
+                }
+                if candidates.len() < k {
+                    break;
+                }
+                k = k.saturating_mul(8);
+            }
+        }
+        draw_from(candidates, max, scale, uniform)
+    }
+}
+
+/// How the model saw `token`, from the logits of the row before it.
+pub fn score(logits: &[f32], token: u32) -> Option<TokenScore> {
+    let max = math::max(logits);
+    let argmax = math::argmax(logits)?;
+    let log_total = max + math::sum_exp(logits, max, 1.0).ln() as f32;
+    Some(TokenScore {
+        logprob: logits.get(token as usize)? - log_total,
+        argmax,
+        max_logprob: max - log_total,
+    })
+}
+
+/// Checks every parameter's range; `vocab` is the number of token ids.
+pub fn validate(params: &SamplingParams, vocab: usize) -> Result<(), RequestError> {
+    let within = |name, value: f32, ok: bool, range| {
+        if ok {
+            Ok(())
+        } else {
+            Err(RequestError::InvalidParameter {
+                name,
+                value: value.to_string(),
+                range,
+            })
+        }
+    };
+    let p = params;
+    let t = p.temperature;
+    within("temperature", t, (0.0..=100.0).contains(&t), "0 to 100")?;
+    within(
+        "top_p",
+        p.top_p,
+        p.top_p > 0.0 && p.top_p <= 1.0,
+        "above 0, at most 1",
+    )?;
+    within("min_p", p.min_p, (0.0..=1.0).contains(&p.min_p), "0 to 1")?;
+    let r = p.repetition_penalty;
+    within(
+        "repetition_penalty",
+        r,
+        r > 0.0 && r <= 100.0,
+        "above 0, at most 100",
+    )?;
+    for (name, value) in [
+        ("presence_penalty", p.presence_penalty),
+        ("frequency_penalty", p.frequency_penalty),
+    ] {
+        within(
+            name,
+            value,
+            (-100.0..=100.0).contains(&value),
+            "-100 to 100",
+        )?;
+    }
+    for &(token, bias) in &p.logit_bias {
+        if token as usize >= vocab {
+            return Err(RequestError::NoSuchToken { token, vocab });
+        }
+        within("logit_bias", bias, bias.is_finite(), "a finite number")?;
+    }
+    if let Some(n) = p.logprobs.filter(|&n| n > MAX_LOGPROBS) {
+        within("top_logprobs", n as f32, false, "0 to 20")?;
+    }
+    Ok(())
+}
+
+/// The likelihood of `token` and of the `n` likeliest tokens under the model.
+fn logprobs(
+    raw: &[f32],
+    max: f32,
+    token: u32,
+    n: usize,
+    candidates: &mut Vec<Candidate>,
+) -> TokenLogprobs {
+    let log_total = max + math::sum_exp(raw, max, 1.0).ln() as f32;
+    candidates.clear();
+    if n > 0 {
+        select::top(raw, n, f32::NEG_INFINITY, candidates);
+    }
+    TokenLogprobs {
+        chosen: Logprob {
+            token,
+            logprob: raw[token as usize] - log_total,
+        },
+        top: candidates
+            .iter()
+            .map(|c| Logprob {
+                token: c.token,
+                logprob: c.logit - log_total,
+            })
+            .collect(),
+    }
+}
+
+/// How many candidates, likeliest first, it takes to reach `wanted`; `None` if all do not.
+fn nucleus(candidates: &[Candidate], max: f32, scale: f32, wanted: f64) -> Option<usize> {
+    let mut sum = 0.0;
+    candidates
+        .iter()
+        .position(|c| {
+            sum += weight(c, max, scale);
+            sum >= wanted
+        })
+        .map(|last| last + 1)
+}
+
+fn draw_from(candidates: &[Candidate], max: f32, scale: f32, uniform: f64) -> Option<u32> {
+    let total: f64 = candidates.iter().map(|c| weight(c, max, scale)).sum();
+    let mut rest = uniform * total;
+    for c in candidates {
+        rest -= weight(c, max, scale);
+        if rest < 0.0 {
+            return Some(c.token);
+        }
+    }
+    // Rounding can leave a sliver at the end.
+    candidates.last().map(|c| c.token)
+}
+
+fn weight(candidate: &Candidate, max: f32, scale: f32) -> f64 {
+    f64::from(math::exp((candidate.logit - max) * scale))
+}
+
+/// How often each token that penalties look at occurs in the answer; 0 for tokens of the prompt alone.
+#[derive(Debug, Clone, Default)]
+struct History {
+    in_answer: HashMap<u32, u32>,
+}
+
+impl History {
+    fn add_prompt(&mut self, tokens: &[u32]) {
+        for &token in tokens {
+            self.in_answer.entry(token).or_insert(0);
+        }
+    }
+
+    fn add_answer(&mut self, token: u32) {
+        *self.in_answer.entry(token).or_insert(0) += 1;
+    }
+
+    fn is_empty(&self) -> bool {
+        self.in_answer.is_empty()
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        self.in_answer.iter().map(|(&token, &n)| (token, n))
+    }
+}
+
+/// Most alternatives reported per token, as in the OpenAI API.
+pub const MAX_LOGPROBS: u32 = 20;
+
+/// A temperature so low that its inverse would leave the range of numbers in use.
+const GREEDY_BELOW: f32 = 1e-5;
+
+/// Candidates first looked at for top-p; nearly always enough.
+const FIRST_NUCLEUS: usize = 128;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,255 @@
+//! One request on its way through the scheduler.
+
+use std::time::Instant;
+
+use super::RequestKey;
+use crate::request::{Done, Event, Finish, Request, RequestError, TokenScore, Tokens};
+use crate::sampler::{self, Sampler, Scratch};
+use crate::text::TextPipeline;
+use crate::{LogitRows, Vocabulary};
+
+/// A request, queued or running.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) key: RequestKey,
+    pub(super) id: String,
+    /// Prompt and answer so far: what the KV cache has to hold to go on.
+    pub(super) tokens: Vec<u32>,
+    /// KV rows that the finished request may need.
+    pub(super) reserves: u64,
+    pub(super) deadline: Option<Instant>,
+    /// Tokens found in the KV cache.
+    pub(super) reused: u32,
+    submitted: Instant,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Generate(Box<Answer>),
+    Score(Vec<TokenScore>),
+}
+
+#[derive(Debug)]
+struct Answer {
+    sampler: Sampler,
+    text: TextPipeline,
+    prompt_tokens: u32,
+    /// Tokens of the answer so far, those generated elsewhere included.
+    generated: u32,
+    max_tokens: u32,
+    ignore_eos: bool,
+    finish: Option<Finish>,
+    first_token: Option<Instant>,
+}
+
+impl Job {
+    /// Checks a request for text against the context.
+    pub(super) fn generate(
+        key: RequestKey,
+        request: Request,
+        context: u32,
+        vocabulary: &dyn Vocabulary,
+        now: Instant,
+    ) -> Result<Self, RequestError> {
+        check_tokens(&request.prompt_tokens, vocabulary)?;
+        check_tokens(&request.generated, vocabulary)?;
+        sampler::validate(&request.params, vocabulary.size())?;
+        crate::text::validate_stops(&request.stop)?;
+        if request.prompt_tokens.is_empty() {
+            return Err(RequestError::EmptyPrompt);
+        }
+        let prompt_tokens = request.prompt_tokens.len() as u64;
+        let generated = request.generated.len() as u64;
+        let room = u64::from(context).saturating_sub(prompt_tokens);
+        if room == 0 || generated > room {
+            return Err(RequestError::ContextTooLong {
+                tokens: prompt_tokens + generated,
+                context,
+            });
+        }
+        let max_tokens = request.max_tokens.map_or(room, |n| room.min(u64::from(n)));
+
+        let mut text = TextPipeline::new(request.stop, &request.echo, request.text_sent);
+        let mut stopped = false;
+        for &token in &request.generated {
+            stopped = stopped || text.push(vocabulary.text(token));
+        }
+        let finish = if stopped {
+            Some(Finish::Stop)
+        } else {
+            (generated >= max_tokens).then_some(Finish::Length)
+        };
+        let sampler = Sampler::new(request.params, &request.prompt_tokens, &request.generated);
+        let mut tokens = request.prompt_tokens;
+        tokens.extend_from_slice(&request.generated);
+        Ok(Job {
+            key,
+            id: request.id,
+            tokens,
+            reserves: prompt_tokens + max_tokens,
+            deadline: request.deadline,
+            reused: 0,
+            submitted: now,
+            kind: Kind::Generate(Box::new(Answer {
+                sampler,
+                text,
+                prompt_tokens: prompt_tokens as u32,
+                generated: generated as u32,
+                max_tokens: max_tokens as u32,
+                ignore_eos: request.ignore_eos,
+                finish,
+                first_token: None,
+            })),
+        })
+    }
+
+    /// Checks a request for scores.
+    pub(super) fn score(
+        key: RequestKey,
+        id: String,
+        tokens: Vec<u32>,
+        context: u32,
+        vocabulary: &dyn Vocabulary,
+        now: Instant,
+    ) -> Result<Self, RequestError> {
+        check_tokens(&tokens, vocabulary)?;
+        if tokens.is_empty() {
+            return Err(RequestError::EmptyPrompt);
+        }
+        if tokens.len() as u64 > u64::from(context) {
+            return Err(RequestError::ContextTooLong {
+                tokens: tokens.len() as u64,
+                context,
+            });
+        }
+        Ok(Job {
+            key,
+            id,
+            reserves: tokens.len() as u64,
+            deadline: None,
+            reused: 0,
+            submitted: now,
+            kind: Kind::Score(Vec::with_capacity(tokens.len() - 1)),
+            tokens,
+        })
+    }
+
+    /// The tokens whose KV rows are needed next, behind the `cached` ones.
+    pub(super) fn pending(&self, cached: u32) -> &[u32] {
+        &self.tokens[cached as usize..]
+    }
+
+    /// Whether every row's logits are wanted, and no KV row may be reused for that.
+    pub(super) fn is_score(&self) -> bool {
+        matches!(self.kind, Kind::Score(_))
+    }
+
+    /// Tokens of the answer so far.
+    pub(super) fn answered(&self) -> u32 {
+        match &self.kind {
+            Kind::Generate(answer) => answer.generated,
+            Kind::Score(_) => 0,
+        }
+    }
+
+    /// Which rows become logits when the rows `cached..cached + rows` are computed.
+    pub(super) fn logit_rows(&self, cached: u32, rows: u32) -> LogitRows {
+        if self.is_score() {
+            LogitRows::All
+        } else if (cached + rows) as usize == self.tokens.len() {
+            LogitRows::Last
+        } else {
+            LogitRows::None
+        }
+    }
+
+    /// The last event of a request that needs no (more) steps.
+    pub(super) fn finished(&mut self, now: Instant) -> Option<Event> {
+        match &mut self.kind {
+            Kind::Score(scores) => (scores.len() + 1 == self.tokens.len())
+                .then(|| Event::Scored(std::mem::take(scores))),
+            Kind::Generate(answer) => {
+                let finish = answer.finish?;
+                answer.text.finish();
+                Some(Event::Done(Done {
+                    finish,
+                    prompt_tokens: answer.prompt_tokens,
+                    completion_tokens: answer.generated,
+                    cached_tokens: self.reused.min(answer.prompt_tokens),
+                    first_token: answer.first_token.map(|at| at - self.submitted),
+                    total: now - self.submitted,
+                    text: answer.text.take(),
+                }))
+            }
+        }
+    }
+
+    /// Takes in the logits of row `position` of this job: a score, or the answer's next token.
+    pub(super) fn take_logits(
+        &mut self,
+        position: u32,
+        logits: &[f32],
+        vocabulary: &dyn Vocabulary,
+        scratch: &mut Scratch,
+        now: Instant,
+    ) -> Result<Option<Tokens>, RequestError> {
+        match &mut self.kind {
+            Kind::Score(scores) => {
+                // Nothing follows the last token.
+                if let Some(&next) = self.tokens.get(position as usize + 1) {
+                    let bad = RequestError::BadLogits {
+                        index: position + 1,
+                    };
+                    scores.push(sampler::score(logits, next).ok_or(bad)?);
+                }
+                Ok(None)
+            }
+            Kind::Generate(answer) => {
+                let tokens = answer.next_token(logits, vocabulary, scratch, now)?;
+                self.tokens.extend(tokens.iter().flat_map(|t| &t.tokens));
+                Ok(tokens)
+            }
+        }
+    }
+}
+
+impl Answer {
+    fn next_token(
+        &mut self,
+        logits: &[f32],
+        vocabulary: &dyn Vocabulary,
+        scratch: &mut Scratch,
+        now: Instant,
+    ) -> Result<Option<Tokens>, RequestError> {
+        let index = self.generated;
+        let choice = self.sampler.choose(logits, index, scratch);
+        let choice = choice.ok_or(RequestError::BadLogits { index })?;
+        self.first_token.get_or_insert(now);
+        if !self.ignore_eos && vocabulary.is_end(choice.token) {
+            self.finish = Some(Finish::Stop);
+            return Ok(None);
+        }
+        self.generated += 1;
+        self.sampler.accept(choice.token);
+        if self.text.push(vocabulary.text(choice.token)) {
+            self.finish = Some(Finish::Stop);
+        } else if self.generated >= self.max_tokens {
+            self.finish = Some(Finish::Length);
+        }
+        Ok(Some(Tokens {
+            index,
+            tokens: vec![choice.token],
+            text: self.text.take(),
+            logprobs: choice.logprobs.into_iter().collect(),
+        }))
+    }
+}
+
+fn check_tokens(tokens: &[u32], vocabulary: &dyn Vocabulary) -> Result<(), RequestError> {
+    let vocab = vocabulary.size();
+    match tokens.iter().find(|&&token| token as usize >= vocab) {
+        Some(&token) => Err(RequestError::NoSuchToken { token, vocab }),
+        None => Ok(()),
+    }
+}

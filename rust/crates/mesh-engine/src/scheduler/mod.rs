@@ -1,0 +1,573 @@
+//! Continuous batching: decides which rows of which requests a stage computes next.
+//!
+//! The scheduler is a state machine without I/O, threads or a clock. Its owner submits requests, asks for a [`Step`],
+//! runs it on the stage, gives back the logits and collects the events:
+//!
+//! - **Decode rows go first.** Every answer in progress gets its row in every step. Prompts share the rows that are left,
+//!   in chunks; while answers are in progress the chunks are kept so small that a step takes no longer than
+//!   [`SchedulerConfig::decode_stall`].
+//! - **Prefix reuse.** The KV rows of a finished request stay in its slot. A new request takes over the slot with the
+//!   longest common prefix, or copies the rows if that saves enough. At least one token is always computed.
+//! - **Admission by KV memory.** A request reserves its prompt and its longest answer when it starts, so it never runs
+//!   out half way. Rows kept for nobody give way, the least recently used first. The queue is first come, first served.
+//!
+//! None of this changes an answer: a stage's rows are independent, and a draw depends on seed and index alone.
+
+mod job;
+mod share;
+mod slots;
+mod speed;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use self::job::Job;
+use self::share::share_rows;
+use self::slots::{Placement, Slots};
+use self::speed::Speeds;
+use crate::request::{Event, Request, RequestError};
+use crate::sampler::Scratch;
+use crate::{Segment, SlotId, StageError, StageInfo, Vocabulary};
+
+/// Names a request within one scheduler; chosen by the submitter.
+pub type RequestKey = u64;
+
+/// Limits of a scheduler.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SchedulerConfig {
+    /// KV memory to use, in tokens; `None` is all that the stage's slots hold.
+    pub kv_tokens: Option<u64>,
+    /// Requests that may wait for a slot.
+    pub queue_limit: usize,
+    /// Most rows of a step; `None` is all that the stage takes.
+    pub step_rows: Option<u32>,
+    /// How long prompts may make answers in progress wait for their next token.
+    pub decode_stall: Duration,
+    /// Most rows of a step whose logits are all wanted, because such a row takes `vocab * 4` bytes.
+    pub score_rows: u32,
+}
+
+impl Default for SchedulerConfig {
+    fn default() -> Self {
+        SchedulerConfig {
+            kv_tokens: None,
+            queue_limit: 256,
+            step_rows: None,
+            decode_stall: Duration::from_millis(100),
+            score_rows: 32,
+        }
+    }
+}
+
+/// What to run on the stage: first the slot operations in order, then the segments.
+#[derive(Debug, Default)]
+pub struct Step {
+    /// Changes to the slots.
+    pub slot_ops: Vec<SlotOp>,
+    /// The segments of the forward call.
+    pub segments: Vec<Segment>,
+    /// Their tokens, back to back.
+    pub tokens: Vec<u32>,
+    /// Whose segment each is.
+    owners: Vec<RequestKey>,
+    decode_rows: u32,
+    planned: Option<Instant>,
+}
+
+/// A change to a KV slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SlotOp {
+    /// [`Stage::truncate`](crate::Stage::truncate).
+    Truncate {
+        /// The slot.
+        slot: SlotId,
+        /// Rows it keeps.
+        len: u32,
+    },
+    /// [`Stage::copy_prefix`](crate::Stage::copy_prefix).
+    CopyPrefix {
+        /// Where the rows are.
+        from: SlotId,
+        /// Where they are wanted.
+        to: SlotId,
+        /// How many.
+        len: u32,
+    },
+}
+
+/// What a scheduler has to do and how fast its stage does it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Load {
+    /// Requests that hold a slot.
+    pub running: u32,
+    /// Requests that wait for one.
+    pub queued: u32,
+    /// KV memory reserved by running requests, in tokens.
+    pub kv_tokens_used: u64,
+    /// KV memory there is, in tokens.
+    pub kv_tokens_total: u64,
+    /// Decode speed over all streams, tokens per second; 0 is unknown.
+    pub decode_tps: f32,
+    /// Prefill speed, tokens per second; 0 is unknown.
+    pub prefill_tps: f32,
+    /// Prompt tokens not yet computed, over all requests.
+    pub prefill_backlog: u64,
+    /// Whether new requests are refused because the engine is to stop.
+    pub draining: bool,
+    /// Sums since the start.
+    pub totals: Totals,
+}
+
+/// Sums since the start of a scheduler.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Steps run.
+    pub steps: u64,
+    /// Rows that continued answers.
+    pub decode_rows: u64,
+    /// Rows of prompts.
+    pub prefill_rows: u64,
+    /// Tokens whose KV rows were found in the cache.
+    pub reused_tokens: u64,
+    /// Requests that ended with an answer.
+    pub finished: u64,
+    /// Requests that ended with an error.
+    pub failed: u64,
+    /// Requests that were cancelled.
+    pub cancelled: u64,
+}
+
+/// The batching scheduler of one stage.
+pub struct Scheduler {
+    config: SchedulerConfig,
+    context: u32,
+    vocab: usize,
+    max_rows: u32,
+    kv_total: u64,
+    vocabulary: Arc<dyn Vocabulary>,
+    slots: Slots,
+    queue: VecDeque<Job>,
+    running: Vec<Running>,
+    /// Changes to slots that the next step begins with.
+    slot_ops: Vec<SlotOp>,
+    events: VecDeque<(RequestKey, Event)>,
+    scratch: Scratch,
+    speeds: Speeds,
+    totals: Totals,
+    draining: bool,
+}
+
+/// A job with its slot.
+struct Running {
+    job: Job,
+    slot: SlotId,
+}
+
+impl Scheduler {
+    /// A scheduler for a stage of shape `info` that holds a whole model with `vocabulary`.
+    pub fn new(info: &StageInfo, vocabulary: Arc<dyn Vocabulary>, config: SchedulerConfig) -> Self {
+        let max_rows = config
+            .step_rows
+            .unwrap_or(info.max_rows)
+            .clamp(1, info.max_rows.max(1));
+        // One row of every step is left for prompts, so that no request waits for ever.
+        let slots = info.slots.min(max_rows.saturating_sub(1)).max(1);
+        let held = u64::from(slots) * u64::from(info.context);
+        Scheduler {
+            context: info.context,
+            vocab: info.shape.vocab,
+            max_rows,
+            kv_total: config.kv_tokens.map_or(held, |n| n.min(held)),
+            config,
+            vocabulary,
+            slots: Slots::new(slots),
+            queue: VecDeque::new(),
+            running: Vec::new(),
+            slot_ops: Vec::new(),
+            events: VecDeque::new(),
+            scratch: Scratch::default(),
+            speeds: Speeds::default(),
+            totals: Totals::default(),
+            draining: false,
+        }
+    }
+
+    /// Takes a request for text. A refusal comes as [`Event::Failed`], before any work is done.
+    pub fn submit(&mut self, key: RequestKey, request: Request, now: Instant) {
+        let job = Job::generate(key, request, self.context, &*self.vocabulary, now);
+        self.enqueue(key, job, now);
+    }
+
+    /// Takes a request for the scores of `tokens`, answered by [`Event::Scored`] with one entry for each token but the
+    /// first.
+    pub fn submit_score(&mut self, key: RequestKey, id: String, tokens: Vec<u32>, now: Instant) {
+        let job = Job::score(key, id, tokens, self.context, &*self.vocabulary, now);
+        self.enqueue(key, job, now);
+    }
+
+    /// Forgets a request: no event of it comes after this. Allowed at any time, also while a step runs.
+    pub fn cancel(&mut self, key: RequestKey) {
+        self.events.retain(|&(owner, _)| owner != key);
+        let known = match self.running.iter().position(|r| r.job.key == key) {
+            Some(i) => {
+                let running = self.running.remove(i);
+                self.slots.release(running.slot);
+                true
+            }
+            None => {
+                let before = self.queue.len();
+                self.queue.retain(|job| job.key != key);
+                self.queue.len() < before
+            }
+        };
+        self.totals.cancelled += u64::from(known);
+    }
+
+    /// Refuses new requests from now on.
+    pub fn drain(&mut self) {
+        self.draining = true;
+    }
+
+    /// Whether no request is queued or running.
+    pub fn is_idle(&self) -> bool {
+        self.queue.is_empty() && self.running.is_empty()
+    }
+
+    /// Plans the next step into `step`; returns `false` if there is nothing to compute.
+    ///
+    /// Each planned step must end with [`complete`](Self::complete) or [`fail`](Self::fail) before the next is planned.
+    pub fn plan(&mut self, step: &mut Step, now: Instant) -> bool {
+        self.expire(now);
+        self.admit();
+        step.clear(now);
+        step.slot_ops.append(&mut self.slot_ops);
+        self.plan_decode(step);
+        self.plan_prefill(step);
+        !step.segments.is_empty()
+    }
+
+    /// Takes in the logits of a step.
+    pub fn complete(&mut self, step: &Step, logits: &[f32], now: Instant) {
+        if logits.len() != step.logit_rows() * self.vocab {
+            let got = logits.len();
+            let wanted = step.logit_rows() * self.vocab;
+            let message = format!("the stage gave {got} logits where the step has {wanted}");
+            return self.fail(step, &StageError::Malformed(message));
+        }
+        self.record(step, now);
+        let mut logits = logits.chunks_exact(self.vocab.max(1));
+        let mut tokens = step.tokens.as_slice();
+        for (segment, &owner) in step.segments.iter().zip(&step.owners) {
+            let (own_tokens, rest) = tokens.split_at(segment.rows as usize);
+            tokens = rest;
+            self.slots.extend(segment.slot, own_tokens);
+            let count = segment.logits.count(segment.rows);
+            let first = segment.position + segment.rows - count;
+            for (position, row) in (first..).zip(logits.by_ref().take(count as usize)) {
+                self.take_logits(owner, position, row, now);
+            }
+        }
+        self.finish(now);
+    }
+
+    /// Takes in that a step failed: its requests fail, the others go on.
+    pub fn fail(&mut self, step: &Step, error: &StageError) {
+        for (segment, &owner) in step.segments.iter().zip(&step.owners) {
+            // A request cancelled while the step ran is no longer there.
+            if self.running.iter().any(|r| r.job.key == owner) {
+                self.end(owner, RequestError::Stage(error.clone()));
+            }
+            // Nobody knows what the slot holds now.
+            self.slots.clear(segment.slot);
+            self.slot_ops.push(SlotOp::Truncate {
+                slot: segment.slot,
+                len: 0,
+            });
+        }
+    }
+
+    /// The next event, oldest first.
+    pub fn next_event(&mut self) -> Option<(RequestKey, Event)> {
+        self.events.pop_front()
+    }
+
+    /// What there is to do, and how fast it goes.
+    pub fn load(&self) -> Load {
+        let running = self
+            .running
+            .iter()
+            .map(|r| (&r.job, self.slots.cached_len(r.slot)));
+        let waiting = self.queue.iter().map(|job| (job, 0));
+        let backlog = running
+            .chain(waiting)
+            .map(|(job, cached)| job.pending(cached).len() as u64);
+        Load {
+            running: self.running.len() as u32,
+            queued: self.queue.len() as u32,
+            kv_tokens_used: self.reserved(),
+            kv_tokens_total: self.kv_total,
+            decode_tps: self.speeds.decode().unwrap_or(0.0) as f32,
+            prefill_tps: self.speeds.prefill().unwrap_or(0.0) as f32,
+            // A single pending token is an answer's next row, not a prompt.
+            prefill_backlog: backlog.filter(|&n| n > 1).sum(),
+            draining: self.draining,
+            totals: self.totals,
+        }
+    }
+
+    fn enqueue(&mut self, key: RequestKey, job: Result<Job, RequestError>, now: Instant) {
+        let accepted = job.and_then(|job| {
+            if self.draining {
+                return Err(RequestError::Draining);
+            }
+            if job.reserves > self.kv_total {
+                return Err(RequestError::KvTooSmall {
+                    tokens: job.reserves,
+                    total: self.kv_total,
+                });
+            }
+            Ok(job)
+        });
+        match accepted {
+            Err(error) => self.refuse(key, error),
+            Ok(mut job) => match job.finished(now) {
+                Some(event) => {
+                    self.totals.finished += 1;
+                    self.events.push_back((key, event));
+                }
+                None if self.queue.len() >= self.queue_room() => {
+                    let limit = self.config.queue_limit;
+                    self.refuse(key, RequestError::QueueFull { limit });
+                }
+                None => self.queue.push_back(job),
+            },
+        }
+    }
+
+    /// How long the queue may be: requests that only wait for the next plan to take an idle slot do not count.
+    fn queue_room(&self) -> usize {
+        self.config.queue_limit + self.slots.count() - self.running.len()
+    }
+
+    fn refuse(&mut self, key: RequestKey, error: RequestError) {
+        self.totals.failed += 1;
+        self.events.push_back((key, Event::Failed(error)));
+    }
+
+    /// Ends requests whose deadline has passed.
+    fn expire(&mut self, now: Instant) {
+        let jobs = self.queue.iter().chain(self.running.iter().map(|r| &r.job));
+        let late: Vec<(RequestKey, u32)> = jobs
+            .filter(|job| job.deadline.is_some_and(|deadline| deadline <= now))
+            .map(|job| (job.key, job.answered()))
+            .collect();
+        for (key, tokens) in late {
+            self.queue.retain(|job| job.key != key);
+            self.end(key, RequestError::DeadlineExceeded { tokens });
+        }
+    }
+
+    /// Gives slots to queued requests, in order, as far as slots and KV memory go.
+    fn admit(&mut self) {
+        while let Some(job) = self.queue.front() {
+            if self.reserved() + job.reserves > self.kv_total {
+                return;
+            }
+            let placement = if job.is_score() {
+                self.slots.place_afresh()
+            } else {
+                self.slots.place(&job.tokens)
+            };
+            let Some(placement) = placement else {
+                return;
+            };
+            if let Some(job) = self.queue.pop_front() {
+                self.start(job, placement);
+            }
+        }
+    }
+
+    fn start(&mut self, mut job: Job, placement: Placement) {
+        tracing::debug!(
+            request = job.id,
+            slot = placement.slot,
+            tokens = job.tokens.len(),
+            reused = placement.reused,
+            "request starts"
+        );
+        job.reused = placement.reused;
+        self.totals.reused_tokens += u64::from(placement.reused);
+        if let Some(from) = placement.copy_from {
+            self.slot_ops.push(SlotOp::CopyPrefix {
+                from,
+                to: placement.slot,
+                len: placement.reused,
+            });
+        }
+        self.slots.claim(placement, &job.tokens, job.key);
+        self.running.push(Running {
+            job,
+            slot: placement.slot,
+        });
+        self.evict();
+    }
+
+    /// Drops rows kept for nobody until all reservations fit.
+    fn evict(&mut self) {
+        while self.reserved() + self.slots.idle_tokens() > self.kv_total {
+            let Some(slot) = self.slots.least_recently_used() else {
+                return;
+            };
+            self.slots.clear(slot);
+            self.slot_ops.push(SlotOp::Truncate { slot, len: 0 });
+        }
+    }
+
+    fn reserved(&self) -> u64 {
+        self.running.iter().map(|r| r.job.reserves).sum()
+    }
+
+    fn plan_decode(&self, step: &mut Step) {
+        for Running { job, slot } in &self.running {
+            let cached = self.slots.cached_len(*slot);
+            if !job.is_score() && job.pending(cached).len() == 1 {
+                step.push(job, *slot, cached, 1);
+            }
+        }
+        step.decode_rows = step.segments.len() as u32;
+    }
+
+    fn plan_prefill(&self, step: &mut Step) {
+        let mut score_rows = self.config.score_rows.max(1);
+        let backlogs: Vec<u32> = self
+            .running
+            .iter()
+            .map(|Running { job, slot }| {
+                let pending = job.pending(self.slots.cached_len(*slot)).len() as u32;
+                if job.is_score() {
+                    // One at a time: their logits take memory.
+                    std::mem::take(&mut score_rows).min(pending)
+                } else if pending > 1 {
+                    pending
+                } else {
+                    0
+                }
+            })
+            .collect();
+        let shares = share_rows(&backlogs, self.prefill_budget(step.decode_rows));
+        for (Running { job, slot }, &rows) in self.running.iter().zip(&shares) {
+            if rows > 0 {
+                step.push(job, *slot, self.slots.cached_len(*slot), rows);
+            }
+        }
+    }
+
+    /// Rows that prompts may have beside `decode_rows` rows of answers in progress.
+    fn prefill_budget(&self, decode_rows: u32) -> u32 {
+        let room = self.max_rows - decode_rows;
+        if decode_rows == 0 {
+            return room;
+        }
+        let rows = match self.speeds.prefill() {
+            Some(per_second) => (per_second * self.config.decode_stall.as_secs_f64()) as u32,
+            None => FIRST_CHUNK,
+        };
+        rows.max(LEAST_CHUNK).min(room)
+    }
+
+    fn record(&mut self, step: &Step, now: Instant) {
+        let prefill_rows = step.tokens.len() as u32 - step.decode_rows;
+        self.totals.steps += 1;
+        self.totals.decode_rows += u64::from(step.decode_rows);
+        self.totals.prefill_rows += u64::from(prefill_rows);
+        if let Some(planned) = step.planned {
+            let elapsed = now.saturating_duration_since(planned);
+            self.speeds.record(step.decode_rows, prefill_rows, elapsed);
+        }
+    }
+
+    fn take_logits(&mut self, owner: RequestKey, position: u32, row: &[f32], now: Instant) {
+        // A request cancelled while the step ran is no longer there.
+        let Some(running) = self.running.iter_mut().find(|r| r.job.key == owner) else {
+            return;
+        };
+        let scratch = &mut self.scratch;
+        let taken = running
+            .job
+            .take_logits(position, row, &*self.vocabulary, scratch, now);
+        match taken {
+            Ok(Some(tokens)) => self.events.push_back((owner, Event::Tokens(tokens))),
+            Ok(None) => {}
+            Err(error) => self.end(owner, error),
+        }
+    }
+
+    /// Ends the running requests that are complete.
+    fn finish(&mut self, now: Instant) {
+        let (events, slots, totals) = (&mut self.events, &mut self.slots, &mut self.totals);
+        self.running.retain_mut(|running| {
+            let Some(event) = running.job.finished(now) else {
+                return true;
+            };
+            tracing::debug!(
+                request = running.job.id,
+                tokens = running.job.answered(),
+                "done"
+            );
+            events.push_back((running.job.key, event));
+            slots.release(running.slot);
+            totals.finished += 1;
+            false
+        });
+    }
+
+    /// Ends a request with an error and frees its slot, if it has one.
+    fn end(&mut self, key: RequestKey, error: RequestError) {
+        if let Some(i) = self.running.iter().position(|r| r.job.key == key) {
+            let running = self.running.remove(i);
+            self.slots.release(running.slot);
+            tracing::debug!(request = running.job.id, %error, "request fails");
+        }
+        self.refuse(key, error);
+    }
+}
+
+impl Step {
+    fn clear(&mut self, now: Instant) {
+        self.slot_ops.clear();
+        self.segments.clear();
+        self.tokens.clear();
+        self.owners.clear();
+        self.decode_rows = 0;
+        self.planned = Some(now);
+    }
+
+    fn push(&mut self, job: &Job, slot: SlotId, cached: u32, rows: u32) {
+        self.segments.push(Segment {
+            slot,
+            position: cached,
+            rows,
+            logits: job.logit_rows(cached, rows),
+        });
+        self.tokens
+            .extend_from_slice(&job.pending(cached)[..rows as usize]);
+        self.owners.push(job.key);
+    }
+
+    fn logit_rows(&self) -> usize {
+        self.segments
+            .iter()
+            .map(|s: &Segment| s.logits.count(s.rows) as usize)
+            .sum()
+    }
+}
+
+/// Rows of a prompt chunk beside answers in progress, before any speed is known.
+const FIRST_CHUNK: u32 = 64;
+
+/// Rows that prompts get at least, or they would never end on a slow machine.
+const LEAST_CHUNK: u32 = 8;
+
+#[cfg(test)]
+mod tests;

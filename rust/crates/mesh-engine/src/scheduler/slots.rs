@@ -1,0 +1,227 @@
+//! Which tokens each KV slot holds, who uses it, and where a new request goes.
+
+use super::RequestKey;
+use crate::SlotId;
+
+/// The scheduler's view of a stage's KV slots.
+#[derive(Debug)]
+pub(super) struct Slots {
+    slots: Vec<Slot>,
+    clock: u64,
+}
+
+#[derive(Debug, Default)]
+struct Slot {
+    /// Tokens whose KV rows the slot holds.
+    cached: Vec<u32>,
+    owner: Option<RequestKey>,
+    /// When it was last given up, in releases.
+    released: u64,
+}
+
+/// Where a request goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Placement {
+    pub(super) slot: SlotId,
+    /// KV rows that need not be computed.
+    pub(super) reused: u32,
+    /// The slot they are copied from, if not in place.
+    pub(super) copy_from: Option<SlotId>,
+}
+
+impl Slots {
+    pub(super) fn new(count: u32) -> Self {
+        Slots {
+            slots: (0..count).map(|_| Slot::default()).collect(),
+            clock: 0,
+        }
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.slots.len()
+    }
+
+    pub(super) fn cached_len(&self, slot: SlotId) -> u32 {
+        self.slots[slot as usize].cached.len() as u32
+    }
+
+    /// KV rows held for nobody.
+    pub(super) fn idle_tokens(&self) -> u64 {
+        let idle = self.slots.iter().filter(|slot| slot.owner.is_none());
+        idle.map(|slot| slot.cached.len() as u64).sum()
+    }
+
+    /// The best slot for `tokens`; `None` if all are busy. At least the last token is left to compute.
+    ///
+    /// The longest common prefix wins. It is used in place if its slot is idle and little else is lost; otherwise it is
+    /// copied, if that saves enough, to an empty slot or the one idle for the longest time.
+    pub(super) fn place(&self, tokens: &[u32]) -> Option<Placement> {
+        let victim = self.victim()?;
+        let reusable = &tokens[..tokens.len().saturating_sub(1)];
+        let common = |slot: SlotId| common_prefix(&self.slots[slot as usize].cached, reusable);
+        let is_idle = |slot: SlotId| self.slots[slot as usize].owner.is_none();
+
+        let source = (0..self.slots.len() as SlotId)
+            .max_by_key(|&slot| (common(slot), is_idle(slot), std::cmp::Reverse(slot)))?;
+        let (length, own) = (common(source), common(victim));
+        let keeps_most = 2 * length >= self.cached_len(source);
+        let in_place = |slot, reused| Placement {
+            slot,
+            reused,
+            copy_from: None,
+        };
+        if length > 0 && is_idle(source) && (keeps_most || source == victim) {
+            return Some(in_place(source, length));
+        }
+        if length >= own + WORTH_COPYING {
+            return Some(Placement {
+                slot: victim,
+                reused: length,
+                copy_from: Some(source),
+            });
+        }
+        Some(in_place(victim, own))
+    }
+
+    /// An idle slot for a request that computes every row; `None` if all are busy.
+    pub(super) fn place_afresh(&self) -> Option<Placement> {
+        let slot = self.victim()?;
+        Some(Placement {
+            slot,
+            reused: 0,
+            copy_from: None,
+        })
+    }
+
+    /// Gives the slot of `placement` to `owner`; it then holds the reused rows only.
+    pub(super) fn claim(&mut self, placement: Placement, tokens: &[u32], owner: RequestKey) {
+        let slot = &mut self.slots[placement.slot as usize];
+        debug_assert!(slot.owner.is_none());
+        slot.owner = Some(owner);
+        slot.cached.clear();
+        slot.cached
+            .extend_from_slice(&tokens[..placement.reused as usize]);
+    }
+
+    /// Notes that the rows of `tokens` were computed.
+    pub(super) fn extend(&mut self, slot: SlotId, tokens: &[u32]) {
+        self.slots[slot as usize].cached.extend_from_slice(tokens);
+    }
+
+    /// Makes the slot idle; its rows stay for later requests.
+    pub(super) fn release(&mut self, slot: SlotId) {
+        self.clock += 1;
+        let slot = &mut self.slots[slot as usize];
+        slot.owner = None;
+        slot.released = self.clock;
+    }
+
+    /// Forgets the slot's rows.
+    pub(super) fn clear(&mut self, slot: SlotId) {
+        self.slots[slot as usize].cached.clear();
+    }
+
+    /// The idle slot with rows whose release is longest ago.
+    pub(super) fn least_recently_used(&self) -> Option<SlotId> {
+        self.idle()
+            .filter(|&slot| self.cached_len(slot) > 0)
+            .min_by_key(|&slot| self.slots[slot as usize].released)
+    }
+
+    /// The idle slot that is the least loss: an empty one, else the one idle for the longest time.
+    fn victim(&self) -> Option<SlotId> {
+        self.idle().min_by_key(|&slot| {
+            let s = &self.slots[slot as usize];
+            (!s.cached.is_empty(), s.released)
+        })
+    }
+
+    fn idle(&self) -> impl Iterator<Item = SlotId> + '_ {
+        (0..self.slots.len() as SlotId).filter(|&slot| self.slots[slot as usize].owner.is_none())
+    }
+}
+
+fn common_prefix(a: &[u32], b: &[u32]) -> u32 {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count() as u32
+}
+
+/// Rows that a copy must save: copying a row costs far less than computing it, but a handful is not worth a pass over
+/// every layer.
+const WORTH_COPYING: u32 = 16;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn slots(contents: &[(&[u32], bool)]) -> Slots {
+        let mut slots = Slots::new(contents.len() as u32);
+        for (i, (tokens, busy)) in contents.iter().enumerate() {
+            slots.extend(i as SlotId, tokens);
+            if *busy {
+                slots.slots[i].owner = Some(i as RequestKey);
+            } else {
+                slots.release(i as SlotId);
+            }
+        }
+        slots
+    }
+
+    fn range(tokens: std::ops::Range<u32>) -> Vec<u32> {
+        tokens.collect()
+    }
+
+    #[test]
+    fn the_next_turn_takes_the_slot_of_its_conversation() {
+        let slots = slots(&[(&[], false), (&range(0..50), false), (&[], false)]);
+        let place = slots.place(&range(0..80)).unwrap();
+        assert_eq!((place.slot, place.reused, place.copy_from), (1, 50, None));
+    }
+
+    #[test]
+    fn the_last_token_is_always_left_to_compute() {
+        let slots = slots(&[(&range(0..50), false)]);
+        assert_eq!(slots.place(&range(0..50)).unwrap().reused, 49);
+        assert_eq!(slots.place(&range(0..10)).unwrap().reused, 9);
+        assert_eq!(slots.place(&[0]).unwrap().reused, 0);
+    }
+
+    #[test]
+    fn a_shared_beginning_is_copied_rather_than_costing_a_long_conversation() {
+        let mut request = range(0..30);
+        request.extend(500..520);
+        let long = range(0..200);
+        let place = slots(&[(&long, false), (&[], false)])
+            .place(&request)
+            .unwrap();
+        assert_eq!(
+            (place.slot, place.reused, place.copy_from),
+            (1, 30, Some(0))
+        );
+        // With no other slot to go to, the conversation has to give way.
+        let place = slots(&[(&long, false)]).place(&request).unwrap();
+        assert_eq!((place.slot, place.reused, place.copy_from), (0, 30, None));
+    }
+
+    #[test]
+    fn a_busy_slot_lends_its_rows_if_enough_of_them_match() {
+        let slots = slots(&[(&range(0..40), true), (&[], false)]);
+        let place = slots.place(&range(0..60)).unwrap();
+        assert_eq!(
+            (place.slot, place.reused, place.copy_from),
+            (1, 40, Some(0))
+        );
+        let mut little = range(0..10);
+        little.extend(900..950);
+        let place = slots.place(&little).unwrap();
+        assert_eq!((place.slot, place.reused, place.copy_from), (1, 0, None));
+    }
+
+    #[test]
+    fn a_stranger_takes_an_empty_slot_then_the_one_idle_longest() {
+        let stranger = [900, 901];
+        let old_new_empty = [(&[1u32, 2][..], false), (&[3, 4], false), (&[], false)];
+        assert_eq!(slots(&old_new_empty).place(&stranger).unwrap().slot, 2);
+        assert_eq!(slots(&old_new_empty[..2]).place(&stranger).unwrap().slot, 0);
+        assert_eq!(slots(&[(&[1], true)]).place(&stranger), None);
+    }
+}

@@ -1,0 +1,95 @@
+//! Measured speeds of a stage.
+
+use std::time::Duration;
+
+/// Decode and prefill speed as moving averages over the time spent computing.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Speeds {
+    decode: Rate,
+    prefill: Rate,
+}
+
+impl Speeds {
+    /// Takes in a step of `decode` rows that continue answers and `prefill` rows of prompts that took `elapsed`.
+    pub(super) fn record(&mut self, decode: u32, prefill: u32, elapsed: Duration) {
+        let seconds = elapsed.as_secs_f64();
+        match (decode, prefill) {
+            (_, 0) => self.decode.record(decode, seconds),
+            (0, _) => self.prefill.record(prefill, seconds),
+            // In a mixed step the prompt took what the answers alone would not have.
+            _ => {
+                let rest = match self.decode.per_second() {
+                    Some(speed) => seconds - f64::from(decode) / speed,
+                    None => seconds,
+                };
+                if rest > 0.0 {
+                    self.prefill.record(prefill, rest);
+                }
+            }
+        }
+    }
+
+    /// Decoded tokens per second over all streams.
+    pub(super) fn decode(&self) -> Option<f64> {
+        self.decode.per_second()
+    }
+
+    /// Prefilled tokens per second.
+    pub(super) fn prefill(&self) -> Option<f64> {
+        self.prefill.per_second()
+    }
+}
+
+/// Tokens over seconds, both fading with the time measured.
+#[derive(Debug, Clone, Default)]
+struct Rate {
+    tokens: f64,
+    seconds: f64,
+}
+
+impl Rate {
+    fn record(&mut self, tokens: u32, seconds: f64) {
+        let keep = (-seconds / MEMORY_SECONDS).exp();
+        self.tokens = self.tokens * keep + f64::from(tokens);
+        self.seconds = self.seconds * keep + seconds;
+    }
+
+    fn per_second(&self) -> Option<f64> {
+        (self.seconds > 0.0).then(|| self.tokens / self.seconds)
+    }
+}
+
+/// Computing time after which a measurement counts a third.
+const MEMORY_SECONDS: f64 = 2.0;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_of_speed_shows_within_seconds() {
+        let mut speeds = Speeds::default();
+        assert_eq!(speeds.decode(), None);
+        for _ in 0..1000 {
+            speeds.record(1, 0, Duration::from_millis(10));
+        }
+        assert!((speeds.decode().unwrap() - 100.0).abs() < 1.0);
+        for _ in 0..200 {
+            speeds.record(1, 0, Duration::from_millis(50));
+        }
+        assert!((speeds.decode().unwrap() - 20.0).abs() < 1.0);
+    }
+
+    #[test]
+    fn a_mixed_step_counts_the_time_beyond_its_decode_rows_as_prefill() {
+        let mut speeds = Speeds::default();
+        for _ in 0..100 {
+            speeds.record(4, 0, Duration::from_millis(20));
+        }
+        for _ in 0..100 {
+            speeds.record(4, 40, Duration::from_millis(60));
+        }
+        assert!((speeds.decode().unwrap() - 200.0).abs() < 1.0);
+        assert!((speeds.prefill().unwrap() - 1000.0).abs() < 10.0);
+    }
+}
