@@ -1,1 +1,41 @@
 //! Quantised matrix products, attention and a thread pool for CPUs.
+//!
+//! - [`QMatrix`] holds weights of any GGUF type, repacked so that 16 outputs lie side by side (layout.rs); [`linear`],
+//!   [`gate_up_silu`] and [`feed_forward`] multiply with it, with norm, bias, residual and activation fused in.
+//! - [`attention`] rotates, stores and attends over a [`KvCache`] of f16 rows, one contiguous region per slot.
+//! - [`Pool`] runs the loops; every operator takes one, and its [`Isa`].
+//!
+//! **Rows are independent, bit for bit.** A row's result is made by the same operations in the same order whatever other rows
+//! share the call, however a prompt was cut, and however many threads ran:
+//! - products: integer dot products of 32 inputs are exact; the floats are added block by block in the order of the inputs,
+//!   in one accumulator per output, in every kernel;
+//! - attention: positions are cut into chunks of 128 at absolute multiples of 128, each chunk is summed in the order of its
+//!   positions, chunks are merged in order; who computed a chunk does not matter;
+//! - norms: one fixed tree per row.
+//!
+//! The same holds across AVX-512, AVX2 and NEON; only the portable path rounds differently (it does not fuse).
+//!
+//! Unsafe code: SIMD loads and stores through pointers whose ranges the safe callers have checked (simd/mod.rs states the rules),
+//! output buffers written by the tasks of one loop in disjoint parts, and the memory of buffers and caches.
+
+mod error;
+mod gemm;
+mod isa;
+mod layout;
+mod linear;
+mod matrix;
+mod mem;
+mod norm;
+mod pack;
+mod pool;
+mod quant;
+mod simd;
+
+pub use error::KernelError;
+pub use gemm::acts::RmsNorm;
+pub use isa::Isa;
+pub use linear::{Linear, Residual, feed_forward, gate_up_silu, linear};
+pub use matrix::{PackOptions, QMatrix, dequantize};
+pub use norm::rms_norm;
+pub use pool::{Pool, PoolOptions};
+pub use quant::WeightType;

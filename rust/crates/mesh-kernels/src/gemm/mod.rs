@@ -1,0 +1,342 @@
+//! Products of rows with packed matrices: cutting the work into tasks, and what happens to a finished tile.
+
+pub(crate) mod acts;
+mod tile;
+
+use std::ops::Range;
+
+use crate::layout::{BLOCK, Layout, PANEL};
+use crate::matrix::{Part, QMatrix};
+use crate::mem::Shared;
+use crate::simd::{self, Kernel, Simd};
+use crate::{Isa, Pool};
+use acts::{ROW_BLOCK, tiles};
+use tile::Format;
+
+/// The rows of a product, in both forms; the one that a layout does not read may be empty.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Input<'a> {
+    /// Quantised tiles.
+    pub(crate) acts: &'a [u8],
+    /// Rows as floats.
+    pub(crate) x: &'a [f32],
+    pub(crate) rows: usize,
+}
+
+/// What is added to a product.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Add<'a> {
+    Nothing,
+    /// The value that the output holds.
+    Output,
+    /// Rows as long as the output's.
+    Rows(&'a [f32]),
+}
+
+/// Where the products of a matrix go.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sink<'a> {
+    pub(crate) out: Shared<f32>,
+    /// Elements from one output row to the next.
+    pub(crate) stride: usize,
+    pub(crate) bias: Option<&'a [f32]>,
+    pub(crate) add: Add<'a>,
+}
+
+/// Computes all products of `input` with `matrix`. Buffers have been checked against the shapes.
+pub(crate) fn multiply(pool: &Pool, matrix: &QMatrix, input: Input<'_>, sink: Sink<'_>) {
+    let plan = Plan::new(pool, matrix.panels(), matrix.bytes(), input.rows, matrix.k());
+    pool.run(plan.tasks(), &|task| {
+        let (rows, panels) = plan.task(task);
+        let mut first_panel = 0;
+        let mut first_column = 0;
+        for part in matrix.parts() {
+            let end = first_panel + part.panels();
+            let local = panels.start.max(first_panel)..panels.end.min(end);
+            if !local.is_empty() {
+                part_panels(
+                    pool.isa(),
+                    part,
+                    matrix.k(),
+                    local.start - first_panel..local.end - first_panel,
+                    rows.clone(),
+                    input,
+                    first_column,
+                    sink,
+                );
+            }
+            first_panel = end;
+            first_column += part.n;
+        }
+    });
+}
+
+/// Computes `silu(gate) * up` for all rows. Both are one part, of the same layout and shape.
+pub(crate) fn multiply_gate_up(
+    pool: &Pool,
+    gate: &Part,
+    up: &Part,
+    k: usize,
+    input: Input<'_>,
+    out: Shared<f32>,
+) {
+    let bytes = gate.data.len() + up.data.len();
+    let plan = Plan::new(pool, gate.panels(), bytes, input.rows, k);
+    pool.run(plan.tasks(), &|task| {
+        let (rows, panels) = plan.task(task);
+        let job = Job {
+            part: gate,
+            up: Some(up),
+            k,
+            panels,
+            rows,
+            input,
+            first_column: 0,
+            sink: Sink {
+                out,
+                stride: gate.n,
+                bias: None,
+                add: Add::Nothing,
+            },
+        };
+        dispatch(pool.isa(), job);
+    });
+}
+
+/// How a product is cut: ranges of rows, and within them ranges of panels.
+struct Plan {
+    rows: usize,
+    rows_per_task: usize,
+    panels: usize,
+    panels_per_task: usize,
+}
+
+/// Bytes of weights below which a task is not worth claiming.
+const TASK_BYTES: usize = 24 * 1024;
+/// Bytes of quantised rows that stay in a core's second-level cache beside the panels that pass by.
+const ROWS_BYTES: usize = 512 * 1024;
+
+impl Plan {
+    fn new(pool: &Pool, panels: usize, bytes: usize, rows: usize, k: usize) -> Plan {
+        let largest = pool.isa().tile_rows();
+        let row_bytes = (k / BLOCK * ROW_BLOCK).max(1);
+        let rows_per_task = (ROWS_BYTES / row_bytes).max(4 * largest) / largest * largest;
+        // Each row is a pass over the panel, so with many rows a small range of panels is work enough.
+        let work = bytes.saturating_mul(rows.min(rows_per_task).div_ceil(largest));
+        let most = (work / TASK_BYTES).clamp(1, 8 * pool.threads());
+        Plan {
+            rows,
+            rows_per_task,
+            panels,
+            panels_per_task: panels.div_ceil(most).max(1),
+        }
+    }
+
+    fn columns(&self) -> usize {
+        self.panels.div_ceil(self.panels_per_task)
+    }
+
+    fn tasks(&self) -> usize {
+        self.rows.div_ceil(self.rows_per_task) * self.columns()
+    }
+
+    fn task(&self, index: usize) -> (Range<usize>, Range<usize>) {
+        let rows = index / self.columns() * self.rows_per_task;
+        let panels = index % self.columns() * self.panels_per_task;
+        (
+            rows..(rows + self.rows_per_task).min(self.rows),
+            panels..(panels + self.panels_per_task).min(self.panels),
+        )
+    }
+}
+
+/// A range of panels of one part (or of a gate and an up part) times a range of rows.
+struct Job<'a> {
+    part: &'a Part,
+    up: Option<&'a Part>,
+    k: usize,
+    panels: Range<usize>,
+    rows: Range<usize>,
+    input: Input<'a>,
+    /// Output column of the part's first.
+    first_column: usize,
+    sink: Sink<'a>,
+}
+
+#[allow(clippy::too_many_arguments)]
+fn part_panels(
+    isa: Isa,
+    part: &Part,
+    k: usize,
+    panels: Range<usize>,
+    rows: Range<usize>,
+    input: Input<'_>,
+    first_column: usize,
+    sink: Sink<'_>,
+) {
+    let job = Job {
+        part,
+        up: None,
+        k,
+        panels,
+        rows,
+        input,
+        first_column,
+        sink,
+    };
+    dispatch(isa, job);
+}
+
+fn dispatch(isa: Isa, job: Job<'_>) {
+    match job.part.layout {
+        Layout::Q4 => simd::run(isa, Quantised::<tile::Q4>::new(isa, job)),
+        Layout::Q4Min => simd::run(isa, Quantised::<tile::Q4Min>::new(isa, job)),
+        Layout::Q4Coded => simd::run(isa, Quantised::<tile::Q4Coded>::new(isa, job)),
+        Layout::Q5 => simd::run(isa, Quantised::<tile::Q5>::new(isa, job)),
+        Layout::Q5Min => simd::run(isa, Quantised::<tile::Q5Min>::new(isa, job)),
+        Layout::Q5Coded => simd::run(isa, Quantised::<tile::Q5Coded>::new(isa, job)),
+        Layout::Q6 => simd::run(isa, Quantised::<tile::Q6>::new(isa, job)),
+        Layout::Q6Halves => simd::run(isa, Quantised::<tile::Q6Halves>::new(isa, job)),
+        Layout::Q8 => simd::run(isa, Quantised::<tile::Q8>::new(isa, job)),
+        Layout::F16 | Layout::Bf16 | Layout::F32 => simd::run(isa, Floats(job)),
+    }
+}
+
+struct Quantised<'a, T> {
+    job: Job<'a>,
+    largest: usize,
+    format: std::marker::PhantomData<T>,
+}
+
+impl<'a, T> Quantised<'a, T> {
+    fn new(isa: Isa, job: Job<'a>) -> Self {
+        Quantised {
+            job,
+            largest: isa.tile_rows(),
+            format: std::marker::PhantomData,
+        }
+    }
+}
+
+impl<T: Format> Kernel for Quantised<'_, T> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let job = &self.job;
+        for panel in job.panels.clone() {
+            for (row, count) in tiles(job.rows.clone(), self.largest) {
+                match count {
+                    8 => quantised_tile::<S, T, 8>(s, job, panel, row),
+                    4 => quantised_tile::<S, T, 4>(s, job, panel, row),
+                    2 => quantised_tile::<S, T, 2>(s, job, panel, row),
+                    _ => quantised_tile::<S, T, 1>(s, job, panel, row),
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn quantised_tile<S: Simd, T: Format, const R: usize>(
+    s: S,
+    job: &Job<'_>,
+    panel: usize,
+    row: usize,
+) {
+    let blocks = job.k / BLOCK;
+    let acts = &job.input.acts[row * blocks * ROW_BLOCK..][..R * blocks * ROW_BLOCK];
+    let weights = |part: &Part| part.data.bytes()[panel * part.panel_bytes..][..part.panel_bytes].as_ptr();
+    // SAFETY: the slices just taken are a whole panel and a whole tile.
+    let mut acc = unsafe { tile::quantised::<S, T, R>(s, weights(job.part), blocks, acts.as_ptr()) };
+    if let Some(up) = job.up {
+        // SAFETY: as above; the up part has the gate's layout and shape.
+        let up = unsafe { tile::quantised::<S, T, R>(s, weights(up), blocks, acts.as_ptr()) };
+        for r in 0..R {
+            acc[r] = s.mul(s.silu(acc[r]), up[r]);
+        }
+    }
+    for (r, &acc) in acc.iter().enumerate() {
+        finish(s, job, panel, row + r, acc);
+    }
+}
+
+/// A matrix of floats.
+struct Floats<'a>(Job<'a>);
+
+impl Kernel for Floats<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let job = &self.0;
+        for panel in job.panels.clone() {
+            for (row, count) in tiles(job.rows.clone(), 4) {
+                match count {
+                    4 => float_tile::<S, 4>(s, job, panel, row),
+                    2 => float_tile::<S, 2>(s, job, panel, row),
+                    _ => float_tile::<S, 1>(s, job, panel, row),
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn float_tile<S: Simd, const R: usize>(s: S, job: &Job<'_>, panel: usize, row: usize) {
+    let x = &job.input.x[row * job.k..][..R * job.k];
+    let weights = |part: &Part| part.data.bytes()[panel * part.panel_bytes..][..part.panel_bytes].as_ptr();
+    let layout = job.part.layout;
+    // SAFETY: the slices just taken are a whole panel and R whole rows.
+    let mut acc = unsafe { tile::floats::<S, R>(s, layout, weights(job.part), job.k, x.as_ptr()) };
+    if let Some(up) = job.up {
+        // SAFETY: as above; the up part has the gate's layout and shape.
+        let up = unsafe { tile::floats::<S, R>(s, layout, weights(up), job.k, x.as_ptr()) };
+        for r in 0..R {
+            acc[r] = s.mul(s.silu(acc[r]), up[r]);
+        }
+    }
+    for (r, &acc) in acc.iter().enumerate() {
+        finish(s, job, panel, row + r, acc);
+    }
+}
+
+/// Adds bias and residual to the 16 products of a row and stores them.
+#[inline(always)]
+fn finish<S: Simd>(s: S, job: &Job<'_>, panel: usize, row: usize, acc: S::F) {
+    let sink = &job.sink;
+    let column = panel * PANEL;
+    let valid = PANEL.min(job.part.n - column);
+    let column = job.first_column + column;
+    let at = row * sink.stride + column;
+    let mut v = acc;
+    if let Some(bias) = sink.bias {
+        v = s.add(v, partial(s, &bias[column..][..valid]));
+    }
+    // SAFETY: the output was checked to hold every row; this task alone touches these columns of this row.
+    let out = unsafe { std::slice::from_raw_parts_mut(sink.out.0.add(at), valid) };
+    match sink.add {
+        Add::Nothing => {}
+        Add::Output => v = s.add(v, partial(s, out)),
+        Add::Rows(rows) => v = s.add(v, partial(s, &rows[at..][..valid])),
+    }
+    if valid == PANEL {
+        // SAFETY: 16 elements.
+        unsafe { s.store(out.as_mut_ptr(), v) };
+    } else {
+        let mut whole = [0.0; PANEL];
+        // SAFETY: 16 elements.
+        unsafe { s.store(whole.as_mut_ptr(), v) };
+        out.copy_from_slice(&whole[..valid]);
+    }
+}
+
+/// Up to 16 floats as a vector.
+#[inline(always)]
+fn partial<S: Simd>(s: S, values: &[f32]) -> S::F {
+    if values.len() == PANEL {
+        // SAFETY: 16 elements.
+        unsafe { s.load(values.as_ptr()) }
+    } else {
+        let mut whole = [0.0; PANEL];
+        whole[..values.len()].copy_from_slice(values);
+        // SAFETY: 16 elements.
+        unsafe { s.load(whole.as_ptr()) }
+    }
+}

@@ -1,0 +1,269 @@
+//! One register tile: a panel of 16 outputs times up to 8 rows.
+//!
+//! Every output value is `Σ over blocks, in order, of d·da·(integer dot product)`, plus `m·(da·Σa)` right after each block
+//! where the layout has minima: the same operations on the same numbers whatever the number of rows.
+
+use crate::layout::{BLOCK, GROUP, GROUP_HEAD, Layout, Scales, code_bytes};
+use crate::simd::Simd;
+
+/// A quantised layout known at compile time.
+pub(super) trait Format {
+    const LAYOUT: Layout;
+    const BITS: u32;
+    const SCALES: Scales;
+    const BLOCK_BYTES: usize = Self::SCALES.bytes() + code_bytes(Self::BITS);
+}
+
+macro_rules! formats {
+    ($($name:ident)*) => {
+        $(
+            pub(super) struct $name;
+            impl Format for $name {
+                const LAYOUT: Layout = Layout::$name;
+                const BITS: u32 = match Layout::$name.quantised() {
+                    Some((bits, _)) => bits,
+                    None => 0,
+                };
+                const SCALES: Scales = match Layout::$name.quantised() {
+                    Some((_, scales)) => scales,
+                    None => Scales::Block,
+                };
+            }
+        )*
+    };
+}
+
+formats! { Q4 Q4Min Q4Coded Q5 Q5Min Q5Coded Q6 Q6Halves Q8 }
+
+/// The products of `R` rows with one panel.
+///
+/// # Safety
+/// `panel` points to a whole panel of `blocks` blocks of layout `T`, `acts` to a tile of `R` quantised rows as long.
+#[inline(always)]
+pub(super) unsafe fn quantised<S: Simd, T: Format, const R: usize>(
+    s: S,
+    panel: *const u8,
+    blocks: usize,
+    acts: *const u8,
+) -> [S::F; R] {
+    let mut acc = [s.splat(0.0); R];
+    let mut w = panel;
+    let mut a = acts;
+    let mut head = (s.splat(0.0), s.splat(0.0));
+    for index in 0..blocks {
+        // SAFETY: within the panel and the tile, by their layouts.
+        unsafe {
+            if T::SCALES.grouped() && index % GROUP == 0 {
+                head = (s.load_f16(w.cast()), s.load_f16(w.add(32).cast()));
+                w = w.add(GROUP_HEAD);
+            }
+            s.prefetch(w.wrapping_add(AHEAD));
+            s.prefetch(w.wrapping_add(AHEAD + 64));
+            s.prefetch(w.wrapping_add(AHEAD + 128));
+            s.prefetch(w.wrapping_add(AHEAD + 192));
+            if T::BLOCK_BYTES > 256 {
+                s.prefetch(w.wrapping_add(AHEAD + 256));
+            }
+            block::<S, T, R>(s, w, a, head, &mut acc);
+            w = w.add(T::BLOCK_BYTES);
+            a = a.add(super::acts::ROW_BLOCK * R);
+        }
+    }
+    acc
+}
+
+/// How far ahead of the multiplication weights are fetched.
+const AHEAD: usize = 1536;
+
+#[inline(always)]
+unsafe fn block<S: Simd, T: Format, const R: usize>(
+    s: S,
+    w: *const u8,
+    a: *const u8,
+    head: (S::F, S::F),
+    acc: &mut [S::F; R],
+) {
+    // SAFETY: the caller's block and tile hold what their layouts say.
+    unsafe {
+        let codes = w.add(T::SCALES.bytes());
+        let q = a.cast::<i8>();
+        let tail = a.add(BLOCK * R).cast::<f32>();
+        match T::SCALES {
+            Scales::Block | Scales::BlockMin | Scales::Coded => {
+                let mut sum = biased::<S, T, R>(s, tail.add(2 * R).cast());
+                pair::<S, T, R, 0, 4>(s, codes, q, &mut sum);
+                pair::<S, T, R, 1, 5>(s, codes, q, &mut sum);
+                pair::<S, T, R, 2, 6>(s, codes, q, &mut sum);
+                pair::<S, T, R, 3, 7>(s, codes, q, &mut sum);
+                let d = if matches!(T::SCALES, Scales::Coded) {
+                    s.mul(s.to_f(s.load_u8(w)), head.0)
+                } else {
+                    s.load_f16(w.cast())
+                };
+                scale(s, &sum, d, tail, acc);
+                if !matches!(T::SCALES, Scales::Block) {
+                    let m = if matches!(T::SCALES, Scales::Coded) {
+                        s.mul(s.to_f(s.load_i8(w.add(16).cast())), head.1)
+                    } else {
+                        s.load_f16(w.add(32).cast())
+                    };
+                    for r in 0..R {
+                        acc[r] = s.fma(m, s.splat(*tail.add(R + r)), acc[r]);
+                    }
+                }
+            }
+            Scales::Halves => {
+                let first = tail.add(3 * R).cast::<i32>();
+                let mut sum = biased::<S, T, R>(s, first);
+                pair::<S, T, R, 0, 1>(s, codes, q, &mut sum);
+                pair::<S, T, R, 2, 3>(s, codes, q, &mut sum);
+                let d = s.mul(s.to_f(s.load_i8(w.cast())), head.0);
+                scale(s, &sum, d, tail, acc);
+                let all = biased::<S, T, R>(s, tail.add(2 * R).cast());
+                let half = biased::<S, T, R>(s, first);
+                for r in 0..R {
+                    sum[r] = s.isub(all[r], half[r]);
+                }
+                pair::<S, T, R, 4, 5>(s, codes, q, &mut sum);
+                pair::<S, T, R, 6, 7>(s, codes, q, &mut sum);
+                let d = s.mul(s.to_f(s.load_i8(w.add(16).cast())), head.0);
+                scale(s, &sum, d, tail, acc);
+            }
+        }
+    }
+}
+
+/// The sums' start: minus the bias times the sum of the activations.
+#[inline(always)]
+unsafe fn biased<S: Simd, T: Format, const R: usize>(s: S, minus_sums: *const i32) -> [S::I; R] {
+    let mut sum = [s.isplat(0); R];
+    for (r, sum) in sum.iter_mut().enumerate() {
+        // SAFETY: R sums are there.
+        let minus = s.isplat(unsafe { minus_sums.add(r).read_unaligned() });
+        *sum = match T::LAYOUT.bias() {
+            8 => s.ishl::<3>(minus),
+            16 => s.ishl::<4>(minus),
+            32 => s.ishl::<5>(minus),
+            128 if !S::SIGNED_WIDE => s.ishl::<7>(minus),
+            _ => *sum,
+        };
+    }
+    sum
+}
+
+/// Adds the products of input groups `G` and `H`.
+#[inline(always)]
+unsafe fn pair<S: Simd, T: Format, const R: usize, const G: usize, const H: usize>(
+    s: S,
+    codes: *const u8,
+    q: *const i8,
+    sum: &mut [S::I; R],
+) {
+    // SAFETY: the caller's block and tile hold what their layouts say.
+    unsafe {
+        let g = weights::<S, T, G>(s, codes);
+        for (r, sum) in sum.iter_mut().enumerate() {
+            *sum = dot::<S, T>(s, *sum, g, q.add((G * R + r) * 4));
+        }
+        let h = weights::<S, T, H>(s, codes);
+        for (r, sum) in sum.iter_mut().enumerate() {
+            *sum = dot::<S, T>(s, *sum, h, q.add((H * R + r) * 4));
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn dot<S: Simd, T: Format>(s: S, sum: S::I, w: S::B, q: *const i8) -> S::I {
+    // SAFETY: four activations are at `q`.
+    unsafe {
+        if T::BITS == 8 {
+            s.dot_wide(sum, w, q)
+        } else {
+            s.dot(sum, w, q)
+        }
+    }
+}
+
+/// The codes of input group `G`.
+#[inline(always)]
+unsafe fn weights<S: Simd, T: Format, const G: usize>(s: S, codes: *const u8) -> S::B {
+    // SAFETY: the caller's block holds what its layout says.
+    unsafe {
+        if T::BITS == 8 {
+            return s.load_b(codes.add(64 * G));
+        }
+        let raw = s.load_b(codes.add(64 * (G % 4)));
+        let low = s.band(if G < 4 { raw } else { s.bshr::<4>(raw) }, 15);
+        match T::BITS {
+            5 => {
+                let h = s.load_b(codes.add(256));
+                let h = match G {
+                    0 => s.bshl::<4>(h),
+                    1 => s.bshl::<3>(h),
+                    2 => s.bshl::<2>(h),
+                    3 => s.bshl::<1>(h),
+                    4 => h,
+                    5 => s.bshr::<1>(h),
+                    6 => s.bshr::<2>(h),
+                    _ => s.bshr::<3>(h),
+                };
+                s.bor(low, s.band(h, 0x10))
+            }
+            6 => {
+                let h = s.load_b(codes.add(256 + 64 * (G / 4)));
+                let h = match G % 4 {
+                    0 => s.bshl::<4>(h),
+                    1 => s.bshl::<2>(h),
+                    2 => h,
+                    _ => s.bshr::<2>(h),
+                };
+                s.bor(low, s.band(h, 0x30))
+            }
+            _ => low,
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn scale<S: Simd, const R: usize>(
+    s: S,
+    sum: &[S::I; R],
+    d: S::F,
+    scales: *const f32,
+    acc: &mut [S::F; R],
+) {
+    for r in 0..R {
+        // SAFETY: R scales are there.
+        let da = s.splat(unsafe { *scales.add(r) });
+        acc[r] = s.fma(s.to_f(sum[r]), s.mul(d, da), acc[r]);
+    }
+}
+
+/// The products of `R` rows of floats with one panel of floats, input by input.
+///
+/// # Safety
+/// `panel` points to a panel of `k` inputs of `layout`, `x` to the first of `R` rows of `k` floats.
+#[inline(always)]
+pub(super) unsafe fn floats<S: Simd, const R: usize>(
+    s: S,
+    layout: Layout,
+    panel: *const u8,
+    k: usize,
+    x: *const f32,
+) -> [S::F; R] {
+    let mut acc = [s.splat(0.0); R];
+    for i in 0..k {
+        // SAFETY: input i of k, of every row.
+        unsafe {
+            let w = match layout {
+                Layout::F32 => s.load(panel.cast::<f32>().add(i * 16)),
+                Layout::Bf16 => s.load_bf16(panel.cast::<u16>().add(i * 16)),
+                _ => s.load_f16(panel.cast::<u16>().add(i * 16)),
+            };
+            for (r, acc) in acc.iter_mut().enumerate() {
+                *acc = s.fma(s.splat(*x.add(r * k + i)), w, *acc);
+            }
+        }
+    }
+    acc
+}

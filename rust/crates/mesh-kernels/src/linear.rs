@@ -1,0 +1,236 @@
+//! The products of a transformer layer.
+
+use std::cell::Cell;
+
+use crate::error::expect_len;
+use crate::gemm::acts::{self, RmsNorm};
+use crate::gemm::{self, Add, Input, Sink};
+use crate::matrix::QMatrix;
+use crate::mem::{Buffer, Shared};
+use crate::simd::{self, Kernel, LANES, Simd};
+use crate::{KernelError, Pool, rms_norm};
+
+/// What [`linear`] does before and after the product.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Linear<'a> {
+    /// Normalise the input rows first.
+    pub norm: Option<RmsNorm<'a>>,
+    /// Added to every output row: `n` elements.
+    pub bias: Option<&'a [f32]>,
+    /// Added after the bias.
+    pub residual: Residual<'a>,
+}
+
+/// A residual connection.
+#[derive(Debug, Clone, Copy, Default)]
+pub enum Residual<'a> {
+    /// None: the output is overwritten.
+    #[default]
+    None,
+    /// The product is added to what the output holds.
+    InPlace,
+    /// These rows, `[rows, n]`, plus the product are written to the output.
+    Rows(&'a [f32]),
+}
+
+/// `out[r] = norm(x[r]) · Wᵀ + bias + residual[r]` for `x` of `[rows, k]` and `out` of `[rows, n]`.
+///
+/// Activations are rounded to 8 bits per 32 inputs, except for matrices of floats. A row's result does not depend, bit for
+/// bit, on the other rows or on the number of threads.
+///
+/// # Errors
+/// When a buffer does not fit the matrix; nothing is written then.
+pub fn linear(
+    pool: &Pool,
+    matrix: &QMatrix,
+    x: &[f32],
+    rows: usize,
+    out: &mut [f32],
+    options: &Linear<'_>,
+) -> Result<(), KernelError> {
+    check("the output rows", out.len(), rows, matrix.n())?;
+    if let Some(bias) = options.bias {
+        expect_len("the bias", bias.len(), matrix.n())?;
+    }
+    if let Residual::Rows(residual) = options.residual {
+        expect_len("the residual rows", residual.len(), out.len())?;
+    }
+    let quantised = matrix.parts().iter().any(|p| p.layout.quantised().is_some());
+    let floats = matrix.parts().iter().any(|p| p.layout.quantised().is_none());
+    with_input(pool, x, rows, matrix.k(), options.norm, quantised, floats, |input| {
+        gemm::multiply(
+            pool,
+            matrix,
+            input,
+            Sink {
+                out: Shared(out.as_mut_ptr()),
+                stride: matrix.n(),
+                bias: options.bias,
+                add: match options.residual {
+                    Residual::None => Add::Nothing,
+                    Residual::InPlace => Add::Output,
+                    Residual::Rows(rows) => Add::Rows(rows),
+                },
+            },
+        );
+    })
+}
+
+/// The first half of a gated feed-forward layer: `out[r] = silu(h · Wgᵀ) * (h · Wuᵀ)` with `h = norm(x[r])`.
+///
+/// # Errors
+/// When the matrices differ in shape or a buffer does not fit them.
+pub fn gate_up_silu(
+    pool: &Pool,
+    gate: &QMatrix,
+    up: &QMatrix,
+    x: &[f32],
+    rows: usize,
+    norm: Option<RmsNorm<'_>>,
+    out: &mut [f32],
+) -> Result<(), KernelError> {
+    for (what, left, right) in [
+        ("outputs of gate and up", gate.n(), up.n()),
+        ("inputs of gate and up", gate.k(), up.k()),
+    ] {
+        if left != right {
+            return Err(KernelError::Mismatch { what, left, right });
+        }
+    }
+    check("the output rows", out.len(), rows, gate.n())?;
+    if let ([g], [u]) = (gate.parts(), up.parts())
+        && g.layout == u.layout
+    {
+        let quantised = g.layout.quantised().is_some();
+        let k = gate.k();
+        return with_input(pool, x, rows, k, norm, quantised, !quantised, |input| {
+            gemm::multiply_gate_up(pool, g, u, k, input, Shared(out.as_mut_ptr()));
+        });
+    }
+    let options = Linear {
+        norm,
+        ..Linear::default()
+    };
+    let mut ups = vec![0.0; out.len()];
+    linear(pool, up, x, rows, &mut ups, &options)?;
+    linear(pool, gate, x, rows, out, &options)?;
+    simd::run(pool.isa(), Silu { gate: out, up: &ups });
+    Ok(())
+}
+
+/// A whole gated feed-forward layer: `out = x + (silu(h·Wgᵀ) * (h·Wuᵀ)) · Wdᵀ` with `h = norm(x)`, in place over `x`.
+///
+/// # Errors
+/// When the matrices' shapes do not chain or a buffer does not fit them.
+pub fn feed_forward(
+    pool: &Pool,
+    gate: &QMatrix,
+    up: &QMatrix,
+    down: &QMatrix,
+    norm: RmsNorm<'_>,
+    x: &mut [f32],
+    rows: usize,
+) -> Result<(), KernelError> {
+    for (what, left, right) in [
+        ("outputs of gate and inputs of down", gate.n(), down.k()),
+        ("inputs of gate and outputs of down", gate.k(), down.n()),
+    ] {
+        if left != right {
+            return Err(KernelError::Mismatch { what, left, right });
+        }
+    }
+    check("the rows", x.len(), rows, gate.k())?;
+    let count = rows * gate.n();
+    let mut middle = MIDDLE.take();
+    middle.reserve("the rows between", count * 4)?;
+    let result = gate_up_silu(pool, gate, up, x, rows, Some(norm), &mut middle.floats_mut()[..count]).and_then(
+        |()| {
+            let options = Linear {
+                residual: Residual::InPlace,
+                ..Linear::default()
+            };
+            linear(pool, down, &middle.floats_mut()[..count], rows, x, &options)
+        },
+    );
+    MIDDLE.set(middle);
+    result
+}
+
+thread_local! {
+    /// Quantised rows and normalised rows, kept between calls.
+    static SCRATCH: Cell<(Buffer, Buffer)> = Cell::default();
+    /// Rows between the halves of a feed-forward layer.
+    static MIDDLE: Cell<Buffer> = Cell::default();
+}
+
+/// Brings `x` into the forms that a product reads, and calls `then` with them.
+#[allow(clippy::too_many_arguments)]
+fn with_input(
+    pool: &Pool,
+    x: &[f32],
+    rows: usize,
+    k: usize,
+    norm: Option<RmsNorm<'_>>,
+    quantised: bool,
+    floats: bool,
+    then: impl FnOnce(Input<'_>),
+) -> Result<(), KernelError> {
+    check("the input rows", x.len(), rows, k)?;
+    if let Some(norm) = norm {
+        expect_len("the norm's weight", norm.weight.len(), k)?;
+    }
+    let (mut acts, mut scratch) = SCRATCH.take();
+    let result = (|| {
+        if quantised {
+            acts::quantise(pool, x, rows, k, norm, &mut acts, &mut scratch)?;
+        }
+        let mut x = x;
+        if floats && let Some(norm) = norm {
+            scratch.reserve("normalised rows", rows * k * 4)?;
+            let normed = &mut scratch.floats_mut()[..rows * k];
+            rms_norm(pool, x, norm.weight, norm.eps, normed)?;
+            x = normed;
+        }
+        then(Input {
+            acts: acts.bytes(),
+            x,
+            rows,
+        });
+        Ok(())
+    })();
+    SCRATCH.set((acts, scratch));
+    result
+}
+
+fn check(what: &'static str, got: usize, rows: usize, width: usize) -> Result<(), KernelError> {
+    let need = rows.checked_mul(width).ok_or(KernelError::Dimension {
+        what: "number of rows",
+        value: rows,
+        need: "the rows must fit the address space",
+    })?;
+    expect_len(what, got, need)
+}
+
+/// `gate = silu(gate) * up`.
+struct Silu<'a> {
+    gate: &'a mut [f32],
+    up: &'a [f32],
+}
+
+impl Kernel for Silu<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for (gate, up) in self.gate.chunks_mut(LANES).zip(self.up.chunks(LANES)) {
+            let (mut g, mut u) = ([0.0; LANES], [0.0; LANES]);
+            g[..gate.len()].copy_from_slice(gate);
+            u[..up.len()].copy_from_slice(up);
+            // SAFETY: arrays of 16.
+            unsafe {
+                let v = s.mul(s.silu(s.load(g.as_ptr())), s.load(u.as_ptr()));
+                s.store(g.as_mut_ptr(), v);
+            }
+            let len = gate.len();
+            gate.copy_from_slice(&g[..len]);
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! Root mean square normalisation.
+
+use crate::error::expect_len;
+use crate::mem::Shared;
+use crate::simd::{self, Kernel, LANES, Simd};
+use crate::{KernelError, Pool};
+
+/// `out[r] = x[r] / sqrt(mean(x[r]²) + eps) * weight`, row by row of `weight.len()` elements.
+///
+/// # Errors
+/// When `x` and `out` do not hold the same whole number of rows.
+pub fn rms_norm(
+    pool: &Pool,
+    x: &[f32],
+    weight: &[f32],
+    eps: f32,
+    out: &mut [f32],
+) -> Result<(), KernelError> {
+    let k = weight.len();
+    if k == 0 || !x.len().is_multiple_of(k) {
+        return Err(KernelError::Length {
+            what: "the rows to normalise",
+            got: x.len(),
+            need: k,
+        });
+    }
+    expect_len("the normalised rows", out.len(), x.len())?;
+    let rows = x.len() / k;
+    let chunk = if x.len() < 32 * 1024 {
+        rows.max(1)
+    } else {
+        rows.div_ceil(4 * pool.threads())
+    };
+    let out = Shared(out.as_mut_ptr());
+    pool.run(rows.div_ceil(chunk), &|task| {
+        let out = out;
+        let rows = task * chunk..((task + 1) * chunk).min(rows);
+        // SAFETY: this task alone writes these rows of the output, which is as long as the input.
+        let out = unsafe { std::slice::from_raw_parts_mut(out.0.add(rows.start * k), rows.len() * k) };
+        simd::run(
+            pool.isa(),
+            Rows {
+                x: &x[rows.start * k..rows.end * k],
+                weight,
+                eps,
+                out,
+            },
+        );
+    });
+    Ok(())
+}
+
+struct Rows<'a> {
+    x: &'a [f32],
+    weight: &'a [f32],
+    eps: f32,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Rows<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let k = self.weight.len();
+        for (x, out) in self.x.chunks_exact(k).zip(self.out.chunks_exact_mut(k)) {
+            normalise(s, x, self.weight, self.eps, out);
+        }
+    }
+}
+
+/// Normalises one row. Lengths are equal. A tail of less than 16 elements is added element by element.
+#[inline(always)]
+pub(crate) fn normalise<S: Simd>(s: S, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let k = x.len().min(weight.len()).min(out.len());
+    let whole = k / LANES * LANES;
+    let mut squares = [s.splat(0.0); 2];
+    for i in (0..whole).step_by(LANES) {
+        // SAFETY: i + 16 <= k.
+        let v = unsafe { s.load(x.as_ptr().add(i)) };
+        let turn = i / LANES % 2;
+        squares[turn] = s.fma(v, v, squares[turn]);
+    }
+    let mut total = s.sum(s.add(squares[0], squares[1]));
+    for &v in &x[whole..k] {
+        total += v * v;
+    }
+    let factor = 1.0 / (total / k as f32 + eps).sqrt();
+    let factors = s.splat(factor);
+    for i in (0..whole).step_by(LANES) {
+        // SAFETY: i + 16 <= k, for all three.
+        unsafe {
+            let v = s.mul(s.load(x.as_ptr().add(i)), factors);
+            s.store(out.as_mut_ptr().add(i), s.mul(v, s.load(weight.as_ptr().add(i))));
+        }
+    }
+    for i in whole..k {
+        out[i] = x[i] * factor * weight[i];
+    }
+}

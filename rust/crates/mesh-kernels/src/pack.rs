@@ -1,0 +1,300 @@
+//! From file rows to panels, and back for single rows.
+
+use half::f16;
+
+use crate::layout::{BLOCK, GROUP, GROUP_HEAD, Layout, PANEL, Scales};
+use crate::quant::WeightType;
+use crate::quant::blocks::{Stretch, float, stretch, word};
+
+/// Packs the 16 rows of a panel (fewer in the last one: the rest stays zero) into `panel`, which is zeroed.
+pub(crate) fn panel(
+    layout: Layout,
+    ty: WeightType,
+    k: usize,
+    rows: &[u8],
+    row_bytes: usize,
+    panel: &mut [u8],
+) {
+    for (column, row) in rows.chunks_exact(row_bytes).take(PANEL).enumerate() {
+        match layout.quantised() {
+            None => floats(layout, ty, k, row, column, panel),
+            Some((_, Scales::Coded)) if ty == WeightType::Q4_1 => {
+                coded_from_q4_1(k, row, column, panel);
+            }
+            Some(_) if layout == Layout::Q6 => six_from_q8_0(k, row, column, panel),
+            Some((bits, scales)) => quantised(layout, ty, bits, scales, k, row, column, panel),
+        }
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
+fn quantised(
+    layout: Layout,
+    ty: WeightType,
+    bits: u32,
+    scales: Scales,
+    k: usize,
+    row: &[u8],
+    column: usize,
+    panel: &mut [u8],
+) {
+    for index in 0..k / BLOCK {
+        let at = layout.block_offset(index);
+        let codes_at = at + scales.bytes();
+        // The three common types keep their bytes: whole words are moved.
+        match ty {
+            WeightType::Q4_0 => {
+                let b = &row[index * 18..][..18];
+                put(panel, at + 2 * column, &b[..2]);
+                words(panel, codes_at + 4 * column, &b[2..], 0);
+                continue;
+            }
+            WeightType::Q4_1 => {
+                let b = &row[index * 20..][..20];
+                put(panel, at + 2 * column, &b[..2]);
+                put(panel, at + 32 + 2 * column, &b[2..4]);
+                words(panel, codes_at + 4 * column, &b[4..], 0);
+                continue;
+            }
+            WeightType::Q8_0 => {
+                let b = &row[index * 34..][..34];
+                put(panel, at + 2 * column, &b[..2]);
+                words(panel, codes_at + 4 * column, &b[2..], 0x8080_8080);
+                continue;
+            }
+            _ => {}
+        }
+        let s = stretch(ty, row, index);
+        if scales.grouped() {
+            let head = at - GROUP_HEAD;
+            if index % GROUP == 0 {
+                put(panel, head + 2 * column, &s.d.to_le_bytes());
+                // K types take their minimum away.
+                put(
+                    panel,
+                    head + 32 + 2 * column,
+                    &(s.m ^ 0x8000).to_le_bytes(),
+                );
+            }
+            panel[at + column] = s.codes[0].cast_unsigned();
+            panel[at + 16 + column] = s.codes[1].cast_unsigned();
+        } else {
+            put(panel, at + 2 * column, &s.d.to_le_bytes());
+            if scales == Scales::BlockMin {
+                put(panel, at + 32 + 2 * column, &s.m.to_le_bytes());
+            }
+        }
+        put_codes(bits, &mut panel[codes_at..], column, &s.q);
+    }
+}
+
+fn floats(layout: Layout, ty: WeightType, k: usize, row: &[u8], column: usize, panel: &mut [u8]) {
+    let bytes = layout.float_bytes();
+    debug_assert_eq!(bytes, ty.block_bytes());
+    for i in 0..k {
+        put(
+            panel,
+            (i * PANEL + column) * bytes,
+            &row[i * bytes..][..bytes],
+        );
+    }
+}
+
+/// Q4_1 with its scales and minima as 8-bit codes per group of 256 weights: 0.578 bytes a weight where the file has 0.625.
+/// What rounding takes from the scale is given back in the minimum, so that a block's mean stays.
+fn coded_from_q4_1(k: usize, row: &[u8], column: usize, panel: &mut [u8]) {
+    let layout = Layout::Q4Coded;
+    let blocks = k / BLOCK;
+    for start in (0..blocks).step_by(GROUP) {
+        let group = start..(start + GROUP).min(blocks);
+        let read = |index: usize| {
+            let b = &row[index * 20..][..20];
+            let number = |at| f16::from_bits(word(b, at)).to_f32();
+            let sum: u32 = b[4..]
+                .iter()
+                .map(|&q| u32::from(q & 15) + u32::from(q >> 4))
+                .sum();
+            (number(0), number(2), sum as f32 / BLOCK as f32)
+        };
+        let signed = |code: f32, scale: f32| if scale == 0.0 { 0.0 } else { code / scale };
+        let largest_d = group.clone().map(|i| read(i).0).fold(0.0, |a: f32, d| {
+            if d.abs() > a.abs() { d } else { a }
+        });
+        let scale_d = f16::from_f32(largest_d / 255.0);
+        let codes: Vec<(f32, f32)> = group
+            .clone()
+            .map(|i| {
+                let (d, m, mean) = read(i);
+                let code = signed(d, scale_d.to_f32()).round().clamp(0.0, 255.0);
+                (code, m + (d - code * scale_d.to_f32()) * mean)
+            })
+            .collect();
+        let largest_m = codes.iter().fold(0.0, |a: f32, c| a.max(c.1.abs()));
+        let scale_m = f16::from_f32(largest_m / 127.0);
+        let head = layout.block_offset(start) - GROUP_HEAD;
+        put(panel, head + 2 * column, &scale_d.to_bits().to_le_bytes());
+        put(
+            panel,
+            head + 32 + 2 * column,
+            &scale_m.to_bits().to_le_bytes(),
+        );
+        for (index, (code, min)) in group.zip(codes) {
+            let at = layout.block_offset(index);
+            let min = signed(min, scale_m.to_f32()).round().clamp(-127.0, 127.0);
+            panel[at + column] = code as u8;
+            panel[at + 16 + column] = (min as i8).cast_unsigned();
+            words(
+                panel,
+                at + 32 + 4 * column,
+                &row[index * 20 + 4..][..16],
+                0,
+            );
+        }
+    }
+}
+
+/// Q8_0 rounded to 6 bits with the scale that loses least among a few.
+fn six_from_q8_0(k: usize, row: &[u8], column: usize, panel: &mut [u8]) {
+    for index in 0..k / BLOCK {
+        let b = &row[index * 34..][..34];
+        let d = f16::from_bits(word(b, 0)).to_f32();
+        let q: [f32; 32] = std::array::from_fn(|i| f32::from(b[2 + i].cast_signed()));
+        // The extreme value maps to -32 exactly, as in ggml's own symmetric types; neighbours of that scale are tried.
+        let extreme = q
+            .iter()
+            .fold(0.0, |a: f32, &v| if v.abs() > a.abs() { v } else { a });
+        let mut best = (f32::INFINITY, 0.0, [32_u8; 32]);
+        for divisor in [-32.0, -31.0, -30.0, 31.0, 30.0] {
+            let scale = f16::from_f32(d * extreme / divisor).to_f32();
+            let ratio = if scale == 0.0 { 0.0 } else { d / scale };
+            let codes = q.map(|v| (v * ratio).round().clamp(-32.0, 31.0));
+            let error: f32 = (0..BLOCK)
+                .map(|i| {
+                    let e = d * q[i] - scale * codes[i];
+                    e * e
+                })
+                .sum();
+            if error < best.0 {
+                best = (error, scale, codes.map(|c| (c + 32.0) as u8));
+            }
+        }
+        let at = Layout::Q6.block_offset(index);
+        put(
+            panel,
+            at + 2 * column,
+            &f16::from_f32(best.1).to_bits().to_le_bytes(),
+        );
+        put_codes(6, &mut panel[at + 32..], column, &best.2);
+    }
+}
+
+fn put(panel: &mut [u8], at: usize, bytes: &[u8]) {
+    panel[at..at + bytes.len()].copy_from_slice(bytes);
+}
+
+/// Copies `bytes` word by word to every 64th byte.
+#[inline(always)]
+fn words(panel: &mut [u8], at: usize, bytes: &[u8], flip: u32) {
+    for (j, w) in bytes.chunks_exact(4).enumerate() {
+        let w = u32::from_le_bytes([w[0], w[1], w[2], w[3]]) ^ flip;
+        panel[at + 64 * j..][..4].copy_from_slice(&w.to_le_bytes());
+    }
+}
+
+fn put_codes(bits: u32, codes: &mut [u8], column: usize, q: &[u8; 32]) {
+    for (i, &q) in q.iter().enumerate() {
+        let (group, lane) = (i / 4, 4 * column + i % 4);
+        if bits == 8 {
+            codes[64 * group + lane] = q;
+            continue;
+        }
+        codes[64 * (group % 4) + lane] |= (q & 15) << (group / 4 * 4);
+        match bits {
+            5 => codes[256 + lane] |= (q >> 4) << group,
+            6 => codes[256 + 64 * (group / 4) + lane] |= (q >> 4) << (2 * (group % 4)),
+            _ => {}
+        }
+    }
+}
+
+fn get_code(bits: u32, codes: &[u8], column: usize, i: usize) -> u8 {
+    let (group, lane) = (i / 4, 4 * column + i % 4);
+    if bits == 8 {
+        return codes[64 * group + lane];
+    }
+    let low = (codes[64 * (group % 4) + lane] >> (group / 4 * 4)) & 15;
+    match bits {
+        5 => low | (((codes[256 + lane] >> group) & 1) << 4),
+        6 => low | (((codes[256 + 64 * (group / 4) + lane] >> (2 * (group % 4))) & 3) << 4),
+        _ => low,
+    }
+}
+
+/// Writes the weights of one column of a panel to `out`.
+pub(crate) fn unpack_column(layout: Layout, panel: &[u8], column: usize, out: &mut [f32]) {
+    let Some((bits, scales)) = layout.quantised() else {
+        let ty = match layout {
+            Layout::F32 => WeightType::F32,
+            Layout::Bf16 => WeightType::BF16,
+            _ => WeightType::F16,
+        };
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = float(ty, panel, i * PANEL + column);
+        }
+        return;
+    };
+    let number = |at: usize| f16::from_bits(word(panel, at)).to_f32();
+    for (index, out) in out.chunks_exact_mut(BLOCK).enumerate() {
+        let at = layout.block_offset(index);
+        let head = layout.block_offset(index / GROUP * GROUP);
+        let codes = &panel[at + scales.bytes()..];
+        let code = |at: usize| f32::from(panel[at].cast_signed());
+        let (d, m) = match scales {
+            Scales::Block => ([number(at + 2 * column); 2], 0.0),
+            Scales::BlockMin => ([number(at + 2 * column); 2], number(at + 32 + 2 * column)),
+            Scales::Coded => (
+                [f32::from(panel[at + column]) * number(head - GROUP_HEAD + 2 * column); 2],
+                code(at + 16 + column) * number(head - 32 + 2 * column),
+            ),
+            Scales::Halves => {
+                let d = number(head - GROUP_HEAD + 2 * column);
+                ([code(at + column) * d, code(at + 16 + column) * d], 0.0)
+            }
+        };
+        for (i, out) in out.iter_mut().enumerate() {
+            let q = i32::from(get_code(bits, codes, column, i)) - layout.bias();
+            *out = d[i / 16] * q as f32 + m;
+        }
+    }
+}
+
+/// The weights of a row in file format, by the definition of its type: what packing is tested against.
+pub(crate) fn dequantize_file_row(ty: WeightType, row: &[u8], out: &mut [f32]) {
+    if ty.block_len() == 1 {
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = float(ty, row, i);
+        }
+        return;
+    }
+    let bias = match ty {
+        WeightType::Q4_0 => 8,
+        WeightType::Q5_0 => 16,
+        WeightType::Q6_K => 32,
+        WeightType::Q8_0 => 128,
+        _ => 0,
+    };
+    for (index, out) in out.chunks_exact_mut(BLOCK).enumerate() {
+        let Stretch { q, d, m, codes } = stretch(ty, row, index);
+        let (d, m) = (f16::from_bits(d).to_f32(), f16::from_bits(m).to_f32());
+        for (i, out) in out.iter_mut().enumerate() {
+            let q = (i32::from(q[i]) - bias) as f32;
+            *out = match ty {
+                WeightType::Q4_K | WeightType::Q5_K => {
+                    d * f32::from(codes[0]) * q - m * f32::from(codes[1])
+                }
+                WeightType::Q6_K => d * f32::from(codes[i / 16]) * q,
+                _ => d * q + m,
+            };
+        }
+    }
+}

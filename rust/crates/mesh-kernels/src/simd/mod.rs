@@ -1,0 +1,156 @@
+//! Sixteen lanes, whatever the CPU has.
+//!
+//! Every kernel is written once over [`Simd`], a token whose existence proves that the CPU has the instructions. A vector is
+//! always 16 lanes (one AVX-512 register, two AVX2, four NEON ones), every reduction is the same tree, and every
+//! multiplication that is followed by an addition is fused; so AVX-512, AVX2 and NEON give the same bits. [`Scalar`] does
+//! not fuse (on the CPUs that need it a fused operation is a library call), so it agrees only to rounding.
+//!
+//! A kernel is a struct that implements [`Kernel`]; [`run`] calls it inside a function that has the target features, and
+//! everything below is `#[inline(always)]`, so that it is compiled with them.
+
+pub(crate) mod scalar;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
+
+use crate::Isa;
+
+/// Lanes of a vector.
+pub(crate) const LANES: usize = 16;
+
+/// A unit of work that is compiled once per instruction set.
+pub(crate) trait Kernel {
+    /// Does the work.
+    fn run<S: Simd>(self, s: S);
+}
+
+/// Runs `kernel` with the instructions of `isa`, or with [`Scalar`](scalar::Scalar) where the CPU lacks them.
+pub(crate) fn run<K: Kernel>(isa: Isa, kernel: K) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => match avx512::Avx512::detect() {
+            // SAFETY: the token exists, so the CPU has the features.
+            Some(s) => unsafe { avx512::enter(s, kernel) },
+            None => kernel.run(scalar::Scalar),
+        },
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => match avx2::Avx2::detect() {
+            // SAFETY: the token exists, so the CPU has the features.
+            Some(s) => unsafe { avx2::enter(s, kernel) },
+            None => kernel.run(scalar::Scalar),
+        },
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => match neon::Neon::detect() {
+            // SAFETY: the token exists, so the CPU has the features.
+            Some(s) => unsafe { neon::enter(s, kernel) },
+            None => kernel.run(scalar::Scalar),
+        },
+        _ => kernel.run(scalar::Scalar),
+    }
+}
+
+/// Vectors of 16 lanes. The token is proof that the CPU has the instructions.
+///
+/// Methods that take pointers are unsafe: the pointer must be valid for the 16 elements (64 bytes for [`Simd::load_b`]); no
+/// alignment is needed.
+pub(crate) trait Simd: Copy {
+    /// 16 × f32.
+    type F: Copy;
+    /// 16 × i32.
+    type I: Copy;
+    /// 64 bytes: 16 columns of 4 consecutive weights.
+    type B: Copy;
+
+    /// Whether [`Simd::dot_wide`] wants signed weights and no bias.
+    const SIGNED_WIDE: bool;
+
+    fn splat(self, v: f32) -> Self::F;
+    unsafe fn load(self, p: *const f32) -> Self::F;
+    unsafe fn store(self, p: *mut f32, v: Self::F);
+    unsafe fn load_f16(self, p: *const u16) -> Self::F;
+    unsafe fn load_bf16(self, p: *const u16) -> Self::F;
+    unsafe fn store_f16(self, p: *mut u16, v: Self::F);
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b + c`.
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    fn abs(self, a: Self::F) -> Self::F;
+    /// Lanes from `n` on become `fill`.
+    fn keep_first(self, a: Self::F, n: usize, fill: f32) -> Self::F;
+    /// `a * 2^n`; the result must be a normal number.
+    fn scale2(self, a: Self::F, n: Self::I) -> Self::F;
+    /// The sum in the tree order (i, i+8), (i, i+4), (i, i+2), (i, i+1).
+    fn sum(self, a: Self::F) -> f32;
+    fn largest(self, a: Self::F) -> f32;
+
+    fn isplat(self, v: i32) -> Self::I;
+    fn isub(self, a: Self::I, b: Self::I) -> Self::I;
+    fn ishl<const N: u32>(self, a: Self::I) -> Self::I;
+    fn to_f(self, a: Self::I) -> Self::F;
+    /// Rounds half to even.
+    fn round(self, a: Self::F) -> Self::I;
+    unsafe fn load_u8(self, p: *const u8) -> Self::I;
+    unsafe fn load_i8(self, p: *const i8) -> Self::I;
+    /// The low byte of each lane, for values within `i8`.
+    unsafe fn store_i8(self, p: *mut i8, v: Self::I);
+
+    unsafe fn load_b(self, p: *const u8) -> Self::B;
+    /// Every byte `& mask`.
+    fn band(self, a: Self::B, mask: u8) -> Self::B;
+    fn bor(self, a: Self::B, b: Self::B) -> Self::B;
+    /// Shifts pairs of bytes: mask the result before use.
+    fn bshl<const N: u32>(self, a: Self::B) -> Self::B;
+    /// Shifts pairs of bytes: mask the result before use.
+    fn bshr<const N: u32>(self, a: Self::B) -> Self::B;
+    /// `acc[c] += Σ w[4c+i] * a[i]` over four weights below 128 and the four signed bytes at `a`.
+    unsafe fn dot(self, acc: Self::I, w: Self::B, a: *const i8) -> Self::I;
+    /// The same for weights stored as `w + 128`, with `w` in `-128..128`: what comes out is the sum for `w + 128`, or for
+    /// `w` where [`Simd::SIGNED_WIDE`] says so. No `a` may be -128.
+    unsafe fn dot_wide(self, acc: Self::I, w: Self::B, a: *const i8) -> Self::I;
+    /// Hints that the cache line at `p` is needed soon; any address will do.
+    fn prefetch(self, p: *const u8);
+
+    /// `2^x` for `x <= 0`, to about one unit in the last place times two; below -126 it is about `2^-126`.
+    #[inline(always)]
+    fn exp2(self, x: Self::F) -> Self::F {
+        let x = self.max(x, self.splat(-126.0));
+        let n = self.round(x);
+        let f = self.sub(x, self.to_f(n));
+        let mut p = self.splat(EXP2[0]);
+        for &c in &EXP2[1..] {
+            p = self.fma(p, f, self.splat(c));
+        }
+        self.scale2(p, n)
+    }
+
+    /// `x / (1 + e^-x)`.
+    #[inline(always)]
+    fn silu(self, x: Self::F) -> Self::F {
+        // e^-|x| keeps the argument of exp2 negative: for x < 0 the quotient is e^x / (1 + e^x).
+        let e = self.exp2(self.mul(self.abs(x), self.splat(-std::f32::consts::LOG2_E)));
+        let one = self.splat(1.0);
+        let negative = self.mul(x, e);
+        // max(x, 0) + min(x, 0) e^-|x|: x for positive x, x e^x for negative.
+        let positive = self.max(x, self.splat(0.0));
+        let negative = self.sub(negative, self.mul(positive, e));
+        self.div(self.add(positive, negative), self.add(one, e))
+    }
+}
+
+/// Coefficients of `2^f` for |f| <= 0.5, highest power first (minimax of degree 6, last one exact).
+const EXP2: [f32; 7] = [
+    1.535_336_2e-4,
+    1.339_887_5e-3,
+    9.618_437e-3,
+    5.550_332_5e-2,
+    2.402_264_7e-1,
+    6.931_472e-1,
+    1.0,
+];

@@ -1,0 +1,294 @@
+//! Products of every weight type on every instruction set that this CPU runs.
+
+mod support;
+
+use mesh_kernels::{
+    Isa, KernelError, Linear, PackOptions, Pool, PoolOptions, QMatrix, Residual, RmsNorm,
+    WeightType, feed_forward, gate_up_silu, linear,
+};
+use proptest::prelude::*;
+use support::{Rng, bits, dequantized, error, product, random_rows, rounded};
+
+fn pool(threads: usize, isa: Isa) -> Pool {
+    Pool::with_options(PoolOptions {
+        threads,
+        isa: Some(isa),
+        ..PoolOptions::default()
+    })
+}
+
+fn plain(pool: &Pool, w: &QMatrix, x: &[f32]) -> Vec<f32> {
+    let rows = x.len() / w.k();
+    let mut out = vec![f32::NAN; rows * w.n()];
+    linear(pool, w, x, rows, &mut out, &Linear::default()).expect("shapes fit");
+    out
+}
+
+#[test]
+fn packing_keeps_every_weight() {
+    let mut rng = Rng(1);
+    for ty in WeightType::ALL {
+        let (n, k) = (37, 512);
+        let rows = random_rows(ty, n, k, &mut rng);
+        let want = dequantized(ty, n, k, &rows);
+        let matrix = QMatrix::pack(ty, n, k, &rows).expect("packs");
+        let mut got = vec![0.0; k];
+        for row in 0..n {
+            matrix.dequantize_row(row, &mut got).expect("row exists");
+            let worst = got
+                .iter()
+                .zip(&want[row * k..])
+                .map(|(g, w)| (g - w).abs())
+                .fold(0.0, f32::max);
+            assert!(worst <= 1e-7, "{ty:?} row {row}: off by {worst}");
+        }
+    }
+}
+
+#[test]
+fn products_agree_with_the_definition() {
+    let mut rng = Rng(2);
+    for ty in WeightType::ALL {
+        for (n, k) in [(16, 256), (37, 512), (80, 768)] {
+            let rows = random_rows(ty, n, k, &mut rng);
+            let w = dequantized(ty, n, k, &rows);
+            let matrix = QMatrix::pack(ty, n, k, &rows).expect("packs");
+            let x = rng.floats(11 * k);
+            let want = if ty.block_len() == 1 {
+                product(&w, &x, k)
+            } else {
+                product(&w, &rounded(&x), k)
+            };
+            for isa in Isa::available() {
+                let got = plain(&pool(2, isa), &matrix, &x);
+                let off = error(&got, &want);
+                assert!(off < 2e-5, "{ty:?} {n}x{k} on {isa:?}: {off}");
+            }
+        }
+    }
+}
+
+#[test]
+fn fused_instruction_sets_give_the_same_bits() {
+    let fused: Vec<Isa> = Isa::available()
+        .into_iter()
+        .filter(|&isa| isa != Isa::Scalar)
+        .collect();
+    let mut rng = Rng(3);
+    for ty in WeightType::ALL {
+        let (n, k) = (48, 512);
+        let matrix = QMatrix::pack(ty, n, k, &random_rows(ty, n, k, &mut rng)).expect("packs");
+        let x = rng.floats(7 * k);
+        let all: Vec<_> = fused
+            .iter()
+            .map(|&isa| bits(&plain(&pool(1, isa), &matrix, &x)))
+            .collect();
+        assert!(all.windows(2).all(|pair| pair[0] == pair[1]), "{ty:?}");
+    }
+}
+
+#[test]
+fn compact_layouts_lose_little() {
+    let mut rng = Rng(4);
+    let options = PackOptions {
+        coded_scales: true,
+        six_bit: true,
+    };
+    for (ty, n, k, limit) in [
+        (WeightType::Q4_1, 40, 576, 0.02),
+        (WeightType::Q8_0, 40, 576, 0.12),
+    ] {
+        let rows = random_rows(ty, n, k, &mut rng);
+        let w = dequantized(ty, n, k, &rows);
+        let exact = QMatrix::pack(ty, n, k, &rows).expect("packs");
+        let small = QMatrix::pack_with(&pool(2, Isa::current()), ty, n, k, &rows, options)
+            .expect("packs");
+        assert!(small.bytes() < exact.bytes() * 94 / 100);
+        let x = rng.floats(3 * k);
+        let want = product(&w, &rounded(&x), k);
+        for isa in Isa::available() {
+            let off = error(&plain(&pool(1, isa), &small, &x), &want);
+            assert!(off < limit, "{ty:?} on {isa:?}: {off}");
+        }
+    }
+}
+
+#[test]
+fn norm_bias_and_residual_are_added_in_order() {
+    let mut rng = Rng(5);
+    let (n, k, rows) = (52, 96, 5);
+    let matrix = QMatrix::pack(
+        WeightType::Q4_1,
+        n,
+        k,
+        &random_rows(WeightType::Q4_1, n, k, &mut rng),
+    )
+    .expect("packs");
+    let (x, weight) = (rng.floats(rows * k), rng.floats(k));
+    let (bias, residual) = (rng.floats(n), rng.floats(rows * n));
+    for isa in Isa::available() {
+        let pool = pool(2, isa);
+        let mut normed = vec![0.0; x.len()];
+        mesh_kernels::rms_norm(&pool, &x, &weight, 1e-5, &mut normed).expect("shapes fit");
+        let mut want = plain(&pool, &matrix, &normed);
+        for (i, v) in want.iter_mut().enumerate() {
+            *v = *v + bias[i % n] + residual[i];
+        }
+        let options = Linear {
+            norm: Some(RmsNorm {
+                weight: &weight,
+                eps: 1e-5,
+            }),
+            bias: Some(&bias),
+            residual: Residual::Rows(&residual),
+        };
+        let mut got = vec![0.0; rows * n];
+        linear(&pool, &matrix, &x, rows, &mut got, &options).expect("shapes fit");
+        assert_eq!(bits(&got), bits(&want), "{isa:?}");
+        let mut in_place = residual.clone();
+        let options = Linear {
+            residual: Residual::InPlace,
+            ..options
+        };
+        linear(&pool, &matrix, &x, rows, &mut in_place, &options).expect("shapes fit");
+        assert_eq!(bits(&in_place), bits(&want), "{isa:?} in place");
+    }
+}
+
+#[test]
+fn concatenated_matrices_of_different_types_give_both_products() {
+    let mut rng = Rng(6);
+    let k = 256;
+    let shapes = [
+        (WeightType::Q4_K, 32),
+        (WeightType::Q6_K, 24),
+        (WeightType::F16, 17),
+    ];
+    let x = rng.floats(6 * k);
+    let pool = pool(3, Isa::current());
+    let parts: Vec<_> = shapes
+        .iter()
+        .map(|&(ty, n)| random_rows(ty, n, k, &mut rng))
+        .collect();
+    let pack = |i: usize| QMatrix::pack(shapes[i].0, shapes[i].1, k, &parts[i]).expect("packs");
+    let all = QMatrix::concat((0..3).map(pack)).expect("same k");
+    let got = plain(&pool, &all, &x);
+    let mut column = 0;
+    for (i, &(_, n)) in shapes.iter().enumerate() {
+        let want = plain(&pool, &pack(i), &x);
+        for row in 0..6 {
+            let got = &got[row * all.n() + column..][..n];
+            assert_eq!(bits(got), bits(&want[row * n..][..n]));
+        }
+        column += n;
+    }
+}
+
+#[test]
+fn gate_and_up_are_fused_without_changing_a_bit() {
+    let mut rng = Rng(7);
+    let (n, k, rows) = (72, 128, 5);
+    let pack = |ty, rng: &mut Rng| {
+        QMatrix::pack(ty, n, k, &random_rows(ty, n, k, rng)).expect("packs")
+    };
+    let x = rng.floats(rows * k);
+    for isa in Isa::available() {
+        let pool = pool(2, isa);
+        for other in [WeightType::Q4_0, WeightType::Q8_0, WeightType::F16] {
+            let gate = pack(WeightType::Q4_0, &mut rng);
+            let up = pack(other, &mut rng);
+            let mut got = vec![0.0; rows * n];
+            gate_up_silu(&pool, &gate, &up, &x, rows, None, &mut got).expect("shapes fit");
+            let (g, u) = (plain(&pool, &gate, &x), plain(&pool, &up, &x));
+            let want: Vec<f64> = g
+                .iter()
+                .zip(&u)
+                .map(|(&g, &u)| f64::from(g) / (1.0 + f64::from(-g).exp()) * f64::from(u))
+                .collect();
+            let off = error(&got, &want);
+            assert!(off < 1e-6, "{other:?} on {isa:?}: {off}");
+        }
+    }
+}
+
+#[test]
+fn wrong_sizes_are_errors() {
+    let pool = pool(1, Isa::current());
+    let rows = vec![0; 18 * 4];
+    assert!(matches!(
+        QMatrix::pack(WeightType::Q4_0, 4, 31, &rows),
+        Err(KernelError::Block { k: 31, .. })
+    ));
+    assert!(matches!(
+        QMatrix::pack(WeightType::Q4_0, 5, 32, &rows),
+        Err(KernelError::Length { got: 72, need: 90, .. })
+    ));
+    for (n, k) in [(0, 32), (4, 0), (usize::MAX, 32), (1 << 27, usize::MAX & !31)] {
+        assert!(QMatrix::pack(WeightType::Q4_0, n, k, &rows).is_err());
+    }
+    let matrix = QMatrix::pack(WeightType::Q4_0, 4, 32, &rows).expect("packs");
+    let (x, mut out) = (vec![0.0; 64], vec![0.0; 8]);
+    let run = |x: &[f32], rows, out: &mut [f32], options: &Linear<'_>| {
+        linear(&pool, &matrix, x, rows, out, options)
+    };
+    assert!(run(&x, 2, &mut out, &Linear::default()).is_ok());
+    assert!(run(&x, 1, &mut out, &Linear::default()).is_err());
+    assert!(run(&x[1..], 2, &mut out, &Linear::default()).is_err());
+    assert!(run(&x, usize::MAX, &mut out, &Linear::default()).is_err());
+    assert!(run(&[], 0, &mut [], &Linear::default()).is_ok());
+    let short = Linear {
+        bias: Some(&[1.0]),
+        ..Linear::default()
+    };
+    assert!(run(&x, 2, &mut out, &short).is_err());
+    assert!(matrix.dequantize_row(4, &mut [0.0; 32]).is_err());
+    let other = QMatrix::pack(WeightType::Q4_0, 1, 64, &[0; 36]).expect("packs");
+    assert!(QMatrix::concat([matrix, other]).is_err());
+    assert!(QMatrix::concat([]).is_err());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    #[test]
+    fn rows_do_not_depend_on_their_company(
+        rows in 1_usize..40,
+        cuts in prop::collection::vec(1_usize..17, 40),
+        threads in 1_usize..5,
+        ty in 0_usize..WeightType::ALL.len(),
+        n in 1_usize..100,
+        seed in any::<u64>(),
+    ) {
+        let ty = WeightType::ALL[ty];
+        let k = 256;
+        let mut rng = Rng(seed);
+        let w = random_rows(ty, n, k, &mut rng);
+        let x = rng.floats(rows * k);
+        let weight = rng.floats(k);
+        let norm = Some(RmsNorm { weight: &weight, eps: 1e-5 });
+        let matrix = QMatrix::pack(ty, n, k, &w).expect("packs");
+        let down = QMatrix::pack(WeightType::F16, k, n, &random_rows(WeightType::F16, k, n, &mut rng)).expect("packs");
+        for isa in Isa::available() {
+            let run = |pool: &Pool, x: &[f32]| {
+                let rows = x.len() / k;
+                let mut out = vec![0.0; rows * n];
+                linear(pool, &matrix, x, rows, &mut out, &Linear { norm, ..Linear::default() }).expect("fits");
+                let mut y = x.to_vec();
+                feed_forward(pool, &matrix, &matrix, &down, norm.expect("given"), &mut y, rows).expect("fits");
+                (bits(&out), bits(&y))
+            };
+            let whole = run(&pool(threads, isa), &x);
+            let single = pool(1, isa);
+            let (mut at, mut parts) = (0, (Vec::new(), Vec::new()));
+            for cut in &cuts {
+                let end = (at + cut).min(rows);
+                let part = run(&single, &x[at * k..end * k]);
+                parts.0.extend(part.0);
+                parts.1.extend(part.1);
+                at = end;
+            }
+            prop_assert_eq!(&whole.0, &parts.0, "{:?} {:?}", ty, isa);
+            prop_assert_eq!(&whole.1, &parts.1, "{:?} {:?}", ty, isa);
+        }
+    }
+}
