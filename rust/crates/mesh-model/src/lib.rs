@@ -1,1 +1,24 @@
 //! Models on disk: GGUF, tokenizer, chat template, streaming detokenisation.
+//!
+//! [`Model::open`] gives everything that lies in one GGUF file: the tensors ([`Gguf`]), the shape of the network
+//! ([`ModelConfig`]), the [`Tokenizer`] and the [`ChatTemplate`]. Nothing in a file is trusted: every count, length and
+//! offset is checked before it is used, and what is wrong is an error that names it.
+//!
+//! This crate contains `unsafe` in one place, the memory map of [`Gguf::open`].
+
+#![deny(unsafe_code)]
+
+pub mod chat;
+pub mod config;
+pub mod gguf;
+pub mod model;
+pub mod store;
+pub mod text;
+pub mod tokenizer;
+
+pub use chat::{ChatError, ChatTemplate, Message};
+pub use config::{Architecture, ConfigError, ModelConfig, Rope, RopeScaling, RopeStyle};
+pub use gguf::{GgmlType, Gguf, GgufError, Tensor, dequantize};
+pub use model::{Model, ModelError};
+pub use text::TextStream;
+pub use tokenizer::{EncodeOptions, Tokenizer, TokenizerError};

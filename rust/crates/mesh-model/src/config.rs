@@ -1,0 +1,337 @@
+//! The shape of a network, read from a GGUF file and checked against its tensors.
+
+mod rope;
+mod shapes;
+
+use crate::gguf::{Gguf, GgufError, Value};
+
+pub use rope::{Rope, RopeScaling, RopeStyle};
+
+/// A family of networks that the engines can run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Architecture {
+    /// Llama 1 to 3, SmolLM2, TinyLlama, Mistral.
+    Llama,
+    /// Qwen2 and Qwen2.5: biases on query, key and value.
+    Qwen2,
+    /// Qwen3: norms on query and key.
+    Qwen3,
+}
+
+impl Architecture {
+    /// The name in `general.architecture` and before the architecture's own keys.
+    pub fn name(self) -> &'static str {
+        match self {
+            Architecture::Llama => "llama",
+            Architecture::Qwen2 => "qwen2",
+            Architecture::Qwen3 => "qwen3",
+        }
+    }
+
+    fn from_name(name: &str) -> Option<Self> {
+        [
+            Architecture::Llama,
+            Architecture::Qwen2,
+            Architecture::Qwen3,
+        ]
+        .into_iter()
+        .find(|architecture| architecture.name() == name)
+    }
+}
+
+/// The shape of a network.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelConfig {
+    /// The family.
+    pub architecture: Architecture,
+    /// The model's own name, as the file gives it.
+    pub name: Option<String>,
+    /// Number of transformer layers.
+    pub layers: u32,
+    /// Width of a hidden row.
+    pub hidden: usize,
+    /// Query heads per layer.
+    pub heads: usize,
+    /// Key/value heads per layer; divides `heads`.
+    pub kv_heads: usize,
+    /// Width of one head.
+    pub head_dim: usize,
+    /// Width of the feed-forward layer.
+    pub ffn: usize,
+    /// Number of rows of the embedding.
+    pub vocab: usize,
+    /// Most tokens the model was trained for.
+    pub context: u32,
+    /// Epsilon of the RMS norms.
+    pub norm_eps: f32,
+    /// Rotary position embedding.
+    pub rope: Rope,
+    /// Whether query, key and value have biases (`blk.N.attn_q.bias` …).
+    pub qkv_bias: bool,
+    /// Whether query and key heads are normed (`blk.N.attn_q_norm.weight` …).
+    pub qk_norm: bool,
+    /// Whether the output matrix is the token embedding, that is, there is no `output.weight`.
+    pub tied_embeddings: bool,
+}
+
+/// Why a file does not describe a network that can be run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// A key or tensor is missing or of the wrong type.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// A network of another family.
+    #[error("architecture {found:?} is not supported: use a model of llama, qwen2 or qwen3")]
+    Architecture {
+        /// What the file says.
+        found: String,
+    },
+    /// A number that no network has.
+    #[error("metadata {key:?} is {value}: {reason}")]
+    Value {
+        /// The key.
+        key: String,
+        /// The value.
+        value: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A tensor of a shape that contradicts the metadata.
+    #[error(
+        "tensor {tensor:?} has dimensions {found:?}, but the metadata asks for {wanted:?}: the file contradicts itself, \
+         convert the model again"
+    )]
+    Shape {
+        /// The tensor.
+        tensor: String,
+        /// What the file has.
+        found: Vec<u64>,
+        /// What follows from the metadata.
+        wanted: Vec<u64>,
+    },
+    /// A tensor that the engines would ignore, and so compute something else than the model.
+    #[error(
+        "tensor {tensor:?} has no place in a {architecture} network: this variant of it is not supported"
+    )]
+    UnexpectedTensor {
+        /// The tensor.
+        tensor: String,
+        /// The family.
+        architecture: &'static str,
+    },
+    /// A feature that the engines do not have.
+    #[error("the model needs {feature}, which is not supported: choose another model")]
+    Unsupported {
+        /// The feature.
+        feature: String,
+    },
+}
+
+/// Limits far above real models, that keep products of two of them well within a `u64` and an allocation honest.
+const MAX_LAYERS: u64 = 1 << 12;
+const MAX_WIDTH: u64 = 1 << 20;
+const MAX_VOCAB: u64 = 1 << 24;
+const MAX_CONTEXT: u64 = 1 << 27;
+
+impl ModelConfig {
+    /// Reads the shape and checks every tensor against it.
+    ///
+    /// # Errors
+    /// If a key or tensor is missing, contradicts another, or asks for what the engines do not have.
+    pub fn from_gguf(gguf: &Gguf) -> Result<Self, ConfigError> {
+        let name = required_string(gguf, "general.architecture")?;
+        let architecture = Architecture::from_name(name)
+            .ok_or_else(|| ConfigError::Architecture { found: name.into() })?;
+        let keys = Keys { gguf, architecture };
+        keys.refuse_experts()?;
+
+        let layers = keys.count("block_count", MAX_LAYERS)?;
+        let hidden = keys.count("embedding_length", MAX_WIDTH)? as usize;
+        let heads = keys.count("attention.head_count", MAX_WIDTH)? as usize;
+        let kv_heads = keys
+            .optional_count("attention.head_count_kv", MAX_WIDTH)?
+            .map_or(heads, |n| n as usize);
+        if !heads.is_multiple_of(kv_heads) {
+            return Err(keys.bad(
+                "attention.head_count_kv",
+                kv_heads,
+                format!("it must divide the {heads} query heads"),
+            ));
+        }
+        let head_dim = keys.head_dim(hidden, heads)?;
+        let embedding = gguf.require_tensor("token_embd.weight")?;
+        let config = ModelConfig {
+            architecture,
+            name: gguf.string("general.name")?.map(str::to_owned),
+            layers: layers as u32,
+            hidden,
+            heads,
+            kv_heads,
+            head_dim,
+            ffn: keys.count("feed_forward_length", MAX_WIDTH)? as usize,
+            vocab: keys.vocab(embedding.dims.get(1).copied().unwrap_or(0))?,
+            context: keys.count("context_length", MAX_CONTEXT)? as u32,
+            norm_eps: keys.norm_eps()?,
+            rope: Rope::from_keys(&keys, head_dim)?,
+            qkv_bias: gguf.tensor("blk.0.attn_q.bias").is_some(),
+            qk_norm: gguf.tensor("blk.0.attn_q_norm.weight").is_some(),
+            tied_embeddings: gguf.tensor("output.weight").is_none(),
+        };
+        shapes::check(&config, gguf)?;
+        Ok(config)
+    }
+
+    /// Elements of all weights, by shape.
+    pub fn parameters(&self) -> u64 {
+        let (hidden, ffn) = (self.hidden as u64, self.ffn as u64);
+        let q = (self.heads * self.head_dim) as u64;
+        let kv = (self.kv_heads * self.head_dim) as u64;
+        let layer = hidden * (2 * q + 2 * kv) + 3 * hidden * ffn + 2 * hidden;
+        let embeddings = if self.tied_embeddings { 1 } else { 2 };
+        u64::from(self.layers) * layer + embeddings * self.vocab as u64 * hidden + hidden
+    }
+}
+
+/// The keys of one architecture: `<architecture>.<key>`.
+struct Keys<'a> {
+    gguf: &'a Gguf,
+    architecture: Architecture,
+}
+
+impl Keys<'_> {
+    fn full(&self, key: &str) -> String {
+        format!("{}.{key}", self.architecture.name())
+    }
+
+    /// A count from 1 to `limit` that must be there.
+    fn count(&self, key: &str, limit: u64) -> Result<u64, ConfigError> {
+        self.optional_count(key, limit)?.ok_or_else(|| {
+            GgufError::MissingKey {
+                key: self.full(key),
+            }
+            .into()
+        })
+    }
+
+    /// A count, or one count per layer that are all the same.
+    fn optional_count(&self, key: &str, limit: u64) -> Result<Option<u64>, ConfigError> {
+        let full = self.full(key);
+        let count = match self.gguf.metadata(&full) {
+            None => return Ok(None),
+            Some(Value::Array(array)) => {
+                let mut counts = array.iter().map(|value| value.as_unsigned());
+                let first = counts.next().flatten();
+                if first.is_none() || counts.any(|count| count != first) {
+                    return Err(self.bad(
+                        key,
+                        "an array",
+                        "layers that differ from each other are not supported".into(),
+                    ));
+                }
+                first
+            }
+            Some(_) => self.gguf.unsigned(&full)?,
+        };
+        match count {
+            Some(count) if (1..=limit).contains(&count) => Ok(Some(count)),
+            Some(count) => Err(self.bad(key, count, format!("it must be from 1 to {limit}"))),
+            None => Ok(None),
+        }
+    }
+
+    fn float(&self, key: &str) -> Result<Option<f32>, ConfigError> {
+        Ok(self.gguf.float(&self.full(key))?.map(|value| value as f32))
+    }
+
+    /// A finite number over 0.
+    fn positive(&self, key: &str) -> Result<Option<f32>, ConfigError> {
+        match self.float(key)? {
+            Some(value) if !(value.is_finite() && value > 0.0) => {
+                Err(self.bad(key, value, "it must be a number over 0".into()))
+            }
+            other => Ok(other),
+        }
+    }
+
+    fn head_dim(&self, hidden: usize, heads: usize) -> Result<usize, ConfigError> {
+        let head_dim = match self.optional_count("attention.key_length", MAX_WIDTH)? {
+            Some(length) => length as usize,
+            None if hidden.is_multiple_of(heads) => hidden / heads,
+            None => {
+                let reason = format!("it must divide the embedding length {hidden}");
+                return Err(self.bad("attention.head_count", heads, reason));
+            }
+        };
+        if let Some(value) = self.optional_count("attention.value_length", MAX_WIDTH)?
+            && value as usize != head_dim
+        {
+            let reason = format!("values as wide as keys are needed, and those have {head_dim}");
+            return Err(self.bad("attention.value_length", value, reason));
+        }
+        Ok(head_dim)
+    }
+
+    fn vocab(&self, embedding_rows: u64) -> Result<usize, ConfigError> {
+        if let Some(vocab) = self.optional_count("vocab_size", MAX_VOCAB)?
+            && vocab != embedding_rows
+        {
+            return Err(self.bad(
+                "vocab_size",
+                vocab,
+                format!("the embedding has {embedding_rows} rows"),
+            ));
+        }
+        if embedding_rows > MAX_VOCAB {
+            return Err(self.bad(
+                "vocab_size",
+                embedding_rows,
+                format!("it must be from 1 to {MAX_VOCAB}"),
+            ));
+        }
+        if let Some(tokens) = self.gguf.array("tokenizer.ggml.tokens")?
+            && tokens.len() as u64 > embedding_rows
+        {
+            return Err(ConfigError::Value {
+                key: "tokenizer.ggml.tokens".into(),
+                value: format!("{} tokens", tokens.len()),
+                reason: format!("the embedding has only {embedding_rows} rows"),
+            });
+        }
+        Ok(embedding_rows as usize)
+    }
+
+    fn norm_eps(&self) -> Result<f32, ConfigError> {
+        const KEY: &str = "attention.layer_norm_rms_epsilon";
+        match self.positive(KEY)? {
+            Some(eps) if eps < 1.0 => Ok(eps),
+            Some(eps) => Err(self.bad(KEY, eps, "it must be below 1".into())),
+            None => Err(GgufError::MissingKey {
+                key: self.full(KEY),
+            }
+            .into()),
+        }
+    }
+
+    fn refuse_experts(&self) -> Result<(), ConfigError> {
+        match self.gguf.unsigned(&self.full("expert_count"))? {
+            Some(experts) if experts > 0 => Err(ConfigError::Unsupported {
+                feature: format!("a mixture of {experts} experts"),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn bad(&self, key: &str, value: impl ToString, reason: String) -> ConfigError {
+        ConfigError::Value {
+            key: self.full(key),
+            value: value.to_string(),
+            reason,
+        }
+    }
+}
+
+fn required_string<'a>(gguf: &'a Gguf, key: &str) -> Result<&'a str, GgufError> {
+    gguf.string(key)?
+        .ok_or_else(|| GgufError::MissingKey { key: key.into() })
+}

@@ -1,0 +1,263 @@
+//! Rotary position embedding: which pairs of a head turn together, and how fast.
+
+use super::{Architecture, ConfigError, Keys, MAX_WIDTH};
+
+/// Which two elements of a head form a pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopeStyle {
+    /// Elements 2i and 2i + 1 (llama's weights in GGUF files).
+    Interleaved,
+    /// Elements i and i + dim/2 (Qwen, NeoX).
+    Halves,
+}
+
+/// How positions beyond the original context are squeezed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum RopeScaling {
+    /// Not at all.
+    None,
+    /// All angles are divided by `factor`.
+    Linear {
+        /// At least 1 in any real model.
+        factor: f32,
+    },
+    /// YaRN: slow pairs are divided by `factor`, fast ones stay, those between are blended.
+    Yarn {
+        /// At least 1 in any real model.
+        factor: f32,
+        /// Context the model had before it was stretched.
+        original_context: u32,
+        /// Turns over the original context above which a pair is fast.
+        beta_fast: f32,
+        /// Turns over the original context below which a pair is slow.
+        beta_slow: f32,
+        /// Extra factor on queries and keys.
+        attention_factor: f32,
+    },
+}
+
+/// Rotary position embedding of one model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rope {
+    /// Base of the geometric sequence of frequencies.
+    pub base: f32,
+    /// Elements of each head that turn, from its first on; even.
+    pub dim: usize,
+    /// Which of them form pairs.
+    pub style: RopeStyle,
+    /// How long contexts are squeezed.
+    pub scaling: RopeScaling,
+    /// Divisors of the frequencies, one per pair (Llama 3's `rope_freqs.weight`).
+    pub freq_factors: Option<Vec<f32>>,
+}
+
+impl Rope {
+    /// The angle in radians by which each pair turns from one position to the next: `dim / 2` values.
+    ///
+    /// Pair i turns by base^(-2i/dim), divided by its frequency factor, then scaled.
+    pub fn frequencies(&self) -> Vec<f32> {
+        let ramp = self.yarn_ramp();
+        (0..self.dim / 2)
+            .map(|i| {
+                let plain = f64::from(self.base).powf(-2.0 * i as f64 / self.dim as f64);
+                let plain = match &self.freq_factors {
+                    Some(factors) => plain / f64::from(factors[i]),
+                    None => plain,
+                };
+                let frequency = match self.scaling {
+                    RopeScaling::None => plain,
+                    RopeScaling::Linear { factor } => plain / f64::from(factor),
+                    RopeScaling::Yarn { factor, .. } => {
+                        let keep = ramp(i);
+                        plain / f64::from(factor) * (1.0 - keep) + plain * keep
+                    }
+                };
+                frequency as f32
+            })
+            .collect()
+    }
+
+    /// Factor on the rotated queries and keys: 1 except with YaRN, where it is 1 + 0.1 ln(factor) times the model's own.
+    pub fn magnitude(&self) -> f32 {
+        match self.scaling {
+            RopeScaling::Yarn {
+                factor,
+                attention_factor,
+                ..
+            } => attention_factor * (1.0 + 0.1 * factor.ln()),
+            _ => 1.0,
+        }
+    }
+
+    /// For each pair, how far it is from slow (0) to fast (1); the blend of YaRN (<https://arxiv.org/abs/2309.00071>).
+    fn yarn_ramp(&self) -> impl Fn(usize) -> f64 {
+        let (mut low, mut high) = (0.0, 0.0);
+        if let RopeScaling::Yarn {
+            original_context,
+            beta_fast,
+            beta_slow,
+            ..
+        } = self.scaling
+        {
+            // The pair that makes `turns` turns over the original context.
+            let pair = |turns: f32| {
+                let wave = f64::from(original_context) / (f64::from(turns) * std::f64::consts::TAU);
+                self.dim as f64 * wave.ln() / (2.0 * f64::from(self.base).ln())
+            };
+            low = pair(beta_fast).floor().max(0.0);
+            high = pair(beta_slow).ceil().min(self.dim as f64 - 1.0);
+        }
+        move |i| 1.0 - ((i as f64 - low) / (high - low).max(0.001)).clamp(0.0, 1.0)
+    }
+
+    pub(super) fn from_keys(keys: &Keys<'_>, head_dim: usize) -> Result<Self, ConfigError> {
+        let dim = keys
+            .optional_count("rope.dimension_count", MAX_WIDTH)?
+            .map_or(head_dim, |dim| dim as usize);
+        if dim > head_dim || !dim.is_multiple_of(2) {
+            let reason = format!("it must be even and at most the head's width {head_dim}");
+            return Err(keys.bad("rope.dimension_count", dim, reason));
+        }
+        let base = keys.positive("rope.freq_base")?.unwrap_or(10_000.0);
+        if base <= 1.0 {
+            return Err(keys.bad("rope.freq_base", base, "it must be over 1".into()));
+        }
+        Ok(Rope {
+            base,
+            dim,
+            style: match keys.architecture {
+                Architecture::Llama => RopeStyle::Interleaved,
+                Architecture::Qwen2 | Architecture::Qwen3 => RopeStyle::Halves,
+            },
+            scaling: scaling(keys)?,
+            freq_factors: freq_factors(keys, dim / 2)?,
+        })
+    }
+}
+
+fn scaling(keys: &Keys<'_>) -> Result<RopeScaling, ConfigError> {
+    let key = keys.full("rope.scaling.type");
+    let factor = keys.positive("rope.scaling.factor")?;
+    let kind = match keys.gguf.string(&key)? {
+        Some(kind) => kind,
+        // Files older than the key have only a factor.
+        None => match keys.positive("rope.scale_linear")?.or(factor) {
+            Some(factor) => return Ok(RopeScaling::Linear { factor }),
+            None => "none",
+        },
+    };
+    match kind {
+        "none" => Ok(RopeScaling::None),
+        "linear" => Ok(RopeScaling::Linear {
+            factor: factor.unwrap_or(1.0),
+        }),
+        "yarn" => Ok(RopeScaling::Yarn {
+            factor: factor.unwrap_or(1.0),
+            original_context: match keys
+                .optional_count("rope.scaling.original_context_length", super::MAX_CONTEXT)?
+            {
+                Some(context) => context as u32,
+                None => keys.count("context_length", super::MAX_CONTEXT)? as u32,
+            },
+            beta_fast: keys
+                .positive("rope.scaling.yarn_beta_fast")?
+                .unwrap_or(32.0),
+            beta_slow: keys.positive("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
+            attention_factor: keys.positive("rope.scaling.attn_factor")?.unwrap_or(1.0),
+        }),
+        other => Err(ConfigError::Unsupported {
+            feature: format!("rope scaling {other:?} ({key})"),
+        }),
+    }
+}
+
+fn freq_factors(keys: &Keys<'_>, pairs: usize) -> Result<Option<Vec<f32>>, ConfigError> {
+    let Some(tensor) = keys.gguf.tensor("rope_freqs.weight") else {
+        return Ok(None);
+    };
+    if tensor.dims != [pairs as u64] {
+        return Err(ConfigError::Shape {
+            tensor: tensor.name.into(),
+            found: tensor.dims.into(),
+            wanted: vec![pairs as u64],
+        });
+    }
+    let factors = tensor.to_f32();
+    match factors
+        .iter()
+        .find(|factor| !(factor.is_finite() && **factor > 0.0))
+    {
+        Some(factor) => Err(ConfigError::Value {
+            key: tensor.name.into(),
+            value: factor.to_string(),
+            reason: "every frequency factor must be a number over 0".into(),
+        }),
+        None => Ok(Some(factors)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rope(scaling: RopeScaling) -> Rope {
+        Rope {
+            base: 10_000.0,
+            dim: 64,
+            style: RopeStyle::Halves,
+            scaling,
+            freq_factors: None,
+        }
+    }
+
+    fn close(a: f32, b: f32) -> bool {
+        (a - b).abs() <= 1e-6 * b.abs()
+    }
+
+    #[test]
+    fn the_first_pair_turns_by_one_radian_and_the_rest_ever_slower() {
+        let frequencies = rope(RopeScaling::None).frequencies();
+        assert_eq!(frequencies.len(), 32);
+        assert_eq!(frequencies[0], 1.0);
+        assert!(close(frequencies[16], 0.01));
+    }
+
+    #[test]
+    fn linear_scaling_divides_every_frequency() {
+        let plain = rope(RopeScaling::None).frequencies();
+        let scaled = rope(RopeScaling::Linear { factor: 4.0 }).frequencies();
+        assert!(plain.iter().zip(&scaled).all(|(p, s)| close(*s, p / 4.0)));
+    }
+
+    #[test]
+    fn frequency_factors_divide_their_pair() {
+        let mut with_factors = rope(RopeScaling::None);
+        let mut factors = vec![1.0; 32];
+        factors[31] = 8.0;
+        with_factors.freq_factors = Some(factors);
+        let (plain, scaled) = (
+            rope(RopeScaling::None).frequencies(),
+            with_factors.frequencies(),
+        );
+        assert_eq!(plain[..31], scaled[..31]);
+        assert!(close(scaled[31], plain[31] / 8.0));
+    }
+
+    #[test]
+    fn yarn_keeps_fast_pairs_and_divides_slow_ones() {
+        let yarn = rope(RopeScaling::Yarn {
+            factor: 4.0,
+            original_context: 32_768,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            attention_factor: 1.0,
+        });
+        let (plain, scaled) = (rope(RopeScaling::None).frequencies(), yarn.frequencies());
+        assert_eq!(scaled[0], plain[0]);
+        assert!(close(scaled[31], plain[31] / 4.0));
+        // Pair 17 turns about 40 times, pair 18 about 29 times over the original context: the blend starts between them.
+        assert!(close(scaled[17], plain[17]));
+        assert!(scaled[19] < plain[19] && scaled[19] > plain[19] / 4.0);
+        assert!(close(yarn.magnitude(), 1.0 + 0.1 * 4f32.ln()));
+    }
+}

@@ -1,0 +1,183 @@
+//! What can be wrong with a GGUF file.
+
+use std::path::PathBuf;
+
+/// Why a GGUF file could not be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GgufError {
+    /// The file could not be opened or mapped.
+    #[error("cannot open model file {}: {source}", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A folder, a socket, a device.
+    #[error("{} is not a regular file: give the path of a .gguf file", path.display())]
+    NotAFile {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The magic number is missing.
+    #[error("not a GGUF file: it begins with {found:02x?} instead of \"GGUF\"")]
+    NotGguf {
+        /// The first bytes.
+        found: Vec<u8>,
+    },
+    /// A version this crate does not read.
+    #[error(
+        "GGUF version {version} is not supported: convert the file to version 3, little-endian"
+    )]
+    Version {
+        /// The version the file gives.
+        version: u32,
+    },
+    /// The file ends before what it promises.
+    #[error(
+        "the file ends inside {what}: {needed} bytes are needed at byte {at}, but the file has {length}; \
+         it was probably cut short, fetch it again"
+    )]
+    Truncated {
+        /// What was being read.
+        what: String,
+        /// Where it begins.
+        at: u64,
+        /// Bytes it takes.
+        needed: u64,
+        /// Length of the file.
+        length: u64,
+    },
+    /// A count or length over this crate's limit.
+    #[error(
+        "{what} is {value}, over the limit of {limit}: the file is damaged or not meant to be read"
+    )]
+    Limit {
+        /// The count or length.
+        what: String,
+        /// What the file says.
+        value: u64,
+        /// The most that is accepted.
+        limit: u64,
+    },
+    /// Text that is not UTF-8.
+    #[error("{what} is not valid UTF-8: the file is damaged, fetch it again")]
+    Utf8 {
+        /// Which text.
+        what: String,
+    },
+    /// A metadata key or tensor name that appears twice.
+    #[error("{kind} {name:?} appears twice: the file is malformed, convert or fetch it again")]
+    Duplicate {
+        /// "metadata key" or "tensor".
+        kind: &'static str,
+        /// The name.
+        name: String,
+    },
+    /// A metadata value of an unknown or forbidden type.
+    #[error(
+        "metadata {key:?} has the unknown type {ty}: the file is damaged or newer than this program"
+    )]
+    ValueType {
+        /// The key.
+        key: String,
+        /// The type's number.
+        ty: u32,
+    },
+    /// Arrays in arrays.
+    #[error("metadata {key:?} is an array of arrays, which no model needs: the file is malformed")]
+    NestedArray {
+        /// The key.
+        key: String,
+    },
+    /// A key that the caller needs is absent.
+    #[error("metadata {key:?} is missing: the file is incomplete, convert the model again")]
+    MissingKey {
+        /// The key.
+        key: String,
+    },
+    /// A key has a value of the wrong type.
+    #[error("metadata {key:?} is {found}, but {wanted} is needed: convert the model again")]
+    WrongType {
+        /// The key.
+        key: String,
+        /// The type that was needed.
+        wanted: &'static str,
+        /// What the file holds.
+        found: String,
+    },
+    /// A tensor of a type that this crate cannot read.
+    #[error(
+        "tensor {tensor:?} has type {name} ({ty}), which is not supported: requantise the model to one of F32, F16, \
+         BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K"
+    )]
+    TensorType {
+        /// The tensor.
+        tensor: String,
+        /// The type's number.
+        ty: u32,
+        /// The type's name, where known.
+        name: &'static str,
+    },
+    /// A tensor whose dimensions make no sense.
+    #[error("tensor {tensor:?} has dimensions {dims:?}: {reason}")]
+    TensorShape {
+        /// The tensor.
+        tensor: String,
+        /// What the file says.
+        dims: Vec<u64>,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// A tensor that does not begin at a multiple of the alignment.
+    #[error(
+        "tensor {tensor:?} begins at offset {offset}, which is not a multiple of the alignment {alignment}"
+    )]
+    Misaligned {
+        /// The tensor.
+        tensor: String,
+        /// Its offset in the data section.
+        offset: u64,
+        /// The file's alignment.
+        alignment: u64,
+    },
+    /// An alignment that is no power of two, or absurd.
+    #[error("general.alignment is {alignment}: it must be a power of two from 1 to 65536")]
+    Alignment {
+        /// What the file says.
+        alignment: u64,
+    },
+    /// Two tensors share bytes.
+    #[error("tensors {first:?} and {second:?} overlap: the file is malformed")]
+    Overlap {
+        /// The one that begins first.
+        first: String,
+        /// The other.
+        second: String,
+    },
+    /// A tensor that the caller needs is absent.
+    #[error("tensor {tensor:?} is missing: the file is incomplete or for another architecture")]
+    MissingTensor {
+        /// The tensor.
+        tensor: String,
+    },
+    /// Input and output of a dequantisation do not fit each other.
+    #[error("{bytes} bytes of {ty} are {blocks} blocks, which do not fill {elements} elements")]
+    Dequantize {
+        /// The type.
+        ty: super::GgmlType,
+        /// Bytes given.
+        bytes: usize,
+        /// Whole blocks they make.
+        blocks: usize,
+        /// Elements asked for.
+        elements: usize,
+    },
+    /// The file was written to or replaced since it was opened.
+    #[error("{} changed while it was in use: restart the service to load it again", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
+}

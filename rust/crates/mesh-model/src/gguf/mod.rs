@@ -1,0 +1,255 @@
+//! GGUF files, read in place through a memory map.
+
+mod dequant;
+mod error;
+mod map;
+mod parse;
+mod types;
+mod value;
+pub mod writer;
+
+use std::path::Path;
+
+pub use dequant::dequantize;
+pub use error::GgufError;
+pub use types::GgmlType;
+pub use value::{Array, Value, ValueType};
+pub use writer::Writer;
+
+use map::FileMap;
+use parse::{Cursor, Index};
+
+/// An open GGUF file: its metadata and its tensors.
+///
+/// Cheap to open: the header, the keys and the tensor list are read, the tensors' data stays in the file until touched.
+/// See [`Gguf::check_unchanged`] for what happens if somebody writes to the file meanwhile.
+#[derive(Debug)]
+pub struct Gguf {
+    map: FileMap,
+    index: Index,
+}
+
+/// A tensor and its bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct Tensor<'a> {
+    /// Its name in the file.
+    pub name: &'a str,
+    /// Type of its elements.
+    pub ty: GgmlType,
+    /// Its dimensions in GGUF order: `dims[0]` is the contiguous one. A weight matrix is `[inputs, outputs]`.
+    pub dims: &'a [u64],
+    /// Its bytes: `dims[1] * dims[2] * …` rows, each of `dims[0]` elements in whole blocks.
+    pub data: &'a [u8],
+}
+
+impl Gguf {
+    /// Opens and checks the file at `path`.
+    ///
+    /// # Errors
+    /// If it cannot be opened, is no GGUF file of version 2 or 3, or is malformed in any way.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, GgufError> {
+        let map = FileMap::open(path.as_ref())?;
+        let index = Index::parse(map.bytes())?;
+        Ok(Gguf { map, index })
+    }
+
+    /// Reads a file that is already in memory.
+    ///
+    /// # Errors
+    /// As [`Gguf::open`].
+    pub fn from_bytes(bytes: Vec<u8>) -> Result<Self, GgufError> {
+        let index = Index::parse(&bytes)?;
+        Ok(Gguf {
+            map: FileMap::from_bytes(bytes),
+            index,
+        })
+    }
+
+    /// Where the file lies; `None` for one read from memory.
+    pub fn path(&self) -> Option<&Path> {
+        self.map.path()
+    }
+
+    /// Length of the file in bytes.
+    pub fn file_len(&self) -> u64 {
+        self.map.bytes().len() as u64
+    }
+
+    /// The whole file.
+    pub fn bytes(&self) -> &[u8] {
+        self.map.bytes()
+    }
+
+    /// Version of the format, 2 or 3.
+    pub fn version(&self) -> u32 {
+        self.index.version
+    }
+
+    /// Alignment of the tensors' data in bytes.
+    pub fn alignment(&self) -> u64 {
+        self.index.alignment
+    }
+
+    /// All metadata keys with their values, in the order of the file.
+    pub fn metadata_iter(&self) -> impl Iterator<Item = (&str, Value<'_>)> {
+        self.index
+            .keys
+            .iter()
+            .filter_map(|key| Some((&*key.name, self.metadata(&key.name)?)))
+    }
+
+    /// The value of a metadata key.
+    pub fn metadata(&self, key: &str) -> Option<Value<'_>> {
+        let entry = &self.index.keys[*self.index.key_by_name.get(key)?];
+        Value::read(&mut Cursor::at(self.map.bytes(), entry.at), entry.ty).ok()
+    }
+
+    /// A non-negative integer of whatever width; `None` if the key is absent.
+    ///
+    /// # Errors
+    /// If the value is of another type.
+    pub fn unsigned(&self, key: &str) -> Result<Option<u64>, GgufError> {
+        self.typed(key, "a non-negative integer", |value| value.as_unsigned())
+    }
+
+    /// A float of either width, or an integer; `None` if the key is absent.
+    ///
+    /// # Errors
+    /// If the value is of another type.
+    pub fn float(&self, key: &str) -> Result<Option<f64>, GgufError> {
+        self.typed(key, "a number", |value| match value {
+            Value::Float(v) => Some(v),
+            Value::Unsigned(v) => Some(v as f64),
+            Value::Signed(v) => Some(v as f64),
+            _ => None,
+        })
+    }
+
+    /// A truth value; `None` if the key is absent.
+    ///
+    /// # Errors
+    /// If the value is of another type.
+    pub fn bool(&self, key: &str) -> Result<Option<bool>, GgufError> {
+        self.typed(key, "a bool", |value| match value {
+            Value::Bool(v) => Some(v),
+            _ => None,
+        })
+    }
+
+    /// Text; `None` if the key is absent.
+    ///
+    /// # Errors
+    /// If the value is of another type or not UTF-8.
+    pub fn string(&self, key: &str) -> Result<Option<&str>, GgufError> {
+        let bytes = self.typed(key, "a string", |value| match value {
+            Value::String(v) => Some(v),
+            _ => None,
+        })?;
+        bytes
+            .map(std::str::from_utf8)
+            .transpose()
+            .map_err(|_| GgufError::Utf8 {
+                what: format!("metadata {key:?}"),
+            })
+    }
+
+    /// An array; `None` if the key is absent.
+    ///
+    /// # Errors
+    /// If the value is of another type.
+    pub fn array(&self, key: &str) -> Result<Option<Array<'_>>, GgufError> {
+        self.typed(key, "an array", |value| match value {
+            Value::Array(v) => Some(v),
+            _ => None,
+        })
+    }
+
+    /// All tensors, in the order of the file.
+    pub fn tensors(&self) -> impl ExactSizeIterator<Item = Tensor<'_>> {
+        self.index.tensors.iter().map(|entry| self.tensor_at(entry))
+    }
+
+    /// The tensor with this name.
+    pub fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
+        let i = *self.index.tensor_by_name.get(name)?;
+        Some(self.tensor_at(&self.index.tensors[i]))
+    }
+
+    /// As [`Gguf::tensor`], for one that must be there.
+    ///
+    /// # Errors
+    /// If it is not.
+    pub fn require_tensor(&self, name: &str) -> Result<Tensor<'_>, GgufError> {
+        self.tensor(name).ok_or_else(|| GgufError::MissingTensor {
+            tensor: name.into(),
+        })
+    }
+
+    /// Fails if the file is no longer the one that was opened: another length or another time of change.
+    ///
+    /// A memory map shows what is in the file *now*. Nothing here breaks memory safety when the contents change, every
+    /// read is checked again; but weights read across a change are garbage, and a file cut short takes the process down
+    /// with SIGBUS. So a loader calls this after it has read all tensors, and model files are replaced by renaming a new
+    /// file over the old one, never by writing into it.
+    ///
+    /// # Errors
+    /// If it changed or cannot be looked at.
+    pub fn check_unchanged(&self) -> Result<(), GgufError> {
+        self.map.check_unchanged()
+    }
+
+    /// Tells the system that the mapped pages are no longer needed in memory; they come back when touched.
+    /// Once weights have been copied out this keeps them from counting twice in the process's resident memory.
+    pub fn release_pages(&self) {
+        self.map.release_pages();
+    }
+
+    fn tensor_at<'a>(&'a self, entry: &'a parse::TensorEntry) -> Tensor<'a> {
+        Tensor {
+            name: &entry.name,
+            ty: entry.ty,
+            dims: &entry.dims,
+            data: &self.map.bytes()[entry.at..entry.at + entry.len],
+        }
+    }
+
+    fn typed<'a, T>(
+        &'a self,
+        key: &str,
+        wanted: &'static str,
+        convert: impl FnOnce(Value<'a>) -> Option<T>,
+    ) -> Result<Option<T>, GgufError> {
+        let Some(value) = self.metadata(key) else {
+            return Ok(None);
+        };
+        match convert(value) {
+            Some(converted) => Ok(Some(converted)),
+            None => Err(GgufError::WrongType {
+                key: key.into(),
+                wanted,
+                found: value.describe(),
+            }),
+        }
+    }
+}
+
+impl Tensor<'_> {
+    /// Number of elements.
+    pub fn elements(&self) -> u64 {
+        // Checked not to overflow when the file was read.
+        self.dims.iter().product()
+    }
+
+    /// Number of rows: all dimensions but the contiguous one.
+    pub fn rows(&self) -> u64 {
+        self.dims[1..].iter().product()
+    }
+
+    /// All elements as f32.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.elements() as usize];
+        dequantize(self.ty, self.data, &mut out)
+            .expect("the data was checked to hold the elements");
+        out
+    }
+}

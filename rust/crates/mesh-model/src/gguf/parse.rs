@@ -1,0 +1,427 @@
+//! Reading the header, the metadata and the tensor list, each field checked against the bytes that are there.
+//!
+//! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>. All numbers are little-endian.
+
+use std::collections::HashMap;
+
+use super::error::GgufError;
+use super::types::{GgmlType, foreign_type_name};
+use super::value::{Value, ValueType};
+
+/// Bytes of the length field of a string or an array.
+pub(super) const LENGTH_SIZE: u64 = 8;
+
+/// Alignment of the data section where the file names none.
+pub(super) const DEFAULT_ALIGNMENT: u64 = 32;
+
+const MAGIC: [u8; 4] = *b"GGUF";
+const MAX_ALIGNMENT: u64 = 1 << 16;
+const MAX_DIMS: u32 = 4;
+
+// The format allows more; the largest known models have about fifty keys and two thousand tensors. The limits keep the
+// index of a hostile file to a few megabytes.
+const MAX_KEYS: u64 = 1 << 14;
+const MAX_KEY_LEN: u64 = 1 << 12;
+const MAX_TENSORS: u64 = 1 << 16;
+const MAX_TENSOR_NAME: u64 = 64;
+
+/// Where things lie in a file.
+#[derive(Debug)]
+pub(super) struct Index {
+    pub(super) version: u32,
+    pub(super) alignment: u64,
+    /// In the order of the file.
+    pub(super) keys: Vec<KeyEntry>,
+    pub(super) key_by_name: HashMap<Box<str>, usize>,
+    /// In the order of the file.
+    pub(super) tensors: Vec<TensorEntry>,
+    pub(super) tensor_by_name: HashMap<Box<str>, usize>,
+}
+
+#[derive(Debug)]
+pub(super) struct KeyEntry {
+    pub(super) name: Box<str>,
+    pub(super) ty: ValueType,
+    /// Byte position of the value.
+    pub(super) at: usize,
+}
+
+#[derive(Debug)]
+pub(super) struct TensorEntry {
+    pub(super) name: Box<str>,
+    pub(super) ty: GgmlType,
+    pub(super) dims: Vec<u64>,
+    /// Byte position in the file.
+    pub(super) at: usize,
+    pub(super) len: usize,
+}
+
+impl Index {
+    /// Reads everything but the tensors' data.
+    pub(super) fn parse(bytes: &[u8]) -> Result<Self, GgufError> {
+        let mut cursor = Cursor::new(bytes);
+        let header = Header::parse(&mut cursor)?;
+        let (keys, key_by_name) = parse_keys(&mut cursor, header.keys)?;
+        let alignment = find_alignment(bytes, &keys, &key_by_name)?;
+        let listed = parse_tensor_list(&mut cursor, header.tensors)?;
+        cursor.naming("the tensor data");
+        // A file of metadata alone may end without padding.
+        let data_start = match listed.is_empty() {
+            true => cursor.position(),
+            false => cursor.align(alignment)?,
+        };
+        let (tensors, tensor_by_name) = place_tensors(listed, data_start, alignment, bytes.len())?;
+        Ok(Index {
+            version: header.version,
+            alignment,
+            keys,
+            key_by_name,
+            tensors,
+            tensor_by_name,
+        })
+    }
+}
+
+struct Header {
+    version: u32,
+    tensors: u64,
+    keys: u64,
+}
+
+impl Header {
+    fn parse(cursor: &mut Cursor<'_>) -> Result<Self, GgufError> {
+        cursor.naming("the header");
+        let magic = cursor.bytes::<4>()?;
+        if magic != MAGIC {
+            return Err(GgufError::NotGguf {
+                found: magic.to_vec(),
+            });
+        }
+        let version = cursor.u32()?;
+        if !(2..=3).contains(&version) {
+            return Err(GgufError::Version { version });
+        }
+        let tensors = cursor.u64()?;
+        let keys = cursor.u64()?;
+        check_limit("the number of tensors", tensors, MAX_TENSORS)?;
+        check_limit("the number of metadata keys", keys, MAX_KEYS)?;
+        Ok(Header {
+            version,
+            tensors,
+            keys,
+        })
+    }
+}
+
+fn parse_keys(
+    cursor: &mut Cursor<'_>,
+    count: u64,
+) -> Result<(Vec<KeyEntry>, HashMap<Box<str>, usize>), GgufError> {
+    let mut keys = Vec::new();
+    let mut by_name = HashMap::new();
+    for i in 0..count {
+        cursor.naming(&format!("metadata key {i}"));
+        let name: Box<str> = cursor.name(MAX_KEY_LEN)?.into();
+        cursor.naming(&name);
+        let id = cursor.u32()?;
+        let ty = ValueType::from_id(id).ok_or_else(|| cursor.unknown_type(id))?;
+        let at = cursor.pos;
+        Value::read(cursor, ty)?;
+        if by_name.insert(name.clone(), keys.len()).is_some() {
+            let name = name.into();
+            return Err(GgufError::Duplicate {
+                kind: "metadata key",
+                name,
+            });
+        }
+        keys.push(KeyEntry { name, ty, at });
+    }
+    Ok((keys, by_name))
+}
+
+fn find_alignment(
+    bytes: &[u8],
+    keys: &[KeyEntry],
+    by_name: &HashMap<Box<str>, usize>,
+) -> Result<u64, GgufError> {
+    const KEY: &str = "general.alignment";
+    let Some(&i) = by_name.get(KEY) else {
+        return Ok(DEFAULT_ALIGNMENT);
+    };
+    let value = Value::read(&mut Cursor::at(bytes, keys[i].at), keys[i].ty)?;
+    let alignment = value.as_unsigned().ok_or_else(|| GgufError::WrongType {
+        key: KEY.into(),
+        wanted: "an unsigned integer",
+        found: value.describe(),
+    })?;
+    if !alignment.is_power_of_two() || alignment > MAX_ALIGNMENT {
+        return Err(GgufError::Alignment { alignment });
+    }
+    Ok(alignment)
+}
+
+struct ListedTensor {
+    name: Box<str>,
+    ty: GgmlType,
+    dims: Vec<u64>,
+    /// Relative to the data section.
+    offset: u64,
+    len: u64,
+}
+
+fn parse_tensor_list(cursor: &mut Cursor<'_>, count: u64) -> Result<Vec<ListedTensor>, GgufError> {
+    let mut tensors = Vec::new();
+    for i in 0..count {
+        cursor.naming(&format!("the description of tensor {i}"));
+        let name: Box<str> = cursor.name(MAX_TENSOR_NAME)?.into();
+        cursor.naming(&format!("the description of tensor {name:?}"));
+        let n_dims = cursor.u32()?;
+        check_limit(
+            &format!("the number of dimensions of tensor {name:?}"),
+            n_dims.into(),
+            MAX_DIMS.into(),
+        )?;
+        let mut dims = Vec::with_capacity(n_dims as usize);
+        for _ in 0..n_dims {
+            dims.push(cursor.u64()?);
+        }
+        let id = cursor.u32()?;
+        let offset = cursor.u64()?;
+        let Some(ty) = GgmlType::from_id(id) else {
+            return Err(GgufError::TensorType {
+                tensor: name.into(),
+                ty: id,
+                name: foreign_type_name(id),
+            });
+        };
+        match tensor_bytes(ty, &dims) {
+            Ok(len) => tensors.push(ListedTensor {
+                name,
+                ty,
+                dims,
+                offset,
+                len,
+            }),
+            Err(reason) => {
+                return Err(GgufError::TensorShape {
+                    tensor: name.into(),
+                    dims,
+                    reason,
+                });
+            }
+        }
+    }
+    Ok(tensors)
+}
+
+/// Bytes a tensor takes.
+fn tensor_bytes(ty: GgmlType, dims: &[u64]) -> Result<u64, &'static str> {
+    let Some(&row) = dims.first() else {
+        return Err("a tensor needs at least one dimension");
+    };
+    if dims.contains(&0) {
+        return Err("a dimension is 0");
+    }
+    if !row.is_multiple_of(ty.block_size() as u64) {
+        return Err("the first dimension is no whole number of quantisation blocks");
+    }
+    dims.iter()
+        .try_fold(1u64, |product, &dim| product.checked_mul(dim))
+        .and_then(|elements| ty.bytes_for(elements))
+        .ok_or("the number of elements overflows")
+}
+
+fn place_tensors(
+    listed: Vec<ListedTensor>,
+    data_start: u64,
+    alignment: u64,
+    file_len: usize,
+) -> Result<(Vec<TensorEntry>, HashMap<Box<str>, usize>), GgufError> {
+    let mut tensors = Vec::with_capacity(listed.len());
+    let mut by_name = HashMap::with_capacity(listed.len());
+    for ListedTensor {
+        name,
+        ty,
+        dims,
+        offset,
+        len,
+    } in listed
+    {
+        if !offset.is_multiple_of(alignment) {
+            let tensor = name.into();
+            return Err(GgufError::Misaligned {
+                tensor,
+                offset,
+                alignment,
+            });
+        }
+        let at = data_start.saturating_add(offset);
+        if at.saturating_add(len) > file_len as u64 {
+            return Err(GgufError::Truncated {
+                what: format!("the data of tensor {name:?}"),
+                at,
+                needed: len,
+                length: file_len as u64,
+            });
+        }
+        if by_name.insert(name.clone(), tensors.len()).is_some() {
+            let name = name.into();
+            return Err(GgufError::Duplicate {
+                kind: "tensor",
+                name,
+            });
+        }
+        // Both lie within the file, whose length is a usize.
+        let (at, len) = (at as usize, len as usize);
+        tensors.push(TensorEntry {
+            name,
+            ty,
+            dims,
+            at,
+            len,
+        });
+    }
+    check_overlap(&tensors)?;
+    Ok((tensors, by_name))
+}
+
+fn check_overlap(tensors: &[TensorEntry]) -> Result<(), GgufError> {
+    let mut order: Vec<&TensorEntry> = tensors.iter().collect();
+    order.sort_unstable_by_key(|tensor| tensor.at);
+    for pair in order.windows(2) {
+        if pair[0].at + pair[0].len > pair[1].at {
+            return Err(GgufError::Overlap {
+                first: pair[0].name.to_string(),
+                second: pair[1].name.to_string(),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn check_limit(what: &str, value: u64, limit: u64) -> Result<(), GgufError> {
+    if value > limit {
+        return Err(GgufError::Limit {
+            what: what.into(),
+            value,
+            limit,
+        });
+    }
+    Ok(())
+}
+
+/// A position in a byte slice, with the name of what is being read for the error.
+pub(super) struct Cursor<'a> {
+    bytes: &'a [u8],
+    pos: usize,
+    what: String,
+}
+
+impl<'a> Cursor<'a> {
+    pub(super) fn new(bytes: &'a [u8]) -> Self {
+        Self::at(bytes, 0)
+    }
+
+    pub(super) fn at(bytes: &'a [u8], pos: usize) -> Self {
+        Cursor {
+            bytes,
+            pos,
+            what: String::new(),
+        }
+    }
+
+    /// Names what the next reads are about.
+    pub(super) fn naming(&mut self, what: &str) {
+        self.what.clear();
+        self.what.push_str(what);
+    }
+
+    pub(super) fn position(&self) -> u64 {
+        self.pos as u64
+    }
+
+    /// The bytes from `start`, an earlier [`Self::position`], to here.
+    pub(super) fn since(&self, start: u64) -> &'a [u8] {
+        &self.bytes[start as usize..self.pos]
+    }
+
+    pub(super) fn u32(&mut self) -> Result<u32, GgufError> {
+        Ok(u32::from_le_bytes(self.bytes()?))
+    }
+
+    pub(super) fn u64(&mut self) -> Result<u64, GgufError> {
+        Ok(u64::from_le_bytes(self.bytes()?))
+    }
+
+    pub(super) fn bytes<const N: usize>(&mut self) -> Result<[u8; N], GgufError> {
+        let mut out = [0; N];
+        out.copy_from_slice(self.take(N as u64)?);
+        Ok(out)
+    }
+
+    /// A length and that many bytes.
+    pub(super) fn string(&mut self) -> Result<&'a [u8], GgufError> {
+        let len = self.u64()?;
+        self.take(len)
+    }
+
+    /// A string that names something: not empty, UTF-8 and no longer than `limit`.
+    fn name(&mut self, limit: u64) -> Result<&'a str, GgufError> {
+        let len = self.u64()?;
+        if len > limit || len == 0 {
+            let what = format!("the length of the name of {}", self.what);
+            return Err(GgufError::Limit {
+                what,
+                value: len,
+                limit,
+            });
+        }
+        let name = self.take(len)?;
+        std::str::from_utf8(name).map_err(|_| GgufError::Utf8 {
+            what: format!("the name of {}", self.what),
+        })
+    }
+
+    pub(super) fn skip(&mut self, len: u64) -> Result<(), GgufError> {
+        self.take(len).map(|_| ())
+    }
+
+    fn take(&mut self, len: u64) -> Result<&'a [u8], GgufError> {
+        self.require(len)?;
+        let start = self.pos;
+        self.pos += len as usize;
+        Ok(&self.bytes[start..self.pos])
+    }
+
+    /// Fails unless `len` more bytes are there.
+    pub(super) fn require(&self, len: u64) -> Result<(), GgufError> {
+        if len > self.bytes.len().saturating_sub(self.pos) as u64 {
+            return Err(GgufError::Truncated {
+                what: self.what.clone(),
+                at: self.pos as u64,
+                needed: len,
+                length: self.bytes.len() as u64,
+            });
+        }
+        Ok(())
+    }
+
+    /// Steps to the next multiple of `alignment` and gives it.
+    fn align(&mut self, alignment: u64) -> Result<u64, GgufError> {
+        self.skip(self.position().next_multiple_of(alignment) - self.position())?;
+        Ok(self.position())
+    }
+
+    pub(super) fn unknown_type(&self, ty: u32) -> GgufError {
+        GgufError::ValueType {
+            key: self.what.clone(),
+            ty,
+        }
+    }
+
+    pub(super) fn nested_array(&self) -> GgufError {
+        GgufError::NestedArray {
+            key: self.what.clone(),
+        }
+    }
+}

@@ -1,0 +1,313 @@
+//! Text to tokens and back, from the tables in a GGUF file.
+//!
+//! Two families: byte-level BPE (`gpt2`: SmolLM2, Llama 3, Qwen) through the `tokenizers` crate, and SentencePiece's merging
+//! by score (`llama`: Llama 2, TinyLlama, Mistral), which that crate has no model for. Both give the token ids that
+//! llama.cpp gives; its golden files are the test.
+
+mod bpe;
+mod pre;
+mod special;
+mod spm;
+mod vocab;
+
+use crate::gguf::{Gguf, GgufError};
+
+use bpe::Bpe;
+use special::{Fragment, SpecialTokens};
+use spm::Spm;
+use vocab::{TokenType, Vocab};
+
+/// Turns text to token ids and ids to bytes.
+#[derive(Debug)]
+pub struct Tokenizer {
+    vocab: Vocab,
+    algorithm: Algorithm,
+    special: SpecialTokens,
+    bos: Option<u32>,
+    eos: Option<u32>,
+    end_ids: Vec<u32>,
+    add_bos: bool,
+    add_eos: bool,
+}
+
+#[derive(Debug)]
+enum Algorithm {
+    Bpe(Bpe),
+    Spm(Spm),
+}
+
+/// How [`Tokenizer::encode`] treats tokens that are not plain text.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct EncodeOptions {
+    /// Put the begin and end tokens around the text where the model wants them.
+    pub add_special: bool,
+    /// Read the names of control tokens in the text (`<|im_start|>`) as those tokens. Never for text of a user alone: who
+    /// writes such a name there would forge turns of the conversation.
+    pub parse_special: bool,
+}
+
+impl EncodeOptions {
+    /// For a prompt that a chat template wrote: it names its control tokens, the begin token among them.
+    pub const RENDERED_CHAT: Self = EncodeOptions {
+        add_special: false,
+        parse_special: true,
+    };
+    /// For plain text that begins a sequence.
+    pub const PLAIN: Self = EncodeOptions {
+        add_special: true,
+        parse_special: false,
+    };
+}
+
+/// Why a tokenizer could not be built, or text not be encoded.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TokenizerError {
+    /// A key is missing or of the wrong type.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// A tokenizer of another family.
+    #[error(
+        "tokenizer model {found:?} is not supported: use a model with a \"gpt2\" (BPE) or \"llama\" (SPM) tokenizer"
+    )]
+    Model {
+        /// What the file says.
+        found: String,
+    },
+    /// A pre-tokenizer that is not known; to guess would give wrong tokens without a word.
+    #[error(
+        "pre-tokenizer {found:?} (tokenizer.ggml.pre) is not supported: it is newer than this program"
+    )]
+    PreTokenizer {
+        /// What the file says.
+        found: String,
+    },
+    /// Tables that contradict each other.
+    #[error("the tokenizer's tables are malformed: {reason}")]
+    Tables {
+        /// What is wrong.
+        reason: String,
+    },
+    /// A pre-tokenizer gave up on a text.
+    #[error("the text cannot be tokenized: {reason}")]
+    Encode {
+        /// What the library said.
+        reason: String,
+    },
+}
+
+/// Control tokens that end an answer, by name: files often name only one of them as their end token.
+const END_NAMES: [&str; 14] = [
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<end_of_utterance>",
+    "<EOT>",
+    "_<EOT>",
+    "</s>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+];
+
+impl Tokenizer {
+    /// Builds the tokenizer from the `tokenizer.ggml` keys.
+    ///
+    /// # Errors
+    /// If tables are missing, malformed, or of a kind that is not supported.
+    pub fn from_gguf(gguf: &Gguf) -> Result<Self, TokenizerError> {
+        let model = gguf
+            .string("tokenizer.ggml.model")?
+            .ok_or_else(|| GgufError::MissingKey {
+                key: "tokenizer.ggml.model".into(),
+            })?;
+        let family = match model {
+            "gpt2" => Family::Bpe,
+            "llama" => Family::Spm,
+            other => {
+                return Err(TokenizerError::Model {
+                    found: other.into(),
+                });
+            }
+        };
+        let vocab = Vocab::from_gguf(gguf, family)?;
+        let ids = SpecialIds::read(gguf, family, vocab.len())?;
+        let (algorithm, pre_adds_bos) = match family {
+            Family::Bpe => {
+                let bpe = Bpe::from_gguf(gguf, &vocab)?;
+                let adds_bos = bpe.adds_bos();
+                (Algorithm::Bpe(bpe), adds_bos)
+            }
+            Family::Spm => (Algorithm::Spm(Spm::from_gguf(gguf, &vocab)?), true),
+        };
+        Ok(Tokenizer {
+            special: SpecialTokens::new(&vocab),
+            end_ids: ids.ends(&vocab),
+            bos: ids.bos,
+            eos: ids.eos,
+            add_bos: gguf
+                .bool("tokenizer.ggml.add_bos_token")?
+                .unwrap_or(pre_adds_bos),
+            add_eos: gguf.bool("tokenizer.ggml.add_eos_token")?.unwrap_or(false),
+            vocab,
+            algorithm,
+        })
+    }
+
+    /// Turns `text` to token ids.
+    ///
+    /// # Errors
+    /// If the pre-tokenizer gives up on the text, which takes a text made for it.
+    pub fn encode(&self, text: &str, options: EncodeOptions) -> Result<Vec<u32>, TokenizerError> {
+        let mut ids = Vec::with_capacity(text.len() / 4 + 2);
+        if options.add_special && self.add_bos {
+            ids.extend(self.bos);
+        }
+        // SentencePiece puts a space before text that begins a sequence or follows a special token.
+        let mut after_special = true;
+        for fragment in self.special.split(text, options.parse_special) {
+            match fragment {
+                Fragment::Token(id) => ids.push(id),
+                Fragment::Text(text) => match &self.algorithm {
+                    Algorithm::Bpe(bpe) => bpe.encode(text, &mut ids)?,
+                    Algorithm::Spm(spm) => spm.encode(text, after_special, &mut ids),
+                },
+            }
+            after_special = matches!(fragment, Fragment::Token(_));
+        }
+        if options.add_special && self.add_eos {
+            ids.extend(self.eos);
+        }
+        Ok(ids)
+    }
+
+    /// The bytes a token stands for; for a control token its name. Empty for an id outside the vocabulary.
+    ///
+    /// One token may hold part of a character only: put them together with [`crate::TextStream`].
+    pub fn token_bytes(&self, id: u32) -> &[u8] {
+        self.vocab.bytes(id)
+    }
+
+    /// Whether a token is a control token, which is not part of an answer's text.
+    pub fn is_special(&self, id: u32) -> bool {
+        matches!(
+            self.vocab.token_type(id),
+            TokenType::Control | TokenType::Unknown
+        )
+    }
+
+    /// The token that begins a sequence.
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// The token that the file names as the end of a sequence; see [`Tokenizer::eos_ids`] for all that end an answer.
+    pub fn eos(&self) -> Option<u32> {
+        self.eos
+    }
+
+    /// All tokens that end an answer: end of sequence, of turn, of message. The file's own end token comes first.
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.end_ids
+    }
+
+    /// Whether the model wants its begin token before plain text.
+    pub fn adds_bos(&self) -> bool {
+        self.add_bos && self.bos.is_some()
+    }
+
+    /// Number of tokens; ids are `0..vocab_size`. The embedding may have more rows.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab.len()
+    }
+
+    /// The token with this name, as the file spells it: for control tokens their text.
+    pub fn token_id(&self, name: &str) -> Option<u32> {
+        self.vocab.find(name)
+    }
+
+    /// The text of `ids` without control tokens.
+    pub fn decode(&self, ids: &[u32]) -> String {
+        let bytes: Vec<u8> = ids
+            .iter()
+            .filter(|&&id| !self.is_special(id))
+            .flat_map(|&id| self.token_bytes(id))
+            .copied()
+            .collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+}
+
+/// How a file's token texts are to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Family {
+    /// Byte-level BPE: every byte is written as one printable character.
+    Bpe,
+    /// SentencePiece: "▁" is a space, `<0xNN>` a byte.
+    Spm,
+}
+
+/// The tokens that the metadata names by id.
+struct SpecialIds {
+    bos: Option<u32>,
+    eos: Option<u32>,
+    /// End of turn and end of message.
+    other_ends: Vec<u32>,
+}
+
+impl SpecialIds {
+    fn read(gguf: &Gguf, family: Family, vocab: usize) -> Result<Self, TokenizerError> {
+        let read = |name: &str, default: Option<u32>| match gguf
+            .unsigned(&format!("tokenizer.ggml.{name}_token_id"))?
+        {
+            // Converters write the largest number for "none".
+            Some(id) if id >= u64::from(u32::MAX) => Ok(None),
+            Some(id) if id < vocab as u64 => Ok(Some(id as u32)),
+            Some(id) => Err(TokenizerError::Tables {
+                reason: format!(
+                    "tokenizer.ggml.{name}_token_id is {id}, but there are only {vocab} tokens"
+                ),
+            }),
+            None => Ok(default.filter(|&id| (id as usize) < vocab)),
+        };
+        // SentencePiece's own numbers.
+        let (bos, eos) = match family {
+            Family::Bpe => (None, None),
+            Family::Spm => (Some(1), Some(2)),
+        };
+        Ok(SpecialIds {
+            bos: read("bos", bos)?,
+            eos: read("eos", eos)?,
+            other_ends: [read("eot", None)?, read("eom", None)?]
+                .into_iter()
+                .flatten()
+                .collect(),
+        })
+    }
+
+    fn ends(&self, vocab: &Vocab) -> Vec<u32> {
+        let by_name = END_NAMES
+            .iter()
+            .filter_map(|name| vocab.find(name))
+            .filter(|&id| vocab.token_type(id) == TokenType::Control);
+        let mut ends: Vec<u32> = Vec::new();
+        for id in self
+            .eos
+            .into_iter()
+            .chain(self.other_ends.iter().copied())
+            .chain(by_name)
+        {
+            if !ends.contains(&id) {
+                ends.push(id);
+            }
+        }
+        ends
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,99 @@
+//! Finding special tokens in text before the rest is tokenized.
+
+use std::collections::BTreeMap;
+
+use super::vocab::{TokenType, Vocab};
+
+/// The special tokens of a vocabulary, ready to be looked for.
+#[derive(Debug)]
+pub(super) struct SpecialTokens {
+    /// Sorted by text.
+    tokens: Vec<Special>,
+    /// For each first byte, the range of `tokens` that begin with it.
+    by_first: Vec<std::ops::Range<usize>>,
+}
+
+#[derive(Debug)]
+struct Special {
+    text: Box<str>,
+    id: u32,
+    /// Found in any text; the others only where control tokens are asked for.
+    user_defined: bool,
+}
+
+/// A part of a text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fragment<'t> {
+    Text(&'t str),
+    Token(u32),
+}
+
+impl SpecialTokens {
+    pub(super) fn new(vocab: &Vocab) -> Self {
+        let mut tokens: Vec<Special> = vocab
+            .special()
+            .filter(|(text, _)| !text.is_empty())
+            .map(|(text, id)| Special {
+                text: text.into(),
+                id,
+                user_defined: vocab.token_type(id) == TokenType::UserDefined,
+            })
+            .collect();
+        tokens.sort_unstable_by(|a, b| a.text.cmp(&b.text));
+        let by_first = (0..=255u8)
+            .map(|byte| {
+                let start = tokens.partition_point(|token| token.text.as_bytes()[0] < byte);
+                let end = tokens.partition_point(|token| token.text.as_bytes()[0] <= byte);
+                start..end
+            })
+            .collect();
+        SpecialTokens { tokens, by_first }
+    }
+
+    /// Cuts `text` at special tokens: the longest token first wherever it stands, then the next longest in what is left.
+    pub(super) fn split<'t>(&self, text: &'t str, control: bool) -> Vec<Fragment<'t>> {
+        let mut found = self.occurrences(text, control);
+        found.sort_unstable_by_key(|&(at, token)| {
+            let special = &self.tokens[token];
+            (usize::MAX - special.text.len(), special.id, at)
+        });
+        // The tokens that were taken, by where they begin.
+        let mut taken: BTreeMap<usize, &Special> = BTreeMap::new();
+        for (at, token) in found {
+            let special = &self.tokens[token];
+            let before = taken.range(..at + special.text.len()).next_back();
+            if before.is_none_or(|(start, other)| start + other.text.len() <= at) {
+                taken.insert(at, special);
+            }
+        }
+        let mut fragments = Vec::with_capacity(2 * taken.len() + 1);
+        let mut end = 0;
+        for (at, special) in taken {
+            if at > end {
+                fragments.push(Fragment::Text(&text[end..at]));
+            }
+            fragments.push(Fragment::Token(special.id));
+            end = at + special.text.len();
+        }
+        if end < text.len() {
+            fragments.push(Fragment::Text(&text[end..]));
+        }
+        fragments
+    }
+
+    /// Every place where a special token stands, overlapping ones too.
+    fn occurrences(&self, text: &str, control: bool) -> Vec<(usize, usize)> {
+        let bytes = text.as_bytes();
+        let mut found = Vec::new();
+        for (at, &byte) in bytes.iter().enumerate() {
+            for i in self.by_first[byte as usize].clone() {
+                let token = &self.tokens[i];
+                if (control || token.user_defined) && bytes[at..].starts_with(token.text.as_bytes())
+                {
+                    found.push((at, i));
+                }
+            }
+        }
+        found
+    }
+}

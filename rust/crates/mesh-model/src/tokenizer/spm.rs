@@ -1,0 +1,249 @@
+//! SentencePiece's BPE, the `llama` tokenizer model of GGUF files.
+//!
+//! Spaces become "▁"; then of all neighbours whose joined text is a token, the pair with the highest score is joined, the
+//! leftmost of equals, until none is left. Characters that are no token fall to their bytes.
+//!
+//! This is not the `tokenizers` crate's BPE: that merges by pairs of tokens with one rank each, and the tables have neither.
+
+use std::cmp::Ordering;
+use std::collections::{BinaryHeap, HashMap};
+
+use super::TokenizerError;
+use super::vocab::{TokenType, Vocab, malformed};
+use crate::gguf::{Gguf, GgufError};
+
+const SPACE: &str = "\u{2581}";
+
+#[derive(Debug)]
+pub(super) struct Spm {
+    ids: HashMap<Box<str>, u32>,
+    scores: Vec<f32>,
+    /// The token of each byte.
+    bytes: [Option<u32>; 256],
+    unknown: Option<u32>,
+    add_space_prefix: bool,
+}
+
+impl Spm {
+    pub(super) fn from_gguf(gguf: &Gguf, vocab: &Vocab) -> Result<Self, TokenizerError> {
+        let scores = read_scores(gguf, vocab.len())?;
+        let mut ids = HashMap::with_capacity(vocab.len());
+        let mut bytes = [None; 256];
+        let mut unknown = None;
+        for (id, text) in (0..).zip(vocab.texts()) {
+            ids.insert(text.into(), id);
+            match vocab.token_type(id) {
+                TokenType::Byte => {
+                    if let Some(byte) = byte_of(text) {
+                        bytes[byte as usize] = Some(id);
+                    }
+                }
+                TokenType::Unknown => unknown = unknown.or(Some(id)),
+                _ => {}
+            }
+        }
+        Ok(Spm {
+            ids,
+            scores,
+            bytes,
+            unknown,
+            add_space_prefix: gguf
+                .bool("tokenizer.ggml.add_space_prefix")?
+                .unwrap_or(true),
+        })
+    }
+
+    /// Appends the tokens of `text`, which `begins` a sequence or follows a special token.
+    pub(super) fn encode(&self, text: &str, begins: bool, ids: &mut Vec<u32>) {
+        let mut spelled = String::with_capacity(text.len() + 8);
+        if begins && self.add_space_prefix {
+            spelled.push_str(SPACE);
+        }
+        for c in text.chars() {
+            match c {
+                ' ' => spelled.push_str(SPACE),
+                c => spelled.push(c),
+            }
+        }
+        let mut merging = Merging::new(self, &spelled);
+        merging.run();
+        for piece in merging.pieces() {
+            self.push_piece(piece, ids);
+        }
+    }
+
+    /// A piece is a token, or one character that is none.
+    fn push_piece(&self, piece: &str, ids: &mut Vec<u32>) {
+        if let Some(&id) = self.ids.get(piece) {
+            ids.push(id);
+            return;
+        }
+        for byte in piece.bytes() {
+            ids.extend(self.bytes[byte as usize].or(self.unknown));
+        }
+    }
+}
+
+/// One text on its way to tokens: a list of pieces that are joined.
+struct Merging<'a> {
+    spm: &'a Spm,
+    text: &'a str,
+    pieces: Vec<Piece>,
+    queue: BinaryHeap<Pair>,
+}
+
+/// A stretch of the text. One that was joined to its left neighbour is empty.
+#[derive(Clone, Copy)]
+struct Piece {
+    start: usize,
+    len: usize,
+    prev: Option<usize>,
+    next: Option<usize>,
+}
+
+/// Two neighbours whose joined text is a token.
+struct Pair {
+    score: f32,
+    left: usize,
+    right: usize,
+    /// Length of both together when the pair was found: if it is no longer that, one of them was joined otherwise.
+    len: usize,
+}
+
+impl<'a> Merging<'a> {
+    fn new(spm: &'a Spm, text: &'a str) -> Self {
+        let mut pieces: Vec<Piece> = text
+            .char_indices()
+            .enumerate()
+            .map(|(i, (start, c))| Piece {
+                start,
+                len: c.len_utf8(),
+                prev: i.checked_sub(1),
+                next: Some(i + 1),
+            })
+            .collect();
+        if let Some(last) = pieces.last_mut() {
+            last.next = None;
+        }
+        Merging {
+            spm,
+            text,
+            pieces,
+            queue: BinaryHeap::new(),
+        }
+    }
+
+    fn run(&mut self) {
+        for right in 1..self.pieces.len() {
+            self.consider(Some(right - 1), Some(right));
+        }
+        while let Some(Pair {
+            left, right, len, ..
+        }) = self.queue.pop()
+        {
+            let (l, r) = (self.pieces[left], self.pieces[right]);
+            if l.len == 0 || r.len == 0 || l.len + r.len != len {
+                continue;
+            }
+            self.pieces[left].len = len;
+            self.pieces[left].next = r.next;
+            self.pieces[right].len = 0;
+            if let Some(next) = r.next {
+                self.pieces[next].prev = Some(left);
+            }
+            self.consider(l.prev, Some(left));
+            self.consider(Some(left), r.next);
+        }
+    }
+
+    /// Queues two neighbours if together they are a token.
+    fn consider(&mut self, left: Option<usize>, right: Option<usize>) {
+        let (Some(left), Some(right)) = (left, right) else {
+            return;
+        };
+        let start = self.pieces[left].start;
+        let len = self.pieces[left].len + self.pieces[right].len;
+        if let Some(&id) = self.spm.ids.get(&self.text[start..start + len]) {
+            let score = self.spm.scores[id as usize];
+            self.queue.push(Pair {
+                score,
+                left,
+                right,
+                len,
+            });
+        }
+    }
+
+    fn pieces(&self) -> impl Iterator<Item = &'a str> {
+        self.pieces
+            .iter()
+            .filter(|piece| piece.len > 0)
+            .map(|piece| &self.text[piece.start..piece.start + piece.len])
+    }
+}
+
+impl Ord for Pair {
+    fn cmp(&self, other: &Self) -> Ordering {
+        // The heap gives its greatest: the highest score, the leftmost of equals.
+        self.score
+            .total_cmp(&other.score)
+            .then(other.left.cmp(&self.left))
+    }
+}
+
+impl PartialOrd for Pair {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Pair {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Pair {}
+
+fn read_scores(gguf: &Gguf, tokens: usize) -> Result<Vec<f32>, TokenizerError> {
+    const KEY: &str = "tokenizer.ggml.scores";
+    let array = gguf
+        .array(KEY)?
+        .ok_or_else(|| GgufError::MissingKey { key: KEY.into() })?;
+    let scores: Vec<f32> = array
+        .floats()
+        .ok_or_else(|| {
+            malformed(format!(
+                "{KEY} is an array of {:?}, not of floats",
+                array.element()
+            ))
+        })?
+        .collect();
+    if scores.len() != tokens {
+        return Err(malformed(format!(
+            "{KEY} has {} entries for {tokens} tokens",
+            scores.len()
+        )));
+    }
+    Ok(scores)
+}
+
+/// The byte that a token like `<0x0A>` stands for.
+pub(super) fn byte_of(text: &str) -> Option<u8> {
+    let digits = text.strip_prefix("<0x")?.strip_suffix('>')?;
+    match digits.len() {
+        2 => u8::from_str_radix(digits, 16).ok(),
+        _ => None,
+    }
+}
+
+/// Appends the bytes that a token's text stands for.
+pub(super) fn push_bytes(text: &str, out: &mut Vec<u8>) {
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once(SPACE) {
+        out.extend_from_slice(before.as_bytes());
+        out.push(b' ');
+        rest = after;
+    }
+    out.extend_from_slice(rest.as_bytes());
+}

@@ -1,0 +1,208 @@
+//! The token table: text, bytes and kind of every token.
+
+use std::collections::HashMap;
+
+use super::{Family, TokenizerError};
+use crate::gguf::{Gguf, GgufError};
+
+/// What a token is, in the numbers of `tokenizer.ggml.token_type`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TokenType {
+    Normal,
+    Unknown,
+    Control,
+    UserDefined,
+    Unused,
+    Byte,
+}
+
+/// All tokens of a model.
+#[derive(Debug)]
+pub(super) struct Vocab {
+    texts: Packed,
+    bytes: Packed,
+    types: Vec<TokenType>,
+    /// Control and user-defined tokens by text.
+    special: HashMap<Box<str>, u32>,
+}
+
+/// Far more than any model has; keeps ids well within a `u32`.
+const MAX_TOKENS: usize = 1 << 24;
+
+impl Vocab {
+    pub(super) fn from_gguf(gguf: &Gguf, family: Family) -> Result<Self, TokenizerError> {
+        const KEY: &str = "tokenizer.ggml.tokens";
+        let tokens = gguf
+            .array(KEY)?
+            .ok_or_else(|| GgufError::MissingKey { key: KEY.into() })?;
+        if tokens.is_empty() || tokens.len() > MAX_TOKENS {
+            let reason = format!(
+                "{KEY} has {} tokens, it must have from 1 to {MAX_TOKENS}",
+                tokens.len()
+            );
+            return Err(TokenizerError::Tables { reason });
+        }
+        let types = read_types(gguf, tokens.len())?;
+        let strings = tokens.strings().ok_or_else(|| {
+            malformed(format!(
+                "{KEY} is an array of {:?}, not of strings",
+                tokens.element()
+            ))
+        })?;
+
+        let mut texts = Packed::with_capacity(tokens.len());
+        let mut bytes = Packed::with_capacity(tokens.len());
+        let mut special = HashMap::new();
+        let mut piece = Vec::new();
+        for (id, text) in strings.enumerate() {
+            let text = std::str::from_utf8(text)
+                .map_err(|_| malformed(format!("token {id} is not valid UTF-8")))?;
+            piece.clear();
+            match (family, types[id]) {
+                (_, TokenType::Control | TokenType::Unknown | TokenType::UserDefined) => {
+                    piece.extend_from_slice(text.as_bytes());
+                    special.insert(text.into(), id as u32);
+                }
+                (Family::Bpe, _) => super::bpe::push_bytes(text, &mut piece),
+                (Family::Spm, TokenType::Byte) => match super::spm::byte_of(text) {
+                    Some(byte) => piece.push(byte),
+                    None => {
+                        return Err(malformed(format!(
+                            "byte token {id} is {text:?}, not like <0x0A>"
+                        )));
+                    }
+                },
+                (Family::Spm, _) => super::spm::push_bytes(text, &mut piece),
+            }
+            texts.push(text.as_bytes())?;
+            bytes.push(&piece)?;
+        }
+        if texts.len() != types.len() {
+            return Err(malformed(format!("{KEY} changed while it was read")));
+        }
+        Ok(Vocab {
+            texts,
+            bytes,
+            types,
+            special,
+        })
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.types.len()
+    }
+
+    /// The token's text as the file spells it.
+    pub(super) fn text(&self, id: u32) -> &str {
+        std::str::from_utf8(self.texts.get(id)).expect("checked when it was read")
+    }
+
+    pub(super) fn texts(&self) -> impl Iterator<Item = &str> {
+        (0..self.len() as u32).map(|id| self.text(id))
+    }
+
+    pub(super) fn bytes(&self, id: u32) -> &[u8] {
+        self.bytes.get(id)
+    }
+
+    pub(super) fn token_type(&self, id: u32) -> TokenType {
+        self.types
+            .get(id as usize)
+            .copied()
+            .unwrap_or(TokenType::Unused)
+    }
+
+    /// The token with this text. Fast for special tokens, a search through all for the others.
+    pub(super) fn find(&self, text: &str) -> Option<u32> {
+        if let Some(&id) = self.special.get(text) {
+            return Some(id);
+        }
+        // Of equal texts the last counts, as in the encoders.
+        (0..self.len() as u32)
+            .rev()
+            .find(|&id| self.text(id) == text)
+    }
+
+    /// Control, unknown and user-defined tokens with their texts.
+    pub(super) fn special(&self) -> impl Iterator<Item = (&str, u32)> {
+        self.special.iter().map(|(text, &id)| (&**text, id))
+    }
+}
+
+fn read_types(gguf: &Gguf, tokens: usize) -> Result<Vec<TokenType>, TokenizerError> {
+    const KEY: &str = "tokenizer.ggml.token_type";
+    let Some(array) = gguf.array(KEY)? else {
+        return Ok(vec![TokenType::Normal; tokens]);
+    };
+    if array.len() != tokens {
+        return Err(malformed(format!(
+            "{KEY} has {} entries for {tokens} tokens",
+            array.len()
+        )));
+    }
+    let numbers = array.integers().ok_or_else(|| {
+        malformed(format!(
+            "{KEY} is an array of {:?}, not of integers",
+            array.element()
+        ))
+    })?;
+    let types: Vec<TokenType> = numbers
+        .map(|number| match number {
+            2 => TokenType::Unknown,
+            3 => TokenType::Control,
+            4 => TokenType::UserDefined,
+            5 => TokenType::Unused,
+            6 => TokenType::Byte,
+            _ => TokenType::Normal,
+        })
+        .collect();
+    if types.len() != tokens {
+        return Err(malformed(format!("{KEY} changed while it was read")));
+    }
+    Ok(types)
+}
+
+pub(super) fn malformed(reason: String) -> TokenizerError {
+    TokenizerError::Tables { reason }
+}
+
+/// Many short byte strings in one allocation.
+#[derive(Debug)]
+struct Packed {
+    bytes: Vec<u8>,
+    /// Where each string ends.
+    ends: Vec<u32>,
+}
+
+impl Packed {
+    fn with_capacity(strings: usize) -> Self {
+        Packed {
+            bytes: Vec::with_capacity(strings * 8),
+            ends: Vec::with_capacity(strings),
+        }
+    }
+
+    fn push(&mut self, bytes: &[u8]) -> Result<(), TokenizerError> {
+        self.bytes.extend_from_slice(bytes);
+        let end = u32::try_from(self.bytes.len())
+            .map_err(|_| malformed("the tokens' texts take over 4 GiB".into()))?;
+        self.ends.push(end);
+        Ok(())
+    }
+
+    fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Empty for an index outside.
+    fn get(&self, i: u32) -> &[u8] {
+        let Some(&end) = self.ends.get(i as usize) else {
+            return &[];
+        };
+        let start = match i {
+            0 => 0,
+            _ => self.ends[i as usize - 1],
+        };
+        &self.bytes[start as usize..end as usize]
+    }
+}
