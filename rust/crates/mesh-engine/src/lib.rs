@@ -12,6 +12,8 @@ mod request;
 pub mod sampler;
 pub mod scheduler;
 mod stage;
+#[cfg(test)]
+mod testing;
 pub mod text;
 mod vocabulary;
 

@@ -1,8 +1,8 @@
 //! What the engine needs to know about tokens: their bytes and which of them end an answer.
 
-/// The tokens of a model as the text pipeline sees them.
-///
-/// `mesh_model::Tokenizer` implements it; tests bring vocabularies of a few tokens.
+use mesh_model::Model;
+
+/// The tokens of a model as the text pipeline sees them. A [`Model`] is one; tests bring vocabularies of a few tokens.
 pub trait Vocabulary: Send + Sync {
     /// Number of token ids; valid ids are `0..size()`.
     fn size(&self) -> usize;
@@ -12,4 +12,21 @@ pub trait Vocabulary: Send + Sync {
 
     /// Whether `token` ends an answer.
     fn is_end(&self, token: u32) -> bool;
+}
+
+impl Vocabulary for Model {
+    fn size(&self) -> usize {
+        self.tokenizer().vocab_size()
+    }
+
+    fn text(&self, token: u32) -> &[u8] {
+        if self.tokenizer().is_special(token) {
+            return &[];
+        }
+        self.tokenizer().token_bytes(token)
+    }
+
+    fn is_end(&self, token: u32) -> bool {
+        self.tokenizer().eos_ids().contains(&token)
+    }
 }

@@ -1,1 +1,195 @@
+use std::time::Duration;
 
+use futures::executor::{block_on, block_on_stream};
+
+use super::*;
+use crate::request::{Finish, RequestError};
+use crate::testing::{self, HashStage, Letters};
+
+const CONTEXT: u32 = 200;
+
+fn engine(change: impl FnOnce(&mut HashStage)) -> Engine {
+    let mut stage = HashStage::new(4, CONTEXT, 32);
+    change(&mut stage);
+    let config = SchedulerConfig::default();
+    Engine::start("test", Box::new(stage), Arc::new(Letters), config).unwrap()
+}
+
+fn request(seed: u32, max_tokens: u32) -> Request {
+    let prompt = (1..10).map(|i| (i * seed) % 40 + 1).collect();
+    Request {
+        ignore_eos: true,
+        ..Request::greedy(format!("request {seed}"), prompt, max_tokens)
+    }
+}
+
+/// The tokens, the text and the last event of a stream.
+fn read(stream: RequestStream) -> (Vec<u32>, String, Event) {
+    let (mut tokens, mut text) = (Vec::new(), String::new());
+    let mut last = None;
+    for event in block_on_stream(stream) {
+        assert!(last.is_none(), "an event after the last one");
+        match event {
+            Event::Tokens(t) => {
+                tokens.extend(t.tokens);
+                text += &t.text;
+            }
+            Event::Done(done) => {
+                text += &done.text;
+                last = Some(Event::Done(done));
+            }
+            other => last = Some(other),
+        }
+    }
+    (tokens, text, last.expect("a last event"))
+}
+
+fn failure(stream: RequestStream) -> RequestError {
+    match read(stream).2 {
+        Event::Failed(error) => error,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn wait_until(condition: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(
+            start.elapsed() < Duration::from_secs(10),
+            "it does not come to pass"
+        );
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn many_threads_get_their_own_answers() {
+    let engine = engine(|_| {});
+    std::thread::scope(|scope| {
+        for seed in 1..=16 {
+            let handle = engine.handle();
+            scope.spawn(move || {
+                let request = request(seed, 50);
+                let (tokens, text, last) = read(handle.submit(request.clone()));
+                assert_eq!((tokens, text), testing::answer(&request, CONTEXT));
+                assert!(matches!(last, Event::Done(done) if done.finish == Finish::Length));
+            });
+        }
+    });
+    let load = engine.handle().load();
+    assert_eq!(
+        (load.running, load.queued, load.totals.finished),
+        (0, 0, 16)
+    );
+    assert!(load.decode_tps > 0.0 && load.prefill_tps > 0.0);
+}
+
+#[test]
+fn dropping_the_stream_cancels_the_request() {
+    let engine = engine(|stage| stage.step_time = Some(Duration::from_millis(1)));
+    let mut stream = block_on_stream(engine.handle().submit(request(1, 190)));
+    assert!(matches!(stream.next(), Some(Event::Tokens(_))));
+    drop(stream);
+    wait_until(|| engine.handle().load().totals.cancelled == 1);
+    wait_until(|| engine.handle().load().running == 0);
+}
+
+#[test]
+fn a_failed_step_fails_its_request_and_the_engine_goes_on() {
+    let engine = engine(|stage| stage.fails_at = Some(3));
+    let error = failure(engine.handle().submit(request(1, 20)));
+    assert!(matches!(
+        error,
+        RequestError::Stage(StageError::Backend { .. })
+    ));
+    let (tokens, text, _) = read(engine.handle().submit(request(1, 20)));
+    assert_eq!((tokens, text), testing::answer(&request(1, 20), CONTEXT));
+    assert_eq!(engine.handle().death(), None);
+}
+
+#[test]
+fn a_panic_ends_every_request_with_its_reason() {
+    let engine = engine(|stage| {
+        stage.panics_at = Some(5);
+        stage.step_time = Some(Duration::from_millis(2));
+    });
+    let handle = engine.handle();
+    let streams = [handle.submit(request(1, 50)), handle.submit(request(2, 50))];
+    for stream in streams {
+        let error = failure(stream).to_string();
+        assert_eq!(
+            error,
+            "the engine stopped: a step panicked: told to panic; restart the worker"
+        );
+    }
+    assert!(matches!(
+        failure(handle.submit(request(3, 5))),
+        RequestError::EngineDead { .. }
+    ));
+    assert!(handle.death().is_some());
+    block_on(handle.drain());
+}
+
+#[test]
+fn draining_waits_for_what_runs() {
+    let engine = engine(|stage| stage.step_time = Some(Duration::from_millis(1)));
+    let handle = engine.handle();
+    let stream = handle.submit(request(1, 40));
+    block_on(handle.drain());
+    assert_eq!(handle.load().running, 0);
+    assert_eq!(read(stream).0.len(), 40);
+    assert_eq!(
+        failure(handle.submit(request(2, 5))),
+        RequestError::Draining
+    );
+}
+
+#[test]
+fn a_dropped_engine_ends_its_requests() {
+    let engine = engine(|stage| stage.step_time = Some(Duration::from_millis(1)));
+    let handle = engine.handle();
+    let stream = handle.submit(request(1, 190));
+    drop(engine);
+    assert!(matches!(failure(stream), RequestError::EngineDead { .. }));
+    let error = block_on(handle.score("score", vec![1, 2, 3])).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the engine stopped: it was shut down; restart the worker"
+    );
+}
+
+#[test]
+fn scores_come_back_for_every_token_but_the_first() {
+    let engine = engine(|_| {});
+    let (answer, _) = testing::answer(&request(1, 30), CONTEXT);
+    let tokens = [request(1, 30).prompt_tokens, answer.clone()].concat();
+    let scores = block_on(engine.handle().score("score", tokens)).unwrap();
+    assert_eq!(scores.len(), 9 - 1 + 30);
+    // A greedy answer is the likeliest token each time.
+    for (score, token) in scores[8..].iter().zip(answer) {
+        assert_eq!(score.argmax, token);
+        assert_eq!(score.logprob, score.max_logprob);
+    }
+}
+
+#[test]
+fn a_part_of_a_model_is_no_engine() {
+    struct Wide;
+    impl Vocabulary for Wide {
+        fn size(&self) -> usize {
+            testing::VOCAB + 1
+        }
+        fn text(&self, _: u32) -> &[u8] {
+            b""
+        }
+        fn is_end(&self, _: u32) -> bool {
+            false
+        }
+    }
+    let stage = Box::new(HashStage::new(1, 10, 10));
+    let error = Engine::start("test", stage, Arc::new(Wide), SchedulerConfig::default());
+    assert_eq!(
+        error.err().unwrap().to_string(),
+        "the model gives 48 logits, but its vocabulary has 49 tokens"
+    );
+}

@@ -398,18 +398,18 @@ impl Scheduler {
         );
         job.reused = placement.reused;
         self.totals.reused_tokens += u64::from(placement.reused);
+        let (slot, len) = (placement.slot, placement.reused);
         if let Some(from) = placement.copy_from {
             self.slot_ops.push(SlotOp::CopyPrefix {
                 from,
-                to: placement.slot,
-                len: placement.reused,
+                to: slot,
+                len,
             });
+        } else if self.slots.cached_len(slot) > len {
+            self.slot_ops.push(SlotOp::Truncate { slot, len });
         }
         self.slots.claim(placement, &job.tokens, job.key);
-        self.running.push(Running {
-            job,
-            slot: placement.slot,
-        });
+        self.running.push(Running { job, slot });
         self.evict();
     }
 
@@ -492,6 +492,8 @@ impl Scheduler {
         let Some(running) = self.running.iter_mut().find(|r| r.job.key == owner) else {
             return;
         };
+        // Some models pad their output beyond the vocabulary.
+        let row = &row[..row.len().min(self.vocabulary.size())];
         let scratch = &mut self.scratch;
         let taken = running
             .job
