@@ -1,0 +1,242 @@
+//! The operators of the graph, as ONNX Runtime custom operators over `mesh-kernels`.
+//!
+//! | operator | input | output |
+//! |---|---|---|
+//! | `Embed` | tokens i32 `[rows]` | hidden `[rows, hidden]` |
+//! | `Attention` | hidden | hidden + attention(norm(hidden)), having extended the layer's KV rows |
+//! | `FeedForward` | hidden | hidden + feed-forward(norm(hidden)) |
+//! | `Head` | hidden | logits `[kept, vocab]` |
+//!
+//! A node does a whole half layer because walking from node to node costs about a microsecond, and because what lies between
+//! (norm, rotation, quantised rows) then never leaves the second-level cache.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, PoisonError};
+
+use mesh_kernels::KernelError;
+use ort::operator::{
+    ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput,
+    ShapeInferenceContext,
+};
+use ort::value::{Shape, SymbolicDimensions, TensorElementType, ValueType};
+
+use crate::shared::{Shared, Step};
+use crate::tensors;
+
+/// Which operator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Embed,
+    Attention,
+    FeedForward,
+    Head,
+}
+
+/// All operators of the domain.
+pub(crate) fn operators() -> [Kind; 4] {
+    [Kind::Embed, Kind::Attention, Kind::FeedForward, Kind::Head]
+}
+
+/// One of our operators, bound to a stage.
+pub(crate) struct StageOperator {
+    kind: Kind,
+    shared: Arc<Shared>,
+}
+
+impl StageOperator {
+    pub(crate) fn new(kind: Kind, shared: Arc<Shared>) -> StageOperator {
+        StageOperator { kind, shared }
+    }
+}
+
+impl Operator for StageOperator {
+    type Kernel<'attr> = StageKernel;
+
+    /// Layers work in place where ONNX Runtime can give them the same memory.
+    const INPLACES: &[(u32, u32)] = &[(0, 0)];
+
+    fn name(&self) -> &str {
+        match self.kind {
+            Kind::Embed => "Embed",
+            Kind::Attention => "Attention",
+            Kind::FeedForward => "FeedForward",
+            Kind::Head => "Head",
+        }
+    }
+
+    fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
+        [OperatorInput::required(match self.kind {
+            Kind::Embed => TensorElementType::Int32,
+            _ => TensorElementType::Float32,
+        })]
+    }
+
+    fn outputs(&self) -> impl IntoIterator<Item = OperatorOutput> {
+        [OperatorOutput::required(TensorElementType::Float32)]
+    }
+
+    fn create_kernel<'attr>(&self, context: &KernelContext<'attr>) -> ort::Result<StageKernel> {
+        let layer = context
+            .get::<i64>("layer")
+            .and_then(|layer| usize::try_from(layer).ok())
+            .filter(|&layer| layer < self.shared.weights.layers.len())
+            .ok_or_else(|| ort::Error::new("attribute `layer` is missing or out of range"))?;
+        Ok(StageKernel { kind: self.kind, layer, shared: Arc::clone(&self.shared) })
+    }
+
+    fn infer_shape(&self, context: &mut ShapeInferenceContext) -> ort::Result<()> {
+        let shape = &self.shared.shape;
+        let (symbol, width) = match self.kind {
+            Kind::Head => ("kept", shape.vocab),
+            // The last Attention of the model passes on fewer rows than it gets; to infer "rows" for all others is not worth
+            // an error there, and an unknown size only costs the memory planner an allocation.
+            _ if self.shared.is_last() => return Ok(()),
+            _ => ("rows", shape.hidden),
+        };
+        context.set_output(
+            0,
+            &ValueType::Tensor {
+                ty: TensorElementType::Float32,
+                shape: Shape::new([-1, width as i64]),
+                dimension_symbols: SymbolicDimensions::new([symbol.to_owned(), String::new()]),
+            },
+        )
+    }
+}
+
+/// A node of the graph.
+pub(crate) struct StageKernel {
+    kind: Kind,
+    layer: usize,
+    shared: Arc<Shared>,
+}
+
+impl Kernel for StageKernel {
+    fn compute(&mut self, context: &ComputeContext) -> ort::Result<()> {
+        // Unwinding into ONNX Runtime would end the process.
+        catch_unwind(AssertUnwindSafe(|| self.run(context)))
+            .unwrap_or_else(|_| Err(ort::Error::new("a kernel panicked; see the log")))
+    }
+}
+
+impl StageKernel {
+    fn run(&self, context: &ComputeContext) -> ort::Result<()> {
+        let mut step = self.shared.step.lock().unwrap_or_else(PoisonError::into_inner);
+        let step = &mut *step;
+        match self.kind {
+            Kind::Embed => self.embed(context, step),
+            Kind::Attention => self.attention(context, step),
+            Kind::FeedForward => self.feed_forward(context, step),
+            Kind::Head => self.head(context, step),
+        }
+    }
+
+    fn embed(&self, context: &ComputeContext, step: &mut Step) -> ort::Result<()> {
+        let mut clock = step.clock();
+        let width = self.shared.shape.hidden;
+        // SAFETY: the operator declares an i32 input; the stage binds one token per row.
+        let tokens: &[i32] = unsafe { tensors::input(context, 0, step.rows)? };
+        // SAFETY: the operator declares an f32 output; inputs of another type are never shared with it.
+        let out = unsafe { tensors::output(context, step.rows, width)? };
+        let table = self.shared.weights.embedding().ok_or_else(|| internal("no embedding"))?;
+        for (token, row) in tokens.iter().zip(out.chunks_exact_mut(width)) {
+            table.dequantize_row(*token as usize, row).map_err(kernel)?;
+        }
+        step.lap("embed", &mut clock);
+        Ok(())
+    }
+
+    fn attention(&self, context: &ComputeContext, step: &mut Step) -> ort::Result<()> {
+        let width = self.shared.shape.hidden;
+        // SAFETY: the operator declares an f32 input; every row of the step comes in as `width` numbers.
+        let x: &[f32] = unsafe { tensors::input(context, 0, step.rows * width)? };
+        crate::attention::attend(&self.shared, step, self.layer, x)?;
+        let mut clock = step.clock();
+        let layer = &self.shared.weights.layers[self.layer];
+        // After the last layer only the rows that become logits matter.
+        let keep = self.shared.is_last() && self.layer + 1 == self.shared.weights.layers.len();
+        if keep && step.kept.len() < step.rows {
+            let rows = step.kept.len();
+            step.gathered.clear();
+            let heads = step.attended.len() / step.rows;
+            for (i, &row) in step.kept.iter().enumerate() {
+                step.gathered.extend_from_slice(&x[row * width..(row + 1) * width]);
+                step.attended.copy_within(row * heads..(row + 1) * heads, i * heads);
+            }
+            step.attended.truncate(rows * heads);
+            // SAFETY: the operator declares an f32 output, and `x` is not used any more.
+            let out = unsafe { tensors::output(context, rows, width)? };
+            out.copy_from_slice(&step.gathered);
+            self.shared.project(&layer.attention_output, &step.attended, rows, out)?;
+        } else {
+            let rows = step.rows;
+            let from = x.as_ptr();
+            // SAFETY: as above; `x` is read below only where the output has memory of its own.
+            let out = unsafe { tensors::output(context, rows, width)? };
+            in_place(from, out);
+            self.shared.project(&layer.attention_output, &step.attended, rows, out)?;
+        }
+        step.lap("attention output", &mut clock);
+        Ok(())
+    }
+
+    fn feed_forward(&self, context: &ComputeContext, step: &mut Step) -> ort::Result<()> {
+        let mut clock = step.clock();
+        let width = self.shared.shape.hidden;
+        let kept = self.shared.is_last() && self.layer + 1 == self.shared.weights.layers.len();
+        let rows = if kept { step.kept.len() } else { step.rows };
+        // SAFETY: the operator declares an f32 input; Attention before it gave `rows` rows.
+        let x: &[f32] = unsafe { tensors::input(context, 0, rows * width)? };
+        let from = x.as_ptr();
+        // SAFETY: the operator declares an f32 output; `x` is read below only where the output has memory of its own.
+        let out = unsafe { tensors::output(context, rows, width)? };
+        in_place(from, out);
+        if rows > 0 {
+            let layer = &self.shared.weights.layers[self.layer];
+            let norm = self.shared.norm(&layer.ffn_norm);
+            let pool = &self.shared.pool;
+            mesh_kernels::feed_forward(pool, &layer.gate, &layer.up, &layer.down, norm, out, rows)
+                .map_err(kernel)?;
+        }
+        step.lap("feed-forward", &mut clock);
+        Ok(())
+    }
+
+    fn head(&self, context: &ComputeContext, step: &mut Step) -> ort::Result<()> {
+        let mut clock = step.clock();
+        let shape = &self.shared.shape;
+        let rows = step.kept.len();
+        // SAFETY: the operator declares an f32 input; the last FeedForward gave the kept rows.
+        let x: &[f32] = unsafe { tensors::input(context, 0, rows * shape.hidden)? };
+        // SAFETY: the operator declares an f32 output, wider than the input and so never the same memory.
+        let out = unsafe { tensors::output(context, rows, shape.vocab)? };
+        if rows > 0 {
+            let head = self.shared.weights.head.as_ref().ok_or_else(|| internal("no head"))?;
+            let options = mesh_kernels::Linear {
+                norm: Some(self.shared.norm(&head.norm)),
+                ..Default::default()
+            };
+            mesh_kernels::linear(&self.shared.pool, &head.output, x, rows, out, &options)
+                .map_err(kernel)?;
+        }
+        step.lap("head", &mut clock);
+        Ok(())
+    }
+}
+
+/// Brings the residual into the output, unless ONNX Runtime gave the node its input's memory.
+fn in_place(from: *const f32, out: &mut [f32]) {
+    if !std::ptr::eq(from, out.as_ptr()) {
+        // SAFETY: the input has as many numbers as the output, and where their addresses differ they are separate tensors.
+        unsafe { std::ptr::copy_nonoverlapping(from, out.as_mut_ptr(), out.len()) };
+    }
+}
+
+/// A kernel's refusal as ONNX Runtime's error.
+pub(crate) fn kernel(error: KernelError) -> ort::Error {
+    ort::Error::new(error.to_string())
+}
+
+fn internal(what: &str) -> ort::Error {
+    ort::Error::new(format!("the graph does not fit the stage: {what}"))
+}

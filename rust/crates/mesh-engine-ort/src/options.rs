@@ -1,0 +1,103 @@
+//! What a caller chooses when it loads a stage, and why loading can fail.
+
+use std::path::PathBuf;
+
+/// How to load a stage.
+#[derive(Debug, Clone)]
+pub struct OrtOptions {
+    /// ONNX Runtime's shared library; `None` means the environment variable `ORT_DYLIB_PATH`. The first stage of a process
+    /// decides: later ones use the library that is already loaded.
+    pub library: Option<PathBuf>,
+    /// Threads that compute, the caller's among them; `0` means one per available core.
+    pub threads: usize,
+    /// KV slots.
+    pub slots: u32,
+    /// Most tokens in one slot; `0` means the model's own context length. More than the model's length is refused.
+    pub context: u32,
+    /// Most rows in one step.
+    pub max_rows: u32,
+    /// Measure the time spent in each operator, see [`OrtStage::profile`](crate::OrtStage::profile).
+    pub profile: bool,
+}
+
+impl Default for OrtOptions {
+    fn default() -> Self {
+        OrtOptions {
+            library: None,
+            threads: 0,
+            slots: 8,
+            context: 0,
+            max_rows: 512,
+            profile: false,
+        }
+    }
+}
+
+/// Why a stage could not be loaded.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LoadError {
+    /// Nobody said where ONNX Runtime is.
+    #[error(
+        "ONNX Runtime's library is not configured: give its path in the options or in ORT_DYLIB_PATH \
+         (libonnxruntime.so.1.24.4, in the PyPI package `onnxruntime` 1.24.4 under onnxruntime/capi/)"
+    )]
+    NoLibrary,
+    /// The library could not be loaded.
+    #[error(
+        "ONNX Runtime at {path} cannot be loaded: {message}; version 1.24 or later is needed"
+    )]
+    Library {
+        /// The path tried.
+        path: PathBuf,
+        /// The loader's words.
+        message: String,
+    },
+    /// ONNX Runtime refused the graph or the session.
+    #[error("ONNX Runtime: {0}")]
+    Runtime(#[from] ort::Error),
+    /// The layer range is empty or outside the model.
+    #[error("layers {start}..{end} are not a range of a model with {layers} layers")]
+    Layers {
+        /// First layer asked for.
+        start: u32,
+        /// One past the last.
+        end: u32,
+        /// Layers in the model.
+        layers: u32,
+    },
+    /// An option outside its limits.
+    #[error("option {name} = {value}: {remedy}")]
+    Option {
+        /// The option's name.
+        name: &'static str,
+        /// What it was set to.
+        value: u64,
+        /// What it may be.
+        remedy: String,
+    },
+    /// A tensor that the architecture needs is absent.
+    #[error("the model has no tensor {0}: it is incomplete or of another architecture")]
+    MissingTensor(String),
+    /// The model file changed while it was read.
+    #[error("the model changed while its weights were read: {0}")]
+    Model(String),
+    /// A tensor that cannot be packed or read.
+    #[error("tensor {name} of type {ty}: {message}")]
+    Tensor {
+        /// The tensor's name.
+        name: String,
+        /// Its quantisation.
+        ty: String,
+        /// What is wrong.
+        message: String,
+    },
+    /// No address space for the KV cache.
+    #[error("no memory for a KV cache of {bytes} bytes: {source}; use fewer slots or a shorter context")]
+    KvMemory {
+        /// Bytes of address space asked for.
+        bytes: u64,
+        /// The system's words.
+        source: std::io::Error,
+    },
+}

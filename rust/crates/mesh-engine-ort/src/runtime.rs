@@ -1,0 +1,35 @@
+//! ONNX Runtime itself: found, loaded and initialised once per process.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use ort::environment::Environment;
+
+use crate::options::LoadError;
+
+/// The process's environment. ONNX Runtime allows one; it is kept for as long as the process lives.
+static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
+
+/// Loads the library at `path`, or the one that `ORT_DYLIB_PATH` names, unless one is loaded already.
+pub(crate) fn environment(path: Option<&Path>) -> Result<Environment, LoadError> {
+    let mut environment = ENVIRONMENT.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(environment) = &*environment {
+        return Ok(environment.clone());
+    }
+    let path = match path {
+        Some(path) => path.to_path_buf(),
+        None => std::env::var_os("ORT_DYLIB_PATH")
+            .filter(|path| !path.is_empty())
+            .map(PathBuf::from)
+            .ok_or(LoadError::NoLibrary)?,
+    };
+    // A relative path would be taken from the program's own directory rather than from the working directory.
+    let path = std::path::absolute(&path).unwrap_or(path);
+    let loaded = ort::init_from(&path)
+        .map_err(|error| LoadError::Library { path: path.clone(), message: error.to_string() })?
+        .with_name("hydramesh")
+        .with_telemetry(false)
+        .build()?;
+    tracing::debug!(library = %path.display(), build = ort::info(), "ONNX Runtime loaded");
+    Ok(environment.insert(loaded).clone())
+}

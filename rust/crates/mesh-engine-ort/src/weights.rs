@@ -1,0 +1,170 @@
+//! The weights of a stage, packed for the kernels.
+
+use std::ops::Range;
+
+use mesh_kernels::{PackOptions, Pool, QMatrix, WeightType};
+use mesh_model::{GgmlType, Gguf, Model, ModelConfig, dequantize};
+
+use crate::options::LoadError;
+
+/// The weights of a range of layers, and of embedding and head where the range has them.
+pub(crate) struct Weights {
+    pub(crate) layers: Vec<LayerWeights>,
+    /// Present where tokens come in. With tied embeddings on a stage that also has the head, the head's matrix serves.
+    embedding: Option<QMatrix>,
+    pub(crate) head: Option<HeadWeights>,
+}
+
+/// One transformer layer.
+pub(crate) struct LayerWeights {
+    pub(crate) attention_norm: Vec<f32>,
+    /// Query, key and value under each other.
+    pub(crate) qkv: QMatrix,
+    pub(crate) qkv_bias: Option<Vec<f32>>,
+    pub(crate) query_norm: Option<Vec<f32>>,
+    pub(crate) key_norm: Option<Vec<f32>>,
+    pub(crate) attention_output: QMatrix,
+    pub(crate) ffn_norm: Vec<f32>,
+    pub(crate) gate: QMatrix,
+    pub(crate) up: QMatrix,
+    pub(crate) down: QMatrix,
+}
+
+/// The final norm and the output matrix.
+pub(crate) struct HeadWeights {
+    pub(crate) norm: Vec<f32>,
+    pub(crate) output: QMatrix,
+}
+
+impl Weights {
+    /// Packs the weights of `layers` and lets the system drop the file's pages, so that they do not count twice.
+    pub(crate) fn load(
+        model: &Model,
+        layers: Range<u32>,
+        pool: &Pool,
+    ) -> Result<Weights, LoadError> {
+        let loader = Loader { gguf: model.gguf(), config: model.config(), pool };
+        let first = layers.start == 0;
+        let last = layers.end == loader.config.layers;
+        let packed = layers.map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;
+        let head = last.then(|| loader.head()).transpose()?;
+        let shared = head.is_some() && loader.config.tied_embeddings;
+        let embedding = (first && !shared).then(|| loader.matrix("token_embd.weight")).transpose()?;
+        loader.gguf.check_unchanged().map_err(|error| LoadError::Model(error.to_string()))?;
+        loader.gguf.release_pages();
+        Ok(Weights { layers: packed, embedding, head })
+    }
+
+    /// The matrix whose rows are the tokens' embeddings.
+    pub(crate) fn embedding(&self) -> Option<&QMatrix> {
+        self.embedding.as_ref().or(self.head.as_ref().map(|head| &head.output))
+    }
+
+    /// Bytes of packed matrices.
+    pub(crate) fn bytes(&self) -> u64 {
+        let layers = self.layers.iter().flat_map(|layer| {
+            [&layer.qkv, &layer.attention_output, &layer.gate, &layer.up, &layer.down]
+        });
+        let ends = self.embedding.iter().chain(self.head.iter().map(|head| &head.output));
+        layers.chain(ends).map(|matrix| matrix.bytes() as u64).sum()
+    }
+}
+
+struct Loader<'a> {
+    gguf: &'a Gguf,
+    config: &'a ModelConfig,
+    pool: &'a Pool,
+}
+
+impl Loader<'_> {
+    fn layer(&self, layer: u32) -> Result<LayerWeights, LoadError> {
+        let name = |suffix: &str| format!("blk.{layer}.{suffix}");
+        let matrix = |suffix: &str| self.matrix(&name(suffix));
+        let vector = |suffix: &str| self.vector(&name(suffix));
+        let qkv = QMatrix::concat([
+            matrix("attn_q.weight")?,
+            matrix("attn_k.weight")?,
+            matrix("attn_v.weight")?,
+        ])
+        .map_err(|error| LoadError::Tensor {
+            name: name("attn_{q,k,v}.weight"),
+            ty: "several".into(),
+            message: error.to_string(),
+        })?;
+        let qkv_bias = if self.config.qkv_bias {
+            let parts = ["attn_q.bias", "attn_k.bias", "attn_v.bias"].map(vector);
+            let mut bias = Vec::new();
+            for part in parts {
+                bias.extend(part?);
+            }
+            Some(bias)
+        } else {
+            None
+        };
+        let qk_norm = self.config.qk_norm;
+        Ok(LayerWeights {
+            attention_norm: vector("attn_norm.weight")?,
+            qkv,
+            qkv_bias,
+            query_norm: qk_norm.then(|| vector("attn_q_norm.weight")).transpose()?,
+            key_norm: qk_norm.then(|| vector("attn_k_norm.weight")).transpose()?,
+            attention_output: matrix("attn_output.weight")?,
+            ffn_norm: vector("ffn_norm.weight")?,
+            gate: matrix("ffn_gate.weight")?,
+            up: matrix("ffn_up.weight")?,
+            down: matrix("ffn_down.weight")?,
+        })
+    }
+
+    fn head(&self) -> Result<HeadWeights, LoadError> {
+        let name = if self.config.tied_embeddings { "token_embd.weight" } else { "output.weight" };
+        Ok(HeadWeights { norm: self.vector("output_norm.weight")?, output: self.matrix(name)? })
+    }
+
+    /// A matrix in packed form. The model's configuration has checked its dimensions.
+    fn matrix(&self, name: &str) -> Result<QMatrix, LoadError> {
+        let tensor = self.gguf.tensor(name).ok_or_else(|| LoadError::MissingTensor(name.into()))?;
+        let failed = |message: String| LoadError::Tensor {
+            name: name.into(),
+            ty: format!("{:?}", tensor.ty),
+            message,
+        };
+        let ty = weight_type(tensor.ty);
+        let &[inputs, outputs] = tensor.dims else {
+            return Err(failed(format!("{} dimensions instead of 2", tensor.dims.len())));
+        };
+        let (outputs, inputs) = (outputs as usize, inputs as usize);
+        let options = PackOptions::default();
+        QMatrix::pack_with(self.pool, ty, outputs, inputs, tensor.data, options)
+            .map_err(|error| failed(error.to_string()))
+    }
+
+    /// A vector as f32.
+    fn vector(&self, name: &str) -> Result<Vec<f32>, LoadError> {
+        let tensor = self.gguf.tensor(name).ok_or_else(|| LoadError::MissingTensor(name.into()))?;
+        let mut out = vec![0.0; tensor.elements() as usize];
+        dequantize(tensor.ty, tensor.data, &mut out).map_err(|error| LoadError::Tensor {
+            name: name.into(),
+            ty: format!("{:?}", tensor.ty),
+            message: error.to_string(),
+        })?;
+        Ok(out)
+    }
+}
+
+/// The kernels' name of a type.
+fn weight_type(ty: GgmlType) -> WeightType {
+    match ty {
+        GgmlType::F32 => WeightType::F32,
+        GgmlType::F16 => WeightType::F16,
+        GgmlType::BF16 => WeightType::BF16,
+        GgmlType::Q4_0 => WeightType::Q4_0,
+        GgmlType::Q4_1 => WeightType::Q4_1,
+        GgmlType::Q5_0 => WeightType::Q5_0,
+        GgmlType::Q5_1 => WeightType::Q5_1,
+        GgmlType::Q8_0 => WeightType::Q8_0,
+        GgmlType::Q4_K => WeightType::Q4_K,
+        GgmlType::Q5_K => WeightType::Q5_K,
+        GgmlType::Q6_K => WeightType::Q6_K,
+    }
+}
