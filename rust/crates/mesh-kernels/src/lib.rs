@@ -18,6 +18,7 @@
 //! Unsafe code: SIMD loads and stores through pointers whose ranges the safe callers have checked (simd/mod.rs states the rules),
 //! output buffers written by the tasks of one loop in disjoint parts, and the memory of buffers and caches.
 
+mod attention;
 mod error;
 mod gemm;
 mod isa;
@@ -29,8 +30,10 @@ mod norm;
 mod pack;
 mod pool;
 mod quant;
+mod rope;
 mod simd;
 
+pub use attention::{Attention, KvCache, KvSegment, KvShape, attention};
 pub use error::KernelError;
 pub use gemm::acts::RmsNorm;
 pub use isa::Isa;
@@ -39,3 +42,4 @@ pub use matrix::{PackOptions, QMatrix, dequantize};
 pub use norm::rms_norm;
 pub use pool::{Pool, PoolOptions};
 pub use quant::WeightType;
+pub use rope::{Rope, RopeOptions, RopeStyle};

@@ -179,6 +179,9 @@ fn with_input(
     if let Some(norm) = norm {
         expect_len("the norm's weight", norm.weight.len(), k)?;
     }
+    if rows == 0 {
+        return Ok(());
+    }
     let (mut acts, mut scratch) = SCRATCH.take();
     let result = (|| {
         if quantised {

@@ -94,3 +94,81 @@ pub(crate) struct Shared<T>(pub(crate) *mut T);
 unsafe impl<T> Send for Shared<T> {}
 // SAFETY: as above.
 unsafe impl<T> Sync for Shared<T> {}
+
+/// Zeroed memory that costs nothing until it is written, and can be given back in parts.
+#[derive(Debug)]
+pub(crate) struct Region {
+    #[cfg(unix)]
+    start: NonNull<u8>,
+    #[cfg(unix)]
+    len: usize,
+    #[cfg(not(unix))]
+    buffer: Buffer,
+}
+
+// SAFETY: the region owns its memory; who writes through its pointers holds its owner exclusively.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+#[cfg(unix)]
+impl Region {
+    pub(crate) fn reserve(what: &'static str, len: usize) -> Result<Region, KernelError> {
+        // SAFETY: an anonymous mapping at an address of the system's choice.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        match NonNull::new(start.cast::<u8>()) {
+            Some(start) if start.as_ptr().cast() != libc::MAP_FAILED => Ok(Region { start, len }),
+            _ => Err(KernelError::NoMemory { what, bytes: len }),
+        }
+    }
+
+    pub(crate) fn start(&self) -> *mut u8 {
+        self.start.as_ptr()
+    }
+
+    /// Gives a range of whole pages back; it reads as zero afterwards (on Linux; elsewhere its contents may stay).
+    pub(crate) fn release(&mut self, range: std::ops::Range<usize>) {
+        if range.end <= self.len && range.start < range.end {
+            // SAFETY: within the mapping. A failure leaves the memory as it is, which is allowed.
+            unsafe {
+                libc::madvise(
+                    self.start.as_ptr().add(range.start).cast(),
+                    range.len(),
+                    libc::MADV_DONTNEED,
+                );
+            }
+        }
+    }
+}
+
+#[cfg(unix)]
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `reserve` with this length.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
+    }
+}
+
+#[cfg(not(unix))]
+impl Region {
+    pub(crate) fn reserve(what: &'static str, len: usize) -> Result<Region, KernelError> {
+        Ok(Region {
+            buffer: Buffer::zeroed(what, len)?,
+        })
+    }
+
+    pub(crate) fn start(&self) -> *mut u8 {
+        self.buffer.start.as_ptr()
+    }
+
+    pub(crate) fn release(&mut self, _range: std::ops::Range<usize>) {}
+}

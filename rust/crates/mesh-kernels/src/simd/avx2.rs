@@ -74,6 +74,7 @@ impl Simd for Avx2 {
     type B = I;
 
     const SIGNED_WIDE: bool = true;
+    const WIDE: bool = false;
 
     methods! {
         fn splat(v: f32) -> F { [_mm256_set1_ps(v); 2] }

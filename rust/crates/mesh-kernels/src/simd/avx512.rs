@@ -55,6 +55,7 @@ impl Simd for Avx512 {
     type B = __m512i;
 
     const SIGNED_WIDE: bool = false;
+    const WIDE: bool = true;
 
     methods! {
         fn splat(v: f32) -> __m512 { _mm512_set1_ps(v) }

@@ -67,6 +67,8 @@ pub(crate) trait Simd: Copy {
 
     /// Whether [`Simd::dot_wide`] wants signed weights and no bias.
     const SIGNED_WIDE: bool;
+    /// Whether there are registers for 24 accumulators.
+    const WIDE: bool;
 
     fn splat(self, v: f32) -> Self::F;
     unsafe fn load(self, p: *const f32) -> Self::F;

@@ -24,6 +24,7 @@ impl Simd for Scalar {
     type B = [u8; 64];
 
     const SIGNED_WIDE: bool = true;
+    const WIDE: bool = false;
 
     #[inline(always)]
     fn splat(self, v: f32) -> F {

@@ -5,10 +5,10 @@ use half::f16;
 use mesh_kernels::{WeightType, dequantize};
 
 /// A small generator: the tests need the same numbers every time.
-pub struct Rng(pub u64);
+pub(crate) struct Rng(pub(crate) u64);
 
 impl Rng {
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -17,17 +17,17 @@ impl Rng {
     }
 
     /// Uniform in -1..1.
-    pub fn unit(&mut self) -> f32 {
+    pub(crate) fn unit(&mut self) -> f32 {
         (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
     }
 
-    pub fn floats(&mut self, len: usize) -> Vec<f32> {
+    pub(crate) fn floats(&mut self, len: usize) -> Vec<f32> {
         (0..len).map(|_| self.unit()).collect()
     }
 }
 
 /// `n` rows of `k` random weights of about ±1/8.
-pub fn random_rows(ty: WeightType, n: usize, k: usize, rng: &mut Rng) -> Vec<u8> {
+pub(crate) fn random_rows(ty: WeightType, n: usize, k: usize, rng: &mut Rng) -> Vec<u8> {
     let blocks = n * k / ty.block_len();
     let mut out = Vec::with_capacity(blocks * ty.block_bytes());
     for _ in 0..blocks {
@@ -61,7 +61,7 @@ pub fn random_rows(ty: WeightType, n: usize, k: usize, rng: &mut Rng) -> Vec<u8>
 }
 
 /// Rows of file bytes as floats.
-pub fn dequantized(ty: WeightType, n: usize, k: usize, rows: &[u8]) -> Vec<f32> {
+pub(crate) fn dequantized(ty: WeightType, n: usize, k: usize, rows: &[u8]) -> Vec<f32> {
     let bytes = ty.row_bytes(k).expect("whole blocks");
     let mut out = vec![0.0; n * k];
     for (row, out) in rows.chunks_exact(bytes).zip(out.chunks_exact_mut(k)) {
@@ -71,17 +71,21 @@ pub fn dequantized(ty: WeightType, n: usize, k: usize, rows: &[u8]) -> Vec<f32> 
 }
 
 /// `x · wᵀ` in f64.
-pub fn product(w: &[f32], x: &[f32], k: usize) -> Vec<f64> {
+pub(crate) fn product(w: &[f32], x: &[f32], k: usize) -> Vec<f64> {
     x.chunks_exact(k)
         .flat_map(|x| {
-            w.chunks_exact(k)
-                .map(|w| x.iter().zip(w).map(|(&x, &w)| f64::from(x) * f64::from(w)).sum())
+            w.chunks_exact(k).map(|w| {
+                x.iter()
+                    .zip(w)
+                    .map(|(&x, &w)| f64::from(x) * f64::from(w))
+                    .sum()
+            })
         })
         .collect()
 }
 
 /// Rows as the kernels round them: 8 bits per 32.
-pub fn rounded(x: &[f32]) -> Vec<f32> {
+pub(crate) fn rounded(x: &[f32]) -> Vec<f32> {
     x.chunks(32)
         .flat_map(|block| {
             let peak = block.iter().fold(0.0_f32, |a, v| a.max(v.abs()));
@@ -95,7 +99,7 @@ pub fn rounded(x: &[f32]) -> Vec<f32> {
 }
 
 /// Largest difference relative to the root mean square of `want`.
-pub fn error(got: &[f32], want: &[f64]) -> f64 {
+pub(crate) fn error(got: &[f32], want: &[f64]) -> f64 {
     assert_eq!(got.len(), want.len());
     let square: f64 = want.iter().map(|v| v * v).sum::<f64>() / want.len().max(1) as f64;
     let worst = got
@@ -106,6 +110,6 @@ pub fn error(got: &[f32], want: &[f64]) -> f64 {
     worst / square.sqrt().max(1e-30)
 }
 
-pub fn bits(v: &[f32]) -> Vec<u32> {
+pub(crate) fn bits(v: &[f32]) -> Vec<u32> {
     v.iter().map(|v| v.to_bits()).collect()
 }

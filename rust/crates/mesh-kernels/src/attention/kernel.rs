@@ -1,0 +1,256 @@
+//! Up to six queries of one key/value head over one chunk of positions, and the merging of chunks.
+
+use super::cache::TILE;
+use crate::simd::{LANES, Simd};
+
+/// Positions per chunk. Chunks start at absolute multiples of it.
+pub(super) const CHUNK: usize = 128;
+/// Most queries at a time.
+pub(super) const QUERIES: usize = 6;
+/// Longest head.
+pub(crate) const MAX_DIM: usize = 256;
+
+/// What a chunk gives one query: `out = Σ 2^(score - peak) · value`, `sum = Σ 2^(score - peak)`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Partial {
+    pub(super) peak: f32,
+    pub(super) sum: f32,
+}
+
+/// One chunk of one head's keys and values.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Chunk {
+    /// First tile.
+    pub(super) keys: *const u16,
+    /// First row.
+    pub(super) values: *const u16,
+    pub(super) dim: usize,
+}
+
+/// A query: its vector (scaled, so that scores are exponents of 2), and how many positions of the chunk it sees.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Query {
+    pub(super) vector: *const f32,
+    pub(super) limit: usize,
+}
+
+/// Attends with `queries` (at most [`QUERIES`], each with a limit of 1 to [`CHUNK`]) and hands each one's result to `done`.
+///
+/// # Safety
+/// Every vector has `dim` elements; the chunk's keys and values are readable up to the largest limit (keys to the end of
+/// the tile).
+#[inline(always)]
+pub(super) unsafe fn attend<S: Simd>(
+    s: S,
+    chunk: Chunk,
+    queries: &[Query],
+    done: impl FnMut(usize, Partial, &[f32]),
+) {
+    // SAFETY: passed on; the lengths are those of the arrays.
+    unsafe {
+        match queries.len() {
+            1 => attend_n::<S, 1>(s, chunk, queries, done),
+            2 => attend_n::<S, 2>(s, chunk, queries, done),
+            3 => attend_n::<S, 3>(s, chunk, queries, done),
+            4 => attend_n::<S, 4>(s, chunk, queries, done),
+            5 => attend_n::<S, 5>(s, chunk, queries, done),
+            _ => attend_n::<S, 6>(s, chunk, queries, done),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn attend_n<S: Simd, const N: usize>(
+    s: S,
+    chunk: Chunk,
+    queries: &[Query],
+    mut done: impl FnMut(usize, Partial, &[f32]),
+) {
+    let mut scores = [[0.0_f32; CHUNK]; N];
+    let queries: [Query; N] = std::array::from_fn(|i| queries[i]);
+    let most = queries.iter().fold(0, |a, q| q.limit.max(a));
+    let least = queries.iter().fold(CHUNK, |a, q| q.limit.min(a));
+    let tiles = most.div_ceil(TILE);
+    // SAFETY: tiles up to the largest limit are readable, and the vectors hold `dim` elements.
+    unsafe {
+        let mut tile = 0;
+        while tile + 2 <= tiles {
+            score::<S, N, 2>(s, chunk, &queries, tile, &mut scores);
+            tile += 2;
+        }
+        if tile < tiles {
+            score::<S, N, 1>(s, chunk, &queries, tile, &mut scores);
+        }
+    }
+    let partials: [Partial; N] =
+        std::array::from_fn(|i| weigh(s, &mut scores[i], queries[i].limit));
+    let mut out = [[0.0_f32; MAX_DIM]; N];
+    // SAFETY: rows up to each query's limit are readable and hold `dim` elements, a multiple of 16.
+    unsafe {
+        let mut d = 0;
+        while S::WIDE && d + 4 * LANES <= chunk.dim {
+            gather::<S, N, 4>(s, chunk, d, least, &queries, &scores, &mut out);
+            d += 4 * LANES;
+        }
+        while d < chunk.dim {
+            gather::<S, N, 1>(s, chunk, d, least, &queries, &scores, &mut out);
+            d += LANES;
+        }
+    }
+    for i in 0..N {
+        done(i, partials[i], &out[i][..chunk.dim]);
+    }
+}
+
+/// The scores of `T` tiles of 16 positions.
+#[inline(always)]
+unsafe fn score<S: Simd, const N: usize, const T: usize>(
+    s: S,
+    chunk: Chunk,
+    queries: &[Query; N],
+    tile: usize,
+    scores: &mut [[f32; CHUNK]; N],
+) {
+    let mut acc = [[s.splat(0.0); T]; N];
+    // SAFETY: the caller vouches for the tiles and vectors; the scores hold 8 tiles.
+    unsafe {
+        let keys = chunk.keys.add(tile * TILE * chunk.dim);
+        for d in 0..chunk.dim {
+            let mut k = [s.splat(0.0); T];
+            for (t, k) in k.iter_mut().enumerate() {
+                *k = s.load_f16(keys.add((t * chunk.dim + d) * TILE));
+            }
+            for i in 0..N {
+                let q = s.splat(*queries[i].vector.add(d));
+                for t in 0..T {
+                    acc[i][t] = s.fma(q, k[t], acc[i][t]);
+                }
+            }
+        }
+        for i in 0..N {
+            for t in 0..T {
+                s.store(scores[i].as_mut_ptr().add((tile + t) * TILE), acc[i][t]);
+            }
+        }
+    }
+}
+
+/// Turns the first `limit` scores into weights relative to their peak.
+#[inline(always)]
+fn weigh<S: Simd>(s: S, scores: &mut [f32; CHUNK], limit: usize) -> Partial {
+    let tiles = limit.div_ceil(TILE);
+    let mut peak = s.splat(f32::NEG_INFINITY);
+    // SAFETY: the tiles are within the array.
+    unsafe {
+        for t in 0..tiles {
+            let v = s.load(scores.as_ptr().add(t * TILE));
+            peak = s.max(peak, s.keep_first(v, limit - t * TILE, f32::NEG_INFINITY));
+        }
+        let peak = s.largest(peak);
+        let shift = s.splat(peak);
+        let mut sum = s.splat(0.0);
+        for t in 0..tiles {
+            let at = scores.as_mut_ptr().add(t * TILE);
+            let w = s.exp2(s.sub(s.load(at), shift));
+            let w = s.keep_first(w, limit - t * TILE, 0.0);
+            sum = s.add(sum, w);
+            s.store(at, w);
+        }
+        Partial {
+            peak,
+            sum: s.sum(sum),
+        }
+    }
+}
+
+/// Adds up `W` vectors of the values from element `d` on.
+#[inline(always)]
+unsafe fn gather<S: Simd, const N: usize, const W: usize>(
+    s: S,
+    chunk: Chunk,
+    d: usize,
+    common: usize,
+    queries: &[Query; N],
+    weights: &[[f32; CHUNK]; N],
+    out: &mut [[f32; MAX_DIM]; N],
+) {
+    let mut acc = [[s.splat(0.0); W]; N];
+    // SAFETY: the caller vouches for the rows; `d + 16 W <= dim <= MAX_DIM`.
+    unsafe {
+        let values = chunk.values.add(d);
+        for j in 0..common {
+            let mut v = [s.splat(0.0); W];
+            for (w, v) in v.iter_mut().enumerate() {
+                *v = s.load_f16(values.add(j * chunk.dim + w * LANES));
+            }
+            for i in 0..N {
+                let p = s.splat(weights[i][j]);
+                for w in 0..W {
+                    acc[i][w] = s.fma(p, v[w], acc[i][w]);
+                }
+            }
+        }
+        for i in 0..N {
+            let mut mine = acc[i];
+            for j in common..queries[i].limit {
+                let p = s.splat(weights[i][j]);
+                for (w, mine) in mine.iter_mut().enumerate() {
+                    let v = s.load_f16(values.add(j * chunk.dim + w * LANES));
+                    *mine = s.fma(p, v, *mine);
+                }
+            }
+            for (w, &mine) in mine.iter().enumerate() {
+                s.store(out[i].as_mut_ptr().add(d + w * LANES), mine);
+            }
+        }
+    }
+}
+
+/// Adds the next chunk's result to what the chunks before it gave.
+#[inline(always)]
+pub(super) fn merge<S: Simd>(
+    s: S,
+    state: &mut Partial,
+    out: &mut [f32],
+    next: Partial,
+    values: &[f32],
+) {
+    let peak = if next.peak > state.peak {
+        next.peak
+    } else {
+        state.peak
+    };
+    let old = s.exp2(s.splat(state.peak - peak));
+    let new = s.exp2(s.splat(next.peak - peak));
+    let dim = out.len().min(values.len()) / LANES * LANES;
+    for d in (0..dim).step_by(LANES) {
+        // SAFETY: d + 16 elements are in both.
+        unsafe {
+            let kept = s.mul(s.load(out.as_ptr().add(d)), old);
+            let v = s.fma(s.load(values.as_ptr().add(d)), new, kept);
+            s.store(out.as_mut_ptr().add(d), v);
+        }
+    }
+    let mut both = [0.0_f32; LANES];
+    let sum = s.fma(s.splat(next.sum), new, s.mul(s.splat(state.sum), old));
+    // SAFETY: an array of 16.
+    unsafe { s.store(both.as_mut_ptr(), sum) };
+    *state = Partial {
+        peak,
+        sum: both[0],
+    };
+}
+
+/// Divides by the sum of the weights.
+#[inline(always)]
+pub(super) fn finish<S: Simd>(s: S, state: Partial, out: &mut [f32]) {
+    let factor = s.splat(1.0 / state.sum);
+    let dim = out.len() / LANES * LANES;
+    for d in (0..dim).step_by(LANES) {
+        // SAFETY: d + 16 elements.
+        unsafe {
+            let v = s.mul(s.load(out.as_ptr().add(d)), factor);
+            s.store(out.as_mut_ptr().add(d), v);
+        }
+    }
+}

@@ -1,0 +1,530 @@
+//! Attention over cached keys and values.
+//!
+//! [`attention`] takes the QKV rows of any number of sequences, normalises (where the model does) and rotates queries and
+//! keys, writes keys and values to the [`KvCache`], and attends causally.
+//!
+//! A query sees positions in chunks of 128, cut at absolute multiples of 128. Every chunk is summed on its own, relative to
+//! its own peak, in the order of its positions; chunks are merged in order. A prompt's rows take six queries at a time
+//! through a chunk and merge as they go; a single row of a long sequence has its chunks computed by several threads and
+//! merged afterwards: the same operations in the same order.
+
+mod cache;
+mod kernel;
+
+use std::cell::Cell;
+
+use crate::error::expect_len;
+use crate::mem::{Buffer, Shared};
+use crate::norm::normalise;
+use crate::simd::{self, Kernel, LANES, Simd};
+use crate::{KernelError, Pool, Rope};
+pub use cache::{KvCache, KvShape};
+use cache::TILE;
+use kernel::{CHUNK, Chunk, MAX_DIM, Partial, QUERIES, Query};
+
+/// The attention of a layer, apart from its weights.
+#[derive(Debug, Clone, Copy)]
+pub struct Attention<'a> {
+    /// Query heads; a multiple of the cache's key/value heads.
+    pub heads: usize,
+    /// Factor of the scores; `None` means `1 / sqrt(head_dim)`.
+    pub scale: Option<f32>,
+    /// Rotation of queries and keys.
+    pub rope: Option<&'a Rope>,
+    /// RMS norm over each query head before rotation (qwen3): `head_dim` factors.
+    pub q_norm: Option<&'a [f32]>,
+    /// The same for key heads.
+    pub k_norm: Option<&'a [f32]>,
+    /// Epsilon of both norms.
+    pub eps: f32,
+}
+
+/// Consecutive rows of one sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvSegment {
+    /// Which slot of the cache.
+    pub slot: usize,
+    /// Position of the first row; all positions before it are in the cache.
+    pub position: usize,
+    /// Number of rows.
+    pub rows: usize,
+}
+
+/// Attends with all rows of `segments`.
+///
+/// `qkv` is `[rows, (heads + 2 kv_heads) * head_dim]`: queries, keys, values side by side; rows of all segments back to back.
+/// `out` is `[rows, heads * head_dim]`. Keys and values of the rows are written to `layer` of the cache first.
+///
+/// # Errors
+/// When shapes do not fit, a slot or position does not exist, or a slot is named twice. Nothing is written then.
+pub fn attention(
+    pool: &Pool,
+    spec: &Attention<'_>,
+    cache: &mut KvCache,
+    layer: usize,
+    segments: &[KvSegment],
+    qkv: &[f32],
+    out: &mut [f32],
+) -> Result<(), KernelError> {
+    let rows = check(spec, cache, layer, segments, qkv, out)?;
+    if rows == 0 {
+        return Ok(());
+    }
+    let mut scratch = SCRATCH.take();
+    let result = Run::new(pool, spec, cache, layer, segments, &mut scratch, rows)
+        .map(|run| run.go(qkv, out));
+    SCRATCH.set(scratch);
+    result
+}
+
+pub(crate) fn check_head_dim(head_dim: usize) -> Result<(), KernelError> {
+    if head_dim == 0 || !head_dim.is_multiple_of(LANES) || head_dim > MAX_DIM {
+        return Err(KernelError::Dimension {
+            what: "head_dim",
+            value: head_dim,
+            need: "it must be a multiple of 16 and at most 256",
+        });
+    }
+    Ok(())
+}
+
+/// Checks everything that the kernels rely on; gives the number of rows.
+fn check(
+    spec: &Attention<'_>,
+    cache: &KvCache,
+    layer: usize,
+    segments: &[KvSegment],
+    qkv: &[f32],
+    out: &[f32],
+) -> Result<usize, KernelError> {
+    let shape = cache.shape();
+    if layer >= shape.layers {
+        return Err(KernelError::OutOfRange {
+            what: "layer",
+            index: layer,
+            count: shape.layers,
+        });
+    }
+    if spec.heads == 0 || !spec.heads.is_multiple_of(shape.kv_heads) || spec.heads > 1 << 16 {
+        return Err(KernelError::Mismatch {
+            what: "query heads must be a multiple of key/value heads",
+            left: spec.heads,
+            right: shape.kv_heads,
+        });
+    }
+    for norm in [spec.q_norm, spec.k_norm].into_iter().flatten() {
+        expect_len("the head norm's weight", norm.len(), shape.head_dim)?;
+    }
+    if let Some(rope) = spec.rope {
+        if rope.dim() > shape.head_dim {
+            return Err(KernelError::Mismatch {
+                what: "rotated elements of a head",
+                left: rope.dim(),
+                right: shape.head_dim,
+            });
+        }
+        if rope.positions() < shape.context {
+            return Err(KernelError::Mismatch {
+                what: "positions of the rotation table and of the cache",
+                left: rope.positions(),
+                right: shape.context,
+            });
+        }
+    }
+    let mut rows = 0_usize;
+    for (i, segment) in segments.iter().enumerate() {
+        let end = segment.position.saturating_add(segment.rows);
+        cache.check(segment.slot, segment.position..end)?;
+        if segments[..i].iter().any(|other| other.slot == segment.slot) {
+            return Err(KernelError::Mismatch {
+                what: "a KV slot is named by two segments",
+                left: segment.slot,
+                right: segment.slot,
+            });
+        }
+        rows = rows.saturating_add(segment.rows);
+    }
+    let width = (spec.heads + 2 * shape.kv_heads) * shape.head_dim;
+    expect_len("the QKV rows", qkv.len(), rows.saturating_mul(width))?;
+    let width = spec.heads * shape.head_dim;
+    expect_len("the attention output", out.len(), rows.saturating_mul(width))?;
+    Ok(rows)
+}
+
+/// Kept between calls.
+#[derive(Default)]
+struct Scratch {
+    /// Rotated, scaled queries; then peaks and sums; then the results of single chunks.
+    floats: Buffer,
+    tasks: Vec<Task>,
+    splits: Vec<Split>,
+}
+
+thread_local! {
+    static SCRATCH: Cell<Scratch> = Cell::default();
+}
+
+/// A range of rows of one segment and one key/value head, over a range of chunks.
+#[derive(Debug, Clone, Copy)]
+struct Task {
+    segment: usize,
+    kv_head: usize,
+    /// Rows within the segment.
+    row: usize,
+    rows: usize,
+    /// Where the chunk results go, for a task that does not see all chunks.
+    split: Option<usize>,
+    first_chunk: usize,
+    end_chunk: usize,
+}
+
+/// The chunk results of one segment and head.
+#[derive(Debug, Clone, Copy)]
+struct Split {
+    segment: usize,
+    kv_head: usize,
+    chunks: usize,
+    /// Index of the first chunk's first query's result.
+    first: usize,
+}
+
+/// Rows of a prompt per task.
+const TASK_ROWS: usize = 16;
+
+struct Run<'a> {
+    pool: &'a Pool,
+    spec: &'a Attention<'a>,
+    cache: &'a KvCache,
+    layer: usize,
+    segments: &'a [KvSegment],
+    tasks: &'a [Task],
+    splits: &'a [Split],
+    rows: usize,
+    group: usize,
+    queries: Shared<f32>,
+    states: Shared<Partial>,
+    /// `[results][Partial, head_dim values]`.
+    results: Shared<f32>,
+}
+
+impl<'a> Run<'a> {
+    /// The cache is borrowed exclusively for as long as the run lives, so its pointers may be written through.
+    fn new(
+        pool: &'a Pool,
+        spec: &'a Attention<'a>,
+        cache: &'a mut KvCache,
+        layer: usize,
+        segments: &'a [KvSegment],
+        scratch: &'a mut Scratch,
+        rows: usize,
+    ) -> Result<Run<'a>, KernelError> {
+        let shape = cache.shape();
+        let group = spec.heads / shape.kv_heads;
+        let results = plan(pool.threads(), shape.kv_heads, group, segments, scratch);
+        let queries = rows * spec.heads * shape.head_dim;
+        let states = rows * spec.heads * 2;
+        let floats = queries + states + results * (shape.head_dim + 2);
+        scratch.floats.reserve("attention scratch", floats * 4)?;
+        let start = scratch.floats.floats_mut().as_mut_ptr();
+        Ok(Run {
+            pool,
+            spec,
+            cache,
+            layer,
+            segments,
+            tasks: &scratch.tasks,
+            splits: &scratch.splits,
+            rows,
+            group,
+            queries: Shared(start),
+            // SAFETY: all three parts were just reserved, one behind the other.
+            states: Shared(unsafe { start.add(queries) }.cast()),
+            // SAFETY: as above.
+            results: Shared(unsafe { start.add(queries + states) }),
+        })
+    }
+
+    fn go(&self, qkv: &[f32], out: &mut [f32]) {
+        let isa = self.pool.isa();
+        let chunk = if self.rows < TASK_ROWS {
+            self.rows
+        } else {
+            TASK_ROWS
+        };
+        self.pool.run(self.rows.div_ceil(chunk), &|task| {
+            let rows = task * chunk..((task + 1) * chunk).min(self.rows);
+            simd::run(isa, Prepare { run: self, qkv, rows });
+        });
+        let out = Shared(out.as_mut_ptr());
+        self.pool.run(self.tasks.len(), &|task| {
+            let task = self.tasks[task];
+            simd::run(isa, Attend { run: self, task, out });
+        });
+        self.pool.run(self.splits.len(), &|split| {
+            let split = self.splits[split];
+            simd::run(isa, Merge { run: self, split, out });
+        });
+    }
+
+    /// The segment of a row, and the row within it.
+    fn locate(&self, row: usize) -> (KvSegment, usize) {
+        let mut first = 0;
+        for segment in self.segments {
+            if row < first + segment.rows {
+                return (*segment, row - first);
+            }
+            first += segment.rows;
+        }
+        unreachable!("a row beyond all segments")
+    }
+
+    fn first_row(&self, segment: usize) -> usize {
+        self.segments[..segment].iter().map(|s| s.rows).sum()
+    }
+}
+
+/// Cuts the work into tasks and splits; gives the number of chunk results to store.
+fn plan(
+    threads: usize,
+    kv_heads: usize,
+    group: usize,
+    segments: &[KvSegment],
+    scratch: &mut Scratch,
+) -> usize {
+    scratch.tasks.clear();
+    scratch.splits.clear();
+    let whole: usize = segments
+        .iter()
+        .map(|s| s.rows.div_ceil(TASK_ROWS) * kv_heads)
+        .sum();
+    let mut results = 0;
+    for (index, segment) in segments.iter().enumerate() {
+        if segment.rows == 0 {
+            continue;
+        }
+        let chunks = (segment.position + segment.rows).div_ceil(CHUNK);
+        // Long single rows are cut until every thread has a few tasks.
+        let cuts = (4 * threads).div_ceil(whole).min(chunks);
+        for kv_head in 0..kv_heads {
+            if threads > 1 && segment.rows == 1 && cuts > 1 {
+                scratch.splits.push(Split {
+                    segment: index,
+                    kv_head,
+                    chunks,
+                    first: results,
+                });
+                let step = chunks.div_ceil(cuts);
+                for first_chunk in (0..chunks).step_by(step) {
+                    scratch.tasks.push(Task {
+                        segment: index,
+                        kv_head,
+                        row: 0,
+                        rows: 1,
+                        split: Some(results),
+                        first_chunk,
+                        end_chunk: (first_chunk + step).min(chunks),
+                    });
+                }
+                results += chunks * group;
+                continue;
+            }
+            for row in (0..segment.rows).step_by(TASK_ROWS) {
+                scratch.tasks.push(Task {
+                    segment: index,
+                    kv_head,
+                    row,
+                    rows: TASK_ROWS.min(segment.rows - row),
+                    split: None,
+                    first_chunk: 0,
+                    end_chunk: chunks,
+                });
+            }
+        }
+    }
+    results
+}
+
+/// Norm, rotation and scaling of queries; norm, rotation and storing of keys; storing of values.
+struct Prepare<'a> {
+    run: &'a Run<'a>,
+    qkv: &'a [f32],
+    rows: std::ops::Range<usize>,
+}
+
+impl Kernel for Prepare<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (run, spec) = (self.run, self.run.spec);
+        let shape = run.cache.shape();
+        let dim = shape.head_dim;
+        let scale = spec.scale.unwrap_or(1.0 / (dim as f32).sqrt());
+        let scale = s.splat(scale * std::f32::consts::LOG2_E);
+        let width = (spec.heads + 2 * shape.kv_heads) * dim;
+        let mut head = [0.0_f32; MAX_DIM];
+        let head = &mut head[..dim];
+        for row in self.rows {
+            let (segment, within) = run.locate(row);
+            let position = segment.position + within;
+            let (q, kv) = self.qkv[row * width..][..width].split_at(spec.heads * dim);
+            let (k, v) = kv.split_at(shape.kv_heads * dim);
+            let turned = |x: &[f32], norm: Option<&[f32]>, head: &mut [f32]| {
+                match norm {
+                    Some(weight) => normalise(s, x, weight, spec.eps, head),
+                    None => head.copy_from_slice(x),
+                }
+                if let Some(rope) = spec.rope {
+                    rope.turn(head, position);
+                }
+            };
+            for (h, q) in q.chunks_exact(dim).enumerate() {
+                turned(q, spec.q_norm, head);
+                for d in (0..dim).step_by(LANES) {
+                    // SAFETY: the scratch holds [rows, heads, dim] queries; this task alone writes this row's.
+                    unsafe {
+                        let to = run.queries.0.add((row * spec.heads + h) * dim + d);
+                        s.store(to, s.mul(s.load(head.as_ptr().add(d)), scale));
+                    }
+                }
+            }
+            for (h, (k, v)) in k.chunks_exact(dim).zip(v.chunks_exact(dim)).enumerate() {
+                turned(k, spec.k_norm, head);
+                let mut bits = [0_u16; MAX_DIM];
+                // SAFETY: slot, layer, head and position exist (checked); this task alone writes this position of them.
+                unsafe {
+                    let keys = run.cache.keys(segment.slot, run.layer, h);
+                    let key = keys.add(position / TILE * TILE * dim + position % TILE);
+                    for d in (0..dim).step_by(LANES) {
+                        s.store_f16(bits.as_mut_ptr().add(d), s.load(head.as_ptr().add(d)));
+                    }
+                    for (d, &bits) in bits[..dim].iter().enumerate() {
+                        *key.add(d * TILE) = bits;
+                    }
+                    let value = run.cache.values(segment.slot, run.layer, h).add(position * dim);
+                    for d in (0..dim).step_by(LANES) {
+                        s.store_f16(value.add(d), s.load(v.as_ptr().add(d)));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// One task.
+struct Attend<'a> {
+    run: &'a Run<'a>,
+    task: Task,
+    out: Shared<f32>,
+}
+
+impl Kernel for Attend<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (run, task) = (self.run, self.task);
+        let segment = run.segments[task.segment];
+        let first_row = run.first_row(task.segment);
+        let (heads, dim) = (run.spec.heads, run.cache.shape().head_dim);
+        let keys = run.cache.keys(segment.slot, run.layer, task.kv_head);
+        let values = run.cache.values(segment.slot, run.layer, task.kv_head);
+        // Query q of the task: row q / group, head q % group of this key/value head.
+        let count = task.rows * run.group;
+        let place = |q: usize| {
+            let row = task.row + q / run.group;
+            let index = (first_row + row) * heads + task.kv_head * run.group + q % run.group;
+            (index, segment.position + row + 1)
+        };
+        for index in task.first_chunk..task.end_chunk {
+            let start = index * CHUNK;
+            // SAFETY: the segment's last position, and so every chunk before it, is within the context.
+            let chunk = unsafe {
+                Chunk {
+                    keys: keys.add(start * dim),
+                    values: values.add(start * dim),
+                    dim,
+                }
+            };
+            // Rows whose last position is before the chunk are done with.
+            let first = (0..task.rows)
+                .find(|row| segment.position + task.row + row + 1 > start)
+                .map_or(count, |row| row * run.group);
+            for at in (first..count).step_by(QUERIES) {
+                let n = QUERIES.min(count - at);
+                let queries: [Query; QUERIES] = std::array::from_fn(|i| {
+                    let (index, end) = place(at + i.min(n - 1));
+                    Query {
+                        // SAFETY: a query of this segment.
+                        vector: unsafe { run.queries.0.add(index * dim) },
+                        limit: (end - start).min(CHUNK),
+                    }
+                });
+                let done = |i: usize, next: Partial, values: &[f32]| {
+                    let (query, end) = place(at + i);
+                    if let Some(first) = task.split {
+                        let result = first + index * run.group + at + i;
+                        // SAFETY: one result per chunk and query was reserved; this task alone writes this one.
+                        unsafe {
+                            let to = run.results.0.add(result * (dim + 2));
+                            to.cast::<Partial>().write_unaligned(next);
+                            to.add(2).copy_from_nonoverlapping(values.as_ptr(), dim);
+                        }
+                        return;
+                    }
+                    // SAFETY: this task alone has this query's state and output.
+                    let (state, out) = unsafe {
+                        let out = self.out.0.add(query * dim);
+                        (
+                            &mut *run.states.0.add(query),
+                            std::slice::from_raw_parts_mut(out, dim),
+                        )
+                    };
+                    if index == 0 {
+                        *state = next;
+                        out.copy_from_slice(values);
+                    } else {
+                        kernel::merge(s, state, out, next, values);
+                    }
+                    if end <= start + CHUNK {
+                        kernel::finish(s, *state, out);
+                    }
+                };
+                // SAFETY: the vectors are `dim` long and every position below a limit is written.
+                unsafe { kernel::attend(s, chunk, &queries[..n], done) };
+            }
+        }
+    }
+}
+
+/// Merges the chunk results of a row.
+struct Merge<'a> {
+    run: &'a Run<'a>,
+    split: Split,
+    out: Shared<f32>,
+}
+
+impl Kernel for Merge<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (run, split) = (self.run, self.split);
+        let dim = run.cache.shape().head_dim;
+        let row = run.first_row(split.segment);
+        for q in 0..run.group {
+            let query = row * run.spec.heads + split.kv_head * run.group + q;
+            // SAFETY: this task alone has this query's output; its results were written before.
+            let out = unsafe { std::slice::from_raw_parts_mut(self.out.0.add(query * dim), dim) };
+            let result = |chunk: usize| {
+                // SAFETY: as above.
+                unsafe {
+                    let at = run.results.0.add((split.first + chunk * run.group + q) * (dim + 2));
+                    let values = std::slice::from_raw_parts(at.add(2).cast_const(), dim);
+                    (at.cast::<Partial>().read_unaligned(), values)
+                }
+            };
+            let (mut state, values) = result(0);
+            out.copy_from_slice(values);
+            for chunk in 1..split.chunks {
+                let (next, values) = result(chunk);
+                kernel::merge(s, &mut state, out, next, values);
+            }
+            kernel::finish(s, state, out);
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! Rotary position embedding.
+
+use crate::KernelError;
+use crate::error::expect_len;
+
+/// Which elements of a head form a pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopeStyle {
+    /// `(2i, 2i + 1)`: llama, whose GGUF files are permuted to it.
+    Interleaved,
+    /// `(i, i + dim / 2)`: qwen2, qwen3 and others that Hugging Face calls rotate-half.
+    Halves,
+}
+
+/// How the angles are made.
+#[derive(Debug, Clone, Copy)]
+pub struct RopeOptions<'a> {
+    /// Which elements form a pair.
+    pub style: RopeStyle,
+    /// Elements of a head that are rotated, from its start; even.
+    pub dim: usize,
+    /// Pair i turns by `position * scale * base^(-2i / dim) / factors[i]`.
+    pub base: f32,
+    /// Factor of the position: 1, or below it for linearly stretched contexts.
+    pub scale: f32,
+    /// One divisor per pair (Llama 3's `rope_freqs`), or none.
+    pub factors: Option<&'a [f32]>,
+    /// Positions to prepare: the context length.
+    pub positions: usize,
+}
+
+/// Sines and cosines for every position of a context.
+#[derive(Debug)]
+pub struct Rope {
+    style: RopeStyle,
+    dim: usize,
+    positions: usize,
+    /// `[positions][cos × dim/2, sin × dim/2]`.
+    table: Vec<f32>,
+}
+
+impl Rope {
+    /// Computes the table, in f64.
+    ///
+    /// # Errors
+    /// When `dim` is odd or zero, the factors are not `dim / 2`, or the table would be absurdly large.
+    pub fn new(options: &RopeOptions<'_>) -> Result<Rope, KernelError> {
+        let RopeOptions { dim, positions, .. } = *options;
+        if dim == 0 || !dim.is_multiple_of(2) || dim > 1024 {
+            return Err(KernelError::Dimension {
+                what: "number of rotated elements",
+                value: dim,
+                need: "it must be even and at most 1024",
+            });
+        }
+        if positions > 1 << 22 {
+            return Err(KernelError::Dimension {
+                what: "number of positions",
+                value: positions,
+                need: "it must be at most 4194304",
+            });
+        }
+        if let Some(factors) = options.factors {
+            expect_len("the rotation factors", factors.len(), dim / 2)?;
+        }
+        let speeds: Vec<f64> = (0..dim / 2)
+            .map(|i| {
+                let factor = options.factors.map_or(1.0, |f| f64::from(f[i]));
+                let power = -2.0 * i as f64 / dim as f64;
+                f64::from(options.scale) * f64::from(options.base).powf(power) / factor
+            })
+            .collect();
+        let mut table = Vec::with_capacity(positions * dim);
+        for position in 0..positions {
+            let angle = |speed: &f64| position as f64 * speed;
+            table.extend(speeds.iter().map(|s| angle(s).cos() as f32));
+            table.extend(speeds.iter().map(|s| angle(s).sin() as f32));
+        }
+        Ok(Rope {
+            style: options.style,
+            dim,
+            positions,
+            table,
+        })
+    }
+
+    /// Elements of a head that are rotated.
+    pub fn dim(&self) -> usize {
+        self.dim
+    }
+
+    /// Positions that the table holds.
+    pub fn positions(&self) -> usize {
+        self.positions
+    }
+
+    /// Rotates one head in place.
+    ///
+    /// # Errors
+    /// When the head is shorter than the rotated elements or the position is beyond the table.
+    pub fn rotate(&self, head: &mut [f32], position: usize) -> Result<(), KernelError> {
+        if head.len() < self.dim {
+            return Err(KernelError::Length {
+                what: "the head to rotate",
+                got: head.len(),
+                need: self.dim,
+            });
+        }
+        if position >= self.positions {
+            return Err(KernelError::OutOfRange {
+                what: "position",
+                index: position,
+                count: self.positions,
+            });
+        }
+        self.turn(head, position);
+        Ok(())
+    }
+
+    /// The same where both were checked before.
+    #[inline(always)]
+    pub(crate) fn turn(&self, head: &mut [f32], position: usize) {
+        let half = self.dim / 2;
+        let (cos, sin) = self.table[position * self.dim..][..self.dim].split_at(half);
+        match self.style {
+            RopeStyle::Interleaved => {
+                for (pair, (cos, sin)) in head.chunks_exact_mut(2).zip(cos.iter().zip(sin)) {
+                    let (a, b) = (pair[0], pair[1]);
+                    pair[0] = a * cos - b * sin;
+                    pair[1] = a * sin + b * cos;
+                }
+            }
+            RopeStyle::Halves => {
+                let (first, second) = head[..self.dim].split_at_mut(half);
+                for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(cos.iter().zip(sin)) {
+                    let (x, y) = (*a, *b);
+                    *a = x * cos - y * sin;
+                    *b = x * sin + y * cos;
+                }
+            }
+        }
+    }
+}

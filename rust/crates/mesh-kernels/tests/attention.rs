@@ -1,0 +1,381 @@
+//! Attention against its definition, and the independence of rows.
+
+mod support;
+
+use half::f16;
+use mesh_kernels::{
+    Attention, Isa, KvCache, KvSegment, KvShape, Pool, PoolOptions, Rope, RopeOptions, RopeStyle,
+    attention,
+};
+use proptest::prelude::*;
+use support::{Rng, bits, error};
+
+fn pool(threads: usize, isa: Isa) -> Pool {
+    Pool::with_options(PoolOptions {
+        threads,
+        isa: Some(isa),
+        ..PoolOptions::default()
+    })
+}
+
+fn rope(style: RopeStyle, dim: usize, positions: usize) -> Rope {
+    Rope::new(&RopeOptions {
+        style,
+        dim,
+        base: 10_000.0,
+        scale: 1.0,
+        factors: None,
+        positions,
+    })
+    .expect("an even dimension")
+}
+
+fn cache(layers: usize, slots: usize, context: usize, kv_heads: usize, head_dim: usize) -> KvCache {
+    KvCache::new(KvShape {
+        layers,
+        slots,
+        context,
+        kv_heads,
+        head_dim,
+    })
+    .expect("sane dimensions")
+}
+
+fn plain(heads: usize, rope: &Rope) -> Attention<'_> {
+    Attention {
+        heads,
+        scale: None,
+        rope: Some(rope),
+        q_norm: None,
+        k_norm: None,
+        eps: 1e-6,
+    }
+}
+
+/// The definition, in f64, with keys and values rounded to f16.
+fn reference(
+    spec: &Attention<'_>,
+    kv_heads: usize,
+    dim: usize,
+    qkv: &[f32],
+    rows: usize,
+) -> Vec<f64> {
+    let width = (spec.heads + 2 * kv_heads) * dim;
+    let turned = |x: &[f32], norm: Option<&[f32]>, position: usize| {
+        let mut head = x.to_vec();
+        if let Some(weight) = norm {
+            let mean: f32 = x.iter().map(|v| v * v).sum::<f32>() / dim as f32;
+            let factor = 1.0 / (mean + spec.eps).sqrt();
+            for (v, w) in head.iter_mut().zip(weight) {
+                *v *= factor * w;
+            }
+        }
+        if let Some(rope) = spec.rope {
+            rope.rotate(&mut head, position).expect("within the table");
+        }
+        head
+    };
+    let rounded = |v: &f32| f64::from(f16::from_f32(*v).to_f32());
+    let scale = f64::from(spec.scale.unwrap_or(1.0 / (dim as f32).sqrt()));
+    let mut out = Vec::new();
+    for row in 0..rows {
+        for head in 0..spec.heads {
+            let kv = head / (spec.heads / kv_heads);
+            let q = turned(&qkv[row * width + head * dim..][..dim], spec.q_norm, row);
+            let scores: Vec<f64> = (0..=row)
+                .map(|p| {
+                    let k = &qkv[p * width + (spec.heads + kv) * dim..][..dim];
+                    let k = turned(k, spec.k_norm, p);
+                    let dot: f64 = q
+                        .iter()
+                        .zip(&k)
+                        .map(|(q, k)| f64::from(*q) * rounded(k))
+                        .sum();
+                    dot * scale
+                })
+                .collect();
+            let peak = scores.iter().copied().fold(f64::MIN, f64::max);
+            let weights: Vec<f64> = scores.iter().map(|s| (s - peak).exp()).collect();
+            let sum: f64 = weights.iter().sum();
+            for d in 0..dim {
+                let value =
+                    |p: usize| rounded(&qkv[p * width + (spec.heads + kv_heads + kv) * dim + d]);
+                out.push((0..=row).map(|p| weights[p] * value(p)).sum::<f64>() / sum);
+            }
+        }
+    }
+    out
+}
+
+#[test]
+fn attention_agrees_with_its_definition() {
+    let mut rng = Rng(1);
+    for (heads, kv_heads, dim, rows, style) in [
+        (9, 3, 64, 300, RopeStyle::Interleaved),
+        (12, 2, 128, 150, RopeStyle::Halves),
+        (4, 4, 80, 40, RopeStyle::Halves),
+        (14, 2, 16, 20, RopeStyle::Interleaved),
+    ] {
+        let rope = rope(style, dim, rows);
+        let (q_norm, k_norm) = (rng.floats(dim), rng.floats(dim));
+        let mut spec = plain(heads, &rope);
+        let qkv = rng.floats(rows * (heads + 2 * kv_heads) * dim);
+        for normed in [false, true] {
+            if normed {
+                spec.q_norm = Some(&q_norm);
+                spec.k_norm = Some(&k_norm);
+            }
+            let want = reference(&spec, kv_heads, dim, &qkv, rows);
+            for isa in Isa::available() {
+                let mut cache = cache(2, 3, rows, kv_heads, dim);
+                let mut out = vec![f32::NAN; rows * heads * dim];
+                let segment = KvSegment {
+                    slot: 1,
+                    position: 0,
+                    rows,
+                };
+                attention(
+                    &pool(2, isa),
+                    &spec,
+                    &mut cache,
+                    1,
+                    &[segment],
+                    &qkv,
+                    &mut out,
+                )
+                .expect("shapes fit");
+                let off = error(&out, &want);
+                // A key at the edge between two f16 values may round the other way than in the reference.
+                assert!(
+                    off < 2e-3,
+                    "{heads}/{kv_heads}x{dim} normed {normed} on {isa:?}: {off}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn fused_instruction_sets_give_the_same_bits() {
+    let mut rng = Rng(2);
+    let (heads, kv_heads, dim, rows) = (9, 3, 64, 200);
+    let rope = rope(RopeStyle::Interleaved, dim, rows);
+    let spec = plain(heads, &rope);
+    let qkv = rng.floats(rows * (heads + 2 * kv_heads) * dim);
+    let all: Vec<_> = Isa::available()
+        .into_iter()
+        .filter(|&isa| isa != Isa::Scalar)
+        .map(|isa| {
+            let mut cache = cache(1, 1, rows, kv_heads, dim);
+            let mut out = vec![0.0; rows * heads * dim];
+            let segment = KvSegment {
+                slot: 0,
+                position: 0,
+                rows,
+            };
+            attention(
+                &pool(1, isa),
+                &spec,
+                &mut cache,
+                0,
+                &[segment],
+                &qkv,
+                &mut out,
+            )
+            .expect("shapes fit");
+            bits(&out)
+        })
+        .collect();
+    assert!(all.windows(2).all(|pair| pair[0] == pair[1]));
+}
+
+#[test]
+fn large_scores_do_not_overflow() {
+    let (heads, dim, rows) = (2, 32, 140);
+    let rope = rope(RopeStyle::Halves, dim, rows);
+    let mut spec = plain(heads, &rope);
+    spec.scale = Some(50.0);
+    let mut rng = Rng(3);
+    let qkv: Vec<f32> = rng
+        .floats(rows * 3 * heads * dim)
+        .iter()
+        .map(|v| v * 30.0)
+        .collect();
+    for isa in Isa::available() {
+        let mut cache = cache(1, 1, rows, heads, dim);
+        let mut out = vec![0.0; rows * heads * dim];
+        let segment = KvSegment {
+            slot: 0,
+            position: 0,
+            rows,
+        };
+        attention(
+            &pool(1, isa),
+            &spec,
+            &mut cache,
+            0,
+            &[segment],
+            &qkv,
+            &mut out,
+        )
+        .expect("shapes fit");
+        assert!(out.iter().all(|v| v.abs() <= 30.1));
+    }
+}
+
+#[test]
+fn exported_rows_can_be_imported_elsewhere() {
+    let mut rng = Rng(4);
+    let (heads, dim, rows) = (2, 32, 50);
+    let rope = rope(RopeStyle::Halves, dim, 64);
+    let spec = plain(heads, &rope);
+    let pool = pool(1, Isa::current());
+    let mut first = cache(1, 2, 64, heads, dim);
+    let qkv = rng.floats(rows * 3 * heads * dim);
+    let next = rng.floats(3 * heads * dim);
+    let mut out = vec![0.0; rows * heads * dim];
+    let segment = KvSegment {
+        slot: 1,
+        position: 0,
+        rows,
+    };
+    attention(&pool, &spec, &mut first, 0, &[segment], &qkv, &mut out).expect("shapes fit");
+    let bytes = first.export(1, 0..rows).expect("rows exist");
+    assert_eq!(bytes.len(), rows * first.bytes_per_position());
+
+    let step = |cache: &mut KvCache, slot| {
+        let mut out = vec![0.0; heads * dim];
+        let segment = KvSegment {
+            slot,
+            position: rows,
+            rows: 1,
+        };
+        attention(&pool, &spec, cache, 0, &[segment], &next, &mut out).expect("shapes fit");
+        bits(&out)
+    };
+    let mut second = cache(1, 3, 100, heads, dim);
+    let rope_long = rope_positions(dim, 100);
+    assert_eq!(second.import(2, 0, &bytes), Ok(rows));
+    assert!(second.import(2, 60, &bytes).is_err(), "beyond the context");
+    assert!(second.import(2, 0, &bytes[1..]).is_err(), "half a row");
+    assert_eq!(second.export(2, 0..rows), Ok(bytes));
+    first.copy_prefix(1, 0, rows).expect("slots exist");
+    assert!(first.copy_prefix(1, 0, 65).is_err());
+    let want = step(&mut first, 1);
+    assert_eq!(step(&mut first, 0), want, "a copied prefix");
+    let mut out = vec![0.0; heads * dim];
+    let segment = KvSegment {
+        slot: 2,
+        position: rows,
+        rows: 1,
+    };
+    attention(
+        &pool,
+        &plain(heads, &rope_long),
+        &mut second,
+        0,
+        &[segment],
+        &next,
+        &mut out,
+    )
+    .expect("shapes fit");
+    assert_eq!(bits(&out), want, "an imported prefix");
+    first.release(1).expect("slot exists");
+    assert!(first.release(2).is_err());
+}
+
+fn rope_positions(dim: usize, positions: usize) -> Rope {
+    rope(RopeStyle::Halves, dim, positions)
+}
+
+#[test]
+fn impossible_calls_are_errors() {
+    let rope = rope(RopeStyle::Halves, 32, 64);
+    let spec = plain(2, &rope);
+    let pool = pool(1, Isa::current());
+    let mut cache = cache(1, 2, 64, 2, 32);
+    let qkv = vec![0.0; 2 * 6 * 32];
+    let mut out = vec![0.0; 2 * 64];
+    let segment = |slot, position, rows| KvSegment {
+        slot,
+        position,
+        rows,
+    };
+    let mut run = |spec: &Attention<'_>, layer, segments: &[KvSegment], out: &mut [f32]| {
+        attention(&pool, spec, &mut cache, layer, segments, &qkv, out)
+    };
+    assert!(run(&spec, 0, &[segment(0, 62, 2)], &mut out).is_ok());
+    assert!(run(&spec, 0, &[segment(0, 63, 2)], &mut out).is_err());
+    assert!(run(&spec, 0, &[segment(0, usize::MAX, 2)], &mut out).is_err());
+    assert!(run(&spec, 0, &[segment(2, 0, 2)], &mut out).is_err());
+    assert!(run(&spec, 1, &[segment(0, 0, 2)], &mut out).is_err());
+    assert!(run(&spec, 0, &[segment(0, 0, 1), segment(0, 1, 1)], &mut out).is_err());
+    assert!(run(&spec, 0, &[segment(0, 0, 1)], &mut out).is_err());
+    assert!(run(&spec, 0, &[segment(0, 0, 2)], &mut out[1..]).is_err());
+    let mut odd = spec;
+    odd.heads = 3;
+    assert!(run(&odd, 0, &[segment(0, 0, 2)], &mut out).is_err());
+    for head_dim in [0, 8, 24, 272] {
+        let shape = KvShape {
+            layers: 1,
+            slots: 1,
+            context: 16,
+            kv_heads: 1,
+            head_dim,
+        };
+        assert!(KvCache::new(shape).is_err());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn rows_do_not_depend_on_chunks_company_or_threads(
+        rows in 1_usize..300,
+        cuts in prop::collection::vec(prop_oneof![3 => 1_usize..3, 1 => 1_usize..60], 300),
+        threads in 1_usize..5,
+        group in 1_usize..8,
+        seed in any::<u64>(),
+    ) {
+        let (kv_heads, dim) = (2, 32);
+        let heads = group * kv_heads;
+        let width = (heads + 2 * kv_heads) * dim;
+        let mut rng = Rng(seed);
+        let rope = rope(RopeStyle::Interleaved, dim, 320);
+        let spec = plain(heads, &rope);
+        let (a, b) = (rng.floats(rows * width), rng.floats(rows * width));
+        for isa in Isa::available() {
+            let whole = |x: &[f32]| {
+                let mut cache = cache(1, 1, 320, kv_heads, dim);
+                let mut out = vec![0.0; rows * heads * dim];
+                let segment = KvSegment { slot: 0, position: 0, rows };
+                attention(&pool(1, isa), &spec, &mut cache, 0, &[segment], x, &mut out).expect("fits");
+                bits(&out)
+            };
+            // Both sequences side by side, in pieces, with other threads.
+            let pool = pool(threads, isa);
+            let mut cache = cache(1, 2, 320, kv_heads, dim);
+            let (mut got_a, mut got_b) = (Vec::new(), Vec::new());
+            let mut at = 0;
+            for cut in &cuts {
+                let n = (*cut).min(rows - at);
+                if n == 0 {
+                    break;
+                }
+                let mut x = a[at * width..][..n * width].to_vec();
+                x.extend_from_slice(&b[at * width..][..n * width]);
+                let mut out = vec![0.0; 2 * n * heads * dim];
+                let segments = [0, 1].map(|slot| KvSegment { slot, position: at, rows: n });
+                attention(&pool, &spec, &mut cache, 0, &segments, &x, &mut out).expect("fits");
+                let (x, y) = out.split_at(n * heads * dim);
+                got_a.extend(bits(x));
+                got_b.extend(bits(y));
+                at += n;
+            }
+            let covered = at * heads * dim;
+            prop_assert_eq!(&got_a[..], &whole(&a)[..covered], "{:?}", isa);
+            prop_assert_eq!(&got_b[..], &whole(&b)[..covered], "{:?}", isa);
+        }
+    }
+}
