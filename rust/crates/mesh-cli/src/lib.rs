@@ -1,1 +1,62 @@
 //! The hydramesh command line.
+//!
+//! [`args`] is all a user can type, one module per command does it, [`failure`] says what each exit code means.
+
+#![forbid(unsafe_code)]
+
+pub mod args;
+pub mod failure;
+
+mod ask;
+mod bench;
+mod chat;
+mod demo;
+mod input;
+mod models;
+mod output;
+mod status;
+mod token;
+
+use clap::CommandFactory;
+
+use args::{Args, Command};
+use failure::Failure;
+use output::Terminal;
+
+/// Does what the arguments ask for.
+///
+/// # Errors
+/// The [`Failure`] to be shown, with its exit code.
+pub fn run(args: Args) -> Result<(), Failure> {
+    let terminal = Terminal::new(args.color);
+    if let Command::Completions(args) = args.command {
+        let mut command = Args::command();
+        clap_complete::generate(
+            args.shell,
+            &mut command,
+            "hydramesh",
+            &mut std::io::stdout(),
+        );
+        return Ok(());
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::failed(format!("starting the async runtime: {error}")))?;
+    let result = runtime.block_on(async {
+        match args.command {
+            Command::Demo(args) => demo::run(args, terminal).await,
+            Command::Ask(args) => ask::run(args, terminal).await,
+            Command::Chat(args) => chat::run(args, terminal).await,
+            Command::Status(args) => status::run(args, terminal).await,
+            Command::Models(args) => models::run(args.command),
+            Command::Token(args) => token::run(args.command).await,
+            Command::Bench(args) => bench::run(args).await,
+            Command::Completions(_) => unreachable!("done above"),
+        }
+    });
+    // A thread that waits for the keyboard would hold the program up.
+    runtime.shutdown_background();
+    result
+}

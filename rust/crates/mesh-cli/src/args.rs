@@ -1,0 +1,447 @@
+//! All that a user can type.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand, ValueEnum, ValueHint};
+use clap_complete::Shell;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+    0  done
+    1  failed
+    2  the arguments or the request make no sense
+    3  the mesh cannot be reached
+    4  no worker, all workers busy, or no such model
+    5  no answer in time
+    6  a key is missing or not good enough
+  130  interrupted with Ctrl-C";
+
+/// One inference mesh out of the machines you have.
+#[derive(Debug, Parser)]
+#[command(
+    name = "hydramesh",
+    version,
+    propagate_version = true,
+    max_term_width = 100,
+    after_help = format!("Start with `hydramesh demo`.\n\n{EXIT_CODES}")
+)]
+pub struct Args {
+    /// When to use colour
+    #[arg(long, global = true, value_enum, default_value_t, value_name = "WHEN")]
+    pub color: Color,
+
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// When to use colour.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum Color {
+    /// On a terminal, unless NO_COLOR is set.
+    #[default]
+    Auto,
+    /// Always.
+    Always,
+    /// Never.
+    Never,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start a mesh on this machine, ask it, kill a worker in mid-answer, see the answer arrive
+    Demo(DemoArgs),
+    /// Ask one question
+    Ask(AskArgs),
+    /// Talk: a conversation in the terminal
+    Chat(ChatArgs),
+    /// Show the mesh: its workers, their models, load and speed
+    Status(StatusArgs),
+    /// Look at model files on this machine
+    Models(ModelsArgs),
+    /// Make join tokens for new workers
+    Token(TokenArgs),
+    /// Measure: a model file on this machine, or a running mesh
+    Bench(BenchArgs),
+    /// Print completions for a shell
+    #[command(
+        after_help = "Example:\n  hydramesh completions bash > ~/.local/share/bash-completion/completions/hydramesh"
+    )]
+    Completions(CompletionsArgs),
+}
+
+/// `hydramesh demo`
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+A head, a shim and two workers start as processes of their own on loopback, on free ports. One question goes over DCF/UDP \
+through the shim, one over HTTP. While the second answer arrives, the worker that gives it is killed.
+
+Examples:
+  hydramesh demo
+  hydramesh demo --keep          # leave it running, and print how to talk to it")]
+pub struct DemoArgs {
+    /// Leave the mesh running until Ctrl-C
+    #[arg(long)]
+    pub keep: bool,
+
+    /// Folder with the model and ONNX Runtime, as `make fetch` fills it
+    #[arg(long, value_name = "DIR", env = "HYDRAMESH_CACHE", default_value = ".cache", value_hint = ValueHint::DirPath)]
+    pub cache: PathBuf,
+
+    /// Model file to serve instead of the one in the cache
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub model: Option<PathBuf>,
+}
+
+/// Where a head's HTTP API is, and the key to it.
+#[derive(Debug, Clone, clap::Args)]
+pub struct HeadArgs {
+    /// The head's HTTP address
+    #[arg(long, value_name = "URL", env = "HYDRAMESH_URL", default_value = "http://127.0.0.1:8080", value_hint = ValueHint::Url)]
+    pub url: String,
+
+    /// File with an API key, where the head wants one
+    #[arg(long, value_name = "FILE", env = "HYDRAMESH_API_KEY_FILE", value_hint = ValueHint::FilePath)]
+    pub api_key_file: Option<PathBuf>,
+}
+
+/// How an answer is made.
+#[derive(Debug, Clone, clap::Args)]
+pub struct SamplingArgs {
+    /// Model name [default: the head's choice]
+    #[arg(long, short, value_name = "NAME")]
+    pub model: Option<String>,
+
+    /// Most tokens of the answer
+    #[arg(long, short = 'n', value_name = "N")]
+    pub max_tokens: Option<u32>,
+
+    /// Randomness: 0 always takes the likeliest token
+    #[arg(long, short, value_name = "T", allow_negative_numbers = true)]
+    pub temperature: Option<f64>,
+
+    /// Choose among the likeliest tokens that together have this probability
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f64>,
+
+    /// The same seed gives the same answer
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+}
+
+/// `hydramesh ask`
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+The question goes as one datagram to a shim (or a head); the answer is printed while it grows. With --http it goes to the \
+head's HTTP API instead.
+
+Examples:
+  hydramesh ask \"Why is the sky blue?\"
+  hydramesh ask --stats --max-tokens 64 Tell me a story
+  git log -5 --oneline | hydramesh ask --system \"Summarise.\" -
+  hydramesh ask --json --http \"Name three rivers.\" | jq -r .text")]
+pub struct AskArgs {
+    /// The question; `-` or nothing reads it from standard input
+    #[arg(value_name = "QUESTION")]
+    pub question: Vec<String>,
+
+    /// UDP address of a shim or head
+    #[arg(
+        long,
+        value_name = "HOST:PORT",
+        env = "HYDRAMESH_DCF",
+        default_value = "127.0.0.1:9999"
+    )]
+    pub to: String,
+
+    /// Ask over HTTP (see --url) instead of DCF/UDP
+    #[arg(long)]
+    pub http: bool,
+
+    /// Instructions that go before the question
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+
+    /// Text that ends the answer (may be repeated)
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+
+    /// How long to wait for the whole answer, such as 90s or 2m
+    #[arg(long, value_name = "TIME", default_value = "120s", value_parser = parse_duration)]
+    pub timeout: Duration,
+
+    /// Print time to first token and tokens per second to standard error
+    #[arg(long)]
+    pub stats: bool,
+
+    /// Print one JSON object with the answer and its times, when it is complete
+    #[arg(long)]
+    pub json: bool,
+
+    /// How to answer.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+
+    /// The head, with `--http`.
+    #[command(flatten)]
+    pub head: HeadArgs,
+}
+
+/// `hydramesh chat`
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Within the conversation: /help, /reset, /system TEXT, /stats, /quit. Ctrl-C stops an answer, Ctrl-D ends the program. With \
+standard input from a pipe, each line is one turn.
+
+Examples:
+  hydramesh chat
+  hydramesh chat --system \"Answer in one sentence.\" --temperature 0")]
+pub struct ChatArgs {
+    /// Instructions for the whole conversation
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+
+    /// Print time to first token and tokens per second after each answer
+    #[arg(long)]
+    pub stats: bool,
+
+    /// How to answer.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+
+    /// The head.
+    #[command(flatten)]
+    pub head: HeadArgs,
+}
+
+/// `hydramesh status`
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  hydramesh status\n  hydramesh status --json | jq '.workers[].state'\n  hydramesh status --watch 2s"
+)]
+pub struct StatusArgs {
+    /// Print the head's own JSON
+    #[arg(long)]
+    pub json: bool,
+
+    /// Show it again every TIME until Ctrl-C
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, num_args = 0..=1, default_missing_value = "2s")]
+    pub watch: Option<Duration>,
+
+    /// The head.
+    #[command(flatten)]
+    pub head: HeadArgs,
+}
+
+/// `hydramesh models`
+#[derive(Debug, clap::Args)]
+pub struct ModelsArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: ModelsCommand,
+}
+
+/// What to do with model files.
+#[derive(Debug, Subcommand)]
+pub enum ModelsCommand {
+    /// List the GGUF files in folders
+    #[command(after_help = "Example:\n  hydramesh models list ~/models")]
+    List {
+        /// Folders to look in
+        #[arg(value_name = "DIR", default_value = ".cache/models", value_hint = ValueHint::DirPath)]
+        dirs: Vec<PathBuf>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show what is in a model file: architecture, size, context, tokenizer, chat template
+    #[command(after_help = "Example:\n  hydramesh models show smollm2 --dir .cache/models")]
+    Show {
+        /// A file, or a model's name in the folders
+        #[arg(value_name = "MODEL", value_hint = ValueHint::FilePath)]
+        model: String,
+        /// Folders to look for names in
+        #[arg(long = "dir", value_name = "DIR", default_value = ".cache/models", value_hint = ValueHint::DirPath)]
+        dirs: Vec<PathBuf>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Check that a model file is whole and can be served; print its SHA-256
+    #[command(after_help = "Example:\n  hydramesh models verify model.gguf --sha256 b179c95…")]
+    Verify {
+        /// A file, or a model's name in the folders
+        #[arg(value_name = "MODEL", value_hint = ValueHint::FilePath)]
+        model: String,
+        /// Folders to look for names in
+        #[arg(long = "dir", value_name = "DIR", default_value = ".cache/models", value_hint = ValueHint::DirPath)]
+        dirs: Vec<PathBuf>,
+        /// The SHA-256 that it should have, in hex
+        #[arg(long, value_name = "HEX")]
+        sha256: Option<String>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// `hydramesh token`
+#[derive(Debug, clap::Args)]
+pub struct TokenArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: TokenCommand,
+}
+
+/// What to do with join tokens.
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Make a token with which one worker can join, once
+    #[command(after_help = "\
+The token names this mesh's root certificate, so that the worker cannot join another by mistake. It is a secret until it is \
+used.
+
+Examples:
+  hydramesh token create > join-token          # on the head's machine, as its user
+  mesh-worker --set join_token_file=join-token --set head=192.168.1.10:7780")]
+    Create {
+        /// The head's HTTP address
+        #[arg(long, value_name = "URL", env = "HYDRAMESH_URL", default_value = "http://127.0.0.1:8080", value_hint = ValueHint::Url)]
+        url: String,
+        /// File with the head's admin key [default: admin.key in the head's state folder]
+        #[arg(long, value_name = "FILE", env = "HYDRAMESH_ADMIN_KEY_FILE", value_hint = ValueHint::FilePath)]
+        admin_key_file: Option<PathBuf>,
+        /// The head's state folder, where its admin key lies
+        #[arg(long, value_name = "DIR", default_value = "/var/lib/hydramesh/head", value_hint = ValueHint::DirPath)]
+        state_dir: PathBuf,
+        /// How long the token is good for, such as 30m, 12h [default: the head's]
+        #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+        ttl: Option<Duration>,
+        /// Print the head's own JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// `hydramesh bench`
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Without --mesh, the model is loaded into this process and measured without a network. With it, a running mesh is asked over HTTP.
+
+Examples:
+  hydramesh bench .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
+  hydramesh bench --mesh --concurrency 8 --url http://127.0.0.1:8080")]
+pub struct BenchArgs {
+    /// The model file
+    #[arg(value_name = "FILE", required_unless_present = "mesh", conflicts_with = "mesh", value_hint = ValueHint::FilePath)]
+    pub file: Option<PathBuf>,
+
+    /// Measure a running mesh
+    #[arg(long)]
+    pub mesh: bool,
+
+    /// Tokens of the prompt
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub prompt_tokens: u32,
+
+    /// Tokens of each answer
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(2..=100_000))]
+    pub tokens: u32,
+
+    /// Answers at once
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    pub concurrency: u32,
+
+    /// Rounds; the best one counts
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    pub rounds: u32,
+
+    /// Threads of the engine [default: all]
+    #[arg(long, value_name = "N", conflicts_with = "mesh")]
+    pub threads: Option<usize>,
+
+    /// ONNX Runtime's library
+    #[arg(long, value_name = "FILE", env = "ORT_DYLIB_PATH", value_hint = ValueHint::FilePath)]
+    pub runtime: Option<PathBuf>,
+
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+
+    /// The head, with `--mesh`.
+    #[command(flatten)]
+    pub head: HeadArgs,
+}
+
+/// `hydramesh completions`
+#[derive(Debug, clap::Args)]
+pub struct CompletionsArgs {
+    /// The shell
+    pub shell: Shell,
+}
+
+/// `250ms`, `90s`, `2m`, `12h`, `7d`; a bare number is seconds.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let seconds: f64 = digits
+        .parse()
+        .map_err(|_| format!("{text:?} is no time; write 90s, 2m or 12h"))?;
+    let unit = match &text[digits.len()..] {
+        "ms" => 1e-3,
+        "" | "s" => 1.0,
+        "m" | "min" => 60.0,
+        "h" => 3_600.0,
+        "d" => 86_400.0,
+        other => {
+            return Err(format!(
+                "{other:?} is no unit of time; there are ms, s, m, h, d"
+            ));
+        }
+    };
+    match Duration::try_from_secs_f64(seconds * unit) {
+        Ok(duration) if !duration.is_zero() => Ok(duration),
+        _ => Err(format!("{text:?} is no time that one can wait for")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_arguments_are_sound() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn times_have_units() {
+        assert_eq!(parse_duration("250ms"), Ok(Duration::from_millis(250)));
+        assert_eq!(parse_duration("1.5"), Ok(Duration::from_millis(1500)));
+        assert_eq!(parse_duration("12h"), Ok(Duration::from_secs(43_200)));
+        for bad in ["", "s", "-1s", "0", "3 weeks", "1e400d", "5é"] {
+            assert!(parse_duration(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn every_command_and_argument_is_explained() {
+        fn check(command: &clap::Command) {
+            assert!(command.get_about().is_some(), "{}", command.get_name());
+            for argument in command.get_arguments() {
+                assert!(
+                    argument.get_help().is_some(),
+                    "{} of {}",
+                    argument.get_id(),
+                    command.get_name()
+                );
+            }
+            for command in command.get_subcommands() {
+                check(command);
+            }
+        }
+        check(&Args::command());
+    }
+}

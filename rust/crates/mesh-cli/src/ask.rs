@@ -1,0 +1,229 @@
+//! `hydramesh ask`: one question, over DCF/UDP or HTTP.
+
+use std::time::Instant;
+
+use mesh_client::dcf_udp::{Answer, DcfClient};
+use mesh_client::http::HttpClient;
+use serde_json::{Value, json};
+
+use crate::args::{AskArgs, HeadArgs, SamplingArgs};
+use crate::failure::{Exit, Failure};
+use crate::input;
+use crate::output::{Stats, Terminal, print_now};
+
+pub(crate) async fn run(args: AskArgs, terminal: Terminal) -> Result<(), Failure> {
+    let question = input::prompt(&args.question)?;
+    let body = task(&args, &question);
+    let answer = tokio::select! {
+        answer = ask(&args, &body) => answer?,
+        _ = tokio::signal::ctrl_c() => {
+            print_now("\n");
+            return Err(Failure::new(Exit::Interrupted, "interrupted"));
+        }
+    };
+    if args.json {
+        let mut object = json!({
+            "text": answer.text,
+            "first_token_ms": millis(answer.stats.first_text),
+            "total_ms": millis(answer.stats.total),
+            "tokens": answer.stats.tokens,
+            "tokens_per_second": answer.stats.tokens_per_second(),
+        });
+        for (key, value) in answer.more {
+            object[key] = value;
+        }
+        print_now(&format!("{object}\n"));
+    } else {
+        print_now("\n");
+    }
+    if args.stats {
+        eprintln!("{}", terminal.dim(&answer.stats.line()));
+    }
+    Ok(())
+}
+
+/// A whole answer, from either carrier.
+struct Outcome {
+    text: String,
+    stats: Stats,
+    /// What only one carrier knows, for `--json`.
+    more: Vec<(&'static str, Value)>,
+}
+
+async fn ask(args: &AskArgs, body: &Value) -> Result<Outcome, Failure> {
+    let mut print = |text: &str| {
+        if !args.json {
+            print_now(text);
+        }
+    };
+    if !args.http {
+        let mut client = DcfClient::connect(&args.to).await?;
+        let answer = client.ask(body, args.timeout, &mut print).await?;
+        return Ok(Outcome {
+            stats: datagram_stats(&answer),
+            text: answer.text,
+            more: vec![("repeats", answer.repeats.into())],
+        });
+    }
+    let client = http_client(&args.head)?;
+    match tokio::time::timeout(args.timeout, over_http(&client, body, &mut print)).await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(Failure::new(
+            Exit::Timeout,
+            format!(
+                "no whole answer from {} within {:?}",
+                client.base(),
+                args.timeout
+            ),
+        )
+        .hint("--timeout gives it longer.")),
+    }
+}
+
+/// A Result does not say how many tokens it has; the Partials, about one for each token, do.
+pub(crate) fn datagram_stats(answer: &Answer) -> Stats {
+    Stats {
+        first_text: answer.first_text,
+        total: answer.total,
+        tokens: (answer.partials > 0).then_some(u64::from(answer.partials)),
+    }
+}
+
+async fn over_http(
+    client: &HttpClient,
+    body: &Value,
+    print: &mut dyn FnMut(&str),
+) -> Result<Outcome, Failure> {
+    let started = Instant::now();
+    let mut body = body.clone();
+    name_the_model(client, &mut body).await?;
+    let mut stream = client.stream(body).await?;
+    let mut text = String::new();
+    let mut first_text = None;
+    let mut tokens = None;
+    let mut more = Vec::new();
+    while let Some(piece) = stream.next().await? {
+        if !piece.text.is_empty() {
+            first_text.get_or_insert_with(|| started.elapsed());
+            text += &piece.text;
+            print(&piece.text);
+        }
+        if let Some(usage) = piece.usage {
+            tokens = usage["completion_tokens"].as_u64();
+            more.push(("usage", usage));
+        }
+        if let Some(reason) = piece.finish_reason {
+            more.push(("finish_reason", reason.into()));
+        }
+        if let Some(timings) = piece.timings {
+            more.push(("timings", timings));
+        }
+    }
+    let total = started.elapsed();
+    Ok(Outcome {
+        text,
+        stats: Stats {
+            first_text: first_text.unwrap_or(total),
+            total,
+            tokens,
+        },
+        more,
+    })
+}
+
+/// The OpenAI API wants a model's name; the only or first one where the user gave none.
+pub(crate) async fn name_the_model(client: &HttpClient, body: &mut Value) -> Result<(), Failure> {
+    if body["model"].is_null() {
+        let models = client.models().await?;
+        let first = models.into_iter().next().ok_or_else(|| {
+            Failure::new(Exit::NoWorker, "no worker serves a model now")
+                .hint("`hydramesh status` shows the workers that have joined.")
+        })?;
+        body["model"] = first.into();
+    }
+    Ok(())
+}
+
+pub(crate) fn http_client(head: &HeadArgs) -> Result<HttpClient, Failure> {
+    let key = match &head.api_key_file {
+        Some(path) => Some(input::key_file(path)?),
+        None => None,
+    };
+    Ok(HttpClient::new(&head.url, key)?)
+}
+
+/// The sampling parameters that were given, under the names that both carriers know.
+pub(crate) fn sampling(args: &SamplingArgs) -> Value {
+    let mut body = json!({});
+    let mut set = |key: &str, value: Option<Value>| {
+        if let Some(value) = value {
+            body[key] = value;
+        }
+    };
+    set("model", args.model.clone().map(Value::from));
+    set("max_tokens", args.max_tokens.map(Value::from));
+    set("temperature", args.temperature.map(Value::from));
+    set("top_p", args.top_p.map(Value::from));
+    set("seed", args.seed.map(Value::from));
+    body
+}
+
+fn task(args: &AskArgs, question: &str) -> Value {
+    let mut body = sampling(&args.sampling);
+    let user = json!({"role": "user", "content": question});
+    body["messages"] = match &args.system {
+        Some(system) => json!([{"role": "system", "content": system}, user]),
+        None => json!([user]),
+    };
+    if !args.stop.is_empty() {
+        body["stop"] = json!(args.stop);
+    }
+    if !args.http {
+        body["stream"] = (!args.json).into();
+    }
+    body
+}
+
+fn millis(duration: std::time::Duration) -> f64 {
+    (duration.as_secs_f64() * 1e5).round() / 100.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::{Args, Command};
+    use clap::Parser;
+
+    fn parse(words: &[&str]) -> AskArgs {
+        let args = Args::try_parse_from([&["hydramesh", "ask"], words].concat()).expect("sound");
+        match args.command {
+            Command::Ask(args) => args,
+            _ => unreachable!("ask was asked for"),
+        }
+    }
+
+    #[test]
+    fn only_what_was_given_is_sent() {
+        let args = parse(&[
+            "Why?",
+            "--seed",
+            "7",
+            "--stop",
+            "\n",
+            "--system",
+            "Be brief.",
+        ]);
+        assert_eq!(
+            task(&args, "Why?"),
+            json!({
+                "messages": [
+                    {"role": "system", "content": "Be brief."},
+                    {"role": "user", "content": "Why?"},
+                ],
+                "seed": 7,
+                "stop": ["\n"],
+                "stream": true,
+            })
+        );
+    }
+}

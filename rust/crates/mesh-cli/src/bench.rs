@@ -1,0 +1,320 @@
+//! `hydramesh bench`: an engine in this process, or a running mesh over HTTP.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use mesh_client::http::HttpClient;
+use mesh_engine::{LogitRows, Segment, Stage, StageError, StageInput, StageOutput};
+use mesh_engine_ort::{OrtOptions, OrtStage};
+use mesh_model::Model;
+use serde_json::json;
+
+use crate::args::BenchArgs;
+use crate::ask::{http_client, name_the_model};
+use crate::failure::Failure;
+use crate::output::duration;
+
+pub(crate) async fn run(args: BenchArgs) -> Result<(), Failure> {
+    let measured = match &args.file {
+        Some(file) => {
+            let file = file.clone();
+            let shape = Shape::new(&args);
+            let options = OrtOptions {
+                library: args.runtime.clone(),
+                threads: args.threads.unwrap_or(0),
+                slots: shape.streams,
+                ..OrtOptions::default()
+            };
+            tokio::task::spawn_blocking(move || engine(&file, options, shape))
+                .await
+                .map_err(|error| Failure::failed(error.to_string()))??
+        }
+        None => mesh(&args).await?,
+    };
+    if args.json {
+        println!(
+            "{}",
+            json!({
+                "what": measured.what,
+                "prompt_tokens": args.prompt_tokens,
+                "tokens": args.tokens,
+                "concurrency": args.concurrency,
+                "prefill_tokens_per_second": measured.prefill,
+                "decode_tokens_per_second": measured.decode,
+                "first_token_ms": measured.first_token.as_secs_f64() * 1e3,
+            })
+        );
+    } else {
+        println!("{}", measured.what);
+        println!(
+            "{} answers at once, {} tokens of prompt, {} of answer, best of {}",
+            args.concurrency, args.prompt_tokens, args.tokens, args.rounds
+        );
+        if let Some(prefill) = measured.prefill {
+            println!("prefill      {prefill:>8.1} tokens per second");
+        }
+        println!("decode       {:>8.1} tokens per second", measured.decode);
+        println!("first token  {:>8}", duration(measured.first_token));
+    }
+    Ok(())
+}
+
+struct Measured {
+    what: String,
+    /// Over all answers.
+    prefill: Option<f64>,
+    /// Over all answers.
+    decode: f64,
+    /// The slowest of the answers at once.
+    first_token: Duration,
+}
+
+#[derive(Clone, Copy)]
+struct Shape {
+    prompt: u32,
+    tokens: u32,
+    streams: u32,
+    rounds: u32,
+}
+
+impl Shape {
+    fn new(args: &BenchArgs) -> Self {
+        Self {
+            prompt: args.prompt_tokens,
+            tokens: args.tokens,
+            streams: args.concurrency,
+            rounds: args.rounds,
+        }
+    }
+}
+
+fn engine(file: &Path, options: OrtOptions, shape: Shape) -> Result<Measured, Failure> {
+    let model = Model::open(file).map_err(|error| Failure::failed(error.to_string()))?;
+    let config = model.config();
+    if u64::from(shape.prompt) + u64::from(shape.tokens) > u64::from(config.context) {
+        return Err(Failure::usage(format!(
+            "{} tokens of prompt and {} of answer do not fit the model's context of {}",
+            shape.prompt, shape.tokens, config.context
+        )));
+    }
+    let started = Instant::now();
+    let mut stage = OrtStage::load(&model, 0..config.layers, options).map_err(|error| {
+        Failure::failed(error.to_string())
+            .hint("`make fetch` brings ONNX Runtime; set ORT_DYLIB_PATH to it.")
+    })?;
+    let loaded = started.elapsed();
+    // The same for every run, spread over the vocabulary, no special tokens.
+    let vocab = config.vocab as u64;
+    let prompt: Vec<u32> = (0..u64::from(shape.prompt))
+        .map(|i| (i * 7_919 % (vocab / 2) + vocab / 4) as u32)
+        .collect();
+    let mut best: Option<(Duration, Duration)> = None;
+    for _ in 0..shape.rounds {
+        let round = one_round(&mut stage, &prompt, shape)
+            .map_err(|error| Failure::failed(error.to_string()))?;
+        best = Some(match best {
+            Some((prefill, decode)) => (prefill.min(round.0), decode.min(round.1)),
+            None => round,
+        });
+    }
+    let (prefill, decode) = best.expect("there is at least one round");
+    let per_second = |tokens: u32, time: Duration| {
+        f64::from(tokens) * f64::from(shape.streams) / time.as_secs_f64()
+    };
+    Ok(Measured {
+        what: format!(
+            "{} in this process, loaded in {}",
+            model.name(),
+            duration(loaded)
+        ),
+        prefill: Some(per_second(shape.prompt, prefill)),
+        decode: per_second(shape.tokens - 1, decode),
+        first_token: prefill,
+    })
+}
+
+/// Times to prefill all prompts and to decode all tokens after the first.
+fn one_round(
+    stage: &mut OrtStage,
+    prompt: &[u32],
+    shape: Shape,
+) -> Result<(Duration, Duration), StageError> {
+    let max_rows = stage.info().max_rows as usize;
+    let vocab = stage.info().shape.vocab;
+    let mut last = Vec::new();
+    let started = Instant::now();
+    for slot in 0..shape.streams {
+        stage.truncate(slot, 0);
+        let mut position = 0;
+        for chunk in prompt.chunks(max_rows) {
+            let rows = chunk.len() as u32;
+            let ends = position + rows == shape.prompt;
+            let logits = if ends {
+                LogitRows::Last
+            } else {
+                LogitRows::None
+            };
+            let segment = Segment {
+                slot,
+                position,
+                rows,
+                logits,
+            };
+            let output = stage.forward(&[segment], StageInput::Tokens(chunk))?;
+            if ends && let StageOutput::Logits(row) = output {
+                last.push(arg_max(row));
+            }
+            position += rows;
+        }
+    }
+    let prefill = started.elapsed();
+
+    let started = Instant::now();
+    for step in 0..shape.tokens - 1 {
+        let segments: Vec<Segment> = (0..shape.streams)
+            .map(|slot| Segment {
+                slot,
+                position: shape.prompt + step,
+                rows: 1,
+                logits: LogitRows::Last,
+            })
+            .collect();
+        // Steps of no more rows than the stage takes.
+        let mut next = Vec::with_capacity(last.len());
+        for (segments, tokens) in segments.chunks(max_rows).zip(last.chunks(max_rows)) {
+            if let StageOutput::Logits(rows) =
+                stage.forward(segments, StageInput::Tokens(tokens))?
+            {
+                next.extend(rows.chunks_exact(vocab).map(arg_max));
+            }
+        }
+        last = next;
+    }
+    Ok((prefill, started.elapsed()))
+}
+
+fn arg_max(row: &[f32]) -> u32 {
+    let mut best = 0;
+    for (index, value) in row.iter().enumerate() {
+        if *value > row[best] {
+            best = index;
+        }
+    }
+    best as u32
+}
+
+async fn mesh(args: &BenchArgs) -> Result<Measured, Failure> {
+    let client = http_client(&args.head)?;
+    let mut body = json!({
+        "max_tokens": args.tokens,
+        "temperature": 0,
+        "ignore_eos": true,
+    });
+    name_the_model(&client, &mut body).await?;
+    let mut best: Option<(f64, Duration)> = None;
+    for round in 0..args.rounds {
+        let started = Instant::now();
+        let streams: Vec<_> = (0..args.concurrency)
+            .map(|stream| {
+                let mut body = body.clone();
+                // Another beginning each time, or the prefix cache would answer.
+                body["prompt"] = prompt_text(round, stream, args.prompt_tokens).into();
+                tokio::spawn(one_stream(client.clone(), body, started))
+            })
+            .collect();
+        let mut tokens = 0;
+        let mut first_token = Duration::ZERO;
+        let mut first_end: Option<Duration> = None;
+        let mut last_end = Duration::ZERO;
+        for stream in streams {
+            let stream = stream
+                .await
+                .map_err(|error| Failure::failed(error.to_string()))??;
+            tokens += stream.tokens;
+            first_token = first_token.max(stream.first_token);
+            first_end =
+                Some(first_end.map_or(stream.first_token, |end| end.min(stream.first_token)));
+            last_end = last_end.max(stream.end);
+        }
+        let decoding = last_end.saturating_sub(first_end.unwrap_or_default());
+        let decode =
+            tokens.saturating_sub(u64::from(args.concurrency)) as f64 / decoding.as_secs_f64();
+        best = Some(match best {
+            Some((rate, first)) => (rate.max(decode), first.min(first_token)),
+            None => (decode, first_token),
+        });
+    }
+    let (decode, first_token) = best.expect("there is at least one round");
+    let model = body["model"].as_str().unwrap_or_default();
+    Ok(Measured {
+        what: format!("{model} in the mesh at {}", client.base()),
+        prefill: None,
+        decode,
+        first_token,
+    })
+}
+
+struct StreamTimes {
+    tokens: u64,
+    first_token: Duration,
+    end: Duration,
+}
+
+async fn one_stream(
+    client: HttpClient,
+    body: serde_json::Value,
+    started: Instant,
+) -> Result<StreamTimes, Failure> {
+    let mut stream = client.stream(body).await?;
+    let mut first_token = None;
+    let mut tokens = 0;
+    while let Some(piece) = stream.next().await? {
+        if !piece.text.is_empty() {
+            first_token.get_or_insert_with(|| started.elapsed());
+        }
+        if let Some(usage) = piece.usage {
+            tokens = usage["completion_tokens"].as_u64().unwrap_or(0);
+        }
+    }
+    let end = started.elapsed();
+    Ok(StreamTimes {
+        tokens,
+        first_token: first_token.unwrap_or(end),
+        end,
+    })
+}
+
+/// About `tokens` tokens of plain words.
+fn prompt_text(round: u32, stream: u32, tokens: u32) -> String {
+    const WORDS: [&str; 8] = [
+        "river", "stone", "light", "winter", "garden", "letter", "window", "music",
+    ];
+    let mut state = u64::from(round) << 32 | u64::from(stream);
+    (0..tokens)
+        .map(|_| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            WORDS[(state >> 61) as usize]
+        })
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_logit_wins_and_the_first_of_equals() {
+        assert_eq!(arg_max(&[1.0, 3.0, 3.0, f32::NAN]), 1);
+    }
+
+    #[test]
+    fn every_stream_of_every_round_asks_something_else() {
+        let prompts: std::collections::HashSet<String> = (0..3)
+            .flat_map(|round| (0..8).map(move |stream| prompt_text(round, stream, 32)))
+            .collect();
+        assert_eq!(prompts.len(), 24);
+    }
+}

@@ -1,0 +1,296 @@
+//! `hydramesh chat`: a conversation, streamed over HTTP.
+
+use std::io::{self, BufRead, IsTerminal};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use mesh_client::http::HttpClient;
+use rustyline::error::ReadlineError;
+use serde_json::{Value, json};
+
+use crate::args::ChatArgs;
+use crate::ask::{http_client, name_the_model, sampling};
+use crate::failure::{Exit, Failure};
+use crate::output::{Stats, Terminal, print_now};
+
+const HELP: &str = "\
+/help          this list
+/reset         forget the conversation, keep the instructions
+/system TEXT   new instructions, and a new conversation; without TEXT: none
+/stats         show times and speed after each answer, or stop doing so
+/quit          end (Ctrl-D, too); Ctrl-C stops an answer";
+
+pub(crate) async fn run(args: ChatArgs, terminal: Terminal) -> Result<(), Failure> {
+    let client = http_client(&args.head)?;
+    let mut body = sampling(&args.sampling);
+    name_the_model(&client, &mut body).await?;
+    let person = io::stdin().is_terminal() && io::stdout().is_terminal();
+    if person {
+        let model = body["model"].as_str().unwrap_or_default();
+        println!(
+            "{} at {}. /help lists the commands, Ctrl-D ends.",
+            terminal.bold(model),
+            client.base()
+        );
+    }
+    let mut talk = Talk {
+        conversation: Conversation::new(args.system),
+        client,
+        body,
+        stats: args.stats,
+        terminal,
+    };
+    let lines = Lines::new(person, terminal)?;
+    loop {
+        let read = tokio::select! {
+            line = lines.next() => line?,
+            // With a terminal, the line editor sees Ctrl-C itself.
+            _ = tokio::signal::ctrl_c() => return Err(Failure::new(Exit::Interrupted, "interrupted")),
+        };
+        let Some(line) = read else { break };
+        let line = line.trim();
+        if line.is_empty() {
+            continue;
+        }
+        match line.strip_prefix('/') {
+            Some(command) => {
+                if talk.command(command) == Next::End {
+                    break;
+                }
+            }
+            None => talk.turn(line, person).await?,
+        }
+    }
+    Ok(())
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Next {
+    Continue,
+    End,
+}
+
+struct Talk {
+    conversation: Conversation,
+    client: HttpClient,
+    body: Value,
+    stats: bool,
+    terminal: Terminal,
+}
+
+impl Talk {
+    fn command(&mut self, command: &str) -> Next {
+        let (name, rest) = command.split_once(' ').unwrap_or((command, ""));
+        match name {
+            "quit" | "exit" | "q" => return Next::End,
+            "help" | "?" => println!("{HELP}"),
+            "reset" => {
+                self.conversation.reset();
+                println!("{}", self.terminal.dim("a new conversation"));
+            }
+            "system" => {
+                let text = rest.trim();
+                self.conversation = Conversation::new((!text.is_empty()).then(|| text.to_owned()));
+                println!("{}", self.terminal.dim("a new conversation"));
+            }
+            "stats" => {
+                self.stats = !self.stats;
+                let state = if self.stats { "shown" } else { "not shown" };
+                println!("{}", self.terminal.dim(&format!("times are {state}")));
+            }
+            _ => println!("there is no /{name}; /help lists what there is"),
+        }
+        Next::Continue
+    }
+
+    /// One question and its answer. A person sees what failed and goes on; a script ends.
+    async fn turn(&mut self, line: &str, person: bool) -> Result<(), Failure> {
+        self.conversation.ask(line);
+        let result = self.answer().await;
+        print_now("\n");
+        match result {
+            Ok(stats) => {
+                if self.stats {
+                    eprintln!("{}", self.terminal.dim(&stats.line()));
+                }
+                Ok(())
+            }
+            Err(failure) => {
+                self.conversation.take_back();
+                if person {
+                    eprintln!("{failure}");
+                    Ok(())
+                } else {
+                    Err(failure)
+                }
+            }
+        }
+    }
+
+    async fn answer(&mut self) -> Result<Stats, Failure> {
+        let mut body = self.body.clone();
+        body["messages"] = self.conversation.messages();
+        let started = Instant::now();
+        let mut stream = self.client.stream(body).await?;
+        let mut text = String::new();
+        let mut first_text = None;
+        let mut tokens = None;
+        loop {
+            let piece = tokio::select! {
+                piece = stream.next() => piece?,
+                // Dropping the stream closes the request, and the worker stops.
+                _ = tokio::signal::ctrl_c() => break,
+            };
+            let Some(piece) = piece else { break };
+            if !piece.text.is_empty() {
+                first_text.get_or_insert_with(|| started.elapsed());
+                text += &piece.text;
+                print_now(&piece.text);
+            }
+            if let Some(usage) = piece.usage {
+                tokens = usage["completion_tokens"].as_u64();
+            }
+        }
+        self.conversation.answered(text);
+        let total = started.elapsed();
+        Ok(Stats {
+            first_text: first_text.unwrap_or(total),
+            total,
+            tokens,
+        })
+    }
+}
+
+/// What was said so far.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Conversation {
+    system: Option<String>,
+    turns: Vec<(&'static str, String)>,
+}
+
+impl Conversation {
+    fn new(system: Option<String>) -> Self {
+        Self {
+            system,
+            turns: Vec::new(),
+        }
+    }
+
+    fn reset(&mut self) {
+        self.turns.clear();
+    }
+
+    fn ask(&mut self, text: &str) {
+        self.turns.push(("user", text.to_owned()));
+    }
+
+    fn answered(&mut self, text: String) {
+        self.turns.push(("assistant", text));
+    }
+
+    /// Forgets a question that got no answer.
+    fn take_back(&mut self) {
+        if self.turns.last().is_some_and(|(role, _)| *role == "user") {
+            self.turns.pop();
+        }
+    }
+
+    fn messages(&self) -> Value {
+        let system = self.system.iter().map(|text| ("system", text));
+        let turns = self.turns.iter().map(|(role, text)| (*role, text));
+        system
+            .chain(turns)
+            .map(|(role, content)| json!({"role": role, "content": content}))
+            .collect()
+    }
+}
+
+/// Lines from a line editor at a terminal, from a pipe otherwise, read off the async threads.
+struct Lines {
+    editor: Option<Arc<Mutex<rustyline::DefaultEditor>>>,
+    prompt: String,
+}
+
+impl Lines {
+    fn new(person: bool, terminal: Terminal) -> Result<Self, Failure> {
+        let editor = if person {
+            let editor = rustyline::DefaultEditor::new()
+                .map_err(|error| Failure::failed(format!("the terminal: {error}")))?;
+            Some(Arc::new(Mutex::new(editor)))
+        } else {
+            None
+        };
+        Ok(Self {
+            editor,
+            prompt: format!("{} ", terminal.cyan("you>")),
+        })
+    }
+
+    /// The next line, `None` at the end.
+    async fn next(&self) -> Result<Option<String>, Failure> {
+        let editor = self.editor.clone();
+        let prompt = self.prompt.clone();
+        let read = tokio::task::spawn_blocking(move || match editor {
+            Some(editor) => edited_line(&editor, &prompt),
+            None => piped_line(),
+        });
+        read.await
+            .map_err(|error| Failure::failed(format!("reading the keyboard: {error}")))?
+            .map_err(|error| Failure::failed(format!("standard input: {error}")))
+    }
+}
+
+fn edited_line(
+    editor: &Mutex<rustyline::DefaultEditor>,
+    prompt: &str,
+) -> Result<Option<String>, ReadlineError> {
+    let mut editor = editor.lock().unwrap_or_else(PoisonError::into_inner);
+    loop {
+        match editor.readline(prompt) {
+            Ok(line) => {
+                let _ = editor.add_history_entry(&line);
+                return Ok(Some(line));
+            }
+            // Ctrl-C at the prompt throws the line away, as in a shell.
+            Err(ReadlineError::Interrupted) => {}
+            Err(ReadlineError::Eof) => return Ok(None),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn piped_line() -> Result<Option<String>, ReadlineError> {
+    let mut line = String::new();
+    let read = io::stdin().lock().read_line(&mut line)?;
+    Ok((read > 0).then_some(line))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_conversation_carries_its_instructions_and_all_turns() {
+        let mut conversation = Conversation::new(Some("Be brief.".to_owned()));
+        conversation.ask("One?");
+        conversation.answered("1".to_owned());
+        conversation.ask("Two?");
+        let roles = |conversation: &Conversation| -> Vec<String> {
+            let messages = conversation.messages();
+            let list = messages.as_array().expect("a list");
+            list.iter()
+                .map(|message| message["role"].as_str().expect("a role").to_owned())
+                .collect()
+        };
+        assert_eq!(
+            roles(&conversation),
+            ["system", "user", "assistant", "user"]
+        );
+        conversation.take_back();
+        assert_eq!(roles(&conversation), ["system", "user", "assistant"]);
+        conversation.take_back();
+        assert_eq!(roles(&conversation).len(), 3, "an answered question stays");
+        conversation.reset();
+        assert_eq!(roles(&conversation), ["system"]);
+    }
+}

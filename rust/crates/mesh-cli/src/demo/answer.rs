@@ -1,0 +1,158 @@
+//! An answer on the screen while it arrives, and the stream it comes from.
+
+use std::time::Instant;
+
+use mesh_client::http::HttpClient;
+use serde_json::Value;
+
+use crate::failure::Failure;
+use crate::output::{Stats, Terminal, print_now};
+
+const INDENT: &str = "    ";
+const WIDTH: usize = 88;
+
+/// A whole streamed answer.
+pub(super) struct Streamed {
+    pub(super) text: String,
+    pub(super) stats: Stats,
+}
+
+/// Asks over HTTP; `on_text` sees each piece as it comes.
+pub(super) async fn stream(
+    client: &HttpClient,
+    body: &Value,
+    mut on_text: impl AsyncFnMut(&str) -> Result<(), Failure>,
+) -> Result<Streamed, Failure> {
+    let started = Instant::now();
+    let mut stream = client.stream(body.clone()).await?;
+    let mut text = String::new();
+    let mut first_text = None;
+    let mut tokens = None;
+    while let Some(piece) = stream.next().await? {
+        if !piece.text.is_empty() {
+            first_text.get_or_insert_with(|| started.elapsed());
+            text += &piece.text;
+            on_text(&piece.text).await?;
+        }
+        if let Some(usage) = piece.usage {
+            tokens = usage["completion_tokens"].as_u64();
+        }
+    }
+    let total = started.elapsed();
+    Ok(Streamed {
+        text,
+        stats: Stats {
+            first_text: first_text.unwrap_or(total),
+            total,
+            tokens,
+        },
+    })
+}
+
+/// Prints an answer piece by piece, indented, broken between words.
+pub(super) struct AnswerPrinter {
+    terminal: Terminal,
+    wrap: Wrap,
+}
+
+impl AnswerPrinter {
+    pub(super) fn new(terminal: Terminal) -> Self {
+        Self {
+            terminal,
+            wrap: Wrap::default(),
+        }
+    }
+
+    pub(super) fn push(&mut self, text: &str) {
+        print_now(&self.wrap.push(text));
+    }
+
+    /// Words that are not the answer's, within it.
+    pub(super) fn remark(&mut self, text: &str) {
+        let shown = self.wrap.end_word()
+            + &self
+                .wrap
+                .word(text)
+                .replace(text, &self.terminal.yellow(text));
+        print_now(&shown);
+    }
+
+    pub(super) fn finish(&mut self) {
+        print_now(&(self.wrap.end_word() + "\n"));
+    }
+}
+
+/// Breaks a growing text into lines; a word is given out when its end is known.
+#[derive(Debug, Default)]
+struct Wrap {
+    column: usize,
+    word: String,
+}
+
+impl Wrap {
+    fn push(&mut self, text: &str) -> String {
+        let mut out = String::new();
+        for c in text.chars() {
+            match c {
+                '\n' => {
+                    out += &self.end_word();
+                    // Empty lines at the beginning would only be a gap.
+                    if self.column > 0 {
+                        out.push('\n');
+                        self.column = 0;
+                    }
+                }
+                c if c.is_whitespace() => out += &self.end_word(),
+                c => self.word.push(c),
+            }
+        }
+        out
+    }
+
+    fn end_word(&mut self) -> String {
+        let word = std::mem::take(&mut self.word);
+        if word.is_empty() {
+            word
+        } else {
+            self.word(&word)
+        }
+    }
+
+    fn word(&mut self, word: &str) -> String {
+        let width = word.chars().count();
+        let lead = if self.column == 0 {
+            INDENT
+        } else if self.column + 1 + width > WIDTH {
+            self.column = 0;
+            "\n    "
+        } else {
+            self.column += 1;
+            " "
+        };
+        self.column += width;
+        lead.to_owned() + word
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_growing_text_is_broken_between_words() {
+        let mut wrap = Wrap::default();
+        let mut out = String::new();
+        for piece in ["\n", "One tw", "o\n\nthree ", "x"] {
+            out += &wrap.push(piece);
+        }
+        out += &wrap.end_word();
+        assert_eq!(out, "    One two\n    three x");
+
+        let long = "word ".repeat(40);
+        let mut wrap = Wrap::default();
+        let out = wrap.push(&long);
+        assert!(out.lines().count() > 1);
+        assert!(out.lines().all(|line| line.len() <= INDENT.len() + WIDTH));
+        assert_eq!(out.split_whitespace().count(), 40);
+    }
+}

@@ -1,0 +1,187 @@
+//! What can go wrong, in the words a user sees, and the exit code that a script sees.
+
+use std::fmt;
+
+use dcf::ErrorCode;
+use mesh_client::dcf_udp::DcfError;
+use mesh_client::http::HttpError;
+
+/// Meaning of the exit codes. 0 is success; 2 is also what the argument parser uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// It did not work, for a reason that none of the others names.
+    Failed,
+    /// The arguments make no sense.
+    Usage,
+    /// The mesh cannot be reached.
+    Unreachable,
+    /// No worker is there, all are busy, or none has the model.
+    NoWorker,
+    /// No answer in time.
+    Timeout,
+    /// A key is missing, or not good enough.
+    Refused,
+    /// Ctrl-C.
+    Interrupted,
+}
+
+impl Exit {
+    /// The number.
+    pub fn code(self) -> u8 {
+        match self {
+            Exit::Failed => 1,
+            Exit::Usage => 2,
+            Exit::Unreachable => 3,
+            Exit::NoWorker => 4,
+            Exit::Timeout => 5,
+            Exit::Refused => 6,
+            Exit::Interrupted => 130,
+        }
+    }
+}
+
+/// Why a command ends without success.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// The exit code.
+    pub exit: Exit,
+    /// What happened.
+    pub message: String,
+    /// What to do.
+    pub hint: Option<String>,
+}
+
+impl Failure {
+    /// A failure of this kind.
+    pub fn new(exit: Exit, message: impl Into<String>) -> Self {
+        Self {
+            exit,
+            message: message.into(),
+            hint: None,
+        }
+    }
+
+    /// A failure without a kind of its own.
+    pub fn failed(message: impl Into<String>) -> Self {
+        Self::new(Exit::Failed, message)
+    }
+
+    /// A failure of the arguments.
+    pub fn usage(message: impl Into<String>) -> Self {
+        Self::new(Exit::Usage, message)
+    }
+
+    /// Adds what to do.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "hydramesh: {}", self.message)?;
+        if let Some(hint) = &self.hint {
+            write!(f, "\n  {hint}")?;
+        }
+        Ok(())
+    }
+}
+
+const START_ONE: &str = "Is a mesh running? `hydramesh demo --keep` starts one on this machine; --help says how to name another.";
+
+impl From<DcfError> for Failure {
+    fn from(error: DcfError) -> Self {
+        let message = error.to_string();
+        match error {
+            DcfError::Unreachable { .. } => Self::new(Exit::Unreachable, message).hint(START_ONE),
+            DcfError::Timeout { .. } => Self::new(Exit::Timeout, message)
+                .hint("--timeout gives it longer; `hydramesh status` shows what the workers do."),
+            DcfError::Refused { code, .. } => match code {
+                ErrorCode::NO_WORKERS => Self::new(Exit::NoWorker, message)
+                    .hint("`hydramesh status` shows the workers that have joined."),
+                ErrorCode::WORKER_BUSY | ErrorCode::DRAINING | ErrorCode::RATE_LIMITED => {
+                    Self::new(Exit::NoWorker, message).hint("Try again in a moment.")
+                }
+                ErrorCode::UNKNOWN_MODEL => Self::new(Exit::NoWorker, message)
+                    .hint("`hydramesh status` shows the models that are served."),
+                ErrorCode::TIMEOUT => Self::new(Exit::Timeout, message),
+                ErrorCode::UNAUTHORIZED => Self::new(Exit::Refused, message),
+                ErrorCode::INVALID_PAYLOAD | ErrorCode::CONTEXT_TOO_LONG => {
+                    Self::new(Exit::Usage, message)
+                }
+                _ => Self::failed(message),
+            },
+            DcfError::TaskTooLong { .. } => Self::new(Exit::Usage, message),
+            _ => Self::failed(message),
+        }
+    }
+}
+
+impl From<HttpError> for Failure {
+    fn from(error: HttpError) -> Self {
+        let message = error.to_string();
+        match error {
+            HttpError::BadAddress(_) => Self::usage(message),
+            HttpError::Unreachable { .. } => Self::new(Exit::Unreachable, message).hint(START_ONE),
+            HttpError::Api { status, .. } => match status {
+                401 | 403 => Self::new(Exit::Refused, message)
+                    .hint("Give the key with --api-key-file or HYDRAMESH_API_KEY_FILE."),
+                404 | 429 | 503 => Self::new(Exit::NoWorker, message)
+                    .hint("`hydramesh status` shows the workers and their models."),
+                400 | 413 | 422 => Self::new(Exit::Usage, message),
+                408 | 504 => Self::new(Exit::Timeout, message),
+                _ => Self::failed(message),
+            },
+            _ => Self::failed(message),
+        }
+    }
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Self::failed(format!("{error:#}"))
+    }
+}
+
+/// Has the process end quietly where its output goes to a program that has stopped reading.
+pub fn end_quietly_on_broken_pipe() {
+    let default = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let broken_pipe = panic
+            .payload()
+            .downcast_ref::<String>()
+            .is_some_and(|text| text.contains("Broken pipe"));
+        if broken_pipe {
+            std::process::exit(0);
+        }
+        default(panic);
+    }));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_script_can_tell_failures_apart() {
+        let refused = |code| {
+            Failure::from(DcfError::Refused {
+                code,
+                text: "x".to_owned(),
+            })
+            .exit
+            .code()
+        };
+        assert_eq!(refused(ErrorCode::NO_WORKERS), 4);
+        assert_eq!(refused(ErrorCode::UNKNOWN_MODEL), 4);
+        assert_eq!(refused(ErrorCode::TIMEOUT), 5);
+        assert_eq!(refused(ErrorCode::INTERNAL), 1);
+        let unreachable = HttpError::Unreachable {
+            address: "a".to_owned(),
+            reason: "b".to_owned(),
+        };
+        assert_eq!(Failure::from(unreachable).exit.code(), 3);
+    }
+}
