@@ -1,1 +1,18 @@
 //! The shim: a bidirectional UDP bridge from clients to a live head.
+//!
+//! - [`bridge`] decides: a state machine without sockets and without a clock;
+//! - [`batch`] moves datagrams in batches, with one system call for many; it alone has unsafe code;
+//! - [`shim`] is the loop between the two, on a thread of its own;
+//! - [`config`] is what an operator can set, [`stats`] what one can read.
+#![deny(unsafe_code)]
+
+pub mod batch;
+pub mod bridge;
+pub mod config;
+mod resolve;
+pub mod shim;
+pub mod stats;
+
+pub use config::Config;
+pub use shim::{Shim, ShimHandle};
+pub use stats::Stats;

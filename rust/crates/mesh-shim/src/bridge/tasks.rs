@@ -1,0 +1,371 @@
+//! Which client asked what, under which sequence the head knows it, and where that stands.
+
+use std::{
+    hash::{BuildHasher, RandomState},
+    net::SocketAddr,
+    time::Instant,
+};
+
+use super::retain::Chain;
+
+/// All tasks, in slots that are allocated once.
+///
+/// A slot's index and its generation make up the sequence toward the head, so that an answer finds its slot without a
+/// search, and one that comes after the slot was given to another task is known for what it is. Every slot is in one of
+/// three lists: free, open (a head works on it) or answered (kept a while, so that a repeat has the same sequence again).
+/// All three are in the order in which their slots came, which is also the order of their deadlines.
+#[derive(Debug)]
+pub(super) struct TaskTable {
+    slots: Box<[Slot]>,
+    /// First slot of each chain of equal hashes.
+    buckets: Box<[u32]>,
+    lists: [List; 3],
+    index_bits: u32,
+    hasher: RandomState,
+}
+
+/// One task.
+#[derive(Clone, Debug)]
+pub(super) struct Task {
+    /// Who asked.
+    pub(super) client: SocketAddr,
+    /// Under which sequence.
+    pub(super) sequence: u32,
+    /// The timestamp of the question.
+    pub(super) timestamp_us: u64,
+    /// The head that it was last sent to.
+    pub(super) head: usize,
+    /// That head's epoch then.
+    pub(super) epoch: u32,
+    /// When it is given up, or forgotten if it is answered.
+    pub(super) deadline: Instant,
+    /// What was sent, to send it again.
+    pub(super) retained: Chain,
+    /// Whether `retained` is all of it.
+    pub(super) complete: bool,
+    /// The answer comes, or came, as Chunks.
+    pub(super) chunked_answer: bool,
+}
+
+/// Names a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct TaskId(u32);
+
+/// Which list a slot is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    Free = 0,
+    Open = 1,
+    Answered = 2,
+}
+
+#[derive(Clone, Debug)]
+struct Slot {
+    task: Task,
+    state: State,
+    generation: u32,
+    previous: u32,
+    next: u32,
+    bucket_next: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct List {
+    first: u32,
+    last: u32,
+    len: usize,
+}
+
+impl TaskTable {
+    /// A table of at least `capacity` tasks. `generation` is where the generations begin, best chosen at random: the head
+    /// may still know sequences of an earlier process.
+    pub(super) fn new(capacity: usize, generation: u32, now: Instant) -> Self {
+        let capacity = capacity.clamp(2, MAX_SLOTS).next_power_of_two();
+        let nobody = Task {
+            client: SocketAddr::from(([0, 0, 0, 0], 0)),
+            sequence: 0,
+            timestamp_us: 0,
+            head: 0,
+            epoch: 0,
+            deadline: now,
+            retained: Chain::EMPTY,
+            complete: false,
+            chunked_answer: false,
+        };
+        let slot = Slot {
+            task: nobody,
+            state: State::Free,
+            generation,
+            previous: NONE,
+            next: NONE,
+            bucket_next: NONE,
+        };
+        let mut table = Self {
+            slots: vec![slot; capacity].into(),
+            buckets: vec![NONE; capacity * 2].into(),
+            lists: [List {
+                first: NONE,
+                last: NONE,
+                len: 0,
+            }; 3],
+            index_bits: capacity.trailing_zeros(),
+            hasher: RandomState::new(),
+        };
+        for index in 0..capacity as u32 {
+            table.link(index, State::Free);
+        }
+        table
+    }
+
+    /// The slot of what `client` asked under `sequence`.
+    pub(super) fn find(&self, client: SocketAddr, sequence: u32) -> Option<TaskId> {
+        let mut index = self.buckets[self.bucket(client, sequence)];
+        while index != NONE {
+            let slot = &self.slots[index as usize];
+            if slot.task.sequence == sequence && slot.task.client == client {
+                return Some(TaskId(index));
+            }
+            index = slot.bucket_next;
+        }
+        None
+    }
+
+    /// The slot that an answer of the head with `sequence` is for.
+    pub(super) fn find_upstream(&self, sequence: u32) -> Option<TaskId> {
+        let id = TaskId(sequence & (self.slots.len() as u32 - 1));
+        let known = self.state(id) != State::Free && self.upstream_sequence(id) == sequence;
+        known.then_some(id)
+    }
+
+    /// The sequence of the task toward the head.
+    pub(super) fn upstream_sequence(&self, id: TaskId) -> u32 {
+        let generation = self.slots[id.0 as usize].generation;
+        // The upper bits of the generation fall off: it goes round.
+        generation << self.index_bits | id.0
+    }
+
+    /// Opens a slot for `task`, the one answered longest ago if there is no free one. `None` if all are open.
+    pub(super) fn open(&mut self, task: Task) -> Option<TaskId> {
+        let id = match (self.first(State::Free), self.first(State::Answered)) {
+            (Some(free), _) => free,
+            (None, Some(answered)) => {
+                self.close(answered);
+                answered
+            }
+            (None, None) => return None,
+        };
+        let bucket = self.bucket(task.client, task.sequence);
+        self.unlink(id.0);
+        let slot = &mut self.slots[id.0 as usize];
+        slot.generation = slot.generation.wrapping_add(1);
+        slot.task = task;
+        slot.bucket_next = self.buckets[bucket];
+        self.buckets[bucket] = id.0;
+        self.link(id.0, State::Open);
+        Some(id)
+    }
+
+    /// Puts an open task among the answered or back, as the newest there.
+    pub(super) fn set_state(&mut self, id: TaskId, state: State, deadline: Instant) {
+        self.unlink(id.0);
+        self.slots[id.0 as usize].task.deadline = deadline;
+        self.link(id.0, state);
+    }
+
+    /// Frees the slot. What it retained must have been released before.
+    pub(super) fn close(&mut self, id: TaskId) {
+        let slot = &self.slots[id.0 as usize];
+        debug_assert_eq!(
+            slot.task.retained.len(),
+            0,
+            "a closed task still holds memory"
+        );
+        let after = slot.bucket_next;
+        let bucket = self.bucket(slot.task.client, slot.task.sequence);
+        if self.buckets[bucket] == id.0 {
+            self.buckets[bucket] = after;
+        } else {
+            let mut index = self.buckets[bucket];
+            while self.slots[index as usize].bucket_next != id.0 {
+                index = self.slots[index as usize].bucket_next;
+            }
+            self.slots[index as usize].bucket_next = after;
+        }
+        self.unlink(id.0);
+        self.link(id.0, State::Free);
+    }
+
+    pub(super) fn get(&self, id: TaskId) -> &Task {
+        &self.slots[id.0 as usize].task
+    }
+
+    pub(super) fn get_mut(&mut self, id: TaskId) -> &mut Task {
+        &mut self.slots[id.0 as usize].task
+    }
+
+    pub(super) fn state(&self, id: TaskId) -> State {
+        self.slots[id.0 as usize].state
+    }
+
+    /// The slot longest in `state`.
+    pub(super) fn first(&self, state: State) -> Option<TaskId> {
+        let first = self.lists[state as usize].first;
+        (first != NONE).then_some(TaskId(first))
+    }
+
+    /// The slot that came to its list after `id`.
+    pub(super) fn next(&self, id: TaskId) -> Option<TaskId> {
+        let next = self.slots[id.0 as usize].next;
+        (next != NONE).then_some(TaskId(next))
+    }
+
+    /// Slots in `state`.
+    pub(super) fn count(&self, state: State) -> usize {
+        self.lists[state as usize].len
+    }
+
+    fn bucket(&self, client: SocketAddr, sequence: u32) -> usize {
+        self.hasher.hash_one((client, sequence)) as usize & (self.buckets.len() - 1)
+    }
+
+    fn link(&mut self, index: u32, state: State) {
+        let list = &mut self.lists[state as usize];
+        let last = list.last;
+        list.last = index;
+        list.len += 1;
+        if last == NONE {
+            list.first = index;
+        } else {
+            self.slots[last as usize].next = index;
+        }
+        let slot = &mut self.slots[index as usize];
+        (slot.state, slot.previous, slot.next) = (state, last, NONE);
+    }
+
+    fn unlink(&mut self, index: u32) {
+        let Slot {
+            state,
+            previous,
+            next,
+            ..
+        } = self.slots[index as usize];
+        let list = &mut self.lists[state as usize];
+        list.len -= 1;
+        if previous == NONE {
+            list.first = next;
+        } else {
+            self.slots[previous as usize].next = next;
+        }
+        if next == NONE {
+            list.last = previous;
+        } else {
+            self.slots[next as usize].previous = previous;
+        }
+    }
+}
+
+const NONE: u32 = u32::MAX;
+/// Leaves at least 12 bits for the generation.
+pub(super) const MAX_SLOTS: usize = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::HashMap, time::Duration};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn task(port: u16, sequence: u32, now: Instant) -> Task {
+        Task {
+            client: SocketAddr::from(([127, 0, 0, 1], port)),
+            sequence,
+            timestamp_us: 0,
+            head: 0,
+            epoch: 0,
+            deadline: now,
+            retained: Chain::EMPTY,
+            complete: true,
+            chunked_answer: false,
+        }
+    }
+
+    #[test]
+    fn a_late_answer_does_not_find_the_slots_next_task() {
+        let now = Instant::now();
+        let mut table = TaskTable::new(2, 0, now);
+        let first = table.open(task(1, 7, now)).unwrap();
+        let upstream = table.upstream_sequence(first);
+        assert_eq!(table.find_upstream(upstream), Some(first));
+        table.close(first);
+        assert_eq!(table.find_upstream(upstream), None);
+        let second = table.open(task(1, 7, now)).unwrap();
+        let third = table.open(task(2, 7, now)).unwrap();
+        assert!(
+            [second, third].contains(&first),
+            "one of the two has the old slot"
+        );
+        assert_eq!(table.find_upstream(upstream), None);
+    }
+
+    #[test]
+    fn answered_tasks_make_room_and_open_ones_do_not() {
+        let now = Instant::now();
+        let mut table = TaskTable::new(2, u32::MAX, now);
+        let a = table.open(task(1, 1, now)).unwrap();
+        let b = table.open(task(1, 2, now)).unwrap();
+        assert_eq!(table.open(task(1, 3, now)), None);
+        table.set_state(b, State::Answered, now);
+        assert!(table.open(task(1, 3, now)).is_some());
+        assert_eq!(table.find(task(1, 1, now).client, 1), Some(a));
+        assert_eq!(table.find(task(1, 2, now).client, 2), None);
+    }
+
+    proptest! {
+        #[test]
+        fn the_table_agrees_with_a_plain_map(steps in prop::collection::vec((0u8..4, 0u16..4, 0u32..6), 0..300)) {
+            let start = Instant::now();
+            let mut table = TaskTable::new(8, 0xFFFF_FFF0, start);
+            let mut model: HashMap<(u16, u32), (TaskId, State)> = HashMap::new();
+            for (step, (action, port, sequence)) in steps.into_iter().enumerate() {
+                let now = start + Duration::from_millis(step as u64);
+                let task = task(port, sequence, now);
+                let known = model.get(&(port, sequence)).copied();
+                prop_assert_eq!(table.find(task.client, sequence), known.map(|(id, _)| id));
+                match (action, known) {
+                    (0 | 1, None) => {
+                        let had_room = table.count(State::Open) < 8;
+                        let oldest = table.first(State::Answered).filter(|_| table.count(State::Free) == 0);
+                        let opened = table.open(task);
+                        prop_assert_eq!(opened.is_some(), had_room);
+                        if let Some(id) = opened {
+                            if let Some(oldest) = oldest {
+                                model.retain(|_, (id, _)| *id != oldest);
+                            }
+                            prop_assert_eq!(table.find_upstream(table.upstream_sequence(id)), Some(id));
+                            model.insert((port, sequence), (id, State::Open));
+                        }
+                    }
+                    (2, Some((id, _))) => {
+                        table.set_state(id, State::Answered, now);
+                        model.insert((port, sequence), (id, State::Answered));
+                    }
+                    (3, Some((id, _))) => {
+                        table.close(id);
+                        model.remove(&(port, sequence));
+                    }
+                    _ => {}
+                }
+                for state in [State::Open, State::Answered] {
+                    let expected = model.values().filter(|(_, of)| *of == state).count();
+                    prop_assert_eq!(table.count(state), expected);
+                    let ids: Vec<TaskId> = std::iter::successors(table.first(state), |id| table.next(*id)).collect();
+                    prop_assert_eq!(ids.len(), expected);
+                    prop_assert!(ids.iter().all(|id| table.state(*id) == state));
+                    prop_assert!(ids.iter().is_sorted_by_key(|id| table.get(*id).deadline));
+                }
+                prop_assert_eq!(table.count(State::Free), 8 - model.len());
+            }
+        }
+    }
+}

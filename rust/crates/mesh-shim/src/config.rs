@@ -1,0 +1,377 @@
+//! What an operator can set.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    str::FromStr,
+    time::Duration,
+};
+
+use mesh_service::config::units;
+use serde::{Deserialize, Serialize};
+
+/// The whole configuration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Where `addresses.json` is written with the addresses that are listened on; nowhere if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub state_dir: Option<PathBuf>,
+    /// Where clients send their datagrams.
+    pub listen: SocketAddr,
+    /// Replaces the port of `listen`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ingress_port: Option<u16>,
+    /// The heads, `host:port`, the preferred one first.
+    pub heads: Vec<String>,
+    /// Who is served.
+    pub admit: Admit,
+    /// Whether sources on this machine are trusted.
+    pub trust_loopback: bool,
+    /// Networks that are trusted to hold clients, such as `10.0.0.0/8`.
+    pub trusted_networks: Vec<Network>,
+    /// Limit per source.
+    pub rate_limit: RateLimit,
+    /// Most tasks at once, those answered within `answer_linger` included. Rounded up to a power of two.
+    pub max_tasks: usize,
+    /// Memory for copies of tasks under way, which are sent to another head if theirs is lost.
+    #[serde(with = "units::bytes")]
+    pub retain_bytes: u64,
+    /// How often each head is probed.
+    #[serde(with = "units::duration")]
+    pub probe_interval: Duration,
+    /// A head that says nothing for so long has failed.
+    #[serde(with = "units::duration")]
+    pub head_timeout: Duration,
+    /// A task that is not answered for so long is given up with an Error.
+    #[serde(with = "units::duration")]
+    pub request_timeout: Duration,
+    /// How long an answered task is known, so that a repeat of it is not a new one.
+    #[serde(with = "units::duration")]
+    pub answer_linger: Duration,
+    /// How long running tasks may take to finish after SIGTERM.
+    #[serde(with = "units::duration")]
+    pub drain_timeout: Duration,
+    /// The HTTP listener for `/health`, `/ready` and `/metrics`.
+    pub http: Http,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            state_dir: None,
+            listen: SocketAddr::from(([0, 0, 0, 0], 9999)),
+            ingress_port: None,
+            heads: vec!["127.0.0.1:7777".into()],
+            admit: Admit::Trusted,
+            trust_loopback: true,
+            trusted_networks: Vec::new(),
+            rate_limit: RateLimit::default(),
+            max_tasks: 32_768,
+            retain_bytes: 32 << 20,
+            probe_interval: Duration::from_millis(500),
+            head_timeout: Duration::from_millis(1_500),
+            request_timeout: Duration::from_secs(300),
+            answer_linger: Duration::from_secs(60),
+            drain_timeout: Duration::from_secs(30),
+            http: Http::default(),
+        }
+    }
+}
+
+impl Config {
+    /// Checks what the types cannot say.
+    ///
+    /// # Errors
+    /// A sentence with the key, its value and what to do.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let heads = self.heads.len();
+        if heads == 0 || heads > MAX_HEADS {
+            return Err(ConfigError::Heads { count: heads });
+        }
+        if let Some(head) = self.heads.iter().find(|head| !is_host_and_port(head)) {
+            return Err(ConfigError::Head {
+                value: head.clone(),
+            });
+        }
+        if !(2..=MAX_TASKS).contains(&self.max_tasks) {
+            return Err(ConfigError::MaxTasks {
+                value: self.max_tasks,
+            });
+        }
+        if self.probe_interval.is_zero() || self.head_timeout < self.probe_interval {
+            return Err(ConfigError::Probing {
+                interval: self.probe_interval,
+                timeout: self.head_timeout,
+            });
+        }
+        Ok(())
+    }
+
+    /// Where clients send their datagrams, `ingress_port` considered.
+    #[must_use]
+    pub fn ingress(&self) -> SocketAddr {
+        SocketAddr::new(
+            self.listen.ip(),
+            self.ingress_port.unwrap_or(self.listen.port()),
+        )
+    }
+
+    /// Whether datagrams from `source` are served without further proof.
+    #[must_use]
+    pub fn trusts(&self, source: IpAddr) -> bool {
+        let source = source.to_canonical();
+        (self.trust_loopback && source.is_loopback())
+            || self
+                .trusted_networks
+                .iter()
+                .any(|network| network.contains(source))
+    }
+}
+
+/// Who is served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Admit {
+    /// Trusted sources alone; all others get no answer.
+    #[default]
+    Trusted,
+    /// Also sources that echo a Challenge and so show that they have the address they send from.
+    Verified,
+}
+
+/// Limit on what each source may send: a token bucket per IPv4 address or IPv6 /64.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RateLimit {
+    /// Datagrams per second in the long run; 0 is no limit.
+    pub per_second: u32,
+    /// Datagrams at once.
+    pub burst: u32,
+    /// Sources that are kept apart at the same time; the memory for them is fixed.
+    pub sources: usize,
+}
+
+impl Default for RateLimit {
+    fn default() -> Self {
+        Self {
+            per_second: 5_000,
+            burst: 10_000,
+            sources: 16_384,
+        }
+    }
+}
+
+/// The HTTP listener.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Http {
+    /// Its address; absent is no listener.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub listen: Option<SocketAddr>,
+}
+
+/// An IP network in the usual notation, `192.0.2.0/24` or `2001:db8::/32`; a plain address is a network of one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct Network {
+    address: IpAddr,
+    prefix: u8,
+}
+
+impl Network {
+    /// Whether `ip` lies in it.
+    #[must_use]
+    pub fn contains(&self, ip: IpAddr) -> bool {
+        match (self.address, ip) {
+            (IpAddr::V4(network), IpAddr::V4(ip)) => {
+                (network.to_bits() ^ ip.to_bits())
+                    .checked_shr(32 - u32::from(self.prefix))
+                    .unwrap_or(0)
+                    == 0
+            }
+            (IpAddr::V6(network), IpAddr::V6(ip)) => {
+                (network.to_bits() ^ ip.to_bits())
+                    .checked_shr(128 - u32::from(self.prefix))
+                    .unwrap_or(0)
+                    == 0
+            }
+            _ => false,
+        }
+    }
+}
+
+impl FromStr for Network {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let invalid = || ConfigError::Network { value: text.into() };
+        let (address, prefix) = text
+            .split_once('/')
+            .map_or((text, None), |(address, prefix)| (address, Some(prefix)));
+        let address: IpAddr = address.parse().map_err(|_| invalid())?;
+        let bits = if address.is_ipv4() { 32 } else { 128 };
+        let prefix = prefix.map_or(Ok(bits), |prefix| prefix.parse().map_err(|_| invalid()))?;
+        if prefix > bits {
+            Err(invalid())
+        } else {
+            Ok(Self { address, prefix })
+        }
+    }
+}
+
+impl TryFrom<String> for Network {
+    type Error = ConfigError;
+
+    fn try_from(text: String) -> Result<Self, ConfigError> {
+        text.parse()
+    }
+}
+
+impl From<Network> for String {
+    fn from(network: Network) -> Self {
+        format!("{}/{}", network.address, network.prefix)
+    }
+}
+
+/// What is wrong with a configuration.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// None or too many.
+    #[error("`heads` names {count} heads; name 1 to {MAX_HEADS}, as [\"host:7777\"]")]
+    Heads {
+        /// How many.
+        count: usize,
+    },
+    /// Not `host:port`.
+    #[error(
+        "`heads` contains {value:?}, which is not host:port; write it as \"head.example:7777\""
+    )]
+    Head {
+        /// The entry.
+        value: String,
+    },
+    /// Out of range.
+    #[error("`max_tasks` is {value}; choose 2 to {MAX_TASKS}")]
+    MaxTasks {
+        /// The value.
+        value: usize,
+    },
+    /// They contradict each other.
+    #[error(
+        "`head_timeout` ({timeout:?}) must not be shorter than `probe_interval` ({interval:?}), which must not be 0"
+    )]
+    Probing {
+        /// Of probes.
+        interval: Duration,
+        /// Of heads.
+        timeout: Duration,
+    },
+    /// No network.
+    #[error("{value:?} is no IP network; write it as \"192.0.2.0/24\" or \"2001:db8::/32\"")]
+    Network {
+        /// The text.
+        value: String,
+    },
+}
+
+fn is_host_and_port(text: &str) -> bool {
+    text.rsplit_once(':').is_some_and(|(host, port)| {
+        !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port != 0)
+    })
+}
+
+pub(crate) const MAX_HEADS: usize = 16;
+const MAX_TASKS: usize = crate::bridge::MAX_TASKS;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn network(text: &str) -> Network {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn networks_contain_what_shares_their_prefix() {
+        let contains = |text: &str, ip: &str| network(text).contains(ip.parse().unwrap());
+        assert!(contains("10.0.0.0/8", "10.255.1.2"));
+        assert!(!contains("10.0.0.0/8", "11.0.0.1"));
+        assert!(contains("0.0.0.0/0", "203.0.113.9"));
+        assert!(!contains("0.0.0.0/0", "2001:db8::1"));
+        assert!(contains("192.0.2.7", "192.0.2.7"));
+        assert!(!contains("192.0.2.7", "192.0.2.6"));
+        assert!(contains("2001:db8::/32", "2001:db8:ffff::1"));
+        assert!(contains("::/0", "2001:db8::1"));
+    }
+
+    #[test]
+    fn what_is_no_network_is_named() {
+        for text in [
+            "10.0.0.0/33",
+            "10.0.0/8",
+            "::/129",
+            "home",
+            "",
+            "10.0.0.0/-1",
+        ] {
+            assert_eq!(
+                text.parse::<Network>(),
+                Err(ConfigError::Network { value: text.into() })
+            );
+        }
+    }
+
+    #[test]
+    fn a_mapped_address_is_the_address_it_maps() {
+        let config = Config {
+            trusted_networks: vec![network("192.168.0.0/16")],
+            ..Config::default()
+        };
+        assert!(config.trusts("::ffff:192.168.1.1".parse().unwrap()));
+        assert!(config.trusts("::ffff:127.0.0.1".parse().unwrap()));
+        assert!(!config.trusts("::ffff:192.169.1.1".parse().unwrap()));
+    }
+
+    #[test]
+    fn heads_that_are_not_host_and_port_are_named() {
+        for head in ["head", "head:", ":7777", "head:0", "head:70000"] {
+            let config = Config {
+                heads: vec![head.into()],
+                ..Config::default()
+            };
+            assert_eq!(
+                config.validate(),
+                Err(ConfigError::Head { value: head.into() })
+            );
+        }
+        assert_eq!(
+            Config {
+                heads: vec![],
+                ..Config::default()
+            }
+            .validate(),
+            Err(ConfigError::Heads { count: 0 })
+        );
+        assert_eq!(
+            Config {
+                heads: vec!["[::1]:7777".into()],
+                ..Config::default()
+            }
+            .validate(),
+            Ok(())
+        );
+    }
+
+    #[test]
+    fn timing_that_contradicts_itself_is_refused() {
+        let config = Config {
+            head_timeout: Duration::from_millis(100),
+            ..Config::default()
+        };
+        assert!(matches!(
+            config.validate(),
+            Err(ConfigError::Probing { .. })
+        ));
+    }
+}
