@@ -1,0 +1,164 @@
+//! The side that dials.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use dcf::{ErrorCode, MsgType};
+use quinn::crypto::rustls::QuicClientConfig;
+use quinn::{ClientConfig, Connection, VarInt};
+
+use super::endpoint::Carrier;
+use super::error::{Closed, ConnectError};
+use super::link::{Link, peer_certificate};
+use super::stream::RecvHalf;
+use super::{LINK_PROTOCOL, LinkConfig, tls};
+use crate::trust::{Member, NodeIdentity, Role, TrustError};
+
+/// Makes links from one UDP socket.
+#[derive(Clone, Debug)]
+pub struct Connector {
+    carrier: Carrier,
+    identity: NodeIdentity,
+    config: LinkConfig,
+}
+
+impl Connector {
+    /// A connector on a local address; port 0 takes a free one.
+    pub fn bind(
+        address: SocketAddr,
+        identity: NodeIdentity,
+        config: LinkConfig,
+    ) -> Result<Self, ConnectError> {
+        let carrier = Carrier::bind(address, None)
+            .map_err(|source| ConnectError::Socket { address, source })?;
+        Ok(Self {
+            carrier,
+            identity,
+            config,
+        })
+    }
+
+    /// A connector on any free port, for peers of the address family of `peer`.
+    pub fn toward(
+        peer: SocketAddr,
+        identity: NodeIdentity,
+        config: LinkConfig,
+    ) -> Result<Self, ConnectError> {
+        Self::bind(unspecified_like(peer), identity, config)
+    }
+
+    /// Connects to a node that must have this role. Returns when both sides have admitted each other.
+    pub async fn connect(&self, address: SocketAddr, role: Role) -> Result<Link, ConnectError> {
+        let client = tls::client(&self.identity, LINK_PROTOCOL)?;
+        let make = async {
+            let connection = dial(&self.carrier, client, address, &self.config).await?;
+            let peer = peer_member(&connection, address, role)?;
+            let link = Link::new(connection.clone(), peer, self.config.max_message);
+            wait_for_admission(connection, address, &self.config).await?;
+            Ok::<_, ConnectError>(link)
+        };
+        let link = within(self.config.handshake_timeout, address, make).await?;
+        self.carrier.watch(&link);
+        Ok(link)
+    }
+
+    /// Closes all links and waits until the peers know.
+    pub async fn shutdown(&self, code: ErrorCode, text: &str) {
+        self.carrier
+            .endpoint
+            .close(VarInt::from(u32::from(code.0)), text.as_bytes());
+        self.carrier.endpoint.wait_idle().await;
+    }
+}
+
+/// Connects to the head of the node's mesh with default settings, from a socket of its own.
+pub async fn connect(head: SocketAddr, identity: &NodeIdentity) -> Result<Link, ConnectError> {
+    Connector::toward(head, identity.clone(), LinkConfig::default())?
+        .connect(head, Role::Head)
+        .await
+}
+
+/// A QUIC connection to `address`; the TLS configuration says to whom.
+pub(super) async fn dial(
+    carrier: &Carrier,
+    tls: QuicClientConfig,
+    address: SocketAddr,
+    config: &LinkConfig,
+) -> Result<Connection, ConnectError> {
+    let mut client = ClientConfig::new(Arc::new(tls));
+    client.transport_config(config.transport());
+    // The name is neither sent nor checked: certificates name nodes, not addresses.
+    carrier
+        .endpoint
+        .connect_with(client, address, "hydramesh")
+        .map_err(|error| ConnectError::Address {
+            address,
+            reason: error.to_string(),
+        })?
+        .await
+        .map_err(|error| ConnectError::new(address, error))
+}
+
+pub(super) async fn within<T, E: From<ConnectError>>(
+    limit: Duration,
+    address: SocketAddr,
+    work: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
+    match tokio::time::timeout(limit, work).await {
+        Ok(result) => result,
+        Err(_) => Err(ConnectError::NoAnswer { address }.into()),
+    }
+}
+
+/// What the peer is, if it is what it should be.
+pub(super) fn peer_member(
+    connection: &Connection,
+    address: SocketAddr,
+    role: Role,
+) -> Result<Member, ConnectError> {
+    let certificate = peer_certificate(connection)
+        .ok_or_else(|| TrustError::Mismatch("the peer showed no certificate".to_owned()))?;
+    let peer = Member::from_certificate(&certificate)?;
+    if peer.role != role {
+        connection.close(
+            u32::from(ErrorCode::UNAUTHORIZED.0).into(),
+            b"you are not whom I called",
+        );
+        return Err(ConnectError::WrongRole {
+            address,
+            expected: role,
+            found: peer.role,
+        });
+    }
+    Ok(peer)
+}
+
+async fn wait_for_admission(
+    connection: Connection,
+    address: SocketAddr,
+    config: &LinkConfig,
+) -> Result<(), ConnectError> {
+    let stream = connection
+        .accept_uni()
+        .await
+        .map_err(|error| ConnectError::new(address, error))?;
+    match RecvHalf::new(stream, config.max_message).recv().await {
+        Ok(Some(message)) if message.kind == MsgType::ACK => Ok(()),
+        _ => {
+            let reason = match connection.close_reason() {
+                Some(error) => return Err(ConnectError::new(address, error)),
+                None => Closed::Failed("the peer did not say that it admits this node".to_owned()),
+            };
+            Err(ConnectError::Failed { address, reason })
+        }
+    }
+}
+
+pub(super) fn unspecified_like(peer: SocketAddr) -> SocketAddr {
+    let ip = match peer.ip() {
+        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    };
+    SocketAddr::new(ip, 0)
+}

@@ -1,0 +1,297 @@
+//! Why links are not made, why they end, and why streams fail.
+
+use std::io;
+use std::net::SocketAddr;
+
+use dcf::{ErrorCode, StreamError};
+use quinn::{ConnectionError, VarInt};
+
+use crate::trust::{Role, TOKEN_EXPIRED, TOKEN_UNKNOWN, TOKEN_USED, TrustError, hex};
+
+/// Why a link could not be made.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConnectError {
+    /// The local socket.
+    #[error("cannot open a UDP socket on {address}: {source}")]
+    Socket {
+        /// The local address.
+        address: SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// An address that cannot be dialled.
+    #[error("cannot connect to {address}: {reason}")]
+    Address {
+        /// The address.
+        address: SocketAddr,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Nobody answers.
+    #[error("no answer from {address}/udp; is it running, and is the port open?")]
+    NoAnswer {
+        /// Whom we called.
+        address: SocketAddr,
+    },
+    /// The peer's certificate is not of our mesh, or has ended.
+    #[error("{address} does not prove that it belongs to this mesh: {reason}")]
+    PeerNotTrusted {
+        /// Whom we called.
+        address: SocketAddr,
+        /// What the check said.
+        reason: String,
+    },
+    /// The peer is of our mesh, and something else than expected.
+    #[error("{address} is a {found} of the mesh, not a {expected}")]
+    WrongRole {
+        /// Whom we called.
+        address: SocketAddr,
+        /// What it should be.
+        expected: Role,
+        /// What it is.
+        found: Role,
+    },
+    /// The peer does not admit us.
+    #[error("{address} refused the connection: {text}")]
+    Refused {
+        /// Whom we called.
+        address: SocketAddr,
+        /// Kind of refusal.
+        code: ErrorCode,
+        /// Its reason.
+        text: String,
+    },
+    /// The connection ended while it was being made.
+    #[error("the connection to {address} failed: {reason}")]
+    Failed {
+        /// Whom we called.
+        address: SocketAddr,
+        /// How it ended.
+        reason: Closed,
+    },
+    /// Our own keys or certificates.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
+}
+
+impl ConnectError {
+    pub(super) fn new(address: SocketAddr, error: ConnectionError) -> Self {
+        match error {
+            ConnectionError::TimedOut => Self::NoAnswer { address },
+            ConnectionError::TransportError(error) if is_tls_alert(error.code) => {
+                Self::PeerNotTrusted {
+                    address,
+                    reason: error.reason,
+                }
+            }
+            ConnectionError::ConnectionClosed(close) if is_tls_alert(close.error_code) => {
+                let text = format!("it does not accept our certificate ({close})");
+                Self::Refused {
+                    address,
+                    code: ErrorCode::UNAUTHORIZED,
+                    text,
+                }
+            }
+            error => match Closed::from(error) {
+                Closed::ByPeer { code, text } => Self::Refused {
+                    address,
+                    code,
+                    text,
+                },
+                reason => Self::Failed { address, reason },
+            },
+        }
+    }
+}
+
+/// Why a node could not join its mesh or renew its certificate.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum JoinError {
+    /// No connection to the head.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The token is for another mesh than the one at this address.
+    #[error(
+        "this token is for another mesh: it names the root {}…, and the head at {address} has {}…; check the address, or make a token at that head",
+        &hex(pinned)[..16], presented.map_or("none to show".to_owned(), |root| hex(&root)[..16].to_owned())
+    )]
+    ForeignMesh {
+        /// Whom we called.
+        address: SocketAddr,
+        /// SHA-256 of the root in the token.
+        pinned: [u8; 32],
+        /// SHA-256 of the root at the address, if it showed one.
+        presented: Option<[u8; 32]>,
+    },
+    /// The head does not know the token.
+    #[error("{0}")]
+    TokenUnknown(String),
+    /// The token was used before.
+    #[error("{0}")]
+    TokenUsed(String),
+    /// The token's time is over.
+    #[error("{0}")]
+    TokenExpired(String),
+    /// Another refusal of the head.
+    #[error("the head refused: {text}")]
+    Refused {
+        /// Kind of refusal.
+        code: ErrorCode,
+        /// Its reason.
+        text: String,
+    },
+    /// The exchange broke off.
+    #[error("the exchange with the head broke off: {0}")]
+    Broken(#[from] StreamFailure),
+    /// The head's answer makes no sense.
+    #[error("the head's answer makes no sense: {0}")]
+    Answer(String),
+    /// Our own keys or certificates.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
+}
+
+impl JoinError {
+    pub(super) fn refused(code: ErrorCode, text: String) -> Self {
+        match code {
+            TOKEN_UNKNOWN => Self::TokenUnknown(text),
+            TOKEN_USED => Self::TokenUsed(text),
+            TOKEN_EXPIRED => Self::TokenExpired(text),
+            code => Self::Refused { code, text },
+        }
+    }
+
+    /// Whether trying again later, with the same token, can help.
+    pub fn is_transient(&self) -> bool {
+        matches!(
+            self,
+            Self::Connect(
+                ConnectError::NoAnswer { .. }
+                    | ConnectError::Failed { .. }
+                    | ConnectError::Socket { .. }
+            ) | Self::Broken(_)
+                | Self::Refused {
+                    code: ErrorCode::INTERNAL | ErrorCode::DRAINING,
+                    ..
+                }
+        )
+    }
+}
+
+/// Why a link is over.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Closed {
+    /// The peer closed it.
+    #[error("closed by the peer: {text} ({code})")]
+    ByPeer {
+        /// Kind of reason.
+        code: ErrorCode,
+        /// The reason.
+        text: String,
+    },
+    /// We closed it.
+    #[error("closed by this side")]
+    ByUs,
+    /// The peer's process is gone: its port answers with ICMP errors and nothing else.
+    #[error("the peer's process is gone")]
+    Gone,
+    /// The peer was silent for the idle timeout.
+    #[error("the peer went silent")]
+    Silent,
+    /// The peer restarted and does not know the connection.
+    #[error("the peer restarted")]
+    Restarted,
+    /// QUIC or TLS failed.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl From<ConnectionError> for Closed {
+    fn from(error: ConnectionError) -> Self {
+        match error {
+            ConnectionError::ApplicationClosed(close) => Self::ByPeer {
+                code: error_code(close.error_code),
+                text: String::from_utf8_lossy(&close.reason).into_owned(),
+            },
+            ConnectionError::LocallyClosed => Self::ByUs,
+            ConnectionError::TimedOut => Self::Silent,
+            ConnectionError::Reset => Self::Restarted,
+            other => Self::Failed(other.to_string()),
+        }
+    }
+}
+
+/// Why a stream ended early.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StreamFailure {
+    /// The bytes are no DCF messages, or one is over the limit. The stream has been closed.
+    #[error(transparent)]
+    Codec(StreamError),
+    /// The peer reset its half, or no longer wants to read ours.
+    #[error("the peer cancelled the stream ({0})")]
+    Cancelled(ErrorCode),
+    /// The link is over.
+    #[error("the link ended: {0}")]
+    Link(Closed),
+    /// We finished or reset this half before.
+    #[error("the stream was already finished on this side")]
+    Finished,
+}
+
+impl From<ConnectionError> for StreamFailure {
+    fn from(error: ConnectionError) -> Self {
+        Self::Link(error.into())
+    }
+}
+
+impl From<quinn::WriteError> for StreamFailure {
+    fn from(error: quinn::WriteError) -> Self {
+        match error {
+            quinn::WriteError::Stopped(code) => Self::Cancelled(error_code(code)),
+            quinn::WriteError::ConnectionLost(error) => error.into(),
+            quinn::WriteError::ClosedStream | quinn::WriteError::ZeroRttRejected => Self::Finished,
+        }
+    }
+}
+
+impl From<quinn::ReadError> for StreamFailure {
+    fn from(error: quinn::ReadError) -> Self {
+        match error {
+            quinn::ReadError::Reset(code) => Self::Cancelled(error_code(code)),
+            quinn::ReadError::ConnectionLost(error) => error.into(),
+            _ => Self::Finished,
+        }
+    }
+}
+
+/// The codec hides quinn's errors in `io::Error`; takes them out again.
+impl From<StreamError> for StreamFailure {
+    fn from(error: StreamError) -> Self {
+        let StreamError::Io(io) = error else {
+            return Self::Codec(error);
+        };
+        let inner = io.get_ref();
+        if let Some(error) = inner.and_then(|inner| inner.downcast_ref::<quinn::WriteError>()) {
+            error.clone().into()
+        } else if let Some(error) = inner.and_then(|inner| inner.downcast_ref::<quinn::ReadError>())
+        {
+            error.clone().into()
+        } else {
+            Self::Codec(StreamError::Io(io))
+        }
+    }
+}
+
+/// QUIC's application codes are DCF's; what does not fit is a fault of the peer.
+pub(super) fn error_code(code: VarInt) -> ErrorCode {
+    u8::try_from(code.into_inner()).map_or(ErrorCode::INTERNAL, ErrorCode)
+}
+
+/// RFC 9001, section 4.8: TLS alerts are the codes 0x100 to 0x1ff.
+fn is_tls_alert(code: quinn::TransportErrorCode) -> bool {
+    (0x100..0x200).contains(&u64::from(code))
+}

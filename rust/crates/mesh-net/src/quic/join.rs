@@ -1,0 +1,321 @@
+//! Becoming a member with a token, and remaining one by renewal.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use dcf::{Message, MsgType};
+use mesh_proto::{JoinRequest, JoinResponse, RenewRequest};
+use prost::Message as _;
+use quinn::Connection;
+use rustls::pki_types::CertificateDer;
+
+use super::connector::{dial, peer_member, unspecified_like, within};
+use super::endpoint::Carrier;
+use super::error::{ConnectError, JoinError, StreamFailure};
+use super::link::peer_certificate;
+use super::stream::MsgStream;
+use super::tls::PinVerifier;
+use super::{JOIN_PROTOCOL, LinkConfig, timestamp_us, tls};
+use crate::trust::{
+    Admission, JoinAsk, JoinToken, Member, NodeIdentity, NodeKey, Refusal, Role, TrustError, sha256,
+};
+
+/// Joins the mesh of the token at its head, and stores the identity in the state directory.
+///
+/// The key is made on this machine, in the state directory, and does not leave it; a join that broke off can be repeated
+/// with the same directory and token.
+pub async fn join(
+    head: SocketAddr,
+    token: &JoinToken,
+    state_dir: &Path,
+    node_name: &str,
+) -> Result<NodeIdentity, JoinError> {
+    let key = NodeKey::load_or_create(state_dir)?;
+    let request = JoinRequest {
+        token_id: token.id(),
+        token_secret: token.secret().to_vec(),
+        csr: key.request()?,
+        node_name: node_name.to_owned(),
+    };
+    let verifier = Arc::new(PinVerifier::new(*token.root_sha256()));
+    let ask = Ask {
+        head,
+        kind: MsgType::JOIN_REQUEST,
+        body: request.encode_to_vec(),
+    };
+    let chain = ask
+        .send(tls::joiner(verifier.clone())?)
+        .await
+        .map_err(|error| {
+            let untrusted = matches!(
+                error,
+                JoinError::Connect(ConnectError::PeerNotTrusted { .. })
+            );
+            if untrusted && !verifier.matched() {
+                JoinError::ForeignMesh {
+                    address: head,
+                    pinned: *token.root_sha256(),
+                    presented: verifier.foreign(),
+                }
+            } else {
+                error
+            }
+        })?;
+    if chain
+        .get(1)
+        .is_none_or(|root| sha256(root) != *token.root_sha256())
+    {
+        return Err(JoinError::Answer(
+            "the root in it is not the token's".to_owned(),
+        ));
+    }
+    Ok(NodeIdentity::store(state_dir, key, chain)?)
+}
+
+/// The identity in the state directory; joins first when there is none, or when the token is for another mesh than the
+/// identity's. A token that was used for this very directory is not needed again.
+pub async fn load_or_join(
+    head: SocketAddr,
+    token: Option<&JoinToken>,
+    state_dir: &Path,
+    node_name: &str,
+) -> Result<NodeIdentity, JoinError> {
+    let loaded = NodeIdentity::load(state_dir);
+    match (loaded, token) {
+        (Ok(identity), None) => Ok(identity),
+        (Ok(identity), Some(token)) if identity.root_sha256() == *token.root_sha256() => {
+            Ok(identity)
+        }
+        (Ok(_) | Err(TrustError::NoIdentity { .. }), Some(token)) => {
+            join(head, token, state_dir, node_name).await
+        }
+        (Err(error), _) => Err(error.into()),
+    }
+}
+
+/// Exchanges the node's certificate for a fresh one, and takes it into use.
+pub async fn renew(head: SocketAddr, identity: &NodeIdentity) -> Result<(), JoinError> {
+    let body = RenewRequest {
+        csr: identity.request()?,
+    }
+    .encode_to_vec();
+    let ask = Ask {
+        head,
+        kind: MsgType::RENEW_REQUEST,
+        body,
+    };
+    let chain = ask.send(tls::client(identity, JOIN_PROTOCOL)?).await?;
+    Ok(identity.install(chain)?)
+}
+
+/// Renews the node's certificate whenever two thirds of its life are over. Never returns; run it beside the service.
+pub async fn keep_renewed(head: SocketAddr, identity: NodeIdentity) -> std::convert::Infallible {
+    loop {
+        let due = identity
+            .renew_at()
+            .duration_since(SystemTime::now())
+            .unwrap_or_default();
+        // In small steps: a machine that slept through the date must notice soon after.
+        tokio::time::sleep(due.min(RENEWAL_CHECK)).await;
+        if due > RENEWAL_CHECK {
+            continue;
+        }
+        match renew(head, &identity).await {
+            Ok(()) => tracing::info!(until = ?identity.member().not_after, "certificate renewed"),
+            Err(error) => {
+                tracing::warn!(%error, "certificate not renewed, trying again");
+                tokio::time::sleep(RENEWAL_RETRY).await;
+            }
+        }
+    }
+}
+
+/// One request to a head's admission.
+struct Ask {
+    head: SocketAddr,
+    kind: MsgType,
+    body: Vec<u8>,
+}
+
+impl Ask {
+    /// Returns the certificates in the answer.
+    async fn send(
+        self,
+        tls: quinn::crypto::rustls::QuicClientConfig,
+    ) -> Result<Vec<CertificateDer<'static>>, JoinError> {
+        let config = LinkConfig {
+            max_message: MAX_EXCHANGE,
+            ..LinkConfig::default()
+        };
+        let local = unspecified_like(self.head);
+        let carrier = Carrier::bind(local, None).map_err(|source| ConnectError::Socket {
+            address: local,
+            source,
+        })?;
+        let limit = config.handshake_timeout + ANSWER_TIMEOUT;
+        let answer = within(limit, self.head, async {
+            let connection = dial(&carrier, tls, self.head, &config).await?;
+            peer_member(&connection, self.head, Role::Head)?;
+            let answer = exchange(&connection, self.kind, self.body).await;
+            connection.close(0u32.into(), b"");
+            answer
+        })
+        .await;
+        // The head waits for the close; a moment is enough, and an unreachable head must not hold us.
+        let _ =
+            tokio::time::timeout(Duration::from_millis(500), carrier.endpoint.wait_idle()).await;
+        let response = answer?;
+        Ok(response
+            .certificates
+            .into_iter()
+            .map(CertificateDer::from)
+            .collect())
+    }
+}
+
+async fn exchange(
+    connection: &Connection,
+    kind: MsgType,
+    body: Vec<u8>,
+) -> Result<JoinResponse, JoinError> {
+    let halves = connection.open_bi().await.map_err(StreamFailure::from)?;
+    let mut stream = MsgStream::new(halves, MAX_EXCHANGE);
+    stream
+        .send(Message::new(kind, 0, timestamp_us(), body))
+        .await?;
+    stream.finish()?;
+    let answer = match stream.recv().await {
+        Ok(Some(answer)) => answer,
+        Ok(None) => return Err(JoinError::Answer("there is none".to_owned())),
+        // The head closes the connection when it does not want to talk at all.
+        Err(StreamFailure::Link(super::Closed::ByPeer { code, text })) => {
+            return Err(JoinError::refused(code, text));
+        }
+        Err(failure) => return Err(failure.into()),
+    };
+    match (answer.kind, answer.error_body()) {
+        (MsgType::JOIN_RESPONSE, _) => JoinResponse::decode(answer.payload)
+            .map_err(|error| JoinError::Answer(error.to_string())),
+        (MsgType::ERROR, Some(error)) => {
+            Err(JoinError::refused(error.code, error.text.into_owned()))
+        }
+        (kind, _) => Err(JoinError::Answer(format!("it is a {kind}"))),
+    }
+}
+
+/// The head's side of the exchange. The error is for the log.
+pub(super) async fn serve(
+    connection: Connection,
+    admission: Arc<dyn Admission>,
+) -> Result<(), String> {
+    let answered = tokio::time::timeout(ANSWER_TIMEOUT, answer(&connection, admission)).await;
+    let result = match answered {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(reason)) => Err(reason),
+        Err(_) => Err("no request in time".to_owned()),
+    };
+    // The answer must arrive before the connection goes: the other side closes.
+    let _ = tokio::time::timeout(ANSWER_TIMEOUT, connection.closed()).await;
+    connection.close(0u32.into(), b"");
+    result
+}
+
+async fn answer(connection: &Connection, admission: Arc<dyn Admission>) -> Result<(), String> {
+    let halves = connection
+        .accept_bi()
+        .await
+        .map_err(|error| error.to_string())?;
+    let mut stream = MsgStream::new(halves, MAX_EXCHANGE);
+    let request = stream
+        .recv()
+        .await
+        .map_err(|error| error.to_string())?
+        .ok_or("no request")?;
+    let sequence = request.sequence;
+    let member =
+        peer_certificate(connection).map(|certificate| Member::from_certificate(&certificate));
+    let mesh = admission.mesh();
+    let decided = tokio::task::spawn_blocking(move || decide(&*admission, request, member));
+    let decided = decided
+        .await
+        .unwrap_or_else(|error| Err(Refusal::Internal(error.to_string())));
+    let (answer, result) = match decided {
+        Ok(certificates) => {
+            let certificates = certificates
+                .iter()
+                .map(|certificate| certificate.to_vec())
+                .collect();
+            let body = JoinResponse { certificates, mesh }.encode_to_vec();
+            (
+                Message::new(MsgType::JOIN_RESPONSE, sequence, timestamp_us(), body),
+                Ok(()),
+            )
+        }
+        Err(refusal) => {
+            let text = refusal.to_string();
+            (
+                Message::error(sequence, timestamp_us(), refusal.code(), &text),
+                Err(text),
+            )
+        }
+    };
+    stream
+        .send(answer)
+        .await
+        .map_err(|error| error.to_string())?;
+    stream.finish().map_err(|error| error.to_string())?;
+    result
+}
+
+/// Blocks: the admission may write to disk.
+fn decide(
+    admission: &dyn Admission,
+    request: Message,
+    member: Option<Result<Member, TrustError>>,
+) -> Result<Vec<CertificateDer<'static>>, Refusal> {
+    let now = SystemTime::now();
+    let unreadable =
+        |error: prost::DecodeError| Refusal::Invalid(format!("unreadable request: {error}"));
+    match request.kind {
+        MsgType::JOIN_REQUEST => {
+            let body = JoinRequest::decode(request.payload).map_err(unreadable)?;
+            let ask = JoinAsk {
+                token_id: &body.token_id,
+                token_secret: &body.token_secret,
+                request: &body.csr,
+                node_name: &body.node_name,
+            };
+            let chain = admission.join(&ask, now)?;
+            tracing::info!(
+                node = body.node_name,
+                token = body.token_id,
+                "a node joined"
+            );
+            Ok(chain)
+        }
+        MsgType::RENEW_REQUEST => {
+            let body = RenewRequest::decode(request.payload).map_err(unreadable)?;
+            let member = member.ok_or_else(|| {
+                Refusal::NotAdmitted(
+                    "a renewal needs the certificate that is to be renewed".to_owned(),
+                )
+            })?;
+            admission.renew(&member?, &body.csr, now)
+        }
+        kind => Err(Refusal::Invalid(format!("{kind} is no request to join"))),
+    }
+}
+
+/// Requests and answers are a few hundred bytes; certificates of later algorithms take a few thousand.
+const MAX_EXCHANGE: usize = 64 << 10;
+
+/// How long each side waits for the other's next step.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How often the date is looked at.
+const RENEWAL_CHECK: Duration = Duration::from_secs(600);
+
+/// Pause after a renewal that failed.
+const RENEWAL_RETRY: Duration = Duration::from_secs(60);

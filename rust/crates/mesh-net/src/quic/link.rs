@@ -1,0 +1,209 @@
+//! One authenticated connection between two nodes.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use dcf::ErrorCode;
+use quinn::Connection;
+use quinn::crypto::rustls::HandshakeData;
+use rustls::NamedGroup;
+use rustls::pki_types::CertificateDer;
+
+use super::error::{Closed, StreamFailure};
+use super::stream::MsgStream;
+use crate::trust::{Member, Role, TrustError};
+
+/// An authenticated connection to another node of the mesh. Clones are the same link; it closes when the last clone and
+/// the last of its streams are dropped, or by [`close`](Self::close).
+#[derive(Clone)]
+pub struct Link {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    connection: Connection,
+    peer: Member,
+    max_message: usize,
+    /// Set when the peer's port was found closed.
+    gone: AtomicBool,
+}
+
+impl Link {
+    pub(super) fn new(connection: Connection, peer: Member, max_message: usize) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                connection,
+                peer,
+                max_message,
+                gone: AtomicBool::new(false),
+            }),
+        }
+    }
+
+    /// The peer's id: SHA-256 of its public key, lower-case hex.
+    pub fn node_id(&self) -> &str {
+        &self.inner.peer.node_id
+    }
+
+    /// The name a person knows the peer by; not unique.
+    pub fn node_name(&self) -> &str {
+        &self.inner.peer.name
+    }
+
+    /// What the peer is to the mesh.
+    pub fn role(&self) -> Role {
+        self.inner.peer.role
+    }
+
+    /// What the peer's certificate says.
+    pub fn peer(&self) -> &Member {
+        &self.inner.peer
+    }
+
+    /// The peer's address; it may change when the peer moves.
+    pub fn remote_addr(&self) -> SocketAddr {
+        canonical(self.inner.connection.remote_address())
+    }
+
+    /// Measured round trip time.
+    pub fn rtt(&self) -> Duration {
+        self.inner.connection.rtt()
+    }
+
+    /// The key exchange group of the handshake; [`NamedGroup::X25519MLKEM768`] between our own nodes.
+    pub fn handshake_group(&self) -> Option<NamedGroup> {
+        Some(handshake_data(&self.inner.connection)?.negotiated_key_exchange_group)
+    }
+
+    /// A number that tells this link from the others of this process.
+    pub fn id(&self) -> usize {
+        self.inner.connection.stable_id()
+    }
+
+    /// Opens a stream; waits while the peer has as many as it allows. The peer sees it with the first message.
+    pub async fn open(&self) -> Result<MsgStream, StreamFailure> {
+        let halves = self
+            .inner
+            .connection
+            .open_bi()
+            .await
+            .map_err(|error| self.failure(error))?;
+        Ok(MsgStream::new(halves, self.inner.max_message))
+    }
+
+    /// The next stream that the peer opens.
+    pub async fn accept(&self) -> Result<MsgStream, StreamFailure> {
+        let halves = self
+            .inner
+            .connection
+            .accept_bi()
+            .await
+            .map_err(|error| self.failure(error))?;
+        Ok(MsgStream::new(halves, self.inner.max_message))
+    }
+
+    /// Resolves when the link is over.
+    pub async fn closed(&self) -> Closed {
+        let error = self.inner.connection.closed().await;
+        self.reason(error)
+    }
+
+    /// Why the link is over; `None` while it is not.
+    pub fn close_reason(&self) -> Option<Closed> {
+        self.inner
+            .connection
+            .close_reason()
+            .map(|error| self.reason(error))
+    }
+
+    /// Closes the link at once, its streams with it. The peer sees [`Closed::ByPeer`] with this code and text.
+    pub fn close(&self, code: ErrorCode, text: &str) {
+        self.inner
+            .connection
+            .close(u32::from(code.0).into(), text.as_bytes());
+    }
+
+    /// A key that only the two ends of this link can compute (RFC 8446, section 7.5). Same label and context, same key.
+    pub fn export_key(&self, label: &str, context: &[u8]) -> Result<[u8; 32], TrustError> {
+        let mut key = [0; 32];
+        self.inner
+            .connection
+            .export_keying_material(&mut key, label.as_bytes(), context)
+            .map_err(|error| TrustError::Crypto(format!("no key for `{label}`: {error:?}")))?;
+        Ok(key)
+    }
+
+    pub(super) fn downgrade(&self) -> WeakLink {
+        WeakLink(Arc::downgrade(&self.inner))
+    }
+
+    /// The peer's port was reported closed. If nothing arrives for a while, the report is believed: an ICMP message is
+    /// easily forged, a living peer answers all the same.
+    pub(super) async fn suspect(self) {
+        let received = || self.inner.connection.stats().udp_rx.datagrams;
+        let before = received();
+        tokio::time::sleep((self.rtt() * 3).max(SUSPICION)).await;
+        if received() == before && self.inner.connection.close_reason().is_none() {
+            self.inner.gone.store(true, Ordering::Relaxed);
+            self.close(ErrorCode::TIMEOUT, "your port is closed");
+        }
+    }
+
+    fn reason(&self, error: quinn::ConnectionError) -> Closed {
+        match Closed::from(error) {
+            Closed::ByUs if self.inner.gone.load(Ordering::Relaxed) => Closed::Gone,
+            reason => reason,
+        }
+    }
+
+    fn failure(&self, error: quinn::ConnectionError) -> StreamFailure {
+        StreamFailure::Link(self.reason(error))
+    }
+}
+
+impl fmt::Debug for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Link")
+            .field("peer", &self.inner.peer.name)
+            .field("address", &self.remote_addr())
+            .field("closed", &self.close_reason())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A link that is not kept open by this handle.
+pub(super) struct WeakLink(Weak<Inner>);
+
+impl WeakLink {
+    pub(super) fn upgrade(&self) -> Option<Link> {
+        self.0.upgrade().map(|inner| Link { inner })
+    }
+}
+
+pub(super) fn handshake_data(connection: &Connection) -> Option<HandshakeData> {
+    connection
+        .handshake_data()?
+        .downcast()
+        .ok()
+        .map(|data| *data)
+}
+
+/// The peer's own certificate, which rustls has checked against the root.
+pub(super) fn peer_certificate(connection: &Connection) -> Option<CertificateDer<'static>> {
+    let chain = connection
+        .peer_identity()?
+        .downcast::<Vec<CertificateDer<'static>>>()
+        .ok()?;
+    chain.into_iter().next()
+}
+
+/// An IPv4 peer of a dual-stack socket under its IPv4 address.
+pub(super) fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+/// How long a suspected peer has to answer: more than a loaded machine needs to acknowledge a packet.
+const SUSPICION: Duration = Duration::from_millis(100);

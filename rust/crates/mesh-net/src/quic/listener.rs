@@ -1,0 +1,233 @@
+//! The side that accepts.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use dcf::{ErrorCode, Message, MsgType};
+use quinn::{Connection, Incoming, ServerConfig, VarInt};
+use tokio::sync::{Mutex, Semaphore, mpsc};
+
+use super::endpoint::Carrier;
+use super::error::{ConnectError, StreamFailure};
+use super::link::{Link, canonical, handshake_data, peer_certificate};
+use super::stream::SendHalf;
+use super::{JOIN_PROTOCOL, LINK_PROTOCOL, LinkConfig, join, timestamp_us, tls};
+use crate::trust::{Admission, Member, NodeIdentity};
+
+/// Accepts links, and lets new nodes join when it has an [`Admission`].
+#[derive(Debug)]
+pub struct Listener {
+    carrier: Carrier,
+    links: Mutex<mpsc::Receiver<Link>>,
+}
+
+impl Listener {
+    /// Listens on a UDP address; port 0 takes a free one. Must be called on a tokio runtime.
+    ///
+    /// With an admission this is a head: nodes join and renew their certificates here, and the head's own certificate is
+    /// renewed as well. Without one, only links are accepted.
+    pub fn bind(
+        address: SocketAddr,
+        identity: NodeIdentity,
+        admission: Option<Arc<dyn Admission>>,
+        config: LinkConfig,
+    ) -> Result<Self, ConnectError> {
+        let mut server = ServerConfig::with_crypto(Arc::new(tls::server(&identity)?));
+        server.transport_config(config.transport());
+        let carrier = Carrier::bind(address, Some(server))
+            .map_err(|source| ConnectError::Socket { address, source })?;
+        let (sender, links) = mpsc::channel(BACKLOG);
+        let gate = Gate {
+            carrier: carrier.clone(),
+            admission,
+            config,
+            links: sender,
+        };
+        tokio::spawn(gate.clone().run());
+        if let Some(admission) = gate.admission {
+            tokio::spawn(renew_own(identity, admission, carrier.endpoint.clone()));
+        }
+        Ok(Self {
+            carrier,
+            links: Mutex::new(links),
+        })
+    }
+
+    /// The bound address.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.carrier.endpoint.local_addr()
+    }
+
+    /// The next link that was authenticated and admitted; `None` after [`shutdown`](Self::shutdown).
+    pub async fn accept(&self) -> Option<Link> {
+        self.links.lock().await.recv().await
+    }
+
+    /// Closes all links and waits until the peers know.
+    pub async fn shutdown(&self, code: ErrorCode, text: &str) {
+        self.carrier
+            .endpoint
+            .close(VarInt::from(u32::from(code.0)), text.as_bytes());
+        self.carrier.endpoint.wait_idle().await;
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        // Links that were handed out live on.
+        self.carrier.endpoint.set_server_config(None);
+    }
+}
+
+/// Takes connections through handshake and admission.
+#[derive(Clone)]
+struct Gate {
+    carrier: Carrier,
+    admission: Option<Arc<dyn Admission>>,
+    config: LinkConfig,
+    links: mpsc::Sender<Link>,
+}
+
+impl Gate {
+    async fn run(self) {
+        let permits = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+        loop {
+            let incoming = tokio::select! {
+                incoming = self.carrier.endpoint.accept() => incoming,
+                () = self.links.closed() => None,
+            };
+            let Some(incoming) = incoming else { return };
+            // A forged source address gets a Retry packet, smaller than what it sent, and costs no state.
+            if !incoming.remote_address_validated() && incoming.may_retry() {
+                if let Err(error) = incoming.retry() {
+                    tracing::debug!(%error, "retry packet not sent");
+                }
+                continue;
+            }
+            let Ok(permit) = permits.clone().try_acquire_owned() else {
+                incoming.refuse();
+                continue;
+            };
+            let gate = self.clone();
+            tokio::spawn(async move {
+                let address = canonical(incoming.remote_address());
+                if let Err(reason) = gate.enter(incoming).await {
+                    tracing::info!(%address, reason, "connection not admitted");
+                }
+                drop(permit);
+            });
+        }
+    }
+
+    /// The error is for our log; the peer has been told already.
+    async fn enter(&self, incoming: Incoming) -> Result<(), String> {
+        let handshake = async { incoming.accept()?.await };
+        let connection = tokio::time::timeout(self.config.handshake_timeout, handshake)
+            .await
+            .map_err(|_| "handshake took too long".to_owned())?
+            .map_err(|error| error.to_string())?;
+        let protocol = handshake_data(&connection)
+            .and_then(|data| data.protocol)
+            .unwrap_or_default();
+        match (protocol.as_slice(), &self.admission) {
+            (LINK_PROTOCOL, _) => self.admit(connection).await,
+            (JOIN_PROTOCOL, Some(admission)) => join::serve(connection, admission.clone()).await,
+            (JOIN_PROTOCOL, None) => Err(refuse(
+                &connection,
+                "this node admits nobody; join at the head",
+            )),
+            // rustls has no other protocol to agree on.
+            _ => Err(refuse(&connection, "unknown protocol")),
+        }
+    }
+
+    async fn admit(&self, connection: Connection) -> Result<(), String> {
+        let now = SystemTime::now();
+        let Some(certificate) = peer_certificate(&connection) else {
+            return Err(refuse(
+                &connection,
+                "a node needs a certificate of this mesh; join with a token first",
+            ));
+        };
+        let member = Member::from_certificate(&certificate)
+            .map_err(|error| refuse(&connection, &error.to_string()))?;
+        if !member.is_valid_at(now) {
+            return Err(refuse(
+                &connection,
+                "your certificate has ended (or your clock is wrong); renew it first",
+            ));
+        }
+        if let Some(admission) = self.admission.clone() {
+            let asked = member.clone();
+            let verdict = tokio::task::spawn_blocking(move || admission.connect(&asked, now)).await;
+            match verdict {
+                Ok(Ok(())) => {}
+                Ok(Err(refusal)) => return Err(refuse(&connection, &refusal.to_string())),
+                Err(error) => {
+                    return Err(refuse(&connection, &format!("admission failed: {error}")));
+                }
+            }
+        }
+        let link = Link::new(connection.clone(), member, self.config.max_message);
+        self.welcome(&connection)
+            .await
+            .map_err(|error| error.to_string())?;
+        self.carrier.watch(&link);
+        self.links
+            .send(link)
+            .await
+            .map_err(|_| refuse(&connection, "shutting down"))
+    }
+
+    async fn welcome(&self, connection: &Connection) -> Result<(), StreamFailure> {
+        let mut stream = SendHalf::new(connection.open_uni().await?, self.config.max_message);
+        stream
+            .send(Message::new(MsgType::ACK, 0, timestamp_us(), Vec::new()))
+            .await?;
+        stream.finish()
+    }
+}
+
+fn refuse(connection: &Connection, text: &str) -> String {
+    connection.close(u32::from(ErrorCode::UNAUTHORIZED.0).into(), text.as_bytes());
+    text.to_owned()
+}
+
+/// Keeps the certificate of the listening node itself fresh; it has the admission at hand.
+async fn renew_own(
+    identity: NodeIdentity,
+    admission: Arc<dyn Admission>,
+    endpoint: quinn::Endpoint,
+) {
+    // `wait_idle` is no sign of the end; the endpoint's address is, once its driver has stopped.
+    while endpoint.local_addr().is_ok() {
+        let now = SystemTime::now();
+        if now >= identity.renew_at() {
+            let (identity, admission) = (identity.clone(), admission.clone());
+            let renewed = tokio::task::spawn_blocking(move || {
+                let request = identity.request()?;
+                let chain = admission
+                    .renew(&identity.member(), &request, now)
+                    .map_err(|refusal| crate::trust::TrustError::Mismatch(refusal.to_string()))?;
+                identity.install(chain)
+            });
+            match renewed.await {
+                Ok(Ok(())) => tracing::info!("renewed this node's own certificate"),
+                Ok(Err(error)) => tracing::error!(%error, "own certificate not renewed"),
+                Err(error) => tracing::error!(%error, "own certificate not renewed"),
+            }
+        }
+        tokio::time::sleep(OWN_RENEWAL_CHECK).await;
+    }
+}
+
+/// Admitted links that wait for [`Listener::accept`].
+const BACKLOG: usize = 64;
+
+/// Connections in handshake or admission at once.
+const MAX_HANDSHAKES: usize = 256;
+
+/// A small part of any sensible certificate life.
+const OWN_RENEWAL_CHECK: Duration = Duration::from_secs(600);

@@ -1,0 +1,110 @@
+//! Links between nodes: QUIC connections, authenticated on both sides by certificates of the mesh's root, that carry DCF
+//! messages on streams.
+//!
+//! Two application protocols share one UDP port:
+//!
+//! - `hydramesh/1`: a [`Link`]. Both sides show certificates. The side that accepts opens one unidirectional stream with
+//!   one Ack on it: the word that it has admitted the other. TLS 1.3 alone would let a dialler believe that it is
+//!   connected before its certificate was looked at.
+//! - `hydramesh-join/1`: one exchange on one bidirectional stream, after which the connection ends. A node without
+//!   certificate sends a JoinRequest ([`join`]), a member sends a RenewRequest ([`renew`]); the answer is a JoinResponse
+//!   or an Error. The joiner knows the head by the token's pin of the root.
+//!
+//! TLS is 1.3 only, with X25519MLKEM768 preferred; X25519 alone is there for peers without ML-KEM. New connections
+//! from unverified addresses are answered with a Retry packet, which is smaller than what they sent.
+//!
+//! A peer that vanishes is noticed in three ways: a process that ends closes its links; one that was killed leaves a
+//! closed port, whose ICMP answers end the link once the peer stays silent; a machine that is gone is silent for
+//! [`LinkConfig::idle_timeout`].
+
+mod connector;
+mod endpoint;
+mod error;
+mod join;
+mod link;
+mod listener;
+mod stream;
+pub(crate) mod tls;
+
+pub use connector::{Connector, connect};
+pub use error::{Closed, ConnectError, JoinError, StreamFailure};
+pub use join::{join, keep_renewed, load_or_join, renew};
+pub use link::Link;
+pub use listener::Listener;
+pub use rustls::NamedGroup;
+pub use stream::{MsgStream, RecvHalf, SendHalf};
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use quinn::congestion::CubicConfig;
+use quinn::{IdleTimeout, TransportConfig, VarInt};
+
+/// Limits and times of links.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinkConfig {
+    /// Silence after which a side asks whether the other is there.
+    pub keep_alive: Duration,
+    /// Silence after which a link is over.
+    pub idle_timeout: Duration,
+    /// How long a connection may take to be made and admitted.
+    pub handshake_timeout: Duration,
+    /// Largest payload of one message, bytes.
+    pub max_message: usize,
+    /// Streams that a peer may have open at once.
+    pub max_streams: u32,
+    /// Bytes of one stream that a peer may send ahead of its reader.
+    pub stream_window: u32,
+    /// Bytes over all streams of a link that a peer may send ahead of their readers.
+    pub link_window: u32,
+}
+
+impl Default for LinkConfig {
+    fn default() -> Self {
+        Self {
+            keep_alive: Duration::from_millis(500),
+            idle_timeout: Duration::from_millis(2500),
+            handshake_timeout: Duration::from_secs(5),
+            max_message: dcf::DEFAULT_MAX_PAYLOAD,
+            max_streams: 1024,
+            stream_window: 4 << 20,
+            link_window: 32 << 20,
+        }
+    }
+}
+
+impl LinkConfig {
+    fn transport(&self) -> Arc<TransportConfig> {
+        let mut transport = TransportConfig::default();
+        // Beyond 2^62 ms quinn has no number; nobody waits that long.
+        let idle = IdleTimeout::try_from(self.idle_timeout).unwrap_or_else(|_| VarInt::MAX.into());
+        transport
+            .keep_alive_interval(Some(self.keep_alive))
+            .max_idle_timeout(Some(idle))
+            .max_concurrent_bidi_streams(self.max_streams.into())
+            .max_concurrent_uni_streams(ADMISSION_STREAMS.into())
+            .stream_receive_window(self.stream_window.into())
+            .receive_window(self.link_window.into())
+            .send_window(self.link_window.into())
+            .initial_rtt(INITIAL_RTT)
+            .congestion_controller_factory(Arc::new(CubicConfig::default()));
+        Arc::new(transport)
+    }
+}
+
+/// Microseconds since the Unix epoch: the timestamp of a DCF header.
+pub fn timestamp_us() -> u64 {
+    let since_epoch = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    u64::try_from(since_epoch.as_micros()).unwrap_or(u64::MAX)
+}
+
+const LINK_PROTOCOL: &[u8] = b"hydramesh/1";
+const JOIN_PROTOCOL: &[u8] = b"hydramesh-join/1";
+
+/// The accepting side opens exactly one unidirectional stream, for its word of admission.
+const ADMISSION_STREAMS: u32 = 1;
+
+/// Meshes live on LANs: a lost first packet is sent again after three of these, not after quinn's second.
+const INITIAL_RTT: Duration = Duration::from_millis(50);

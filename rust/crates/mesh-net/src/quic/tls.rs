@@ -1,0 +1,296 @@
+//! TLS 1.3 as the mesh uses it: certificates are checked against the mesh's root, never against names.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{Resumption, verify_server_cert_signed_by_trust_anchor};
+use rustls::crypto::{
+    CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs, verify_tls13_signature,
+};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{NoServerSessionStorage, ParsedCertificate};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, RootCertStore,
+    ServerConfig, SignatureScheme,
+};
+
+use super::{JOIN_PROTOCOL, LINK_PROTOCOL};
+use crate::trust::{NodeIdentity, TrustError, sha256};
+
+/// The server side of both protocols. Whether a certificate is needed depends on the protocol and is checked after the
+/// handshake; one that is shown must be of the mesh.
+pub(super) fn server(identity: &NodeIdentity) -> Result<QuicServerConfig, TrustError> {
+    let verifier = MeshVerifier {
+        root: identity.root().clone(),
+        algorithms: algorithms(),
+    };
+    let mut config = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(crypto)?
+        .with_client_cert_verifier(Arc::new(verifier))
+        .with_cert_resolver(Arc::new(identity.clone()));
+    config.alpn_protocols = vec![LINK_PROTOCOL.to_vec(), JOIN_PROTOCOL.to_vec()];
+    // A link lives for days: resuming sessions would save nothing and outlive certificates.
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    QuicServerConfig::try_from(config).map_err(|error| TrustError::Crypto(error.to_string()))
+}
+
+/// The dialling side of a link, or of a renewal.
+pub(super) fn client(
+    identity: &NodeIdentity,
+    protocol: &[u8],
+) -> Result<QuicClientConfig, TrustError> {
+    let verifier = MeshVerifier {
+        root: identity.root().clone(),
+        algorithms: algorithms(),
+    };
+    let config =
+        client_builder(Arc::new(verifier))?.with_client_cert_resolver(Arc::new(identity.clone()));
+    finish_client(config, protocol)
+}
+
+/// The dialling side of a join: no certificate, and the root is known by its hash.
+pub(super) fn joiner(verifier: Arc<PinVerifier>) -> Result<QuicClientConfig, TrustError> {
+    finish_client(
+        client_builder(verifier)?.with_no_client_auth(),
+        JOIN_PROTOCOL,
+    )
+}
+
+fn client_builder(
+    verifier: Arc<dyn ServerCertVerifier>,
+) -> Result<rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert>, TrustError> {
+    Ok(ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(crypto)?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier))
+}
+
+fn finish_client(
+    mut config: ClientConfig,
+    protocol: &[u8],
+) -> Result<QuicClientConfig, TrustError> {
+    config.alpn_protocols = vec![protocol.to_vec()];
+    config.resumption = Resumption::disabled();
+    config.enable_sni = false;
+    QuicClientConfig::try_from(config).map_err(|error| TrustError::Crypto(error.to_string()))
+}
+
+fn crypto(error: Error) -> TrustError {
+    TrustError::Crypto(error.to_string())
+}
+
+/// aws-lc with the hybrid group first. A client sends key shares for the first group, and X25519's comes with it.
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(CryptoProvider {
+        kx_groups: vec![
+            aws_lc_rs::kx_group::X25519MLKEM768,
+            aws_lc_rs::kx_group::X25519,
+        ],
+        ..aws_lc_rs::default_provider()
+    })
+}
+
+fn algorithms() -> WebPkiSupportedAlgorithms {
+    aws_lc_rs::default_provider().signature_verification_algorithms
+}
+
+/// Checks that `root` issued `certificate` and that the certificate holds at `at`.
+pub(crate) fn verify_issued_by(
+    certificate: &CertificateDer<'_>,
+    root: &CertificateDer<'_>,
+    at: SystemTime,
+) -> Result<(), Error> {
+    let at = UnixTime::since_unix_epoch(at.duration_since(UNIX_EPOCH).unwrap_or_default());
+    verify_at(certificate, root, at, &algorithms())
+}
+
+fn verify_at(
+    certificate: &CertificateDer<'_>,
+    root: &CertificateDer<'_>,
+    at: UnixTime,
+    algorithms: &WebPkiSupportedAlgorithms,
+) -> Result<(), Error> {
+    let mut roots = RootCertStore::empty();
+    roots.add(root.clone().into_owned())?;
+    let parsed = ParsedCertificate::try_from(certificate)?;
+    verify_server_cert_signed_by_trust_anchor(&parsed, &roots, &[], at, algorithms.all)
+}
+
+/// Takes certificates of one root, whatever names they carry: nodes move between addresses.
+#[derive(Debug)]
+struct MeshVerifier {
+    root: CertificateDer<'static>,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl ServerCertVerifier for MeshVerifier {
+    fn verify_server_cert(
+        &self,
+        certificate: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        verify_at(certificate, &self.root, now, &self.algorithms)?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(no_tls12())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_signature(message, certificate, signature, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
+
+impl ClientCertVerifier for MeshVerifier {
+    fn client_auth_mandatory(&self) -> bool {
+        false
+    }
+
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    /// A certificate that has ended passes: it may still be renewed. The listener refuses it for links.
+    fn verify_client_cert(
+        &self,
+        certificate: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        let verified = match verify_at(certificate, &self.root, now, &self.algorithms) {
+            Err(Error::InvalidCertificate(
+                CertificateError::Expired | CertificateError::ExpiredContext { .. },
+            )) => {
+                let member = crate::trust::Member::from_certificate(certificate)
+                    .map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
+                verify_issued_by(certificate, &self.root, member.not_before)
+            }
+            verified => verified,
+        };
+        verified.map(|()| ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(no_tls12())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_signature(message, certificate, signature, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
+
+/// Takes the one root whose certificate has the pinned hash, and what it issued.
+#[derive(Debug)]
+pub(super) struct PinVerifier {
+    pin: [u8; 32],
+    algorithms: WebPkiSupportedAlgorithms,
+    /// Hash of another root that was shown, for the error message.
+    foreign: Mutex<Option<[u8; 32]>>,
+    matched: Mutex<bool>,
+}
+
+impl PinVerifier {
+    pub(super) fn new(pin: [u8; 32]) -> Self {
+        Self {
+            pin,
+            algorithms: algorithms(),
+            foreign: Mutex::default(),
+            matched: Mutex::default(),
+        }
+    }
+
+    /// Whether the peer showed the pinned root.
+    pub(super) fn matched(&self) -> bool {
+        *self.matched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The root that the peer showed instead.
+    pub(super) fn foreign(&self) -> Option<[u8; 32]> {
+        *self.foreign.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ServerCertVerifier for PinVerifier {
+    fn verify_server_cert(
+        &self,
+        certificate: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let Some(root) = others.iter().find(|other| sha256(other) == self.pin) else {
+            *self.foreign.lock().unwrap_or_else(PoisonError::into_inner) =
+                others.last().map(|root| sha256(root));
+            return Err(Error::InvalidCertificate(CertificateError::UnknownIssuer));
+        };
+        *self.matched.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        verify_at(certificate, root, now, &self.algorithms)?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(no_tls12())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_signature(message, certificate, signature, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
+
+/// Cannot happen: QUIC has no TLS 1.2 and the configurations do not offer it.
+fn no_tls12() -> Error {
+    Error::General("TLS 1.2 is not spoken here".to_owned())
+}

@@ -1,0 +1,282 @@
+//! A node's key and certificate.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::SystemTime;
+
+use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256};
+use rustls::SignatureScheme;
+use rustls::client::ResolvesClientCert;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
+
+use super::{Member, TrustError, names, sha256};
+use crate::files;
+
+/// A node's key, its certificate and the root of its mesh. Clones share them, so that a renewed certificate is used by
+/// every link made afterwards.
+#[derive(Clone)]
+pub struct NodeIdentity {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    dir: PathBuf,
+    key: NodeKey,
+    root: CertificateDer<'static>,
+    current: RwLock<Current>,
+}
+
+#[derive(Clone)]
+struct Current {
+    certified: Arc<CertifiedKey>,
+    member: Arc<Member>,
+}
+
+impl NodeIdentity {
+    /// Reads the identity in a state directory.
+    pub fn load(dir: &Path) -> Result<Self, TrustError> {
+        let root_path = dir.join(names::ROOT_CERTIFICATE);
+        let chain_path = dir.join(names::NODE_CERTIFICATE);
+        let (Some(root), Some(certificate)) = (files::read(&root_path)?, files::read(&chain_path)?)
+        else {
+            return Err(TrustError::NoIdentity {
+                dir: dir.to_owned(),
+            });
+        };
+        let parse = |path: &Path, pem: &str| {
+            CertificateDer::from_pem_slice(pem.as_bytes())
+                .map_err(|error| TrustError::damaged(path, error))
+        };
+        let root = parse(&root_path, &root)?;
+        let certificate = parse(&chain_path, &certificate)?;
+        let key = NodeKey::load(dir)?.ok_or_else(|| TrustError::NoIdentity {
+            dir: dir.to_owned(),
+        })?;
+        Self::assemble(dir, key, certificate, root)
+    }
+
+    /// Stores what the mesh issued for `key`; the key is in `dir` already.
+    pub(crate) fn store(
+        dir: &Path,
+        key: NodeKey,
+        chain: Vec<CertificateDer<'static>>,
+    ) -> Result<Self, TrustError> {
+        let [certificate, root] = <[_; 2]>::try_from(chain).map_err(|chain| {
+            TrustError::Mismatch(format!(
+                "expected node and root certificate, got {}",
+                chain.len()
+            ))
+        })?;
+        let identity = Self::assemble(dir, key, certificate, root)?;
+        // The node's certificate comes last: while it is missing, the node has not joined.
+        files::replace(
+            &dir.join(names::ROOT_CERTIFICATE),
+            pem(&identity.inner.root).as_bytes(),
+            files::PUBLIC,
+        )?;
+        identity.persist(&identity.current().certified.cert[0])?;
+        Ok(identity)
+    }
+
+    fn assemble(
+        dir: &Path,
+        key: NodeKey,
+        certificate: CertificateDer<'static>,
+        root: CertificateDer<'static>,
+    ) -> Result<Self, TrustError> {
+        let current = RwLock::new(Current::new(&key, certificate, &root)?);
+        Ok(Self {
+            inner: Arc::new(Inner {
+                dir: dir.to_owned(),
+                key,
+                root,
+                current,
+            }),
+        })
+    }
+
+    /// The node's id: SHA-256 of its public key, lower-case hex.
+    pub fn node_id(&self) -> String {
+        self.member().node_id.clone()
+    }
+
+    /// What the node's certificate says.
+    pub fn member(&self) -> Arc<Member> {
+        self.current().member
+    }
+
+    /// The root of the node's mesh.
+    pub fn root(&self) -> &CertificateDer<'static> {
+        &self.inner.root
+    }
+
+    /// SHA-256 of the root's certificate.
+    pub fn root_sha256(&self) -> [u8; 32] {
+        sha256(&self.inner.root)
+    }
+
+    /// When the certificate should be renewed: at two thirds of its life.
+    pub fn renew_at(&self) -> SystemTime {
+        let member = self.member();
+        let life = member
+            .not_after
+            .duration_since(member.not_before)
+            .unwrap_or_default();
+        member.not_before + life * 2 / 3
+    }
+
+    /// A request (PKCS#10, DER) for a certificate for the same key.
+    pub fn request(&self) -> Result<Vec<u8>, TrustError> {
+        self.inner.key.request()
+    }
+
+    /// Takes a renewed certificate into use and into the state directory. It must be for this node's key, of the same
+    /// mesh and role.
+    pub fn install(&self, chain: Vec<CertificateDer<'static>>) -> Result<(), TrustError> {
+        let certificate = chain
+            .into_iter()
+            .next()
+            .ok_or_else(|| TrustError::Mismatch("no certificate was issued".to_owned()))?;
+        let renewed = Current::new(&self.inner.key, certificate, &self.inner.root)?;
+        let (old, new) = (self.member(), &renewed.member);
+        if (&old.mesh, old.role) != (&new.mesh, new.role) {
+            let reason = format!(
+                "renewal turned a {} of {} into a {} of {}",
+                old.role, old.mesh, new.role, new.mesh
+            );
+            return Err(TrustError::Mismatch(reason));
+        }
+        self.persist(&renewed.certified.cert[0])?;
+        *self
+            .inner
+            .current
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = renewed;
+        Ok(())
+    }
+
+    fn persist(&self, certificate: &CertificateDer<'_>) -> Result<(), TrustError> {
+        files::replace(
+            &self.inner.dir.join(names::NODE_CERTIFICATE),
+            pem(certificate).as_bytes(),
+            files::PUBLIC,
+        )
+    }
+
+    fn current(&self) -> Current {
+        self.inner
+            .current
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+}
+
+impl fmt::Debug for NodeIdentity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NodeIdentity")
+            .field("member", &self.member())
+            .finish_non_exhaustive()
+    }
+}
+
+impl ResolvesServerCert for NodeIdentity {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.current().certified)
+    }
+}
+
+impl ResolvesClientCert for NodeIdentity {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        Some(self.current().certified)
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
+}
+
+impl Current {
+    fn new(
+        key: &NodeKey,
+        certificate: CertificateDer<'static>,
+        root: &CertificateDer<'static>,
+    ) -> Result<Self, TrustError> {
+        let member = Member::from_certificate(&certificate)?;
+        crate::quic::tls::verify_issued_by(&certificate, root, member.not_before)
+            .map_err(|error| TrustError::Mismatch(error.to_string()))?;
+        let private = PrivateKeyDer::Pkcs8(key.pair.serialize_der().into());
+        let signer = rustls::crypto::aws_lc_rs::sign::any_supported_type(&private)
+            .map_err(|error| TrustError::Crypto(error.to_string()))?;
+        // The root travels along: a joining node checks it against its token.
+        let certified = CertifiedKey::new(vec![certificate, root.clone()], signer);
+        certified
+            .keys_match()
+            .map_err(|_| TrustError::Mismatch("it is for another key than node.key".to_owned()))?;
+        Ok(Self {
+            certified: Arc::new(certified),
+            member: Arc::new(member),
+        })
+    }
+}
+
+/// A node's private key. It never leaves the state directory.
+pub(crate) struct NodeKey {
+    pair: KeyPair,
+}
+
+impl NodeKey {
+    /// The key in `dir`, made when there is none: a join that is tried again must come with the same key.
+    pub(crate) fn load_or_create(dir: &Path) -> Result<Self, TrustError> {
+        if let Some(key) = Self::load(dir)? {
+            return Ok(key);
+        }
+        files::create_private_dir(dir)?;
+        let pair = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        files::replace(
+            &dir.join(names::NODE_KEY),
+            pair.serialize_pem().as_bytes(),
+            files::PRIVATE,
+        )?;
+        Ok(Self { pair })
+    }
+
+    fn load(dir: &Path) -> Result<Option<Self>, TrustError> {
+        let path = dir.join(names::NODE_KEY);
+        let Some(pem) = files::read(&path)? else {
+            return Ok(None);
+        };
+        let pair = KeyPair::from_pem(&pem).map_err(|error| TrustError::damaged(&path, error))?;
+        Ok(Some(Self { pair }))
+    }
+
+    /// A request (PKCS#10, DER) for a certificate for this key.
+    pub(crate) fn request(&self) -> Result<Vec<u8>, TrustError> {
+        // The root ignores everything but the key.
+        Ok(CertificateParams::default()
+            .serialize_request(&self.pair)?
+            .der()
+            .to_vec())
+    }
+}
+
+/// RFC 7468 text of a certificate.
+fn pem(certificate: &CertificateDer<'_>) -> String {
+    use base64::Engine as _;
+    let body = base64::engine::general_purpose::STANDARD.encode(certificate);
+    let lines = body
+        .as_bytes()
+        .chunks(64)
+        .map(|line| std::str::from_utf8(line).expect("base64 is ASCII"));
+    let mut text = String::from("-----BEGIN CERTIFICATE-----\n");
+    for line in lines {
+        text.push_str(line);
+        text.push('\n');
+    }
+    text.push_str("-----END CERTIFICATE-----\n");
+    text
+}

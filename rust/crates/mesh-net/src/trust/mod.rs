@@ -1,0 +1,59 @@
+//! Who belongs to a mesh: its root, its nodes' certificates, and the tokens that let new nodes in.
+//!
+//! The head holds an [`Authority`]: a [`MeshRoot`] made at its first start, and a [`TokenStore`]. A node holds a
+//! [`NodeIdentity`]: its key, its certificate and the root. A node's id is the SHA-256 of its public key. Certificates
+//! live for a week and are renewed at two thirds of that; a node that was switched off for longer may still renew for a
+//! month, and needs a new token after that.
+//!
+//! State directory:
+//!
+//! | file | holds | readable by |
+//! |---|---|---|
+//! | `root.key` | the root's private key (head only) | owner |
+//! | `root.crt` | the root's certificate | all |
+//! | `node.key` | the node's private key | owner |
+//! | `node.crt` | the node's certificate | all |
+//! | `tokens.json` | hashes of join tokens (head only) | owner |
+
+mod admission;
+mod error;
+mod identity;
+mod root;
+mod store;
+mod token;
+
+pub use admission::{
+    Admission, Authority, JoinAsk, Refusal, TOKEN_EXPIRED, TOKEN_UNKNOWN, TOKEN_USED,
+};
+pub use error::TrustError;
+pub use identity::NodeIdentity;
+pub(crate) use identity::NodeKey;
+pub use root::{Member, MeshRoot, Role, Validity};
+pub use store::{RETRY_WINDOW, TokenRecord, TokenStore, Use};
+pub use token::{JoinToken, ParseTokenError};
+
+use sha2::{Digest, Sha256};
+
+/// File names in the state directory.
+mod names {
+    pub(super) const ROOT_KEY: &str = "root.key";
+    pub(super) const ROOT_CERTIFICATE: &str = "root.crt";
+    pub(super) const NODE_KEY: &str = "node.key";
+    pub(super) const NODE_CERTIFICATE: &str = "node.crt";
+    pub(super) const TOKENS: &str = "tokens.json";
+}
+
+pub(crate) fn sha256(bytes: &[u8]) -> [u8; 32] {
+    Sha256::digest(bytes).into()
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Random bytes for secrets.
+fn random<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    aws_lc_rs::rand::fill(&mut bytes).expect("the system's random number generator works");
+    bytes
+}

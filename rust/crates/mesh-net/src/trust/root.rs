@@ -1,0 +1,420 @@
+//! The root of a mesh, and what its certificates say.
+
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
+    DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    PKCS_ECDSA_P256_SHA256, SerialNumber, date_time_ymd,
+};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer};
+use x509_parser::prelude::{FromDer, X509Certificate, X509Name};
+
+use super::{TrustError, hex, names, random, sha256};
+use crate::files;
+
+/// What a node is to its mesh; part of its certificate, so that a worker cannot pass for the head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// Routes requests and admits nodes.
+    Head,
+    /// Everything else that joined with a token.
+    Worker,
+}
+
+impl Role {
+    /// The word in the certificate (subject OU).
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Head => "head",
+            Self::Worker => "worker",
+        }
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        [Self::Head, Self::Worker]
+            .into_iter()
+            .find(|role| role.as_str() == text)
+    }
+}
+
+impl std::fmt::Display for Role {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// How long node certificates hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Validity {
+    /// Life of a certificate from its issue.
+    pub life: Duration,
+    /// How long after its end a certificate may still be exchanged for a new one (and for nothing else).
+    pub renewal_grace: Duration,
+}
+
+impl Default for Validity {
+    fn default() -> Self {
+        Self {
+            life: 7 * DAY,
+            renewal_grace: 30 * DAY,
+        }
+    }
+}
+
+/// The certificate authority of one mesh. Lives in the head's state directory.
+pub struct MeshRoot {
+    certificate: CertificateDer<'static>,
+    mesh: String,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl std::fmt::Debug for MeshRoot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MeshRoot")
+            .field("mesh", &self.mesh)
+            .field("sha256", &hex(&self.sha256()))
+            .finish_non_exhaustive()
+    }
+}
+
+impl MeshRoot {
+    /// Reads the root in `dir`, or makes one for a mesh of this name if there is none. An existing root keeps its name.
+    pub fn load_or_create(dir: &Path, mesh: &str) -> Result<Self, TrustError> {
+        let key_path = dir.join(names::ROOT_KEY);
+        let certificate_path = dir.join(names::ROOT_CERTIFICATE);
+        match (files::read(&key_path)?, files::read(&certificate_path)?) {
+            (Some(key), Some(certificate)) => {
+                let key = KeyPair::from_pem(&key)
+                    .map_err(|error| TrustError::damaged(&key_path, error))?;
+                let certificate = CertificateDer::from_pem_slice(certificate.as_bytes())
+                    .map_err(|error| TrustError::damaged(&certificate_path, error))?;
+                Self::assemble(certificate, key)
+                    .map_err(|reason| TrustError::damaged(&certificate_path, reason))
+            }
+            // A root key without certificate is a first start that was cut off: nothing was signed with it yet.
+            (_, None) => Self::create(dir, mesh),
+            (None, Some(_)) => Err(TrustError::damaged(
+                &key_path,
+                "it is missing, while its certificate is there",
+            )),
+        }
+    }
+
+    fn create(dir: &Path, mesh: &str) -> Result<Self, TrustError> {
+        check_name(mesh)?;
+        files::create_private_dir(dir)?;
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let mut params = CertificateParams::default();
+        params.distinguished_name = distinguished_name(&format!("root of {mesh}"), "root", mesh);
+        params.serial_number = Some(serial_number());
+        params.not_before = date_time_ymd(2020, 1, 1);
+        params.not_after = date_time_ymd(2120, 1, 1);
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![
+            KeyUsagePurpose::KeyCertSign,
+            KeyUsagePurpose::DigitalSignature,
+        ];
+        let certificate = params.self_signed(&key)?;
+        files::replace(
+            &dir.join(names::ROOT_KEY),
+            key.serialize_pem().as_bytes(),
+            files::PRIVATE,
+        )?;
+        files::replace(
+            &dir.join(names::ROOT_CERTIFICATE),
+            certificate.pem().as_bytes(),
+            files::PUBLIC,
+        )?;
+        tracing::info!(
+            mesh,
+            root = hex(&sha256(certificate.der())),
+            "made a new mesh root"
+        );
+        Self::assemble(certificate.der().clone(), key).map_err(TrustError::Crypto)
+    }
+
+    fn assemble(certificate: CertificateDer<'static>, key: KeyPair) -> Result<Self, String> {
+        let (_, parsed) =
+            X509Certificate::from_der(&certificate).map_err(|error| error.to_string())?;
+        if *parsed.public_key().subject_public_key.data != *rcgen::PublicKeyData::der_bytes(&key) {
+            return Err("the root's key and certificate do not belong together".to_owned());
+        }
+        let mesh = attribute(X509Name::iter_organization(parsed.subject()))?;
+        let issuer =
+            Issuer::from_ca_cert_der(&certificate, key).map_err(|error| error.to_string())?;
+        Ok(Self {
+            certificate,
+            mesh,
+            issuer,
+        })
+    }
+
+    /// Name of the mesh.
+    pub fn mesh(&self) -> &str {
+        &self.mesh
+    }
+
+    /// The root's certificate.
+    pub fn certificate(&self) -> &CertificateDer<'static> {
+        &self.certificate
+    }
+
+    /// SHA-256 of the root's certificate: what join tokens pin.
+    pub fn sha256(&self) -> [u8; 32] {
+        sha256(&self.certificate)
+    }
+
+    /// Issues a certificate for the key in a PKCS#10 request (DER) whose signature proves that the asker holds it.
+    ///
+    /// Only the key is taken from the request; everything the certificate says comes from the arguments. It begins a day
+    /// before `now`, because reclaimed machines have poor clocks. Returns the certificate, then the root's.
+    pub fn issue(
+        &self,
+        request: &[u8],
+        name: &str,
+        role: Role,
+        life: Duration,
+        now: SystemTime,
+    ) -> Result<Vec<CertificateDer<'static>>, TrustError> {
+        check_name(name)?;
+        let mut request = parse_request(request)?;
+        let mut params = CertificateParams::default();
+        params.distinguished_name = distinguished_name(name, role.as_str(), &self.mesh);
+        params.serial_number = Some(serial_number());
+        params.not_before = (now - DAY).into();
+        params.not_after = (now + life).into();
+        params.is_ca = IsCa::ExplicitNoCa;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        // Every node both dials and listens.
+        params.extended_key_usages = vec![
+            ExtendedKeyUsagePurpose::ServerAuth,
+            ExtendedKeyUsagePurpose::ClientAuth,
+        ];
+        params.use_authority_key_identifier_extension = true;
+        request.params = params;
+        let certificate = request.signed_by(&self.issuer)?;
+        Ok(vec![certificate.der().clone(), self.certificate.clone()])
+    }
+}
+
+/// The id that a node with the key of this request (DER) has.
+pub(super) fn requested_node_id(request: &[u8]) -> Result<String, TrustError> {
+    use x509_parser::certification_request::X509CertificationRequest;
+    let (_, request) = X509CertificationRequest::from_der(request)
+        .map_err(|error| TrustError::Request(error.to_string()))?;
+    Ok(hex(&sha256(
+        request.certification_request_info.subject_pki.raw,
+    )))
+}
+
+fn parse_request(request: &[u8]) -> Result<CertificateSigningRequestParams, TrustError> {
+    CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(request))
+        .map_err(|error| TrustError::Request(error.to_string()))
+}
+
+/// What a node's certificate says about it. Says nothing about whether the certificate is genuine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// SHA-256 of the node's public key (SubjectPublicKeyInfo, DER), lower-case hex.
+    pub node_id: String,
+    /// The name a person knows it by; not unique.
+    pub name: String,
+    /// What it is.
+    pub role: Role,
+    /// Name of its mesh.
+    pub mesh: String,
+    /// Begin of the certificate.
+    pub not_before: SystemTime,
+    /// End of the certificate.
+    pub not_after: SystemTime,
+}
+
+impl Member {
+    /// Reads a certificate (DER) that a [`MeshRoot`] issued.
+    pub fn from_certificate(certificate: &[u8]) -> Result<Self, TrustError> {
+        let foreign =
+            |reason: String| TrustError::Mismatch(format!("not a node certificate: {reason}"));
+        let (_, parsed) =
+            X509Certificate::from_der(certificate).map_err(|error| foreign(error.to_string()))?;
+        let subject = parsed.subject();
+        let role = attribute(X509Name::iter_organizational_unit(subject)).map_err(foreign)?;
+        let moment = |time: x509_parser::time::ASN1Time| {
+            UNIX_EPOCH + Duration::from_secs(u64::try_from(time.timestamp()).unwrap_or_default())
+        };
+        Ok(Self {
+            node_id: hex(&sha256(parsed.public_key().raw)),
+            name: attribute(X509Name::iter_common_name(subject)).map_err(foreign)?,
+            role: Role::parse(&role).ok_or_else(|| foreign(format!("unknown role `{role}`")))?,
+            mesh: attribute(X509Name::iter_organization(subject)).map_err(foreign)?,
+            not_before: moment(parsed.validity().not_before),
+            not_after: moment(parsed.validity().not_after),
+        })
+    }
+
+    /// Whether the certificate holds at this time.
+    pub fn is_valid_at(&self, now: SystemTime) -> bool {
+        (self.not_before..self.not_after).contains(&now)
+    }
+}
+
+fn attribute<'a>(
+    mut values: impl Iterator<Item = &'a x509_parser::x509::AttributeTypeAndValue<'a>>,
+) -> Result<String, String> {
+    let value = values.next().ok_or("a part of the subject is missing")?;
+    value
+        .as_str()
+        .map(str::to_owned)
+        .map_err(|error| error.to_string())
+}
+
+fn distinguished_name(common: &str, unit: &str, organization: &str) -> DistinguishedName {
+    let mut name = DistinguishedName::new();
+    name.push(DnType::OrganizationName, organization);
+    name.push(DnType::OrganizationalUnitName, unit);
+    name.push(DnType::CommonName, common);
+    name
+}
+
+/// Names go into certificates, logs and metrics: keep them plain.
+fn check_name(name: &str) -> Result<(), TrustError> {
+    let plain = name
+        .chars()
+        .all(|c| c.is_ascii_alphanumeric() || ".-_".contains(c));
+    if plain && (1..=63).contains(&name.len()) {
+        Ok(())
+    } else {
+        Err(TrustError::Name(name.chars().take(80).collect()))
+    }
+}
+
+/// 127 random bits: positive as RFC 5280, section 4.1.2.2 wants.
+fn serial_number() -> SerialNumber {
+    let mut bytes: [u8; 16] = random();
+    bytes[0] &= 0x7f;
+    SerialNumber::from_slice(&bytes)
+}
+
+const DAY: Duration = Duration::from_secs(24 * 3600);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(key: &KeyPair) -> Vec<u8> {
+        CertificateParams::default()
+            .serialize_request(key)
+            .expect("request")
+            .der()
+            .to_vec()
+    }
+
+    #[test]
+    fn the_root_is_made_once_and_its_key_is_private() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let state = dir.path().join("head");
+        let first = MeshRoot::load_or_create(&state, "attic").expect("created");
+        let second = MeshRoot::load_or_create(&state, "other").expect("loaded");
+        assert_eq!(first.sha256(), second.sha256());
+        assert_eq!(second.mesh(), "attic");
+        let mode = |name| {
+            std::fs::metadata(state.join(name))
+                .expect("there")
+                .permissions()
+                .mode()
+                & 0o777
+        };
+        assert_eq!(mode(names::ROOT_KEY), 0o600);
+        assert_eq!(mode(names::ROOT_CERTIFICATE), 0o644);
+    }
+
+    #[test]
+    fn damaged_and_mixed_up_roots_are_refused() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+        MeshRoot::load_or_create(&a, "a").expect("created");
+        MeshRoot::load_or_create(&b, "b").expect("created");
+        std::fs::copy(b.join(names::ROOT_KEY), a.join(names::ROOT_KEY)).expect("copied");
+        let error = MeshRoot::load_or_create(&a, "a")
+            .expect_err("mixed up")
+            .to_string();
+        assert!(error.contains("do not belong together"), "{error}");
+        std::fs::write(b.join(names::ROOT_CERTIFICATE), "junk").expect("written");
+        let error = MeshRoot::load_or_create(&b, "b")
+            .expect_err("damaged")
+            .to_string();
+        assert!(error.contains("root.crt is damaged"), "{error}");
+        std::fs::remove_file(a.join(names::ROOT_KEY)).expect("removed");
+        assert!(
+            MeshRoot::load_or_create(&a, "a").is_err(),
+            "a lost key must not be replaced silently"
+        );
+    }
+
+    #[test]
+    fn certificates_say_what_the_root_decides() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let root = MeshRoot::load_or_create(dir.path(), "attic").expect("created");
+        let key = KeyPair::generate().expect("key");
+        let now = UNIX_EPOCH + Duration::from_secs(1_800_000_000);
+        let chain = root
+            .issue(&request(&key), "laptop-7", Role::Worker, 7 * DAY, now)
+            .expect("issued");
+        assert_eq!(chain[1], *root.certificate());
+        let member = Member::from_certificate(&chain[0]).expect("readable");
+        let expected = Member {
+            node_id: requested_node_id(&request(&key)).expect("readable"),
+            name: "laptop-7".into(),
+            role: Role::Worker,
+            mesh: "attic".into(),
+            not_before: now - DAY,
+            not_after: now + 7 * DAY,
+        };
+        assert_eq!(member, expected);
+        assert!(
+            member.is_valid_at(now)
+                && !member.is_valid_at(now + 7 * DAY)
+                && !member.is_valid_at(now - 2 * DAY)
+        );
+    }
+
+    #[test]
+    fn hostile_requests_and_names_are_refused() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let root = MeshRoot::load_or_create(dir.path(), "attic").expect("created");
+        let good = request(&KeyPair::generate().expect("key"));
+        let now = SystemTime::now();
+        for name in ["", "a b", "a\n", "ä", &"x".repeat(64)] {
+            assert!(
+                matches!(
+                    root.issue(&good, name, Role::Worker, DAY, now),
+                    Err(TrustError::Name(_))
+                ),
+                "{name:?}"
+            );
+        }
+        for cut in 0..good.len() {
+            assert!(
+                root.issue(&good[..cut], "n", Role::Worker, DAY, now)
+                    .is_err(),
+                "cut at {cut}"
+            );
+        }
+        for at in 0..good.len() {
+            let mut flipped = good.clone();
+            flipped[at] ^= 1;
+            // The signature covers the request; a flip elsewhere is either refused or changes nothing we use.
+            let _ = root.issue(&flipped, "n", Role::Worker, DAY, now);
+        }
+        let last = good.len() - 1;
+        let mut forged = good;
+        forged[last] ^= 1;
+        assert!(matches!(
+            root.issue(&forged, "n", Role::Worker, DAY, now),
+            Err(TrustError::Request(_))
+        ));
+    }
+}

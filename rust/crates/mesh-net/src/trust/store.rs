@@ -1,0 +1,310 @@
+//! Join tokens at the head: hashes only, each good for one node.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+use subtle::ConstantTimeEq;
+
+use super::{JoinToken, Refusal, TrustError, hex, names, sha256};
+use crate::files;
+
+/// The tokens that were created, persisted in `tokens.json`. Every change is on disk before it takes effect.
+#[derive(Debug)]
+pub struct TokenStore {
+    path: PathBuf,
+    root_sha256: [u8; 32],
+    records: Vec<TokenRecord>,
+}
+
+/// What the head remembers of a token. Times are seconds since the Unix epoch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenRecord {
+    /// The token's public part.
+    pub id: String,
+    /// SHA-256 of the token's secret, hex: 128 random bits need no slower hash.
+    secret_sha256: String,
+    /// What the operator wrote next to it.
+    #[serde(default)]
+    pub note: String,
+    /// When it was created.
+    pub created: u64,
+    /// When it ends.
+    pub expires: u64,
+    /// Who used it.
+    #[serde(default)]
+    pub used: Option<Use>,
+}
+
+/// Who used a token, and when.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Use {
+    /// Id of the node.
+    pub node_id: String,
+    /// Name of the node.
+    pub node_name: String,
+    /// Seconds since the Unix epoch.
+    pub at: u64,
+}
+
+impl TokenStore {
+    /// Reads the tokens in `dir`; none is a good number.
+    pub fn open(dir: &Path, root_sha256: [u8; 32]) -> Result<Self, TrustError> {
+        let path = dir.join(names::TOKENS);
+        let records = match files::read(&path)? {
+            Some(text) => {
+                serde_json::from_str(&text).map_err(|error| TrustError::damaged(&path, error))?
+            }
+            None => Vec::new(),
+        };
+        Ok(Self {
+            path,
+            root_sha256,
+            records,
+        })
+    }
+
+    /// Creates a token that is good for one node until `now + lifetime`.
+    pub fn create(
+        &mut self,
+        lifetime: Duration,
+        note: &str,
+        now: SystemTime,
+    ) -> Result<JoinToken, TrustError> {
+        let token = JoinToken::generate(self.root_sha256);
+        let created = unix_seconds(now);
+        let record = TokenRecord {
+            id: token.id(),
+            secret_sha256: hex(&sha256(token.secret())),
+            note: note.to_owned(),
+            created,
+            expires: created.saturating_add(lifetime.as_secs()),
+            used: None,
+        };
+        let mut records = self.remembered(created);
+        records.push(record);
+        self.persist(records)?;
+        Ok(token)
+    }
+
+    /// Uses a token up for a node. When this returns `Ok`, the use is on disk.
+    ///
+    /// The same key may ask again for [`RETRY_WINDOW`] after the use: the first answer may have been lost on its way,
+    /// and it is still the one node.
+    pub fn redeem(
+        &mut self,
+        id: &str,
+        secret: &[u8],
+        node_id: &str,
+        node_name: &str,
+        now: SystemTime,
+    ) -> Result<(), Refusal> {
+        let now = unix_seconds(now);
+        let hash = hex(&sha256(secret));
+        // Compares with every record, so that the time taken tells nothing about which ids exist.
+        let position = self
+            .records
+            .iter()
+            .enumerate()
+            .fold(None, |found, (index, record)| {
+                let matches = record.id.as_bytes().ct_eq(id.as_bytes())
+                    & record.secret_sha256.as_bytes().ct_eq(hash.as_bytes());
+                if bool::from(matches) {
+                    Some(index)
+                } else {
+                    found
+                }
+            });
+        let Some(index) = position else {
+            return Err(Refusal::TokenUnknown);
+        };
+        let record = &self.records[index];
+        if let Some(used) = &record.used {
+            let same_node = used.node_id == node_id;
+            if same_node && now.saturating_sub(used.at) <= RETRY_WINDOW.as_secs() {
+                return Ok(());
+            }
+            return Err(Refusal::TokenUsed {
+                node_name: used.node_name.clone(),
+                seconds_ago: now.saturating_sub(used.at),
+            });
+        }
+        if now >= record.expires {
+            return Err(Refusal::TokenExpired {
+                seconds_ago: now - record.expires,
+            });
+        }
+        let mut records = self.records.clone();
+        records[index].used = Some(Use {
+            node_id: node_id.to_owned(),
+            node_name: node_name.to_owned(),
+            at: now,
+        });
+        self.persist(records)
+            .map_err(|error| Refusal::Internal(error.to_string()))
+    }
+
+    /// Withdraws an unused token; true if there was one.
+    pub fn revoke(&mut self, id: &str) -> Result<bool, TrustError> {
+        let keeps = |record: &&TokenRecord| record.id != id || record.used.is_some();
+        let kept: Vec<_> = self.records.iter().filter(keeps).cloned().collect();
+        let found = kept.len() < self.records.len();
+        if found {
+            self.persist(kept)?;
+        }
+        Ok(found)
+    }
+
+    /// All tokens that are remembered, used and expired ones included.
+    pub fn records(&self) -> &[TokenRecord] {
+        &self.records
+    }
+
+    /// The records without those whose end lies so far back that nobody asks why they are refused.
+    fn remembered(&self, now: u64) -> Vec<TokenRecord> {
+        let recent = |record: &&TokenRecord| record.expires.saturating_add(MEMORY.as_secs()) > now;
+        self.records.iter().filter(recent).cloned().collect()
+    }
+
+    fn persist(&mut self, records: Vec<TokenRecord>) -> Result<(), TrustError> {
+        let json = serde_json::to_vec_pretty(&records)
+            .map_err(|error| TrustError::damaged(&self.path, error))?;
+        files::replace(&self.path, &json, files::PRIVATE)?;
+        self.records = records;
+        Ok(())
+    }
+}
+
+pub(super) fn unix_seconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs()
+}
+
+/// How long the node that used a token may repeat its request.
+pub const RETRY_WINDOW: Duration = Duration::from_secs(60);
+
+/// How long after its end a token is remembered, to tell "expired" and "used" from "unknown".
+const MEMORY: Duration = Duration::from_secs(30 * 24 * 3600);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn now() -> SystemTime {
+        UNIX_EPOCH + Duration::from_secs(1_800_000_000)
+    }
+
+    fn store(dir: &Path) -> TokenStore {
+        TokenStore::open(dir, [1; 32]).expect("store opens")
+    }
+
+    #[test]
+    fn a_token_is_good_for_one_node_also_after_a_restart() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let token = store(dir.path())
+            .create(HOUR, "attic", now())
+            .expect("created");
+        let mut reopened = store(dir.path());
+        reopened
+            .redeem(&token.id(), token.secret(), "node-a", "a", now())
+            .expect("first use");
+        for mut store in [reopened, store(dir.path())] {
+            let refusal =
+                store.redeem(&token.id(), token.secret(), "node-b", "b", now() + HOUR / 2);
+            assert_eq!(
+                refusal,
+                Err(Refusal::TokenUsed {
+                    node_name: "a".into(),
+                    seconds_ago: 1800
+                })
+            );
+        }
+    }
+
+    #[test]
+    fn the_node_that_used_it_may_repeat_its_request_for_a_minute() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut store = store(dir.path());
+        let token = store.create(HOUR, "", now()).expect("created");
+        let mut redeem =
+            |after| store.redeem(&token.id(), token.secret(), "node-a", "a", now() + after);
+        assert_eq!(redeem(Duration::ZERO), Ok(()));
+        assert_eq!(redeem(RETRY_WINDOW), Ok(()));
+        assert!(matches!(
+            redeem(RETRY_WINDOW * 2),
+            Err(Refusal::TokenUsed { .. })
+        ));
+    }
+
+    #[test]
+    fn expired_unknown_and_wrong_secrets_are_refused_by_name() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut store = store(dir.path());
+        let token = store.create(HOUR, "", now()).expect("created");
+        let other = JoinToken::generate([1; 32]);
+        assert_eq!(
+            store.redeem(&token.id(), other.secret(), "n", "n", now()),
+            Err(Refusal::TokenUnknown)
+        );
+        assert_eq!(
+            store.redeem(&other.id(), other.secret(), "n", "n", now()),
+            Err(Refusal::TokenUnknown)
+        );
+        assert_eq!(
+            store.redeem(&token.id(), token.secret(), "n", "n", now() + HOUR),
+            Err(Refusal::TokenExpired { seconds_ago: 0 })
+        );
+        store
+            .redeem(&token.id(), token.secret(), "n", "n", now())
+            .expect("still unused");
+    }
+
+    #[test]
+    fn the_file_holds_no_secret_and_is_private() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let token = store(dir.path()).create(HOUR, "", now()).expect("created");
+        let path = dir.path().join(names::TOKENS);
+        let text = std::fs::read_to_string(&path).expect("readable");
+        assert!(text.contains(&token.id()) && !text.contains(&hex(token.secret())));
+        assert_eq!(
+            std::fs::metadata(path)
+                .expect("metadata")
+                .permissions()
+                .mode()
+                & 0o777,
+            0o600
+        );
+    }
+
+    #[test]
+    fn revoked_tokens_are_unknown_and_old_ones_are_forgotten() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut store = store(dir.path());
+        let token = store.create(HOUR, "", now()).expect("created");
+        assert!(store.revoke(&token.id()).expect("persisted"));
+        assert!(!store.revoke(&token.id()).expect("persisted"));
+        assert_eq!(
+            store.redeem(&token.id(), token.secret(), "n", "n", now()),
+            Err(Refusal::TokenUnknown)
+        );
+        store.create(HOUR, "", now()).expect("created");
+        store
+            .create(HOUR, "", now() + MEMORY + HOUR * 2)
+            .expect("created");
+        assert_eq!(store.records().len(), 1);
+    }
+
+    #[test]
+    fn a_damaged_file_is_named_not_replaced() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        std::fs::write(dir.path().join(names::TOKENS), "[{").expect("written");
+        let error = TokenStore::open(dir.path(), [1; 32])
+            .expect_err("damaged")
+            .to_string();
+        assert!(error.contains("tokens.json is damaged"), "{error}");
+    }
+}

@@ -1,0 +1,451 @@
+//! UDP with many datagrams per system call.
+//!
+//! [`BatchSocket`] receives up to [`BATCH`] buffers with one `recvmmsg` and sends up to [`BATCH`] with one `sendmmsg`,
+//! to as many destinations. Where the kernel has them it uses GRO and GSO: a run of datagrams between the same two
+//! sockets crosses the stack as one. Batches are reused, so that a relay allocates nothing once it runs.
+
+#[allow(unsafe_code)]
+pub(crate) mod sys;
+
+use std::io;
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::io::Interest;
+use tokio::net::UdpSocket;
+
+/// Most buffers that one system call moves.
+pub const BATCH: usize = 64;
+
+/// Options of a [`BatchSocket`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SocketOptions {
+    /// Receive buffer to ask the kernel for, bytes. The kernel caps it at `net.core.rmem_max`.
+    pub recv_buffer: usize,
+    /// Send buffer to ask the kernel for, bytes. The kernel caps it at `net.core.wmem_max`.
+    pub send_buffer: usize,
+    /// Lets several sockets share the port; the kernel spreads sources over them.
+    pub reuse_port: bool,
+}
+
+impl Default for SocketOptions {
+    fn default() -> Self {
+        Self {
+            recv_buffer: 4 << 20,
+            send_buffer: 4 << 20,
+            reuse_port: false,
+        }
+    }
+}
+
+/// A UDP socket that moves batches.
+#[derive(Debug)]
+pub struct BatchSocket {
+    io: UdpSocket,
+    local: SocketAddr,
+    /// Cleared when the kernel or the device turns out to have no GSO.
+    gso: AtomicBool,
+    counts: Counts,
+}
+
+impl BatchSocket {
+    /// Binds to an address with default options; port 0 takes a free one. Must be called on a tokio runtime. The error
+    /// names the address.
+    pub fn bind(address: SocketAddr) -> io::Result<Self> {
+        Self::bind_with(address, &SocketOptions::default())
+    }
+
+    /// Binds to an address.
+    pub fn bind_with(address: SocketAddr, options: &SocketOptions) -> io::Result<Self> {
+        let bind = || {
+            let socket = Socket::new(
+                Domain::for_address(address),
+                Type::DGRAM,
+                Some(Protocol::UDP),
+            )?;
+            if options.reuse_port {
+                socket.set_reuse_port(true)?;
+            }
+            socket.bind(&address.into())?;
+            // More is better, less still works.
+            let _ = socket.set_recv_buffer_size(options.recv_buffer);
+            let _ = socket.set_send_buffer_size(options.send_buffer);
+            Self::from_std(socket.into())
+        };
+        bind().map_err(|error| {
+            io::Error::new(
+                error.kind(),
+                format!("cannot listen on {address}/udp: {error}"),
+            )
+        })
+    }
+
+    /// Takes over a socket. Must be called on a tokio runtime.
+    pub fn from_std(socket: std::net::UdpSocket) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        // Old kernels have no GRO: every buffer then holds one datagram.
+        if let Err(error) = sys::enable_gro(socket.as_fd()) {
+            tracing::debug!(%error, "no UDP GRO");
+        }
+        let local = socket.local_addr()?;
+        let io = UdpSocket::from_std(socket)?;
+        Ok(Self {
+            io,
+            local,
+            gso: AtomicBool::new(true),
+            counts: Counts::default(),
+        })
+    }
+
+    /// The bound address.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local
+    }
+
+    /// Waits for datagrams and fills `batch` with what is there. Returns how many, at least one. Safe to drop half-way.
+    pub async fn recv(&self, batch: &mut RecvBatch) -> io::Result<usize> {
+        self.io
+            .async_io(Interest::READABLE, || self.fill(batch))
+            .await
+    }
+
+    /// Fills `batch` with the datagrams that are there; fails with `WouldBlock` when there are none.
+    pub fn try_recv(&self, batch: &mut RecvBatch) -> io::Result<usize> {
+        self.io.try_io(Interest::READABLE, || self.fill(batch))
+    }
+
+    fn fill(&self, batch: &mut RecvBatch) -> io::Result<usize> {
+        batch.clear();
+        loop {
+            match sys::recv(self.io.as_fd(), &mut batch.storage, &mut batch.received) {
+                // Somebody's port was closed when we sent to it; that says nothing about this call.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => continue,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                result => result?,
+            }
+            break;
+        }
+        batch.split_segments();
+        let bytes = batch
+            .datagrams()
+            .map(|datagram| datagram.data.len() as u64)
+            .sum();
+        self.counts
+            .received(batch.len() as u64, bytes, batch.truncated);
+        Ok(batch.len())
+    }
+
+    /// Sends the whole batch and clears it; waits while the socket's buffer is full. Returns how many datagrams the
+    /// kernel took: one that it refuses, for example because its destination has no route, is counted and skipped.
+    pub async fn send(&self, batch: &mut SendBatch) -> io::Result<usize> {
+        let mut sent = 0;
+        while !batch.is_empty() {
+            sent += self
+                .io
+                .async_io(Interest::WRITABLE, || self.drain(batch))
+                .await?;
+        }
+        Ok(sent)
+    }
+
+    /// Sends what the socket's buffer takes, and removes that from the batch. Fails with `WouldBlock` when it takes
+    /// nothing.
+    pub fn try_send(&self, batch: &mut SendBatch) -> io::Result<usize> {
+        self.io.try_io(Interest::WRITABLE, || self.drain(batch))
+    }
+
+    fn drain(&self, batch: &mut SendBatch) -> io::Result<usize> {
+        let mut sent = 0;
+        while !batch.is_empty() {
+            match self.send_some(batch) {
+                Ok(count) => sent += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return if sent > 0 { Ok(sent) } else { Err(error) };
+                }
+                Err(error) => self.skip_refused(batch, &error),
+            }
+        }
+        Ok(sent)
+    }
+
+    /// Sends one datagram.
+    pub async fn send_to(&self, data: &[u8], destination: SocketAddr) -> io::Result<()> {
+        match self.io.send_to(data, destination).await {
+            Ok(_) => {
+                self.counts.sent(1, data.len() as u64);
+                Ok(())
+            }
+            Err(error) => {
+                self.counts.refused.fetch_add(1, Ordering::Relaxed);
+                Err(error)
+            }
+        }
+    }
+
+    /// What went through this socket so far.
+    pub fn counters(&self) -> Counters {
+        self.counts.snapshot()
+    }
+
+    fn send_some(&self, batch: &mut SendBatch) -> io::Result<usize> {
+        let before = batch.next;
+        let bytes_before = batch.offset();
+        let gso = self.gso.load(Ordering::Relaxed);
+        let taken = sys::send(self.io.as_fd(), batch.pending(), &batch.bytes, gso)?;
+        batch.advance(taken);
+        self.counts.sent(
+            (batch.next - before) as u64,
+            (batch.offset() - bytes_before) as u64,
+        );
+        batch.recycle();
+        Ok(taken)
+    }
+
+    /// After an error at the first pending datagram: turns GSO off if that may be the cause, else skips the datagram.
+    fn skip_refused(&self, batch: &mut SendBatch, error: &io::Error) {
+        // An error of an earlier datagram (ICMP) is reported once and says nothing about this one.
+        if error.kind() == io::ErrorKind::ConnectionRefused {
+            return;
+        }
+        let gso_refused = error
+            .raw_os_error()
+            .is_some_and(|errno| [libc::EIO, libc::EINVAL].contains(&errno));
+        if gso_refused
+            && sys::begins_run(batch.pending())
+            && self.gso.swap(false, Ordering::Relaxed)
+        {
+            tracing::debug!(%error, "no UDP GSO here");
+            return;
+        }
+        let refused = &batch.pending()[0];
+        tracing::debug!(destination = %refused.destination, bytes = refused.range.len(), %error, "datagram refused");
+        self.counts.refused.fetch_add(1, Ordering::Relaxed);
+        batch.advance(1);
+        batch.recycle();
+    }
+}
+
+/// Datagrams that were received together. Reused between calls.
+#[derive(Debug)]
+pub struct RecvBatch {
+    storage: Vec<u8>,
+    received: Vec<sys::Received>,
+    datagrams: Vec<(SocketAddr, Range<usize>)>,
+    /// Datagrams that were larger than any DCF datagram can be.
+    truncated: u64,
+}
+
+impl RecvBatch {
+    /// Room for one system call's worth.
+    pub fn new() -> Self {
+        Self {
+            storage: vec![0; BATCH * sys::BUFFER],
+            received: Vec::with_capacity(BATCH),
+            datagrams: Vec::with_capacity(4 * BATCH),
+            truncated: 0,
+        }
+    }
+
+    /// How many datagrams are in it.
+    pub fn len(&self) -> usize {
+        self.datagrams.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.datagrams.is_empty()
+    }
+
+    /// The datagrams, in the order of their arrival.
+    pub fn datagrams(&self) -> impl Iterator<Item = Datagram<'_>> {
+        self.datagrams.iter().map(|(from, range)| Datagram {
+            from: *from,
+            data: &self.storage[range.clone()],
+        })
+    }
+
+    fn clear(&mut self) {
+        self.received.clear();
+        self.datagrams.clear();
+        self.truncated = 0;
+    }
+
+    /// Finds the datagrams in buffers that GRO filled with several.
+    fn split_segments(&mut self) {
+        for (index, buffer) in self.received.iter().enumerate() {
+            let start = index * sys::BUFFER;
+            if buffer.truncated {
+                self.truncated += 1;
+                continue;
+            }
+            let segment = if buffer.segment == 0 {
+                buffer.len.max(1)
+            } else {
+                buffer.segment
+            };
+            let mut at = 0;
+            // An empty datagram is one, too.
+            loop {
+                let end = (at + segment).min(buffer.len);
+                self.datagrams.push((buffer.from, start + at..start + end));
+                at = end;
+                if at >= buffer.len {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+impl Default for RecvBatch {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A received datagram.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Datagram<'a> {
+    /// Who sent it.
+    pub from: SocketAddr,
+    /// Its bytes.
+    pub data: &'a [u8],
+}
+
+/// Datagrams that are to be sent together. Reused between calls.
+#[derive(Debug, Default)]
+pub struct SendBatch {
+    bytes: Vec<u8>,
+    datagrams: Vec<Outgoing>,
+    /// The first one that was not sent yet.
+    next: usize,
+}
+
+impl SendBatch {
+    /// An empty batch.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a datagram.
+    pub fn push(&mut self, destination: SocketAddr, data: &[u8]) {
+        self.push_parts(destination, &[data]);
+    }
+
+    /// Adds a datagram that is made of several parts, such as header and payload.
+    pub fn push_parts(&mut self, destination: SocketAddr, parts: &[&[u8]]) {
+        let start = self.bytes.len();
+        for part in parts {
+            self.bytes.extend_from_slice(part);
+        }
+        self.datagrams.push(Outgoing {
+            destination,
+            range: start..self.bytes.len(),
+        });
+    }
+
+    /// How many datagrams wait in it.
+    pub fn len(&self) -> usize {
+        self.datagrams.len() - self.next
+    }
+
+    /// Whether none waits.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Drops what waits.
+    pub fn clear(&mut self) {
+        self.next = self.datagrams.len();
+        self.recycle();
+    }
+
+    fn pending(&self) -> &[Outgoing] {
+        &self.datagrams[self.next..]
+    }
+
+    fn offset(&self) -> usize {
+        self.datagrams
+            .get(self.next)
+            .map_or(self.bytes.len(), |next| next.range.start)
+    }
+
+    fn advance(&mut self, count: usize) {
+        self.next += count;
+    }
+
+    /// Gives the room back once everything is sent.
+    fn recycle(&mut self) {
+        if self.is_empty() {
+            self.bytes.clear();
+            self.datagrams.clear();
+            self.next = 0;
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Outgoing {
+    destination: SocketAddr,
+    /// Its bytes in the batch.
+    range: Range<usize>,
+}
+
+/// What went through a socket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Datagrams received.
+    pub received_datagrams: u64,
+    /// Their bytes.
+    pub received_bytes: u64,
+    /// Datagrams that did not fit a buffer and were dropped.
+    pub truncated_datagrams: u64,
+    /// Datagrams sent.
+    pub sent_datagrams: u64,
+    /// Their bytes.
+    pub sent_bytes: u64,
+    /// Datagrams that the kernel refused to send.
+    pub refused_datagrams: u64,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    received_datagrams: AtomicU64,
+    received_bytes: AtomicU64,
+    truncated: AtomicU64,
+    sent_datagrams: AtomicU64,
+    sent_bytes: AtomicU64,
+    refused: AtomicU64,
+}
+
+impl Counts {
+    fn received(&self, datagrams: u64, bytes: u64, truncated: u64) {
+        self.received_datagrams
+            .fetch_add(datagrams, Ordering::Relaxed);
+        self.received_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.truncated.fetch_add(truncated, Ordering::Relaxed);
+    }
+
+    fn sent(&self, datagrams: u64, bytes: u64) {
+        self.sent_datagrams.fetch_add(datagrams, Ordering::Relaxed);
+        self.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn snapshot(&self) -> Counters {
+        Counters {
+            received_datagrams: self.received_datagrams.load(Ordering::Relaxed),
+            received_bytes: self.received_bytes.load(Ordering::Relaxed),
+            truncated_datagrams: self.truncated.load(Ordering::Relaxed),
+            sent_datagrams: self.sent_datagrams.load(Ordering::Relaxed),
+            sent_bytes: self.sent_bytes.load(Ordering::Relaxed),
+            refused_datagrams: self.refused.load(Ordering::Relaxed),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
