@@ -13,6 +13,7 @@ pub mod config;
 pub mod gguf;
 pub mod model;
 pub mod store;
+pub mod synth;
 pub mod text;
 pub mod tokenizer;
 

@@ -109,6 +109,11 @@ pub(super) fn push_bytes(text: &str, out: &mut Vec<u8>) {
     }
 }
 
+/// The character that a byte is written as.
+pub(crate) fn byte_char(byte: u8) -> char {
+    ALPHABET.chars[byte as usize]
+}
+
 /// GPT-2's alphabet: each byte as one printable character. Printable Latin-1 stands for itself, the other 68 bytes follow
 /// from U+0100 on in order.
 struct Alphabet {

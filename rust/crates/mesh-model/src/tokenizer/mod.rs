@@ -13,6 +13,7 @@ mod vocab;
 use crate::gguf::{Gguf, GgufError};
 
 use bpe::Bpe;
+pub(crate) use bpe::byte_char;
 use special::{Fragment, SpecialTokens};
 use spm::Spm;
 use vocab::{TokenType, Vocab};

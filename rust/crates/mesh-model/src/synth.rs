@@ -1,0 +1,438 @@
+//! Model files with random weights, of any shape: for benchmarks of sizes that cannot be fetched, and for tests.
+//!
+//! The files are whole: llama.cpp loads them too.
+
+mod random;
+
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::Path;
+
+use crate::config::Architecture;
+use crate::gguf::writer::{OwnedValue, Writer};
+use crate::gguf::{GgmlType, Gguf, Value};
+
+use random::Random;
+
+/// The shape of a network to make.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Shape {
+    /// The family.
+    pub architecture: Architecture,
+    /// Number of layers.
+    pub layers: u32,
+    /// Width of a hidden row.
+    pub hidden: u32,
+    /// Query heads per layer.
+    pub heads: u32,
+    /// Key/value heads per layer.
+    pub kv_heads: u32,
+    /// Width of one head.
+    pub head_dim: u32,
+    /// Width of the feed-forward layer.
+    pub ffn: u32,
+    /// Rows of the embedding, and tokens in the list.
+    pub vocab: u32,
+    /// Most tokens.
+    pub context: u32,
+    /// Base of the rotary embedding.
+    pub rope_base: f32,
+    /// Whether the embedding is the output matrix too.
+    pub tied_embeddings: bool,
+}
+
+impl Shape {
+    /// Qwen2 and Qwen2.5 1.5B.
+    pub fn qwen2_1_5b() -> Self {
+        Shape {
+            architecture: Architecture::Qwen2,
+            layers: 28,
+            hidden: 1536,
+            heads: 12,
+            kv_heads: 2,
+            head_dim: 128,
+            ffn: 8960,
+            vocab: 151_936,
+            context: 32_768,
+            rope_base: 1_000_000.0,
+            tied_embeddings: true,
+        }
+    }
+
+    /// SmolLM2-135M.
+    pub fn smollm2_135m() -> Self {
+        Shape {
+            architecture: Architecture::Llama,
+            layers: 30,
+            hidden: 576,
+            heads: 9,
+            kv_heads: 3,
+            head_dim: 64,
+            ffn: 1536,
+            vocab: 49_152,
+            context: 8192,
+            rope_base: 100_000.0,
+            tied_embeddings: true,
+        }
+    }
+
+    /// A network of `architecture` of a few hundred thousand weights, for tests. All widths are multiples of 256, so that
+    /// every type fits.
+    pub fn tiny(architecture: Architecture) -> Self {
+        Shape {
+            architecture,
+            layers: 2,
+            hidden: 256,
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 64,
+            ffn: 512,
+            vocab: 300,
+            context: 512,
+            rope_base: 10_000.0,
+            tied_embeddings: architecture != Architecture::Llama,
+        }
+    }
+
+    /// Names and dimensions of all tensors, inputs first.
+    pub fn tensors(&self) -> Vec<(String, Vec<u64>)> {
+        let [hidden, ffn, vocab, head_dim] =
+            [self.hidden, self.ffn, self.vocab, self.head_dim].map(u64::from);
+        let (q, kv) = (
+            u64::from(self.heads) * head_dim,
+            u64::from(self.kv_heads) * head_dim,
+        );
+        let mut tensors = vec![
+            ("token_embd.weight".to_owned(), vec![hidden, vocab]),
+            ("output_norm.weight".to_owned(), vec![hidden]),
+        ];
+        if !self.tied_embeddings {
+            tensors.push(("output.weight".to_owned(), vec![hidden, vocab]));
+        }
+        for layer in 0..self.layers {
+            let mut add = |name: &str, dims: &[u64]| {
+                tensors.push((format!("blk.{layer}.{name}"), dims.to_vec()))
+            };
+            add("attn_norm.weight", &[hidden]);
+            add("attn_q.weight", &[hidden, q]);
+            add("attn_k.weight", &[hidden, kv]);
+            add("attn_v.weight", &[hidden, kv]);
+            add("attn_output.weight", &[q, hidden]);
+            add("ffn_norm.weight", &[hidden]);
+            add("ffn_gate.weight", &[hidden, ffn]);
+            add("ffn_up.weight", &[hidden, ffn]);
+            add("ffn_down.weight", &[ffn, hidden]);
+            if self.architecture == Architecture::Qwen2 {
+                add("attn_q.bias", &[q]);
+                add("attn_k.bias", &[kv]);
+                add("attn_v.bias", &[kv]);
+            }
+            if self.architecture == Architecture::Qwen3 {
+                add("attn_q_norm.weight", &[head_dim]);
+                add("attn_k_norm.weight", &[head_dim]);
+            }
+        }
+        tensors
+    }
+}
+
+/// Where the tokenizer of a made model comes from.
+#[derive(Debug, Clone, Copy)]
+pub enum Tokens<'a> {
+    /// One token per byte and ChatML's control tokens; needs a vocabulary of at least 260.
+    Bytes,
+    /// Another file's tokenizer and chat template, cut or padded to the shape's vocabulary.
+    CopyOf(&'a Gguf),
+}
+
+/// Writes a model of `shape` with random weights to `path`. Matrices, the embedding among them, have type `ty`; norms are 1
+/// and biases small, both F32. The same arguments give the same file.
+///
+/// # Errors
+/// If the file cannot be written.
+///
+/// # Panics
+/// If a width of the shape is no whole number of `ty`'s blocks.
+pub fn random_model(
+    shape: &Shape,
+    ty: GgmlType,
+    tokens: Tokens<'_>,
+    path: &Path,
+) -> io::Result<()> {
+    let part = path.with_extension("part");
+    let mut out = BufWriter::with_capacity(1 << 20, File::create(&part)?);
+    let mut random = Random::new(17);
+    plan(shape, ty, tokens).write(&mut out, |name, ty, dims, out| {
+        write_tensor(&mut random, name, ty, dims, out)
+    })?;
+    out.into_inner()?.sync_data()?;
+    std::fs::rename(&part, path)
+}
+
+/// As [`random_model`], in memory.
+///
+/// # Panics
+/// As [`random_model`].
+pub fn random_model_bytes(shape: &Shape, ty: GgmlType, tokens: Tokens<'_>) -> Vec<u8> {
+    let mut random = Random::new(17);
+    let mut out = io::Cursor::new(Vec::new());
+    plan(shape, ty, tokens)
+        .write(&mut out, |name, ty, dims, out| {
+            write_tensor(&mut random, name, ty, dims, out)
+        })
+        .expect("writing to memory does not fail");
+    out.into_inner()
+}
+
+/// A writer with all keys and tensors of `shape`.
+pub fn plan(shape: &Shape, ty: GgmlType, tokens: Tokens<'_>) -> Writer {
+    let mut writer = Writer::new();
+    put_shape(&mut writer, shape);
+    match tokens {
+        Tokens::Bytes => put_byte_tokens(&mut writer, shape.vocab as usize),
+        Tokens::CopyOf(source) => put_copied_tokens(&mut writer, source, shape.vocab as usize),
+    }
+    for (name, dims) in shape.tensors() {
+        let ty = if dims.len() == 1 { GgmlType::F32 } else { ty };
+        writer.tensor(&name, ty, &dims);
+    }
+    writer
+}
+
+fn put_shape(writer: &mut Writer, shape: &Shape) {
+    let architecture = shape.architecture.name();
+    writer.key(
+        "general.architecture",
+        OwnedValue::String(architecture.into()),
+    );
+    writer.key(
+        "general.name",
+        OwnedValue::String(format!("random {architecture}")),
+    );
+    let counts = [
+        ("block_count", shape.layers),
+        ("context_length", shape.context),
+        ("embedding_length", shape.hidden),
+        ("feed_forward_length", shape.ffn),
+        ("attention.head_count", shape.heads),
+        ("attention.head_count_kv", shape.kv_heads),
+        ("attention.key_length", shape.head_dim),
+        ("attention.value_length", shape.head_dim),
+        ("rope.dimension_count", shape.head_dim),
+        ("vocab_size", shape.vocab),
+    ];
+    for (key, count) in counts {
+        writer.key(&format!("{architecture}.{key}"), OwnedValue::U32(count));
+    }
+    writer.key(
+        &format!("{architecture}.rope.freq_base"),
+        OwnedValue::F32(shape.rope_base),
+    );
+    writer.key(
+        &format!("{architecture}.attention.layer_norm_rms_epsilon"),
+        OwnedValue::F32(1e-6),
+    );
+}
+
+const NORMAL: i32 = 1;
+const CONTROL: i32 = 3;
+const UNUSED: i32 = 5;
+
+fn put_byte_tokens(writer: &mut Writer, vocab: usize) {
+    let mut tokens: Vec<String> = (0..=255)
+        .map(crate::tokenizer::byte_char)
+        .map(String::from)
+        .collect();
+    let mut types = vec![NORMAL; tokens.len()];
+    let end = tokens.len() as u32 + 2;
+    for control in ["<|endoftext|>", "<|im_start|>", "<|im_end|>"] {
+        tokens.push(control.into());
+        types.push(CONTROL);
+    }
+    // A tokenizer without a single merge is refused by other readers.
+    tokens.push("he".into());
+    types.push(NORMAL);
+    assert!(
+        vocab >= tokens.len(),
+        "a vocabulary of {vocab} has no room for {} tokens",
+        tokens.len()
+    );
+    pad_tokens(&mut tokens, &mut types, vocab);
+    writer.key("tokenizer.ggml.model", OwnedValue::String("gpt2".into()));
+    writer.key("tokenizer.ggml.pre", OwnedValue::String("gpt-2".into()));
+    writer.key("tokenizer.ggml.tokens", OwnedValue::Strings(tokens));
+    writer.key("tokenizer.ggml.token_type", OwnedValue::I32s(types));
+    writer.key(
+        "tokenizer.ggml.merges",
+        OwnedValue::Strings(vec!["h e".into()]),
+    );
+    writer.key("tokenizer.ggml.eos_token_id", OwnedValue::U32(end));
+}
+
+fn put_copied_tokens(writer: &mut Writer, source: &Gguf, vocab: usize) {
+    for (key, value) in source.metadata_iter() {
+        let Some(name) = key.strip_prefix("tokenizer.") else {
+            continue;
+        };
+        match (name, value) {
+            ("ggml.tokens" | "ggml.token_type" | "ggml.scores", _) => {}
+            // An id that was cut off.
+            (name, value)
+                if name.ends_with("_token_id")
+                    && value.as_unsigned().is_some_and(|id| id >= vocab as u64) => {}
+            (_, value) => {
+                writer.copy_key(key, value);
+            }
+        }
+    }
+    let array = |name: &str| match source.metadata(&format!("tokenizer.ggml.{name}")) {
+        Some(Value::Array(array)) => Some(array),
+        _ => None,
+    };
+    let mut tokens: Vec<String> = array("tokens")
+        .and_then(|array| array.strings())
+        .into_iter()
+        .flatten()
+        .take(vocab)
+        .map(|text| String::from_utf8_lossy(text).into_owned())
+        .collect();
+    let mut types: Vec<i32> = array("token_type")
+        .and_then(|array| array.integers())
+        .into_iter()
+        .flatten()
+        .take(vocab)
+        .map(|ty| ty as i32)
+        .collect();
+    types.resize(tokens.len(), NORMAL);
+    let scores: Option<Vec<f32>> = array("scores")
+        .and_then(|array| array.floats())
+        .map(|scores| scores.take(vocab).collect());
+    pad_tokens(&mut tokens, &mut types, vocab);
+    if let Some(mut scores) = scores {
+        scores.resize(vocab, f32::MIN);
+        writer.key("tokenizer.ggml.scores", OwnedValue::F32s(scores));
+    }
+    writer.key("tokenizer.ggml.tokens", OwnedValue::Strings(tokens));
+    writer.key("tokenizer.ggml.token_type", OwnedValue::I32s(types));
+}
+
+fn pad_tokens(tokens: &mut Vec<String>, types: &mut Vec<i32>, vocab: usize) {
+    for id in tokens.len()..vocab {
+        tokens.push(format!("[PAD{id}]"));
+        types.push(UNUSED);
+    }
+}
+
+fn write_tensor(
+    random: &mut Random,
+    name: &str,
+    ty: GgmlType,
+    dims: &[u64],
+    out: &mut dyn Write,
+) -> io::Result<()> {
+    let elements: u64 = dims.iter().product();
+    if name.ends_with("norm.weight") {
+        return (0..elements).try_for_each(|_| out.write_all(&1f32.to_le_bytes()));
+    }
+    // Keeps the width of hidden rows about the same through a layer.
+    let deviation = 1.0 / (dims[0] as f32).sqrt();
+    let blocks = elements / ty.block_size() as u64;
+    let mut chunk = Vec::new();
+    for start in (0..blocks).step_by(4096) {
+        chunk.resize((blocks - start).min(4096) as usize * ty.type_size(), 0);
+        random.fill_blocks(ty, deviation, &mut chunk);
+        out.write_all(&chunk)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::ModelConfig;
+    use crate::tokenizer::{EncodeOptions, Tokenizer};
+
+    #[test]
+    fn a_made_model_of_every_family_and_type_can_be_read() {
+        for architecture in [
+            Architecture::Llama,
+            Architecture::Qwen2,
+            Architecture::Qwen3,
+        ] {
+            let shape = Shape::tiny(architecture);
+            for ty in GgmlType::ALL {
+                let gguf = Gguf::from_bytes(random_model_bytes(&shape, ty, Tokens::Bytes)).unwrap();
+                let config = ModelConfig::from_gguf(&gguf).unwrap();
+                assert_eq!(config.architecture, architecture);
+                assert_eq!(config.qkv_bias, architecture == Architecture::Qwen2);
+                assert_eq!(config.qk_norm, architecture == Architecture::Qwen3);
+                assert_eq!(config.tied_embeddings, shape.tied_embeddings);
+            }
+        }
+    }
+
+    #[test]
+    fn weights_have_the_deviation_asked_for_whatever_their_type() {
+        let shape = Shape::tiny(Architecture::Llama);
+        for ty in GgmlType::ALL {
+            let gguf = Gguf::from_bytes(random_model_bytes(&shape, ty, Tokens::Bytes)).unwrap();
+            let values = gguf.require_tensor("blk.0.ffn_up.weight").unwrap().to_f32();
+            let n = values.len() as f32;
+            let mean = values.iter().sum::<f32>() / n;
+            let deviation = (values.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / n).sqrt();
+            assert!(mean.abs() < 0.01, "{ty}: mean {mean}");
+            assert!(
+                (0.04..0.10).contains(&deviation),
+                "{ty}: deviation {deviation}, not 1/16"
+            );
+        }
+    }
+
+    #[test]
+    fn the_byte_tokenizer_takes_any_text() {
+        let shape = Shape::tiny(Architecture::Llama);
+        let gguf =
+            Gguf::from_bytes(random_model_bytes(&shape, GgmlType::Q4_0, Tokens::Bytes)).unwrap();
+        let tokenizer = Tokenizer::from_gguf(&gguf).unwrap();
+        assert_eq!(tokenizer.vocab_size(), 300);
+        let text = "hello 🦀\n<|im_end|>";
+        let ids = tokenizer
+            .encode(text, EncodeOptions::RENDERED_CHAT)
+            .unwrap();
+        assert_eq!(ids[0], 259, "h and e are merged");
+        assert_eq!(ids.last(), tokenizer.token_id("<|im_end|>").as_ref());
+        assert_eq!(tokenizer.eos_ids(), [258, 256]);
+        assert_eq!(tokenizer.decode(&ids), "hello 🦀\n");
+    }
+
+    #[test]
+    fn a_copied_tokenizer_is_cut_or_padded_to_the_vocabulary() {
+        let mut shape = Shape::tiny(Architecture::Llama);
+        let source =
+            Gguf::from_bytes(random_model_bytes(&shape, GgmlType::F16, Tokens::Bytes)).unwrap();
+        for (vocab, ends) in [(257, vec![256]), (400, vec![258, 256])] {
+            shape.vocab = vocab;
+            let made = Gguf::from_bytes(random_model_bytes(
+                &shape,
+                GgmlType::F16,
+                Tokens::CopyOf(&source),
+            ))
+            .unwrap();
+            ModelConfig::from_gguf(&made).unwrap();
+            let tokenizer = Tokenizer::from_gguf(&made).unwrap();
+            assert_eq!(tokenizer.vocab_size(), vocab as usize);
+            assert_eq!(tokenizer.eos_ids(), ends);
+        }
+    }
+
+    #[test]
+    fn the_same_arguments_give_the_same_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("random.gguf");
+        let shape = Shape::tiny(Architecture::Qwen3);
+        random_model(&shape, GgmlType::Q4_1, Tokens::Bytes, &path).unwrap();
+        let bytes = random_model_bytes(&shape, GgmlType::Q4_1, Tokens::Bytes);
+        assert!(std::fs::read(&path).unwrap() == bytes);
+        assert!(!path.with_extension("part").exists());
+    }
+}
