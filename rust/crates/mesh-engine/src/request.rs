@@ -57,7 +57,7 @@ pub struct SamplingParams {
     pub temperature: f32,
     /// Keeps the likeliest `top_k` tokens; 0 keeps all.
     pub top_k: u32,
-    /// Keeps the fewest likeliest tokens that together reach this probability; 1 keeps all.
+    /// Keeps the fewest likeliest tokens, at least one, that together reach this probability; 1 keeps all.
     pub top_p: f32,
     /// Keeps tokens at least this likely relative to the likeliest; 0 keeps all.
     pub min_p: f32,
@@ -215,18 +215,8 @@ pub enum RequestError {
     ContextTooLong {
         /// Tokens of the prompt and of the answer so far.
         tokens: u64,
-        /// Tokens the context holds.
+        /// Tokens the context holds: the model's own, or all of the KV memory if that is less.
         context: u32,
-    },
-    /// More KV memory than the engine has in all.
-    #[error(
-        "the request reserves {tokens} KV tokens, but this engine has {total}; ask for a lower max_tokens"
-    )]
-    KvTooSmall {
-        /// Tokens of the prompt and the longest answer.
-        tokens: u64,
-        /// The engine's KV memory, in tokens.
-        total: u64,
     },
     /// A sampling parameter outside its range.
     #[error("{name} is {value}, but must be {range}")]

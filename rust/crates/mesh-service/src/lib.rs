@@ -16,6 +16,7 @@ pub mod files;
 pub mod health;
 pub mod http;
 pub mod metrics;
+pub mod network;
 pub mod notify;
 pub mod shutdown;
 pub mod telemetry;

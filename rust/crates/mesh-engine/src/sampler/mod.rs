@@ -226,12 +226,7 @@ pub fn validate(params: &SamplingParams, vocab: usize) -> Result<(), RequestErro
     let p = params;
     let t = p.temperature;
     within("temperature", t, (0.0..=100.0).contains(&t), "0 to 100")?;
-    within(
-        "top_p",
-        p.top_p,
-        p.top_p > 0.0 && p.top_p <= 1.0,
-        "above 0, at most 1",
-    )?;
+    within("top_p", p.top_p, (0.0..=1.0).contains(&p.top_p), "0 to 1")?;
     within("min_p", p.min_p, (0.0..=1.0).contains(&p.min_p), "0 to 1")?;
     let r = p.repetition_penalty;
     within(

@@ -107,7 +107,7 @@ pub struct Load {
     pub kv_tokens_used: u64,
     /// KV memory there is, in tokens.
     pub kv_tokens_total: u64,
-    /// Decode speed over all streams, tokens per second; 0 is unknown.
+    /// Decode speed over all streams at the current batch, tokens per second; 0 is unknown.
     pub decode_tps: f32,
     /// Prefill speed, tokens per second; 0 is unknown.
     pub prefill_tps: f32,
@@ -174,11 +174,13 @@ impl Scheduler {
         // One row of every step is left for prompts, so that no request waits for ever.
         let slots = info.slots.min(max_rows.saturating_sub(1)).max(1);
         let held = u64::from(slots) * u64::from(info.context);
+        let kv_total = config.kv_tokens.map_or(held, |n| n.min(held));
         Scheduler {
-            context: info.context,
+            // What does not fit the KV memory could never run.
+            context: u32::try_from(kv_total).map_or(info.context, |n| n.min(info.context)),
             vocab: info.shape.vocab,
             max_rows,
-            kv_total: config.kv_tokens.map_or(held, |n| n.min(held)),
+            kv_total,
             config,
             vocabulary,
             slots: Slots::new(slots),
@@ -307,7 +309,7 @@ impl Scheduler {
             queued: self.queue.len() as u32,
             kv_tokens_used: self.reserved(),
             kv_tokens_total: self.kv_total,
-            decode_tps: self.speeds.decode().unwrap_or(0.0) as f32,
+            decode_tps: self.speeds.decode(self.running.len() as u32).unwrap_or(0.0) as f32,
             prefill_tps: self.speeds.prefill().unwrap_or(0.0) as f32,
             // A single pending token is an answer's next row, not a prompt.
             prefill_backlog: backlog.filter(|&n| n > 1).sum(),
@@ -320,12 +322,6 @@ impl Scheduler {
         let accepted = job.and_then(|job| {
             if self.draining {
                 return Err(RequestError::Draining);
-            }
-            if job.reserves > self.kv_total {
-                return Err(RequestError::KvTooSmall {
-                    tokens: job.reserves,
-                    total: self.kv_total,
-                });
             }
             Ok(job)
         });

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-/// Decode and prefill speed as moving averages over the time spent computing.
+/// Decode speed at each batch size, and prefill speed, as moving averages over the time spent computing.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Speeds {
-    decode: Rate,
+    /// By the logarithm of the batch size: 1, 2 to 3, 4 to 7, ...
+    decode: [Rate; BATCH_SIZES],
     prefill: Rate,
 }
 
@@ -14,11 +15,11 @@ impl Speeds {
     pub(super) fn record(&mut self, decode: u32, prefill: u32, elapsed: Duration) {
         let seconds = elapsed.as_secs_f64();
         match (decode, prefill) {
-            (_, 0) => self.decode.record(decode, seconds),
             (0, _) => self.prefill.record(prefill, seconds),
+            (_, 0) => self.decode[class(decode)].record(decode, seconds),
             // In a mixed step the prompt took what the answers alone would not have.
             _ => {
-                let rest = match self.decode.per_second() {
+                let rest = match self.decode(decode) {
                     Some(speed) => seconds - f64::from(decode) / speed,
                     None => seconds,
                 };
@@ -29,15 +30,24 @@ impl Speeds {
         }
     }
 
-    /// Decoded tokens per second over all streams.
-    pub(super) fn decode(&self) -> Option<f64> {
-        self.decode.per_second()
+    /// Decoded tokens per second over all streams while `batch` answers are in progress: what was measured at the
+    /// nearest batch size.
+    pub(super) fn decode(&self, batch: u32) -> Option<f64> {
+        let wanted = class(batch.max(1));
+        let measured = (0..BATCH_SIZES).filter(|&i| self.decode[i].per_second().is_some());
+        let nearest = measured.min_by_key(|&i| i.abs_diff(wanted))?;
+        self.decode[nearest].per_second()
     }
 
     /// Prefilled tokens per second.
     pub(super) fn prefill(&self) -> Option<f64> {
         self.prefill.per_second()
     }
+}
+
+/// Which of the batch sizes that are told apart `batch`, at least 1, belongs to.
+fn class(batch: u32) -> usize {
+    (batch.ilog2() as usize).min(BATCH_SIZES - 1)
 }
 
 /// Tokens over seconds, both fading with the time measured.
@@ -59,6 +69,9 @@ impl Rate {
     }
 }
 
+/// Batch sizes that are told apart: up to 127, and more.
+const BATCH_SIZES: usize = 8;
+
 /// Computing time after which a measurement counts a third.
 const MEMORY_SECONDS: f64 = 2.0;
 
@@ -69,15 +82,25 @@ mod tests {
     #[test]
     fn a_change_of_speed_shows_within_seconds() {
         let mut speeds = Speeds::default();
-        assert_eq!(speeds.decode(), None);
+        assert_eq!(speeds.decode(1), None);
         for _ in 0..1000 {
             speeds.record(1, 0, Duration::from_millis(10));
         }
-        assert!((speeds.decode().unwrap() - 100.0).abs() < 1.0);
+        assert!((speeds.decode(1).unwrap() - 100.0).abs() < 1.0);
         for _ in 0..200 {
             speeds.record(1, 0, Duration::from_millis(50));
         }
-        assert!((speeds.decode().unwrap() - 20.0).abs() < 1.0);
+        assert!((speeds.decode(1).unwrap() - 20.0).abs() < 1.0);
+    }
+
+    #[test]
+    fn batch_sizes_are_told_apart() {
+        let mut speeds = Speeds::default();
+        speeds.record(1, 0, Duration::from_millis(10));
+        speeds.record(8, 0, Duration::from_millis(20));
+        assert!((speeds.decode(0).unwrap() - 100.0).abs() < 1.0);
+        assert!((speeds.decode(9).unwrap() - 400.0).abs() < 1.0);
+        assert!((speeds.decode(1000).unwrap() - 400.0).abs() < 1.0);
     }
 
     #[test]
@@ -89,7 +112,7 @@ mod tests {
         for _ in 0..100 {
             speeds.record(4, 40, Duration::from_millis(60));
         }
-        assert!((speeds.decode().unwrap() - 200.0).abs() < 1.0);
+        assert!((speeds.decode(4).unwrap() - 200.0).abs() < 1.0);
         assert!((speeds.prefill().unwrap() - 1000.0).abs() < 10.0);
     }
 }

@@ -305,7 +305,7 @@ fn what_cannot_work_is_refused_before_any_work() {
     };
     let mut sim = Sim::new(2, 16, config);
     sim.submit(1, endless(prompt(1, CONTEXT), 1));
-    sim.submit(2, endless(prompt(1, 100), 80));
+    sim.submit(2, endless(prompt(1, 160), 1));
     sim.submit(3, endless(Vec::new(), 1));
     sim.submit(4, endless(vec![1, 48], 1));
     sim.submit(
@@ -329,13 +329,14 @@ fn what_cannot_work_is_refused_before_any_work() {
     assert!(!sim.plan());
     assert_eq!(
         sim.error(1).to_string(),
-        "200 tokens leave no room for an answer in the context of 200; shorten the prompt"
+        "200 tokens leave no room for an answer in the context of 150; shorten the prompt"
     );
+    let context = 150;
     assert_eq!(
         *sim.error(2),
-        RequestError::KvTooSmall {
-            tokens: 180,
-            total: 150
+        RequestError::ContextTooLong {
+            tokens: 160,
+            context
         }
     );
     assert_eq!(*sim.error(3), RequestError::EmptyPrompt);
@@ -354,6 +355,21 @@ fn what_cannot_work_is_refused_before_any_work() {
         sim.error(6),
         RequestError::InvalidParameter { name: "top_p", .. }
     ));
+}
+
+#[test]
+fn an_answer_ends_where_the_kv_memory_does() {
+    let config = SchedulerConfig {
+        kv_tokens: Some(50),
+        ..SchedulerConfig::default()
+    };
+    let mut sim = Sim::new(2, 64, config);
+    sim.submit(1, endless(prompt(1, 30), 100));
+    sim.run_until_idle();
+    assert_eq!(
+        (sim.done(1).finish, sim.done(1).completion_tokens),
+        (Finish::Length, 20)
+    );
 }
 
 #[test]
@@ -613,7 +629,8 @@ proptest! {
         prop_assert!(sim.scheduler.is_idle());
         prop_assert_eq!(sim.scheduler.load().kv_tokens_used, 0);
         for (key, arrival) in (0..).zip(&arrivals) {
-            let expected = testing::answer(&arrival.request, CONTEXT);
+            let context = kv_tokens.map_or(CONTEXT, |n| CONTEXT.min(n as u32));
+            let expected = testing::answer(&arrival.request, context);
             let ended = sim.events.get(&key).is_some_and(|e| e.last().unwrap().1.is_last());
             if !ended {
                 prop_assert!(arrival.cancelled_after.is_some());
