@@ -55,25 +55,40 @@ pub fn linear(
     if let Residual::Rows(residual) = options.residual {
         expect_len("the residual rows", residual.len(), out.len())?;
     }
-    let quantised = matrix.parts().iter().any(|p| p.layout.quantised().is_some());
-    let floats = matrix.parts().iter().any(|p| p.layout.quantised().is_none());
-    with_input(pool, x, rows, matrix.k(), options.norm, quantised, floats, |input| {
-        gemm::multiply(
-            pool,
-            matrix,
-            input,
-            Sink {
-                out: Shared(out.as_mut_ptr()),
-                stride: matrix.n(),
-                bias: options.bias,
-                add: match options.residual {
-                    Residual::None => Add::Nothing,
-                    Residual::InPlace => Add::Output,
-                    Residual::Rows(rows) => Add::Rows(rows),
+    let quantised = matrix
+        .parts()
+        .iter()
+        .any(|p| p.layout.quantised().is_some());
+    let floats = matrix
+        .parts()
+        .iter()
+        .any(|p| p.layout.quantised().is_none());
+    with_input(
+        pool,
+        x,
+        rows,
+        matrix.k(),
+        options.norm,
+        quantised,
+        floats,
+        |input| {
+            gemm::multiply(
+                pool,
+                matrix,
+                input,
+                Sink {
+                    out: Shared(out.as_mut_ptr()),
+                    stride: matrix.n(),
+                    bias: options.bias,
+                    add: match options.residual {
+                        Residual::None => Add::Nothing,
+                        Residual::InPlace => Add::Output,
+                        Residual::Rows(rows) => Add::Rows(rows),
+                    },
                 },
-            },
-        );
-    })
+            );
+        },
+    )
 }
 
 /// The first half of a gated feed-forward layer: `out[r] = silu(h · Wgᵀ) * (h · Wuᵀ)` with `h = norm(x[r])`.
@@ -114,7 +129,13 @@ pub fn gate_up_silu(
     let mut ups = vec![0.0; out.len()];
     linear(pool, up, x, rows, &mut ups, &options)?;
     linear(pool, gate, x, rows, out, &options)?;
-    simd::run(pool.isa(), Silu { gate: out, up: &ups });
+    simd::run(
+        pool.isa(),
+        Silu {
+            gate: out,
+            up: &ups,
+        },
+    );
     Ok(())
 }
 
@@ -143,15 +164,22 @@ pub fn feed_forward(
     let count = rows * gate.n();
     let mut middle = MIDDLE.take();
     middle.reserve("the rows between", count * 4)?;
-    let result = gate_up_silu(pool, gate, up, x, rows, Some(norm), &mut middle.floats_mut()[..count]).and_then(
-        |()| {
-            let options = Linear {
-                residual: Residual::InPlace,
-                ..Linear::default()
-            };
-            linear(pool, down, &middle.floats_mut()[..count], rows, x, &options)
-        },
-    );
+    let result = gate_up_silu(
+        pool,
+        gate,
+        up,
+        x,
+        rows,
+        Some(norm),
+        &mut middle.floats_mut()[..count],
+    )
+    .and_then(|()| {
+        let options = Linear {
+            residual: Residual::InPlace,
+            ..Linear::default()
+        };
+        linear(pool, down, &middle.floats_mut()[..count], rows, x, &options)
+    });
     MIDDLE.set(middle);
     result
 }

@@ -85,12 +85,11 @@ impl QMatrix {
         let mut data = Buffer::zeroed("packed weights", panels * panel_bytes)?;
         let start = Shared(data.as_mut_ptr());
         pool.run(panels, &|panel| {
-            let start = start;
             let first = panel * PANEL * row_bytes;
             let last = (first + PANEL * row_bytes).min(rows.len());
             // SAFETY: panel `panel` of `panels` within the buffer, written by this task alone.
             let out = unsafe {
-                std::slice::from_raw_parts_mut(start.0.add(panel * panel_bytes), panel_bytes)
+                std::slice::from_raw_parts_mut(start.get().add(panel * panel_bytes), panel_bytes)
             };
             pack::panel(layout, ty, k, &rows[first..last], row_bytes, out);
         });

@@ -87,13 +87,29 @@ impl Drop for Buffer {
 struct Line;
 
 /// A pointer that the tasks of one loop write through, each to its own part.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(crate) struct Shared<T>(pub(crate) *mut T);
+
+impl<T> Clone for Shared<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Shared<T> {}
 
 // SAFETY: every user states which part each task writes; the parts of different tasks do not overlap.
 unsafe impl<T> Send for Shared<T> {}
 // SAFETY: as above.
 unsafe impl<T> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    /// The pointer. A method, so that closures capture the whole.
+    #[inline(always)]
+    pub(crate) fn get(self) -> *mut T {
+        self.0
+    }
+}
 
 /// Zeroed memory that costs nothing until it is written, and can be given back in parts.
 #[derive(Debug)]

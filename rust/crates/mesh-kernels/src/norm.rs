@@ -33,10 +33,11 @@ pub fn rms_norm(
     };
     let out = Shared(out.as_mut_ptr());
     pool.run(rows.div_ceil(chunk), &|task| {
-        let out = out;
         let rows = task * chunk..((task + 1) * chunk).min(rows);
         // SAFETY: this task alone writes these rows of the output, which is as long as the input.
-        let out = unsafe { std::slice::from_raw_parts_mut(out.0.add(rows.start * k), rows.len() * k) };
+        let out = unsafe {
+            std::slice::from_raw_parts_mut(out.get().add(rows.start * k), rows.len() * k)
+        };
         simd::run(
             pool.isa(),
             Rows {
@@ -89,7 +90,10 @@ pub(crate) fn normalise<S: Simd>(s: S, x: &[f32], weight: &[f32], eps: f32, out:
         // SAFETY: i + 16 <= k, for all three.
         unsafe {
             let v = s.mul(s.load(x.as_ptr().add(i)), factors);
-            s.store(out.as_mut_ptr().add(i), s.mul(v, s.load(weight.as_ptr().add(i))));
+            s.store(
+                out.as_mut_ptr().add(i),
+                s.mul(v, s.load(weight.as_ptr().add(i))),
+            );
         }
     }
     for i in whole..k {

@@ -70,11 +70,7 @@ fn quantised(
             if index % GROUP == 0 {
                 put(panel, head + 2 * column, &s.d.to_le_bytes());
                 // K types take their minimum away.
-                put(
-                    panel,
-                    head + 32 + 2 * column,
-                    &(s.m ^ 0x8000).to_le_bytes(),
-                );
+                put(panel, head + 32 + 2 * column, &(s.m ^ 0x8000).to_le_bytes());
             }
             panel[at + column] = s.codes[0].cast_unsigned();
             panel[at + 16 + column] = s.codes[1].cast_unsigned();
@@ -117,9 +113,10 @@ fn coded_from_q4_1(k: usize, row: &[u8], column: usize, panel: &mut [u8]) {
             (number(0), number(2), sum as f32 / BLOCK as f32)
         };
         let signed = |code: f32, scale: f32| if scale == 0.0 { 0.0 } else { code / scale };
-        let largest_d = group.clone().map(|i| read(i).0).fold(0.0, |a: f32, d| {
-            if d.abs() > a.abs() { d } else { a }
-        });
+        let largest_d = group
+            .clone()
+            .map(|i| read(i).0)
+            .fold(0.0, |a: f32, d| if d.abs() > a.abs() { d } else { a });
         let scale_d = f16::from_f32(largest_d / 255.0);
         let codes: Vec<(f32, f32)> = group
             .clone()
@@ -143,12 +140,7 @@ fn coded_from_q4_1(k: usize, row: &[u8], column: usize, panel: &mut [u8]) {
             let min = signed(min, scale_m.to_f32()).round().clamp(-127.0, 127.0);
             panel[at + column] = code as u8;
             panel[at + 16 + column] = (min as i8).cast_unsigned();
-            words(
-                panel,
-                at + 32 + 4 * column,
-                &row[index * 20 + 4..][..16],
-                0,
-            );
+            words(panel, at + 32 + 4 * column, &row[index * 20 + 4..][..16], 0);
         }
     }
 }

@@ -273,16 +273,16 @@ proptest! {
         let w = random_rows(ty, n, k, &mut rng);
         let x = rng.floats(rows * k);
         let weight = rng.floats(k);
-        let norm = Some(RmsNorm { weight: &weight, eps: 1e-5 });
+        let norm = RmsNorm { weight: &weight, eps: 1e-5 };
         let matrix = QMatrix::pack(ty, n, k, &w).expect("packs");
         let down = QMatrix::pack(WeightType::F16, k, n, &random_rows(WeightType::F16, k, n, &mut rng)).expect("packs");
         for isa in Isa::available() {
             let run = |pool: &Pool, x: &[f32]| {
                 let rows = x.len() / k;
                 let mut out = vec![0.0; rows * n];
-                linear(pool, &matrix, x, rows, &mut out, &Linear { norm, ..Linear::default() }).expect("fits");
+                linear(pool, &matrix, x, rows, &mut out, &Linear { norm: Some(norm), ..Linear::default() }).expect("fits");
                 let mut y = x.to_vec();
-                feed_forward(pool, &matrix, &matrix, &down, norm.expect("given"), &mut y, rows).expect("fits");
+                feed_forward(pool, &matrix, &matrix, &down, norm, &mut y, rows).expect("fits");
                 (bits(&out), bits(&y))
             };
             let whole = run(&pool(threads, isa), &x);

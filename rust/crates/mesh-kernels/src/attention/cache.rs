@@ -224,7 +224,12 @@ impl KvCache {
     fn element(&self, slot: usize, within: usize) -> *mut u16 {
         debug_assert!(slot < self.shape.slots && within < self.slot);
         // SAFETY: callers pass existing slots, layers and heads, so this is within the region.
-        unsafe { self.memory.start().cast::<u16>().add(slot * self.slot + within) }
+        unsafe {
+            self.memory
+                .start()
+                .cast::<u16>()
+                .add(slot * self.slot + within)
+        }
     }
 
     pub(super) fn check(&self, slot: usize, positions: Range<usize>) -> Result<(), KernelError> {

@@ -1,5 +1,8 @@
 //! Up to six queries of one key/value head over one chunk of positions, and the merging of chunks.
 
+// Register tiles are arrays indexed by row and column; iterators over several of them at once hide the arithmetic.
+#![allow(clippy::needless_range_loop)]
+
 use super::cache::TILE;
 use crate::simd::{LANES, Simd};
 
@@ -235,10 +238,7 @@ pub(super) fn merge<S: Simd>(
     let sum = s.fma(s.splat(next.sum), new, s.mul(s.splat(state.sum), old));
     // SAFETY: an array of 16.
     unsafe { s.store(both.as_mut_ptr(), sum) };
-    *state = Partial {
-        peak,
-        sum: both[0],
-    };
+    *state = Partial { peak, sum: both[0] };
 }
 
 /// Divides by the sum of the weights.

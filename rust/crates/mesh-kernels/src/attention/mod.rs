@@ -18,8 +18,8 @@ use crate::mem::{Buffer, Shared};
 use crate::norm::normalise;
 use crate::simd::{self, Kernel, LANES, Simd};
 use crate::{KernelError, Pool, Rope};
-pub use cache::{KvCache, KvShape};
 use cache::TILE;
+pub use cache::{KvCache, KvShape};
 use kernel::{CHUNK, Chunk, MAX_DIM, Partial, QUERIES, Query};
 
 /// The attention of a layer, apart from its weights.
@@ -147,7 +147,11 @@ fn check(
     let width = (spec.heads + 2 * shape.kv_heads) * shape.head_dim;
     expect_len("the QKV rows", qkv.len(), rows.saturating_mul(width))?;
     let width = spec.heads * shape.head_dim;
-    expect_len("the attention output", out.len(), rows.saturating_mul(width))?;
+    expect_len(
+        "the attention output",
+        out.len(),
+        rows.saturating_mul(width),
+    )?;
     Ok(rows)
 }
 
@@ -253,16 +257,37 @@ impl<'a> Run<'a> {
         };
         self.pool.run(self.rows.div_ceil(chunk), &|task| {
             let rows = task * chunk..((task + 1) * chunk).min(self.rows);
-            simd::run(isa, Prepare { run: self, qkv, rows });
+            simd::run(
+                isa,
+                Prepare {
+                    run: self,
+                    qkv,
+                    rows,
+                },
+            );
         });
         let out = Shared(out.as_mut_ptr());
         self.pool.run(self.tasks.len(), &|task| {
             let task = self.tasks[task];
-            simd::run(isa, Attend { run: self, task, out });
+            simd::run(
+                isa,
+                Attend {
+                    run: self,
+                    task,
+                    out,
+                },
+            );
         });
         self.pool.run(self.splits.len(), &|split| {
             let split = self.splits[split];
-            simd::run(isa, Merge { run: self, split, out });
+            simd::run(
+                isa,
+                Merge {
+                    run: self,
+                    split,
+                    out,
+                },
+            );
         });
     }
 
@@ -381,7 +406,7 @@ impl Kernel for Prepare<'_> {
                 for d in (0..dim).step_by(LANES) {
                     // SAFETY: the scratch holds [rows, heads, dim] queries; this task alone writes this row's.
                     unsafe {
-                        let to = run.queries.0.add((row * spec.heads + h) * dim + d);
+                        let to = run.queries.get().add((row * spec.heads + h) * dim + d);
                         s.store(to, s.mul(s.load(head.as_ptr().add(d)), scale));
                     }
                 }
@@ -399,7 +424,10 @@ impl Kernel for Prepare<'_> {
                     for (d, &bits) in bits[..dim].iter().enumerate() {
                         *key.add(d * TILE) = bits;
                     }
-                    let value = run.cache.values(segment.slot, run.layer, h).add(position * dim);
+                    let value = run
+                        .cache
+                        .values(segment.slot, run.layer, h)
+                        .add(position * dim);
                     for d in (0..dim).step_by(LANES) {
                         s.store_f16(value.add(d), s.load(v.as_ptr().add(d)));
                     }
@@ -452,7 +480,7 @@ impl Kernel for Attend<'_> {
                     let (index, end) = place(at + i.min(n - 1));
                     Query {
                         // SAFETY: a query of this segment.
-                        vector: unsafe { run.queries.0.add(index * dim) },
+                        vector: unsafe { run.queries.get().add(index * dim) },
                         limit: (end - start).min(CHUNK),
                     }
                 });
@@ -462,7 +490,7 @@ impl Kernel for Attend<'_> {
                         let result = first + index * run.group + at + i;
                         // SAFETY: one result per chunk and query was reserved; this task alone writes this one.
                         unsafe {
-                            let to = run.results.0.add(result * (dim + 2));
+                            let to = run.results.get().add(result * (dim + 2));
                             to.cast::<Partial>().write_unaligned(next);
                             to.add(2).copy_from_nonoverlapping(values.as_ptr(), dim);
                         }
@@ -470,9 +498,9 @@ impl Kernel for Attend<'_> {
                     }
                     // SAFETY: this task alone has this query's state and output.
                     let (state, out) = unsafe {
-                        let out = self.out.0.add(query * dim);
+                        let out = self.out.get().add(query * dim);
                         (
-                            &mut *run.states.0.add(query),
+                            &mut *run.states.get().add(query),
                             std::slice::from_raw_parts_mut(out, dim),
                         )
                     };
@@ -509,11 +537,15 @@ impl Kernel for Merge<'_> {
         for q in 0..run.group {
             let query = row * run.spec.heads + split.kv_head * run.group + q;
             // SAFETY: this task alone has this query's output; its results were written before.
-            let out = unsafe { std::slice::from_raw_parts_mut(self.out.0.add(query * dim), dim) };
+            let out =
+                unsafe { std::slice::from_raw_parts_mut(self.out.get().add(query * dim), dim) };
             let result = |chunk: usize| {
                 // SAFETY: as above.
                 unsafe {
-                    let at = run.results.0.add((split.first + chunk * run.group + q) * (dim + 2));
+                    let at = run
+                        .results
+                        .get()
+                        .add((split.first + chunk * run.group + q) * (dim + 2));
                     let values = std::slice::from_raw_parts(at.add(2).cast_const(), dim);
                     (at.cast::<Partial>().read_unaligned(), values)
                 }

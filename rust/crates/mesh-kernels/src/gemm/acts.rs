@@ -67,7 +67,6 @@ pub(crate) fn quantise(
     // A few rows take less time than waking a thread.
     let chunk = if rows * k < 16 * 1024 { rows } else { chunk };
     pool.run(rows.div_ceil(chunk), &|task| {
-        let (out, scratch) = (out, scratch);
         let first = task * chunk;
         simd::run(
             pool.isa(),
@@ -77,8 +76,8 @@ pub(crate) fn quantise(
                 largest,
                 k,
                 norm,
-                out: out.0,
-                scratch: scratch.0.cast(),
+                out: out.get(),
+                scratch: scratch.get().cast(),
             },
         );
     });
@@ -116,9 +115,7 @@ impl Kernel for Quantise<'_> {
                     // SAFETY: the buffer holds ROW_BLOCK bytes per row and block; a tile's rows are contiguous in it, and
                     // this task alone writes this tile.
                     unsafe {
-                        let at = self
-                            .out
-                            .add((first * blocks + b * count) * ROW_BLOCK);
+                        let at = self.out.add((first * blocks + b * count) * ROW_BLOCK);
                         block(s, x, at, count, r);
                     }
                 }

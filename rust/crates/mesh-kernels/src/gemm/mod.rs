@@ -1,5 +1,8 @@
 //! Products of rows with packed matrices: cutting the work into tasks, and what happens to a finished tile.
 
+// Register tiles are arrays indexed by row and column; iterators over several of them at once hide the arithmetic.
+#![allow(clippy::needless_range_loop)]
+
 pub(crate) mod acts;
 mod tile;
 
@@ -45,7 +48,13 @@ pub(crate) struct Sink<'a> {
 
 /// Computes all products of `input` with `matrix`. Buffers have been checked against the shapes.
 pub(crate) fn multiply(pool: &Pool, matrix: &QMatrix, input: Input<'_>, sink: Sink<'_>) {
-    let plan = Plan::new(pool, matrix.panels(), matrix.bytes(), input.rows, matrix.k());
+    let plan = Plan::new(
+        pool,
+        matrix.panels(),
+        matrix.bytes(),
+        input.rows,
+        matrix.k(),
+    );
     pool.run(plan.tasks(), &|task| {
         let (rows, panels) = plan.task(task);
         let mut first_panel = 0;
@@ -244,9 +253,11 @@ fn quantised_tile<S: Simd, T: Format, const R: usize>(
 ) {
     let blocks = job.k / BLOCK;
     let acts = &job.input.acts[row * blocks * ROW_BLOCK..][..R * blocks * ROW_BLOCK];
-    let weights = |part: &Part| part.data.bytes()[panel * part.panel_bytes..][..part.panel_bytes].as_ptr();
+    let weights =
+        |part: &Part| part.data.bytes()[panel * part.panel_bytes..][..part.panel_bytes].as_ptr();
     // SAFETY: the slices just taken are a whole panel and a whole tile.
-    let mut acc = unsafe { tile::quantised::<S, T, R>(s, weights(job.part), blocks, acts.as_ptr()) };
+    let mut acc =
+        unsafe { tile::quantised::<S, T, R>(s, weights(job.part), blocks, acts.as_ptr()) };
     if let Some(up) = job.up {
         // SAFETY: as above; the up part has the gate's layout and shape.
         let up = unsafe { tile::quantised::<S, T, R>(s, weights(up), blocks, acts.as_ptr()) };
@@ -281,7 +292,8 @@ impl Kernel for Floats<'_> {
 #[inline(always)]
 fn float_tile<S: Simd, const R: usize>(s: S, job: &Job<'_>, panel: usize, row: usize) {
     let x = &job.input.x[row * job.k..][..R * job.k];
-    let weights = |part: &Part| part.data.bytes()[panel * part.panel_bytes..][..part.panel_bytes].as_ptr();
+    let weights =
+        |part: &Part| part.data.bytes()[panel * part.panel_bytes..][..part.panel_bytes].as_ptr();
     let layout = job.part.layout;
     // SAFETY: the slices just taken are a whole panel and R whole rows.
     let mut acc = unsafe { tile::floats::<S, R>(s, layout, weights(job.part), job.k, x.as_ptr()) };
@@ -310,7 +322,7 @@ fn finish<S: Simd>(s: S, job: &Job<'_>, panel: usize, row: usize, acc: S::F) {
         v = s.add(v, partial(s, &bias[column..][..valid]));
     }
     // SAFETY: the output was checked to hold every row; this task alone touches these columns of this row.
-    let out = unsafe { std::slice::from_raw_parts_mut(sink.out.0.add(at), valid) };
+    let out = unsafe { std::slice::from_raw_parts_mut(sink.out.get().add(at), valid) };
     match sink.add {
         Add::Nothing => {}
         Add::Output => v = s.add(v, partial(s, out)),

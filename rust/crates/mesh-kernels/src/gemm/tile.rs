@@ -3,6 +3,9 @@
 //! Every output value is `Σ over blocks, in order, of d·da·(integer dot product)`, plus `m·(da·Σa)` right after each block
 //! where the layout has minima: the same operations on the same numbers whatever the number of rows.
 
+// Register tiles are arrays indexed by row and column; iterators over several of them at once hide the arithmetic.
+#![allow(clippy::needless_range_loop)]
+
 use crate::layout::{BLOCK, GROUP, GROUP_HEAD, Layout, Scales, code_bytes};
 use crate::simd::Simd;
 

@@ -104,7 +104,9 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     fn largest(self, a: F) -> f32 {
-        a.iter().copied().fold(a[0], |m, v| if v > m { v } else { m })
+        a.iter()
+            .copied()
+            .fold(a[0], |m, v| if v > m { v } else { m })
     }
     #[inline(always)]
     fn isplat(self, v: i32) -> I {
