@@ -301,7 +301,7 @@ mod tests {
             let (a, b) = (UdpSocket::bind(ip).unwrap(), UdpSocket::bind(ip).unwrap());
             let to = Some(b.local_addr().unwrap());
             let sent: Vec<Vec<u8>> = (0..BATCH + 9)
-                .map(|n| vec![n as u8; n * n])
+                .map(|n| vec![n as u8; 3 * n])
                 .chain([vec![1; 65_000]])
                 .collect();
             let report = send(&a, sent.iter().map(|bytes| (&bytes[..], to)));

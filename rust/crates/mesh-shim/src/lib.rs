@@ -3,12 +3,14 @@
 //! - [`bridge`] decides: a state machine without sockets and without a clock;
 //! - [`batch`] moves datagrams in batches, with one system call for many; it alone has unsafe code;
 //! - [`shim`] is the loop between the two, on a thread of its own;
+//! - [`metrics`] shows its counters to Prometheus;
 //! - [`config`] is what an operator can set, [`stats`] what one can read.
 #![deny(unsafe_code)]
 
 pub mod batch;
 pub mod bridge;
 pub mod config;
+pub mod metrics;
 mod resolve;
 pub mod shim;
 pub mod stats;

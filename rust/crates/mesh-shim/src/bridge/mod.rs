@@ -480,7 +480,9 @@ impl Bridge {
         let datagram = &mut datagram[..HEADER_LEN + header.payload_len as usize];
         match header.kind() {
             MsgType::HEALTH => FromHead::Drop,
-            MsgType::RESULT
+            // What a v5.0.0 head answers with.
+            MsgType::TASK
+            | MsgType::RESULT
             | MsgType::ERROR
             | MsgType::PARTIAL
             | MsgType::CHUNK
@@ -515,7 +517,7 @@ impl Bridge {
             drops.duplicate_answer.count();
             return FromHead::Drop;
         }
-        let is_whole = matches!(kind, MsgType::RESULT | MsgType::ERROR);
+        let is_whole = matches!(kind, MsgType::TASK | MsgType::RESULT | MsgType::ERROR);
         // Any head may bring the answer, but pieces of it come from one head alone: another's need not fit them.
         if head != task.head && !is_whole {
             drops.stale_answer.count();
@@ -532,6 +534,9 @@ impl Bridge {
         let task = self.tasks.get_mut(id);
         task.chunked_answer |= kind == MsgType::CHUNK;
         set_sequence(datagram, task.sequence);
+        if kind == MsgType::TASK {
+            datagram[0] = MsgType::RESULT.0;
+        }
         let client = task.client;
         if ends && open {
             self.leave_open(id);

@@ -328,7 +328,11 @@ fn a_v5_head_that_answers_no_probe_still_gets_tasks() {
     world.at(60_000);
     world.transmits();
     let task = world.task(ALICE, 7, "q");
-    assert!(world.head(0, &answer_to(&task, "a")).is_some());
+    // It forwards a worker's Result with the type of a Task.
+    let answer = message(MsgType::TASK, task.sequence, "a");
+    let delivered = message(MsgType::RESULT, 7, "a");
+    assert_eq!(world.head(0, &answer), Some((ALICE.to_owned(), delivered)));
+    assert_eq!(world.bridge.open_tasks(), 0);
 }
 
 #[test]
