@@ -264,9 +264,9 @@ async fn kill_the_one_that_answers(mesh: &mut Mesh) -> Result<String, Failure> {
         .into_iter()
         .flatten()
         .find(|worker| {
-            worker["running"]
+            worker["assigned"]
                 .as_u64()
-                .is_some_and(|running| running > 0)
+                .is_some_and(|requests| requests > 0)
         })
         .and_then(|worker| worker["name"].as_str())
         .ok_or_else(|| Failure::failed(format!("no worker runs a request: {registry}")))?

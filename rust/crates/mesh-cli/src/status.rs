@@ -36,10 +36,6 @@ fn show(registry: &Value, terminal: Terminal) -> String {
         .map(Vec::as_slice)
         .unwrap_or_default();
     let mesh = registry["mesh"].as_str().unwrap_or("mesh");
-    let running: u64 = workers
-        .iter()
-        .filter_map(|worker| worker["running"].as_u64())
-        .sum();
     let mut text = format!(
         "{}: {}, {} running, {} queued\n",
         terminal.bold(mesh),
@@ -47,8 +43,8 @@ fn show(registry: &Value, terminal: Terminal) -> String {
             1 => "1 worker".to_owned(),
             n => format!("{n} workers"),
         },
-        running,
-        registry["queued"].as_u64().unwrap_or(0)
+        registry["requests"]["running"].as_u64().unwrap_or(0),
+        registry["requests"]["queued"].as_u64().unwrap_or(0)
     );
     if workers.is_empty() {
         text +=
@@ -73,17 +69,16 @@ fn rows(worker: &Value) -> Vec<Vec<String>> {
         Some(rate) if rate > 0.0 => format!("{rate:.0} tok/s"),
         _ => "-".to_owned(),
     };
-    let slots = worker["slots"]
-        .as_u64()
-        .map_or(String::new(), |slots| format!("/{slots}"));
-    let running = worker["running"]
-        .as_u64()
-        .map_or("-".to_owned(), |running| format!("{running}{slots}"));
+    let count = |value: &Value| {
+        value
+            .as_u64()
+            .map_or("-".to_owned(), |count| count.to_string())
+    };
     let memory = worker["resident_bytes"]
         .as_u64()
         .filter(|&size| size > 0)
         .map_or("-".to_owned(), bytes);
-    let rtt = worker["rtt_ms"]
+    let rtt = worker["round_trip_ms"]
         .as_f64()
         .map_or("-".to_owned(), |rtt| format!("{rtt:.1} ms"));
     let row = |model: &Value| {
@@ -91,9 +86,13 @@ fn rows(worker: &Value) -> Vec<Vec<String>> {
             text(&worker["name"]),
             text(&worker["state"]),
             text(&model["name"]),
-            running.clone(),
-            rate(&model["decode_tps"]),
-            rate(&model["prefill_tps"]),
+            format!(
+                "{} of {}",
+                count(&worker["running"]),
+                count(&model["slots"])
+            ),
+            rate(&model["decode_tokens_per_second"]),
+            rate(&model["prefill_tokens_per_second"]),
             memory.clone(),
             rtt.clone(),
         ]
@@ -101,5 +100,34 @@ fn rows(worker: &Value) -> Vec<Vec<String>> {
     match worker["models"].as_array() {
         Some(models) if !models.is_empty() => models.iter().map(row).collect(),
         _ => vec![row(&Value::Null)],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::Color;
+    use serde_json::json;
+
+    #[test]
+    fn a_worker_has_a_row_for_each_model() {
+        let model = |name| json!({"name": name, "slots": 8, "decode_tokens_per_second": 61.4});
+        let registry = json!({
+            "mesh": "attic",
+            "requests": {"queued": 2, "running": 3},
+            "workers": [
+                {"name": "laptop", "state": "ready", "running": 3, "models": [model("a"), model("b")]},
+                {"name": "pi", "state": "joining", "models": []},
+            ],
+        });
+        let text = show(&registry, Terminal::new(Color::Never));
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[0], "attic: 2 workers, 3 running, 2 queued");
+        assert!(
+            lines[3].starts_with("laptop  ready    a      3 of 8   61 tok/s"),
+            "{text}"
+        );
+        assert!(lines[5].starts_with("pi      joining  -"), "{text}");
+        assert_eq!(lines.len(), 6);
     }
 }

@@ -80,7 +80,8 @@ impl DcfClient {
     }
 
     /// Sends a JSON task (`prompt` or `messages`, and parameters); `on_text` sees the answer's text piece by piece, in
-    /// order and complete, if the task has `"stream": true`, else at once.
+    /// order and complete, if the task has `"stream": true`, else at once. `"ack": true` is set here, so that a head which
+    /// works on the task says so when the task is repeated.
     ///
     /// # Errors
     /// See [`DcfError`].
@@ -90,6 +91,8 @@ impl DcfClient {
         timeout: Duration,
         on_text: &mut dyn FnMut(&str),
     ) -> Result<Answer, DcfError> {
+        let mut task = task.clone();
+        task["ack"] = true.into();
         let payload = Bytes::from(task.to_string());
         self.run(payload, timeout, on_text).await
     }

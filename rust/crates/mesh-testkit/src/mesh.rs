@@ -114,6 +114,7 @@ impl MeshBuilder {
             launcher,
             model: self.model,
             worker_config: self.worker_config,
+            workers_started: 0,
             workers: Vec::new(),
             shim: None,
             head,
@@ -135,6 +136,7 @@ pub struct Mesh {
     launcher: Launcher,
     model: Option<PathBuf>,
     worker_config: Table,
+    workers_started: usize,
     /// The workers, in the order of their start.
     pub workers: Vec<Service>,
     /// The shim.
@@ -204,7 +206,8 @@ impl Mesh {
         Ok(usable(&self.registry().await?))
     }
 
-    /// Starts one more worker, with `toml` over the usual configuration, and does not wait for its model.
+    /// Starts one more worker, with `toml` over the usual configuration, and does not wait until it can be asked. Returns its
+    /// index in [`Mesh::workers`].
     ///
     /// # Errors
     /// If it does not start.
@@ -218,12 +221,12 @@ impl Mesh {
     /// # Errors
     /// If it does not start.
     pub async fn start_worker_with_token(&mut self, toml: &str, token: &str) -> Result<usize> {
-        let index = self.workers.len();
-        let name = format!("worker-{}", index + 1);
+        self.workers_started += 1;
+        let name = format!("worker-{}", self.workers_started);
         let config = self.worker_configuration(&name, toml, token)?;
         let worker = self.launcher.start("mesh-worker", &name, &config).await?;
         self.workers.push(worker);
-        Ok(index)
+        Ok(self.workers.len() - 1)
     }
 
     /// The configuration a worker of this mesh gets.

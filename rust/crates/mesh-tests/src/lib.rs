@@ -1,1 +1,67 @@
-//! Tests and load programs that start a real mesh.
+//! Tests that start a real mesh: real processes, real sockets, a real model.
+//!
+//! - [`alone`] keeps these tests apart: each wants the whole machine;
+//! - [`rescore`] checks a stream against the model itself;
+//! - [`flood`] makes datagrams that mean harm;
+//! - [`Seed`] makes every random choice of a test repeatable.
+
+#![forbid(unsafe_code)]
+
+pub mod flood;
+pub mod rescore;
+
+use std::fs::File;
+
+use nix::fcntl::{Flock, FlockArg};
+
+/// Waits until no other of these tests runs on this machine, and keeps them away until it is dropped. Timeouts that a mesh
+/// has for good reasons would strike where several meshes share two cores.
+///
+/// # Panics
+/// If the lock file cannot be made.
+pub fn alone() -> Flock<File> {
+    let path = std::env::temp_dir().join("hydramesh-tests.lock");
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    Flock::lock(file, FlockArg::LockExclusive)
+        .unwrap_or_else(|(_, error)| panic!("{}: {error}", path.display()))
+}
+
+/// Random numbers that a test can have again: from `HYDRAMESH_TEST_SEED`, else fixed.
+#[derive(Debug, Clone)]
+pub struct Seed(u64);
+
+impl Seed {
+    /// The seed of this run, printed so that a failure can be had again.
+    pub fn of_this_run(default: u64) -> Self {
+        let seed = std::env::var("HYDRAMESH_TEST_SEED")
+            .ok()
+            .and_then(|text| text.parse().ok())
+            .unwrap_or(default);
+        println!("seed {seed} (HYDRAMESH_TEST_SEED sets another)");
+        Self(seed)
+    }
+
+    /// This very seed.
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// The next number (SplitMix64).
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    /// A number below `end`, which must not be 0.
+    pub fn below(&mut self, end: usize) -> usize {
+        (self.next() % end as u64) as usize
+    }
+}

@@ -1,0 +1,119 @@
+//! Random and mutated datagrams at every UDP port: no crash, no growth in memory, service continues.
+//!
+//! `HYDRAMESH_FLOOD_DATAGRAMS` sets how many go to each port: 10 million in `make flood`, fewer where it is not set.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use mesh_testkit::v5::{RESULT, V5Client};
+use mesh_testkit::{Mesh, Service};
+use mesh_tests::flood::flood;
+use mesh_tests::{Seed, alone};
+
+const USUAL: u64 = 200_000;
+const LIMIT: Duration = Duration::from_secs(60);
+/// What may be added after the first quarter: allocators round, caches of bounded size fill.
+const GROWTH: u64 = 24 << 20;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_udp_port_outlives_a_flood_of_bad_datagrams() -> Result<()> {
+    let _alone = alone();
+    let mut seed = Seed::of_this_run(4);
+    let count = match std::env::var("HYDRAMESH_FLOOD_DATAGRAMS") {
+        Ok(text) => text.parse().context("HYDRAMESH_FLOOD_DATAGRAMS")?,
+        Err(_) => USUAL,
+    };
+    let mut mesh = Mesh::builder()
+        .workers(1)
+        // Bad datagrams may be good tasks: these are answered in one token.
+        .worker_config("threads = 1\n[sampling]\nmax_tokens = 1\n")
+        .head_config("queue_limit = 32\n")
+        .shim()
+        .start()
+        .await?;
+    let shim = mesh.shim.as_ref().context("a shim")?;
+    let ports: Vec<(&str, SocketAddr)> = vec![
+        ("the shim's clients", shim.address("ingress")?),
+        ("the head's clients", mesh.head.address("dcf.clients")?),
+        ("the head's workers", mesh.head.address("dcf.workers")?),
+        ("the head's QUIC", mesh.head.address("quic")?),
+        ("the worker's tasks", mesh.workers[0].address("dcf")?),
+    ];
+    for (name, port) in ports {
+        let started = Instant::now();
+        let quarter = seed.next();
+        send(port, count / 4, quarter).await?;
+        let before = resident(&mesh)?;
+        let sent = send(port, count - count / 4, seed.next()).await?;
+        let after = resident(&mesh)?;
+        println!(
+            "{name}: {} datagrams in {:.1} s, resident memory {before:?} -> {after:?}",
+            sent + count / 4,
+            started.elapsed().as_secs_f64()
+        );
+        for ((service, before), (_, after)) in before.iter().zip(&after) {
+            ensure!(
+                after.saturating_sub(*before) <= GROWTH,
+                "{name}: {service} grew from {before} to {after} bytes"
+            );
+        }
+        still_serves(&mut mesh)
+            .await
+            .with_context(|| format!("after the flood at {name}"))?;
+    }
+    mesh.shutdown().await
+}
+
+async fn send(port: SocketAddr, count: u64, seed: u64) -> Result<u64> {
+    Ok(tokio::task::spawn_blocking(move || flood(port, count, seed)).await??)
+}
+
+fn services(mesh: &Mesh) -> impl Iterator<Item = &Service> {
+    mesh.shim.iter().chain(&mesh.workers).chain([&mesh.head])
+}
+
+fn resident(mesh: &Mesh) -> Result<Vec<(String, u64)>> {
+    services(mesh)
+        .map(|service| Ok((service.name().to_owned(), service.resident_bytes()?)))
+        .collect()
+}
+
+async fn still_serves(mesh: &mut Mesh) -> Result<()> {
+    for service in mesh
+        .shim
+        .iter_mut()
+        .chain(&mut mesh.workers)
+        .chain([&mut mesh.head])
+    {
+        ensure!(
+            service.is_running(),
+            "{} is gone:\n{}",
+            service.name(),
+            service.log_end()
+        );
+        ensure!(
+            !service.log().contains("panicked"),
+            "{} panicked:\n{}",
+            service.name(),
+            service.log_end()
+        );
+    }
+    // A v5.0.0 worker that the noise made up may stand in the registry until it is pruned; a good task gets through.
+    let shim = mesh.shim.as_ref().context("a shim")?.address("ingress")?;
+    let started = Instant::now();
+    loop {
+        let client = V5Client::new(shim)?;
+        let answer = client.ask(
+            77,
+            "{\"prompt\": \"hello\", \"max_tokens\": 1, \"stream\": false}",
+            LIMIT,
+        )?;
+        if answer.kind == RESULT {
+            return Ok(());
+        }
+        // Busy with what the flood asked for; that ends.
+        ensure!(started.elapsed() < LIMIT, "still no result: {answer:?}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}

@@ -1,0 +1,271 @@
+//! What every service owes its operator: a configuration that is checked, a drain, metrics, health.
+
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use mesh_testkit::{Mesh, paths};
+use mesh_tests::alone;
+use nix::sys::signal::Signal;
+use serde_json::json;
+
+const SERVICES: [&str; 3] = ["mesh-head", "mesh-worker", "mesh-shim"];
+
+fn run(program: &str, arguments: &[&str]) -> Result<Output> {
+    Ok(Command::new(paths::bin_dir()?.join(program))
+        .args(arguments)
+        .output()?)
+}
+
+#[test]
+fn every_service_explains_itself() -> Result<()> {
+    for program in SERVICES {
+        let help = run(program, &["--help"])?;
+        let text = String::from_utf8_lossy(&help.stdout);
+        ensure!(help.status.success(), "{program} --help: {:?}", help.status);
+        for flag in [
+            "--config",
+            "--state-dir",
+            "--set",
+            "--check-config",
+            "--print-config",
+            "--log-format",
+        ] {
+            ensure!(text.contains(flag), "{program} --help does not name {flag}");
+        }
+        let version = run(program, &["--version"])?;
+        ensure!(
+            String::from_utf8_lossy(&version.stdout).starts_with(program),
+            "{program} --version"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn an_unknown_key_is_an_error_that_names_the_nearest_one() -> Result<()> {
+    let file = tempfile::NamedTempFile::new()?;
+    std::fs::write(&file, "[http]\nlissten = \"127.0.0.1:0\"\n")?;
+    let path = file.path().to_str().context("UTF-8")?;
+    for program in SERVICES {
+        let checked = run(program, &["--config", path, "--check-config"])?;
+        let words = String::from_utf8_lossy(&checked.stderr);
+        ensure!(!checked.status.success(), "{program} takes an unknown key");
+        ensure!(
+            words.contains("lissten") && words.contains("http.listen") && words.contains(path),
+            "{program}: {words}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn a_printed_configuration_can_be_read_again_and_holds_no_secret() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    for program in SERVICES {
+        let set: &[&str] = match program {
+            "mesh-worker" => &[
+                "--set",
+                "models=/models/a.gguf",
+                "--set",
+                "head=head.example:7780",
+                "--set",
+                "join_token=hydra1.secret",
+            ],
+            _ => &[],
+        };
+        let printed = run(program, &[&["--print-config"], set].concat())?;
+        let text = String::from_utf8_lossy(&printed.stdout).into_owned();
+        ensure!(
+            printed.status.success(),
+            "{program} --print-config: {}",
+            String::from_utf8_lossy(&printed.stderr)
+        );
+        ensure!(
+            !text.contains("hydra1.secret"),
+            "{program} prints a secret:\n{text}"
+        );
+        let path = dir.path().join(format!("{program}.toml"));
+        std::fs::write(&path, &text)?;
+        let path = path.to_str().context("UTF-8")?;
+        let again = run(program, &["--config", path, "--print-config"])?;
+        ensure!(
+            String::from_utf8_lossy(&again.stdout) == text,
+            "{program}: the printed configuration reads differently"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn a_head_open_to_all_must_be_meant() -> Result<()> {
+    let refused = run("mesh-head", &["--http", "0.0.0.0:8080", "--check-config"])?;
+    let words = String::from_utf8_lossy(&refused.stderr);
+    ensure!(
+        !refused.status.success() && words.contains("allow_unauthenticated"),
+        "{words}"
+    );
+    let meant = run(
+        "mesh-head",
+        &[
+            "--http",
+            "0.0.0.0:8080",
+            "--set",
+            "http.allow_unauthenticated=true",
+            "--check-config",
+        ],
+    )?;
+    ensure!(
+        meant.status.success(),
+        "{}",
+        String::from_utf8_lossy(&meant.stderr)
+    );
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sigterm_lets_running_answers_finish_and_takes_no_new_work() -> Result<()> {
+    let _alone = alone();
+    let mut mesh = Mesh::builder()
+        .workers(1)
+        .worker_config("threads = 1\n")
+        .start()
+        .await?;
+    let client = mesh.client()?;
+    let model = client
+        .models()
+        .await?
+        .into_iter()
+        .next()
+        .context("a model")?;
+    let body = json!({"model": model, "prompt": "Once upon a time", "max_tokens": 150, "temperature": 0, "ignore_eos": true});
+
+    // A worker first: its answer ends whole, and it takes no other.
+    let mut stream = client.stream(body.clone()).await?;
+    stream.next().await?.context("a first piece")?;
+    mesh.workers[0].signal(Signal::SIGTERM)?;
+    let mut tokens = None;
+    while let Some(piece) = stream.next().await? {
+        if let Some(usage) = piece.usage {
+            tokens = usage["completion_tokens"].as_u64();
+        }
+    }
+    ensure!(
+        tokens == Some(150),
+        "the drained worker's answer has {tokens:?} tokens"
+    );
+    let status = mesh.workers[0]
+        .wait_for_end(Duration::from_secs(30))
+        .await?;
+    ensure!(
+        status.success(),
+        "the worker ended with {status}:\n{}",
+        mesh.workers[0].log_end()
+    );
+
+    // Then the head: the stream that runs ends whole, a new connection is not taken.
+    mesh.start_worker("threads = 1\n").await?;
+    mesh.wait_for_workers(1).await?;
+    let mut stream = client.stream(body).await?;
+    stream.next().await?.context("a first piece")?;
+    mesh.head.signal(Signal::SIGTERM)?;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let late = client
+        .complete(&json!({"model": model, "prompt": "late", "max_tokens": 1}))
+        .await;
+    ensure!(late.is_err(), "a draining head takes new work: {late:?}");
+    let mut finish = None;
+    while let Some(piece) = stream.next().await? {
+        finish = piece.finish_reason.or(finish);
+    }
+    ensure!(
+        finish.as_deref() == Some("length"),
+        "the draining head's answer ended with {finish:?}"
+    );
+    let status = mesh.head.wait_for_end(Duration::from_secs(30)).await?;
+    ensure!(
+        status.success(),
+        "the head ended with {status}:\n{}",
+        mesh.head.log_end()
+    );
+    mesh.shutdown().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hung_worker_is_noticed_and_its_answer_goes_on_elsewhere() -> Result<()> {
+    let _alone = alone();
+    let mut mesh = Mesh::builder()
+        .workers(2)
+        .worker_config("threads = 1\n")
+        .start()
+        .await?;
+    let client = mesh.client()?;
+    let model = client
+        .models()
+        .await?
+        .into_iter()
+        .next()
+        .context("a model")?;
+    let body = json!({"model": model, "prompt": "Once upon a time", "max_tokens": 120, "temperature": 0, "ignore_eos": true});
+    let undisturbed = client.complete(&body).await?["choices"][0]["text"].clone();
+
+    let mut stream = client.stream(body).await?;
+    let mut text = stream.next().await?.context("a first piece")?.text;
+    let busy = mesh.registry().await?["workers"]
+        .as_array()
+        .and_then(|workers| {
+            workers
+                .iter()
+                .position(|worker| worker["assigned"].as_u64() > Some(0))
+        })
+        .context("nobody has it")?;
+    let name = mesh.registry().await?["workers"][busy]["name"].clone();
+    let hung = mesh
+        .workers
+        .iter()
+        .position(|worker| name == worker.name())
+        .context("ours")?;
+    mesh.workers[hung].signal(Signal::SIGSTOP)?;
+    let mut reruns = None;
+    while let Some(piece) = stream.next().await? {
+        text += &piece.text;
+        if let Some(timings) = piece.timings {
+            reruns = timings["reruns"].as_u64();
+        }
+    }
+    ensure!(
+        undisturbed == text,
+        "the answer differs:\n{undisturbed}\n{text:?}"
+    );
+    ensure!(reruns == Some(1), "it was run again {reruns:?} times");
+    // It comes back by itself when it runs again.
+    mesh.workers[hung].signal(Signal::SIGCONT)?;
+    mesh.wait_for_workers(2).await?;
+    mesh.shutdown().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn health_readiness_and_metrics_are_told_by_every_service() -> Result<()> {
+    let _alone = alone();
+    let mut mesh = Mesh::builder()
+        .workers(1)
+        .worker_config("threads = 1\n")
+        .shim()
+        .start()
+        .await?;
+    mesh.head.wait_for("/ready").await?;
+    mesh.workers[0].wait_for("/ready").await?;
+    let shim = mesh.shim.as_mut().context("a shim")?;
+    shim.wait_for("/ready").await?;
+    for service in [&mesh.head, &mesh.workers[0], shim] {
+        let metrics = service.http()?.get_text("/metrics").await?;
+        for line in ["# TYPE", "process_resident_memory_bytes"] {
+            ensure!(
+                metrics.contains(line),
+                "{}: no {line} in\n{metrics}",
+                service.name()
+            );
+        }
+    }
+    mesh.shutdown().await
+}
