@@ -17,9 +17,11 @@ impl Network {
     /// Whether the address lies in it.
     pub fn contains(&self, address: IpAddr) -> bool {
         match (self.address, address) {
-            (IpAddr::V4(network), IpAddr::V4(address)) => {
-                same_prefix(u128::from(network.to_bits()) << 96, u128::from(address.to_bits()) << 96, self.prefix)
-            }
+            (IpAddr::V4(network), IpAddr::V4(address)) => same_prefix(
+                u128::from(network.to_bits()) << 96,
+                u128::from(address.to_bits()) << 96,
+                self.prefix,
+            ),
             (IpAddr::V6(network), IpAddr::V6(address)) => {
                 same_prefix(network.to_bits(), address.to_bits(), self.prefix)
             }
@@ -53,7 +55,11 @@ impl FromStr for Network {
             Some(prefix) => prefix.trim().parse().map_err(|_| wrong())?,
             None => longest,
         };
-        if prefix > longest { Err(wrong()) } else { Ok(Self { address, prefix }) }
+        if prefix > longest {
+            Err(wrong())
+        } else {
+            Ok(Self { address, prefix })
+        }
     }
 }
 
@@ -71,7 +77,9 @@ impl Serialize for Network {
 
 impl<'de> Deserialize<'de> for Network {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(serde::de::Error::custom)
     }
 }
 
@@ -94,13 +102,25 @@ mod tests {
         ];
         for (network, address, inside) in cases {
             let network: Network = network.parse().unwrap();
-            assert_eq!(network.contains(address.parse().unwrap()), inside, "{network} {address}");
+            assert_eq!(
+                network.contains(address.parse().unwrap()),
+                inside,
+                "{network} {address}"
+            );
         }
     }
 
     #[test]
     fn what_is_no_network_is_said_to_be_none() {
-        for text in ["", "10.0.0.0/33", "fd00::/129", "10.0.0/8", "10.0.0.0/", "x/8", "10.0.0.0/-1"] {
+        for text in [
+            "",
+            "10.0.0.0/33",
+            "fd00::/129",
+            "10.0.0/8",
+            "10.0.0.0/",
+            "x/8",
+            "10.0.0.0/-1",
+        ] {
             assert!(text.parse::<Network>().is_err(), "{text}");
         }
     }

@@ -1,1 +1,192 @@
+use std::net::UdpSocket as StdSocket;
 
+use super::*;
+
+const LOOPBACK: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+
+/// Receives until `count` datagrams have arrived; their order is kept.
+async fn receive(socket: &BatchSocket, count: usize) -> Vec<(SocketAddr, Vec<u8>)> {
+    let mut batch = RecvBatch::new();
+    let mut all = Vec::new();
+    while all.len() < count {
+        let received =
+            tokio::time::timeout(std::time::Duration::from_secs(5), socket.recv(&mut batch));
+        received.await.expect("datagrams arrive").expect("received");
+        all.extend(
+            batch
+                .datagrams()
+                .map(|datagram| (datagram.from, datagram.data.to_vec())),
+        );
+    }
+    all
+}
+
+#[tokio::test]
+async fn a_batch_reaches_many_destinations_whole_and_in_order() {
+    let sender = BatchSocket::bind(LOOPBACK).expect("bind");
+    let receivers: Vec<_> = (0..5)
+        .map(|_| BatchSocket::bind(LOOPBACK).expect("bind"))
+        .collect();
+    let mut batch = SendBatch::new();
+    let payload = |index: usize| vec![index as u8; 1 + index * 7];
+    for index in 0..200 {
+        let (head, tail) = (payload(index), [1, 2, 3]);
+        batch.push_parts(receivers[index % 5].local_addr(), &[&head, &tail]);
+    }
+    assert_eq!(batch.len(), 200);
+    assert_eq!(sender.send(&mut batch).await.expect("sent"), 200);
+    assert!(batch.is_empty());
+    for (number, receiver) in receivers.iter().enumerate() {
+        let expected: Vec<_> = (0..40)
+            .map(|round| [payload(round * 5 + number), vec![1, 2, 3]].concat())
+            .map(|data| (sender.local_addr(), data))
+            .collect();
+        assert_eq!(receive(receiver, 40).await, expected);
+    }
+    assert_eq!(sender.counters().sent_datagrams, 200);
+}
+
+#[tokio::test]
+async fn runs_of_equal_length_keep_their_boundaries() {
+    let (sender, receiver) = (
+        BatchSocket::bind(LOOPBACK).expect("bind"),
+        BatchSocket::bind(LOOPBACK).expect("bind"),
+    );
+    let mut batch = SendBatch::new();
+    // Runs that end in a shorter one, a longer one, an empty one, and a run longer than GSO takes.
+    let lengths: Vec<usize> = [
+        vec![100; 10],
+        vec![60],
+        vec![100; 3],
+        vec![200; 2],
+        vec![0],
+        vec![1; 150],
+    ]
+    .concat();
+    for (index, &len) in lengths.iter().enumerate() {
+        batch.push(receiver.local_addr(), &vec![index as u8; len]);
+    }
+    sender.send(&mut batch).await.expect("sent");
+    let received = receive(&receiver, lengths.len()).await;
+    for (index, (_, data)) in received.iter().enumerate() {
+        assert_eq!(*data, vec![index as u8; lengths[index]], "datagram {index}");
+    }
+    assert_eq!(receiver.counters().received_datagrams, lengths.len() as u64);
+    assert_eq!(
+        receiver.counters().received_bytes,
+        lengths.iter().sum::<usize>() as u64
+    );
+}
+
+#[tokio::test]
+async fn plain_sockets_get_single_datagrams() {
+    let sender = BatchSocket::bind(LOOPBACK).expect("bind");
+    let plain = StdSocket::bind(LOOPBACK).expect("bind");
+    let mut batch = SendBatch::new();
+    for index in 0..20u8 {
+        batch.push(plain.local_addr().expect("address"), &[index; 50]);
+    }
+    sender.send(&mut batch).await.expect("sent");
+    plain
+        .set_read_timeout(Some(std::time::Duration::from_secs(5)))
+        .expect("timeout");
+    for index in 0..20u8 {
+        let mut buffer = [0; 1000];
+        let (len, _) = plain.recv_from(&mut buffer).expect("received");
+        assert_eq!(buffer[..len], [index; 50]);
+    }
+}
+
+#[tokio::test]
+async fn the_largest_datagram_passes_and_a_larger_one_is_counted() {
+    let (sender, receiver) = (
+        BatchSocket::bind(LOOPBACK).expect("bind"),
+        BatchSocket::bind(LOOPBACK).expect("bind"),
+    );
+    let mut batch = SendBatch::new();
+    batch.push(receiver.local_addr(), &vec![1; dcf::MAX_DATAGRAM + 1]);
+    batch.push(receiver.local_addr(), &vec![2; dcf::MAX_DATAGRAM]);
+    assert_eq!(sender.send(&mut batch).await.expect("sent"), 1);
+    assert_eq!(receive(&receiver, 1).await[0].1, vec![2; dcf::MAX_DATAGRAM]);
+    assert_eq!(sender.counters().refused_datagrams, 1);
+}
+
+#[tokio::test]
+async fn a_closed_port_disturbs_nobody() {
+    let sender = BatchSocket::bind(LOOPBACK).expect("bind");
+    let receiver = BatchSocket::bind(LOOPBACK).expect("bind");
+    let closed = StdSocket::bind(LOOPBACK)
+        .expect("bind")
+        .local_addr()
+        .expect("address");
+    for _ in 0..10 {
+        let mut batch = SendBatch::new();
+        batch.push(closed, b"nobody");
+        batch.push(receiver.local_addr(), b"somebody");
+        sender.send(&mut batch).await.expect("sent");
+        assert_eq!(receive(&receiver, 1).await[0].1, b"somebody");
+    }
+    sender
+        .send_to(b"one", receiver.local_addr())
+        .await
+        .expect("sent");
+    assert_eq!(receive(&receiver, 1).await[0].1, b"one");
+    let mut batch = RecvBatch::new();
+    assert_eq!(
+        sender
+            .try_recv(&mut batch)
+            .expect_err("nothing there")
+            .kind(),
+        io::ErrorKind::WouldBlock
+    );
+}
+
+#[tokio::test]
+async fn ipv6_works_and_a_taken_port_is_named() {
+    let local = "[::1]:0".parse().expect("an address");
+    let (Ok(sender), Ok(receiver)) = (BatchSocket::bind(local), BatchSocket::bind(local)) else {
+        return; // no IPv6 on this machine
+    };
+    let mut batch = SendBatch::new();
+    batch.push(receiver.local_addr(), b"six");
+    sender.send(&mut batch).await.expect("sent");
+    assert_eq!(
+        receive(&receiver, 1).await,
+        [(sender.local_addr(), b"six".to_vec())]
+    );
+    let error = BatchSocket::bind(receiver.local_addr())
+        .expect_err("taken")
+        .to_string();
+    assert!(
+        error.contains(&receiver.local_addr().to_string()),
+        "{error}"
+    );
+}
+
+#[test]
+fn storms_of_unreachable_ports_are_reported_with_their_destination() {
+    let socket = StdSocket::bind(LOOPBACK).expect("bind");
+    sys::report_icmp_errors(socket.as_fd()).expect("Linux has it");
+    let closed = StdSocket::bind(LOOPBACK)
+        .expect("bind")
+        .local_addr()
+        .expect("address");
+    assert_eq!(sys::next_icmp_error(socket.as_fd()).expect("empty"), None);
+    socket.send_to(b"x", closed).expect("sent");
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+    let error = loop {
+        if let Some(error) = sys::next_icmp_error(socket.as_fd()).expect("readable") {
+            break error;
+        }
+        assert!(std::time::Instant::now() < deadline, "no ICMP error");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    };
+    assert_eq!(
+        error,
+        sys::IcmpError {
+            destination: closed,
+            port_unreachable: true
+        }
+    );
+}

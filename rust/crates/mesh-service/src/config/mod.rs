@@ -255,13 +255,16 @@ fn known_keys<T: Default + Serialize>() -> Vec<String> {
     keys
 }
 
+/// Replaces secrets; one that is not set stays visibly empty.
 fn redact(table: &mut toml::Table, prefix: &str, secrets: &[&str]) {
     for (name, value) in table.iter_mut() {
         let key = tree::join(prefix, name);
-        if secrets.contains(&key.as_str()) || SECRET_NAMES.contains(&name.as_str()) {
-            *value = toml::Value::String("<redacted>".into());
-        } else if let toml::Value::Table(inner) = value {
-            redact(inner, &key, secrets);
+        let is_secret = secrets.contains(&key.as_str()) || SECRET_NAMES.contains(&name.as_str());
+        match value {
+            toml::Value::String(text) if text.is_empty() => {}
+            _ if is_secret => *value = toml::Value::String("<redacted>".into()),
+            toml::Value::Table(inner) => redact(inner, &key, secrets),
+            _ => {}
         }
     }
 }

@@ -1,0 +1,103 @@
+//! A head and workers on loopback, for the tests of joining and of links.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use mesh_net::quic::{Connector, Link, LinkConfig, Listener, join};
+use mesh_net::trust::{Authority, JoinToken, NodeIdentity, Role, Validity};
+use tempfile::TempDir;
+
+pub const HOUR: Duration = Duration::from_secs(3600);
+pub const LOOPBACK: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+
+/// A head with its mesh.
+pub struct Head {
+    pub dir: TempDir,
+    pub authority: Arc<Authority>,
+    pub listener: Listener,
+    pub address: SocketAddr,
+}
+
+impl Head {
+    pub fn start(mesh: &str) -> Self {
+        Self::open(
+            tempfile::tempdir().expect("temporary directory"),
+            mesh,
+            Validity::default(),
+        )
+    }
+
+    pub fn open(dir: TempDir, mesh: &str, validity: Validity) -> Self {
+        let authority = Arc::new(Authority::open(dir.path(), mesh, validity).expect("authority"));
+        let identity = authority
+            .head_identity(dir.path(), "head", SystemTime::now())
+            .expect("identity");
+        let admission = Some(authority.clone() as Arc<_>);
+        let listener =
+            Listener::bind(LOOPBACK, identity, admission, LinkConfig::default()).expect("listener");
+        let address = listener.local_addr().expect("address");
+        Self {
+            dir,
+            authority,
+            listener,
+            address,
+        }
+    }
+
+    /// The same head after a restart, on another port.
+    pub async fn restart(self) -> Self {
+        let Self {
+            dir,
+            listener,
+            authority,
+            ..
+        } = self;
+        let mesh = authority.root().mesh().to_owned();
+        listener
+            .shutdown(dcf::ErrorCode::DRAINING, "restarting")
+            .await;
+        drop((listener, authority));
+        Self::open(dir, &mesh, Validity::default())
+    }
+
+    pub fn token(&self) -> JoinToken {
+        self.authority
+            .create_token(HOUR, "test", SystemTime::now())
+            .expect("token")
+    }
+
+    pub async fn worker(&self, name: &str) -> Worker {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let identity = join(self.address, &self.token(), dir.path(), name)
+            .await
+            .expect("joins");
+        Worker { dir, identity }
+    }
+
+    /// Both ends of a new link: the worker's, then the head's.
+    pub async fn link(&self, worker: &Worker, config: LinkConfig) -> (Link, Link) {
+        let connector =
+            Connector::bind(LOOPBACK, worker.identity.clone(), config).expect("connector");
+        let (near, far) = tokio::join!(
+            connector.connect(self.address, Role::Head),
+            self.listener.accept()
+        );
+        (near.expect("connects"), far.expect("accepted"))
+    }
+}
+
+/// A node that has joined.
+pub struct Worker {
+    #[allow(dead_code)]
+    pub dir: TempDir,
+    pub identity: NodeIdentity,
+}
+
+/// A file of a state directory.
+#[allow(dead_code)]
+pub fn state_file(dir: &TempDir, name: &str) -> PathBuf {
+    dir.path().join(name)
+}
