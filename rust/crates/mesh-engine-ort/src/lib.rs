@@ -1,6 +1,5 @@
 //! Stages on ONNX Runtime: the graph built in memory, CPU kernels as custom operators.
 
-mod attention;
 mod graph;
 mod kv;
 mod operators;

@@ -12,8 +12,9 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError};
+use std::time::Instant;
 
-use mesh_kernels::KernelError;
+use mesh_kernels::{Attention, KernelError, Linear, attention, feed_forward, linear};
 use ort::operator::{
     ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput,
     ShapeInferenceContext,
@@ -150,8 +151,8 @@ impl StageKernel {
         let width = self.shared.shape.hidden;
         // SAFETY: the operator declares an f32 input; every row of the step comes in as `width` numbers.
         let x: &[f32] = unsafe { tensors::input(context, 0, step.rows * width)? };
-        crate::attention::attend(&self.shared, step, self.layer, x)?;
         let mut clock = step.clock();
+        self.attend(step, x, &mut clock)?;
         let layer = &self.shared.weights.layers[self.layer];
         // After the last layer only the rows that become logits matter.
         let keep = self.shared.is_last() && self.layer + 1 == self.shared.weights.layers.len();
@@ -180,6 +181,41 @@ impl StageKernel {
         Ok(())
     }
 
+    /// Fills `step.attended` with what the heads gather, having extended the layer's KV rows.
+    fn attend(&self, step: &mut Step, x: &[f32], clock: &mut Option<Instant>) -> ort::Result<()> {
+        let shared = &*self.shared;
+        let layer = &shared.weights.layers[self.layer];
+        let options = Linear {
+            norm: Some(shared.norm(&layer.attention_norm)),
+            bias: layer.qkv_bias.as_deref(),
+            ..Linear::default()
+        };
+        step.qkv.resize(step.rows * layer.qkv.n(), 0.0);
+        linear(&shared.pool, &layer.qkv, x, step.rows, &mut step.qkv, &options).map_err(kernel)?;
+        step.lap("query, key, value", clock);
+        let spec = Attention {
+            heads: shared.heads,
+            scale: Some(shared.score_scale),
+            rope: Some(&shared.rope),
+            q_norm: layer.query_norm.as_deref(),
+            k_norm: layer.key_norm.as_deref(),
+            eps: shared.norm_eps,
+        };
+        step.attended.resize(step.rows * shared.heads * shared.shape.head_dim, 0.0);
+        attention(
+            &shared.pool,
+            &spec,
+            &mut step.kv.cache,
+            self.layer,
+            &step.kv_segments,
+            &step.qkv,
+            &mut step.attended,
+        )
+        .map_err(kernel)?;
+        step.lap("attention", clock);
+        Ok(())
+    }
+
     fn feed_forward(&self, context: &ComputeContext, step: &mut Step) -> ort::Result<()> {
         let mut clock = step.clock();
         let width = self.shared.shape.hidden;
@@ -195,7 +231,7 @@ impl StageKernel {
             let layer = &self.shared.weights.layers[self.layer];
             let norm = self.shared.norm(&layer.ffn_norm);
             let pool = &self.shared.pool;
-            mesh_kernels::feed_forward(pool, &layer.gate, &layer.up, &layer.down, norm, out, rows)
+            feed_forward(pool, &layer.gate, &layer.up, &layer.down, norm, out, rows)
                 .map_err(kernel)?;
         }
         step.lap("feed-forward", &mut clock);
@@ -212,11 +248,11 @@ impl StageKernel {
         let out = unsafe { tensors::output(context, rows, shape.vocab)? };
         if rows > 0 {
             let head = self.shared.weights.head.as_ref().ok_or_else(|| internal("no head"))?;
-            let options = mesh_kernels::Linear {
+            let options = Linear {
                 norm: Some(self.shared.norm(&head.norm)),
-                ..Default::default()
+                ..Linear::default()
             };
-            mesh_kernels::linear(&self.shared.pool, &head.output, x, rows, out, &options)
+            linear(&self.shared.pool, &head.output, x, rows, out, &options)
                 .map_err(kernel)?;
         }
         step.lap("head", &mut clock);

@@ -92,12 +92,7 @@ pub enum LoadError {
         /// What is wrong.
         message: String,
     },
-    /// No address space for the KV cache.
-    #[error("no memory for a KV cache of {bytes} bytes: {source}; use fewer slots or a shorter context")]
-    KvMemory {
-        /// Bytes of address space asked for.
-        bytes: u64,
-        /// The system's words.
-        source: std::io::Error,
-    },
+    /// The kernels cannot run such a network, or there is no memory for its KV cache.
+    #[error("{0}; another model, fewer slots or a shorter context may do")]
+    Kernel(#[from] mesh_kernels::KernelError),
 }

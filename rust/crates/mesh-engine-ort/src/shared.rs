@@ -5,10 +5,13 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use mesh_engine::{LogitRows, ModelShape, Segment};
-use mesh_kernels::{Linear, Pool, QMatrix, Residual, RmsNorm, linear};
-use mesh_model::{ModelConfig, RopeStyle};
+use mesh_kernels::{
+    KernelError, KvSegment, Linear, Pool, QMatrix, Residual, RmsNorm, Rope, RopeOptions, RopeStyle,
+    linear,
+};
+use mesh_model::{ModelConfig, RopeScaling};
 
-use crate::kv::KvCache;
+use crate::kv::Kv;
 use crate::operators::kernel;
 use crate::weights::Weights;
 
@@ -19,16 +22,11 @@ pub(crate) struct Shared {
     pub(crate) heads: usize,
     pub(crate) norm_eps: f32,
     pub(crate) rope: Rope,
+    /// Factor of the attention scores.
+    pub(crate) score_scale: f32,
     pub(crate) weights: Weights,
     pub(crate) pool: Pool,
     pub(crate) step: Mutex<Step>,
-}
-
-/// Rotary position embedding as the kernels want it.
-pub(crate) struct Rope {
-    pub(crate) frequencies: Vec<f32>,
-    pub(crate) magnitude: f32,
-    pub(crate) interleaved: bool,
 }
 
 impl Shared {
@@ -39,21 +37,22 @@ impl Shared {
         weights: Weights,
         pool: Pool,
         step: Step,
-    ) -> Shared {
-        Shared {
+        context: u32,
+    ) -> Result<Shared, KernelError> {
+        // The magnitude belongs to queries and keys alike, so the scores take it squared.
+        let magnitude = config.rope.magnitude();
+        let score_scale = magnitude * magnitude / (config.head_dim as f32).sqrt();
+        Ok(Shared {
             shape,
             layers,
             heads: config.heads,
             norm_eps: config.norm_eps,
-            rope: Rope {
-                frequencies: config.rope.frequencies(),
-                magnitude: config.rope.magnitude(),
-                interleaved: config.rope.style == RopeStyle::Interleaved,
-            },
+            rope: rope(&config.rope, context)?,
+            score_scale,
             weights,
             pool,
             step: Mutex::new(step),
-        }
+        })
     }
 
     /// Whether the stage ends the model.
@@ -84,8 +83,10 @@ impl Shared {
 /// The step that is running, the KV cache it extends and the memory it works in. The stage fills it before a run; the
 /// operators run one after the other, so each takes the lock uncontended.
 pub(crate) struct Step {
-    pub(crate) kv: KvCache,
+    pub(crate) kv: Kv,
     pub(crate) segments: Vec<Segment>,
+    /// The same for the attention kernel.
+    pub(crate) kv_segments: Vec<KvSegment>,
     /// Rows in the step.
     pub(crate) rows: usize,
     /// Rows that become logits, on a last stage.
@@ -100,10 +101,11 @@ pub(crate) struct Step {
 }
 
 impl Step {
-    pub(crate) fn new(kv: KvCache, profile: bool) -> Step {
+    pub(crate) fn new(kv: Kv, profile: bool) -> Step {
         Step {
             kv,
             segments: Vec::new(),
+            kv_segments: Vec::new(),
             rows: 0,
             kept: Vec::new(),
             qkv: Vec::new(),
@@ -117,6 +119,12 @@ impl Step {
     pub(crate) fn begin(&mut self, segments: &[Segment], last: bool) {
         self.segments.clear();
         self.segments.extend_from_slice(segments);
+        self.kv_segments.clear();
+        self.kv_segments.extend(segments.iter().map(|segment| KvSegment {
+            slot: segment.slot as usize,
+            position: segment.position as usize,
+            rows: segment.rows as usize,
+        }));
         self.kept.clear();
         self.rows = 0;
         for segment in segments {
@@ -164,4 +172,29 @@ impl Step {
     pub(crate) fn take_profile(&mut self) -> Vec<(&'static str, Duration, u64)> {
         self.profile.as_mut().map(std::mem::take).unwrap_or_default()
     }
+}
+
+/// The sines and cosines for `context` positions.
+fn rope(rope: &mesh_model::Rope, context: u32) -> Result<Rope, KernelError> {
+    let (scale, factors) = match rope.scaling {
+        RopeScaling::None => (1.0, rope.freq_factors.clone()),
+        RopeScaling::Linear { factor } => (1.0 / factor, rope.freq_factors.clone()),
+        // Pairs are stretched one by one: as divisors of the plain frequencies.
+        RopeScaling::Yarn { .. } => {
+            let plain = |i: usize| rope.base.powf(-2.0 * i as f32 / rope.dim as f32);
+            let frequencies = rope.frequencies();
+            (1.0, Some(frequencies.iter().enumerate().map(|(i, f)| plain(i) / f).collect()))
+        }
+    };
+    Rope::new(&RopeOptions {
+        style: match rope.style {
+            mesh_model::RopeStyle::Interleaved => RopeStyle::Interleaved,
+            mesh_model::RopeStyle::Halves => RopeStyle::Halves,
+        },
+        dim: rope.dim,
+        base: rope.base,
+        scale,
+        factors: factors.as_deref(),
+        positions: context as usize,
+    })
 }

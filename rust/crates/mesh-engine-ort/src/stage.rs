@@ -7,13 +7,13 @@ use std::time::Duration;
 use mesh_engine::{
     LogitRows, ModelShape, Segment, SlotId, Stage, StageError, StageInfo, StageInput, StageOutput,
 };
-use mesh_kernels::Pool;
+use mesh_kernels::{KernelError, KvShape, Pool};
 use mesh_model::Model;
 use ort::session::Session;
 use ort::value::{DynValue, TensorRef};
 
 use crate::graph::{self, INPUT, OUTPUT};
-use crate::kv::{self, KvCache};
+use crate::kv::Kv;
 use crate::options::{LoadError, OrtOptions};
 use crate::runtime;
 use crate::shared::{Shared, Step};
@@ -53,12 +53,13 @@ impl OrtStage {
         };
         let pool = Pool::new(threads);
         let weights = Weights::load(model, layers.clone(), &pool)?;
-        let width = config.kv_heads * config.head_dim;
-        let bytes = kv::slot_bytes(layers.len(), context as usize, width)
-            .map_or(u64::MAX, |bytes| bytes as u64)
-            .saturating_mul(options.slots.into());
-        let kv = KvCache::new(options.slots, layers.len(), context, width)
-            .map_err(|source| LoadError::KvMemory { bytes, source })?;
+        let kv = Kv::new(KvShape {
+            layers: layers.len(),
+            slots: options.slots as usize,
+            context: context as usize,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+        })?;
 
         let shape = ModelShape {
             layers: total,
@@ -73,11 +74,12 @@ impl OrtStage {
             slots: options.slots,
             context,
             max_rows: options.max_rows,
-            kv_bytes_per_token: kv.bytes_per_token() as u64,
+            kv_bytes_per_token: kv.cache.bytes_per_position() as u64,
             weight_bytes: weights.bytes(),
         };
         let step = Step::new(kv, options.profile);
-        let shared = Arc::new(Shared::new(shape, layers.clone(), config, weights, pool, step));
+        let shared = Shared::new(shape, layers.clone(), config, weights, pool, step, context)?;
+        let shared = Arc::new(shared);
         let session = graph::session(&environment, &shared, layers)?;
         Ok(OrtStage { info, shared, session, output: None, tokens: Vec::new() })
     }
@@ -228,8 +230,7 @@ impl Stage for OrtStage {
         if len > held {
             return Err(StageError::Gap { slot: from, held, position: len });
         }
-        step.kv.copy_prefix(from, to, len);
-        Ok(())
+        step.kv.copy_prefix(from, to, len).map_err(kernel)
     }
 
     fn kv_export(&self, slot: SlotId, rows: Range<u32>) -> Result<Vec<u8>, StageError> {
@@ -239,7 +240,7 @@ impl Stage for OrtStage {
         if rows.end > held {
             return Err(StageError::Gap { slot, held, position: rows.end });
         }
-        Ok(step.kv.export(slot, rows))
+        step.kv.export(slot, rows).map_err(kernel)
     }
 
     fn kv_import(&mut self, slot: SlotId, position: u32, bytes: &[u8]) -> Result<(), StageError> {
@@ -256,12 +257,15 @@ impl Stage for OrtStage {
             return Err(StageError::Gap { slot, held, position });
         }
         self.check_context(u64::from(position) + (bytes.len() / per_token) as u64)?;
-        self.step().kv.import(slot, position, bytes);
-        Ok(())
+        self.step().kv.import(slot, position, bytes).map_err(kernel)
     }
 }
 
 fn backend(error: ort::Error) -> StageError {
+    StageError::Backend { backend: BACKEND, message: error.to_string() }
+}
+
+fn kernel(error: KernelError) -> StageError {
     StageError::Backend { backend: BACKEND, message: error.to_string() }
 }
 
