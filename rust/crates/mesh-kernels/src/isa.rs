@@ -91,7 +91,8 @@ impl Isa {
     pub(crate) fn tile_rows(self) -> usize {
         match self {
             Isa::Avx512 => 8,
-            Isa::Scalar | Isa::Avx2 | Isa::Neon => 4,
+            Isa::Avx2 | Isa::Neon => 4,
+            Isa::Scalar => 1,
         }
     }
 }

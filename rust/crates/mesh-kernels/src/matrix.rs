@@ -37,6 +37,11 @@ impl Part {
     pub(crate) fn panels(&self) -> usize {
         self.n.div_ceil(PANEL)
     }
+
+    /// The bytes of a panel.
+    pub(crate) fn panel(&self, index: usize) -> &[u8] {
+        &self.data.bytes()[index * self.panel_bytes..][..self.panel_bytes]
+    }
 }
 
 /// Largest dimension taken; keeps every size computation within the address space.

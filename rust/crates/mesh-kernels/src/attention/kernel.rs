@@ -37,7 +37,13 @@ pub(super) struct Query {
     pub(super) limit: usize,
 }
 
-/// Attends with `queries` (at most [`QUERIES`], each with a limit of 1 to [`CHUNK`]) and hands each one's result to `done`.
+/// Takes the result of each query of a call. Not a closure: closures do not inherit the target features.
+pub(super) trait Results {
+    /// Query `i` of the call got `partial` and `values`.
+    fn take<S: Simd>(&mut self, s: S, i: usize, partial: Partial, values: &[f32]);
+}
+
+/// Attends with `queries` (at most [`QUERIES`], each with a limit of 1 to [`CHUNK`]) and hands each one's result on.
 ///
 /// # Safety
 /// Every vector has `dim` elements; the chunk's keys and values are readable up to the largest limit (keys to the end of
@@ -47,17 +53,17 @@ pub(super) unsafe fn attend<S: Simd>(
     s: S,
     chunk: Chunk,
     queries: &[Query],
-    done: impl FnMut(usize, Partial, &[f32]),
+    results: &mut impl Results,
 ) {
     // SAFETY: passed on; the lengths are those of the arrays.
     unsafe {
         match queries.len() {
-            1 => attend_n::<S, 1>(s, chunk, queries, done),
-            2 => attend_n::<S, 2>(s, chunk, queries, done),
-            3 => attend_n::<S, 3>(s, chunk, queries, done),
-            4 => attend_n::<S, 4>(s, chunk, queries, done),
-            5 => attend_n::<S, 5>(s, chunk, queries, done),
-            _ => attend_n::<S, 6>(s, chunk, queries, done),
+            1 => attend_n::<S, 1>(s, chunk, queries, results),
+            2 => attend_n::<S, 2>(s, chunk, queries, results),
+            3 => attend_n::<S, 3>(s, chunk, queries, results),
+            4 => attend_n::<S, 4>(s, chunk, queries, results),
+            5 => attend_n::<S, 5>(s, chunk, queries, results),
+            _ => attend_n::<S, 6>(s, chunk, queries, results),
         }
     }
 }
@@ -67,7 +73,7 @@ unsafe fn attend_n<S: Simd, const N: usize>(
     s: S,
     chunk: Chunk,
     queries: &[Query],
-    mut done: impl FnMut(usize, Partial, &[f32]),
+    results: &mut impl Results,
 ) {
     let mut scores = [[0.0_f32; CHUNK]; N];
     let queries: [Query; N] = std::array::from_fn(|i| queries[i]);
@@ -85,8 +91,13 @@ unsafe fn attend_n<S: Simd, const N: usize>(
             score::<S, N, 1>(s, chunk, &queries, tile, &mut scores);
         }
     }
-    let partials: [Partial; N] =
-        std::array::from_fn(|i| weigh(s, &mut scores[i], queries[i].limit));
+    let mut partials = [Partial {
+        peak: 0.0,
+        sum: 0.0,
+    }; N];
+    for i in 0..N {
+        partials[i] = weigh(s, &mut scores[i], queries[i].limit);
+    }
     let mut out = [[0.0_f32; MAX_DIM]; N];
     // SAFETY: rows up to each query's limit are readable and hold `dim` elements, a multiple of 16.
     unsafe {
@@ -101,7 +112,7 @@ unsafe fn attend_n<S: Simd, const N: usize>(
         }
     }
     for i in 0..N {
-        done(i, partials[i], &out[i][..chunk.dim]);
+        results.take(s, i, partials[i], &out[i][..chunk.dim]);
     }
 }
 

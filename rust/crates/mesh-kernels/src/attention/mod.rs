@@ -274,6 +274,7 @@ impl<'a> Run<'a> {
                 Attend {
                     run: self,
                     task,
+                    first_row: self.first_row(task.segment),
                     out,
                 },
             );
@@ -392,17 +393,8 @@ impl Kernel for Prepare<'_> {
             let position = segment.position + within;
             let (q, kv) = self.qkv[row * width..][..width].split_at(spec.heads * dim);
             let (k, v) = kv.split_at(shape.kv_heads * dim);
-            let turned = |x: &[f32], norm: Option<&[f32]>, head: &mut [f32]| {
-                match norm {
-                    Some(weight) => normalise(s, x, weight, spec.eps, head),
-                    None => head.copy_from_slice(x),
-                }
-                if let Some(rope) = spec.rope {
-                    rope.turn(head, position);
-                }
-            };
             for (h, q) in q.chunks_exact(dim).enumerate() {
-                turned(q, spec.q_norm, head);
+                turned(s, spec, q, spec.q_norm, position, head);
                 for d in (0..dim).step_by(LANES) {
                     // SAFETY: the scratch holds [rows, heads, dim] queries; this task alone writes this row's.
                     unsafe {
@@ -412,7 +404,7 @@ impl Kernel for Prepare<'_> {
                 }
             }
             for (h, (k, v)) in k.chunks_exact(dim).zip(v.chunks_exact(dim)).enumerate() {
-                turned(k, spec.k_norm, head);
+                turned(s, spec, k, spec.k_norm, position, head);
                 let mut bits = [0_u16; MAX_DIM];
                 // SAFETY: slot, layer, head and position exist (checked); this task alone writes this position of them.
                 unsafe {
@@ -437,11 +429,90 @@ impl Kernel for Prepare<'_> {
     }
 }
 
+/// Normalises where there is a weight, and rotates.
+#[inline(always)]
+fn turned<S: Simd>(
+    s: S,
+    spec: &Attention<'_>,
+    x: &[f32],
+    norm: Option<&[f32]>,
+    position: usize,
+    head: &mut [f32],
+) {
+    match norm {
+        Some(weight) => normalise(s, x, weight, spec.eps, head),
+        None => head.copy_from_slice(x),
+    }
+    if let Some(rope) = spec.rope {
+        rope.turn(head, position);
+    }
+}
+
 /// One task.
 struct Attend<'a> {
     run: &'a Run<'a>,
     task: Task,
+    /// First row of the task's segment.
+    first_row: usize,
     out: Shared<f32>,
+}
+
+impl Attend<'_> {
+    /// Query `q` of the task is row `q / group`, head `q % group` of its key/value head: its index, and the position behind
+    /// its last.
+    #[inline(always)]
+    fn place(&self, q: usize) -> (usize, usize) {
+        let (run, task) = (self.run, &self.task);
+        let row = task.row + q / run.group;
+        let head = task.kv_head * run.group + q % run.group;
+        let index = (self.first_row + row) * run.spec.heads + head;
+        (index, run.segments[task.segment].position + row + 1)
+    }
+}
+
+/// Where the results of one call go: into the output so far, or to be merged later.
+struct Store<'a, 'b> {
+    attend: &'a Attend<'b>,
+    /// The chunk.
+    index: usize,
+    /// First query of the call.
+    at: usize,
+}
+
+impl kernel::Results for Store<'_, '_> {
+    #[inline(always)]
+    fn take<S: Simd>(&mut self, s: S, i: usize, next: Partial, values: &[f32]) {
+        let (run, task) = (self.attend.run, &self.attend.task);
+        let dim = values.len();
+        if let Some(first) = task.split {
+            let result = first + self.index * run.group + self.at + i;
+            // SAFETY: one result per chunk and query was reserved; this task alone writes this one.
+            unsafe {
+                let to = run.results.get().add(result * (dim + 2));
+                to.cast::<Partial>().write_unaligned(next);
+                to.add(2).copy_from_nonoverlapping(values.as_ptr(), dim);
+            }
+            return;
+        }
+        let (query, end) = self.attend.place(self.at + i);
+        // SAFETY: this task alone has this query's state and output.
+        let (state, out) = unsafe {
+            let out = self.attend.out.get().add(query * dim);
+            (
+                &mut *run.states.get().add(query),
+                std::slice::from_raw_parts_mut(out, dim),
+            )
+        };
+        if self.index == 0 {
+            *state = next;
+            out.copy_from_slice(values);
+        } else {
+            kernel::merge(s, state, out, next, values);
+        }
+        if end <= (self.index + 1) * CHUNK {
+            kernel::finish(s, *state, out);
+        }
+    }
 }
 
 impl Kernel for Attend<'_> {
@@ -449,17 +520,10 @@ impl Kernel for Attend<'_> {
     fn run<S: Simd>(self, s: S) {
         let (run, task) = (self.run, self.task);
         let segment = run.segments[task.segment];
-        let first_row = run.first_row(task.segment);
-        let (heads, dim) = (run.spec.heads, run.cache.shape().head_dim);
+        let dim = run.cache.shape().head_dim;
         let keys = run.cache.keys(segment.slot, run.layer, task.kv_head);
         let values = run.cache.values(segment.slot, run.layer, task.kv_head);
-        // Query q of the task: row q / group, head q % group of this key/value head.
         let count = task.rows * run.group;
-        let place = |q: usize| {
-            let row = task.row + q / run.group;
-            let index = (first_row + row) * heads + task.kv_head * run.group + q % run.group;
-            (index, segment.position + row + 1)
-        };
         for index in task.first_chunk..task.end_chunk {
             let start = index * CHUNK;
             // SAFETY: the segment's last position, and so every chunk before it, is within the context.
@@ -477,45 +541,20 @@ impl Kernel for Attend<'_> {
             for at in (first..count).step_by(QUERIES) {
                 let n = QUERIES.min(count - at);
                 let queries: [Query; QUERIES] = std::array::from_fn(|i| {
-                    let (index, end) = place(at + i.min(n - 1));
+                    let (index, end) = self.place(at + i.min(n - 1));
                     Query {
                         // SAFETY: a query of this segment.
                         vector: unsafe { run.queries.get().add(index * dim) },
                         limit: (end - start).min(CHUNK),
                     }
                 });
-                let done = |i: usize, next: Partial, values: &[f32]| {
-                    let (query, end) = place(at + i);
-                    if let Some(first) = task.split {
-                        let result = first + index * run.group + at + i;
-                        // SAFETY: one result per chunk and query was reserved; this task alone writes this one.
-                        unsafe {
-                            let to = run.results.get().add(result * (dim + 2));
-                            to.cast::<Partial>().write_unaligned(next);
-                            to.add(2).copy_from_nonoverlapping(values.as_ptr(), dim);
-                        }
-                        return;
-                    }
-                    // SAFETY: this task alone has this query's state and output.
-                    let (state, out) = unsafe {
-                        let out = self.out.get().add(query * dim);
-                        (
-                            &mut *run.states.get().add(query),
-                            std::slice::from_raw_parts_mut(out, dim),
-                        )
-                    };
-                    if index == 0 {
-                        *state = next;
-                        out.copy_from_slice(values);
-                    } else {
-                        kernel::merge(s, state, out, next, values);
-                    }
-                    if end <= start + CHUNK {
-                        kernel::finish(s, *state, out);
-                    }
+                let mut results = Store {
+                    attend: &self,
+                    index,
+                    at,
                 };
                 // SAFETY: the vectors are `dim` long and every position below a limit is written.
-                unsafe { kernel::attend(s, chunk, &queries[..n], done) };
+                unsafe { kernel::attend(s, chunk, &queries[..n], &mut results) };
             }
         }
     }

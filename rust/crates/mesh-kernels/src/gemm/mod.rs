@@ -233,11 +233,21 @@ impl<T: Format> Kernel for Quantised<'_, T> {
         let job = &self.job;
         for panel in job.panels.clone() {
             for (row, count) in tiles(job.rows.clone(), self.largest) {
+                // Constant conditions keep tiles that an instruction set does not use from being compiled.
+                if S::SINGLE {
+                    quantised_tile::<S, T, 1>(s, job, panel, row);
+                    continue;
+                }
+                if S::WIDE {
+                    if count == 8 {
+                        quantised_tile::<S, T, 8>(s, job, panel, row);
+                        continue;
+                    }
+                }
                 match count {
-                    8 => quantised_tile::<S, T, 8>(s, job, panel, row),
-                    4 => quantised_tile::<S, T, 4>(s, job, panel, row),
+                    1 => quantised_tile::<S, T, 1>(s, job, panel, row),
                     2 => quantised_tile::<S, T, 2>(s, job, panel, row),
-                    _ => quantised_tile::<S, T, 1>(s, job, panel, row),
+                    _ => quantised_tile::<S, T, 4>(s, job, panel, row),
                 }
             }
         }
@@ -253,21 +263,36 @@ fn quantised_tile<S: Simd, T: Format, const R: usize>(
 ) {
     let blocks = job.k / BLOCK;
     let acts = &job.input.acts[row * blocks * ROW_BLOCK..][..R * blocks * ROW_BLOCK];
-    let weights =
-        |part: &Part| part.data.bytes()[panel * part.panel_bytes..][..part.panel_bytes].as_ptr();
-    // SAFETY: the slices just taken are a whole panel and a whole tile.
-    let mut acc =
-        unsafe { tile::quantised::<S, T, R>(s, weights(job.part), blocks, acts.as_ptr()) };
-    if let Some(up) = job.up {
-        // SAFETY: as above; the up part has the gate's layout and shape.
-        let up = unsafe { tile::quantised::<S, T, R>(s, weights(up), blocks, acts.as_ptr()) };
-        for r in 0..R {
-            acc[r] = s.mul(s.silu(acc[r]), up[r]);
-        }
+    let mut gate = [s.splat(0.0); R];
+    for second in [false, true] {
+        let part = if second { job.up } else { Some(job.part) };
+        let Some(part) = part else { break };
+        let panel = part.panel(panel).as_ptr();
+        // SAFETY: a whole panel of the part, and a whole tile of activations.
+        let acc = unsafe { tile::quantised::<S, T, R>(s, panel, blocks, acts.as_ptr()) };
+        gate = combine(s, second, gate, acc);
     }
-    for (r, &acc) in acc.iter().enumerate() {
+    for (r, &acc) in gate.iter().enumerate() {
         finish(s, job, panel, row + r, acc);
     }
+}
+
+/// The products of the first part, or `silu(gate) * up` when they are those of the second.
+#[inline(always)]
+fn combine<S: Simd, const R: usize>(
+    s: S,
+    second: bool,
+    gate: [S::F; R],
+    acc: [S::F; R],
+) -> [S::F; R] {
+    if !second {
+        return acc;
+    }
+    let mut out = acc;
+    for r in 0..R {
+        out[r] = s.mul(s.silu(gate[r]), acc[r]);
+    }
+    out
 }
 
 /// A matrix of floats.
@@ -292,19 +317,16 @@ impl Kernel for Floats<'_> {
 #[inline(always)]
 fn float_tile<S: Simd, const R: usize>(s: S, job: &Job<'_>, panel: usize, row: usize) {
     let x = &job.input.x[row * job.k..][..R * job.k];
-    let weights =
-        |part: &Part| part.data.bytes()[panel * part.panel_bytes..][..part.panel_bytes].as_ptr();
-    let layout = job.part.layout;
-    // SAFETY: the slices just taken are a whole panel and R whole rows.
-    let mut acc = unsafe { tile::floats::<S, R>(s, layout, weights(job.part), job.k, x.as_ptr()) };
-    if let Some(up) = job.up {
-        // SAFETY: as above; the up part has the gate's layout and shape.
-        let up = unsafe { tile::floats::<S, R>(s, layout, weights(up), job.k, x.as_ptr()) };
-        for r in 0..R {
-            acc[r] = s.mul(s.silu(acc[r]), up[r]);
-        }
+    let mut gate = [s.splat(0.0); R];
+    for second in [false, true] {
+        let part = if second { job.up } else { Some(job.part) };
+        let Some(part) = part else { break };
+        let panel = part.panel(panel).as_ptr();
+        // SAFETY: a whole panel of the part, and R whole rows.
+        let acc = unsafe { tile::floats::<S, R>(s, part.layout, panel, job.k, x.as_ptr()) };
+        gate = combine(s, second, gate, acc);
     }
-    for (r, &acc) in acc.iter().enumerate() {
+    for (r, &acc) in gate.iter().enumerate() {
         finish(s, job, panel, row + r, acc);
     }
 }

@@ -75,6 +75,7 @@ impl Simd for Avx2 {
 
     const SIGNED_WIDE: bool = true;
     const WIDE: bool = false;
+    const SINGLE: bool = false;
 
     methods! {
         fn splat(v: f32) -> F { [_mm256_set1_ps(v); 2] }

@@ -56,6 +56,7 @@ impl Simd for Avx512 {
 
     const SIGNED_WIDE: bool = false;
     const WIDE: bool = true;
+    const SINGLE: bool = false;
 
     methods! {
         fn splat(v: f32) -> __m512 { _mm512_set1_ps(v) }

@@ -69,6 +69,8 @@ pub(crate) trait Simd: Copy {
     const SIGNED_WIDE: bool;
     /// Whether there are registers for 24 accumulators.
     const WIDE: bool;
+    /// Whether tiles of more than one row are not worth their code.
+    const SINGLE: bool;
 
     fn splat(self, v: f32) -> Self::F;
     unsafe fn load(self, p: *const f32) -> Self::F;

@@ -86,6 +86,7 @@ impl Simd for Neon {
 
     const SIGNED_WIDE: bool = true;
     const WIDE: bool = false;
+    const SINGLE: bool = false;
 
     methods! {
         fn splat(v: f32) -> F { [vdupq_n_f32(v); 4] }

@@ -25,6 +25,7 @@ impl Simd for Scalar {
 
     const SIGNED_WIDE: bool = true;
     const WIDE: bool = false;
+    const SINGLE: bool = true;
 
     #[inline(always)]
     fn splat(self, v: f32) -> F {
