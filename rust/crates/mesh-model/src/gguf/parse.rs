@@ -25,6 +25,9 @@ const MAX_KEY_LEN: u64 = 1 << 12;
 const MAX_TENSORS: u64 = 1 << 16;
 const MAX_TENSOR_NAME: u64 = 64;
 
+/// Where a name stands in a list.
+type Positions = HashMap<Box<str>, usize>;
+
 /// Where things lie in a file.
 #[derive(Debug)]
 pub(super) struct Index {
@@ -32,10 +35,10 @@ pub(super) struct Index {
     pub(super) alignment: u64,
     /// In the order of the file.
     pub(super) keys: Vec<KeyEntry>,
-    pub(super) key_by_name: HashMap<Box<str>, usize>,
+    pub(super) key_by_name: Positions,
     /// In the order of the file.
     pub(super) tensors: Vec<TensorEntry>,
-    pub(super) tensor_by_name: HashMap<Box<str>, usize>,
+    pub(super) tensor_by_name: Positions,
 }
 
 #[derive(Debug)]
@@ -116,7 +119,7 @@ impl Header {
 fn parse_keys(
     cursor: &mut Cursor<'_>,
     count: u64,
-) -> Result<(Vec<KeyEntry>, HashMap<Box<str>, usize>), GgufError> {
+) -> Result<(Vec<KeyEntry>, Positions), GgufError> {
     let mut keys = Vec::new();
     let mut by_name = HashMap::new();
     for i in 0..count {
@@ -139,11 +142,7 @@ fn parse_keys(
     Ok((keys, by_name))
 }
 
-fn find_alignment(
-    bytes: &[u8],
-    keys: &[KeyEntry],
-    by_name: &HashMap<Box<str>, usize>,
-) -> Result<u64, GgufError> {
+fn find_alignment(bytes: &[u8], keys: &[KeyEntry], by_name: &Positions) -> Result<u64, GgufError> {
     const KEY: &str = "general.alignment";
     let Some(&i) = by_name.get(KEY) else {
         return Ok(DEFAULT_ALIGNMENT);
@@ -236,7 +235,7 @@ fn place_tensors(
     data_start: u64,
     alignment: u64,
     file_len: usize,
-) -> Result<(Vec<TensorEntry>, HashMap<Box<str>, usize>), GgufError> {
+) -> Result<(Vec<TensorEntry>, Positions), GgufError> {
     let mut tensors = Vec::with_capacity(listed.len());
     let mut by_name = HashMap::with_capacity(listed.len());
     for ListedTensor {

@@ -33,8 +33,8 @@ pub struct Tokenizer {
 
 #[derive(Debug)]
 enum Algorithm {
-    Bpe(Bpe),
-    Spm(Spm),
+    Bpe(Box<Bpe>),
+    Spm(Box<Spm>),
 }
 
 /// How [`Tokenizer::encode`] treats tokens that are not plain text.
@@ -141,9 +141,12 @@ impl Tokenizer {
             Family::Bpe => {
                 let bpe = Bpe::from_gguf(gguf, &vocab)?;
                 let adds_bos = bpe.adds_bos();
-                (Algorithm::Bpe(bpe), adds_bos)
+                (Algorithm::Bpe(Box::new(bpe)), adds_bos)
             }
-            Family::Spm => (Algorithm::Spm(Spm::from_gguf(gguf, &vocab)?), true),
+            Family::Spm => (
+                Algorithm::Spm(Box::new(Spm::from_gguf(gguf, &vocab)?)),
+                true,
+            ),
         };
         Ok(Tokenizer {
             special: SpecialTokens::new(&vocab),
