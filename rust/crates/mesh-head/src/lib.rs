@@ -1,3 +1,29 @@
-//! The head: registry, router, DCF and OpenAI front ends.
+//! The head: the router of the mesh.
+//!
+//! Clients ask it over HTTP (the OpenAI API, [`http`]) or DCF/UDP ([`clients`]); workers connect to it over QUIC
+//! ([`links`]) and, if they are of DCF v5.0.0, over UDP ([`worker_bus`]). In between stand the sans-IO cores ([`core`])
+//! that decide who answers what, the state they share ([`mesh`]), and one task per request ([`drive`]) that carries an
+//! answer from its worker to its client, and from one worker to the next when that one dies.
+//!
+//! [`Head::start`] starts all of it in-process; the binary adds configuration, logging and signals.
+
 #![forbid(unsafe_code)]
+
+pub mod clients;
+pub mod config;
 pub mod core;
+pub mod drive;
+pub mod fields;
+mod head;
+pub mod http;
+pub mod ids;
+pub mod legacy;
+pub mod links;
+pub mod mesh;
+pub mod metrics;
+pub mod network;
+pub mod task;
+pub mod worker_bus;
+
+pub use config::Config;
+pub use head::{Head, HeadHandle, StartError};

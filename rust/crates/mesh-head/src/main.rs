@@ -1,2 +1,154 @@
-//! The service binary.
-fn main() {}
+//! The `mesh-head` service.
+
+#![forbid(unsafe_code)]
+
+mod ask;
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::{Parser, Subcommand};
+use mesh_head::Head;
+use mesh_head::config::{Config, ListenFlags};
+use mesh_service::config::CommonArgs;
+use mesh_service::notify::Watchdog;
+use mesh_service::shutdown::{Drained, Shutdown};
+use mesh_service::{addresses, telemetry};
+
+/// The head of a HydraMesh: takes requests over HTTP (OpenAI API) and DCF/UDP, and gives them to workers.
+#[derive(Debug, Parser)]
+#[command(name = "mesh-head", version)]
+struct Args {
+    #[command(flatten)]
+    common: CommonArgs,
+    #[command(flatten)]
+    listen: ListenFlags,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Ask the head that runs with this state directory whether it is healthy: exit code 0 when it is
+    Health,
+    /// Join tokens, made by the head that runs with this state directory
+    Token {
+        #[command(subcommand)]
+        command: TokenCommand,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum TokenCommand {
+    /// Print a new one-time join token
+    Create {
+        /// Seconds for which it is good
+        #[arg(long, default_value_t = 24 * 3600)]
+        ttl_seconds: u64,
+        /// A note for the list of tokens
+        #[arg(long, default_value = "")]
+        note: String,
+    },
+}
+
+fn main() -> ExitCode {
+    match start() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("mesh-head: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start() -> Result<ExitCode> {
+    let args = Args::parse();
+    let loaded = Config::load(&args.common, &args.listen)?;
+    loaded.value.check()?;
+    if loaded.report(&args.common)? {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    match args.command {
+        None => {
+            telemetry::init("mesh-head", &args.common)?;
+            runtime.block_on(serve(loaded.value))
+        }
+        Some(Command::Health) => runtime.block_on(health(&loaded.value.state_dir)),
+        Some(Command::Token {
+            command: TokenCommand::Create { ttl_seconds, note },
+        }) => runtime.block_on(create_token(&loaded.value.state_dir, ttl_seconds, &note)),
+    }
+}
+
+async fn serve(config: Config) -> Result<ExitCode> {
+    let shutdown = Shutdown::on_signals(config.drain_limit)?;
+    let head = Head::start_with(config, shutdown, Watchdog::start()).await?;
+    match head.wait().await {
+        Drained::Finished => Ok(ExitCode::SUCCESS),
+        Drained::TimedOut => {
+            tracing::warn!("some answers were cut at the drain limit");
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+async fn health(state_dir: &Path) -> Result<ExitCode> {
+    let answer = tokio::time::timeout(ANSWER_LIMIT, ask::get(http_address(state_dir)?, "/health"))
+        .await
+        .context("the head does not answer")??;
+    println!("{}", answer.body);
+    Ok(if answer.status == 200 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+async fn create_token(state_dir: &Path, ttl_seconds: u64, note: &str) -> Result<ExitCode> {
+    let path = state_dir.join("admin.key");
+    let key = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let body = serde_json::json!({ "ttl_seconds": ttl_seconds, "note": note }).to_string();
+    let asked = ask::post(
+        http_address(state_dir)?,
+        "/v1/mesh/tokens",
+        key.trim(),
+        &body,
+    );
+    let answer = tokio::time::timeout(ANSWER_LIMIT, asked)
+        .await
+        .context("the head does not answer")??;
+    let json: serde_json::Value = serde_json::from_str(&answer.body).unwrap_or_default();
+    match json["token"].as_str() {
+        Some(token) => println!("{token}"),
+        None => bail!("the head made no token: {}", answer.body),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Where the running head's API is. A head that listens everywhere is asked on loopback.
+fn http_address(state_dir: &Path) -> Result<std::net::SocketAddr> {
+    let path = addresses::path(state_dir);
+    let known = addresses::read(state_dir).with_context(|| {
+        format!(
+            "{}: is the head running with this state directory?",
+            path.display()
+        )
+    })?;
+    let mut address = *known
+        .get("http")
+        .with_context(|| format!("{} names no http address", path.display()))?;
+    if address.ip().is_unspecified() {
+        address.set_ip(match address {
+            std::net::SocketAddr::V4(_) => std::net::Ipv4Addr::LOCALHOST.into(),
+            std::net::SocketAddr::V6(_) => std::net::Ipv6Addr::LOCALHOST.into(),
+        });
+    }
+    Ok(address)
+}
+
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);

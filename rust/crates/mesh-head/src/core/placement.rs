@@ -201,6 +201,7 @@ impl Placement {
             Ended::Complete => {
                 worker.completed += 1;
                 worker.last_success = Some(now);
+                worker.proven = true;
                 let took = now.saturating_duration_since(running.started).as_secs_f64();
                 let before = if worker.task_seconds > 0.0 {
                     worker.task_seconds
@@ -209,7 +210,10 @@ impl Placement {
                 };
                 worker.task_seconds = before + (took - before) * SMOOTHING;
             }
-            Ended::Failed => worker.failed += 1,
+            Ended::Failed => {
+                worker.failed += 1;
+                worker.proven = false;
+            }
             Ended::Busy => worker.busy_until = Some(now + BUSY_PAUSE),
             Ended::Cancelled => {}
         }

@@ -63,6 +63,8 @@ pub struct Worker {
     pub last_seen: Instant,
     /// When an answer last came back from it complete.
     pub last_success: Option<Instant>,
+    /// Whether the last attempt on it, probes included, brought an answer.
+    pub proven: bool,
     /// Requests of this head that run on it.
     pub assigned: u32,
     /// Prompt tokens of those whose first token has not come yet.
@@ -88,6 +90,14 @@ impl Worker {
     /// The model of that name, if it serves it.
     pub fn model(&self, name: &str) -> Option<&ServedModel> {
         self.models.iter().find(|model| model.card.name == name)
+    }
+
+    /// Its node id, unless it is a v5.0.0 worker.
+    pub fn node_id(&self) -> Option<&str> {
+        match &self.carrier {
+            Carrier::Mesh { node_id } => Some(node_id),
+            Carrier::Legacy => None,
+        }
     }
 
     /// Whether it is a v5.0.0 worker.
@@ -323,6 +333,7 @@ impl Registry {
             joined: now,
             last_seen: now,
             last_success: None,
+            proven: false,
             assigned: 0,
             prefilling: 0,
             completed: 0,

@@ -1,0 +1,376 @@
+//! The head's configuration: what every key means, its default, and what is checked before anything starts.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use mesh_service::config::units;
+use mesh_service::config::{CommonArgs, ConfigError, Loaded, Loader};
+use serde::{Deserialize, Serialize};
+
+use crate::core::router::Capacity;
+use crate::core::{dedup, placement, request};
+use crate::network::Network;
+
+/// Everything that can be configured.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Keys, certificates, tokens, and the addresses in use.
+    pub state_dir: PathBuf,
+    /// Name of the mesh, put into its root certificate at the first start.
+    pub mesh_name: String,
+    /// Silence after which a worker is pruned.
+    #[serde(with = "units::duration")]
+    pub worker_timeout: Duration,
+    /// From a request's arrival to its last token.
+    #[serde(with = "units::duration")]
+    pub request_timeout: Duration,
+    /// Requests that may wait for a worker; more are refused.
+    pub queue_limit: usize,
+    /// How long running requests outlast the last worker for them.
+    #[serde(with = "units::duration")]
+    pub rejoin_grace: Duration,
+    /// How often one request is run again after a worker failed on it.
+    pub max_reruns: u32,
+    /// Least silence within an answer that counts as its worker's death.
+    #[serde(with = "units::duration")]
+    pub silence_limit: Duration,
+    /// The same before the first token, on top of ten times what was expected.
+    #[serde(with = "units::duration")]
+    pub first_token_limit: Duration,
+    /// Requests given to a worker beyond its slots.
+    pub worker_ahead: u32,
+    /// How long running answers may take after SIGTERM.
+    #[serde(with = "units::duration")]
+    pub drain_limit: Duration,
+    /// Model for requests that name none; otherwise the first one by name.
+    pub default_model: Option<String>,
+    /// Networks whose plain DCF is accepted, besides loopback.
+    pub trusted_networks: Vec<Network>,
+    /// The OpenAI API.
+    pub http: HttpConfig,
+    /// DCF over UDP.
+    pub dcf: DcfConfig,
+    /// Links of workers.
+    pub quic: QuicConfig,
+}
+
+/// The OpenAI API.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HttpConfig {
+    /// Address and port.
+    pub listen: SocketAddr,
+    /// File with one API key per line.
+    pub api_keys_file: Option<PathBuf>,
+    /// Listen beyond loopback without API keys.
+    pub allow_unauthenticated: bool,
+    /// Largest request body.
+    #[serde(with = "units::bytes")]
+    pub body_limit: u64,
+    /// Requests of one API key (without keys: of one address) at a time; 0 is without limit.
+    pub concurrent_requests: usize,
+    /// Largest `n`.
+    pub choices_limit: u32,
+}
+
+/// DCF over UDP.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DcfConfig {
+    /// Where clients send Tasks.
+    pub clients: SocketAddr,
+    /// Where workers send heartbeats and v5.0.0 workers Results.
+    pub workers: SocketAddr,
+    /// Tasks given to one v5.0.0 worker at a time.
+    pub legacy_concurrency: u32,
+    /// Answers kept for clients that repeat their Task.
+    pub answers_kept: usize,
+    /// Bytes of them.
+    #[serde(with = "units::bytes")]
+    pub answers_kept_bytes: u64,
+    /// For how long.
+    #[serde(with = "units::duration")]
+    pub answers_kept_for: Duration,
+}
+
+/// Links of workers.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct QuicConfig {
+    /// Address and port.
+    pub listen: SocketAddr,
+    /// How often an idle worker is asked for one token, as proof that it answers.
+    #[serde(with = "units::duration")]
+    pub probe_interval: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            state_dir: "/var/lib/hydramesh/head".into(),
+            mesh_name: "hydramesh".into(),
+            worker_timeout: Duration::from_secs(10),
+            request_timeout: Duration::from_secs(300),
+            queue_limit: 1024,
+            rejoin_grace: Duration::from_secs(10),
+            max_reruns: 4,
+            silence_limit: Duration::from_secs(3),
+            first_token_limit: Duration::from_secs(30),
+            worker_ahead: 1,
+            drain_limit: Duration::from_secs(30),
+            default_model: None,
+            trusted_networks: Vec::new(),
+            http: HttpConfig::default(),
+            dcf: DcfConfig::default(),
+            quic: QuicConfig::default(),
+        }
+    }
+}
+
+impl Default for HttpConfig {
+    fn default() -> Self {
+        Self {
+            listen: loopback(8080),
+            api_keys_file: None,
+            allow_unauthenticated: false,
+            body_limit: 8 << 20,
+            concurrent_requests: 0,
+            choices_limit: 16,
+        }
+    }
+}
+
+impl Default for DcfConfig {
+    fn default() -> Self {
+        Self {
+            clients: anywhere(7777),
+            workers: anywhere(7778),
+            legacy_concurrency: 64,
+            answers_kept: 4096,
+            answers_kept_bytes: 16 << 20,
+            answers_kept_for: Duration::from_secs(60),
+        }
+    }
+}
+
+impl Default for QuicConfig {
+    fn default() -> Self {
+        Self {
+            listen: anywhere(7780),
+            probe_interval: Duration::from_secs(300),
+        }
+    }
+}
+
+impl Config {
+    /// Merges defaults, file, environment and flags.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names the key and its origin.
+    pub fn load(common: &CommonArgs, flags: &ListenFlags) -> Result<Loaded<Self>, ConfigError> {
+        let loader = flags.port_variables().into_iter().fold(
+            Loader::new("head")
+                .env("DCF_WORKER_TIMEOUT", "worker_timeout")
+                .env("DCF_REQUEST_TIMEOUT", "request_timeout"),
+            |loader, (variable, key, address)| loader.flag(variable, key, address),
+        );
+        loader
+            .common(common)
+            .flag("--http", "http.listen", flags.http)
+            .flag("--dcf-clients", "dcf.clients", flags.dcf_clients)
+            .flag("--dcf-workers", "dcf.workers", flags.dcf_workers)
+            .flag("--quic", "quic.listen", flags.quic)
+            .load()
+    }
+
+    /// Checks what single keys cannot say.
+    ///
+    /// # Errors
+    /// [`Unsound`] says which keys contradict each other.
+    pub fn check(&self) -> Result<(), Unsound> {
+        let http = &self.http;
+        if !http.listen.ip().is_loopback()
+            && http.api_keys_file.is_none()
+            && !http.allow_unauthenticated
+        {
+            return Err(Unsound::OpenToAll(http.listen));
+        }
+        let positive = [
+            ("worker_timeout", self.worker_timeout),
+            ("request_timeout", self.request_timeout),
+            ("silence_limit", self.silence_limit),
+            ("first_token_limit", self.first_token_limit),
+            ("quic.probe_interval", self.quic.probe_interval),
+        ];
+        if let Some((key, _)) = positive.into_iter().find(|(_, value)| value.is_zero()) {
+            return Err(Unsound::Zero(key));
+        }
+        if http.choices_limit == 0 {
+            return Err(Unsound::Zero("http.choices_limit"));
+        }
+        Ok(())
+    }
+
+    /// Limits of one answer.
+    pub fn request_limits(&self) -> request::Limits {
+        request::Limits {
+            timeout: self.request_timeout,
+            reruns: self.max_reruns,
+            silence: self.silence_limit,
+            first_token: self.first_token_limit,
+        }
+    }
+
+    /// Limits of placement.
+    pub fn placement_limits(&self) -> placement::Limits {
+        placement::Limits {
+            queue: self.queue_limit,
+            rejoin_grace: self.rejoin_grace,
+            capacity: Capacity {
+                ahead: self.worker_ahead,
+                legacy: self.dcf.legacy_concurrency.max(1),
+            },
+        }
+    }
+
+    /// Limits of what is kept for repeats.
+    pub fn dedup_limits(&self) -> dedup::Limits {
+        dedup::Limits {
+            answers: self.dcf.answers_kept,
+            bytes: usize::try_from(self.dcf.answers_kept_bytes).unwrap_or(usize::MAX),
+            age: self.dcf.answers_kept_for,
+        }
+    }
+
+    /// Whether plain DCF from there is accepted.
+    pub fn trusts(&self, source: IpAddr) -> bool {
+        let source = source.to_canonical();
+        source.is_loopback()
+            || self
+                .trusted_networks
+                .iter()
+                .any(|network| network.contains(source))
+    }
+}
+
+/// Flags that say where to listen.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct ListenFlags {
+    /// OpenAI API [default: 127.0.0.1:8080]
+    #[arg(long, value_name = "ADDRESS")]
+    pub http: Option<SocketAddr>,
+    /// DCF clients, UDP [default: 0.0.0.0:7777]
+    #[arg(long, value_name = "ADDRESS")]
+    pub dcf_clients: Option<SocketAddr>,
+    /// Worker bus, UDP [default: 0.0.0.0:7778]
+    #[arg(long, value_name = "ADDRESS")]
+    pub dcf_workers: Option<SocketAddr>,
+    /// Links of workers, QUIC [default: 0.0.0.0:7780]
+    #[arg(long, value_name = "ADDRESS")]
+    pub quic: Option<SocketAddr>,
+}
+
+impl ListenFlags {
+    /// The ports that existing deployments set in the environment, with the keys they stand for. They name a port only:
+    /// the address stays the default one.
+    fn port_variables(&self) -> Vec<(&'static str, &'static str, Option<String>)> {
+        let defaults = Config::default();
+        [
+            ("DCF_CLIENT_PORT", "dcf.clients", defaults.dcf.clients),
+            ("DCF_WORKER_PORT", "dcf.workers", defaults.dcf.workers),
+            ("DCF_HEALTH_PORT", "http.listen", defaults.http.listen),
+        ]
+        .into_iter()
+        .map(|(variable, key, default)| {
+            // Joined as text, so that a port that is none is refused with the variable's name.
+            let address = std::env::var(variable)
+                .ok()
+                .map(|port| format!("{}:{}", default.ip(), port.trim()));
+            (variable, key, address)
+        })
+        .collect()
+    }
+}
+
+/// Keys that are valid one by one and make no sense together.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unsound {
+    /// Anyone could use the mesh.
+    #[error(
+        "http.listen = \"{0}\" is reachable from other machines, and there are no API keys: set http.api_keys_file, or \
+         http.allow_unauthenticated = true if everyone who can reach it may use the mesh"
+    )]
+    OpenToAll(SocketAddr),
+    /// A zero where that means never or always.
+    #[error("{0} must be greater than 0")]
+    Zero(&'static str),
+}
+
+fn loopback(port: u16) -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::LOCALHOST, port))
+}
+
+fn anywhere(port: u16) -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(toml: &str) -> Loaded<Config> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), toml).unwrap();
+        let loader = Loader::new("head").file(file.path());
+        loader.environment::<&str, &str>([]).load().unwrap()
+    }
+
+    fn parse(toml: &str) -> Config {
+        load(toml).value
+    }
+
+    #[test]
+    fn the_defaults_are_sound_and_survive_printing() {
+        assert_eq!(Config::default().check(), Ok(()));
+        let printed = load("").to_toml().unwrap();
+        assert_eq!(load(&printed).to_toml().unwrap(), printed);
+    }
+
+    #[test]
+    fn listening_beyond_loopback_wants_keys_or_an_explicit_no() {
+        let open = parse("[http]\nlisten = \"0.0.0.0:8080\"");
+        assert!(matches!(open.check(), Err(Unsound::OpenToAll(_))));
+        let said = parse("[http]\nlisten = \"0.0.0.0:8080\"\nallow_unauthenticated = true");
+        assert_eq!(said.check(), Ok(()));
+        let keyed = parse("[http]\nlisten = \"0.0.0.0:8080\"\napi_keys_file = \"/etc/keys\"");
+        assert_eq!(keyed.check(), Ok(()));
+    }
+
+    #[test]
+    fn only_loopback_and_named_networks_are_trusted() {
+        let config = parse("trusted_networks = [\"10.0.0.0/8\"]");
+        for (address, trusted) in [
+            ("127.0.0.1", true),
+            ("::1", true),
+            ("::ffff:127.0.0.1", true),
+            ("10.9.8.7", true),
+            ("11.0.0.1", false),
+        ] {
+            assert_eq!(
+                config.trusts(address.parse().unwrap()),
+                trusted,
+                "{address}"
+            );
+        }
+    }
+
+    #[test]
+    fn durations_of_zero_are_named() {
+        assert_eq!(
+            parse("request_timeout = 0").check(),
+            Err(Unsound::Zero("request_timeout"))
+        );
+    }
+}

@@ -1,0 +1,458 @@
+//! Drives one answer: asks for a worker, talks to it, and does what [`Answer`] decides until the answer ends.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use dcf::{ErrorCode, Message, MsgType};
+use mesh_net::quic::{Link, MsgStream};
+use mesh_proto::{Done, Generate, Tokens};
+use prost::Message as _;
+use tokio::sync::mpsc;
+use tokio::time::{Sleep, sleep_until};
+use tracing::{debug, info, warn};
+
+use crate::core::placement::{Ended, Refusal};
+use crate::core::request::{Answer, AnswerError, Complete, Delta, Failure, Resume, Step};
+use crate::core::router::Ask;
+use crate::ids;
+use crate::legacy::Errand;
+use crate::mesh::{Assignment, Mesh, Route, timestamp_us};
+use crate::metrics::{Front, Outcome};
+use crate::task::Task;
+
+/// What a front end is told of its task. [`Event::Complete`] and [`Event::Failed`] are last.
+#[derive(Debug)]
+pub enum Event {
+    /// A worker has it; again after each rerun.
+    Placed(Placed),
+    /// The next piece of the answer.
+    Delta(Delta),
+    /// The whole answer of a v5.0.0 worker, as it is.
+    Whole(Bytes),
+    /// The answer is complete.
+    Complete(Complete),
+    /// There will be no (more) answer.
+    Failed(AnswerError),
+}
+
+/// Who answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Placed {
+    /// Model name.
+    pub model: String,
+    /// Worker's name.
+    pub worker: String,
+    /// SHA-256 of the model file.
+    pub fingerprint: String,
+}
+
+/// Starts a task; dropping the receiver cancels it.
+pub fn submit(mesh: &Arc<Mesh>, front: Front, task: Task) -> mpsc::UnboundedReceiver<Event> {
+    // Unbounded, yet bounded by the context: a slow client must not hold a worker's slot for longer than the answer takes.
+    let (sender, receiver) = mpsc::unbounded_channel();
+    let mesh = mesh.clone();
+    tokio::spawn(async move {
+        let gone = sender.closed();
+        drive(&mesh, front, task, |event| drop(sender.send(event)), gone).await;
+    });
+    receiver
+}
+
+/// Runs a task to its end, or until `gone`.
+pub async fn drive(
+    mesh: &Arc<Mesh>,
+    front: Front,
+    task: Task,
+    emit: impl FnMut(Event) + Send,
+    gone: impl Future<Output = ()> + Send,
+) {
+    let started = Instant::now();
+    let id = task.id.clone();
+    let mut drive = Drive::new(mesh, task, emit);
+    let gone = pin!(gone);
+    let outcome = tokio::select! {
+        biased;
+        outcome = drive.run() => outcome,
+        () = gone => Outcome::Cancelled,
+    };
+    let seconds = started.elapsed().as_secs_f64();
+    mesh.metrics
+        .tokens
+        .inc_by(drive.answer.tokens().len() as u64);
+    mesh.metrics.request_ended(front, outcome, seconds);
+    debug!(
+        request = id,
+        ?front,
+        ?outcome,
+        seconds,
+        reruns = drive.answer.failures(),
+        "request ended"
+    );
+}
+
+struct Drive<'a, E> {
+    mesh: &'a Arc<Mesh>,
+    task: Task,
+    ask: Ask,
+    answer: Answer,
+    emit: E,
+}
+
+/// How one attempt ended.
+enum Attempt {
+    Again(Ended),
+    Over(Ended, Outcome),
+}
+
+impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
+    fn new(mesh: &'a Arc<Mesh>, mut task: Task, emit: E) -> Self {
+        // Known to the head, so that an attempt elsewhere draws the same tokens.
+        task.params.seed.get_or_insert_with(ids::unique);
+        let named = task.model.take();
+        let known = named
+            .as_ref()
+            .is_some_and(|name| mesh.with_registry(|registry| registry.knows_model(name)));
+        let model = named.or_else(|| mesh.default_model()).unwrap_or_default();
+        let mut ask = task.ask(&model);
+        // Nobody knows what a v5.0.0 worker serves; whoever names a model of the mesh means that one.
+        ask.legacy &= !known;
+        let answer = Answer::new(mesh.config.request_limits(), Instant::now());
+        Self {
+            mesh,
+            task,
+            ask,
+            answer,
+            emit,
+        }
+    }
+
+    async fn run(&mut self) -> Outcome {
+        if self.mesh.shutdown.is_draining() {
+            return self.failed(AnswerError::ShuttingDown);
+        }
+        let mut rerun = false;
+        loop {
+            let assignment = match self.place(rerun).await {
+                Ok(assignment) => assignment,
+                Err(step) => return self.settle(step),
+            };
+            let placed = &assignment.placed;
+            let expected = match assignment.route {
+                // It shows no life but heartbeats until the whole answer is there.
+                Route::Legacy(_) => self.mesh.config.request_timeout,
+                _ => placed.estimate.first_token,
+            };
+            let resume = self.answer.placed(placed.worker, expected, Instant::now());
+            debug!(
+                request = self.task.id,
+                worker = placed.name,
+                attempt = resume.attempt,
+                "placed"
+            );
+            (self.emit)(Event::Placed(Placed {
+                model: self.ask.model.clone(),
+                worker: placed.name.clone(),
+                fingerprint: placed.fingerprint.clone(),
+            }));
+            let attempt = match assignment.route.clone() {
+                Route::Link(link) => self.attempt_mesh(&assignment, &link, resume).await,
+                Route::Legacy(address) => {
+                    let mesh = self.mesh.clone();
+                    self.attempt_legacy(mesh.exchange.open(address), address, resume)
+                        .await
+                }
+                Route::Gone => {
+                    let step = self
+                        .answer
+                        .failed(resume.attempt, Failure::Lost("the worker left".into()));
+                    self.follow(step).unwrap_or(Attempt::Again(Ended::Failed))
+                }
+            };
+            match attempt {
+                Attempt::Over(ended, outcome) => {
+                    assignment.end(ended);
+                    return outcome;
+                }
+                Attempt::Again(ended) => {
+                    self.prepare_rerun(&assignment, ended);
+                    assignment.end(ended);
+                    rerun = true;
+                }
+            }
+        }
+    }
+
+    /// Finds a worker before the deadline.
+    async fn place(&mut self, rerun: bool) -> Result<Assignment, Step> {
+        let placing = self.mesh.place(self.ask.clone(), rerun);
+        match tokio::time::timeout_at(self.answer.deadline().into(), placing).await {
+            Ok(Ok(assignment)) => Ok(assignment),
+            Ok(Err(refusal)) => Err(self.answer.refused(refusal)),
+            Err(_) => Err(self
+                .answer
+                .time_passed(Instant::now().max(self.answer.deadline()))),
+        }
+    }
+
+    fn prepare_rerun(&mut self, assignment: &Assignment, ended: Ended) {
+        if ended == Ended::Failed {
+            self.mesh.metrics.reruns.inc();
+            info!(
+                request = self.task.id,
+                worker = assignment.placed.name,
+                tokens = self.answer.tokens().len(),
+                "run again elsewhere after the tokens so far"
+            );
+        }
+        self.ask.avoid = self.answer.failed_on().to_vec();
+        if self.answer.has_begun() {
+            self.ask.legacy = false;
+            self.ask.fingerprint = Some(assignment.placed.fingerprint.clone());
+        }
+    }
+
+    /// One attempt on a worker of the mesh.
+    async fn attempt_mesh(
+        &mut self,
+        assignment: &Assignment,
+        link: &Link,
+        resume: Resume,
+    ) -> Attempt {
+        let generate = self.generate(resume);
+        let mut timer = Timer::new(&self.answer);
+        let mut stream = {
+            let opening = open(link, generate);
+            let mut opening = pin!(opening);
+            loop {
+                tokio::select! {
+                    biased;
+                    opened = &mut opening => match opened {
+                        Ok(stream) => break stream,
+                        Err(failure) => {
+                            let step = self.answer.failed(resume.attempt, failure);
+                            return self.follow(step).unwrap_or(Attempt::Again(Ended::Failed));
+                        }
+                    },
+                    now = timer.fired(&self.answer) => {
+                        let step = self.answer.time_passed(now);
+                        if let Some(attempt) = self.follow(step) {
+                            return attempt;
+                        }
+                    }
+                }
+            }
+        };
+        let mut prefilling = true;
+        loop {
+            let step = tokio::select! {
+                biased;
+                received = stream.recv() => self.received(resume.attempt, received.map_err(|error| error.to_string())),
+                now = timer.fired(&self.answer) => self.answer.time_passed(now),
+            };
+            if prefilling && matches!(step, Step::Emit(_)) {
+                prefilling = false;
+                assignment.first_token();
+            }
+            if let Some(attempt) = self.follow(step) {
+                if !matches!(attempt, Attempt::Over(Ended::Complete, _)) {
+                    stream.reset(ErrorCode::CANCELLED);
+                } else {
+                    // The worker has said its last word; what it has yet to hear is only that we heard it.
+                    let _ = stream.finish();
+                }
+                return attempt;
+            }
+        }
+    }
+
+    /// One attempt on a v5.0.0 worker.
+    async fn attempt_legacy(
+        &mut self,
+        mut errand: Errand<'_>,
+        address: SocketAddr,
+        resume: Resume,
+    ) -> Attempt {
+        let payload = self.task.legacy.clone().unwrap_or_default();
+        let task = Message::new(MsgType::TASK, errand.sequence, timestamp_us(), payload);
+        let mut timer = Timer::new(&self.answer);
+        let step = match self.mesh.bus.send(&task, address).await {
+            Err(error) => self
+                .answer
+                .failed(resume.attempt, Failure::Lost(error.to_string())),
+            Ok(()) => tokio::select! {
+                biased;
+                reply = &mut errand.reply => self.replied(resume.attempt, reply.ok()),
+                now = timer.fired(&self.answer) => self.answer.time_passed(now),
+            },
+        };
+        self.follow(step).unwrap_or(Attempt::Again(Ended::Failed))
+    }
+
+    fn received(&mut self, attempt: u32, received: Result<Option<Message>, String>) -> Step {
+        let now = Instant::now();
+        let message = match received {
+            Ok(Some(message)) => message,
+            Ok(None) => {
+                let text = "the worker ended the stream before the answer was complete";
+                return self.answer.failed(attempt, Failure::Lost(text.to_owned()));
+            }
+            Err(error) => return self.answer.failed(attempt, Failure::Lost(error)),
+        };
+        let undecodable =
+            |kind| Failure::Lost(format!("the worker sent a {kind} that cannot be read"));
+        match message.kind {
+            MsgType::TOKENS => match Tokens::decode(message.payload) {
+                Ok(tokens) => self.answer.tokens_came(attempt, tokens, now),
+                Err(_) => self.answer.failed(attempt, undecodable(MsgType::TOKENS)),
+            },
+            MsgType::DONE => match Done::decode(message.payload) {
+                Ok(done) => self.answer.done(attempt, done, now),
+                Err(_) => self.answer.failed(attempt, undecodable(MsgType::DONE)),
+            },
+            MsgType::ERROR => self.answer.failed(attempt, error_of(&message)),
+            other => self
+                .answer
+                .failed(attempt, Failure::Lost(format!("the worker sent a {other}"))),
+        }
+    }
+
+    fn replied(&mut self, attempt: u32, reply: Option<Message>) -> Step {
+        let Some(message) = reply else {
+            return self
+                .answer
+                .failed(attempt, Failure::Lost("the worker is gone".into()));
+        };
+        if message.kind != MsgType::RESULT {
+            return self.answer.failed(attempt, error_of(&message));
+        }
+        (self.emit)(Event::Whole(message.payload));
+        self.answer.done(attempt, Done::default(), Instant::now())
+    }
+
+    /// Does what the core decided; `None` means to go on with the attempt.
+    fn follow(&mut self, step: Step) -> Option<Attempt> {
+        match step {
+            Step::Wait => None,
+            Step::Emit(delta) => {
+                (self.emit)(Event::Delta(delta));
+                None
+            }
+            Step::Again(ended) => Some(Attempt::Again(ended)),
+            Step::Complete(_) => Some(Attempt::Over(Ended::Complete, self.settle(step))),
+            Step::Fail(_, ended) => Some(Attempt::Over(ended, self.settle(step))),
+        }
+    }
+
+    /// The last word to the front end.
+    fn settle(&mut self, step: Step) -> Outcome {
+        match step {
+            Step::Complete(complete) => {
+                let metrics = &self.mesh.metrics;
+                if let Some(first_token) = complete.first_token {
+                    metrics.first_token(first_token.as_secs_f64());
+                }
+                metrics
+                    .prompt_tokens
+                    .inc_by(u64::from(complete.done.prompt_tokens));
+                metrics
+                    .cached_tokens
+                    .inc_by(u64::from(complete.done.cached_tokens));
+                (self.emit)(Event::Complete(complete));
+                Outcome::Complete
+            }
+            Step::Fail(error, _) => self.failed(error),
+            Step::Wait | Step::Emit(_) | Step::Again(_) => Outcome::Failed,
+        }
+    }
+
+    fn failed(&mut self, error: AnswerError) -> Outcome {
+        let outcome = match &error {
+            AnswerError::Refused(Refusal::UnknownModel { .. }) | AnswerError::Rejected { .. } => {
+                Outcome::Rejected
+            }
+            AnswerError::Refused(_) | AnswerError::ShuttingDown => Outcome::Refused,
+            AnswerError::Timeout(_) => Outcome::Timeout,
+            AnswerError::WorkersFailed { .. } => Outcome::Failed,
+        };
+        if outcome == Outcome::Failed || outcome == Outcome::Timeout {
+            warn!(request = self.task.id, %error, "no answer");
+        }
+        (self.emit)(Event::Failed(error));
+        outcome
+    }
+
+    fn generate(&self, resume: Resume) -> Message {
+        let left = self
+            .answer
+            .deadline()
+            .saturating_duration_since(Instant::now());
+        let generate = Generate {
+            request_id: self.task.id.clone(),
+            model: self.ask.model.clone(),
+            prompt: Some(self.task.prompt.clone()),
+            params: Some(self.task.params.clone()),
+            generated: self.answer.tokens().to_vec(),
+            text_sent: resume.text_sent,
+            // 0 would be no limit.
+            deadline_ms: u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1),
+        };
+        Message::new(
+            MsgType::GENERATE,
+            resume.attempt,
+            timestamp_us(),
+            generate.encode_to_vec(),
+        )
+    }
+}
+
+/// Opens a request stream.
+async fn open(link: &Link, generate: Message) -> Result<MsgStream, Failure> {
+    let lost = |error: mesh_net::quic::StreamFailure| Failure::Lost(error.to_string());
+    let mut stream = link.open().await.map_err(lost)?;
+    stream.send(generate).await.map_err(lost)?;
+    Ok(stream)
+}
+
+fn error_of(message: &Message) -> Failure {
+    match message.error_body() {
+        Some(body) => Failure::Error {
+            code: body.code,
+            text: body.text.into_owned(),
+        },
+        None => Failure::Lost(format!("the worker answered with a {}", message.kind)),
+    }
+}
+
+/// The answer's timer. It is moved only when the next deadline comes closer: mostly, tokens push it away, and it is cheaper
+/// to look again when it fires.
+struct Timer {
+    sleep: Pin<Box<Sleep>>,
+}
+
+impl Timer {
+    fn new(answer: &Answer) -> Self {
+        Self {
+            sleep: Box::pin(sleep_until(due(answer).into())),
+        }
+    }
+
+    /// Resolves when [`Answer::time_passed`] may have something to say.
+    async fn fired(&mut self, answer: &Answer) -> Instant {
+        let due = tokio::time::Instant::from(due(answer));
+        if due < self.sleep.deadline() || self.sleep.is_elapsed() {
+            self.sleep.as_mut().reset(due);
+        }
+        self.sleep.as_mut().await;
+        Instant::now()
+    }
+}
+
+fn due(answer: &Answer) -> Instant {
+    answer
+        .next_timer()
+        .unwrap_or_else(|| Instant::now() + Duration::from_secs(3600))
+}

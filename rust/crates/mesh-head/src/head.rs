@@ -1,0 +1,243 @@
+//! Starting and stopping a head.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use dcf::ErrorCode;
+use mesh_net::quic::{ConnectError, LinkConfig, Listener};
+use mesh_net::trust::{Admission, Authority, TrustError, Validity};
+use mesh_net::udp::BatchSocket;
+use mesh_service::addresses::{self, Addresses};
+use mesh_service::health::Health;
+use mesh_service::metrics::Metrics;
+use mesh_service::notify::{self, Heart, Watchdog};
+use mesh_service::shutdown::{Drained, Shutdown};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio_util::task::TaskTracker;
+use tracing::{info, warn};
+
+use crate::config::{Config, Unsound};
+use crate::http::{self, Keys, KeysError};
+use crate::mesh::Mesh;
+use crate::metrics::HeadMetrics;
+use crate::worker_bus::BusSender;
+use crate::{clients, links, worker_bus};
+
+/// Starts heads.
+#[derive(Debug)]
+pub struct Head;
+
+/// A running head.
+#[derive(Debug)]
+pub struct HeadHandle {
+    addresses: Addresses,
+    mesh: Arc<Mesh>,
+    shutdown: Shutdown,
+    running: JoinHandle<Drained>,
+}
+
+/// Why a head does not start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// The configuration contradicts itself.
+    #[error(transparent)]
+    Config(#[from] Unsound),
+    /// A socket or file.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// The mesh's root or the head's identity.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
+    /// The QUIC port.
+    #[error(transparent)]
+    Quic(#[from] ConnectError),
+    /// The API keys.
+    #[error(transparent)]
+    Keys(#[from] KeysError),
+}
+
+impl Head {
+    /// Starts a head that stops by [`HeadHandle::shutdown`].
+    ///
+    /// # Errors
+    /// [`StartError`] names what is in the way.
+    pub async fn start(config: Config) -> Result<HeadHandle, StartError> {
+        let shutdown = Shutdown::manual(config.drain_limit);
+        Self::start_with(config, shutdown, Watchdog::start()).await
+    }
+
+    /// Starts a head that stops by this shutdown, with its loops watched.
+    ///
+    /// # Errors
+    /// [`StartError`] names what is in the way.
+    pub async fn start_with(
+        config: Config,
+        shutdown: Shutdown,
+        watchdog: Watchdog,
+    ) -> Result<HeadHandle, StartError> {
+        config.check()?;
+        let state_dir = config.state_dir.clone();
+        mesh_service::files::create_private_dir(&state_dir)?;
+        addresses::remove(&state_dir)?;
+        let keys = Keys::load(&state_dir, config.http.api_keys_file.as_deref())?;
+        let authority = Arc::new(Authority::open(
+            &state_dir,
+            &config.mesh_name,
+            Validity::default(),
+        )?);
+        let identity = authority.head_identity(&state_dir, "head", SystemTime::now())?;
+
+        let http_listener = mesh_service::http::bind(config.http.listen).await?;
+        let client_socket = Arc::new(BatchSocket::bind(config.dcf.clients)?);
+        let worker_socket = Arc::new(BatchSocket::bind(config.dcf.workers)?);
+        let admission: Arc<dyn Admission> = authority.clone();
+        let quic = Listener::bind(
+            config.quic.listen,
+            identity,
+            Some(admission),
+            LinkConfig::default(),
+        )?;
+        let quic = Arc::new(quic);
+        let addresses = Addresses::from([
+            ("http".to_owned(), http_listener.local_addr()?),
+            ("dcf.clients".to_owned(), client_socket.local_addr()),
+            ("dcf.workers".to_owned(), worker_socket.local_addr()),
+            ("quic".to_owned(), quic.local_addr()?),
+        ]);
+
+        let metrics = Arc::new(Metrics::new("head", env!("CARGO_PKG_VERSION")));
+        let head_metrics = metrics.register(HeadMetrics::register);
+        let health = Health::starting().watched_by(watchdog.clone());
+        let bus = BusSender::new(worker_socket.clone());
+        let mesh = Mesh::new(config, head_metrics, health, shutdown.clone(), bus);
+        mesh.keep_house();
+
+        let answers = TaskTracker::new();
+        let mut loops = JoinSet::new();
+        let heart = watchdog.register("housekeeping", HOUSEKEEPING_LIMIT);
+        loops.spawn(keep_house(mesh.clone(), heart));
+        loops.spawn(links::serve(
+            mesh.clone(),
+            quic.clone(),
+            worker_socket.local_addr().port(),
+        ));
+        loops.spawn(worker_bus::serve(mesh.clone(), worker_socket));
+        loops.spawn(clients::serve(mesh.clone(), client_socket, answers.clone()));
+        let router = http::router(mesh.clone(), keys, authority, metrics);
+        let limit = shutdown.limit();
+        let api = tokio::spawn(mesh_service::http::serve(
+            http_listener,
+            router,
+            shutdown.token(),
+            limit,
+        ));
+
+        addresses::write(&state_dir, &addresses)?;
+        info!(?addresses, state_dir = %state_dir.display(), "head started");
+        notify::ready();
+        let running = tokio::spawn(
+            Parts {
+                shutdown: shutdown.clone(),
+                quic,
+                answers,
+                api,
+                loops,
+            }
+            .run(),
+        );
+        Ok(HeadHandle {
+            addresses,
+            mesh,
+            shutdown,
+            running,
+        })
+    }
+}
+
+impl HeadHandle {
+    /// Where it listens: `http`, `dcf.clients`, `dcf.workers`, `quic`.
+    pub fn addresses(&self) -> &Addresses {
+        &self.addresses
+    }
+
+    /// What it knows of its mesh.
+    pub fn mesh(&self) -> &Arc<Mesh> {
+        &self.mesh
+    }
+
+    /// Stops it: nothing new is taken, what runs may finish within the drain limit.
+    pub async fn shutdown(self) -> Drained {
+        self.shutdown.begin();
+        self.wait().await
+    }
+
+    /// Waits until it has stopped.
+    pub async fn wait(self) -> Drained {
+        self.running.await.unwrap_or(Drained::TimedOut)
+    }
+}
+
+/// What has to end in order.
+struct Parts {
+    shutdown: Shutdown,
+    quic: Arc<Listener>,
+    answers: TaskTracker,
+    api: JoinHandle<io::Result<()>>,
+    loops: JoinSet<()>,
+}
+
+impl Parts {
+    async fn run(mut self) -> Drained {
+        self.shutdown.draining().await;
+        info!("draining: nothing new is taken");
+        self.answers.close();
+        let api = async {
+            match (&mut self.api).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => warn!(%error, "HTTP ended with an error"),
+                Err(error) => warn!(%error, "HTTP ended with a panic"),
+            }
+        };
+        let drained = self
+            .shutdown
+            .drain(async { tokio::join!(api, self.answers.wait()) })
+            .await;
+        if drained == Drained::TimedOut {
+            warn!("the drain limit passed: running answers are cut");
+        }
+        let goodbye = self
+            .quic
+            .shutdown(ErrorCode::DRAINING, "the head is shutting down");
+        // Peers that do not answer are not waited for.
+        let _ = tokio::time::timeout(GOODBYE, goodbye).await;
+        self.api.abort();
+        self.loops.shutdown().await;
+        info!(?drained, "head stopped");
+        drained
+    }
+}
+
+/// The head's main loop: prunes, looks after the queue, keeps `/ready` and systemd's status true.
+async fn keep_house(mesh: Arc<Mesh>, heart: Heart) {
+    let mut ticks = tokio::time::interval(HOUSEKEEPING);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut told = String::new();
+    loop {
+        ticks.tick().await;
+        heart.beat();
+        mesh.keep_house();
+        let (queued, running) = mesh.in_flight();
+        let workers = mesh.with_registry(|registry| registry.len());
+        let status = format!("{workers} workers, {running} requests running, {queued} waiting");
+        if status != told {
+            notify::status(&status);
+            told = status;
+        }
+    }
+}
+
+const HOUSEKEEPING: Duration = Duration::from_millis(50);
+const HOUSEKEEPING_LIMIT: Duration = Duration::from_secs(10);
+const GOODBYE: Duration = Duration::from_secs(2);

@@ -1,0 +1,227 @@
+//! What the head tells about the mesh, and what an administrator can do to it.
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::http::StatusCode;
+use dcf::{Message, MsgType};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::Api;
+use super::error::ApiError;
+use crate::core::registry::Worker;
+use crate::mesh::timestamp_us;
+
+/// `GET /v1/mesh`: the registry as JSON.
+pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
+    let mesh = &api.mesh;
+    let now = Instant::now();
+    let (queued, running) = mesh.in_flight();
+    let round_trip = |worker: &Worker| {
+        mesh.link(worker.id)
+            .map(|link| link.rtt().as_secs_f64() * 1e3)
+    };
+    let workers = mesh.with_registry(|registry| registry.iter().cloned().collect::<Vec<_>>());
+    let workers: Vec<Value> = workers
+        .iter()
+        .map(|worker| describe(worker, round_trip(worker), now))
+        .collect();
+    let unready = mesh.health.unready_reason();
+    Json(json!({
+        "mesh": mesh.config.mesh_name,
+        "version": env!("CARGO_PKG_VERSION"),
+        "ready": unready.is_none(),
+        "reason": unready,
+        "uptime_seconds": mesh.started.elapsed().unwrap_or_default().as_secs_f64(),
+        "draining": mesh.shutdown.is_draining(),
+        "requests": {
+            "queued": queued,
+            "queue_limit": mesh.config.queue_limit,
+            "running": running,
+            "reruns": mesh.metrics.reruns.get(),
+        },
+        "tokens": {
+            "generated": mesh.metrics.tokens.get(),
+            "prompt": mesh.metrics.prompt_tokens.get(),
+            "cached": mesh.metrics.cached_tokens.get(),
+        },
+        "workers": workers,
+    }))
+}
+
+/// `POST /v1/mesh/tokens`: makes a join token. The body may hold `ttl_seconds` and `note`.
+pub(super) async fn create_token(
+    State(api): State<Api>,
+    body: Bytes,
+) -> Result<Json<Value>, ApiError> {
+    #[derive(Deserialize)]
+    #[serde(default, deny_unknown_fields)]
+    struct Ask {
+        ttl_seconds: u64,
+        note: String,
+    }
+    impl Default for Ask {
+        fn default() -> Self {
+            Self {
+                ttl_seconds: TOKEN_LIFE.as_secs(),
+                note: String::new(),
+            }
+        }
+    }
+    let ask: Ask = read(&body)?;
+    let life = Duration::from_secs(ask.ttl_seconds);
+    if life.is_zero() || life > LONGEST_TOKEN_LIFE || ask.note.len() > LONGEST_NOTE {
+        let text = format!(
+            "'ttl_seconds' must be from 1 to {}, 'note' at most {LONGEST_NOTE} bytes",
+            LONGEST_TOKEN_LIFE.as_secs()
+        );
+        return Err(ApiError::new(
+            StatusCode::BAD_REQUEST,
+            "invalid_value",
+            text,
+        ));
+    }
+    let now = SystemTime::now();
+    let authority = api.authority.clone();
+    let created =
+        tokio::task::spawn_blocking(move || authority.create_token(life, &ask.note, now)).await;
+    let token = created
+        .map_err(|error| error.to_string())
+        .and_then(|token| token.map_err(|error| error.to_string()))
+        .map_err(|error| {
+            ApiError::new(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "token_failed",
+                format!("no token was made: {error}"),
+            )
+        })?;
+    let expires = (now + life)
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs();
+    tracing::info!(
+        token = token.id(),
+        life_seconds = life.as_secs(),
+        "join token created"
+    );
+    Ok(Json(
+        json!({ "token": token.to_string(), "id": token.id(), "expires_at": expires }),
+    ))
+}
+
+/// `POST /v1/mesh/drain`: tells the worker that `worker` names (by name or node id) to finish and take nothing new.
+pub(super) async fn drain(State(api): State<Api>, body: Bytes) -> Result<Json<Value>, ApiError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Ask {
+        worker: String,
+    }
+    let ask: Ask = read(&body)?;
+    let named = |worker: &&Worker| {
+        worker.name == ask.worker || worker.node_id() == Some(ask.worker.as_str())
+    };
+    let ids = api.mesh.with_registry(|registry| {
+        registry
+            .iter()
+            .filter(named)
+            .map(|worker| worker.id)
+            .collect::<Vec<_>>()
+    });
+    if ids.is_empty() {
+        let text = format!(
+            "no worker is called {:?}; GET /v1/mesh lists them",
+            ask.worker
+        );
+        return Err(ApiError::new(
+            StatusCode::NOT_FOUND,
+            "worker_not_found",
+            text,
+        ));
+    }
+    for id in &ids {
+        api.mesh.with_worker(*id, |worker| worker.draining = true);
+        api.mesh.tell(
+            *id,
+            Message::new(MsgType::DRAIN, 0, timestamp_us(), Bytes::new()),
+        );
+    }
+    Ok(Json(json!({ "draining": ids.len() })))
+}
+
+fn read<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, ApiError> {
+    let body = if body.is_empty() { b"{}" } else { body };
+    serde_json::from_slice(body).map_err(|error| {
+        ApiError::new(
+            StatusCode::BAD_REQUEST,
+            "invalid_value",
+            format!("the body is not what is expected here: {error}"),
+        )
+    })
+}
+
+fn describe(worker: &Worker, round_trip_ms: Option<f64>, now: Instant) -> Value {
+    #[derive(Serialize)]
+    struct Model<'a> {
+        name: &'a str,
+        architecture: &'a str,
+        quantization: &'a str,
+        fingerprint: &'a str,
+        context: u32,
+        slots: u32,
+        file_bytes: u64,
+        layers: [u32; 2],
+        decode_tokens_per_second: f64,
+        prefill_tokens_per_second: f64,
+    }
+    let models: Vec<Model<'_>> = worker
+        .models
+        .iter()
+        .map(|model| Model {
+            name: &model.card.name,
+            architecture: &model.card.architecture,
+            quantization: &model.card.quantization,
+            fingerprint: &model.card.fingerprint,
+            context: model.card.context,
+            slots: model.card.slots,
+            file_bytes: model.card.file_bytes,
+            layers: [model.card.layer_start, model.card.layer_end],
+            decode_tokens_per_second: model.decode_tps,
+            prefill_tokens_per_second: model.prefill_tps,
+        })
+        .collect();
+    let state = match (worker.draining, worker.proven || worker.is_legacy()) {
+        (true, _) => "draining",
+        (false, true) => "ready",
+        (false, false) => "joining",
+    };
+    let ago = |then: Instant| now.saturating_duration_since(then).as_secs_f64();
+    json!({
+        "id": worker.id.0,
+        "name": worker.name,
+        "kind": if worker.is_legacy() { "v5.0.0" } else { "mesh" },
+        "state": state,
+        "node_id": worker.node_id(),
+        "address": worker.address,
+        "version": worker.version,
+        "models": models,
+        "running": worker.load.running,
+        "queued": worker.load.queued,
+        "assigned": worker.assigned,
+        "kv_tokens_used": worker.load.kv_tokens_used,
+        "kv_tokens_total": worker.load.kv_tokens_total,
+        "resident_bytes": worker.load.resident_bytes,
+        "completed": worker.completed,
+        "failed": worker.failed,
+        "connected_seconds": ago(worker.joined),
+        "last_seen_seconds": ago(worker.last_seen),
+        "last_success_seconds": worker.last_success.map(ago),
+        "round_trip_ms": round_trip_ms,
+    })
+}
+
+const TOKEN_LIFE: Duration = Duration::from_secs(24 * 3600);
+const LONGEST_TOKEN_LIFE: Duration = Duration::from_secs(365 * 24 * 3600);
+const LONGEST_NOTE: usize = 256;

@@ -1,0 +1,315 @@
+//! API keys: who may use the API, who may administer the mesh, and how much of it one client may take.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use axum::http::{HeaderMap, header};
+use sha2::{Digest, Sha256};
+use subtle::{Choice, ConstantTimeEq};
+
+/// The keys of one head. Only their hashes are held.
+#[derive(Clone)]
+pub struct Keys {
+    admin: KeyHash,
+    api: Vec<KeyHash>,
+}
+
+type KeyHash = [u8; 32];
+
+/// Whom a request comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Caller {
+    /// Holds the admin key.
+    Admin,
+    /// Holds the API key with this number.
+    Key(usize),
+    /// Holds none, and none is needed.
+    Anyone,
+}
+
+/// A key that opens nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Denied {
+    /// None was sent.
+    Missing,
+    /// It is not one of ours.
+    Wrong,
+}
+
+/// Why the keys cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum KeysError {
+    /// The file cannot be read or written.
+    #[error("{path}: {error}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What happened.
+        error: io::Error,
+    },
+    /// A file without keys would lock everyone out, or let everyone in.
+    #[error("{0} holds no API key; write one per line, or leave http.api_keys_file out")]
+    Empty(PathBuf),
+}
+
+impl Keys {
+    /// Reads the API keys (one per line; empty lines and lines that begin with # are skipped) and the admin key, which
+    /// is made at the first start.
+    ///
+    /// # Errors
+    /// [`KeysError`] names the file.
+    pub fn load(state_dir: &Path, api_keys_file: Option<&Path>) -> Result<Self, KeysError> {
+        let admin = hash(&load_or_create_admin_key(&state_dir.join(ADMIN_KEY_FILE))?);
+        let mut api = Vec::new();
+        if let Some(path) = api_keys_file {
+            let text = std::fs::read_to_string(path).map_err(|error| KeysError::File {
+                path: path.into(),
+                error,
+            })?;
+            let lines = text.lines().map(str::trim);
+            api.extend(
+                lines
+                    .filter(|line| !line.is_empty() && !line.starts_with('#'))
+                    .map(hash),
+            );
+            if api.is_empty() {
+                return Err(KeysError::Empty(path.into()));
+            }
+        }
+        Ok(Self { admin, api })
+    }
+
+    /// Whom these headers prove.
+    ///
+    /// # Errors
+    /// [`Denied`] where a key is needed and is missing, and wherever one is sent that is wrong and keys are in use.
+    pub fn caller(&self, headers: &HeaderMap) -> Result<Caller, Denied> {
+        let Some(key) = bearer(headers) else {
+            return if self.api.is_empty() {
+                Ok(Caller::Anyone)
+            } else {
+                Err(Denied::Missing)
+            };
+        };
+        let presented = hash(key);
+        if bool::from(presented.ct_eq(&self.admin)) {
+            return Ok(Caller::Admin);
+        }
+        // All of them are compared, so that the time tells nothing about which one matched.
+        let mut found = None;
+        for (number, known) in self.api.iter().enumerate() {
+            let same: Choice = presented.ct_eq(known);
+            if bool::from(same) {
+                found = Some(number);
+            }
+        }
+        match found {
+            Some(number) => Ok(Caller::Key(number)),
+            // Clients insist on sending some key even where none is needed.
+            None if self.api.is_empty() => Ok(Caller::Anyone),
+            None => Err(Denied::Wrong),
+        }
+    }
+}
+
+/// Who asks, as far as limits go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Client {
+    /// By key.
+    pub caller: Caller,
+    /// By address, which counts where there are no keys.
+    pub address: Option<IpAddr>,
+}
+
+/// Bounds the requests that one client has running.
+#[derive(Debug)]
+pub(super) struct Turnstile {
+    limit: usize,
+    inside: Mutex<HashMap<Name, usize>>,
+}
+
+type Name = (Caller, Option<IpAddr>);
+
+impl Turnstile {
+    /// Lets `limit` requests of each client through at a time; 0 lets all through.
+    pub(super) fn new(limit: usize) -> Self {
+        Self {
+            limit,
+            inside: Mutex::default(),
+        }
+    }
+
+    /// The limit.
+    pub(super) fn limit(&self) -> usize {
+        self.limit
+    }
+
+    /// Lets one request in, if there is room.
+    pub(super) fn enter(self: &Arc<Self>, client: Client) -> Option<Pass> {
+        if self.limit == 0 {
+            return Some(Pass(None));
+        }
+        let name = (
+            client.caller,
+            client.address.filter(|_| client.caller == Caller::Anyone),
+        );
+        let mut inside = self.lock();
+        let count = inside.entry(name).or_default();
+        if *count >= self.limit {
+            return None;
+        }
+        *count += 1;
+        Some(Pass(Some((self.clone(), name))))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Name, usize>> {
+        self.inside.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One request inside; dropping it makes room.
+#[derive(Debug)]
+pub(super) struct Pass(Option<(Arc<Turnstile>, Name)>);
+
+impl Drop for Pass {
+    fn drop(&mut self) {
+        let Some((turnstile, name)) = self.0.take() else {
+            return;
+        };
+        let mut inside = turnstile.lock();
+        if let Some(count) = inside.get_mut(&name) {
+            *count -= 1;
+            if *count == 0 {
+                inside.remove(&name);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Keys {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Keys")
+            .field("api", &self.api.len())
+            .finish_non_exhaustive()
+    }
+}
+
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let (scheme, key) = headers
+        .get(header::AUTHORIZATION)?
+        .to_str()
+        .ok()?
+        .split_once(' ')?;
+    scheme
+        .eq_ignore_ascii_case("bearer")
+        .then(|| key.trim())
+        .filter(|key| !key.is_empty())
+}
+
+fn load_or_create_admin_key(path: &Path) -> Result<String, KeysError> {
+    let file_error = |error| KeysError::File {
+        path: path.into(),
+        error,
+    };
+    match std::fs::read_to_string(path) {
+        Ok(key) if !key.trim().is_empty() => return Ok(key.trim().to_owned()),
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(file_error(error)),
+    }
+    let key = format!("hydra-admin-{}", crate::ids::secret().map_err(file_error)?);
+    mesh_service::files::write_private(path, format!("{key}\n").as_bytes()).map_err(file_error)?;
+    Ok(key)
+}
+
+fn hash(key: &str) -> KeyHash {
+    Sha256::digest(key.as_bytes()).into()
+}
+
+const ADMIN_KEY_FILE: &str = "admin.key";
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn headers(value: &str) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::AUTHORIZATION, value.parse().unwrap());
+        headers
+    }
+
+    #[test]
+    fn keys_open_what_they_are_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("keys");
+        std::fs::write(&file, "# ours\n\nsk-one\n  sk-two \n").unwrap();
+        let keys = Keys::load(dir.path(), Some(&file)).unwrap();
+        let admin = std::fs::read_to_string(dir.path().join(ADMIN_KEY_FILE)).unwrap();
+        assert_eq!(keys.caller(&headers("Bearer sk-one")), Ok(Caller::Key(0)));
+        assert_eq!(keys.caller(&headers("bearer sk-two")), Ok(Caller::Key(1)));
+        assert_eq!(
+            keys.caller(&headers(&format!("Bearer {}", admin.trim()))),
+            Ok(Caller::Admin)
+        );
+        assert_eq!(keys.caller(&headers("Bearer sk-three")), Err(Denied::Wrong));
+        assert_eq!(keys.caller(&headers("Basic sk-one")), Err(Denied::Missing));
+        assert_eq!(keys.caller(&HeaderMap::new()), Err(Denied::Missing));
+    }
+
+    #[test]
+    fn without_api_keys_anyone_may_ask_and_only_the_admin_key_administers() {
+        let dir = tempfile::tempdir().unwrap();
+        let keys = Keys::load(dir.path(), None).unwrap();
+        assert_eq!(keys.caller(&HeaderMap::new()), Ok(Caller::Anyone));
+        assert_eq!(keys.caller(&headers("Bearer whatever")), Ok(Caller::Anyone));
+    }
+
+    #[test]
+    fn the_admin_key_is_private_and_stays_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        Keys::load(dir.path(), None).unwrap();
+        let path = dir.path().join(ADMIN_KEY_FILE);
+        let key = std::fs::read_to_string(&path).unwrap();
+        assert!(key.len() > 40);
+        assert_eq!(
+            std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        Keys::load(dir.path(), None).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), key);
+    }
+
+    #[test]
+    fn a_client_has_so_many_requests_running_and_no_more() {
+        let turnstile = Arc::new(Turnstile::new(2));
+        let client = |number| Client {
+            caller: Caller::Key(number),
+            address: None,
+        };
+        let one = turnstile.enter(client(1)).unwrap();
+        let _two = turnstile.enter(client(1)).unwrap();
+        assert!(turnstile.enter(client(1)).is_none());
+        assert!(turnstile.enter(client(2)).is_some());
+        drop(one);
+        assert!(turnstile.enter(client(1)).is_some());
+        assert_eq!(turnstile.lock().len(), 1);
+        assert!(Arc::new(Turnstile::new(0)).enter(client(1)).is_some());
+    }
+
+    #[test]
+    fn a_file_without_keys_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("keys");
+        std::fs::write(&file, "# none\n").unwrap();
+        assert!(matches!(
+            Keys::load(dir.path(), Some(&file)),
+            Err(KeysError::Empty(_))
+        ));
+    }
+}

@@ -1,0 +1,277 @@
+//! The OpenAI API, health and administration.
+//!
+//! Wire-compatible with the OpenAI clients: fields, errors and streams are theirs. Besides their parameters `top_k`,
+//! `min_p`, `repetition_penalty` and `ignore_eos` are read, and answers carry `timings`.
+
+mod admin;
+mod answer;
+mod ask;
+mod error;
+mod keys;
+mod wire;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Path, Request, State};
+use axum::http::{HeaderValue, StatusCode};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Extension, Json, Router};
+use mesh_net::trust::Authority;
+use mesh_service::health;
+use mesh_service::metrics::Metrics;
+use serde_json::{Value, json};
+
+pub use error::ApiError;
+pub use keys::{Keys, KeysError};
+
+use crate::drive::submit;
+use crate::ids;
+use crate::mesh::Mesh;
+use crate::metrics::Front;
+use answer::Answering;
+use ask::Asked;
+use keys::{Caller, Client, Denied, Turnstile};
+
+/// What the handlers share.
+#[derive(Clone)]
+struct Api {
+    mesh: Arc<Mesh>,
+    keys: Arc<Keys>,
+    authority: Arc<Authority>,
+    turnstile: Arc<Turnstile>,
+}
+
+/// The id of a request in the logs of all services.
+#[derive(Clone)]
+struct RequestId(String);
+
+/// All routes of the head.
+pub fn router(
+    mesh: Arc<Mesh>,
+    keys: Keys,
+    authority: Arc<Authority>,
+    metrics: Arc<Metrics>,
+) -> Router {
+    let health = health::router(mesh.health.clone(), metrics);
+    let body_limit = usize::try_from(mesh.config.http.body_limit).unwrap_or(usize::MAX);
+    let turnstile = Arc::new(Turnstile::new(mesh.config.http.concurrent_requests));
+    let api = Api {
+        mesh,
+        keys: Arc::new(keys),
+        authority,
+        turnstile,
+    };
+    let administration = Router::new()
+        .route("/v1/mesh/tokens", post(admin::create_token))
+        .route("/v1/mesh/drain", post(admin::drain))
+        .route_layer(middleware::from_fn(administrators_only));
+    Router::new()
+        .route("/v1/models", get(list_models))
+        .route("/v1/models/{*name}", get(show_model))
+        .route("/v1/chat/completions", post(chat))
+        .route("/v1/completions", post(completions))
+        .route("/v1/mesh", get(admin::show))
+        .merge(administration)
+        .route_layer(middleware::from_fn_with_state(api.clone(), authenticate))
+        .with_state(api)
+        .merge(health)
+        .fallback(no_such_path)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(DefaultBodyLimit::max(body_limit))
+        .layer(middleware::from_fn(with_request_id))
+}
+
+async fn chat(
+    state: State<Api>,
+    client: Extension<Client>,
+    id: Extension<RequestId>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, ApiError> {
+    answer(ask::Api::Chat, state, client, id, body).await
+}
+
+async fn completions(
+    state: State<Api>,
+    client: Extension<Client>,
+    id: Extension<RequestId>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, ApiError> {
+    answer(ask::Api::Completions, state, client, id, body).await
+}
+
+async fn answer(
+    which: ask::Api,
+    State(api): State<Api>,
+    Extension(client): Extension<Client>,
+    Extension(id): Extension<RequestId>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, ApiError> {
+    let body = body.map_err(|rejection| unreadable(&api, &rejection))?;
+    let pass = api
+        .turnstile
+        .enter(client)
+        .ok_or_else(|| ApiError::too_many(api.turnstile.limit()))?;
+    let asked = Asked::parse(which, &body, api.mesh.config.http.choices_limit)?;
+    drop(body);
+    let receivers = asked
+        .tasks(&id.0)
+        .into_iter()
+        .map(|task| submit(&api.mesh, Front::Http, task))
+        .collect();
+    let answering = Answering::new(&asked, seconds_since_epoch(), receivers, pass);
+    if asked.stream {
+        answering.stream().await
+    } else {
+        answering.gather().await
+    }
+}
+
+async fn list_models(State(api): State<Api>) -> Json<Value> {
+    let data = api.mesh.with_registry(|registry| {
+        registry
+            .models()
+            .into_values()
+            .map(|card| model(&api, card))
+            .collect::<Vec<_>>()
+    });
+    Json(json!({ "object": "list", "data": data }))
+}
+
+async fn show_model(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    let found = api.mesh.with_registry(|registry| {
+        registry
+            .models()
+            .get(name.as_str())
+            .map(|card| model(&api, card))
+    });
+    found.map(Json).ok_or_else(|| ApiError {
+        param: Some("model".into()),
+        ..ApiError::new(
+            StatusCode::NOT_FOUND,
+            "model_not_found",
+            format!("the model {name:?} does not exist; GET /v1/models lists those that do"),
+        )
+    })
+}
+
+fn model(api: &Api, card: &mesh_proto::ModelCard) -> Value {
+    let created = api
+        .mesh
+        .started
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs();
+    json!({
+        "id": card.name,
+        "object": "model",
+        "created": created,
+        "owned_by": "hydramesh",
+        "context_length": card.context,
+        "architecture": card.architecture,
+        "quantization": card.quantization,
+        "file_bytes": card.file_bytes,
+    })
+}
+
+/// Lets through who may use the API, and notes who it is.
+async fn authenticate(
+    State(api): State<Api>,
+    mut request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    let caller = api.keys.caller(request.headers()).map_err(|denied| {
+        ApiError::unauthorized(match denied {
+            Denied::Missing => "no API key was sent; send it as `Authorization: Bearer <key>`",
+            Denied::Wrong => "the API key is not one of this head's; ask its operator for one",
+        })
+    })?;
+    let address = request
+        .extensions()
+        .get::<ConnectInfo<SocketAddr>>()
+        .map(|info| info.0.ip());
+    request.extensions_mut().insert(Client { caller, address });
+    Ok(next.run(request).await)
+}
+
+async fn administrators_only(
+    Extension(client): Extension<Client>,
+    request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    if client.caller != Caller::Admin {
+        return Err(ApiError::unauthorized(
+            "this needs the admin key, which stands in admin.key in the head's state directory",
+        ));
+    }
+    Ok(next.run(request).await)
+}
+
+/// Takes the client's request id, or makes one, and sends it back.
+async fn with_request_id(mut request: Request, next: Next) -> Response {
+    let sent = request
+        .headers()
+        .get(REQUEST_ID)
+        .and_then(|value| value.to_str().ok());
+    let usable = |id: &&str| {
+        !id.is_empty() && id.len() <= 128 && id.bytes().all(|byte| byte.is_ascii_graphic())
+    };
+    let id = sent
+        .filter(usable)
+        .map_or_else(|| ids::fresh("req"), str::to_owned);
+    request.extensions_mut().insert(RequestId(id.clone()));
+    let mut response = next.run(request).await;
+    if let Ok(value) = HeaderValue::from_str(&id) {
+        response.headers_mut().insert(REQUEST_ID, value);
+    }
+    response
+}
+
+async fn no_such_path(request: Request) -> Response {
+    let text = format!(
+        "there is no {} here; the API begins with /v1/",
+        request.uri().path()
+    );
+    ApiError::new(StatusCode::NOT_FOUND, "unknown_url", text).into_response()
+}
+
+async fn wrong_method(request: Request) -> Response {
+    let text = format!(
+        "{} is not allowed on {}",
+        request.method(),
+        request.uri().path()
+    );
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", text).into_response()
+}
+
+fn unreadable(api: &Api, rejection: &BytesRejection) -> ApiError {
+    if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
+        let text = format!(
+            "the body is over the limit of {} bytes (http.body_limit)",
+            api.mesh.config.http.body_limit
+        );
+        return ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "request_too_large", text);
+    }
+    ApiError::new(
+        StatusCode::BAD_REQUEST,
+        "invalid_body",
+        rejection.body_text(),
+    )
+}
+
+fn seconds_since_epoch() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs()
+}
+
+const REQUEST_ID: &str = "x-request-id";

@@ -1,0 +1,150 @@
+//! Tasks on their way through v5.0.0 workers: from our own sequence back to whoever waits for the answer.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use dcf::Message;
+use tokio::sync::oneshot;
+
+/// The tasks that v5.0.0 workers have now.
+#[derive(Debug, Default)]
+pub struct Exchange {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    next: u32,
+    pending: HashMap<u32, Pending>,
+}
+
+#[derive(Debug)]
+struct Pending {
+    worker: SocketAddr,
+    reply: oneshot::Sender<Message>,
+}
+
+/// One task with a worker; dropping it gives the task up.
+#[derive(Debug)]
+pub struct Errand<'a> {
+    exchange: &'a Exchange,
+    /// The sequence to send the task with.
+    pub sequence: u32,
+    /// Gets the worker's answer; fails when the worker is gone.
+    pub reply: oneshot::Receiver<Message>,
+}
+
+impl Exchange {
+    /// A task for this worker.
+    pub fn open(&self, worker: SocketAddr) -> Errand<'_> {
+        let (sender, reply) = oneshot::channel();
+        let mut inner = self.lock();
+        // Tasks live for minutes at most, so the search is short even after four billion of them.
+        let sequence = loop {
+            let candidate = inner.next;
+            inner.next = inner.next.wrapping_add(1);
+            if !inner.pending.contains_key(&candidate) {
+                break candidate;
+            }
+        };
+        inner.pending.insert(
+            sequence,
+            Pending {
+                worker,
+                reply: sender,
+            },
+        );
+        Errand {
+            exchange: self,
+            sequence,
+            reply,
+        }
+    }
+
+    /// A worker's answer came; false means that nobody waits for it, or that it came from somebody else.
+    pub fn deliver(&self, source: SocketAddr, message: Message) -> bool {
+        let mut inner = self.lock();
+        if inner
+            .pending
+            .get(&message.sequence)
+            .is_none_or(|pending| pending.worker != source)
+        {
+            return false;
+        }
+        let pending = inner.pending.remove(&message.sequence);
+        drop(inner);
+        pending.is_some_and(|pending| pending.reply.send(message).is_ok())
+    }
+
+    /// Whether a task with this sequence is with that worker.
+    pub fn awaits(&self, source: SocketAddr, sequence: u32) -> bool {
+        self.lock()
+            .pending
+            .get(&sequence)
+            .is_some_and(|pending| pending.worker == source)
+    }
+
+    /// A worker is gone: its tasks fail.
+    pub fn abandon(&self, worker: SocketAddr) {
+        self.lock()
+            .pending
+            .retain(|_, pending| pending.worker != worker);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Errand<'_> {
+    fn drop(&mut self) {
+        self.exchange.lock().pending.remove(&self.sequence);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use dcf::MsgType;
+
+    use super::*;
+
+    fn address(port: u16) -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], port))
+    }
+
+    #[test]
+    fn an_answer_reaches_the_task_with_its_sequence_and_no_other() {
+        let exchange = Exchange::default();
+        let mut one = exchange.open(address(1));
+        let mut two = exchange.open(address(1));
+        assert_ne!(one.sequence, two.sequence);
+        let answer = |sequence| Message::new(MsgType::RESULT, sequence, 0, "x");
+        assert!(
+            !exchange.deliver(address(2), answer(two.sequence)),
+            "from a stranger"
+        );
+        assert!(exchange.deliver(address(1), answer(two.sequence)));
+        assert!(!exchange.deliver(address(1), answer(two.sequence)), "twice");
+        assert_eq!(two.reply.try_recv().unwrap().sequence, two.sequence);
+        assert!(one.reply.try_recv().is_err());
+    }
+
+    #[test]
+    fn tasks_of_a_worker_that_is_gone_fail_and_others_do_not() {
+        let exchange = Exchange::default();
+        let mut gone = exchange.open(address(1));
+        let mut stays = exchange.open(address(2));
+        exchange.abandon(address(1));
+        assert_eq!(
+            gone.reply.try_recv(),
+            Err(oneshot::error::TryRecvError::Closed)
+        );
+        assert_eq!(
+            stays.reply.try_recv(),
+            Err(oneshot::error::TryRecvError::Empty)
+        );
+        drop((gone, stays));
+        assert!(exchange.lock().pending.is_empty());
+    }
+}

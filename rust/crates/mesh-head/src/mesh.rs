@@ -1,0 +1,399 @@
+//! What all front ends share: placement behind its lock, the links of workers, and who waits for room.
+//!
+//! The lock is held for a decision, never across an await. Per token nothing is locked.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use dcf::{ErrorCode, Message};
+use mesh_net::quic::Link;
+use mesh_proto::{Hello, Load};
+use mesh_service::health::Health;
+use mesh_service::shutdown::Shutdown;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::config::Config;
+use crate::core::placement::{Asked, Ended, Placed, Placement, Refusal, Ticket};
+use crate::core::registry::{Registry, Worker, WorkerId};
+use crate::core::router::Ask;
+use crate::legacy::Exchange;
+use crate::metrics::HeadMetrics;
+use crate::worker_bus::{BusSender, Sessions};
+
+/// The mesh as one head sees it.
+#[derive(Debug)]
+pub struct Mesh {
+    /// As configured.
+    pub config: Config,
+    /// Counters and histograms.
+    pub metrics: HeadMetrics,
+    /// What `/ready` says.
+    pub health: Health,
+    /// Begins when the head is told to stop.
+    pub shutdown: Shutdown,
+    /// Tasks that v5.0.0 workers have.
+    pub exchange: Exchange,
+    /// Sends Tasks to v5.0.0 workers.
+    pub bus: BusSender,
+    /// Keys of sealed heartbeats.
+    pub sessions: Sessions,
+    /// When the head started.
+    pub started: SystemTime,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    placement: Placement,
+    peers: BTreeMap<WorkerId, Peer>,
+    waiting: HashMap<Ticket, oneshot::Sender<Result<Placed, Refusal>>>,
+    next_ticket: u64,
+}
+
+/// A connected worker.
+#[derive(Debug)]
+struct Peer {
+    link: Link,
+    /// Goes out on its control stream.
+    orders: mpsc::Sender<Message>,
+}
+
+/// How to reach the worker of an [`Assignment`].
+#[derive(Debug, Clone)]
+pub enum Route {
+    /// Over its link.
+    Link(Link),
+    /// Over UDP, v5.0.0.
+    Legacy(SocketAddr),
+    /// The worker left in the same moment.
+    Gone,
+}
+
+impl Mesh {
+    /// A mesh without workers.
+    pub fn new(
+        config: Config,
+        metrics: HeadMetrics,
+        health: Health,
+        shutdown: Shutdown,
+        bus: BusSender,
+    ) -> Arc<Self> {
+        let placement = Placement::new(
+            Registry::new(config.worker_timeout),
+            config.placement_limits(),
+        );
+        let state = State {
+            placement,
+            peers: BTreeMap::new(),
+            waiting: HashMap::new(),
+            next_ticket: 0,
+        };
+        Arc::new(Self {
+            config,
+            metrics,
+            health,
+            shutdown,
+            exchange: Exchange::default(),
+            bus,
+            sessions: Sessions::default(),
+            started: SystemTime::now(),
+            state: Mutex::new(state),
+        })
+    }
+
+    /// Finds a worker, waiting for one where all are busy. A `rerun` waits even if there is none.
+    ///
+    /// # Errors
+    /// [`Refusal`] says why there is none.
+    pub async fn place(self: &Arc<Self>, ask: Ask, rerun: bool) -> Result<Assignment, Refusal> {
+        let (ticket, receiver) = {
+            let mut state = self.lock();
+            let ticket = Ticket(state.next_ticket);
+            state.next_ticket += 1;
+            match state.placement.ask(ticket, ask, rerun, Instant::now()) {
+                Asked::Placed(placed) => return Ok(self.assignment(&state, ticket, placed)),
+                Asked::Refused(refusal) => return Err(refusal),
+                Asked::Waiting => {
+                    let (sender, receiver) = oneshot::channel();
+                    state.waiting.insert(ticket, sender);
+                    (ticket, receiver)
+                }
+            }
+        };
+        let mut place = PlaceInQueue {
+            mesh: self,
+            ticket,
+            left: false,
+        };
+        let decided = receiver.await;
+        place.left = true;
+        match decided {
+            Ok(Ok(placed)) => Ok(self.assignment(&self.lock(), ticket, placed)),
+            Ok(Err(refusal)) => Err(refusal),
+            Err(_) => Err(Refusal::NoWorker {
+                model: String::new(),
+            }),
+        }
+    }
+
+    /// The model of a request that names none.
+    pub fn default_model(&self) -> Option<String> {
+        let first = || {
+            self.lock()
+                .placement
+                .registry
+                .models()
+                .keys()
+                .next()
+                .map(|name| (*name).to_owned())
+        };
+        self.config.default_model.clone().or_else(first)
+    }
+
+    /// Enters a worker that said Hello on this link.
+    pub fn join(&self, link: &Link, hello: Hello, orders: mpsc::Sender<Message>) -> WorkerId {
+        let now = Instant::now();
+        let mut state = self.lock();
+        let (id, replaced) =
+            state
+                .placement
+                .registry
+                .join(link.node_id(), link.remote_addr(), hello, now);
+        if let Some(old) = replaced.and_then(|old| state.peers.remove(&old)) {
+            old.link
+                .close(ErrorCode::CANCELLED, "this node has connected again");
+        }
+        state.peers.insert(
+            id,
+            Peer {
+                link: link.clone(),
+                orders,
+            },
+        );
+        self.pump(&mut state, now);
+        id
+    }
+
+    /// A worker's link is closed.
+    pub fn leave(&self, id: WorkerId) {
+        let now = Instant::now();
+        let mut state = self.lock();
+        state.peers.remove(&id);
+        state.placement.leave(id, now);
+        self.pump(&mut state, now);
+    }
+
+    /// A worker reports its load.
+    pub fn report(&self, id: WorkerId, load: Load) {
+        let now = Instant::now();
+        let mut state = self.lock();
+        state.placement.registry.report(id, load, now);
+        self.pump(&mut state, now);
+    }
+
+    /// A v5.0.0 worker is alive. True means that it is new.
+    pub fn legacy_heartbeat(&self, address: SocketAddr) -> bool {
+        let now = Instant::now();
+        let mut state = self.lock();
+        let new = state
+            .placement
+            .registry
+            .legacy_heartbeat(address, now)
+            .is_some_and(|(_, new)| new);
+        if new {
+            self.pump(&mut state, now);
+        }
+        new
+    }
+
+    /// What is due by now: silent workers are pruned, waiting requests looked at again, gauges and readiness set.
+    pub fn keep_house(&self) {
+        let now = Instant::now();
+        let mut state = self.lock();
+        let pruned = state.placement.prune(now);
+        let peers: Vec<Peer> = pruned
+            .iter()
+            .filter_map(|worker| state.peers.remove(&worker.id))
+            .collect();
+        self.pump(&mut state, now);
+        let readiness = self.readiness(&state);
+        let registry = &state.placement.registry;
+        let legacy = registry.iter().filter(|worker| worker.is_legacy()).count();
+        self.metrics.workers(registry.len() - legacy, legacy);
+        drop(state);
+
+        for worker in pruned {
+            tracing::warn!(
+                worker = worker.name,
+                timeout_seconds = self.config.worker_timeout.as_secs_f64(),
+                "worker pruned: it was silent for too long"
+            );
+            if worker.is_legacy() {
+                self.exchange.abandon(worker.address);
+            }
+        }
+        for peer in peers {
+            peer.link.close(ErrorCode::TIMEOUT, "no sign of life");
+        }
+        match readiness {
+            Ok(()) => self.health.set_ready(),
+            Err(reason) => self.health.set_unready(reason),
+        }
+    }
+
+    /// Looks at the registry.
+    pub fn with_registry<T>(&self, look: impl FnOnce(&Registry) -> T) -> T {
+        look(&self.lock().placement.registry)
+    }
+
+    /// Changes a worker's entry.
+    pub fn with_worker(&self, id: WorkerId, change: impl FnOnce(&mut Worker)) {
+        if let Some(worker) = self.lock().placement.registry.get_mut(id) {
+            change(worker);
+        }
+    }
+
+    /// The link of a worker.
+    pub fn link(&self, id: WorkerId) -> Option<Link> {
+        self.lock().peers.get(&id).map(|peer| peer.link.clone())
+    }
+
+    /// Sends a worker an order on its control stream.
+    pub fn tell(&self, id: WorkerId, order: Message) {
+        if let Some(peer) = self.lock().peers.get(&id) {
+            // Full or closed: a worker that does not read its orders is on its way out.
+            let _ = peer.orders.try_send(order);
+        }
+    }
+
+    /// Requests that wait and that run.
+    pub fn in_flight(&self) -> (usize, usize) {
+        let state = self.lock();
+        (state.placement.queued(), state.placement.running())
+    }
+
+    /// Whether `/ready` should say yes.
+    fn readiness(&self, state: &State) -> Result<(), &'static str> {
+        if self.shutdown.is_draining() {
+            return Err("shutting down");
+        }
+        let mut workers = state.placement.registry.iter().peekable();
+        if workers.peek().is_none() {
+            return Err("no worker is connected");
+        }
+        // A v5.0.0 worker cannot be asked for one token, so its heartbeat has to do.
+        if workers.any(|worker| !worker.draining && (worker.proven || worker.is_legacy())) {
+            Ok(())
+        } else {
+            Err("no worker has answered yet")
+        }
+    }
+
+    fn assignment(self: &Arc<Self>, state: &State, ticket: Ticket, placed: Placed) -> Assignment {
+        let worker = state.placement.registry.get(placed.worker);
+        let route = match (state.peers.get(&placed.worker), worker) {
+            (Some(peer), _) => Route::Link(peer.link.clone()),
+            (None, Some(worker)) if worker.is_legacy() => Route::Legacy(worker.address),
+            (None, _) => Route::Gone,
+        };
+        self.gauge(state);
+        Assignment {
+            mesh: self.clone(),
+            ticket,
+            placed,
+            route,
+            ended: Ended::Cancelled,
+        }
+    }
+
+    fn pump(&self, state: &mut State, now: Instant) {
+        for (ticket, decided) in state.placement.pump(now) {
+            let undelivered = match state.waiting.remove(&ticket) {
+                Some(sender) => sender.send(decided).is_err(),
+                None => true,
+            };
+            if undelivered {
+                state.placement.release(ticket, Ended::Cancelled, now);
+            }
+        }
+        self.gauge(state);
+    }
+
+    fn gauge(&self, state: &State) {
+        self.metrics
+            .queued
+            .set(i64::try_from(state.placement.queued()).unwrap_or(i64::MAX));
+        self.metrics
+            .running
+            .set(i64::try_from(state.placement.running()).unwrap_or(i64::MAX));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A request's place in the queue; leaving early gives it up.
+struct PlaceInQueue<'a> {
+    mesh: &'a Mesh,
+    ticket: Ticket,
+    left: bool,
+}
+
+impl Drop for PlaceInQueue<'_> {
+    fn drop(&mut self) {
+        if self.left {
+            return;
+        }
+        let now = Instant::now();
+        let mut state = self.mesh.lock();
+        state.waiting.remove(&self.ticket);
+        state.placement.withdraw(self.ticket);
+        // It may have been given a worker in this very moment.
+        state.placement.release(self.ticket, Ended::Cancelled, now);
+        self.mesh.pump(&mut state, now);
+    }
+}
+
+/// A request's right to a worker; dropping it gives the worker free.
+#[derive(Debug)]
+pub struct Assignment {
+    mesh: Arc<Mesh>,
+    ticket: Ticket,
+    /// The worker.
+    pub placed: Placed,
+    /// How to reach it.
+    pub route: Route,
+    ended: Ended,
+}
+
+impl Assignment {
+    /// The first token came.
+    pub fn first_token(&self) {
+        self.mesh.lock().placement.first_token(self.ticket);
+    }
+
+    /// Says how the attempt ended, and gives the worker free.
+    pub fn end(mut self, ended: Ended) {
+        self.ended = ended;
+    }
+}
+
+impl Drop for Assignment {
+    fn drop(&mut self) {
+        let now = Instant::now();
+        let mut state = self.mesh.lock();
+        state.placement.release(self.ticket, self.ended, now);
+        self.mesh.pump(&mut state, now);
+    }
+}
+
+/// Microseconds since the Unix epoch, for DCF headers.
+pub fn timestamp_us() -> u64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+}

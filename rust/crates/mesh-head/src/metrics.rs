@@ -1,0 +1,227 @@
+//! The head's Prometheus metrics.
+
+use mesh_service::metrics::prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
+use mesh_service::metrics::prometheus_client::metrics::counter::Counter;
+use mesh_service::metrics::prometheus_client::metrics::family::Family;
+use mesh_service::metrics::prometheus_client::metrics::gauge::Gauge;
+use mesh_service::metrics::prometheus_client::metrics::histogram::Histogram;
+use mesh_service::metrics::prometheus_client::registry::{Registry, Unit};
+
+/// Which front end a request came through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+pub enum Front {
+    /// The OpenAI API.
+    Http,
+    /// DCF over UDP.
+    Dcf,
+}
+
+/// How a request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+pub enum Outcome {
+    /// With a whole answer.
+    Complete,
+    /// The client went away.
+    Cancelled,
+    /// No worker, or no room.
+    Refused,
+    /// The request itself was wrong.
+    Rejected,
+    /// Too late.
+    Timeout,
+    /// Workers failed on it.
+    Failed,
+}
+
+/// Labels of the request metrics.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RequestLabels {
+    /// Front end.
+    pub front: Front,
+    /// End.
+    pub outcome: Outcome,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DatagramLabels {
+    socket: &'static str,
+    outcome: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct KindLabel {
+    kind: &'static str,
+}
+
+/// All of them. Clones share their values.
+#[derive(Debug, Clone)]
+pub struct HeadMetrics {
+    requests: Family<RequestLabels, Counter>,
+    duration: Family<RequestLabels, Histogram, fn() -> Histogram>,
+    first_token: Histogram,
+    /// Tokens generated for clients.
+    pub tokens: Counter,
+    /// Prompt tokens of complete answers.
+    pub prompt_tokens: Counter,
+    /// Prompt tokens of those that a worker found in its cache.
+    pub cached_tokens: Counter,
+    /// Attempts that failed and were run again.
+    pub reruns: Counter,
+    datagrams: Family<DatagramLabels, Counter>,
+    workers: Family<KindLabel, Gauge>,
+    /// Requests that wait for a worker.
+    pub queued: Gauge,
+    /// Requests that run on a worker.
+    pub running: Gauge,
+}
+
+impl HeadMetrics {
+    /// New ones, entered into this registry.
+    pub fn register(registry: &mut Registry) -> Self {
+        let metrics = Self {
+            requests: Family::default(),
+            duration: Family::new_with_constructor(|| Histogram::new(DURATIONS)),
+            first_token: Histogram::new(DURATIONS),
+            tokens: Counter::default(),
+            prompt_tokens: Counter::default(),
+            cached_tokens: Counter::default(),
+            reruns: Counter::default(),
+            datagrams: Family::default(),
+            workers: Family::default(),
+            queued: Gauge::default(),
+            running: Gauge::default(),
+        };
+        let this = &metrics;
+        registry.register(
+            "requests",
+            "Requests by front end and end",
+            this.requests.clone(),
+        );
+        registry.register_with_unit(
+            "request_duration",
+            "From arrival to the last token",
+            Unit::Seconds,
+            this.duration.clone(),
+        );
+        registry.register_with_unit(
+            "time_to_first_token",
+            "From arrival to the first token of complete answers",
+            Unit::Seconds,
+            this.first_token.clone(),
+        );
+        registry.register(
+            "generated_tokens",
+            "Tokens generated for clients",
+            this.tokens.clone(),
+        );
+        registry.register(
+            "prompt_tokens",
+            "Prompt tokens of complete answers",
+            this.prompt_tokens.clone(),
+        );
+        registry.register(
+            "cached_prompt_tokens",
+            "Prompt tokens found in a KV cache",
+            this.cached_tokens.clone(),
+        );
+        registry.register(
+            "reruns",
+            "Attempts that failed and were run again elsewhere",
+            this.reruns.clone(),
+        );
+        registry.register(
+            "datagrams",
+            "Datagrams received, by socket and what became of them",
+            this.datagrams.clone(),
+        );
+        registry.register("workers", "Workers in the registry", this.workers.clone());
+        registry.register(
+            "queued_requests",
+            "Requests that wait for a worker",
+            this.queued.clone(),
+        );
+        registry.register(
+            "running_requests",
+            "Requests that run on a worker",
+            this.running.clone(),
+        );
+        metrics
+    }
+
+    /// A request ended.
+    pub fn request_ended(&self, front: Front, outcome: Outcome, seconds: f64) {
+        let labels = RequestLabels { front, outcome };
+        self.requests.get_or_create(&labels).inc();
+        self.duration.get_or_create(&labels).observe(seconds);
+    }
+
+    /// The first token of a complete answer took so long.
+    pub fn first_token(&self, seconds: f64) {
+        self.first_token.observe(seconds);
+    }
+
+    /// The registry's size.
+    pub fn workers(&self, mesh: usize, legacy: usize) {
+        for (kind, count) in [("mesh", mesh), ("v5.0.0", legacy)] {
+            self.workers
+                .get_or_create(&KindLabel { kind })
+                .set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+    }
+
+    /// Counters of one socket.
+    pub fn datagrams(&self, socket: &'static str) -> DatagramCounters {
+        let counter = |outcome| {
+            self.datagrams
+                .get_or_create_owned(&DatagramLabels { socket, outcome })
+        };
+        DatagramCounters {
+            accepted: counter("accepted"),
+            malformed: counter("malformed"),
+            untrusted: counter("untrusted"),
+            unexpected: counter("unexpected"),
+        }
+    }
+}
+
+/// What became of a socket's datagrams.
+#[derive(Debug, Clone)]
+pub struct DatagramCounters {
+    /// Understood and acted upon.
+    pub accepted: Counter,
+    /// Not a DCF message.
+    pub malformed: Counter,
+    /// From a source that plain DCF is not accepted from, or with a seal that does not hold.
+    pub untrusted: Counter,
+    /// A message that has no business here.
+    pub unexpected: Counter,
+}
+
+const DURATIONS: [f64; 16] = [
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
+];
+
+#[cfg(test)]
+mod tests {
+    use mesh_service::metrics::Metrics;
+
+    use super::*;
+
+    #[test]
+    fn the_names_carry_their_units() {
+        let metrics = Metrics::new("head", "0");
+        let head = metrics.register(HeadMetrics::register);
+        head.request_ended(Front::Dcf, Outcome::Complete, 0.2);
+        head.datagrams("clients").malformed.inc();
+        head.workers(2, 1);
+        let text = metrics.encode();
+        for line in [
+            "hydramesh_head_requests_total{front=\"Dcf\",outcome=\"Complete\"} 1",
+            "hydramesh_head_request_duration_seconds_count{front=\"Dcf\",outcome=\"Complete\"} 1",
+            "hydramesh_head_datagrams_total{socket=\"clients\",outcome=\"malformed\"} 1",
+            "hydramesh_head_workers{kind=\"mesh\"} 2",
+        ] {
+            assert!(text.contains(line), "{line} is not in\n{text}");
+        }
+    }
+}

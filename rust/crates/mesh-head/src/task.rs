@@ -1,0 +1,212 @@
+//! A task: one answer that is to be generated, whichever front end it came through.
+
+use bytes::Bytes;
+use mesh_proto::{Chat, ChatMessage, GenerateParams, Prompt};
+use serde_json::Value;
+
+use crate::core::affinity::{estimate_tokens, prefixes};
+use crate::core::router::Ask;
+use crate::fields::{Fields, Invalid, messages, sampling};
+
+/// One answer to generate.
+#[derive(Debug, Clone)]
+pub struct Task {
+    /// Request id in the logs of all services.
+    pub id: String,
+    /// Model name; the head's default where there is none.
+    pub model: Option<String>,
+    /// What to answer.
+    pub prompt: Prompt,
+    /// How to answer.
+    pub params: GenerateParams,
+    /// The client's own payload, where a v5.0.0 worker may take it as it is.
+    pub legacy: Option<Bytes>,
+}
+
+impl Task {
+    /// What the router needs to know, for this model.
+    pub fn ask(&self, model: &str) -> Ask {
+        let prompt_tokens = estimate_tokens(match &self.prompt {
+            Prompt::Text(text) => text.len(),
+            Prompt::Chat(chat) => chat
+                .messages
+                .iter()
+                .map(|message| message.content.len())
+                .sum(),
+            Prompt::Tokens(list) => list.tokens.len() * 4,
+        });
+        Ask {
+            model: model.to_owned(),
+            prompt_tokens,
+            answer_tokens: self
+                .params
+                .max_tokens
+                .unwrap_or(USUAL_ANSWER)
+                .min(USUAL_ANSWER),
+            prefixes: prefixes(model, &self.prompt),
+            legacy: self.legacy.is_some(),
+            ..Ask::default()
+        }
+    }
+}
+
+/// A Task payload of a DCF client.
+#[derive(Debug, Clone)]
+pub struct DcfTask {
+    /// Model name.
+    pub model: Option<String>,
+    /// What to answer.
+    pub prompt: Prompt,
+    /// How to answer.
+    pub params: GenerateParams,
+    /// Send Partials while the answer grows.
+    pub stream: bool,
+    /// Acknowledge repeats while the task runs.
+    pub ack: bool,
+}
+
+impl DcfTask {
+    /// Reads a payload: a JSON object with `prompt` or `messages`, else the prompt itself.
+    ///
+    /// # Errors
+    /// [`Invalid`], in words for the client.
+    pub fn parse(payload: &[u8]) -> Result<Self, Invalid> {
+        let text = std::str::from_utf8(payload).map_err(|error| {
+            Invalid::new(
+                "payload",
+                format!(
+                    "the payload is not UTF-8 text (byte {})",
+                    error.valid_up_to()
+                ),
+            )
+        })?;
+        if text.trim().is_empty() {
+            return Err(Invalid::new(
+                "payload",
+                "the payload is empty: send a prompt",
+            ));
+        }
+        if text.trim_start().starts_with('{') {
+            return Self::parse_json(text);
+        }
+        Ok(Self {
+            model: None,
+            prompt: user_message(text),
+            params: GenerateParams::default(),
+            stream: false,
+            ack: false,
+        })
+    }
+
+    fn parse_json(text: &str) -> Result<Self, Invalid> {
+        let wrong = |error| {
+            Invalid::new(
+                "payload",
+                format!("the payload begins as JSON but is none: {error}"),
+            )
+        };
+        let value: Value = serde_json::from_str(text).map_err(wrong)?;
+        let Some(fields) = value.as_object().map(Fields::new) else {
+            return Err(Invalid::new("payload", "the payload is JSON but no object"));
+        };
+        let prompt = match (fields.get("messages"), fields.text("prompt")?) {
+            (Some(list), _) => Prompt::Chat(messages(list)?),
+            (None, Some(prompt)) => user_message(prompt),
+            (None, None) => {
+                return Err(Invalid::new(
+                    "prompt",
+                    "the JSON object has neither 'prompt' nor 'messages'",
+                ));
+            }
+        };
+        let params = GenerateParams {
+            max_tokens: fields.whole("max_tokens", 1..=u32::MAX)?,
+            ..sampling(fields)?
+        };
+        Ok(Self {
+            model: fields.text("model")?.map(str::to_owned),
+            prompt,
+            params,
+            stream: fields.flag("stream")?,
+            ack: fields.flag("ack")?,
+        })
+    }
+}
+
+/// A prompt as a conversation of one message: workers put it into the model's template, if it has one.
+fn user_message(text: &str) -> Prompt {
+    Prompt::Chat(Chat {
+        messages: vec![ChatMessage {
+            role: "user".into(),
+            content: text.into(),
+        }],
+    })
+}
+
+/// Tokens of an answer whose length nobody knows, for estimates.
+const USUAL_ANSWER: u32 = 256;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn content(prompt: &Prompt) -> String {
+        match prompt {
+            Prompt::Chat(chat) => chat
+                .messages
+                .iter()
+                .map(|m| format!("{}:{};", m.role, m.content))
+                .collect(),
+            other => panic!("no chat: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn plain_text_is_a_user_message() {
+        let task = DcfTask::parse("  Wie geht's?".as_bytes()).unwrap();
+        assert_eq!(content(&task.prompt), "user:  Wie geht's?;");
+        assert!(!task.stream && task.model.is_none());
+    }
+
+    #[test]
+    fn json_carries_prompt_and_parameters_and_unknown_keys_are_ignored() {
+        let task =
+            DcfTask::parse(br#"{"prompt":"hi","max_tokens":5,"steps":50,"guidance":7.5,"stream":true,"model":"m"}"#).unwrap();
+        assert_eq!(content(&task.prompt), "user:hi;");
+        assert_eq!(task.params.max_tokens, Some(5));
+        assert!(task.stream);
+        assert_eq!(task.model.as_deref(), Some("m"));
+        let chat = DcfTask::parse(
+            br#"{"messages":[{"role":"system","content":"s"},{"role":"user","content":"u"}]}"#,
+        )
+        .unwrap();
+        assert_eq!(content(&chat.prompt), "system:s;user:u;");
+    }
+
+    #[test]
+    fn bad_payloads_get_errors_that_say_why() {
+        let cases: [(&[u8], &str); 8] = [
+            (b"", "empty"),
+            (b" \n", "empty"),
+            (b"abc\xff", "not UTF-8 text (byte 3)"),
+            (b"{\"prompt\":", "begins as JSON but is none"),
+            (b"{}", "neither 'prompt' nor 'messages'"),
+            (
+                b"{\"prompt\":5}",
+                "'prompt': expected a string, got a number",
+            ),
+            (b"{\"prompt\":\"x\",\"max_tokens\":0}", "'max_tokens'"),
+            (b"{\"prompt\":\"x\",\"temperature\":9}", "'temperature'"),
+        ];
+        for (payload, why) in cases {
+            let invalid = DcfTask::parse(payload).expect_err(why);
+            assert!(invalid.message.contains(why), "{}", invalid.message);
+        }
+    }
+
+    #[test]
+    fn deeply_nested_json_is_refused_and_not_recursed_into() {
+        let nested = format!("{{\"prompt\":{}", "[".repeat(60_000));
+        assert!(DcfTask::parse(nested.as_bytes()).is_err());
+    }
+}
