@@ -15,6 +15,7 @@ use quinn::udp::{RecvMeta, Transmit};
 use quinn::{
     AsyncUdpSocket, Endpoint, EndpointConfig, Runtime, ServerConfig, TokioRuntime, UdpPoller,
 };
+use tokio::task::AbortHandle;
 
 use super::link::{Link, WeakLink, canonical};
 use crate::udp::sys;
@@ -30,17 +31,11 @@ impl Carrier {
     pub(super) fn bind(address: SocketAddr, server: Option<ServerConfig>) -> io::Result<Self> {
         let socket = UdpSocket::bind(address)?;
         let links = Arc::new(Links::default());
-        let errors = OwnedFd::from(socket.try_clone()?);
-        let listening = sys::report_icmp_errors(errors.as_fd());
-        if let Err(error) = &listening {
-            tracing::debug!(%error, "no ICMP errors on this system; lost peers are noticed by their silence");
-        }
+        let errors = listen_to_icmp(&socket, links.clone())
+            .inspect_err(|error| tracing::debug!(%error, "no ICMP errors here; lost peers are noticed by their silence"))
+            .ok();
         let inner = TokioRuntime.wrap_udp_socket(socket)?;
-        let socket = Arc::new(WatchedSocket {
-            inner,
-            errors,
-            links: links.clone(),
-        });
+        let socket = Arc::new(WatchedSocket { inner, errors });
         let config = EndpointConfig::default();
         let endpoint =
             Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(TokioRuntime))?;
@@ -85,23 +80,37 @@ impl fmt::Debug for Links {
     }
 }
 
+/// Starts a task that reads the socket's error queue. quinn's own waiting does not see it: the kernel signals an error,
+/// not that there is something to read.
+fn listen_to_icmp(socket: &UdpSocket, links: Arc<Links>) -> io::Result<AbortHandle> {
+    sys::report_icmp_errors(socket.as_fd())?;
+    let queue = sys::ErrorQueue::new(OwnedFd::from(socket.try_clone()?))?;
+    let task = tokio::spawn(async move {
+        loop {
+            match queue.next().await {
+                Ok(icmp) if icmp.port_unreachable => links.unreachable(icmp.destination),
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::debug!(%error, "error queue");
+                    return;
+                }
+            }
+        }
+    });
+    Ok(task.abort_handle())
+}
+
 #[derive(Debug)]
 struct WatchedSocket {
     inner: Arc<dyn AsyncUdpSocket>,
-    /// The same socket, for its error queue.
-    errors: OwnedFd,
-    links: Arc<Links>,
+    /// The task that reads the error queue.
+    errors: Option<AbortHandle>,
 }
 
-impl WatchedSocket {
-    fn drain_errors(&self) {
-        // Bounded: a flood of ICMP must not hold up the driver.
-        for _ in 0..64 {
-            match sys::next_icmp_error(self.errors.as_fd()) {
-                Ok(Some(icmp)) if icmp.port_unreachable => self.links.unreachable(icmp.destination),
-                Ok(Some(_)) => {}
-                Ok(None) | Err(_) => return,
-            }
+impl Drop for WatchedSocket {
+    fn drop(&mut self) {
+        if let Some(errors) = &self.errors {
+            errors.abort();
         }
     }
 }
@@ -115,10 +124,7 @@ impl AsyncUdpSocket for WatchedSocket {
         match self.inner.try_send(transmit) {
             // An earlier datagram's error, reported here because this call came first. The datagram at hand was not
             // sent; QUIC sends it again as it does any lost one.
-            Err(error) if is_icmp_error(&error) => {
-                self.drain_errors();
-                Ok(())
-            }
+            Err(error) if is_icmp_error(&error) => Ok(()),
             result => result,
         }
     }
@@ -131,7 +137,8 @@ impl AsyncUdpSocket for WatchedSocket {
     ) -> Poll<io::Result<usize>> {
         loop {
             match self.inner.poll_recv(cx, bufs, meta) {
-                Poll::Ready(Err(error)) if is_icmp_error(&error) => self.drain_errors(),
+                // Reported once; the error queue has the details.
+                Poll::Ready(Err(error)) if is_icmp_error(&error) => {}
                 result => return result,
             }
         }

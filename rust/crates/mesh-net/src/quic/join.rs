@@ -46,7 +46,7 @@ pub async fn join(
         body: request.encode_to_vec(),
     };
     let chain = ask
-        .send(tls::joiner(verifier.clone())?)
+        .send(tls::anonymous(verifier.clone(), JOIN_PROTOCOL)?)
         .await
         .map_err(|error| {
             let untrusted = matches!(

@@ -53,12 +53,12 @@ pub(super) fn client(
     finish_client(config, protocol)
 }
 
-/// The dialling side of a join: no certificate, and the root is known by its hash.
-pub(super) fn joiner(verifier: Arc<PinVerifier>) -> Result<QuicClientConfig, TrustError> {
-    finish_client(
-        client_builder(verifier)?.with_no_client_auth(),
-        JOIN_PROTOCOL,
-    )
+/// A dialling side that has no certificate, and knows the root by its hash.
+pub(super) fn anonymous(
+    verifier: Arc<PinVerifier>,
+    protocol: &[u8],
+) -> Result<QuicClientConfig, TrustError> {
+    finish_client(client_builder(verifier)?.with_no_client_auth(), protocol)
 }
 
 fn client_builder(

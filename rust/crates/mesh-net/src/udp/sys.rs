@@ -6,13 +6,16 @@
 use std::io;
 use std::mem::{MaybeUninit, size_of, zeroed};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
 
 use libc::{
     c_int, c_void, cmsghdr, iovec, mmsghdr, msghdr, sockaddr_in, sockaddr_in6, sockaddr_storage,
     socklen_t,
 };
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use super::{BATCH, Outgoing};
 
@@ -189,6 +192,28 @@ pub(crate) struct IcmpError {
     pub(crate) destination: SocketAddr,
     /// Nobody listens on the port: the machine is there, the process is not.
     pub(crate) port_unreachable: bool,
+}
+
+/// The error queue of a socket that [`report_icmp_errors`], to wait on.
+pub(crate) struct ErrorQueue {
+    fd: AsyncFd<OwnedFd>,
+}
+
+impl ErrorQueue {
+    /// Takes a second descriptor of the socket. Must be called on a tokio runtime.
+    pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
+        // SAFETY: an `OwnedFd` is an open descriptor, always the same one, until it is dropped with the `AsyncFd`.
+        let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::ERROR) }?;
+        Ok(Self { fd })
+    }
+
+    /// Waits for the next error.
+    pub(crate) async fn next(&self) -> io::Result<IcmpError> {
+        let take = |fd: &OwnedFd| {
+            next_icmp_error(fd.as_fd())?.ok_or_else(|| io::ErrorKind::WouldBlock.into())
+        };
+        self.fd.async_io(Interest::ERROR, take).await
+    }
 }
 
 /// Takes one error from the queue, without waiting.

@@ -77,10 +77,10 @@ fn hint(nearest: Option<&str>, valid: &[String]) -> String {
 /// The candidate most similar to `key`, when it is similar enough to be a slip of the pen or a misplaced name.
 pub(super) fn nearest_key(key: &str, siblings: &[String], known: &[String]) -> Option<String> {
     let distance_in_place = |candidate: &&String| edit_distance(key, candidate);
-    if let Some(best) = siblings.iter().min_by_key(distance_in_place) {
-        if edit_distance(key, best) <= last_segment(key).len().div_ceil(3).max(2) {
-            return Some(best.clone());
-        }
+    let close_enough = last_segment(key).len().div_ceil(3).max(2);
+    let sibling = siblings.iter().min_by_key(distance_in_place);
+    if let Some(best) = sibling.filter(|best| edit_distance(key, best) <= close_enough) {
+        return Some(best.clone());
     }
     known
         .iter()

@@ -31,8 +31,8 @@ pub mod duration {
         let micros = duration.as_micros();
         match micros {
             0 => "0s".to_owned(),
-            _ if micros % 1_000_000 == 0 => format!("{}s", micros / 1_000_000),
-            _ if micros % 1_000 == 0 => format!("{}ms", micros / 1_000),
+            _ if micros.is_multiple_of(1_000_000) => format!("{}s", micros / 1_000_000),
+            _ if micros.is_multiple_of(1_000) => format!("{}ms", micros / 1_000),
             _ => format!("{micros}us"),
         }
     }
@@ -86,7 +86,7 @@ pub mod bytes {
         let units = [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
         match units
             .iter()
-            .find(|(size, _)| bytes >= *size && bytes % size == 0)
+            .find(|(size, _)| bytes >= *size && bytes.is_multiple_of(*size))
         {
             Some((size, unit)) => format!("{}{unit}", bytes / size),
             None => format!("{bytes}B"),

@@ -9,20 +9,20 @@ use mesh_net::quic::{Connector, Link, LinkConfig, Listener, join};
 use mesh_net::trust::{Authority, JoinToken, NodeIdentity, Role, Validity};
 use tempfile::TempDir;
 
-pub const HOUR: Duration = Duration::from_secs(3600);
-pub const LOOPBACK: SocketAddr =
+pub(crate) const HOUR: Duration = Duration::from_secs(3600);
+pub(crate) const LOOPBACK: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 
 /// A head with its mesh.
-pub struct Head {
-    pub dir: TempDir,
-    pub authority: Arc<Authority>,
-    pub listener: Listener,
-    pub address: SocketAddr,
+pub(crate) struct Head {
+    pub(crate) dir: TempDir,
+    pub(crate) authority: Arc<Authority>,
+    pub(crate) listener: Listener,
+    pub(crate) address: SocketAddr,
 }
 
 impl Head {
-    pub fn start(mesh: &str) -> Self {
+    pub(crate) fn start(mesh: &str) -> Self {
         Self::open(
             tempfile::tempdir().expect("temporary directory"),
             mesh,
@@ -30,7 +30,7 @@ impl Head {
         )
     }
 
-    pub fn open(dir: TempDir, mesh: &str, validity: Validity) -> Self {
+    pub(crate) fn open(dir: TempDir, mesh: &str, validity: Validity) -> Self {
         let authority = Arc::new(Authority::open(dir.path(), mesh, validity).expect("authority"));
         let identity = authority
             .head_identity(dir.path(), "head", SystemTime::now())
@@ -48,7 +48,7 @@ impl Head {
     }
 
     /// The same head after a restart, on another port.
-    pub async fn restart(self) -> Self {
+    pub(crate) async fn restart(self) -> Self {
         let Self {
             dir,
             listener,
@@ -63,13 +63,13 @@ impl Head {
         Self::open(dir, &mesh, Validity::default())
     }
 
-    pub fn token(&self) -> JoinToken {
+    pub(crate) fn token(&self) -> JoinToken {
         self.authority
             .create_token(HOUR, "test", SystemTime::now())
             .expect("token")
     }
 
-    pub async fn worker(&self, name: &str) -> Worker {
+    pub(crate) async fn worker(&self, name: &str) -> Worker {
         let dir = tempfile::tempdir().expect("temporary directory");
         let identity = join(self.address, &self.token(), dir.path(), name)
             .await
@@ -78,7 +78,7 @@ impl Head {
     }
 
     /// Both ends of a new link: the worker's, then the head's.
-    pub async fn link(&self, worker: &Worker, config: LinkConfig) -> (Link, Link) {
+    pub(crate) async fn link(&self, worker: &Worker, config: LinkConfig) -> (Link, Link) {
         let connector =
             Connector::bind(LOOPBACK, worker.identity.clone(), config).expect("connector");
         let (near, far) = tokio::join!(
@@ -90,14 +90,12 @@ impl Head {
 }
 
 /// A node that has joined.
-pub struct Worker {
-    #[allow(dead_code)]
-    pub dir: TempDir,
-    pub identity: NodeIdentity,
+pub(crate) struct Worker {
+    pub(crate) dir: TempDir,
+    pub(crate) identity: NodeIdentity,
 }
 
 /// A file of a state directory.
-#[allow(dead_code)]
-pub fn state_file(dir: &TempDir, name: &str) -> PathBuf {
+pub(crate) fn state_file(dir: &TempDir, name: &str) -> PathBuf {
     dir.path().join(name)
 }

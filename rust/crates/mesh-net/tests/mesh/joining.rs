@@ -1,10 +1,8 @@
 //! How nodes come into a mesh, and who does not.
 
-mod common;
-
 use std::time::{Duration, SystemTime};
 
-use common::{HOUR, Head, LOOPBACK};
+use crate::common::{HOUR, Head, LOOPBACK};
 use dcf::ErrorCode;
 use mesh_net::quic::{
     ConnectError, Connector, JoinError, LinkConfig, connect, join, load_or_join, renew,
@@ -61,7 +59,7 @@ async fn private_keys_are_readable_by_their_owner_only() {
         (&worker.dir, "node.key"),
     ];
     for (dir, name) in keys {
-        let metadata = std::fs::metadata(common::state_file(dir, name)).expect(name);
+        let metadata = std::fs::metadata(crate::common::state_file(dir, name)).expect(name);
         assert_eq!(metadata.permissions().mode() & 0o777, 0o600, "{name}");
     }
 }

@@ -1,11 +1,9 @@
 //! Links between nodes: streams of messages, limits, ends, keys.
 
-mod common;
-
 use std::time::{Duration, Instant};
 
+use crate::common::{Head, LOOPBACK};
 use bytes::Bytes;
-use common::{Head, LOOPBACK};
 use dcf::{ErrorCode, Message, MsgType, StreamError};
 use mesh_net::quic::{Closed, Connector, Link, LinkConfig, NamedGroup, StreamFailure};
 use mesh_net::seal::{OpenError, Opener, Sealer};
@@ -276,7 +274,11 @@ async fn a_killed_process_is_noticed_in_well_under_the_idle_timeout() {
     let head = Head::start("attic");
     let worker = head.worker("laptop").await;
     let mut process = std::process::Command::new(std::env::current_exe().expect("this test"))
-        .args(["--exact", "helper_process_that_holds_a_link", "--nocapture"])
+        .args([
+            "--exact",
+            "links::helper_process_that_holds_a_link",
+            "--nocapture",
+        ])
         .env("HELPER_STATE_DIR", worker.dir.path())
         .env("HELPER_HEAD", head.address.to_string())
         .stdout(std::process::Stdio::null())

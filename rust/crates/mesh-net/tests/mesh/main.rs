@@ -1,0 +1,5 @@
+//! Nodes on real sockets: how they join, and the links between them.
+
+mod common;
+mod joining;
+mod links;
