@@ -1,1 +1,23 @@
 //! The worker: hosts engines, answers tasks.
+//!
+//! [`Worker::start`] loads the models (`host`), joins the mesh and keeps the link to the head up (`head`). Each request
+//! of the head is a stream of its own (`answer`, `generate`). Plain DCF tasks, as v5.0.0 heads send them, come over UDP
+//! (`legacy`).
+
+#![forbid(unsafe_code)]
+
+mod answer;
+mod backoff;
+pub mod config;
+mod error;
+mod generate;
+mod head;
+pub mod health_check;
+mod host;
+mod legacy;
+mod metrics;
+mod worker;
+
+pub use config::Config;
+pub use error::WorkerError;
+pub use worker::{Worker, WorkerHandle};

@@ -1,2 +1,72 @@
 //! The service binary.
-fn main() {}
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use mesh_service::config::CommonArgs;
+use mesh_service::shutdown::Shutdown;
+use mesh_service::telemetry;
+use mesh_worker::config::WorkerFlags;
+use mesh_worker::{Config, Worker, health_check};
+
+/// A HydraMesh worker: loads models and answers what the head gives it.
+#[derive(Debug, Parser)]
+#[command(name = "mesh-worker", version)]
+struct Args {
+    #[command(flatten)]
+    common: CommonArgs,
+    #[command(flatten)]
+    flags: WorkerFlags,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Ask the running worker whether it is well, for container health checks: exit code 0 if it is
+    Health {
+        /// Ask whether it can serve requests, not only whether it lives
+        #[arg(long)]
+        ready: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("mesh-worker: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> anyhow::Result<()> {
+    let loaded = Config::load(&args.common, &args.flags)?;
+    // Engines bring their own threads; these only carry messages.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    if let Some(Command::Health { ready }) = args.command {
+        let path = if ready { "/ready" } else { "/health" };
+        let answer = runtime.block_on(health_check::ask(&loaded.value.state_dir, path))?;
+        println!("{answer}");
+        return Ok(());
+    }
+    if args.common.print_config || args.common.check_config {
+        if args.common.check_config {
+            loaded.value.check()?;
+        }
+        loaded.report(&args.common)?;
+        return Ok(());
+    }
+    telemetry::init("worker", &args.common)?;
+    runtime.block_on(async {
+        let shutdown = Shutdown::on_signals(loaded.value.drain_limit)?;
+        let worker = Worker::start_with(loaded.value, shutdown).await?;
+        worker.wait().await?;
+        Ok(())
+    })
+}

@@ -1,0 +1,362 @@
+//! The worker's configuration: what every key means, its default, and what is checked before anything starts.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use mesh_service::config::units;
+use mesh_service::config::{CommonArgs, ConfigError, Loaded, Loader};
+use mesh_service::network::Network;
+use serde::{Deserialize, Serialize};
+
+/// Everything that can be configured.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Key, certificate, the fingerprints of model files, and the addresses in use.
+    pub state_dir: PathBuf,
+    /// Name a person knows this node by; the host's name by default.
+    pub node_name: Option<String>,
+    /// The head's QUIC address, `host:7780`.
+    pub head: Option<String>,
+    /// File with the join token; needed until the worker has joined.
+    pub join_token_file: Option<PathBuf>,
+    /// The join token itself, for deployments that hand secrets over in the environment.
+    pub join_token: Option<String>,
+    /// Models to serve: paths of GGUF files, or names looked up in `model_dirs`.
+    pub models: Vec<String>,
+    /// Folders with models.
+    pub model_dirs: Vec<PathBuf>,
+    /// ONNX Runtime's library; `ORT_DYLIB_PATH` by default.
+    pub ort_library: Option<PathBuf>,
+    /// Threads that compute, for each model; 0 is one per core.
+    pub threads: usize,
+    /// Requests that one model runs at once.
+    pub slots: u32,
+    /// Most tokens of prompt and answer together; 0 is as many as the model was made for.
+    pub context: u32,
+    /// KV cache of each model; by default half of the memory that is free at the start, shared by the models.
+    #[serde(with = "optional_bytes")]
+    pub kv_memory: Option<u64>,
+    /// Most rows of one step: larger is faster for long prompts and takes more memory.
+    pub step_rows: u32,
+    /// How long long prompts may make answers in progress wait for their next token.
+    #[serde(with = "units::duration")]
+    pub decode_stall: Duration,
+    /// Requests that may wait for a slot of a model.
+    pub queue_limit: usize,
+    /// How long running answers may take after SIGTERM.
+    #[serde(with = "units::duration")]
+    pub drain_limit: Duration,
+    /// Networks whose plain DCF is accepted, besides loopback and the v5.0.0 head.
+    pub trusted_networks: Vec<Network>,
+    /// Health and metrics.
+    pub http: HttpConfig,
+    /// DCF over UDP.
+    pub dcf: DcfConfig,
+    /// Serving a v5.0.0 head.
+    pub legacy: LegacyConfig,
+    /// What requests get that do not say.
+    pub sampling: SamplingDefaults,
+}
+
+/// Health and metrics.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HttpConfig {
+    /// Address and port.
+    pub listen: SocketAddr,
+}
+
+/// DCF over UDP.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DcfConfig {
+    /// Where plain tasks are taken.
+    pub listen: SocketAddr,
+}
+
+/// Serving a v5.0.0 head.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LegacyConfig {
+    /// Its worker bus, `host:7778`; heartbeats go there.
+    pub head: Option<String>,
+}
+
+/// What requests get that do not say.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SamplingDefaults {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// 0 is all.
+    pub top_k: u32,
+    /// 1 is all.
+    pub top_p: f32,
+    /// 0 is all.
+    pub min_p: f32,
+    /// 1 is off.
+    pub repetition_penalty: f32,
+    /// Most tokens of an answer; 0 is as many as the context holds.
+    pub max_tokens: u32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            state_dir: "/var/lib/hydramesh/worker".into(),
+            node_name: None,
+            head: None,
+            join_token_file: None,
+            join_token: None,
+            models: Vec::new(),
+            model_dirs: vec!["/var/lib/hydramesh/models".into()],
+            ort_library: None,
+            threads: 0,
+            slots: 8,
+            context: 0,
+            kv_memory: None,
+            step_rows: 512,
+            decode_stall: Duration::from_millis(100),
+            queue_limit: 64,
+            drain_limit: Duration::from_secs(30),
+            trusted_networks: Vec::new(),
+            http: HttpConfig::default(),
+            dcf: DcfConfig::default(),
+            legacy: LegacyConfig::default(),
+            sampling: SamplingDefaults::default(),
+        }
+    }
+}
+
+impl Default for HttpConfig {
+    fn default() -> Self {
+        HttpConfig {
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 8081)),
+        }
+    }
+}
+
+impl Default for DcfConfig {
+    fn default() -> Self {
+        DcfConfig {
+            listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 7779)),
+        }
+    }
+}
+
+impl Default for SamplingDefaults {
+    fn default() -> Self {
+        SamplingDefaults {
+            temperature: 0.7,
+            top_k: 0,
+            top_p: 0.95,
+            min_p: 0.05,
+            repetition_penalty: 1.0,
+            max_tokens: 0,
+        }
+    }
+}
+
+/// The worker's own flags.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct WorkerFlags {
+    /// The head's QUIC address
+    #[arg(long, value_name = "HOST:PORT")]
+    pub head: Option<String>,
+
+    /// File with the join token, needed at the first start
+    #[arg(long, value_name = "FILE")]
+    pub join_token_file: Option<PathBuf>,
+
+    /// Model to serve: a GGUF file, or a name in the model folders (may be repeated)
+    #[arg(long = "model", value_name = "MODEL")]
+    pub models: Vec<String>,
+
+    /// Threads that compute; 0 is one per core
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+
+    /// Where to serve /health, /ready and /metrics
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub http: Option<SocketAddr>,
+
+    /// Where to take plain DCF tasks
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub dcf: Option<SocketAddr>,
+}
+
+impl Config {
+    /// Merges defaults, file, environment and flags.
+    pub fn load(common: &CommonArgs, flags: &WorkerFlags) -> Result<Loaded<Self>, ConfigError> {
+        let token_file = flags.join_token_file.as_ref().map(|path| path.display());
+        // The list goes through text like every flag; commas separate.
+        let models = (!flags.models.is_empty()).then(|| flags.models.join(","));
+        port_variable("DCF_HEALTH_PORT", "http.listen", Ipv4Addr::LOCALHOST.into())
+            .into_iter()
+            .fold(Loader::new("worker"), |loader, (variable, key, address)| {
+                loader.flag(variable, key, Some(address))
+            })
+            .common(common)
+            .flag("--head", "head", flags.head.as_ref())
+            .flag("--join-token-file", "join_token_file", token_file)
+            .flag("--model", "models", models)
+            .flag("--threads", "threads", flags.threads)
+            .flag("--http", "http.listen", flags.http)
+            .flag("--dcf", "dcf.listen", flags.dcf)
+            .load()
+    }
+
+    /// Checks what single keys cannot say.
+    pub fn check(&self) -> Result<(), Unsound> {
+        if self.models.is_empty() {
+            return Err(Unsound::NoModels);
+        }
+        if self.head.is_none() && self.legacy.head.is_none() {
+            return Err(Unsound::NoHead);
+        }
+        for (key, head) in [("head", &self.head), ("legacy.head", &self.legacy.head)] {
+            if let Some(head) = head.as_ref().filter(|head| !is_host_and_port(head)) {
+                return Err(Unsound::HeadAddress {
+                    key,
+                    value: head.clone(),
+                });
+            }
+        }
+        for (key, value) in [("slots", self.slots), ("step_rows", self.step_rows)] {
+            if value == 0 {
+                return Err(Unsound::Zero(key));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether plain DCF from this address is accepted without further ado.
+    pub fn trusts(&self, source: IpAddr) -> bool {
+        let source = source.to_canonical();
+        source.is_loopback() || self.trusted_networks.iter().any(|n| n.contains(source))
+    }
+
+    /// Name a person knows this node by.
+    pub fn node_name(&self) -> String {
+        let host_name = || std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
+        let name = self.node_name.clone().or_else(host_name);
+        name.map(|name| name.trim().to_owned())
+            .filter(|name| !name.is_empty())
+            .unwrap_or_else(|| "worker".to_owned())
+    }
+}
+
+/// Keys that are valid one by one and make no sense together.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unsound {
+    /// Nothing to serve.
+    #[error(
+        "`models` is empty: name at least one GGUF file, as models = [\"/path/model.gguf\"] or --model FILE"
+    )]
+    NoModels,
+    /// Nobody to serve.
+    #[error(
+        "`head` is not set: give the head's QUIC address, as head = \"host:7780\" or --head HOST:PORT"
+    )]
+    NoHead,
+    /// An address without a port.
+    #[error("`{key}` is {value:?}, which is not host:port; write it as \"head.example:7780\"")]
+    HeadAddress {
+        /// The key.
+        key: &'static str,
+        /// Its value.
+        value: String,
+    },
+    /// A zero where that makes no sense.
+    #[error("`{0}` must be greater than 0")]
+    Zero(&'static str),
+}
+
+fn is_host_and_port(text: &str) -> bool {
+    let parts = text.rsplit_once(':');
+    parts.is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
+}
+
+/// A port that existing deployments set in the environment. It names a port only: the address stays the default one.
+fn port_variable(
+    variable: &'static str,
+    key: &'static str,
+    address: IpAddr,
+) -> Option<(&'static str, &'static str, String)> {
+    // Joined as text, so that a port that is none is refused with the variable's name.
+    let port = std::env::var(variable).ok()?;
+    Some((variable, key, format!("{address}:{}", port.trim())))
+}
+
+/// [`units::bytes`] for a key that may be absent.
+mod optional_bytes {
+    use mesh_service::config::units::bytes;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    #[derive(Deserialize)]
+    struct Bytes(#[serde(with = "bytes")] u64);
+
+    pub(super) fn serialize<S: Serializer>(value: &Option<u64>, s: S) -> Result<S::Ok, S::Error> {
+        match value {
+            Some(value) => bytes::serialize(value, s),
+            None => s.serialize_none(),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Option<u64>, D::Error> {
+        Ok(Option::<Bytes>::deserialize(d)?.map(|Bytes(value)| value))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(toml: &str) -> Config {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), toml).unwrap();
+        let loader = Loader::new("worker").file(file.path());
+        loader.environment::<&str, &str>([]).load().unwrap().value
+    }
+
+    #[test]
+    fn what_is_missing_is_named_with_its_remedy() {
+        let error = |toml: &str| parse(toml).check().unwrap_err().to_string();
+        assert!(error("head = \"h:1\"").contains("models = ["));
+        assert!(error("models = [\"m\"]").contains("head = \"host:7780\""));
+        assert!(error("models = [\"m\"]\nhead = \"h\"").contains("\"h\", which is not host:port"));
+        assert!(error("models = [\"m\"]\nhead = \"h:1\"\nslots = 0").contains("`slots`"));
+        assert_eq!(parse("models = [\"m\"]\nhead = \"h:1\"").check(), Ok(()));
+        assert_eq!(
+            parse("models = [\"m\"]\nlegacy.head = \"h:1\"").check(),
+            Ok(())
+        );
+    }
+
+    #[test]
+    fn sizes_and_times_take_units() {
+        let config = parse("kv_memory = \"512MiB\"\ndecode_stall = \"50ms\"");
+        assert_eq!(config.kv_memory, Some(512 << 20));
+        assert_eq!(config.decode_stall, Duration::from_millis(50));
+        assert_eq!(parse("").kv_memory, None);
+    }
+
+    #[test]
+    fn only_loopback_and_named_networks_are_trusted() {
+        let config = parse("trusted_networks = [\"10.0.0.0/8\"]");
+        for (address, trusted) in [
+            ("127.0.0.1", true),
+            ("::ffff:127.0.0.1", true),
+            ("10.1.2.3", true),
+            ("192.168.0.1", false),
+        ] {
+            assert_eq!(
+                config.trusts(address.parse().unwrap()),
+                trusted,
+                "{address}"
+            );
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! Why a worker does not start, or ends.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use mesh_engine::StartError;
+use mesh_engine_ort::LoadError;
+use mesh_model::ModelError;
+use mesh_model::store::StoreError;
+use mesh_net::quic::JoinError;
+
+use crate::config::Unsound;
+
+/// Why a worker does not start, or ends.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WorkerError {
+    /// Keys that make no sense together.
+    #[error("configuration: {0}")]
+    Config(#[from] Unsound),
+    /// An address is taken or not ours.
+    #[error(
+        "cannot listen on {address}/{carrier}: {source}; set `{key}` to another address or port"
+    )]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// `tcp` or `udp`.
+        carrier: &'static str,
+        /// The configuration key.
+        key: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The state directory.
+    #[error("cannot use the state directory {}: {source}; set `state_dir` to one that this user can write", path.display())]
+    StateDir {
+        /// The directory.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A model is not there.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A model file is damaged or unsupported.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// Two models go by one name.
+    #[error("two models are called {name:?}; rename one of the files or drop one from `models`")]
+    SameName {
+        /// The name.
+        name: String,
+    },
+    /// The model does not load.
+    #[error("model {name}: {source}")]
+    Load {
+        /// The model.
+        name: String,
+        /// Why.
+        source: Box<LoadError>,
+    },
+    /// The engine does not start.
+    #[error("model {name}: {source}")]
+    Start {
+        /// The model.
+        name: String,
+        /// Why.
+        source: StartError,
+    },
+    /// The first token did not come.
+    #[error("model {name} gives no token: {reason}")]
+    Broken {
+        /// The model.
+        name: String,
+        /// Why.
+        reason: String,
+    },
+    /// The join token cannot be read.
+    #[error("cannot read the join token from {}: {source}; `hydramesh token create` prints one", path.display())]
+    TokenFile {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The join token is malformed.
+    #[error("{origin}: {reason}")]
+    Token {
+        /// File or key.
+        origin: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The worker has never joined and has no token.
+    #[error(
+        "this worker has not joined a mesh yet, and there is no join token: run `hydramesh token create` at the head and set `join_token_file`"
+    )]
+    NoToken,
+    /// The head does not let this worker in.
+    #[error("cannot join the mesh at {head}: {source}")]
+    Join {
+        /// The head's address.
+        head: String,
+        /// Why.
+        source: Box<JoinError>,
+    },
+    /// An engine's thread is gone.
+    #[error("the engine of model {name} stopped: {reason}")]
+    EngineDead {
+        /// The model.
+        name: String,
+        /// Why.
+        reason: String,
+    },
+    /// A task of the program itself failed.
+    #[error("internal error: {0}")]
+    Internal(String),
+}

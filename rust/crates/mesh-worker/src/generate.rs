@@ -1,0 +1,190 @@
+//! From a Generate message to an engine's request, and from its events to messages.
+
+use std::time::{Duration, Instant};
+
+use dcf::{ErrorCode, MsgType};
+use mesh_engine::{Event, Finish, Logprob, Request, RequestError, SamplingParams};
+use mesh_model::{ChatError, EncodeOptions, Message as ChatMessage, Model, TokenizerError};
+use mesh_proto::{FinishReason, Generate, GenerateParams, Prompt};
+use prost::Message as _;
+
+use crate::config::SamplingDefaults;
+
+/// Why a Generate message is refused before it reaches an engine.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Refusal {
+    #[error("no prompt was given")]
+    NoPrompt,
+    #[error("this worker does not serve a model called {name:?}")]
+    UnknownModel { name: String },
+    #[error(transparent)]
+    Chat(#[from] ChatError),
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    #[error("the request could not be prepared: {0}")]
+    Failed(String),
+}
+
+impl Refusal {
+    pub(crate) fn code(&self) -> ErrorCode {
+        match self {
+            Refusal::UnknownModel { .. } => ErrorCode::UNKNOWN_MODEL,
+            Refusal::Failed(_) => ErrorCode::INTERNAL,
+            _ => ErrorCode::INVALID_PAYLOAD,
+        }
+    }
+}
+
+/// Turns `generate` into a request for the engine of `model`. Tokenizes: milliseconds for a long prompt.
+pub(crate) fn request(
+    model: &Model,
+    defaults: &SamplingDefaults,
+    generate: Generate,
+    now: Instant,
+) -> Result<Request, Refusal> {
+    let params = generate.params.unwrap_or_default();
+    let prompt = generate.prompt.ok_or(Refusal::NoPrompt)?;
+    let echo = match &prompt {
+        Prompt::Text(text) if params.echo => text.clone(),
+        Prompt::Tokens(list) if params.echo => model.tokenizer().decode(&list.tokens),
+        _ => String::new(),
+    };
+    let deadline = (generate.deadline_ms > 0)
+        .then(|| now.checked_add(Duration::from_millis(generate.deadline_ms)))
+        .flatten();
+    let default_max = (defaults.max_tokens > 0).then_some(defaults.max_tokens);
+    Ok(Request {
+        id: generate.request_id,
+        prompt_tokens: prompt_tokens(model, prompt)?,
+        generated: generate.generated,
+        text_sent: generate.text_sent,
+        stop: params.stop.clone(),
+        max_tokens: params.max_tokens.or(default_max),
+        deadline,
+        echo,
+        ignore_eos: params.ignore_eos,
+        params: sampling(params, defaults),
+    })
+}
+
+fn prompt_tokens(model: &Model, prompt: Prompt) -> Result<Vec<u32>, Refusal> {
+    let tokenizer = model.tokenizer();
+    Ok(match prompt {
+        Prompt::Text(text) => tokenizer.encode(&text, EncodeOptions::PLAIN)?,
+        Prompt::Tokens(list) => list.tokens,
+        Prompt::Chat(chat) => {
+            let messages: Vec<ChatMessage> = chat
+                .messages
+                .into_iter()
+                .map(|message| ChatMessage {
+                    role: message.role,
+                    content: message.content,
+                })
+                .collect();
+            let text = model.template().render(&messages, true)?;
+            tokenizer.encode(&text, EncodeOptions::RENDERED_CHAT)?
+        }
+    })
+}
+
+fn sampling(params: GenerateParams, defaults: &SamplingDefaults) -> SamplingParams {
+    SamplingParams {
+        temperature: params.temperature.unwrap_or(defaults.temperature),
+        top_k: params.top_k.unwrap_or(defaults.top_k),
+        top_p: params.top_p.unwrap_or(defaults.top_p),
+        min_p: params.min_p.unwrap_or(defaults.min_p),
+        repetition_penalty: params
+            .repetition_penalty
+            .unwrap_or(defaults.repetition_penalty),
+        presence_penalty: params.presence_penalty.unwrap_or(0.0),
+        frequency_penalty: params.frequency_penalty.unwrap_or(0.0),
+        seed: params.seed.unwrap_or_else(random_seed),
+        logit_bias: params
+            .logit_bias
+            .iter()
+            .map(|bias| (bias.token, bias.bias))
+            .collect(),
+        logprobs: params.logprobs,
+    }
+}
+
+/// For requests that do not care. Heads always say a seed.
+fn random_seed() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    RandomState::new().hash_one(0u8)
+}
+
+/// The DCF message for an event; an error's code and text if it is one.
+pub(crate) fn message(
+    event: Event,
+    model: &Model,
+    sequence: u32,
+    timestamp_us: u64,
+) -> dcf::Message {
+    let new = |kind, body: Vec<u8>| dcf::Message::new(kind, sequence, timestamp_us, body);
+    match event {
+        Event::Tokens(tokens) => {
+            let body = mesh_proto::Tokens {
+                index: tokens.index,
+                tokens: tokens.tokens,
+                text: tokens.text,
+                logprobs: tokens
+                    .logprobs
+                    .iter()
+                    .map(|l| token_logprob(model, l.chosen, &l.top))
+                    .collect(),
+            };
+            new(MsgType::TOKENS, body.encode_to_vec())
+        }
+        Event::Done(done) => {
+            let finish = match done.finish {
+                Finish::Stop => FinishReason::Stop,
+                Finish::Length => FinishReason::Length,
+            };
+            let body = mesh_proto::Done {
+                finish: finish.into(),
+                prompt_tokens: done.prompt_tokens,
+                completion_tokens: done.completion_tokens,
+                cached_tokens: done.cached_tokens,
+                first_token_us: done.first_token.map_or(0, micros),
+                total_us: micros(done.total),
+                text: done.text,
+            };
+            new(MsgType::DONE, body.encode_to_vec())
+        }
+        Event::Failed(error) => {
+            dcf::Message::error(sequence, timestamp_us, code(&error), &error.to_string())
+        }
+        Event::Scored(_) => {
+            let text = "scores are not part of the protocol";
+            dcf::Message::error(sequence, timestamp_us, ErrorCode::INTERNAL, text)
+        }
+    }
+}
+
+/// What kind of error a request's error is on the wire.
+pub(crate) fn code(error: &RequestError) -> ErrorCode {
+    match error {
+        RequestError::EmptyPrompt
+        | RequestError::NoSuchToken { .. }
+        | RequestError::InvalidParameter { .. } => ErrorCode::INVALID_PAYLOAD,
+        RequestError::ContextTooLong { .. } => ErrorCode::CONTEXT_TOO_LONG,
+        RequestError::QueueFull { .. } => ErrorCode::WORKER_BUSY,
+        RequestError::DeadlineExceeded { .. } => ErrorCode::TIMEOUT,
+        RequestError::Draining => ErrorCode::DRAINING,
+        _ => ErrorCode::INFERENCE_FAILED,
+    }
+}
+
+fn token_logprob(model: &Model, chosen: Logprob, top: &[Logprob]) -> mesh_proto::TokenLogprob {
+    mesh_proto::TokenLogprob {
+        token: chosen.token,
+        bytes: model.tokenizer().token_bytes(chosen.token).to_vec(),
+        logprob: chosen.logprob,
+        top: top.iter().map(|&l| token_logprob(model, l, &[])).collect(),
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,249 @@
+//! The models of this worker, each with its engine.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures::StreamExt;
+use futures::future::join_all;
+use mesh_engine::{Engine, EngineHandle, Event, Request, SchedulerConfig, Stage};
+use mesh_engine_ort::{OrtOptions, OrtStage};
+use mesh_model::store::{self, FingerprintCache};
+use mesh_model::{Model, Tokenizer};
+use mesh_proto::{Load, ModelCard, ModelSpeed};
+
+use crate::config::Config;
+use crate::error::WorkerError;
+
+/// All models of this worker.
+pub(crate) struct Host {
+    models: Vec<Hosted>,
+}
+
+/// One model with its engine.
+pub(crate) struct Hosted {
+    pub(crate) model: Model,
+    pub(crate) engine: EngineHandle,
+    /// What the head is told about it.
+    pub(crate) card: ModelCard,
+    /// Ends the engine's thread when dropped.
+    _engine: Engine,
+}
+
+impl Host {
+    /// Loads every model of `config`, starts its engine and lets it answer once, which also measures its speed.
+    /// Blocks for as long as that takes.
+    pub(crate) fn load(config: &Config) -> Result<Self, WorkerError> {
+        let mut models: Vec<Hosted> = Vec::new();
+        for name in &config.models {
+            let path = store::resolve(name, &config.model_dirs)?;
+            let hosted = Hosted::load(&path, config)?;
+            if models
+                .iter()
+                .any(|other| other.card.name == hosted.card.name)
+            {
+                return Err(WorkerError::SameName {
+                    name: hosted.card.name,
+                });
+            }
+            models.push(hosted);
+        }
+        Ok(Host { models })
+    }
+
+    /// All models.
+    pub(crate) fn models(&self) -> &[Hosted] {
+        &self.models
+    }
+
+    /// The model called `name`; the first one if there is no name.
+    pub(crate) fn find(&self, name: &str) -> Option<&Hosted> {
+        if name.is_empty() {
+            return self.models.first();
+        }
+        self.models.iter().find(|hosted| hosted.card.name == name)
+    }
+
+    /// Load and speeds over all models.
+    pub(crate) fn load_report(&self, draining: bool) -> Load {
+        let mut report = Load {
+            draining,
+            resident_bytes: mesh_service::metrics::resident_bytes().unwrap_or(0),
+            ..Load::default()
+        };
+        for hosted in &self.models {
+            let load = hosted.engine.load();
+            report.running += load.running;
+            report.queued += load.queued;
+            report.kv_tokens_used += load.kv_tokens_used;
+            report.kv_tokens_total += load.kv_tokens_total;
+            report.prefill_backlog += load.prefill_backlog;
+            report.draining |= load.draining;
+            report.speeds.push(ModelSpeed {
+                name: hosted.card.name.clone(),
+                decode_tps: load.decode_tps,
+                prefill_tps: load.prefill_tps,
+            });
+        }
+        report
+    }
+
+    /// Takes nothing new; resolves when what runs has ended.
+    pub(crate) async fn drain(&self) {
+        join_all(self.models.iter().map(|hosted| hosted.engine.drain())).await;
+    }
+
+    /// The error of an engine that is gone, if one is.
+    pub(crate) fn death(&self) -> Option<WorkerError> {
+        self.models.iter().find_map(|hosted| {
+            let reason = hosted.engine.death()?;
+            let name = hosted.card.name.clone();
+            Some(WorkerError::EngineDead { name, reason })
+        })
+    }
+}
+
+impl Hosted {
+    fn load(path: &Path, config: &Config) -> Result<Self, WorkerError> {
+        let started = Instant::now();
+        let model = Model::open(path)?;
+        let name = model.name();
+        let cache = FingerprintCache::new(config.state_dir.join("fingerprints.json"));
+        let fingerprint = std::thread::scope(|scope| {
+            // Reading the whole file takes as long as packing its weights: side by side.
+            let fingerprint = scope.spawn(|| cache.fingerprint(path));
+            let stage = load_stage(&model, &name, config)?;
+            let fingerprint = fingerprint
+                .join()
+                .unwrap_or_else(|_| Err(std::io::Error::other("it panicked")));
+            let fingerprint = fingerprint.map_err(|error| {
+                WorkerError::Internal(format!("fingerprint of {}: {error}", path.display()))
+            })?;
+            Ok::<_, WorkerError>((stage, fingerprint))
+        });
+        let (stage, fingerprint) = fingerprint?;
+        let info = stage.info().clone();
+        let scheduler = SchedulerConfig {
+            kv_tokens: Some(kv_tokens(config, info.kv_bytes_per_token)),
+            queue_limit: config.queue_limit,
+            decode_stall: config.decode_stall,
+            ..SchedulerConfig::default()
+        };
+        let start = |source| WorkerError::Start {
+            name: name.clone(),
+            source,
+        };
+        let engine = Engine::start(&name, Box::new(stage), Arc::new(model.clone()), scheduler)
+            .map_err(start)?;
+        let handle = engine.handle();
+        warm_up(&handle, &name, model.tokenizer())?;
+        let measured = handle.load();
+
+        let card = ModelCard {
+            name,
+            architecture: model
+                .gguf()
+                .string("general.architecture")
+                .ok()
+                .flatten()
+                .unwrap_or("")
+                .to_owned(),
+            fingerprint,
+            context: info.context,
+            slots: info.slots,
+            decode_tps: measured.decode_tps,
+            prefill_tps: measured.prefill_tps,
+            file_bytes: std::fs::metadata(path).map_or(0, |metadata| metadata.len()),
+            quantization: quantization(&model),
+            layer_start: info.layers.start,
+            layer_end: info.layers.end,
+        };
+        tracing::info!(
+            model = card.name,
+            seconds = started.elapsed().as_secs_f64(),
+            weight_mib = info.weight_bytes >> 20,
+            kv_tokens = measured.kv_tokens_total,
+            decode_tokens_per_second = measured.decode_tps,
+            prefill_tokens_per_second = measured.prefill_tps,
+            "model loaded"
+        );
+        Ok(Hosted {
+            model,
+            engine: handle,
+            card,
+            _engine: engine,
+        })
+    }
+}
+
+fn load_stage(model: &Model, name: &str, config: &Config) -> Result<OrtStage, WorkerError> {
+    let options = OrtOptions {
+        library: config.ort_library.clone(),
+        threads: config.threads,
+        slots: config.slots,
+        context: config.context,
+        max_rows: config.step_rows,
+        ..OrtOptions::default()
+    };
+    OrtStage::load(model, 0..model.config().layers, options).map_err(|error| WorkerError::Load {
+        name: name.to_owned(),
+        source: Box::new(error),
+    })
+}
+
+/// Lets the engine answer once: proof that a token comes out, and the first measurement of its speed.
+fn warm_up(engine: &EngineHandle, name: &str, tokenizer: &Tokenizer) -> Result<(), WorkerError> {
+    let vocab = tokenizer.vocab_size().max(1) as u32;
+    let length = WARM_UP_PROMPT.min(engine.info().context / 2).max(1);
+    // Any tokens will do; spread over the vocabulary they touch as much of the embedding as text does.
+    let prompt = (0..length).map(|i| i.wrapping_mul(7919) % vocab).collect();
+    let request = Request {
+        ignore_eos: true,
+        ..Request::greedy("warm-up", prompt, WARM_UP_ANSWER)
+    };
+    let last = futures::executor::block_on(engine.submit(request).collect::<Vec<_>>()).pop();
+    let reason = match last {
+        Some(Event::Done(done)) if done.completion_tokens > 0 => return Ok(()),
+        Some(Event::Failed(error)) => error.to_string(),
+        other => format!("it ended with {other:?}"),
+    };
+    Err(WorkerError::Broken {
+        name: name.to_owned(),
+        reason,
+    })
+}
+
+/// KV memory of one model, in tokens.
+fn kv_tokens(config: &Config, bytes_per_token: u64) -> u64 {
+    let models = config.models.len().max(1) as u64;
+    let bytes = config
+        .kv_memory
+        .or_else(|| Some(available_memory()? / 2 / models));
+    bytes.map_or(u64::MAX, |bytes| bytes / bytes_per_token.max(1))
+}
+
+/// Memory that could be had without swapping, in bytes.
+fn available_memory() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kibibytes * 1024)
+}
+
+/// The format of most bytes.
+fn quantization(model: &Model) -> String {
+    let mut bytes = std::collections::BTreeMap::<String, u64>::new();
+    for tensor in model.gguf().tensors() {
+        *bytes.entry(format!("{:?}", tensor.ty)).or_default() += tensor.data.len() as u64;
+    }
+    let most = bytes.into_iter().max_by_key(|&(_, bytes)| bytes);
+    most.map_or_else(String::new, |(name, _)| name)
+}
+
+/// Enough rows to measure prefill by, few enough to keep the start short.
+const WARM_UP_PROMPT: u32 = 96;
+
+/// Enough tokens to measure decode by.
+const WARM_UP_ANSWER: u32 = 12;

@@ -1,0 +1,133 @@
+//! The worker's Prometheus metrics.
+
+use std::fmt;
+use std::sync::Arc;
+
+use mesh_engine::Load;
+use mesh_service::metrics::prometheus_client::collector::Collector;
+use mesh_service::metrics::prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use mesh_service::metrics::prometheus_client::metrics::counter::{ConstCounter, Counter};
+use mesh_service::metrics::prometheus_client::metrics::gauge::{ConstGauge, Gauge};
+use mesh_service::metrics::prometheus_client::registry::Registry;
+
+use crate::host::Host;
+
+/// What the worker counts itself; the engines' figures are read when they are asked for.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) requests: Counter,
+    pub(crate) tasks: Counter,
+    pub(crate) dropped: Counter,
+    connected: Gauge,
+}
+
+impl Counters {
+    pub(crate) fn register(&self, registry: &mut Registry) {
+        registry.register("requests", "Requests of the head", self.requests.clone());
+        registry.register("dcf_tasks", "Plain DCF tasks", self.tasks.clone());
+        let help = "Plain DCF datagrams that were no task or came from a stranger";
+        registry.register("dcf_datagrams_dropped", help, self.dropped.clone());
+        registry.register(
+            "head_connected",
+            "1 while the link to the head is up",
+            self.connected.clone(),
+        );
+    }
+
+    pub(crate) fn set_connected(&self, connected: bool) {
+        self.connected.set(connected.into());
+    }
+}
+
+/// Figures of every model's engine.
+pub(crate) struct EngineCollector(pub(crate) Arc<Host>);
+
+impl Collector for EngineCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let loads: Vec<(&str, Load)> = self
+            .0
+            .models()
+            .iter()
+            .map(|hosted| (hosted.card.name.as_str(), hosted.engine.load()))
+            .collect();
+        for (name, help, value) in GAUGES {
+            let kind = ConstGauge::new(0.0).metric_type();
+            let mut family = encoder.encode_descriptor(name, help, None, kind)?;
+            for (model, load) in &loads {
+                let labels = [("model", *model)];
+                ConstGauge::new(value(load)).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        for (name, help, value) in COUNTERS {
+            let kind = ConstCounter::new(0u64).metric_type();
+            let mut family = encoder.encode_descriptor(name, help, None, kind)?;
+            for (model, load) in &loads {
+                let labels = [("model", *model)];
+                ConstCounter::new(value(load)).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for EngineCollector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("EngineCollector")
+    }
+}
+
+type Figure<T> = (&'static str, &'static str, fn(&Load) -> T);
+
+const GAUGES: [Figure<f64>; 7] = [
+    ("requests_running", "Requests that hold a slot", |l| {
+        l.running.into()
+    }),
+    ("requests_queued", "Requests that wait for a slot", |l| {
+        l.queued.into()
+    }),
+    ("kv_reserved_tokens", "KV cache reserved", |l| {
+        l.kv_tokens_used as f64
+    }),
+    ("kv_capacity_tokens", "KV cache there is", |l| {
+        l.kv_tokens_total as f64
+    }),
+    (
+        "prefill_backlog_tokens",
+        "Prompt tokens not yet computed",
+        |l| l.prefill_backlog as f64,
+    ),
+    (
+        "decode_tokens_per_second",
+        "Decode speed over all streams",
+        |l| l.decode_tps.into(),
+    ),
+    ("prefill_tokens_per_second", "Prefill speed", |l| {
+        l.prefill_tps.into()
+    }),
+];
+
+const COUNTERS: [Figure<u64>; 7] = [
+    ("steps", "Steps run", |l| l.totals.steps),
+    ("decode_tokens", "Rows that continued answers", |l| {
+        l.totals.decode_rows
+    }),
+    ("prefill_tokens", "Prompt tokens computed", |l| {
+        l.totals.prefill_rows
+    }),
+    (
+        "reused_tokens",
+        "Prompt tokens found in the KV cache",
+        |l| l.totals.reused_tokens,
+    ),
+    (
+        "answers_finished",
+        "Requests that ended with an answer",
+        |l| l.totals.finished,
+    ),
+    ("answers_failed", "Requests that ended with an error", |l| {
+        l.totals.failed
+    }),
+    ("answers_cancelled", "Requests that were cancelled", |l| {
+        l.totals.cancelled
+    }),
+];
