@@ -37,6 +37,21 @@ pub(super) struct Query {
     pub(super) limit: usize,
 }
 
+/// Memory of the calls of one task.
+pub(super) struct Work {
+    scores: [[f32; CHUNK]; QUERIES],
+    out: [[f32; MAX_DIM]; QUERIES],
+}
+
+impl Work {
+    pub(super) fn new() -> Work {
+        Work {
+            scores: [[0.0; CHUNK]; QUERIES],
+            out: [[0.0; MAX_DIM]; QUERIES],
+        }
+    }
+}
+
 /// Takes the result of each query of a call. Not a closure: closures do not inherit the target features.
 pub(super) trait Results {
     /// Query `i` of the call got `partial` and `values`.
@@ -53,17 +68,18 @@ pub(super) unsafe fn attend<S: Simd>(
     s: S,
     chunk: Chunk,
     queries: &[Query],
+    work: &mut Work,
     results: &mut impl Results,
 ) {
     // SAFETY: passed on; the lengths are those of the arrays.
     unsafe {
         match queries.len() {
-            1 => attend_n::<S, 1>(s, chunk, queries, results),
-            2 => attend_n::<S, 2>(s, chunk, queries, results),
-            3 => attend_n::<S, 3>(s, chunk, queries, results),
-            4 => attend_n::<S, 4>(s, chunk, queries, results),
-            5 => attend_n::<S, 5>(s, chunk, queries, results),
-            _ => attend_n::<S, 6>(s, chunk, queries, results),
+            1 => attend_n::<S, 1>(s, chunk, queries, work, results),
+            2 => attend_n::<S, 2>(s, chunk, queries, work, results),
+            3 => attend_n::<S, 3>(s, chunk, queries, work, results),
+            4 => attend_n::<S, 4>(s, chunk, queries, work, results),
+            5 => attend_n::<S, 5>(s, chunk, queries, work, results),
+            _ => attend_n::<S, 6>(s, chunk, queries, work, results),
         }
     }
 }
@@ -73,9 +89,10 @@ unsafe fn attend_n<S: Simd, const N: usize>(
     s: S,
     chunk: Chunk,
     queries: &[Query],
+    work: &mut Work,
     results: &mut impl Results,
 ) {
-    let mut scores = [[0.0_f32; CHUNK]; N];
+    let Work { scores, out } = work;
     let queries: [Query; N] = std::array::from_fn(|i| queries[i]);
     let most = queries.iter().fold(0, |a, q| q.limit.max(a));
     let least = queries.iter().fold(CHUNK, |a, q| q.limit.min(a));
@@ -84,11 +101,11 @@ unsafe fn attend_n<S: Simd, const N: usize>(
     unsafe {
         let mut tile = 0;
         while tile + 2 <= tiles {
-            score::<S, N, 2>(s, chunk, &queries, tile, &mut scores);
+            score::<S, N, 2>(s, chunk, &queries, tile, scores);
             tile += 2;
         }
         if tile < tiles {
-            score::<S, N, 1>(s, chunk, &queries, tile, &mut scores);
+            score::<S, N, 1>(s, chunk, &queries, tile, scores);
         }
     }
     let mut partials = [Partial {
@@ -98,16 +115,15 @@ unsafe fn attend_n<S: Simd, const N: usize>(
     for i in 0..N {
         partials[i] = weigh(s, &mut scores[i], queries[i].limit);
     }
-    let mut out = [[0.0_f32; MAX_DIM]; N];
     // SAFETY: rows up to each query's limit are readable and hold `dim` elements, a multiple of 16.
     unsafe {
         let mut d = 0;
         while S::WIDE && d + 4 * LANES <= chunk.dim {
-            gather::<S, N, 4>(s, chunk, d, least, &queries, &scores, &mut out);
+            gather::<S, N, 4>(s, chunk, d, least, &queries, scores, out);
             d += 4 * LANES;
         }
         while d < chunk.dim {
-            gather::<S, N, 1>(s, chunk, d, least, &queries, &scores, &mut out);
+            gather::<S, N, 1>(s, chunk, d, least, &queries, scores, out);
             d += LANES;
         }
     }
@@ -123,7 +139,7 @@ unsafe fn score<S: Simd, const N: usize, const T: usize>(
     chunk: Chunk,
     queries: &[Query; N],
     tile: usize,
-    scores: &mut [[f32; CHUNK]; N],
+    scores: &mut [[f32; CHUNK]; QUERIES],
 ) {
     let mut acc = [[s.splat(0.0); T]; N];
     // SAFETY: the caller vouches for the tiles and vectors; the scores hold 8 tiles.
@@ -185,8 +201,8 @@ unsafe fn gather<S: Simd, const N: usize, const W: usize>(
     d: usize,
     common: usize,
     queries: &[Query; N],
-    weights: &[[f32; CHUNK]; N],
-    out: &mut [[f32; MAX_DIM]; N],
+    weights: &[[f32; CHUNK]; QUERIES],
+    out: &mut [[f32; MAX_DIM]; QUERIES],
 ) {
     let mut acc = [[s.splat(0.0); W]; N];
     // SAFETY: the caller vouches for the rows; `d + 16 W <= dim <= MAX_DIM`.

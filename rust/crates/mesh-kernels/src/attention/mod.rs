@@ -524,6 +524,7 @@ impl Kernel for Attend<'_> {
         let keys = run.cache.keys(segment.slot, run.layer, task.kv_head);
         let values = run.cache.values(segment.slot, run.layer, task.kv_head);
         let count = task.rows * run.group;
+        let mut work = kernel::Work::new();
         for index in task.first_chunk..task.end_chunk {
             let start = index * CHUNK;
             // SAFETY: the segment's last position, and so every chunk before it, is within the context.
@@ -554,7 +555,7 @@ impl Kernel for Attend<'_> {
                     at,
                 };
                 // SAFETY: the vectors are `dim` long and every position below a limit is written.
-                unsafe { kernel::attend(s, chunk, &queries[..n], &mut results) };
+                unsafe { kernel::attend(s, chunk, &queries[..n], &mut work, &mut results) };
             }
         }
     }

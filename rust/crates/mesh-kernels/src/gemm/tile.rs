@@ -60,13 +60,6 @@ pub(super) unsafe fn quantised<S: Simd, T: Format, const R: usize>(
                 head = (s.load_f16(w.cast()), s.load_f16(w.add(32).cast()));
                 w = w.add(GROUP_HEAD);
             }
-            s.prefetch(w.wrapping_add(AHEAD));
-            s.prefetch(w.wrapping_add(AHEAD + 64));
-            s.prefetch(w.wrapping_add(AHEAD + 128));
-            s.prefetch(w.wrapping_add(AHEAD + 192));
-            if T::BLOCK_BYTES > 256 {
-                s.prefetch(w.wrapping_add(AHEAD + 256));
-            }
             block::<S, T, R>(s, w, a, head, &mut acc);
             w = w.add(T::BLOCK_BYTES);
             a = a.add(super::acts::ROW_BLOCK * R);
@@ -74,9 +67,6 @@ pub(super) unsafe fn quantised<S: Simd, T: Format, const R: usize>(
     }
     acc
 }
-
-/// How far ahead of the multiplication weights are fetched.
-const AHEAD: usize = 1536;
 
 #[inline(always)]
 unsafe fn block<S: Simd, T: Format, const R: usize>(

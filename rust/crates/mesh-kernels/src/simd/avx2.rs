@@ -131,7 +131,6 @@ impl Simd for Avx2 {
         fn bor(a: I, b: I) -> I { [_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])] }
         fn bshl<const N: u32>(a: I) -> I { shift!(_mm256_slli_epi16, a, N) }
         fn bshr<const N: u32>(a: I) -> I { shift!(_mm256_srli_epi16, a, N) }
-        fn prefetch(p: *const u8) { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
 
     pointer_methods! {

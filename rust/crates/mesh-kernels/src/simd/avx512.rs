@@ -96,7 +96,6 @@ impl Simd for Avx512 {
         fn bor(a: __m512i, b: __m512i) -> __m512i { _mm512_or_si512(a, b) }
         fn bshl<const N: u32>(a: __m512i) -> __m512i { _mm512_slli_epi16::<N>(a) }
         fn bshr<const N: u32>(a: __m512i) -> __m512i { _mm512_srli_epi16::<N>(a) }
-        fn prefetch(p: *const u8) { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
 
     pointer_methods! {

@@ -118,8 +118,6 @@ pub(crate) trait Simd: Copy {
     /// The same for weights stored as `w + 128`, with `w` in `-128..128`: what comes out is the sum for `w + 128`, or for
     /// `w` where [`Simd::SIGNED_WIDE`] says so. No `a` may be -128.
     unsafe fn dot_wide(self, acc: Self::I, w: Self::B, a: *const i8) -> Self::I;
-    /// Hints that the cache line at `p` is needed soon; any address will do.
-    fn prefetch(self, p: *const u8);
 
     /// `2^x` for `x <= 0`, to about one unit in the last place times two; below -126 it is about `2^-126`.
     #[inline(always)]

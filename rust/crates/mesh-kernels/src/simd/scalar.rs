@@ -190,6 +190,4 @@ impl Simd for Scalar {
             })
         })
     }
-    #[inline(always)]
-    fn prefetch(self, _p: *const u8) {}
 }
