@@ -2,6 +2,7 @@
 
 mod graph;
 mod kv;
+mod onnx;
 mod operators;
 mod options;
 mod runtime;

@@ -33,9 +33,20 @@ pub(crate) enum Kind {
     Head,
 }
 
-/// All operators of the domain.
-pub(crate) fn operators() -> [Kind; 4] {
-    [Kind::Embed, Kind::Attention, Kind::FeedForward, Kind::Head]
+impl Kind {
+    /// All operators of the domain.
+    pub(crate) const ALL: [Kind; 4] =
+        [Kind::Embed, Kind::Attention, Kind::FeedForward, Kind::Head];
+
+    /// The operator's name in the graph.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Kind::Embed => "Embed",
+            Kind::Attention => "Attention",
+            Kind::FeedForward => "FeedForward",
+            Kind::Head => "Head",
+        }
+    }
 }
 
 /// One of our operators, bound to a stage.
@@ -57,12 +68,7 @@ impl Operator for StageOperator {
     const INPLACES: &[(u32, u32)] = &[(0, 0)];
 
     fn name(&self) -> &str {
-        match self.kind {
-            Kind::Embed => "Embed",
-            Kind::Attention => "Attention",
-            Kind::FeedForward => "FeedForward",
-            Kind::Head => "Head",
-        }
+        self.kind.name()
     }
 
     fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {

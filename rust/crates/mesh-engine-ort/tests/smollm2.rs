@@ -1,41 +1,168 @@
-//! The stage on the real SmolLM2-135M.
+//! The stage on the real SmolLM2-135M-Instruct.
 
-use mesh_engine::{LogitRows, Segment, Stage, StageInput, StageOutput};
-use mesh_engine_ort::{OrtOptions, OrtStage};
-use mesh_model::Model;
+mod common;
+
+use common::{arg_max, assert_same_bits, last, logits, options, pipeline, quiet, whole};
+use mesh_engine::{LogitRows, Segment, Stage};
+use mesh_engine_ort::OrtStage;
+use mesh_model::{EncodeOptions, Model};
 use mesh_testkit::paths;
 
-fn options() -> OrtOptions {
-    OrtOptions { library: Some(paths::ort_library().unwrap()), threads: 2, slots: 4, context: 1024, ..OrtOptions::default() }
+fn smollm2() -> Model {
+    Model::open(paths::smollm2().unwrap()).unwrap()
 }
 
-fn arg_max(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, v) in logits.iter().enumerate() {
-        if *v > logits[best] { best = i; }
+fn encode(model: &Model, text: &str) -> Vec<u32> {
+    let options = EncodeOptions { add_special: true, ..EncodeOptions::default() };
+    model.tokenizer().encode(text, options).unwrap()
+}
+
+/// The first `count` tokens of highest probability after `prompt`, as text.
+fn greedy(model: &Model, stage: &mut OrtStage, prompt: &str, count: usize) -> String {
+    let mut step = encode(model, prompt);
+    let mut position = 0;
+    let mut bytes = Vec::new();
+    stage.truncate(0, 0);
+    for _ in 0..count {
+        let token = arg_max(&logits(stage, &[last(0, position, step.len())], &step));
+        bytes.extend_from_slice(model.tokenizer().token_bytes(token));
+        position += step.len() as u32;
+        step = vec![token];
     }
-    best as u32
+    String::from_utf8(bytes).unwrap()
+}
+
+/// The texts are llama.cpp's (Debian's build 11669, the same file, temperature 0).
+#[test]
+fn greedy_text_is_llama_cpps() {
+    let model = smollm2();
+    let mut stage = whole(&model, options(1, 256));
+    for (prompt, expected) in [
+        (
+            "The capital of France is",
+            " Paris.\n\nThe United States has a population of approximately 311 million people.",
+        ),
+        (
+            "Once upon a time, there was a little",
+            " girl named Emma who loved to play in the sun. She had a big smile on her face",
+        ),
+    ] {
+        let count = model.tokenizer().encode(expected, EncodeOptions::default()).unwrap().len();
+        assert_eq!(greedy(&model, &mut stage, prompt, count), expected);
+    }
 }
 
 #[test]
-fn greedy_smoke() {
-    let model = Model::open(paths::smollm2().unwrap()).unwrap();
-    let t = std::time::Instant::now();
-    let mut stage = OrtStage::load(&model, 0..30, options()).unwrap();
-    eprintln!("load {:?}", t.elapsed());
-    let prompt: Vec<u32> = vec![1, 2, 3];
-    let mut tokens = prompt.clone();
-    let mut position = 0;
-    let mut out = vec![];
-    for _ in 0..10 {
-        let rows = tokens.len() as u32;
-        let segment = Segment { slot: 0, position, rows, logits: LogitRows::Last };
-        let StageOutput::Logits(l) = stage.forward(&[segment], StageInput::Tokens(&tokens)).unwrap() else { panic!() };
-        position += rows;
-        let token = arg_max(l);
-        out.push(token);
-        tokens = vec![token];
+fn a_row_does_not_depend_on_what_shares_its_step() {
+    let model = smollm2();
+    let mut alone = whole(&model, options(1, 256));
+    let text = "The mesh answers as long as one machine is left, and nobody who asked it something \
+                needs to know which machine that was, or how many there were when it began.";
+    let tokens = encode(&model, text);
+    let prompt = logits(&mut alone, &[last(0, 0, tokens.len())], &tokens);
+    let next = logits(&mut alone, &[last(0, tokens.len() as u32, 1)], &[28]);
+
+    // The same rows: another slot, other threads, the prompt in uneven pieces, each beside rows of other sequences.
+    let mut busy = whole(&model, mesh_engine_ort::OrtOptions { threads: 1, ..options(4, 256) });
+    let noise: Vec<u32> = (1000..1040).collect();
+    let cut = [1, 6, tokens.len()];
+    let mut from = 0;
+    let mut row = Vec::new();
+    for (turn, to) in cut.into_iter().enumerate() {
+        let piece = &tokens[from..to];
+        let beside = &noise[..7 * turn + 1];
+        let at = |slot| busy_len(&busy, slot);
+        let segments = [
+            last(0, at(0), beside.len()),
+            last(2, from as u32, piece.len()),
+            quiet(3, at(3), beside.len()),
+        ];
+        let step = [beside, piece, beside].concat();
+        let vocab = model.config().vocab;
+        row = logits(&mut busy, &segments, &step)[vocab..].to_vec();
+        from = to;
     }
-    eprintln!("{out:?}");
-    assert_eq!(out, [79, 100, 43405, 30, 198, 198, 504, 2798, 1694, 314]);
+    assert_same_bits(&row, &prompt);
+    let at = busy_len(&busy, 0);
+    let both = logits(&mut busy, &[last(0, at, 1), last(2, tokens.len() as u32, 1)], &[5, 28]);
+    assert_same_bits(&both[model.config().vocab..], &next);
+}
+
+fn busy_len(stage: &OrtStage, slot: u32) -> u32 {
+    stage.kv_len(slot)
+}
+
+#[test]
+fn stages_in_a_row_give_the_whole_models_bits() {
+    let model = smollm2();
+    let tokens = encode(&model, "A ring of five machines computes what one machine would.");
+    let mut one = whole(&model, options(2, 64));
+    let all = Segment { logits: LogitRows::All, ..last(1, 0, tokens.len()) };
+    let expected = logits(&mut one, &[all], &tokens);
+    assert_eq!(expected.len(), tokens.len() * model.config().vocab);
+    let expected_next = logits(&mut one, &[last(1, tokens.len() as u32, 1)], &[42]);
+    for cuts in [&[0, 13, 30][..], &[0, 1, 2, 10, 29, 30]] {
+        let mut stages: Vec<OrtStage> = cuts
+            .windows(2)
+            .map(|cut| OrtStage::load(&model, cut[0]..cut[1], options(2, 64)).unwrap())
+            .collect();
+        assert_same_bits(&pipeline(&mut stages, &[all], &tokens), &expected);
+        let next = pipeline(&mut stages, &[last(1, tokens.len() as u32, 1)], &[42]);
+        assert_same_bits(&next, &expected_next);
+    }
+}
+
+#[test]
+fn exported_kv_rows_continue_elsewhere_bit_for_bit() {
+    let model = smollm2();
+    let tokens = encode(&model, "The key/value rows of one stage are mirrored to its standby.");
+    let rows = tokens.len() as u32;
+    let mut a = whole(&model, options(2, 128));
+    logits(&mut a, &[quiet(0, 0, tokens.len())], &tokens);
+    let per_token = a.info().kv_bytes_per_token as usize;
+    let head = a.kv_export(0, 0..5).unwrap();
+    let tail = a.kv_export(0, 5..rows).unwrap();
+    assert_eq!(tail.len(), (tokens.len() - 5) * per_token);
+
+    let mut b = whole(&model, options(2, 128));
+    b.kv_import(1, 0, &head).unwrap();
+    b.kv_import(1, 5, &tail).unwrap();
+    assert_eq!(b.kv_len(1), rows);
+    assert_eq!(b.kv_export(1, 0..rows).unwrap(), [head, tail].concat());
+    let expected = logits(&mut a, &[last(0, rows, 1)], &[7]);
+    assert_same_bits(&logits(&mut b, &[last(1, rows, 1)], &[7]), &expected);
+
+    // A prefix of one conversation begins another.
+    a.copy_prefix(0, 1, 5).unwrap();
+    assert_eq!((a.kv_len(0), a.kv_len(1)), (rows + 1, 5));
+    let fork = logits(&mut a, &[last(1, 5, tokens.len() - 5)], &tokens[5..]);
+    a.truncate(0, rows);
+    a.truncate(0, 5);
+    let again = logits(&mut a, &[last(0, 5, tokens.len() - 5)], &tokens[5..]);
+    assert_same_bits(&fork, &again);
+}
+
+#[test]
+fn memory_follows_what_the_slots_hold() {
+    let model = smollm2();
+    let mut stage = whole(&model, options(8, 8192));
+    let file = model.gguf().file_len();
+    assert!(stage.info().weight_bytes < file + file / 10, "{} bytes", stage.info().weight_bytes);
+    let tokens: Vec<u32> = (0..400).map(|i| 100 + i * 7).collect();
+    for slot in 0..4 {
+        logits(&mut stage, &[last(slot, 0, tokens.len())], &tokens);
+    }
+    let full = resident();
+    for slot in 0..4 {
+        stage.truncate(slot, 0);
+    }
+    let freed = full.saturating_sub(resident());
+    let held = 4 * 400 * stage.info().kv_bytes_per_token;
+    assert!(freed > held * 8 / 10, "{freed} bytes came back of {held}");
+}
+
+/// Resident bytes of this process.
+fn resident() -> u64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
 }
