@@ -1,5 +1,8 @@
 //! Rotary position embedding.
 
+// Index loops are inlined into the kernels, and vectorised there; iterator chains are not always.
+#![allow(clippy::needless_range_loop)]
+
 use crate::KernelError;
 use crate::error::expect_len;
 
@@ -121,21 +124,23 @@ impl Rope {
     #[inline(always)]
     pub(crate) fn turn(&self, head: &mut [f32], position: usize) {
         let half = self.dim / 2;
-        let (cos, sin) = self.table[position * self.dim..][..self.dim].split_at(half);
+        let angles = &self.table[position * self.dim..][..2 * half];
+        let (cos, sin) = (&angles[..half], &angles[half..2 * half]);
         match self.style {
             RopeStyle::Interleaved => {
-                for (pair, (cos, sin)) in head.chunks_exact_mut(2).zip(cos.iter().zip(sin)) {
-                    let (a, b) = (pair[0], pair[1]);
-                    pair[0] = a * cos - b * sin;
-                    pair[1] = a * sin + b * cos;
+                let head = &mut head[..2 * half];
+                for i in 0..half {
+                    let (a, b) = (head[2 * i], head[2 * i + 1]);
+                    head[2 * i] = a * cos[i] - b * sin[i];
+                    head[2 * i + 1] = a * sin[i] + b * cos[i];
                 }
             }
             RopeStyle::Halves => {
-                let (first, second) = head[..self.dim].split_at_mut(half);
-                for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(cos.iter().zip(sin)) {
-                    let (x, y) = (*a, *b);
-                    *a = x * cos - y * sin;
-                    *b = x * sin + y * cos;
+                let (first, second) = head[..2 * half].split_at_mut(half);
+                for i in 0..half {
+                    let (a, b) = (first[i], second[i]);
+                    first[i] = a * cos[i] - b * sin[i];
+                    second[i] = a * sin[i] + b * cos[i];
                 }
             }
         }

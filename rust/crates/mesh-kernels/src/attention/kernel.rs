@@ -93,9 +93,14 @@ unsafe fn attend_n<S: Simd, const N: usize>(
     results: &mut impl Results,
 ) {
     let Work { scores, out } = work;
-    let queries: [Query; N] = std::array::from_fn(|i| queries[i]);
-    let most = queries.iter().fold(0, |a, q| q.limit.max(a));
-    let least = queries.iter().fold(CHUNK, |a, q| q.limit.min(a));
+    let mut all = [queries[0]; N];
+    all.copy_from_slice(&queries[..N]);
+    let queries = all;
+    let (mut most, mut least) = (0, CHUNK);
+    for query in &queries {
+        most = most.max(query.limit);
+        least = least.min(query.limit);
+    }
     let tiles = most.div_ceil(TILE);
     // SAFETY: tiles up to the largest limit are readable, and the vectors hold `dim` elements.
     unsafe {

@@ -541,14 +541,16 @@ impl Kernel for Attend<'_> {
                 .map_or(count, |row| row * run.group);
             for at in (first..count).step_by(QUERIES) {
                 let n = QUERIES.min(count - at);
-                let queries: [Query; QUERIES] = std::array::from_fn(|i| {
-                    let (index, end) = self.place(at + i.min(n - 1));
-                    Query {
-                        // SAFETY: a query of this segment.
-                        vector: unsafe { run.queries.get().add(index * dim) },
-                        limit: (end - start).min(CHUNK),
-                    }
-                });
+                let mut queries = [Query {
+                    vector: std::ptr::null(),
+                    limit: 0,
+                }; QUERIES];
+                for (i, query) in queries[..n].iter_mut().enumerate() {
+                    let (index, end) = self.place(at + i);
+                    // SAFETY: a query of this segment.
+                    query.vector = unsafe { run.queries.get().add(index * dim) };
+                    query.limit = (end - start).min(CHUNK);
+                }
                 let mut results = Store {
                     attend: &self,
                     index,
