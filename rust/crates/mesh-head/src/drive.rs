@@ -154,12 +154,19 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                 "placed"
             );
             (self.emit)(Event::Placed(Placed {
-                model: self.ask.model.clone(),
+                model: placed.model.clone(),
                 worker: placed.name.clone(),
                 fingerprint: placed.fingerprint.clone(),
             }));
             let attempt = match assignment.route.clone() {
-                Route::Link(link) => self.attempt_mesh(&assignment, &link, resume).await,
+                Route::Link(link) => {
+                    let attempt = self.attempt_mesh(&assignment, &link, resume).await;
+                    if link.close_reason().is_some() {
+                        // The link's own task will notice, too, but the next attempt must not find the worker there.
+                        self.mesh.leave(assignment.placed.worker);
+                    }
+                    attempt
+                }
                 Route::Legacy(address) => {
                     let mesh = self.mesh.clone();
                     self.attempt_legacy(mesh.exchange.open(address), address, resume)
@@ -211,6 +218,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         self.ask.avoid = self.answer.failed_on().to_vec();
         if self.answer.has_begun() {
             self.ask.legacy = false;
+            self.ask.model.clone_from(&assignment.placed.model);
             self.ask.fingerprint = Some(assignment.placed.fingerprint.clone());
         }
     }
@@ -222,7 +230,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         link: &Link,
         resume: Resume,
     ) -> Attempt {
-        let generate = self.generate(resume);
+        let generate = self.generate(&assignment.placed.model, resume);
         let mut timer = Timer::new(&self.answer);
         let mut stream = {
             let opening = open(link, generate);
@@ -385,14 +393,14 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         outcome
     }
 
-    fn generate(&self, resume: Resume) -> Message {
+    fn generate(&self, model: &str, resume: Resume) -> Message {
         let left = self
             .answer
             .deadline()
             .saturating_duration_since(Instant::now());
         let generate = Generate {
             request_id: self.task.id.clone(),
-            model: self.ask.model.clone(),
+            model: model.to_owned(),
             prompt: Some(self.task.prompt.clone()),
             params: Some(self.task.params.clone()),
             generated: self.answer.tokens().to_vec(),

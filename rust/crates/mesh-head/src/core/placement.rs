@@ -28,6 +28,8 @@ pub struct Placed {
     pub worker: WorkerId,
     /// Its name.
     pub name: String,
+    /// The model that answers; the worker's own choice if none was named.
+    pub model: String,
     /// SHA-256 of its model file; empty for a v5.0.0 worker.
     pub fingerprint: String,
     /// When to expect the answer.
@@ -271,14 +273,12 @@ impl Placement {
             .expect("the router chooses from this registry");
         worker.assigned += 1;
         worker.prefilling += prefilling;
-        let fingerprint = worker
-            .model(&ask.model)
-            .map(|model| model.card.fingerprint.clone())
-            .unwrap_or_default();
+        let served = worker.model(&ask.model);
         Placed {
             worker: id,
             name: worker.name.clone(),
-            fingerprint,
+            model: served.map_or_else(|| ask.model.clone(), |model| model.card.name.clone()),
+            fingerprint: served.map(|model| model.card.fingerprint.clone()).unwrap_or_default(),
             estimate,
         }
     }

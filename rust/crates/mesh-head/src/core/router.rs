@@ -12,7 +12,7 @@ use super::registry::{Registry, ServedModel, Worker, WorkerId, batch_gain};
 /// What a request needs of a worker.
 #[derive(Debug, Clone, Default)]
 pub struct Ask {
-    /// Model name.
+    /// Model name; empty is any model.
     pub model: String,
     /// Tokens of the prompt, estimated.
     pub prompt_tokens: u32,

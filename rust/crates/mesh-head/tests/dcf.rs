@@ -1,0 +1,253 @@
+//! DCF over UDP with raw sockets: v5.0.0 clients and workers, repeats, large answers, junk.
+
+mod support;
+
+use std::time::Duration;
+
+use serde_json::json;
+use support::{DcfPeer, Fate, Script, TestHead, datagram, eventually, script, truth};
+use tokio::net::UdpSocket;
+
+const TASK: u8 = 0x02;
+const RESULT: u8 = 0x03;
+const ACK: u8 = 0x04;
+const CHUNK: u8 = 0x06;
+const HEALTH: u8 = 0x08;
+const PARTIAL: u8 = 0x23;
+const ERROR: u8 = 0xFF;
+
+/// A v5.0.0 worker: heartbeats with its port, Tasks in, Results out from the same socket.
+struct OldWorker {
+    socket: UdpSocket,
+    bus: std::net::SocketAddr,
+}
+
+impl OldWorker {
+    async fn start(head: &TestHead) -> Self {
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let worker = Self { socket, bus: head.address("dcf.workers") };
+        worker.heartbeat().await;
+        eventually("it is listed", || async {
+            let (_, mesh) = head.get("/v1/mesh").await;
+            mesh["workers"].as_array().unwrap().iter().any(|worker| worker["kind"] == "v5.0.0")
+        })
+        .await;
+        worker
+    }
+
+    async fn heartbeat(&self) {
+        let port = self.socket.local_addr().unwrap().port().to_string();
+        self.send(0x01, 0, port.as_bytes()).await;
+    }
+
+    async fn send(&self, kind: u8, sequence: u32, payload: &[u8]) {
+        self.socket.send_to(&datagram(kind, sequence, payload), self.bus).await.unwrap();
+    }
+
+    /// Sequence and payload of the next Task.
+    async fn task(&self) -> (u32, Vec<u8>) {
+        let mut buffer = vec![0; 65_536];
+        let received = tokio::time::timeout(Duration::from_secs(10), self.socket.recv_from(&mut buffer)).await;
+        let (len, _) = received.expect("a Task within 10 s").unwrap();
+        assert_eq!(buffer[0], TASK);
+        (u32::from_be_bytes(buffer[1..5].try_into().unwrap()), buffer[17..len].to_vec())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_plain_prompt_gets_exactly_one_result() {
+    let head = TestHead::start(|_| {}).await;
+    let _worker = head.worker("w", Script::default()).await;
+    let client = head.dcf().await;
+    client.send(TASK, 77, "Wie geht's?".as_bytes()).await;
+    assert_eq!(client.receive().await, (RESULT, 77, truth("Wie geht's?", 8).into_bytes()));
+    client.nothing_comes().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_json_task_may_be_streamed_and_the_result_has_all_of_it() {
+    let head = TestHead::start(|_| {}).await;
+    let _worker = head.worker("w", script(Fate::Finish)).await;
+    let client = head.dcf().await;
+    let task = json!({"prompt": "hi", "max_tokens": 5, "stream": true, "steps": 50, "ack": true});
+    client.send(TASK, 1, task.to_string().as_bytes()).await;
+    assert_eq!(client.receive().await, (ACK, 1, Vec::new()));
+    let mut text = String::new();
+    loop {
+        let (kind, sequence, payload) = client.receive().await;
+        assert_eq!(sequence, 1);
+        if kind == RESULT {
+            assert_eq!(payload, truth("hi", 5).into_bytes());
+            break;
+        }
+        assert_eq!(kind, PARTIAL);
+        assert_eq!(u32::from_be_bytes(payload[..4].try_into().unwrap()) as usize, text.len());
+        text += std::str::from_utf8(&payload[4..]).unwrap();
+    }
+    assert_eq!(text, truth("hi", 5));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bad_input_gets_the_error_that_fits() {
+    let head = TestHead::start(|_| {}).await;
+    let client = head.dcf().await;
+    client.send(TASK, 1, b"hi").await;
+    assert_eq!(code(client.receive().await), (1, 5), "no worker");
+    let _worker = head.worker("w", Script::default()).await;
+    let cases: [(&[u8], u8, &str); 6] = [
+        (b"\xff\xfe", 1, "not UTF-8"),
+        (b"{\"prompt\":", 1, "begins as JSON"),
+        (b"{\"steps\":3}", 1, "neither 'prompt' nor 'messages'"),
+        (b"{\"prompt\":\"x\",\"temperature\":9}", 1, "temperature"),
+        (b"{\"prompt\":\"x\",\"model\":\"gpt-9\"}", 0x41, "gpt-9"),
+        (b"{\"prompt\":\"x\",\"max_tokens\":9999}", 0x42, "context"),
+    ];
+    for (sequence, (payload, wanted, words)) in (10..).zip(cases) {
+        client.send(TASK, sequence, payload).await;
+        let answer = client.receive().await;
+        let text = String::from_utf8(answer.2[1..].to_vec()).unwrap();
+        assert_eq!(code(answer), (sequence, wanted), "{text}");
+        assert!(text.contains(words), "{text}");
+    }
+    client.send(0x7E, 50, b"?").await;
+    assert_eq!(code(client.receive().await), (50, 1), "unknown type");
+    // What is cut short, and what is itself an answer, gets none.
+    client.send_raw(&datagram(TASK, 51, b"hello")[..20]).await;
+    client.send_raw(b"short").await;
+    client.send(ERROR, 52, b"\x01oops").await;
+    client.send(RESULT, 53, b"oops").await;
+    client.nothing_comes().await;
+    client.send(HEALTH, 54, b"").await;
+    assert_eq!(client.receive().await, (HEALTH, 54, b"ready".to_vec()));
+}
+
+fn code((kind, sequence, payload): (u8, u32, Vec<u8>)) -> (u32, u8) {
+    assert_eq!(kind, ERROR);
+    (sequence, payload[0])
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_clients_with_one_sequence_get_their_own_answers() {
+    let head = TestHead::start(|_| {}).await;
+    let _worker = head.worker("w", script(Fate::Finish)).await;
+    let (one, two) = (head.dcf().await, head.dcf().await);
+    one.send(TASK, 7, b"first").await;
+    two.send(TASK, 7, b"second").await;
+    assert_eq!(one.receive().await, (RESULT, 7, truth("first", 8).into_bytes()));
+    assert_eq!(two.receive().await, (RESULT, 7, truth("second", 8).into_bytes()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_repeated_task_does_not_run_twice() {
+    let head = TestHead::start(|_| {}).await;
+    let worker = head.worker("w", script(Fate::Finish)).await;
+    let client = head.dcf().await;
+    for _ in 0..5 {
+        client.send(TASK, 9, b"again").await;
+    }
+    let answer = client.receive().await;
+    assert_eq!(answer, (RESULT, 9, truth("again", 8).into_bytes()));
+    client.nothing_comes().await;
+    client.send(TASK, 9, b"again").await;
+    assert_eq!(client.receive().await, answer, "the kept answer");
+    assert_eq!(worker.requests(), 1);
+    client.send(TASK, 9, b"something else").await;
+    assert_eq!(client.receive().await, (RESULT, 9, truth("something else", 8).into_bytes()));
+    assert_eq!(worker.requests(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_old_worker_answers_old_clients() {
+    let head = TestHead::start(|_| {}).await;
+    let worker = OldWorker::start(&head).await;
+    eventually("ready", || async { head.get("/ready").await.0 == 200 }).await;
+    let (one, two) = (head.dcf().await, head.dcf().await);
+    one.send(TASK, 7, b"first").await;
+    two.send(TASK, 7, b"second").await;
+    let tasks = [worker.task().await, worker.task().await];
+    assert_ne!(tasks[0].0, tasks[1].0, "the head has its own sequences");
+    let thief = DcfPeer::toward(head.address("dcf.workers")).await;
+    thief.send(RESULT, tasks[0].0, b"forged").await;
+    for (sequence, payload) in tasks.iter().rev() {
+        worker.send(RESULT, *sequence, &[b"re: ", payload.as_slice()].concat()).await;
+    }
+    assert_eq!(one.receive().await, (RESULT, 7, b"re: first".to_vec()));
+    assert_eq!(two.receive().await, (RESULT, 7, b"re: second".to_vec()));
+    // It serves plain tasks and nothing else.
+    let (status, error) = head.post("/v1/chat/completions", support::chat("why?", 3)).await;
+    assert_eq!((status, &error["error"]["code"]), (503, &json!("no_worker")));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_task_of_an_old_worker_that_falls_silent_runs_elsewhere() {
+    let head = TestHead::start(|config| config.worker_timeout = Duration::from_secs(1)).await;
+    let old = OldWorker::start(&head).await;
+    let client = head.dcf().await;
+    client.send(TASK, 3, b"hello").await;
+    old.task().await;
+    let _worker = support::Worker::join(&head, "w", Script::default()).await;
+    assert_eq!(client.receive().await, (RESULT, 3, truth("hello", 8).into_bytes()));
+    client.nothing_comes().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_result_too_large_for_a_datagram_comes_as_chunks() {
+    let head = TestHead::start(|_| {}).await;
+    let worker = OldWorker::start(&head).await;
+    let client = head.dcf().await;
+    client.send(TASK, 8, b"tell me everything").await;
+    let (own, _) = worker.task().await;
+    let large = "x".repeat(100_000);
+    for piece in dcf::chunk::split(own, 0, large.clone().into()).unwrap() {
+        worker.socket.send_to(&piece.encode_datagram(), worker.bus).await.unwrap();
+    }
+    let mut pieces = dcf::chunk::Reassembler::new(dcf::chunk::Limits::default());
+    let whole = loop {
+        let (kind, sequence, payload) = client.receive().await;
+        assert_eq!((kind, sequence), (CHUNK, 8));
+        let chunk = dcf::chunk::Chunk::parse(&payload.into()).unwrap();
+        if let Some(whole) = pieces.push((), &chunk, std::time::Instant::now()).unwrap() {
+            break whole;
+        }
+    };
+    assert_eq!(whole, large.as_bytes());
+    client.nothing_comes().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn junk_changes_nothing() {
+    let head = TestHead::start(|_| {}).await;
+    let _worker = head.worker("w", Script::default()).await;
+    let targets = ["dcf.clients", "dcf.workers", "quic"].map(|name| head.address(name));
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let mut random = 0x9E37_79B9_7F4A_7C15_u64;
+    let mut next = move || {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        random
+    };
+    let mut junk = |rounds: usize| {
+        for _ in 0..rounds {
+            for target in targets {
+                let number = next();
+                let mut bytes: Vec<u8> = (0..number % 64).map(|_| next() as u8).collect();
+                if number & 0x40 != 0 {
+                    // Nearly right: a known type and a lying length.
+                    bytes = datagram((number >> 8) as u8 % 0x34, number as u32, &bytes);
+                    bytes[16] = (number >> 16) as u8;
+                }
+                let _ = socket.send_to(&bytes, target);
+            }
+        }
+    };
+    junk(20_000);
+    let before = mesh_service::metrics::resident_bytes().unwrap();
+    junk(60_000);
+    let grown = mesh_service::metrics::resident_bytes().unwrap().saturating_sub(before);
+    assert!(grown < 32 << 20, "{grown} bytes more");
+    let client = head.dcf().await;
+    client.send(TASK, 1, b"still there?").await;
+    assert_eq!(client.receive().await, (RESULT, 1, truth("still there?", 8).into_bytes()));
+    eventually("nothing hangs", || async { head.handle.mesh().in_flight() == (0, 0) }).await;
+}

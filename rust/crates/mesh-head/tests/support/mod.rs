@@ -1,0 +1,419 @@
+//! A head in this process, and workers that speak the real protocol over real links and answer by a script.
+
+#![allow(dead_code)] // Each test file uses its part of it.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use dcf::{ErrorCode, Message, MsgType};
+use mesh_head::{Config, Head, HeadHandle};
+use mesh_net::quic::{self, Connector, Link, LinkConfig, MsgStream};
+use mesh_net::seal::Sealer;
+use mesh_net::trust::{JoinToken, NodeIdentity, Role};
+use mesh_proto::{
+    Done, FinishReason, Generate, Hello, Load, ModelCard, PROTOCOL_VERSION, Prompt, TokenLogprob, Tokens, Welcome,
+};
+use prost::Message as _;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::net::UdpSocket;
+use tokio::task::AbortHandle;
+
+pub(crate) const MODEL: &str = "tiny";
+pub(crate) const FINGERPRINT: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+
+/// A head on free loopback ports.
+pub(crate) struct TestHead {
+    pub(crate) handle: HeadHandle,
+    pub(crate) dir: TempDir,
+    pub(crate) http: reqwest::Client,
+}
+
+impl TestHead {
+    pub(crate) async fn start(change: impl FnOnce(&mut Config)) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = Config { state_dir: dir.path().to_owned(), ..Config::default() };
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        (config.http.listen, config.dcf.clients, config.dcf.workers, config.quic.listen) = (any, any, any, any);
+        config.rejoin_grace = Duration::from_secs(3);
+        config.drain_limit = Duration::from_secs(5);
+        change(&mut config);
+        let handle = Head::start(config).await.unwrap();
+        Self { handle, dir, http: reqwest::Client::new() }
+    }
+
+    pub(crate) fn address(&self, name: &str) -> SocketAddr {
+        self.handle.addresses()[name]
+    }
+
+    pub(crate) fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.address("http"))
+    }
+
+    pub(crate) fn admin_key(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("admin.key")).unwrap().trim().to_owned()
+    }
+
+    pub(crate) async fn get(&self, path: &str) -> (u16, Value) {
+        let answer = self.http.get(self.url(path)).send().await.unwrap();
+        (answer.status().as_u16(), answer.json().await.unwrap_or_default())
+    }
+
+    pub(crate) async fn post(&self, path: &str, body: Value) -> (u16, Value) {
+        let answer = self.http.post(self.url(path)).body(body.to_string()).send().await.unwrap();
+        (answer.status().as_u16(), answer.json().await.unwrap_or_default())
+    }
+
+    /// The data of all server-sent events of an answer.
+    pub(crate) async fn stream(&self, path: &str, body: Value) -> Vec<String> {
+        let answer = self.http.post(self.url(path)).body(body.to_string()).send().await.unwrap();
+        assert_eq!(answer.status(), 200);
+        assert!(answer.headers()["content-type"].to_str().unwrap().starts_with("text/event-stream"));
+        let text = answer.text().await.unwrap();
+        text.split("\n\n").filter_map(|event| event.strip_prefix("data: ")).map(str::to_owned).collect()
+    }
+
+    pub(crate) async fn token(&self) -> JoinToken {
+        let request = self.http.post(self.url("/v1/mesh/tokens")).bearer_auth(self.admin_key());
+        let answer: Value = request.send().await.unwrap().json().await.unwrap();
+        answer["token"].as_str().unwrap().parse().unwrap()
+    }
+
+    /// A worker that has joined and of which a token came back.
+    pub(crate) async fn worker(&self, name: &str, script: Script) -> Worker {
+        let worker = Worker::join(self, name, script).await;
+        self.until_ready(name).await;
+        worker
+    }
+
+    pub(crate) async fn until_ready(&self, name: &str) {
+        eventually("the worker is ready", || async {
+            let (_, mesh) = self.get("/v1/mesh").await;
+            mesh["workers"].as_array().unwrap().iter().any(|worker| worker["name"] == name && worker["state"] == "ready")
+        })
+        .await;
+    }
+
+    pub(crate) async fn dcf(&self) -> DcfPeer {
+        DcfPeer::toward(self.address("dcf.clients")).await
+    }
+}
+
+/// What a worker does with requests.
+#[derive(Debug, Clone)]
+pub(crate) struct Script {
+    pub(crate) pace: Duration,
+    pub(crate) slots: u32,
+    /// Decode speed it claims.
+    pub(crate) decode_tps: f32,
+    pub(crate) fate: Fate,
+}
+
+/// How a worker's answers end.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Fate {
+    Finish,
+    /// Closes its link after so many tokens.
+    DiesAfter(u32),
+    /// Keeps its link and says nothing after so many tokens.
+    SilentAfter(u32),
+    /// Answers with this error after so many tokens.
+    FailsAfter(u32, ErrorCode),
+}
+
+impl Default for Script {
+    fn default() -> Self {
+        Self { pace: Duration::ZERO, slots: 4, decode_tps: 100.0, fate: Fate::Finish }
+    }
+}
+
+pub(crate) fn script(fate: Fate) -> Script {
+    Script { pace: Duration::from_millis(5), fate, ..Script::default() }
+}
+
+/// A worker in this process.
+pub(crate) struct Worker {
+    link: Link,
+    connector: Connector,
+    identity: NodeIdentity,
+    _dir: Arc<TempDir>,
+    pub(crate) seen: Arc<Seen>,
+    serving: AbortHandle,
+}
+
+/// What happened at a worker, probes left out.
+#[derive(Default)]
+pub(crate) struct Seen {
+    pub(crate) requests: AtomicUsize,
+    pub(crate) cancelled: AtomicUsize,
+    pub(crate) generates: Mutex<Vec<Generate>>,
+}
+
+impl Worker {
+    pub(crate) async fn join(head: &TestHead, name: &str, script: Script) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let token = head.token().await;
+        let identity = quic::join(head.address("quic"), &token, dir.path(), name).await.unwrap();
+        Self::connect(head.address("quic"), identity, Arc::new(dir), name, script).await
+    }
+
+    async fn connect(head: SocketAddr, identity: NodeIdentity, dir: Arc<TempDir>, name: &str, script: Script) -> Self {
+        let connector = Connector::toward(head, identity.clone(), LinkConfig::default()).unwrap();
+        let link = connector.connect(head, Role::Head).await.unwrap();
+        let mut control = link.open().await.unwrap();
+        let card = ModelCard {
+            name: MODEL.into(),
+            architecture: "llama".into(),
+            fingerprint: FINGERPRINT.into(),
+            context: 2048,
+            slots: script.slots,
+            decode_tps: script.decode_tps,
+            prefill_tps: 1000.0,
+            ..Default::default()
+        };
+        let hello = Hello {
+            node_name: name.into(),
+            version: "test".into(),
+            models: vec![card],
+            protocol: PROTOCOL_VERSION,
+        };
+        control.send(Message::new(MsgType::HELLO, 0, 0, hello.encode_to_vec())).await.unwrap();
+        let welcome = control.recv().await.unwrap().unwrap();
+        let welcome = Welcome::decode(welcome.payload).unwrap();
+        let seen = Arc::new(Seen::default());
+        let serving = tokio::spawn(serve(link.clone(), control, welcome, script, seen.clone())).abort_handle();
+        Self { link, connector, identity, _dir: dir, seen, serving }
+    }
+
+    /// The same node again, on a new link.
+    pub(crate) async fn come_back(&self, head: &TestHead, name: &str, script: Script) -> Self {
+        self.serving.abort();
+        Self::connect(head.address("quic"), self.identity.clone(), self._dir.clone(), name, script).await
+    }
+
+    pub(crate) async fn die(&self) {
+        self.serving.abort();
+        self.connector.shutdown(ErrorCode::INTERNAL, "died").await;
+    }
+
+    pub(crate) fn requests(&self) -> usize {
+        self.seen.requests.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.serving.abort();
+        self.link.close(ErrorCode::OK, "test over");
+    }
+}
+
+async fn serve(link: Link, mut control: MsgStream, welcome: Welcome, script: Script, seen: Arc<Seen>) {
+    let key = link.export_key("hydramesh heartbeat", &welcome.session.to_be_bytes()).unwrap();
+    let mut sealer = Sealer::new(&key, welcome.session);
+    let target = SocketAddr::new(link.remote_addr().ip(), u16::try_from(welcome.heartbeat_port).unwrap());
+    let udp = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let mut beats = tokio::time::interval(Duration::from_secs_f32(welcome.heartbeat_seconds));
+    loop {
+        tokio::select! {
+            accepted = link.accept() => match accepted {
+                Ok(stream) => {
+                    tokio::spawn(answer(link.clone(), stream, script.clone(), seen.clone()));
+                }
+                Err(_) => return,
+            },
+            order = control.recv() => match order {
+                Ok(Some(order)) if order.kind == MsgType::DRAIN => {
+                    let load = Load { draining: true, ..Default::default() };
+                    let _ = control.send(Message::new(MsgType::LOAD, 0, 0, load.encode_to_vec())).await;
+                }
+                Ok(Some(_)) => {}
+                _ => return,
+            },
+            _ = beats.tick() => {
+                let load = Load { resident_bytes: 1234, ..Default::default() };
+                let sealed = sealer.seal(MsgType::SEALED_HEARTBEAT, 0, 0, &load.encode_to_vec()).unwrap();
+                udp.send_to(&sealed.encode_datagram(), target).await.unwrap();
+            }
+        }
+    }
+}
+
+async fn answer(link: Link, mut stream: MsgStream, script: Script, seen: Arc<Seen>) {
+    let Ok(Some(message)) = stream.recv().await else { return };
+    let generate = Generate::decode(message.payload).unwrap();
+    let is_probe = generate.request_id.starts_with("probe-");
+    if !is_probe {
+        seen.requests.fetch_add(1, Ordering::SeqCst);
+        seen.generates.lock().unwrap().push(generate.clone());
+    }
+    let fate = if is_probe { Fate::Finish } else { script.fate };
+    let (mut send, mut recv) = stream.split();
+    let cancelled = async {
+        // The head never finishes before Done.
+        let _ = recv.recv().await;
+    };
+    let speak = async {
+        let total = generate.params.as_ref().and_then(|params| params.max_tokens).unwrap_or(8);
+        let wants_logprobs = generate.params.as_ref().is_some_and(|params| params.logprobs.is_some());
+        let question = question(&generate);
+        let done = generate.generated.len() as u32;
+        let mut sent = generate.text_sent as usize;
+        if total > 2000 {
+            let error = Message::error(0, 0, ErrorCode::CONTEXT_TOO_LONG, "2001 tokens do not fit the context of 2000");
+            send.send(error).await.unwrap();
+            return finish(send).await;
+        }
+        for index in done..total {
+            tokio::time::sleep(script.pace).await;
+            match fate {
+                Fate::DiesAfter(limit) if index - done >= limit => {
+                    link.close(ErrorCode::INTERNAL, "died");
+                    return;
+                }
+                Fate::SilentAfter(limit) if index - done >= limit => return std::future::pending().await,
+                Fate::FailsAfter(limit, code) if index - done >= limit => {
+                    send.send(Message::error(0, 0, code, "as scripted")).await.unwrap();
+                    return finish(send).await;
+                }
+                _ => {}
+            }
+            let text = text_after(&question, index + 1).split_off(sent);
+            sent += text.len();
+            let token = token(&question, index);
+            let logprob = TokenLogprob { token, bytes: text.clone().into(), logprob: -0.5, top: Vec::new() };
+            let logprobs = if wants_logprobs { vec![logprob] } else { Vec::new() };
+            let tokens = Tokens { index, tokens: vec![token], text, logprobs };
+            if send.send(Message::new(MsgType::TOKENS, 0, 0, tokens.encode_to_vec())).await.is_err() {
+                return;
+            }
+        }
+        let done = Done {
+            finish: FinishReason::Length.into(),
+            prompt_tokens: 10,
+            completion_tokens: total,
+            cached_tokens: 4,
+            ..Default::default()
+        };
+        if send.send(Message::new(MsgType::DONE, 0, 0, done.encode_to_vec())).await.is_ok() {
+            finish(send).await;
+        }
+    };
+    tokio::select! {
+        () = speak => {}
+        () = cancelled => {
+            if !is_probe {
+                seen.cancelled.fetch_add(1, Ordering::SeqCst);
+            }
+        }
+    }
+}
+
+async fn finish(mut send: quic::SendHalf) {
+    let _ = send.finish();
+    send.stopped().await;
+}
+
+fn question(generate: &Generate) -> String {
+    match generate.prompt.as_ref().unwrap() {
+        Prompt::Text(text) => text.clone(),
+        Prompt::Chat(chat) => chat.messages.last().unwrap().content.clone(),
+        Prompt::Tokens(list) => format!("{:?}", list.tokens),
+    }
+}
+
+/// Every question has its own answer, so that a mix-up shows.
+fn token(question: &str, index: u32) -> u32 {
+    question.bytes().fold(index, |hash, byte| hash.wrapping_mul(31).wrapping_add(u32::from(byte))) % 32_000
+}
+
+fn text_after(question: &str, tokens: u32) -> String {
+    (0..tokens).map(|index| format!("{}é ", token(question, index))).collect()
+}
+
+/// What any worker answers to this question with so many tokens.
+pub(crate) fn truth(question: &str, tokens: u32) -> String {
+    text_after(question, tokens)
+}
+
+pub(crate) fn chat(question: &str, tokens: u32) -> Value {
+    json!({"model": MODEL, "messages": [{"role": "user", "content": question}], "max_tokens": tokens})
+}
+
+pub(crate) fn streamed(mut body: Value) -> Value {
+    body["stream"] = true.into();
+    body["stream_options"] = json!({"include_usage": true});
+    body
+}
+
+/// The text of a streamed chat, after the checks that every stream must pass.
+pub(crate) fn streamed_text(events: &[String]) -> String {
+    assert_eq!(events.last().unwrap(), "[DONE]");
+    let chunks: Vec<Value> =
+        events[..events.len() - 1].iter().map(|event| serde_json::from_str(event).unwrap()).collect();
+    assert_eq!(chunks[0]["choices"][0]["delta"]["role"], "assistant");
+    let reasons: Vec<&Value> =
+        chunks.iter().map(|chunk| &chunk["choices"][0]["finish_reason"]).filter(|reason| reason.is_string()).collect();
+    assert_eq!(reasons.len(), 1);
+    chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str()).collect()
+}
+
+/// A raw DCF peer, written from the protocol alone.
+pub(crate) struct DcfPeer {
+    pub(crate) socket: UdpSocket,
+    head: SocketAddr,
+}
+
+impl DcfPeer {
+    pub(crate) async fn toward(head: SocketAddr) -> Self {
+        Self { socket: UdpSocket::bind("127.0.0.1:0").await.unwrap(), head }
+    }
+
+    pub(crate) async fn send(&self, kind: u8, sequence: u32, payload: &[u8]) {
+        self.send_raw(&datagram(kind, sequence, payload)).await;
+    }
+
+    pub(crate) async fn send_raw(&self, bytes: &[u8]) {
+        self.socket.send_to(bytes, self.head).await.unwrap();
+    }
+
+    /// Kind, sequence and payload of the next datagram.
+    pub(crate) async fn receive(&self) -> (u8, u32, Vec<u8>) {
+        let received = self.receive_within(Duration::from_secs(10)).await;
+        received.expect("a datagram within 10 s")
+    }
+
+    pub(crate) async fn receive_within(&self, limit: Duration) -> Option<(u8, u32, Vec<u8>)> {
+        let mut buffer = vec![0; 65_536];
+        let (len, _) = tokio::time::timeout(limit, self.socket.recv_from(&mut buffer)).await.ok()?.unwrap();
+        let sequence = u32::from_be_bytes(buffer[1..5].try_into().unwrap());
+        let payload_len = u32::from_be_bytes(buffer[13..17].try_into().unwrap()) as usize;
+        assert_eq!(len, 17 + payload_len);
+        Some((buffer[0], sequence, buffer[17..len].to_vec()))
+    }
+
+    pub(crate) async fn nothing_comes(&self) {
+        let received = self.receive_within(Duration::from_millis(300)).await;
+        assert_eq!(received, None);
+    }
+}
+
+pub(crate) fn datagram(kind: u8, sequence: u32, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![kind];
+    bytes.extend(sequence.to_be_bytes());
+    bytes.extend(1_700_000_000_000_000_u64.to_be_bytes());
+    bytes.extend(u32::try_from(payload.len()).unwrap().to_be_bytes());
+    bytes.extend(payload);
+    bytes
+}
+
+pub(crate) async fn eventually<F: Future<Output = bool>>(what: &str, mut check: impl FnMut() -> F) {
+    let started = std::time::Instant::now();
+    while !check().await {
+        assert!(started.elapsed() < Duration::from_secs(15), "never: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
