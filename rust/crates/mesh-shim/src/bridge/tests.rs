@@ -1,7 +1,9 @@
 //! The bridge with simulated time: every datagram in, every datagram out.
 
+use std::time::Duration;
+
 use bytes::Bytes;
-use dcf::{Message, decode_datagram};
+use dcf::{Message, chunk, decode_datagram};
 use proptest::prelude::*;
 
 use super::*;
