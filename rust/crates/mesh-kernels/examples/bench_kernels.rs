@@ -14,8 +14,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use mesh_kernels::{
-    Attention, Isa, KvCache, KvSegment, KvShape, Linear, PackOptions, Pool, QMatrix, Residual,
-    RmsNorm, Rope, RopeOptions, RopeStyle, WeightType, attention, feed_forward, linear,
+    Attention, EightBit, Isa, KvCache, KvSegment, KvShape, Linear, PackOptions, Pool, QMatrix,
+    Residual, RmsNorm, Rope, RopeOptions, RopeStyle, WeightType, attention, feed_forward, linear,
 };
 
 struct Shape {
@@ -84,7 +84,7 @@ fn main() {
                 WeightType::Q8_0,
                 PackOptions {
                     coded_scales: true,
-                    six_bit: true,
+                    q8_0: EightBit::Six,
                 },
             ),
             (WeightType::Q4_K, WeightType::Q6_K, PackOptions::default()),

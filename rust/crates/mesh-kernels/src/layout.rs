@@ -37,7 +37,7 @@ pub(crate) enum Layout {
     Q4Min,
     /// Q4_K, and Q4_1 with coded scales.
     Q4Coded,
-    /// Q5_0.
+    /// Q5_0, and Q8_0 rounded to 5 bits.
     Q5,
     /// Q5_1.
     Q5Min,

@@ -38,7 +38,7 @@ pub use error::KernelError;
 pub use gemm::acts::RmsNorm;
 pub use isa::Isa;
 pub use linear::{Linear, Residual, feed_forward, gate_up_silu, linear};
-pub use matrix::{PackOptions, QMatrix, dequantize};
+pub use matrix::{EightBit, PackOptions, QMatrix, dequantize};
 pub use norm::rms_norm;
 pub use pool::{Pool, PoolOptions};
 pub use quant::WeightType;

@@ -20,8 +20,20 @@ pub struct PackOptions {
     /// Store the scales and minima of Q4_1 as 8-bit codes per 256 weights: 0.578 bytes a weight instead of 0.625. The
     /// codes of the weights stay; scale and minimum are off by up to 0.2 % of their group's largest.
     pub coded_scales: bool,
-    /// Round Q8_0 to 6 bits: 0.8125 bytes a weight instead of 1.0625.
-    pub six_bit: bool,
+    /// How many bits of Q8_0 to keep.
+    pub q8_0: EightBit,
+}
+
+/// What becomes of Q8_0 weights, which are a third of a small model's bytes where they are its tied embeddings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum EightBit {
+    /// All 8 bits: 1.0625 bytes a weight.
+    #[default]
+    Keep,
+    /// Rounded to 6 bits: 0.8125 bytes.
+    Six,
+    /// Rounded to 5 bits: 0.6875 bytes.
+    Five,
 }
 
 /// One packed matrix.
@@ -192,8 +204,11 @@ fn layout_for(ty: WeightType, options: PackOptions) -> Layout {
         WeightType::Q4_1 => Layout::Q4Min,
         WeightType::Q5_0 => Layout::Q5,
         WeightType::Q5_1 => Layout::Q5Min,
-        WeightType::Q8_0 if options.six_bit => Layout::Q6,
-        WeightType::Q8_0 => Layout::Q8,
+        WeightType::Q8_0 => match options.q8_0 {
+            EightBit::Keep => Layout::Q8,
+            EightBit::Six => Layout::Q6,
+            EightBit::Five => Layout::Q5,
+        },
         WeightType::Q4_K => Layout::Q4Coded,
         WeightType::Q5_K => Layout::Q5Coded,
         WeightType::Q6_K => Layout::Q6Halves,

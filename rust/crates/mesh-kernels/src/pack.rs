@@ -1,5 +1,8 @@
 //! From file rows to panels, and back for single rows.
 
+// Loops over the 32 weights of a block use several arrays at once.
+#![allow(clippy::needless_range_loop)]
+
 use half::f16;
 
 use crate::layout::{BLOCK, GROUP, GROUP_HEAD, Layout, PANEL, Scales};
@@ -21,7 +24,9 @@ pub(crate) fn panel(
             Some((_, Scales::Coded)) if ty == WeightType::Q4_1 => {
                 coded_from_q4_1(k, row, column, panel);
             }
-            Some(_) if layout == Layout::Q6 => six_from_q8_0(k, row, column, panel),
+            Some((bits, Scales::Block)) if ty == WeightType::Q8_0 && layout != Layout::Q8 => {
+                fewer_from_q8_0(layout, bits, k, row, column, panel);
+            }
             Some((bits, scales)) => quantised(layout, ty, bits, scales, k, row, column, panel),
         }
     }
@@ -122,7 +127,7 @@ fn coded_from_q4_1(k: usize, row: &[u8], column: usize, panel: &mut [u8]) {
             .clone()
             .map(|i| {
                 let (d, m, mean) = read(i);
-                let code = signed(d, scale_d.to_f32()).round().clamp(0.0, 255.0);
+                let code = nearest(signed(d, scale_d.to_f32())).clamp(0.0, 255.0);
                 (code, m + (d - code * scale_d.to_f32()) * mean)
             })
             .collect();
@@ -137,7 +142,7 @@ fn coded_from_q4_1(k: usize, row: &[u8], column: usize, panel: &mut [u8]) {
         );
         for (index, (code, min)) in group.zip(codes) {
             let at = layout.block_offset(index);
-            let min = signed(min, scale_m.to_f32()).round().clamp(-127.0, 127.0);
+            let min = nearest(signed(min, scale_m.to_f32())).clamp(-127.0, 127.0);
             panel[at + column] = code as u8;
             panel[at + 16 + column] = (min as i8).cast_unsigned();
             words(panel, at + 32 + 4 * column, &row[index * 20 + 4..][..16], 0);
@@ -145,39 +150,55 @@ fn coded_from_q4_1(k: usize, row: &[u8], column: usize, panel: &mut [u8]) {
     }
 }
 
-/// Q8_0 rounded to 6 bits with the scale that loses least among a few.
-fn six_from_q8_0(k: usize, row: &[u8], column: usize, panel: &mut [u8]) {
+/// Q8_0 rounded to `bits` bits with the scale that loses least among a few.
+fn fewer_from_q8_0(
+    layout: Layout,
+    bits: u32,
+    k: usize,
+    row: &[u8],
+    column: usize,
+    panel: &mut [u8],
+) {
+    let bias = layout.bias() as f32;
     for index in 0..k / BLOCK {
         let b = &row[index * 34..][..34];
         let d = f16::from_bits(word(b, 0)).to_f32();
-        let q: [f32; 32] = std::array::from_fn(|i| f32::from(b[2 + i].cast_signed()));
-        // The extreme value maps to -32 exactly, as in ggml's own symmetric types; neighbours of that scale are tried.
-        let extreme = q
-            .iter()
-            .fold(0.0, |a: f32, &v| if v.abs() > a.abs() { v } else { a });
-        let mut best = (f32::INFINITY, 0.0, [32_u8; 32]);
-        for divisor in [-32.0, -31.0, -30.0, 31.0, 30.0] {
-            let scale = f16::from_f32(d * extreme / divisor).to_f32();
-            let ratio = if scale == 0.0 { 0.0 } else { d / scale };
-            let codes = q.map(|v| (v * ratio).round().clamp(-32.0, 31.0));
-            let error: f32 = (0..BLOCK)
-                .map(|i| {
-                    let e = d * q[i] - scale * codes[i];
-                    e * e
-                })
-                .sum();
-            if error < best.0 {
-                best = (error, scale, codes.map(|c| (c + 32.0) as u8));
+        let mut q = [0.0_f32; BLOCK];
+        let mut extreme = 0.0_f32;
+        for i in 0..BLOCK {
+            q[i] = f32::from(b[2 + i].cast_signed());
+            if q[i].abs() > extreme.abs() {
+                extreme = q[i];
             }
         }
-        let at = Layout::Q6.block_offset(index);
-        put(
-            panel,
-            at + 2 * column,
-            &f16::from_f32(best.1).to_bits().to_le_bytes(),
-        );
-        put_codes(6, &mut panel[at + 32..], column, &best.2);
+        // The extreme value maps to the lowest code exactly, as in ggml's own symmetric types; neighbours of that scale are
+        // tried, and the other sign, which leaves more room for the rest.
+        let mut best = (f32::INFINITY, 0.0, [layout.bias() as u8; BLOCK]);
+        for divisor in [-bias, 1.0 - bias, 2.0 - bias, bias - 1.0, bias - 2.0] {
+            let scale = f16::from_f32(d * extreme / divisor).to_f32();
+            let ratio = if scale == 0.0 { 0.0 } else { d / scale };
+            let mut codes = [0.0_f32; BLOCK];
+            let mut error = 0.0;
+            for i in 0..BLOCK {
+                codes[i] = nearest(q[i] * ratio).clamp(-bias, bias - 1.0);
+                let off = d * q[i] - scale * codes[i];
+                error += off * off;
+            }
+            if error < best.0 {
+                best = (error, scale, codes.map(|c| (c + bias) as u8));
+            }
+        }
+        let at = layout.block_offset(index);
+        let scale = f16::from_f32(best.1).to_bits();
+        put(panel, at + 2 * column, &scale.to_le_bytes());
+        put_codes(bits, &mut panel[at + 32..], column, &best.2);
     }
+}
+
+/// Rounds half to even, for |v| < 2^22; `f32::round` is a library call where SSE 4.1 is not given.
+fn nearest(v: f32) -> f32 {
+    const MAGIC: f32 = 12_582_912.0;
+    (v + MAGIC) - MAGIC
 }
 
 fn put(panel: &mut [u8], at: usize, bytes: &[u8]) {

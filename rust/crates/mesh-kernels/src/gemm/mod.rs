@@ -238,11 +238,9 @@ impl<T: Format> Kernel for Quantised<'_, T> {
                     quantised_tile::<S, T, 1>(s, job, panel, row);
                     continue;
                 }
-                if S::WIDE {
-                    if count == 8 {
-                        quantised_tile::<S, T, 8>(s, job, panel, row);
-                        continue;
-                    }
+                if S::WIDE && count == 8 {
+                    quantised_tile::<S, T, 8>(s, job, panel, row);
+                    continue;
                 }
                 match count {
                     1 => quantised_tile::<S, T, 1>(s, job, panel, row),
