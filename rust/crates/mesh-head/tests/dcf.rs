@@ -25,11 +25,18 @@ struct OldWorker {
 impl OldWorker {
     async fn start(head: &TestHead) -> Self {
         let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-        let worker = Self { socket, bus: head.address("dcf.workers") };
+        let worker = Self {
+            socket,
+            bus: head.address("dcf.workers"),
+        };
         worker.heartbeat().await;
         eventually("it is listed", || async {
             let (_, mesh) = head.get("/v1/mesh").await;
-            mesh["workers"].as_array().unwrap().iter().any(|worker| worker["kind"] == "v5.0.0")
+            mesh["workers"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .any(|worker| worker["kind"] == "v5.0.0")
         })
         .await;
         worker
@@ -41,16 +48,23 @@ impl OldWorker {
     }
 
     async fn send(&self, kind: u8, sequence: u32, payload: &[u8]) {
-        self.socket.send_to(&datagram(kind, sequence, payload), self.bus).await.unwrap();
+        self.socket
+            .send_to(&datagram(kind, sequence, payload), self.bus)
+            .await
+            .unwrap();
     }
 
     /// Sequence and payload of the next Task.
     async fn task(&self) -> (u32, Vec<u8>) {
         let mut buffer = vec![0; 65_536];
-        let received = tokio::time::timeout(Duration::from_secs(10), self.socket.recv_from(&mut buffer)).await;
+        let received =
+            tokio::time::timeout(Duration::from_secs(10), self.socket.recv_from(&mut buffer)).await;
         let (len, _) = received.expect("a Task within 10 s").unwrap();
         assert_eq!(buffer[0], TASK);
-        (u32::from_be_bytes(buffer[1..5].try_into().unwrap()), buffer[17..len].to_vec())
+        (
+            u32::from_be_bytes(buffer[1..5].try_into().unwrap()),
+            buffer[17..len].to_vec(),
+        )
     }
 }
 
@@ -60,7 +74,10 @@ async fn a_plain_prompt_gets_exactly_one_result() {
     let _worker = head.worker("w", Script::default()).await;
     let client = head.dcf().await;
     client.send(TASK, 77, "Wie geht's?".as_bytes()).await;
-    assert_eq!(client.receive().await, (RESULT, 77, truth("Wie geht's?", 8).into_bytes()));
+    assert_eq!(
+        client.receive().await,
+        (RESULT, 77, truth("Wie geht's?", 8).into_bytes())
+    );
     client.nothing_comes().await;
 }
 
@@ -81,7 +98,10 @@ async fn a_json_task_may_be_streamed_and_the_result_has_all_of_it() {
             break;
         }
         assert_eq!(kind, PARTIAL);
-        assert_eq!(u32::from_be_bytes(payload[..4].try_into().unwrap()) as usize, text.len());
+        assert_eq!(
+            u32::from_be_bytes(payload[..4].try_into().unwrap()) as usize,
+            text.len()
+        );
         text += std::str::from_utf8(&payload[4..]).unwrap();
     }
     assert_eq!(text, truth("hi", 5));
@@ -133,8 +153,14 @@ async fn two_clients_with_one_sequence_get_their_own_answers() {
     let (one, two) = (head.dcf().await, head.dcf().await);
     one.send(TASK, 7, b"first").await;
     two.send(TASK, 7, b"second").await;
-    assert_eq!(one.receive().await, (RESULT, 7, truth("first", 8).into_bytes()));
-    assert_eq!(two.receive().await, (RESULT, 7, truth("second", 8).into_bytes()));
+    assert_eq!(
+        one.receive().await,
+        (RESULT, 7, truth("first", 8).into_bytes())
+    );
+    assert_eq!(
+        two.receive().await,
+        (RESULT, 7, truth("second", 8).into_bytes())
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -152,7 +178,10 @@ async fn a_repeated_task_does_not_run_twice() {
     assert_eq!(client.receive().await, answer, "the kept answer");
     assert_eq!(worker.requests(), 1);
     client.send(TASK, 9, b"something else").await;
-    assert_eq!(client.receive().await, (RESULT, 9, truth("something else", 8).into_bytes()));
+    assert_eq!(
+        client.receive().await,
+        (RESULT, 9, truth("something else", 8).into_bytes())
+    );
     assert_eq!(worker.requests(), 2);
 }
 
@@ -169,13 +198,20 @@ async fn an_old_worker_answers_old_clients() {
     let thief = DcfPeer::toward(head.address("dcf.workers")).await;
     thief.send(RESULT, tasks[0].0, b"forged").await;
     for (sequence, payload) in tasks.iter().rev() {
-        worker.send(RESULT, *sequence, &[b"re: ", payload.as_slice()].concat()).await;
+        worker
+            .send(RESULT, *sequence, &[b"re: ", payload.as_slice()].concat())
+            .await;
     }
     assert_eq!(one.receive().await, (RESULT, 7, b"re: first".to_vec()));
     assert_eq!(two.receive().await, (RESULT, 7, b"re: second".to_vec()));
     // It serves plain tasks and nothing else.
-    let (status, error) = head.post("/v1/chat/completions", support::chat("why?", 3)).await;
-    assert_eq!((status, &error["error"]["code"]), (503, &json!("no_worker")));
+    let (status, error) = head
+        .post("/v1/chat/completions", support::chat("why?", 3))
+        .await;
+    assert_eq!(
+        (status, &error["error"]["code"]),
+        (503, &json!("no_worker"))
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -186,7 +222,10 @@ async fn a_task_of_an_old_worker_that_falls_silent_runs_elsewhere() {
     client.send(TASK, 3, b"hello").await;
     old.task().await;
     let _worker = support::Worker::join(&head, "w", Script::default()).await;
-    assert_eq!(client.receive().await, (RESULT, 3, truth("hello", 8).into_bytes()));
+    assert_eq!(
+        client.receive().await,
+        (RESULT, 3, truth("hello", 8).into_bytes())
+    );
     client.nothing_comes().await;
 }
 
@@ -199,7 +238,11 @@ async fn a_result_too_large_for_a_datagram_comes_as_chunks() {
     let (own, _) = worker.task().await;
     let large = "x".repeat(100_000);
     for piece in dcf::chunk::split(own, 0, large.clone().into()).unwrap() {
-        worker.socket.send_to(&piece.encode_datagram(), worker.bus).await.unwrap();
+        worker
+            .socket
+            .send_to(&piece.encode_datagram(), worker.bus)
+            .await
+            .unwrap();
     }
     let mut pieces = dcf::chunk::Reassembler::new(dcf::chunk::Limits::default());
     let whole = loop {
@@ -244,10 +287,18 @@ async fn junk_changes_nothing() {
     junk(20_000);
     let before = mesh_service::metrics::resident_bytes().unwrap();
     junk(60_000);
-    let grown = mesh_service::metrics::resident_bytes().unwrap().saturating_sub(before);
+    let grown = mesh_service::metrics::resident_bytes()
+        .unwrap()
+        .saturating_sub(before);
     assert!(grown < 32 << 20, "{grown} bytes more");
     let client = head.dcf().await;
     client.send(TASK, 1, b"still there?").await;
-    assert_eq!(client.receive().await, (RESULT, 1, truth("still there?", 8).into_bytes()));
-    eventually("nothing hangs", || async { head.handle.mesh().in_flight() == (0, 0) }).await;
+    assert_eq!(
+        client.receive().await,
+        (RESULT, 1, truth("still there?", 8).into_bytes())
+    );
+    eventually("nothing hangs", || async {
+        head.handle.mesh().in_flight() == (0, 0)
+    })
+    .await;
 }

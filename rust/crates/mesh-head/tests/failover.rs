@@ -12,9 +12,14 @@ const TOKENS: u32 = 30;
 
 /// The text of a streamed chat, with what its last chunk says about reruns.
 async fn ask(head: &TestHead, question: &str) -> (String, u64) {
-    let events = head.stream("/v1/chat/completions", streamed(chat(question, TOKENS))).await;
+    let events = head
+        .stream("/v1/chat/completions", streamed(chat(question, TOKENS)))
+        .await;
     let usage: Value = serde_json::from_str(&events[events.len() - 2]).unwrap();
-    (streamed_text(&events), usage["timings"]["reruns"].as_u64().unwrap())
+    (
+        streamed_text(&events),
+        usage["timings"]["reruns"].as_u64().unwrap(),
+    )
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -31,20 +36,33 @@ async fn a_stream_goes_on_where_a_failing_worker_left_it() {
     for fate in fates {
         let head = TestHead::start(|config| config.silence_limit = Duration::from_secs(1)).await;
         // The faster one gets the request first.
-        let _bad = head.worker("bad", Script { decode_tps: 500.0, ..script(fate) }).await;
+        let _bad = head
+            .worker(
+                "bad",
+                Script {
+                    decode_tps: 500.0,
+                    ..script(fate)
+                },
+            )
+            .await;
         let good = head.worker("good", script(Fate::Finish)).await;
         let answer = ask(&head, "why?").await;
         assert_eq!(answer.0, truth("why?", TOKENS), "{fate:?}");
         let resumed = good.seen.generates.lock().unwrap();
         assert_eq!(resumed.len(), 1, "{fate:?}");
         let before = match fate {
-            Fate::DiesAfter(tokens) | Fate::SilentAfter(tokens) | Fate::FailsAfter(tokens, _) => tokens,
+            Fate::DiesAfter(tokens) | Fate::SilentAfter(tokens) | Fate::FailsAfter(tokens, _) => {
+                tokens
+            }
             Fate::Finish => unreachable!(),
         };
         if !matches!(fate, Fate::DiesAfter(_)) {
             assert_eq!(resumed[0].generated.len(), before as usize, "{fate:?}");
         }
-        assert_eq!(resumed[0].text_sent as usize, truth("why?", resumed[0].generated.len() as u32).len());
+        assert_eq!(
+            resumed[0].text_sent as usize,
+            truth("why?", resumed[0].generated.len() as u32).len()
+        );
     }
 }
 
@@ -53,7 +71,10 @@ async fn a_lone_worker_that_comes_back_finishes_what_it_began() {
     let head = TestHead::start(|_| {}).await;
     let worker = head.worker("w", script(Fate::DiesAfter(10))).await;
     let comes_back = async {
-        eventually("gone", || async { head.get("/v1/mesh").await.1["workers"] == json!([]) }).await;
+        eventually("gone", || async {
+            head.get("/v1/mesh").await.1["workers"] == json!([])
+        })
+        .await;
         worker.come_back(&head, "w", script(Fate::Finish)).await
     };
     let (answer, _worker) = tokio::join!(ask(&head, "why?"), comes_back);
@@ -64,29 +85,53 @@ async fn a_lone_worker_that_comes_back_finishes_what_it_began() {
 async fn when_nobody_comes_back_the_stream_ends_with_an_error() {
     let head = TestHead::start(|config| config.rejoin_grace = Duration::from_millis(300)).await;
     let _worker = head.worker("w", script(Fate::DiesAfter(10))).await;
-    let events = head.stream("/v1/chat/completions", streamed(chat("why?", TOKENS))).await;
+    let events = head
+        .stream("/v1/chat/completions", streamed(chat("why?", TOKENS)))
+        .await;
     let last: Value = serde_json::from_str(events.last().unwrap()).unwrap();
     assert_eq!(last["error"]["code"], "no_worker");
-    assert!(events.iter().all(|event| event != "[DONE]"), "a broken answer does not look complete");
+    assert!(
+        events.iter().all(|event| event != "[DONE]"),
+        "a broken answer does not look complete"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_request_that_kills_every_worker_is_given_up() {
     let head = TestHead::start(|config| config.max_reruns = 2).await;
     let fails = script(Fate::FailsAfter(0, ErrorCode::INFERENCE_FAILED));
-    let _workers = [head.worker("a", fails.clone()).await, head.worker("b", fails).await];
-    let (status, answer) = head.post("/v1/chat/completions", chat("why?", TOKENS)).await;
-    assert_eq!((status, &answer["error"]["code"]), (502, &json!("workers_failed")));
-    assert!(answer["error"]["message"].as_str().unwrap().contains("3 workers failed"), "{answer}");
+    let _workers = [
+        head.worker("a", fails.clone()).await,
+        head.worker("b", fails).await,
+    ];
+    let (status, answer) = head
+        .post("/v1/chat/completions", chat("why?", TOKENS))
+        .await;
+    assert_eq!(
+        (status, &answer["error"]["code"]),
+        (502, &json!("workers_failed"))
+    );
+    assert!(
+        answer["error"]["message"]
+            .as_str()
+            .unwrap()
+            .contains("3 workers failed"),
+        "{answer}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hundred_chats_survive_the_death_of_one_of_two_workers() {
     let head = TestHead::start(|_| {}).await;
-    let slots = |fate| Script { slots: 16, ..script(fate) };
+    let slots = |fate| Script {
+        slots: 16,
+        ..script(fate)
+    };
     let one = head.worker("one", slots(Fate::Finish)).await;
     let two = head.worker("two", slots(Fate::Finish)).await;
-    let questions: Vec<String> = (0..100).map(|number| format!("question {number}")).collect();
+    let questions: Vec<String> = (0..100)
+        .map(|number| format!("question {number}"))
+        .collect();
     let chats = futures::future::join_all(questions.iter().map(|question| ask(&head, question)));
     let death = async {
         tokio::time::sleep(Duration::from_millis(250)).await;
@@ -100,8 +145,14 @@ async fn a_hundred_chats_survive_the_death_of_one_of_two_workers() {
     assert!(reruns > 0, "nobody was hit");
     // An attempt on a link that is just breaking may never reach its worker.
     let attempts = one.requests() + two.requests();
-    assert!((100..=100 + reruns as usize).contains(&attempts), "{attempts} attempts, {reruns} reruns");
-    eventually("all is free", || async { head.handle.mesh().in_flight() == (0, 0) }).await;
+    assert!(
+        (100..=100 + reruns as usize).contains(&attempts),
+        "{attempts} attempts, {reruns} reruns"
+    );
+    eventually("all is free", || async {
+        head.handle.mesh().in_flight() == (0, 0)
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

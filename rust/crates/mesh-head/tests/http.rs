@@ -6,19 +6,30 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use support::{Fate, MODEL, Script, TestHead, chat, eventually, script, streamed, streamed_text, truth};
+use support::{
+    Fate, MODEL, Script, TestHead, chat, eventually, script, streamed, streamed_text, truth,
+};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn models_are_listed_and_retrieved() {
     let head = TestHead::start(|_| {}).await;
     let _worker = head.worker("w", Script::default()).await;
     let (status, list) = head.get("/v1/models").await;
-    assert_eq!((status, &list["object"], &list["data"][0]["id"]), (200, &json!("list"), &json!(MODEL)));
+    assert_eq!(
+        (status, &list["object"], &list["data"][0]["id"]),
+        (200, &json!("list"), &json!(MODEL))
+    );
     let (status, model) = head.get("/v1/models/tiny").await;
-    assert_eq!((status, &model["object"], &model["owned_by"]), (200, &json!("model"), &json!("hydramesh")));
+    assert_eq!(
+        (status, &model["object"], &model["owned_by"]),
+        (200, &json!("model"), &json!("hydramesh"))
+    );
     assert!(model["created"].as_u64().unwrap() > 1_600_000_000);
     let (status, error) = head.get("/v1/models/gpt-9").await;
-    assert_eq!((status, &error["error"]["code"]), (404, &json!("model_not_found")));
+    assert_eq!(
+        (status, &error["error"]["code"]),
+        (404, &json!("model_not_found"))
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -32,21 +43,32 @@ async fn a_chat_has_the_fields_that_clients_read() {
     assert_eq!(answer["model"], MODEL);
     assert_eq!(answer["system_fingerprint"], "fp_0123456789ab");
     let choice = &answer["choices"][0];
-    assert_eq!(choice["message"], json!({"role": "assistant", "content": truth("why?", 5), "refusal": null}));
-    assert_eq!((&choice["finish_reason"], &choice["logprobs"]), (&json!("length"), &Value::Null));
+    assert_eq!(
+        choice["message"],
+        json!({"role": "assistant", "content": truth("why?", 5), "refusal": null})
+    );
+    assert_eq!(
+        (&choice["finish_reason"], &choice["logprobs"]),
+        (&json!("length"), &Value::Null)
+    );
     assert_eq!(
         answer["usage"],
         json!({"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15,
                "prompt_tokens_details": {"cached_tokens": 4}})
     );
-    assert_eq!((&answer["timings"]["worker"], &answer["timings"]["reruns"]), (&json!("w"), &json!(0)));
+    assert_eq!(
+        (&answer["timings"]["worker"], &answer["timings"]["reruns"]),
+        (&json!("w"), &json!(0))
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_streamed_chat_begins_with_the_role_and_ends_with_usage_and_done() {
     let head = TestHead::start(|_| {}).await;
     let _worker = head.worker("w", Script::default()).await;
-    let events = head.stream("/v1/chat/completions", streamed(chat("why?", 5))).await;
+    let events = head
+        .stream("/v1/chat/completions", streamed(chat("why?", 5)))
+        .await;
     assert_eq!(streamed_text(&events), truth("why?", 5));
     let usage: Value = serde_json::from_str(&events[events.len() - 2]).unwrap();
     assert_eq!(usage["choices"], json!([]));
@@ -62,20 +84,41 @@ async fn a_streamed_chat_begins_with_the_role_and_ends_with_usage_and_done() {
 async fn several_choices_and_prompts_keep_their_indices() {
     let head = TestHead::start(|_| {}).await;
     let worker = head.worker("w", Script::default()).await;
-    let body = json!({"model": MODEL, "prompt": ["a", "b"], "n": 2, "max_tokens": 3, "logprobs": 0});
+    let body =
+        json!({"model": MODEL, "prompt": ["a", "b"], "n": 2, "max_tokens": 3, "logprobs": 0});
     let (status, answer) = head.post("/v1/completions", body.clone()).await;
     assert_eq!(status, 200, "{answer}");
     assert_eq!(answer["object"], "text_completion");
-    let texts: Vec<&str> =
-        answer["choices"].as_array().unwrap().iter().map(|choice| choice["text"].as_str().unwrap()).collect();
+    let texts: Vec<&str> = answer["choices"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|choice| choice["text"].as_str().unwrap())
+        .collect();
     let (a, b) = (truth("a", 3), truth("b", 3));
     assert_eq!(texts, [&a, &a, &b, &b]);
-    assert_eq!(answer["usage"]["prompt_tokens"], 20, "a prompt counts once, not per choice");
+    assert_eq!(
+        answer["usage"]["prompt_tokens"], 20,
+        "a prompt counts once, not per choice"
+    );
     assert_eq!(answer["usage"]["completion_tokens"], 12);
-    assert_eq!(answer["choices"][0]["logprobs"]["token_logprobs"], json!([-0.5, -0.5, -0.5]));
-    let seeds: Vec<u64> =
-        worker.seen.generates.lock().unwrap().iter().map(|g| g.params.as_ref().unwrap().seed.unwrap()).collect();
-    assert_eq!(seeds.iter().filter(|seed| **seed == seeds[0]).count(), 2, "the choices of one prompt differ");
+    assert_eq!(
+        answer["choices"][0]["logprobs"]["token_logprobs"],
+        json!([-0.5, -0.5, -0.5])
+    );
+    let seeds: Vec<u64> = worker
+        .seen
+        .generates
+        .lock()
+        .unwrap()
+        .iter()
+        .map(|g| g.params.as_ref().unwrap().seed.unwrap())
+        .collect();
+    assert_eq!(
+        seeds.iter().filter(|seed| **seed == seeds[0]).count(),
+        2,
+        "the choices of one prompt differ"
+    );
 
     let mut body = body;
     body["stream"] = true.into();
@@ -84,7 +127,8 @@ async fn several_choices_and_prompts_keep_their_indices() {
         if event != "[DONE]" {
             let chunk: Value = serde_json::from_str(&event).unwrap();
             let choice = &chunk["choices"][0];
-            streamed[choice["index"].as_u64().unwrap() as usize] += choice["text"].as_str().unwrap();
+            streamed[choice["index"].as_u64().unwrap() as usize] +=
+                choice["text"].as_str().unwrap();
         }
     }
     assert_eq!(streamed, [&*a, &a, &b, &b]);
@@ -97,7 +141,9 @@ async fn log_probabilities_come_with_a_chat() {
     let mut body = chat("why?", 2);
     body["logprobs"] = true.into();
     let (_, answer) = head.post("/v1/chat/completions", body).await;
-    let content = answer["choices"][0]["logprobs"]["content"].as_array().unwrap();
+    let content = answer["choices"][0]["logprobs"]["content"]
+        .as_array()
+        .unwrap();
     assert_eq!(content.len(), 2);
     assert_eq!(content[0]["logprob"], -0.5);
 }
@@ -112,12 +158,42 @@ async fn wrong_requests_get_errors_that_name_the_field() {
         body
     };
     let cases = [
-        (with("temperature", json!(9)), 400, json!("temperature"), "invalid_value"),
-        (with("tools", json!([{"type": "function"}])), 400, json!("tools"), "unsupported_parameter"),
-        (with("messages", json!([])), 400, json!("messages"), "invalid_value"),
-        (with("model", json!("gpt-9")), 404, json!("model"), "model_not_found"),
-        (with("max_tokens", json!(100_000)), 400, Value::Null, "context_length_exceeded"),
-        (with("user", json!("x".repeat(3000))), 413, Value::Null, "request_too_large"),
+        (
+            with("temperature", json!(9)),
+            400,
+            json!("temperature"),
+            "invalid_value",
+        ),
+        (
+            with("tools", json!([{"type": "function"}])),
+            400,
+            json!("tools"),
+            "unsupported_parameter",
+        ),
+        (
+            with("messages", json!([])),
+            400,
+            json!("messages"),
+            "invalid_value",
+        ),
+        (
+            with("model", json!("gpt-9")),
+            404,
+            json!("model"),
+            "model_not_found",
+        ),
+        (
+            with("max_tokens", json!(100_000)),
+            400,
+            Value::Null,
+            "context_length_exceeded",
+        ),
+        (
+            with("user", json!("x".repeat(3000))),
+            413,
+            Value::Null,
+            "request_too_large",
+        ),
     ];
     for (body, status, param, code) in cases {
         for stream in [false, true] {
@@ -125,11 +201,21 @@ async fn wrong_requests_get_errors_that_name_the_field() {
             body["stream"] = stream.into();
             let (got, answer) = head.post("/v1/chat/completions", body).await;
             let error = &answer["error"];
-            assert_eq!((got, &error["param"], &error["code"]), (status, &param, &json!(code)), "{answer}");
+            assert_eq!(
+                (got, &error["param"], &error["code"]),
+                (status, &param, &json!(code)),
+                "{answer}"
+            );
             assert!(error["message"].as_str().unwrap().len() > 10);
         }
     }
-    let broken = head.http.post(head.url("/v1/chat/completions")).body("{\"model\":").send().await.unwrap();
+    let broken = head
+        .http
+        .post(head.url("/v1/chat/completions"))
+        .body("{\"model\":")
+        .send()
+        .await
+        .unwrap();
     assert_eq!(broken.status(), 400);
     assert_eq!(head.get("/v1/embeddings").await.0, 404);
     assert_eq!(head.get("/v1/chat/completions").await.0, 405);
@@ -140,8 +226,17 @@ async fn without_a_worker_the_head_is_alive_not_ready_and_says_so() {
     let head = TestHead::start(|_| {}).await;
     assert_eq!(head.get("/health").await.0, 200);
     let (status, ready) = head.get("/ready").await;
-    assert_eq!((status, &ready["reason"]), (503, &json!("no worker is connected")));
-    let answer = head.http.post(head.url("/v1/chat/completions")).body(chat("why?", 5).to_string()).send().await.unwrap();
+    assert_eq!(
+        (status, &ready["reason"]),
+        (503, &json!("no worker is connected"))
+    );
+    let answer = head
+        .http
+        .post(head.url("/v1/chat/completions"))
+        .body(chat("why?", 5).to_string())
+        .send()
+        .await
+        .unwrap();
     assert_eq!(answer.status(), 503);
     assert!(answer.headers().contains_key("retry-after"));
     let body: Value = answer.json().await.unwrap();
@@ -157,59 +252,109 @@ async fn without_a_worker_the_head_is_alive_not_ready_and_says_so() {
 async fn keys_are_wanted_where_they_are_configured() {
     let keys = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(keys.path(), "sk-one\n").unwrap();
-    let head = TestHead::start(|config| config.http.api_keys_file = Some(keys.path().to_owned())).await;
+    let head =
+        TestHead::start(|config| config.http.api_keys_file = Some(keys.path().to_owned())).await;
     let _worker = support::Worker::join(&head, "w", Script::default()).await;
     assert_eq!(head.get("/v1/models").await.0, 401);
-    let with = |key: String| head.http.get(head.url("/v1/models")).bearer_auth(key).send();
+    let with = |key: String| {
+        head.http
+            .get(head.url("/v1/models"))
+            .bearer_auth(key)
+            .send()
+    };
     assert_eq!(with("sk-two".into()).await.unwrap().status(), 401);
     assert_eq!(with("sk-one".into()).await.unwrap().status(), 200);
     assert_eq!(with(head.admin_key()).await.unwrap().status(), 200);
     assert_eq!(head.get("/health").await.0, 200);
-    let token = head.http.post(head.url("/v1/mesh/tokens")).bearer_auth("sk-one").send().await.unwrap();
+    let token = head
+        .http
+        .post(head.url("/v1/mesh/tokens"))
+        .bearer_auth("sk-one")
+        .send()
+        .await
+        .unwrap();
     assert_eq!(token.status(), 401, "an API key does not administer");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_that_goes_away_cancels_its_answer() {
     let head = TestHead::start(|_| {}).await;
-    let worker = head.worker("w", Script { pace: Duration::from_millis(20), ..Script::default() }).await;
+    let worker = head
+        .worker(
+            "w",
+            Script {
+                pace: Duration::from_millis(20),
+                ..Script::default()
+            },
+        )
+        .await;
     for body in [chat("why?", 1000), streamed(chat("why?", 1000))] {
         let before = worker.seen.cancelled.load(Ordering::SeqCst);
-        let request = head.http.post(head.url("/v1/chat/completions")).body(body.to_string());
+        let request = head
+            .http
+            .post(head.url("/v1/chat/completions"))
+            .body(body.to_string());
         let asked = tokio::spawn(async move {
             let mut answer = request.send().await.unwrap();
             while answer.chunk().await.unwrap().is_some() {}
         });
         tokio::time::sleep(Duration::from_millis(300)).await;
         asked.abort();
-        eventually("cancelled", || async { worker.seen.cancelled.load(Ordering::SeqCst) == before + 1 }).await;
+        eventually("cancelled", || async {
+            worker.seen.cancelled.load(Ordering::SeqCst) == before + 1
+        })
+        .await;
     }
-    eventually("free again", || async { head.handle.mesh().in_flight() == (0, 0) }).await;
+    eventually("free again", || async {
+        head.handle.mesh().in_flight() == (0, 0)
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_queue_is_503_and_a_greedy_client_429() {
-    let slow = Script { pace: Duration::from_millis(50), slots: 1, ..Script::default() };
+    let slow = Script {
+        pace: Duration::from_millis(50),
+        slots: 1,
+        ..Script::default()
+    };
     let head = TestHead::start(|config| (config.queue_limit, config.worker_ahead) = (1, 0)).await;
     let _worker = head.worker("w", slow.clone()).await;
     let ask = || head.post("/v1/chat/completions", chat("why?", 10));
     let answers = futures::future::join_all((0..4).map(|_| ask())).await;
     let count = |status| answers.iter().filter(|answer| answer.0 == status).count();
     assert_eq!((count(200), count(503)), (2, 2), "{answers:?}");
-    assert!(answers.iter().filter(|answer| answer.0 == 503).all(|answer| answer.1["error"]["code"] == "overloaded"));
+    assert!(
+        answers
+            .iter()
+            .filter(|answer| answer.0 == 503)
+            .all(|answer| answer.1["error"]["code"] == "overloaded")
+    );
 
     let head = TestHead::start(|config| config.http.concurrent_requests = 2).await;
     let _worker = head.worker("w", slow).await;
     let ask = || head.post("/v1/chat/completions", chat("why?", 5));
     let answers = futures::future::join_all((0..5).map(|_| ask())).await;
-    assert_eq!(answers.iter().filter(|answer| answer.0 == 429).count(), 3, "{answers:?}");
+    assert_eq!(
+        answers.iter().filter(|answer| answer.0 == 429).count(),
+        3,
+        "{answers:?}"
+    );
     assert_eq!(ask().await.0, 200);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_deadline_is_504() {
     let head = TestHead::start(|config| config.request_timeout = Duration::from_millis(400)).await;
-    let _worker = head.worker("w", Script { pace: Duration::from_millis(50), ..Script::default() }).await;
+    let _worker = head
+        .worker(
+            "w",
+            Script {
+                pace: Duration::from_millis(50),
+                ..Script::default()
+            },
+        )
+        .await;
     let (status, answer) = head.post("/v1/chat/completions", chat("why?", 1000)).await;
     assert_eq!((status, &answer["error"]["code"]), (504, &json!("timeout")));
 }
@@ -218,10 +363,20 @@ async fn a_deadline_is_504() {
 async fn request_ids_reach_the_worker_and_come_back() {
     let head = TestHead::start(|_| {}).await;
     let worker = head.worker("w", Script::default()).await;
-    let request = head.http.post(head.url("/v1/chat/completions")).header("x-request-id", "mine-7");
-    let answer = request.body(chat("why?", 2).to_string()).send().await.unwrap();
+    let request = head
+        .http
+        .post(head.url("/v1/chat/completions"))
+        .header("x-request-id", "mine-7");
+    let answer = request
+        .body(chat("why?", 2).to_string())
+        .send()
+        .await
+        .unwrap();
     assert_eq!(answer.headers()["x-request-id"], "mine-7");
-    assert_eq!(worker.seen.generates.lock().unwrap()[0].request_id, "mine-7");
+    assert_eq!(
+        worker.seen.generates.lock().unwrap()[0].request_id,
+        "mine-7"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -229,7 +384,15 @@ async fn metrics_and_registry_tell_what_happened() {
     let head = TestHead::start(|_| {}).await;
     let _worker = head.worker("w", Script::default()).await;
     head.post("/v1/chat/completions", chat("why?", 5)).await;
-    let metrics = head.http.get(head.url("/metrics")).send().await.unwrap().text().await.unwrap();
+    let metrics = head
+        .http
+        .get(head.url("/metrics"))
+        .send()
+        .await
+        .unwrap()
+        .text()
+        .await
+        .unwrap();
     for line in [
         "hydramesh_head_requests_total{front=\"Http\",outcome=\"Complete\"} 1",
         "hydramesh_head_generated_tokens_total 5",
@@ -252,11 +415,21 @@ async fn a_drained_worker_gets_nothing_new() {
     let head = TestHead::start(|_| {}).await;
     let one = head.worker("one", Script::default()).await;
     let two = head.worker("two", Script::default()).await;
-    let drain = head.http.post(head.url("/v1/mesh/drain")).bearer_auth(head.admin_key());
-    let drained = drain.body(json!({"worker": "one"}).to_string()).send().await.unwrap();
+    let drain = head
+        .http
+        .post(head.url("/v1/mesh/drain"))
+        .bearer_auth(head.admin_key());
+    let drained = drain
+        .body(json!({"worker": "one"}).to_string())
+        .send()
+        .await
+        .unwrap();
     assert_eq!(drained.status(), 200);
     for _ in 0..6 {
-        assert_eq!(head.post("/v1/chat/completions", chat("why?", 2)).await.0, 200);
+        assert_eq!(
+            head.post("/v1/chat/completions", chat("why?", 2)).await.0,
+            200
+        );
     }
     assert_eq!((one.requests(), two.requests()), (0, 6));
 }
@@ -267,10 +440,18 @@ async fn a_shutdown_lets_running_answers_finish_and_takes_nothing_new() {
     let _worker = head.worker("w", script(Fate::Finish)).await;
     let (http, url) = (head.http.clone(), head.url("/v1/chat/completions"));
     let running = tokio::spawn(async move {
-        let answer = http.post(url).body(chat("why?", 100).to_string()).send().await.unwrap();
+        let answer = http
+            .post(url)
+            .body(chat("why?", 100).to_string())
+            .send()
+            .await
+            .unwrap();
         answer.json::<Value>().await.unwrap()
     });
-    eventually("it runs", || async { head.handle.mesh().in_flight().1 == 1 }).await;
+    eventually("it runs", || async {
+        head.handle.mesh().in_flight().1 == 1
+    })
+    .await;
     let client = head.dcf().await;
     let stopping = tokio::spawn(head.handle.shutdown());
     tokio::time::sleep(Duration::from_millis(50)).await;
@@ -278,6 +459,12 @@ async fn a_shutdown_lets_running_answers_finish_and_takes_nothing_new() {
     let (kind, _, payload) = client.receive().await;
     assert_eq!((kind, payload[0]), (0xFF, 0x43));
     let answer = running.await.unwrap();
-    assert_eq!(answer["choices"][0]["message"]["content"], truth("why?", 100));
-    assert_eq!(stopping.await.unwrap(), mesh_service::shutdown::Drained::Finished);
+    assert_eq!(
+        answer["choices"][0]["message"]["content"],
+        truth("why?", 100)
+    );
+    assert_eq!(
+        stopping.await.unwrap(),
+        mesh_service::shutdown::Drained::Finished
+    );
 }

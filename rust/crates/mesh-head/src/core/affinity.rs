@@ -19,7 +19,7 @@ pub struct Prefix {
     pub tokens: u32,
 }
 
-/// Cuts a prompt into prefixes, shortest first, at most [`PREFIXES`] of them.
+/// Cuts a prompt into prefixes, shortest first, at most 256 of them.
 pub fn prefixes(model: &str, prompt: &Prompt) -> Vec<Prefix> {
     // Fixed keys: the same prompt has the same hash in every run. A forged collision costs a cache miss, nothing else.
     let mut hasher = DefaultHasher::new();

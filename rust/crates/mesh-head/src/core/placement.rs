@@ -278,7 +278,9 @@ impl Placement {
             worker: id,
             name: worker.name.clone(),
             model: served.map_or_else(|| ask.model.clone(), |model| model.card.name.clone()),
-            fingerprint: served.map(|model| model.card.fingerprint.clone()).unwrap_or_default(),
+            fingerprint: served
+                .map(|model| model.card.fingerprint.clone())
+                .unwrap_or_default(),
             estimate,
         }
     }

@@ -89,7 +89,9 @@ impl Worker {
 
     /// The model of that name, if it serves it; its first one for a request that names none.
     pub fn model(&self, name: &str) -> Option<&ServedModel> {
-        self.models.iter().find(|model| name.is_empty() || model.card.name == name)
+        self.models
+            .iter()
+            .find(|model| name.is_empty() || model.card.name == name)
     }
 
     /// Its node id, unless it is a v5.0.0 worker.

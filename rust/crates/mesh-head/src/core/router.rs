@@ -2,7 +2,7 @@
 //!
 //! For every worker that serves the model the router estimates the time to the last token from measured speed, load and
 //! queue; a conversation whose KV cache a worker holds is cheaper there by the prefill it saves. Workers whose estimates are
-//! within [`TIE`] of the best take turns.
+//! within 5 % of the best take turns.
 
 use std::time::{Duration, Instant};
 

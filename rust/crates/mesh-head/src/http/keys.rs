@@ -86,7 +86,7 @@ impl Keys {
     /// Whom these headers prove.
     ///
     /// # Errors
-    /// [`Denied`] where a key is needed and is missing, and wherever one is sent that is wrong and keys are in use.
+    /// `Denied` where a key is needed and is missing, and wherever one is sent that is wrong and keys are in use.
     pub fn caller(&self, headers: &HeaderMap) -> Result<Caller, Denied> {
         let Some(key) = bearer(headers) else {
             return if self.api.is_empty() {

@@ -14,7 +14,8 @@ use mesh_net::quic::{self, Connector, Link, LinkConfig, MsgStream};
 use mesh_net::seal::Sealer;
 use mesh_net::trust::{JoinToken, NodeIdentity, Role};
 use mesh_proto::{
-    Done, FinishReason, Generate, Hello, Load, ModelCard, PROTOCOL_VERSION, Prompt, TokenLogprob, Tokens, Welcome,
+    Done, FinishReason, Generate, Hello, Load, ModelCard, PROTOCOL_VERSION, Prompt, TokenLogprob,
+    Tokens, Welcome,
 };
 use prost::Message as _;
 use serde_json::{Value, json};
@@ -23,7 +24,8 @@ use tokio::net::UdpSocket;
 use tokio::task::AbortHandle;
 
 pub(crate) const MODEL: &str = "tiny";
-pub(crate) const FINGERPRINT: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+pub(crate) const FINGERPRINT: &str =
+    "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
 /// A head on free loopback ports.
 pub(crate) struct TestHead {
@@ -35,14 +37,26 @@ pub(crate) struct TestHead {
 impl TestHead {
     pub(crate) async fn start(change: impl FnOnce(&mut Config)) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let mut config = Config { state_dir: dir.path().to_owned(), ..Config::default() };
+        let mut config = Config {
+            state_dir: dir.path().to_owned(),
+            ..Config::default()
+        };
         let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        (config.http.listen, config.dcf.clients, config.dcf.workers, config.quic.listen) = (any, any, any, any);
+        (
+            config.http.listen,
+            config.dcf.clients,
+            config.dcf.workers,
+            config.quic.listen,
+        ) = (any, any, any, any);
         config.rejoin_grace = Duration::from_secs(3);
         config.drain_limit = Duration::from_secs(5);
         change(&mut config);
         let handle = Head::start(config).await.unwrap();
-        Self { handle, dir, http: reqwest::Client::new() }
+        Self {
+            handle,
+            dir,
+            http: reqwest::Client::new(),
+        }
     }
 
     pub(crate) fn address(&self, name: &str) -> SocketAddr {
@@ -54,30 +68,62 @@ impl TestHead {
     }
 
     pub(crate) fn admin_key(&self) -> String {
-        std::fs::read_to_string(self.dir.path().join("admin.key")).unwrap().trim().to_owned()
+        std::fs::read_to_string(self.dir.path().join("admin.key"))
+            .unwrap()
+            .trim()
+            .to_owned()
     }
 
     pub(crate) async fn get(&self, path: &str) -> (u16, Value) {
         let answer = self.http.get(self.url(path)).send().await.unwrap();
-        (answer.status().as_u16(), answer.json().await.unwrap_or_default())
+        (
+            answer.status().as_u16(),
+            answer.json().await.unwrap_or_default(),
+        )
     }
 
     pub(crate) async fn post(&self, path: &str, body: Value) -> (u16, Value) {
-        let answer = self.http.post(self.url(path)).body(body.to_string()).send().await.unwrap();
-        (answer.status().as_u16(), answer.json().await.unwrap_or_default())
+        let answer = self
+            .http
+            .post(self.url(path))
+            .body(body.to_string())
+            .send()
+            .await
+            .unwrap();
+        (
+            answer.status().as_u16(),
+            answer.json().await.unwrap_or_default(),
+        )
     }
 
     /// The data of all server-sent events of an answer.
     pub(crate) async fn stream(&self, path: &str, body: Value) -> Vec<String> {
-        let answer = self.http.post(self.url(path)).body(body.to_string()).send().await.unwrap();
+        let answer = self
+            .http
+            .post(self.url(path))
+            .body(body.to_string())
+            .send()
+            .await
+            .unwrap();
         assert_eq!(answer.status(), 200);
-        assert!(answer.headers()["content-type"].to_str().unwrap().starts_with("text/event-stream"));
+        assert!(
+            answer.headers()["content-type"]
+                .to_str()
+                .unwrap()
+                .starts_with("text/event-stream")
+        );
         let text = answer.text().await.unwrap();
-        text.split("\n\n").filter_map(|event| event.strip_prefix("data: ")).map(str::to_owned).collect()
+        text.split("\n\n")
+            .filter_map(|event| event.strip_prefix("data: "))
+            .map(str::to_owned)
+            .collect()
     }
 
     pub(crate) async fn token(&self) -> JoinToken {
-        let request = self.http.post(self.url("/v1/mesh/tokens")).bearer_auth(self.admin_key());
+        let request = self
+            .http
+            .post(self.url("/v1/mesh/tokens"))
+            .bearer_auth(self.admin_key());
         let answer: Value = request.send().await.unwrap().json().await.unwrap();
         answer["token"].as_str().unwrap().parse().unwrap()
     }
@@ -92,7 +138,11 @@ impl TestHead {
     pub(crate) async fn until_ready(&self, name: &str) {
         eventually("the worker is ready", || async {
             let (_, mesh) = self.get("/v1/mesh").await;
-            mesh["workers"].as_array().unwrap().iter().any(|worker| worker["name"] == name && worker["state"] == "ready")
+            mesh["workers"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .any(|worker| worker["name"] == name && worker["state"] == "ready")
         })
         .await;
     }
@@ -126,12 +176,21 @@ pub(crate) enum Fate {
 
 impl Default for Script {
     fn default() -> Self {
-        Self { pace: Duration::ZERO, slots: 4, decode_tps: 100.0, fate: Fate::Finish }
+        Self {
+            pace: Duration::ZERO,
+            slots: 4,
+            decode_tps: 100.0,
+            fate: Fate::Finish,
+        }
     }
 }
 
 pub(crate) fn script(fate: Fate) -> Script {
-    Script { pace: Duration::from_millis(5), fate, ..Script::default() }
+    Script {
+        pace: Duration::from_millis(5),
+        fate,
+        ..Script::default()
+    }
 }
 
 /// A worker in this process.
@@ -156,11 +215,19 @@ impl Worker {
     pub(crate) async fn join(head: &TestHead, name: &str, script: Script) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let token = head.token().await;
-        let identity = quic::join(head.address("quic"), &token, dir.path(), name).await.unwrap();
+        let identity = quic::join(head.address("quic"), &token, dir.path(), name)
+            .await
+            .unwrap();
         Self::connect(head.address("quic"), identity, Arc::new(dir), name, script).await
     }
 
-    async fn connect(head: SocketAddr, identity: NodeIdentity, dir: Arc<TempDir>, name: &str, script: Script) -> Self {
+    async fn connect(
+        head: SocketAddr,
+        identity: NodeIdentity,
+        dir: Arc<TempDir>,
+        name: &str,
+        script: Script,
+    ) -> Self {
         let connector = Connector::toward(head, identity.clone(), LinkConfig::default()).unwrap();
         let link = connector.connect(head, Role::Head).await.unwrap();
         let mut control = link.open().await.unwrap();
@@ -180,18 +247,36 @@ impl Worker {
             models: vec![card],
             protocol: PROTOCOL_VERSION,
         };
-        control.send(Message::new(MsgType::HELLO, 0, 0, hello.encode_to_vec())).await.unwrap();
+        control
+            .send(Message::new(MsgType::HELLO, 0, 0, hello.encode_to_vec()))
+            .await
+            .unwrap();
         let welcome = control.recv().await.unwrap().unwrap();
         let welcome = Welcome::decode(welcome.payload).unwrap();
         let seen = Arc::new(Seen::default());
-        let serving = tokio::spawn(serve(link.clone(), control, welcome, script, seen.clone())).abort_handle();
-        Self { link, connector, identity, _dir: dir, seen, serving }
+        let serving = tokio::spawn(serve(link.clone(), control, welcome, script, seen.clone()))
+            .abort_handle();
+        Self {
+            link,
+            connector,
+            identity,
+            _dir: dir,
+            seen,
+            serving,
+        }
     }
 
     /// The same node again, on a new link.
     pub(crate) async fn come_back(&self, head: &TestHead, name: &str, script: Script) -> Self {
         self.serving.abort();
-        Self::connect(head.address("quic"), self.identity.clone(), self._dir.clone(), name, script).await
+        Self::connect(
+            head.address("quic"),
+            self.identity.clone(),
+            self._dir.clone(),
+            name,
+            script,
+        )
+        .await
     }
 
     pub(crate) async fn die(&self) {
@@ -211,10 +296,21 @@ impl Drop for Worker {
     }
 }
 
-async fn serve(link: Link, mut control: MsgStream, welcome: Welcome, script: Script, seen: Arc<Seen>) {
-    let key = link.export_key("hydramesh heartbeat", &welcome.session.to_be_bytes()).unwrap();
+async fn serve(
+    link: Link,
+    mut control: MsgStream,
+    welcome: Welcome,
+    script: Script,
+    seen: Arc<Seen>,
+) {
+    let key = link
+        .export_key("hydramesh heartbeat", &welcome.session.to_be_bytes())
+        .unwrap();
     let mut sealer = Sealer::new(&key, welcome.session);
-    let target = SocketAddr::new(link.remote_addr().ip(), u16::try_from(welcome.heartbeat_port).unwrap());
+    let target = SocketAddr::new(
+        link.remote_addr().ip(),
+        u16::try_from(welcome.heartbeat_port).unwrap(),
+    );
     let udp = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let mut beats = tokio::time::interval(Duration::from_secs_f32(welcome.heartbeat_seconds));
     loop {
@@ -243,7 +339,9 @@ async fn serve(link: Link, mut control: MsgStream, welcome: Welcome, script: Scr
 }
 
 async fn answer(link: Link, mut stream: MsgStream, script: Script, seen: Arc<Seen>) {
-    let Ok(Some(message)) = stream.recv().await else { return };
+    let Ok(Some(message)) = stream.recv().await else {
+        return;
+    };
     let generate = Generate::decode(message.payload).unwrap();
     let is_probe = generate.request_id.starts_with("probe-");
     if !is_probe {
@@ -257,13 +355,25 @@ async fn answer(link: Link, mut stream: MsgStream, script: Script, seen: Arc<See
         let _ = recv.recv().await;
     };
     let speak = async {
-        let total = generate.params.as_ref().and_then(|params| params.max_tokens).unwrap_or(8);
-        let wants_logprobs = generate.params.as_ref().is_some_and(|params| params.logprobs.is_some());
+        let total = generate
+            .params
+            .as_ref()
+            .and_then(|params| params.max_tokens)
+            .unwrap_or(8);
+        let wants_logprobs = generate
+            .params
+            .as_ref()
+            .is_some_and(|params| params.logprobs.is_some());
         let question = question(&generate);
         let done = generate.generated.len() as u32;
         let mut sent = generate.text_sent as usize;
         if total > 2000 {
-            let error = Message::error(0, 0, ErrorCode::CONTEXT_TOO_LONG, "2001 tokens do not fit the context of 2000");
+            let error = Message::error(
+                0,
+                0,
+                ErrorCode::CONTEXT_TOO_LONG,
+                "2001 tokens do not fit the context of 2000",
+            );
             send.send(error).await.unwrap();
             return finish(send).await;
         }
@@ -274,9 +384,13 @@ async fn answer(link: Link, mut stream: MsgStream, script: Script, seen: Arc<See
                     link.close(ErrorCode::INTERNAL, "died");
                     return;
                 }
-                Fate::SilentAfter(limit) if index - done >= limit => return std::future::pending().await,
+                Fate::SilentAfter(limit) if index - done >= limit => {
+                    return std::future::pending().await;
+                }
                 Fate::FailsAfter(limit, code) if index - done >= limit => {
-                    send.send(Message::error(0, 0, code, "as scripted")).await.unwrap();
+                    send.send(Message::error(0, 0, code, "as scripted"))
+                        .await
+                        .unwrap();
                     return finish(send).await;
                 }
                 _ => {}
@@ -284,10 +398,28 @@ async fn answer(link: Link, mut stream: MsgStream, script: Script, seen: Arc<See
             let text = text_after(&question, index + 1).split_off(sent);
             sent += text.len();
             let token = token(&question, index);
-            let logprob = TokenLogprob { token, bytes: text.clone().into(), logprob: -0.5, top: Vec::new() };
-            let logprobs = if wants_logprobs { vec![logprob] } else { Vec::new() };
-            let tokens = Tokens { index, tokens: vec![token], text, logprobs };
-            if send.send(Message::new(MsgType::TOKENS, 0, 0, tokens.encode_to_vec())).await.is_err() {
+            let logprob = TokenLogprob {
+                token,
+                bytes: text.clone().into(),
+                logprob: -0.5,
+                top: Vec::new(),
+            };
+            let logprobs = if wants_logprobs {
+                vec![logprob]
+            } else {
+                Vec::new()
+            };
+            let tokens = Tokens {
+                index,
+                tokens: vec![token],
+                text,
+                logprobs,
+            };
+            if send
+                .send(Message::new(MsgType::TOKENS, 0, 0, tokens.encode_to_vec()))
+                .await
+                .is_err()
+            {
                 return;
             }
         }
@@ -298,7 +430,11 @@ async fn answer(link: Link, mut stream: MsgStream, script: Script, seen: Arc<See
             cached_tokens: 4,
             ..Default::default()
         };
-        if send.send(Message::new(MsgType::DONE, 0, 0, done.encode_to_vec())).await.is_ok() {
+        if send
+            .send(Message::new(MsgType::DONE, 0, 0, done.encode_to_vec()))
+            .await
+            .is_ok()
+        {
             finish(send).await;
         }
     };
@@ -327,11 +463,15 @@ fn question(generate: &Generate) -> String {
 
 /// Every question has its own answer, so that a mix-up shows.
 fn token(question: &str, index: u32) -> u32 {
-    question.bytes().fold(index, |hash, byte| hash.wrapping_mul(31).wrapping_add(u32::from(byte))) % 32_000
+    question.bytes().fold(index, |hash, byte| {
+        hash.wrapping_mul(31).wrapping_add(u32::from(byte))
+    }) % 32_000
 }
 
 fn text_after(question: &str, tokens: u32) -> String {
-    (0..tokens).map(|index| format!("{}é ", token(question, index))).collect()
+    (0..tokens)
+        .map(|index| format!("{}é ", token(question, index)))
+        .collect()
 }
 
 /// What any worker answers to this question with so many tokens.
@@ -352,13 +492,21 @@ pub(crate) fn streamed(mut body: Value) -> Value {
 /// The text of a streamed chat, after the checks that every stream must pass.
 pub(crate) fn streamed_text(events: &[String]) -> String {
     assert_eq!(events.last().unwrap(), "[DONE]");
-    let chunks: Vec<Value> =
-        events[..events.len() - 1].iter().map(|event| serde_json::from_str(event).unwrap()).collect();
+    let chunks: Vec<Value> = events[..events.len() - 1]
+        .iter()
+        .map(|event| serde_json::from_str(event).unwrap())
+        .collect();
     assert_eq!(chunks[0]["choices"][0]["delta"]["role"], "assistant");
-    let reasons: Vec<&Value> =
-        chunks.iter().map(|chunk| &chunk["choices"][0]["finish_reason"]).filter(|reason| reason.is_string()).collect();
+    let reasons: Vec<&Value> = chunks
+        .iter()
+        .map(|chunk| &chunk["choices"][0]["finish_reason"])
+        .filter(|reason| reason.is_string())
+        .collect();
     assert_eq!(reasons.len(), 1);
-    chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str()).collect()
+    chunks
+        .iter()
+        .filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str())
+        .collect()
 }
 
 /// A raw DCF peer, written from the protocol alone.
@@ -369,7 +517,10 @@ pub(crate) struct DcfPeer {
 
 impl DcfPeer {
     pub(crate) async fn toward(head: SocketAddr) -> Self {
-        Self { socket: UdpSocket::bind("127.0.0.1:0").await.unwrap(), head }
+        Self {
+            socket: UdpSocket::bind("127.0.0.1:0").await.unwrap(),
+            head,
+        }
     }
 
     pub(crate) async fn send(&self, kind: u8, sequence: u32, payload: &[u8]) {
@@ -388,7 +539,10 @@ impl DcfPeer {
 
     pub(crate) async fn receive_within(&self, limit: Duration) -> Option<(u8, u32, Vec<u8>)> {
         let mut buffer = vec![0; 65_536];
-        let (len, _) = tokio::time::timeout(limit, self.socket.recv_from(&mut buffer)).await.ok()?.unwrap();
+        let (len, _) = tokio::time::timeout(limit, self.socket.recv_from(&mut buffer))
+            .await
+            .ok()?
+            .unwrap();
         let sequence = u32::from_be_bytes(buffer[1..5].try_into().unwrap());
         let payload_len = u32::from_be_bytes(buffer[13..17].try_into().unwrap()) as usize;
         assert_eq!(len, 17 + payload_len);
