@@ -286,6 +286,10 @@ impl Mesh {
             if usable(&registry).len() == wanted {
                 return Ok(());
             }
+            // One that was killed on purpose is not missed; one that ended by itself is why the number is not reached.
+            for worker in &mut self.workers {
+                worker.fail_if_ended_by_itself()?;
+            }
             if started.elapsed() > READY_LIMIT {
                 let logs: String = self.workers.iter().map(Service::log_end).collect();
                 bail!(

@@ -352,10 +352,16 @@ impl Service {
     }
 
     fn fail_if_ended(&mut self) -> Result<()> {
-        let Some(child) = self.child.as_mut() else {
+        if self.child.is_none() {
             bail!("{} was stopped", self.name);
-        };
-        if let Some(status) = child.try_wait()? {
+        }
+        self.fail_if_ended_by_itself()
+    }
+
+    pub(crate) fn fail_if_ended_by_itself(&mut self) -> Result<()> {
+        if let Some(child) = self.child.as_mut()
+            && let Some(status) = child.try_wait()?
+        {
             self.child = None;
             bail!(
                 "{} ended with {status}; its log ends:\n{}",
