@@ -96,3 +96,24 @@ impl Isa {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_understood_and_others_are_not() {
+        for isa in Isa::ALL {
+            assert_eq!(Isa::from_name(isa.name()), Some(isa));
+            assert_eq!(Isa::from_name(&isa.name().to_uppercase()), Some(isa));
+        }
+        assert_eq!(Isa::from_name("sse9"), None);
+    }
+
+    #[test]
+    fn what_is_detected_can_run() {
+        assert!(Isa::detect().is_available());
+        assert!(Isa::current().is_available());
+        assert!(Isa::available().contains(&Isa::Scalar));
+    }
+}

@@ -100,3 +100,37 @@ pub(crate) fn normalise<S: Simd>(s: S, x: &[f32], weight: &[f32], eps: f32, out:
         out[i] = x[i] * factor * weight[i];
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Isa, PoolOptions};
+
+    #[test]
+    fn rows_are_divided_by_their_root_mean_square() {
+        for k in [1, 15, 16, 33, 576] {
+            let x: Vec<f32> = (0..5 * k)
+                .map(|i| (i * 37 % 101) as f32 / 25.0 - 2.0)
+                .collect();
+            let weight: Vec<f32> = (0..k).map(|i| 0.5 + i as f32 / k as f32).collect();
+            for isa in Isa::available() {
+                let pool = Pool::with_options(PoolOptions {
+                    threads: 2,
+                    isa: Some(isa),
+                    ..PoolOptions::default()
+                });
+                let mut out = vec![0.0; x.len()];
+                rms_norm(&pool, &x, &weight, 1e-5, &mut out).expect("whole rows");
+                for (x, out) in x.chunks(k).zip(out.chunks(k)) {
+                    let square = x.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / k as f64;
+                    for i in 0..k {
+                        let want = f64::from(x[i]) / (square + 1e-5).sqrt() * f64::from(weight[i]);
+                        assert!((f64::from(out[i]) - want).abs() < 1e-5, "{k} on {isa:?}");
+                    }
+                }
+                assert!(rms_norm(&pool, &x, &weight, 1e-5, &mut out[1..]).is_err());
+                assert!(rms_norm(&pool, &x, &[], 1e-5, &mut out).is_err());
+            }
+        }
+    }
+}
