@@ -13,6 +13,7 @@ use tracing::{debug, warn};
 
 use crate::core::dedup::{Dedup, Run, Seen, TaskKey};
 use crate::core::placement::Refusal;
+use crate::core::registry::Worker;
 use crate::core::request::AnswerError;
 use crate::drive::{Event, drive};
 use crate::ids;
@@ -213,7 +214,12 @@ impl Port {
     /// Runs a task and sends its one answer.
     async fn answer(&self, key: TaskKey, run: Run, task: DcfTask, payload: Bytes) {
         let (client, sequence) = key;
-        let plain = !task.stream && payload.len() <= MAX_DATAGRAM_PAYLOAD;
+        // A v5.0.0 worker cannot stream; where there is no other, the whole answer at once is better than none.
+        let old_workers_only = || {
+            self.mesh
+                .with_registry(|registry| registry.iter().all(Worker::is_legacy))
+        };
+        let plain = payload.len() <= MAX_DATAGRAM_PAYLOAD && (!task.stream || old_workers_only());
         let stream = task.stream;
         let task = Task {
             id: ids::fresh("dcf"),

@@ -46,7 +46,10 @@ pub enum Refusal {
         limit: usize,
     },
     /// The model is known but nobody serves it now, or there is no worker at all.
-    #[error("no worker is connected that serves {model:?}; start one, or wait for it to join")]
+    #[error(
+        "no worker is connected{}; start one, or wait for it to join",
+        serving(model)
+    )]
     NoWorker {
         /// The model asked for.
         model: String,
@@ -292,6 +295,14 @@ impl Placement {
         } else {
             Refusal::UnknownModel { model }
         }
+    }
+}
+
+fn serving(model: &str) -> String {
+    if model.is_empty() {
+        String::new()
+    } else {
+        format!(" that serves {model:?}")
     }
 }
 
