@@ -179,7 +179,8 @@ fn task(args: &AskArgs, question: &str) -> Value {
         body["stop"] = json!(args.stop);
     }
     if !args.http {
-        body["stream"] = (!args.json).into();
+        // With --json, too: the pieces tell when the first text came.
+        body["stream"] = true.into();
     }
     body
 }

@@ -47,7 +47,7 @@ pub(crate) async fn run(args: BenchArgs) -> Result<(), Failure> {
     } else {
         println!("{}", measured.what);
         println!(
-            "{} answers at once, {} tokens of prompt, {} of answer, best of {}",
+            "{} at once, {} tokens of prompt, {} of answer, best of {}",
             args.concurrency, args.prompt_tokens, args.tokens, args.rounds
         );
         if let Some(prefill) = measured.prefill {

@@ -123,9 +123,9 @@ impl Judge {
     /// # Errors
     /// Names the first token that is not the one the model gives there.
     pub fn check(&mut self, question: &str, answer: &Transcript) -> Result<()> {
-        let tokenizer = self.model.tokenizer();
-        let rendered = self
-            .model
+        let model = self.model.clone();
+        let tokenizer = model.tokenizer();
+        let rendered = model
             .template()
             .render(&[Message::new("user", question)], true)?;
         let prompt = tokenizer.encode(&rendered, EncodeOptions::RENDERED_CHAT)?;
