@@ -1,0 +1,450 @@
+//! A worker with the real model, against a head that is only its listener, and against raw v5.0.0 datagrams.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use dcf::{ErrorCode, Message, MsgType};
+use mesh_net::quic::{Link, LinkConfig, Listener, MsgStream, timestamp_us};
+use mesh_net::seal::Opener;
+use mesh_net::trust::{Authority, Validity};
+use mesh_proto::{
+    Chat, ChatMessage, Done, Generate, GenerateParams, Hello, Load, Prompt, Tokens, Welcome,
+};
+use mesh_testkit::paths;
+use mesh_worker::{Config, Worker, WorkerError, WorkerHandle, health_check};
+use prost::Message as _;
+use tokio::net::UdpSocket;
+use tokio::time::timeout;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// As much of a head as a worker sees.
+struct Head {
+    authority: Arc<Authority>,
+    listener: Listener,
+    heartbeats: UdpSocket,
+    _dir: tempfile::TempDir,
+}
+
+impl Head {
+    async fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Arc::new(Authority::open(dir.path(), "test", Validity::default()).unwrap());
+        let identity = authority
+            .head_identity(dir.path(), "head", SystemTime::now())
+            .unwrap();
+        let any = "127.0.0.1:0".parse().unwrap();
+        let listener = Listener::bind(
+            any,
+            identity,
+            Some(authority.clone()),
+            LinkConfig::default(),
+        )
+        .unwrap();
+        let heartbeats = UdpSocket::bind(any).await.unwrap();
+        Head {
+            authority,
+            listener,
+            heartbeats,
+            _dir: dir,
+        }
+    }
+
+    fn address(&self) -> SocketAddr {
+        self.listener.local_addr().unwrap()
+    }
+
+    fn token(&self) -> String {
+        let token = self
+            .authority
+            .create_token(PATIENCE, "test", SystemTime::now());
+        token.unwrap().to_string()
+    }
+
+    /// The worker's next link with its control stream, after Hello and Welcome.
+    async fn accept(&self) -> (Link, MsgStream, Hello) {
+        let link = timeout(PATIENCE, self.listener.accept())
+            .await
+            .unwrap()
+            .unwrap();
+        let mut control = link.accept().await.unwrap();
+        let hello = control.recv().await.unwrap().unwrap();
+        assert_eq!(hello.kind, MsgType::HELLO);
+        let welcome = Welcome {
+            mesh: "test".to_owned(),
+            heartbeat_seconds: 2.0,
+            heartbeat_port: self.heartbeats.local_addr().unwrap().port().into(),
+            session: 77,
+            version: "0".to_owned(),
+        };
+        let message = Message::new(MsgType::WELCOME, 0, timestamp_us(), welcome.encode_to_vec());
+        control.send(message).await.unwrap();
+        (link, control, Hello::decode(hello.payload).unwrap())
+    }
+}
+
+fn config(state_dir: &Path) -> Config {
+    Config {
+        state_dir: state_dir.to_owned(),
+        models: vec![paths::smollm2().unwrap().display().to_string()],
+        ort_library: Some(paths::ort_library().unwrap()),
+        threads: 1,
+        slots: 2,
+        context: 512,
+        http: mesh_worker::config::HttpConfig {
+            listen: "127.0.0.1:0".parse().unwrap(),
+        },
+        dcf: mesh_worker::config::DcfConfig {
+            listen: "127.0.0.1:0".parse().unwrap(),
+        },
+        ..Config::default()
+    }
+}
+
+fn joining(state_dir: &Path, head: &Head) -> Config {
+    Config {
+        head: Some(head.address().to_string()),
+        join_token: Some(head.token()),
+        ..config(state_dir)
+    }
+}
+
+fn question(max_tokens: u32) -> Generate {
+    let content = "What is gravity?".to_owned();
+    Generate {
+        request_id: "test".to_owned(),
+        prompt: Some(Prompt::Chat(Chat {
+            messages: vec![ChatMessage {
+                role: "user".to_owned(),
+                content,
+            }],
+        })),
+        params: Some(GenerateParams {
+            max_tokens: Some(max_tokens),
+            temperature: Some(0.0),
+            ..GenerateParams::default()
+        }),
+        ..Generate::default()
+    }
+}
+
+async fn ask(link: &Link, generate: &Generate) -> MsgStream {
+    let mut stream = link.open().await.unwrap();
+    let message = Message::new(
+        MsgType::GENERATE,
+        5,
+        timestamp_us(),
+        generate.encode_to_vec(),
+    );
+    stream.send(message).await.unwrap();
+    stream
+}
+
+/// Tokens and text of an answer with its end, checked for gaps.
+async fn read(
+    stream: &mut MsgStream,
+    first: u32,
+) -> Result<(Vec<u32>, String, Done), (ErrorCode, String)> {
+    let (mut tokens, mut text) = (Vec::new(), String::new());
+    loop {
+        let message = timeout(PATIENCE, stream.recv())
+            .await
+            .unwrap()
+            .unwrap()
+            .expect("an end");
+        assert_eq!(message.sequence, 5);
+        match message.kind {
+            MsgType::TOKENS => {
+                let new = Tokens::decode(message.payload).unwrap();
+                assert_eq!(new.index as usize, first as usize + tokens.len());
+                tokens.extend(new.tokens);
+                text += &new.text;
+            }
+            MsgType::DONE => {
+                let done = Done::decode(message.payload).unwrap();
+                text += &done.text;
+                return Ok((tokens, text, done));
+            }
+            _ => {
+                let body = message.error_body().expect("an error");
+                return Err((body.code, body.text.into_owned()));
+            }
+        }
+    }
+}
+
+async fn worker(config: Config) -> WorkerHandle {
+    timeout(PATIENCE, Worker::start(config))
+        .await
+        .unwrap()
+        .unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_joins_answers_resumes_cancels_comes_back_and_drains() {
+    let head = Head::start().await;
+    let state = tempfile::tempdir().unwrap();
+    let worker = worker(joining(state.path(), &head)).await;
+    let (link, mut control, hello) = head.accept().await;
+
+    // It says what it serves, measured.
+    let card = &hello.models[0];
+    assert_eq!(card.name, "SmolLM2-135M-Instruct.Q4_1");
+    assert_eq!(
+        (card.context, card.slots, card.fingerprint.len()),
+        (512, 2, 64)
+    );
+    assert!(card.decode_tps > 0.0 && card.prefill_tps > 0.0);
+
+    // It reports load on the link and sealed over UDP.
+    let report = timeout(PATIENCE, control.recv())
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap();
+    assert_eq!(report.kind, MsgType::LOAD);
+    let mut buffer = [0; 2048];
+    let (len, _) = timeout(PATIENCE, head.heartbeats.recv_from(&mut buffer))
+        .await
+        .unwrap()
+        .unwrap();
+    let heartbeat = dcf::decode_datagram(buffer[..len].to_vec().into()).unwrap();
+    let key = link
+        .export_key("hydramesh heartbeat", &77u64.to_be_bytes())
+        .unwrap();
+    let load = Load::decode(Opener::new(&key, 77).open(&heartbeat).unwrap()).unwrap();
+    assert!(load.resident_bytes > 0 && load.kv_tokens_total > 0);
+
+    // It answers, and says the same again.
+    let whole = read(&mut ask(&link, &question(24)).await, 0).await.unwrap();
+    assert!(whole.1.to_lowercase().contains("gravity"), "{:?}", whole.1);
+    let again = read(&mut ask(&link, &question(24)).await, 0).await.unwrap();
+    assert_eq!((&again.0, &again.1), (&whole.0, &whole.1));
+    assert!(again.2.cached_tokens > 0);
+
+    // It goes on where another worker stopped.
+    let cut = whole.0.len() / 2;
+    let mut stream = ask(&link, &question(24)).await;
+    let mut sent = String::new();
+    let mut received = 0;
+    while received < cut {
+        let message = stream.recv().await.unwrap().unwrap();
+        let new = Tokens::decode(message.payload).unwrap();
+        received += new.tokens.len();
+        sent += &new.text;
+    }
+    stream.reset(ErrorCode::CANCELLED);
+    let resumed = Generate {
+        generated: whole.0[..cut].to_vec(),
+        text_sent: sent.len() as u64,
+        ..question(24)
+    };
+    let rest = read(&mut ask(&link, &resumed).await, cut as u32)
+        .await
+        .unwrap();
+    assert_eq!(rest.0, whole.0[cut..]);
+    assert_eq!(sent + &rest.1, whole.1);
+
+    // What cannot be answered is refused by name.
+    let unknown = Generate {
+        model: "gpt-9".to_owned(),
+        ..question(1)
+    };
+    let error = read(&mut ask(&link, &unknown).await, 0).await.unwrap_err();
+    assert_eq!(error.0, ErrorCode::UNKNOWN_MODEL);
+    assert!(error.1.contains("gpt-9"));
+    let long = Generate {
+        prompt: Some(Prompt::Text("word ".repeat(600))),
+        ..question(1)
+    };
+    let error = read(&mut ask(&link, &long).await, 0).await.unwrap_err();
+    assert_eq!(error.0, ErrorCode::CONTEXT_TOO_LONG);
+    let mut nonsense = link.open().await.unwrap();
+    nonsense
+        .send(Message::new(MsgType::ACK, 5, 0, ""))
+        .await
+        .unwrap();
+    assert_eq!(
+        read(&mut nonsense, 0).await.unwrap_err().0,
+        ErrorCode::INVALID_PAYLOAD
+    );
+
+    // A head that is gone and back is found again, without a token.
+    assert!(health_check::ask(state.path(), "/ready").await.is_ok());
+    link.close(ErrorCode::OK, "restart");
+    let (link, _control, _) = head.accept().await;
+
+    // Told to stop, it finishes what runs and takes nothing new.
+    let mut running = ask(&link, &question(60)).await;
+    assert!(running.recv().await.unwrap().is_some());
+    let stopping = tokio::spawn(worker.shutdown());
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let mut late = ask(&link, &question(1)).await;
+    assert_eq!(read(&mut late, 0).await.unwrap_err().0, ErrorCode::DRAINING);
+    assert!(read(&mut running, 1).await.is_ok());
+    timeout(PATIENCE, stopping).await.unwrap().unwrap().unwrap();
+    assert!(health_check::ask(state.path(), "/health").await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_v5_head_gets_heartbeats_and_one_result_per_task() {
+    let bus = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let state = tempfile::tempdir().unwrap();
+    let mut config = config(state.path());
+    config.legacy.head = Some(bus.local_addr().unwrap().to_string());
+    let worker = worker(config).await;
+    let dcf_address = worker.addresses()["dcf"];
+
+    let mut buffer = [0; 2048];
+    let (len, source) = timeout(PATIENCE, bus.recv_from(&mut buffer))
+        .await
+        .unwrap()
+        .unwrap();
+    let heartbeat = dcf::decode_datagram(buffer[..len].to_vec().into()).unwrap();
+    assert_eq!(
+        (heartbeat.kind, heartbeat.sequence),
+        (MsgType::HEARTBEAT, 0)
+    );
+    assert_eq!(heartbeat.payload, dcf_address.port().to_string());
+    assert_eq!(source, dcf_address);
+
+    let task = |sequence, payload: &'static str| {
+        Message::new(MsgType::TASK, sequence, timestamp_us(), payload)
+    };
+    let greedy =
+        r#"{"prompt": "What is gravity?", "max_tokens": 20, "temperature": 0, "steps": 3}"#;
+    for (sequence, payload) in [(9, greedy), (10, "{\"steps\": 3}")] {
+        let datagram = task(sequence, payload).encode_datagram();
+        bus.send_to(&datagram, dcf_address).await.unwrap();
+        bus.send_to(&datagram[..10], dcf_address).await.unwrap();
+        let answer = loop {
+            let (len, _) = timeout(PATIENCE, bus.recv_from(&mut buffer))
+                .await
+                .unwrap()
+                .unwrap();
+            let message = dcf::decode_datagram(buffer[..len].to_vec().into()).unwrap();
+            if message.kind != MsgType::HEARTBEAT {
+                break message;
+            }
+        };
+        assert_eq!(answer.sequence, sequence);
+        if sequence == 9 {
+            assert_eq!(answer.kind, MsgType::RESULT);
+            let text = String::from_utf8_lossy(&answer.payload).to_lowercase();
+            assert!(text.contains("gravity"), "{text}");
+        } else {
+            let error = answer.error_body().unwrap();
+            assert_eq!(error.code, ErrorCode::INVALID_PAYLOAD);
+        }
+    }
+
+    // A client on this machine may speak to the worker itself. (From the head's own address it would be the head.)
+    let client = UdpSocket::bind("127.0.0.2:0").await.unwrap();
+    let hello = task(3, r#"{"prompt": "Hello", "max_tokens": 4}"#);
+    client
+        .send_to(&hello.encode_datagram(), dcf_address)
+        .await
+        .unwrap();
+    let (len, _) = timeout(PATIENCE, client.recv_from(&mut buffer))
+        .await
+        .unwrap()
+        .unwrap();
+    let answer = dcf::decode_datagram(buffer[..len].to_vec().into()).unwrap();
+    assert_eq!((answer.kind, answer.sequence), (MsgType::RESULT, 3));
+    worker.shutdown().await.unwrap();
+}
+
+async fn start_error(config: Config) -> String {
+    match timeout(PATIENCE, Worker::start(config)).await.unwrap() {
+        Ok(_) => panic!("it started"),
+        Err(error) => error.to_string(),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_keeps_a_worker_from_starting_is_one_sentence_with_a_remedy() {
+    let head = Head::start().await;
+    let dir = tempfile::tempdir().unwrap();
+    let base = || joining(dir.path(), &head);
+
+    let missing = Config {
+        models: vec!["/nowhere/m.gguf".to_owned()],
+        ..base()
+    };
+    assert!(start_error(missing).await.contains("/nowhere/m.gguf"));
+
+    let damaged = dir.path().join("damaged.gguf");
+    std::fs::write(&damaged, b"GGUF\x03\0\0\0").unwrap();
+    let error = start_error(Config {
+        models: vec![damaged.display().to_string()],
+        ..base()
+    })
+    .await;
+    assert!(error.contains("damaged.gguf"), "{error}");
+
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let listen = taken.local_addr().unwrap();
+    let http = mesh_worker::config::HttpConfig { listen };
+    let error = start_error(Config { http, ..base() }).await;
+    assert!(
+        error.contains(&listen.to_string()) && error.contains("http.listen"),
+        "{error}"
+    );
+
+    let fresh = tempfile::tempdir().unwrap();
+    let no_token = Config {
+        join_token: None,
+        state_dir: fresh.path().to_owned(),
+        ..base()
+    };
+    assert!(matches!(
+        Worker::start(no_token).await,
+        Err(WorkerError::NoToken)
+    ));
+    let state_dir = fresh.path().to_owned();
+    let garbled = Config {
+        join_token: Some("hydra1.x".to_owned()),
+        state_dir,
+        ..base()
+    };
+    assert!(start_error(garbled).await.contains("join_token"));
+
+    let elsewhere = Head::start().await;
+    let state_dir = fresh.path().to_owned();
+    let foreign = Config {
+        join_token: Some(elsewhere.token()),
+        state_dir,
+        ..base()
+    };
+    assert!(start_error(foreign).await.contains("another mesh"));
+}
+
+/// As a process: which library a process uses is decided once.
+#[test]
+fn a_missing_library_ends_the_program_with_one_sentence() {
+    let state = tempfile::tempdir().unwrap();
+    let model = paths::smollm2().unwrap();
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_mesh-worker"))
+        .env_remove("ORT_DYLIB_PATH")
+        .args([
+            "--http",
+            "127.0.0.1:0",
+            "--dcf",
+            "127.0.0.1:0",
+            "--log-level",
+            "error",
+        ])
+        .args(["--set", "legacy.head=127.0.0.1:9", "--set", "threads=1"])
+        .arg("--state-dir")
+        .arg(state.path())
+        .arg("--model")
+        .arg(&model)
+        .output()
+        .unwrap();
+    let words = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{words}");
+    assert!(words.contains("ORT_DYLIB_PATH"), "{words}");
+    assert_eq!(words.lines().count(), 1, "{words}");
+}
