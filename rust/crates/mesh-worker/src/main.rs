@@ -1,5 +1,6 @@
 //! The service binary.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -28,6 +29,10 @@ enum Command {
         /// Ask whether it can serve requests, not only whether it lives
         #[arg(long)]
         ready: bool,
+
+        /// The running worker's state directory [default: as configured]
+        #[arg(long, value_name = "DIR")]
+        state_dir: Option<PathBuf>,
     },
 }
 
@@ -49,9 +54,10 @@ fn run(args: &Args) -> anyhow::Result<()> {
         .worker_threads(2)
         .enable_all()
         .build()?;
-    if let Some(Command::Health { ready }) = args.command {
-        let path = if ready { "/ready" } else { "/health" };
-        let answer = runtime.block_on(health_check::ask(&loaded.value.state_dir, path))?;
+    if let Some(Command::Health { ready, state_dir }) = &args.command {
+        let path = if *ready { "/ready" } else { "/health" };
+        let state_dir = state_dir.as_ref().unwrap_or(&loaded.value.state_dir);
+        let answer = runtime.block_on(health_check::ask(state_dir, path))?;
         println!("{answer}");
         return Ok(());
     }

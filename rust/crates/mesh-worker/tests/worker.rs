@@ -273,6 +273,12 @@ async fn a_worker_joins_answers_resumes_cancels_comes_back_and_drains() {
 
     // A head that is gone and back is found again, without a token.
     assert!(health_check::ask(state.path(), "/ready").await.is_ok());
+    let health = std::process::Command::new(env!("CARGO_BIN_EXE_mesh-worker"))
+        .args(["health", "--state-dir"])
+        .arg(state.path())
+        .output()
+        .unwrap();
+    assert!(health.status.success(), "{health:?}");
     link.close(ErrorCode::OK, "restart");
     let (link, _control, _) = head.accept().await;
 
