@@ -16,6 +16,9 @@ pub struct OrtOptions {
     pub context: u32,
     /// Most rows in one step.
     pub max_rows: u32,
+    /// Store weights in fewer bytes than the file where that costs next to nothing: Q4_1's scales as codes of 8 bits, Q8_0 as
+    /// 6 bits. Decoding is bound by the bytes read; perplexity rises by a few tenths of a percent (docs/benchmarks.md).
+    pub compact: bool,
     /// Measure the time spent in each operator, see [`OrtStage::profile`](crate::OrtStage::profile).
     pub profile: bool,
 }
@@ -28,6 +31,7 @@ impl Default for OrtOptions {
             slots: 8,
             context: 0,
             max_rows: 512,
+            compact: false,
             profile: false,
         }
     }

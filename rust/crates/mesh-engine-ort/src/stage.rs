@@ -7,7 +7,7 @@ use std::time::Duration;
 use mesh_engine::{
     LogitRows, ModelShape, Segment, SlotId, Stage, StageError, StageInfo, StageInput, StageOutput,
 };
-use mesh_kernels::{KernelError, KvShape, Pool};
+use mesh_kernels::{EightBit, KernelError, KvShape, PackOptions, Pool};
 use mesh_model::Model;
 use ort::session::Session;
 use ort::value::{DynValue, TensorRef};
@@ -52,7 +52,15 @@ impl OrtStage {
             threads => threads,
         };
         let pool = Pool::new(threads);
-        let weights = Weights::load(model, layers.clone(), &pool)?;
+        let weights = Weights::load(
+            model,
+            layers.clone(),
+            &pool,
+            PackOptions {
+                coded_scales: options.compact,
+                q8_0: if options.compact { EightBit::Six } else { EightBit::Keep },
+            },
+        )?;
         let kv = Kv::new(KvShape {
             layers: layers.len(),
             slots: options.slots as usize,

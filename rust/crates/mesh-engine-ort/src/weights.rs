@@ -42,8 +42,9 @@ impl Weights {
         model: &Model,
         layers: Range<u32>,
         pool: &Pool,
+        options: PackOptions,
     ) -> Result<Weights, LoadError> {
-        let loader = Loader { gguf: model.gguf(), config: model.config(), pool };
+        let loader = Loader { gguf: model.gguf(), config: model.config(), pool, options };
         let first = layers.start == 0;
         let last = layers.end == loader.config.layers;
         let packed = layers.map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;
@@ -74,6 +75,7 @@ struct Loader<'a> {
     gguf: &'a Gguf,
     config: &'a ModelConfig,
     pool: &'a Pool,
+    options: PackOptions,
 }
 
 impl Loader<'_> {
@@ -134,8 +136,7 @@ impl Loader<'_> {
             return Err(failed(format!("{} dimensions instead of 2", tensor.dims.len())));
         };
         let (outputs, inputs) = (outputs as usize, inputs as usize);
-        let options = PackOptions::default();
-        QMatrix::pack_with(self.pool, ty, outputs, inputs, tensor.data, options)
+        QMatrix::pack_with(self.pool, ty, outputs, inputs, tensor.data, self.options)
             .map_err(|error| failed(error.to_string()))
     }
 

@@ -17,38 +17,43 @@ fn encode(model: &Model, text: &str) -> Vec<u32> {
     model.tokenizer().encode(text, options).unwrap()
 }
 
-/// The first `count` tokens of highest probability after `prompt`, as text.
-fn greedy(model: &Model, stage: &mut OrtStage, prompt: &str, count: usize) -> String {
-    let mut step = encode(model, prompt);
-    let mut position = 0;
-    let mut bytes = Vec::new();
-    stage.truncate(0, 0);
-    for _ in 0..count {
-        let token = arg_max(&logits(stage, &[last(0, position, step.len())], &step));
-        bytes.extend_from_slice(model.tokenizer().token_bytes(token));
-        position += step.len() as u32;
-        step = vec![token];
-    }
-    String::from_utf8(bytes).unwrap()
-}
+/// How far below the largest logit llama.cpp's choice may lie. Both engines round activations to 8 bits, in different
+/// groups, so logits differ by a few tenths and near ties fall differently.
+const TIE: f32 = 0.5;
 
-/// The texts are llama.cpp's (Debian's build 11669, the same file, temperature 0).
+/// The answers are llama.cpp's (Debian's build 11669, the same file, temperature 0).
 #[test]
-fn greedy_text_is_llama_cpps() {
+fn llama_cpps_greedy_answers_are_ours_up_to_ties() {
     let model = smollm2();
     let mut stage = whole(&model, options(1, 256));
-    for (prompt, expected) in [
+    for (prompt, answer) in [
         (
             "The capital of France is",
             " Paris.\n\nThe United States has a population of approximately 311 million people.",
         ),
         (
             "Once upon a time, there was a little",
-            " girl named Emma who loved to play in the sun. She had a big smile on her face",
+            " girl named Emma who loved to play in the sun. She had a big smile on her face and always \
+             had a ball",
+        ),
+        (
+            "Water boils at",
+            " 100°C, which is a perfect Celsius.\n\nThe ratio of the heat energy absorbed by the",
         ),
     ] {
-        let count = model.tokenizer().encode(expected, EncodeOptions::default()).unwrap().len();
-        assert_eq!(greedy(&model, &mut stage, prompt, count), expected);
+        let prompt = encode(&model, prompt);
+        let answer = encode(&model, answer);
+        let all = [&prompt[..], &answer[..answer.len() - 1]].concat();
+        let segment = Segment { logits: LogitRows::All, ..last(0, 0, all.len()) };
+        let rows = logits(&mut stage, &[segment], &all);
+        let rows = rows.chunks(model.config().vocab).skip(prompt.len() - 1);
+        let mut ties = 0;
+        for (row, &token) in rows.zip(&answer) {
+            let gap = row[arg_max(row) as usize] - row[token as usize];
+            assert!(gap < TIE, "{:?}: {gap}", model.tokenizer().token_bytes(token));
+            ties += usize::from(gap > 0.0);
+        }
+        assert!(ties * 8 <= answer.len(), "{ties} ties in {} tokens", answer.len());
     }
 }
 
@@ -71,11 +76,10 @@ fn a_row_does_not_depend_on_what_shares_its_step() {
     for (turn, to) in cut.into_iter().enumerate() {
         let piece = &tokens[from..to];
         let beside = &noise[..7 * turn + 1];
-        let at = |slot| busy_len(&busy, slot);
         let segments = [
-            last(0, at(0), beside.len()),
+            last(0, busy.kv_len(0), beside.len()),
             last(2, from as u32, piece.len()),
-            quiet(3, at(3), beside.len()),
+            quiet(3, busy.kv_len(3), beside.len()),
         ];
         let step = [beside, piece, beside].concat();
         let vocab = model.config().vocab;
@@ -83,13 +87,9 @@ fn a_row_does_not_depend_on_what_shares_its_step() {
         from = to;
     }
     assert_same_bits(&row, &prompt);
-    let at = busy_len(&busy, 0);
+    let at = busy.kv_len(0);
     let both = logits(&mut busy, &[last(0, at, 1), last(2, tokens.len() as u32, 1)], &[5, 28]);
     assert_same_bits(&both[model.config().vocab..], &next);
-}
-
-fn busy_len(stage: &OrtStage, slot: u32) -> u32 {
-    stage.kv_len(slot)
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! What the tests of the stage share.
 
+#![allow(dead_code, reason = "each test file uses a part")]
+
 use mesh_engine::{LogitRows, Segment, SlotId, Stage, StageInput, StageOutput};
 use mesh_engine_ort::{OrtOptions, OrtStage};
 use mesh_model::Model;

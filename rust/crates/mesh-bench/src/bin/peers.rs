@@ -1,0 +1,99 @@
+//! Our engine next to llama.cpp on the same model file, the same exercises, taking turns.
+//!
+//! Each round asks both; the printed ratio is the median over the rounds of (our tokens per second / llama.cpp's), so that
+//! what disturbs the machine disturbs both. llama.cpp runs with the better of its two attention modes for each exercise.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Parser;
+use mesh_bench::{Anchor, Exercise, Ours, median};
+use mesh_engine_ort::OrtOptions;
+use mesh_model::Model;
+
+/// Decodes and prefills with our engine and with llama.cpp in turn
+#[derive(Parser)]
+struct Args {
+    /// Model file for our engine
+    model: PathBuf,
+    /// Model file for llama.cpp, if another form of the same model
+    #[arg(long)]
+    anchor_model: Option<PathBuf>,
+    /// Threads of each engine
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// Rounds, each of which gives one ratio
+    #[arg(long, default_value_t = 7)]
+    rounds: usize,
+    /// Shorter exercises, for large models
+    #[arg(long)]
+    short: bool,
+    /// Keep every weight of the file exactly
+    #[arg(long)]
+    exact: bool,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let anchor_model = args.anchor_model.as_ref().unwrap_or(&args.model);
+    let name = |path: &PathBuf| path.file_name().map(|name| name.to_string_lossy().into_owned());
+    println!(
+        "ours: {}{}; llama.cpp: {}; {} threads",
+        name(&args.model).unwrap_or_default(),
+        if args.exact { "" } else { ", compact" },
+        name(anchor_model).unwrap_or_default(),
+        args.threads
+    );
+    let exercises = match args.short {
+        true => vec![Exercise::Decode(32), Exercise::Prefill(128)],
+        false => vec![
+            Exercise::Decode(128),
+            Exercise::Prefill(128),
+            Exercise::Prefill(512),
+            Exercise::Parallel(8, 64),
+        ],
+    };
+    let (context, sequences) = (1024, if args.short { 1 } else { 8 });
+    let model = Model::open(&args.model)?;
+    let mut ours = Ours::load(
+        &model,
+        OrtOptions {
+            threads: args.threads,
+            slots: sequences,
+            context,
+            compact: !args.exact,
+            ..OrtOptions::default()
+        },
+    )?;
+    let mut anchors = [false, true]
+        .map(|flash| Anchor::start(anchor_model, args.threads, context, sequences, flash));
+    for exercise in exercises {
+        let mut rows = [Vec::new(), Vec::new()];
+        let mut ratios = Vec::new();
+        // The first round warms all of them up.
+        for round in 0..=args.rounds {
+            let speed = |time: std::time::Duration| f64::from(exercise.tokens()) / time.as_secs_f64();
+            let our = speed(ours.time(exercise)?);
+            let mut best = f64::MIN;
+            for anchor in &mut anchors {
+                let anchor = anchor.as_mut().map_err(|error| anyhow::anyhow!("{error:#}"))?;
+                best = best.max(speed(anchor.time(exercise)?));
+            }
+            if round > 0 {
+                rows[0].push(our);
+                rows[1].push(best);
+                ratios.push(our / best);
+            }
+        }
+        println!(
+            "{:24} ours {:7.1} tok/s   llama.cpp {:7.1} tok/s   ratio {:.2} ({:.2} to {:.2})",
+            exercise.to_string(),
+            median(&rows[0]),
+            median(&rows[1]),
+            median(&ratios),
+            ratios.iter().copied().fold(f64::MAX, f64::min),
+            ratios.iter().copied().fold(f64::MIN, f64::max),
+        );
+    }
+    Ok(())
+}
