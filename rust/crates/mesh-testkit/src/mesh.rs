@@ -195,7 +195,8 @@ impl Mesh {
     /// # Errors
     /// If the head does not answer.
     pub async fn registry(&self) -> Result<Value> {
-        Ok(self.client()?.get("/v1/mesh").await?)
+        // With the admin key, which also opens a head that wants API keys.
+        Ok(self.admin()?.get("/v1/mesh").await?)
     }
 
     /// Workers that the head counts as usable now.

@@ -25,11 +25,11 @@ assert client.models.retrieve(model).id == model
 raises(openai.NotFoundError, lambda: client.models.retrieve("gpt-9"), "gpt-9")
 
 # A chat, whole.
-question = [{"role": "user", "content": "What is the capital of France?"}]
+question = [{"role": "user", "content": "Who wrote Hamlet?"}]
 chat = client.chat.completions.create(model=model, messages=question, max_tokens=24, temperature=0)
 text = chat.choices[0].message.content
 assert chat.object == "chat.completion" and chat.model == model
-assert chat.choices[0].message.role == "assistant" and "Paris" in text, text
+assert chat.choices[0].message.role == "assistant" and "Shakespeare" in text, text
 assert chat.usage.completion_tokens > 0
 assert chat.usage.total_tokens == chat.usage.prompt_tokens + chat.usage.completion_tokens
 
@@ -46,11 +46,12 @@ with client.chat.completions.create(
         usage = chunk.usage or usage
 assert "".join(pieces) == text, (pieces, text)
 assert len(pieces) > 3, "it did not come in pieces"
-assert finish == chat.choices[0].finish_reason and usage == chat.usage, (finish, usage)
+assert finish == chat.choices[0].finish_reason and usage.total_tokens == chat.usage.total_tokens, (finish, usage)
+assert usage.prompt_tokens_details.cached_tokens > 0, "the second time the prompt stands in the cache"
 
 # A stop text ends the answer and is not part of it.
-stopped = client.chat.completions.create(model=model, messages=question, max_tokens=24, temperature=0, stop=["Paris"])
-assert stopped.choices[0].message.content == text[: text.index("Paris")], stopped
+stopped = client.chat.completions.create(model=model, messages=question, max_tokens=24, temperature=0, stop=["Shakespeare"])
+assert stopped.choices[0].message.content == text[: text.index("Shakespeare")], stopped
 assert stopped.choices[0].finish_reason == "stop"
 
 # The same seed gives the same answer, another seed another one.
@@ -64,7 +65,7 @@ assert story(1) == story(1)
 assert len({story(seed) for seed in range(4)}) > 1
 
 # A conversation of several turns, several choices, log probabilities.
-turns = [*question, {"role": "assistant", "content": text}, {"role": "user", "content": "And of Italy?"}]
+turns = [*question, {"role": "assistant", "content": text}, {"role": "user", "content": "And Macbeth?"}]
 assert client.chat.completions.create(model=model, messages=turns, max_tokens=8).choices[0].message.content
 several = client.chat.completions.create(model=model, messages=question, max_tokens=8, temperature=1.0, n=3)
 assert [choice.index for choice in several.choices] == [0, 1, 2]

@@ -393,16 +393,9 @@ fn a_damaged_model_file_is_named_with_what_is_wrong() -> Result<()> {
         let started = Command::new(bin.join("mesh-worker"))
             .arg("--model")
             .arg(path)
-            .args(["--head", "127.0.0.1:9", "--state-dir"])
+            .args(["--set", "legacy.head=127.0.0.1:9", "--state-dir"])
             .arg(dir.path().join("state"))
-            .args([
-                "--http",
-                "127.0.0.1:0",
-                "--dcf",
-                "127.0.0.1:0",
-                "--set",
-                "join_token=hydra1.x",
-            ])
+            .args(["--http", "127.0.0.1:0", "--dcf", "127.0.0.1:0"])
             .env("ORT_DYLIB_PATH", paths::ort_library()?)
             .output()?;
         let words = String::from_utf8_lossy(&started.stderr).into_owned()

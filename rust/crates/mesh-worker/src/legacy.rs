@@ -149,6 +149,9 @@ async fn run(task: Message, host: &Arc<Host>, defaults: Arc<SamplingDefaults>) -
 fn parse(task: &Message) -> Result<Generate, String> {
     let text = std::str::from_utf8(&task.payload)
         .map_err(|error| format!("the prompt is not UTF-8: {error}"))?;
+    if text.trim().is_empty() {
+        return Err("the payload is empty: send a prompt".to_owned());
+    }
     let user = |text: &str| Chat {
         messages: vec![ChatMessage {
             role: "user".to_owned(),
