@@ -54,7 +54,9 @@ impl std::fmt::Display for Exercise {
         match self {
             Exercise::Decode(tokens) => write!(f, "decode {tokens}"),
             Exercise::Prefill(tokens) => write!(f, "prefill {tokens}"),
-            Exercise::Parallel(sequences, tokens) => write!(f, "{sequences} streams, {tokens} each"),
+            Exercise::Parallel(sequences, tokens) => {
+                write!(f, "{sequences} streams, {tokens} each")
+            }
         }
     }
 }
@@ -118,7 +120,12 @@ impl Ours {
         let rows = (tokens.len() / at.len()) as u32;
         let segments: Vec<Segment> = at
             .iter()
-            .map(|&(slot, position)| Segment { slot, position, rows, logits: LogitRows::Last })
+            .map(|&(slot, position)| Segment {
+                slot,
+                position,
+                rows,
+                logits: LogitRows::Last,
+            })
             .collect();
         self.stage.forward(&segments, StageInput::Tokens(tokens))?;
         Ok(())
@@ -138,24 +145,32 @@ impl Ours {
             logits,
         };
         let head = rows(first, 0, LogitRows::None);
-        self.stage.forward(&[head], StageInput::Tokens(&window[..first]))?;
+        self.stage
+            .forward(&[head], StageInput::Tokens(&window[..first]))?;
         let tail = &window[first..window.len() - 1];
         let vocab = self.stage.info().shape.vocab;
         let all = rows(tail.len(), first, LogitRows::All);
-        let StageOutput::Logits(logits) = self.stage.forward(&[all], StageInput::Tokens(tail))? else {
+        let StageOutput::Logits(logits) = self.stage.forward(&[all], StageInput::Tokens(tail))?
+        else {
             bail!("a whole model gives logits");
         };
         let mut sum = 0.0;
         for (row, &next) in logits.chunks_exact(vocab).zip(&window[first + 1..]) {
             let peak = f64::from(row.iter().copied().fold(f32::MIN, f32::max));
-            let total: f64 = row.iter().map(|&logit| (f64::from(logit) - peak).exp()).sum();
+            let total: f64 = row
+                .iter()
+                .map(|&logit| (f64::from(logit) - peak).exp())
+                .sum();
             sum -= f64::from(row[next as usize]) - peak - total.ln();
         }
         Ok((sum, tail.len()))
     }
 
     fn token(&mut self) -> u32 {
-        self.turn = self.turn.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        self.turn = self
+            .turn
+            .wrapping_mul(1_664_525)
+            .wrapping_add(1_013_904_223);
         (self.turn >> 8) % self.stage.info().shape.vocab as u32
     }
 }
@@ -182,7 +197,11 @@ impl Anchor {
         let program = program("llama_anchor")?;
         let mut child = Command::new(program)
             .arg(std::path::absolute(model)?)
-            .args([threads.to_string(), context.to_string(), sequences.to_string()])
+            .args([
+                threads.to_string(),
+                context.to_string(),
+                sequences.to_string(),
+            ])
             .arg(u8::from(flash_attention).to_string())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -190,7 +209,11 @@ impl Anchor {
             .context("starting llama.cpp")?;
         let commands = child.stdin.take().context("llama.cpp's input")?;
         let answers = BufReader::new(child.stdout.take().context("llama.cpp's output")?);
-        let mut anchor = Anchor { child, commands, answers };
+        let mut anchor = Anchor {
+            child,
+            commands,
+            answers,
+        };
         match anchor.answer()?.as_str() {
             "ready" => Ok(anchor),
             other => bail!("llama.cpp said {other:?} instead of ready"),
@@ -216,7 +239,9 @@ impl Anchor {
             Exercise::Prefill(tokens) => format!("pp {tokens}"),
             Exercise::Parallel(sequences, tokens) => format!("par {sequences} {tokens}"),
         })?;
-        let microseconds: f64 = answer.parse().with_context(|| format!("llama.cpp said {answer:?}"))?;
+        let microseconds: f64 = answer
+            .parse()
+            .with_context(|| format!("llama.cpp said {answer:?}"))?;
         Ok(Duration::from_secs_f64(microseconds / 1e6))
     }
 
@@ -244,7 +269,10 @@ impl Drop for Anchor {
 pub fn program(name: &str) -> Result<PathBuf> {
     let path = paths::cache_dir().join("llama.cpp/bin").join(name);
     if !path.is_file() {
-        bail!("{} is missing: run scripts/fetch_llama_cpp.sh", path.display());
+        bail!(
+            "{} is missing: run scripts/fetch_llama_cpp.sh",
+            path.display()
+        );
     }
     Ok(path)
 }
@@ -255,7 +283,10 @@ pub fn program(name: &str) -> Result<PathBuf> {
 /// If the system does not say.
 pub fn resident_bytes() -> Result<u64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))
+        .context("VmRSS")?;
     let kib: u64 = line.trim().trim_end_matches(" kB").parse()?;
     Ok(kib * 1024)
 }

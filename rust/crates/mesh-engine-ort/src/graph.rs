@@ -67,7 +67,11 @@ fn model(shared: &Shared, layers: Range<u32>) -> Model<'static> {
     let mut value = INPUT.to_owned();
     let nodes = plan.into_iter().enumerate().map(|(i, (kind, layer))| {
         let name = format!("{}.{}", kind.name(), layers.start as usize + layer);
-        let output = if i + 1 == count { OUTPUT.to_owned() } else { format!("{name}.out") };
+        let output = if i + 1 == count {
+            OUTPUT.to_owned()
+        } else {
+            format!("{name}.out")
+        };
         Node {
             operator: kind.name(),
             domain: DOMAIN,
@@ -86,7 +90,11 @@ fn model(shared: &Shared, layers: Range<u32>) -> Model<'static> {
         opsets: &[("", 21), (DOMAIN, 1)],
         nodes: nodes.collect(),
         input: match first {
-            true => Value { name: INPUT, element: Element::I32, dims: vec![Dim::Named("rows")] },
+            true => Value {
+                name: INPUT,
+                element: Element::I32,
+                dims: vec![Dim::Named("rows")],
+            },
             false => hidden(INPUT),
         },
         output: match last {

@@ -12,7 +12,10 @@ pub(crate) struct Kv {
 
 impl Kv {
     pub(crate) fn new(shape: KvShape) -> Result<Kv, KernelError> {
-        Ok(Kv { cache: KvCache::new(shape)?, lens: vec![0; shape.slots] })
+        Ok(Kv {
+            cache: KvCache::new(shape)?,
+            lens: vec![0; shape.slots],
+        })
     }
 
     /// Rows that `slot` holds; 0 for a slot that does not exist.
@@ -22,7 +25,9 @@ impl Kv {
 
     /// Sets the number of valid rows; `0` gives the memory back.
     pub(crate) fn set_len(&mut self, slot: u32, len: u32) {
-        let Some(held) = self.lens.get_mut(slot as usize) else { return };
+        let Some(held) = self.lens.get_mut(slot as usize) else {
+            return;
+        };
         if len == 0 && *held > 0 {
             // A slot that exists can only fail to give pages back, which costs memory and nothing else.
             let _ = self.cache.release(slot as usize);
@@ -34,7 +39,8 @@ impl Kv {
     pub(crate) fn copy_prefix(&mut self, from: u32, to: u32, len: u32) -> Result<(), KernelError> {
         if from != to {
             self.set_len(to, 0);
-            self.cache.copy_prefix(from as usize, to as usize, len as usize)?;
+            self.cache
+                .copy_prefix(from as usize, to as usize, len as usize)?;
         }
         self.set_len(to, len);
         Ok(())
@@ -42,7 +48,8 @@ impl Kv {
 
     /// The rows `rows` of `slot`.
     pub(crate) fn export(&self, slot: u32, rows: Range<u32>) -> Result<Vec<u8>, KernelError> {
-        self.cache.export(slot as usize, rows.start as usize..rows.end as usize)
+        self.cache
+            .export(slot as usize, rows.start as usize..rows.end as usize)
     }
 
     /// Writes exported rows at `position`; the slot then ends behind them.

@@ -67,10 +67,16 @@ impl Model<'_> {
 impl Node {
     fn encode(&self) -> Message {
         let mut node = Message::default();
-        node.text(1, &self.input).text(2, &self.output).text(3, &self.name).text(4, self.operator);
+        node.text(1, &self.input)
+            .text(2, &self.output)
+            .text(3, &self.name)
+            .text(4, self.operator);
         for (name, value) in &self.attributes {
             let mut attribute = Message::default();
-            attribute.text(1, name).int(3, *value).int(20, ATTRIBUTE_INT);
+            attribute
+                .text(1, name)
+                .int(3, *value)
+                .int(20, ATTRIBUTE_INT);
             node.message(5, attribute);
         }
         node.text(7, self.domain);

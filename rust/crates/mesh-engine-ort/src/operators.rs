@@ -35,8 +35,7 @@ pub(crate) enum Kind {
 
 impl Kind {
     /// All operators of the domain.
-    pub(crate) const ALL: [Kind; 4] =
-        [Kind::Embed, Kind::Attention, Kind::FeedForward, Kind::Head];
+    pub(crate) const ALL: [Kind; 4] = [Kind::Embed, Kind::Attention, Kind::FeedForward, Kind::Head];
 
     /// The operator's name in the graph.
     pub(crate) fn name(self) -> &'static str {
@@ -88,7 +87,11 @@ impl Operator for StageOperator {
             .and_then(|layer| usize::try_from(layer).ok())
             .filter(|&layer| layer < self.shared.weights.layers.len())
             .ok_or_else(|| ort::Error::new("attribute `layer` is missing or out of range"))?;
-        Ok(StageKernel { kind: self.kind, layer, shared: Arc::clone(&self.shared) })
+        Ok(StageKernel {
+            kind: self.kind,
+            layer,
+            shared: Arc::clone(&self.shared),
+        })
     }
 
     fn infer_shape(&self, context: &mut ShapeInferenceContext) -> ort::Result<()> {
@@ -128,7 +131,11 @@ impl Kernel for StageKernel {
 
 impl StageKernel {
     fn run(&self, context: &ComputeContext) -> ort::Result<()> {
-        let mut step = self.shared.step.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut step = self
+            .shared
+            .step
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let step = &mut *step;
         match self.kind {
             Kind::Embed => self.embed(context, step),
@@ -145,7 +152,11 @@ impl StageKernel {
         let tokens: &[i32] = unsafe { tensors::input(context, 0, step.rows)? };
         // SAFETY: the operator declares an f32 output; inputs of another type are never shared with it.
         let out = unsafe { tensors::output(context, step.rows, width)? };
-        let table = self.shared.weights.embedding().ok_or_else(|| internal("no embedding"))?;
+        let table = self
+            .shared
+            .weights
+            .embedding()
+            .ok_or_else(|| internal("no embedding"))?;
         for (token, row) in tokens.iter().zip(out.chunks_exact_mut(width)) {
             table.dequantize_row(*token as usize, row).map_err(kernel)?;
         }
@@ -167,21 +178,25 @@ impl StageKernel {
             step.gathered.clear();
             let heads = step.attended.len() / step.rows;
             for (i, &row) in step.kept.iter().enumerate() {
-                step.gathered.extend_from_slice(&x[row * width..(row + 1) * width]);
-                step.attended.copy_within(row * heads..(row + 1) * heads, i * heads);
+                step.gathered
+                    .extend_from_slice(&x[row * width..(row + 1) * width]);
+                step.attended
+                    .copy_within(row * heads..(row + 1) * heads, i * heads);
             }
             step.attended.truncate(rows * heads);
             // SAFETY: the operator declares an f32 output, and `x` is not used any more.
             let out = unsafe { tensors::output(context, rows, width)? };
             out.copy_from_slice(&step.gathered);
-            self.shared.project(&layer.attention_output, &step.attended, rows, out)?;
+            self.shared
+                .project(&layer.attention_output, &step.attended, rows, out)?;
         } else {
             let rows = step.rows;
             let from = x.as_ptr();
             // SAFETY: as above; `x` is read below only where the output has memory of its own.
             let out = unsafe { tensors::output(context, rows, width)? };
             in_place(from, out);
-            self.shared.project(&layer.attention_output, &step.attended, rows, out)?;
+            self.shared
+                .project(&layer.attention_output, &step.attended, rows, out)?;
         }
         step.lap("attention output", &mut clock);
         Ok(())
@@ -197,7 +212,15 @@ impl StageKernel {
             ..Linear::default()
         };
         step.qkv.resize(step.rows * layer.qkv.n(), 0.0);
-        linear(&shared.pool, &layer.qkv, x, step.rows, &mut step.qkv, &options).map_err(kernel)?;
+        linear(
+            &shared.pool,
+            &layer.qkv,
+            x,
+            step.rows,
+            &mut step.qkv,
+            &options,
+        )
+        .map_err(kernel)?;
         step.lap("query, key, value", clock);
         let spec = Attention {
             heads: shared.heads,
@@ -207,7 +230,8 @@ impl StageKernel {
             k_norm: layer.key_norm.as_deref(),
             eps: shared.norm_eps,
         };
-        step.attended.resize(step.rows * shared.heads * shared.shape.head_dim, 0.0);
+        step.attended
+            .resize(step.rows * shared.heads * shared.shape.head_dim, 0.0);
         attention(
             &shared.pool,
             &spec,
@@ -253,13 +277,17 @@ impl StageKernel {
         // SAFETY: the operator declares an f32 output, wider than the input and so never the same memory.
         let out = unsafe { tensors::output(context, rows, shape.vocab)? };
         if rows > 0 {
-            let head = self.shared.weights.head.as_ref().ok_or_else(|| internal("no head"))?;
+            let head = self
+                .shared
+                .weights
+                .head
+                .as_ref()
+                .ok_or_else(|| internal("no head"))?;
             let options = Linear {
                 norm: Some(self.shared.norm(&head.norm)),
                 ..Linear::default()
             };
-            linear(&self.shared.pool, &head.output, x, rows, out, &options)
-                .map_err(kernel)?;
+            linear(&self.shared.pool, &head.output, x, rows, out, &options).map_err(kernel)?;
         }
         step.lap("head", &mut clock);
         Ok(())

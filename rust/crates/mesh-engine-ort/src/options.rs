@@ -48,9 +48,7 @@ pub enum LoadError {
     )]
     NoLibrary,
     /// The library could not be loaded.
-    #[error(
-        "ONNX Runtime at {path} cannot be loaded: {message}; version 1.24 or later is needed"
-    )]
+    #[error("ONNX Runtime at {path} cannot be loaded: {message}; version 1.24 or later is needed")]
     Library {
         /// The path tried.
         path: PathBuf,

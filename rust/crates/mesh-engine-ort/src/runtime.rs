@@ -26,7 +26,10 @@ pub(crate) fn environment(path: Option<&Path>) -> Result<Environment, LoadError>
     // A relative path would be taken from the program's own directory rather than from the working directory.
     let path = std::path::absolute(&path).unwrap_or(path);
     let loaded = ort::init_from(&path)
-        .map_err(|error| LoadError::Library { path: path.clone(), message: error.to_string() })?
+        .map_err(|error| LoadError::Library {
+            path: path.clone(),
+            message: error.to_string(),
+        })?
         .with_name("hydramesh")
         .with_telemetry(false)
         .build()?;

@@ -61,7 +61,10 @@ impl Shared {
     }
 
     pub(crate) fn norm<'a>(&self, weight: &'a [f32]) -> RmsNorm<'a> {
-        RmsNorm { weight, eps: self.norm_eps }
+        RmsNorm {
+            weight,
+            eps: self.norm_eps,
+        }
     }
 
     /// `out += x · matrixᵀ`.
@@ -72,7 +75,10 @@ impl Shared {
         rows: usize,
         out: &mut [f32],
     ) -> ort::Result<()> {
-        let options = Linear { residual: Residual::InPlace, ..Linear::default() };
+        let options = Linear {
+            residual: Residual::InPlace,
+            ..Linear::default()
+        };
         if rows == 0 {
             return Ok(());
         }
@@ -120,11 +126,12 @@ impl Step {
         self.segments.clear();
         self.segments.extend_from_slice(segments);
         self.kv_segments.clear();
-        self.kv_segments.extend(segments.iter().map(|segment| KvSegment {
-            slot: segment.slot as usize,
-            position: segment.position as usize,
-            rows: segment.rows as usize,
-        }));
+        self.kv_segments
+            .extend(segments.iter().map(|segment| KvSegment {
+                slot: segment.slot as usize,
+                position: segment.position as usize,
+                rows: segment.rows as usize,
+            }));
         self.kept.clear();
         self.rows = 0;
         for segment in segments {
@@ -143,7 +150,11 @@ impl Step {
     /// rows that may have been overwritten.
     pub(crate) fn end(&mut self, ok: bool) -> usize {
         for segment in &self.segments {
-            let end = if ok { segment.position + segment.rows } else { segment.position };
+            let end = if ok {
+                segment.position + segment.rows
+            } else {
+                segment.position
+            };
             self.kv.set_len(segment.slot, end);
         }
         self.kept.len()
@@ -151,7 +162,9 @@ impl Step {
 
     /// Books the time since `start` on `name` and starts anew; does nothing unless profiling.
     pub(crate) fn lap(&mut self, name: &'static str, start: &mut Option<Instant>) {
-        let (Some(profile), Some(since)) = (&mut self.profile, start.as_mut()) else { return };
+        let (Some(profile), Some(since)) = (&mut self.profile, start.as_mut()) else {
+            return;
+        };
         let now = Instant::now();
         let spent = now - *since;
         *since = now;
@@ -170,7 +183,10 @@ impl Step {
     }
 
     pub(crate) fn take_profile(&mut self) -> Vec<(&'static str, Duration, u64)> {
-        self.profile.as_mut().map(std::mem::take).unwrap_or_default()
+        self.profile
+            .as_mut()
+            .map(std::mem::take)
+            .unwrap_or_default()
     }
 }
 
@@ -183,7 +199,16 @@ fn rope(rope: &mesh_model::Rope, context: u32) -> Result<Rope, KernelError> {
         RopeScaling::Yarn { .. } => {
             let plain = |i: usize| rope.base.powf(-2.0 * i as f32 / rope.dim as f32);
             let frequencies = rope.frequencies();
-            (1.0, Some(frequencies.iter().enumerate().map(|(i, f)| plain(i) / f).collect()))
+            (
+                1.0,
+                Some(
+                    frequencies
+                        .iter()
+                        .enumerate()
+                        .map(|(i, f)| plain(i) / f)
+                        .collect(),
+                ),
+            )
         }
     };
     Rope::new(&RopeOptions {

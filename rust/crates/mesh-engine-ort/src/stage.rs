@@ -42,7 +42,11 @@ impl OrtStage {
         let total = config.layers;
         if layers.start >= layers.end || layers.end > total {
             let Range { start, end } = layers;
-            return Err(LoadError::Layers { start, end, layers: total });
+            return Err(LoadError::Layers {
+                start,
+                end,
+                layers: total,
+            });
         }
         let context = check_options(&options, config.context)?;
         let environment = runtime::environment(options.library.as_deref())?;
@@ -58,7 +62,11 @@ impl OrtStage {
             &pool,
             PackOptions {
                 coded_scales: options.compact,
-                q8_0: if options.compact { EightBit::Six } else { EightBit::Keep },
+                q8_0: if options.compact {
+                    EightBit::Six
+                } else {
+                    EightBit::Keep
+                },
             },
         )?;
         let kv = Kv::new(KvShape {
@@ -89,7 +97,13 @@ impl OrtStage {
         let shared = Shared::new(shape, layers.clone(), config, weights, pool, step, context)?;
         let shared = Arc::new(shared);
         let session = graph::session(&environment, &shared, layers)?;
-        Ok(OrtStage { info, shared, session, output: None, tokens: Vec::new() })
+        Ok(OrtStage {
+            info,
+            shared,
+            session,
+            output: None,
+            tokens: Vec::new(),
+        })
     }
 
     /// Time spent in each operator since the last call, and how often it ran, by its name. Empty unless
@@ -100,24 +114,37 @@ impl OrtStage {
 
     fn step(&self) -> MutexGuard<'_, Step> {
         // A panic inside a node is turned into an error there; the step is rewritten before the next run.
-        self.shared.step.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared
+            .step
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn check_slot(&self, slot: SlotId) -> Result<(), StageError> {
         if slot < self.info.slots {
             return Ok(());
         }
-        Err(StageError::NoSuchSlot { slot, slots: self.info.slots })
+        Err(StageError::NoSuchSlot {
+            slot,
+            slots: self.info.slots,
+        })
     }
 
     fn check_context(&self, needed: u64) -> Result<(), StageError> {
         if needed <= u64::from(self.info.context) {
             return Ok(());
         }
-        Err(StageError::ContextExceeded { needed, context: self.info.context })
+        Err(StageError::ContextExceeded {
+            needed,
+            context: self.info.context,
+        })
     }
 
-    fn check_step(&self, segments: &[Segment], input: &StageInput<'_>) -> Result<usize, StageError> {
+    fn check_step(
+        &self,
+        segments: &[Segment],
+        input: &StageInput<'_>,
+    ) -> Result<usize, StageError> {
         let malformed = |text: String| Err(StageError::Malformed(text));
         if segments.is_empty() {
             return malformed("a step needs at least one segment".into());
@@ -140,13 +167,20 @@ impl OrtStage {
             let held = self.kv_len(segment.slot);
             if segment.position > held {
                 let Segment { slot, position, .. } = *segment;
-                return Err(StageError::Gap { slot, held, position });
+                return Err(StageError::Gap {
+                    slot,
+                    held,
+                    position,
+                });
             }
             self.check_context(u64::from(segment.position) + u64::from(segment.rows))?;
             rows += u64::from(segment.rows);
         }
         if rows > u64::from(self.info.max_rows) {
-            return malformed(format!("{rows} rows in one step, at most {}", self.info.max_rows));
+            return malformed(format!(
+                "{rows} rows in one step, at most {}",
+                self.info.max_rows
+            ));
         }
         let rows = rows as usize;
         match *input {
@@ -190,7 +224,9 @@ impl OrtStage {
                 self.session.run(ort::inputs![INPUT => tensor])
             }
         };
-        outputs?.remove(OUTPUT).ok_or_else(|| ort::Error::new("the session gave no output"))
+        outputs?
+            .remove(OUTPUT)
+            .ok_or_else(|| ort::Error::new("the session gave no output"))
     }
 }
 
@@ -236,7 +272,11 @@ impl Stage for OrtStage {
         let mut step = self.step();
         let held = step.kv.len(from);
         if len > held {
-            return Err(StageError::Gap { slot: from, held, position: len });
+            return Err(StageError::Gap {
+                slot: from,
+                held,
+                position: len,
+            });
         }
         step.kv.copy_prefix(from, to, len).map_err(kernel)
     }
@@ -246,7 +286,11 @@ impl Stage for OrtStage {
         let step = self.step();
         let held = step.kv.len(slot);
         if rows.end > held {
-            return Err(StageError::Gap { slot, held, position: rows.end });
+            return Err(StageError::Gap {
+                slot,
+                held,
+                position: rows.end,
+            });
         }
         step.kv.export(slot, rows).map_err(kernel)
     }
@@ -262,7 +306,11 @@ impl Stage for OrtStage {
         }
         let held = self.kv_len(slot);
         if position > held {
-            return Err(StageError::Gap { slot, held, position });
+            return Err(StageError::Gap {
+                slot,
+                held,
+                position,
+            });
         }
         self.check_context(u64::from(position) + (bytes.len() / per_token) as u64)?;
         self.step().kv.import(slot, position, bytes).map_err(kernel)
@@ -270,19 +318,39 @@ impl Stage for OrtStage {
 }
 
 fn backend(error: ort::Error) -> StageError {
-    StageError::Backend { backend: BACKEND, message: error.to_string() }
+    StageError::Backend {
+        backend: BACKEND,
+        message: error.to_string(),
+    }
 }
 
 fn kernel(error: KernelError) -> StageError {
-    StageError::Backend { backend: BACKEND, message: error.to_string() }
+    StageError::Backend {
+        backend: BACKEND,
+        message: error.to_string(),
+    }
 }
 
 /// Checks the options against the model's own context length and returns the context to use.
 fn check_options(options: &OrtOptions, trained: u32) -> Result<u32, LoadError> {
-    let context = if options.context == 0 { trained } else { options.context };
+    let context = if options.context == 0 {
+        trained
+    } else {
+        options.context
+    };
     let checks = [
-        ("slots", options.slots, options.slots > 0, "at least 1".to_owned()),
-        ("max_rows", options.max_rows, options.max_rows > 0, "at least 1".to_owned()),
+        (
+            "slots",
+            options.slots,
+            options.slots > 0,
+            "at least 1".to_owned(),
+        ),
+        (
+            "max_rows",
+            options.max_rows,
+            options.max_rows > 0,
+            "at least 1".to_owned(),
+        ),
         (
             "context",
             context,
@@ -292,7 +360,11 @@ fn check_options(options: &OrtOptions, trained: u32) -> Result<u32, LoadError> {
     ];
     for (name, value, ok, remedy) in checks {
         if !ok {
-            return Err(LoadError::Option { name, value: value.into(), remedy });
+            return Err(LoadError::Option {
+                name,
+                value: value.into(),
+                remedy,
+            });
         }
     }
     Ok(context)

@@ -21,9 +21,7 @@ pub(crate) unsafe fn input<'c, T>(
     let api = ort::api();
     let mut value: *const sys::OrtValue = ptr::null();
     // SAFETY: the context is the one ONNX Runtime passed to the running kernel.
-    check(unsafe {
-        (api.KernelContext_GetInput)(context_ptr(context), index, &mut value)
-    })?;
+    check(unsafe { (api.KernelContext_GetInput)(context_ptr(context), index, &mut value) })?;
     // SAFETY: the value belongs to the running step and is only read.
     let data = unsafe { data(value.cast_mut())? };
     // SAFETY: the caller promises type and length; ONNX Runtime keeps the tensor until the node has run.
@@ -45,7 +43,13 @@ pub(crate) unsafe fn output<'c>(
     let dims = [rows as i64, width as i64];
     // SAFETY: as in `input`; the dimensions are copied.
     check(unsafe {
-        (api.KernelContext_GetOutput)(context_ptr(context), 0, dims.as_ptr(), dims.len(), &mut value)
+        (api.KernelContext_GetOutput)(
+            context_ptr(context),
+            0,
+            dims.as_ptr(),
+            dims.len(),
+            &mut value,
+        )
     })?;
     // SAFETY: the value was just made for this node.
     let data = unsafe { data(value)? };

@@ -44,29 +44,56 @@ impl Weights {
         pool: &Pool,
         options: PackOptions,
     ) -> Result<Weights, LoadError> {
-        let loader = Loader { gguf: model.gguf(), config: model.config(), pool, options };
+        let loader = Loader {
+            gguf: model.gguf(),
+            config: model.config(),
+            pool,
+            options,
+        };
         let first = layers.start == 0;
         let last = layers.end == loader.config.layers;
-        let packed = layers.map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;
+        let packed = layers
+            .map(|layer| loader.layer(layer))
+            .collect::<Result<_, _>>()?;
         let head = last.then(|| loader.head()).transpose()?;
         let shared = head.is_some() && loader.config.tied_embeddings;
-        let embedding = (first && !shared).then(|| loader.matrix("token_embd.weight")).transpose()?;
-        loader.gguf.check_unchanged().map_err(|error| LoadError::Model(error.to_string()))?;
+        let embedding = (first && !shared)
+            .then(|| loader.matrix("token_embd.weight"))
+            .transpose()?;
+        loader
+            .gguf
+            .check_unchanged()
+            .map_err(|error| LoadError::Model(error.to_string()))?;
         loader.gguf.release_pages();
-        Ok(Weights { layers: packed, embedding, head })
+        Ok(Weights {
+            layers: packed,
+            embedding,
+            head,
+        })
     }
 
     /// The matrix whose rows are the tokens' embeddings.
     pub(crate) fn embedding(&self) -> Option<&QMatrix> {
-        self.embedding.as_ref().or(self.head.as_ref().map(|head| &head.output))
+        self.embedding
+            .as_ref()
+            .or(self.head.as_ref().map(|head| &head.output))
     }
 
     /// Bytes of packed matrices.
     pub(crate) fn bytes(&self) -> u64 {
         let layers = self.layers.iter().flat_map(|layer| {
-            [&layer.qkv, &layer.attention_output, &layer.gate, &layer.up, &layer.down]
+            [
+                &layer.qkv,
+                &layer.attention_output,
+                &layer.gate,
+                &layer.up,
+                &layer.down,
+            ]
         });
-        let ends = self.embedding.iter().chain(self.head.iter().map(|head| &head.output));
+        let ends = self
+            .embedding
+            .iter()
+            .chain(self.head.iter().map(|head| &head.output));
         layers.chain(ends).map(|matrix| matrix.bytes() as u64).sum()
     }
 }
@@ -119,13 +146,23 @@ impl Loader<'_> {
     }
 
     fn head(&self) -> Result<HeadWeights, LoadError> {
-        let name = if self.config.tied_embeddings { "token_embd.weight" } else { "output.weight" };
-        Ok(HeadWeights { norm: self.vector("output_norm.weight")?, output: self.matrix(name)? })
+        let name = if self.config.tied_embeddings {
+            "token_embd.weight"
+        } else {
+            "output.weight"
+        };
+        Ok(HeadWeights {
+            norm: self.vector("output_norm.weight")?,
+            output: self.matrix(name)?,
+        })
     }
 
     /// A matrix in packed form. The model's configuration has checked its dimensions.
     fn matrix(&self, name: &str) -> Result<QMatrix, LoadError> {
-        let tensor = self.gguf.tensor(name).ok_or_else(|| LoadError::MissingTensor(name.into()))?;
+        let tensor = self
+            .gguf
+            .tensor(name)
+            .ok_or_else(|| LoadError::MissingTensor(name.into()))?;
         let failed = |message: String| LoadError::Tensor {
             name: name.into(),
             ty: format!("{:?}", tensor.ty),
@@ -133,7 +170,10 @@ impl Loader<'_> {
         };
         let ty = weight_type(tensor.ty);
         let &[inputs, outputs] = tensor.dims else {
-            return Err(failed(format!("{} dimensions instead of 2", tensor.dims.len())));
+            return Err(failed(format!(
+                "{} dimensions instead of 2",
+                tensor.dims.len()
+            )));
         };
         let (outputs, inputs) = (outputs as usize, inputs as usize);
         QMatrix::pack_with(self.pool, ty, outputs, inputs, tensor.data, self.options)
@@ -142,7 +182,10 @@ impl Loader<'_> {
 
     /// A vector as f32.
     fn vector(&self, name: &str) -> Result<Vec<f32>, LoadError> {
-        let tensor = self.gguf.tensor(name).ok_or_else(|| LoadError::MissingTensor(name.into()))?;
+        let tensor = self
+            .gguf
+            .tensor(name)
+            .ok_or_else(|| LoadError::MissingTensor(name.into()))?;
         let mut out = vec![0.0; tensor.elements() as usize];
         dequantize(tensor.ty, tensor.data, &mut out).map_err(|error| LoadError::Tensor {
             name: name.into(),

@@ -9,8 +9,11 @@ use mesh_engine_ort::{LoadError, OrtOptions, OrtStage};
 use mesh_model::synth::{Shape, Tokens, random_model};
 use mesh_model::{Architecture, GgmlType, Model};
 
-const ARCHITECTURES: [Architecture; 3] =
-    [Architecture::Llama, Architecture::Qwen2, Architecture::Qwen3];
+const ARCHITECTURES: [Architecture; 3] = [
+    Architecture::Llama,
+    Architecture::Qwen2,
+    Architecture::Qwen3,
+];
 
 fn tiny(architecture: Architecture, ty: GgmlType) -> Model {
     let dir = tempfile::tempdir().unwrap();
@@ -25,7 +28,10 @@ fn some_tokens(count: u32) -> Vec<u32> {
 
 fn cosine(a: &[f32], b: &[f32]) -> f64 {
     let dot = |a: &[f32], b: &[f32]| -> f64 {
-        a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+        a.iter()
+            .zip(b)
+            .map(|(a, b)| f64::from(*a) * f64::from(*b))
+            .sum()
     };
     dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
 }
@@ -47,13 +53,19 @@ fn every_architecture_agrees_with_a_plain_forward_pass() {
         ] {
             let model = tiny(architecture, ty);
             let mut stage = whole(&model, options(1, 64));
-            let all = Segment { logits: LogitRows::All, ..last(0, 0, tokens.len()) };
+            let all = Segment {
+                logits: LogitRows::All,
+                ..last(0, 0, tokens.len())
+            };
             let ours = logits(&mut stage, &[all], &tokens);
             let plain = reference::forward(&model, &tokens);
             let vocab = model.config().vocab;
             for (i, (ours, plain)) in ours.chunks(vocab).zip(plain.chunks(vocab)).enumerate() {
                 let found = cosine(ours, plain);
-                assert!(found > least, "{architecture:?} {ty:?} row {i}: cosine {found}");
+                assert!(
+                    found > least,
+                    "{architecture:?} {ty:?} row {i}: cosine {found}"
+                );
             }
         }
     }
@@ -64,8 +76,13 @@ fn every_architecture_can_be_cut_anywhere() {
     let tokens = some_tokens(9);
     for architecture in ARCHITECTURES {
         let model = tiny(architecture, GgmlType::Q4_K);
-        let expected = logits(&mut whole(&model, options(1, 32)), &[last(0, 0, 9)], &tokens);
-        let mut stages = [0..1, 1..2].map(|cut| OrtStage::load(&model, cut, options(1, 32)).unwrap());
+        let expected = logits(
+            &mut whole(&model, options(1, 32)),
+            &[last(0, 0, 9)],
+            &tokens,
+        );
+        let mut stages =
+            [0..1, 1..2].map(|cut| OrtStage::load(&model, cut, options(1, 32)).unwrap());
         assert_same_bits(&pipeline(&mut stages, &[last(0, 0, 9)], &tokens), &expected);
     }
 }
@@ -75,11 +92,17 @@ fn a_step_without_logits_and_one_with_all_of_them() {
     let model = tiny(Architecture::Llama, GgmlType::Q8_0);
     let tokens = some_tokens(6);
     let mut stage = whole(&model, options(2, 32));
-    let none = Segment { logits: LogitRows::None, ..last(0, 0, 6) };
+    let none = Segment {
+        logits: LogitRows::None,
+        ..last(0, 0, 6)
+    };
     assert!(logits(&mut stage, &[none], &tokens).is_empty());
     assert_eq!(stage.kv_len(0), 6);
     let mixed = [
-        Segment { logits: LogitRows::All, ..last(1, 0, 3) },
+        Segment {
+            logits: LogitRows::All,
+            ..last(1, 0, 3)
+        },
         last(0, 0, 3),
     ];
     let vocab = model.config().vocab;
@@ -93,29 +116,77 @@ fn a_step_without_logits_and_one_with_all_of_them() {
 #[test]
 fn bad_steps_are_named_and_change_nothing() {
     let model = tiny(Architecture::Qwen2, GgmlType::Q4_0);
-    let mut stage = whole(&model, OrtOptions { max_rows: 8, ..options(2, 16) });
+    let mut stage = whole(
+        &model,
+        OrtOptions {
+            max_rows: 8,
+            ..options(2, 16)
+        },
+    );
     let tokens = some_tokens(32);
     logits(&mut stage, &[last(0, 0, 4)], &tokens[..4]);
     let before = stage.kv_export(0, 0..4).unwrap();
     let mut refused = |segments: &[Segment], tokens: &[u32]| {
-        stage.forward(segments, StageInput::Tokens(tokens)).err().map(|error| error.to_string())
+        stage
+            .forward(segments, StageInput::Tokens(tokens))
+            .err()
+            .map(|error| error.to_string())
     };
     for (segments, count, expected) in [
-        (vec![last(2, 0, 1)], 1, "KV slot 2 does not exist: this stage has 2"),
-        (vec![last(0, 5, 1)], 1, "slot 0 holds 4 KV rows, but the step starts at position 5"),
-        (vec![last(0, 4, 13)], 13, "17 tokens do not fit the context of 16"),
-        (vec![last(0, u32::MAX, 1)], 1, "slot 0 holds 4 KV rows, but the step starts at position 4294967295"),
-        (vec![last(0, 4, 1), last(0, 4, 1)], 2, "malformed step: slot 0 appears twice"),
-        (vec![last(0, 4, 0)], 0, "malformed step: the segment of slot 0 has no rows"),
-        (vec![last(0, 4, 2)], 1, "malformed step: 1 tokens for 2 rows"),
-        (vec![last(0, 0, 9)], 9, "malformed step: 9 rows in one step, at most 8"),
-        (vec![], 0, "malformed step: a step needs at least one segment"),
+        (
+            vec![last(2, 0, 1)],
+            1,
+            "KV slot 2 does not exist: this stage has 2",
+        ),
+        (
+            vec![last(0, 5, 1)],
+            1,
+            "slot 0 holds 4 KV rows, but the step starts at position 5",
+        ),
+        (
+            vec![last(0, 4, 13)],
+            13,
+            "17 tokens do not fit the context of 16",
+        ),
+        (
+            vec![last(0, u32::MAX, 1)],
+            1,
+            "slot 0 holds 4 KV rows, but the step starts at position 4294967295",
+        ),
+        (
+            vec![last(0, 4, 1), last(0, 4, 1)],
+            2,
+            "malformed step: slot 0 appears twice",
+        ),
+        (
+            vec![last(0, 4, 0)],
+            0,
+            "malformed step: the segment of slot 0 has no rows",
+        ),
+        (
+            vec![last(0, 4, 2)],
+            1,
+            "malformed step: 1 tokens for 2 rows",
+        ),
+        (
+            vec![last(0, 0, 9)],
+            9,
+            "malformed step: 9 rows in one step, at most 8",
+        ),
+        (
+            vec![],
+            0,
+            "malformed step: a step needs at least one segment",
+        ),
     ] {
         let found = refused(&segments, &tokens[..count]);
         assert_eq!(found.as_deref(), Some(expected), "{segments:?}");
     }
     let found = refused(&[last(0, 4, 1)], &[300]);
-    assert_eq!(found.as_deref(), Some("token id 300 is outside the vocabulary of 300"));
+    assert_eq!(
+        found.as_deref(),
+        Some("token id 300 is outside the vocabulary of 300")
+    );
     let hidden = vec![0.0; 256];
     assert!(matches!(
         stage.forward(&[last(0, 4, 1)], StageInput::Hidden(&hidden)),
@@ -143,16 +214,37 @@ fn stages_in_the_middle_refuse_tokens_and_logits() {
         second.forward(&[last(0, 0, 1)], StageInput::Hidden(&[0.0; 255])),
         Err(StageError::Malformed(_))
     ));
-    assert!(matches!(second.kv_import(0, 1, &vec![0; kv]), Err(StageError::Gap { .. })));
-    assert!(matches!(second.kv_import(0, 0, &vec![0; kv - 1]), Err(StageError::Malformed(_))));
+    assert!(matches!(
+        second.kv_import(0, 1, &vec![0; kv]),
+        Err(StageError::Gap { .. })
+    ));
+    assert!(matches!(
+        second.kv_import(0, 0, &vec![0; kv - 1]),
+        Err(StageError::Malformed(_))
+    ));
     assert!(matches!(
         second.kv_import(0, 0, &vec![0; 17 * kv]),
-        Err(StageError::ContextExceeded { needed: 17, context: 16 })
+        Err(StageError::ContextExceeded {
+            needed: 17,
+            context: 16
+        })
     ));
-    assert!(matches!(second.kv_import(1, 0, &[]), Err(StageError::NoSuchSlot { .. })));
-    assert!(matches!(second.kv_export(0, 0..1), Err(StageError::Gap { .. })));
-    assert!(matches!(second.copy_prefix(0, 0, 1), Err(StageError::Gap { .. })));
-    assert!(matches!(second.copy_prefix(0, 1, 0), Err(StageError::NoSuchSlot { .. })));
+    assert!(matches!(
+        second.kv_import(1, 0, &[]),
+        Err(StageError::NoSuchSlot { .. })
+    ));
+    assert!(matches!(
+        second.kv_export(0, 0..1),
+        Err(StageError::Gap { .. })
+    ));
+    assert!(matches!(
+        second.copy_prefix(0, 0, 1),
+        Err(StageError::Gap { .. })
+    ));
+    assert!(matches!(
+        second.copy_prefix(0, 1, 0),
+        Err(StageError::NoSuchSlot { .. })
+    ));
 }
 
 #[test]
@@ -161,12 +253,21 @@ fn bad_options_are_named() {
     let refused = |layers, options| OrtStage::load(&model, layers, options).err().unwrap();
     #[allow(clippy::reversed_empty_ranges)]
     for layers in [0..0, 1..3, 2..1] {
-        assert!(matches!(refused(layers, options(1, 16)), LoadError::Layers { layers: 2, .. }));
+        assert!(matches!(
+            refused(layers, options(1, 16)),
+            LoadError::Layers { layers: 2, .. }
+        ));
     }
     for (bad, name) in [
         (options(0, 16), "slots"),
         (options(1, 513), "context"),
-        (OrtOptions { max_rows: 0, ..options(1, 16) }, "max_rows"),
+        (
+            OrtOptions {
+                max_rows: 0,
+                ..options(1, 16)
+            },
+            "max_rows",
+        ),
     ] {
         let error = refused(0..2, bad).to_string();
         assert!(error.contains(name), "{error}");

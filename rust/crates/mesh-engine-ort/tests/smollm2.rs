@@ -13,7 +13,10 @@ fn smollm2() -> Model {
 }
 
 fn encode(model: &Model, text: &str) -> Vec<u32> {
-    let options = EncodeOptions { add_special: true, ..EncodeOptions::default() };
+    let options = EncodeOptions {
+        add_special: true,
+        ..EncodeOptions::default()
+    };
     model.tokenizer().encode(text, options).unwrap()
 }
 
@@ -44,16 +47,27 @@ fn llama_cpps_greedy_answers_are_ours_up_to_ties() {
         let prompt = encode(&model, prompt);
         let answer = encode(&model, answer);
         let all = [&prompt[..], &answer[..answer.len() - 1]].concat();
-        let segment = Segment { logits: LogitRows::All, ..last(0, 0, all.len()) };
+        let segment = Segment {
+            logits: LogitRows::All,
+            ..last(0, 0, all.len())
+        };
         let rows = logits(&mut stage, &[segment], &all);
         let rows = rows.chunks(model.config().vocab).skip(prompt.len() - 1);
         let mut ties = 0;
         for (row, &token) in rows.zip(&answer) {
             let gap = row[arg_max(row) as usize] - row[token as usize];
-            assert!(gap < TIE, "{:?}: {gap}", model.tokenizer().token_bytes(token));
+            assert!(
+                gap < TIE,
+                "{:?}: {gap}",
+                model.tokenizer().token_bytes(token)
+            );
             ties += usize::from(gap > 0.0);
         }
-        assert!(ties * 8 <= answer.len(), "{ties} ties in {} tokens", answer.len());
+        assert!(
+            ties * 8 <= answer.len(),
+            "{ties} ties in {} tokens",
+            answer.len()
+        );
     }
 }
 
@@ -68,7 +82,13 @@ fn a_row_does_not_depend_on_what_shares_its_step() {
     let next = logits(&mut alone, &[last(0, tokens.len() as u32, 1)], &[28]);
 
     // The same rows: another slot, other threads, the prompt in uneven pieces, each beside rows of other sequences.
-    let mut busy = whole(&model, mesh_engine_ort::OrtOptions { threads: 1, ..options(4, 256) });
+    let mut busy = whole(
+        &model,
+        mesh_engine_ort::OrtOptions {
+            threads: 1,
+            ..options(4, 256)
+        },
+    );
     let noise: Vec<u32> = (1000..1040).collect();
     let cut = [1, 6, tokens.len()];
     let mut from = 0;
@@ -88,16 +108,26 @@ fn a_row_does_not_depend_on_what_shares_its_step() {
     }
     assert_same_bits(&row, &prompt);
     let at = busy.kv_len(0);
-    let both = logits(&mut busy, &[last(0, at, 1), last(2, tokens.len() as u32, 1)], &[5, 28]);
+    let both = logits(
+        &mut busy,
+        &[last(0, at, 1), last(2, tokens.len() as u32, 1)],
+        &[5, 28],
+    );
     assert_same_bits(&both[model.config().vocab..], &next);
 }
 
 #[test]
 fn stages_in_a_row_give_the_whole_models_bits() {
     let model = smollm2();
-    let tokens = encode(&model, "A ring of five machines computes what one machine would.");
+    let tokens = encode(
+        &model,
+        "A ring of five machines computes what one machine would.",
+    );
     let mut one = whole(&model, options(2, 64));
-    let all = Segment { logits: LogitRows::All, ..last(1, 0, tokens.len()) };
+    let all = Segment {
+        logits: LogitRows::All,
+        ..last(1, 0, tokens.len())
+    };
     let expected = logits(&mut one, &[all], &tokens);
     assert_eq!(expected.len(), tokens.len() * model.config().vocab);
     let expected_next = logits(&mut one, &[last(1, tokens.len() as u32, 1)], &[42]);
@@ -115,7 +145,10 @@ fn stages_in_a_row_give_the_whole_models_bits() {
 #[test]
 fn exported_kv_rows_continue_elsewhere_bit_for_bit() {
     let model = smollm2();
-    let tokens = encode(&model, "The key/value rows of one stage are mirrored to its standby.");
+    let tokens = encode(
+        &model,
+        "The key/value rows of one stage are mirrored to its standby.",
+    );
     let rows = tokens.len() as u32;
     let mut a = whole(&model, options(2, 128));
     logits(&mut a, &[quiet(0, 0, tokens.len())], &tokens);
@@ -147,7 +180,11 @@ fn memory_follows_what_the_slots_hold() {
     let model = smollm2();
     let mut stage = whole(&model, options(8, 8192));
     let file = model.gguf().file_len();
-    assert!(stage.info().weight_bytes < file + file / 10, "{} bytes", stage.info().weight_bytes);
+    assert!(
+        stage.info().weight_bytes < file + file / 10,
+        "{} bytes",
+        stage.info().weight_bytes
+    );
     let tokens: Vec<u32> = (0..400).map(|i| 100 + i * 7).collect();
     for slot in 0..4 {
         logits(&mut stage, &[last(slot, 0, tokens.len())], &tokens);

@@ -46,7 +46,13 @@ fn main() -> Result<()> {
 }
 
 fn options(threads: usize, slots: u32) -> OrtOptions {
-    OrtOptions { threads, slots, context: 2048, compact: true, ..OrtOptions::default() }
+    OrtOptions {
+        threads,
+        slots,
+        context: 2048,
+        compact: true,
+        ..OrtOptions::default()
+    }
 }
 
 fn streams(path: &Path, args: &Args) -> Result<()> {
@@ -57,7 +63,10 @@ fn streams(path: &Path, args: &Args) -> Result<()> {
         let mut speed = |exercise: Exercise| -> Result<f64> {
             Ok(f64::from(exercise.tokens()) / ours.time(exercise)?.as_secs_f64())
         };
-        let (one, eight) = (speed(Exercise::Decode(64))?, speed(Exercise::Parallel(8, 64))?);
+        let (one, eight) = (
+            speed(Exercise::Decode(64))?,
+            speed(Exercise::Parallel(8, 64))?,
+        );
         if round > 0 {
             speeds[0].push(one);
             speeds[1].push(eight);
@@ -131,9 +140,16 @@ fn start(path: &Path, args: &Args) -> Result<()> {
             .output()?;
         seconds.push(start.elapsed().as_secs_f64());
         let text = String::from_utf8(output.stdout)?;
-        ratios.push(text.trim().parse().with_context(|| format!("the child said {text:?}"))?);
+        ratios.push(
+            text.trim()
+                .parse()
+                .with_context(|| format!("the child said {text:?}"))?,
+        );
     }
-    println!("start to first token: {:.2} s (wanted: at most 2)", median(&seconds));
+    println!(
+        "start to first token: {:.2} s (wanted: at most 2)",
+        median(&seconds)
+    );
     println!(
         "resident memory / (model file + KV cache in use): ratio {:.2} (wanted: at most 1.5 of the file plus the cache)",
         median(&ratios)

@@ -33,7 +33,11 @@ fn main() -> Result<()> {
     let model = Model::open(&path)?;
     let tokens = model.tokenizer().encode(TEXT, EncodeOptions::default())?;
     let windows: Vec<&[u32]> = tokens.chunks_exact(WINDOW).collect();
-    println!("{} windows of {WINDOW} tokens of {} bytes of text", windows.len(), TEXT.len());
+    println!(
+        "{} windows of {WINDOW} tokens of {} bytes of text",
+        windows.len(),
+        TEXT.len()
+    );
 
     let mut anchor = Anchor::start(&path, args.threads, WINDOW as u32, 1, true)?;
     let theirs = perplexity(&windows, |window| {
@@ -53,7 +57,11 @@ fn main() -> Result<()> {
         };
         let mut ours = Ours::load(&model, options)?;
         let found = perplexity(&windows, |window| ours.perplexity(window))?;
-        let name = if compact { "ours, compact" } else { "ours, exact" };
+        let name = if compact {
+            "ours, compact"
+        } else {
+            "ours, exact"
+        };
         println!("{name:16} {found:.4}   ratio {:.4}", found / theirs);
     }
     Ok(())

@@ -36,7 +36,10 @@ struct Args {
 fn main() -> Result<()> {
     let args = Args::parse();
     let anchor_model = args.anchor_model.as_ref().unwrap_or(&args.model);
-    let name = |path: &PathBuf| path.file_name().map(|name| name.to_string_lossy().into_owned());
+    let name = |path: &PathBuf| {
+        path.file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+    };
     println!(
         "ours: {}{}; llama.cpp: {}; {} threads",
         name(&args.model).unwrap_or_default(),
@@ -72,11 +75,14 @@ fn main() -> Result<()> {
         let mut ratios = Vec::new();
         // The first round warms all of them up.
         for round in 0..=args.rounds {
-            let speed = |time: std::time::Duration| f64::from(exercise.tokens()) / time.as_secs_f64();
+            let speed =
+                |time: std::time::Duration| f64::from(exercise.tokens()) / time.as_secs_f64();
             let our = speed(ours.time(exercise)?);
             let mut best = f64::MIN;
             for anchor in &mut anchors {
-                let anchor = anchor.as_mut().map_err(|error| anyhow::anyhow!("{error:#}"))?;
+                let anchor = anchor
+                    .as_mut()
+                    .map_err(|error| anyhow::anyhow!("{error:#}"))?;
                 best = best.max(speed(anchor.time(exercise)?));
             }
             if round > 0 {

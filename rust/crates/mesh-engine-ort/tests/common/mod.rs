@@ -25,12 +25,20 @@ pub fn whole(model: &Model, options: OrtOptions) -> OrtStage {
 
 /// A segment whose last row becomes logits.
 pub fn last(slot: SlotId, position: u32, rows: usize) -> Segment {
-    Segment { slot, position, rows: rows as u32, logits: LogitRows::Last }
+    Segment {
+        slot,
+        position,
+        rows: rows as u32,
+        logits: LogitRows::Last,
+    }
 }
 
 /// The same without logits.
 pub fn quiet(slot: SlotId, position: u32, rows: usize) -> Segment {
-    Segment { logits: LogitRows::None, ..last(slot, position, rows) }
+    Segment {
+        logits: LogitRows::None,
+        ..last(slot, position, rows)
+    }
 }
 
 /// Runs tokens through a stage that ends the model.
@@ -54,7 +62,10 @@ pub fn pipeline(stages: &mut [OrtStage], segments: &[Segment], tokens: &[u32]) -
             .iter()
             .map(|segment| match stage.info().is_last() {
                 true => *segment,
-                false => Segment { logits: LogitRows::None, ..*segment },
+                false => Segment {
+                    logits: LogitRows::None,
+                    ..*segment
+                },
             })
             .collect();
         hidden = Some(match stage.forward(&asked, input).unwrap() {
@@ -79,6 +90,10 @@ pub fn arg_max(logits: &[f32]) -> u32 {
 #[track_caller]
 pub fn assert_same_bits(a: &[f32], b: &[f32]) {
     assert_eq!(a.len(), b.len());
-    let differing = a.iter().zip(b).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+    let differing = a
+        .iter()
+        .zip(b)
+        .filter(|(a, b)| a.to_bits() != b.to_bits())
+        .count();
     assert_eq!(differing, 0, "{differing} of {} numbers differ", a.len());
 }

@@ -14,7 +14,10 @@ pub fn forward(model: &Model, tokens: &[u32]) -> Vec<f32> {
     for layer in 0..c.layers {
         let t = |suffix: &str| tensor(&format!("blk.{layer}.{suffix}"));
         let norm = t("attn_norm.weight");
-        let normed: Vec<_> = x.iter().map(|row| rms_norm(row, &norm, c.norm_eps)).collect();
+        let normed: Vec<_> = x
+            .iter()
+            .map(|row| rms_norm(row, &norm, c.norm_eps))
+            .collect();
         let project = |which: &str, norm_name: Option<&str>| -> Vec<Vec<f32>> {
             let matrix = t(&format!("attn_{which}.weight"));
             let bias = c.qkv_bias.then(|| t(&format!("attn_{which}.bias")));
@@ -25,7 +28,9 @@ pub fn forward(model: &Model, tokens: &[u32]) -> Vec<f32> {
                 .map(|(position, row)| {
                     let mut out = times(&matrix, row);
                     if let Some(bias) = &bias {
-                        out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
+                        out.iter_mut()
+                            .zip(bias)
+                            .for_each(|(out, bias)| *out += bias);
                     }
                     if norm_name.is_some() {
                         for head in out.chunks_mut(c.head_dim) {
@@ -55,10 +60,16 @@ pub fn forward(model: &Model, tokens: &[u32]) -> Vec<f32> {
                     )
                 })
                 .collect();
-            row.iter_mut().zip(times(&output, &gathered)).for_each(|(x, y)| *x += y);
+            row.iter_mut()
+                .zip(times(&output, &gathered))
+                .for_each(|(x, y)| *x += y);
         }
         let norm = t("ffn_norm.weight");
-        let (gate, up, down) = (t("ffn_gate.weight"), t("ffn_up.weight"), t("ffn_down.weight"));
+        let (gate, up, down) = (
+            t("ffn_gate.weight"),
+            t("ffn_up.weight"),
+            t("ffn_down.weight"),
+        );
         for row in &mut x {
             let normed = rms_norm(row, &norm, c.norm_eps);
             let middle: Vec<f32> = times(&gate, &normed)
@@ -66,18 +77,29 @@ pub fn forward(model: &Model, tokens: &[u32]) -> Vec<f32> {
                 .zip(times(&up, &normed))
                 .map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up)
                 .collect();
-            row.iter_mut().zip(times(&down, &middle)).for_each(|(x, y)| *x += y);
+            row.iter_mut()
+                .zip(times(&down, &middle))
+                .for_each(|(x, y)| *x += y);
         }
     }
     let norm = tensor("output_norm.weight");
-    let head = if c.tied_embeddings { embedding } else { tensor("output.weight") };
-    x.iter().flat_map(|row| times(&head, &rms_norm(row, &norm, c.norm_eps))).collect()
+    let head = if c.tied_embeddings {
+        embedding
+    } else {
+        tensor("output.weight")
+    };
+    x.iter()
+        .flat_map(|row| times(&head, &rms_norm(row, &norm, c.norm_eps)))
+        .collect()
 }
 
 fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     let mean = x.iter().map(|x| x * x).sum::<f32>() / x.len() as f32;
     let factor = 1.0 / (mean + eps).sqrt();
-    x.iter().zip(weight).map(|(x, weight)| x * factor * weight).collect()
+    x.iter()
+        .zip(weight)
+        .map(|(x, weight)| x * factor * weight)
+        .collect()
 }
 
 /// `matrix · x`, the matrix row-major with rows as long as `x`.
@@ -118,7 +140,9 @@ fn attend<'a>(
     let total: f32 = weights.iter().sum();
     let mut out = vec![0.0; q.len()];
     for (j, weight) in weights.iter().enumerate() {
-        out.iter_mut().zip(value(j)).for_each(|(out, v)| *out += weight / total * v);
+        out.iter_mut()
+            .zip(value(j))
+            .for_each(|(out, v)| *out += weight / total * v);
     }
     out
 }
