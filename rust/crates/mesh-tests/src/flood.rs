@@ -63,31 +63,31 @@ impl Generator {
                 let len = self.random.below(longest);
                 self.buffer.clear();
                 for _ in 0..len {
-                    self.buffer.push(self.random.next() as u8);
+                    self.buffer.push(self.random.draw() as u8);
                 }
             }
             // A header that lies about the length of what follows.
             20..45 => {
-                let kind = self.random.next() as u8;
-                let sequence = self.random.next() as u32;
+                let kind = self.random.draw() as u8;
+                let sequence = self.random.draw() as u32;
                 let len = match self.random.below(4) {
                     0 => u32::MAX,
-                    1 => self.random.next() as u32,
+                    1 => self.random.draw() as u32,
                     _ => self.random.below(64) as u32,
                 };
                 let have = self.random.below(48);
-                let body = vec![self.random.next() as u8; have];
+                let body = vec![self.random.draw() as u8; have];
                 self.buffer = encode(kind, sequence, len, &body);
             }
             // A valid message with some bytes changed, cut off or added.
             _ => {
                 let template = self.random.below(self.templates.len());
                 self.buffer.clone_from(&self.templates[template]);
-                let sequence = (self.random.next() as u32).to_be_bytes();
+                let sequence = (self.random.draw() as u32).to_be_bytes();
                 self.buffer[1..5].copy_from_slice(&sequence);
                 for _ in 0..self.random.below(6) {
                     let at = self.random.below(self.buffer.len());
-                    self.buffer[at] = self.random.next() as u8;
+                    self.buffer[at] = self.random.draw() as u8;
                 }
                 match self.random.below(8) {
                     0 => {

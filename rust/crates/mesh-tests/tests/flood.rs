@@ -44,10 +44,10 @@ async fn every_udp_port_outlives_a_flood_of_bad_datagrams() -> Result<()> {
     ];
     for (name, port) in ports {
         let started = Instant::now();
-        let quarter = seed.next();
+        let quarter = seed.draw();
         send(port, count / 4, quarter).await?;
         let before = resident(&mesh)?;
-        let sent = send(port, count - count / 4, seed.next()).await?;
+        let sent = send(port, count - count / 4, seed.draw()).await?;
         let after = resident(&mesh)?;
         println!(
             "{name}: {} datagrams in {:.1} s, resident memory {before:?} -> {after:?}",
