@@ -27,6 +27,8 @@ pub(crate) const INPUT: &str = "input";
 pub(crate) const OUTPUT: &str = "output";
 
 /// Builds the graph of `layers` and makes a session of it.
+// `ort`'s builder returns itself in its errors.
+#[allow(clippy::result_large_err)]
 pub(crate) fn session(
     environment: &Environment,
     shared: &Arc<Shared>,

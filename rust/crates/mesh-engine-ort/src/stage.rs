@@ -7,7 +7,7 @@ use std::time::Duration;
 use mesh_engine::{
     LogitRows, ModelShape, Segment, SlotId, Stage, StageError, StageInfo, StageInput, StageOutput,
 };
-use mesh_kernels::{EightBit, KernelError, KvShape, PackOptions, Pool};
+use mesh_kernels::{KernelError, KvShape, PackOptions, Pool};
 use mesh_model::Model;
 use ort::session::Session;
 use ort::value::{DynValue, TensorRef};
@@ -62,11 +62,7 @@ impl OrtStage {
             &pool,
             PackOptions {
                 coded_scales: options.compact,
-                q8_0: if options.compact {
-                    EightBit::Six
-                } else {
-                    EightBit::Keep
-                },
+                ..PackOptions::default()
             },
         )?;
         let kv = Kv::new(KvShape {

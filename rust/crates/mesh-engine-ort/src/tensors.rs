@@ -13,11 +13,11 @@ use ort::sys;
 ///
 /// # Safety
 /// The node must have such an input, a CPU tensor of exactly that type with at least `len` numbers.
-pub(crate) unsafe fn input<'c, T>(
-    context: &'c ComputeContext,
+pub(crate) unsafe fn input<T>(
+    context: &ComputeContext,
     index: usize,
     len: usize,
-) -> ort::Result<&'c [T]> {
+) -> ort::Result<&[T]> {
     let api = ort::api();
     let mut value: *const sys::OrtValue = ptr::null();
     // SAFETY: the context is the one ONNX Runtime passed to the running kernel.
@@ -33,11 +33,13 @@ pub(crate) unsafe fn input<'c, T>(
 /// # Safety
 /// The node must declare output 0 as a CPU tensor of f32. If it may share memory with an input, the slice of that input must
 /// not be used any more.
-pub(crate) unsafe fn output<'c>(
-    context: &'c ComputeContext,
+// The tensor is ONNX Runtime's, not part of the context, which only says how long it lives.
+#[allow(clippy::mut_from_ref)]
+pub(crate) unsafe fn output(
+    context: &ComputeContext,
     rows: usize,
     width: usize,
-) -> ort::Result<&'c mut [f32]> {
+) -> ort::Result<&mut [f32]> {
     let api = ort::api();
     let mut value: *mut sys::OrtValue = ptr::null_mut();
     let dims = [rows as i64, width as i64];

@@ -8,7 +8,7 @@ use mesh_model::Model;
 use mesh_testkit::paths;
 
 /// Options for tests: ONNX Runtime from the cache, two threads.
-pub fn options(slots: u32, context: u32) -> OrtOptions {
+pub(crate) fn options(slots: u32, context: u32) -> OrtOptions {
     OrtOptions {
         library: Some(paths::ort_library().unwrap()),
         threads: 2,
@@ -19,12 +19,12 @@ pub fn options(slots: u32, context: u32) -> OrtOptions {
 }
 
 /// A stage of the whole model.
-pub fn whole(model: &Model, options: OrtOptions) -> OrtStage {
+pub(crate) fn whole(model: &Model, options: OrtOptions) -> OrtStage {
     OrtStage::load(model, 0..model.config().layers, options).unwrap()
 }
 
 /// A segment whose last row becomes logits.
-pub fn last(slot: SlotId, position: u32, rows: usize) -> Segment {
+pub(crate) fn last(slot: SlotId, position: u32, rows: usize) -> Segment {
     Segment {
         slot,
         position,
@@ -34,7 +34,7 @@ pub fn last(slot: SlotId, position: u32, rows: usize) -> Segment {
 }
 
 /// The same without logits.
-pub fn quiet(slot: SlotId, position: u32, rows: usize) -> Segment {
+pub(crate) fn quiet(slot: SlotId, position: u32, rows: usize) -> Segment {
     Segment {
         logits: LogitRows::None,
         ..last(slot, position, rows)
@@ -42,7 +42,7 @@ pub fn quiet(slot: SlotId, position: u32, rows: usize) -> Segment {
 }
 
 /// Runs tokens through a stage that ends the model.
-pub fn logits(stage: &mut OrtStage, segments: &[Segment], tokens: &[u32]) -> Vec<f32> {
+pub(crate) fn logits(stage: &mut OrtStage, segments: &[Segment], tokens: &[u32]) -> Vec<f32> {
     match stage.forward(segments, StageInput::Tokens(tokens)).unwrap() {
         StageOutput::Logits(logits) => logits.to_vec(),
         StageOutput::Hidden(_) => panic!("a last stage gives logits"),
@@ -50,7 +50,7 @@ pub fn logits(stage: &mut OrtStage, segments: &[Segment], tokens: &[u32]) -> Vec
 }
 
 /// Runs tokens through the stages of a split model; each takes what the one before gives.
-pub fn pipeline(stages: &mut [OrtStage], segments: &[Segment], tokens: &[u32]) -> Vec<f32> {
+pub(crate) fn pipeline(stages: &mut [OrtStage], segments: &[Segment], tokens: &[u32]) -> Vec<f32> {
     let mut hidden: Option<Vec<f32>> = None;
     for stage in stages {
         let input = match &hidden {
@@ -76,7 +76,7 @@ pub fn pipeline(stages: &mut [OrtStage], segments: &[Segment], tokens: &[u32]) -
 }
 
 /// Index of the largest logit, the first of equals.
-pub fn arg_max(logits: &[f32]) -> u32 {
+pub(crate) fn arg_max(logits: &[f32]) -> u32 {
     let mut best = 0;
     for (i, logit) in logits.iter().enumerate() {
         if *logit > logits[best] {
@@ -88,7 +88,7 @@ pub fn arg_max(logits: &[f32]) -> u32 {
 
 /// Panics unless both are the same, bit for bit.
 #[track_caller]
-pub fn assert_same_bits(a: &[f32], b: &[f32]) {
+pub(crate) fn assert_same_bits(a: &[f32], b: &[f32]) {
     assert_eq!(a.len(), b.len());
     let differing = a
         .iter()

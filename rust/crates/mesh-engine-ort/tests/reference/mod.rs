@@ -3,7 +3,7 @@
 use mesh_model::{Model, RopeStyle};
 
 /// Logits of every row for `tokens` from an empty context.
-pub fn forward(model: &Model, tokens: &[u32]) -> Vec<f32> {
+pub(crate) fn forward(model: &Model, tokens: &[u32]) -> Vec<f32> {
     let c = model.config();
     let tensor = |name: &str| model.gguf().tensor(name).unwrap().to_f32();
     let embedding = tensor("token_embd.weight");
