@@ -157,7 +157,7 @@ mod tests {
             }
         }
         assert!(
-            short > 1_000 && lying > 500 && tasks > 100,
+            short > 500 && lying > 500 && tasks > 50,
             "{short} {lying} {tasks}"
         );
     }
