@@ -95,13 +95,15 @@ impl Operator for StageOperator {
     }
 
     fn infer_shape(&self, context: &mut ShapeInferenceContext) -> ort::Result<()> {
-        let shape = &self.shared.shape;
+        let shared = &*self.shared;
+        // Rows that have the same name have the same number, so the planner may let them share memory.
+        let last_layer = context.attr::<i64>("layer")? as usize + 1 == shared.weights.layers.len();
         let (symbol, width) = match self.kind {
-            Kind::Head => ("kept", shape.vocab),
-            // The last Attention of the model passes on fewer rows than it gets; to infer "rows" for all others is not worth
-            // an error there, and an unknown size only costs the memory planner an allocation.
-            _ if self.shared.is_last() => return Ok(()),
-            _ => ("rows", shape.hidden),
+            Kind::Head => ("kept", shared.shape.vocab),
+            Kind::Attention | Kind::FeedForward if last_layer && shared.is_last() => {
+                ("kept", shared.shape.hidden)
+            }
+            _ => ("rows", shared.shape.hidden),
         };
         context.set_output(
             0,

@@ -4,7 +4,7 @@ mod common;
 
 use common::{arg_max, assert_same_bits, last, logits, options, pipeline, quiet, whole};
 use mesh_engine::{LogitRows, Segment, Stage};
-use mesh_engine_ort::OrtStage;
+use mesh_engine_ort::{OrtOptions, OrtStage};
 use mesh_model::{EncodeOptions, Model};
 use mesh_testkit::paths;
 
@@ -178,7 +178,11 @@ fn exported_kv_rows_continue_elsewhere_bit_for_bit() {
 #[test]
 fn memory_follows_what_the_slots_hold() {
     let model = smollm2();
-    let mut stage = whole(&model, options(8, 8192));
+    let options = OrtOptions {
+        max_rows: 512,
+        ..options(8, 8192)
+    };
+    let mut stage = whole(&model, options);
     let file = model.gguf().file_len();
     assert!(
         stage.info().weight_bytes < file + file / 10,

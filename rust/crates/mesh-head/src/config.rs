@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use mesh_service::config::units;
 use mesh_service::config::{CommonArgs, ConfigError, Loaded, Loader};
+use mesh_service::network::Network;
 use serde::{Deserialize, Serialize};
 
 use crate::core::router::Capacity;
 use crate::core::{dedup, placement, request};
-use crate::network::Network;
 
 /// Everything that can be configured.
 #[derive(Debug, Clone, Serialize, Deserialize)]

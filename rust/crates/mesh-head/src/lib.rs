@@ -21,7 +21,6 @@ pub mod legacy;
 pub mod links;
 pub mod mesh;
 pub mod metrics;
-pub mod network;
 pub mod task;
 pub mod worker_bus;
 

@@ -2,11 +2,8 @@
 
 #![forbid(unsafe_code)]
 
-mod ask;
-
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
@@ -15,7 +12,7 @@ use mesh_head::config::{Config, ListenFlags};
 use mesh_service::config::CommonArgs;
 use mesh_service::notify::Watchdog;
 use mesh_service::shutdown::{Drained, Shutdown};
-use mesh_service::{addresses, telemetry};
+use mesh_service::{ask, telemetry};
 
 /// The head of a HydraMesh: takes requests over HTTP (OpenAI API) and DCF/UDP, and gives them to workers.
 #[derive(Debug, Parser)]
@@ -98,57 +95,19 @@ async fn serve(config: Config) -> Result<ExitCode> {
 }
 
 async fn health(state_dir: &Path) -> Result<ExitCode> {
-    let answer = tokio::time::timeout(ANSWER_LIMIT, ask::get(http_address(state_dir)?, "/health"))
-        .await
-        .context("the head does not answer")??;
-    println!("{}", answer.body);
-    Ok(if answer.status == 200 {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    println!("{}", ask::get(state_dir, "/health").await?);
+    Ok(ExitCode::SUCCESS)
 }
 
 async fn create_token(state_dir: &Path, ttl_seconds: u64, note: &str) -> Result<ExitCode> {
     let path = state_dir.join("admin.key");
     let key = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     let body = serde_json::json!({ "ttl_seconds": ttl_seconds, "note": note }).to_string();
-    let asked = ask::post(
-        http_address(state_dir)?,
-        "/v1/mesh/tokens",
-        key.trim(),
-        &body,
-    );
-    let answer = tokio::time::timeout(ANSWER_LIMIT, asked)
-        .await
-        .context("the head does not answer")??;
-    let json: serde_json::Value = serde_json::from_str(&answer.body).unwrap_or_default();
+    let answer = ask::post(state_dir, "/v1/mesh/tokens", key.trim(), &body).await?;
+    let json: serde_json::Value = serde_json::from_str(&answer).unwrap_or_default();
     match json["token"].as_str() {
         Some(token) => println!("{token}"),
-        None => bail!("the head made no token: {}", answer.body),
+        None => bail!("the head made no token: {answer}"),
     }
     Ok(ExitCode::SUCCESS)
 }
-
-/// Where the running head's API is. A head that listens everywhere is asked on loopback.
-fn http_address(state_dir: &Path) -> Result<std::net::SocketAddr> {
-    let path = addresses::path(state_dir);
-    let known = addresses::read(state_dir).with_context(|| {
-        format!(
-            "{}: is the head running with this state directory?",
-            path.display()
-        )
-    })?;
-    let mut address = *known
-        .get("http")
-        .with_context(|| format!("{} names no http address", path.display()))?;
-    if address.ip().is_unspecified() {
-        address.set_ip(match address {
-            std::net::SocketAddr::V4(_) => std::net::Ipv4Addr::LOCALHOST.into(),
-            std::net::SocketAddr::V6(_) => std::net::Ipv6Addr::LOCALHOST.into(),
-        });
-    }
-    Ok(address)
-}
-
-const ANSWER_LIMIT: Duration = Duration::from_secs(5);

@@ -161,28 +161,26 @@ pub fn feed_forward(
         }
     }
     check("the rows", x.len(), rows, gate.k())?;
-    let count = rows * gate.n();
+    let (wide, narrow) = (gate.n(), gate.k());
     let mut middle = MIDDLE.take();
-    middle.reserve("the rows between", count * 4)?;
-    let result = gate_up_silu(
-        pool,
-        gate,
-        up,
-        x,
-        rows,
-        Some(norm),
-        &mut middle.floats_mut()[..count],
-    )
-    .and_then(|()| {
+    middle.reserve("the rows between", rows.min(BLOCK) * wide * 4)?;
+    let result = x.chunks_mut((BLOCK * narrow).max(1)).try_for_each(|x| {
+        let rows = x.len() / narrow;
+        let middle = &mut middle.floats_mut()[..rows * wide];
+        gate_up_silu(pool, gate, up, x, rows, Some(norm), middle)?;
         let options = Linear {
             residual: Residual::InPlace,
             ..Linear::default()
         };
-        linear(pool, down, &middle.floats_mut()[..count], rows, x, &options)
+        linear(pool, down, middle, rows, x, &options)
     });
     MIDDLE.set(middle);
     result
 }
+
+/// Rows that a feed-forward layer takes at once: enough that the weights' way from memory is hidden behind the products, few
+/// enough that the rows between its halves, which are the widest of all, stay in the cache and cost little memory.
+const BLOCK: usize = 128;
 
 thread_local! {
     /// Quantised rows and normalised rows, kept between calls.

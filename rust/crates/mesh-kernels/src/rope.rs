@@ -3,6 +3,8 @@
 // Index loops are inlined into the kernels, and vectorised there; iterator chains are not always.
 #![allow(clippy::needless_range_loop)]
 
+use std::sync::OnceLock;
+
 use crate::KernelError;
 use crate::error::expect_len;
 
@@ -28,25 +30,31 @@ pub struct RopeOptions<'a> {
     pub scale: f32,
     /// One divisor per pair (Llama 3's `rope_freqs`), or none.
     pub factors: Option<&'a [f32]>,
-    /// Positions to prepare: the context length.
+    /// Most positions there can be: the context length.
     pub positions: usize,
 }
 
-/// Sines and cosines for every position of a context.
+/// Sines and cosines for the positions of a context, computed when a position is first met: a model that could take 131,072
+/// tokens would have 64 MB of them, and few conversations come near.
 #[derive(Debug)]
 pub struct Rope {
     style: RopeStyle,
     dim: usize,
     positions: usize,
-    /// `[positions][cos × dim/2, sin × dim/2]`.
-    table: Vec<f32>,
+    /// Radians per position of each pair.
+    speeds: Vec<f64>,
+    /// Each of [`BLOCK`] positions, `[BLOCK][cos × dim/2, sin × dim/2]`.
+    blocks: Box<[OnceLock<Box<[f32]>>]>,
 }
 
+/// Positions that are computed together.
+const BLOCK: usize = 256;
+
 impl Rope {
-    /// Computes the table, in f64.
+    /// Checks the options.
     ///
     /// # Errors
-    /// When `dim` is odd or zero, the factors are not `dim / 2`, or the table would be absurdly large.
+    /// When `dim` is odd or zero, the factors are not `dim / 2`, or there are absurdly many positions.
     pub fn new(options: &RopeOptions<'_>) -> Result<Rope, KernelError> {
         let RopeOptions { dim, positions, .. } = *options;
         if dim == 0 || !dim.is_multiple_of(2) || dim > 1024 {
@@ -73,18 +81,26 @@ impl Rope {
                 f64::from(options.scale) * f64::from(options.base).powf(power) / factor
             })
             .collect();
-        let mut table = Vec::with_capacity(positions * dim);
-        for position in 0..positions {
-            let angle = |speed: &f64| position as f64 * speed;
-            table.extend(speeds.iter().map(|s| angle(s).cos() as f32));
-            table.extend(speeds.iter().map(|s| angle(s).sin() as f32));
-        }
+        let blocks = positions.div_ceil(BLOCK);
         Ok(Rope {
             style: options.style,
             dim,
             positions,
-            table,
+            speeds,
+            blocks: std::iter::repeat_with(OnceLock::new).take(blocks).collect(),
         })
+    }
+
+    /// The angles of a block, in f64 until the end.
+    #[cold]
+    fn block(&self, index: usize) -> Box<[f32]> {
+        let mut block = Vec::with_capacity(BLOCK * self.dim);
+        for position in index * BLOCK..(index + 1) * BLOCK {
+            let angle = |speed: &f64| position as f64 * speed;
+            block.extend(self.speeds.iter().map(|s| angle(s).cos() as f32));
+            block.extend(self.speeds.iter().map(|s| angle(s).sin() as f32));
+        }
+        block.into_boxed_slice()
     }
 
     /// Elements of a head that are rotated.
@@ -92,7 +108,7 @@ impl Rope {
         self.dim
     }
 
-    /// Positions that the table holds.
+    /// Most positions there can be.
     pub fn positions(&self) -> usize {
         self.positions
     }
@@ -100,7 +116,7 @@ impl Rope {
     /// Rotates one head in place.
     ///
     /// # Errors
-    /// When the head is shorter than the rotated elements or the position is beyond the table.
+    /// When the head is shorter than the rotated elements or the position is beyond the context.
     pub fn rotate(&self, head: &mut [f32], position: usize) -> Result<(), KernelError> {
         if head.len() < self.dim {
             return Err(KernelError::Length {
@@ -124,7 +140,9 @@ impl Rope {
     #[inline(always)]
     pub(crate) fn turn(&self, head: &mut [f32], position: usize) {
         let half = self.dim / 2;
-        let angles = &self.table[position * self.dim..][..2 * half];
+        let index = position / BLOCK;
+        let block = self.blocks[index].get_or_init(|| self.block(index));
+        let angles = &block[position % BLOCK * self.dim..][..2 * half];
         let (cos, sin) = (&angles[..half], &angles[half..2 * half]);
         match self.style {
             RopeStyle::Interleaved => {
@@ -178,7 +196,7 @@ mod tests {
                 assert!((got[b] - (head[a] * sin + head[b] * cos)).abs() < 1e-5);
             }
             assert_eq!(got[6..], head[6..], "behind the rotated part");
-            assert!(rope.rotate(&mut got, 20).is_err());
+            assert!(rope.rotate(&mut got, 20).is_err(), "beyond the context");
             assert!(rope.rotate(&mut got[..5], 0).is_err());
         }
     }

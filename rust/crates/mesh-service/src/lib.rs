@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 pub mod addresses;
+pub mod ask;
 pub mod config;
 pub mod files;
 pub mod health;

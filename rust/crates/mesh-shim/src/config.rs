@@ -3,11 +3,10 @@
 use std::{
     net::{IpAddr, SocketAddr},
     path::PathBuf,
-    str::FromStr,
     time::Duration,
 };
 
-use mesh_service::config::units;
+use mesh_service::{config::units, network::Network};
 use serde::{Deserialize, Serialize};
 
 /// The whole configuration.
@@ -171,69 +170,6 @@ pub struct Http {
     pub listen: Option<SocketAddr>,
 }
 
-/// An IP network in the usual notation, `192.0.2.0/24` or `2001:db8::/32`; a plain address is a network of one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
-pub struct Network {
-    address: IpAddr,
-    prefix: u8,
-}
-
-impl Network {
-    /// Whether `ip` lies in it.
-    #[must_use]
-    pub fn contains(&self, ip: IpAddr) -> bool {
-        match (self.address, ip) {
-            (IpAddr::V4(network), IpAddr::V4(ip)) => {
-                (network.to_bits() ^ ip.to_bits())
-                    .checked_shr(32 - u32::from(self.prefix))
-                    .unwrap_or(0)
-                    == 0
-            }
-            (IpAddr::V6(network), IpAddr::V6(ip)) => {
-                (network.to_bits() ^ ip.to_bits())
-                    .checked_shr(128 - u32::from(self.prefix))
-                    .unwrap_or(0)
-                    == 0
-            }
-            _ => false,
-        }
-    }
-}
-
-impl FromStr for Network {
-    type Err = ConfigError;
-
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let invalid = || ConfigError::Network { value: text.into() };
-        let (address, prefix) = text
-            .split_once('/')
-            .map_or((text, None), |(address, prefix)| (address, Some(prefix)));
-        let address: IpAddr = address.parse().map_err(|_| invalid())?;
-        let bits = if address.is_ipv4() { 32 } else { 128 };
-        let prefix = prefix.map_or(Ok(bits), |prefix| prefix.parse().map_err(|_| invalid()))?;
-        if prefix > bits {
-            Err(invalid())
-        } else {
-            Ok(Self { address, prefix })
-        }
-    }
-}
-
-impl TryFrom<String> for Network {
-    type Error = ConfigError;
-
-    fn try_from(text: String) -> Result<Self, ConfigError> {
-        text.parse()
-    }
-}
-
-impl From<Network> for String {
-    fn from(network: Network) -> Self {
-        format!("{}/{}", network.address, network.prefix)
-    }
-}
-
 /// What is wrong with a configuration.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
@@ -267,12 +203,6 @@ pub enum ConfigError {
         /// Of heads.
         timeout: Duration,
     },
-    /// No network.
-    #[error("{value:?} is no IP network; write it as \"192.0.2.0/24\" or \"2001:db8::/32\"")]
-    Network {
-        /// The text.
-        value: String,
-    },
 }
 
 fn is_host_and_port(text: &str) -> bool {
@@ -290,36 +220,6 @@ mod tests {
 
     fn network(text: &str) -> Network {
         text.parse().unwrap()
-    }
-
-    #[test]
-    fn networks_contain_what_shares_their_prefix() {
-        let contains = |text: &str, ip: &str| network(text).contains(ip.parse().unwrap());
-        assert!(contains("10.0.0.0/8", "10.255.1.2"));
-        assert!(!contains("10.0.0.0/8", "11.0.0.1"));
-        assert!(contains("0.0.0.0/0", "203.0.113.9"));
-        assert!(!contains("0.0.0.0/0", "2001:db8::1"));
-        assert!(contains("192.0.2.7", "192.0.2.7"));
-        assert!(!contains("192.0.2.7", "192.0.2.6"));
-        assert!(contains("2001:db8::/32", "2001:db8:ffff::1"));
-        assert!(contains("::/0", "2001:db8::1"));
-    }
-
-    #[test]
-    fn what_is_no_network_is_named() {
-        for text in [
-            "10.0.0.0/33",
-            "10.0.0/8",
-            "::/129",
-            "home",
-            "",
-            "10.0.0.0/-1",
-        ] {
-            assert_eq!(
-                text.parse::<Network>(),
-                Err(ConfigError::Network { value: text.into() })
-            );
-        }
     }
 
     #[test]

@@ -3,9 +3,9 @@
 use std::{net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context;
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use mesh_service::{
-    addresses,
+    addresses, ask,
     config::{CommonArgs, Loader},
     health::{self, Health},
     http,
@@ -38,6 +38,17 @@ struct Args {
     /// Listen here for /health, /ready and /metrics [default: nowhere]
     #[arg(long, value_name = "ADDRESS")]
     http_listen: Option<SocketAddr>,
+
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Ask the shim that runs with this configuration's state directory whether it is healthy: exit code 0 when it is
+    ///
+    /// Both `state_dir` and `http.listen` have to be set, by default neither is.
+    Health,
 }
 
 #[tokio::main(flavor = "current_thread")]
@@ -67,6 +78,12 @@ async fn run(args: Args) -> anyhow::Result<()> {
         .load()?;
     loaded.value.validate()?;
     if loaded.report(&args.common)? {
+        return Ok(());
+    }
+    if let Some(Command::Health) = args.command {
+        let state_dir = loaded.value.state_dir.as_deref();
+        let state_dir = state_dir.context("`state_dir` is not set, so the shim cannot be found")?;
+        println!("{}", ask::get(state_dir, "/health").await?);
         return Ok(());
     }
     telemetry::init("mesh-shim", &args.common)?;

@@ -299,7 +299,8 @@ impl Service {
         fs::write(&path, config.to_string()).with_context(|| path.display().to_string())
     }
 
-    fn config_path(&self) -> PathBuf {
+    /// Its configuration file.
+    pub fn config_path(&self) -> PathBuf {
         self.dir.path().join("config.toml")
     }
 

@@ -95,6 +95,11 @@ impl V5Client {
         Ok(Self { socket })
     }
 
+    /// A client on a socket that is connected already.
+    pub fn from_socket(socket: UdpSocket) -> Self {
+        Self { socket }
+    }
+
     /// Sends a task and does not wait.
     ///
     /// # Errors

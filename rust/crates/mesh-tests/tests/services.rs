@@ -267,5 +267,25 @@ async fn health_readiness_and_metrics_are_told_by_every_service() -> Result<()> 
             );
         }
     }
+    // As a container's health check asks: the program itself, beside the one that runs.
+    for (program, service) in SERVICES
+        .into_iter()
+        .zip([&mesh.head, &mesh.workers[0], shim])
+    {
+        let (config, state_dir) = (service.config_path(), service.state_dir());
+        let health = |state_dir: &std::path::Path| -> Result<Output> {
+            let (config, dir) = (config.to_str(), state_dir.to_str());
+            let (config, dir) = config.zip(dir).context("UTF-8")?;
+            run(program, &["--config", config, "--state-dir", dir, "health"])
+        };
+        let well = health(&state_dir)?;
+        ensure!(well.status.success(), "{program} health: {well:?}");
+        let nobody = health(&state_dir.join("nobody"))?;
+        let words = String::from_utf8_lossy(&nobody.stderr);
+        ensure!(
+            !nobody.status.success() && words.contains("is the service running"),
+            "{program} health: {nobody:?}"
+        );
+    }
     mesh.shutdown().await
 }

@@ -117,7 +117,7 @@ impl Default for Config {
             slots: 8,
             context: 0,
             kv_memory: None,
-            step_rows: 512,
+            step_rows: 128,
             decode_stall: Duration::from_millis(100),
             queue_limit: 64,
             drain_limit: Duration::from_secs(30),

@@ -12,7 +12,6 @@ pub mod config;
 mod error;
 mod generate;
 mod head;
-pub mod health_check;
 mod host;
 mod legacy;
 mod metrics;

@@ -6,9 +6,9 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use mesh_service::config::CommonArgs;
 use mesh_service::shutdown::Shutdown;
-use mesh_service::telemetry;
+use mesh_service::{ask, telemetry};
 use mesh_worker::config::WorkerFlags;
-use mesh_worker::{Config, Worker, health_check};
+use mesh_worker::{Config, Worker};
 
 /// A HydraMesh worker: loads models and answers what the head gives it.
 #[derive(Debug, Parser)]
@@ -57,7 +57,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     if let Some(Command::Health { ready, state_dir }) = &args.command {
         let path = if *ready { "/ready" } else { "/health" };
         let state_dir = state_dir.as_ref().unwrap_or(&loaded.value.state_dir);
-        let answer = runtime.block_on(health_check::ask(state_dir, path))?;
+        let answer = runtime.block_on(ask::get(state_dir, path))?;
         println!("{answer}");
         return Ok(());
     }

@@ -12,8 +12,9 @@ use mesh_net::trust::{Authority, Validity};
 use mesh_proto::{
     Chat, ChatMessage, Done, Generate, GenerateParams, Hello, Load, Prompt, Tokens, Welcome,
 };
+use mesh_service::ask;
 use mesh_testkit::paths;
-use mesh_worker::{Config, Worker, WorkerError, WorkerHandle, health_check};
+use mesh_worker::{Config, Worker, WorkerError, WorkerHandle};
 use prost::Message as _;
 use tokio::net::UdpSocket;
 use tokio::time::timeout;
@@ -272,7 +273,7 @@ async fn a_worker_joins_answers_resumes_cancels_comes_back_and_drains() {
     );
 
     // A head that is gone and back is found again, without a token.
-    assert!(health_check::ask(state.path(), "/ready").await.is_ok());
+    assert!(ask::get(state.path(), "/ready").await.is_ok());
     let health = std::process::Command::new(env!("CARGO_BIN_EXE_mesh-worker"))
         .args(["health", "--state-dir"])
         .arg(state.path())
@@ -291,7 +292,7 @@ async fn a_worker_joins_answers_resumes_cancels_comes_back_and_drains() {
     assert_eq!(read(&mut late, 0).await.unwrap_err().0, ErrorCode::DRAINING);
     assert!(read(&mut running, 1).await.is_ok());
     timeout(PATIENCE, stopping).await.unwrap().unwrap().unwrap();
-    assert!(health_check::ask(state.path(), "/health").await.is_err());
+    assert!(ask::get(state.path(), "/health").await.is_err());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

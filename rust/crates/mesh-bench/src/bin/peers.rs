@@ -25,6 +25,9 @@ struct Args {
     /// Rounds, each of which gives one ratio
     #[arg(long, default_value_t = 7)]
     rounds: usize,
+    /// Most rows of our engine in one step
+    #[arg(long, default_value_t = OrtOptions::default().max_rows)]
+    rows: u32,
     /// Shorter exercises, for large models
     #[arg(long)]
     short: bool,
@@ -48,7 +51,11 @@ fn main() -> Result<()> {
         args.threads
     );
     let exercises = match args.short {
-        true => vec![Exercise::Decode(32), Exercise::Prefill(128)],
+        true => vec![
+            Exercise::Decode(32),
+            Exercise::Prefill(128),
+            Exercise::Prefill(512),
+        ],
         false => vec![
             Exercise::Decode(128),
             Exercise::Prefill(128),
@@ -65,6 +72,7 @@ fn main() -> Result<()> {
             slots: sequences,
             context,
             compact: !args.exact,
+            max_rows: args.rows,
             ..OrtOptions::default()
         },
     )?;
