@@ -134,8 +134,8 @@ pub struct SamplingArgs {
 /// `hydramesh ask`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-The question goes as one datagram to a shim (or a head); the answer is printed while it grows. With --http it goes to the \
-head's HTTP API instead.
+The question goes as one datagram to a shim (or a head); the answer is printed while it grows. With --http, or when no --to is \
+given and this machine has no shim, it goes to the head's HTTP API instead.
 
 Examples:
   hydramesh ask \"Why is the sky blue?\"
@@ -147,14 +147,9 @@ pub struct AskArgs {
     #[arg(value_name = "QUESTION")]
     pub question: Vec<String>,
 
-    /// UDP address of a shim or head
-    #[arg(
-        long,
-        value_name = "HOST:PORT",
-        env = "HYDRAMESH_DCF",
-        default_value = "127.0.0.1:9999"
-    )]
-    pub to: String,
+    /// UDP address of a shim or head [default: 127.0.0.1:9999]
+    #[arg(long, value_name = "HOST:PORT", env = "HYDRAMESH_DCF")]
+    pub to: Option<String>,
 
     /// Ask over HTTP (see --url) instead of DCF/UDP
     #[arg(long)]

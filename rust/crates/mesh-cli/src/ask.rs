@@ -56,17 +56,44 @@ async fn ask(args: &AskArgs, body: &Value) -> Result<Outcome, Failure> {
             print_now(text);
         }
     };
+    let mut no_shim = None;
     if !args.http {
-        let mut client = DcfClient::connect(&args.to).await?;
-        let answer = client.ask(body, args.timeout, &mut print).await?;
-        return Ok(Outcome {
-            stats: datagram_stats(&answer),
-            text: answer.text,
-            more: vec![("repeats", answer.repeats.into())],
-        });
+        match over_datagrams(args, body, &mut print).await {
+            // A mesh needs no shim: the head may be there without one.
+            Err(failure) if args.to.is_none() && failure.exit == Exit::Unreachable => {
+                no_shim = Some(failure);
+            }
+            outcome => return outcome,
+        }
     }
+    match ask_http(args, body, &mut print).await {
+        Err(failure) if failure.exit == Exit::Unreachable => Err(no_shim.unwrap_or(failure)),
+        outcome => outcome,
+    }
+}
+
+async fn over_datagrams(
+    args: &AskArgs,
+    body: &Value,
+    print: &mut dyn FnMut(&str),
+) -> Result<Outcome, Failure> {
+    let to = args.to.as_deref().unwrap_or(LOCAL_SHIM);
+    let mut client = DcfClient::connect(to).await?;
+    let answer = client.ask(body, args.timeout, print).await?;
+    Ok(Outcome {
+        stats: datagram_stats(&answer),
+        text: answer.text,
+        more: vec![("repeats", answer.repeats.into())],
+    })
+}
+
+async fn ask_http(
+    args: &AskArgs,
+    body: &Value,
+    print: &mut dyn FnMut(&str),
+) -> Result<Outcome, Failure> {
     let client = http_client(&args.head)?;
-    match tokio::time::timeout(args.timeout, over_http(&client, body, &mut print)).await {
+    match tokio::time::timeout(args.timeout, over_http(&client, body, print)).await {
         Ok(outcome) => outcome,
         Err(_) => Err(Failure::new(
             Exit::Timeout,
@@ -184,6 +211,9 @@ fn task(args: &AskArgs, question: &str) -> Value {
     }
     body
 }
+
+/// Where a shim listens by default.
+const LOCAL_SHIM: &str = "127.0.0.1:9999";
 
 fn millis(duration: std::time::Duration) -> f64 {
     (duration.as_secs_f64() * 1e5).round() / 100.0

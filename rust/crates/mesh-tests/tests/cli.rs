@@ -212,6 +212,9 @@ async fn a_mesh_is_asked_talked_to_and_shown() -> Result<()> {
         stdout(&http),
         stdout(&plain)
     );
+    // Where no shim was named and none is on this machine, the head is asked. (One at the usual port may be: it answers, too.)
+    let without = hydramesh(&[&["ask", "--url", &url, question], &greedy[..]].concat())?;
+    expect_exit(&without, 0)?;
     let piped_in = piped(
         &[&["ask", "--to", &shim, "--json", "-"], &greedy[..]].concat(),
         question,
