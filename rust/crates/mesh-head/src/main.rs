@@ -72,7 +72,7 @@ fn start() -> Result<ExitCode> {
         .build()?;
     match args.command {
         None => {
-            telemetry::init("mesh-head", &args.common)?;
+            telemetry::init("head", &args.common)?;
             runtime.block_on(serve(loaded.value))
         }
         Some(Command::Health) => runtime.block_on(health(&loaded.value.state_dir)),

@@ -86,7 +86,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
         println!("{}", ask::get(state_dir, "/health").await?);
         return Ok(());
     }
-    telemetry::init("mesh-shim", &args.common)?;
+    telemetry::init("shim", &args.common)?;
     serve(loaded.value).await
 }
 
