@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 use mesh_head::Head;
 use mesh_head::config::{Config, ListenFlags};
 use mesh_service::config::CommonArgs;
+use mesh_service::failure::describe;
 use mesh_service::notify::Watchdog;
 use mesh_service::shutdown::{Drained, Shutdown};
 use mesh_service::{ask, telemetry};
@@ -54,7 +55,7 @@ fn main() -> ExitCode {
     match start() {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("mesh-head: {error:#}");
+            eprintln!("mesh-head: {}", describe(error.as_ref()));
             ExitCode::FAILURE
         }
     }

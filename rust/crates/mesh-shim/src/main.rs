@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 use mesh_service::{
     addresses, ask,
     config::{CommonArgs, Loader},
+    failure::describe,
     health::{self, Health},
     http,
     metrics::Metrics,
@@ -56,7 +57,7 @@ async fn main() -> ExitCode {
     match run(Args::parse()).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("mesh-shim: {error:#}");
+            eprintln!("mesh-shim: {}", describe(error.as_ref()));
             ExitCode::FAILURE
         }
     }

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use mesh_service::config::CommonArgs;
+use mesh_service::failure::describe;
 use mesh_service::shutdown::Shutdown;
 use mesh_service::{ask, telemetry};
 use mesh_worker::config::WorkerFlags;
@@ -41,7 +42,7 @@ fn main() -> ExitCode {
     match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("mesh-worker: {error:#}");
+            eprintln!("mesh-worker: {}", describe(error.as_ref()));
             ExitCode::FAILURE
         }
     }
