@@ -1,0 +1,241 @@
+# Assertions for what cannot work, warnings for what is most likely not meant. Each says what to write instead.
+{
+  config,
+  lib,
+  pkgs,
+  ...
+}:
+let
+  inherit (lib)
+    elem
+    filter
+    hasPrefix
+    mapAttrsToList
+    mkIf
+    optional
+    ;
+  cfg = config.services.hydramesh;
+  plan = import ./plan.nix { inherit config lib pkgs; };
+  inherit (plan) hasRole listeners split;
+  inherit (cfg) settings;
+  headSettings = settings.head;
+
+  assertion = text: holds: {
+    assertion = holds;
+    message = "services.hydramesh: ${text}";
+  };
+  warning = condition: text: optional condition "services.hydramesh: ${text}";
+
+  secretFiles = lib.filterAttrs (_: file: file != null) {
+    inherit (cfg) apiKeysFile hfTokenFile joinTokenFile;
+  };
+  inHome =
+    path:
+    builtins.any (folder: hasPrefix folder (toString path)) [
+      "/home/"
+      "/root/"
+      "/run/user/"
+    ];
+  localModels = toString cfg.localModels;
+
+  hostAndPort =
+    address:
+    let
+      parts = split address;
+    in
+    parts.host != "" && parts.port != null && parts.port > 0 && parts.port < 65536;
+  headAddressIsGood =
+    let
+      parts = split cfg.headAddress;
+    in
+    hostAndPort cfg.headAddress
+    || (parts.port == null && builtins.match "[^:/ ]+|\\[[0-9a-fA-F:]+]" parts.host != null);
+  headHost = (split cfg.headAddress).host;
+
+  # Pairs of sockets that want the same port.
+  isAny =
+    host:
+    elem host [
+      "0.0.0.0"
+      "[::]"
+    ];
+  clash =
+    a: b:
+    a.protocol == b.protocol
+    && a.port != null
+    && a.port != 0
+    && a.port == b.port
+    && (a.host == b.host || isAny a.host || isAny b.host);
+  clashes = lib.concatLists (
+    lib.imap0 (
+      i: a:
+      map (b: "${a.role}'s ${a.name} and ${b.role}'s ${b.name} (${toString a.port}/${a.protocol})") (
+        filter (clash a) (lib.drop (i + 1) listeners)
+      )
+    ) listeners
+  );
+
+  reachableHttp = hasRole "head" && !(plan.isLoopback (split headSettings.http.listen).host);
+  allowUnauthenticated = headSettings.http.allow_unauthenticated or false;
+
+  # "12G" in bytes; null for what cannot be compared.
+  bytes =
+    text:
+    let
+      parts = builtins.match "0*([0-9]+)([KMGT]?)" text;
+      factor = {
+        "" = 1;
+        K = 1024;
+        M = 1048576;
+        G = 1073741824;
+        T = 1099511627776;
+      };
+    in
+    if parts == null then
+      null
+    else
+      lib.toInt (builtins.elemAt parts 0) * factor.${builtins.elemAt parts 1};
+  high = if cfg.memoryHigh == null then null else bytes cfg.memoryHigh;
+  max = if cfg.memoryMax == null then null else bytes cfg.memoryMax;
+
+  # Options that mean something for one role alone, and are set.
+  forRole = role: names: map (name: { inherit role name; }) names;
+  useless = filter (use: !(hasRole use.role)) (
+    forRole "worker" (
+      optional (cfg.models != [ ]) "models"
+      ++ optional (cfg.joinTokenFile != null) "joinTokenFile"
+      ++ optional (cfg.hfTokenFile != null) "hfTokenFile"
+      ++ optional (cfg.hfToken != null) "hfToken"
+      ++ optional (cfg.memoryHigh != null) "memoryHigh"
+      ++ optional (cfg.memoryMax != null) "memoryMax"
+    )
+    ++ forRole "head" (optional (cfg.apiKeysFile != null) "apiKeysFile")
+    ++
+      lib.concatMap
+        (
+          role:
+          forRole role (optional (removeAttrs settings.${role} [ "state_dir" ] != { }) "settings.${role}")
+        )
+        [
+          "head"
+          "worker"
+          "shim"
+        ]
+  );
+in
+{
+  config = mkIf cfg.enable {
+    assertions = [
+      (assertion ''`role` is empty; set it to "head", "worker", "shim" or a list of them'' (
+        cfg.role != [ ]
+      ))
+      (assertion
+        ''a worker needs a head: set `headAddress = "host:7780"`, or add "head" to `role` to run one here''
+        (hasRole "worker" -> settings.worker ? head || settings.worker ? legacy.head)
+      )
+      (assertion
+        ''`headAddress` is "${toString cfg.headAddress}"; write "host" or "host:7780", an IPv6 address in brackets''
+        (cfg.headAddress != null -> headAddressIsGood)
+      )
+      (assertion
+        "a worker needs a model: set `models` to GGUF files or to names of files in ${localModels}"
+        (hasRole "worker" -> settings.worker.models or [ ] != [ ])
+      )
+      (assertion "a shim needs a head: set `headAddress` or `settings.shim.heads`, or run a head here" (
+        hasRole "shim" -> settings.shim.heads or [ ] != [ ]
+      ))
+      (assertion
+        "the head's API listens on ${headSettings.http.listen or ""}, beyond loopback, and nothing guards it: set `apiKeysFile`, or `settings.head.http.allow_unauthenticated = true` if everyone who can reach it may use the mesh"
+        (reachableHttp -> cfg.apiKeysFile != null || allowUnauthenticated)
+      )
+      (assertion
+        ''`backend = "nvidia"` needs the driver: set `services.xserver.videoDrivers = [ "nvidia" ]` and `hardware.nvidia.open` (X itself need not run)''
+        (hasRole "worker" && cfg.backend == "nvidia" -> elem "nvidia" config.services.xserver.videoDrivers)
+      )
+      (assertion "two sockets want the same port: ${lib.concatStringsSep "; " clashes}" (clashes == [ ]))
+      (assertion "set `hfTokenFile` or `hfToken`, not both" (
+        cfg.hfTokenFile == null || cfg.hfToken == null
+      ))
+      (assertion
+        "`settings.worker.join_token` would lie in the Nix store for everyone to read: put the token in a file and set `joinTokenFile`"
+        (!(settings.worker ? join_token))
+      )
+      (assertion
+        "`settings.worker.join_token_file` cannot be read by the service's user: set `joinTokenFile`, which hands it over"
+        (!(settings.worker ? join_token_file))
+      )
+      (assertion
+        "`settings.head.http.api_keys_file` cannot be read by the service's user: set `apiKeysFile`, which hands it over"
+        (!(headSettings ? http.api_keys_file))
+      )
+      (assertion
+        "`localModels` is ${localModels}, and home directories are invisible to the service: take a folder such as /srv/models"
+        (!(inHome localModels))
+      )
+      (assertion
+        "`memoryHigh` (${toString cfg.memoryHigh}) is above `memoryMax` (${toString cfg.memoryMax}) and would never count"
+        (high != null && max != null -> high <= max)
+      )
+    ]
+    ++ mapAttrsToList (
+      name: file:
+      assertion
+        "`${name}` is ${toString file}, in the Nix store, where everyone can read it: name a path outside as a string, \"/run/secrets/…\""
+        (!(hasPrefix "${builtins.storeDir}/" (toString file)))
+    ) secretFiles
+    ++ mapAttrsToList (
+      name: file:
+      assertion
+        ''`${name}` is "${toString file}": take a path of letters, digits and / . _ - + @ alone, which systemd reads as it stands''
+        (builtins.match "[A-Za-z0-9/._@+-]+" (toString file) != null)
+    ) secretFiles
+    ++ map (
+      model:
+      assertion
+        "the model ${toString model} lies in a home directory, which is invisible to the service: move it to ${localModels}"
+        (!(inHome model))
+    ) cfg.models
+    ++ map (
+      model:
+      assertion
+        "the model \"${model}\" is a relative path: write an absolute one, or a file's name to look up in ${localModels}"
+        (hasPrefix "/" model || !(lib.hasInfix "/" model))
+    ) (filter builtins.isString cfg.models);
+
+    warnings =
+      warning (
+        cfg.hfToken != null
+      ) "`hfToken` lands in the Nix store, where everyone on this machine can read it; use `hfTokenFile`"
+      ++
+        warning (hasRole "worker" && cfg.joinTokenFile == null && settings.worker ? head)
+          "the worker has no `joinTokenFile`; it runs only if it has joined the mesh before (`hydramesh token create` on the head makes a token)"
+      ++ warning (
+        hasRole "worker" && cfg.headAddress != null && !plan.headIsHere && plan.isLoopback headHost
+      ) "`headAddress` is ${toString cfg.headAddress}, this machine, and `role` has no \"head\""
+      ++
+        warning
+          (
+            hasRole "worker"
+            && cfg.package.passthru.backend or cfg.package.backend or plan.backend != plan.backend
+          )
+          "`backend` is \"${plan.backend}\", and `package` was built for \"${
+            cfg.package.passthru.backend or cfg.package.backend or ""
+          }\": the worker may not find its GPU"
+      ++
+        warning (reachableHttp && cfg.apiKeysFile == null && allowUnauthenticated)
+          "everyone who can reach ${headSettings.http.listen or ""} may use the mesh (`allow_unauthenticated`)"
+      ++
+        warning
+          (
+            hasRole "shim"
+            && cfg.openFirewall
+            && settings.shim.admit or "trusted" == "trusted"
+            && settings.shim.trusted_networks or [ ] == [ ]
+          )
+          ''the shim's port is open, but it answers this machine alone: set `settings.shim.trusted_networks`, or `settings.shim.admit = "verified"`''
+      ++
+        warning (hasRole "worker" && max != null && !(settings.worker ? kv_memory))
+          "`memoryMax` is set and `settings.worker.kv_memory` is not: the KV cache takes half of the machine's free memory, and may reach the limit"
+      ++ map (use: "services.hydramesh: `${use.name}` is set, but `role` has no \"${use.role}\"") useless;
+  };
+}

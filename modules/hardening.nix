@@ -1,0 +1,83 @@
+# What a service of ours may do on its machine. Everything is forbidden that it can live without; a GPU, pinned threads and
+# a port below 1024 each cost the least that they need.
+{ lib }:
+{
+  backend,
+  lowPort,
+  wholeProc,
+  pinThreads,
+}:
+let
+  inherit (lib) optional optionals;
+  hasGpu = backend != "cpu";
+  capabilities = optional lowPort "CAP_NET_BIND_SERVICE";
+in
+{
+  AmbientCapabilities = capabilities;
+  CapabilityBoundingSet = if capabilities == [ ] then "" else capabilities;
+  DevicePolicy = "closed";
+  KeyringMode = "private";
+  LockPersonality = true;
+  # CUDA and MIGraphX compile kernels while they run.
+  MemoryDenyWriteExecute = !hasGpu;
+  NoNewPrivileges = true;
+  PrivateDevices = !hasGpu;
+  PrivateMounts = true;
+  PrivateTmp = true;
+  # In a user namespace the capability would not count for the host's ports.
+  PrivateUsers = !lowPort;
+  ProcSubset = if wholeProc || hasGpu then "all" else "pid";
+  ProtectClock = true;
+  ProtectControlGroups = true;
+  ProtectHome = true;
+  ProtectHostname = true;
+  ProtectKernelLogs = true;
+  ProtectKernelModules = true;
+  ProtectKernelTunables = true;
+  ProtectProc = "invisible";
+  ProtectSystem = "strict";
+  RemoveIPC = true;
+  RestrictAddressFamilies = [
+    "AF_INET"
+    "AF_INET6"
+    "AF_UNIX"
+  ];
+  RestrictNamespaces = true;
+  RestrictRealtime = true;
+  RestrictSUIDSGID = true;
+  SystemCallArchitectures = "native";
+  # A forbidden call is an error, not the end of the process: libraries try things they can do without.
+  SystemCallErrorNumber = "EPERM";
+  SystemCallFilter = [
+    "@system-service"
+    "~@privileged"
+    "~@resources"
+  ]
+  ++ optional pinThreads "sched_setaffinity"
+  # CUDA and ROCm place memory near the device.
+  ++ optionals hasGpu [
+    "mbind"
+    "set_mempolicy"
+  ];
+  UMask = "0077";
+}
+// lib.optionalAttrs hasGpu {
+  SupplementaryGroups = [
+    "render"
+    "video"
+  ];
+  LimitMEMLOCK = "infinity";
+  DeviceAllow =
+    if backend == "nvidia" then
+      [
+        "char-nvidiactl rw"
+        "char-nvidia-caps rw"
+        "char-nvidia-frontend rw"
+        "char-nvidia-uvm rw"
+      ]
+    else
+      [
+        "char-drm rw"
+        "char-kfd rw"
+      ];
+}

@@ -1,0 +1,235 @@
+# What can be set below `services.hydramesh`.
+{
+  config,
+  lib,
+  pkgs,
+  ...
+}:
+let
+  inherit (lib) literalExpression mkOption types;
+  cfg = config.services.hydramesh;
+  plan = import ./plan.nix { inherit config lib pkgs; };
+  toml = pkgs.formats.toml { };
+
+  roles = [
+    "head"
+    "worker"
+    "shim"
+  ];
+  memory = types.nullOr (types.strMatching "[0-9]+[KMGT%]?|infinity");
+
+  mkPort =
+    default: description:
+    mkOption {
+      type = types.port;
+      inherit default description;
+      example = default + 10000;
+    };
+  mkSecretFile =
+    example: description:
+    mkOption {
+      type = types.nullOr types.path;
+      default = null;
+      inherit example description;
+    };
+  mkSettings =
+    role: example:
+    mkOption {
+      type = types.submodule {
+        freeformType = toml.type;
+        options.state_dir = mkOption {
+          type = types.path;
+          default = "/var/lib/hydramesh/${role}";
+          readOnly = true;
+          description = "Where the ${role} keeps its state; systemd makes the folder, so it cannot be another.";
+        };
+      };
+      default = { };
+      inherit example;
+      description = ''
+        Any key of `${role}.toml`, as docs/operations.md lists them. They win over the other options here. When the system is
+        built, `mesh-${role} --check-config` reads the result: an unknown key or a wrong value stops the build. Secrets do not
+        belong here: everyone on the machine can read the file.
+      '';
+    };
+in
+{
+  options.services.hydramesh = {
+    enable = lib.mkEnableOption "HydraMesh, an inference mesh of the machines you have";
+
+    package = mkOption {
+      type = types.package;
+      default = plan.defaultPackage;
+      defaultText = lib.literalMD "`pkgs.hydramesh`, `pkgs.hydramesh-cuda` or `pkgs.hydramesh-rocm`, as `backend` says";
+      example = literalExpression "pkgs.hydramesh-cuda";
+      description = "The HydraMesh package; it holds the programs of all roles.";
+    };
+
+    role = mkOption {
+      type = types.either (types.enum roles) (types.listOf (types.enum roles));
+      default = [ ];
+      apply = role: lib.unique (lib.toList role);
+      example = [
+        "head"
+        "worker"
+      ];
+      description = ''
+        What this machine does: `head` routes requests, `worker` answers them, `shim` takes UDP clients in. One of them, or a
+        list.
+      '';
+    };
+
+    backend = mkOption {
+      type = types.enum [
+        "auto"
+        "cpu"
+        "nvidia"
+        "rocm"
+      ];
+      default = "auto";
+      example = "nvidia";
+      description = ''
+        What the worker computes on. `auto` looks at this configuration: `nvidia` with `services.xserver.videoDrivers`
+        containing "nvidia"; `rocm` with "amdgpu" in it, or with `hardware.amdgpu.opencl.enable` or
+        `hardware.amdgpu.initrd.enable`; otherwise `cpu`. A GPU that does not answer is no failure: the worker then runs on
+        the CPU and says so in its log.
+      '';
+    };
+
+    headAddress = mkOption {
+      type = types.nullOr types.nonEmptyStr;
+      default = null;
+      example = "attic.lan:7780";
+      description = ''
+        The head's QUIC address, `host` or `host:port`, for a worker; a shim without `settings.shim.heads` sends to this host,
+        port 7777. Not needed where the head runs on the same machine.
+      '';
+    };
+
+    joinTokenFile = mkSecretFile "/run/secrets/hydramesh-join-token" ''
+      File with the token that lets the worker join, from `hydramesh token create` on the head. Root reads it and hands it to
+      the worker as a systemd credential; it may be deleted when the worker has joined.
+    '';
+
+    apiKeysFile = mkSecretFile "/run/secrets/hydramesh-api-keys" ''
+      File with one API key per line that the head's API asks for. Needed for listening beyond loopback. A systemd credential:
+      the file need not be readable for the service.
+    '';
+
+    hfTokenFile = mkSecretFile "/run/secrets/huggingface-token" ''
+      File with a Hugging Face token. The worker gets it as a systemd credential and its path in `HF_TOKEN_FILE`. Workers of
+      this version load models from files alone and do not read it.
+    '';
+
+    hfToken = mkOption {
+      type = types.nullOr types.nonEmptyStr;
+      default = null;
+      example = "hf_…";
+      description = ''
+        The Hugging Face token itself. It lands in the Nix store, where everyone on the machine can read it: use `hfTokenFile`.
+      '';
+    };
+
+    models = mkOption {
+      type = types.listOf (types.either types.nonEmptyStr types.path);
+      default = [ ];
+      example = [
+        "SmolLM2-135M-Instruct.Q4_1"
+        "/srv/models/qwen2.gguf"
+      ];
+      description = ''
+        Models that the worker serves: GGUF files, or names that are looked up in `localModels`. A path written without quotes
+        is copied into the Nix store.
+      '';
+    };
+
+    localModels = mkOption {
+      type = types.path;
+      default = "/var/lib/hydramesh/local-models";
+      example = "/srv/models";
+      description = ''
+        Folder with GGUF files, readable for everyone. The default one is made, owned by root; put files there. Folders in
+        home directories are invisible to the services.
+      '';
+    };
+
+    httpAddress = mkOption {
+      type = types.nonEmptyStr;
+      default = "127.0.0.1";
+      example = "0.0.0.0";
+      description = ''
+        Address on which the head's API listens. Beyond loopback it wants `apiKeysFile`. It is plain HTTP: put a TLS proxy
+        before it where the network is not yours.
+      '';
+    };
+
+    ports = {
+      head = {
+        http = mkPort 8080 "TCP port of the head's OpenAI API, health and metrics.";
+        clients = mkPort 7777 "UDP port on which the head takes DCF clients and shims.";
+        workers = mkPort 7778 "UDP port on which the head takes heartbeats.";
+        quic = mkPort 7780 "UDP port on which workers connect to the head (QUIC).";
+      };
+      worker = {
+        http = mkPort 8081 "TCP port of the worker's health and metrics, on loopback.";
+        dcf = mkPort 7779 "UDP port on which the worker takes tasks of v5.0.0 heads.";
+      };
+      shim.clients = mkPort 9999 "UDP port on which the shim takes DCF clients.";
+    };
+
+    openFirewall = mkOption {
+      type = types.bool;
+      default = false;
+      example = true;
+      description = ''
+        Whether to open the firewall: for a head its UDP ports, and its HTTP port if that listens beyond loopback; for a shim
+        its UDP port. A worker dials the head and gets a port opened only for what `settings.worker` makes others come for:
+        `legacy.head`, or an `http.listen` beyond loopback.
+      '';
+    };
+
+    memoryHigh = mkOption {
+      type = memory;
+      default = null;
+      example = "12G";
+      description = "Memory beyond which the kernel slows the worker down and takes memory back (MemoryHigh= of systemd).";
+    };
+
+    memoryMax = mkOption {
+      type = memory;
+      default = null;
+      example = "14G";
+      description = ''
+        Memory beyond which the worker is killed (MemoryMax= of systemd). The KV cache does not know this limit: set
+        `settings.worker.kv_memory` with it.
+      '';
+    };
+
+    configFiles = mkOption {
+      type = types.attrsOf types.package;
+      internal = true;
+      readOnly = true;
+      description = "The checked configuration of each role on this machine.";
+    };
+
+    settings = {
+      head = mkSettings "head" {
+        trusted_networks = [ "192.168.1.0/24" ];
+        request_timeout = "10m";
+      };
+      worker = mkSettings "worker" {
+        threads = 4;
+        kv_memory = "2GiB";
+      };
+      shim = mkSettings "shim" {
+        heads = [
+          "attic.lan:7777"
+          "cellar.lan:7777"
+        ];
+        trusted_networks = [ "192.168.1.0/24" ];
+      };
+    };
+  };
+
+  config.services.hydramesh.settings = lib.mkIf cfg.enable plan.settings;
+}

@@ -1,0 +1,155 @@
+# What follows from the options and is needed in more than one place: the backend, the package, the settings that the plain
+# options stand for, and where each service then listens.
+{
+  config,
+  lib,
+  pkgs,
+}:
+let
+  inherit (lib)
+    elem
+    mkDefault
+    mkIf
+    optional
+    ;
+  cfg = config.services.hydramesh;
+
+  hasRole = role: cfg.enable && elem role cfg.role;
+
+  drivers = config.services.xserver.videoDrivers;
+  amdgpu = config.hardware.amdgpu;
+  backend =
+    if cfg.backend != "auto" then
+      cfg.backend
+    else if elem "nvidia" drivers then
+      "nvidia"
+    else if elem "amdgpu" drivers || amdgpu.opencl.enable || amdgpu.initrd.enable then
+      "rocm"
+    else
+      "cpu";
+  packageName =
+    {
+      cpu = "hydramesh";
+      nvidia = "hydramesh-cuda";
+      rocm = "hydramesh-rocm";
+    }
+    .${backend};
+
+  # "host:port" in two; the port is null where there is none.
+  split =
+    address:
+    let
+      parts = builtins.match "(.*):([0-9]{1,5})" address;
+    in
+    if parts == null || isBareIpv6 address then
+      {
+        host = address;
+        port = null;
+      }
+    else
+      {
+        host = builtins.elemAt parts 0;
+        port = decimal (builtins.elemAt parts 1);
+      };
+  isBareIpv6 = address: builtins.match "[^][]*:[^][]*:.*" address != null;
+  # toInt refuses leading zeros.
+  decimal = text: lib.toInt (builtins.head (builtins.match "0*([0-9]+)" text));
+  join = host: port: "${if isBareIpv6 host then "[${host}]" else host}:${toString port}";
+  isLoopback =
+    host:
+    elem host [
+      "localhost"
+      "[::1]"
+    ]
+    || builtins.match "127\\..*" host != null;
+
+  head = split (if cfg.headAddress == null then "" else cfg.headAddress);
+  headIsHere = hasRole "head";
+
+  # Every socket of every role here, as the settings say after all was merged.
+  listener = role: name: protocol: address: {
+    inherit role name protocol;
+    inherit (split address) host port;
+  };
+  listeners =
+    let
+      inherit (cfg.settings) worker shim;
+      headSettings = cfg.settings.head;
+    in
+    optional (hasRole "head") (listener "head" "http.listen" "tcp" headSettings.http.listen)
+    ++ optional (hasRole "head") (listener "head" "dcf.clients" "udp" headSettings.dcf.clients)
+    ++ optional (hasRole "head") (listener "head" "dcf.workers" "udp" headSettings.dcf.workers)
+    ++ optional (hasRole "head") (listener "head" "quic.listen" "udp" headSettings.quic.listen)
+    ++ optional (hasRole "worker") (listener "worker" "http.listen" "tcp" worker.http.listen)
+    ++ optional (hasRole "worker") (listener "worker" "dcf.listen" "udp" worker.dcf.listen)
+    ++ optional (hasRole "shim") (listener "shim" "listen" "udp" shim.listen)
+    ++ optional (hasRole "shim" && shim ? http.listen) (
+      listener "shim" "http.listen" "tcp" shim.http.listen
+    );
+in
+{
+  inherit
+    backend
+    decimal
+    hasRole
+    headIsHere
+    isLoopback
+    listeners
+    split
+    ;
+
+  defaultPackage =
+    pkgs.${packageName}
+      or (throw "services.hydramesh: pkgs has no ${packageName}; take nixosModules.hydramesh from the flake, which brings its overlay, or set services.hydramesh.package");
+
+  # Secrets by the name that systemd knows them by. The join token goes through the credential store: unlike a path, a
+  # name that leads nowhere is no failure there, and a worker that has joined needs its token no more.
+  credentials = {
+    head = lib.optionalAttrs (cfg.apiKeysFile != null) {
+      api-keys = toString cfg.apiKeysFile;
+    };
+    worker =
+      lib.optionalAttrs (cfg.joinTokenFile != null) { join-token = "hydramesh-join-token"; }
+      // lib.optionalAttrs (cfg.hfTokenFile != null) { hf-token = toString cfg.hfTokenFile; }
+      // lib.optionalAttrs (cfg.hfTokenFile == null && cfg.hfToken != null) {
+        hf-token = toString (pkgs.writeText "hydramesh-hf-token" cfg.hfToken);
+      };
+    shim = { };
+  };
+
+  settings = {
+    head = mkIf (hasRole "head") {
+      http.listen = mkDefault (join cfg.httpAddress cfg.ports.head.http);
+      dcf.clients = mkDefault (join "0.0.0.0" cfg.ports.head.clients);
+      dcf.workers = mkDefault (join "0.0.0.0" cfg.ports.head.workers);
+      quic.listen = mkDefault (join "0.0.0.0" cfg.ports.head.quic);
+    };
+    worker = mkIf (hasRole "worker") (
+      lib.mkMerge [
+        {
+          models = mkDefault (map (model: "${model}") cfg.models);
+          model_dirs = mkDefault [ (toString cfg.localModels) ];
+          http.listen = mkDefault (join "127.0.0.1" cfg.ports.worker.http);
+          dcf.listen = mkDefault (join "0.0.0.0" cfg.ports.worker.dcf);
+        }
+        (mkIf (cfg.headAddress != null) {
+          head = mkDefault (join head.host (if head.port == null then 7780 else head.port));
+        })
+        (mkIf (cfg.headAddress == null && headIsHere) {
+          head = mkDefault (join "127.0.0.1" (split cfg.settings.head.quic.listen).port);
+        })
+      ]
+    );
+    shim = mkIf (hasRole "shim") (
+      lib.mkMerge [
+        { listen = mkDefault (join "0.0.0.0" cfg.ports.shim.clients); }
+        (mkIf headIsHere {
+          heads = mkDefault [ (join "127.0.0.1" (split cfg.settings.head.dcf.clients).port) ];
+        })
+        (mkIf (!headIsHere && cfg.headAddress != null) {
+          heads = mkDefault [ (join head.host 7777) ];
+        })
+      ]
+    );
+  };
+}

@@ -1,0 +1,178 @@
+# One systemd unit a role, their configuration files, the folder for models, and the firewall.
+{
+  config,
+  lib,
+  pkgs,
+  ...
+}:
+let
+  inherit (lib)
+    mapAttrsToList
+    mkIf
+    optional
+    optionals
+    ;
+  cfg = config.services.hydramesh;
+  plan = import ./plan.nix { inherit config lib pkgs; };
+  inherit (plan) credentials hasRole listeners;
+  hardening = import ./hardening.nix { inherit lib; };
+  toml = pkgs.formats.toml { };
+
+  # The keys of the configuration that name files of systemd's making.
+  credentialVariables = {
+    api-keys = "HYDRAMESH_HEAD__HTTP__API_KEYS_FILE";
+    join-token = "HYDRAMESH_WORKER__JOIN_TOKEN_FILE";
+    hf-token = "HF_TOKEN_FILE";
+  };
+  credentialEnvironment =
+    role: folder:
+    lib.mapAttrs' (
+      name: _: lib.nameValuePair credentialVariables.${name} "${folder}/${name}"
+    ) credentials.${role};
+
+  # null takes a default away.
+  settingsOf = role: lib.filterAttrsRecursive (_: value: value != null) cfg.settings.${role};
+  # The service itself says whether its file is good, before anything is switched to it.
+  configFile =
+    role:
+    let
+      unchecked = toml.generate "hydramesh-${role}-unchecked.toml" (settingsOf role);
+    in
+    if pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform then
+      pkgs.runCommand "hydramesh-${role}.toml" (credentialEnvironment role "/credentials") ''
+        ${program role} --config ${unchecked} --check-config
+        cp ${unchecked} "$out"
+      ''
+    else
+      unchecked;
+  program = role: lib.getExe' cfg.package "mesh-${role}";
+
+  lowPort =
+    role: builtins.any (l: l.role == role && l.port != null && l.port > 0 && l.port < 1024) listeners;
+  gpu = role: if role == "worker" then plan.backend else "cpu";
+
+  # How long running answers may take at the end, in seconds, if it is written in a way that can be read here.
+  drainSeconds =
+    role:
+    let
+      limit = cfg.settings.${role}.drain_limit or cfg.settings.${role}.drain_timeout or "30s";
+      parts = builtins.match " *([0-9]{1,9}) *(s|sec|m|min|h|d|) *" (toString limit);
+      factor = {
+        s = 1;
+        sec = 1;
+        "" = 1;
+        m = 60;
+        min = 60;
+        h = 3600;
+        d = 86400;
+      };
+    in
+    if parts == null then
+      300
+    else
+      plan.decimal (builtins.head parts) * factor.${builtins.elemAt parts 1};
+
+  unit =
+    role:
+    {
+      description,
+      after ? [ ],
+      serviceConfig ? { },
+      environment ? { },
+    }:
+    {
+      inherit description;
+      wantedBy = [ "multi-user.target" ];
+      wants = [ "network-online.target" ];
+      after = [ "network-online.target" ] ++ after;
+      # A node that cannot start today may be able to tomorrow: it is never given up.
+      startLimitIntervalSec = 0;
+      environment = credentialEnvironment role "%d" // environment;
+      serviceConfig =
+        hardening {
+          backend = gpu role;
+          lowPort = lowPort role;
+          # /proc/meminfo says how large the KV cache may be, /proc/cpuinfo which kernels the processor has.
+          wholeProc = role == "worker";
+          # Threads that compute are pinned to their cores.
+          pinThreads = role == "worker";
+        }
+        // {
+          Type = "notify";
+          ExecStart = "${program role} --config ${cfg.configFiles.${role}}";
+          WatchdogSec = 30;
+          Restart = "always";
+          RestartSec = 2;
+          TimeoutStopSec = drainSeconds role + 15;
+          DynamicUser = true;
+          StateDirectory = "hydramesh/${role}";
+          StateDirectoryMode = "0700";
+          LoadCredential = mapAttrsToList (name: source: "${name}:${source}") credentials.${role};
+        }
+        // serviceConfig;
+    };
+
+  open =
+    protocol:
+    map (l: l.port) (
+      builtins.filter (
+        l:
+        l.protocol == protocol
+        && l.port != null
+        && l.port != 0
+        && !(plan.isLoopback l.host)
+        && (l.role != "worker" || protocol == "tcp" || cfg.settings.worker ? legacy.head)
+      ) listeners
+    );
+in
+{
+  config = mkIf cfg.enable {
+    services.hydramesh.configFiles = lib.genAttrs cfg.role configFile;
+    environment.systemPackages = [ cfg.package ];
+
+    systemd.services = lib.mkMerge [
+      (mkIf (hasRole "head") {
+        hydramesh-head = unit "head" {
+          description = "HydraMesh head: gives requests to workers";
+        };
+      })
+      (mkIf (hasRole "worker") {
+        hydramesh-worker = unit "worker" {
+          description = "HydraMesh worker: answers requests";
+          after = optional plan.headIsHere "hydramesh-head.service";
+          # Libraries for GPUs keep compiled kernels in the home folder, and a dynamic user has none.
+          environment = lib.optionalAttrs (plan.backend != "cpu") { HOME = "%S/hydramesh/worker"; };
+          serviceConfig = {
+            # It is ready when its models are loaded, and a disk may be slow.
+            TimeoutStartSec = "15min";
+            # Other programs go first when memory runs out: a lost worker is a pause in somebody's answer.
+            OOMScoreAdjust = -500;
+          }
+          // lib.optionalAttrs (cfg.memoryHigh != null) { MemoryHigh = cfg.memoryHigh; }
+          // lib.optionalAttrs (cfg.memoryMax != null) { MemoryMax = cfg.memoryMax; };
+        };
+      })
+      (mkIf (hasRole "shim") {
+        hydramesh-shim = unit "shim" {
+          description = "HydraMesh shim: takes UDP clients in";
+          after = optional plan.headIsHere "hydramesh-head.service";
+        };
+      })
+    ];
+
+    systemd.tmpfiles.rules = optionals (hasRole "worker") (
+      optional (
+        toString cfg.localModels == "/var/lib/hydramesh/local-models"
+      ) "d /var/lib/hydramesh/local-models 0755 root root -"
+      ++ optionals (cfg.joinTokenFile != null) [
+        "d /run/credstore 0700 root root -"
+        "L+ /run/credstore/hydramesh-join-token - - - - ${toString cfg.joinTokenFile}"
+      ]
+    );
+
+    networking.firewall = mkIf cfg.openFirewall {
+      allowedTCPPorts = open "tcp";
+      allowedUDPPorts = open "udp";
+    };
+  };
+}

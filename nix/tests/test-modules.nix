@@ -1,0 +1,696 @@
+# The module: defaults, units, and that every mistake is told.
+{ lib }:
+let
+  nixos = import ./nixos.nix { inherit lib; };
+  inherit (nixos) evaluate complaints;
+
+  with' = options: {
+    services.hydramesh = {
+      enable = true;
+    }
+    // options;
+  };
+  head = options: with' ({ role = "head"; } // options);
+  worker =
+    options:
+    with' (
+      {
+        role = "worker";
+        headAddress = "attic.lan";
+        joinTokenFile = "/run/secrets/join";
+        models = [ "m" ];
+      }
+      // options
+    );
+  shim =
+    options:
+    with' (
+      {
+        role = "shim";
+        headAddress = "attic.lan";
+      }
+      // options
+    );
+  nvidia = options: {
+    imports = [ (worker options) ];
+    services.xserver.videoDrivers = [ "nvidia" ];
+  };
+  amd = options: {
+    imports = [ (worker options) ];
+    hardware.amdgpu.opencl.enable = true;
+  };
+  services = module: (evaluate module).config.systemd.services;
+  settings = module: (evaluate module).config.services.hydramesh.settings;
+  workerUnit = module: (services module).hydramesh-worker;
+  headUnit = module: (services module).hydramesh-head;
+
+  # Whether one complaint, and no other, holds these words.
+  one = words: list: builtins.length list == 1 && lib.hasInfix words (builtins.head list);
+  fails = words: module: {
+    expr = one words (complaints module).failed;
+    expected = true;
+  };
+  warns = words: module: {
+    expr =
+      let
+        c = complaints module;
+      in
+      c.failed == [ ] && one words c.warnings;
+    expected = true;
+  };
+  silent = module: {
+    expr = complaints module;
+    expected = {
+      failed = [ ];
+      warnings = [ ];
+    };
+  };
+  throws = x: {
+    expr = (builtins.tryEval (builtins.deepSeq x true)).success;
+    expected = false;
+  };
+  is = expr: expected: { inherit expr expected; };
+
+  everything = with' {
+    role = [
+      "head"
+      "worker"
+      "shim"
+    ];
+    models = [ "m" ];
+    joinTokenFile = "/run/secrets/join";
+    apiKeysFile = "/run/secrets/keys";
+    hfTokenFile = "/run/secrets/hf";
+    httpAddress = "0.0.0.0";
+    openFirewall = true;
+    settings.shim.admit = "verified";
+  };
+in
+{
+  # What is there without being asked for.
+  "a head needs three lines" = silent {
+    services.hydramesh.enable = true;
+    services.hydramesh.role = "head";
+  };
+  "a worker with a head, a token and a model is complete" = silent (worker { });
+  "a shim with a head is complete" = silent (shim { });
+  "all roles run on one machine" = silent everything;
+  "a configuration that does not enable it has no units" = is (services {
+    services.hydramesh.role = "head";
+  }) { };
+  "each role has a unit of its own" = is (builtins.attrNames (services everything)) [
+    "hydramesh-head"
+    "hydramesh-shim"
+    "hydramesh-worker"
+  ];
+  "a role may stand alone or in a list" = is (builtins.attrNames (
+    services (with' {
+      role = [ "head" ];
+    })
+  )) (builtins.attrNames (services (head { })));
+  "a role written twice is one" =
+    is
+      (evaluate (with' {
+        role = [
+          "head"
+          "head"
+        ];
+      })).config.services.hydramesh.role
+      [ "head" ];
+  "ports and folders are those of docs/operations.md" = is (settings everything) {
+    head = {
+      state_dir = "/var/lib/hydramesh/head";
+      http.listen = "0.0.0.0:8080";
+      dcf.clients = "0.0.0.0:7777";
+      dcf.workers = "0.0.0.0:7778";
+      quic.listen = "0.0.0.0:7780";
+    };
+    worker = {
+      state_dir = "/var/lib/hydramesh/worker";
+      head = "127.0.0.1:7780";
+      models = [ "m" ];
+      model_dirs = [ "/var/lib/hydramesh/local-models" ];
+      http.listen = "127.0.0.1:8081";
+      dcf.listen = "0.0.0.0:7779";
+    };
+    shim = {
+      state_dir = "/var/lib/hydramesh/shim";
+      listen = "0.0.0.0:9999";
+      heads = [ "127.0.0.1:7777" ];
+      admit = "verified";
+    };
+  };
+  "the API listens on loopback unless told otherwise" =
+    is (settings (head { })).head.http.listen
+      "127.0.0.1:8080";
+
+  # What follows from what.
+  "a head's name without a port gets the QUIC port" =
+    is (settings (worker { })).worker.head
+      "attic.lan:7780";
+  "a head's port is kept" =
+    is
+      (settings (worker {
+        headAddress = "[fd00::1]:7000";
+      })).worker.head
+      "[fd00::1]:7000";
+  "a shim sends to the clients' port of the head" =
+    is
+      (settings (shim {
+        headAddress = "attic.lan:7000";
+      })).shim.heads
+      [ "attic.lan:7777" ];
+  "a local head is found on the ports it was given" =
+    is
+      (
+        let
+          s = settings {
+            imports = [ everything ];
+            services.hydramesh.ports.head.quic = 7000;
+            services.hydramesh.settings.head.dcf.clients = "0.0.0.0:7001";
+          };
+        in
+        [
+          s.worker.head
+          s.shim.heads
+        ]
+      )
+      [
+        "127.0.0.1:7000"
+        [ "127.0.0.1:7001" ]
+      ];
+  "an IPv6 address is put in brackets" =
+    is
+      (settings (head {
+        httpAddress = "::1";
+      })).head.http.listen
+      "[::1]:8080";
+  "settings win over options" =
+    is
+      (settings (head {
+        settings.head.http.listen = "127.0.0.1:1234";
+      })).head.http.listen
+      "127.0.0.1:1234";
+  "an unknown key reaches the program, which refuses it" =
+    is
+      (settings (head {
+        settings.head.mistake = 1;
+      })).head.mistake
+      1;
+  "another state directory is refused" =
+    throws
+      (settings (head {
+        settings.head.state_dir = "/srv/head";
+      })).head.state_dir;
+  "a role that does not exist is refused" = throws (
+    services (with' {
+      role = "router";
+    })
+  );
+  "an option that does not exist is refused" = throws (
+    services (head {
+      port = 1;
+    })
+  );
+  "a port out of range is refused" = throws (
+    settings (head {
+      ports.head.http = 65536;
+    })
+  );
+
+  # Backends.
+  "auto is the CPU where nothing speaks for a GPU" =
+    is (workerUnit (worker { })).serviceConfig.PrivateDevices
+      true;
+  "auto takes NVIDIA's driver" = is (builtins.head
+    (workerUnit (nvidia { })).serviceConfig.DeviceAllow
+  ) "char-nvidiactl rw";
+  "auto takes AMD's driver" = is (workerUnit (amd { })).serviceConfig.DeviceAllow [
+    "char-drm rw"
+    "char-kfd rw"
+  ];
+  "a named backend wins over the drivers" = is (
+    (workerUnit (nvidia {
+      backend = "cpu";
+    })).serviceConfig
+      ? DeviceAllow
+  ) false;
+  "the package follows the backend" =
+    is
+      (map (m: (evaluate m).config.services.hydramesh.package.name) [
+        (worker { })
+        (nvidia { })
+        (worker { backend = "rocm"; })
+      ])
+      [
+        "hydramesh"
+        "hydramesh-cuda"
+        "hydramesh-rocm"
+      ];
+  "a head beside a GPU worker gets no device" =
+    let
+      both = nvidia {
+        role = [
+          "head"
+          "worker"
+        ];
+        headAddress = null;
+      };
+    in
+    is ((headUnit both).serviceConfig ? DeviceAllow) false;
+
+  # Units.
+  "a unit starts the program with its file" =
+    is (workerUnit (worker { })).serviceConfig.ExecStart
+      "/usr/bin/mesh-worker --config /etc/hydramesh/worker.toml";
+  "the program checks its file when the system is built, secrets or not" =
+    is
+      (
+        let
+          inherit ((evaluate everything).config.services.hydramesh.configFiles) head;
+        in
+        {
+          first = builtins.head (lib.splitString "\n" head.command);
+          inherit (head) environment;
+        }
+      )
+      {
+        first = "/usr/bin/mesh-head --config ${builtins.storeDir}/0-hydramesh-head-unchecked.toml --check-config";
+        environment.HYDRAMESH_HEAD__HTTP__API_KEYS_FILE = "/credentials/api-keys";
+      };
+  "units are started when the network is there, and never given up" =
+    is
+      (
+        let
+          u = headUnit (head { });
+        in
+        {
+          inherit (u)
+            wants
+            after
+            wantedBy
+            startLimitIntervalSec
+            ;
+          inherit (u.serviceConfig) Type Restart WatchdogSec;
+        }
+      )
+      {
+        wants = [ "network-online.target" ];
+        after = [ "network-online.target" ];
+        wantedBy = [ "multi-user.target" ];
+        startLimitIntervalSec = 0;
+        Type = "notify";
+        Restart = "always";
+        WatchdogSec = 30;
+      };
+  "a worker and a shim start after the head on their machine" =
+    is
+      (map (u: lib.elem "hydramesh-head.service" u.after) [
+        (services everything).hydramesh-worker
+        (services everything).hydramesh-shim
+        (workerUnit (worker { }))
+      ])
+      [
+        true
+        true
+        false
+      ];
+  "every unit is locked in" = is (lib.filter (
+    unit:
+    !(
+      unit.serviceConfig.DynamicUser
+      && unit.serviceConfig.NoNewPrivileges
+      && unit.serviceConfig.MemoryDenyWriteExecute
+      && unit.serviceConfig.PrivateDevices
+      && unit.serviceConfig.PrivateTmp
+      && unit.serviceConfig.PrivateUsers
+      && unit.serviceConfig.ProtectHome
+      && unit.serviceConfig.ProtectSystem == "strict"
+      && unit.serviceConfig.CapabilityBoundingSet == ""
+      && unit.serviceConfig.UMask == "0077"
+      && unit.serviceConfig.SystemCallErrorNumber == "EPERM"
+    )
+  ) (builtins.attrValues (services everything))) [ ];
+  "a service writes into its state directory alone" = is (lib.filter (
+    unit:
+    unit.serviceConfig ? ReadWritePaths
+    || unit.serviceConfig ? CacheDirectory
+    || !(lib.hasPrefix "hydramesh/" unit.serviceConfig.StateDirectory)
+  ) (builtins.attrValues (services everything))) [ ];
+  "state directories are those that the services are told of" = is (lib.filter
+    (
+      role:
+      (settings everything).${role}.state_dir
+      != "/var/lib/${(services everything)."hydramesh-${role}".serviceConfig.StateDirectory}"
+    )
+    [
+      "head"
+      "worker"
+      "shim"
+    ]
+  ) [ ];
+  "when memory runs out, others go before a worker" =
+    is (map (unit: unit.serviceConfig.OOMScoreAdjust or 0) (builtins.attrValues (services everything)))
+      [
+        0
+        0
+        (-500)
+      ];
+  "memory limits reach the worker's unit" =
+    is
+      (
+        let
+          c =
+            (workerUnit (worker {
+              memoryHigh = "3G";
+              memoryMax = "4G";
+              settings.worker.kv_memory = "1GiB";
+            })).serviceConfig;
+        in
+        [
+          c.MemoryHigh
+          c.MemoryMax
+        ]
+      )
+      [
+        "3G"
+        "4G"
+      ];
+  "a worker may see the machine's memory and processor, a head may not" =
+    is
+      [
+        (workerUnit (worker { })).serviceConfig.ProcSubset
+        (headUnit (head { })).serviceConfig.ProcSubset
+      ]
+      [
+        "all"
+        "pid"
+      ];
+  "a worker may pin its threads" = is (lib.elem "sched_setaffinity"
+    (workerUnit (worker { })).serviceConfig.SystemCallFilter
+  ) true;
+  "a GPU worker may do what its driver needs, and no more" =
+    is
+      (
+        let
+          c = (workerUnit (nvidia { })).serviceConfig;
+        in
+        {
+          inherit (c)
+            MemoryDenyWriteExecute
+            PrivateDevices
+            DevicePolicy
+            SupplementaryGroups
+            PrivateUsers
+            ProtectSystem
+            ;
+          home = (workerUnit (nvidia { })).environment.HOME;
+        }
+      )
+      {
+        MemoryDenyWriteExecute = false;
+        PrivateDevices = false;
+        DevicePolicy = "closed";
+        SupplementaryGroups = [
+          "render"
+          "video"
+        ];
+        PrivateUsers = true;
+        ProtectSystem = "strict";
+        home = "%S/hydramesh/worker";
+      };
+  "a port below 1024 costs one capability" =
+    is
+      (
+        let
+          c =
+            (headUnit (head {
+              ports.head.http = 80;
+            })).serviceConfig;
+        in
+        {
+          inherit (c) AmbientCapabilities CapabilityBoundingSet PrivateUsers;
+        }
+      )
+      {
+        AmbientCapabilities = [ "CAP_NET_BIND_SERVICE" ];
+        CapabilityBoundingSet = [ "CAP_NET_BIND_SERVICE" ];
+        PrivateUsers = false;
+      };
+  "systemd waits longer than a drain may take" =
+    is
+      (map
+        (
+          limit:
+          (headUnit (head {
+            settings.head.drain_limit = limit;
+          })).serviceConfig.TimeoutStopSec
+        )
+        [
+          "30s"
+          "5m"
+          "010 s"
+          90
+          "500ms"
+        ]
+      )
+      [
+        45
+        315
+        25
+        105
+        315
+      ];
+  "a shim's drain counts, too" =
+    is
+      (services (shim {
+        settings.shim.drain_timeout = "1m";
+      })).hydramesh-shim.serviceConfig.TimeoutStopSec
+      75;
+
+  # Secrets.
+  "secrets are credentials, and the services get their paths" =
+    is
+      (lib.mapAttrs (_: unit: {
+        inherit (unit.serviceConfig) LoadCredential;
+        inherit (unit) environment;
+      }) (services everything))
+      {
+        hydramesh-head = {
+          LoadCredential = [ "api-keys:/run/secrets/keys" ];
+          environment.HYDRAMESH_HEAD__HTTP__API_KEYS_FILE = "%d/api-keys";
+        };
+        hydramesh-shim = {
+          LoadCredential = [ ];
+          environment = { };
+        };
+        hydramesh-worker = {
+          LoadCredential = [
+            "hf-token:/run/secrets/hf"
+            "join-token:hydramesh-join-token"
+          ];
+          environment = {
+            HF_TOKEN_FILE = "%d/hf-token";
+            HYDRAMESH_WORKER__JOIN_TOKEN_FILE = "%d/join-token";
+          };
+        };
+      };
+  "the join token goes through the credential store, where it may be missing" =
+    is (lib.filter (lib.hasInfix "credstore") (evaluate (worker { })).config.systemd.tmpfiles.rules)
+      [
+        "d /run/credstore 0700 root root -"
+        "L+ /run/credstore/hydramesh-join-token - - - - /run/secrets/join"
+      ];
+  "a token that is written down is in no unit and no configuration" = is (
+    let
+      c =
+        (evaluate (worker {
+          hfToken = "hf_very_secret";
+        })).config;
+    in
+    lib.hasInfix "hf_very_secret" (
+      builtins.toJSON [
+        c.systemd
+        c.services.hydramesh.settings
+      ]
+    )
+  ) false;
+
+  # Models.
+  "the default folder for models is made" = is (lib.head
+    (evaluate (worker { })).config.systemd.tmpfiles.rules
+  ) "d /var/lib/hydramesh/local-models 0755 root root -";
+  "a folder of the admin's own is left alone" = is (lib.filter (lib.hasInfix "models")
+    (evaluate (worker {
+      localModels = "/srv/models";
+    })).config.systemd.tmpfiles.rules
+  ) [ ];
+  "a head makes no folder for models" = is (evaluate (head { })).config.systemd.tmpfiles.rules [ ];
+  "a model from the store is a path" = is (lib.hasPrefix "${builtins.storeDir}/" (
+    lib.head
+      (settings (worker {
+        models = [ ./lib/default.nix ];
+      })).worker.models
+  )) true;
+
+  # Firewall.
+  "the firewall stays shut unless asked" = is (evaluate (head { })).config.networking.firewall {
+    allowedTCPPorts = [ ];
+    allowedUDPPorts = [ ];
+  };
+  "the firewall opens what others come for" = is (evaluate everything).config.networking.firewall {
+    allowedTCPPorts = [ 8080 ];
+    allowedUDPPorts = [
+      7777
+      7778
+      7780
+      9999
+    ];
+  };
+  "a worker needs no open port" =
+    is
+      (evaluate (worker {
+        openFirewall = true;
+      })).config.networking.firewall
+      {
+        allowedTCPPorts = [ ];
+        allowedUDPPorts = [ ];
+      };
+  "a worker of a v5.0.0 head does" =
+    is
+      (evaluate (worker {
+        openFirewall = true;
+        settings.worker.legacy.head = "old.lan:7778";
+      })).config.networking.firewall.allowedUDPPorts
+      [ 7779 ];
+  "the firewall follows the settings" =
+    is
+      (evaluate (head {
+        openFirewall = true;
+        settings.head.quic.listen = "0.0.0.0:1234";
+        settings.head.dcf.clients = "127.0.0.1:7777";
+        settings.head.dcf.workers = "0.0.0.0:0";
+      })).config.networking.firewall.allowedUDPPorts
+      [ 1234 ];
+
+  # Mistakes that stop the build.
+  "no role" = fails "`role` is empty" (with' { });
+  "a worker without a head" = fails "a worker needs a head" (worker {
+    headAddress = null;
+  });
+  "a worker without a model" = fails "a worker needs a model" (worker {
+    models = [ ];
+  });
+  "a shim without a head" = fails "a shim needs a head" (shim {
+    headAddress = null;
+  });
+  "a head's address that is none" = fails "`headAddress` is \"http://attic\"" (worker {
+    headAddress = "http://attic";
+  });
+  "a head's address with a port that is none" = fails "`headAddress` is \"attic:99999\"" (worker {
+    headAddress = "attic:99999";
+  });
+  "an IPv6 address without brackets" = fails "in brackets" (worker {
+    headAddress = "fd00::1";
+  });
+  "an open API" = fails "nothing guards it" (head {
+    httpAddress = "0.0.0.0";
+  });
+  "an open API by settings" = fails "nothing guards it" (head {
+    settings.head.http.listen = "[::]:8080";
+  });
+  "an API with keys may be open" = silent (head {
+    httpAddress = "0.0.0.0";
+    apiKeysFile = "/run/secrets/keys";
+  });
+  "an NVIDIA worker without the driver" = fails "services.xserver.videoDrivers" (worker {
+    backend = "nvidia";
+  });
+  "an NVIDIA worker with the driver" = silent (nvidia {
+    backend = "nvidia";
+  });
+  "two sockets on one port" = fails "head's http.listen and worker's http.listen (8080/tcp)" {
+    imports = [ everything ];
+    services.hydramesh.ports.worker.http = 8080;
+  };
+  "one port for TCP and UDP is fine" = silent (head {
+    ports.head.clients = 8080;
+  });
+  "one port on two addresses is fine" = silent (head {
+    settings.head.dcf.clients = "127.0.0.1:7000";
+    settings.head.dcf.workers = "127.0.0.2:7000";
+  });
+  "port 0 never clashes" = silent (head {
+    ports.head.clients = 0;
+    ports.head.workers = 0;
+  });
+  "a token twice" = fails "not both" (worker {
+    hfToken = "x";
+    hfTokenFile = "/run/secrets/hf";
+  });
+  "a join token in the settings" = fails "settings.worker.join_token`" (worker {
+    settings.worker.join_token = "x";
+  });
+  "a join token file in the settings" = fails "settings.worker.join_token_file`" (worker {
+    settings.worker.join_token_file = "/run/secrets/join";
+  });
+  "an API key file in the settings" = fails "settings.head.http.api_keys_file`" (head {
+    settings.head.http.api_keys_file = "/run/secrets/keys";
+  });
+  "a token file in the store" = fails "in the Nix store" (worker {
+    joinTokenFile = "${builtins.storeDir}/0-token";
+  });
+  "a token file with a space" = fails "take a path of letters" (worker {
+    joinTokenFile = "/run/my secrets/join";
+  });
+  "models in a home directory" = fails "invisible" (worker {
+    localModels = "/home/ann/models";
+  });
+  "a model in a home directory" = fails "lies in a home directory" (worker {
+    models = [ "/root/m.gguf" ];
+  });
+  "a model by a relative path" = fails "a relative path" (worker {
+    models = [ "models/m.gguf" ];
+  });
+  "limits the wrong way round" = fails "would never count" (worker {
+    memoryHigh = "4G";
+    memoryMax = "4000M";
+    settings.worker.kv_memory = "1GiB";
+  });
+
+  # Mistakes that are only told.
+  "a worker without a token may have joined" = warns "no `joinTokenFile`" (worker {
+    joinTokenFile = null;
+  });
+  "a token in the store" = warns "`hfToken` lands in the Nix store" (worker {
+    hfToken = "x";
+  });
+  "a head on this machine that is not there" = warns "`role` has no \"head\"" (worker {
+    headAddress = "127.0.0.1:7780";
+  });
+  "a package for another backend" = warns "was built for \"cpu\"" (nvidia {
+    package = nixos.pkgs.hydramesh;
+  });
+  "an API that is open on purpose" = warns "everyone who can reach 0.0.0.0:8080" (head {
+    httpAddress = "0.0.0.0";
+    settings.head.http.allow_unauthenticated = true;
+  });
+  "a shim that answers nobody" = warns "answers this machine alone" (shim {
+    openFirewall = true;
+  });
+  "a limit that the KV cache does not know" = warns "settings.worker.kv_memory" (worker {
+    memoryMax = "4G";
+  });
+  "options of a role that is not here" =
+    is
+      (complaints (head {
+        models = [ "m" ];
+        joinTokenFile = "/run/secrets/join";
+        settings.shim.admit = "verified";
+      })).warnings
+      [
+        ''services.hydramesh: `models` is set, but `role` has no "worker"''
+        ''services.hydramesh: `joinTokenFile` is set, but `role` has no "worker"''
+        ''services.hydramesh: `settings.shim` is set, but `role` has no "shim"''
+      ];
+}

@@ -1,0 +1,122 @@
+# The files that the modules would put on a NixOS machine, written from evaluation alone: unit files, configurations,
+# tmpfiles rules. scripts/nix_units.py puts them in a folder, for systemd-analyze and for machines that run no NixOS.
+{
+  # Folder of the programs; its last part is `bin`.
+  bin ? "/usr/bin",
+  # Folder of the configuration files.
+  etc ? "/etc/hydramesh",
+  # A NixOS module to evaluate instead of the cases below.
+  configuration ? null,
+}:
+let
+  named = builtins.getEnv "NIXPKGS_LIB";
+  lib = import (if named == "" then ./lib else /. + named);
+  nixos = import ./nixos.nix {
+    inherit lib etc;
+    prefix = dirOf bin;
+  };
+  toToml = import ./toml.nix { inherit lib; };
+
+  # One line a value, as NixOS writes them.
+  entry =
+    name: value:
+    if builtins.isList value then
+      map (one: "${name}=${text one}") value
+    else
+      [ "${name}=${text value}" ];
+  text = value: if builtins.isBool value then lib.boolToString value else toString value;
+  section =
+    title: entries:
+    "[${title}]\n" + lib.concatLines (lib.concatLists (lib.mapAttrsToList entry entries));
+  environment =
+    variables: lib.mapAttrsToList (name: value: builtins.toJSON "${name}=${toString value}") variables;
+  unitFile =
+    service:
+    lib.concatStringsSep "\n" [
+      (section "Unit" {
+        Description = service.description;
+        After = service.after;
+        Wants = service.wants;
+        StartLimitIntervalSec = service.startLimitIntervalSec;
+      })
+      (section "Service" (service.serviceConfig // { Environment = environment service.environment; }))
+      (section "Install" { WantedBy = service.wantedBy; })
+    ];
+
+  write =
+    module:
+    let
+      inherit (nixos.evaluate module) config;
+      cfg = config.services.hydramesh;
+      failed = builtins.filter (a: !a.assertion) config.assertions;
+    in
+    if failed != [ ] then
+      throw (lib.concatMapStringsSep "\n" (a: a.message) failed)
+    else
+      {
+        inherit (config) warnings;
+        units = lib.mapAttrs' (
+          name: service: lib.nameValuePair "${name}.service" (unitFile service)
+        ) config.systemd.services;
+        configs = lib.listToAttrs (
+          map (role: lib.nameValuePair "${role}.toml" (toToml cfg.settings.${role})) cfg.role
+        );
+        # What the services get by name, for a check of the configuration without them.
+        environments = lib.listToAttrs (
+          map (role: lib.nameValuePair role config.systemd.services."hydramesh-${role}".environment) cfg.role
+        );
+        tmpfiles = lib.concatLines config.systemd.tmpfiles.rules;
+      };
+
+  worker = {
+    enable = true;
+    role = "worker";
+    headAddress = "attic.lan";
+    joinTokenFile = "/run/secrets/hydramesh-join-token";
+    models = [ "SmolLM2-135M-Instruct.Q4_1" ];
+  };
+  cases = {
+    minimal.services.hydramesh = {
+      enable = true;
+      role = "head";
+    };
+    all.services.hydramesh = worker // {
+      role = [
+        "head"
+        "worker"
+        "shim"
+      ];
+      headAddress = null;
+      httpAddress = "0.0.0.0";
+      apiKeysFile = "/run/secrets/hydramesh-api-keys";
+      hfTokenFile = "/run/secrets/huggingface-token";
+      memoryHigh = "12G";
+      memoryMax = "14G";
+      settings = {
+        head.trusted_networks = [ "10.0.0.0/8" ];
+        worker.kv_memory = "2GiB";
+        shim.admit = "verified";
+        shim.http.listen = "127.0.0.1:8082";
+      };
+    };
+    nvidia = {
+      services.hydramesh = worker;
+      services.xserver.videoDrivers = [ "nvidia" ];
+    };
+    rocm = {
+      services.hydramesh = worker;
+      hardware.amdgpu.opencl.enable = true;
+    };
+    privileged-port.services.hydramesh = {
+      enable = true;
+      role = "head";
+      apiKeysFile = "/run/secrets/hydramesh-api-keys";
+      httpAddress = "0.0.0.0";
+      ports.head.http = 80;
+    };
+  };
+in
+if configuration == null then
+  lib.mapAttrs (_: write) cases
+else
+  { custom = write (/. + configuration); }

@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""Writes what the NixOS module generates as files: units, configurations, tmpfiles rules.
+
+    scripts/nix_units.py --out DIR [--bin /usr/local/bin] [--etc /etc/hydramesh] [--configuration FILE.nix]
+
+For each case of nix/tests/units.nix it makes DIR/<case> with etc/systemd/system/*.service, <etc>/*.toml and
+etc/tmpfiles.d/hydramesh.conf: copied onto any machine with systemd, they are what a NixOS machine would run. With
+--configuration, a NixOS module of yours is evaluated instead, and its case is called `custom`.
+
+With --check each configuration is read by its own program in --bin, as the build of a NixOS machine does. Needs
+nix-instantiate (Debian: nix-bin).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def evaluate(options: argparse.Namespace) -> dict:
+    """The files of every case, by evaluation alone: no store is written to."""
+    arguments = ["--argstr", "bin", options.bin, "--argstr", "etc", options.etc]
+    if options.configuration:
+        arguments += ["--argstr", "configuration", str(Path(options.configuration).resolve())]
+    command = ["nix-instantiate", "--store", "dummy://", "--eval", "--strict", "--json"]
+    with tempfile.TemporaryDirectory() as home:
+        run = subprocess.run(
+            [*command, str(ROOT / "nix/tests/units.nix"), *arguments],
+            env={**os.environ, "HOME": home},
+            capture_output=True,
+            text=True,
+        )
+    if run.returncode:
+        sys.exit(f"nix_units: {run.stderr.strip()}")
+    return json.loads(run.stdout)
+
+
+def write(folder: Path, case: dict, etc: str) -> None:
+    files = {f"etc/systemd/system/{name}": text for name, text in case["units"].items()}
+    files |= {f"{etc.strip('/')}/{name}": text for name, text in case["configs"].items()}
+    files["etc/tmpfiles.d/hydramesh.conf"] = case["tmpfiles"]
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def check(folder: Path, case: dict, options: argparse.Namespace) -> list[str]:
+    """What the programs say against their configurations."""
+    complaints = []
+    for role, variables in case["environments"].items():
+        config = folder / options.etc.strip("/") / f"{role}.toml"
+        clean = {name: text for name, text in os.environ.items() if not name.startswith("HYDRAMESH_")}
+        run = subprocess.run(
+            [f"{options.bin}/mesh-{role}", "--config", str(config), "--check-config"],
+            env=clean | variables,
+            capture_output=True,
+            text=True,
+        )
+        if run.returncode:
+            complaints.append(f"{folder.name}: {run.stderr.strip()}")
+    return complaints
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", required=True, type=Path, help="folder for the files")
+    parser.add_argument("--bin", default="/usr/bin", help="folder of the programs, as the units shall name it")
+    parser.add_argument("--etc", default="/etc/hydramesh", help="folder of the configurations")
+    parser.add_argument("--configuration", help="a NixOS module to evaluate")
+    parser.add_argument("--check", action="store_true", help="let the programs check their configurations")
+    options = parser.parse_args()
+    if Path(options.bin).name != "bin":
+        parser.error(f"--bin is {options.bin}; the folder must be called bin, as in every package")
+
+    complaints = []
+    for name, case in evaluate(options).items():
+        write(options.out / name, case, options.etc)
+        for warning in case["warnings"]:
+            print(f"nix_units: {name}: warning: {warning}", file=sys.stderr)
+        if options.check:
+            complaints += check(options.out / name, case, options)
+    if complaints:
+        sys.exit("\n".join(complaints))
+
+
+if __name__ == "__main__":
+    main()
