@@ -84,7 +84,7 @@
       devShells = eachSystem (
         system:
         import ./nix/dev-shells.nix {
-          inherit lib crane;
+          inherit lib crane system;
           inherit (project.${system}) pkgs;
         }
       );

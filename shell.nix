@@ -31,6 +31,6 @@ let
   };
 in
 (import ./nix/dev-shells.nix {
-  inherit lib crane;
+  inherit lib crane system;
   inherit (project) pkgs;
 }).${shell}

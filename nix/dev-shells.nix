@@ -2,6 +2,7 @@
 {
   lib,
   crane,
+  system,
   # nixpkgs, imported once per backend
   pkgs,
 }:
@@ -73,7 +74,7 @@ in
   };
   cpu = named "cpu";
 }
-// lib.optionalAttrs (pkgs.cpu.stdenv.hostPlatform.system == "x86_64-linux") {
+// lib.optionalAttrs (system == "x86_64-linux") {
   cuda = named "nvidia";
   rocm = named "rocm";
 }
