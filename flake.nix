@@ -1,0 +1,110 @@
+# HydraMesh's table of contents: every output, and the file that makes it.
+{
+  description = "HydraMesh: one inference mesh out of the machines you have";
+
+  inputs = {
+    nixpkgs.url = "github:NixOS/nixpkgs/nixos-26.05";
+    crane.url = "github:ipetkov/crane";
+    treefmt-nix = {
+      url = "github:numtide/treefmt-nix";
+      inputs.nixpkgs.follows = "nixpkgs";
+    };
+  };
+
+  outputs =
+    {
+      self,
+      nixpkgs,
+      crane,
+      treefmt-nix,
+    }:
+    let
+      inherit (nixpkgs) lib;
+      eachSystem = lib.genAttrs [
+        "x86_64-linux"
+        "aarch64-linux"
+      ];
+      project = eachSystem (
+        system:
+        import ./nix/packages.nix {
+          inherit
+            lib
+            nixpkgs
+            crane
+            system
+            ;
+        }
+      );
+      treefmt = eachSystem (
+        system: treefmt-nix.lib.evalModule project.${system}.pkgs.cpu ./nix/treefmt.nix
+      );
+      overlay = import ./nix/overlay.nix { inherit crane; };
+      # The overlay comes with the module, so that its default package is found in whatever nixpkgs the machine uses.
+      module = {
+        imports = [ ./modules ];
+        nixpkgs.overlays = [ overlay ];
+      };
+    in
+    {
+      # hydramesh, hydramesh-cuda, hydramesh-rocm, and the images mesh-head, mesh-shim, mesh-worker-{cpu,nvidia,rocm}
+      packages = eachSystem (
+        system:
+        project.${system}.packages
+        # The live image is for reclaimed laptops.
+        // lib.optionalAttrs (system == "x86_64-linux") {
+          iso = self.nixosConfigurations.iso.config.system.build.isoImage;
+        }
+      );
+
+      # nix run .#demo: a head, a shim, two workers and a real model on this machine
+      apps = eachSystem (system: {
+        demo = {
+          type = "app";
+          program = lib.getExe project.${system}.demo;
+          meta.description = "Show a mesh at work on this machine";
+        };
+      });
+
+      overlays.default = overlay;
+
+      nixosModules = {
+        default = module;
+        hydramesh = module;
+      };
+
+      nixosConfigurations.iso = lib.nixosSystem {
+        specialArgs = { inherit self; };
+        modules = [
+          ./iso
+          { nixpkgs.hostPlatform = "x86_64-linux"; }
+        ];
+      };
+
+      # default looks which GPU there is; cpu, cuda and rocm say it
+      devShells = eachSystem (
+        system:
+        import ./nix/dev-shells.nix {
+          inherit lib crane system;
+          inherit (project.${system}) pkgs;
+        }
+      );
+
+      checks = eachSystem (
+        system:
+        import ./nix/checks.nix {
+          inherit lib module overlay;
+          project = project.${system};
+          formatting = treefmt.${system}.config.build.check self;
+        }
+      );
+
+      # nix fmt
+      formatter = eachSystem (system: treefmt.${system}.config.build.wrapper);
+
+      # nix flake init -t <this flake>#cluster
+      templates.cluster = {
+        path = ./nix/templates/cluster;
+        description = "A head and three workers, to copy and fill in";
+      };
+    };
+}

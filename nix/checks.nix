@@ -1,0 +1,166 @@
+# `nix flake check`: what stands between a change and a release, for one system.
+#
+# The long tests (a real model's golden answers, tokenizer files, floods, the OpenAI client) fetch what they need and are
+# `make test`'s; what is here needs nothing but what Nix has built.
+{
+  lib,
+  # lib.nixosSystem, for whole machines
+  module,
+  overlay,
+  # nix/packages.nix of this system
+  project,
+  # treefmt's own check
+  formatting,
+}:
+let
+  build = project.builds.cpu;
+  inherit (build)
+    pkgs
+    craneLib
+    commonArgs
+    cargoArtifacts
+    ;
+  inherit (pkgs.stdenv.hostPlatform) system;
+  cargo = commonArgs // {
+    inherit cargoArtifacts;
+  };
+
+  # Crates whose tests need neither a model nor ONNX Runtime nor other programs. All of them may use loopback, which the build
+  # sandbox has.
+  selfContained = [
+    "dcf"
+    "mesh-client"
+    "mesh-engine"
+    "mesh-head"
+    "mesh-kernels"
+    "mesh-net"
+    "mesh-proto"
+    "mesh-service"
+    "mesh-shim"
+  ];
+
+  # A machine with this configuration, as far as evaluation goes: options, assertions, the units' text. Nothing of it is built.
+  evaluated =
+    configuration:
+    let
+      machine = lib.nixosSystem {
+        modules = [
+          module
+          {
+            nixpkgs.hostPlatform = system;
+            boot.isContainer = true;
+            system.stateVersion = "26.05";
+          }
+          configuration
+        ];
+      };
+    in
+    builtins.unsafeDiscardStringContext machine.config.system.build.toplevel.drvPath;
+
+  # The Nix side of the tree, with what its scripts read.
+  nixSide = lib.fileset.toSource {
+    root = ../.;
+    fileset = lib.fileset.unions [
+      ../flake.nix
+      ../flake.lock
+      ../shell.nix
+      ../README.md
+      ../rust/Cargo.toml
+      ../docs
+      ../images
+      ../iso
+      ../modules
+      ../nix
+      ../scripts
+    ];
+  };
+  # A script of the tree that evaluates Nix files, in a store of its own and with the real lib.
+  script =
+    name: command:
+    pkgs.runCommand name
+      {
+        nativeBuildInputs = [
+          pkgs.nix
+          pkgs.python3
+        ];
+        NIXPKGS_LIB = "${pkgs.path}/lib";
+      }
+      ''
+        export HOME=$TMPDIR/home
+        export NIX_STORE_DIR=$TMPDIR/nix/store NIX_STATE_DIR=$TMPDIR/nix/var NIX_LOG_DIR=$TMPDIR/nix/log
+        export NIX_CONF_DIR=$TMPDIR/nix/etc
+        mkdir -p "$HOME" "$NIX_STORE_DIR" "$NIX_STATE_DIR" "$NIX_CONF_DIR"
+        cp -r ${nixSide} tree
+        chmod -R u+w tree
+        cd tree
+        patchShebangs scripts
+        ${command}
+        touch $out
+      '';
+
+  # Every file in vm-tests/ is a test with the name of the file.
+  vmTests = lib.mapAttrs' (
+    file: _type:
+    lib.nameValuePair "vm-${lib.removeSuffix ".nix" file}" (
+      import (./vm-tests + "/${file}") {
+        pkgs = pkgs.extend overlay;
+        inherit (project) demoCache;
+      }
+    )
+  ) (builtins.readDir ./vm-tests);
+in
+{
+  build = build.package;
+
+  clippy = craneLib.cargoClippy (
+    cargo
+    // {
+      cargoClippyExtraArgs = "--workspace --all-targets -- -D warnings";
+    }
+  );
+
+  tests = craneLib.cargoTest (
+    cargo
+    // {
+      cargoTestExtraArgs = lib.concatMapStringsSep " " (crate: "-p ${crate}") selfContained;
+    }
+  );
+
+  # A head, a shim, two workers and a real model; one worker is killed in mid-answer.
+  demo = pkgs.runCommand "hydramesh-demo-check" { } ''
+    export HOME=$TMPDIR
+    ${lib.getExe project.demo} | tee $out
+  '';
+
+  inherit formatting;
+
+  nix-tests = script "hydramesh-nix-tests" "scripts/test_nix.sh";
+
+  option-docs = script "hydramesh-option-docs" "scripts/options_doc.sh --check";
+
+  # Against the real NixOS, whose option names no stand-in knows.
+  module-evaluation = pkgs.writeText "hydramesh-module-evaluation" (
+    lib.concatMapStringsSep "\n" evaluated [
+      { services.hydramesh.enable = true; }
+      {
+        services.hydramesh = {
+          enable = true;
+          role = [
+            "head"
+            "shim"
+          ];
+          openFirewall = true;
+        };
+      }
+      {
+        services.hydramesh = {
+          enable = true;
+          role = "worker";
+          headAddress = "192.0.2.1:7780";
+          joinTokenFile = "/run/keys/hydramesh-join-token";
+        };
+      }
+    ]
+  );
+}
+// vmTests

@@ -1,0 +1,117 @@
+# HydraMesh for one backend: the programs, the package that knows its ONNX Runtime, and what checks and images need of them.
+{
+  lib,
+  pkgs,
+  crane,
+  # "cpu", "nvidia" or "rocm"
+  backend,
+}:
+let
+  settings = (import ./backends.nix).${backend};
+  craneLib = crane.mkLib pkgs;
+  src = import ./source.nix { inherit lib; };
+  inherit (lib.importTOML ../rust/Cargo.toml) workspace;
+  inherit (workspace.package) version;
+
+  onnxruntime = settings.onnxruntime pkgs;
+  ortLibrary = "${lib.getLib onnxruntime}/lib/libonnxruntime.so";
+  driverLibraries = settings.driverLibraries pkgs;
+  libtorch = settings.libtorch pkgs;
+
+  cargoVendorDir = craneLib.vendorCargoDeps { inherit src; };
+  # No protoc and no CMake: messages are derived from Rust types, and the C libraries inside of crates build with cc.
+  commonArgs = {
+    inherit src version cargoVendorDir;
+    pname = "hydramesh";
+    strictDeps = true;
+  }
+  // lib.optionalAttrs (libtorch != null) {
+    buildInputs = [ libtorch.lib ];
+    env = {
+      LIBTORCH = "${libtorch.dev}";
+      LIBTORCH_INCLUDE = "${libtorch.dev}";
+      LIBTORCH_LIB = "${libtorch.lib}";
+    };
+  };
+  cargoArtifacts = craneLib.buildDepsOnly commonArgs;
+
+  features = lib.optionalString (
+    settings.cargoFeatures != [ ]
+  ) " --features ${lib.concatStringsSep "," settings.cargoFeatures}";
+
+  # The programs as cargo builds them. ONNX Runtime is loaded at run time, so they do not refer to it.
+  unwrapped = craneLib.buildPackage (
+    commonArgs
+    // {
+      inherit cargoArtifacts;
+      cargoExtraArgs = "--locked --bins -p mesh-head -p mesh-worker -p mesh-shim -p mesh-cli${features}";
+      # Tests are checks of their own.
+      doCheck = false;
+      nativeBuildInputs = [ pkgs.installShellFiles ];
+      postInstall = lib.optionalString (pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform) ''
+        for shell in bash fish zsh; do
+          $out/bin/hydramesh completions $shell > hydramesh.$shell
+        done
+        installShellCompletion --cmd hydramesh --bash hydramesh.bash --fish hydramesh.fish --zsh hydramesh.zsh
+      '';
+      meta = {
+        description = "One inference mesh out of the machines you have";
+        license = lib.licenses.bsd3;
+        mainProgram = "hydramesh";
+        platforms = lib.platforms.linux;
+      };
+    }
+  );
+
+  # A compiled wrapper, not a script: the services need no shell.
+  package =
+    pkgs.runCommand "hydramesh${settings.suffix}-${version}"
+      {
+        pname = "hydramesh${settings.suffix}";
+        inherit version;
+        nativeBuildInputs = [ pkgs.makeBinaryWrapper ];
+        passthru = {
+          inherit
+            backend
+            unwrapped
+            onnxruntime
+            src
+            # Every dependency's source, for building without a network.
+            cargoVendorDir
+            ;
+        };
+        inherit (unwrapped) meta;
+      }
+      ''
+        mkdir -p $out/bin
+        ln -s ${unwrapped}/share $out/share
+        ln -s ${unwrapped}/bin/mesh-head ${unwrapped}/bin/mesh-shim $out/bin/
+        for program in mesh-worker hydramesh; do
+          makeWrapper ${unwrapped}/bin/$program $out/bin/$program \
+            --set-default ORT_DYLIB_PATH ${ortLibrary} ${
+              lib.concatMapStringsSep " " (folder: "--suffix LD_LIBRARY_PATH : ${folder}") driverLibraries
+            }
+        done
+      '';
+
+  # One program alone, so that an image carries neither the others nor ONNX Runtime where it is not used.
+  program =
+    name:
+    pkgs.runCommand "${name}-${version}" { meta.mainProgram = name; } ''
+      install -D -m 755 ${unwrapped}/bin/${name} $out/bin/${name}
+    '';
+in
+{
+  inherit
+    pkgs
+    craneLib
+    commonArgs
+    cargoArtifacts
+    version
+    unwrapped
+    package
+    program
+    onnxruntime
+    ortLibrary
+    ;
+}

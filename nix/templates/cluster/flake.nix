@@ -1,0 +1,65 @@
+# A mesh of four machines: a head and three workers. Fill in what is marked, then
+#   nixos-rebuild switch --flake .#head --target-host root@head
+{
+  description = "A HydraMesh cluster";
+
+  inputs = {
+    nixpkgs.url = "github:NixOS/nixpkgs/nixos-26.05";
+    # FILL IN: where HydraMesh is, for example git+https://… or path:…
+    hydramesh.url = "path:/path/to/hydramesh";
+  };
+
+  outputs =
+    { nixpkgs, hydramesh, ... }:
+    let
+      # FILL IN: the head's address as the workers reach it.
+      headAddress = "192.0.2.10:7780";
+
+      machine =
+        name: role:
+        nixpkgs.lib.nixosSystem {
+          modules = [
+            hydramesh.nixosModules.hydramesh
+            role
+            # FILL IN: hosts/head.nix and so on, each with its hardware configuration, users and ssh keys.
+            ./hosts/${name}.nix
+            {
+              networking.hostName = name;
+              system.stateVersion = "26.05";
+            }
+          ];
+        };
+
+      head = {
+        services.hydramesh = {
+          enable = true;
+          role = [
+            "head"
+            "shim"
+          ];
+          openFirewall = true;
+        };
+      };
+
+      worker = backend: {
+        services.hydramesh = {
+          enable = true;
+          role = "worker";
+          inherit backend headAddress;
+          # Not in the store: put there by hand, or by sops-nix or agenix.
+          joinTokenFile = "/var/lib/secrets/hydramesh-join-token";
+          # GGUF files in services.hydramesh.localModels, by name.
+          models = [ "SmolLM2-135M-Instruct.Q4_1" ];
+        };
+      };
+    in
+    {
+      nixosConfigurations = {
+        head = machine "head" head;
+        # An NVIDIA or AMD worker also needs its driver, see docs/nix.md of HydraMesh.
+        attic = machine "attic" (worker "cpu");
+        cellar = machine "cellar" (worker "cpu");
+        den = machine "den" (worker "nvidia");
+      };
+    };
+}

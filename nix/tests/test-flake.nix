@@ -1,0 +1,253 @@
+# The flake's outputs, with stand-ins for its inputs: which there are, and how a backend shapes the package.
+{ lib }:
+let
+  flake = import ../../flake.nix;
+  lock = builtins.fromJSON (builtins.readFile ../../flake.lock);
+  outputs = flake.outputs {
+    self = outputs;
+    nixpkgs.lib = lib // {
+      nixosSystem = system: system;
+    };
+    crane = { };
+    treefmt-nix.lib.evalModule = _pkgs: _settings: {
+      config.build = {
+        check = _self: "check";
+        wrapper = "treefmt";
+      };
+    };
+  };
+  names = builtins.mapAttrs (_system: builtins.attrNames);
+
+  # nixpkgs, as far as the package reaches into it.
+  onnxruntime = settings: {
+    outPath = "/nix/store/onnxruntime${lib.concatStrings (builtins.attrNames settings)}";
+    override = onnxruntime;
+  };
+  pkgs = {
+    onnxruntime = onnxruntime { };
+    runCommand =
+      name: settings: script:
+      settings // { inherit name script; };
+    makeBinaryWrapper = "makeBinaryWrapper";
+    installShellFiles = "installShellFiles";
+    addDriverRunpath.driverLink = "/run/opengl-driver";
+    stdenv = {
+      buildPlatform.canExecute = _platform: true;
+      hostPlatform = "this";
+    };
+  };
+  crane.mkLib = _pkgs: {
+    vendorCargoDeps = _settings: "vendored";
+    buildDepsOnly = _settings: "artifacts";
+    buildPackage = settings: settings // { outPath = "/nix/store/unwrapped"; };
+  };
+  build =
+    backend:
+    import ../hydramesh.nix {
+      inherit
+        lib
+        pkgs
+        crane
+        backend
+        ;
+    };
+in
+{
+  "every system has its packages" = {
+    expr = names outputs.packages;
+    expected =
+      let
+        everywhere = [
+          "default"
+          "hydramesh"
+          "mesh-head"
+          "mesh-shim"
+          "mesh-worker-cpu"
+        ];
+        gpu = [
+          "hydramesh-cuda"
+          "hydramesh-rocm"
+          "iso"
+          "mesh-worker-nvidia"
+          "mesh-worker-rocm"
+        ];
+      in
+      {
+        aarch64-linux = everywhere;
+        x86_64-linux = lib.sortOn (name: name) (everywhere ++ gpu);
+      };
+  };
+
+  "every system has its development shells" = {
+    expr = names outputs.devShells;
+    expected = {
+      aarch64-linux = [
+        "cpu"
+        "default"
+      ];
+      x86_64-linux = [
+        "cpu"
+        "cuda"
+        "default"
+        "rocm"
+      ];
+    };
+  };
+
+  "every system has its checks" = {
+    expr = names outputs.checks;
+    expected =
+      let
+        checks = [
+          "build"
+          "clippy"
+          "demo"
+          "formatting"
+          "module-evaluation"
+          "nix-tests"
+          "option-docs"
+          "tests"
+          "vm-mesh"
+        ];
+      in
+      {
+        aarch64-linux = checks;
+        x86_64-linux = checks;
+      };
+  };
+
+  "the outputs without a system are there" = {
+    expr = {
+      modules = builtins.attrNames outputs.nixosModules;
+      machines = builtins.attrNames outputs.nixosConfigurations;
+      overlays = builtins.attrNames outputs.overlays;
+      templates = builtins.attrNames outputs.templates;
+      apps = names outputs.apps;
+      formatter = outputs.formatter.x86_64-linux;
+    };
+    expected = {
+      modules = [
+        "default"
+        "hydramesh"
+      ];
+      machines = [ "iso" ];
+      overlays = [ "default" ];
+      templates = [ "cluster" ];
+      apps = {
+        aarch64-linux = [ "demo" ];
+        x86_64-linux = [ "demo" ];
+      };
+      formatter = "treefmt";
+    };
+  };
+
+  "the overlay brings three packages" = {
+    expr = builtins.attrNames (outputs.overlays.default { } { });
+    expected = [
+      "hydramesh"
+      "hydramesh-cuda"
+      "hydramesh-rocm"
+    ];
+  };
+
+  "the module brings the overlay with it" = {
+    expr = builtins.length outputs.nixosModules.default.nixpkgs.overlays;
+    expected = 1;
+  };
+
+  "the lock file names the flake's inputs" = {
+    expr = builtins.attrNames lock.nodes.${lock.root}.inputs;
+    expected = builtins.attrNames flake.inputs;
+  };
+
+  "the lock file pins every input" = {
+    expr = builtins.filter (
+      name:
+      let
+        locked = lock.nodes.${name}.locked or { };
+      in
+      name != lock.root
+      && (
+        builtins.match "[0-9a-f]{40}" (locked.rev or "") == null
+        || builtins.match "sha256-[A-Za-z0-9+/]{43}=" (locked.narHash or "") == null
+      )
+    ) (builtins.attrNames lock.nodes);
+    expected = [ ];
+  };
+
+  "formatter and checks use one nixpkgs" = {
+    expr = lock.nodes.treefmt-nix.inputs.nixpkgs;
+    expected = [ "nixpkgs" ];
+  };
+
+  "a package says its backend" = {
+    expr = map (backend: {
+      inherit ((build backend).package) pname;
+      inherit ((build backend).package.passthru) backend;
+    }) (builtins.attrNames (import ../backends.nix));
+    expected = [
+      {
+        pname = "hydramesh";
+        backend = "cpu";
+      }
+      {
+        pname = "hydramesh-cuda";
+        backend = "nvidia";
+      }
+      {
+        pname = "hydramesh-rocm";
+        backend = "rocm";
+      }
+    ];
+  };
+
+  "each backend's worker loads its own ONNX Runtime" = {
+    expr = map (backend: (build backend).ortLibrary) [
+      "cpu"
+      "nvidia"
+      "rocm"
+    ];
+    expected = [
+      "/nix/store/onnxruntime/lib/libonnxruntime.so"
+      "/nix/store/onnxruntimecudaSupport/lib/libonnxruntime.so"
+      "/nix/store/onnxruntimerocmSupport/lib/libonnxruntime.so"
+    ];
+  };
+
+  "the wrapper leaves ORT_DYLIB_PATH to who has set it" = {
+    expr = lib.hasInfix "--set-default ORT_DYLIB_PATH /nix/store/onnxruntime/lib" (build "cpu")
+    .package.script;
+    expected = true;
+  };
+
+  "only NVIDIA's driver libraries come from the machine" = {
+    expr = map (backend: lib.hasInfix "/run/opengl-driver/lib" (build backend).package.script) [
+      "cpu"
+      "nvidia"
+      "rocm"
+    ];
+    expected = [
+      false
+      true
+      false
+    ];
+  };
+
+  "without a libtorch engine nothing of libtorch is built in" = {
+    expr = map (backend: (build backend).commonArgs ? env) [
+      "cpu"
+      "nvidia"
+      "rocm"
+    ];
+    expected = [
+      false
+      false
+      false
+    ];
+  };
+
+  "the four programs are built, and no other" = {
+    expr = (build "cpu").unwrapped.cargoExtraArgs;
+    expected = "--locked --bins -p mesh-head -p mesh-worker -p mesh-shim -p mesh-cli";
+  };
+}
