@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
+use mesh_probe::Wish;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -65,6 +66,10 @@ pub enum Command {
     Token(TokenArgs),
     /// Measure: a model file on this machine, or a running mesh
     Bench(BenchArgs),
+    /// Look at this machine's hardware, and say which backend fits it and why
+    Probe(ProbeArgs),
+    /// Decide what a live image does: reads the kernel command line and a partition, writes a folder for the units
+    BootConfig(BootConfigArgs),
     /// Print completions for a shell
     #[command(
         after_help = "Example:\n  hydramesh completions bash > ~/.local/share/bash-completion/completions/hydramesh"
@@ -370,11 +375,68 @@ pub struct BenchArgs {
     pub head: HeadArgs,
 }
 
+/// `hydramesh probe`
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Reads sysfs and procfs alone: no driver is loaded, nothing is changed, no rights are needed.
+
+Examples:
+  hydramesh probe
+  hydramesh probe --json | jq -r .choice.backend")]
+pub struct ProbeArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+
+    /// The backend that is wished for: auto, cpu, nvidia or rocm
+    #[arg(long, value_name = "BACKEND", default_value = "auto", value_parser = parse_wish)]
+    pub backend: Wish,
+
+    /// Where sys, proc and dev lie
+    #[arg(long, value_name = "DIR", default_value = "/", value_hint = ValueHint::DirPath)]
+    pub root: PathBuf,
+}
+
+/// `hydramesh boot-config`
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+The keys are head, token, role, backend, ssh_key and name: hydramesh.head=… on the kernel command line, head = \"…\" in \
+hydramesh.toml on the partition, head=… in the typed lines. What was typed wins, then the command line. Something missing is no \
+failure: it is said, with the remedy, and no service is started. The token is written to a file of mode 0600 and printed nowhere.
+
+Example:
+  hydramesh boot-config --partition /mnt --run-dir /run/hydramesh")]
+pub struct BootConfigArgs {
+    /// Folder that is written for the services' units
+    #[arg(long, value_name = "DIR", default_value = "/run/hydramesh", value_hint = ValueHint::DirPath)]
+    pub run_dir: PathBuf,
+
+    /// Where the partition labelled HYDRAMESH is mounted
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub partition: Option<PathBuf>,
+
+    /// File with key=value lines that were typed at the console; it may be absent
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub typed: Option<PathBuf>,
+
+    /// Where sys, proc and dev lie
+    #[arg(long, value_name = "DIR", default_value = "/", value_hint = ValueHint::DirPath)]
+    pub root: PathBuf,
+}
+
 /// `hydramesh completions`
 #[derive(Debug, clap::Args)]
 pub struct CompletionsArgs {
     /// The shell
     pub shell: Shell,
+}
+
+/// `auto`, `cpu`, `nvidia`, `rocm`.
+fn parse_wish(text: &str) -> Result<Wish, String> {
+    Ok(Wish {
+        backend: Wish::parse_backend(text)?,
+        ..Wish::default()
+    })
 }
 
 /// `250ms`, `90s`, `2m`, `12h`, `7d`; a bare number is seconds.

@@ -14,6 +14,7 @@ mod demo;
 mod input;
 mod models;
 mod output;
+mod probe;
 mod status;
 mod token;
 
@@ -39,6 +40,12 @@ pub fn run(args: Args) -> Result<(), Failure> {
         );
         return Ok(());
     }
+    // At boot there is neither a network nor time to lose.
+    match args.command {
+        Command::Probe(args) => return probe::run(args, terminal),
+        Command::BootConfig(args) => return probe::boot_config(args),
+        _ => {}
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -53,7 +60,9 @@ pub fn run(args: Args) -> Result<(), Failure> {
             Command::Models(args) => models::run(args.command),
             Command::Token(args) => token::run(args.command).await,
             Command::Bench(args) => bench::run(args).await,
-            Command::Completions(_) => unreachable!("done above"),
+            Command::Probe(_) | Command::BootConfig(_) | Command::Completions(_) => {
+                unreachable!("done above")
+            }
         }
     });
     // A thread that waits for the keyboard would hold the program up.

@@ -71,6 +71,8 @@ fn help_names_every_command_and_the_exit_codes() -> Result<()> {
         "models",
         "token",
         "bench",
+        "probe",
+        "boot-config",
         "completions",
         "Exit codes",
     ] {

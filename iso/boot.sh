@@ -1,0 +1,27 @@
+# hydramesh-boot: looks at the hardware and at what this machine was told, and writes /run/hydramesh.
+#
+# It runs at boot, and again when somebody types at the console or attaches a partition. pkgs.writeShellApplication adds the first
+# line, `set -euo pipefail` and the PATH.
+
+label=/dev/disk/by-label/HYDRAMESH
+partition=/run/hydramesh-partition
+
+# The driver of a card may still be loading.
+udevadm settle --timeout=30 || echo "The hardware has not settled after 30 seconds; going on."
+
+mkdir -p "$partition"
+if mountpoint --quiet "$partition" && [ ! -e "$label" ]; then
+  echo "The partition HYDRAMESH was taken away."
+  umount --lazy "$partition"
+fi
+if ! mountpoint --quiet "$partition" && [ -e "$label" ]; then
+  # Read-only, and nothing on it is a program or a device: anyone can have written it.
+  mount -o ro,nosuid,nodev,noexec "$label" "$partition" \
+    || echo "The partition HYDRAMESH cannot be mounted; FAT, exFAT and ext4 are known to do."
+fi
+
+hydramesh probe
+hydramesh boot-config \
+  --partition "$partition" \
+  --typed /run/hydramesh-typed \
+  --run-dir /run/hydramesh

@@ -1,0 +1,104 @@
+# What starts: one unit finds out what this machine shall be, and the units of the roles wait for its word.
+{
+  lib,
+  pkgs,
+  ...
+}:
+let
+  inherit (lib) getExe mkForce mkMerge;
+
+  runDir = "/run/hydramesh";
+
+  # Makes a unit start only where hydramesh-boot left `marker`, with the configuration that it wrote.
+  atBoot = marker: {
+    after = [ "hydramesh-boot.service" ];
+    wants = [ "hydramesh-boot.service" ];
+    unitConfig.ConditionPathExists = "${runDir}/${marker}";
+    serviceConfig.EnvironmentFile = "-${runDir}/service.env";
+  };
+
+  # The module gives a machine one worker; this image has one for each backend, of which one starts. Each is taken from an
+  # evaluation of the module on its own: all that is read of it is systemd.services.hydramesh-worker.
+  workerUnit =
+    backend: package:
+    let
+      evaluated = lib.evalModules {
+        specialArgs = { inherit pkgs; };
+        modules = [
+          ../modules
+          {
+            # What the module sets outside of services.hydramesh.
+            options = lib.genAttrs [
+              "assertions"
+              "environment"
+              "networking"
+              "systemd"
+              "warnings"
+            ] (_: lib.mkOption { type = lib.types.anything; });
+            config.services.hydramesh = {
+              enable = true;
+              role = "worker";
+              inherit backend package;
+              # The configuration is checked when the image is built, and needs both. service.env has the real ones.
+              headAddress = "told-at-boot.invalid:7780";
+              models = [ "found-at-boot" ];
+            };
+          }
+        ];
+      };
+    in
+    mkMerge [
+      evaluated.config.systemd.services.hydramesh-worker
+      (atBoot "role-worker-${backend}")
+      {
+        description = mkForce "HydraMesh worker (${backend}): answers requests";
+        environment.HYDRAMESH_WORKER__JOIN_TOKEN_FILE = "%d/join-token";
+        serviceConfig.LoadCredential = mkForce [ "join-token:${runDir}/join-token" ];
+      }
+    ];
+
+  boot = pkgs.writeShellApplication {
+    name = "hydramesh-boot";
+    runtimeInputs = [
+      pkgs.coreutils
+      pkgs.hydramesh
+      pkgs.systemd
+      pkgs.util-linux
+    ];
+    text = builtins.readFile ./boot.sh;
+  };
+in
+{
+  services.hydramesh = {
+    enable = true;
+    package = pkgs.hydramesh;
+    role = [
+      "head"
+      "shim"
+    ];
+    openFirewall = true;
+    # A shim's clients are on other machines; each has to show that it has the address it sends from.
+    settings.shim.admit = "verified";
+  };
+
+  systemd.services = {
+    hydramesh-boot = {
+      description = "HydraMesh: what this machine is, and what it does";
+      wantedBy = [ "multi-user.target" ];
+      after = [ "systemd-udev-trigger.service" ];
+      serviceConfig = {
+        Type = "oneshot";
+        RemainAfterExit = true;
+        ExecStart = getExe boot;
+        # The choice and its reason also show on a serial console.
+        StandardOutput = "journal+console";
+      };
+    };
+
+    hydramesh-head = atBoot "role-head";
+    hydramesh-shim = atBoot "role-shim";
+    hydramesh-worker-cpu = workerUnit "cpu" pkgs.hydramesh;
+    hydramesh-worker-nvidia = workerUnit "nvidia" pkgs.hydramesh-cuda;
+    hydramesh-worker-rocm = workerUnit "rocm" pkgs.hydramesh-rocm;
+  };
+}

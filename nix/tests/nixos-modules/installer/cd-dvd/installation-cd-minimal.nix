@@ -1,0 +1,86 @@
+# Stands in for NixOS and its installer where the live image's module is evaluated: the options that it sets, and those habits of
+# the installer that a live image must not keep.
+{ lib, ... }:
+let
+  inherit (lib) mkOption types;
+  any = mkOption { type = types.anything; };
+  list = mkOption {
+    type = types.listOf types.raw;
+    default = [ ];
+  };
+  text = mkOption { type = types.str; };
+  switch = mkOption { type = types.bool; };
+  unit = types.submodule {
+    freeformType = types.attrsOf types.anything;
+    # Lists of several definitions are joined.
+    options = lib.genAttrs [ "after" "conflicts" "wantedBy" "wants" ] (_: list);
+  };
+in
+{
+  options = {
+    assertions = list;
+    warnings = list;
+    boot.kernelParams = list;
+    environment.systemPackages = list;
+    hardware = {
+      amdgpu.initrd.enable = switch;
+      amdgpu.opencl.enable = switch;
+      enableRedistributableFirmware = switch;
+      graphics.enable = switch;
+      nvidia.nvidiaSettings = switch;
+      nvidia.open = switch;
+    };
+    image.baseName = text;
+    isoImage = {
+      appendToMenuLabel = text;
+      configurationName = text;
+      makeEfiBootable = switch;
+      makeUsbBootable = switch;
+      prependToMenuLabel = text;
+      volumeID = text;
+    };
+    networking.firewall.allowedTCPPorts = list;
+    networking.firewall.allowedUDPPorts = list;
+    nixpkgs.config.allowUnfree = switch;
+    services = {
+      getty.autologinUser = mkOption { type = types.nullOr types.str; };
+      getty.helpLine = mkOption { type = types.lines; };
+      logind.settings.Login = any;
+      openssh = {
+        authorizedKeysFiles = list;
+        enable = switch;
+        settings = mkOption { type = types.attrsOf types.anything; };
+      };
+      xserver.videoDrivers = list;
+    };
+    specialisation = mkOption { type = types.attrsOf types.anything; };
+    systemd.services = mkOption { type = types.attrsOf unit; };
+    systemd.tmpfiles.rules = list;
+    users.users = mkOption { type = types.attrsOf (types.attrsOf types.anything); };
+  };
+
+  config = {
+    hardware.amdgpu = {
+      initrd.enable = lib.mkDefault false;
+      opencl.enable = lib.mkDefault false;
+    };
+    image.baseName = "nixos-minimal";
+    isoImage.appendToMenuLabel = " Installer";
+    isoImage.volumeID = "nixos-minimal-26.05-x86_64";
+    services = {
+      getty.autologinUser = "nixos";
+      getty.helpLine = "The accounts have empty passwords.";
+      openssh = {
+        authorizedKeysFiles = [
+          "%h/.ssh/authorized_keys"
+          "/etc/ssh/authorized_keys.d/%u"
+        ];
+        settings.PermitRootLogin = "yes";
+      };
+    };
+    users.users = {
+      root.initialHashedPassword = "";
+      nixos.initialHashedPassword = "";
+    };
+  };
+}

@@ -1,0 +1,331 @@
+# The live image's module, evaluated with a stand-in for NixOS and its installer: what starts when, what is in the boot menu, and
+# who may come in.
+{ lib }:
+let
+  inherit (lib) getName hasInfix;
+
+  stub = name: {
+    type = "derivation";
+    inherit name;
+    outPath = "/${name}";
+    meta.mainProgram = name;
+  };
+  mesh =
+    name: backend:
+    stub name
+    // {
+      passthru = {
+        inherit backend;
+      };
+      cargoVendorDir = "/vendor";
+      meta.mainProgram = "hydramesh";
+    };
+  pkgs =
+    (import ./nixos.nix { inherit lib; }).pkgs
+    // {
+      hydramesh = mesh "hydramesh" "cpu";
+      hydramesh-cuda = mesh "hydramesh-cuda" "nvidia";
+      hydramesh-rocm = mesh "hydramesh-rocm" "rocm";
+      stdenv = {
+        buildPlatform.canExecute = _: true;
+        hostPlatform.system = "x86_64-linux";
+      };
+      nvtopPackages.full = stub "nvtop";
+      writeShellApplication = application: stub application.name // application;
+    }
+    // lib.genAttrs [
+      "cargo"
+      "clippy"
+      "coreutils"
+      "gawk"
+      "gcc"
+      "git"
+      "iproute2"
+      "rust-analyzer"
+      "rustc"
+      "rustfmt"
+      "systemd"
+      "util-linux"
+    ] stub;
+
+  self = {
+    outPath = "/source";
+    nixosModules.hydramesh = ../../modules;
+  };
+  inherit
+    (lib.evalModules {
+      specialArgs = {
+        inherit pkgs self;
+        modulesPath = toString ./nixos-modules;
+      };
+      modules = [ ../../iso ];
+    })
+    config
+    ;
+  inherit (config.systemd) services;
+  worker = backend: services."hydramesh-worker-${backend}";
+  eachWorker =
+    attribute: lib.genAttrs [ "cpu" "nvidia" "rocm" ] (backend: attribute (worker backend));
+  script =
+    name: (lib.findFirst (package: package.name == name) null config.environment.systemPackages).text;
+in
+{
+  "the image has names of its own" = {
+    expr = {
+      inherit (config.image) baseName;
+      inherit (config.isoImage) volumeID appendToMenuLabel;
+    };
+    expected = {
+      baseName = "hydramesh-live-x86_64-linux";
+      volumeID = "HYDRAMESH_LIVE";
+      appendToMenuLabel = "";
+    };
+  };
+
+  "the volume's label fits, and is not the label of the partition with settings" = {
+    expr =
+      builtins.stringLength config.isoImage.volumeID <= 32 && config.isoImage.volumeID != "HYDRAMESH";
+    expected = true;
+  };
+
+  "it boots from a stick and with UEFI" = {
+    expr = config.isoImage.makeEfiBootable && config.isoImage.makeUsbBootable;
+    expected = true;
+  };
+
+  "the boot menu has its entries" = {
+    expr = builtins.mapAttrs (_: entry: entry.configuration.boot.kernelParams) config.specialisation;
+    expected = {
+      copy-to-ram = [ "copytoram" ];
+      cpu-only = [ "hydramesh.backend=cpu" ];
+      safe-graphics = [
+        "nomodeset"
+        "modprobe.blacklist=amdgpu,radeon,nvidia,nvidia_drm,nvidia_modeset,nvidia_uvm"
+        "hydramesh.backend=cpu"
+      ];
+    };
+  };
+
+  "every entry of the boot menu has another title" = {
+    expr =
+      let
+        titles = [
+          config.isoImage.configurationName
+        ]
+        ++ lib.mapAttrsToList (
+          _: entry: entry.configuration.isoImage.configurationName
+        ) config.specialisation;
+      in
+      builtins.length (lib.unique titles);
+    expected = 4;
+  };
+
+  "both makers' drivers are there" = {
+    expr = [
+      config.services.xserver.videoDrivers
+      config.hardware.nvidia.open
+      config.hardware.graphics.enable
+      config.hardware.enableRedistributableFirmware
+    ];
+    expected = [
+      [ "nvidia" ]
+      true
+      true
+      true
+    ];
+  };
+
+  "no account has a password, and nobody is logged in unasked" = {
+    expr = {
+      passwords = builtins.mapAttrs (_: user: user.initialHashedPassword) config.users.users;
+      inherit (config.services.getty) autologinUser;
+      helpIsOurs = hasInfix "hydramesh.ssh_key" config.services.getty.helpLine;
+    };
+    expected = {
+      passwords = {
+        root = "!";
+        nixos = "!";
+      };
+      autologinUser = null;
+      helpIsOurs = true;
+    };
+  };
+
+  "ssh takes the key given at boot and nothing else" = {
+    expr = {
+      inherit (config.services.openssh) enable authorizedKeysFiles settings;
+      condition = services.sshd.unitConfig.ConditionPathExists;
+    };
+    expected = {
+      enable = true;
+      authorizedKeysFiles = [ "/run/hydramesh/authorized_keys" ];
+      settings = {
+        PasswordAuthentication = false;
+        KbdInteractiveAuthentication = false;
+        PermitRootLogin = "prohibit-password";
+      };
+      condition = "/run/hydramesh/authorized_keys";
+    };
+  };
+
+  "a root shell is for those who ask at boot" = {
+    expr = services.hydramesh-shell.unitConfig;
+    expected.ConditionKernelCommandLine = "hydramesh.shell";
+  };
+
+  "the first console is the status, not a login" = {
+    expr = {
+      getty = services."getty@tty1".enable;
+      autovt = services."autovt@tty1".enable;
+      tty = services.hydramesh-console.serviceConfig.TTYPath;
+      program = services.hydramesh-console.serviceConfig.ExecStart;
+      afterBoot = builtins.elem "hydramesh-boot.service" services.hydramesh-console.after;
+    };
+    expected = {
+      getty = false;
+      autovt = false;
+      tty = "/dev/tty1";
+      program = "/hydramesh-console/bin/hydramesh-console";
+      afterBoot = true;
+    };
+  };
+
+  "the decision is made once at boot and logged" = {
+    expr = {
+      inherit (services.hydramesh-boot) wantedBy;
+      inherit (services.hydramesh-boot.serviceConfig)
+        Type
+        RemainAfterExit
+        ExecStart
+        StandardOutput
+        ;
+    };
+    expected = {
+      wantedBy = [ "multi-user.target" ];
+      Type = "oneshot";
+      RemainAfterExit = true;
+      ExecStart = "/hydramesh-boot/bin/hydramesh-boot";
+      StandardOutput = "journal+console";
+    };
+  };
+
+  "each service starts only by the word of hydramesh-boot" = {
+    expr =
+      builtins.mapAttrs
+        (_: unit: {
+          condition = unit.unitConfig.ConditionPathExists;
+          environment = unit.serviceConfig.EnvironmentFile;
+          afterBoot = builtins.elem "hydramesh-boot.service" unit.after;
+        })
+        {
+          inherit (services)
+            hydramesh-head
+            hydramesh-shim
+            hydramesh-worker-cpu
+            hydramesh-worker-nvidia
+            hydramesh-worker-rocm
+            ;
+        };
+    expected =
+      builtins.mapAttrs
+        (_: marker: {
+          condition = "/run/hydramesh/${marker}";
+          environment = "-/run/hydramesh/service.env";
+          afterBoot = true;
+        })
+        {
+          hydramesh-head = "role-head";
+          hydramesh-shim = "role-shim";
+          hydramesh-worker-cpu = "role-worker-cpu";
+          hydramesh-worker-nvidia = "role-worker-nvidia";
+          hydramesh-worker-rocm = "role-worker-rocm";
+        };
+  };
+
+  "there is no worker but those three" = {
+    expr = services ? hydramesh-worker;
+    expected = false;
+  };
+
+  "each worker is the program built for its backend" = {
+    expr = eachWorker (unit: builtins.head (lib.splitString " " unit.serviceConfig.ExecStart));
+    expected = {
+      cpu = "/hydramesh/bin/mesh-worker";
+      nvidia = "/hydramesh-cuda/bin/mesh-worker";
+      rocm = "/hydramesh-rocm/bin/mesh-worker";
+    };
+  };
+
+  "each worker gets the token as a credential" = {
+    expr = eachWorker (unit: {
+      inherit (unit.serviceConfig) LoadCredential;
+      file = unit.environment.HYDRAMESH_WORKER__JOIN_TOKEN_FILE;
+    });
+    expected = lib.genAttrs [ "cpu" "nvidia" "rocm" ] (_: {
+      LoadCredential = [ "join-token:/run/hydramesh/join-token" ];
+      file = "%d/join-token";
+    });
+  };
+
+  "only workers with a GPU see devices" = {
+    expr = eachWorker (unit: unit.serviceConfig.PrivateDevices);
+    expected = {
+      cpu = true;
+      nvidia = false;
+      rocm = false;
+    };
+  };
+
+  "what the module sets for a worker stays" = {
+    expr = eachWorker (unit: {
+      inherit (unit.serviceConfig) Type DynamicUser OOMScoreAdjust;
+    });
+    expected = lib.genAttrs [ "cpu" "nvidia" "rocm" ] (_: {
+      Type = "notify";
+      DynamicUser = true;
+      OOMScoreAdjust = -500;
+    });
+  };
+
+  "nothing that the module asserts fails, and it warns of nothing" = {
+    expr = {
+      failed = map (a: a.message) (builtins.filter (a: !a.assertion) config.assertions);
+      inherit (config) warnings;
+    };
+    expected = {
+      failed = [ ];
+      warnings = [ ];
+    };
+  };
+
+  "the tools for building are there" = {
+    expr = lib.subtractLists (map getName config.environment.systemPackages) [
+      "cargo"
+      "gcc"
+      "git"
+      "hydramesh-source"
+      "nvtop"
+      "rust-analyzer"
+      "rustc"
+    ];
+    expected = [ ];
+  };
+
+  "the source comes with its dependencies" = {
+    expr = map (part: hasInfix part (script "hydramesh-source")) [
+      " /source "
+      "/vendor/config.toml"
+      "@"
+    ];
+    expected = [
+      true
+      true
+      false
+    ];
+  };
+
+  "a closed lid does not stop a worker" = {
+    expr = config.services.logind.settings.Login.HandleLidSwitch;
+    expected = "ignore";
+  };
+}

@@ -1,0 +1,126 @@
+//! `hydramesh probe` and `hydramesh boot-config`: what this machine is, and what it does when a live image starts on it.
+
+use mesh_probe::files::{ReadError, read_text};
+use mesh_probe::plan::Told;
+use mesh_probe::{Choice, Hardware, Plan, choose, run_dir};
+use serde_json::json;
+
+use crate::args::{BootConfigArgs, ProbeArgs};
+use crate::failure::Failure;
+use crate::output::{Terminal, bytes};
+
+pub(crate) fn run(args: ProbeArgs, terminal: Terminal) -> Result<(), Failure> {
+    let hardware = mesh_probe::probe(&args.root);
+    let choice = choose(&hardware, args.backend);
+    if args.json {
+        println!("{}", json!({"hardware": hardware, "choice": choice}));
+    } else {
+        print!("{}", show(&hardware, &choice, terminal));
+    }
+    Ok(())
+}
+
+pub(crate) fn boot_config(args: BootConfigArgs) -> Result<(), Failure> {
+    let command_line = args.root.join("proc/cmdline");
+    let typed = match args.typed.as_deref().map(read_text) {
+        None | Some(Err(ReadError::Absent)) => None,
+        Some(Ok(text)) => Some(text),
+        Some(Err(error)) => return Err(Failure::usage(format!("what was typed: {error}"))),
+    };
+    let told = Told {
+        typed,
+        command_line: read_text(&command_line)
+            .map_err(|error| Failure::failed(format!("{}: {error}", command_line.display())))?,
+        partition: args.partition,
+    };
+    let plan = Plan::new(&mesh_probe::probe(&args.root), &told);
+    run_dir::write(&plan, &args.run_dir).map_err(|error| Failure::failed(error.to_string()))?;
+    print!("{plan}");
+    Ok(())
+}
+
+fn show(hardware: &Hardware, choice: &Choice, terminal: Terminal) -> String {
+    let cpu = &hardware.cpu;
+    let mut text = format!(
+        "{}  {}, {} threads{}\n",
+        terminal.dim("processor"),
+        cpu.model.as_deref().unwrap_or("of unknown name"),
+        cpu.threads,
+        match cpu.vectors.as_slice() {
+            [] => String::new(),
+            vectors => format!(", {}", vectors.join(", ")),
+        }
+    );
+    if let Some(memory) = hardware.memory_bytes {
+        text += &format!("{}     {}\n", terminal.dim("memory"), bytes(memory));
+    }
+    for gpu in &hardware.gpus {
+        text += &format!("{}   {gpu}\n", terminal.dim("graphics"));
+    }
+    text += &format!(
+        "{}    {}, since {}\n",
+        terminal.dim("backend"),
+        terminal.bold(&choice.backend.to_string()),
+        choice.reason
+    );
+    for left_out in &choice.left_out {
+        text += &format!(
+            "{}   {}: {}\n",
+            terminal.dim("not used"),
+            left_out.gpu,
+            left_out.why
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::Color;
+    use mesh_probe::Wish;
+
+    fn file(root: &std::path::Path, path: &str, content: &str) {
+        let path = root.join(path);
+        std::fs::create_dir_all(path.parent().expect("a parent")).expect("a folder");
+        std::fs::write(path, content).expect("written");
+    }
+
+    #[test]
+    fn a_person_sees_the_hardware_and_the_reason() {
+        let root = tempfile::tempdir().expect("a folder");
+        file(
+            root.path(),
+            "proc/cpuinfo",
+            "processor: 0\nmodel name: Some CPU\nflags: avx2\n",
+        );
+        file(root.path(), "proc/meminfo", "MemTotal: 4000000 kB\n");
+        let hardware = mesh_probe::probe(root.path());
+        let choice = choose(&hardware, Wish::default());
+        assert_eq!(
+            show(&hardware, &choice, Terminal::new(Color::Never)),
+            "processor  Some CPU, 1 threads, AVX2\nmemory     4.10 GB\n\
+             backend    cpu, since there is no graphics card, so the processor computes\n"
+        );
+    }
+
+    #[test]
+    fn booting_writes_the_run_folder_also_when_something_is_missing() {
+        let root = tempfile::tempdir().expect("a folder");
+        file(root.path(), "proc/cmdline", "quiet hydramesh.role=head\n");
+        let args = |typed: &str| BootConfigArgs {
+            run_dir: root.path().join("run"),
+            partition: None,
+            typed: Some(root.path().join(typed)),
+            root: root.path().to_owned(),
+        };
+        boot_config(args("absent")).expect("a plan");
+        assert!(root.path().join("run/role-head").exists());
+        file(root.path(), "typed", "role=worker\n");
+        boot_config(args("typed")).expect("a plan");
+        assert!(!root.path().join("run/role-head").exists());
+        assert!(!root.path().join("run/ready").exists());
+        let summary = std::fs::read_to_string(root.path().join("run/summary")).expect("text");
+        assert!(summary.contains("Missing: a join token"), "{summary}");
+    }
+}

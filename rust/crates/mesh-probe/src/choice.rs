@@ -1,0 +1,281 @@
+//! From what was found to a backend, with the reason.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::Serialize;
+
+use crate::hardware::{Gfx, Gpu, Hardware, Kind, Vendor};
+use crate::nvidia::{Generation, Support};
+
+/// What computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Backend {
+    /// The processor.
+    Cpu,
+    /// CUDA.
+    Nvidia,
+    /// ROCm.
+    Rocm,
+}
+
+impl Backend {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Cpu, Self::Nvidia, Self::Rocm];
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Cpu => "cpu",
+            Self::Nvidia => "nvidia",
+            Self::Rocm => "rocm",
+        })
+    }
+}
+
+/// What was asked for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Wish {
+    /// A backend; `None` lets the hardware decide.
+    pub backend: Option<Backend>,
+    /// The kernel was started with `nomodeset`: the graphics drivers stay out.
+    pub nomodeset: bool,
+}
+
+/// The word for a choice by hardware.
+pub const AUTO: &str = "auto";
+
+impl Wish {
+    /// Reads `auto`, `cpu`, `nvidia` or `rocm`.
+    ///
+    /// # Errors
+    /// What can be written instead.
+    pub fn parse_backend(text: &str) -> Result<Option<Backend>, String> {
+        if text == AUTO {
+            return Ok(None);
+        }
+        text.parse().map(Some)
+    }
+}
+
+impl FromStr for Backend {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::ALL
+            .into_iter()
+            .find(|backend| backend.to_string() == text)
+            .ok_or_else(|| "there are auto, cpu, nvidia and rocm".to_owned())
+    }
+}
+
+/// A backend, why, and what it leaves unused.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Choice {
+    /// The backend.
+    pub backend: Backend,
+    /// Why, in a sentence.
+    pub reason: String,
+    /// Cards that are not used.
+    pub left_out: Vec<LeftOut>,
+}
+
+/// A card that is not used.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LeftOut {
+    /// Which one.
+    pub gpu: String,
+    /// Why not.
+    pub why: String,
+}
+
+/// Chooses the backend: an NVIDIA card that the image's driver supports, else an AMD card that ROCm can use, else the
+/// processor. A wish is followed where the hardware allows it.
+pub fn choose(hardware: &Hardware, wish: Wish) -> Choice {
+    let judged: Vec<(&Gpu, Verdict)> = hardware
+        .gpus
+        .iter()
+        .map(|gpu| (gpu, judge(gpu, hardware)))
+        .collect();
+    let best = |backend| {
+        let usable = judged
+            .iter()
+            .filter_map(move |(gpu, verdict)| match verdict {
+                Verdict::Use { with, sure, note } if *with == backend => Some((*gpu, *sure, note)),
+                _ => None,
+            });
+        // A card that is known to work goes before one that is tried.
+        usable.max_by_key(|(gpu, sure, _)| (*sure, std::cmp::Reverse(&gpu.address)))
+    };
+    let (backend, reason) = match wish {
+        Wish {
+            nomodeset: true, ..
+        } => (
+            Backend::Cpu,
+            "safe graphics (nomodeset) keeps the graphics drivers out, so the processor computes"
+                .to_owned(),
+        ),
+        Wish {
+            backend: Some(Backend::Cpu),
+            ..
+        } => (Backend::Cpu, "CPU only was asked for at boot".to_owned()),
+        Wish {
+            backend: Some(backend),
+            ..
+        } => match best(backend) {
+            Some((gpu, _, note)) => (
+                backend,
+                format!("{backend} was asked for at boot, and there is an {gpu}; {note}"),
+            ),
+            None => (
+                Backend::Cpu,
+                format!(
+                    "{backend} was asked for at boot, but no card here can be used with it, so the processor computes"
+                ),
+            ),
+        },
+        Wish { backend: None, .. } => by_hardware(
+            best(Backend::Nvidia),
+            best(Backend::Rocm),
+            hardware.gpus.as_slice(),
+        ),
+    };
+    let left_out = judged
+        .iter()
+        .filter_map(|(gpu, verdict)| {
+            let why = match verdict {
+                Verdict::Use { with, .. } if *with == backend => return None,
+                Verdict::Use { with, .. } if backend == Backend::Cpu => {
+                    format!("it could be used with hydramesh.backend={with}")
+                }
+                Verdict::Use { with, .. } => {
+                    format!("one worker uses one backend; hydramesh.backend={with} takes this card instead")
+                }
+                Verdict::LeaveOut(why) => why.clone(),
+            };
+            Some(LeftOut {
+                gpu: gpu.to_string(),
+                why,
+            })
+        })
+        .collect();
+    Choice {
+        backend,
+        reason,
+        left_out,
+    }
+}
+
+type Found<'a> = Option<(&'a Gpu, bool, &'a String)>;
+
+fn by_hardware(nvidia: Found<'_>, amd: Found<'_>, gpus: &[Gpu]) -> (Backend, String) {
+    let sure = |found: Found<'_>| found.is_some_and(|(_, sure, _)| sure);
+    // A guess about an NVIDIA card does not push aside an AMD card that is known to work.
+    let nvidia_first = sure(nvidia) || !sure(amd);
+    match (nvidia, amd) {
+        (Some((gpu, _, note)), amd) if nvidia_first => {
+            let aside = match amd {
+                Some(_) => "; of an NVIDIA and an AMD card the NVIDIA card is taken",
+                None => "",
+            };
+            (Backend::Nvidia, format!("there is an {gpu}; {note}{aside}"))
+        }
+        (_, Some((gpu, _, note))) => (Backend::Rocm, format!("there is an {gpu}; {note}")),
+        _ => {
+            let why = if gpus.is_empty() {
+                "there is no graphics card"
+            } else if gpus.iter().all(|gpu| gpu.kind == Kind::Virtual) {
+                "the only graphics here are a virtual machine's, which cannot compute"
+            } else {
+                "no graphics card here can be used for computing"
+            };
+            (Backend::Cpu, format!("{why}, so the processor computes"))
+        }
+    }
+}
+
+/// What one card is good for.
+enum Verdict {
+    Use {
+        with: Backend,
+        sure: bool,
+        note: String,
+    },
+    LeaveOut(String),
+}
+
+fn judge(gpu: &Gpu, hardware: &Hardware) -> Verdict {
+    let leave_out = |why: &str| Verdict::LeaveOut(why.to_owned());
+    match (gpu.kind, gpu.vendor) {
+        (Kind::Virtual, _) => leave_out("it is a virtual machine's display and cannot compute"),
+        (Kind::Real, Vendor::Nvidia) => judge_nvidia(gpu, hardware),
+        (Kind::Real, Vendor::Amd) => judge_amd(gpu, hardware),
+        (Kind::Real, Vendor::Intel) => {
+            leave_out("Intel graphics show pictures; no worker computes on them")
+        }
+        (Kind::Real, Vendor::Other) => leave_out("no worker knows how to compute on it"),
+    }
+}
+
+fn judge_nvidia(gpu: &Gpu, hardware: &Hardware) -> Verdict {
+    let generation = gpu.generation.unwrap_or(Generation::Unknown);
+    let driver = match &hardware.nvidia_driver {
+        Some(version) => format!("NVIDIA's driver {version} is loaded"),
+        None => "NVIDIA's driver is not loaded yet, and the worker falls back to the processor should it not come".to_owned(),
+    };
+    match generation.support() {
+        Support::Yes => Verdict::Use {
+            with: Backend::Nvidia,
+            sure: true,
+            note: driver,
+        },
+        Support::Try => Verdict::Use {
+            with: Backend::Nvidia,
+            sure: false,
+            note: format!("this program does not know the card, so it is tried; {driver}"),
+        },
+        Support::No if generation == Generation::Older => Verdict::LeaveOut(
+            "it is too old: no driver that is still maintained supports it".to_owned(),
+        ),
+        Support::No => Verdict::LeaveOut(
+            "this image's driver (branch 595) needs Turing or newer; this card needs branch 580, which an installed NixOS can \
+             have (nvidiaPackages.legacy_580)"
+                .to_owned(),
+        ),
+    }
+}
+
+fn judge_amd(gpu: &Gpu, hardware: &Hardware) -> Verdict {
+    if !hardware.kfd {
+        return Verdict::LeaveOut(
+            "the amdgpu driver offers no computing on it (/dev/kfd is missing): the card is too old, or the driver did not start"
+                .to_owned(),
+        );
+    }
+    match gpu.gfx {
+        Some(gfx) if gfx < OLDEST_GFX => Verdict::LeaveOut(format!(
+            "it is {gfx}; ROCm needs {OLDEST_GFX} (Vega) or newer"
+        )),
+        Some(gfx) => Verdict::Use {
+            with: Backend::Rocm,
+            sure: true,
+            note: format!("AMD's compute driver knows it as {gfx}"),
+        },
+        None => Verdict::Use {
+            with: Backend::Rocm,
+            sure: false,
+            note: "AMD's compute driver is there but does not name the card's type, so it is tried, and the worker falls back to \
+                   the processor"
+                .to_owned(),
+        },
+    }
+}
+
+/// Polaris (gfx803) and before left ROCm with its version 5 and 6.
+const OLDEST_GFX: Gfx = Gfx {
+    major: 9,
+    minor: 0,
+    step: 0,
+};

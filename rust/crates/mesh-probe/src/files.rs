@@ -1,0 +1,97 @@
+//! Reading small files that anyone may have written.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+/// No file that is meant for this crate is larger.
+pub const LIMIT: u64 = 64 * 1024;
+
+/// Why a file could not be used.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ReadError {
+    /// There is no such file.
+    #[error("there is no such file")]
+    Absent,
+    /// It is larger than [`LIMIT`].
+    #[error("it is larger than {} KiB; this is not the file that is meant", LIMIT / 1024)]
+    TooLarge,
+    /// It holds bytes that are no text.
+    #[error("it is not text; write it with a plain text editor, as UTF-8")]
+    NotText,
+    /// The operating system's words.
+    #[error("it cannot be read: {0}")]
+    Io(String),
+}
+
+/// The text of a file of at most [`LIMIT`] bytes, without a byte order mark.
+///
+/// # Errors
+/// [`ReadError`] where the file is absent, too large, a folder or device, or no text.
+pub fn read_text(path: &Path) -> Result<String, ReadError> {
+    // One byte more shows that there is more.
+    let bytes = read_bytes(path, LIMIT + 1)?;
+    if bytes.len() as u64 > LIMIT {
+        return Err(ReadError::TooLarge);
+    }
+    let text = String::from_utf8(bytes).map_err(|_| ReadError::NotText)?;
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+    if text.contains(|c: char| c.is_control() && !matches!(c, '\n' | '\r' | '\t')) {
+        return Err(ReadError::NotText);
+    }
+    Ok(text.to_owned())
+}
+
+/// What a kernel file says, cut at 1 MiB (/proc/cpuinfo grows with the processor); `None` where it cannot be read.
+pub(crate) fn kernel_text(path: &Path) -> Option<String> {
+    let bytes = read_bytes(path, 1 << 20).ok()?;
+    Some(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+fn read_bytes(path: &Path, limit: u64) -> Result<Vec<u8>, ReadError> {
+    let metadata = std::fs::metadata(path).map_err(read_error)?;
+    // A pipe or device could make the reader wait for ever.
+    if !metadata.is_file() {
+        return Err(ReadError::Io("it is not a regular file".to_owned()));
+    }
+    let mut bytes = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(limit).read_to_end(&mut bytes))
+        .map_err(read_error)?;
+    Ok(bytes)
+}
+
+fn read_error(error: std::io::Error) -> ReadError {
+    match error.kind() {
+        std::io::ErrorKind::NotFound => ReadError::Absent,
+        _ => ReadError::Io(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_small_text_files_are_read() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = dir.path().join("file");
+        let read = |content: &[u8]| {
+            std::fs::write(&path, content).expect("written");
+            read_text(&path)
+        };
+        assert_eq!(read(b"\xef\xbb\xbfa = 1\r\n"), Ok("a = 1\r\n".to_owned()));
+        assert_eq!(read(&[0xff, 0xfe, 0x41]), Err(ReadError::NotText));
+        assert_eq!(read(b"a\0b"), Err(ReadError::NotText));
+        assert_eq!(
+            read(&vec![b'x'; LIMIT as usize]).map(|text| text.len()),
+            Ok(LIMIT as usize)
+        );
+        assert_eq!(
+            read(&vec![b'x'; LIMIT as usize + 1]),
+            Err(ReadError::TooLarge)
+        );
+        assert_eq!(read_text(&dir.path().join("no")), Err(ReadError::Absent));
+        assert!(matches!(read_text(dir.path()), Err(ReadError::Io(_))));
+    }
+}

@@ -1,0 +1,261 @@
+//! What this machine shall do, what is missing for it, and how a person can help.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use crate::Wish;
+use crate::choice::{Backend, Choice, choose};
+use crate::hardware::Hardware;
+use crate::join::{HeadAddress, JoinError, Role, Settings, Source, Token, command_line_has};
+
+/// Everything that decides what a machine does.
+#[derive(Debug, Clone, Default)]
+pub struct Told {
+    /// What a person has typed, as `key=value` lines.
+    pub typed: Option<String>,
+    /// The kernel's command line.
+    pub command_line: String,
+    /// Where the partition is mounted, if there is one.
+    pub partition: Option<PathBuf>,
+}
+
+/// What a machine shall do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// What it is.
+    pub role: Role,
+    /// What computes, and why.
+    pub choice: Choice,
+    /// The head's address, and who said so.
+    pub head: Option<(HeadAddress, Source)>,
+    /// The join token, and who gave it.
+    pub token: Option<(Token, Source)>,
+    /// Who may log in.
+    pub ssh_key: Option<String>,
+    /// Name of this node.
+    pub name: Option<String>,
+    /// Model files of the partition.
+    pub models: Vec<PathBuf>,
+    /// What is wrong with a source, which then was not used.
+    pub mistakes: Vec<(Source, JoinError)>,
+}
+
+/// What a role cannot start without, and the remedy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Missing {
+    /// The head's address.
+    Head,
+    /// The join token.
+    Token,
+    /// A model.
+    Model,
+}
+
+impl Plan {
+    /// Puts together what was found and what was told.
+    pub fn new(hardware: &Hardware, told: &Told) -> Self {
+        let mut mistakes = Vec::new();
+        let mut read = |source, settings: Result<Settings, JoinError>| {
+            let settings = settings.unwrap_or_else(|mistake| {
+                mistakes.push((source, mistake));
+                Settings::default()
+            });
+            (source, settings)
+        };
+        let typed = told.typed.as_deref().unwrap_or_default();
+        // The first that says something wins.
+        let sources = [
+            read(Source::Console, Settings::from_lines(typed)),
+            read(
+                Source::CommandLine,
+                Settings::from_command_line(&told.command_line),
+            ),
+            read(
+                Source::Partition,
+                told.partition
+                    .as_deref()
+                    .map_or_else(|| Ok(Settings::default()), Settings::from_partition),
+            ),
+        ];
+        let wish = Wish {
+            backend: first(&sources, |settings| settings.backend).and_then(|(backend, _)| backend),
+            nomodeset: command_line_has(&told.command_line, "nomodeset"),
+        };
+        Self {
+            role: first(&sources, |settings| settings.role)
+                .map(|(role, _)| role)
+                .unwrap_or_default(),
+            choice: choose(hardware, wish),
+            head: first(&sources, |settings| settings.head.clone()),
+            token: first(&sources, |settings| settings.token.clone()),
+            ssh_key: first(&sources, |settings| settings.ssh_key.clone()).map(|(key, _)| key),
+            name: first(&sources, |settings| settings.name.clone()).map(|(name, _)| name),
+            models: told
+                .partition
+                .as_deref()
+                .map(|partition| models(&partition.join(MODELS)))
+                .unwrap_or_default(),
+            mistakes,
+        }
+    }
+
+    /// What the role cannot start without.
+    pub fn missing(&self) -> Vec<Missing> {
+        let wanted: &[(Missing, bool)] = match self.role {
+            Role::Head => &[],
+            Role::Shim => &[(Missing::Head, self.head.is_none())],
+            Role::Worker => &[
+                (Missing::Head, self.head.is_none()),
+                (Missing::Token, self.token.is_none()),
+                (Missing::Model, self.models.is_empty()),
+            ],
+        };
+        wanted
+            .iter()
+            .filter(|(_, missing)| *missing)
+            .map(|&(what, _)| what)
+            .collect()
+    }
+
+    /// Environment of the role's service, by which it is configured: names and values.
+    pub fn environment(&self) -> Vec<(String, String)> {
+        let mut variables = Vec::new();
+        let mut set = |name: &str, value: String| variables.push((name.to_owned(), value));
+        match self.role {
+            Role::Worker => {
+                if let Some((head, _)) = &self.head {
+                    set("HYDRAMESH_WORKER__HEAD", head.to_string());
+                }
+                if let Some(name) = &self.name {
+                    set("HYDRAMESH_WORKER__NODE_NAME", name.clone());
+                }
+                if !self.models.is_empty() {
+                    let paths = self.models.iter().map(|path| path.display().to_string());
+                    set("HYDRAMESH_WORKER__MODELS", list(paths));
+                }
+            }
+            Role::Head => {
+                if let Some(name) = &self.name {
+                    set("HYDRAMESH_HEAD__MESH_NAME", name.clone());
+                }
+            }
+            Role::Shim => {
+                if let Some((head, _)) = &self.head {
+                    let clients = head.with_port(CLIENT_PORT).to_string();
+                    set("HYDRAMESH_SHIM__HEADS", list([clients].into_iter()));
+                }
+            }
+        }
+        variables
+    }
+}
+
+/// What a person at the machine reads.
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "Role: {}", self.role)?;
+        writeln!(
+            f,
+            "Backend: {}, since {}.",
+            self.choice.backend, self.choice.reason
+        )?;
+        for left_out in &self.choice.left_out {
+            writeln!(f, "  not used: {}: {}", left_out.gpu, left_out.why)?;
+        }
+        if let Some((head, source)) = self.head.as_ref().filter(|_| self.role != Role::Head) {
+            writeln!(f, "Head: {head} ({source})")?;
+        }
+        if self.role == Role::Worker {
+            if let Some((_, source)) = &self.token {
+                writeln!(f, "Join token: given ({source})")?;
+            }
+            if !self.models.is_empty() {
+                let names: Vec<_> = self
+                    .models
+                    .iter()
+                    .filter_map(|path| path.file_name())
+                    .map(|name| name.to_string_lossy())
+                    .collect();
+                writeln!(f, "Models: {}", names.join(", "))?;
+            }
+        }
+        for (source, mistake) in &self.mistakes {
+            writeln!(f, "Not used, {source}: {mistake}")?;
+        }
+        for missing in self.missing() {
+            writeln!(f, "Missing: {missing}")?;
+        }
+        Ok(())
+    }
+}
+
+/// With the remedy.
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Head => {
+                "the head's address. Type it here, boot with hydramesh.head=HOST:7780, or write head = \"HOST:7780\" into \
+                 hydramesh.toml on a partition labelled HYDRAMESH."
+            }
+            Self::Token => {
+                "a join token. On the head, `hydramesh token create` prints one: type it here, boot with \
+                 hydramesh.token=TOKEN, or put it into the file join-token on a partition labelled HYDRAMESH."
+            }
+            Self::Model => {
+                "a model. Put a .gguf file into the folder models on a partition labelled HYDRAMESH, attach it, and look again."
+            }
+        })
+    }
+}
+
+fn first<T>(
+    sources: &[(Source, Settings)],
+    field: impl Fn(&Settings) -> Option<T>,
+) -> Option<(T, Source)> {
+    sources
+        .iter()
+        .find_map(|(source, settings)| Some((field(settings)?, *source)))
+}
+
+/// GGUF files, by name; those whose names would need quoting are not taken.
+fn models(dir: &Path) -> Vec<PathBuf> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || " ._-+()".contains(c);
+    let Ok(entries) = std::fs::read_dir(dir) else {
+        return Vec::new();
+    };
+    let mut paths: Vec<PathBuf> = entries
+        .flatten()
+        .filter(|entry| {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            // macOS leaves files named ._x beside each x on foreign disks.
+            name.to_ascii_lowercase().ends_with(".gguf")
+                && !name.starts_with('.')
+                && name.chars().all(plain)
+                && entry.path().is_file()
+        })
+        .map(|entry| entry.path())
+        .collect();
+    paths.sort();
+    paths.truncate(MOST_MODELS);
+    paths
+}
+
+/// A TOML array of strings that need no escapes.
+fn list(items: impl Iterator<Item = String>) -> String {
+    let quoted: Vec<String> = items.map(|item| format!("\"{item}\"")).collect();
+    format!("[{}]", quoted.join(", "))
+}
+
+impl Backend {
+    /// Name of the worker's marker in the run folder.
+    pub fn worker_marker(self) -> String {
+        format!("role-worker-{self}")
+    }
+}
+
+/// Folder of the partition with models.
+const MODELS: &str = "models";
+const MOST_MODELS: usize = 16;
+/// The head's port for DCF clients and shims.
+const CLIENT_PORT: u16 = 7777;

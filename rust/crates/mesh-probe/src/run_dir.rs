@@ -1,0 +1,118 @@
+//! The folder where a plan is written, and where the services' units look.
+//!
+//! | file | content |
+//! |---|---|
+//! | `role-head`, `role-shim`, `role-worker-cpu`, `role-worker-nvidia`, `role-worker-rocm` | empty; one is there when its unit shall start |
+//! | `service.env` | the environment by which the service is configured |
+//! | `join-token` | the token, mode 0600 |
+//! | `authorized_keys` | the key that was given at boot; sshd runs only if it is there |
+//! | `ready` | empty; there when nothing is missing |
+//! | `summary` | the plan in words, for the console |
+
+use std::fs::{DirBuilder, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::choice::Backend;
+use crate::join::Role;
+use crate::plan::Plan;
+
+/// A file that could not be written.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {source}", path.display())]
+pub struct WriteError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// Writes `plan` into `dir`, which is made if need be. What an earlier plan left there goes.
+///
+/// # Errors
+/// The file that could not be removed or written.
+pub fn write(plan: &Plan, dir: &Path) -> Result<(), WriteError> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(dir)
+        .map_err(|source| WriteError {
+            path: dir.to_owned(),
+            source,
+        })?;
+    for name in names() {
+        remove(&dir.join(name))?;
+    }
+    let file = |name: &str, mode, content: &str| create(&dir.join(name), mode, content);
+    if let Some(key) = &plan.ssh_key {
+        file(KEYS, 0o644, &format!("{key}\n"))?;
+    }
+    let environment: String = plan
+        .environment()
+        .iter()
+        // Single quotes: systemd takes what is between them as it is. No value holds one.
+        .map(|(name, value)| format!("{name}='{value}'\n"))
+        .collect();
+    file(ENVIRONMENT, 0o644, &environment)?;
+    if let Some((token, _)) = plan.token.as_ref().filter(|_| plan.role == Role::Worker) {
+        file(TOKEN, 0o600, &format!("{}\n", token.secret()))?;
+    }
+    file(SUMMARY, 0o644, &plan.to_string())?;
+    if plan.missing().is_empty() {
+        file(READY, 0o644, "")?;
+        file(&marker(plan), 0o644, "")?;
+    }
+    Ok(())
+}
+
+/// The file that lets the plan's unit start.
+pub fn marker(plan: &Plan) -> String {
+    match plan.role {
+        Role::Worker => plan.choice.backend.worker_marker(),
+        role => format!("role-{role}"),
+    }
+}
+
+/// Everything that a plan can leave.
+fn names() -> impl Iterator<Item = String> {
+    let fixed = [
+        "role-head",
+        "role-shim",
+        ENVIRONMENT,
+        TOKEN,
+        KEYS,
+        READY,
+        SUMMARY,
+    ];
+    let workers = Backend::ALL.into_iter().map(Backend::worker_marker);
+    fixed.into_iter().map(str::to_owned).chain(workers)
+}
+
+fn remove(path: &Path) -> Result<(), WriteError> {
+    match std::fs::remove_file(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(WriteError {
+            path: path.to_owned(),
+            source,
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// A new file: one that somebody else made meanwhile, or a link, is not written to.
+fn create(path: &Path, mode: u32, content: &str) -> Result<(), WriteError> {
+    OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(mode)
+        .open(path)
+        .and_then(|mut file| file.write_all(content.as_bytes()))
+        .map_err(|source| WriteError {
+            path: path.to_owned(),
+            source,
+        })
+}
+
+const ENVIRONMENT: &str = "service.env";
+const TOKEN: &str = "join-token";
+const KEYS: &str = "authorized_keys";
+const READY: &str = "ready";
+const SUMMARY: &str = "summary";
