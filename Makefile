@@ -12,7 +12,9 @@ CACHE := $(if $(HYDRAMESH_CACHE),$(HYDRAMESH_CACHE),$(CURDIR)/.cache)
 export ORT_DYLIB_PATH ?= $(CACHE)/onnxruntime/libonnxruntime.so.1.24.4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test flood bench bench-peers fuzz fetch fmt clean
+.PHONY: help demo build test test-nix test-vm test-images flood bench bench-peers fuzz fetch fmt clean
+# Exit code 3 of a test script: this machine cannot run it, and why was said.
+WHERE_POSSIBLE := || [ $$? = 3 ]
 
 help: ## Show this list
 	@echo "HydraMesh. Start with 'make demo'."
@@ -28,10 +30,24 @@ build: ## Build the services and the command line (release) into rust/target/rel
 	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES)
 
 test: fetch ## Formatting, clippy with warnings denied, every test
+	scripts/fetch_nix_tools.sh
+	scripts/test_nix.sh $(WHERE_POSSIBLE)
 	$(IN_RUST) $(CARGO) fmt --all --check
 	$(IN_RUST) $(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	$(IN_RUST) $(CARGO) build --locked --bins $(SERVICES)
+	HYDRAMESH_BIN=$(CURDIR)/rust/target/debug scripts/test_vm.sh nspawn $(WHERE_POSSIBLE)
 	$(IN_RUST) $(CARGO) test --workspace --locked --no-fail-fast
+
+test-nix: ## All that is Nix, by evaluation: it parses, is formatted, its tests pass, its units score well
+	scripts/fetch_nix_tools.sh
+	scripts/test_nix.sh
+
+test-vm: build fetch ## The module's units under a real systemd, in a container and in a QEMU guest (needs root)
+	scripts/test_vm.sh nspawn
+	scripts/test_vm.sh qemu
+
+test-images: build fetch ## The images' configurations under podman (needs root)
+	scripts/test_images.sh
 
 flood: fetch ## 10 million random and mutated datagrams at each UDP port, memory watched (the short run is in make test)
 	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES)

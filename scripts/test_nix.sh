@@ -13,6 +13,9 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
 
+# scripts/fetch_nix_tools.sh puts formatter and dead-code finder there.
+PATH=${HYDRAMESH_CACHE:-$root/.cache}/nix-tools/bin:$PATH
+
 command -v nix-instantiate >/dev/null || {
     echo "test_nix: nix-instantiate is missing: install Nix (https://nixos.org/download), or Debian's package nix-bin" >&2
     exit 3
