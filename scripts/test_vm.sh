@@ -110,7 +110,7 @@ qemu)
     initrd=$(ls "$guest"/boot/initrd.img-* | tail -n 1)
     cp "$kernel" "$work/kernel"
     cp "$initrd" "$work/initrd"
-    mke2fs -q -t ext4 -d "$guest" "$work/disk" 3G
+    mke2fs -q -t ext4 -d "$guest" "$work/disk" 3G >/dev/null 2>&1
     timeout 900 qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 2 -m 4096 -nographic -no-reboot -nic none \
         -kernel "$work/kernel" -initrd "$work/initrd" -append "root=/dev/vda rw console=ttyS0 quiet" \
         -drive "file=$work/disk,format=raw,if=virtio,cache=unsafe" </dev/null >"$work/console.log" 2>&1 ||
