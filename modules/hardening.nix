@@ -1,11 +1,10 @@
-# What a service of ours may do on its machine. Everything is forbidden that it can live without; a GPU, pinned threads and
-# a port below 1024 each cost the least that they need.
+# What a service of ours may do on its machine. Everything is forbidden that it can live without; a GPU and a port below 1024
+# each cost the least that they need.
 { lib }:
 {
   backend,
   lowPort,
   wholeProc,
-  pinThreads,
 }:
 let
   inherit (lib) optional optionals;
@@ -53,7 +52,6 @@ in
     "~@privileged"
     "~@resources"
   ]
-  ++ optional pinThreads "sched_setaffinity"
   # CUDA and ROCm place memory near the device.
   ++ optionals hasGpu [
     "mbind"

@@ -94,8 +94,6 @@ let
           lowPort = lowPort role;
           # /proc/meminfo says how large the KV cache may be, /proc/cpuinfo which kernels the processor has.
           wholeProc = role == "worker";
-          # Threads that compute are pinned to their cores.
-          pinThreads = role == "worker";
         }
         // {
           Type = "notify";

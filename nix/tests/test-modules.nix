@@ -386,9 +386,6 @@ in
         "all"
         "pid"
       ];
-  "a worker may pin its threads" = is (lib.elem "sched_setaffinity"
-    (workerUnit (worker { })).serviceConfig.SystemCallFilter
-  ) true;
   "a GPU worker may do what its driver needs, and no more" =
     is
       (
