@@ -3,7 +3,9 @@
 let
   getExe' =
     package: name:
-    if builtins.match "[^/]*" name == null then
+    if !(attrsets.isDerivation package) then
+      throw "getExe': this is a ${builtins.typeOf package}, not a package"
+    else if builtins.match "[^/]*" name == null then
       throw "getExe': ${builtins.toJSON name} is a path, not the name of a program"
     else
       "${attrsets.getBin package}/bin/${name}";

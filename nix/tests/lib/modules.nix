@@ -106,11 +106,12 @@ let
       showOption (prefix ++ definition.path)
     }' does not exist. Definition values:${showDefs [ definition ]}";
 
-  # All modules with their imports, each file once, as { file, options, config }.
+  # All modules with their imports, each file once, as { file, options, config }. Imports come after what imports them, level
+  # by level, and the whole is turned round: that is the order in which nixpkgs' lib appends lists.
   collect =
     arguments: config: modules:
     let
-      go =
+      node =
         file: n: module:
         let
           isPath = builtins.isPath module || builtins.isString module;
@@ -119,19 +120,23 @@ let
           called = if isFunction raw || raw ? __functor then call here raw else raw;
           normal = normalise (called._file or here) called;
         in
-        [
-          {
-            key = if isPath then toString module else normal.key or "${here}#${toString n}";
-            inherit (normal)
-              file
-              options
-              config
-              imports
-              ;
-            disabled = called.disabledModules or [ ];
-          }
-        ]
-        ++ lists.concatLists (lists.imap1 (i: go normal.file "${toString n}.${toString i}") normal.imports);
+        {
+          key = if isPath then toString module else normal.key or "${here}#${n}";
+          inherit n;
+          inherit (normal)
+            file
+            options
+            config
+            imports
+            ;
+          disabled = called.disabledModules or [ ];
+        };
+      nodes = file: n: lists.imap1 (i: node file "${n}.${toString i}");
+      all = builtins.genericClosure {
+        startSet = nodes "<unknown-file>" "" modules;
+        operator = parent: nodes parent.file parent.n parent.imports;
+      };
+      off = map toString (concatMap (m: m.disabled) all);
       call =
         file: f:
         f (
@@ -143,29 +148,8 @@ let
           ) (functionArgs f)
           // arguments
         );
-      all = lists.concatLists (lists.imap1 (i: go "<unknown-file>" (toString i)) modules);
-      off = map toString (concatMap (m: m.disabled) all);
-      firsts =
-        lists.foldl'
-          (
-            acc: m:
-            if acc.seen ? ${m.key} || builtins.elem m.key off then
-              acc
-            else
-              {
-                seen = acc.seen // {
-                  ${m.key} = true;
-                };
-                list = acc.list ++ [ m ];
-              }
-          )
-          {
-            seen = { };
-            list = [ ];
-          }
-          all;
     in
-    firsts.list;
+    lists.reverseList (builtins.filter (m: !(builtins.elem m.key off)) all);
 
   # A module without `config` and `options` is all configuration.
   normalise =
@@ -289,13 +273,11 @@ let
           value = def.value.${name};
         }) (builtins.filter (name: !(known ? ${name})) (builtins.attrNames def.value))
       ) definitions;
-      # A condition that does not hold defines nothing, not even something unknown.
-      real = builtins.filter (u: discharge u != [ ]) strange;
     in
     {
       options = builtins.mapAttrs (_: l: l.options) level;
       config = builtins.mapAttrs (_: l: l.config) level;
-      unmatched = real ++ concatMap (l: l.unmatched) (builtins.attrValues level);
+      unmatched = strange ++ concatMap (l: l.unmatched) (builtins.attrValues level);
     };
 
   pushChecked =
@@ -347,16 +329,6 @@ let
       concatMap again value.contents
     else if value._type or null == "if" then
       if value.condition then again value.content else [ ]
-    else if value._type or null == "override" then
-      map (
-        d:
-        d
-        // {
-          value = value // {
-            content = d.value;
-          };
-        }
-      ) (again value.content)
     else
       [ { inherit (def) file value; } ];
 
@@ -371,9 +343,7 @@ let
       ) 9999 discharged;
       strip =
         def: if def.value._type or null == "override" then def // { value = def.value.content; } else def;
-      strongest = map strip (builtins.filter (def: priorityOf def == priority) discharged);
-      # `mkForce (mkIf …)` hides a condition below the priority.
-      flat = concatMap discharge strongest;
+      flat = map strip (builtins.filter (def: priorityOf def == priority) discharged);
       orderOf = def: if def.value._type or null == "order" then def.value.priority else 1000;
       plain = map (
         def: if def.value._type or null == "order" then def // { value = def.value.content; } else def

@@ -35,13 +35,20 @@ let
       ) path
     );
   showFiles = files: concatStringsSep " and " (map (file: "`${file}'") files);
-  # The definitions of an option, for messages. Values are shown only as far as JSON can.
+  # The definitions of an option, for messages. Of what is not plain, only the kind is said: showing it could fail itself.
   showDefs = concatMapStrings (
     def:
     let
-      shown = builtins.tryEval (builtins.toJSON def.value);
+      kind = builtins.typeOf def.value;
+      plain = builtins.elem kind [
+        "bool"
+        "float"
+        "int"
+        "null"
+        "string"
+      ];
     in
-    "\n- In `${def.file}'${if shown.success then ": ${shown.value}" else ""}"
+    "\n- In `${def.file}': ${if plain then builtins.toJSON def.value else "a ${kind}"}"
   );
 in
 {

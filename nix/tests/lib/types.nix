@@ -298,7 +298,10 @@ let
         prefix: more:
         moduleSystem.evalModules {
           inherit prefix specialArgs;
-          modules = modules ++ more;
+          modules =
+            modules
+            ++ [ { _module.args.name = if prefix == [ ] then "<name>" else lists.last prefix; } ]
+            ++ more;
         };
       bare = evaluate [ ] [ ];
       freeform = bare._module.freeformType;
