@@ -30,13 +30,11 @@ let
       name: _: lib.nameValuePair credentialVariables.${name} "${folder}/${name}"
     ) credentials.${role};
 
-  # null takes a default away.
-  settingsOf = role: lib.filterAttrsRecursive (_: value: value != null) cfg.settings.${role};
   # The service itself says whether its file is good, before anything is switched to it.
   configFile =
     role:
     let
-      unchecked = toml.generate "hydramesh-${role}-unchecked.toml" (settingsOf role);
+      unchecked = toml.generate "hydramesh-${role}-unchecked.toml" cfg.settings.${role};
     in
     if pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform then
       pkgs.runCommand "hydramesh-${role}.toml" (credentialEnvironment role "/credentials") ''
