@@ -315,22 +315,27 @@ in
         true
         false
       ];
-  "every unit is locked in" = is (lib.filter (
-    unit:
-    !(
-      unit.serviceConfig.DynamicUser
-      && unit.serviceConfig.NoNewPrivileges
-      && unit.serviceConfig.MemoryDenyWriteExecute
-      && unit.serviceConfig.PrivateDevices
-      && unit.serviceConfig.PrivateTmp
-      && unit.serviceConfig.PrivateUsers
-      && unit.serviceConfig.ProtectHome
-      && unit.serviceConfig.ProtectSystem == "strict"
-      && unit.serviceConfig.CapabilityBoundingSet == ""
-      && unit.serviceConfig.UMask == "0077"
-      && unit.serviceConfig.SystemCallErrorNumber == "EPERM"
-    )
-  ) (builtins.attrValues (services everything))) [ ];
+  "every unit is locked in" = is (builtins.attrNames (
+    lib.filterAttrs (
+      _: unit:
+      let
+        c = unit.serviceConfig;
+      in
+      !(
+        c.DynamicUser
+        && c.NoNewPrivileges
+        && c.MemoryDenyWriteExecute
+        && c.PrivateDevices
+        && c.PrivateTmp
+        && c.PrivateUsers
+        && c.ProtectHome
+        && c.ProtectSystem == "strict"
+        && c.CapabilityBoundingSet == ""
+        && c.UMask == "0077"
+        && c.SystemCallErrorNumber == "EPERM"
+      )
+    ) (services everything)
+  )) [ ];
   "a service writes into its state directory alone" = is (lib.filter (
     unit:
     unit.serviceConfig ? ReadWritePaths
