@@ -18,7 +18,7 @@ let
   program = build.program name;
   user = "hydramesh";
   id = "10001";
-  users = pkgs.dockerTools.fakeNss.override {
+  users = pkgs.fakeNss.override {
     extraPasswdLines = [ "${user}:x:${id}:${id}:HydraMesh:/var/lib/hydramesh:/sbin/nologin" ];
     extraGroupLines = [ "${user}:x:${id}:" ];
   };

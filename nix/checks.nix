@@ -25,18 +25,13 @@ let
     inherit cargoArtifacts;
   };
 
-  # Crates whose tests need neither a model nor ONNX Runtime nor other programs. All of them may use loopback, which the build
-  # sandbox has.
-  selfContained = [
-    "dcf"
-    "mesh-client"
-    "mesh-engine"
-    "mesh-head"
-    "mesh-kernels"
-    "mesh-net"
-    "mesh-proto"
-    "mesh-service"
-    "mesh-shim"
+  # Crates whose tests want a model, ONNX Runtime or the built programs. The others may use loopback, which the sandbox has.
+  wantMore = [
+    "mesh-bench"
+    "mesh-engine-ort"
+    "mesh-model"
+    "mesh-tests"
+    "mesh-worker"
   ];
 
   # A machine with this configuration, as far as evaluation goes: options, assertions, the units' text. Nothing of it is built.
@@ -84,6 +79,8 @@ let
           pkgs.python3
         ];
         NIXPKGS_LIB = "${pkgs.path}/lib";
+        # The generated configurations are shown to the programs.
+        HYDRAMESH_BIN = "${build.unwrapped}/bin";
       }
       ''
         export HOME=$TMPDIR/home
@@ -122,7 +119,9 @@ in
   tests = craneLib.cargoTest (
     cargo
     // {
-      cargoTestExtraArgs = lib.concatMapStringsSep " " (crate: "-p ${crate}") selfContained;
+      cargoTestExtraArgs = "--workspace ${
+        lib.concatMapStringsSep " " (crate: "--exclude ${crate}") wantMore
+      }";
     }
   );
 
@@ -141,7 +140,12 @@ in
   # Against the real NixOS, whose option names no stand-in knows.
   module-evaluation = pkgs.writeText "hydramesh-module-evaluation" (
     lib.concatMapStringsSep "\n" evaluated [
-      { services.hydramesh.enable = true; }
+      {
+        services.hydramesh = {
+          enable = true;
+          role = "head";
+        };
+      }
       {
         services.hydramesh = {
           enable = true;
@@ -158,6 +162,7 @@ in
           role = "worker";
           headAddress = "192.0.2.1:7780";
           joinTokenFile = "/run/keys/hydramesh-join-token";
+          models = [ "SmolLM2-135M-Instruct.Q4_1" ];
         };
       }
     ]

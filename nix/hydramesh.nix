@@ -84,7 +84,10 @@ let
       }
       ''
         mkdir -p $out/bin
-        ln -s ${unwrapped}/share $out/share
+        # Not there when the programs cannot run where they are built, and so cannot print their completions.
+        if [ -d ${unwrapped}/share ]; then
+          ln -s ${unwrapped}/share $out/share
+        fi
         ln -s ${unwrapped}/bin/mesh-head ${unwrapped}/bin/mesh-shim $out/bin/
         for program in mesh-worker hydramesh; do
           makeWrapper ${unwrapped}/bin/$program $out/bin/$program \

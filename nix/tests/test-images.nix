@@ -49,10 +49,10 @@ let
     pkgs = {
       tini = derivation "tini";
       cacert = derivation "cacert";
+      fakeNss.override = extra: extra;
       dockerTools = {
         streamLayeredImage = image: image;
         caCertificates = derivation "ca-certificates";
-        fakeNss.override = extra: extra;
       };
     };
   };

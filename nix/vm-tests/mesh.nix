@@ -67,7 +67,7 @@ pkgs.testers.runNixOSTest {
         head.wait_until_succeeds(count_two, 120)
 
     with subtest("a question is answered, over HTTP and through the shim"):
-        head.succeed("hydramesh ask 'Name three rivers.' | grep .")
+        head.succeed("hydramesh ask --http 'Name three rivers.' | grep .")
         head.succeed("hydramesh ask --to 127.0.0.1:9999 'Name three rivers.' | grep .")
 
     with subtest("a worker whose process dies comes back by itself"):
@@ -77,6 +77,6 @@ pkgs.testers.runNixOSTest {
 
     with subtest("the mesh answers with one worker's machine gone"):
         worker2.crash()
-        head.succeed("hydramesh ask 'Name three rivers.' | grep .")
+        head.succeed("hydramesh ask --http 'Name three rivers.' | grep .")
   '';
 }
