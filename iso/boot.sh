@@ -5,6 +5,9 @@
 
 label=/dev/disk/by-label/HYDRAMESH
 partition=/run/hydramesh-partition
+state_label=/dev/disk/by-label/HYDRASTATE
+# Where systemd keeps the state of services with dynamic users.
+state=/var/lib/private/hydramesh
 
 # The driver of a card may still be loading.
 udevadm settle --timeout=30 || echo "The hardware has not settled after 30 seconds; going on."
@@ -20,8 +23,17 @@ if ! mountpoint --quiet "$partition" && [ -e "$label" ]; then
     || echo "The partition HYDRAMESH cannot be mounted; FAT, exFAT and ext4 are known to do."
 fi
 
+# Keys and certificates outlive a restart only if somebody made a place for them.
+if ! mountpoint --quiet "$state" && [ -e "$state_label" ]; then
+  mkdir -p -m 0700 /var/lib/private
+  mkdir -p "$state"
+  mount -t ext4 -o nosuid,nodev,noexec "$state_label" "$state" \
+    || echo "The partition HYDRASTATE cannot be mounted; it must be ext4."
+fi
+
 hydramesh probe
 hydramesh boot-config \
   --partition "$partition" \
+  --state-dir "$state" \
   --typed /run/hydramesh-typed \
   --run-dir /run/hydramesh

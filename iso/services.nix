@@ -18,43 +18,42 @@ let
   };
 
   # The module gives a machine one worker; this image has one for each backend, of which one starts. Each is taken from an
-  # evaluation of the module on its own: all that is read of it is systemd.services.hydramesh-worker.
-  workerUnit =
+  # evaluation of the module on its own, of which systemd.services.hydramesh-worker and systemd.tmpfiles.rules are read.
+  evaluate =
     backend: package:
-    let
-      evaluated = lib.evalModules {
-        specialArgs = { inherit pkgs; };
-        modules = [
-          ../modules
-          {
-            # What the module sets outside of services.hydramesh.
-            options = lib.genAttrs [
-              "assertions"
-              "environment"
-              "networking"
-              "systemd"
-              "warnings"
-            ] (_: lib.mkOption { type = lib.types.anything; });
-            config.services.hydramesh = {
-              enable = true;
-              role = "worker";
-              inherit backend package;
-              # The configuration is checked when the image is built, and needs both. service.env has the real ones.
-              headAddress = "told-at-boot.invalid:7780";
-              models = [ "found-at-boot" ];
-            };
-          }
-        ];
-      };
-    in
+    (lib.evalModules {
+      specialArgs = { inherit pkgs; };
+      modules = [
+        ../modules
+        {
+          # What the module sets outside of services.hydramesh.
+          options = lib.genAttrs [
+            "assertions"
+            "environment"
+            "networking"
+            "systemd"
+            "warnings"
+          ] (_: lib.mkOption { type = lib.types.anything; });
+          config.services.hydramesh = {
+            enable = true;
+            role = "worker";
+            inherit backend package;
+            # The token may be absent: a worker that has joined needs none.
+            joinTokenFile = "${runDir}/join-token";
+            # The configuration is checked when the image is built, and needs both. service.env has the real ones.
+            headAddress = "told-at-boot.invalid:7780";
+            models = [ "found-at-boot" ];
+          };
+        }
+      ];
+    }).config.systemd;
+
+  worker =
+    backend: package:
     mkMerge [
-      evaluated.config.systemd.services.hydramesh-worker
+      (evaluate backend package).services.hydramesh-worker
       (atBoot "role-worker-${backend}")
-      {
-        description = mkForce "HydraMesh worker (${backend}): answers requests";
-        environment.HYDRAMESH_WORKER__JOIN_TOKEN_FILE = "%d/join-token";
-        serviceConfig.LoadCredential = mkForce [ "join-token:${runDir}/join-token" ];
-      }
+      { description = mkForce "HydraMesh worker (${backend}): answers requests"; }
     ];
 
   boot = pkgs.writeShellApplication {
@@ -81,6 +80,9 @@ in
     settings.shim.admit = "verified";
   };
 
+  # The same for each backend: where systemd finds the token.
+  systemd.tmpfiles.rules = (evaluate "cpu" pkgs.hydramesh).tmpfiles.rules;
+
   systemd.services = {
     hydramesh-boot = {
       description = "HydraMesh: what this machine is, and what it does";
@@ -97,8 +99,8 @@ in
 
     hydramesh-head = atBoot "role-head";
     hydramesh-shim = atBoot "role-shim";
-    hydramesh-worker-cpu = workerUnit "cpu" pkgs.hydramesh;
-    hydramesh-worker-nvidia = workerUnit "nvidia" pkgs.hydramesh-cuda;
-    hydramesh-worker-rocm = workerUnit "rocm" pkgs.hydramesh-rocm;
+    hydramesh-worker-cpu = worker "cpu" pkgs.hydramesh;
+    hydramesh-worker-nvidia = worker "nvidia" pkgs.hydramesh-cuda;
+    hydramesh-worker-rocm = worker "rocm" pkgs.hydramesh-rocm;
   };
 }

@@ -256,15 +256,21 @@ in
     };
   };
 
-  "each worker gets the token as a credential" = {
-    expr = eachWorker (unit: {
-      inherit (unit.serviceConfig) LoadCredential;
-      file = unit.environment.HYDRAMESH_WORKER__JOIN_TOKEN_FILE;
-    });
-    expected = lib.genAttrs [ "cpu" "nvidia" "rocm" ] (_: {
-      LoadCredential = [ "join-token:/run/hydramesh/join-token" ];
-      file = "%d/join-token";
-    });
+  "each worker gets the token as a credential, if there is one" = {
+    expr = {
+      workers = eachWorker (unit: {
+        inherit (unit.serviceConfig) LoadCredential;
+        file = unit.environment.HYDRAMESH_WORKER__JOIN_TOKEN_FILE;
+      });
+      link = builtins.filter (hasInfix "/run/hydramesh/join-token") config.systemd.tmpfiles.rules;
+    };
+    expected = {
+      workers = lib.genAttrs [ "cpu" "nvidia" "rocm" ] (_: {
+        LoadCredential = [ "join-token:hydramesh-join-token" ];
+        file = "%d/join-token";
+      });
+      link = [ "L+ /run/credstore/hydramesh-join-token - - - - /run/hydramesh/join-token" ];
+    };
   };
 
   "only workers with a GPU see devices" = {

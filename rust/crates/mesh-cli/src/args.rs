@@ -415,6 +415,10 @@ pub struct BootConfigArgs {
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub partition: Option<PathBuf>,
 
+    /// Folder of the services' state, if it outlives a restart: who has joined needs no token
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub state_dir: Option<PathBuf>,
+
     /// File with key=value lines that were typed at the console; it may be absent
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub typed: Option<PathBuf>,

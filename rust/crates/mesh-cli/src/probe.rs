@@ -32,6 +32,7 @@ pub(crate) fn boot_config(args: BootConfigArgs) -> Result<(), Failure> {
         command_line: read_text(&command_line)
             .map_err(|error| Failure::failed(format!("{}: {error}", command_line.display())))?,
         partition: args.partition,
+        state: args.state_dir,
     };
     let plan = Plan::new(&mesh_probe::probe(&args.root), &told);
     run_dir::write(&plan, &args.run_dir).map_err(|error| Failure::failed(error.to_string()))?;
@@ -111,6 +112,7 @@ mod tests {
         let args = |typed: &str| BootConfigArgs {
             run_dir: root.path().join("run"),
             partition: None,
+            state_dir: None,
             typed: Some(root.path().join(typed)),
             root: root.path().to_owned(),
         };

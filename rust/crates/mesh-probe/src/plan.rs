@@ -17,6 +17,8 @@ pub struct Told {
     pub command_line: String,
     /// Where the partition is mounted, if there is one.
     pub partition: Option<PathBuf>,
+    /// Folder of the services' state, where it outlives a restart.
+    pub state: Option<PathBuf>,
 }
 
 /// What a machine shall do.
@@ -36,6 +38,8 @@ pub struct Plan {
     pub name: Option<String>,
     /// Model files of the partition.
     pub models: Vec<PathBuf>,
+    /// Whether the worker has a certificate from an earlier boot, and so needs no token.
+    pub joined: bool,
     /// What is wrong with a source, which then was not used.
     pub mistakes: Vec<(Source, JoinError)>,
 }
@@ -95,6 +99,10 @@ impl Plan {
                 .as_deref()
                 .map(|partition| models(&partition.join(MODELS)))
                 .unwrap_or_default(),
+            joined: told
+                .state
+                .as_deref()
+                .is_some_and(|state| state.join(CERTIFICATE).is_file()),
             mistakes,
         }
     }
@@ -106,7 +114,7 @@ impl Plan {
             Role::Shim => &[(Missing::Head, self.head.is_none())],
             Role::Worker => &[
                 (Missing::Head, self.head.is_none()),
-                (Missing::Token, self.token.is_none()),
+                (Missing::Token, self.token.is_none() && !self.joined),
                 (Missing::Model, self.models.is_empty()),
             ],
         };
@@ -166,8 +174,10 @@ impl fmt::Display for Plan {
             writeln!(f, "Head: {head} ({source})")?;
         }
         if self.role == Role::Worker {
-            if let Some((_, source)) = &self.token {
-                writeln!(f, "Join token: given ({source})")?;
+            match &self.token {
+                Some((_, source)) => writeln!(f, "Join token: given ({source})")?,
+                None if self.joined => writeln!(f, "Join token: not needed, it has joined before")?,
+                None => {}
             }
             if !self.models.is_empty() {
                 let names: Vec<_> = self
@@ -254,6 +264,8 @@ impl Backend {
     }
 }
 
+/// The worker's certificate below the state folder; it is there when the worker has joined.
+const CERTIFICATE: &str = "worker/node.crt";
 /// Folder of the partition with models.
 const MODELS: &str = "models";
 const MOST_MODELS: usize = 16;

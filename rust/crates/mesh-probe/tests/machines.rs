@@ -272,6 +272,7 @@ fn plan(machine: &Machine, line: &str, partition: Option<&Path>, typed: Option<&
         typed: typed.map(str::to_owned),
         command_line: line.to_owned(),
         partition: partition.map(Path::to_owned),
+        ..Told::default()
     };
     Plan::new(&machine.probe(), &told)
 }
@@ -321,6 +322,19 @@ fn a_machine_that_was_told_nothing_says_what_it_needs() {
     let text = plan.to_string();
     assert!(text.contains("hydramesh token create"), "{text}");
     assert!(text.contains("hydramesh.head=HOST:7780"), "{text}");
+}
+
+#[test]
+fn a_worker_that_has_joined_before_needs_no_token() {
+    let machine = Machine::new().file("state/worker/node.crt", "certificate");
+    let told = Told {
+        command_line: "hydramesh.head=attic".to_owned(),
+        state: Some(machine.0.path().join("state")),
+        ..Told::default()
+    };
+    let plan = Plan::new(&machine.probe(), &told);
+    assert_eq!(plan.missing(), [Missing::Model]);
+    assert!(plan.to_string().contains("it has joined before"), "{plan}");
 }
 
 #[test]
