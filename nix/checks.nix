@@ -154,6 +154,7 @@ in
             "shim"
           ];
           openFirewall = true;
+          settings.shim.admit = "verified";
         };
       }
       {

@@ -41,6 +41,7 @@ pkgs.testers.runNixOSTest {
           "shim"
         ];
         openFirewall = true;
+        settings.shim.admit = "verified";
       };
     };
     worker1 = worker;
