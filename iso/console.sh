@@ -32,7 +32,7 @@ state() {
     END { tell() }
     function tell() {
       if (value["ActiveState"] == "active")
-        print value["Id"] " runs: " value["StatusText"]
+        print value["Id"] " runs" (value["StatusText"] == "" ? "" : ": " value["StatusText"])
       else if (value["ActiveState"] ~ /activating|failed/)
         print value["Id"] " does not run yet (" value["SubState"] "). Its log: key g."
       delete value
