@@ -13,7 +13,7 @@ units=(
 )
 
 addresses() {
-  ip -brief address show scope global up | awk '{ for (i = 3; i <= NF; i++) { sub("/.*", "", $i); print $i } }'
+  ip -brief address show scope global up | awk '{ for (i = 3; i <= NF; i++) if (sub("/.*", "", $i)) print $i }'
 }
 
 role() {
@@ -24,20 +24,24 @@ role() {
   echo none
 }
 
+# One line for each service that runs or should.
 state() {
-  local unit
-  for unit in "${units[@]}"; do
-    if systemctl --quiet is-active "$unit"; then
-      echo "$unit runs: $(systemctl show --property StatusText --value "$unit")"
-    elif systemctl --quiet is-failed "$unit" || [ "$(systemctl is-active "$unit")" = activating ]; then
-      echo "$unit does not run yet: $(systemctl show --property SubState --value "$unit"). Its log: key g."
-    fi
-  done
+  systemctl show --property Id,ActiveState,SubState,StatusText "${units[@]}" | awk -F= '
+    { value[$1] = substr($0, length($1) + 2) }
+    $0 == "" { tell() }
+    END { tell() }
+    function tell() {
+      if (value["ActiveState"] == "active")
+        print value["Id"] " runs" (value["StatusText"] == "" ? "" : ": " value["StatusText"])
+      else if (value["ActiveState"] ~ /activating|failed/)
+        print value["Id"] " does not run yet (" value["SubState"] "). Its log: key g."
+      delete value
+    }'
 }
 
-show() {
+screen() {
   local found
-  printf '\033[H\033[2J\033[1mHydraMesh\033[0m on %s\n\n' "$(uname -n)"
+  printf '\033[1mHydraMesh\033[0m on %s\n\n' "$(uname -n)"
   cat /run/hydramesh/summary 2>/dev/null || echo "hydramesh-boot has not finished, or failed. Its log: key g."
   echo
   found=$(addresses)
@@ -53,6 +57,12 @@ show() {
   echo
   echo "  j join a mesh    h be a head    t token (on a head)    l look again    g log"
   echo "  f forget what was typed         r restart              o power off"
+}
+
+show() {
+  local text
+  text=$(screen)
+  printf '\033[H\033[2J%s\n' "$text"
 }
 
 # Decides anew and starts what follows. A unit whose role it is not does not start, by its condition.
