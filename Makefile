@@ -12,7 +12,7 @@ CACHE := $(if $(HYDRAMESH_CACHE),$(HYDRAMESH_CACHE),$(CURDIR)/.cache)
 export ORT_DYLIB_PATH ?= $(CACHE)/onnxruntime/libonnxruntime.so.1.24.4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-nix test-vm test-images flood bench bench-peers fuzz fetch fmt clean
+.PHONY: help demo build test test-nix test-vm test-images test-arm flood bench bench-peers fuzz fetch fmt clean
 # Exit code 3 of a test script: this machine cannot run it, and why was said.
 WHERE_POSSIBLE := || [ $$? = 3 ]
 
@@ -48,6 +48,9 @@ test-vm: build fetch ## The module's units under a real systemd, in a container 
 
 test-images: build fetch ## The images' configurations under podman (needs root)
 	scripts/test_images.sh
+
+test-arm: ## The kernels' tests for aarch64, emulated
+	scripts/test_arm.sh
 
 flood: fetch ## 10 million random and mutated datagrams at each UDP port, memory watched (the short run is in make test)
 	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES)
