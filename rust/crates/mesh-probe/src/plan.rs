@@ -162,13 +162,15 @@ impl Plan {
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "Role: {}", self.role)?;
-        writeln!(
-            f,
-            "Backend: {}, since {}.",
-            self.choice.backend, self.choice.reason
-        )?;
-        for left_out in &self.choice.left_out {
-            writeln!(f, "  not used: {}: {}", left_out.gpu, left_out.why)?;
+        // Heads and shims do not compute.
+        if self.role == Role::Worker {
+            let Choice {
+                backend, reason, ..
+            } = &self.choice;
+            writeln!(f, "Backend: {backend}, since {reason}.")?;
+            for left_out in &self.choice.left_out {
+                writeln!(f, "  not used: {}: {}", left_out.gpu, left_out.why)?;
+            }
         }
         if let Some((head, source)) = self.head.as_ref().filter(|_| self.role != Role::Head) {
             writeln!(f, "Head: {head} ({source})")?;
