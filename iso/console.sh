@@ -65,10 +65,20 @@ show() {
   printf '\033[H\033[2J%s\n' "$text"
 }
 
-# Decides anew and starts what follows. A unit whose role it is not does not start, by its condition.
+# What the services were told, as one text that changes with it.
+told() {
+  (cd /run/hydramesh && sha256sum role-* service.env join-token) 2>/dev/null || true
+}
+
+# Decides anew and starts what follows. A unit whose role it is not does not start, by its condition. A service that was told
+# nothing new goes on with its work.
 apply() {
-  systemctl stop "${units[@]}"
+  local before
+  before=$(told)
   systemctl restart hydramesh-boot.service || true
+  if [ "$(told)" != "$before" ]; then
+    systemctl stop "${units[@]}"
+  fi
   systemctl start --no-block sshd.service "${units[@]}"
 }
 
@@ -116,7 +126,12 @@ while true; do
   echo
   case $key in
     j) join ;;
-    h) echo role=head | keep && apply ;;
+    h)
+      if [ "$(role)" = none ] || sure "It is a $(role) now. Make it a head?"; then
+        echo role=head | keep
+        apply
+      fi
+      ;;
     t) token ;;
     l) apply ;;
     f) rm -f "$typed" && apply ;;
