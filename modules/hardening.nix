@@ -70,7 +70,9 @@ in
       [
         "char-nvidiactl rw"
         "char-nvidia-caps rw"
+        # Device files of cards: called so up to branch 550 or thereabouts, and plainly nvidia since. An unknown name is passed over.
         "char-nvidia-frontend rw"
+        "char-nvidia rw"
         "char-nvidia-uvm rw"
       ]
     else
