@@ -52,6 +52,8 @@ fn main() -> Result<()> {
             threads: args.threads,
             slots: 1,
             context: WINDOW as u32,
+            // Half a window is scored in one step.
+            max_rows: WINDOW as u32,
             compact,
             ..OrtOptions::default()
         };
