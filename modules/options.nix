@@ -91,8 +91,8 @@ in
       description = ''
         What the worker computes on. `auto` looks at this configuration: `nvidia` with `services.xserver.videoDrivers`
         containing "nvidia"; `rocm` with "amdgpu" in it, or with `hardware.amdgpu.opencl.enable` or
-        `hardware.amdgpu.initrd.enable`; otherwise `cpu`. A GPU that does not answer is no failure: the worker then runs on
-        the CPU and says so in its log.
+        `hardware.amdgpu.initrd.enable`; otherwise `cpu`. It decides on the package, and on the devices that the unit may
+        use. Workers of this version compute on the CPU with each of them.
       '';
     };
 
