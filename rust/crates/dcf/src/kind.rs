@@ -77,6 +77,28 @@ message_types! {
     JOIN_RESPONSE = 0x31, "JoinResponse";
     /// A node asks for a fresh certificate.
     RENEW_REQUEST = 0x32, "RenewRequest";
+    /// What a worker may hold parts of, and what it is; worker to head.
+    OFFER = 0x40, "Offer";
+    /// The members of a ring; head to worker.
+    RING = 0x41, "Ring";
+    /// How a worker's parts in a ring are; worker to head.
+    RING_STATE = 0x42, "RingState";
+    /// First message of a stream between members of a ring.
+    RING_HELLO = 0x43, "RingHello";
+    /// A step on its way around a ring.
+    RING_STEP = 0x44, "RingStep";
+    /// What a member's KV cache holds when an epoch begins.
+    RING_HELD = 0x45, "RingHeld";
+    /// KV rows for a standby.
+    RING_MIRROR = 0x46, "RingMirror";
+    /// How far a standby is.
+    RING_MIRRORED = 0x47, "RingMirrored";
+    /// Are you there? Driver of a ring to member; the answer has the same type.
+    RING_PING = 0x48, "RingPing";
+    /// Send the outputs you kept again; driver to member.
+    RING_RESEND = 0x49, "RingResend";
+    /// How a step ended at a member; member to driver.
+    RING_OUTCOME = 0x4A, "RingOutcome";
     /// Something failed: a code, then text; see [`crate::ErrorBody`].
     ERROR = 0xFF, "Error";
 }

@@ -5,6 +5,10 @@
 
 use prost::Message;
 
+mod ring;
+
+pub use ring::*;
+
 /// What a worker says first on its control stream (DCF 0x10).
 #[derive(Clone, PartialEq, Message)]
 pub struct Hello {

@@ -1,0 +1,485 @@
+//! One model over several machines: what heads and workers say about rings, and what the members of a ring say to each
+//! other. docs/protocol.md, "Rings", tells the story; field numbers are never reused.
+//!
+//! A *ring* is one deployment of one model: stages `0..n`, each a contiguous range of layers on one worker, perhaps with a
+//! standby that holds the same layers. The worker of the last stage is the ring's *driver*: it schedules the steps, samples,
+//! and answers the head as a worker with the whole model would. Every change of a ring's members is a new *epoch*.
+
+use bytes::Bytes;
+use prost::Message;
+
+use crate::ModelCard;
+
+/// What a worker can hold parts of, and what it is (DCF 0x40); worker to head, after the Welcome and whenever it changes.
+#[derive(Clone, PartialEq, Message)]
+pub struct Offer {
+    /// UDP port where other workers reach it.
+    #[prost(uint32, tag = "1")]
+    pub ring_port: u32,
+    /// What the machine is.
+    #[prost(message, optional, tag = "2")]
+    pub profile: Option<NodeProfile>,
+    /// Models of which it may hold a range of layers.
+    #[prost(message, repeated, tag = "3")]
+    pub shards: Vec<ShardOffer>,
+}
+
+/// What a machine is and how fast.
+#[derive(Clone, PartialEq, Message)]
+pub struct NodeProfile {
+    /// Threads that compute.
+    #[prost(uint32, tag = "1")]
+    pub threads: u32,
+    /// Widest instruction set that its kernels use (`avx512vnni`, `avx2`, `neon`, `scalar`, ...).
+    #[prost(string, tag = "2")]
+    pub isa: String,
+    /// Memory, bytes.
+    #[prost(uint64, tag = "3")]
+    pub memory_total: u64,
+    /// Memory that may be used for weights and KV cache, bytes.
+    #[prost(uint64, tag = "4")]
+    pub memory_available: u64,
+    /// Read bandwidth of the memory, bytes per second; 0 is unknown, as everywhere here.
+    #[prost(double, tag = "5")]
+    pub memory_bandwidth: f64,
+    /// Read speed of the disk with the models, bytes per second.
+    #[prost(double, tag = "6")]
+    pub disk_read: f64,
+    /// GPUs.
+    #[prost(message, repeated, tag = "7")]
+    pub gpus: Vec<GpuProfile>,
+    /// Paths to other nodes.
+    #[prost(message, repeated, tag = "8")]
+    pub paths: Vec<PathProfile>,
+    /// Processes ready to run per core, beside this one's own, when it was measured.
+    #[prost(float, tag = "9")]
+    pub load: f32,
+    /// What the operator keeps this node for (`embeddings`, ...); empty is for anything.
+    #[prost(string, repeated, tag = "10")]
+    pub reserved_for: Vec<String>,
+}
+
+/// One GPU.
+#[derive(Clone, PartialEq, Message)]
+pub struct GpuProfile {
+    /// As its driver calls it.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// `nvidia` or `amd`.
+    #[prost(string, tag = "2")]
+    pub vendor: String,
+    /// Its memory, bytes.
+    #[prost(uint64, tag = "3")]
+    pub vram_total: u64,
+    /// Of which free, bytes.
+    #[prost(uint64, tag = "4")]
+    pub vram_free: u64,
+}
+
+/// A measured path to another node.
+#[derive(Clone, PartialEq, Message)]
+pub struct PathProfile {
+    /// Node id of the other end; empty is the head.
+    #[prost(string, tag = "1")]
+    pub node_id: String,
+    /// Round trip, microseconds.
+    #[prost(uint32, tag = "2")]
+    pub rtt_us: u32,
+    /// Bytes per second; 0 is unknown.
+    #[prost(double, tag = "3")]
+    pub bandwidth: f64,
+}
+
+/// A model of which a worker may hold any contiguous range of layers.
+#[derive(Clone, PartialEq, Message)]
+pub struct ShardOffer {
+    /// The model: name, architecture, fingerprint, context, size; slots and speeds are those of the ring, not in here.
+    #[prost(message, optional, tag = "1")]
+    pub card: Option<ModelCard>,
+    /// Layers in the model.
+    #[prost(uint32, tag = "2")]
+    pub layers: u32,
+    /// Width of a hidden row.
+    #[prost(uint32, tag = "3")]
+    pub hidden: u32,
+    /// Bytes of one layer in memory, the mean over all.
+    #[prost(uint64, tag = "4")]
+    pub layer_bytes: u64,
+    /// Bytes that the first stage needs besides (embedding).
+    #[prost(uint64, tag = "5")]
+    pub first_bytes: u64,
+    /// Bytes that the last stage needs besides (output matrix).
+    #[prost(uint64, tag = "6")]
+    pub last_bytes: u64,
+    /// Bytes of KV cache per token and layer.
+    #[prost(uint64, tag = "7")]
+    pub kv_bytes: u64,
+    /// Weight format it would use: `file` (as stored), `int8` or `int4`.
+    #[prost(string, tag = "8")]
+    pub format: String,
+    /// Microseconds that one layer takes for one decode row.
+    #[prost(float, tag = "9")]
+    pub decode_us: f32,
+    /// Microseconds that one layer takes per row of a prefill chunk.
+    #[prost(float, tag = "10")]
+    pub prefill_us: f32,
+    /// Microseconds that the last stage takes besides for one row of logits.
+    #[prost(float, tag = "11")]
+    pub logits_us: f32,
+}
+
+/// The members of a ring (DCF 0x41); head to every member, on the control stream. A higher epoch replaces a lower one.
+#[derive(Clone, PartialEq, Message)]
+pub struct Ring {
+    /// Names the deployment.
+    #[prost(fixed64, tag = "1")]
+    pub ring: u64,
+    /// Counts the changes of its members, from 1.
+    #[prost(uint32, tag = "2")]
+    pub epoch: u32,
+    /// Model name.
+    #[prost(string, tag = "3")]
+    pub model: String,
+    /// SHA-256 of the model file, lower-case hex.
+    #[prost(string, tag = "4")]
+    pub fingerprint: String,
+    /// In order; the last one's worker is the driver. Empty means that the ring is dissolved and everything of it is to be
+    /// unloaded.
+    #[prost(message, repeated, tag = "5")]
+    pub stages: Vec<RingStage>,
+    /// Requests that it runs at once.
+    #[prost(uint32, tag = "6")]
+    pub slots: u32,
+    /// Most tokens of prompt and answer together.
+    #[prost(uint32, tag = "7")]
+    pub context: u32,
+    /// KV memory of the ring, in tokens: what its smallest stage has.
+    #[prost(uint64, tag = "8")]
+    pub kv_tokens: u64,
+    /// Hidden rows travel as f16 rather than f32.
+    #[prost(bool, tag = "9")]
+    pub half_rows: bool,
+    /// Why, for the log: "worker attic is lost", ...
+    #[prost(string, tag = "10")]
+    pub reason: String,
+}
+
+/// A stage of a ring.
+#[derive(Clone, PartialEq, Message)]
+pub struct RingStage {
+    /// First layer.
+    #[prost(uint32, tag = "1")]
+    pub layer_start: u32,
+    /// One past the last layer.
+    #[prost(uint32, tag = "2")]
+    pub layer_end: u32,
+    /// Who runs it.
+    #[prost(message, optional, tag = "3")]
+    pub seat: Option<Seat>,
+    /// Who holds the same layers and its KV rows, if anybody.
+    #[prost(message, optional, tag = "4")]
+    pub standby: Option<Seat>,
+}
+
+/// A worker as others reach it.
+#[derive(Clone, PartialEq, Message)]
+pub struct Seat {
+    /// Node id: SHA-256 of its public key, lower-case hex.
+    #[prost(string, tag = "1")]
+    pub node_id: String,
+    /// Name a person knows it by.
+    #[prost(string, tag = "2")]
+    pub name: String,
+    /// `ip:port` of its ring listener.
+    #[prost(string, tag = "3")]
+    pub address: String,
+}
+
+/// How a worker's parts in a ring are (DCF 0x42); worker to head, when something changes and at most four times a second.
+#[derive(Clone, PartialEq, Message)]
+pub struct RingState {
+    /// The ring.
+    #[prost(fixed64, tag = "1")]
+    pub ring: u64,
+    /// The epoch it is at.
+    #[prost(uint32, tag = "2")]
+    pub epoch: u32,
+    /// One entry for each stage it holds, as member or as standby.
+    #[prost(message, repeated, tag = "3")]
+    pub parts: Vec<PartState>,
+    /// Driver: a token came back through every stage of this epoch; requests may be sent.
+    #[prost(bool, tag = "4")]
+    pub serving: bool,
+    /// Driver: the card to serve under, speeds measured.
+    #[prost(message, optional, tag = "5")]
+    pub card: Option<ModelCard>,
+    /// Node ids of members that do not answer or whose link is closed, as this worker sees it.
+    #[prost(string, repeated, tag = "6")]
+    pub suspects: Vec<String>,
+    /// Driver: how it came through the last change of epoch, once.
+    #[prost(message, optional, tag = "7")]
+    pub recovery: Option<Recovery>,
+}
+
+/// One stage that a worker holds.
+#[derive(Clone, PartialEq, Message)]
+pub struct PartState {
+    /// Index of the stage.
+    #[prost(uint32, tag = "1")]
+    pub stage: u32,
+    /// It is the standby, not the member.
+    #[prost(bool, tag = "2")]
+    pub standby: bool,
+    /// Where it is.
+    #[prost(enumeration = "PartPhase", tag = "3")]
+    pub phase: i32,
+    /// Why it failed.
+    #[prost(string, tag = "4")]
+    pub error: String,
+    /// Member: KV rows that its standby does not have yet, over all slots.
+    #[prost(uint64, tag = "5")]
+    pub lag_rows: u64,
+    /// Member: microseconds that its last steps took, smoothed.
+    #[prost(float, tag = "6")]
+    pub step_us: f32,
+    /// Seconds that loading took.
+    #[prost(float, tag = "7")]
+    pub load_seconds: f32,
+    /// Bytes of its weights in memory.
+    #[prost(uint64, tag = "8")]
+    pub weight_bytes: u64,
+    /// Bytes of KV rows that it holds.
+    #[prost(uint64, tag = "9")]
+    pub kv_bytes: u64,
+}
+
+/// Where a part of a ring is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum PartPhase {
+    /// Not given.
+    Unspecified = 0,
+    /// Its weights are being loaded.
+    Loading = 1,
+    /// It can work.
+    Ready = 2,
+    /// It cannot; `error` says why.
+    Failed = 3,
+}
+
+/// How a driver came through a change of epoch.
+#[derive(Clone, PartialEq, Message)]
+pub struct Recovery {
+    /// From the last token before it to the first one after it, microseconds.
+    #[prost(uint64, tag = "1")]
+    pub gap_us: u64,
+    /// Rows that were computed again or replayed.
+    #[prost(uint64, tag = "2")]
+    pub rows: u64,
+    /// Requests that ran.
+    #[prost(uint32, tag = "3")]
+    pub requests: u32,
+}
+
+/// First message of a stream between members (DCF 0x43); the dialling side says what the stream is for.
+#[derive(Clone, PartialEq, Message)]
+pub struct RingHello {
+    /// The ring.
+    #[prost(fixed64, tag = "1")]
+    pub ring: u64,
+    /// The epoch that the dialling side is at.
+    #[prost(uint32, tag = "2")]
+    pub epoch: u32,
+    /// The stage that the dialling side wants to talk to.
+    #[prost(uint32, tag = "3")]
+    pub stage: u32,
+    /// What for.
+    #[prost(enumeration = "RingPurpose", tag = "4")]
+    pub purpose: i32,
+}
+
+/// What a stream between members is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum RingPurpose {
+    /// Not given.
+    Unspecified = 0,
+    /// The driver drives a member: Steps with tokens to stage 0, Pings and Resends to all; Held, Pongs and failures back.
+    Drive = 1,
+    /// Rows flow from one stage to the next; Mirrored flows back.
+    Rows = 2,
+    /// KV rows flow to a standby; Mirrored flows back.
+    Mirror = 3,
+}
+
+/// A step on its way around the ring (DCF 0x44).
+#[derive(Clone, PartialEq, Message)]
+pub struct RingStep {
+    /// Epoch in which it was planned; members drop those of another epoch.
+    #[prost(uint32, tag = "1")]
+    pub epoch: u32,
+    /// Counts the steps of an epoch from 0.
+    #[prost(uint64, tag = "2")]
+    pub step: u64,
+    /// Changes to slots, before the segments.
+    #[prost(message, repeated, tag = "3")]
+    pub slot_ops: Vec<RingSlotOp>,
+    /// The segments.
+    #[prost(message, repeated, tag = "4")]
+    pub segments: Vec<RingSegment>,
+    /// Token ids of all rows, back to back: what stage 0 reads, and what the other stages note as held.
+    #[prost(uint32, repeated, tag = "5")]
+    pub tokens: Vec<u32>,
+    /// Hidden rows, row-major, little-endian f32 or f16; empty toward stage 0.
+    #[prost(bytes = "bytes", tag = "6")]
+    pub rows: Bytes,
+    /// The rows go no further than this stage, which tells the driver when they are in its KV cache; 0 is a step that goes
+    /// all the way.
+    #[prost(uint32, tag = "7")]
+    pub until: u32,
+}
+
+/// A change to a KV slot.
+#[derive(Clone, PartialEq, Message)]
+pub struct RingSlotOp {
+    /// The slot that is changed.
+    #[prost(uint32, tag = "1")]
+    pub slot: u32,
+    /// Rows that it holds afterwards.
+    #[prost(uint32, tag = "2")]
+    pub len: u32,
+    /// Copied from the slot before this number; 0 cuts the slot off instead.
+    #[prost(uint32, tag = "3")]
+    pub from_plus_one: u32,
+}
+
+/// Consecutive rows of one slot.
+#[derive(Clone, PartialEq, Message)]
+pub struct RingSegment {
+    /// The slot.
+    #[prost(uint32, tag = "1")]
+    pub slot: u32,
+    /// Position of the first row.
+    #[prost(uint32, tag = "2")]
+    pub position: u32,
+    /// Rows.
+    #[prost(uint32, tag = "3")]
+    pub rows: u32,
+}
+
+/// What a member's KV cache holds when an epoch begins (DCF 0x45); member to driver, first message on a Drive stream.
+#[derive(Clone, PartialEq, Message)]
+pub struct RingHeld {
+    /// The epoch.
+    #[prost(uint32, tag = "1")]
+    pub epoch: u32,
+    /// Slots that hold something.
+    #[prost(message, repeated, tag = "2")]
+    pub slots: Vec<HeldSlot>,
+}
+
+/// What one slot holds.
+#[derive(Clone, PartialEq, Message)]
+pub struct HeldSlot {
+    /// The slot.
+    #[prost(uint32, tag = "1")]
+    pub slot: u32,
+    /// Tokens whose KV rows it holds.
+    #[prost(uint32, repeated, tag = "2")]
+    pub tokens: Vec<u32>,
+    /// Position of the first row whose output is still kept for the next stage; `tokens.len()` is none.
+    #[prost(uint32, tag = "3")]
+    pub kept_from: u32,
+}
+
+/// KV rows for a standby (DCF 0x46). Changes to slots travel the same way, in order.
+#[derive(Clone, PartialEq, Message)]
+pub struct RingMirror {
+    /// Counts the messages of a stream from 1; echoed in Mirrored.
+    #[prost(uint64, tag = "1")]
+    pub count: u64,
+    /// A change to a slot; nothing else is set then.
+    #[prost(message, optional, tag = "2")]
+    pub slot_op: Option<RingSlotOp>,
+    /// The slot.
+    #[prost(uint32, tag = "3")]
+    pub slot: u32,
+    /// Position of the first row; the slot is cut off there first.
+    #[prost(uint32, tag = "4")]
+    pub position: u32,
+    /// Tokens of the rows.
+    #[prost(uint32, repeated, tag = "5")]
+    pub tokens: Vec<u32>,
+    /// The rows, in the engine's own layout.
+    #[prost(bytes = "bytes", tag = "6")]
+    pub rows: Bytes,
+}
+
+/// How far a standby is (DCF 0x47): standby to member on a Mirror stream, and from there to the stage before it on the Rows
+/// stream, which may then forget the outputs it kept.
+#[derive(Clone, PartialEq, Message)]
+pub struct RingMirrored {
+    /// On a Mirror stream: messages taken in.
+    #[prost(uint64, tag = "1")]
+    pub count: u64,
+    /// On a Rows stream: the slot whose first `len` rows are safe.
+    #[prost(uint32, tag = "2")]
+    pub slot: u32,
+    /// On a Rows stream: how many rows are safe.
+    #[prost(uint32, tag = "3")]
+    pub len: u32,
+}
+
+/// Are you there (DCF 0x48)? Driver to member; the member's own network task answers, however long a step takes.
+#[derive(Clone, PartialEq, Message)]
+pub struct RingPing {
+    /// Echoed.
+    #[prost(uint64, tag = "1")]
+    pub nonce: u64,
+    /// In the answer: steps of this epoch that arrived.
+    #[prost(uint64, tag = "2")]
+    pub received: u64,
+    /// In the answer: steps of this epoch that were passed on.
+    #[prost(uint64, tag = "3")]
+    pub sent: u64,
+}
+
+/// Send the outputs you kept to the next stage again (DCF 0x49); driver to a member.
+#[derive(Clone, PartialEq, Message)]
+pub struct RingResend {
+    /// The epoch.
+    #[prost(uint32, tag = "1")]
+    pub epoch: u32,
+    /// Number of the first step that the rows travel as.
+    #[prost(uint64, tag = "2")]
+    pub step: u64,
+    /// The slot.
+    #[prost(uint32, tag = "3")]
+    pub slot: u32,
+    /// First row.
+    #[prost(uint32, tag = "4")]
+    pub from: u32,
+    /// One past the last row.
+    #[prost(uint32, tag = "5")]
+    pub to: u32,
+    /// Most rows of one step.
+    #[prost(uint32, tag = "6")]
+    pub chunk: u32,
+    /// As in [`RingStep::until`].
+    #[prost(uint32, tag = "7")]
+    pub until: u32,
+}
+
+/// How a step ended at a member (DCF 0x4A); member to driver: a failure, or rows that went no further.
+#[derive(Clone, PartialEq, Message)]
+pub struct RingOutcome {
+    /// The epoch.
+    #[prost(uint32, tag = "1")]
+    pub epoch: u32,
+    /// The step.
+    #[prost(uint64, tag = "2")]
+    pub step: u64,
+    /// What failed; empty if nothing did.
+    #[prost(string, tag = "3")]
+    pub error: String,
+}
