@@ -1,4 +1,4 @@
-//! The thread that owns a stage and its scheduler, and the handle by which the rest of a program uses it.
+//! The thread that owns a runner and its scheduler, and the handle by which the rest of a program uses it.
 //!
 //! Nothing here depends on an async runtime: an [`EngineHandle`] never blocks, and a [`RequestStream`] is a plain
 //! [`Stream`]. A request ends in exactly one last event, whatever happens to the engine: if its thread is gone, the
@@ -11,16 +11,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::task::{Context, Poll};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures::channel::{mpsc as async_mpsc, oneshot};
 use futures::{Stream, StreamExt};
 
 use crate::request::{Event, Request, RequestError, TokenScore};
-use crate::scheduler::{Load, RequestKey, Scheduler, SchedulerConfig, SlotOp, Step};
-use crate::{Stage, StageError, StageInfo, StageInput, StageOutput, Vocabulary};
+use crate::runner::{Local, Outcome, Runner};
+use crate::scheduler::{Load, RequestKey, Scheduler, SchedulerConfig, Step};
+use crate::{Stage, StageInfo, Vocabulary};
 
-/// A running engine: one thread with one stage. Dropping it stops the thread; requests then fail.
+/// A running engine: one thread with a scheduler and what runs its steps. Dropping it stops the thread; requests then fail.
 pub struct Engine {
     handle: EngineHandle,
     thread: Option<JoinHandle<()>>,
@@ -32,6 +33,10 @@ pub struct EngineHandle {
     shared: Arc<Shared>,
     commands: mpsc::Sender<Command>,
 }
+
+/// Wakes an engine's thread.
+#[derive(Clone)]
+pub struct Waker(mpsc::Sender<Command>);
 
 /// The events of one request. Dropping it cancels the request.
 pub struct RequestStream {
@@ -76,10 +81,21 @@ impl Engine {
         vocabulary: Arc<dyn Vocabulary>,
         config: SchedulerConfig,
     ) -> Result<Self, StartError> {
-        let info = stage.info().clone();
+        Self::start_runner(name, vocabulary, config, |_| Box::new(Local::new(stage)))
+    }
+
+    /// As [`start`](Self::start), with steps that run elsewhere. The runner is made with what wakes the engine's thread.
+    pub fn start_runner(
+        name: &str,
+        vocabulary: Arc<dyn Vocabulary>,
+        config: SchedulerConfig,
+        make: impl FnOnce(Waker) -> Box<dyn Runner>,
+    ) -> Result<Self, StartError> {
+        let (commands, inbox) = mpsc::channel();
+        let runner = make(Waker(commands.clone()));
+        let info = runner.info().clone();
         check(&info, &*vocabulary)?;
         let scheduler = Scheduler::new(&info, vocabulary, config);
-        let (commands, inbox) = mpsc::channel();
         let shared = Arc::new(Shared {
             info,
             next_key: AtomicU64::new(0),
@@ -87,7 +103,7 @@ impl Engine {
             death: Mutex::new(None),
         });
         let worker = Worker {
-            stage,
+            runner,
             scheduler,
             inbox,
             shared: Arc::clone(&shared),
@@ -160,7 +176,7 @@ impl EngineHandle {
     }
 
     /// Why the engine's thread is gone, if it is.
-    pub fn death(&self) -> Option<String> {
+    pub fn death(&self) -> Option<RequestError> {
         lock(&self.shared.death).clone()
     }
 
@@ -178,11 +194,15 @@ impl EngineHandle {
     }
 
     fn dead(&self) -> RequestError {
-        RequestError::EngineDead {
-            reason: self
-                .death()
-                .unwrap_or_else(|| "it was shut down".to_owned()),
-        }
+        self.death().unwrap_or_else(|| dead(STOPPED))
+    }
+}
+
+impl Waker {
+    /// Has the engine's thread poll its runner.
+    pub fn wake(&self) {
+        // A thread that is gone needs no waking.
+        let _ = self.0.send(Command::Wake);
     }
 }
 
@@ -215,13 +235,14 @@ struct Shared {
     info: StageInfo,
     next_key: AtomicU64,
     load: Mutex<Load>,
-    death: Mutex<Option<String>>,
+    death: Mutex<Option<RequestError>>,
 }
 
 enum Command {
     Submit(RequestKey, Work, async_mpsc::UnboundedSender<Event>),
     Cancel(RequestKey),
     Drain(oneshot::Sender<()>),
+    Wake,
     Stop,
 }
 
@@ -232,7 +253,7 @@ enum Work {
 
 /// The engine's thread.
 struct Worker {
-    stage: Box<dyn Stage>,
+    runner: Box<dyn Runner>,
     scheduler: Scheduler,
     inbox: mpsc::Receiver<Command>,
     shared: Arc<Shared>,
@@ -246,42 +267,62 @@ impl Worker {
     /// Runs until the engine is stopped or breaks. Then every stream ends, because its sender is dropped here, and the
     /// reason is known before that.
     fn run_to_the_end(mut self) {
-        let reason = match catch_unwind(AssertUnwindSafe(|| self.run())) {
-            Ok(reason) => reason,
-            Err(panic) => format!("its thread panicked: {}", panic_text(&*panic)),
+        let error = match catch_unwind(AssertUnwindSafe(|| self.run())) {
+            Ok(error) => error,
+            Err(panic) => dead(&format!("its thread panicked: {}", panic_text(&*panic))),
         };
-        if reason != STOPPED {
-            tracing::error!(reason, "the engine stopped");
+        if error != dead(STOPPED) {
+            tracing::error!(%error, "the engine stopped");
         }
-        *lock(&self.shared.death) = Some(reason);
+        *lock(&self.shared.death) = Some(error.clone());
+        self.scheduler.end_all(&error);
+        self.publish();
     }
 
-    fn run(&mut self) -> String {
+    /// Returns what ended it.
+    fn run(&mut self) -> RequestError {
         let mut step = Step::default();
+        let mut busy = false;
         loop {
-            if !self.take_commands() {
-                return STOPPED.to_owned();
+            if !self.take_commands(busy) {
+                return dead(STOPPED);
             }
-            if self.scheduler.plan(&mut step, Instant::now())
-                && let Err(fatal) = self.run_step(&step)
-            {
-                self.publish();
-                return fatal;
+            busy = false;
+            while self.runner.has_room() && self.scheduler.plan(&mut step, Instant::now()) {
+                self.runner.begin(&mut step, Instant::now());
+                busy = true;
+            }
+            match self.poll() {
+                Ok(false) => {}
+                Ok(true) => busy = true,
+                Err(fatal) => return fatal,
             }
             self.publish();
         }
     }
 
-    /// Takes in all commands; waits for one if there is nothing else to do. Returns `false` when the engine is to stop.
-    fn take_commands(&mut self) -> bool {
-        if self.scheduler.is_idle() {
-            match self.inbox.recv() {
-                Ok(command) => {
-                    if !self.obey(command) {
-                        return false;
+    /// Takes in all commands. Unless there is something to do at once, waits for one, or for a timer. Returns `false` when
+    /// the engine is to stop.
+    fn take_commands(&mut self, busy: bool) -> bool {
+        if !busy {
+            // Deadlines of requests pass though nothing happens.
+            let look = (!self.scheduler.is_idle()).then(|| Instant::now() + DEADLINE_CHECK);
+            let timer = self.runner.next_timer().into_iter().chain(look).min();
+            let command = match timer {
+                None => self.inbox.recv().ok(),
+                Some(at) => {
+                    match self
+                        .inbox
+                        .recv_timeout(at.saturating_duration_since(Instant::now()))
+                    {
+                        Ok(command) => Some(command),
+                        Err(mpsc::RecvTimeoutError::Timeout) => Some(Command::Wake),
+                        Err(mpsc::RecvTimeoutError::Disconnected) => None,
                     }
                 }
-                Err(mpsc::RecvError) => return false,
+            };
+            if !command.is_some_and(|command| self.obey(command)) {
+                return false;
             }
         }
         loop {
@@ -315,44 +356,46 @@ impl Worker {
                 self.scheduler.drain();
                 self.drained.push(done);
             }
+            Command::Wake => {}
             Command::Stop => return false,
         }
         true
     }
 
-    /// Runs one step on the stage. An error is one that the engine does not survive.
-    fn run_step(&mut self, step: &Step) -> Result<(), String> {
-        let (stage, scheduler) = (&mut self.stage, &mut self.scheduler);
-        let run = || -> Result<(), StageError> {
-            apply(&step.slot_ops, &mut **stage)?;
-            match stage.forward(&step.segments, StageInput::Tokens(&step.tokens))? {
-                StageOutput::Logits(logits) => scheduler.complete(step, logits, Instant::now()),
-                StageOutput::Hidden(_) => {
-                    let message = "a whole model gave hidden rows instead of logits";
-                    return Err(StageError::Malformed(message.to_owned()));
+    /// Takes in what came of the steps under way; says whether anything did. An error is one that the engine does not
+    /// survive.
+    fn poll(&mut self) -> Result<bool, RequestError> {
+        let (runner, scheduler, failures) =
+            (&mut self.runner, &mut self.scheduler, &mut self.failures);
+        let mut any = false;
+        let run = || -> Result<(), RequestError> {
+            if let Some(outcome) = runner.poll(Instant::now()) {
+                any = true;
+                match outcome {
+                    Outcome::Logits(step, logits) => {
+                        *failures = 0;
+                        scheduler.complete(step, logits, Instant::now());
+                    }
+                    Outcome::Failed(step, error) => {
+                        tracing::error!(%error, rows = step.tokens.len(), "a step failed");
+                        scheduler.fail(step, &error);
+                        *failures += 1;
+                        if *failures >= FATAL_FAILURES {
+                            return Err(dead(&format!(
+                                "{failures} steps in a row failed, the last one: {error}"
+                            )));
+                        }
+                    }
+                    Outcome::Resumed(held) => scheduler.resume(&held),
+                    Outcome::Ended(error) => return Err(error),
                 }
             }
             Ok(())
         };
         match catch_unwind(AssertUnwindSafe(run)) {
-            Ok(Ok(())) => {
-                self.failures = 0;
-                Ok(())
-            }
-            Ok(Err(error)) => {
-                tracing::error!(%error, rows = step.tokens.len(), "a step failed");
-                self.scheduler.fail(step, &error);
-                self.failures += 1;
-                if self.failures < FATAL_FAILURES {
-                    return Ok(());
-                }
-                Err(format!(
-                    "{} steps in a row failed, the last one: {error}",
-                    self.failures
-                ))
-            }
+            Ok(result) => result.map(|()| any),
             // Whatever the stage was doing, its state cannot be trusted any more.
-            Err(panic) => Err(format!("a step panicked: {}", panic_text(&*panic))),
+            Err(panic) => Err(dead(&format!("a step panicked: {}", panic_text(&*panic)))),
         }
     }
 
@@ -395,14 +438,10 @@ fn check(info: &StageInfo, vocabulary: &dyn Vocabulary) -> Result<(), StartError
     Ok(())
 }
 
-fn apply(slot_ops: &[SlotOp], stage: &mut dyn Stage) -> Result<(), StageError> {
-    for op in slot_ops {
-        match *op {
-            SlotOp::Truncate { slot, len } => stage.truncate(slot, len),
-            SlotOp::CopyPrefix { from, to, len } => stage.copy_prefix(from, to, len)?,
-        }
+fn dead(reason: &str) -> RequestError {
+    RequestError::EngineDead {
+        reason: reason.to_owned(),
     }
-    Ok(())
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
@@ -420,6 +459,9 @@ const STOPPED: &str = "it was shut down";
 
 /// Failed steps in a row after which an engine is given up.
 const FATAL_FAILURES: u32 = 3;
+
+/// How late a request's deadline may be noticed while steps are under way elsewhere.
+const DEADLINE_CHECK: Duration = Duration::from_millis(50);
 
 #[cfg(test)]
 mod tests;

@@ -252,6 +252,18 @@ pub enum RequestError {
     /// The stage failed the step that the request was in.
     #[error("a step of the engine failed: {0}")]
     Stage(#[from] StageError),
+    /// The machines that ran the model are too few now.
+    #[error("the mesh can no longer run this model: {reason}")]
+    RingLost {
+        /// Who is missing what.
+        reason: String,
+    },
+    /// The model runs elsewhere now, and so can the request.
+    #[error("the model has moved: {reason}")]
+    Moved {
+        /// Why.
+        reason: String,
+    },
     /// The engine's thread is gone.
     #[error("the engine stopped: {reason}; restart the worker")]
     EngineDead {

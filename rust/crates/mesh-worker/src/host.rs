@@ -96,7 +96,7 @@ impl Host {
     /// The error of an engine that is gone, if one is.
     pub(crate) fn death(&self) -> Option<WorkerError> {
         self.models.iter().find_map(|hosted| {
-            let reason = hosted.engine.death()?;
+            let reason = hosted.engine.death()?.to_string();
             let name = hosted.card.name.clone();
             Some(WorkerError::EngineDead { name, reason })
         })

@@ -3,6 +3,7 @@ use std::time::Duration;
 use futures::executor::{block_on, block_on_stream};
 
 use super::*;
+use crate::StageError;
 use crate::request::{Finish, RequestError};
 use crate::testing::{self, HashStage, Letters};
 

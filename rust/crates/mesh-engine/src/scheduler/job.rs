@@ -196,8 +196,9 @@ impl Job {
     ) -> Result<Option<Tokens>, RequestError> {
         match &mut self.kind {
             Kind::Score(scores) => {
-                // Nothing follows the last token.
-                if let Some(&next) = self.tokens.get(position as usize + 1) {
+                // Rows computed again after a loss have been scored. Nothing follows the last token.
+                let next = self.tokens.get(position as usize + 1);
+                if let Some(&next) = next.filter(|_| position as usize == scores.len()) {
                     let bad = RequestError::BadLogits {
                         index: position + 1,
                     };

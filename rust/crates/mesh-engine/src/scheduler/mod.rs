@@ -8,6 +8,9 @@
 //!   [`SchedulerConfig::decode_stall`].
 //! - **Prefix reuse.** The KV rows of a finished request stay in its slot. A new request takes over the slot with the
 //!   longest common prefix, or copies the rows if that saves enough. At least one token is always computed.
+//! - **Several steps at once.** Rows count as cached when they are planned, so the next chunk of a prompt may be planned while
+//!   the one before is still under way; steps come back in the order in which they were planned. Answers in progress are
+//!   spread over [`SchedulerConfig::steps_under_way`] steps, so that all stages of a pipeline work.
 //! - **Admission by KV memory.** A request reserves its prompt and its longest answer when it starts, so it never runs
 //!   out half way. Rows kept for nobody give way, the least recently used first. The queue is first come, first served.
 //!
@@ -46,6 +49,8 @@ pub struct SchedulerConfig {
     pub decode_stall: Duration,
     /// Most rows of a step whose logits are all wanted, because such a row takes `vocab * 4` bytes.
     pub score_rows: u32,
+    /// Steps that may be planned before the first of them is completed: the number of stages that work in turn.
+    pub steps_under_way: u32,
 }
 
 impl Default for SchedulerConfig {
@@ -56,6 +61,7 @@ impl Default for SchedulerConfig {
             step_rows: None,
             decode_stall: Duration::from_millis(100),
             score_rows: 32,
+            steps_under_way: 1,
         }
     }
 }
@@ -154,6 +160,8 @@ pub struct Scheduler {
     events: VecDeque<(RequestKey, Event)>,
     scratch: Scratch,
     speeds: Speeds,
+    /// When a step was last completed.
+    completed: Option<Instant>,
     totals: Totals,
     draining: bool,
 }
@@ -190,6 +198,7 @@ impl Scheduler {
             events: VecDeque::new(),
             scratch: Scratch::default(),
             speeds: Speeds::default(),
+            completed: None,
             totals: Totals::default(),
             draining: false,
         }
@@ -238,14 +247,22 @@ impl Scheduler {
 
     /// Plans the next step into `step`; returns `false` if there is nothing to compute.
     ///
-    /// Each planned step must end with [`complete`](Self::complete) or [`fail`](Self::fail) before the next is planned.
+    /// Each planned step ends with [`complete`](Self::complete) or [`fail`](Self::fail), in the order of planning, unless
+    /// [`resume`](Self::resume) makes it void. At most [`SchedulerConfig::steps_under_way`] should be under way at once.
     pub fn plan(&mut self, step: &mut Step, now: Instant) -> bool {
         self.expire(now);
         self.admit();
         step.clear(now);
         step.slot_ops.append(&mut self.slot_ops);
-        self.plan_decode(step);
-        self.plan_prefill(step);
+        let decoding = self.decoding();
+        self.plan_decode(step, decoding);
+        self.plan_prefill(step, decoding);
+        let mut tokens = step.tokens.as_slice();
+        for segment in &step.segments {
+            let (own, rest) = tokens.split_at(segment.rows as usize);
+            tokens = rest;
+            self.slots.extend(segment.slot, own);
+        }
         !step.segments.is_empty()
     }
 
@@ -259,11 +276,7 @@ impl Scheduler {
         }
         self.record(step, now);
         let mut logits = logits.chunks_exact(self.vocab.max(1));
-        let mut tokens = step.tokens.as_slice();
         for (segment, &owner) in step.segments.iter().zip(&step.owners) {
-            let (own_tokens, rest) = tokens.split_at(segment.rows as usize);
-            tokens = rest;
-            self.slots.extend(segment.slot, own_tokens);
             let count = segment.logits.count(segment.rows);
             let first = segment.position + segment.rows - count;
             for (position, row) in (first..).zip(logits.by_ref().take(count as usize)) {
@@ -286,6 +299,31 @@ impl Scheduler {
                 slot: segment.slot,
                 len: 0,
             });
+        }
+    }
+
+    /// Takes in that every step under way is void and what the slots hold: for each slot the tokens whose KV rows are there.
+    /// Requests go on behind the rows that agree with theirs; what they had been answered stays answered.
+    pub fn resume(&mut self, held: &[Vec<u32>]) {
+        self.slot_ops.clear();
+        for slot in 0..self.slots.count() as SlotId {
+            let held = held.get(slot as usize).map_or(&[][..], Vec::as_slice);
+            let len = self.slots.resume(slot, held);
+            // Rows behind those are of steps that are void.
+            self.slot_ops.push(SlotOp::Truncate { slot, len });
+        }
+        self.evict();
+    }
+
+    /// Ends every request with `error`.
+    pub fn end_all(&mut self, error: &RequestError) {
+        let running = self.running.iter().map(|r| r.job.key);
+        let keys: Vec<RequestKey> = running
+            .chain(self.queue.iter().map(|job| job.key))
+            .collect();
+        self.queue.clear();
+        for key in keys {
+            self.end(key, error.clone());
         }
     }
 
@@ -424,8 +462,20 @@ impl Scheduler {
         self.running.iter().map(|r| r.job.reserves).sum()
     }
 
-    fn plan_decode(&self, step: &mut Step) {
+    /// Answers in progress, those included whose next row is under way.
+    fn decoding(&self) -> u32 {
+        let decoding = self.running.iter().filter(|r| {
+            !r.job.is_score() && r.job.pending(self.slots.cached_len(r.slot)).len() <= 1
+        });
+        decoding.count() as u32
+    }
+
+    fn plan_decode(&self, step: &mut Step, decoding: u32) {
+        let share = decoding.div_ceil(self.config.steps_under_way.max(1));
         for Running { job, slot } in &self.running {
+            if step.segments.len() as u32 >= share {
+                break;
+            }
             let cached = self.slots.cached_len(*slot);
             if !job.is_score() && job.pending(cached).len() == 1 {
                 step.push(job, *slot, cached, 1);
@@ -434,7 +484,7 @@ impl Scheduler {
         step.decode_rows = step.segments.len() as u32;
     }
 
-    fn plan_prefill(&self, step: &mut Step) {
+    fn plan_prefill(&self, step: &mut Step, decoding: u32) {
         let mut score_rows = self.config.score_rows.max(1);
         let backlogs: Vec<u32> = self
             .running
@@ -451,7 +501,7 @@ impl Scheduler {
                 }
             })
             .collect();
-        let shares = share_rows(&backlogs, self.prefill_budget(step.decode_rows));
+        let shares = share_rows(&backlogs, self.prefill_budget(step.decode_rows, decoding));
         for (Running { job, slot }, &rows) in self.running.iter().zip(&shares) {
             if rows > 0 {
                 step.push(job, *slot, self.slots.cached_len(*slot), rows);
@@ -459,10 +509,10 @@ impl Scheduler {
         }
     }
 
-    /// Rows that prompts may have beside `decode_rows` rows of answers in progress.
-    fn prefill_budget(&self, decode_rows: u32) -> u32 {
+    /// Rows that prompts may have beside `decode_rows` rows of the `decoding` answers in progress.
+    fn prefill_budget(&self, decode_rows: u32, decoding: u32) -> u32 {
         let room = self.max_rows - decode_rows;
-        if decode_rows == 0 {
+        if decoding == 0 {
             return room;
         }
         let rows = match self.speeds.prefill() {
@@ -478,9 +528,12 @@ impl Scheduler {
         self.totals.decode_rows += u64::from(step.decode_rows);
         self.totals.prefill_rows += u64::from(prefill_rows);
         if let Some(planned) = step.planned {
-            let elapsed = now.saturating_duration_since(planned);
+            // While several are under way, a step costs what it adds to those before it.
+            let begun = self.completed.map_or(planned, |at| at.max(planned));
+            let elapsed = now.saturating_duration_since(begun);
             self.speeds.record(step.decode_rows, prefill_rows, elapsed);
         }
+        self.completed = Some(now);
     }
 
     fn take_logits(&mut self, owner: RequestKey, position: u32, row: &[f32], now: Instant) {
@@ -553,7 +606,8 @@ impl Step {
         self.owners.push(job.key);
     }
 
-    fn logit_rows(&self) -> usize {
+    /// Rows that become logits.
+    pub fn logit_rows(&self) -> usize {
         self.segments
             .iter()
             .map(|s: &Segment| s.logits.count(s.rows) as usize)

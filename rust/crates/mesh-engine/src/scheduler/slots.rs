@@ -103,9 +103,25 @@ impl Slots {
             .extend_from_slice(&tokens[..placement.reused as usize]);
     }
 
-    /// Notes that the rows of `tokens` were computed.
+    /// Notes that the rows of `tokens` are computed next.
     pub(super) fn extend(&mut self, slot: SlotId, tokens: &[u32]) {
         self.slots[slot as usize].cached.extend_from_slice(tokens);
+    }
+
+    /// Takes in what the slot holds in truth; returns how many rows of it are of use. A busy slot keeps what agrees with its
+    /// request, an idle one all of it.
+    pub(super) fn resume(&mut self, slot: SlotId, held: &[u32]) -> u32 {
+        let slot = &mut self.slots[slot as usize];
+        match slot.owner {
+            Some(_) => slot
+                .cached
+                .truncate(common_prefix(&slot.cached, held) as usize),
+            None => {
+                slot.cached.clear();
+                slot.cached.extend_from_slice(held);
+            }
+        }
+        slot.cached.len() as u32
     }
 
     /// Makes the slot idle; its rows stay for later requests.
