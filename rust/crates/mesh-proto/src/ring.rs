@@ -367,7 +367,8 @@ pub struct RingSegment {
     pub rows: u32,
 }
 
-/// What a member's KV cache holds when an epoch begins (DCF 0x45); member to driver, first message on a Drive stream.
+/// What a KV cache holds (DCF 0x45): the answer to a RingHello, member to driver on a Drive stream, standby to member on a
+/// Mirror stream.
 #[derive(Clone, PartialEq, Message)]
 pub struct RingHeld {
     /// The epoch.
@@ -390,6 +391,9 @@ pub struct HeldSlot {
     /// Position of the first row whose output is still kept for the next stage; `tokens.len()` is none.
     #[prost(uint32, tag = "3")]
     pub kept_from: u32,
+    /// Steps since one last changed the slot.
+    #[prost(uint64, tag = "4")]
+    pub age: u64,
 }
 
 /// KV rows for a standby (DCF 0x46). Changes to slots travel the same way, in order.
@@ -419,7 +423,7 @@ pub struct RingMirror {
 /// stream, which may then forget the outputs it kept.
 #[derive(Clone, PartialEq, Message)]
 pub struct RingMirrored {
-    /// On a Mirror stream: messages taken in.
+    /// On a Mirror stream: messages taken in. On a Rows stream: one more than the number of the last step computed.
     #[prost(uint64, tag = "1")]
     pub count: u64,
     /// On a Rows stream: the slot whose first `len` rows are safe.

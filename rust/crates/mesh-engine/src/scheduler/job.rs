@@ -140,6 +140,15 @@ impl Job {
         &self.tokens[cached as usize..]
     }
 
+    /// Rows whose logits were taken in, or are not wanted.
+    pub(super) fn settled(&self) -> u32 {
+        match &self.kind {
+            // What follows the last token is not known yet.
+            Kind::Generate(_) => self.tokens.len() as u32 - 1,
+            Kind::Score(scores) => scores.len() as u32,
+        }
+    }
+
     /// Whether every row's logits are wanted, and no KV row may be reused for that.
     pub(super) fn is_score(&self) -> bool {
         matches!(self.kind, Kind::Score(_))

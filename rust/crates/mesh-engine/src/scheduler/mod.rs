@@ -308,7 +308,9 @@ impl Scheduler {
         self.slot_ops.clear();
         for slot in 0..self.slots.count() as SlotId {
             let held = held.get(slot as usize).map_or(&[][..], Vec::as_slice);
-            let len = self.slots.resume(slot, held);
+            let owner = self.running.iter().find(|r| r.slot == slot);
+            let settled = owner.map_or(u32::MAX, |r| r.job.settled());
+            let len = self.slots.resume(slot, held, settled);
             // Rows behind those are of steps that are void.
             self.slot_ops.push(SlotOp::Truncate { slot, len });
         }

@@ -109,13 +109,13 @@ impl Slots {
     }
 
     /// Takes in what the slot holds in truth; returns how many rows of it are of use. A busy slot keeps what agrees with its
-    /// request, an idle one all of it.
-    pub(super) fn resume(&mut self, slot: SlotId, held: &[u32]) -> u32 {
+    /// request, at most `settled` rows, an idle one all of it.
+    pub(super) fn resume(&mut self, slot: SlotId, held: &[u32], settled: u32) -> u32 {
         let slot = &mut self.slots[slot as usize];
         match slot.owner {
             Some(_) => slot
                 .cached
-                .truncate(common_prefix(&slot.cached, held) as usize),
+                .truncate(common_prefix(&slot.cached, held).min(settled) as usize),
             None => {
                 slot.cached.clear();
                 slot.cached.extend_from_slice(held);

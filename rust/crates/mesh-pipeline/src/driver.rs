@@ -1,0 +1,628 @@
+//! The driver of a ring: runs an engine's steps through all stages, and brings the ring back after a loss.
+
+use std::collections::VecDeque;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use mesh_engine::scheduler::Step;
+use mesh_engine::{Outcome, RequestError, Runner, Segment, StageError, StageInfo};
+use mesh_proto::{
+    HeldSlot, Recovery, RingHeld, RingMirror, RingMirrored, RingOutcome, RingPing, RingResend,
+    RingStep,
+};
+
+use crate::StepError;
+use crate::book::Book;
+use crate::part::{Out, Part};
+use crate::pulse::Pulse;
+use crate::replay::{self, Held, Replay};
+use crate::wire;
+
+/// What happens to a driver.
+#[derive(Debug)]
+pub enum DriverEvent {
+    /// The ring has other members. What is under way is void.
+    Epoch {
+        /// Its number.
+        epoch: u32,
+        /// Stages, the driver's included.
+        stages: u32,
+        /// Rows travel as f16.
+        half_rows: bool,
+    },
+    /// A member says what it holds.
+    Held {
+        /// The member's stage.
+        stage: u32,
+        /// What it holds.
+        held: RingHeld,
+    },
+    /// Rows from the last stage but one.
+    Rows(RingStep),
+    /// A step failed at a member, or ended there as it should.
+    Outcome {
+        /// The member's stage.
+        stage: u32,
+        /// How.
+        outcome: RingOutcome,
+    },
+    /// A member answers a ping.
+    Pong {
+        /// The member's stage.
+        stage: u32,
+        /// Its answer.
+        ping: RingPing,
+    },
+    /// A standby for the last stage stands by.
+    Standby(Vec<HeldSlot>),
+    /// The standby for the last stage is gone.
+    NoStandby,
+    /// The standby has taken in this many messages.
+    Mirrored(u64),
+    /// The ring is over, or this worker is no longer its driver.
+    End(RequestError),
+}
+
+/// What a driver wants done.
+#[derive(Debug, Clone, PartialEq)]
+pub enum DriverOut {
+    /// A step for stage 0.
+    Step(RingStep),
+    /// A ping for every member.
+    Ping(RingPing),
+    /// A replay, for the member of `stage`.
+    Resend {
+        /// The stage that kept the rows.
+        stage: u32,
+        /// Which.
+        resend: RingResend,
+    },
+    /// For the last stage but one.
+    Previous(RingMirrored),
+    /// For the standby of the last stage.
+    Standby(RingMirror),
+    /// A member does not answer.
+    Suspect {
+        /// Its stage.
+        stage: u32,
+        /// For how long.
+        silence: Duration,
+    },
+    /// All members are there and the ring works.
+    Running {
+        /// The epoch.
+        epoch: u32,
+    },
+    /// The first step after a change of epoch is through.
+    Recovered(Recovery),
+}
+
+/// The driver: a [`Runner`] over a ring. It computes the last stage itself.
+pub struct RingRunner {
+    info: StageInfo,
+    part: Part,
+    events: mpsc::Receiver<DriverEvent>,
+    out: Box<dyn FnMut(DriverOut) + Send>,
+    stages: u32,
+    phase: Phase,
+    /// What every slot will hold when all that was planned is through.
+    planned: Book,
+    next_step: u64,
+    under_way: VecDeque<UnderWay>,
+    /// Steps whose rows have come all the way, in order.
+    arrived: VecDeque<RingStep>,
+    received: u64,
+    pulse: Pulse,
+    /// The step whose logits are being looked at.
+    current: Step,
+    logits: Vec<f32>,
+    outs: Vec<Out>,
+    pump_due: bool,
+    ended: Option<RequestError>,
+    loss: Option<Loss>,
+    last_done: Option<Instant>,
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// Waits for what the members hold; the last entry is the driver's own.
+    Joining(Vec<Option<Held>>),
+    /// Waits for replays.
+    Replaying(Replaying),
+    Running,
+}
+
+#[derive(Debug)]
+struct Replaying {
+    held: Vec<Held>,
+    replays: Vec<ReplayUnderWay>,
+}
+
+#[derive(Debug)]
+struct ReplayUnderWay {
+    replay: Replay,
+    tokens: Vec<u32>,
+    /// Numbers of its steps.
+    first: u64,
+    last: u64,
+    ended: Option<bool>,
+}
+
+#[derive(Debug)]
+struct UnderWay {
+    number: u64,
+    step: Step,
+    begun: Instant,
+    failed: Option<String>,
+}
+
+/// What a change of epoch interrupted.
+#[derive(Debug)]
+struct Loss {
+    /// When the last step before it was through.
+    since: Instant,
+    requests: u32,
+    rows: u64,
+}
+
+impl RingRunner {
+    /// A driver with the last stage's part, of a model whose whole shape and limits are `info`. It waits for its first
+    /// [`DriverEvent::Epoch`]. `out` must not block.
+    pub fn new(
+        info: StageInfo,
+        part: Part,
+        events: mpsc::Receiver<DriverEvent>,
+        out: Box<dyn FnMut(DriverOut) + Send>,
+        now: Instant,
+    ) -> Self {
+        RingRunner {
+            planned: Book::new(part.book().slots()),
+            info,
+            part,
+            events,
+            out,
+            stages: 0,
+            phase: Phase::Joining(Vec::new()),
+            next_step: 0,
+            under_way: VecDeque::new(),
+            arrived: VecDeque::new(),
+            received: 0,
+            pulse: Pulse::new(0, now),
+            current: Step::default(),
+            logits: Vec::new(),
+            outs: Vec::new(),
+            pump_due: false,
+            ended: None,
+            loss: None,
+            last_done: None,
+        }
+    }
+
+    /// Rows that the standby of the last stage does not have.
+    pub fn lag(&self) -> u64 {
+        self.part.lag()
+    }
+
+    /// For the failures of tests.
+    #[cfg(test)]
+    pub(crate) fn describe(&self) -> String {
+        let phase = match &self.phase {
+            Phase::Joining(held) => {
+                format!(
+                    "joining {:?}",
+                    held.iter().map(Option::is_some).collect::<Vec<_>>()
+                )
+            }
+            Phase::Replaying(replaying) => format!("replaying {:?}", replaying.replays),
+            Phase::Running => "running".to_owned(),
+        };
+        let under_way: Vec<u64> = self.under_way.iter().map(|u| u.number).collect();
+        let arrived: Vec<u64> = self.arrived.iter().map(|step| step.step).collect();
+        format!(
+            "epoch {} {phase}, under way {under_way:?}, arrived {arrived:?}",
+            self.part.epoch()
+        )
+    }
+
+    fn handle(&mut self, event: DriverEvent, now: Instant) {
+        match event {
+            DriverEvent::Epoch {
+                epoch,
+                stages,
+                half_rows,
+            } => self.begin_epoch(epoch, stages, half_rows, now),
+            DriverEvent::Held { stage, held } => {
+                self.pulse.heard(stage, None, now);
+                self.take_held(stage, held);
+            }
+            DriverEvent::Rows(step) => {
+                if step.epoch == self.part.epoch() {
+                    self.received += 1;
+                    self.pulse.arrived(self.received);
+                    self.arrived.push_back(step);
+                }
+            }
+            DriverEvent::Outcome { stage, outcome } => {
+                self.pulse.heard(stage, None, now);
+                if outcome.epoch == self.part.epoch() {
+                    self.take_outcome(outcome);
+                }
+            }
+            DriverEvent::Pong { stage, ping } => self.pulse.heard(stage, Some(&ping), now),
+            DriverEvent::Standby(held) => self.part.mirror_to(&held, &mut self.outs),
+            DriverEvent::NoStandby => self.part.stop_mirroring(),
+            DriverEvent::Mirrored(count) => self.part.mirrored(count, &mut self.outs),
+            DriverEvent::End(error) => self.ended = Some(error),
+        }
+    }
+
+    fn begin_epoch(&mut self, epoch: u32, stages: u32, half_rows: bool, now: Instant) {
+        if epoch <= self.part.epoch() || stages == 0 {
+            return;
+        }
+        let interrupted = !self.under_way.is_empty() || self.loss.is_some();
+        if interrupted {
+            let requests = self
+                .under_way
+                .iter()
+                .map(|u| u.step.segments.len())
+                .sum::<usize>();
+            let loss = self.loss.get_or_insert(Loss {
+                since: self.last_done.unwrap_or(now),
+                requests: 0,
+                rows: 0,
+            });
+            loss.requests = loss.requests.max(requests as u32);
+        }
+        self.under_way.clear();
+        self.arrived.clear();
+        self.received = 0;
+        self.next_step = 0;
+        self.stages = stages;
+        self.part.begin_epoch(epoch, stages - 1, half_rows);
+        self.pulse.begin_epoch(stages - 1, now);
+        self.phase = Phase::Joining((0..stages).map(|_| None).collect());
+        let own = self.part.held();
+        self.take_held(stages - 1, own);
+    }
+
+    fn take_held(&mut self, stage: u32, held: RingHeld) {
+        let slots = self.info.slots;
+        let Phase::Joining(all) = &mut self.phase else {
+            return;
+        };
+        if held.epoch != self.part.epoch() {
+            return;
+        }
+        if let Some(entry) = all.get_mut(stage as usize) {
+            *entry = Some(Held::read(slots, held));
+        }
+        if all.iter().all(Option::is_some) {
+            let held = all.iter_mut().filter_map(Option::take).collect();
+            self.begin_replays(held);
+        }
+    }
+
+    fn begin_replays(&mut self, held: Vec<Held>) {
+        let mut replays = Vec::new();
+        for replay in replay::plan(&self.planned, &held, self.info.slots) {
+            let wanted = replay::reference(&self.planned, &held, replay.slot);
+            let tokens = wanted[..replay.to as usize].to_vec();
+            let chunk = self.info.max_rows.max(1);
+            let steps = u64::from((replay.to - replay.from).div_ceil(chunk));
+            let first = self.next_step;
+            self.next_step += steps;
+            tracing::debug!(
+                slot = replay.slot,
+                from = replay.from,
+                to = replay.to,
+                source = replay.source,
+                until = replay.until,
+                "replays rows"
+            );
+            match replay.source {
+                Some(stage) => (self.out)(DriverOut::Resend {
+                    stage,
+                    resend: RingResend {
+                        epoch: self.part.epoch(),
+                        step: first,
+                        slot: replay.slot,
+                        from: replay.from,
+                        to: replay.to,
+                        chunk,
+                        until: replay.until,
+                    },
+                }),
+                None => self.replay_tokens(&replay, &tokens, first, chunk),
+            }
+            replays.push(ReplayUnderWay {
+                replay,
+                tokens,
+                first,
+                last: self.next_step - 1,
+                ended: None,
+            });
+        }
+        self.phase = Phase::Replaying(Replaying { held, replays });
+    }
+
+    fn replay_tokens(&mut self, replay: &Replay, tokens: &[u32], first: u64, chunk: u32) {
+        let starts = (replay.from..replay.to).step_by(chunk as usize);
+        for (number, from) in (first..).zip(starts) {
+            let to = (from + chunk).min(replay.to);
+            let step = RingStep {
+                epoch: self.part.epoch(),
+                step: number,
+                segments: vec![mesh_proto::RingSegment {
+                    slot: replay.slot,
+                    position: from,
+                    rows: to - from,
+                }],
+                tokens: tokens[from as usize..to as usize].to_vec(),
+                until: replay.until,
+                ..RingStep::default()
+            };
+            self.dispatch(step);
+        }
+    }
+
+    /// To stage 0, which is the driver itself in a ring of one.
+    fn dispatch(&mut self, step: RingStep) {
+        if self.stages == 1 {
+            self.arrived.push_back(step);
+        } else {
+            (self.out)(DriverOut::Step(step));
+        }
+    }
+
+    fn take_outcome(&mut self, outcome: RingOutcome) {
+        let failed = !outcome.error.is_empty();
+        if let Phase::Replaying(replaying) = &mut self.phase {
+            let under_way = replaying.replays.iter_mut().find(|replay| {
+                (replay.first..=replay.last).contains(&outcome.step) && replay.ended.is_none()
+            });
+            if let Some(replay) = under_way {
+                if failed {
+                    tracing::warn!(error = outcome.error, "a replay failed");
+                }
+                if failed || outcome.step == replay.last {
+                    replay.ended = Some(!failed);
+                }
+            }
+            return;
+        }
+        if failed
+            && let Some(under_way) = self
+                .under_way
+                .iter_mut()
+                .find(|under_way| under_way.number == outcome.step)
+        {
+            under_way.failed = Some(outcome.error);
+        }
+    }
+
+    /// Whether all replays have ended; then what the slots hold.
+    fn replayed(&mut self) -> Option<Vec<Vec<u32>>> {
+        let Phase::Replaying(replaying) = &mut self.phase else {
+            return None;
+        };
+        if replaying
+            .replays
+            .iter()
+            .any(|replay| replay.ended.is_none())
+        {
+            return None;
+        }
+        let mut rows = 0;
+        let Replaying { held, replays } = replaying;
+        for under_way in replays.iter() {
+            let replay = &under_way.replay;
+            rows += u64::from(replay.to - replay.from);
+            let first = replay.source.map_or(0, |source| source + 1);
+            let now_held: &[u32] = match under_way.ended {
+                Some(true) => &under_way.tokens,
+                // Some of it may be there; nobody knows how much.
+                _ => &[],
+            };
+            for stage in first..=replay.until {
+                if let Some(held) = held.get_mut(stage as usize) {
+                    held.set(replay.slot, now_held);
+                }
+            }
+        }
+        let slots = 0..self.info.slots;
+        let common: Vec<Vec<u32>> = slots
+            .map(|slot| replay::common(&self.planned, held, slot))
+            .collect();
+        if let Some(loss) = &mut self.loss {
+            loss.rows += rows;
+            let again = common.iter().enumerate().map(|(slot, common)| {
+                let wanted = replay::reference(&self.planned, held, slot as u32);
+                (wanted.len() - common.len()) as u64
+            });
+            loss.rows += again.sum::<u64>();
+        }
+        let mut planned = Book::new(self.info.slots);
+        for (slot, tokens) in common.iter().enumerate() {
+            // Of as many slots as it was made for.
+            let _ = planned.write(slot as u32, 0, tokens);
+        }
+        self.planned = planned;
+        self.phase = Phase::Running;
+        Some(common)
+    }
+
+    /// Looks after what is due: pings, and who does not answer them.
+    fn watch(&mut self, now: Instant) {
+        let since = match &self.phase {
+            // Loading may take its time; who is not there is the head's affair.
+            Phase::Joining(_) => None,
+            Phase::Replaying(_) => self.pulse.due_since().or(Some(now)),
+            Phase::Running => self.under_way.front().map(|under_way| under_way.begun),
+        };
+        self.pulse.due(since, now);
+        if let Some(ping) = self.pulse.ping(now) {
+            (self.out)(DriverOut::Ping(ping));
+        }
+        for (stage, silence) in self.pulse.silent(now) {
+            (self.out)(DriverOut::Suspect { stage, silence });
+        }
+    }
+
+    /// Hands on what the part has to say.
+    fn flush(&mut self) {
+        if std::mem::take(&mut self.pump_due) {
+            self.part.pump(&mut self.outs);
+        }
+        for out in self.outs.drain(..) {
+            match out {
+                Out::Previous(mirrored) => (self.out)(DriverOut::Previous(mirrored)),
+                Out::Standby(mirror) => (self.out)(DriverOut::Standby(mirror)),
+                // A driver's part is neither stepped nor asked to resend.
+                Out::Next(_) | Out::Driver(_) => {}
+            }
+        }
+    }
+
+    /// Computes a replay's rows whose last stage is this one.
+    fn finish_replay(&mut self, step: &RingStep) {
+        let segments: Vec<Segment> = step.segments.iter().map(wire::read_segment).collect();
+        let done = self
+            .part
+            .finish_step(step, &segments, &mut self.logits, &mut self.outs);
+        self.pump_due = true;
+        self.take_outcome(RingOutcome {
+            epoch: step.epoch,
+            step: step.step,
+            error: done
+                .err()
+                .map_or_else(String::new, |error| error.to_string()),
+        });
+    }
+
+    /// The oldest step under way, if it has failed or its rows are here.
+    fn next_step_through(&mut self) -> Option<(Step, Instant, Result<RingStep, String>)> {
+        let number = self.under_way.front()?.number;
+        while self.arrived.front().is_some_and(|step| step.step < number) {
+            self.arrived.pop_front();
+        }
+        let failed = self.under_way.front_mut()?.failed.take();
+        let result = match failed {
+            Some(error) => Err(error),
+            None => Ok(self.arrived.pop_front_if(|step| step.step == number)?),
+        };
+        let UnderWay { step, begun, .. } = self.under_way.pop_front()?;
+        Some((step, begun, result))
+    }
+
+    fn step_done(&mut self, begun: Instant, now: Instant) {
+        self.pulse.step(now.saturating_duration_since(begun));
+        self.last_done = Some(now);
+        if let Some(loss) = self.loss.take() {
+            let gap = now.saturating_duration_since(loss.since);
+            (self.out)(DriverOut::Recovered(Recovery {
+                gap_us: u64::try_from(gap.as_micros()).unwrap_or(u64::MAX),
+                rows: loss.rows,
+                requests: loss.requests,
+            }));
+        }
+    }
+}
+
+impl Runner for RingRunner {
+    fn info(&self) -> &StageInfo {
+        &self.info
+    }
+
+    fn has_room(&self) -> bool {
+        matches!(self.phase, Phase::Running) && self.under_way.len() < self.stages as usize
+    }
+
+    fn begin(&mut self, step: &mut Step, now: Instant) {
+        let step = std::mem::take(step);
+        let number = self.next_step;
+        self.next_step += 1;
+        let mut tokens = step.tokens.as_slice();
+        for op in &step.slot_ops {
+            // What a scheduler plans fits the slots that it was made with.
+            let _ = self.planned.apply(op);
+        }
+        for segment in &step.segments {
+            let (own, rest) = tokens.split_at(segment.rows as usize);
+            tokens = rest;
+            let _ = self.planned.write(segment.slot, segment.position, own);
+        }
+        self.dispatch(RingStep {
+            epoch: self.part.epoch(),
+            step: number,
+            slot_ops: step.slot_ops.iter().map(wire::slot_op).collect(),
+            segments: step.segments.iter().map(wire::segment).collect(),
+            tokens: step.tokens.clone(),
+            ..RingStep::default()
+        });
+        self.under_way.push_back(UnderWay {
+            number,
+            step,
+            begun: now,
+            failed: None,
+        });
+    }
+
+    fn poll(&mut self, now: Instant) -> Option<Outcome<'_>> {
+        self.flush();
+        while let Ok(event) = self.events.try_recv() {
+            self.handle(event, now);
+        }
+        self.flush();
+        if let Some(error) = self.ended.take() {
+            return Some(Outcome::Ended(error));
+        }
+        if let Phase::Replaying(_) = self.phase {
+            while let Some(step) = self.arrived.pop_front() {
+                self.finish_replay(&step);
+            }
+            if let Some(held) = self.replayed() {
+                let epoch = self.part.epoch();
+                (self.out)(DriverOut::Running { epoch });
+                return Some(Outcome::Resumed(held));
+            }
+        }
+        self.watch(now);
+        let (step, begun, result) = self.next_step_through()?;
+        self.current = step;
+        self.pump_due = true;
+        let result = match result {
+            Err(error) => Err(StageError::Backend {
+                backend: "another stage",
+                message: error,
+            }),
+            Ok(arrived) => self
+                .part
+                .finish_step(
+                    &arrived,
+                    &self.current.segments,
+                    &mut self.logits,
+                    &mut self.outs,
+                )
+                .map_err(stage_error),
+        };
+        Some(match result {
+            Ok(()) => {
+                self.step_done(begun, now);
+                Outcome::Logits(&self.current, &self.logits)
+            }
+            Err(error) => Outcome::Failed(&self.current, error),
+        })
+    }
+
+    fn next_timer(&self) -> Option<Instant> {
+        self.pulse.next_timer()
+    }
+}
+
+fn stage_error(error: StepError) -> StageError {
+    match error {
+        StepError::Stage(error) => error,
+        other => StageError::Malformed(other.to_string()),
+    }
+}

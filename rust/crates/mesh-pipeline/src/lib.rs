@@ -1,0 +1,69 @@
+//! One model over several machines: the stages of a ring, their standbys, and how an answer outlives any of them.
+//!
+//! A *ring* runs one model in stages, each a contiguous range of layers on one worker. The worker of the last stage is its
+//! *driver*. A step goes from the driver to stage 0 as tokens, from stage to stage as hidden rows, and comes back to the
+//! driver, which computes the last stage, samples and plans the next step. Several steps are under way at once.
+//!
+//! Nothing here does I/O or reads a clock. A [`Part`] is one stage on one worker, as member or as standby. A [`RingRunner`] is
+//! the driver: a [`mesh_engine::Runner`], so that scheduler, sampler and text are those of a model on one machine.
+//!
+//! # Recovery
+//! Three properties make it simple. Rows are independent bit for bit, so computing a row again gives the same row. A part
+//! knows the tokens behind its KV rows ([`Book`]), so what is still good is found by comparing, not by remembering who was
+//! told what. And the head alone changes the members of a ring, each change being a new *epoch*.
+//!
+//! When an epoch begins, every member says what it holds. The driver finds for each slot the rows that all of them have;
+//! those behind are computed again, as any prompt would be. Where one member lacks many rows (a shard that was loaded
+//! afresh), only its inputs are replayed: from what the stage before it kept, or else from further up. Then the scheduler goes
+//! on behind what is there; an answer's tokens are a function of seed and index, so the client sees nothing but a pause.
+//!
+//! In the background each member's KV rows go to its standby, and what the standby has, the stage before need not keep.
+
+#![forbid(unsafe_code)]
+
+mod book;
+mod driver;
+mod kept;
+mod mirror;
+mod part;
+mod pulse;
+mod replay;
+#[cfg(test)]
+mod simulation;
+mod wire;
+
+pub use book::Book;
+pub use driver::{DriverEvent, DriverOut, RingRunner};
+pub use part::{Out, Part};
+
+use mesh_engine::{SlotId, StageError};
+
+/// Why a step cannot be computed, or a standby cannot take in what it is sent.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum StepError {
+    /// The slot does not exist.
+    #[error("slot {slot} does not exist: this stage has {slots}")]
+    NoSuchSlot {
+        /// The slot.
+        slot: SlotId,
+        /// How many there are.
+        slots: u32,
+    },
+    /// Rows beyond what is held.
+    #[error("slot {slot} holds {held} rows, but the step begins at {position}")]
+    Gap {
+        /// The slot.
+        slot: SlotId,
+        /// Rows held.
+        held: u32,
+        /// Position asked for.
+        position: u32,
+    },
+    /// Lengths that do not fit each other.
+    #[error("malformed step: {0}")]
+    Malformed(String),
+    /// The stage itself failed.
+    #[error(transparent)]
+    Stage(#[from] StageError),
+}

@@ -1,0 +1,229 @@
+//! What has to be replayed when an epoch begins, and from where.
+
+use mesh_engine::SlotId;
+use mesh_proto::RingHeld;
+
+use crate::book::{Book, common_prefix};
+
+/// What one stage holds of every slot.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Held {
+    slots: Vec<HeldRows>,
+}
+
+#[derive(Debug, Clone, Default)]
+struct HeldRows {
+    tokens: Vec<u32>,
+    kept_from: u32,
+    age: u64,
+}
+
+/// Rows that some stages lack and that are worth a replay of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Replay {
+    pub(crate) slot: SlotId,
+    /// First row.
+    pub(crate) from: u32,
+    /// One past the last row.
+    pub(crate) to: u32,
+    /// The stage that kept the inputs of the next one; `None`: the driver sends tokens to stage 0.
+    pub(crate) source: Option<u32>,
+    /// The last stage that takes the rows in.
+    pub(crate) until: u32,
+}
+
+impl Held {
+    /// From what a member says. Slots beyond `slots` are of no interest.
+    pub(crate) fn read(slots: u32, held: RingHeld) -> Self {
+        let mut read = vec![HeldRows::default(); slots as usize];
+        for slot in held.slots {
+            if let Some(rows) = read.get_mut(slot.slot as usize) {
+                *rows = HeldRows {
+                    tokens: slot.tokens,
+                    kept_from: slot.kept_from,
+                    age: slot.age,
+                };
+            }
+        }
+        Held { slots: read }
+    }
+
+    pub(crate) fn tokens(&self, slot: SlotId) -> &[u32] {
+        self.slots
+            .get(slot as usize)
+            .map_or(&[], |rows| rows.tokens.as_slice())
+    }
+
+    /// Takes in what a replay has brought about.
+    pub(crate) fn set(&mut self, slot: SlotId, tokens: &[u32]) {
+        if let Some(rows) = self.slots.get_mut(slot as usize) {
+            rows.tokens = tokens.to_vec();
+        }
+    }
+
+    fn kept_from(&self, slot: SlotId) -> u32 {
+        self.slots
+            .get(slot as usize)
+            .map_or(u32::MAX, |rows| rows.kept_from)
+    }
+
+    fn age(&self, slot: SlotId) -> u64 {
+        match self.slots.get(slot as usize) {
+            Some(rows) if !rows.tokens.is_empty() => rows.age,
+            _ => u64::MAX,
+        }
+    }
+}
+
+/// The tokens that a slot should hold: what the driver planned or, if the driver is new, what the foremost stage has, which
+/// is the newest.
+pub(crate) fn reference<'a>(planned: &'a Book, held: &'a [Held], slot: SlotId) -> &'a [u32] {
+    if !planned.is_empty() {
+        return planned.tokens(slot);
+    }
+    let lists = held.iter().map(|held| held.tokens(slot));
+    lists
+        .into_iter()
+        .find(|tokens| !tokens.is_empty())
+        .unwrap_or(&[])
+}
+
+/// The rows of each slot that every stage holds.
+pub(crate) fn common(planned: &Book, held: &[Held], slot: SlotId) -> Vec<u32> {
+    let wanted = reference(planned, held, slot);
+    let lens = held
+        .iter()
+        .map(|held| common_prefix(wanted, held.tokens(slot)));
+    let len = lens.min().unwrap_or(0);
+    wanted[..len as usize].to_vec()
+}
+
+/// The replays worth having, one per slot at most.
+///
+/// A stage lags if it lacks more than [`WORTHWHILE`] rows that another one has. Slots that no recent step has touched are left
+/// alone: their rows are computed again if anybody ever asks for them.
+pub(crate) fn plan(planned: &Book, held: &[Held], slots: u32) -> Vec<Replay> {
+    let replays = (0..slots).filter_map(|slot| {
+        let age = held.iter().map(|held| held.age(slot)).min()?;
+        (age <= RECENT).then(|| plan_slot(planned, held, slot))?
+    });
+    replays.collect()
+}
+
+fn plan_slot(planned: &Book, held: &[Held], slot: SlotId) -> Option<Replay> {
+    let wanted = reference(planned, held, slot);
+    let lens: Vec<u32> = held
+        .iter()
+        .map(|held| common_prefix(wanted, held.tokens(slot)))
+        .collect();
+    let most = lens.iter().copied().max()?;
+    let lags = |&stage: &usize| lens[stage] + WORTHWHILE < most;
+    let first = (0..held.len()).find(lags)?;
+    let until = (0..held.len()).rfind(lags)?;
+    let to = (0..held.len())
+        .filter(|stage| !lags(stage))
+        .map(|stage| lens[stage])
+        .min()?;
+    // From the nearest stage above that still has what it sent; the stages between compute those rows again.
+    let mut from = lens[first..=until].iter().copied().min()?;
+    let mut source = None;
+    for stage in (0..first).rev() {
+        if lens[stage] >= to && held[stage].kept_from(slot) <= from {
+            source = Some(stage as u32);
+            break;
+        }
+        from = from.min(lens[stage]);
+    }
+    (from + WORTHWHILE < to).then_some(Replay {
+        slot,
+        from,
+        to,
+        source,
+        until: until as u32,
+    })
+}
+
+/// Rows that are computed again together with the next step rather than replayed first.
+const WORTHWHILE: u32 = 16;
+
+/// Steps after which a slot that none of them touched counts as idle.
+const RECENT: u64 = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mesh_proto::HeldSlot;
+
+    fn tokens(len: u32) -> Vec<u32> {
+        (0..len).map(|i| i * 7 % 101).collect()
+    }
+
+    /// What a stage holds of slot 0: `len` rows, of which the outputs from `kept_from` on are kept.
+    fn held(len: u32, kept_from: u32) -> Held {
+        Held::read(
+            1,
+            RingHeld {
+                epoch: 1,
+                slots: vec![HeldSlot {
+                    slot: 0,
+                    tokens: tokens(len),
+                    kept_from,
+                    age: 0,
+                }],
+            },
+        )
+    }
+
+    fn planned(len: u32) -> Book {
+        let mut book = Book::new(1);
+        book.write(0, 0, &tokens(len)).unwrap();
+        book
+    }
+
+    #[test]
+    fn a_short_tail_is_not_replayed() {
+        let stages = [held(1000, 990), held(995, 990), held(999, 0)];
+        assert_eq!(plan(&planned(1000), &stages, 1), []);
+        assert_eq!(common(&planned(1000), &stages, 0).len(), 995);
+    }
+
+    #[test]
+    fn a_shard_loaded_afresh_is_fed_by_the_stage_before_it() {
+        let stages = [held(1000, 0), held(0, 0), held(998, 0)];
+        let replay = plan(&planned(1000), &stages, 1)[0];
+        assert_eq!((replay.from, replay.to), (0, 998));
+        assert_eq!((replay.source, replay.until), (Some(0), 1));
+    }
+
+    #[test]
+    fn the_first_stage_and_two_neighbours_are_fed_with_tokens_and_together() {
+        let stages = [held(0, 0), held(0, 0), held(998, 0)];
+        let replay = plan(&planned(1000), &stages, 1)[0];
+        assert_eq!((replay.source, replay.until), (None, 1));
+    }
+
+    #[test]
+    fn where_the_outputs_are_gone_the_rows_come_from_further_up() {
+        let stages = [held(1000, 0), held(1000, 500), held(100, 0)];
+        let replay = plan(&planned(1000), &stages, 1)[0];
+        assert_eq!((replay.from, replay.to), (100, 1000));
+        assert_eq!((replay.source, replay.until), (Some(0), 2));
+        let stages = [held(1000, 800), held(1000, 500), held(100, 0)];
+        assert_eq!(plan(&planned(1000), &stages, 1)[0].source, None);
+    }
+
+    #[test]
+    fn a_new_driver_believes_the_foremost_stage() {
+        let stages = [held(1000, 0), held(1000, 0), held(0, 0)];
+        let replay = plan(&Book::new(1), &stages, 1)[0];
+        assert_eq!((replay.from, replay.to, replay.until), (0, 1000, 2));
+        assert_eq!(replay.source, Some(1));
+    }
+
+    #[test]
+    fn what_nobody_used_lately_is_left_alone() {
+        let mut stages = [held(1000, 0), held(0, 0)];
+        stages[0].slots[0].age = RECENT + 1;
+        assert_eq!(plan(&planned(1000), &stages, 1), []);
+    }
+}

@@ -1,0 +1,206 @@
+//! Whole rings in simulated time, with faults.
+
+mod toy;
+mod world;
+
+use mesh_engine::scheduler::{Scheduler, SchedulerConfig, Step};
+use mesh_engine::{Event, Request, Stage, StageInput, StageOutput, apply};
+use proptest::prelude::*;
+
+use self::toy::{LAYERS, Letters, ToyStage};
+use self::world::{Dice, World};
+
+fn request(seed: u64) -> Request {
+    let mut dice = Dice::new(seed + 77);
+    let prompt: Vec<u32> = (0..1 + dice.below(60))
+        .map(|_| dice.below(40) as u32)
+        .collect();
+    let mut request = Request::greedy(
+        format!("request {seed}"),
+        prompt,
+        10 + dice.below(60) as u32,
+    );
+    request.params.temperature = 0.8;
+    request.params.seed = seed;
+    request
+}
+
+/// What one worker with the whole model answers.
+fn expected(request: &Request) -> Vec<u32> {
+    let mut stage = ToyStage::new(0..LAYERS);
+    let info = stage.info().clone();
+    let config = SchedulerConfig::default();
+    let mut scheduler = Scheduler::new(&info, std::sync::Arc::new(Letters), config);
+    let now = std::time::Instant::now();
+    scheduler.submit(0, request.clone(), now);
+    let (mut step, mut tokens) = (Step::default(), Vec::new());
+    while scheduler.plan(&mut step, now) {
+        apply(&step.slot_ops, &mut stage).unwrap();
+        let output = stage.forward(&step.segments, StageInput::Tokens(&step.tokens));
+        let StageOutput::Logits(logits) = output.unwrap() else {
+            panic!("not logits")
+        };
+        let logits = logits.to_vec();
+        scheduler.complete(&step, &logits, now);
+    }
+    while let Some((_, event)) = scheduler.next_event() {
+        match event {
+            Event::Tokens(new) => tokens.extend(new.tokens),
+            Event::Done(_) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    tokens
+}
+
+fn finish(world: &mut World) {
+    let mut last = Vec::new();
+    for _ in 0..2000 {
+        if world.all_done() {
+            return;
+        }
+        world.run(world.now + 100_000);
+        let tokens: Vec<usize> = world
+            .answers
+            .iter()
+            .map(|answer| answer.tokens.len())
+            .collect();
+        if tokens == last {
+            world.nothing_goes_on();
+        }
+        last = tokens;
+    }
+    panic!("it does not end\n{}", world.describe());
+}
+
+fn check(world: &World) {
+    for answer in &world.answers {
+        assert_eq!(answer.failed, None);
+        assert_eq!(
+            answer.tokens,
+            expected(&answer.request),
+            "{}",
+            answer.request.id
+        );
+    }
+}
+
+#[test]
+fn a_ring_answers_as_one_worker_does() {
+    for splits in [
+        &[6][..],
+        &[3, 6],
+        &[1, 2, 6],
+        &[1, 3, 4, 6],
+        &[1, 2, 3, 4, 6],
+    ] {
+        for standbys in [false, true] {
+            let mut world = World::new(1, splits, 10, standbys);
+            for seed in 0..7 {
+                world.submit(request(seed));
+            }
+            finish(&mut world);
+            check(&world);
+        }
+    }
+}
+
+#[test]
+fn any_single_loss_at_any_time_is_survived() {
+    for standbys in [false, true] {
+        for victim in 0..3 {
+            for at in (0..60_000).step_by(1500) {
+                let mut world = World::new(at, &[2, 4, 6], 7, standbys);
+                world.submit(request(3));
+                world.submit(request(4));
+                world.run(at);
+                let node = world.members()[victim];
+                if at % 1000 == 0 {
+                    world.kill(node);
+                } else {
+                    world.stop(node);
+                }
+                finish(&mut world);
+                check(&world);
+            }
+        }
+    }
+}
+
+#[test]
+fn neighbours_a_stage_with_its_standby_and_a_standby_under_promotion_may_be_lost_together() {
+    for at in (500..40_000).step_by(1300) {
+        for case in 0..4 {
+            let mut world = World::new(at, &[2, 4, 6], 12, true);
+            for seed in 0..3 {
+                world.submit(request(seed));
+            }
+            world.run(at);
+            let (members, standbys) = (world.members().to_vec(), world.standbys());
+            match case {
+                0 => [members[0], members[1]]
+                    .into_iter()
+                    .for_each(|node| world.kill(node)),
+                1 => [members[1], members[2]]
+                    .into_iter()
+                    .for_each(|node| world.kill(node)),
+                2 => [members[1], standbys[1]]
+                    .into_iter()
+                    .for_each(|node| world.kill(node)),
+                _ => {
+                    world.kill(members[2]);
+                    world.run(at + 700);
+                    world.kill(standbys[2]);
+                }
+            }
+            finish(&mut world);
+            check(&world);
+        }
+    }
+}
+
+#[test]
+fn without_room_every_request_ends_with_a_clear_error() {
+    let mut world = World::new(5, &[2, 4, 6], 3, false);
+    world.submit(request(1));
+    world.run(3000);
+    world.kill(1);
+    finish(&mut world);
+    assert!(world.answers[0].failed.is_some());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+    #[test]
+    fn any_series_of_losses_that_leaves_enough_workers_is_survived(
+        seed in 0u64..1_000_000,
+        split in 0usize..4,
+        standbys in any::<bool>(),
+        faults in prop::collection::vec((0u64..20_000, 0usize..20, any::<bool>(), any::<bool>()), 0..8),
+    ) {
+        let splits = [&[3, 6][..], &[2, 4, 6], &[1, 5, 6], &[1, 2, 4, 6]][split];
+        let mut world = World::new(seed, splits, 2 * splits.len() + 3, standbys);
+        for i in 0..1 + seed % 6 {
+            world.submit(request(seed + i));
+        }
+        for (pause, who, stops, revives) in faults {
+            world.run(world.now + pause);
+            if revives {
+                world.revive();
+            }
+            let mut targets = world.members().to_vec();
+            targets.extend(world.standbys());
+            if world.workers_alive() <= splits.len() + 1 {
+                continue;
+            }
+            let target = targets[who % targets.len()];
+            if stops {
+                world.stop(target);
+            } else {
+                world.kill(target);
+            }
+        }
+        finish(&mut world);
+        check(&world);
+    }
+}

@@ -1,0 +1,829 @@
+//! Workers, a network and a head in simulated time.
+//!
+//! The network delivers what travels on one stream in order, as QUIC does, each message after a delay of its own, so streams
+//! overtake each other. Workers are killed, which loses everything that was on its way from them; or stopped, which the head
+//! learns only from the driver's suspicion or from an answer that does not go on. The head promotes standbys, puts empty
+//! workers where there is none, and chooses new standbys.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::{Duration, Instant};
+
+use mesh_engine::scheduler::{Scheduler, SchedulerConfig, Step};
+use mesh_engine::{Event, Outcome, Request, RequestError, Runner};
+use mesh_proto::{
+    HeldSlot, RingHeld, RingMirror, RingMirrored, RingOutcome, RingPing, RingResend, RingStep,
+};
+
+use super::toy::{self, Letters, ToyStage};
+use crate::{DriverEvent, DriverOut, Out, Part, RingRunner};
+
+pub(super) type Node = usize;
+
+/// Random numbers that a seed decides.
+pub(super) struct Dice(u64);
+
+impl Dice {
+    pub(super) fn new(seed: u64) -> Self {
+        Dice(seed.wrapping_mul(0x2545_f491_4f6c_dd1d) | 1)
+    }
+
+    pub(super) fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) % n.max(1)
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Ring {
+    epoch: u32,
+    /// Members in order.
+    members: Vec<Node>,
+    standbys: Vec<Option<Node>>,
+}
+
+#[derive(Debug)]
+enum Message {
+    Configure(Ring),
+    DriveHello {
+        epoch: u32,
+        stage: u32,
+    },
+    Held {
+        stage: u32,
+        held: RingHeld,
+    },
+    Step(RingStep),
+    Rows {
+        epoch: u32,
+        step: RingStep,
+    },
+    Ping {
+        epoch: u32,
+        ping: RingPing,
+    },
+    Pong {
+        stage: u32,
+        ping: RingPing,
+    },
+    Resend(RingResend),
+    Outcome {
+        stage: u32,
+        outcome: RingOutcome,
+    },
+    MirrorHello {
+        epoch: u32,
+        stage: u32,
+    },
+    StandbyHeld {
+        epoch: u32,
+        held: Vec<HeldSlot>,
+    },
+    Mirror {
+        epoch: u32,
+        stage: u32,
+        mirror: RingMirror,
+    },
+    Mirrored {
+        epoch: u32,
+        mirrored: RingMirrored,
+    },
+    NextMirrored {
+        epoch: u32,
+        mirrored: RingMirrored,
+    },
+    Suspect(Node),
+    Lost(Node),
+    Look,
+}
+
+struct Worker {
+    alive: bool,
+    /// Nothing is handled until then.
+    stopped: bool,
+    /// Counts its lives, so that nothing of an earlier one arrives.
+    life: u32,
+    ring: Option<Ring>,
+    parts: BTreeMap<u32, Part>,
+    driver: Option<Driver>,
+    received: u64,
+    sent: u64,
+    /// What belongs to an epoch that has not reached it.
+    early: Vec<(Node, Message)>,
+}
+
+struct Driver {
+    runner: RingRunner,
+    scheduler: Scheduler,
+    events: mpsc::Sender<DriverEvent>,
+    outs: Arc<Mutex<Vec<DriverOut>>>,
+    serving: bool,
+    step: Step,
+}
+
+type Queued = Reverse<(u64, u64)>;
+
+pub(super) struct World {
+    pub(super) dice: Dice,
+    start: Instant,
+    pub(super) now: u64,
+    order: u64,
+    queue: BinaryHeap<Queued>,
+    messages: BTreeMap<u64, (Node, u32, Node, Message)>,
+    /// Last delivery on each stream.
+    streams: BTreeMap<(Node, Node, u8), u64>,
+    workers: Vec<Worker>,
+    splits: Vec<u32>,
+    ring: Ring,
+    pub(super) spares: bool,
+    /// Requests with the tokens that have reached the client.
+    pub(super) answers: Vec<Answer>,
+    pub(super) epochs: u32,
+}
+
+pub(super) struct Answer {
+    pub(super) request: Request,
+    pub(super) tokens: Vec<u32>,
+    pub(super) done: bool,
+    pub(super) failed: Option<RequestError>,
+}
+
+const HEAD: Node = usize::MAX;
+
+impl World {
+    /// `splits` are the ends of the stages' layers; workers 0.. are its members, then come its standbys, then the rest.
+    pub(super) fn new(seed: u64, splits: &[u32], workers: usize, standbys: bool) -> Self {
+        let stages = splits.len();
+        let ring = Ring {
+            epoch: 1,
+            members: (0..stages).collect(),
+            standbys: (stages..2 * stages)
+                .map(|node| (standbys && node < workers).then_some(node))
+                .collect(),
+        };
+        let mut world = World {
+            dice: Dice::new(seed),
+            start: Instant::now(),
+            now: 0,
+            order: 0,
+            queue: BinaryHeap::new(),
+            messages: BTreeMap::new(),
+            streams: BTreeMap::new(),
+            workers: (0..workers).map(|_| Worker::new(0)).collect(),
+            splits: splits.to_vec(),
+            ring,
+            spares: standbys,
+            answers: Vec::new(),
+            epochs: 1,
+        };
+        world.configure();
+        world
+    }
+
+    pub(super) fn submit(&mut self, request: Request) {
+        self.answers.push(Answer {
+            request,
+            tokens: Vec::new(),
+            done: false,
+            failed: None,
+        });
+        let key = self.answers.len() - 1;
+        self.send_request(key);
+    }
+
+    pub(super) fn members(&self) -> &[Node] {
+        &self.ring.members
+    }
+
+    pub(super) fn standbys(&self) -> Vec<Node> {
+        self.ring.standbys.iter().flatten().copied().collect()
+    }
+
+    pub(super) fn workers_alive(&self) -> usize {
+        self.workers.iter().filter(|worker| worker.is_up()).count()
+    }
+
+    /// Ends a worker's process; the head and its neighbours see the closed connection.
+    pub(super) fn kill(&mut self, node: Node) {
+        let worker = &mut self.workers[node];
+        worker.alive = false;
+        worker.parts.clear();
+        worker.driver = None;
+        self.send(node, HEAD, 9, Message::Lost(node));
+    }
+
+    /// A worker falls silent with its connections open.
+    pub(super) fn stop(&mut self, node: Node) {
+        self.workers[node].stopped = true;
+    }
+
+    /// A worker that was lost starts afresh; if the head has not noticed the loss before, it does now.
+    pub(super) fn revive(&mut self) {
+        if let Some(node) = (0..self.workers.len()).find(|&node| !self.workers[node].is_up()) {
+            self.lost(node);
+            self.workers[node] = Worker::new(self.workers[node].life + 1);
+        }
+    }
+
+    /// Runs until `until` microseconds, or until nothing is left to happen.
+    pub(super) fn run(&mut self, until: u64) {
+        while let Some(&Reverse((at, order))) = self.queue.peek() {
+            if at > until {
+                break;
+            }
+            self.queue.pop();
+            self.now = at;
+            if let Some((from, life, to, message)) = self.messages.remove(&order) {
+                if to == HEAD {
+                    self.head(message);
+                } else if self.workers[to].is_up() && self.workers[to].life == life {
+                    self.worker(to, from, message);
+                }
+            }
+        }
+        self.now = until;
+    }
+
+    pub(super) fn all_done(&self) -> bool {
+        self.answers
+            .iter()
+            .all(|answer| answer.done || answer.failed.is_some())
+    }
+
+    pub(super) fn describe(&self) -> String {
+        let mut text = format!("ring {:?}\n", self.ring);
+        for (node, worker) in self.workers.iter().enumerate() {
+            text += &format!(
+                "{node}: up {} epoch {:?} parts {:?} driver {:?}\n",
+                worker.is_up(),
+                worker.ring.as_ref().map(|ring| ring.epoch),
+                worker.parts.keys().collect::<Vec<_>>(),
+                worker
+                    .driver
+                    .as_ref()
+                    .map(|driver| driver.runner.describe()),
+            );
+        }
+        for answer in &self.answers {
+            text += &format!(
+                "{} of {:?}\n",
+                answer.tokens.len(),
+                answer.request.max_tokens
+            );
+        }
+        text
+    }
+
+    fn clock(&self) -> Instant {
+        self.start + Duration::from_micros(self.now)
+    }
+
+    fn send(&mut self, from: Node, to: Node, stream: u8, message: Message) {
+        let delay = 50 + self.dice.below(400);
+        let slot = self.streams.entry((from, to, stream)).or_default();
+        let at = (*slot + 1).max(self.now + delay);
+        *slot = at;
+        self.schedule(at, from, to, message);
+    }
+
+    fn schedule(&mut self, at: u64, from: Node, to: Node, message: Message) {
+        self.order += 1;
+        let life = if to == HEAD { 0 } else { self.workers[to].life };
+        self.queue.push(Reverse((at, self.order)));
+        self.messages.insert(self.order, (from, life, to, message));
+    }
+
+    // The head.
+
+    fn head(&mut self, message: Message) {
+        match message {
+            Message::Lost(node) => self.lost(node),
+            Message::Suspect(node) => {
+                if self.workers[node].stopped {
+                    self.lost(node);
+                }
+            }
+            other => panic!("the head does not expect {other:?}"),
+        }
+    }
+
+    /// Nothing goes on: the head hears of it from an answer whose driver is silent, or from a driver that cannot reach a
+    /// member.
+    pub(super) fn nothing_goes_on(&mut self) {
+        let members = self.ring.members.iter().copied();
+        if let Some(node) = members.rev().find(|&node| !self.workers[node].is_up()) {
+            self.lost(node);
+        }
+    }
+
+    fn lost(&mut self, node: Node) {
+        let gone = |node: &Node| !self.workers[*node].is_up();
+        let mut ring = self.ring.clone();
+        let was_driver = ring.members.last() == Some(&node);
+        for standby in &mut ring.standbys {
+            if standby.as_ref().is_some_and(gone) {
+                *standby = None;
+            }
+        }
+        for stage in 0..ring.members.len() {
+            if !gone(&ring.members[stage]) {
+                continue;
+            }
+            ring.members[stage] = match ring.standbys[stage].take() {
+                Some(standby) => standby,
+                None => match self.unused(&ring) {
+                    Some(node) => node,
+                    None => return self.dissolve(),
+                },
+            };
+        }
+        if self.spares {
+            for stage in 0..ring.members.len() {
+                if ring.standbys[stage].is_none() {
+                    ring.standbys[stage] = self.unused(&ring);
+                }
+            }
+        }
+        if ring.members == self.ring.members && ring.standbys == self.ring.standbys {
+            return;
+        }
+        // The simulation gives every change an epoch of its own, also that of a standby, which is the harder case.
+        ring.epoch += 1;
+        self.ring = ring;
+        self.epochs += 1;
+        self.configure();
+        if was_driver {
+            let open: Vec<usize> = (0..self.answers.len())
+                .filter(|&key| !self.answers[key].done)
+                .collect();
+            for key in open {
+                self.send_request(key);
+            }
+        }
+    }
+
+    fn unused(&self, ring: &Ring) -> Option<Node> {
+        let used = |node: &Node| {
+            ring.members.contains(node) || ring.standbys.iter().flatten().any(|s| s == node)
+        };
+        (0..self.workers.len()).find(|node| self.workers[*node].is_up() && !used(node))
+    }
+
+    fn dissolve(&mut self) {
+        for answer in &mut self.answers {
+            if !answer.done {
+                answer.failed = Some(RequestError::RingLost {
+                    reason: "too few workers".to_owned(),
+                });
+            }
+        }
+    }
+
+    fn configure(&mut self) {
+        let ring = self.ring.clone();
+        for node in ring.members.iter().chain(ring.standbys.iter().flatten()) {
+            self.send(HEAD, *node, 0, Message::Configure(ring.clone()));
+        }
+    }
+
+    fn send_request(&mut self, key: usize) {
+        let driver = *self.ring.members.last().expect("a driver");
+        let answer = &self.answers[key];
+        let request = Request {
+            generated: answer.tokens.clone(),
+            ..answer.request.clone()
+        };
+        // It waits at the worker until that one serves.
+        if let Some(driver) = &mut self.workers[driver].driver {
+            driver.scheduler.submit(
+                key as u64,
+                request,
+                self.start + Duration::from_micros(self.now),
+            );
+        }
+        self.schedule(self.now + 1, HEAD, driver, Message::Look);
+    }
+
+    // Workers.
+
+    fn worker(&mut self, node: Node, from: Node, message: Message) {
+        let epoch = self.workers[node]
+            .ring
+            .as_ref()
+            .map_or(0, |ring| ring.epoch);
+        if let Some(its) = message.epoch() {
+            if its > epoch {
+                self.workers[node].early.push((from, message));
+                return;
+            }
+            if its < epoch {
+                return;
+            }
+        }
+        match message {
+            Message::Configure(ring) => self.take_ring(node, ring),
+            Message::DriveHello { stage, .. } => {
+                if let Some(part) = self.workers[node].parts.get(&stage) {
+                    let held = part.held();
+                    self.send(node, from, 1, Message::Held { stage, held });
+                }
+            }
+            Message::Held { stage, held } => {
+                self.tell_driver(node, DriverEvent::Held { stage, held })
+            }
+            Message::Step(step) | Message::Rows { step, .. } => {
+                if self.is_driver(node) {
+                    return self.tell_driver(node, DriverEvent::Rows(step));
+                }
+                self.workers[node].received += 1;
+                self.with_part(node, |part, out| part.step(step, out));
+            }
+            Message::Ping { mut ping, .. } => {
+                let worker = &self.workers[node];
+                (ping.received, ping.sent) = (worker.received, worker.sent);
+                let stage = self.stage_of(node);
+                self.send(node, from, 1, Message::Pong { stage, ping });
+            }
+            Message::Pong { stage, ping } => {
+                self.tell_driver(node, DriverEvent::Pong { stage, ping })
+            }
+            Message::Resend(resend) => self.with_part(node, |part, out| part.resend(&resend, out)),
+            Message::Outcome { stage, outcome } => {
+                self.tell_driver(node, DriverEvent::Outcome { stage, outcome });
+            }
+            Message::MirrorHello { epoch, stage } => {
+                let Some(part) = self.workers[node].parts.get(&stage) else {
+                    return;
+                };
+                let held = part.held().slots;
+                self.send(node, from, 3, Message::StandbyHeld { epoch, held });
+            }
+            Message::StandbyHeld { held, .. } => {
+                if self.is_driver(node) {
+                    return self.tell_driver(node, DriverEvent::Standby(held));
+                }
+                self.with_part(node, |part, out| part.mirror_to(&held, out));
+            }
+            Message::Mirror {
+                epoch,
+                stage,
+                mirror,
+            } => {
+                let Some(part) = self.workers[node].parts.get_mut(&stage) else {
+                    return;
+                };
+                let mirrored = part.take_mirrored(&mirror).expect("in step");
+                self.send(node, from, 3, Message::Mirrored { epoch, mirrored });
+            }
+            Message::Mirrored { mirrored, .. } => {
+                if self.is_driver(node) {
+                    return self.tell_driver(node, DriverEvent::Mirrored(mirrored.count));
+                }
+                self.with_part(node, |part, out| part.mirrored(mirrored.count, out));
+            }
+            Message::NextMirrored { mirrored, .. } => {
+                self.with_part(node, |part, _| part.next_mirrored(&mirrored));
+            }
+            Message::Look => self.drive(node),
+            Message::Suspect(_) | Message::Lost(_) => panic!("for the head"),
+        }
+    }
+
+    fn take_ring(&mut self, node: Node, ring: Ring) {
+        let worker = &mut self.workers[node];
+        if worker
+            .ring
+            .as_ref()
+            .is_some_and(|old| old.epoch >= ring.epoch)
+        {
+            return;
+        }
+        let stages = ring.members.len();
+        let mut own = ring
+            .members
+            .iter()
+            .position(|&n| n == node)
+            .map(|i| i as u32);
+        let standing: Vec<u32> = (0..stages)
+            .filter(|&stage| ring.standbys[stage] == Some(node))
+            .map(|stage| stage as u32)
+            .collect();
+        worker
+            .parts
+            .retain(|stage, _| own == Some(*stage) || standing.contains(stage));
+        (worker.received, worker.sent) = (0, 0);
+        for stage in own.iter().chain(&standing) {
+            let layers = layers(&self.splits, *stage);
+            if !(worker.parts.contains_key(stage) || worker.driver.is_some() && own == Some(*stage))
+            {
+                let part = Part::new(Box::new(ToyStage::new(layers)), 1 << 20);
+                worker.parts.insert(*stage, part);
+            }
+        }
+        let epoch = ring.epoch;
+        for stage in &standing {
+            let part = worker.parts.get_mut(stage).expect("just made");
+            part.begin_epoch(epoch, *stage, false);
+        }
+        let last = stages as u32 - 1;
+        if own == Some(last) {
+            if worker.driver.is_none() {
+                let part = worker.parts.remove(&last).expect("just made");
+                worker.driver = Some(Driver::new(
+                    part,
+                    self.start + Duration::from_micros(self.now),
+                    stages,
+                ));
+                for key in 0..self.answers.len() {
+                    if !self.answers[key].done {
+                        let request = Request {
+                            generated: self.answers[key].tokens.clone(),
+                            ..self.answers[key].request.clone()
+                        };
+                        let now = self.start + Duration::from_micros(self.now);
+                        let driver = worker.driver.as_mut().expect("just made");
+                        driver.scheduler.submit(key as u64, request, now);
+                    }
+                }
+            }
+            let event = DriverEvent::Epoch {
+                epoch,
+                stages: stages as u32,
+                half_rows: false,
+            };
+            let driver = worker.driver.as_mut().expect("just made");
+            driver.serving = false;
+            driver.events.send(event).expect("lives");
+            own = None;
+        } else {
+            worker.driver = None;
+        }
+        if let Some(stage) = own {
+            let part = worker.parts.get_mut(&stage).expect("just made");
+            part.begin_epoch(epoch, stage, false);
+        }
+        worker.ring = Some(ring.clone());
+        let early = std::mem::take(&mut worker.early);
+        if self.is_driver(node) {
+            for (stage, member) in ring.members[..stages - 1].iter().enumerate() {
+                let hello = Message::DriveHello {
+                    epoch,
+                    stage: stage as u32,
+                };
+                self.send(node, *member, 2, hello);
+            }
+        }
+        if let Some(stage) = ring.members.iter().position(|&n| n == node)
+            && let Some(standby) = ring.standbys[stage]
+        {
+            self.send(
+                node,
+                standby,
+                4,
+                Message::MirrorHello {
+                    epoch,
+                    stage: stage as u32,
+                },
+            );
+        }
+        for (from, message) in early {
+            self.worker(node, from, message);
+        }
+        self.drive(node);
+    }
+
+    fn is_driver(&self, node: Node) -> bool {
+        self.workers[node].driver.is_some()
+    }
+
+    fn stage_of(&self, node: Node) -> u32 {
+        let ring = self.workers[node].ring.as_ref().expect("configured");
+        ring.members.iter().position(|&n| n == node).unwrap_or(0) as u32
+    }
+
+    fn with_part(&mut self, node: Node, act: impl FnOnce(&mut Part, &mut Vec<Out>)) {
+        let stage = self.stage_of(node);
+        let Some(ring) = self.workers[node].ring.clone() else {
+            return;
+        };
+        let mut out = Vec::new();
+        if let Some(part) = self.workers[node].parts.get_mut(&stage) {
+            act(part, &mut out);
+        }
+        self.send_outs(node, stage, &ring, out);
+    }
+
+    fn send_outs(&mut self, node: Node, stage: u32, ring: &Ring, out: Vec<Out>) {
+        let (epoch, s) = (ring.epoch, stage as usize);
+        let driver = *ring.members.last().expect("a driver");
+        for out in out {
+            match out {
+                Out::Next(step) => {
+                    self.workers[node].sent += 1;
+                    self.send(node, ring.members[s + 1], 5, Message::Rows { epoch, step });
+                }
+                Out::Driver(outcome) => {
+                    self.send(node, driver, 1, Message::Outcome { stage, outcome });
+                }
+                Out::Previous(mirrored) => {
+                    self.send(
+                        node,
+                        ring.members[s - 1],
+                        6,
+                        Message::NextMirrored { epoch, mirrored },
+                    );
+                }
+                Out::Standby(mirror) => {
+                    if let Some(standby) = ring.standbys[s] {
+                        self.send(
+                            node,
+                            standby,
+                            4,
+                            Message::Mirror {
+                                epoch,
+                                stage,
+                                mirror,
+                            },
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    fn tell_driver(&mut self, node: Node, event: DriverEvent) {
+        if let Some(driver) = &self.workers[node].driver {
+            driver.events.send(event).expect("lives");
+        }
+        self.drive(node);
+    }
+
+    /// What an engine's thread does, until there is nothing to do.
+    fn drive(&mut self, node: Node) {
+        let now = self.clock();
+        let Some(driver) = &mut self.workers[node].driver else {
+            return;
+        };
+        let mut events = Vec::new();
+        loop {
+            let mut busy = false;
+            while driver.runner.has_room() && driver.scheduler.plan(&mut driver.step, now) {
+                driver.runner.begin(&mut driver.step, now);
+                busy = true;
+            }
+            if let Some(outcome) = driver.runner.poll(now) {
+                busy = true;
+                match outcome {
+                    Outcome::Logits(step, logits) => driver.scheduler.complete(step, logits, now),
+                    Outcome::Failed(step, error) => driver.scheduler.fail(step, &error),
+                    Outcome::Resumed(held) => driver.scheduler.resume(&held),
+                    Outcome::Ended(error) => driver.scheduler.end_all(&error),
+                }
+            }
+            while let Some(event) = driver.scheduler.next_event() {
+                events.push(event);
+            }
+            if !busy {
+                break;
+            }
+        }
+        let timer = driver.runner.next_timer();
+        let outs: Vec<DriverOut> = driver.outs.lock().expect("sound").drain(..).collect();
+        for (key, event) in events {
+            let answer = &mut self.answers[key as usize];
+            match event {
+                Event::Tokens(tokens) => {
+                    assert_eq!(
+                        tokens.index as usize,
+                        answer.tokens.len(),
+                        "a token lost or doubled"
+                    );
+                    answer.tokens.extend(tokens.tokens);
+                }
+                Event::Done(_) => answer.done = true,
+                Event::Failed(error) => answer.failed = Some(error),
+                Event::Scored(_) => {}
+            }
+        }
+        let Some(ring) = self.workers[node].ring.clone() else {
+            return;
+        };
+        let stage = ring.members.len() as u32 - 1;
+        for out in outs {
+            match out {
+                DriverOut::Step(step) => self.send(node, ring.members[0], 2, Message::Step(step)),
+                DriverOut::Ping(ping) => {
+                    for member in &ring.members[..stage as usize] {
+                        self.send(
+                            node,
+                            *member,
+                            2,
+                            Message::Ping {
+                                epoch: ring.epoch,
+                                ping: ping.clone(),
+                            },
+                        );
+                    }
+                }
+                DriverOut::Resend { stage, resend } => {
+                    self.send(
+                        node,
+                        ring.members[stage as usize],
+                        2,
+                        Message::Resend(resend),
+                    );
+                }
+                DriverOut::Previous(mirrored) => {
+                    self.send_outs(node, stage, &ring, vec![Out::Previous(mirrored)]);
+                }
+                DriverOut::Standby(mirror) => {
+                    self.send_outs(node, stage, &ring, vec![Out::Standby(mirror)]);
+                }
+                DriverOut::Suspect { stage, .. } => {
+                    self.send(
+                        node,
+                        HEAD,
+                        9,
+                        Message::Suspect(ring.members[stage as usize]),
+                    );
+                }
+                DriverOut::Running { .. } | DriverOut::Recovered(_) => {}
+            }
+        }
+        if let Some(at) = timer {
+            let at = at.saturating_duration_since(self.start).as_micros() as u64;
+            self.schedule(at.max(self.now + 1000), node, node, Message::Look);
+        }
+    }
+}
+
+impl Message {
+    fn epoch(&self) -> Option<u32> {
+        match self {
+            Message::DriveHello { epoch, .. }
+            | Message::Ping { epoch, .. }
+            | Message::Rows { epoch, .. }
+            | Message::MirrorHello { epoch, .. }
+            | Message::StandbyHeld { epoch, .. }
+            | Message::Mirror { epoch, .. }
+            | Message::Mirrored { epoch, .. }
+            | Message::NextMirrored { epoch, .. } => Some(*epoch),
+            Message::Step(step) => Some(step.epoch),
+            Message::Held { held, .. } => Some(held.epoch),
+            Message::Outcome { outcome, .. } => Some(outcome.epoch),
+            Message::Resend(resend) => Some(resend.epoch),
+            _ => None,
+        }
+    }
+}
+
+impl Worker {
+    fn new(life: u32) -> Self {
+        Worker {
+            alive: true,
+            stopped: false,
+            life,
+            ring: None,
+            parts: BTreeMap::new(),
+            driver: None,
+            received: 0,
+            sent: 0,
+            early: Vec::new(),
+        }
+    }
+
+    fn is_up(&self) -> bool {
+        self.alive && !self.stopped
+    }
+}
+
+impl Driver {
+    fn new(part: Part, now: Instant, stages: usize) -> Self {
+        let (sender, receiver) = mpsc::channel();
+        let outs = Arc::new(Mutex::new(Vec::new()));
+        let sink = Arc::clone(&outs);
+        let info = toy::info(0..toy::LAYERS);
+        let out = Box::new(move |out| sink.lock().expect("sound").push(out));
+        let config = SchedulerConfig {
+            steps_under_way: stages as u32,
+            ..SchedulerConfig::default()
+        };
+        Driver {
+            scheduler: Scheduler::new(&info, Arc::new(Letters), config),
+            runner: RingRunner::new(info, part, receiver, out, now),
+            events: sender,
+            outs,
+            serving: false,
+            step: Step::default(),
+        }
+    }
+}
+
+fn layers(splits: &[u32], stage: u32) -> std::ops::Range<u32> {
+    let stage = stage as usize;
+    let start = if stage == 0 { 0 } else { splits[stage - 1] };
+    start..splits[stage]
+}

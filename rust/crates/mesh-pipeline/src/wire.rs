@@ -1,0 +1,104 @@
+//! Between the engine's types and the messages of a ring.
+
+use bytes::Bytes;
+use half::f16;
+use mesh_engine::scheduler::SlotOp;
+use mesh_engine::{LogitRows, Segment};
+use mesh_proto::{RingSegment, RingSlotOp};
+
+use crate::StepError;
+
+/// A change to a slot, for the wire.
+pub(crate) fn slot_op(op: &SlotOp) -> RingSlotOp {
+    match *op {
+        SlotOp::Truncate { slot, len } => RingSlotOp {
+            slot,
+            len,
+            from_plus_one: 0,
+        },
+        SlotOp::CopyPrefix { from, to, len } => RingSlotOp {
+            slot: to,
+            len,
+            from_plus_one: from + 1,
+        },
+    }
+}
+
+/// A change to a slot, from the wire.
+pub(crate) fn read_slot_op(op: &RingSlotOp) -> SlotOp {
+    match op.from_plus_one.checked_sub(1) {
+        None => SlotOp::Truncate {
+            slot: op.slot,
+            len: op.len,
+        },
+        Some(from) => SlotOp::CopyPrefix {
+            from,
+            to: op.slot,
+            len: op.len,
+        },
+    }
+}
+
+/// A segment, for the wire.
+pub(crate) fn segment(segment: &Segment) -> RingSegment {
+    RingSegment {
+        slot: segment.slot,
+        position: segment.position,
+        rows: segment.rows,
+    }
+}
+
+/// A segment, from the wire: no logits.
+pub(crate) fn read_segment(segment: &RingSegment) -> Segment {
+    Segment {
+        slot: segment.slot,
+        position: segment.position,
+        rows: segment.rows,
+        logits: LogitRows::None,
+    }
+}
+
+/// Hidden rows as bytes.
+pub(crate) fn rows(numbers: &[f32], half: bool) -> Bytes {
+    if half {
+        let bytes = numbers.iter().flat_map(|&n| f16::from_f32(n).to_le_bytes());
+        bytes.collect::<Vec<u8>>().into()
+    } else {
+        let mut bytes = Vec::with_capacity(numbers.len() * 4);
+        for number in numbers {
+            bytes.extend_from_slice(&number.to_le_bytes());
+        }
+        bytes.into()
+    }
+}
+
+/// Hidden rows from bytes, into `out`.
+pub(crate) fn read_rows(
+    bytes: &[u8],
+    numbers: usize,
+    half: bool,
+    out: &mut Vec<f32>,
+) -> Result<(), StepError> {
+    let size = if half { 2 } else { 4 };
+    if bytes.len() != numbers * size {
+        return Err(StepError::Malformed(format!(
+            "{} bytes where {numbers} numbers of {size} bytes belong",
+            bytes.len()
+        )));
+    }
+    out.clear();
+    if half {
+        out.extend(
+            bytes
+                .chunks_exact(2)
+                .map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()),
+        );
+    } else {
+        out.extend(
+            bytes
+                .chunks_exact(4)
+                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+        );
+    }
+    Ok(())
+}
