@@ -1,0 +1,13 @@
+//! What a node can do, measured; and placement: which node holds which layers of a model.
+//!
+//! [`place`](mod@place) is a pure function from measurements to a plan: no clock, no I/O, the same plan from the same numbers
+//! wherever it runs.
+
+#![forbid(unsafe_code)]
+
+pub mod place;
+
+pub use place::{
+    Assignment, Candidate, LeftOut, ModelSpec, Objective, PathSpec, Plan, PlanError, PlannedStage,
+    Policy, Reason, evaluate, place, replacement_for, standby_for,
+};
