@@ -5,9 +5,10 @@
 
 #![forbid(unsafe_code)]
 
+mod offer;
 pub mod place;
 
 pub use place::{
-    Assignment, Candidate, LeftOut, ModelSpec, Objective, PathSpec, Plan, PlanError, PlannedStage,
-    Policy, Reason, evaluate, place, replacement_for, standby_for,
+    Assignment, Candidate, Explanation, LeftOut, ModelSpec, Objective, PathSpec, Plan, PlanError,
+    PlannedStage, Policy, Reason, evaluate, explain, place, replacement_for, standby_for,
 };

@@ -31,6 +31,7 @@
 
 mod cost;
 mod error;
+mod explain;
 mod search;
 mod standby;
 #[cfg(test)]
@@ -39,7 +40,10 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 pub use error::PlanError;
+pub use explain::{Explanation, explain};
 pub use standby::{replacement_for, standby_for};
 
 use cost::{Mesh, layer_bytes, stage_bytes};
@@ -96,7 +100,8 @@ pub struct PathSpec {
 }
 
 /// What a plan is to be best at.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Objective {
     /// The time of one token of one stream.
     #[default]
@@ -142,7 +147,7 @@ impl Default for Policy {
 }
 
 /// Which node holds which layers, and what to expect of it.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
     /// The stages in order.
     pub stages: Vec<PlannedStage>,
@@ -157,7 +162,7 @@ pub struct Plan {
 }
 
 /// One stage of a plan.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PlannedStage {
     /// Id of the node that runs it.
     pub node: String,
@@ -174,7 +179,7 @@ pub struct PlannedStage {
 }
 
 /// A node without a stage.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LeftOut {
     /// Its id.
     pub node: String,
@@ -183,7 +188,8 @@ pub struct LeftOut {
 }
 
 /// Why a node runs no stage.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
 pub enum Reason {
     /// Its operator keeps it for something else.
     Reserved {
@@ -201,6 +207,8 @@ pub enum Reason {
     },
     /// With it, a token (latency) or the slowest stage (throughput) would take longer.
     Slower {
+        /// Which of the two.
+        objective: Objective,
         /// Microseconds with it.
         with_us: f64,
         /// Microseconds without.
@@ -257,7 +265,7 @@ pub fn place(
     let wanted = policy
         .kv_tokens
         .unwrap_or(context.saturating_mul(policy.slots.into()))
-        .clamp(context, MOST_KV_TOKENS.max(context));
+        .clamp(context, MOST_KV_TOKENS);
     let mut usable = Vec::new();
     let mut left_out = Vec::new();
     let needs = layer_bytes(model, context);
@@ -295,7 +303,7 @@ pub fn place(
         let with = search.best_with(node, &layout, &demand);
         left_out.push(LeftOut {
             node: mesh.nodes[node].id.clone(),
-            reason: compare(with.as_ref(), &layout),
+            reason: compare(with.as_ref(), &layout, policy.objective),
         });
     }
     left_out.sort_by(|a, b| a.node.cmp(&b.node));
@@ -398,10 +406,11 @@ fn most_kv(search: &Search<'_>, demand: Demand, least: Layout, wanted: u64) -> (
     best
 }
 
-fn compare(with: Option<&Layout>, without: &Layout) -> Reason {
+fn compare(with: Option<&Layout>, without: &Layout, objective: Objective) -> Reason {
     match with {
         None => Reason::NoRoom,
         Some(with) if with.value > without.value * (1.0 + search::TIE) => Reason::Slower {
+            objective,
             with_us: with.value,
             without_us: without.value,
         },
@@ -427,11 +436,22 @@ fn unusable(candidate: &Candidate, policy: &Policy, needs: u64) -> Option<Reason
 }
 
 /// A time that was measured: between a nanosecond and a minute.
-fn known(us: f64) -> bool {
+pub(crate) fn known(us: f64) -> bool {
     (1e-3..=60e6).contains(&us)
 }
 
 fn check(model: &ModelSpec, policy: &Policy) -> Result<(), PlanError> {
+    check_model(model)?;
+    for (field, value) in [("context", policy.context), ("slots", policy.slots)] {
+        if value == 0 {
+            return Err(PlanError::Policy { field });
+        }
+    }
+    Ok(())
+}
+
+/// Whether a model's numbers make sense.
+pub(crate) fn check_model(model: &ModelSpec) -> Result<(), PlanError> {
     let limits = [
         ("layers", u64::from(model.layers), 1, MOST_LAYERS),
         ("hidden", u64::from(model.hidden), 1, 1 << 20),
@@ -448,11 +468,6 @@ fn check(model: &ModelSpec, policy: &Policy) -> Result<(), PlanError> {
                 least,
                 most,
             });
-        }
-    }
-    for (field, value) in [("context", policy.context), ("slots", policy.slots)] {
-        if value == 0 {
-            return Err(PlanError::Policy { field });
         }
     }
     Ok(())

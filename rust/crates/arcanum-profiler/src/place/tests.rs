@@ -210,6 +210,7 @@ fn the_plan_is_the_best_of_all_orders_and_splits() {
                 Reason::Slower {
                     with_us,
                     without_us,
+                    ..
                 } => {
                     assert!(
                         same(*with_us, with) && same(*without_us, best),
@@ -315,6 +316,7 @@ fn a_slow_node_is_left_out_with_numbers() {
     let Reason::Slower {
         with_us,
         without_us,
+        ..
     } = *reason
     else {
         panic!("{reason:?}");
