@@ -1,0 +1,189 @@
+//! What workers offer, as placement sees it. Offers come from other machines: numbers that make no sense are unknown here,
+//! or an error where nothing can be planned without them; lists and names are cut to sane lengths.
+
+use std::collections::BTreeMap;
+
+use mesh_proto::{NodeProfile, ShardOffer};
+
+use crate::place::{Candidate, ModelSpec, PathSpec, PlanError, check_model, known};
+
+impl Candidate {
+    /// The node `id`, which people know as `name`, with what it offers for one model. `memory` is all that it may use; a
+    /// caller subtracts what other rings hold there.
+    pub fn from_offer(id: &str, name: &str, profile: &NodeProfile, offer: &ShardOffer) -> Self {
+        let paths: BTreeMap<String, PathSpec> = profile
+            .paths
+            .iter()
+            .filter(|path| path.node_id.len() <= MOST_ID)
+            .take(MOST_PATHS)
+            .map(|path| {
+                let bandwidth = positive(path.bandwidth);
+                let rtt_us = path.rtt_us.into();
+                (path.node_id.clone(), PathSpec { rtt_us, bandwidth })
+            })
+            .collect();
+        let load = profile.load;
+        Candidate {
+            id: id.to_owned(),
+            name: name
+                .chars()
+                .filter(|c| !c.is_control())
+                .take(MOST_NAME)
+                .collect(),
+            memory: profile.memory_available.min(profile.memory_total.max(1)),
+            decode_us: time(offer.decode_us),
+            prefill_us: time(offer.prefill_us),
+            logits_us: time(offer.logits_us),
+            load: if load.is_finite() && load > 0.0 {
+                load
+            } else {
+                0.0
+            },
+            reserved_for: profile
+                .reserved_for
+                .iter()
+                .filter(|purpose| purpose.len() <= MOST_NAME)
+                .take(MOST_PURPOSES)
+                .cloned()
+                .collect(),
+            paths,
+        }
+    }
+}
+
+impl TryFrom<&ShardOffer> for ModelSpec {
+    type Error = PlanError;
+
+    /// # Errors
+    /// [`PlanError::Model`] if a number is outside what a model can have.
+    fn try_from(offer: &ShardOffer) -> Result<Self, PlanError> {
+        let model = ModelSpec {
+            layers: offer.layers,
+            hidden: offer.hidden,
+            layer_bytes: offer.layer_bytes,
+            first_bytes: offer.first_bytes,
+            last_bytes: offer.last_bytes,
+            kv_bytes: offer.kv_bytes,
+        };
+        check_model(&model)?;
+        Ok(model)
+    }
+}
+
+/// A time, or 0 for one that nobody can have measured.
+fn time(us: f32) -> f64 {
+    let us = f64::from(us);
+    if known(us) { us } else { 0.0 }
+}
+
+fn positive(value: f64) -> f64 {
+    if value.is_finite() && value > 0.0 {
+        value
+    } else {
+        0.0
+    }
+}
+
+/// Bytes of a node id: a SHA-256 in hex.
+const MOST_ID: usize = 64;
+/// Characters of a name, bytes of a purpose.
+const MOST_NAME: usize = 64;
+const MOST_PURPOSES: usize = 16;
+/// Paths that a node may report.
+const MOST_PATHS: usize = 1024;
+
+#[cfg(test)]
+mod tests {
+    use mesh_proto::PathProfile;
+
+    use super::*;
+    use crate::{Policy, place};
+
+    fn offer() -> ShardOffer {
+        ShardOffer {
+            layers: 30,
+            hidden: 576,
+            layer_bytes: 2_000_000,
+            first_bytes: 18_000_000,
+            last_bytes: 18_000_000,
+            kv_bytes: 768,
+            decode_us: 110.0,
+            prefill_us: 30.0,
+            logits_us: 900.0,
+            ..ShardOffer::default()
+        }
+    }
+
+    fn profile() -> NodeProfile {
+        NodeProfile {
+            memory_total: 8 << 30,
+            memory_available: 6 << 30,
+            load: 0.5,
+            paths: vec![PathProfile {
+                node_id: String::new(),
+                rtt_us: 300,
+                bandwidth: 1e8,
+            }],
+            ..NodeProfile::default()
+        }
+    }
+
+    #[test]
+    fn an_offer_becomes_a_candidate_that_can_be_planned_with() {
+        let candidate = Candidate::from_offer("id", "attic", &profile(), &offer());
+        assert_eq!(candidate.memory, 6 << 30);
+        assert_eq!(candidate.paths[""].rtt_us, 300.0);
+        let model = ModelSpec::try_from(&offer()).expect("a model");
+        let plan = place(&model, &[candidate], &Policy::default()).expect("a plan");
+        assert_eq!(plan.stages[0].layers, 0..30);
+    }
+
+    #[test]
+    fn hostile_offers_become_unknown_or_an_error() {
+        let mut bad = profile();
+        bad.load = f32::NEG_INFINITY;
+        bad.memory_available = u64::MAX;
+        bad.reserved_for = vec!["x".repeat(1000); 1000];
+        bad.paths = (0..5000)
+            .map(|i| PathProfile {
+                node_id: i.to_string(),
+                rtt_us: u32::MAX,
+                bandwidth: f64::NAN,
+            })
+            .collect();
+        for us in [
+            f32::NAN,
+            f32::INFINITY,
+            -1.0,
+            0.0,
+            f32::MIN_POSITIVE,
+            f32::MAX,
+        ] {
+            let offer = ShardOffer {
+                decode_us: us,
+                ..offer()
+            };
+            let candidate = Candidate::from_offer("id", "a\nb", &bad, &offer);
+            assert_eq!((candidate.decode_us, candidate.load), (0.0, 0.0));
+            assert_eq!(candidate.memory, 8 << 30);
+            assert_eq!(candidate.paths.len(), MOST_PATHS);
+            assert!(candidate.reserved_for.is_empty());
+            assert_eq!(candidate.name, "ab");
+            let model = ModelSpec::try_from(&offer).expect("a model");
+            let error = place(&model, &[candidate], &Policy::default()).expect_err("no speed");
+            assert!(matches!(error, PlanError::Nobody { .. }));
+        }
+        let changes: [fn(&mut ShardOffer); 5] = [
+            |offer| offer.layers = 0,
+            |offer| offer.layers = u32::MAX,
+            |offer| offer.hidden = 0,
+            |offer| offer.layer_bytes = u64::MAX,
+            |offer| offer.kv_bytes = u64::MAX,
+        ];
+        for change in changes {
+            let mut offer = offer();
+            change(&mut offer);
+            assert!(ModelSpec::try_from(&offer).is_err(), "{offer:?}");
+        }
+    }
+}

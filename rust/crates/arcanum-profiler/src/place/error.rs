@@ -1,0 +1,166 @@
+//! Why there is no plan.
+
+use super::cost::{Mesh, stage_bytes};
+use super::{LeftOut, ModelSpec, Policy, Reason};
+
+/// Why there is no plan, and what would help.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PlanError {
+    /// No node offers the model.
+    #[error("no node offers layers of this model: name it in `shards` of a worker's configuration")]
+    Empty,
+    /// The model's description makes no sense.
+    #[error("the model's {field} is {value}, but must be {least} to {most}")]
+    Model {
+        /// Which number.
+        field: &'static str,
+        /// What it is.
+        value: u64,
+        /// Least it may be.
+        least: u64,
+        /// Most it may be.
+        most: u64,
+    },
+    /// What is wanted makes no sense.
+    #[error("{field} must be at least 1")]
+    Policy {
+        /// Which number.
+        field: &'static str,
+    },
+    /// Every node is left out.
+    #[error("none of the {} nodes that offer the model can be used: {}", .left_out.len(), reasons(.left_out))]
+    Nobody {
+        /// Why each.
+        left_out: Vec<LeftOut>,
+    },
+    /// All usable nodes together have too little memory.
+    #[error(
+        "the model needs {} for its weights and the KV cache of one context of {context} tokens; the {nodes} nodes that \
+         can be used offer {}: add a node, shorten the context or take a smaller weight format",
+        size(*.needs), size(*.offers)
+    )]
+    Memory {
+        /// Bytes needed.
+        needs: u64,
+        /// Bytes offered.
+        offers: u64,
+        /// Tokens of a context.
+        context: u32,
+        /// Nodes that could be used.
+        nodes: usize,
+    },
+    /// There is memory enough, but not in pieces that hold whole layers.
+    #[error(
+        "the {nodes} nodes that can be used offer {}, and the model needs {}, but no split into whole layers of {} fits them: \
+         give a node more memory, or shorten the context of {context} tokens",
+        size(*.offers), size(*.needs), size(*.layer)
+    )]
+    Pieces {
+        /// Bytes needed.
+        needs: u64,
+        /// Bytes offered.
+        offers: u64,
+        /// Bytes of a layer with the KV rows of one context.
+        layer: u64,
+        /// Tokens of a context.
+        context: u32,
+        /// Nodes that could be used.
+        nodes: usize,
+    },
+    /// So many stages cannot be made.
+    #[error(
+        "{asked} stages were asked for, but {nodes} nodes that can be used and {layers} layers do not make so many that hold the \
+         model"
+    )]
+    Stages {
+        /// Stages asked for.
+        asked: u32,
+        /// Nodes that could be used.
+        nodes: usize,
+        /// Layers of the model.
+        layers: u32,
+    },
+}
+
+impl PlanError {
+    /// Why the search on `mesh` found nothing.
+    pub(super) fn of(
+        model: &ModelSpec,
+        mesh: &Mesh<'_>,
+        mut left_out: Vec<LeftOut>,
+        policy: &Policy,
+    ) -> Self {
+        let context = policy.context;
+        let nodes = mesh.nodes.len();
+        let needs = stage_bytes(model, 0..model.layers, context.into());
+        let offers = mesh
+            .nodes
+            .iter()
+            .fold(0u64, |sum, node| sum.saturating_add(node.memory));
+        if nodes == 0 {
+            left_out.sort_by(|a, b| a.node.cmp(&b.node));
+            return PlanError::Nobody { left_out };
+        }
+        if offers < needs {
+            return PlanError::Memory {
+                needs,
+                offers,
+                context,
+                nodes,
+            };
+        }
+        match policy.stages {
+            Some(asked) => PlanError::Stages {
+                asked,
+                nodes,
+                layers: model.layers,
+            },
+            None => PlanError::Pieces {
+                needs,
+                offers,
+                layer: super::cost::layer_bytes(model, context.into()),
+                context,
+                nodes,
+            },
+        }
+    }
+}
+
+/// The reasons in words, counted.
+fn reasons(left_out: &[LeftOut]) -> String {
+    let count =
+        |which: fn(&Reason) -> bool| left_out.iter().filter(|one| which(&one.reason)).count();
+    let counts = [
+        (
+            count(|reason| matches!(reason, Reason::Reserved { .. })),
+            "reserved for something else",
+        ),
+        (
+            count(|reason| matches!(reason, Reason::UnknownSpeed)),
+            "of unknown speed",
+        ),
+        (
+            count(|reason| matches!(reason, Reason::TooLittleMemory { .. })),
+            "without memory for one layer and one context",
+        ),
+    ];
+    let words: Vec<String> = counts
+        .iter()
+        .filter(|(count, _)| *count > 0)
+        .map(|(count, what)| format!("{count} {what}"))
+        .collect();
+    words.join(", ")
+}
+
+/// `4.1 GiB`.
+pub(super) fn size(bytes: u64) -> String {
+    let mib = bytes as f64 / (1 << 20) as f64;
+    if mib < 1.0 {
+        format!("{:.1} KiB", mib * 1024.0)
+    } else if mib < 1000.0 {
+        format!("{mib:.1} MiB")
+    } else {
+        format!("{:.1} GiB", mib / 1024.0)
+    }
+}
