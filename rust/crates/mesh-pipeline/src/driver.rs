@@ -81,6 +81,8 @@ pub enum DriverOut {
     Previous(RingMirrored),
     /// For the standby of the last stage.
     Standby(RingMirror),
+    /// How the last stage is, after a step.
+    Gauges(DriverGauges),
     /// A member does not answer.
     Suspect {
         /// Its stage.
@@ -95,6 +97,17 @@ pub enum DriverOut {
     },
     /// The first step after a change of epoch is through.
     Recovered(Recovery),
+}
+
+/// How the last stage of a ring is.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct DriverGauges {
+    /// Rows that its standby lacks.
+    pub lag: u64,
+    /// Microseconds that its part of a step takes, sampling included, smoothed.
+    pub step_us: f32,
+    /// Bytes of KV rows that it holds.
+    pub kv_bytes: u64,
 }
 
 /// The driver: a [`Runner`] over a ring. It computes the last stage itself.
@@ -118,6 +131,9 @@ pub struct RingRunner {
     logits: Vec<f32>,
     outs: Vec<Out>,
     pump_due: bool,
+    /// When the last stage was begun to be computed, until that is over.
+    computing: Option<Instant>,
+    gauges: DriverGauges,
     ended: Option<RequestError>,
     loss: Option<Loss>,
     last_done: Option<Instant>,
@@ -192,15 +208,12 @@ impl RingRunner {
             logits: Vec::new(),
             outs: Vec::new(),
             pump_due: false,
+            computing: None,
+            gauges: DriverGauges::default(),
             ended: None,
             loss: None,
             last_done: None,
         }
-    }
-
-    /// Rows that the standby of the last stage does not have.
-    pub fn lag(&self) -> u64 {
-        self.part.lag()
     }
 
     /// For the failures of tests.
@@ -484,6 +497,25 @@ impl RingRunner {
         }
     }
 
+    /// Says how the last stage is, once after each step.
+    fn gauge(&mut self, now: Instant) {
+        let Some(begun) = self.computing.take() else {
+            return;
+        };
+        let took = now.saturating_duration_since(begun).as_secs_f32() * 1e6;
+        let before = self.gauges.step_us;
+        self.gauges = DriverGauges {
+            lag: self.part.lag(),
+            step_us: if before > 0.0 {
+                before * 0.875 + took * 0.125
+            } else {
+                took
+            },
+            kv_bytes: self.part.book().rows() * self.part.info().kv_bytes_per_token,
+        };
+        (self.out)(DriverOut::Gauges(self.gauges));
+    }
+
     /// Computes a replay's rows whose last stage is this one.
     fn finish_replay(&mut self, step: &RingStep) {
         let segments: Vec<Segment> = step.segments.iter().map(wire::read_segment).collect();
@@ -569,6 +601,7 @@ impl Runner for RingRunner {
     }
 
     fn poll(&mut self, now: Instant) -> Option<Outcome<'_>> {
+        self.gauge(now);
         self.flush();
         while let Ok(event) = self.events.try_recv() {
             self.handle(event, now);
@@ -591,6 +624,7 @@ impl Runner for RingRunner {
         let (step, begun, result) = self.next_step_through()?;
         self.current = step;
         self.pump_due = true;
+        self.computing = Some(now);
         let result = match result {
             Err(error) => Err(StageError::Backend {
                 backend: "another stage",

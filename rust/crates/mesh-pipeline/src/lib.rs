@@ -33,7 +33,7 @@ mod simulation;
 mod wire;
 
 pub use book::Book;
-pub use driver::{DriverEvent, DriverOut, RingRunner};
+pub use driver::{DriverEvent, DriverGauges, DriverOut, RingRunner};
 pub use part::{Out, Part};
 
 use mesh_engine::{SlotId, StageError};

@@ -60,7 +60,7 @@ pub(crate) async fn start(
             name: generate.model,
         });
     };
-    let (model, engine) = (hosted.model.clone(), hosted.engine.clone());
+    let (model, engine) = (hosted.model, hosted.engine);
     // A long prompt takes milliseconds to tokenize; other streams go on meanwhile.
     let prepared = tokio::task::spawn_blocking(move || {
         let request = generate::request(&model, &defaults, generate, now)?;

@@ -4,6 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use mesh_engine::SchedulerConfig;
+use mesh_engine_ort::WeightFormat;
 use mesh_service::config::units;
 use mesh_service::config::{CommonArgs, ConfigError, Loaded, Loader};
 use mesh_service::network::Network;
@@ -23,8 +25,10 @@ pub struct Config {
     pub join_token_file: Option<PathBuf>,
     /// The join token itself, for deployments that hand secrets over in the environment.
     pub join_token: Option<String>,
-    /// Models to serve: paths of GGUF files, or names looked up in `model_dirs`.
+    /// Models to serve whole: paths of GGUF files, or names looked up in `model_dirs`.
     pub models: Vec<String>,
+    /// Models of which this worker holds a range of layers if the head wants it to; named like `models`.
+    pub shards: Vec<String>,
     /// Folders with models.
     pub model_dirs: Vec<PathBuf>,
     /// ONNX Runtime's library; `ORT_DYLIB_PATH` by default.
@@ -52,6 +56,8 @@ pub struct Config {
     pub trusted_networks: Vec<Network>,
     /// Health and metrics.
     pub http: HttpConfig,
+    /// Running models together with other workers.
+    pub ring: RingConfig,
     /// DCF over UDP.
     pub dcf: DcfConfig,
     /// Serving a v5.0.0 head.
@@ -66,6 +72,48 @@ pub struct Config {
 pub struct HttpConfig {
     /// Address and port.
     pub listen: SocketAddr,
+}
+
+/// Running models together with other workers.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RingConfig {
+    /// Where other workers reach this one, QUIC over UDP. Used only if there are `shards`.
+    pub listen: SocketAddr,
+    /// Most memory for parts and their KV cache; by default most of what is free at the start.
+    #[serde(with = "optional_bytes")]
+    pub memory: Option<u64>,
+    /// What this node is kept for (`chat`, `embeddings`, `images`); empty is for anything.
+    pub reserved_for: Vec<String>,
+    /// How weights are held.
+    pub format: RingFormat,
+}
+
+/// How the weights of parts are held in memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RingFormat {
+    /// As in the file or as 8-bit integers, whichever is faster on this machine by measurement.
+    #[default]
+    Auto,
+    /// As in the file.
+    File,
+    /// 8-bit integers.
+    Int8,
+    /// 4-bit integers.
+    Int4,
+}
+
+impl RingFormat {
+    /// The formats to measure.
+    pub(crate) fn candidates(self) -> &'static [WeightFormat] {
+        match self {
+            RingFormat::Auto => &[WeightFormat::File, WeightFormat::Int8],
+            RingFormat::File => &[WeightFormat::File],
+            RingFormat::Int8 => &[WeightFormat::Int8],
+            RingFormat::Int4 => &[WeightFormat::Int4],
+        }
+    }
 }
 
 /// DCF over UDP.
@@ -111,6 +159,7 @@ impl Default for Config {
             join_token_file: None,
             join_token: None,
             models: Vec::new(),
+            shards: Vec::new(),
             model_dirs: vec!["/var/lib/hydramesh/models".into()],
             ort_library: None,
             threads: 0,
@@ -123,6 +172,7 @@ impl Default for Config {
             drain_limit: Duration::from_secs(30),
             trusted_networks: Vec::new(),
             http: HttpConfig::default(),
+            ring: RingConfig::default(),
             dcf: DcfConfig::default(),
             legacy: LegacyConfig::default(),
             sampling: SamplingDefaults::default(),
@@ -134,6 +184,17 @@ impl Default for HttpConfig {
     fn default() -> Self {
         HttpConfig {
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 8081)),
+        }
+    }
+}
+
+impl Default for RingConfig {
+    fn default() -> Self {
+        RingConfig {
+            listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 7781)),
+            memory: None,
+            reserved_for: Vec::new(),
+            format: RingFormat::default(),
         }
     }
 }
@@ -174,6 +235,14 @@ pub struct WorkerFlags {
     #[arg(long = "model", value_name = "MODEL")]
     pub models: Vec<String>,
 
+    /// Model to hold a range of layers of, as the head decides (may be repeated)
+    #[arg(long = "shard", value_name = "MODEL")]
+    pub shards: Vec<String>,
+
+    /// Where other workers reach this one
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub ring: Option<SocketAddr>,
+
     /// Threads that compute; 0 is one per core
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
@@ -188,11 +257,21 @@ pub struct WorkerFlags {
 }
 
 impl Config {
+    /// How requests are scheduled, but for the KV memory.
+    pub(crate) fn scheduler(&self) -> SchedulerConfig {
+        SchedulerConfig {
+            queue_limit: self.queue_limit,
+            decode_stall: self.decode_stall,
+            ..SchedulerConfig::default()
+        }
+    }
+
     /// Merges defaults, file, environment and flags.
     pub fn load(common: &CommonArgs, flags: &WorkerFlags) -> Result<Loaded<Self>, ConfigError> {
         let token_file = flags.join_token_file.as_ref().map(|path| path.display());
         // The list goes through text like every flag; commas separate.
         let models = (!flags.models.is_empty()).then(|| flags.models.join(","));
+        let shards = (!flags.shards.is_empty()).then(|| flags.shards.join(","));
         port_variable("DCF_HEALTH_PORT", "http.listen", Ipv4Addr::LOCALHOST.into())
             .into_iter()
             .fold(Loader::new("worker"), |loader, (variable, key, address)| {
@@ -202,6 +281,8 @@ impl Config {
             .flag("--head", "head", flags.head.as_ref())
             .flag("--join-token-file", "join_token_file", token_file)
             .flag("--model", "models", models)
+            .flag("--shard", "shards", shards)
+            .flag("--ring", "ring.listen", flags.ring)
             .flag("--threads", "threads", flags.threads)
             .flag("--http", "http.listen", flags.http)
             .flag("--dcf", "dcf.listen", flags.dcf)
@@ -210,7 +291,7 @@ impl Config {
 
     /// Checks what single keys cannot say.
     pub fn check(&self) -> Result<(), Unsound> {
-        if self.models.is_empty() {
+        if self.models.is_empty() && self.shards.is_empty() {
             return Err(Unsound::NoModels);
         }
         if self.head.is_none() && self.legacy.head.is_none() {

@@ -76,6 +76,14 @@ pub enum WorkerError {
         /// Why.
         reason: String,
     },
+    /// It cannot be found out what layers of a model cost here.
+    #[error("model {name} cannot be offered in parts: {reason}")]
+    Measure {
+        /// The model.
+        name: String,
+        /// Why.
+        reason: String,
+    },
     /// The join token cannot be read.
     #[error("cannot read the join token from {}: {source}; `hydramesh token create` prints one", path.display())]
     TokenFile {

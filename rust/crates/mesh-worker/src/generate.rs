@@ -171,7 +171,8 @@ pub(crate) fn code(error: &RequestError) -> ErrorCode {
         RequestError::ContextTooLong { .. } => ErrorCode::CONTEXT_TOO_LONG,
         RequestError::QueueFull { .. } => ErrorCode::WORKER_BUSY,
         RequestError::DeadlineExceeded { .. } => ErrorCode::TIMEOUT,
-        RequestError::Draining => ErrorCode::DRAINING,
+        RequestError::Draining | RequestError::Moved { .. } => ErrorCode::DRAINING,
+        RequestError::RingLost { .. } => ErrorCode::NO_WORKERS,
         _ => ErrorCode::INFERENCE_FAILED,
     }
 }

@@ -8,7 +8,7 @@ use dcf::{ErrorCode, Message, MsgType};
 use mesh_net::quic::{self, Link, LinkConfig, MsgStream, StreamFailure, timestamp_us};
 use mesh_net::seal::Sealer;
 use mesh_net::trust::{JoinToken, NodeIdentity, Role};
-use mesh_proto::{Hello, Load, PROTOCOL_VERSION, Welcome};
+use mesh_proto::{Hello, Load, PROTOCOL_VERSION, Ring, Welcome};
 use mesh_service::health::Health;
 use mesh_service::shutdown::Shutdown;
 use prost::Message as _;
@@ -87,12 +87,14 @@ impl HeadLink {
                 identity = identify(&self.config, &self.head).await?;
             }
             if let Some(identity) = &identity {
+                self.host.rings().listen(identity)?;
                 let started = Instant::now();
                 let reason = match self.session(identity).await {
                     Ok(reason) => reason,
                     Err(failure) => failure,
                 };
                 self.counters.set_connected(false);
+                self.host.rings().unlinked();
                 if self.stop.is_cancelled() {
                     break;
                 }
@@ -197,6 +199,8 @@ impl HeadLink {
     async fn attend(&self, link: &Link, control: MsgStream, mut heartbeats: Heartbeats) -> String {
         let defaults = Arc::new(self.config.sampling.clone());
         let (mut send, mut recv) = control.split();
+        let (ring_outbox, mut ring_messages) = tokio::sync::mpsc::unbounded_channel();
+        self.host.rings().linked(ring_outbox);
         let mut look = tokio::time::interval(LOAD_INTERVAL);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut reported = None;
@@ -212,6 +216,11 @@ impl HeadLink {
                 },
                 () = self.shutdown.draining(), if !now_draining => {}
                 _ = look.tick() => {}
+                Some(message) = ring_messages.recv() => {
+                    if let Err(failure) = send.send(message).await {
+                        return failure.to_string();
+                    }
+                }
                 () = heartbeats.due() => {
                     heartbeats.send(self.host.load_report(now_draining)).await;
                 }
@@ -220,6 +229,10 @@ impl HeadLink {
                         tracing::info!(kind = %message.kind, "the head asks this worker to stop");
                         self.shutdown.begin();
                     }
+                    Ok(Some(message)) if message.kind == MsgType::RING => match Ring::decode(message.payload) {
+                        Ok(ring) => self.host.rings().configure(ring),
+                        Err(error) => tracing::warn!(%error, "a Ring that cannot be read"),
+                    },
                     Ok(Some(message)) => tracing::debug!(kind = %message.kind, "message on the control stream"),
                     Ok(None) => return "it ended the control stream".to_owned(),
                     Err(failure) => return failure.to_string(),

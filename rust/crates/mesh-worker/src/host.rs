@@ -14,10 +14,20 @@ use mesh_proto::{Load, ModelCard, ModelSpeed};
 
 use crate::config::Config;
 use crate::error::WorkerError;
+use crate::rings::Rings;
 
 /// All models of this worker.
 pub(crate) struct Host {
     models: Vec<Hosted>,
+    rings: Arc<Rings>,
+}
+
+/// A model that answers here.
+pub(crate) struct Answering {
+    /// For its tokenizer and template.
+    pub(crate) model: Model,
+    /// Takes requests.
+    pub(crate) engine: EngineHandle,
 }
 
 /// One model with its engine.
@@ -33,7 +43,7 @@ pub(crate) struct Hosted {
 impl Host {
     /// Loads every model of `config`, starts its engine and lets it answer once, which also measures its speed.
     /// Blocks for as long as that takes.
-    pub(crate) fn load(config: &Config) -> Result<Self, WorkerError> {
+    pub(crate) fn load(config: &Arc<Config>) -> Result<Self, WorkerError> {
         let mut models: Vec<Hosted> = Vec::new();
         for name in &config.models {
             let path = store::resolve(name, &config.model_dirs)?;
@@ -48,7 +58,14 @@ impl Host {
             }
             models.push(hosted);
         }
-        Ok(Host { models })
+        // Measured while nothing computes.
+        let rings = Rings::open(config)?;
+        Ok(Host { models, rings })
+    }
+
+    /// Its parts in rings.
+    pub(crate) fn rings(&self) -> &Arc<Rings> {
+        &self.rings
     }
 
     /// All models.
@@ -56,12 +73,23 @@ impl Host {
         &self.models
     }
 
-    /// The model called `name`; the first one if there is no name.
-    pub(crate) fn find(&self, name: &str) -> Option<&Hosted> {
-        if name.is_empty() {
-            return self.models.first();
-        }
-        self.models.iter().find(|hosted| hosted.card.name == name)
+    /// The model called `name`, whole here or driven from here; the first one if there is no name.
+    pub(crate) fn find(&self, name: &str) -> Option<Answering> {
+        let of_name = |hosted: &&Hosted| name.is_empty() || hosted.card.name == name;
+        let whole = self.models.iter().find(of_name).map(|hosted| Answering {
+            model: hosted.model.clone(),
+            engine: hosted.engine.clone(),
+        });
+        whole.or_else(|| self.rings.find(name))
+    }
+
+    /// Engines of whole models and of rings driven from here, each with its model's name.
+    pub(crate) fn engines(&self) -> Vec<(String, EngineHandle)> {
+        let whole = self
+            .models
+            .iter()
+            .map(|hosted| (hosted.card.name.clone(), hosted.engine.clone()));
+        whole.chain(self.rings.engines()).collect()
     }
 
     /// Load and speeds over all models.
@@ -71,8 +99,8 @@ impl Host {
             resident_bytes: mesh_service::metrics::resident_bytes().unwrap_or(0),
             ..Load::default()
         };
-        for hosted in &self.models {
-            let load = hosted.engine.load();
+        for (name, engine) in self.engines() {
+            let load = engine.load();
             report.running += load.running;
             report.queued += load.queued;
             report.kv_tokens_used += load.kv_tokens_used;
@@ -80,7 +108,7 @@ impl Host {
             report.prefill_backlog += load.prefill_backlog;
             report.draining |= load.draining;
             report.speeds.push(ModelSpeed {
-                name: hosted.card.name.clone(),
+                name,
                 decode_tps: load.decode_tps,
                 prefill_tps: load.prefill_tps,
             });
@@ -90,7 +118,10 @@ impl Host {
 
     /// Takes nothing new; resolves when what runs has ended.
     pub(crate) async fn drain(&self) {
-        join_all(self.models.iter().map(|hosted| hosted.engine.drain())).await;
+        let engines = self.engines();
+        let finished = join_all(engines.iter().map(|(_, engine)| engine.drain()));
+        // What this worker does for rings the head moves elsewhere when it hears of the drain.
+        tokio::join!(finished, self.rings.emptied());
     }
 
     /// The error of an engine that is gone, if one is.
@@ -125,9 +156,7 @@ impl Hosted {
         let info = stage.info().clone();
         let scheduler = SchedulerConfig {
             kv_tokens: Some(kv_tokens(config, info.kv_bytes_per_token)),
-            queue_limit: config.queue_limit,
-            decode_stall: config.decode_stall,
-            ..SchedulerConfig::default()
+            ..config.scheduler()
         };
         let start = |source| WorkerError::Start {
             name: name.clone(),
@@ -140,23 +169,13 @@ impl Hosted {
         let measured = handle.load();
 
         let card = ModelCard {
-            name,
-            architecture: model
-                .gguf()
-                .string("general.architecture")
-                .ok()
-                .flatten()
-                .unwrap_or("")
-                .to_owned(),
-            fingerprint,
             context: info.context,
             slots: info.slots,
             decode_tps: measured.decode_tps,
             prefill_tps: measured.prefill_tps,
-            file_bytes: std::fs::metadata(path).map_or(0, |metadata| metadata.len()),
-            quantization: quantization(&model),
             layer_start: info.layers.start,
             layer_end: info.layers.end,
+            ..card(path, &model, &fingerprint)
         };
         tracing::info!(
             model = card.name,
@@ -176,23 +195,52 @@ impl Hosted {
     }
 }
 
-fn load_stage(model: &Model, name: &str, config: &Config) -> Result<OrtStage, WorkerError> {
-    let options = OrtOptions {
+/// What can be told of a model without loading it.
+pub(crate) fn card(path: &Path, model: &Model, fingerprint: &str) -> ModelCard {
+    ModelCard {
+        name: model.name(),
+        architecture: model
+            .gguf()
+            .string("general.architecture")
+            .ok()
+            .flatten()
+            .unwrap_or("")
+            .to_owned(),
+        fingerprint: fingerprint.to_owned(),
+        context: model.config().context,
+        file_bytes: std::fs::metadata(path).map_or(0, |metadata| metadata.len()),
+        quantization: quantization(model),
+        ..ModelCard::default()
+    }
+}
+
+/// How stages are loaded here.
+pub(crate) fn options(config: &Config) -> OrtOptions {
+    OrtOptions {
         library: config.ort_library.clone(),
         threads: config.threads,
         slots: config.slots,
         context: config.context,
         max_rows: config.step_rows,
         ..OrtOptions::default()
-    };
-    OrtStage::load(model, 0..model.config().layers, options).map_err(|error| WorkerError::Load {
-        name: name.to_owned(),
-        source: Box::new(error),
+    }
+}
+
+fn load_stage(model: &Model, name: &str, config: &Config) -> Result<OrtStage, WorkerError> {
+    OrtStage::load(model, 0..model.config().layers, options(config)).map_err(|error| {
+        WorkerError::Load {
+            name: name.to_owned(),
+            source: Box::new(error),
+        }
     })
 }
 
 /// Lets the engine answer once: proof that a token comes out, and the first measurement of its speed.
-fn warm_up(engine: &EngineHandle, name: &str, tokenizer: &Tokenizer) -> Result<(), WorkerError> {
+pub(crate) fn warm_up(
+    engine: &EngineHandle,
+    name: &str,
+    tokenizer: &Tokenizer,
+) -> Result<(), WorkerError> {
     let vocab = tokenizer.vocab_size().max(1) as u32;
     let length = WARM_UP_PROMPT.min(engine.info().context / 2).max(1);
     // Any tokens will do; spread over the vocabulary they touch as much of the embedding as text does.

@@ -15,6 +15,7 @@ mod head;
 mod host;
 mod legacy;
 mod metrics;
+mod rings;
 mod worker;
 
 pub use config::Config;

@@ -44,11 +44,10 @@ pub(crate) struct EngineCollector(pub(crate) Arc<Host>);
 
 impl Collector for EngineCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let loads: Vec<(&str, Load)> = self
-            .0
-            .models()
+        let engines = self.0.engines();
+        let loads: Vec<(&str, Load)> = engines
             .iter()
-            .map(|hosted| (hosted.card.name.as_str(), hosted.engine.load()))
+            .map(|(name, engine)| (name.as_str(), engine.load()))
             .collect();
         for (name, help, value) in GAUGES {
             let kind = ConstGauge::new(0.0).metric_type();

@@ -750,7 +750,7 @@ impl World {
                         Message::Suspect(ring.members[stage as usize]),
                     );
                 }
-                DriverOut::Running { .. } | DriverOut::Recovered(_) => {}
+                DriverOut::Running { .. } | DriverOut::Recovered(_) | DriverOut::Gauges(_) => {}
             }
         }
         if let Some(at) = timer {

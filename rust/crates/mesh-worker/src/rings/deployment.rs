@@ -1,0 +1,790 @@
+//! One ring as this worker sees it: loads its parts, connects them in every epoch, and tells the head how they are.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mesh_engine::RequestError;
+use mesh_net::quic::MsgStream;
+use mesh_pipeline::Part;
+use mesh_proto::{
+    ModelCard, PartPhase, PartState, Recovery, Ring, RingHello, RingPurpose, RingState, Seat,
+};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::driver::{DriverHandle, Notice};
+use super::part::{Command, Counters, Outboxes, Outflow, PartHandle};
+use super::streams::{self, Broken, Target};
+use super::{Rings, Served, Shard};
+use crate::host::warm_up;
+
+/// What happens to a deployment.
+pub(super) enum Event {
+    /// The head names the members.
+    Ring(Ring),
+    /// Another member opened a stream.
+    Stream(RingHello, MsgStream),
+}
+
+/// Runs a ring's parts on this worker until the head dissolves it or the channel closes.
+pub(super) struct Deployment {
+    id: u64,
+    rings: Arc<Rings>,
+    shard: Arc<Shard>,
+    ring: Ring,
+    parts: BTreeMap<u32, Hosted>,
+    driver: Option<DriverHandle>,
+    notices: mpsc::UnboundedSender<Notice>,
+    own: mpsc::WeakUnboundedSender<Event>,
+    loads: JoinSet<Loaded>,
+    /// The epoch's streams.
+    epoch: EpochStreams,
+    /// Streams of an epoch that has not come here yet, or whose part is still being loaded.
+    waiting: Vec<(RingHello, MsgStream)>,
+    /// Epoch in which a token came back through every stage.
+    serving: u32,
+    warming_up: Option<AbortOnDropHandle<()>>,
+    suspects: Vec<String>,
+    recovery: Option<Recovery>,
+    reported: Option<(RingState, Instant)>,
+}
+
+enum Hosted {
+    Loading,
+    Failed(String),
+    Ready {
+        part: PartHandle,
+        loaded: LoadedAs,
+    },
+    /// It is the driver's.
+    Driving(LoadedAs),
+}
+
+#[derive(Clone, Copy)]
+struct LoadedAs {
+    seconds: f32,
+    weight_bytes: u64,
+}
+
+type Loaded = (u32, Result<(Part, LoadedAs), String>);
+
+/// What ends with an epoch.
+#[derive(Default)]
+struct EpochStreams {
+    tasks: JoinSet<Ended>,
+    /// Parts that have begun this epoch, with what their inbound streams need.
+    begun: BTreeMap<u32, Inbound>,
+    mirrors: BTreeMap<u32, (Seat, AbortOnDropHandle<()>)>,
+}
+
+#[derive(Default)]
+struct Inbound {
+    counters: Arc<Counters>,
+    /// Taken by the stream that brings rows.
+    back: Option<Outflow>,
+    /// Taken by the driver's stream.
+    outcomes: Option<Outflow>,
+}
+
+/// A stream that ended, toward a seat or from a stage.
+struct Ended {
+    epoch: u32,
+    peer: Option<Seat>,
+    what: &'static str,
+    reason: Broken,
+}
+
+impl Deployment {
+    /// Starts the task of a ring.
+    pub(super) fn spawn(
+        rings: Arc<Rings>,
+        shard: Arc<Shard>,
+        id: u64,
+    ) -> mpsc::UnboundedSender<Event> {
+        let (sender, events) = mpsc::unbounded_channel();
+        let (notices, noticed) = mpsc::unbounded_channel();
+        let deployment = Deployment {
+            id,
+            rings,
+            shard,
+            ring: Ring::default(),
+            parts: BTreeMap::new(),
+            driver: None,
+            notices,
+            own: sender.downgrade(),
+            loads: JoinSet::new(),
+            epoch: EpochStreams::default(),
+            waiting: Vec::new(),
+            serving: 0,
+            warming_up: None,
+            suspects: Vec::new(),
+            recovery: None,
+            reported: None,
+        };
+        tokio::spawn(deployment.run(events, noticed));
+        sender
+    }
+
+    async fn run(
+        mut self,
+        mut events: mpsc::UnboundedReceiver<Event>,
+        mut notices: mpsc::UnboundedReceiver<Notice>,
+    ) {
+        let mut look = tokio::time::interval(REPORT_INTERVAL);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                event = events.recv() => match event {
+                    Some(Event::Ring(ring)) => {
+                        if ring.stages.is_empty() {
+                            self.dissolve(&ring.reason);
+                            return;
+                        }
+                        self.configure(ring).await;
+                        if self.parts.is_empty() {
+                            let reason = format!("moved: {}", self.ring.reason);
+                            self.dissolve(&reason);
+                            return;
+                        }
+                    }
+                    Some(Event::Stream(hello, stream)) => self.take_stream(hello, stream),
+                    None => {
+                        self.dissolve("moved: the link to the head is lost");
+                        return;
+                    }
+                },
+                Some(notice) = notices.recv() => self.take_notice(notice),
+                Some(loaded) = self.loads.join_next() => {
+                    if let Ok(loaded) = loaded {
+                        self.take_loaded(loaded).await;
+                    }
+                }
+                Some(ended) = self.epoch.tasks.join_next() => {
+                    if let Ok(ended) = ended {
+                        self.take_ended(ended);
+                    }
+                }
+                _ = look.tick() => {}
+            }
+            self.report();
+        }
+    }
+
+    /// Takes in the members of a ring.
+    async fn configure(&mut self, ring: Ring) {
+        let newer = ring.epoch > self.ring.epoch;
+        if !newer && ring.epoch < self.ring.epoch {
+            return;
+        }
+        tracing::info!(
+            ring = format!("{:x}", self.id),
+            epoch = ring.epoch,
+            model = ring.model,
+            stages = ring.stages.len(),
+            reason = ring.reason,
+            "ring"
+        );
+        let own = self.rings.node_id();
+        let holds = |seat: &Option<Seat>| seat.as_ref().is_some_and(|seat| seat.node_id == own);
+        let wanted: Vec<u32> = (0..)
+            .zip(&ring.stages)
+            .filter(|(_, stage)| holds(&stage.seat) || holds(&stage.standby))
+            .map(|(index, _)| index)
+            .collect();
+        let last = ring.stages.len() as u32 - 1;
+        let drives = ring.stages.last().is_some_and(|stage| holds(&stage.seat));
+        self.ring = ring;
+        // First what is no longer needed: there may be no room for both.
+        self.parts.retain(|stage, _| wanted.contains(stage));
+        if !drives && let Some(driver) = self.driver.take() {
+            self.rings.withdraw(self.id);
+            driver.end(RequestError::Moved {
+                reason: self.ring.reason.clone(),
+            });
+            self.parts.remove(&last);
+        }
+        if newer {
+            self.epoch = EpochStreams::default();
+            self.suspects.clear();
+            self.warming_up = None;
+        }
+        for stage in wanted {
+            if !matches!(
+                self.parts.get(&stage),
+                Some(Hosted::Loading | Hosted::Ready { .. } | Hosted::Driving(_))
+            ) {
+                self.load(stage);
+            }
+        }
+        let parts = &self.parts;
+        self.epoch
+            .begun
+            .retain(|stage, _| parts.contains_key(stage));
+        self.begin_ready_parts().await;
+        self.mirror();
+    }
+
+    fn load(&mut self, stage: u32) {
+        let Some(layers) = self.layers(stage) else {
+            return;
+        };
+        self.parts.insert(stage, Hosted::Loading);
+        let (shard, config) = (self.shard.clone(), self.rings.config.clone());
+        let (slots, context) = (self.ring.slots, self.ring.context);
+        self.loads.spawn(async move {
+            let started = Instant::now();
+            let loaded = tokio::task::spawn_blocking(move || {
+                let part = shard.load(layers, slots, context, &config)?;
+                let weight_bytes = part.info().weight_bytes;
+                let seconds = started.elapsed().as_secs_f32();
+                Ok((
+                    part,
+                    LoadedAs {
+                        seconds,
+                        weight_bytes,
+                    },
+                ))
+            });
+            let result = loaded.await.unwrap_or_else(|error| Err(error.to_string()));
+            (stage, result)
+        });
+    }
+
+    async fn take_loaded(&mut self, (stage, result): Loaded) {
+        if !matches!(self.parts.get(&stage), Some(Hosted::Loading)) {
+            return;
+        }
+        let hosted = match result {
+            Ok((part, loaded)) => {
+                tracing::info!(
+                    ring = format!("{:x}", self.id),
+                    stage,
+                    layers = ?part.info().layers,
+                    seconds = loaded.seconds,
+                    "part loaded"
+                );
+                match PartHandle::start(part) {
+                    Ok(part) => Hosted::Ready { part, loaded },
+                    Err(error) => Hosted::Failed(format!("no thread for it: {error}")),
+                }
+            }
+            Err(error) => {
+                tracing::error!(
+                    ring = format!("{:x}", self.id),
+                    stage,
+                    error,
+                    "part not loaded"
+                );
+                Hosted::Failed(error)
+            }
+        };
+        self.parts.insert(stage, hosted);
+        self.begin_ready_parts().await;
+        self.mirror();
+    }
+
+    /// Has the parts that are ready begin the current epoch, if they have not.
+    async fn begin_ready_parts(&mut self) {
+        let stages = self.ring.stages.len() as u32;
+        for stage in 0..stages {
+            if self.epoch.begun.contains_key(&stage) {
+                continue;
+            }
+            let is_member = self.is_own(self.ring.stages[stage as usize].seat.as_ref());
+            match self.parts.get(&stage) {
+                Some(Hosted::Ready { part, .. }) if !is_member || stage + 1 < stages => {
+                    let part = part.clone();
+                    self.begin_part(stage, &part, is_member);
+                }
+                Some(Hosted::Ready { part, loaded }) => {
+                    let (part, loaded) = (part.clone(), *loaded);
+                    if let Some(part) = part.take().await {
+                        self.start_driver(stage, part, loaded);
+                    }
+                }
+                Some(Hosted::Driving(_)) => self.begin_driver(stage),
+                _ => {}
+            }
+        }
+        for (hello, stream) in std::mem::take(&mut self.waiting) {
+            self.take_stream(hello, stream);
+        }
+    }
+
+    fn begin_part(&mut self, stage: u32, part: &PartHandle, is_member: bool) {
+        let epoch = self.ring.epoch;
+        let (next, rows) = mpsc::unbounded_channel();
+        let (driver, outcomes) = mpsc::unbounded_channel();
+        let (previous, back) = mpsc::unbounded_channel();
+        let counters = Arc::new(Counters::default());
+        part.tell(Command::Begin {
+            epoch,
+            stage,
+            half_rows: self.ring.half_rows,
+            outboxes: Outboxes {
+                next,
+                driver,
+                previous,
+            },
+            counters: counters.clone(),
+        });
+        self.epoch.begun.insert(
+            stage,
+            Inbound {
+                counters,
+                back: Some(back),
+                outcomes: Some(outcomes),
+            },
+        );
+        if is_member {
+            let part = part.clone();
+            self.open(stage + 1, RingPurpose::Rows, "rows", move |stream| {
+                streams::rows_out(stream, part, rows)
+            });
+        }
+    }
+
+    fn start_driver(&mut self, stage: u32, part: Part, loaded: LoadedAs) {
+        let config = self.rings.config.scheduler();
+        let model = &self.shard.model;
+        match DriverHandle::start(part, &self.ring, model, config, self.notices.clone()) {
+            Ok(driver) => {
+                self.driver = Some(driver);
+                self.parts.insert(stage, Hosted::Driving(loaded));
+                self.begin_driver(stage);
+            }
+            Err(error) => {
+                self.parts.insert(stage, Hosted::Failed(error.to_string()));
+            }
+        }
+    }
+
+    fn begin_driver(&mut self, stage: u32) {
+        let Some(driver) = self.driver.clone() else {
+            return;
+        };
+        let mut members = Vec::new();
+        let mut flows = Vec::new();
+        for _ in 0..stage {
+            let (member, orders) = mpsc::unbounded_channel();
+            members.push(member);
+            flows.push(orders);
+        }
+        let (previous, back) = mpsc::unbounded_channel();
+        driver.begin_epoch(self.ring.epoch, self.ring.half_rows, members, previous);
+        self.epoch.begun.insert(
+            stage,
+            Inbound {
+                back: Some(back),
+                ..Inbound::default()
+            },
+        );
+        for (member, orders) in (0..).zip(flows) {
+            let driver = driver.clone();
+            self.open(member, RingPurpose::Drive, "drive", move |stream| {
+                streams::drive_out(stream, member, driver, orders)
+            });
+        }
+    }
+
+    /// Opens a stream to the member of `stage` and serves it for the rest of the epoch.
+    fn open<F>(
+        &mut self,
+        stage: u32,
+        purpose: RingPurpose,
+        what: &'static str,
+        serve: impl FnOnce(MsgStream) -> F + Send + 'static,
+    ) where
+        F: Future<Output = Broken> + Send,
+    {
+        let Some(seat) = self
+            .ring
+            .stages
+            .get(stage as usize)
+            .and_then(|stage| stage.seat.clone())
+        else {
+            return;
+        };
+        let hello = self.hello(stage, purpose);
+        let Some(peers) = self.rings.peers() else {
+            return;
+        };
+        let epoch = self.ring.epoch;
+        self.epoch.tasks.spawn(async move {
+            let reason = match streams::open(&peers, &seat, &hello).await {
+                // The link is held for as long as the stream: nothing else may keep it.
+                Ok((_link, stream)) => serve(stream).await,
+                Err(error) => error,
+            };
+            Ended {
+                epoch,
+                peer: Some(seat),
+                what,
+                reason,
+            }
+        });
+    }
+
+    /// Mirrors each member's part here to the standby that the head names, and to no other.
+    fn mirror(&mut self) {
+        let mut mirrors = std::mem::take(&mut self.epoch.mirrors);
+        let stages = self.ring.stages.clone();
+        for (stage, planned) in (0..).zip(&stages) {
+            let target = match self.parts.get(&stage) {
+                Some(Hosted::Ready { part, .. }) if self.is_own(planned.seat.as_ref()) => {
+                    Target::Part(part.clone())
+                }
+                Some(Hosted::Driving(_)) => match &self.driver {
+                    Some(driver) => Target::Driver(driver.clone()),
+                    None => continue,
+                },
+                _ => continue,
+            };
+            let running = mirrors.remove(&stage);
+            let Some(seat) = &planned.standby else {
+                if running.is_some() {
+                    stop_mirroring(&target);
+                }
+                continue;
+            };
+            if let Some((to, task)) = running
+                && to == *seat
+            {
+                self.epoch.mirrors.insert(stage, (to, task));
+                continue;
+            }
+            let hello = self.hello(stage, RingPurpose::Mirror);
+            let Some(peers) = self.rings.peers() else {
+                continue;
+            };
+            let task = tokio::spawn(keep_mirroring(peers, seat.clone(), hello, target));
+            self.epoch
+                .mirrors
+                .insert(stage, (seat.clone(), AbortOnDropHandle::new(task)));
+        }
+    }
+
+    /// A stream that another member opened.
+    fn take_stream(&mut self, hello: RingHello, stream: MsgStream) {
+        if hello.epoch < self.ring.epoch {
+            return streams::refuse(stream);
+        }
+        let ready = hello.epoch == self.ring.epoch && self.epoch.begun.contains_key(&hello.stage);
+        if !ready {
+            if self.waiting.len() < WAITING {
+                self.waiting.push((hello, stream));
+            }
+            return;
+        }
+        let Some(inbound) = self.epoch.begun.get_mut(&hello.stage) else {
+            return;
+        };
+        let counters = inbound.counters.clone();
+        let target = match (self.parts.get(&hello.stage), &self.driver) {
+            (Some(Hosted::Ready { part, .. }), _) => Target::Part(part.clone()),
+            (Some(Hosted::Driving(_)), Some(driver)) => Target::Driver(driver.clone()),
+            _ => return streams::refuse(stream),
+        };
+        let epoch = hello.epoch;
+        let stages = &self.ring.stages;
+        match (hello.purpose(), target) {
+            (RingPurpose::Rows, target) => {
+                let Some(back) = inbound.back.take() else {
+                    return streams::refuse(stream);
+                };
+                let before = hello.stage.checked_sub(1);
+                let peer = before.and_then(|stage| stages[stage as usize].seat.clone());
+                self.epoch.tasks.spawn(async move {
+                    Ended {
+                        epoch,
+                        peer,
+                        what: "rows",
+                        reason: streams::rows_in(stream, target, counters, back).await,
+                    }
+                });
+            }
+            (RingPurpose::Drive, Target::Part(part)) => {
+                let Some(outcomes) = inbound.outcomes.take() else {
+                    return streams::refuse(stream);
+                };
+                let peer = stages.last().and_then(|stage| stage.seat.clone());
+                self.epoch.tasks.spawn(async move {
+                    Ended {
+                        epoch,
+                        peer,
+                        what: "drive",
+                        reason: streams::drive_in(stream, part, counters, outcomes).await,
+                    }
+                });
+            }
+            (RingPurpose::Mirror, Target::Part(part)) => {
+                self.epoch.tasks.spawn(async move {
+                    Ended {
+                        epoch,
+                        peer: None,
+                        what: "mirror",
+                        reason: streams::mirror_in(stream, part).await,
+                    }
+                });
+            }
+            _ => streams::refuse(stream),
+        }
+    }
+
+    fn take_notice(&mut self, notice: Notice) {
+        match notice {
+            Notice::Running { epoch } if epoch == self.ring.epoch => self.ring_runs(),
+            Notice::Warm { epoch } if epoch == self.ring.epoch => {
+                if let Some(driver) = self.driver.clone() {
+                    self.serve(&driver, epoch);
+                }
+            }
+            Notice::Running { .. } | Notice::Warm { .. } => {}
+            Notice::Suspect { stage, reason } => {
+                let stages = &self.ring.stages;
+                let seat = stages
+                    .get(stage as usize)
+                    .and_then(|stage| stage.seat.clone());
+                if let Some(seat) = seat {
+                    self.suspect(&seat, &reason);
+                }
+            }
+            Notice::Recovered(recovery) => {
+                tracing::info!(
+                    ring = format!("{:x}", self.id),
+                    gap_ms = recovery.gap_us as f64 / 1e3,
+                    rows = recovery.rows,
+                    "recovered"
+                );
+                self.recovery = Some(recovery);
+            }
+        }
+    }
+
+    /// All members are there. A ring that has never worked answers once first, which also measures its speed; one that
+    /// comes back from a loss has clients who wait.
+    fn ring_runs(&mut self) {
+        let Some(driver) = self.driver.clone() else {
+            return;
+        };
+        let epoch = self.ring.epoch;
+        if epoch > 1 {
+            return self.serve(&driver, epoch);
+        }
+        let (engine, name) = (driver.engine(), self.ring.model.clone());
+        let (tokenizer, notices) = (self.shard.model.clone(), self.notices.clone());
+        let warm = tokio::spawn(async move {
+            let warmed =
+                tokio::task::spawn_blocking(move || warm_up(&engine, &name, tokenizer.tokenizer()));
+            match warmed.await {
+                Ok(Ok(())) => {
+                    let _ = notices.send(Notice::Warm { epoch });
+                }
+                Ok(Err(error)) => tracing::warn!(%error, "the ring gave no token"),
+                Err(_) => {}
+            }
+        });
+        self.warming_up = Some(AbortOnDropHandle::new(warm));
+    }
+
+    fn serve(&mut self, driver: &DriverHandle, epoch: u32) {
+        self.serving = epoch;
+        self.rings.serve(Served {
+            ring: self.id,
+            model: self.shard.model.clone(),
+            engine: driver.engine(),
+            card: self.card(driver),
+        });
+    }
+
+    fn card(&self, driver: &DriverHandle) -> ModelCard {
+        let load = driver.engine().load();
+        ModelCard {
+            context: self.ring.context,
+            slots: self.ring.slots,
+            decode_tps: load.decode_tps,
+            prefill_tps: load.prefill_tps,
+            layer_start: 0,
+            layer_end: driver.engine().info().shape.layers,
+            ..self.shard.card.clone()
+        }
+    }
+
+    fn take_ended(&mut self, ended: Ended) {
+        if ended.epoch != self.ring.epoch {
+            return;
+        }
+        let Ended { what, reason, .. } = ended;
+        match ended.peer {
+            Some(seat) if reason.link => self.suspect(&seat, &format!("{what}: {}", reason.text)),
+            // The other side is in another epoch already, or will dial again; silence would show in its pulse.
+            _ => tracing::debug!(what, reason = reason.text, "stream ended"),
+        }
+    }
+
+    fn suspect(&mut self, seat: &Seat, reason: &str) {
+        if self.is_own(Some(seat)) || self.suspects.contains(&seat.node_id) {
+            return;
+        }
+        tracing::warn!(
+            ring = format!("{:x}", self.id),
+            epoch = self.ring.epoch,
+            member = seat.name,
+            reason,
+            "a member of the ring does not answer"
+        );
+        self.suspects.push(seat.node_id.clone());
+    }
+
+    fn dissolve(&mut self, reason: &str) {
+        tracing::info!(ring = format!("{:x}", self.id), reason, "ring dissolved");
+        self.rings.withdraw(self.id);
+        if let Some(driver) = self.driver.take() {
+            let reason = reason.to_owned();
+            driver.end(if reason.starts_with("moved") {
+                RequestError::Moved { reason }
+            } else {
+                RequestError::RingLost { reason }
+            });
+        }
+        self.rings.forget(self.id, &self.own);
+    }
+
+    /// Tells the head what has changed, at most four times a second unless it is urgent.
+    fn report(&mut self) {
+        if self.ring.epoch == 0 {
+            return;
+        }
+        let state = self.state();
+        let now = Instant::now();
+        let due = match &self.reported {
+            None => true,
+            Some((last, _)) if urgent(last, &state) => true,
+            Some((last, at)) => *last != state && now.duration_since(*at) >= REPORT_INTERVAL,
+        };
+        if due {
+            self.rings.report(&state);
+            self.recovery = None;
+            self.reported = Some((
+                RingState {
+                    recovery: None,
+                    ..state
+                },
+                now,
+            ));
+        }
+    }
+
+    fn state(&self) -> RingState {
+        let serving = self.serving == self.ring.epoch;
+        let parts = self.parts.iter().map(|(&stage, hosted)| {
+            let planned = self.ring.stages.get(stage as usize);
+            let standby = !self.is_own(planned.and_then(|stage| stage.seat.as_ref()));
+            let mut state = PartState {
+                stage,
+                standby,
+                phase: PartPhase::Ready.into(),
+                ..PartState::default()
+            };
+            match hosted {
+                Hosted::Loading => state.phase = PartPhase::Loading.into(),
+                Hosted::Failed(error) => {
+                    state.phase = PartPhase::Failed.into();
+                    state.error.clone_from(error);
+                }
+                Hosted::Ready { part, loaded } => {
+                    use std::sync::atomic::Ordering::Relaxed;
+                    (state.load_seconds, state.weight_bytes) =
+                        (loaded.seconds, loaded.weight_bytes);
+                    state.lag_rows = part.gauges.lag.load(Relaxed);
+                    state.step_us = part.gauges.step_us.load(Relaxed) as f32;
+                    state.kv_bytes = part.gauges.kv_bytes.load(Relaxed);
+                }
+                Hosted::Driving(loaded) => {
+                    (state.load_seconds, state.weight_bytes) =
+                        (loaded.seconds, loaded.weight_bytes);
+                    if let Some(driver) = &self.driver {
+                        let gauges = driver.gauges();
+                        state.lag_rows = gauges.lag;
+                        state.step_us = gauges.step_us;
+                        state.kv_bytes = gauges.kv_bytes;
+                    }
+                }
+            }
+            state
+        });
+        RingState {
+            ring: self.id,
+            epoch: self.ring.epoch,
+            parts: parts.collect(),
+            serving,
+            card: self
+                .driver
+                .as_ref()
+                .filter(|_| serving)
+                .map(|driver| self.card(driver)),
+            suspects: self.suspects.clone(),
+            recovery: self.recovery.clone(),
+        }
+    }
+
+    fn layers(&self, stage: u32) -> Option<std::ops::Range<u32>> {
+        let stage = self.ring.stages.get(stage as usize)?;
+        Some(stage.layer_start..stage.layer_end)
+    }
+
+    fn is_own(&self, seat: Option<&Seat>) -> bool {
+        seat.is_some_and(|seat| seat.node_id == self.rings.node_id())
+    }
+
+    fn hello(&self, stage: u32, purpose: RingPurpose) -> RingHello {
+        RingHello {
+            ring: self.id,
+            epoch: self.ring.epoch,
+            stage,
+            purpose: purpose.into(),
+        }
+    }
+}
+
+/// Mirrors to a standby, and begins again when that breaks: the standby may still be loading, or have lost step. Whether
+/// it is still the right one is for the head to say.
+async fn keep_mirroring(peers: super::peers::Peers, seat: Seat, hello: RingHello, target: Target) {
+    loop {
+        let reason = match streams::open(&peers, &seat, &hello).await {
+            Ok((_link, stream)) => streams::mirror_out(stream, target.clone()).await,
+            Err(error) => error,
+        };
+        tracing::debug!(standby = seat.name, reason = reason.text, "not mirrored");
+        stop_mirroring(&target);
+        tokio::time::sleep(MIRROR_PAUSE).await;
+    }
+}
+
+fn stop_mirroring(target: &Target) {
+    match target {
+        Target::Part(part) => part.tell(Command::NoStandby),
+        Target::Driver(driver) => driver.no_standby(),
+    }
+}
+
+/// Whether the head is to hear of the change at once.
+fn urgent(last: &RingState, state: &RingState) -> bool {
+    let phases = |state: &RingState| -> Vec<(u32, bool, i32)> {
+        let parts = state.parts.iter();
+        parts.map(|p| (p.stage, p.standby, p.phase)).collect()
+    };
+    last.epoch != state.epoch
+        || last.serving != state.serving
+        || last.suspects != state.suspects
+        || state.recovery.is_some()
+        || phases(last) != phases(state)
+}
+
+const REPORT_INTERVAL: Duration = Duration::from_millis(250);
+const MIRROR_PAUSE: Duration = Duration::from_millis(250);
+
+/// Streams that wait for their epoch at once.
+const WAITING: usize = 64;

@@ -1,0 +1,211 @@
+//! The driver of a ring on this worker: an engine whose steps go around the ring.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::Instant;
+
+use dcf::{Message, MsgType};
+use mesh_engine::{
+    Engine, EngineHandle, RequestError, SchedulerConfig, StageInfo, StartError, Waker,
+};
+use mesh_model::Model;
+use mesh_pipeline::{DriverEvent, DriverGauges, DriverOut, Part, RingRunner};
+use mesh_proto::{HeldSlot, Recovery, Ring};
+use tokio::sync::mpsc as async_mpsc;
+
+use super::part::{Outbox, message};
+
+/// A running driver. Dropping the last handle ends its engine.
+#[derive(Clone)]
+pub(super) struct DriverHandle {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    events: Mutex<mpsc::Sender<DriverEvent>>,
+    waker: Waker,
+    boxes: Arc<Mutex<Boxes>>,
+    engine: Engine,
+}
+
+/// Where the driver's messages go in this epoch.
+#[derive(Default)]
+struct Boxes {
+    members: Vec<Outbox>,
+    previous: Option<Outbox>,
+    standby: Option<Outbox>,
+    gauges: DriverGauges,
+}
+
+/// What the driver tells the deployment that it belongs to.
+#[derive(Debug)]
+pub(super) enum Notice {
+    /// The ring works.
+    Running { epoch: u32 },
+    /// It has answered once.
+    Warm { epoch: u32 },
+    /// A member does not answer.
+    Suspect { stage: u32, reason: String },
+    /// The first step after a loss is through.
+    Recovered(Recovery),
+}
+
+impl DriverHandle {
+    /// Makes the last stage's part a driver.
+    pub(super) fn start(
+        part: Part,
+        ring: &Ring,
+        model: &Model,
+        config: SchedulerConfig,
+        notices: async_mpsc::UnboundedSender<Notice>,
+    ) -> Result<Self, StartError> {
+        let (events, inbox) = mpsc::channel();
+        let boxes = Arc::new(Mutex::new(Boxes::default()));
+        let info = whole(part.info());
+        let mut waker = None;
+        let make = |wake: Waker| {
+            waker = Some(wake);
+            let boxes = boxes.clone();
+            let out = Box::new(move |out| post(&boxes, &notices, out));
+            let runner = RingRunner::new(info, part, inbox, out, Instant::now());
+            Box::new(runner) as Box<_>
+        };
+        let config = SchedulerConfig {
+            kv_tokens: (ring.kv_tokens > 0).then_some(ring.kv_tokens),
+            steps_under_way: ring.stages.len() as u32,
+            ..config
+        };
+        let engine = Engine::start_runner(&ring.model, Arc::new(model.clone()), config, make)?;
+        let Some(waker) = waker else {
+            return Err(StartError::Thread("it made no runner".to_owned()));
+        };
+        Ok(DriverHandle {
+            inner: Arc::new(Inner {
+                events: Mutex::new(events),
+                waker,
+                boxes,
+                engine,
+            }),
+        })
+    }
+
+    /// Takes requests.
+    pub(super) fn engine(&self) -> EngineHandle {
+        self.inner.engine.handle()
+    }
+
+    /// Tells the driver something.
+    pub(super) fn tell(&self, event: DriverEvent) {
+        // An engine that has ended hears nothing; its requests have ended with it.
+        let _ = lock(&self.inner.events).send(event);
+        self.inner.waker.wake();
+    }
+
+    /// A new epoch, with a way to each member and one back to the stage before the last.
+    pub(super) fn begin_epoch(
+        &self,
+        epoch: u32,
+        half_rows: bool,
+        members: Vec<Outbox>,
+        previous: Outbox,
+    ) {
+        let stages = members.len() as u32 + 1;
+        *lock(&self.inner.boxes) = Boxes {
+            members,
+            previous: Some(previous),
+            standby: None,
+            gauges: DriverGauges::default(),
+        };
+        self.tell(DriverEvent::Epoch {
+            epoch,
+            stages,
+            half_rows,
+        });
+    }
+
+    /// A standby of the last stage that holds this much is there now.
+    pub(super) fn standby(&self, held: Vec<HeldSlot>, outbox: Outbox) {
+        lock(&self.inner.boxes).standby = Some(outbox);
+        self.tell(DriverEvent::Standby(held));
+    }
+
+    /// The standby of the last stage is gone.
+    pub(super) fn no_standby(&self) {
+        lock(&self.inner.boxes).standby = None;
+        self.tell(DriverEvent::NoStandby);
+    }
+
+    /// Ends every request with `error`, and the engine.
+    pub(super) fn end(&self, error: RequestError) {
+        self.tell(DriverEvent::End(error));
+    }
+}
+
+/// Hands on what the driver has to say. Runs on the engine's thread.
+fn post(boxes: &Mutex<Boxes>, notices: &async_mpsc::UnboundedSender<Notice>, out: DriverOut) {
+    let mut boxes = lock(boxes);
+    // A stream that is gone is noticed by whoever served it.
+    match out {
+        DriverOut::Step(step) => send(boxes.members.first(), message(MsgType::RING_STEP, &step)),
+        DriverOut::Ping(ping) => {
+            for member in &boxes.members {
+                send(Some(member), message(MsgType::RING_PING, &ping));
+            }
+        }
+        DriverOut::Resend { stage, resend } => {
+            let member = boxes.members.get(stage as usize);
+            send(member, message(MsgType::RING_RESEND, &resend));
+        }
+        DriverOut::Previous(mirrored) => {
+            send(
+                boxes.previous.as_ref(),
+                message(MsgType::RING_MIRRORED, &mirrored),
+            );
+        }
+        DriverOut::Standby(mirror) => {
+            send(
+                boxes.standby.as_ref(),
+                message(MsgType::RING_MIRROR, &mirror),
+            );
+        }
+        DriverOut::Gauges(gauges) => boxes.gauges = gauges,
+        DriverOut::Suspect { stage, silence } => {
+            let reason = format!("silent for {:.1} s", silence.as_secs_f64());
+            let _ = notices.send(Notice::Suspect { stage, reason });
+        }
+        DriverOut::Running { epoch } => {
+            let _ = notices.send(Notice::Running { epoch });
+        }
+        DriverOut::Recovered(recovery) => {
+            let _ = notices.send(Notice::Recovered(recovery));
+        }
+    }
+}
+
+fn send(outbox: Option<&Outbox>, message: Message) {
+    if let Some(outbox) = outbox {
+        let _ = outbox.send(message);
+    }
+}
+
+/// The whole model, as its last stage sees it.
+fn whole(last: &StageInfo) -> StageInfo {
+    let layers = last.layers.end - last.layers.start;
+    StageInfo {
+        layers: 0..last.shape.layers,
+        kv_bytes_per_token: last.kv_bytes_per_token / u64::from(layers.max(1))
+            * u64::from(last.shape.layers),
+        ..last.clone()
+    }
+}
+
+/// What these mutexes guard is replaced as a whole, so a panic elsewhere leaves it sound.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl DriverHandle {
+    /// How the last stage is.
+    pub(super) fn gauges(&self) -> DriverGauges {
+        lock(&self.inner.boxes).gauges
+    }
+}

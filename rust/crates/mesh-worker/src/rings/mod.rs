@@ -1,0 +1,328 @@
+//! This worker's parts of rings: one model over several machines.
+//!
+//! [`Rings`] is what the rest of the worker sees. For every ring that the head names it runs a `deployment`, a task that
+//! loads parts (`part`: a thread each), opens and serves the `streams` to the other members in every epoch and, where this
+//! worker has the last stage, starts the `driver`, an engine like that of a whole model. What is decided about rows, replays
+//! and mirrors is `mesh-pipeline`'s.
+
+mod deployment;
+mod driver;
+mod offer;
+mod part;
+mod peers;
+mod streams;
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use dcf::{Message, MsgType};
+use mesh_engine::EngineHandle;
+use mesh_engine_ort::{OrtOptions, OrtStage, WeightFormat};
+use mesh_model::Model;
+use mesh_net::quic::{Link, LinkConfig, Listener, MsgStream};
+use mesh_net::trust::{NodeIdentity, Role};
+use mesh_pipeline::Part;
+use mesh_proto::{ModelCard, Offer, Ring, RingHello, RingState, ShardOffer};
+use tokio::sync::{Notify, mpsc};
+
+use self::deployment::{Deployment, Event};
+use self::part::message;
+use self::peers::Peers;
+use crate::config::Config;
+use crate::error::WorkerError;
+use crate::host::Answering;
+
+/// Everything about rings on this worker.
+pub(crate) struct Rings {
+    config: Arc<Config>,
+    shards: Vec<Arc<Shard>>,
+    profile: mesh_proto::NodeProfile,
+    net: Mutex<Option<Net>>,
+    deployments: Mutex<HashMap<u64, mpsc::UnboundedSender<Event>>>,
+    changed: Notify,
+    served: Mutex<Vec<Served>>,
+    /// To the head, while there is a link to it.
+    head: Mutex<Option<mpsc::UnboundedSender<Message>>>,
+}
+
+/// A model of which this worker may hold parts.
+pub(crate) struct Shard {
+    model: Model,
+    card: ModelCard,
+    format: WeightFormat,
+    offer: ShardOffer,
+}
+
+/// A model that a ring with its driver here serves.
+struct Served {
+    ring: u64,
+    model: Model,
+    engine: EngineHandle,
+    card: ModelCard,
+}
+
+/// What needs an identity.
+#[derive(Clone)]
+struct Net {
+    node_id: String,
+    address: SocketAddr,
+    peers: Peers,
+}
+
+impl Rings {
+    /// Opens the models of `config.shards` and measures this machine. Blocks for as long as that takes.
+    pub(crate) fn open(config: &Arc<Config>) -> Result<Arc<Self>, WorkerError> {
+        let (shards, profile) = offer::measure(config)?;
+        Ok(Arc::new(Rings {
+            config: config.clone(),
+            shards: shards.into_iter().map(Arc::new).collect(),
+            profile,
+            net: Mutex::new(None),
+            deployments: Mutex::default(),
+            changed: Notify::new(),
+            served: Mutex::default(),
+            head: Mutex::default(),
+        }))
+    }
+
+    /// Whether this worker offers anything.
+    pub(crate) fn is_offering(&self) -> bool {
+        !self.shards.is_empty()
+    }
+
+    /// Listens for other workers, once there is an identity to show them.
+    pub(crate) fn listen(self: &Arc<Self>, identity: &NodeIdentity) -> Result<(), WorkerError> {
+        let mut net = lock(&self.net);
+        if net.is_some() || !self.is_offering() {
+            return Ok(());
+        }
+        let listen = self.config.ring.listen;
+        let failed = |source| WorkerError::Listen {
+            address: listen,
+            carrier: "udp",
+            key: "ring.listen",
+            source,
+        };
+        let listener = Listener::bind(listen, identity.clone(), None, LinkConfig::default())
+            .map_err(|error| failed(std::io::Error::other(error.to_string())))?;
+        let address = listener.local_addr().map_err(failed)?;
+        tracing::info!(%address, "listening for other workers");
+        *net = Some(Net {
+            node_id: identity.node_id(),
+            address,
+            peers: Peers::new(identity.clone()),
+        });
+        tokio::spawn(accept(self.clone(), listener));
+        Ok(())
+    }
+
+    /// Says to the head what there is, through `outbox`.
+    pub(crate) fn linked(&self, outbox: mpsc::UnboundedSender<Message>) {
+        let net = lock(&self.net);
+        if let Some(net) = &*net {
+            let offer = Offer {
+                ring_port: net.address.port().into(),
+                profile: Some(self.profile.clone()),
+                shards: self
+                    .shards
+                    .iter()
+                    .map(|shard| shard.offer.clone())
+                    .collect(),
+            };
+            let _ = outbox.send(message(MsgType::OFFER, &offer));
+        }
+        *lock(&self.head) = Some(outbox);
+    }
+
+    /// The link to the head is gone; what it deployed is of no more use to it.
+    pub(crate) fn unlinked(&self) {
+        *lock(&self.head) = None;
+        // Their tasks end when nobody can tell them anything any more.
+        lock(&self.deployments).clear();
+        self.changed.notify_waiters();
+    }
+
+    /// The head names the members of a ring.
+    pub(crate) fn configure(self: &Arc<Self>, ring: Ring) {
+        let mut deployments = lock(&self.deployments);
+        let known = deployments.get(&ring.ring);
+        let deployment = match known.filter(|deployment| !deployment.is_closed()) {
+            Some(deployment) => deployment.clone(),
+            None if ring.stages.is_empty() => return,
+            None => {
+                let of_model = |shard: &&Arc<Shard>| {
+                    shard.card.name == ring.model && shard.card.fingerprint == ring.fingerprint
+                };
+                let Some(shard) = self.shards.iter().find(of_model) else {
+                    tracing::error!(
+                        model = ring.model,
+                        "the head wants a model that is not here"
+                    );
+                    return;
+                };
+                let deployment = Deployment::spawn(self.clone(), shard.clone(), ring.ring);
+                deployments.insert(ring.ring, deployment.clone());
+                deployment
+            }
+        };
+        drop(deployments);
+        let _ = deployment.send(Event::Ring(ring));
+        self.changed.notify_waiters();
+    }
+
+    /// A model served by a ring whose driver is here.
+    pub(crate) fn find(&self, name: &str) -> Option<Answering> {
+        let served = lock(&self.served);
+        let of_name = |served: &&Served| name.is_empty() || served.card.name == name;
+        served.iter().find(of_name).map(|served| Answering {
+            model: served.model.clone(),
+            engine: served.engine.clone(),
+        })
+    }
+
+    /// The engines of all that are served, each with its model's name.
+    pub(crate) fn engines(&self) -> Vec<(String, EngineHandle)> {
+        let served = lock(&self.served);
+        let engines = served.iter();
+        engines
+            .map(|served| (served.card.name.clone(), served.engine.clone()))
+            .collect()
+    }
+
+    /// Resolves when no ring has a part here any more, or the link to the head is gone.
+    pub(crate) async fn emptied(&self) {
+        loop {
+            let changed = self.changed.notified();
+            if lock(&self.deployments).is_empty() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    fn node_id(&self) -> String {
+        lock(&self.net)
+            .as_ref()
+            .map_or_else(String::new, |net| net.node_id.clone())
+    }
+
+    fn peers(&self) -> Option<Peers> {
+        lock(&self.net).as_ref().map(|net| net.peers.clone())
+    }
+
+    fn serve(&self, served: Served) {
+        let mut all = lock(&self.served);
+        all.retain(|other| other.ring != served.ring);
+        all.push(served);
+    }
+
+    fn withdraw(&self, ring: u64) {
+        lock(&self.served).retain(|served| served.ring != ring);
+    }
+
+    /// A deployment ends; `own` is the channel that it listens to.
+    fn forget(&self, ring: u64, own: &mpsc::WeakUnboundedSender<Event>) {
+        let mut deployments = lock(&self.deployments);
+        // By now there may be another one for the same ring.
+        let is_own = |other: &mpsc::UnboundedSender<Event>| {
+            own.upgrade().is_some_and(|own| own.same_channel(other))
+        };
+        if deployments.get(&ring).is_some_and(is_own) {
+            deployments.remove(&ring);
+        }
+        drop(deployments);
+        self.changed.notify_waiters();
+    }
+
+    fn report(&self, state: &RingState) {
+        if let Some(head) = &*lock(&self.head) {
+            let _ = head.send(message(MsgType::RING_STATE, state));
+        }
+    }
+
+    /// A stream of another member, for a ring that the head may be about to name.
+    async fn deliver(&self, hello: RingHello, stream: MsgStream) {
+        let mut offered = Some((hello, stream));
+        let deliver = async {
+            loop {
+                let changed = self.changed.notified();
+                let deployment = offered
+                    .as_ref()
+                    .and_then(|(hello, _)| lock(&self.deployments).get(&hello.ring).cloned());
+                if let Some(deployment) = deployment {
+                    if let Some((hello, stream)) = offered.take() {
+                        // A deployment that has just ended drops the stream, which says so to the other side.
+                        let _ = deployment.send(Event::Stream(hello, stream));
+                    }
+                    return;
+                }
+                changed.await;
+            }
+        };
+        // Dropping the stream refuses it.
+        let _ = tokio::time::timeout(RING_PATIENCE, deliver).await;
+    }
+}
+
+impl Shard {
+    /// Loads a range of layers. Blocks.
+    fn load(
+        &self,
+        layers: Range<u32>,
+        slots: u32,
+        context: u32,
+        config: &Config,
+    ) -> Result<Part, String> {
+        let options = OrtOptions {
+            slots,
+            context,
+            ..offer::options(config, self.format)
+        };
+        let stage =
+            OrtStage::load(&self.model, layers, options).map_err(|error| error.to_string())?;
+        Ok(Part::new(Box::new(stage), KEPT_BYTES))
+    }
+}
+
+async fn accept(rings: Arc<Rings>, listener: Listener) {
+    while let Some(link) = listener.accept().await {
+        if link.role() != Role::Worker {
+            tracing::warn!(peer = link.node_name(), "only workers have business here");
+            continue;
+        }
+        tokio::spawn(accept_streams(rings.clone(), link));
+    }
+}
+
+async fn accept_streams(rings: Arc<Rings>, link: Link) {
+    while let Ok(mut stream) = link.accept().await {
+        let (rings, link) = (rings.clone(), link.clone());
+        tokio::spawn(async move {
+            match streams::hello(&mut stream).await {
+                Ok((hello, _)) => rings.deliver(hello, stream).await,
+                Err(broken) => {
+                    tracing::debug!(
+                        peer = link.node_name(),
+                        reason = broken.text,
+                        "stream refused"
+                    );
+                    streams::refuse(stream);
+                }
+            }
+        });
+    }
+}
+
+/// What these mutexes guard is replaced as a whole, so a panic elsewhere leaves it sound.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How long a stream waits for its ring to be named here.
+const RING_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Outputs that a part keeps for replays, at most.
+const KEPT_BYTES: usize = 256 << 20;
