@@ -11,6 +11,8 @@ mod offer;
 mod part;
 mod peers;
 mod streams;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
