@@ -74,7 +74,7 @@ impl Provider {
             .commit_from_memory(model)
             .map_err(|error| match self {
                 Provider::Cpu => LoadError::Runtime(error),
-                _ => refused(first_line(&error)),
+                _ => refused(reason(&error)),
             })
     }
 
@@ -123,7 +123,7 @@ impl Provider {
             .with_execution_providers([provider.error_on_failure()])
             // A node left to the CPU would move every row to the host and back: better the CPU's own stage.
             .and_then(|builder| builder.with_disable_cpu_fallback())
-            .map_err(|error| first_line(&error))
+            .map_err(|error| reason(&error))
     }
 
     /// Whether the library that is loaded has the provider.
@@ -148,8 +148,58 @@ impl fmt::Display for Provider {
     }
 }
 
-/// ONNX Runtime appends stack traces and advice over many lines.
-fn first_line<T>(error: &ort::Error<T>) -> String {
+/// What went wrong, of ONNX Runtime's words: it puts source files and signatures before it, and a trace or the host's name behind.
+fn reason<T>(error: &ort::Error<T>) -> String {
     let text = error.to_string();
-    text.lines().next().unwrap_or_default().trim().to_owned()
+    gist(&text).to_owned()
+}
+
+fn gist(text: &str) -> &str {
+    let line = text.lines().next().unwrap_or_default();
+    // A call of the GPU's own library.
+    for failure in [
+        "CUDA failure",
+        "CUDNN failure",
+        "CUBLAS failure",
+        "HIP failure",
+    ] {
+        if let Some(at) = line.rfind(failure) {
+            let line = &line[at..];
+            return line.split(" ; ").next().unwrap_or(line).trim();
+        }
+    }
+    let code = [" : FAIL : ", " : RUNTIME_EXCEPTION : ", " : EP_FAIL : "]
+        .into_iter()
+        .filter_map(|code| line.rfind(code).map(|at| at + code.len()))
+        .max();
+    line[code.unwrap_or(0)..].trim()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::gist;
+
+    /// As ONNX Runtime 1.24.4 with CUDA said it, shortened in the middle.
+    #[test]
+    fn reasons_are_what_went_wrong() {
+        for (text, expected) in [
+            (
+                "/onnxruntime_src/onnxruntime/core/session/provider_bridge_ort.cc:1952 onnxruntime::Provider& \
+                 onnxruntime::ProviderLibrary::Get() [ONNXRuntimeError] : 1 : FAIL : Failed to load library /opt/x.so with \
+                 error: libcublasLt.so.12: cannot open shared object file: No such file or directory\n",
+                "Failed to load library /opt/x.so with error: libcublasLt.so.12: cannot open shared object file: No such file \
+                 or directory",
+            ),
+            (
+                "/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_call.cc:129 [with ERRTYPE = cudaError; bool THRW = \
+                 true] CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version ; GPU=-1 ; hostname=x ; \
+                 expr=cudaSetDevice(info_.device_id);",
+                "CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version",
+            ),
+            ("in plain words", "in plain words"),
+            ("", ""),
+        ] {
+            assert_eq!(gist(text), expected);
+        }
+    }
 }

@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use futures::StreamExt;
 use futures::future::join_all;
-use mesh_engine::{Engine, EngineHandle, Event, Request, SchedulerConfig, Stage};
-use mesh_engine_ort::{OrtOptions, OrtStage};
+use mesh_engine::{Engine, EngineHandle, Event, Request, SchedulerConfig};
+use mesh_engine_ort::{Opened, OrtOptions, Provider};
 use mesh_model::store::{self, FingerprintCache};
 use mesh_model::{Model, Tokenizer};
 use mesh_proto::{Load, ModelCard, ModelSpeed};
@@ -26,6 +26,8 @@ pub(crate) struct Hosted {
     pub(crate) engine: EngineHandle,
     /// What the head is told about it.
     pub(crate) card: ModelCard,
+    /// What computes it.
+    pub(crate) backend: Provider,
     /// Ends the engine's thread when dropped.
     _engine: Engine,
 }
@@ -121,8 +123,8 @@ impl Hosted {
             })?;
             Ok::<_, WorkerError>((stage, fingerprint))
         });
-        let (stage, fingerprint) = fingerprint?;
-        let info = stage.info().clone();
+        let (opened, fingerprint) = fingerprint?;
+        let info = opened.stage.info().clone();
         let scheduler = SchedulerConfig {
             kv_tokens: Some(kv_tokens(config, info.kv_bytes_per_token)),
             queue_limit: config.queue_limit,
@@ -133,7 +135,7 @@ impl Hosted {
             name: name.clone(),
             source,
         };
-        let engine = Engine::start(&name, Box::new(stage), Arc::new(model.clone()), scheduler)
+        let engine = Engine::start(&name, opened.stage, Arc::new(model.clone()), scheduler)
             .map_err(start)?;
         let handle = engine.handle();
         warm_up(&handle, &name, model.tokenizer())?;
@@ -160,6 +162,7 @@ impl Hosted {
         };
         tracing::info!(
             model = card.name,
+            backend = %opened.provider,
             seconds = started.elapsed().as_secs_f64(),
             weight_mib = info.weight_bytes >> 20,
             kv_tokens = measured.kv_tokens_total,
@@ -171,12 +174,13 @@ impl Hosted {
             model,
             engine: handle,
             card,
+            backend: opened.provider,
             _engine: engine,
         })
     }
 }
 
-fn load_stage(model: &Model, name: &str, config: &Config) -> Result<OrtStage, WorkerError> {
+fn load_stage(model: &Model, name: &str, config: &Config) -> Result<Opened, WorkerError> {
     let options = OrtOptions {
         library: config.ort_library.clone(),
         threads: config.threads,
@@ -185,7 +189,10 @@ fn load_stage(model: &Model, name: &str, config: &Config) -> Result<OrtStage, Wo
         max_rows: config.step_rows,
         ..OrtOptions::default()
     };
-    OrtStage::load(model, 0..model.config().layers, options).map_err(|error| WorkerError::Load {
+    let layers = 0..model.config().layers;
+    // Why a GPU is not used it has logged.
+    let opened = mesh_engine_ort::open(model, layers, options, config.backend);
+    opened.map_err(|error| WorkerError::Load {
         name: name.to_owned(),
         source: Box::new(error),
     })
