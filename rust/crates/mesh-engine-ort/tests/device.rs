@@ -6,6 +6,8 @@ mod reference;
 use common::{last, logits, options, pipeline, quiet, some_tokens, tiny, whole};
 use mesh_engine::{LogitRows, Segment, Stage, StageError, StageInput};
 use mesh_engine_ort::{Device, DeviceStage, LoadError, OrtOptions, Precision};
+use mesh_model::gguf::Writer;
+use mesh_model::gguf::writer::OwnedValue;
 use mesh_model::synth::{Shape, Tokens, random_model};
 use mesh_model::{Architecture, GgmlType, Model};
 
@@ -83,6 +85,101 @@ fn every_weight_type_of_every_architecture_agrees_with_both_references() {
             let theirs = logits(&mut cpu, &[all(0, 0, tokens.len())], &tokens);
             assert_close(&ours, &theirs, vocab, 1e-3, &what);
         }
+    }
+}
+
+/// `model` with other metadata, and with tensors of `others` where `from` says so.
+fn rewritten(
+    model: &Model,
+    keys: &[(&str, OwnedValue)],
+    others: &Model,
+    from: impl Fn(&str) -> bool,
+) -> Model {
+    let mut writer = Writer::new();
+    let given = |name: &str| keys.iter().any(|(key, _)| *key == name);
+    for (name, value) in model.gguf().metadata_iter() {
+        if !given(name) {
+            writer.copy_key(name, value);
+        }
+    }
+    for (name, value) in keys {
+        writer.key(name, value.clone());
+    }
+    let pick = |name: &str| {
+        let source = if from(name) { others } else { model };
+        source.gguf().tensor(name).unwrap()
+    };
+    for tensor in model.gguf().tensors() {
+        writer.tensor(tensor.name, pick(tensor.name).ty, tensor.dims);
+    }
+    let bytes = writer
+        .to_bytes(|name, _, _| pick(name).data.to_vec())
+        .unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("rewritten.gguf");
+    std::fs::write(&path, bytes).unwrap();
+    Model::open(&path).unwrap()
+}
+
+#[test]
+fn rotations_are_those_of_the_cpus_stage() {
+    let tokens = some_tokens(40);
+    for (architecture, name) in [
+        (Architecture::Llama, "llama"),
+        (Architecture::Qwen2, "qwen2"),
+    ] {
+        let key = |key: &str| format!("{name}.rope.{key}");
+        let text = |text: &str| OwnedValue::String(text.into());
+        for keys in [
+            vec![
+                (key("scaling.type"), text("yarn")),
+                (key("scaling.factor"), OwnedValue::F32(4.0)),
+                (key("scaling.original_context_length"), OwnedValue::U32(32)),
+            ],
+            vec![
+                (key("scaling.type"), text("linear")),
+                (key("scaling.factor"), OwnedValue::F32(2.0)),
+            ],
+            vec![(key("dimension_count"), OwnedValue::U32(32))],
+        ] {
+            let plain = tiny(architecture, GgmlType::F32);
+            let keys: Vec<_> = keys.iter().map(|(k, v)| (k.as_str(), v.clone())).collect();
+            let model = rewritten(&plain, &keys, &plain, |_| false);
+            let vocab = model.config().vocab;
+            let step = [all(0, 0, tokens.len())];
+            let ours = logits(&mut load_whole(&model, options(1, 64)), &step, &tokens);
+            let theirs = logits(&mut whole(&model, options(1, 64)), &step, &tokens);
+            // The CPU's KV cache is of 16 bits.
+            assert_close(&ours, &theirs, vocab, 1e-5, &format!("{name} {keys:?}"));
+            let other = logits(&mut load_whole(&plain, options(1, 64)), &step, &tokens);
+            let last = |rows: &[f32]| rows[39 * vocab..].to_vec();
+            assert!(
+                1.0 - common::cosine(&last(&ours), &last(&other)) > 1e-4,
+                "{keys:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn matrices_of_a_layer_may_differ_in_type() {
+    let tokens = some_tokens(20);
+    for architecture in ARCHITECTURES {
+        // As in files called Q4_K_M.
+        let model = rewritten(
+            &tiny(architecture, GgmlType::Q4_K),
+            &[],
+            &tiny(architecture, GgmlType::Q6_K),
+            |name| name.contains("attn_v") || name.contains("ffn_down"),
+        );
+        let ours = logits(
+            &mut load_whole(&model, options(1, 64)),
+            &[all(0, 0, 20)],
+            &tokens,
+        );
+        let plain = reference::forward(&model, &tokens);
+        let what = format!("{architecture:?}");
+        assert_close(&ours, &plain, 300, tolerance(device()), &what);
     }
 }
 
