@@ -28,7 +28,7 @@
 //! Exported KV rows have the format of the CPU's stage.
 //!
 //! The graph is tested on ONNX Runtime's CPU provider, in f32 and in f16. **It has never run on a GPU**: with
-//! `HYDRAMESH_TEST_GPU=1` and a library that has the provider, the same tests run there.
+//! `make test-gpu` and a library that has the provider, the same tests run there.
 //!
 //! # Memory
 //! Packed weights live in the operators, not in ONNX Runtime's initialisers; the file's pages are dropped once they are

@@ -5,7 +5,7 @@ mod reference;
 
 use common::{last, logits, options, pipeline, quiet, some_tokens, tiny, whole};
 use mesh_engine::{LogitRows, Segment, Stage, StageError, StageInput};
-use mesh_engine_ort::{Device, DeviceStage, LoadError, OrtOptions, Precision};
+use mesh_engine_ort::{Device, DeviceStage, LoadError, OrtOptions, Precision, Provider};
 use mesh_model::gguf::Writer;
 use mesh_model::gguf::writer::OwnedValue;
 use mesh_model::synth::{Shape, Tokens, random_model};
@@ -42,6 +42,11 @@ fn tolerance(device: Device) -> f64 {
         Precision::F32 => 1e-9,
         Precision::F16 => 1e-3,
     }
+}
+
+/// The same where numbers of 16 bits come in anyway.
+fn roughly() -> f64 {
+    tolerance(device()).max(1e-5)
 }
 
 fn load(model: &Model, layers: std::ops::Range<u32>, options: OrtOptions) -> DeviceStage {
@@ -150,7 +155,13 @@ fn rotations_are_those_of_the_cpus_stage() {
             let ours = logits(&mut load_whole(&model, options(1, 64)), &step, &tokens);
             let theirs = logits(&mut whole(&model, options(1, 64)), &step, &tokens);
             // The CPU's KV cache is of 16 bits.
-            assert_close(&ours, &theirs, vocab, 1e-5, &format!("{name} {keys:?}"));
+            assert_close(
+                &ours,
+                &theirs,
+                vocab,
+                roughly(),
+                &format!("{name} {keys:?}"),
+            );
             let other = logits(&mut load_whole(&plain, options(1, 64)), &step, &tokens);
             let last = |rows: &[f32]| rows[39 * vocab..].to_vec();
             assert!(
@@ -250,7 +261,7 @@ fn exported_rows_continue_elsewhere_and_prefixes_in_other_slots() {
     assert_eq!(b.kv_export(1, 0..11).unwrap(), [head, tail].concat());
     let next = logits(&mut b, &[last(1, 11, 1)], &tokens[11..]);
     // Exported rows are of 16 bits.
-    assert_close(&next, &whole[11 * vocab..], vocab, 1e-5, "imported");
+    assert_close(&next, &whole[11 * vocab..], vocab, roughly(), "imported");
 
     a.copy_prefix(0, 1, 5).unwrap();
     assert_eq!((a.kv_len(0), a.kv_len(1)), (12, 5));
@@ -296,13 +307,13 @@ fn streams_move_between_the_cpus_stage_and_a_device() {
         let rows = cpu.kv_export(0, 0..11).unwrap();
         device.kv_import(0, 0, &rows).unwrap();
         let found = logits(&mut device, &[last(0, 11, 1)], &tokens[11..]);
-        assert_close(&found, &expected, 300, 1e-5, "to the device");
+        assert_close(&found, &expected, 300, roughly(), "to the device");
 
         let rows = device.kv_export(0, 0..11).unwrap();
         cpu.truncate(0, 0);
         cpu.kv_import(0, 0, &rows).unwrap();
         let found = logits(&mut cpu, &[last(0, 11, 1)], &tokens[11..]);
-        assert_close(&found, &expected, 300, 1e-5, "and back");
+        assert_close(&found, &expected, 300, roughly(), "and back");
     }
 }
 
@@ -359,6 +370,10 @@ fn the_graph_of_16_bits_agrees_loosely() {
         precision: Precision::F16,
         ..device()
     };
+    let most = match half.provider {
+        Provider::Cpu => 1e-4,
+        _ => tolerance(half),
+    };
     for architecture in ARCHITECTURES {
         for ty in TYPES {
             let model = tiny(architecture, ty);
@@ -373,7 +388,7 @@ fn the_graph_of_16_bits_agrees_loosely() {
                 &ours,
                 &plain,
                 vocab,
-                1e-4,
+                most,
                 &format!("{architecture:?} {ty:?}"),
             );
         }

@@ -8,10 +8,13 @@ use mesh_model::synth::{Shape, Tokens, random_model};
 use mesh_model::{Architecture, GgmlType, Model};
 use mesh_testkit::paths;
 
-/// Options for tests: ONNX Runtime from the cache, two threads.
+/// Options for tests: ONNX Runtime from the cache, or for a GPU the one that `ORT_DYLIB_PATH` names; two threads.
 pub(crate) fn options(slots: u32, context: u32) -> OrtOptions {
     OrtOptions {
-        library: Some(paths::ort_library().unwrap()),
+        library: match provider() {
+            Provider::Cpu => Some(paths::ort_library().unwrap()),
+            _ => None,
+        },
         threads: 2,
         slots,
         context,
