@@ -270,7 +270,9 @@ fn agree(found: &[f32], expected: &[f32]) -> Result<(), f64> {
     let norms = (dot(found, found) * dot(expected, expected)).sqrt();
     let cosine = match norms > 0.0 {
         true => dot(found, expected) / norms,
-        false => 1.0,
+        // Nothing agrees with nothing only.
+        false if found == expected => 1.0,
+        false => 0.0,
     };
     match cosine >= LEAST_COSINE {
         true => Ok(()),
@@ -283,3 +285,70 @@ const CHECK_ROWS: u32 = 8;
 
 /// Rounding of 16 bits on the device and of 8-bit activations on the CPU stay far above this; another result does not.
 const LEAST_COSINE: f64 = 0.98;
+
+#[cfg(test)]
+mod tests {
+    use mesh_model::synth::{Shape, Tokens, random_model};
+    use mesh_model::{Architecture, GgmlType};
+    use mesh_testkit::paths;
+
+    use super::*;
+    use crate::Precision;
+
+    fn options() -> OrtOptions {
+        OrtOptions {
+            library: Some(paths::ort_library().unwrap()),
+            threads: 2,
+            slots: 1,
+            context: 64,
+            ..OrtOptions::default()
+        }
+    }
+
+    fn half() -> Device {
+        Device {
+            precision: Precision::F16,
+            ..Device::new(Provider::Cpu)
+        }
+    }
+
+    fn check(model: &Model, layers: Range<u32>) {
+        compare_layer(model, &layers, &options(), half()).unwrap();
+        let mut stage = DeviceStage::load(model, layers, options(), half()).unwrap();
+        check_whole(&mut stage).unwrap();
+        assert_eq!(stage.kv_len(0), 0);
+    }
+
+    #[test]
+    fn a_provider_that_computes_what_it_should_passes_the_checks() {
+        for (architecture, ty) in [
+            (Architecture::Llama, GgmlType::Q4_0),
+            (Architecture::Qwen2, GgmlType::Q4_K),
+            (Architecture::Qwen3, GgmlType::Q6_K),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("tiny.gguf");
+            let shape = Shape {
+                layers: 4,
+                ..Shape::tiny(architecture)
+            };
+            random_model(&shape, ty, Tokens::Bytes, &path).unwrap();
+            let model = Model::open(&path).unwrap();
+            for layers in [0..4, 0..1, 1..3, 3..4] {
+                check(&model, layers);
+            }
+        }
+        let model = Model::open(paths::smollm2().unwrap()).unwrap();
+        check(&model, 0..30);
+        check(&model, 12..20);
+    }
+
+    #[test]
+    fn other_numbers_do_not_pass() {
+        let right: Vec<f32> = hidden(0..2, 64);
+        let wrong: Vec<f32> = right.iter().rev().copied().collect();
+        assert_eq!(agree(&right, &right), Ok(()));
+        assert!(agree(&wrong, &right).is_err_and(|cosine| cosine < 0.9));
+        assert!(agree(&vec![0.0; 128], &right).is_err());
+    }
+}
