@@ -109,6 +109,10 @@ pub fn open(
     options: OrtOptions,
     backend: Backend,
 ) -> Result<Opened, LoadError> {
+    // Without the library or the layers nothing runs anywhere: that is no provider's fault.
+    crate::runtime::environment(options.library.as_deref())?;
+    crate::check::layers(&layers, model.config().layers)?;
+    crate::check::options(&options, model.config().context)?;
     let mut refused = Vec::new();
     for provider in backend.providers() {
         match on_device(model, layers.clone(), &options, provider) {
@@ -140,7 +144,6 @@ fn on_device(
     provider: Provider,
 ) -> Result<DeviceStage, LoadError> {
     let device = Device::new(provider);
-    crate::check::layers(&layers, model.config().layers)?;
     let refused = |reason| LoadError::Provider { provider, reason };
     compare_layer(model, &layers, options, device)?;
     let mut stage = DeviceStage::load(model, layers, options.clone(), device)?;

@@ -100,6 +100,20 @@ fn a_backend_asked_for_by_name_fails_with_reason_and_remedy() {
 }
 
 #[test]
+fn what_no_backend_can_do_is_no_providers_fault() {
+    for backend in [Backend::Auto, Backend::Cuda, Backend::Cpu] {
+        let model = model();
+        let error = open(&model, 1..9, options(1, 64), backend).unwrap_err();
+        assert!(matches!(error, LoadError::Layers { .. }), "{error}");
+        let error = open(&model, 0..2, options(0, 64), backend).unwrap_err();
+        assert!(
+            matches!(error, LoadError::Option { name: "slots", .. }),
+            "{error}"
+        );
+    }
+}
+
+#[test]
 fn the_cpu_asked_for_by_name_tries_nothing_else() {
     let opened = opened(Backend::Cpu).unwrap();
     assert_eq!((opened.provider, opened.refused.len()), (Provider::Cpu, 0));
