@@ -57,10 +57,11 @@ impl Device {
 pub struct DeviceStage {
     info: StageInfo,
     device: Device,
-    session: Session,
-    allocator: Allocator,
     shape: Shape,
+    // Dropped in this order: the memory of the slots is the allocator's, which is the session's.
     slots: Vec<Slot>,
+    allocator: Allocator,
+    session: Session,
     /// On a first stage.
     embedding: Option<Embedding>,
     output: Vec<f32>,
