@@ -5,6 +5,7 @@ use std::time::{Instant, SystemTime};
 
 use futures::StreamExt;
 use mesh_engine::{Event as Answer, Request};
+use mesh_engine_ort::OrtStage;
 use mesh_net::quic::join;
 use mesh_net::trust::{Authority, Validity};
 use mesh_proto::{PartPhase, RingStage, Seat};
