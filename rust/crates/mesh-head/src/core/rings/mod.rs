@@ -294,8 +294,11 @@ impl Rings {
         for model in self.offered_models() {
             if self.wants_ring(&model) {
                 let prospect = match self.unplanned.get(&model) {
-                    Some((_, reason)) => Prospect::Impossible(reason.clone()),
-                    None => Prospect::Coming,
+                    // What has changed since may make a plan possible; that is seen in a moment.
+                    Some((_, reason)) if self.stirred.is_none() => {
+                        Prospect::Impossible(reason.clone())
+                    }
+                    _ => Prospect::Coming,
                 };
                 prospects.insert(model, prospect);
             }
