@@ -189,7 +189,7 @@ pub struct FormatChoice {
     pub reason: String,
 }
 
-/// The format in which layers decode fastest, by measurement. One within [`CLOSE`] of it that keeps the file's weights is
+/// The format in which layers decode fastest, by measurement. One within a tenth of it that keeps the file's weights is
 /// preferred, then the one that takes less memory. `None` if nothing was measured.
 pub fn choose_format(speeds: &[LayerSpeed]) -> Option<FormatChoice> {
     let named: Vec<(WeightFormat, &LayerSpeed)> = speeds
