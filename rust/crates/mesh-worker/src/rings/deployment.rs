@@ -195,6 +195,8 @@ impl Deployment {
             .collect();
         let last = ring.stages.len() as u32 - 1;
         let drives = ring.stages.last().is_some_and(|stage| holds(&stage.seat));
+        let alone = ring.stages.iter().all(|stage| holds(&stage.seat));
+        self.rings.set_alone(self.id, alone);
         self.ring = ring;
         // First what is no longer needed: there may be no room for both.
         self.parts.retain(|stage, _| wanted.contains(stage));

@@ -14,7 +14,7 @@ mod streams;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -44,6 +44,8 @@ pub(crate) struct Rings {
     profile: mesh_proto::NodeProfile,
     net: Mutex<Option<Net>>,
     deployments: Mutex<HashMap<u64, mpsc::UnboundedSender<Event>>>,
+    /// Rings of which this worker runs every stage.
+    alone: Mutex<HashSet<u64>>,
     changed: Notify,
     served: Mutex<Vec<Served>>,
     /// To the head, while there is a link to it.
@@ -84,6 +86,7 @@ impl Rings {
             profile,
             net: Mutex::new(None),
             deployments: Mutex::default(),
+            alone: Mutex::default(),
             changed: Notify::new(),
             served: Mutex::default(),
             head: Mutex::default(),
@@ -194,15 +197,32 @@ impl Rings {
             .collect()
     }
 
-    /// Resolves when no ring has a part here any more, or the link to the head is gone.
+    /// Resolves when no ring with others has a part here any more, or the link to the head is gone.
     pub(crate) async fn emptied(&self) {
         loop {
             let changed = self.changed.notified();
-            if lock(&self.deployments).is_empty() {
+            if self.shared() == 0 {
                 return;
             }
             changed.await;
         }
+    }
+
+    /// Rings with others that have a part here.
+    pub(crate) fn shared(&self) -> usize {
+        let (deployments, alone) = (lock(&self.deployments), lock(&self.alone));
+        let shared = deployments.keys().filter(|ring| !alone.contains(ring));
+        shared.count()
+    }
+
+    /// Whether this worker runs every stage of a ring: then there is nobody to hand it over to.
+    fn set_alone(&self, ring: u64, alone: bool) {
+        if alone {
+            lock(&self.alone).insert(ring);
+        } else {
+            lock(&self.alone).remove(&ring);
+        }
+        self.changed.notify_waiters();
     }
 
     fn node_id(&self) -> String {
@@ -234,6 +254,7 @@ impl Rings {
         };
         if deployments.get(&ring).is_some_and(is_own) {
             deployments.remove(&ring);
+            lock(&self.alone).remove(&ring);
         }
         drop(deployments);
         self.changed.notify_waiters();
