@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use mesh_engine::RequestError;
@@ -696,8 +697,11 @@ impl Deployment {
                     state.phase = PartPhase::Failed.into();
                     state.error.clone_from(error);
                 }
+                Hosted::Ready { part, .. } if part.gauges.broken.load(Relaxed) => {
+                    state.phase = PartPhase::Failed.into();
+                    state.error = "a step panicked; see the worker's log".to_owned();
+                }
                 Hosted::Ready { part, loaded } => {
-                    use std::sync::atomic::Ordering::Relaxed;
                     (state.load_seconds, state.weight_bytes) =
                         (loaded.seconds, loaded.weight_bytes);
                     state.lag_rows = part.gauges.lag.load(Relaxed);
