@@ -32,11 +32,12 @@ mod kv;
 mod onnx;
 mod operators;
 mod options;
+mod requantise;
 mod runtime;
 mod shared;
 mod stage;
 mod tensors;
 mod weights;
 
-pub use options::{LoadError, OrtOptions};
+pub use options::{LoadError, OrtOptions, WeightFormat};
 pub use stage::OrtStage;

@@ -20,6 +20,8 @@ pub struct OrtOptions {
     /// bytes read, and perplexity does not change (docs/benchmarks.md). All stages of a model must agree on it for their
     /// results to be the same bit for bit.
     pub compact: bool,
+    /// What the weights are held as. Stages of one model may differ in it: each computes what its own weights say.
+    pub weights: WeightFormat,
     /// Measure the time spent in each operator, see [`OrtStage::profile`](crate::OrtStage::profile).
     pub profile: bool,
 }
@@ -33,8 +35,43 @@ impl Default for OrtOptions {
             context: 0,
             max_rows: 128,
             compact: true,
+            weights: WeightFormat::File,
             profile: false,
         }
+    }
+}
+
+/// What the weights are held as in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum WeightFormat {
+    /// As they are stored in the file.
+    #[default]
+    File,
+    /// All matrices as Q8_0: for processors that multiply bytes faster than they unpack nibbles.
+    Int8,
+    /// The layers' matrices as Q4_1 where the file has more than 4 bits; embedding and output stay as they are, since they are
+    /// what a small model can least afford to lose bits of.
+    Int4,
+}
+
+impl WeightFormat {
+    /// All of them.
+    pub const ALL: [WeightFormat; 3] = [WeightFormat::File, WeightFormat::Int8, WeightFormat::Int4];
+
+    /// `file`, `int8` or `int4`.
+    pub fn name(self) -> &'static str {
+        match self {
+            WeightFormat::File => "file",
+            WeightFormat::Int8 => "int8",
+            WeightFormat::Int4 => "int4",
+        }
+    }
+
+    /// The format with this [`WeightFormat::name`].
+    pub fn from_name(name: &str) -> Option<WeightFormat> {
+        WeightFormat::ALL
+            .into_iter()
+            .find(|format| format.name() == name)
     }
 }
 

@@ -64,6 +64,7 @@ impl OrtStage {
                 coded_scales: options.compact,
                 ..PackOptions::default()
             },
+            options.weights,
         )?;
         let kv = Kv::new(KvShape {
             layers: layers.len(),

@@ -5,7 +5,8 @@ use std::ops::Range;
 use mesh_kernels::{PackOptions, Pool, QMatrix, WeightType};
 use mesh_model::{GgmlType, Gguf, Model, ModelConfig, dequantize};
 
-use crate::options::LoadError;
+use crate::options::{LoadError, WeightFormat};
+use crate::requantise::requantise;
 
 /// The weights of a range of layers, and of embedding and head where the range has them.
 pub(crate) struct Weights {
@@ -43,12 +44,14 @@ impl Weights {
         layers: Range<u32>,
         pool: &Pool,
         options: PackOptions,
+        format: WeightFormat,
     ) -> Result<Weights, LoadError> {
         let loader = Loader {
             gguf: model.gguf(),
             config: model.config(),
             pool,
             options,
+            format,
         };
         let first = layers.start == 0;
         let last = layers.end == loader.config.layers;
@@ -103,6 +106,7 @@ struct Loader<'a> {
     config: &'a ModelConfig,
     pool: &'a Pool,
     options: PackOptions,
+    format: WeightFormat,
 }
 
 impl Loader<'_> {
@@ -176,7 +180,13 @@ impl Loader<'_> {
             )));
         };
         let (outputs, inputs) = (outputs as usize, inputs as usize);
-        QMatrix::pack_with(self.pool, ty, outputs, inputs, tensor.data, self.options)
+        let in_layer = name.starts_with("blk.");
+        let changed = requantise(self.format, in_layer, &tensor, inputs, self.pool);
+        let (ty, data) = match &changed {
+            Some((ty, data)) => (*ty, data.as_slice()),
+            None => (ty, tensor.data),
+        };
+        QMatrix::pack_with(self.pool, ty, outputs, inputs, data, self.options)
             .map_err(|error| failed(error.to_string()))
     }
 

@@ -1,0 +1,167 @@
+//! Weights in another format than the file's, in blocks of 32 as ggml defines them (ggml-common.h).
+
+use std::sync::{Mutex, PoisonError};
+
+use half::f16;
+use mesh_kernels::{Pool, WeightType};
+use mesh_model::gguf::Tensor;
+use mesh_model::{GgmlType, dequantize};
+
+use crate::options::WeightFormat;
+
+/// The rows of a matrix with `inputs` columns in the blocks of `format`; `None` if they stay as they are: because they have
+/// that format, because fewer bits than now would not be fewer, or because rows are not whole blocks.
+pub(crate) fn requantise(
+    format: WeightFormat,
+    in_layer: bool,
+    tensor: &Tensor<'_>,
+    inputs: usize,
+    pool: &Pool,
+) -> Option<(WeightType, Vec<u8>)> {
+    let four_bits = matches!(tensor.ty, GgmlType::Q4_0 | GgmlType::Q4_1 | GgmlType::Q4_K);
+    let ty = match format {
+        WeightFormat::Int8 if tensor.ty != GgmlType::Q8_0 => WeightType::Q8_0,
+        WeightFormat::Int4 if in_layer && !four_bits => WeightType::Q4_1,
+        _ => return None,
+    };
+    if inputs == 0 || !inputs.is_multiple_of(BLOCK) {
+        return None;
+    }
+    let rows = tensor.elements() as usize / inputs;
+    let row_bytes = ty.row_bytes(inputs).ok()?;
+    let source_bytes = tensor.ty.bytes_for(inputs as u64)? as usize;
+    let mut out = vec![0; rows.checked_mul(row_bytes)?];
+    let tasks: Vec<Mutex<&mut [u8]>> = out
+        .chunks_mut(row_bytes * ROWS_PER_TASK)
+        .map(Mutex::new)
+        .collect();
+    pool.run(tasks.len(), &|task| {
+        let mut out = tasks[task].lock().unwrap_or_else(PoisonError::into_inner);
+        let source = &tensor.data[task * ROWS_PER_TASK * source_bytes..];
+        let mut row = vec![0.0; inputs];
+        for (out, source) in out
+            .chunks_mut(row_bytes)
+            .zip(source.chunks_exact(source_bytes))
+        {
+            dequantize(tensor.ty, source, &mut row).expect("a whole row of the tensor's type");
+            let (blocks, _) = row.as_chunks::<BLOCK>();
+            for (out, block) in out.chunks_mut(ty.block_bytes()).zip(blocks) {
+                match ty {
+                    WeightType::Q8_0 => q8_0(block, out),
+                    _ => q4_1(block, out),
+                }
+            }
+        }
+    });
+    drop(tasks);
+    Some((ty, out))
+}
+
+/// Scale, then signed bytes: the largest weight becomes 127 or -127.
+fn q8_0(block: &[f32; BLOCK], out: &mut [u8]) {
+    let largest = block.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+    let d = f16::from_f32(largest / 127.0);
+    out[..2].copy_from_slice(&d.to_le_bytes());
+    let scale = inverse(d);
+    for (out, x) in out[2..].iter_mut().zip(block) {
+        *out = ((x * scale).round() as i8).max(-127).cast_unsigned();
+    }
+}
+
+/// Scale, minimum, then nibbles: the smallest weight becomes 0, the largest 15.
+fn q4_1(block: &[f32; BLOCK], out: &mut [u8]) {
+    let least = block.iter().copied().fold(f32::INFINITY, f32::min);
+    let most = block.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let m = f16::from_f32(least);
+    let d = f16::from_f32((most - least) / 15.0);
+    out[..2].copy_from_slice(&d.to_le_bytes());
+    out[2..4].copy_from_slice(&m.to_le_bytes());
+    let scale = inverse(d);
+    let code = |x: f32| (((x - m.to_f32()) * scale).round() as u8).min(15);
+    let (low, high) = block.split_at(BLOCK / 2);
+    for ((out, low), high) in out[4..].iter_mut().zip(low).zip(high) {
+        *out = code(*low) | code(*high) << 4;
+    }
+}
+
+/// Codes are made with the scale that is stored, not with the one before rounding.
+fn inverse(d: f16) -> f32 {
+    match d.to_f32() {
+        d if d > 0.0 => 1.0 / d,
+        _ => 0.0,
+    }
+}
+
+/// Weights in a block.
+const BLOCK: usize = 32;
+const ROWS_PER_TASK: usize = 16;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn weights(rows: usize, inputs: usize) -> Vec<f32> {
+        let mut state = 1u32;
+        (0..rows * inputs)
+            .map(|_| {
+                state = state.wrapping_mul(1664525).wrapping_add(1013904223);
+                (state >> 8) as f32 / (1 << 24) as f32 - 0.4
+            })
+            .collect()
+    }
+
+    fn bytes(data: &[f32]) -> Vec<u8> {
+        data.iter().flat_map(|x| x.to_le_bytes()).collect()
+    }
+
+    fn tensor<'a>(ty: GgmlType, dims: &'a [u64], data: &'a [u8]) -> Tensor<'a> {
+        Tensor {
+            name: "blk.0.ffn_up.weight",
+            ty,
+            dims,
+            data,
+        }
+    }
+
+    #[test]
+    fn weights_are_off_by_half_a_step_at_most() {
+        let (rows, inputs) = (37, 96);
+        let weights = weights(rows, inputs);
+        let file = bytes(&weights);
+        let dims = [inputs as u64, rows as u64];
+        let tensor = tensor(GgmlType::F32, &dims, &file);
+        // A block spans at most 1: a step is 1/15, or at most 0.6/127; f16 scale and minimum round once more.
+        for (format, ggml, most) in [
+            (WeightFormat::Int8, GgmlType::Q8_0, 0.6 / 127.0 * 0.6),
+            (WeightFormat::Int4, GgmlType::Q4_1, 1.0 / 15.0 * 0.52),
+        ] {
+            let pool = Pool::new(2);
+            let (_, packed) = requantise(format, true, &tensor, inputs, &pool).expect("changed");
+            let mut back = vec![0.0; rows * inputs];
+            dequantize(ggml, &packed, &mut back).expect("whole blocks");
+            let worst = weights.iter().zip(&back).map(|(a, b)| (a - b).abs());
+            let worst = worst.fold(0.0, f32::max);
+            assert!(worst <= most, "{format:?}: {worst} > {most}");
+            assert!(
+                worst > most / 3.0,
+                "{format:?}: {worst} is too good to be true"
+            );
+        }
+    }
+
+    #[test]
+    fn what_has_the_format_already_stays() {
+        let pool = Pool::new(1);
+        let file = vec![0; 34 * 2];
+        let eight = tensor(GgmlType::Q8_0, &[32, 2], &file);
+        assert!(requantise(WeightFormat::Int8, true, &eight, 32, &pool).is_none());
+        assert!(requantise(WeightFormat::File, true, &eight, 32, &pool).is_none());
+        assert!(requantise(WeightFormat::Int4, false, &eight, 32, &pool).is_none());
+        let (ty, data) = requantise(WeightFormat::Int4, true, &eight, 32, &pool).expect("fewer");
+        assert_eq!((ty, data), (WeightType::Q4_1, vec![0; 40]));
+        // Rows of 33 are not whole blocks.
+        let odd = bytes(&weights(1, 66));
+        let odd = tensor(GgmlType::F32, &[33, 2], &odd);
+        assert!(requantise(WeightFormat::Int8, true, &odd, 33, &pool).is_none());
+    }
+}
