@@ -251,3 +251,14 @@ fn senseless_offers_make_no_ring_and_no_panic() {
         assert!(mesh.rings.view(mesh.now).is_empty());
     }
 }
+
+#[test]
+fn one_senseless_offer_does_not_spoil_the_others() {
+    let mut mesh = Mesh::new(|_| {});
+    mesh.join_with("x", 50, |offer| offer.shards[0].layer_bytes = u64::MAX);
+    mesh.join("a", 7);
+    mesh.join("b", 7);
+    mesh.pass(2.0);
+    assert_eq!(mesh.members().len(), 2);
+    assert!(!mesh.members().contains(&"x".to_owned()));
+}
