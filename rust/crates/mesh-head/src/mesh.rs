@@ -315,9 +315,14 @@ impl Mesh {
         let registry = &state.placement.registry;
         let answers = |worker: &Worker| {
             let proven = |model: &ServedModel| {
-                model.proven
-                    && asked.is_none_or(|asked| asked == model.card.name)
-                    && (!worker.draining || model.ring.is_some())
+                let in_service = match model.ring {
+                    None => !worker.draining,
+                    Some(ring) => {
+                        let node = worker.node_id().unwrap_or_default();
+                        state.rings.serves_since(ring, node).flatten().is_some()
+                    }
+                };
+                model.proven && in_service && asked.is_none_or(|asked| asked == model.card.name)
             };
             // A v5.0.0 worker cannot be asked for one token, so its heartbeat has to do.
             worker.models.iter().any(proven)
