@@ -168,6 +168,11 @@ impl Mesh {
         self.config.default_model.clone().or_else(first)
     }
 
+    /// Whether a worker serves this model now or did lately, or workers offer its layers.
+    pub fn knows_model(&self, name: &str) -> bool {
+        self.lock().placement.knows_model(name)
+    }
+
     /// Enters a worker that said Hello on this link.
     pub fn join(&self, link: &Link, hello: Hello, orders: mpsc::Sender<Message>) -> WorkerId {
         let now = Instant::now();
