@@ -142,7 +142,10 @@ impl Rings {
             return;
         };
         let lacking = ring.stages.iter().any(|stage| stage.standby.is_none());
+        // A ring that is about to be replaced made room for its successor.
+        let outgoing = self.rings.values().any(|other| other.replaces == Some(id));
         if !lacking
+            || outgoing
             || ring.serving_since.is_none()
             || ring.retiring.is_some()
             || !ring.lost.is_empty()

@@ -1,6 +1,6 @@
 //! Rebalancing: a ring that a fresh plan would beat clearly is replaced by a better one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use arcanum_profiler::{Objective, Plan, evaluate};
@@ -33,8 +33,8 @@ pub struct Comparison {
 /// What to do about a comparison.
 enum Remedy {
     Nothing,
-    /// A new ring while the old one serves.
-    Beside(Box<Planned>),
+    /// A new ring while the old one serves, perhaps without its standbys.
+    Beside(Box<Planned>, bool),
     /// The old ring ends first.
     Instead(Box<Planned>),
 }
@@ -170,15 +170,29 @@ impl Rings {
             return (verdict, Remedy::Nothing);
         }
         // A worker knows requests by their model: one driver cannot serve both rings.
-        let beside = self.place(&ring.model, &[], now).ok().filter(|beside| {
+        let fits = |beside: &Planned| {
             let driver = beside.plan.stages.last().map(|stage| stage.node.as_str());
             self.gain(old, &beside.plan) > margin
                 && driver.is_some_and(|driver| driver != ring.driver())
+        };
+        let beside = self.place(&ring.model, &[], now).ok().filter(fits);
+        // A while without standbys is better than a while without the model.
+        let beside = beside.map(|planned| (planned, false)).or_else(|| {
+            let mut bare = self.clone();
+            let stages = &mut bare.rings.get_mut(&ring.id)?.stages;
+            stages.iter_mut().for_each(|stage| stage.standby = None);
+            let planned = bare.place(&ring.model, &[], now).ok().filter(fits)?;
+            Some((planned, true))
         });
         match beside {
-            Some(beside) => (
+            Some((beside, true)) => (
+                "the new ring is formed beside the old one, which gives its standbys up for that and goes on until it serves"
+                    .into(),
+                Remedy::Beside(Box::new(beside), true),
+            ),
+            Some((beside, false)) => (
                 "the new ring is formed beside the old one, which goes on until it serves".into(),
-                Remedy::Beside(Box::new(beside)),
+                Remedy::Beside(Box::new(beside), false),
             ),
             None => (
                 "the old ring ends, then the new one is formed: requests wait for it".into(),
@@ -194,7 +208,10 @@ impl Rings {
         let model = ring.model.clone();
         match remedy {
             Remedy::Nothing => return,
-            Remedy::Beside(planned) => {
+            Remedy::Beside(planned, bare) => {
+                if bare {
+                    self.give_up_standbys(id);
+                }
                 self.form(
                     &model,
                     *planned,
@@ -215,6 +232,19 @@ impl Rings {
             }
         }
         self.last_rebalance = Some(now);
+    }
+
+    /// Frees what a ring's standbys take; nothing that runs is disturbed.
+    fn give_up_standbys(&mut self, id: u64) {
+        let Some(ring) = self.rings.get_mut(&id) else {
+            return;
+        };
+        let before: BTreeSet<String> = ring.parts().map(|part| part.node.clone()).collect();
+        ring.stages
+            .iter_mut()
+            .for_each(|stage| stage.standby = None);
+        ring.reason = "its standbys make room for a faster ring".into();
+        self.broadcast(id, &before);
     }
 
     /// Which part of the ring's cost the plan saves.

@@ -39,6 +39,80 @@ fn a_clearly_better_plan_is_formed_beside_the_ring_and_takes_over_when_it_serves
 }
 
 #[test]
+fn a_newcomer_that_could_stand_by_is_first_looked_at_as_a_member() {
+    let mut mesh = Mesh::serving(|_| {}, &[("a", 7), ("b", 7)]);
+    let old = mesh.id();
+    mesh.join_with("f", 13, fast);
+    assert_eq!(mesh.standbys(), [None, None], "not at once");
+    mesh.pass(2.0);
+    assert!(
+        mesh.rings
+            .rings
+            .values()
+            .any(|ring| ring.replaces == Some(old)),
+        "{:?}",
+        mesh.rings.view(mesh.now)
+    );
+    mesh.check();
+}
+
+#[test]
+fn standbys_make_room_for_a_better_ring_and_come_back_if_it_fails() {
+    let mut mesh = Mesh::serving(|_| {}, &[("a", 7), ("b", 7)]);
+    let (old, driver) = (mesh.id(), mesh.members()[1].clone());
+    mesh.rings.last_rebalance = Some(mesh.now);
+    mesh.join_with("f", 13, fast);
+    mesh.pass(2.0);
+    mesh.all_work();
+    assert_eq!(
+        mesh.standbys()[0].as_deref(),
+        Some("f"),
+        "it stands by while it may not be more"
+    );
+    let compared = mesh
+        .rings
+        .rebalance(None, false, mesh.now)
+        .unwrap()
+        .remove(0);
+    assert!(
+        compared.verdict.contains("gives its standbys up"),
+        "{}",
+        compared.verdict
+    );
+    mesh.poll();
+    mesh.check();
+    assert_eq!(mesh.rings.view(mesh.now).len(), 2);
+    assert!(
+        mesh.serving.contains_key(&(driver, MODEL.to_owned())),
+        "the old one goes on"
+    );
+    let told = &mesh.told[&("f".to_owned(), old)];
+    assert_eq!(told.epoch, 1);
+    assert!(told.stages.iter().all(|stage| stage.standby.is_none()));
+    mesh.pass(10.0);
+    assert!(
+        mesh.rings.rings[&old]
+            .stages
+            .iter()
+            .all(|stage| stage.standby.is_none()),
+        "room is room"
+    );
+
+    let new = *mesh.rings.rings.keys().find(|id| **id != old).unwrap();
+    let failed = mesh.report("f", new, PartPhase::Failed);
+    mesh.rings.state("f", failed, mesh.now);
+    mesh.pass(2.0);
+    assert_eq!((mesh.id(), mesh.ring().state), (old, "serving"));
+    mesh.pass(12.0);
+    assert_eq!(
+        mesh.standbys()[0].as_deref(),
+        Some("f"),
+        "it failed at the whole, for now"
+    );
+    mesh.check();
+}
+
+#[test]
 fn a_ring_on_its_way_out_ends_at_the_limit() {
     let mut mesh = Mesh::serving(|settings| settings.standbys = false, &[("a", 7), ("b", 7)]);
     let old = mesh.id();
