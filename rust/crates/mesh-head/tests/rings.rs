@@ -40,6 +40,19 @@ impl TestHead {
         .await;
     }
 
+    /// The ring serves, and every stage has a standby that is loaded.
+    async fn until_covered(&self) {
+        self.until_serving().await;
+        eventually("every stage has a standby", || async {
+            let ring = self.ring().await;
+            let stages = ring["stages"].as_array().unwrap();
+            stages
+                .iter()
+                .all(|stage| stage["standby"]["phase"] == "ready")
+        })
+        .await;
+    }
+
     async fn admin(&self, path: &str, body: Value) -> (u16, Value) {
         let request = self.http.post(self.url(path)).bearer_auth(self.admin_key());
         let answer = request.body(body.to_string()).send().await.unwrap();
@@ -78,13 +91,17 @@ fn standby<'a>(ring: &Value, stage: usize, shards: &'a [Shard]) -> &'a Shard {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_model_that_two_workers_hold_together_is_served() {
-    let head = start(|_| {}).await;
+    let head = start(|config| config.sharding.gather = Duration::from_secs(1)).await;
     let (status, body) = head.get("/ready").await;
     assert_eq!(
         (status, &body["reason"]),
         (503, &json!("no worker is connected"))
     );
     let shards = [head.shard("a", 7).await, head.shard("b", 7).await];
+    eventually("both have offered", || async {
+        head.get("/v1/mesh").await.1["unformed"] == json!([])
+    })
+    .await;
     // It comes before the ring does, and waits.
     let (status, answer) = head.post("/v1/chat/completions", chat("why?", 5)).await;
     assert_eq!(status, 200, "{answer}");
@@ -117,7 +134,7 @@ async fn an_answer_goes_on_when_the_driver_dies() {
         head.shard("b", 7).await,
         head.shard("s", 14).await,
     ];
-    head.until_serving().await;
+    head.until_covered().await;
     let ring = head.ring().await;
     let (driver, next) = (member(&ring, 1, &shards), standby(&ring, 1, &shards));
     let death = async {
@@ -155,7 +172,7 @@ async fn an_answer_outlasts_a_recovery_that_takes_longer_than_the_silence_limit(
         head.shard("b", 7).await,
         head.shard("s", 14).await,
     ];
-    head.until_serving().await;
+    head.until_covered().await;
     let ring = head.ring().await;
     let (driver, next) = (member(&ring, 1, &shards), standby(&ring, 1, &shards));
     next.hold.store(true, Ordering::SeqCst);
@@ -199,7 +216,7 @@ async fn a_driver_that_falls_silent_is_replaced() {
     for name in ["a", "b"] {
         shards.push(Shard::join(&head, name, 7, silent.clone()).await);
     }
-    head.until_serving().await;
+    head.until_covered().await;
     let ring = head.ring().await;
     let driver = member(&ring, 1, &shards);
     assert_eq!(head.ask("why?").await, (truth("why?", TOKENS), 1));
@@ -220,7 +237,7 @@ async fn a_member_that_the_driver_complains_about_is_replaced() {
         head.shard("b", 7).await,
         head.shard("s", 14).await,
     ];
-    head.until_serving().await;
+    head.until_covered().await;
     let ring = head.ring().await;
     let (first, driver, spare) = (
         member(&ring, 0, &shards),
@@ -282,7 +299,7 @@ async fn a_drained_member_hands_over_and_an_undrained_one_is_used_again() {
         head.shard("b", 7).await,
         head.shard("s", 14).await,
     ];
-    head.until_serving().await;
+    head.until_covered().await;
     let ring = head.ring().await;
     let (driver, spare) = (member(&ring, 1, &shards), standby(&ring, 1, &shards));
     let drained = async {

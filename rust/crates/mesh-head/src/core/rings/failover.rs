@@ -62,6 +62,7 @@ impl Rings {
         }
         let reason = format!("{reason}; {}", taken.join(", "));
         next.lost.clear();
+        next.moves.clear();
         next.next_epoch(reason.clone(), now);
         self.actions.push(Action::Note(Note::Failover {
             ring: id,

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use arcanum_profiler::{Objective, Plan, evaluate};
 
 use super::plan::Planned;
-use super::ring::Ring;
-use super::{Prospect, Rings};
+use super::ring::{Part, Ring};
+use super::{Action, Note, Prospect, Rings};
 
 /// A ring against a fresh plan for its model.
 #[derive(Debug, Clone)]
@@ -33,6 +33,8 @@ pub struct Comparison {
 /// What to do about a comparison.
 enum Remedy {
     Nothing,
+    /// Single stages move to other workers while the ring serves.
+    Move(Box<Ring>),
     /// A new ring while the old one serves, perhaps without its standbys.
     Beside(Box<Planned>, bool),
     /// The old ring ends first.
@@ -119,6 +121,11 @@ impl Rings {
                 ring.reason_of_change
             ));
         }
+        if !ring.moves.is_empty() {
+            return Err(format!(
+                "stages of the ring of {model:?} are moving already"
+            ));
+        }
         if self.rings.values().any(|other| other.replaces == Some(id)) {
             return Err(format!(
                 "a better ring of {model:?} is being formed already"
@@ -169,6 +176,12 @@ impl Rings {
             );
             return (verdict, Remedy::Nothing);
         }
+        if let Some(next) = self.moves(ring, &fresh) {
+            return (
+                "its stages move to faster workers while it serves".into(),
+                Remedy::Move(Box::new(next)),
+            );
+        }
         // A worker knows requests by their model: one driver cannot serve both rings.
         let fits = |beside: &Planned| {
             let driver = beside.plan.stages.last().map(|stage| stage.node.as_str());
@@ -208,6 +221,17 @@ impl Rings {
         let model = ring.model.clone();
         match remedy {
             Remedy::Nothing => return,
+            Remedy::Move(mut next) => {
+                let before: BTreeSet<String> = ring.parts().map(|part| part.node.clone()).collect();
+                next.reason = "stages are to move to faster workers".into();
+                self.actions.push(Action::Note(Note::Standbys {
+                    ring: id,
+                    model,
+                    reason: next.layout(|node| self.name(node).to_owned()),
+                }));
+                self.rings.insert(id, *next);
+                self.broadcast(id, &before);
+            }
             Remedy::Beside(planned, bare) => {
                 if bare {
                     self.give_up_standbys(id);
@@ -232,6 +256,44 @@ impl Rings {
             }
         }
         self.last_rebalance = Some(now);
+    }
+
+    /// Where a plan cuts the model as the ring does, and only other workers hold some of the stages: the ring with those
+    /// workers as standbys, which then take over. `None` where that is not so, or memory does not allow it.
+    fn moves(&self, ring: &Ring, fresh: &Planned) -> Option<Ring> {
+        let planned = &fresh.plan.stages;
+        let same_cut = planned.len() == ring.stages.len()
+            && planned
+                .iter()
+                .zip(&ring.stages)
+                .all(|(planned, stage)| planned.layers == stage.layers);
+        if !same_cut {
+            return None;
+        }
+        let mut next = ring.clone();
+        for (index, planned) in planned.iter().enumerate() {
+            if planned.node != ring.stages[index].member.node {
+                next.moves.insert(index, planned.node.clone());
+            }
+        }
+        if next.moves.values().any(|node| ring.has_member(node)) {
+            return None;
+        }
+        let wanted: BTreeSet<String> = next.moves.values().cloned().collect();
+        for (index, stage) in next.stages.iter_mut().enumerate() {
+            let better = next.moves.get(&index);
+            let standby = stage.standby.as_ref().map(|part| &part.node);
+            if better.is_some() && better != standby {
+                stage.standby = better.cloned().map(Part::new);
+                stage.member.lag_rows = 0;
+            } else if better.is_none() && standby.is_some_and(|node| wanted.contains(node)) {
+                // Its memory is needed for the stage that it takes over.
+                stage.standby = None;
+            }
+        }
+        let fits = |node: &String| self.free(node, &[ring.id]) >= next.bytes_on(node);
+        let all_fit = next.moves.values().all(fits);
+        (!next.moves.is_empty() && all_fit).then_some(next)
     }
 
     /// Frees what a ring's standbys take; nothing that runs is disturbed.

@@ -211,9 +211,15 @@ fn rebalancing_keeps_its_pace_and_its_hands_off_a_ring_that_recovers() {
     mesh.rings.last_rebalance = Some(mesh.now);
     mesh.all_work();
     mesh.pass(59.0);
-    assert_eq!(mesh.id(), ring, "not within a minute of the last one");
+    assert!(
+        mesh.rings.rings[&ring].moves.is_empty(),
+        "not within a minute of the last one"
+    );
     mesh.pass(1.5);
-    assert_eq!(mesh.rings.view(mesh.now).len(), 2);
+    assert!(
+        !mesh.rings.rings[&ring].moves.is_empty(),
+        "now its stages move to the faster ones"
+    );
 }
 
 #[test]
@@ -245,5 +251,74 @@ fn the_old_ring_lost_while_its_successor_is_formed_is_not_formed_again() {
     mesh.rings.running(old, 0);
     mesh.pass(301.0);
     assert_eq!(mesh.members(), ["f"]);
+    mesh.check();
+}
+
+/// A ring of two workers, one of which was lost to a slow spare and has come back.
+fn one_has_come_back() -> (Mesh, String) {
+    let mut mesh = Mesh::new(|settings| settings.stages = Some(2));
+    mesh.join("a", 7);
+    mesh.join("b", 7);
+    mesh.join_with("s", 14, |offer| offer.shards[0].decode_us = 3000.0);
+    mesh.pass(2.0);
+    mesh.all_work();
+    let lost = mesh.members()[1].clone();
+    mesh.leave(&[&lost]);
+    assert_eq!(mesh.members()[1], "s");
+    mesh.all_work();
+    mesh.join(&lost, 7);
+    mesh.pass(2.0);
+    (mesh, lost)
+}
+
+#[test]
+fn a_stage_moves_to_a_faster_worker_while_the_ring_serves() {
+    let (mut mesh, back) = one_has_come_back();
+    let ring = mesh.id();
+    assert_eq!((mesh.ring().epoch, mesh.ring().state), (2, "serving"));
+    assert_eq!(
+        mesh.standbys()[1],
+        Some(back.clone()),
+        "it loads the stage and catches up"
+    );
+    assert_eq!(mesh.members()[1], "s");
+    mesh.ready(&back, ring);
+    mesh.pass(1.0);
+    assert_eq!((mesh.id(), mesh.ring().epoch), (ring, 3));
+    assert_eq!(mesh.members()[1], back);
+    mesh.check();
+    mesh.all_work();
+    assert_eq!(mesh.ring().state, "serving");
+    assert_eq!(
+        mesh.standbys()[1].as_deref(),
+        Some("s"),
+        "as it was in the beginning"
+    );
+    assert_eq!(mesh.failovers(), 1, "the loss, not the move");
+    mesh.pass(200.0);
+    assert_eq!(mesh.ring().epoch, 3, "and that is that");
+}
+
+#[test]
+fn a_move_that_fails_leaves_the_ring_as_it_is() {
+    let (mut mesh, back) = one_has_come_back();
+    let ring = mesh.id();
+    mesh.leave(&[&back]);
+    mesh.pass(5.0);
+    assert_eq!(
+        (mesh.id(), mesh.ring().epoch, mesh.ring().state),
+        (ring, 2, "serving")
+    );
+    assert!(mesh.rings.rings[&ring].moves.is_empty());
+    assert_eq!(mesh.members()[1], "s");
+    mesh.check();
+
+    let (mut mesh, back) = one_has_come_back();
+    let ring = mesh.id();
+    // The slow one dies before the faster one has loaded: it takes over all the same.
+    mesh.leave(&["s"]);
+    assert_eq!((mesh.id(), mesh.ring().epoch), (ring, 3));
+    assert_eq!(mesh.members()[1], back);
+    assert!(mesh.rings.rings[&ring].moves.is_empty());
     mesh.check();
 }
