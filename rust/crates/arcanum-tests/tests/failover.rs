@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use arcanum_tests::rescore::{Judge, Transcript};
+use arcanum_tests::{Seed, alone};
 use mesh_testkit::Mesh;
 use mesh_testkit::client::http::HttpClient;
-use mesh_tests::rescore::{Judge, Transcript};
-use mesh_tests::{Seed, alone};
 use serde_json::json;
 
 const CHATS: usize = 100;
