@@ -26,6 +26,7 @@ pub struct Launcher {
     bin_dir: PathBuf,
     environment: Vec<(String, String)>,
     own_group: bool,
+    wrapper: Vec<String>,
 }
 
 impl Launcher {
@@ -38,6 +39,7 @@ impl Launcher {
             bin_dir: paths::bin_dir()?,
             environment: vec![("ORT_DYLIB_PATH".to_owned(), text(&paths::ort_library()?)?)],
             own_group: false,
+            wrapper: Vec::new(),
         })
     }
 
@@ -64,7 +66,17 @@ impl Launcher {
             bin_dir,
             environment: vec![("ORT_DYLIB_PATH".to_owned(), text(ort_library)?)],
             own_group: true,
+            wrapper: Vec::new(),
         })
+    }
+
+    /// The same services, started by `wrapper` (`ip netns exec NAME`), which must become the service, not start it.
+    #[must_use]
+    pub fn wrapped(&self, wrapper: &[&str]) -> Self {
+        Self {
+            wrapper: wrapper.iter().map(|&word| word.to_owned()).collect(),
+            ..self.clone()
+        }
     }
 
     /// The executable called `name`.
@@ -313,7 +325,14 @@ impl Service {
             .open(self.log_path())
             .context("the log file")?;
         let binary = self.launcher.binary(&self.program);
-        let mut command = Command::new(&binary);
+        let mut command = match self.launcher.wrapper.split_first() {
+            None => Command::new(&binary),
+            Some((wrapper, arguments)) => {
+                let mut command = Command::new(wrapper);
+                command.args(arguments).arg(&binary);
+                command
+            }
+        };
         command
             .arg("--config")
             .arg(self.config_path())
