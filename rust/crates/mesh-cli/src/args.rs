@@ -58,8 +58,16 @@ pub enum Command {
     Ask(AskArgs),
     /// Talk: a conversation in the terminal
     Chat(ChatArgs),
-    /// Show the mesh: its workers, their models, load and speed
+    /// Show the mesh: its workers and rings, their models, load and speed
     Status(StatusArgs),
+    /// Show which workers would hold which layers of a model, and why not others
+    Plan(PlanArgs),
+    /// Take a worker out of service: its parts of rings move elsewhere first
+    Drain(DrainArgs),
+    /// Put a drained worker back into service
+    Undrain(UndrainArgs),
+    /// Replace rings by better ones, where the mesh has changed
+    Rebalance(RebalanceArgs),
     /// Look at model files on this machine
     Models(ModelsArgs),
     /// Make join tokens for new workers
@@ -235,6 +243,120 @@ pub struct StatusArgs {
     pub head: HeadArgs,
 }
 
+/// Where a head's HTTP API is, and its admin key.
+#[derive(Debug, Clone, clap::Args)]
+pub struct AdminArgs {
+    /// The head's HTTP address
+    #[arg(long, value_name = "URL", env = "HYDRAMESH_URL", default_value = "http://127.0.0.1:8080", value_hint = ValueHint::Url)]
+    pub url: String,
+
+    /// File with the head's admin key [default: admin.key in the head's state folder]
+    #[arg(long, value_name = "FILE", env = "HYDRAMESH_ADMIN_KEY_FILE", value_hint = ValueHint::FilePath)]
+    pub admin_key_file: Option<PathBuf>,
+
+    /// The head's state folder, where its admin key lies
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/hydramesh/head", value_hint = ValueHint::DirPath)]
+    pub state_dir: PathBuf,
+}
+
+/// `hydramesh plan`
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+The plan is that of a ring formed now, with the memory of the model's present ring counted as free; nothing is changed.
+
+Examples:
+  hydramesh plan SmolLM2-135M-Instruct
+  hydramesh plan --json big-model | jq '.plan.stages[].layers'")]
+pub struct PlanArgs {
+    /// Name of a model of which workers offer layers (`shards` in their configuration)
+    #[arg(value_name = "MODEL")]
+    pub model: String,
+
+    /// Print the head's own JSON
+    #[arg(long)]
+    pub json: bool,
+
+    /// The head.
+    #[command(flatten)]
+    pub admin: AdminArgs,
+}
+
+/// `hydramesh drain`
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Requests that run on it end where they are. Each of its stages goes to a standby that has caught up; where nobody has room for \
+one, the drain is refused and nothing changes. It stays drained, whether it restarts or not, until `hydramesh undrain` or a restart of \
+the head.
+
+Examples:
+  hydramesh drain attic --wait && ssh attic poweroff
+  hydramesh undrain attic")]
+pub struct DrainArgs {
+    /// Name or node id of a worker, as `hydramesh status` shows them
+    #[arg(value_name = "NODE")]
+    pub node: String,
+
+    /// Wait until it holds and runs nothing any more
+    #[arg(long)]
+    pub wait: bool,
+
+    /// How long to wait at most
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = parse_duration)]
+    pub timeout: Duration,
+
+    /// Print the head's own JSON
+    #[arg(long)]
+    pub json: bool,
+
+    /// The head.
+    #[command(flatten)]
+    pub admin: AdminArgs,
+}
+
+/// `hydramesh undrain`
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  hydramesh undrain attic")]
+pub struct UndrainArgs {
+    /// Name or node id of a worker, as `hydramesh status` shows them
+    #[arg(value_name = "NODE")]
+    pub node: String,
+
+    /// Print the head's own JSON
+    #[arg(long)]
+    pub json: bool,
+
+    /// The head.
+    #[command(flatten)]
+    pub admin: AdminArgs,
+}
+
+/// `hydramesh rebalance`
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+The head does this by itself when a worker joins or leaves, at most once a minute; this asks it to do it now. A ring is replaced \
+if a fresh plan beats it by more than `sharding.margin`: beside the old one where memory allows both, else in its place.
+
+Examples:
+  hydramesh rebalance --dry-run
+  hydramesh rebalance SmolLM2-135M-Instruct")]
+pub struct RebalanceArgs {
+    /// Name of the model [default: all that have a ring]
+    #[arg(value_name = "MODEL")]
+    pub model: Option<String>,
+
+    /// Say what would be done, and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+
+    /// Print the head's own JSON
+    #[arg(long)]
+    pub json: bool,
+
+    /// The head.
+    #[command(flatten)]
+    pub admin: AdminArgs,
+}
+
 /// `hydramesh models`
 #[derive(Debug, clap::Args)]
 pub struct ModelsArgs {
@@ -307,15 +429,9 @@ Examples:
   hydramesh token create > join-token          # on the head's machine, as its user
   mesh-worker --set join_token_file=join-token --set head=192.168.1.10:7780")]
     Create {
-        /// The head's HTTP address
-        #[arg(long, value_name = "URL", env = "HYDRAMESH_URL", default_value = "http://127.0.0.1:8080", value_hint = ValueHint::Url)]
-        url: String,
-        /// File with the head's admin key [default: admin.key in the head's state folder]
-        #[arg(long, value_name = "FILE", env = "HYDRAMESH_ADMIN_KEY_FILE", value_hint = ValueHint::FilePath)]
-        admin_key_file: Option<PathBuf>,
-        /// The head's state folder, where its admin key lies
-        #[arg(long, value_name = "DIR", default_value = "/var/lib/hydramesh/head", value_hint = ValueHint::DirPath)]
-        state_dir: PathBuf,
+        /// The head.
+        #[command(flatten)]
+        admin: AdminArgs,
         /// How long the token is good for, such as 30m, 12h [default: the head's]
         #[arg(long, value_name = "TIME", value_parser = parse_duration)]
         ttl: Option<Duration>,

@@ -7,6 +7,7 @@
 pub mod args;
 pub mod failure;
 
+mod admin;
 mod ask;
 mod bench;
 mod chat;
@@ -15,6 +16,7 @@ mod input;
 mod models;
 mod output;
 mod probe;
+mod rings;
 mod status;
 mod token;
 
@@ -57,6 +59,10 @@ pub fn run(args: Args) -> Result<(), Failure> {
             Command::Ask(args) => ask::run(args, terminal).await,
             Command::Chat(args) => chat::run(args, terminal).await,
             Command::Status(args) => status::run(args, terminal).await,
+            Command::Plan(args) => rings::plan(args).await,
+            Command::Drain(args) => rings::drain(args).await,
+            Command::Undrain(args) => rings::undrain(args).await,
+            Command::Rebalance(args) => rings::rebalance(args).await,
             Command::Models(args) => models::run(args.command),
             Command::Token(args) => token::run(args.command).await,
             Command::Bench(args) => bench::run(args).await,

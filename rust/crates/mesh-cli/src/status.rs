@@ -1,4 +1,4 @@
-//! `hydramesh status`: the head's registry as a table.
+//! `hydramesh status`: the head's registry and rings as tables.
 
 use serde_json::Value;
 
@@ -6,6 +6,7 @@ use crate::args::StatusArgs;
 use crate::ask::http_client;
 use crate::failure::Failure;
 use crate::output::{Terminal, bytes, table};
+use crate::rings;
 
 pub(crate) async fn run(args: StatusArgs, terminal: Terminal) -> Result<(), Failure> {
     let client = http_client(&args.head)?;
@@ -59,6 +60,7 @@ fn show(registry: &Value, terminal: Terminal) -> String {
         ],
         &rows,
     );
+    text += &rings::show(registry, terminal);
     text
 }
 

@@ -10,7 +10,7 @@ use mesh_service::network::Network;
 use serde::{Deserialize, Serialize};
 
 use crate::core::router::Capacity;
-use crate::core::{dedup, placement, request};
+use crate::core::{dedup, placement, request, rings};
 
 /// Everything that can be configured.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -54,6 +54,8 @@ pub struct Config {
     pub dcf: DcfConfig,
     /// Links of workers.
     pub quic: QuicConfig,
+    /// Models that several workers hold together.
+    pub sharding: ShardingConfig,
 }
 
 /// The OpenAI API.
@@ -106,6 +108,47 @@ pub struct QuicConfig {
     pub probe_interval: Duration,
 }
 
+/// Models that several workers hold together: rings.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ShardingConfig {
+    /// Whether rings are made of what workers offer.
+    pub enabled: bool,
+    /// What a plan is to be best at: the time of one token, or the tokens of many requests.
+    pub objective: RingObjective,
+    /// Exactly so many stages; 0 is as many as needed.
+    pub stages: u32,
+    /// Whether stages get standbys where memory allows.
+    pub standbys: bool,
+    /// Requests that a ring runs at once.
+    pub slots: u32,
+    /// Most tokens of prompt and answer; 0 is the model's own limit, less where memory is short.
+    pub context: u32,
+    /// By which part a fresh plan must beat a running ring to replace it.
+    pub margin: f64,
+    /// How long offers must have been quiet before a ring is made of them.
+    #[serde(with = "units::duration")]
+    pub gather: Duration,
+    /// Hidden rows travel as f16 rather than f32.
+    pub half_rows: bool,
+    /// How long a worker that did not answer is left alone the first time; doubled with every repeat.
+    #[serde(with = "units::duration")]
+    pub suspect_pause: Duration,
+    /// Make a ring even for a model that some worker serves whole.
+    pub always: bool,
+}
+
+/// What a plan for a ring is to be best at.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RingObjective {
+    /// The time of one token of one request.
+    #[default]
+    Latency,
+    /// Tokens per second of many requests together.
+    Throughput,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -125,6 +168,25 @@ impl Default for Config {
             http: HttpConfig::default(),
             dcf: DcfConfig::default(),
             quic: QuicConfig::default(),
+            sharding: ShardingConfig::default(),
+        }
+    }
+}
+
+impl Default for ShardingConfig {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            objective: RingObjective::Latency,
+            stages: 0,
+            standbys: true,
+            slots: 8,
+            context: 0,
+            margin: 0.15,
+            gather: Duration::from_secs(2),
+            half_rows: false,
+            suspect_pause: Duration::from_secs(10),
+            always: false,
         }
     }
 }
@@ -210,6 +272,12 @@ impl Config {
         if http.choices_limit == 0 {
             return Err(Unsound::Zero("http.choices_limit"));
         }
+        if self.sharding.slots == 0 {
+            return Err(Unsound::Zero("sharding.slots"));
+        }
+        if !(0.0..1.0).contains(&self.sharding.margin) {
+            return Err(Unsound::Margin(self.sharding.margin.to_string()));
+        }
         Ok(())
     }
 
@@ -232,6 +300,29 @@ impl Config {
                 ahead: self.worker_ahead,
                 legacy: self.dcf.legacy_concurrency.max(1),
             },
+        }
+    }
+
+    /// How rings are made and kept.
+    pub fn ring_settings(&self) -> rings::Settings {
+        let sharding = &self.sharding;
+        rings::Settings {
+            enabled: sharding.enabled,
+            objective: match sharding.objective {
+                RingObjective::Latency => arcanum_profiler::Objective::Latency,
+                RingObjective::Throughput => arcanum_profiler::Objective::Throughput,
+            },
+            stages: (sharding.stages > 0).then_some(sharding.stages),
+            standbys: sharding.standbys,
+            slots: sharding.slots,
+            context: sharding.context,
+            half_rows: sharding.half_rows,
+            margin: sharding.margin,
+            gather: sharding.gather,
+            suspect_pause: sharding.suspect_pause,
+            always: sharding.always,
+            retire_limit: self.request_timeout,
+            ..rings::Settings::default()
         }
     }
 
@@ -306,6 +397,11 @@ pub enum Unsound {
     /// A zero where that means never or always.
     #[error("{0} must be greater than 0")]
     Zero(&'static str),
+    /// No part of anything.
+    #[error(
+        "sharding.margin = {0} is no part: it must be at least 0 and less than 1, such as 0.15"
+    )]
+    Margin(String),
 }
 
 fn loopback(port: u16) -> SocketAddr {
@@ -362,6 +458,26 @@ mod tests {
                 config.trusts(address.parse().unwrap()),
                 trusted,
                 "{address}"
+            );
+        }
+    }
+
+    #[test]
+    fn sharding_is_configured_by_its_own_keys() {
+        let config =
+            parse("[sharding]\nobjective = \"throughput\"\nstages = 3\ngather = \"500ms\"");
+        let settings = config.ring_settings();
+        assert_eq!(settings.objective, arcanum_profiler::Objective::Throughput);
+        assert_eq!(
+            (settings.stages, settings.gather),
+            (Some(3), Duration::from_millis(500))
+        );
+        assert_eq!(parse("").ring_settings().stages, None);
+        for margin in ["1.0", "-0.1", "nan"] {
+            let config = parse(&format!("[sharding]\nmargin = {margin}"));
+            assert!(
+                matches!(config.check(), Err(Unsound::Margin(_))),
+                "{margin}"
             );
         }
     }

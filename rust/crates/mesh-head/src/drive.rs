@@ -16,11 +16,12 @@ use tokio::time::{Sleep, sleep_until};
 use tracing::{debug, info, warn};
 
 use crate::core::placement::{Ended, Refusal};
+use crate::core::registry::WorkerId;
 use crate::core::request::{Answer, AnswerError, Complete, Delta, Failure, Resume, Step};
 use crate::core::router::Ask;
 use crate::ids;
 use crate::legacy::Errand;
-use crate::mesh::{Assignment, Mesh, Route, timestamp_us};
+use crate::mesh::{Assignment, Mesh, Route, Standing, timestamp_us};
 use crate::metrics::{Front, Outcome};
 use crate::task::Task;
 
@@ -100,12 +101,29 @@ struct Drive<'a, E> {
     ask: Ask,
     answer: Answer,
     emit: E,
+    /// When the last token came.
+    last_token: Option<Instant>,
+    /// The attempt before this one failed on a ring of this model, whose last token came then.
+    broke_off: Option<(String, Instant)>,
+    /// Workers that are not to be avoided though this request failed on them: not they failed but their ring.
+    forgiven: Vec<WorkerId>,
 }
 
 /// How one attempt ended.
 enum Attempt {
-    Again(Ended),
+    Again {
+        ended: Ended,
+        /// By silence or loss, not by something that the worker said.
+        lost: bool,
+    },
     Over(Ended, Outcome),
+}
+
+impl Attempt {
+    const LOST: Self = Self::Again {
+        ended: Ended::Failed,
+        lost: true,
+    };
 }
 
 impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
@@ -127,6 +145,9 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
             ask,
             answer,
             emit,
+            last_token: None,
+            broke_off: None,
+            forgiven: Vec::new(),
         }
     }
 
@@ -176,7 +197,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                     let step = self
                         .answer
                         .failed(resume.attempt, Failure::Lost("the worker left".into()));
-                    self.follow(step).unwrap_or(Attempt::Again(Ended::Failed))
+                    self.follow(step, true).unwrap_or(Attempt::LOST)
                 }
             };
             match attempt {
@@ -184,8 +205,8 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                     assignment.end(ended);
                     return outcome;
                 }
-                Attempt::Again(ended) => {
-                    self.prepare_rerun(&assignment, ended);
+                Attempt::Again { ended, lost } => {
+                    self.prepare_rerun(&assignment, ended, lost);
                     assignment.end(ended);
                     rerun = true;
                 }
@@ -205,7 +226,22 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         }
     }
 
-    fn prepare_rerun(&mut self, assignment: &Assignment, ended: Ended) {
+    fn prepare_rerun(&mut self, assignment: &Assignment, ended: Ended, lost: bool) {
+        if let Some(ring) = assignment.placed.ring {
+            let gone = self.mesh.standing(assignment.placed.worker, ring) == Standing::Gone;
+            if let Some(at) = self.last_token.filter(|_| lost || gone) {
+                let model = assignment.placed.model.clone();
+                self.broke_off.get_or_insert((model, at));
+            }
+            if lost && ended == Ended::Failed {
+                self.forgiven.push(assignment.placed.worker);
+                self.mesh.suspect(
+                    assignment.placed.worker,
+                    ring,
+                    "an answer got no more tokens from it",
+                );
+            }
+        }
         if ended == Ended::Failed {
             self.mesh.metrics.reruns.inc();
             info!(
@@ -215,7 +251,10 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                 "run again elsewhere after the tokens so far"
             );
         }
-        self.ask.avoid = self.answer.failed_on().to_vec();
+        let failed_on = self.answer.failed_on().iter().copied();
+        self.ask.avoid = failed_on
+            .filter(|worker| !self.forgiven.contains(worker))
+            .collect();
         if self.answer.has_begun() {
             self.ask.legacy = false;
             self.ask.model.clone_from(&assignment.placed.model);
@@ -232,6 +271,8 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
     ) -> Attempt {
         let generate = self.generate(&assignment.placed.model, resume);
         let mut timer = Timer::new(&self.answer);
+        let mut changes = self.mesh.ring_changes();
+        let ring = assignment.placed.ring;
         let mut stream = {
             let opening = open(link, generate);
             let mut opening = pin!(opening);
@@ -242,12 +283,12 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                         Ok(stream) => break stream,
                         Err(failure) => {
                             let step = self.answer.failed(resume.attempt, failure);
-                            return self.follow(step).unwrap_or(Attempt::Again(Ended::Failed));
+                            return self.follow(step, true).unwrap_or(Attempt::LOST);
                         }
                     },
                     now = timer.fired(&self.answer) => {
-                        let step = self.answer.time_passed(now);
-                        if let Some(attempt) = self.follow(step) {
+                        let step = self.time_passed(assignment, resume.attempt, now);
+                        if let Some(attempt) = self.follow(step, true) {
                             return attempt;
                         }
                     }
@@ -256,16 +297,29 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         };
         let mut prefilling = true;
         loop {
-            let step = tokio::select! {
+            let (step, lost) = tokio::select! {
                 biased;
-                received = stream.recv() => self.received(resume.attempt, received.map_err(|error| error.to_string())),
-                now = timer.fired(&self.answer) => self.answer.time_passed(now),
+                received = stream.recv() => {
+                    let lost = !matches!(received, Ok(Some(_)));
+                    (self.received(resume.attempt, received.map_err(|error| error.to_string())), lost)
+                }
+                now = timer.fired(&self.answer) => (self.time_passed(assignment, resume.attempt, now), true),
+                _ = changes.changed(), if ring.is_some() => (self.ring_changed(assignment, resume.attempt), false),
             };
+            if let Step::Emit(delta) = &step
+                && !delta.tokens.is_empty()
+            {
+                let now = Instant::now();
+                self.last_token = Some(now);
+                if let Some((model, since)) = self.broke_off.take() {
+                    self.mesh.metrics.ring_gap(&model, now - since);
+                }
+            }
             if prefilling && matches!(step, Step::Emit(_)) {
                 prefilling = false;
                 assignment.first_token();
             }
-            if let Some(attempt) = self.follow(step) {
+            if let Some(attempt) = self.follow(step, lost) {
                 if !matches!(attempt, Attempt::Over(Ended::Complete, _)) {
                     stream.reset(ErrorCode::CANCELLED);
                 } else {
@@ -297,7 +351,41 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                 now = timer.fired(&self.answer) => self.answer.time_passed(now),
             },
         };
-        self.follow(step).unwrap_or(Attempt::Again(Ended::Failed))
+        self.follow(step, true).unwrap_or(Attempt::LOST)
+    }
+
+    /// The answer's timer fired. While its ring recovers, silence is no sign of death.
+    fn time_passed(&mut self, assignment: &Assignment, attempt: u32, now: Instant) -> Step {
+        let placed = &assignment.placed;
+        match placed
+            .ring
+            .map(|ring| self.mesh.standing(placed.worker, ring))
+        {
+            Some(Standing::Serves(since)) => self.answer.excused_until(since),
+            Some(Standing::Recovers) => self.answer.excused_until(now),
+            Some(Standing::Gone) if now < self.answer.deadline() => {
+                return self.ring_changed(assignment, attempt);
+            }
+            Some(Standing::Gone) | None => {}
+        }
+        self.answer.time_passed(now)
+    }
+
+    /// A ring changed: if this answer's worker does not drive its ring any more, it goes on elsewhere.
+    fn ring_changed(&mut self, assignment: &Assignment, attempt: u32) -> Step {
+        let placed = &assignment.placed;
+        let standing = placed
+            .ring
+            .map(|ring| self.mesh.standing(placed.worker, ring));
+        if standing != Some(Standing::Gone) {
+            return Step::Wait;
+        }
+        // The same as if the worker itself had said so: it counts as no failure of the request.
+        let moved = Failure::Error {
+            code: ErrorCode::DRAINING,
+            text: "moved: another worker drives the ring now".to_owned(),
+        };
+        self.answer.failed(attempt, moved)
     }
 
     fn received(&mut self, attempt: u32, received: Result<Option<Message>, String>) -> Step {
@@ -342,14 +430,14 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
     }
 
     /// Does what the core decided; `None` means to go on with the attempt.
-    fn follow(&mut self, step: Step) -> Option<Attempt> {
+    fn follow(&mut self, step: Step, lost: bool) -> Option<Attempt> {
         match step {
             Step::Wait => None,
             Step::Emit(delta) => {
                 (self.emit)(Event::Delta(delta));
                 None
             }
-            Step::Again(ended) => Some(Attempt::Again(ended)),
+            Step::Again(ended) => Some(Attempt::Again { ended, lost }),
             Step::Complete(_) => Some(Attempt::Over(Ended::Complete, self.settle(step))),
             Step::Fail(_, ended) => Some(Attempt::Over(ended, self.settle(step))),
         }

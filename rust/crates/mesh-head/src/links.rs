@@ -1,4 +1,5 @@
-//! Workers on their QUIC links: Hello and Welcome, load reports, and the proof that a token comes back.
+//! Workers on their QUIC links: Hello and Welcome, load reports, what they offer to rings and how their parts in them are, and
+//! the proof that a token comes back.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -8,13 +9,15 @@ use dcf::{ErrorCode, Message, MsgType};
 use mesh_net::quic::{Link, Listener, MsgStream, StreamFailure};
 use mesh_net::seal::Opener;
 use mesh_net::trust::Role;
-use mesh_proto::{Generate, GenerateParams, Hello, Load, PROTOCOL_VERSION, Prompt, Welcome};
+use mesh_proto::{
+    Generate, GenerateParams, Hello, Load, Offer, PROTOCOL_VERSION, Prompt, RingState, Welcome,
+};
 use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
-use crate::core::registry::WorkerId;
+use crate::core::registry::{ServedModel, WorkerId};
 use crate::ids;
 use crate::mesh::{Mesh, timestamp_us};
 
@@ -149,12 +152,27 @@ async fn follow_control(
                         Ok(load) => mesh.report(id, load),
                         Err(error) => debug!(%error, "load report cannot be read"),
                     },
+                    MsgType::OFFER => match Offer::decode(message.payload) {
+                        Ok(offer) => mesh.offered(id, offer),
+                        Err(error) => debug!(%error, "offer cannot be read"),
+                    },
+                    MsgType::RING_STATE => match RingState::decode(message.payload) {
+                        Ok(state) => mesh.ring_state(id, state),
+                        Err(error) => debug!(%error, "state of a ring cannot be read"),
+                    },
                     // A newer worker may say more than this head understands.
                     other => debug!(kind = %other, "unexpected on a control stream"),
                 }
             }
             order = orders.recv() => match order {
-                Some(message) => send.send(message).await?,
+                // While it waits here it is not heard either: who lets its orders lie is gone.
+                Some(message) => match timeout(ORDER_TIMEOUT, send.send(message)).await {
+                    Ok(sent) => sent?,
+                    Err(_) => {
+                        warn!("worker dropped: it does not take its orders");
+                        return Ok(());
+                    }
+                },
                 // The entry was replaced or pruned.
                 None => return Ok(()),
             },
@@ -167,33 +185,30 @@ async fn follow_control(
 async fn prove(mesh: Arc<Mesh>, id: WorkerId, link: Link) {
     loop {
         if let Some(models) = models_to_prove(&mesh, id) {
-            let mut proven = true;
             for model in &models {
-                match timeout(mesh.config.first_token_limit, one_token(&link, model)).await {
-                    Ok(Ok(())) => {}
-                    Ok(Err(reason)) => {
-                        proven = false;
-                        info!(
-                            worker = link.node_name(),
-                            model, reason, "no token came back"
-                        );
-                    }
-                    Err(_) => {
-                        proven = false;
-                        warn!(
-                            worker = link.node_name(),
-                            model, "no token came back in time"
-                        );
-                    }
-                }
+                let asked = Instant::now();
+                let came =
+                    match timeout(mesh.config.first_token_limit, one_token(&link, model)).await {
+                        Ok(Ok(())) => true,
+                        Ok(Err(reason)) => {
+                            info!(
+                                worker = link.node_name(),
+                                model, reason, "no token came back"
+                            );
+                            false
+                        }
+                        Err(_) => {
+                            warn!(
+                                worker = link.node_name(),
+                                model, "no token came back in time"
+                            );
+                            false
+                        }
+                    };
+                mesh.with_worker(id, |worker| {
+                    worker.probed(model, came, asked, Instant::now())
+                });
             }
-            mesh.with_worker(id, |worker| {
-                // A real answer meanwhile is a proof, too.
-                worker.proven |= proven;
-                if proven {
-                    worker.last_success = Some(Instant::now());
-                }
-            });
             mesh.keep_house();
         }
         tokio::time::sleep(PROOF_PAUSE).await;
@@ -203,20 +218,20 @@ async fn prove(mesh: Arc<Mesh>, id: WorkerId, link: Link) {
 fn models_to_prove(mesh: &Mesh, id: WorkerId) -> Option<Vec<String>> {
     mesh.with_registry(|registry| {
         let worker = registry.get(id)?;
-        let stale = worker
-            .last_success
-            .is_none_or(|at| at.elapsed() >= mesh.config.quic.probe_interval);
         let idle = worker.active() == 0;
-        if worker.draining || worker.models.is_empty() || (worker.proven && !(stale && idle)) {
-            return None;
-        }
-        Some(
-            worker
-                .models
-                .iter()
-                .map(|model| model.card.name.clone())
-                .collect(),
-        )
+        let due = |model: &&ServedModel| {
+            let interval = mesh.config.quic.probe_interval;
+            let stale = model.last_success.is_none_or(|at| at.elapsed() >= interval);
+            // For a ring the token goes through every stage. Its driver answers until the ring has moved away.
+            (!worker.draining || model.ring.is_some()) && (!model.proven || (stale && idle))
+        };
+        let models: Vec<String> = worker
+            .models
+            .iter()
+            .filter(due)
+            .map(|model| model.card.name.clone())
+            .collect();
+        (!models.is_empty()).then_some(models)
     })
 }
 
@@ -270,4 +285,6 @@ pub const HEARTBEAT_LABEL: &str = "hydramesh heartbeat";
 const HEARTBEAT: Duration = Duration::from_secs(2);
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 const PROOF_PAUSE: Duration = Duration::from_secs(1);
-const ORDERS: usize = 8;
+/// Orders that wait to be sent to a worker. They come with decisions, not with requests.
+const ORDERS: usize = 64;
+const ORDER_TIMEOUT: Duration = Duration::from_secs(10);

@@ -1,6 +1,8 @@
-//! What all front ends share: placement behind its lock, the links of workers, and who waits for room.
+//! What all front ends share: placement and rings behind their lock, the links of workers, and who waits for room.
 //!
 //! The lock is held for a decision, never across an await. Per token nothing is locked.
+
+mod rings;
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
@@ -12,15 +14,18 @@ use mesh_net::quic::Link;
 use mesh_proto::{Hello, Load};
 use mesh_service::health::Health;
 use mesh_service::shutdown::Shutdown;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::config::Config;
 use crate::core::placement::{Asked, Ended, Placed, Placement, Refusal, Ticket};
-use crate::core::registry::{Registry, Worker, WorkerId};
+use crate::core::registry::{Registry, ServedModel, Worker, WorkerId};
+use crate::core::rings::{Arrival, Prospect, Rings};
 use crate::core::router::Ask;
 use crate::legacy::Exchange;
 use crate::metrics::HeadMetrics;
 use crate::worker_bus::{BusSender, Sessions};
+
+pub use rings::Standing;
 
 /// The mesh as one head sees it.
 #[derive(Debug)]
@@ -42,11 +47,16 @@ pub struct Mesh {
     /// When the head started.
     pub started: SystemTime,
     state: Mutex<State>,
+    /// Told whenever a ring's members or driver changed.
+    ring_changes: watch::Sender<()>,
 }
 
 #[derive(Debug)]
 struct State {
     placement: Placement,
+    rings: Rings,
+    /// When the gauges of rings were last set.
+    gauged: Option<Instant>,
     peers: BTreeMap<WorkerId, Peer>,
     waiting: HashMap<Ticket, oneshot::Sender<Result<Placed, Refusal>>>,
     next_ticket: u64,
@@ -86,6 +96,8 @@ impl Mesh {
         );
         let state = State {
             placement,
+            rings: Rings::new(config.ring_settings(), rings::first_ring()),
+            gauged: None,
             peers: BTreeMap::new(),
             waiting: HashMap::new(),
             next_ticket: 0,
@@ -100,6 +112,7 @@ impl Mesh {
             sessions: Sessions::default(),
             started: SystemTime::now(),
             state: Mutex::new(state),
+            ring_changes: watch::Sender::new(()),
         })
     }
 
@@ -141,13 +154,16 @@ impl Mesh {
     /// The model of a request that names none.
     pub fn default_model(&self) -> Option<String> {
         let first = || {
-            self.lock()
-                .placement
-                .registry
-                .models()
-                .keys()
-                .next()
-                .map(|name| (*name).to_owned())
+            let state = self.lock();
+            let placement = &state.placement;
+            let served = placement.registry.models().keys().next().copied();
+            // A mesh whose only model is a ring that recovers has a model all the same.
+            let coming = || {
+                let coming = |(_, prospect): &(&String, &Prospect)| **prospect == Prospect::Coming;
+                let mut models = placement.prospects().iter().filter(coming);
+                models.next().map(|(name, _)| name.as_str())
+            };
+            served.or_else(coming).map(str::to_owned)
         };
         self.config.default_model.clone().or_else(first)
     }
@@ -156,11 +172,24 @@ impl Mesh {
     pub fn join(&self, link: &Link, hello: Hello, orders: mpsc::Sender<Message>) -> WorkerId {
         let now = Instant::now();
         let mut state = self.lock();
+        let whole = hello.models.iter().map(|card| card.name.clone()).collect();
         let (id, replaced) =
             state
                 .placement
                 .registry
                 .join(link.node_id(), link.remote_addr(), hello, now);
+        let drained = state.rings.is_asked_to_drain(link.node_id());
+        let mut name = String::new();
+        if let Some(worker) = state.placement.registry.get_mut(id) {
+            (worker.drained, worker.draining) = (drained, drained);
+            name.clone_from(&worker.name);
+        }
+        let arrival = Arrival {
+            name,
+            whole,
+            head_ip: link.local_ip(),
+        };
+        state.rings.joined(link.node_id(), arrival, now);
         if let Some(old) = replaced.and_then(|old| state.peers.remove(&old)) {
             old.link
                 .close(ErrorCode::CANCELLED, "this node has connected again");
@@ -172,7 +201,7 @@ impl Mesh {
                 orders,
             },
         );
-        self.pump(&mut state, now);
+        self.turn(&mut state, now);
         id
     }
 
@@ -181,16 +210,24 @@ impl Mesh {
         let now = Instant::now();
         let mut state = self.lock();
         state.peers.remove(&id);
-        state.placement.leave(id, now);
-        self.pump(&mut state, now);
+        let left = state.placement.leave(id, now);
+        if let Some(node) = left.as_ref().and_then(Worker::node_id) {
+            state.rings.left(node, "its link is closed", now);
+        }
+        self.turn(&mut state, now);
     }
 
     /// A worker reports its load.
     pub fn report(&self, id: WorkerId, load: Load) {
         let now = Instant::now();
-        let mut state = self.lock();
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let draining = load.draining;
         state.placement.registry.report(id, load, now);
-        self.pump(&mut state, now);
+        if let Some(node) = state.placement.registry.get(id).and_then(Worker::node_id) {
+            state.rings.says_draining(node, draining);
+        }
+        self.turn(state, now);
     }
 
     /// A v5.0.0 worker is alive. True means that it is new.
@@ -217,8 +254,12 @@ impl Mesh {
             .iter()
             .filter_map(|worker| state.peers.remove(&worker.id))
             .collect();
-        self.pump(&mut state, now);
-        let readiness = self.readiness(&state);
+        for node in pruned.iter().filter_map(Worker::node_id) {
+            state.rings.left(node, "it was silent for too long", now);
+        }
+        self.look_at_rings(&mut state, now);
+        self.turn(&mut state, now);
+        let readiness = self.readiness(&state, None);
         let registry = &state.placement.registry;
         let legacy = registry.iter().filter(|worker| worker.is_legacy()).count();
         self.metrics.workers(registry.len() - legacy, legacy);
@@ -260,35 +301,49 @@ impl Mesh {
         self.lock().peers.get(&id).map(|peer| peer.link.clone())
     }
 
-    /// Sends a worker an order on its control stream.
-    pub fn tell(&self, id: WorkerId, order: Message) {
-        if let Some(peer) = self.lock().peers.get(&id) {
-            // Full or closed: a worker that does not read its orders is on its way out.
-            let _ = peer.orders.try_send(order);
-        }
-    }
-
     /// Requests that wait and that run.
     pub fn in_flight(&self) -> (usize, usize) {
         let state = self.lock();
         (state.placement.queued(), state.placement.running())
     }
 
-    /// Whether `/ready` should say yes.
-    fn readiness(&self, state: &State) -> Result<(), &'static str> {
+    /// Whether `/ready` should say yes: for one model, or for any.
+    fn readiness(&self, state: &State, asked: Option<&str>) -> Result<(), String> {
         if self.shutdown.is_draining() {
-            return Err("shutting down");
+            return Err("shutting down".into());
         }
-        let mut workers = state.placement.registry.iter().peekable();
-        if workers.peek().is_none() {
-            return Err("no worker is connected");
+        let registry = &state.placement.registry;
+        let answers = |worker: &Worker| {
+            let proven = |model: &ServedModel| {
+                model.proven
+                    && asked.is_none_or(|asked| asked == model.card.name)
+                    && (!worker.draining || model.ring.is_some())
+            };
+            // A v5.0.0 worker cannot be asked for one token, so its heartbeat has to do.
+            worker.models.iter().any(proven)
+                || (worker.is_legacy() && !worker.draining && asked.is_none())
+        };
+        if registry.iter().any(answers) {
+            return Ok(());
         }
-        // A v5.0.0 worker cannot be asked for one token, so its heartbeat has to do.
-        if workers.any(|worker| !worker.draining && (worker.proven || worker.is_legacy())) {
-            Ok(())
+        if let Some(model) = asked {
+            return Err(self.why_not(state, model));
+        }
+        let mut reason = if registry.is_empty() {
+            "no worker is connected".to_owned()
         } else {
-            Err("no worker has answered yet")
+            "no worker has answered yet".to_owned()
+        };
+        for (_, text) in state.rings.not_serving() {
+            reason += &format!("; {text}");
         }
+        for unformed in state.rings.unformed() {
+            reason += &format!(
+                "; there is no ring of {}: {}",
+                unformed.model, unformed.reason
+            );
+        }
+        Err(reason)
     }
 
     fn assignment(self: &Arc<Self>, state: &State, ticket: Ticket, placed: Placed) -> Assignment {

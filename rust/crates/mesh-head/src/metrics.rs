@@ -1,11 +1,15 @@
 //! The head's Prometheus metrics.
 
+use std::time::Duration;
+
 use mesh_service::metrics::prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
 use mesh_service::metrics::prometheus_client::metrics::counter::Counter;
 use mesh_service::metrics::prometheus_client::metrics::family::Family;
 use mesh_service::metrics::prometheus_client::metrics::gauge::Gauge;
 use mesh_service::metrics::prometheus_client::metrics::histogram::Histogram;
 use mesh_service::metrics::prometheus_client::registry::{Registry, Unit};
+
+use crate::core::rings::RingView;
 
 /// Which front end a request came through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
@@ -53,6 +57,18 @@ struct KindLabel {
     kind: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ModelLabel {
+    model: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PartLabels {
+    model: String,
+    part: &'static str,
+    phase: &'static str,
+}
+
 /// All of them. Clones share their values.
 #[derive(Debug, Clone)]
 pub struct HeadMetrics {
@@ -73,6 +89,10 @@ pub struct HeadMetrics {
     pub queued: Gauge,
     /// Requests that run on a worker.
     pub running: Gauge,
+    failovers: Family<ModelLabel, Counter>,
+    gaps: Family<ModelLabel, Histogram, fn() -> Histogram>,
+    stages: Family<PartLabels, Gauge>,
+    mirror_lag: Family<ModelLabel, Gauge>,
 }
 
 impl HeadMetrics {
@@ -90,6 +110,10 @@ impl HeadMetrics {
             workers: Family::default(),
             queued: Gauge::default(),
             running: Gauge::default(),
+            failovers: Family::default(),
+            gaps: Family::new_with_constructor(|| Histogram::new(DURATIONS)),
+            stages: Family::default(),
+            mirror_lag: Family::default(),
         };
         let this = &metrics;
         registry.register(
@@ -145,6 +169,27 @@ impl HeadMetrics {
             "Requests that run on a worker",
             this.running.clone(),
         );
+        registry.register(
+            "ring_failovers",
+            "Changes of a ring's members because some were lost",
+            this.failovers.clone(),
+        );
+        registry.register_with_unit(
+            "ring_gap",
+            "From the last token before a change of a ring's members to the first one after it",
+            Unit::Seconds,
+            this.gaps.clone(),
+        );
+        registry.register(
+            "ring_stages",
+            "Stages of rings, by part (member or standby) and phase",
+            this.stages.clone(),
+        );
+        registry.register(
+            "ring_mirror_lag_rows",
+            "KV rows that the standbys of a ring do not have yet",
+            this.mirror_lag.clone(),
+        );
         metrics
     }
 
@@ -166,6 +211,47 @@ impl HeadMetrics {
             self.workers
                 .get_or_create(&KindLabel { kind })
                 .set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+    }
+
+    /// A ring lost members and goes on with others.
+    pub fn failover(&self, model: &str) {
+        let model = model.to_owned();
+        self.failovers.get_or_create(&ModelLabel { model }).inc();
+    }
+
+    /// An answer stood still for so long because a ring's members changed.
+    pub fn ring_gap(&self, model: &str, gap: Duration) {
+        let model = model.to_owned();
+        self.gaps
+            .get_or_create(&ModelLabel { model })
+            .observe(gap.as_secs_f64());
+    }
+
+    /// The rings as they are.
+    pub fn rings(&self, rings: &[RingView]) {
+        self.stages.clear();
+        self.mirror_lag.clear();
+        for ring in rings {
+            for stage in &ring.stages {
+                let parts = [
+                    ("member", Some(&stage.member)),
+                    ("standby", stage.standby.as_ref()),
+                ];
+                for (part, held) in parts {
+                    let Some(held) = held else { continue };
+                    let labels = PartLabels {
+                        model: ring.model.clone(),
+                        part,
+                        phase: held.phase,
+                    };
+                    self.stages.get_or_create(&labels).inc();
+                }
+                let model = ring.model.clone();
+                self.mirror_lag
+                    .get_or_create(&ModelLabel { model })
+                    .inc_by(i64::try_from(stage.lag_rows).unwrap_or(i64::MAX));
+            }
         }
     }
 
@@ -214,12 +300,16 @@ mod tests {
         head.request_ended(Front::Dcf, Outcome::Complete, 0.2);
         head.datagrams("clients").malformed.inc();
         head.workers(2, 1);
+        head.failover("m");
+        head.ring_gap("m", Duration::from_millis(300));
         let text = metrics.encode();
         for line in [
             "hydramesh_head_requests_total{front=\"Dcf\",outcome=\"Complete\"} 1",
             "hydramesh_head_request_duration_seconds_count{front=\"Dcf\",outcome=\"Complete\"} 1",
             "hydramesh_head_datagrams_total{socket=\"clients\",outcome=\"malformed\"} 1",
             "hydramesh_head_workers{kind=\"mesh\"} 2",
+            "hydramesh_head_ring_failovers_total{model=\"m\"} 1",
+            "hydramesh_head_ring_gap_seconds_count{model=\"m\"} 1",
         ] {
             assert!(text.contains(line), "{line} is not in\n{text}");
         }

@@ -7,6 +7,7 @@
 //! - [`router`]: which of them answers a request soonest.
 //! - [`placement`]: registry, router and the bounded queue together.
 //! - [`request`]: the life of one answer across worker deaths.
+//! - [`rings`]: models that no single worker serves: who holds which layers, and what happens when one is lost.
 //! - [`dedup`]: a repeated DCF task does not run twice.
 
 pub mod affinity;
@@ -14,4 +15,5 @@ pub mod dedup;
 pub mod placement;
 pub mod registry;
 pub mod request;
+pub mod rings;
 pub mod router;

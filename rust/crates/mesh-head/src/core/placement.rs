@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::registry::{Registry, Worker, WorkerId};
+use super::rings::Prospect;
 use super::router::{Ask, Capacity, Choice, Estimate, Router};
 
 /// Names a request within placement.
@@ -32,6 +33,8 @@ pub struct Placed {
     pub model: String,
     /// SHA-256 of its model file; empty for a v5.0.0 worker.
     pub fingerprint: String,
+    /// The ring that it answers for.
+    pub ring: Option<u64>,
     /// When to expect the answer.
     pub estimate: Estimate,
 }
@@ -53,6 +56,14 @@ pub enum Refusal {
     NoWorker {
         /// The model asked for.
         model: String,
+    },
+    /// Workers offer layers of the model, and together they cannot hold it.
+    #[error("the model {model:?} cannot be served now: {reason}")]
+    NoRing {
+        /// The model asked for.
+        model: String,
+        /// What is missing.
+        reason: String,
     },
     /// Nobody serves such a model.
     #[error("the model {model:?} does not exist; GET /v1/models lists those that do")]
@@ -95,6 +106,8 @@ pub struct Placement {
     limits: Limits,
     waiting: VecDeque<Waiting>,
     running: BTreeMap<Ticket, Running>,
+    /// Models that rings are to serve and do not serve now.
+    prospects: BTreeMap<String, Prospect>,
 }
 
 #[derive(Debug)]
@@ -108,6 +121,8 @@ struct Waiting {
 #[derive(Debug)]
 struct Running {
     worker: WorkerId,
+    model: String,
+    ring: Option<u64>,
     started: Instant,
     /// Prompt tokens that count as not yet prefilled.
     prefilling: u64,
@@ -123,17 +138,19 @@ impl Placement {
             limits,
             waiting: VecDeque::new(),
             running: BTreeMap::new(),
+            prospects: BTreeMap::new(),
         }
     }
 
     /// Asks for a worker. A `rerun` has waited its turn already: it goes to the front of the queue, past its bound, and
-    /// may wait for a worker to join.
+    /// may wait for a worker to join. Any request waits for a ring that is being formed or recovers.
     pub fn ask(&mut self, ticket: Ticket, ask: Ask, rerun: bool, now: Instant) -> Asked {
         let nobody_since = match self.router.choose(&self.registry, &ask, now) {
             Choice::Worker(id, estimate) => {
                 return Asked::Placed(self.place(ticket, &ask, id, estimate, now));
             }
             Choice::Busy => None,
+            Choice::Nobody if self.is_coming(&ask.model) => None,
             Choice::Nobody if rerun => Some(now),
             Choice::Nobody => return Asked::Refused(self.nobody(ask.model)),
         };
@@ -167,6 +184,9 @@ impl Placement {
                     continue;
                 }
                 Choice::Busy => waiting.nobody_since = None,
+                Choice::Nobody if self.is_coming(&waiting.ask.model) => {
+                    waiting.nobody_since = None;
+                }
                 Choice::Nobody => {
                     let since = *waiting.nobody_since.get_or_insert(now);
                     if now.saturating_duration_since(since) >= self.limits.rejoin_grace {
@@ -200,6 +220,20 @@ impl Placement {
         let Some(worker) = self.registry.get_mut(running.worker) else {
             return;
         };
+        if let Some(model) = worker
+            .models
+            .iter_mut()
+            .find(|model| model.card.name == running.model)
+        {
+            match ended {
+                Ended::Complete => {
+                    model.proven = true;
+                    model.last_success = Some(now);
+                }
+                Ended::Failed => model.proven = false,
+                Ended::Busy | Ended::Cancelled => {}
+            }
+        }
         worker.assigned = worker.assigned.saturating_sub(1);
         worker.prefilling = worker.prefilling.saturating_sub(running.prefilling);
         match ended {
@@ -242,6 +276,22 @@ impl Placement {
         pruned
     }
 
+    /// Models that rings are to serve and do not serve now.
+    pub fn set_prospects(&mut self, prospects: BTreeMap<String, Prospect>) {
+        self.prospects = prospects;
+    }
+
+    /// The models of [`Placement::set_prospects`].
+    pub fn prospects(&self) -> &BTreeMap<String, Prospect> {
+        &self.prospects
+    }
+
+    /// Number of requests that run on this ring.
+    pub fn running_on(&self, ring: u64) -> usize {
+        let on = |running: &&Running| running.ring == Some(ring);
+        self.running.values().filter(on).count()
+    }
+
     /// Number of requests that wait for a worker.
     pub fn queued(&self) -> usize {
         self.waiting.len()
@@ -262,14 +312,6 @@ impl Placement {
     ) -> Placed {
         self.router.assigned(&mut self.registry, id, ask);
         let prefilling = u64::from(ask.prompt_tokens);
-        self.running.insert(
-            ticket,
-            Running {
-                worker: id,
-                started: now,
-                prefilling,
-            },
-        );
         let worker = self
             .registry
             .get_mut(id)
@@ -277,18 +319,38 @@ impl Placement {
         worker.assigned += 1;
         worker.prefilling += prefilling;
         let served = worker.model(&ask.model);
-        Placed {
+        let placed = Placed {
             worker: id,
             name: worker.name.clone(),
             model: served.map_or_else(|| ask.model.clone(), |model| model.card.name.clone()),
             fingerprint: served
                 .map(|model| model.card.fingerprint.clone())
                 .unwrap_or_default(),
+            ring: served.and_then(|model| model.ring),
             estimate,
-        }
+        };
+        self.running.insert(
+            ticket,
+            Running {
+                worker: id,
+                model: placed.model.clone(),
+                ring: placed.ring,
+                started: now,
+                prefilling,
+            },
+        );
+        placed
+    }
+
+    fn is_coming(&self, model: &str) -> bool {
+        self.prospects.get(model) == Some(&Prospect::Coming)
     }
 
     fn nobody(&self, model: String) -> Refusal {
+        if let Some(Prospect::Impossible(reason)) = self.prospects.get(&model) {
+            let reason = reason.clone();
+            return Refusal::NoRing { model, reason };
+        }
         let no_mesh_worker = self.registry.iter().all(Worker::is_legacy);
         if no_mesh_worker || model.is_empty() || self.registry.knows_model(&model) {
             Refusal::NoWorker { model }
@@ -451,6 +513,78 @@ mod tests {
         assert!(placement.pump(start).is_empty());
         assert_eq!(placement.pump(start + GRACE).len(), 1);
         assert_eq!(placement.queued(), 0);
+    }
+
+    #[test]
+    fn requests_wait_for_a_ring_that_is_being_formed_and_hear_why_there_is_none() {
+        let start = Instant::now();
+        let mut placement = placement(2);
+        let prospect = |prospect| BTreeMap::from([("m".to_owned(), prospect)]);
+        placement.set_prospects(prospect(Prospect::Coming));
+        assert_eq!(
+            placement.ask(Ticket(1), ask(), false, start),
+            Asked::Waiting
+        );
+        assert_eq!(placement.ask(Ticket(2), ask(), true, start), Asked::Waiting);
+        assert_eq!(
+            placement.ask(Ticket(3), ask(), false, start),
+            Asked::Refused(Refusal::QueueFull { limit: 2 })
+        );
+        assert!(
+            placement.pump(start + 10 * GRACE).is_empty(),
+            "only their own deadlines end the wait"
+        );
+        placement.set_prospects(prospect(Prospect::Impossible("a node is missing".into())));
+        let late = start + 10 * GRACE;
+        assert!(
+            placement.pump(late).is_empty(),
+            "from now on the grace counts"
+        );
+        let decided = placement.pump(late + GRACE);
+        assert_eq!(decided.len(), 2);
+        let refused = |refusal: &Refusal| refusal.to_string().contains("a node is missing");
+        assert!(
+            decided
+                .iter()
+                .all(|(_, decided)| decided.as_ref().is_err_and(refused))
+        );
+        assert!(matches!(
+            placement.ask(Ticket(4), ask(), false, late),
+            Asked::Refused(Refusal::NoRing { .. })
+        ));
+    }
+
+    #[test]
+    fn the_driver_of_a_ring_is_asked_until_the_ring_has_moved() {
+        let now = Instant::now();
+        let mut placement = placement(4);
+        let worker = join(&mut placement, "w", 1, now);
+        placement.registry.get_mut(worker).unwrap().models.clear();
+        let card = ModelCard {
+            name: "m".into(),
+            slots: 4,
+            ..Default::default()
+        };
+        placement.registry.serve(worker, 7, card, now);
+        placement.registry.get_mut(worker).unwrap().draining = true;
+        let Asked::Placed(placed) = placement.ask(Ticket(1), ask(), false, now) else {
+            panic!("refused");
+        };
+        assert_eq!(
+            (
+                placed.ring,
+                placement.running_on(7),
+                placement.running_on(8)
+            ),
+            (Some(7), 1, 0)
+        );
+        placement.registry.withdraw(worker, 7, now);
+        assert!(matches!(
+            placement.ask(Ticket(2), ask(), false, now),
+            Asked::Refused(_)
+        ));
+        placement.release(Ticket(1), Ended::Complete, now);
+        assert_eq!(placement.running_on(7), 0);
     }
 
     #[test]

@@ -34,6 +34,25 @@ pub struct ServedModel {
     pub decode_tps: f64,
     /// Prefill speed, tokens per second; 0 is unknown.
     pub prefill_tps: f64,
+    /// The ring that it answers for as its driver; `None` where the worker holds the whole model.
+    pub ring: Option<u64>,
+    /// Whether the last attempt with this model, probes included, brought an answer.
+    pub proven: bool,
+    /// When an answer with this model last came back complete.
+    pub last_success: Option<Instant>,
+}
+
+impl ServedModel {
+    fn new(card: ModelCard, ring: Option<u64>) -> Self {
+        Self {
+            decode_tps: speed(card.decode_tps),
+            prefill_tps: speed(card.prefill_tps),
+            card,
+            ring,
+            proven: false,
+            last_success: None,
+        }
+    }
 }
 
 /// A worker as the head knows it.
@@ -53,8 +72,10 @@ pub struct Worker {
     pub models: Vec<ServedModel>,
     /// Its last load report.
     pub load: Load,
-    /// It finishes what runs and takes nothing new.
+    /// It finishes what runs and takes nothing new: it says so, or an operator does.
     pub draining: bool,
+    /// An operator does.
+    pub drained: bool,
     /// It said busy: nothing new before this moment.
     pub busy_until: Option<Instant>,
     /// When it joined.
@@ -92,6 +113,20 @@ impl Worker {
         self.models
             .iter()
             .find(|model| name.is_empty() || model.card.name == name)
+    }
+
+    /// A token was asked of one of its models at `asked`, and came or did not come.
+    pub fn probed(&mut self, name: &str, came: bool, asked: Instant, now: Instant) {
+        let Some(model) = self.models.iter_mut().find(|model| model.card.name == name) else {
+            return;
+        };
+        // A real answer meanwhile is a proof, too.
+        model.proven = came || model.last_success.is_some_and(|at| at >= asked);
+        if came {
+            model.last_success = Some(now);
+            self.last_success = Some(now);
+        }
+        self.proven = self.models.iter().all(|model| model.proven);
     }
 
     /// Its node id, unless it is a v5.0.0 worker.
@@ -160,11 +195,7 @@ impl Registry {
             .models
             .into_iter()
             .take(MODELS_PER_WORKER)
-            .map(|card| ServedModel {
-                decode_tps: speed(card.decode_tps),
-                prefill_tps: speed(card.prefill_tps),
-                card,
-            })
+            .map(|card| ServedModel::new(card, None))
             .collect();
         let name = if hello.node_name.is_empty() {
             short(node_id).to_owned()
@@ -224,7 +255,7 @@ impl Registry {
             return;
         };
         worker.last_seen = now;
-        worker.draining = load.draining;
+        worker.draining = load.draining || worker.drained;
         for measured in &load.speeds {
             let Some(model) = worker
                 .models
@@ -243,6 +274,47 @@ impl Registry {
         }
         worker.load = load;
         self.remember_models(id, now);
+    }
+
+    /// The worker answers for a ring from now on. A model that it holds whole it goes on serving by itself.
+    pub fn serve(&mut self, id: WorkerId, ring: u64, card: ModelCard, now: Instant) {
+        let Some(worker) = self.workers.get_mut(&id) else {
+            return;
+        };
+        let full = worker.models.len() >= MODELS_PER_WORKER;
+        let known = worker
+            .models
+            .iter_mut()
+            .find(|model| model.card.name == card.name);
+        match known {
+            Some(model) if model.ring.is_none() => return,
+            Some(model) if model.ring == Some(ring) => {
+                if card.decode_tps > 0.0 {
+                    model.decode_tps = speed(card.decode_tps);
+                }
+                if card.prefill_tps > 0.0 {
+                    model.prefill_tps = speed(card.prefill_tps);
+                }
+                model.card = card;
+            }
+            Some(model) => *model = ServedModel::new(card, Some(ring)),
+            None if full => return,
+            None => worker.models.push(ServedModel::new(card, Some(ring))),
+        }
+        self.remember_models(id, now);
+    }
+
+    /// The worker no longer answers for this ring.
+    pub fn withdraw(&mut self, id: WorkerId, ring: u64, now: Instant) {
+        self.remember_models(id, now);
+        if let Some(worker) = self.workers.get_mut(&id) {
+            worker.models.retain(|model| model.ring != Some(ring));
+        }
+    }
+
+    /// The worker with this node id.
+    pub fn of_node(&self, node_id: &str) -> Option<&Worker> {
+        self.iter().find(|worker| worker.node_id() == Some(node_id))
     }
 
     /// Removes a worker; its link is closed.
@@ -331,6 +403,7 @@ impl Registry {
             models,
             load: Load::default(),
             draining: false,
+            drained: false,
             busy_until: None,
             joined: now,
             last_seen: now,
@@ -492,6 +565,41 @@ mod tests {
         let model = registry.get(id).unwrap().model("tiny").unwrap();
         assert_eq!(model.decode_tps, 150.0);
         assert_eq!(model.prefill_tps, 0.0);
+    }
+
+    #[test]
+    fn a_driver_serves_its_ring_until_it_is_withdrawn_and_a_whole_model_stays() {
+        let start = Instant::now();
+        let mut registry = Registry::new(Duration::from_secs(10));
+        let (id, _) = registry.join("aa", address(1), hello("one"), start);
+        let card = |name: &str, decode_tps| ModelCard {
+            name: name.into(),
+            decode_tps,
+            ..Default::default()
+        };
+        registry.serve(id, 7, card("large", 10.0), start);
+        registry.serve(id, 7, card("tiny", 10.0), start);
+        let worker = registry.get(id).unwrap();
+        assert_eq!(worker.model("large").unwrap().ring, Some(7));
+        assert_eq!(
+            worker.model("tiny").unwrap().ring,
+            None,
+            "it holds that one whole"
+        );
+        registry.serve(id, 7, card("large", 12.0), start);
+        let worker = registry.of_node("aa").unwrap();
+        assert_eq!(
+            (
+                worker.models.len(),
+                worker.model("large").unwrap().decode_tps
+            ),
+            (2, 12.0)
+        );
+        registry.withdraw(id, 8, start);
+        assert_eq!(registry.get(id).unwrap().models.len(), 2, "another ring");
+        registry.withdraw(id, 7, start);
+        assert!(registry.get(id).unwrap().model("large").is_none());
+        assert!(registry.knows_model("large"), "it was served a moment ago");
     }
 
     #[test]

@@ -319,6 +319,13 @@ impl Answer {
         }
     }
 
+    /// The silence up to this moment has a known cause that is not the worker's death: its ring recovered.
+    pub fn excused_until(&mut self, moment: Instant) {
+        if let Phase::Running { last_heard, .. } = &mut self.phase {
+            *last_heard = (*last_heard).max(moment);
+        }
+    }
+
     /// Time has passed: perhaps too much.
     pub fn time_passed(&mut self, now: Instant) -> Step {
         if self.phase == Phase::Ended {

@@ -136,7 +136,9 @@ impl Router {
 }
 
 fn serves(worker: &Worker, ask: &Ask) -> bool {
-    if worker.draining {
+    // The driver of a ring answers until the ring has moved away from it.
+    let moves = |model: &ServedModel| model.ring.is_some();
+    if worker.draining && !worker.model(&ask.model).is_some_and(moves) {
         return false;
     }
     if worker.is_legacy() {

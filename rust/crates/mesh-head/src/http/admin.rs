@@ -6,14 +6,12 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::StatusCode;
-use dcf::{Message, MsgType};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::Api;
 use super::error::ApiError;
 use crate::core::registry::Worker;
-use crate::mesh::timestamp_us;
 
 /// `GET /v1/mesh`: the registry as JSON.
 pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
@@ -24,10 +22,32 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
         mesh.link(worker.id)
             .map(|link| link.rtt().as_secs_f64() * 1e3)
     };
-    let workers = mesh.with_registry(|registry| registry.iter().cloned().collect::<Vec<_>>());
+    let (workers, rings) = mesh.with_rings(|rings, registry| {
+        let workers = registry.iter().map(|worker| {
+            let node = worker.node_id().unwrap_or_default();
+            (worker.clone(), rings.holdings(node), rings.has_offer(node))
+        });
+        let workers: Vec<_> = workers.collect();
+        let recoveries = rings.recoveries().map(|recovery| {
+            let mut shown = json!(recovery);
+            let ago = recovery.at().map(|at| now.saturating_duration_since(at));
+            shown["seconds_ago"] = json!(ago.map(|ago| ago.as_secs_f64()));
+            shown
+        });
+        let rings = json!({
+            "rings": rings.view(now),
+            "recoveries": recoveries.collect::<Vec<_>>(),
+            "unformed": rings.unformed(),
+        });
+        (workers, rings)
+    });
     let workers: Vec<Value> = workers
-        .iter()
-        .map(|worker| describe(worker, round_trip(worker), now))
+        .into_iter()
+        .map(|(worker, holdings, offers)| {
+            let mut shown = describe(&worker, round_trip(&worker), offers, now);
+            shown["holds"] = json!(holdings);
+            shown
+        })
         .collect();
     let unready = mesh.health.unready_reason();
     Json(json!({
@@ -49,6 +69,9 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
             "cached": mesh.metrics.cached_tokens.get(),
         },
         "workers": workers,
+        "rings": rings["rings"],
+        "recoveries": rings["recoveries"],
+        "unformed": rings["unformed"],
     }))
 }
 
@@ -112,46 +135,8 @@ pub(super) async fn create_token(
     ))
 }
 
-/// `POST /v1/mesh/drain`: tells the worker that `worker` names (by name or node id) to finish and take nothing new.
-pub(super) async fn drain(State(api): State<Api>, body: Bytes) -> Result<Json<Value>, ApiError> {
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Ask {
-        worker: String,
-    }
-    let ask: Ask = read(&body)?;
-    let named = |worker: &&Worker| {
-        worker.name == ask.worker || worker.node_id() == Some(ask.worker.as_str())
-    };
-    let ids = api.mesh.with_registry(|registry| {
-        registry
-            .iter()
-            .filter(named)
-            .map(|worker| worker.id)
-            .collect::<Vec<_>>()
-    });
-    if ids.is_empty() {
-        let text = format!(
-            "no worker is called {:?}; GET /v1/mesh lists them",
-            ask.worker
-        );
-        return Err(ApiError::new(
-            StatusCode::NOT_FOUND,
-            "worker_not_found",
-            text,
-        ));
-    }
-    for id in &ids {
-        api.mesh.with_worker(*id, |worker| worker.draining = true);
-        api.mesh.tell(
-            *id,
-            Message::new(MsgType::DRAIN, 0, timestamp_us(), Bytes::new()),
-        );
-    }
-    Ok(Json(json!({ "draining": ids.len() })))
-}
-
-fn read<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, ApiError> {
+/// A body in JSON; an empty one is an empty object.
+pub(super) fn read<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, ApiError> {
     let body = if body.is_empty() { b"{}" } else { body };
     serde_json::from_slice(body).map_err(|error| {
         ApiError::new(
@@ -162,7 +147,7 @@ fn read<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, ApiError> {
     })
 }
 
-fn describe(worker: &Worker, round_trip_ms: Option<f64>, now: Instant) -> Value {
+fn describe(worker: &Worker, round_trip_ms: Option<f64>, offers: bool, now: Instant) -> Value {
     #[derive(Serialize)]
     struct Model<'a> {
         name: &'a str,
@@ -173,6 +158,7 @@ fn describe(worker: &Worker, round_trip_ms: Option<f64>, now: Instant) -> Value 
         slots: u32,
         file_bytes: u64,
         layers: [u32; 2],
+        ring: Option<String>,
         decode_tokens_per_second: f64,
         prefill_tokens_per_second: f64,
     }
@@ -188,11 +174,15 @@ fn describe(worker: &Worker, round_trip_ms: Option<f64>, now: Instant) -> Value 
             slots: model.card.slots,
             file_bytes: model.card.file_bytes,
             layers: [model.card.layer_start, model.card.layer_end],
+            ring: model.ring.map(|ring| format!("{ring:016x}")),
             decode_tokens_per_second: model.decode_tps,
             prefill_tokens_per_second: model.prefill_tps,
         })
         .collect();
-    let state = match (worker.draining, worker.proven || worker.is_legacy()) {
+    // Who holds only parts of models has nothing to prove by itself.
+    let only_parts = worker.models.is_empty() && offers;
+    let answers = worker.proven || worker.is_legacy() || only_parts;
+    let state = match (worker.draining, answers) {
         (true, _) => "draining",
         (false, true) => "ready",
         (false, false) => "joining",

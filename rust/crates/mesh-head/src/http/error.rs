@@ -126,7 +126,7 @@ impl From<&AnswerError> for ApiError {
                     retry_after: Some(1),
                     ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", message)
                 },
-                Refusal::NoWorker { .. } => Self {
+                Refusal::NoWorker { .. } | Refusal::NoRing { .. } => Self {
                     retry_after: Some(5),
                     ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "no_worker", message)
                 },
@@ -174,6 +174,14 @@ mod tests {
             ),
             (
                 AnswerError::Refused(Refusal::NoWorker { model: "m".into() }),
+                503,
+                "no_worker",
+            ),
+            (
+                AnswerError::Refused(Refusal::NoRing {
+                    model: "m".into(),
+                    reason: "x".into(),
+                }),
                 503,
                 "no_worker",
             ),

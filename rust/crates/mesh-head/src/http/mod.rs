@@ -8,6 +8,8 @@ mod answer;
 mod ask;
 mod error;
 mod keys;
+mod ready;
+mod rings;
 mod wire;
 
 use std::net::SocketAddr;
@@ -58,7 +60,9 @@ pub fn router(
     authority: Arc<Authority>,
     metrics: Arc<Metrics>,
 ) -> Router {
-    let health = health::router(mesh.health.clone(), metrics);
+    let health = health::router(mesh.health.clone(), metrics).route_layer(
+        middleware::from_fn_with_state(mesh.clone(), ready::of_model),
+    );
     let body_limit = usize::try_from(mesh.config.http.body_limit).unwrap_or(usize::MAX);
     let turnstile = Arc::new(Turnstile::new(mesh.config.http.concurrent_requests));
     let api = Api {
@@ -69,7 +73,10 @@ pub fn router(
     };
     let administration = Router::new()
         .route("/v1/mesh/tokens", post(admin::create_token))
-        .route("/v1/mesh/drain", post(admin::drain))
+        .route("/v1/mesh/drain", post(rings::drain))
+        .route("/v1/mesh/undrain", post(rings::undrain))
+        .route("/v1/mesh/plan", get(rings::plan))
+        .route("/v1/mesh/rebalance", post(rings::rebalance))
         .route_layer(middleware::from_fn(administrators_only));
     Router::new()
         .route("/v1/models", get(list_models))

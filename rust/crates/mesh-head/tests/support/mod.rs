@@ -2,6 +2,8 @@
 
 #![allow(dead_code)] // Each test file uses its part of it.
 
+pub(crate) mod ring;
+
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -338,7 +340,7 @@ async fn serve(
     }
 }
 
-async fn answer(link: Link, mut stream: MsgStream, script: Script, seen: Arc<Seen>) {
+pub(crate) async fn answer(link: Link, mut stream: MsgStream, script: Script, seen: Arc<Seen>) {
     let Ok(Some(message)) = stream.recv().await else {
         return;
     };

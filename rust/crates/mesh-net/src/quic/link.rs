@@ -1,7 +1,7 @@
 //! One authenticated connection between two nodes.
 
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -66,6 +66,12 @@ impl Link {
     /// The peer's address; it may change when the peer moves.
     pub fn remote_addr(&self) -> SocketAddr {
         canonical(self.inner.connection.remote_address())
+    }
+
+    /// Our own address on the way to the peer, where the system says it.
+    pub fn local_ip(&self) -> Option<IpAddr> {
+        let ip = self.inner.connection.local_ip()?;
+        Some(ip.to_canonical())
     }
 
     /// Measured round trip time.

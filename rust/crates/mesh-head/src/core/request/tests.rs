@@ -296,6 +296,37 @@ fn a_silent_worker_is_given_up_after_the_silence_limit() {
 }
 
 #[test]
+fn silence_with_a_known_cause_is_excused() {
+    let start = Instant::now();
+    let mut answer = Answer::new(LIMITS, start);
+    let resume = answer.placed(WorkerId(1), Duration::ZERO, start);
+    let tokens = Tokens {
+        tokens: vec![1],
+        ..Default::default()
+    };
+    answer.tokens_came(resume.attempt, tokens, start);
+    let late = start + LIMITS.silence;
+    answer.excused_until(late);
+    assert_eq!(answer.time_passed(late), Step::Wait);
+    answer.excused_until(start);
+    assert_eq!(
+        answer.next_timer(),
+        Some(late + LIMITS.silence),
+        "an excuse never takes time away"
+    );
+    assert_eq!(
+        answer.time_passed(late + LIMITS.silence),
+        Step::Again(Ended::Failed)
+    );
+    answer.excused_until(late);
+    assert_eq!(
+        answer.next_timer(),
+        Some(start + LIMITS.timeout),
+        "the deadline holds"
+    );
+}
+
+#[test]
 fn slow_steps_stretch_the_silence_limit() {
     let start = Instant::now();
     let mut answer = Answer::new(LIMITS, start);

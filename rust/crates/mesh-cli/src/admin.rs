@@ -1,0 +1,72 @@
+//! The head's admin API: the key to it, and what its refusals mean.
+
+use std::path::PathBuf;
+
+use mesh_client::http::{HttpClient, HttpError};
+use serde_json::Value;
+
+use crate::args::AdminArgs;
+use crate::failure::{Exit, Failure};
+use crate::input;
+
+/// A head, asked with its admin key.
+pub(crate) struct Admin {
+    client: HttpClient,
+    key: PathBuf,
+}
+
+impl Admin {
+    pub(crate) fn new(args: &AdminArgs) -> Result<Self, Failure> {
+        let path = args
+            .admin_key_file
+            .clone()
+            .unwrap_or_else(|| args.state_dir.join("admin.key"));
+        let key = input::key_file(&path).map_err(|failure| {
+            Failure::new(Exit::Refused, failure.message).hint(
+                "Run this on the head's machine as the user it runs as, or name its key with --admin-key-file \
+                 (HYDRAMESH_ADMIN_KEY_FILE) or its state folder with --state-dir.",
+            )
+        })?;
+        Ok(Self {
+            client: HttpClient::new(&args.url, Some(key))?,
+            key: path,
+        })
+    }
+
+    pub(crate) async fn get(&self, path: &str) -> Result<Value, Failure> {
+        self.client
+            .get(path)
+            .await
+            .map_err(|error| self.explain(error))
+    }
+
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> Result<Value, Failure> {
+        let answer = self.client.post(path, body).await;
+        answer.map_err(|error| self.explain(error))
+    }
+
+    fn explain(&self, error: HttpError) -> Failure {
+        match error {
+            HttpError::Api {
+                status: 401 | 403,
+                message,
+                ..
+            } => Failure::new(Exit::Refused, message).hint(format!(
+                "The key in {} is not this head's admin key.",
+                self.key.display()
+            )),
+            // Messages of the admin API name the remedy themselves.
+            HttpError::Api {
+                status: 409,
+                message,
+                ..
+            } => Failure::failed(message),
+            HttpError::Api {
+                status: 404 | 503,
+                message,
+                ..
+            } => Failure::new(Exit::NoWorker, message),
+            other => other.into(),
+        }
+    }
+}

@@ -1,0 +1,294 @@
+//! Draining: a worker hands its parts over, then holds nothing.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::node::Node;
+use super::ring::{Part, Ring};
+use super::{Action, Note, Rings};
+
+/// Why a worker is not drained.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DrainRefusal {
+    /// There is no such worker.
+    #[error("no worker has the node id {0:?}")]
+    Unknown(String),
+    /// Nobody can take its layers.
+    #[error(
+        "worker {name} holds layers {layers} of {model}, and no other worker has the {mib} MiB that they need: add a worker, \
+         undrain one, or shorten sharding.context; nothing was changed"
+    )]
+    NoRoom {
+        /// Its name.
+        name: String,
+        /// Model name.
+        model: String,
+        /// Its layers.
+        layers: String,
+        /// Memory that they need.
+        mib: u64,
+    },
+}
+
+/// Something that a drained worker still holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Holding {
+    /// Model name.
+    pub model: String,
+    /// The ring, hex.
+    pub ring: String,
+    /// Its layers.
+    pub layers: [u32; 2],
+    /// `member` or `standby`.
+    pub part: &'static str,
+    /// What the move waits for.
+    pub waits_for: String,
+}
+
+impl Rings {
+    /// Drains a worker: its parts move away, and it gets none until [`Rings::undrain`].
+    ///
+    /// # Errors
+    /// [`DrainRefusal`]; then nothing has changed.
+    pub fn drain(&mut self, node: &str, now: Instant) -> Result<(), DrainRefusal> {
+        if !self.nodes.get(node).is_some_and(|node| node.connected) {
+            return Err(DrainRefusal::Unknown(node.to_owned()));
+        }
+        let mut trial = self.clone();
+        trial.set_asked(node, true);
+        trial.poll(now);
+        // What runs now must either have been moved, or have somewhere to go to.
+        for ring in self.rings.values().filter(|ring| ring.has_member(node)) {
+            let later = trial
+                .live_ring(&ring.model)
+                .and_then(|id| trial.rings.get(&id));
+            let stuck = match later {
+                None => ring.stages.iter().find(|stage| stage.member.node == node),
+                Some(later) => later
+                    .stages
+                    .iter()
+                    .find(|stage| stage.member.node == node && stage.standby.is_none()),
+            };
+            if let Some(stage) = stuck.filter(|_| ring.retiring.is_none()) {
+                return Err(DrainRefusal::NoRoom {
+                    name: self.name(node).to_owned(),
+                    model: ring.model.clone(),
+                    layers: format!("{}..{}", stage.layers.start, stage.layers.end),
+                    mib: ring.stage_bytes(&stage.layers) >> 20,
+                });
+            }
+        }
+        self.set_asked(node, true);
+        Ok(())
+    }
+
+    /// Ends [`Rings::drain`]. False means that the worker was not drained.
+    pub fn undrain(&mut self, node: &str, now: Instant) -> bool {
+        let was = self.nodes.get(node).is_some_and(|node| node.asked_to_drain);
+        if was {
+            self.set_asked(node, false);
+            let first = self.stirred.map_or(now, |(first, _)| first);
+            self.stirred = Some((first, now));
+        }
+        was
+    }
+
+    /// Whether an operator drains this worker.
+    pub fn is_asked_to_drain(&self, node: &str) -> bool {
+        self.nodes.get(node).is_some_and(|node| node.asked_to_drain)
+    }
+
+    /// What a worker holds, and what a drain of it waits for.
+    pub fn holdings(&self, node: &str) -> Vec<Holding> {
+        let mut holdings = Vec::new();
+        for ring in self.rings.values() {
+            for stage in &ring.stages {
+                let standby = stage.standby.as_ref().is_some_and(|part| part.node == node);
+                let member = stage.member.node == node;
+                for part in [member.then_some("member"), standby.then_some("standby")] {
+                    holdings.extend(part.map(|part| Holding {
+                        model: ring.model.clone(),
+                        ring: format!("{:016x}", ring.id),
+                        layers: [stage.layers.start, stage.layers.end],
+                        part,
+                        waits_for: self.waits_for(
+                            ring,
+                            stage.standby.as_ref(),
+                            stage.member.lag_rows,
+                        ),
+                    }));
+                }
+            }
+        }
+        holdings
+    }
+
+    fn waits_for(&self, ring: &Ring, standby: Option<&Part>, lag: u64) -> String {
+        if ring.retiring.is_some() {
+            return "its last requests on this ring to end".into();
+        }
+        if ring.serving_since.is_none() {
+            return "the ring to serve".into();
+        }
+        match standby {
+            None => "a worker with room".into(),
+            Some(part) if !part.is_ready() => {
+                format!("{} to load the layers", self.name(&part.node))
+            }
+            Some(part) => format!("{} to receive {lag} KV rows", self.name(&part.node)),
+        }
+    }
+
+    /// Moves a ring's parts off drained workers, as far as that goes now.
+    pub(super) fn move_off_drained(&mut self, id: u64, now: Instant) {
+        let drains = |node: &str| self.nodes.get(node).is_some_and(Node::is_draining);
+        let Some(ring) = self.rings.get(&id) else {
+            return;
+        };
+        let drained: BTreeSet<String> = ring
+            .parts()
+            .filter(|part| drains(&part.node))
+            .map(|part| part.node.clone())
+            .collect();
+        if drained.is_empty() || ring.retiring.is_some() || !ring.lost.is_empty() {
+            return;
+        }
+        if ring.serving_since.is_none() {
+            if ring.served_by.is_none()
+                && ring.epoch == 1
+                && drained.iter().any(|node| ring.has_member(node))
+            {
+                // Nothing has run on it yet: what is lost is lost without harm.
+                let names: Vec<&str> = drained.iter().map(|node| self.name(node)).collect();
+                let reason = format!("{} is drained", names.join(", "));
+                self.replan_forming(id, &drained, &reason, now);
+            }
+            return;
+        }
+
+        let before: BTreeSet<String> = ring.parts().map(|part| part.node.clone()).collect();
+        let mut next = ring.clone();
+        let mut changed = false;
+        for stage in &mut next.stages {
+            if stage
+                .standby
+                .as_ref()
+                .is_some_and(|part| drained.contains(&part.node))
+            {
+                stage.standby = None;
+                changed = true;
+            }
+        }
+        let mut moved = Vec::new();
+        let mut stuck = None;
+        for index in 0..next.stages.len() {
+            let wanted = drained.contains(&next.stages[index].member.node)
+                || (changed && self.settings.standbys);
+            if wanted
+                && next.stages[index].standby.is_none()
+                && (changed || next.standbys_for != Some(self.generation))
+                && let Some(node) = self.find_standby(&next, index, now)
+            {
+                next.stages[index].standby = Some(Part::new(node));
+                next.stages[index].member.lag_rows = 0;
+                changed = true;
+            }
+            let stage = &mut next.stages[index];
+            if !drained.contains(&stage.member.node) {
+                continue;
+            }
+            let double = |part: &Part| !self.settings.double_seats && ring.has_member(&part.node);
+            match stage.standby.take() {
+                None => stuck = Some(stage.member.node.clone()),
+                Some(part) if up_to_date(&part, stage.member.lag_rows, now) && !double(&part) => {
+                    moved.push(format!(
+                        "{} hands layers {}..{} over to {}",
+                        self.name(&stage.member.node),
+                        stage.layers.start,
+                        stage.layers.end,
+                        self.name(&part.node)
+                    ));
+                    stage.member = part;
+                }
+                Some(part) => stage.standby = Some(part),
+            }
+        }
+        next.standbys_for = Some(self.generation);
+
+        // Asked before it was known to be impossible (a worker that is about to end does not ask): at least not at the last
+        // moment.
+        let by_itself = |node: &String| self.nodes.get(node).is_some_and(|node| node.said_draining);
+        if let Some(node) = stuck.filter(by_itself)
+            && ring.standbys_for != Some(self.generation)
+            && self.place(&next.model, &[id], now).is_ok()
+        {
+            let missing = format!("worker {} is about to end", self.name(&node));
+            self.plan_anew(id, &missing, now);
+            return;
+        }
+        if moved.is_empty() {
+            if changed {
+                next.reason = "a drained worker is to be replaced".into();
+                self.actions.push(Action::Note(Note::Standbys {
+                    ring: id,
+                    model: next.model.clone(),
+                    reason: next.layout(|node| self.name(node).to_owned()),
+                }));
+            }
+            self.rings.insert(id, next);
+            if changed {
+                self.broadcast(id, &before);
+            }
+            return;
+        }
+        let reason = format!("moved: {}", moved.join(", "));
+        next.next_epoch(reason.clone(), now);
+        self.actions.push(Action::Note(Note::Moved {
+            ring: id,
+            epoch: next.epoch,
+            model: next.model.clone(),
+            reason,
+        }));
+        let driver = next.driver().to_owned();
+        if next.served_by.as_ref().is_some_and(|(by, _)| *by != driver) {
+            self.withdraw(id);
+            next.served_by = None;
+        }
+        // Standbys are looked for again when it serves.
+        next.standbys_for = None;
+        self.rings.insert(id, next);
+        self.broadcast(id, &before);
+    }
+
+    fn replan_forming(&mut self, id: u64, drained: &BTreeSet<String>, reason: &str, now: Instant) {
+        let Some(ring) = self.rings.get_mut(&id) else {
+            return;
+        };
+        for node in drained {
+            ring.lose(node, reason.to_owned());
+        }
+        self.recover(id, now);
+    }
+
+    fn set_asked(&mut self, node: &str, asked: bool) {
+        if let Some(entry) = self.nodes.get_mut(node)
+            && entry.asked_to_drain != asked
+        {
+            entry.asked_to_drain = asked;
+            self.generation += 1;
+        }
+    }
+}
+
+/// Whether a standby can take over without anybody noticing. The member's lag is reported up to a quarter of a second after
+/// the standby is ready.
+fn up_to_date(standby: &Part, lag_rows: u64, now: Instant) -> bool {
+    let settled = |since: Instant| now.saturating_duration_since(since) >= LAG_KNOWN;
+    standby.is_ready() && standby.ready_since.is_some_and(settled) && lag_rows <= SMALL_LAG
+}
+
+const LAG_KNOWN: Duration = Duration::from_millis(500);
+/// Rows that are replayed in less time than a step takes.
+const SMALL_LAG: u64 = 16;

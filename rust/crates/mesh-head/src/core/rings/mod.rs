@@ -1,0 +1,567 @@
+//! Rings: which workers hold which layers of a model that no single one serves, and what happens when one of them is lost.
+//!
+//! [`Rings`] is told what happens (a worker offers, leaves, reports; an operator drains) and [`Rings::poll`] compares what is
+//! with what should be and says what to do ([`Action`]). Events only note facts: whatever is known when `poll` runs goes into
+//! one decision, so that two workers lost in the same moment cost one change of epoch, and an event that comes twice or late
+//! changes nothing.
+//!
+//! The life of a ring:
+//! - *formed* when the offers for its model have been quiet for a while and placement finds a plan: every member and standby is
+//!   sent the same [`mesh_proto::Ring`], epoch 1;
+//! - *serves* when its driver says that a token came back through every stage of this epoch;
+//! - on a *loss* every lost stage goes to its standby, else to a worker with room, in one new epoch; where neither is to be
+//!   had the ring is dissolved and planned anew over what is left;
+//! - a ring that does as well as before gets its *standbys* back, in the same epoch: running steps are undisturbed;
+//! - *drained* workers hand their stages over to standbys that are up to date; *rebalancing* builds a better ring beside
+//!   the old one, or in its place.
+
+mod action;
+mod drain;
+mod failover;
+mod node;
+mod plan;
+mod rebalance;
+mod ring;
+mod view;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use arcanum_profiler::Objective;
+use mesh_proto::{ModelCard, Offer, PartPhase, RingState};
+
+pub use action::{Action, Note, Prospect};
+pub use drain::{DrainRefusal, Holding};
+pub use plan::{NoPlan, Planned};
+pub use rebalance::Comparison;
+pub use view::{RecoveryView, RingView, StageView, Unformed};
+
+use node::Node;
+use ring::Ring;
+
+/// How rings are made and kept.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Settings {
+    /// Whether rings are made at all.
+    pub enabled: bool,
+    /// What a plan is to be best at.
+    pub objective: Objective,
+    /// Exactly so many stages; `None` is as many as needed.
+    pub stages: Option<u32>,
+    /// Whether stages get standbys.
+    pub standbys: bool,
+    /// Requests that a ring runs at once.
+    pub slots: u32,
+    /// Most tokens of prompt and answer together; 0 is the model's own limit, less where memory is short.
+    pub context: u32,
+    /// Hidden rows travel as f16.
+    pub half_rows: bool,
+    /// By which part of its cost a fresh plan must beat a running ring to replace it.
+    pub margin: f64,
+    /// How long offers must have been quiet before a plan is made of them.
+    pub gather: Duration,
+    /// How long a suspect is left alone the first time; doubled with every repeat.
+    pub suspect_pause: Duration,
+    /// Make a ring even for a model that some worker serves whole.
+    pub always: bool,
+    /// How long requests on a ring that was replaced may go on.
+    pub retire_limit: Duration,
+    /// Whether a member may take over a second stage that it is the standby of. Plans never ask for it; after a loss it
+    /// beats loading weights.
+    pub double_seats: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            objective: Objective::Latency,
+            stages: None,
+            standbys: true,
+            slots: 8,
+            context: 0,
+            half_rows: false,
+            margin: 0.15,
+            gather: Duration::from_secs(2),
+            suspect_pause: Duration::from_secs(10),
+            always: false,
+            retire_limit: Duration::from_secs(300),
+            double_seats: true,
+        }
+    }
+}
+
+/// A worker as it enters.
+#[derive(Debug, Clone)]
+pub struct Arrival {
+    /// Name a person knows it by.
+    pub name: String,
+    /// Models that it serves whole.
+    pub whole: Vec<String>,
+    /// The head's own address on the way to it: what other workers must use for a worker on the head's machine.
+    pub head_ip: Option<IpAddr>,
+}
+
+/// See the module's page.
+#[derive(Debug, Clone)]
+pub struct Rings {
+    settings: Settings,
+    nodes: BTreeMap<String, Node>,
+    rings: BTreeMap<u64, Ring>,
+    /// Why there is no ring of a model, and for which state of the mesh that was found.
+    unplanned: BTreeMap<String, (u64, String)>,
+    next_ring: u64,
+    /// Counts what may make a plan possible or better.
+    generation: u64,
+    /// First and last change of offers since they were last quiet.
+    stirred: Option<(Instant, Instant)>,
+    last_rebalance: Option<Instant>,
+    recoveries: VecDeque<RecoveryView>,
+    /// Workers that were told to forget a ring, so that they are told once.
+    told_off: BTreeSet<(String, u64)>,
+    actions: Vec<Action>,
+}
+
+impl Rings {
+    /// No rings yet. `first_ring` must be greater than all ids that this head gave out in earlier lives.
+    pub fn new(settings: Settings, first_ring: u64) -> Self {
+        Self {
+            settings,
+            nodes: BTreeMap::new(),
+            rings: BTreeMap::new(),
+            unplanned: BTreeMap::new(),
+            next_ring: first_ring,
+            generation: 0,
+            stirred: None,
+            last_rebalance: None,
+            recoveries: VecDeque::new(),
+            told_off: BTreeSet::new(),
+            actions: Vec::new(),
+        }
+    }
+
+    /// A worker's link is up. Whatever it held under an earlier link is lost.
+    pub fn joined(&mut self, node: &str, arrival: Arrival, now: Instant) {
+        if self.nodes.get(node).is_some_and(|known| known.connected) {
+            self.left(node, "it has connected again", now);
+        }
+        let entry = self.nodes.entry(node.to_owned()).or_default();
+        entry.connected = true;
+        entry.gone_since = None;
+        entry.name = arrival.name;
+        entry.head_ip = arrival.head_ip;
+        entry.whole = arrival.whole.into_iter().take(MODELS_PER_NODE).collect();
+        entry.said_draining = false;
+        self.generation += 1;
+    }
+
+    /// A worker says what it may hold. `address` is where other workers reach it.
+    pub fn offered(&mut self, node: &str, address: SocketAddr, offer: Offer, now: Instant) {
+        let Some(entry) = self.nodes.get_mut(node).filter(|node| node.connected) else {
+            return;
+        };
+        if entry.take_offer(address, offer) {
+            self.generation += 1;
+            let first = self.stirred.map_or(now, |(first, _)| first);
+            self.stirred = Some((first, now));
+        }
+    }
+
+    /// A worker's link is closed, or it was pruned.
+    pub fn left(&mut self, node: &str, why: &str, now: Instant) {
+        let Some(entry) = self.nodes.get_mut(node).filter(|node| node.connected) else {
+            return;
+        };
+        entry.disconnect(now);
+        let name = entry.name.clone();
+        let mut had_seat = false;
+        for ring in self.rings.values_mut().filter(|ring| ring.seats(node)) {
+            had_seat = true;
+            ring.lose(node, format!("worker {name} is lost: {why}"));
+        }
+        if had_seat {
+            // A worker that dies with every ring it is given must not be given one in every second.
+            let pause = self.settings.suspect_pause;
+            entry.suspicion.left_with_a_seat(pause, why, now);
+        }
+        self.told_off.retain(|(told, _)| told != node);
+        self.generation += 1;
+    }
+
+    /// A worker reports its parts in a ring. Reports of other epochs than the present one change nothing.
+    pub fn state(&mut self, node: &str, state: RingState, now: Instant) {
+        let Some(ring) = self.rings.get_mut(&state.ring) else {
+            self.tell_off(node, &state);
+            return;
+        };
+        if state.epoch != ring.epoch || !ring.seats(node) || ring.lost.contains_key(node) {
+            return;
+        }
+        let model = ring.model.clone();
+        let mut failed = None;
+        for report in &state.parts {
+            if report.phase == i32::from(PartPhase::Failed) {
+                failed.get_or_insert_with(|| shorten(&report.error));
+            }
+            ring.report(node, report, now);
+        }
+        if let Some(error) = failed {
+            self.unfit(node, &model, state.ring, &error, now);
+            return;
+        }
+        for suspect in state.suspects.iter().take(SUSPECTS) {
+            let seated = self.rings[&state.ring].seats(suspect);
+            if suspect != node && seated {
+                let by = self.name(node).to_owned();
+                self.suspect(
+                    suspect,
+                    state.ring,
+                    &format!("it does not answer {by}"),
+                    now,
+                );
+            }
+        }
+        self.driver_reports(node, state, now);
+    }
+
+    /// An answer's attempt on the driver of this ring failed by silence or loss.
+    pub fn suspected(&mut self, node: &str, ring: u64, reason: &str, now: Instant) {
+        // A ring that does not serve is silent for a known reason.
+        let blamed = |ring: &Ring| ring.driver() == node && ring.serving_since.is_some();
+        if self.rings.get(&ring).is_some_and(blamed) {
+            self.suspect(node, ring, reason, now);
+        }
+    }
+
+    /// Requests that run on a ring that was replaced.
+    pub fn running(&mut self, ring: u64, requests: usize) {
+        if let Some(ring) = self.rings.get_mut(&ring) {
+            ring.running = Some(requests);
+        }
+    }
+
+    /// A worker says by itself that it finishes and takes nothing new, or no longer.
+    pub fn says_draining(&mut self, node: &str, draining: bool) {
+        if let Some(entry) = self.nodes.get_mut(node)
+            && entry.said_draining != draining
+        {
+            entry.said_draining = draining;
+            self.generation += 1;
+        }
+    }
+
+    /// Compares what is with what should be; to be called after events and when [`Rings::next_timer`] is due.
+    pub fn poll(&mut self, now: Instant) -> Vec<Action> {
+        self.settle_suspicions(now);
+        self.check_deadlines(now);
+        let ids: Vec<u64> = self.rings.keys().copied().collect();
+        for id in &ids {
+            self.recover(*id, now);
+        }
+        if self.settings.enabled {
+            for id in &ids {
+                self.move_off_drained(*id, now);
+                self.restore_standbys(*id, now);
+            }
+            if self.is_quiet(now) {
+                self.stirred = None;
+                self.form_missing(now);
+                self.rebalance_all(now);
+            }
+        }
+        self.retire(now);
+        std::mem::take(&mut self.actions)
+    }
+
+    /// When [`Rings::poll`] has something to do without an event.
+    pub fn next_timer(&self) -> Option<Instant> {
+        let quiet = self.stirred.map(|stirred| self.quiet_at(stirred));
+        let suspects = self.nodes.values().filter_map(Node::next_timer);
+        let rings = self.rings.values().filter_map(Ring::next_timer);
+        quiet.into_iter().chain(suspects).chain(rings).min()
+    }
+
+    /// Models that nobody serves through a ring now, though workers offer their layers.
+    pub fn prospects(&self) -> BTreeMap<String, Prospect> {
+        let mut prospects = BTreeMap::new();
+        if !self.settings.enabled {
+            return prospects;
+        }
+        for model in self.offered_models() {
+            if self.wants_ring(&model) {
+                let prospect = match self.unplanned.get(&model) {
+                    // What has changed since may make a plan possible; that is seen in a moment.
+                    Some((_, reason)) if self.stirred.is_none() => {
+                        Prospect::Impossible(reason.clone())
+                    }
+                    _ => Prospect::Coming,
+                };
+                prospects.insert(model, prospect);
+            }
+        }
+        for ring in self.rings.values().filter(|ring| ring.retiring.is_none()) {
+            prospects.insert(ring.model.clone(), Prospect::Coming);
+        }
+        for ring in self.rings.values().filter(|ring| ring.served_by.is_some()) {
+            prospects.remove(&ring.model);
+        }
+        prospects
+    }
+
+    /// Since when this ring serves in its present epoch under this driver. `None`: another worker drives it now, or there
+    /// is no such ring any more. `Some(None)`: it recovers.
+    #[allow(clippy::option_option)]
+    pub fn serves_since(&self, ring: u64, driver: &str) -> Option<Option<Instant>> {
+        let ring = self.rings.get(&ring)?;
+        (ring.driver() == driver && !ring.lost.contains_key(driver)).then_some(ring.serving_since)
+    }
+
+    /// Rings that were replaced and still answer: ring, node id of the driver.
+    pub fn retiring(&self) -> Vec<(u64, String)> {
+        let retiring = self
+            .rings
+            .iter()
+            .filter(|(_, ring)| ring.retiring.is_some());
+        retiring
+            .map(|(id, ring)| (*id, ring.driver().to_owned()))
+            .collect()
+    }
+
+    /// Whether a worker offered parts of models.
+    pub fn has_offer(&self, node: &str) -> bool {
+        self.nodes
+            .get(node)
+            .is_some_and(|node| node.connected && !node.shards.is_empty())
+    }
+
+    /// What the driver says besides its parts.
+    fn driver_reports(&mut self, node: &str, state: RingState, now: Instant) {
+        let Some(ring) = self.rings.get_mut(&state.ring) else {
+            return;
+        };
+        if ring.driver() != node || ring.lost.contains_key(node) {
+            return;
+        }
+        if let Some(recovery) = state.recovery
+            && ring.recovered < ring.epoch
+        {
+            ring.recovered = ring.epoch;
+            if self.recoveries.len() >= RECOVERIES {
+                self.recoveries.pop_front();
+            }
+            self.recoveries
+                .push_back(RecoveryView::new(ring, &recovery, now));
+            self.actions.push(Action::Note(Note::Recovered {
+                ring: state.ring,
+                model: ring.model.clone(),
+                recovery,
+            }));
+        }
+        if !state.serving {
+            ring.serving_since = None;
+            self.withdraw(state.ring);
+            return;
+        }
+        let begins = ring.serving_since.is_none();
+        ring.serving_since.get_or_insert(now);
+        if ring.retiring.is_some() {
+            return;
+        }
+        if begins {
+            ring.compared = None;
+            ring.reason_of_change.clear();
+            self.actions.push(Action::Note(Note::Serving {
+                ring: state.ring,
+                epoch: ring.epoch,
+                model: ring.model.clone(),
+                driver: self
+                    .nodes
+                    .get(node)
+                    .map_or(node, |node| &node.name)
+                    .to_owned(),
+            }));
+        }
+        let card = ring.card(state.card);
+        let replaced = ring.replaces.take();
+        if let Some(replaced) = replaced {
+            self.withdraw(replaced);
+            if let Some(old) = self.rings.get_mut(&replaced) {
+                old.retiring = Some(now);
+                old.running = None;
+            }
+        }
+        self.serve(state.ring, node, card);
+    }
+
+    fn serve(&mut self, id: u64, node: &str, card: ModelCard) {
+        let Some(ring) = self.rings.get_mut(&id) else {
+            return;
+        };
+        let serving = Some((node.to_owned(), card.clone()));
+        if ring.served_by == serving {
+            return;
+        }
+        if ring.served_by.as_ref().is_some_and(|(by, _)| by != node) {
+            self.withdraw(id);
+        }
+        if let Some(ring) = self.rings.get_mut(&id) {
+            ring.served_by = serving;
+        }
+        self.actions.push(Action::Serve {
+            node: node.to_owned(),
+            ring: id,
+            card,
+        });
+    }
+
+    fn withdraw(&mut self, id: u64) {
+        let Some(ring) = self.rings.get_mut(&id) else {
+            return;
+        };
+        if let Some((node, _)) = ring.served_by.take() {
+            self.actions.push(Action::Withdraw {
+                node,
+                ring: id,
+                model: ring.model.clone(),
+            });
+        }
+    }
+
+    /// A worker holds a ring that this head does not know (of an earlier life of the head, or dissolved): it may forget it.
+    fn tell_off(&mut self, node: &str, state: &RingState) {
+        let connected = self.nodes.get(node).is_some_and(|node| node.connected);
+        if !connected || self.told_off.len() >= TOLD_OFF {
+            return;
+        }
+        if self.told_off.insert((node.to_owned(), state.ring)) {
+            let ring = mesh_proto::Ring {
+                ring: state.ring,
+                // Higher than whatever it was told before.
+                epoch: u32::MAX,
+                reason: "moved: this head does not know the ring any more".into(),
+                ..Default::default()
+            };
+            self.actions.push(Action::Send {
+                node: node.to_owned(),
+                ring,
+            });
+        }
+    }
+
+    /// A worker could not do its part.
+    fn unfit(&mut self, node: &str, model: &str, ring: u64, error: &str, now: Instant) {
+        let pause = self.settings.suspect_pause;
+        if let Some(entry) = self.nodes.get_mut(node) {
+            let unfit = entry.unfit.entry(model.to_owned()).or_default();
+            unfit.raise(pause, error, now);
+        }
+        let reason = format!("worker {} failed: {error}", self.name(node));
+        if let Some(ring) = self.rings.get_mut(&ring) {
+            ring.lose(node, reason);
+        }
+    }
+
+    fn suspect(&mut self, node: &str, ring: u64, reason: &str, now: Instant) {
+        let name = self.name(node).to_owned();
+        let Some(entry) = self.rings.get_mut(&ring) else {
+            return;
+        };
+        if entry.lost.contains_key(node) {
+            return;
+        }
+        entry.lose(node, format!("worker {name} is lost: {reason}"));
+        if let Some(entry) = self.nodes.get_mut(node) {
+            entry
+                .suspicion
+                .raise(self.settings.suspect_pause, reason, now);
+        }
+        self.actions.push(Action::Note(Note::Suspected {
+            name,
+            reason: reason.to_owned(),
+        }));
+    }
+
+    fn settle_suspicions(&mut self, now: Instant) {
+        let mut over = false;
+        for node in self.nodes.values_mut() {
+            over |= node.settle(now);
+        }
+        if over {
+            self.generation += 1;
+        }
+        self.nodes.retain(|_, node| !node.is_forgotten(now));
+    }
+
+    /// Rings that do not get ready: whoever keeps them waiting is as good as lost.
+    fn check_deadlines(&mut self, now: Instant) {
+        let mut late = Vec::new();
+        for (id, ring) in &self.rings {
+            late.extend(
+                ring.late(now)
+                    .into_iter()
+                    .map(|(node, why)| (*id, node, why)),
+            );
+        }
+        for (id, node, why) in late {
+            let model = self.rings[&id].model.clone();
+            self.unfit(&node, &model, id, why, now);
+        }
+    }
+
+    fn quiet_at(&self, (first, last): (Instant, Instant)) -> Instant {
+        let gather = self.settings.gather;
+        // A worker that changes its offer all the time must not keep the others waiting.
+        (last + gather).min(first + gather * GATHER_LIMIT)
+    }
+
+    fn is_quiet(&self, now: Instant) -> bool {
+        self.stirred
+            .is_none_or(|stirred| now >= self.quiet_at(stirred))
+    }
+
+    fn name<'a>(&'a self, node: &'a str) -> &'a str {
+        self.nodes
+            .get(node)
+            .map_or(node.get(..12).unwrap_or(node), |known| &known.name)
+    }
+
+    /// The ring of a model that is not on its way out; the one that serves rather than the one that will replace it.
+    fn live_ring(&self, model: &str) -> Option<u64> {
+        let live = |ring: &&Ring| ring.model == model && ring.retiring.is_none();
+        let mut rings = self.rings.iter().filter(|(_, ring)| live(ring));
+        rings
+            .clone()
+            .find(|(_, ring)| ring.replaces.is_none())
+            .or_else(|| rings.next())
+            .map(|(id, _)| *id)
+    }
+
+    fn offered_models(&self) -> BTreeSet<String> {
+        let connected = self.nodes.values().filter(|node| node.connected);
+        connected
+            .flat_map(|node| node.shards.keys().cloned())
+            .collect()
+    }
+
+    /// Whether a ring of this model should exist and does not.
+    fn wants_ring(&self, model: &str) -> bool {
+        let whole =
+            |node: &Node| node.connected && !node.is_draining() && node.whole.contains(model);
+        self.live_ring(model).is_none() && (self.settings.always || !self.nodes.values().any(whole))
+    }
+}
+
+fn shorten(text: &str) -> String {
+    text.chars().take(ERROR_CHARS).collect()
+}
+
+const MODELS_PER_NODE: usize = 64;
+const SUSPECTS: usize = 64;
+const RECOVERIES: usize = 16;
+const TOLD_OFF: usize = 4096;
+const ERROR_CHARS: usize = 512;
+const GATHER_LIMIT: u32 = 10;

@@ -1,0 +1,503 @@
+//! From what workers offer to what placement needs, and from its plans to rings.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Instant;
+
+use arcanum_profiler::{
+    Candidate, ModelSpec, Plan, PlanError, Policy, place, replacement_for, standby_for,
+};
+use mesh_proto::{ModelCard, RingStage, Seat, ShardOffer};
+
+use super::node::Node;
+use super::ring::{Part, Ring, Stage};
+use super::{Action, Note, Rings};
+
+/// What placement found for a model.
+#[derive(Debug, Clone)]
+pub struct Planned {
+    /// The plan; its nodes are node ids.
+    pub plan: Plan,
+    /// Names of all nodes by their ids.
+    pub names: BTreeMap<String, String>,
+    /// Most tokens of a request.
+    pub context: u32,
+    /// The model as offered.
+    pub card: ModelCard,
+    pub(super) spec: ModelSpec,
+    pub(super) policy: Policy,
+}
+
+/// Why there is no plan.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum NoPlan {
+    /// Nobody may hold parts of it.
+    #[error(
+        "no connected worker may hold layers of {model:?} now{}; name the model under `shards` in a worker's \
+         configuration", .waiting.as_deref().unwrap_or("")
+    )]
+    NotOffered {
+        /// Model name.
+        model: String,
+        /// Who offers it and may not be used at the moment.
+        waiting: Option<String>,
+    },
+    /// It does not fit.
+    #[error(transparent)]
+    Place(#[from] PlanError),
+}
+
+/// Everything placement needs to know about one model.
+pub(super) struct Outlook {
+    pub(super) spec: ModelSpec,
+    pub(super) card: ModelCard,
+    pub(super) candidates: Vec<Candidate>,
+}
+
+/// What makes two offers of one name the same model: fingerprint, layers, width.
+type Weights<'a> = (&'a str, u32, u32);
+type Holder<'a> = (&'a String, &'a Node, &'a ShardOffer);
+
+impl Rings {
+    /// What a ring of this model would look like if it were formed now, with the memory of its present ring counted as free.
+    ///
+    /// # Errors
+    /// [`NoPlan`] says what is missing.
+    pub fn plan(&self, model: &str, now: Instant) -> Result<Planned, NoPlan> {
+        let own: Vec<u64> = self.live_ring(model).into_iter().collect();
+        self.place(model, &own, now)
+    }
+
+    /// A plan for a model. The memory of the rings in `freed` counts as free.
+    pub(super) fn place(
+        &self,
+        model: &str,
+        freed: &[u64],
+        now: Instant,
+    ) -> Result<Planned, NoPlan> {
+        let outlook = self
+            .outlook(model, None, freed, now)
+            .ok_or_else(|| self.not_offered(model, now))?;
+        let own_limit = match outlook.card.context {
+            0 => ASSUMED_CONTEXT,
+            limit => limit,
+        };
+        let fixed = self.settings.context;
+        let mut context = if fixed == 0 {
+            own_limit
+        } else {
+            fixed.min(own_limit)
+        };
+        let plan = loop {
+            match self.place_with(&outlook, context) {
+                Ok(plan) => break plan,
+                // A shorter context is better than none, where nobody asked for a certain one.
+                Err(PlanError::Memory { .. } | PlanError::Pieces { .. })
+                    if fixed == 0 && context > LEAST_CONTEXT =>
+                {
+                    context = (context / 2).max(LEAST_CONTEXT);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        };
+        Ok(Planned {
+            plan,
+            names: self.names(),
+            context,
+            card: outlook.card,
+            policy: self.policy(context),
+            spec: outlook.spec,
+        })
+    }
+
+    /// The best plan for this context. KV memory beyond a quarter of what is wanted gives way to standbys: requests that
+    /// wait for room are better than a ring that ends with its first loss.
+    fn place_with(&self, outlook: &Outlook, context: u32) -> Result<Plan, PlanError> {
+        let mut policy = self.policy(context);
+        let mut best = place(&outlook.spec, &outlook.candidates, &policy)?;
+        let wanted = u64::from(context) * u64::from(policy.slots);
+        let least = u64::from(context).max(wanted / 4);
+        while self.settings.standbys && uncovered(&best) > 0 {
+            let fewer = policy
+                .kv_tokens
+                .unwrap_or(best.kv_tokens)
+                .min(best.kv_tokens)
+                / 2;
+            if fewer < least {
+                break;
+            }
+            policy.kv_tokens = Some(fewer);
+            let plan = place(&outlook.spec, &outlook.candidates, &policy)?;
+            if uncovered(&plan) < uncovered(&best) {
+                best = plan;
+            }
+        }
+        Ok(best)
+    }
+
+    /// Model and candidates. With a `ring`, only workers with its weights count, and the spec is the ring's own.
+    pub(super) fn outlook(
+        &self,
+        model: &str,
+        ring: Option<&Ring>,
+        freed: &[u64],
+        now: Instant,
+    ) -> Option<Outlook> {
+        let mut groups: BTreeMap<Weights<'_>, Vec<Holder<'_>>> = BTreeMap::new();
+        for (id, node) in &self.nodes {
+            if !node.is_usable(model, now) {
+                continue;
+            }
+            let Some((shard, card)) = offered(node, model) else {
+                continue;
+            };
+            let same = |ring: &Ring| {
+                card.fingerprint == ring.offered.fingerprint
+                    && shard.layers == ring.spec.layers
+                    && shard.hidden == ring.spec.hidden
+            };
+            if ring.is_none_or(same) {
+                groups
+                    .entry((&card.fingerprint, shard.layers, shard.hidden))
+                    .or_default()
+                    .push((id, node, shard));
+            }
+        }
+        // Different files under one name: the one that most workers have.
+        let (_, group) = groups
+            .into_iter()
+            .max_by_key(|(key, group)| (group.len(), std::cmp::Reverse(*key)))?;
+        let shards = group.iter().map(|(_, _, shard)| *shard);
+        let spec = match ring {
+            Some(ring) => ring.spec.clone(),
+            None => spec(shards)?,
+        };
+        let card = offered(group.first()?.1, model)?.1.clone();
+        let candidates = group
+            .iter()
+            .map(|(id, node, shard)| Candidate {
+                memory: self.free(id, freed),
+                ..Candidate::from_offer(id, &node.name, &node.profile, shard)
+            })
+            .collect();
+        Some(Outlook {
+            spec,
+            card,
+            candidates,
+        })
+    }
+
+    /// Bytes that a worker has left beside its parts in all rings but those in `freed`.
+    pub(super) fn free(&self, node: &str, freed: &[u64]) -> u64 {
+        let memory = |node: &Node| {
+            let profile = &node.profile;
+            profile.memory_available.min(profile.memory_total)
+        };
+        let has = self.nodes.get(node).map_or(0, memory);
+        let used = self
+            .rings
+            .iter()
+            .filter(|(id, _)| !freed.contains(id))
+            .map(|(_, ring)| ring.bytes_on(node))
+            .fold(0, u64::saturating_add);
+        has.saturating_sub(used)
+    }
+
+    /// Who should stand by for a stage of this ring. `layout` is the ring as it is about to be.
+    pub(super) fn find_standby(&self, layout: &Ring, stage: usize, now: Instant) -> Option<String> {
+        let outlook = self.outlook(&layout.model, Some(layout), &[layout.id], now)?;
+        let mut exclude: Vec<String> = layout.lost.keys().cloned().collect();
+        if !self.settings.double_seats {
+            exclude.extend(layout.stages.iter().map(|stage| stage.member.node.clone()));
+        }
+        standby_for(
+            &layout.spec,
+            &layout.assignments(),
+            stage,
+            layout.kv_tokens,
+            &outlook.candidates,
+            &self.policy(layout.context),
+            &exclude,
+        )
+    }
+
+    /// Who should take over a stage that nobody stands by for.
+    pub(super) fn find_replacement(
+        &self,
+        layout: &Ring,
+        stage: usize,
+        now: Instant,
+    ) -> Option<String> {
+        let outlook = self.outlook(&layout.model, Some(layout), &[layout.id], now)?;
+        let exclude: Vec<String> = layout.lost.keys().cloned().collect();
+        replacement_for(
+            &layout.spec,
+            &layout.assignments(),
+            stage,
+            layout.kv_tokens,
+            &outlook.candidates,
+            &self.policy(layout.context),
+            &exclude,
+        )
+    }
+
+    pub(super) fn policy(&self, context: u32) -> Policy {
+        Policy {
+            objective: self.settings.objective,
+            context,
+            slots: self.settings.slots.max(1),
+            kv_tokens: None,
+            standbys: self.settings.standbys,
+            purpose: PURPOSE.to_owned(),
+            stages: self.settings.stages,
+            half_rows: self.settings.half_rows,
+        }
+    }
+
+    /// Rings for models that are offered and have none.
+    pub(super) fn form_missing(&mut self, now: Instant) {
+        for model in self.offered_models() {
+            let tried = self
+                .unplanned
+                .get(&model)
+                .map(|(generation, _)| *generation);
+            if !self.wants_ring(&model) || tried == Some(self.generation) {
+                continue;
+            }
+            match self.place(&model, &[], now) {
+                Ok(planned) => {
+                    self.form(
+                        &model,
+                        planned,
+                        "workers offer its layers".into(),
+                        None,
+                        now,
+                    );
+                }
+                Err(error) => self.cannot_plan(&model, &error),
+            }
+        }
+        let offered = self.offered_models();
+        self.unplanned.retain(|model, _| offered.contains(model));
+    }
+
+    pub(super) fn cannot_plan(&mut self, model: &str, error: &NoPlan) {
+        let reason = error.to_string();
+        let entry = (self.generation, reason.clone());
+        let before = self.unplanned.insert(model.to_owned(), entry);
+        if before.is_none_or(|(_, before)| before != reason) {
+            self.actions.push(Action::Note(Note::Unplanned {
+                model: model.to_owned(),
+                reason,
+            }));
+        }
+    }
+
+    /// Makes a ring of a plan and tells its members.
+    pub(super) fn form(
+        &mut self,
+        model: &str,
+        planned: Planned,
+        reason: String,
+        replaces: Option<u64>,
+        now: Instant,
+    ) {
+        let id = self.next_ring;
+        self.next_ring += 1;
+        let stages = planned.plan.stages.iter().map(|stage| Stage {
+            layers: stage.layers.clone(),
+            member: Part::new(stage.node.clone()),
+            standby: stage.standby.clone().map(Part::new),
+        });
+        let seated: BTreeSet<&String> = planned
+            .plan
+            .stages
+            .iter()
+            .flat_map(|stage| [Some(&stage.node), stage.standby.as_ref()])
+            .flatten()
+            .collect();
+        let left_out = planned
+            .plan
+            .left_out
+            .iter()
+            .filter(|left| !seated.contains(&left.node))
+            .map(|left| (self.name(&left.node).to_owned(), left.reason.to_string()))
+            .collect();
+        let ring = Ring {
+            id,
+            epoch: 1,
+            model: model.to_owned(),
+            offered: planned.card,
+            spec: planned.spec,
+            stages: stages.collect(),
+            slots: self.settings.slots.max(1),
+            context: planned.context,
+            kv_tokens: planned.plan.kv_tokens,
+            half_rows: self.settings.half_rows,
+            reason_of_change: "its layers are being loaded".into(),
+            reason: reason.clone(),
+            epoch_since: now,
+            serving_since: None,
+            served_by: None,
+            lost: BTreeMap::new(),
+            retiring: None,
+            running: None,
+            replaces,
+            recovered: 1,
+            standbys_for: Some(self.generation),
+            compared: Some(self.generation),
+            token_us: planned.plan.token_us,
+            tokens_per_second: planned.plan.tokens_per_second,
+            left_out,
+            formed: now,
+        };
+        self.unplanned.remove(model);
+        self.actions.push(Action::Note(Note::Formed {
+            ring: id,
+            model: model.to_owned(),
+            layout: ring.layout(|node| self.name(node).to_owned()),
+            reason,
+        }));
+        self.rings.insert(id, ring);
+        self.broadcast(id, &BTreeSet::new());
+    }
+
+    /// Sends a ring to all who have a part in it, and to `others`, who had one.
+    pub(super) fn broadcast(&mut self, id: u64, others: &BTreeSet<String>) {
+        let Some(ring) = self.rings.get(&id) else {
+            return;
+        };
+        let message = self.message(ring);
+        let mut nodes: BTreeSet<String> = ring.parts().map(|part| part.node.clone()).collect();
+        nodes.extend(others.iter().cloned());
+        for node in nodes {
+            self.told_off.remove(&(node.clone(), id));
+            if self.nodes.get(&node).is_some_and(|node| node.connected) {
+                self.actions.push(Action::Send {
+                    node,
+                    ring: message.clone(),
+                });
+            }
+        }
+    }
+
+    fn message(&self, ring: &Ring) -> mesh_proto::Ring {
+        let addresses: BTreeMap<&str, SocketAddr> = ring
+            .parts()
+            .filter_map(|part| Some((part.node.as_str(), self.nodes.get(&part.node)?.address?)))
+            .collect();
+        let all_here = addresses.values().all(|address| address.ip().is_loopback());
+        // A worker beside the head is reached over loopback by the head alone; the others know that machine by the address
+        // at which they reach the head.
+        let head_ip = ring
+            .parts()
+            .filter(|part| {
+                addresses
+                    .get(&*part.node)
+                    .is_some_and(|address| !address.ip().is_loopback())
+            })
+            .find_map(|part| self.nodes.get(&part.node)?.head_ip)
+            .filter(|ip: &IpAddr| !ip.is_loopback() && !ip.is_unspecified());
+        let seat = |part: &Part| {
+            let address = addresses
+                .get(part.node.as_str())
+                .map(|address| match head_ip {
+                    Some(ip) if !all_here && address.ip().is_loopback() => {
+                        SocketAddr::new(ip, address.port())
+                    }
+                    _ => *address,
+                });
+            Seat {
+                node_id: part.node.clone(),
+                name: self.name(&part.node).to_owned(),
+                address: address
+                    .map(|address| address.to_string())
+                    .unwrap_or_default(),
+            }
+        };
+        mesh_proto::Ring {
+            ring: ring.id,
+            epoch: ring.epoch,
+            model: ring.model.clone(),
+            fingerprint: ring.offered.fingerprint.clone(),
+            stages: ring
+                .stages
+                .iter()
+                .map(|stage| RingStage {
+                    layer_start: stage.layers.start,
+                    layer_end: stage.layers.end,
+                    seat: Some(seat(&stage.member)),
+                    standby: stage.standby.as_ref().map(seat),
+                })
+                .collect(),
+            slots: ring.slots,
+            context: ring.context,
+            kv_tokens: ring.kv_tokens,
+            half_rows: ring.half_rows,
+            reason: ring.reason.clone(),
+        }
+    }
+
+    fn not_offered(&self, model: &str, now: Instant) -> NoPlan {
+        let waits = |node: &&Node| node.connected && node.shards.contains_key(model);
+        let waiting: Vec<String> = self
+            .nodes
+            .values()
+            .filter(waits)
+            .map(|node| {
+                let why = match () {
+                    () if node.is_draining() => "is drained",
+                    () if node.whole.contains(model) => "serves it whole",
+                    () if node.suspicion.holds(now) => {
+                        "did not answer and is left alone for a while"
+                    }
+                    () => "failed to hold its part and is left alone for a while",
+                };
+                format!("{} {why}", node.name)
+            })
+            .collect();
+        NoPlan::NotOffered {
+            model: model.to_owned(),
+            waiting: (!waiting.is_empty()).then(|| format!(" ({})", waiting.join(", "))),
+        }
+    }
+
+    pub(super) fn names(&self) -> BTreeMap<String, String> {
+        let name = |(id, node): (&String, &Node)| (id.clone(), node.name.clone());
+        self.nodes.iter().map(name).collect()
+    }
+}
+
+/// Stages without standby.
+fn uncovered(plan: &Plan) -> usize {
+    plan.stages
+        .iter()
+        .filter(|stage| stage.standby.is_none())
+        .count()
+}
+
+fn offered<'a>(node: &'a Node, model: &str) -> Option<(&'a ShardOffer, &'a ModelCard)> {
+    let shard = node.shards.get(model)?;
+    Some((shard, shard.card.as_ref()?))
+}
+
+/// One description for all who offer a model: where their weight formats differ in size, the largest counts, so that a
+/// standby has room for the layers whoever it is. Offers that make no sense are passed over.
+fn spec<'a>(shards: impl Iterator<Item = &'a ShardOffer>) -> Option<ModelSpec> {
+    shards
+        .filter_map(|shard| ModelSpec::try_from(shard).ok())
+        .reduce(|all, one| ModelSpec {
+            layer_bytes: all.layer_bytes.max(one.layer_bytes),
+            first_bytes: all.first_bytes.max(one.first_bytes),
+            last_bytes: all.last_bytes.max(one.last_bytes),
+            kv_bytes: all.kv_bytes.max(one.kv_bytes),
+            ..all
+        })
+}
+
+/// What rings are for, in the words of `reserved_for`.
+const PURPOSE: &str = "chat";
+/// Context of a model that does not say.
+const ASSUMED_CONTEXT: u32 = 4096;
+/// The context is not shortened below this for want of memory.
+const LEAST_CONTEXT: u32 = 2048;

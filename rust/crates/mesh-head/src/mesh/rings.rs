@@ -1,0 +1,305 @@
+//! Rings within the mesh: carries out what [`crate::core::rings`] decides, and answers what others ask about rings.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use dcf::{ErrorCode, Message, MsgType};
+use mesh_proto::{Offer, RingState};
+use prost::Message as _;
+use tokio::sync::watch;
+use tracing::{debug, info, warn};
+
+use super::{Mesh, State, timestamp_us};
+use crate::core::registry::{Registry, Worker, WorkerId};
+use crate::core::rings::{Action, Note, Prospect, Rings};
+
+/// What became of a worker as the driver of a ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// It serves since then.
+    Serves(Instant),
+    /// Its ring recovers from a loss: silence is no sign of death.
+    Recovers,
+    /// The ring is gone, or another worker drives it.
+    Gone,
+}
+
+impl Mesh {
+    /// A worker says what it may hold parts of.
+    pub fn offered(&self, id: WorkerId, offer: Offer) {
+        let now = Instant::now();
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let Some(worker) = state.placement.registry.get(id) else {
+            return;
+        };
+        let (Some(node), Ok(port @ 1..)) = (worker.node_id(), u16::try_from(offer.ring_port))
+        else {
+            warn!(
+                worker = worker.name,
+                port = offer.ring_port,
+                "offer not taken: its ring port is none"
+            );
+            return;
+        };
+        let address = SocketAddr::new(worker.address.ip(), port);
+        state.rings.offered(node, address, offer, now);
+        self.turn(state, now);
+    }
+
+    /// A worker reports its parts in a ring.
+    pub fn ring_state(&self, id: WorkerId, report: RingState) {
+        let now = Instant::now();
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        if let Some(node) = state.placement.registry.get(id).and_then(Worker::node_id) {
+            state.rings.state(node, report, now);
+            self.turn(state, now);
+        }
+    }
+
+    /// An answer's attempt on the driver of a ring failed by silence or loss.
+    pub fn suspect(&self, id: WorkerId, ring: u64, reason: &str) {
+        let now = Instant::now();
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        if let Some(node) = state.placement.registry.get(id).and_then(Worker::node_id) {
+            state.rings.suspected(node, ring, reason, now);
+            self.turn(state, now);
+        }
+    }
+
+    /// What became of a worker as the driver of a ring.
+    pub fn standing(&self, id: WorkerId, ring: u64) -> Standing {
+        let state = self.lock();
+        let node = state.placement.registry.get(id).and_then(Worker::node_id);
+        match node.and_then(|node| state.rings.serves_since(ring, node)) {
+            Some(Some(since)) => Standing::Serves(since),
+            Some(None) => Standing::Recovers,
+            None => Standing::Gone,
+        }
+    }
+
+    /// Wakes whenever a ring's members or driver changed.
+    pub fn ring_changes(&self) -> watch::Receiver<()> {
+        self.ring_changes.subscribe()
+    }
+
+    /// Looks at registry and rings together.
+    pub fn with_rings<T>(&self, look: impl FnOnce(&Rings, &Registry) -> T) -> T {
+        let state = self.lock();
+        look(&state.rings, &state.placement.registry)
+    }
+
+    /// Changes rings as an operator wishes, and does what follows.
+    pub fn change_rings<T>(
+        &self,
+        change: impl FnOnce(&mut Rings, &mut Registry, Instant) -> T,
+    ) -> T {
+        let now = Instant::now();
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let changed = change(&mut state.rings, &mut state.placement.registry, now);
+        self.turn(state, now);
+        changed
+    }
+
+    /// Whether requests for a model, or for any, can be answered; the reason if not.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn ready(&self, model: Option<&str>) -> Result<(), String> {
+        self.readiness(&self.lock(), model)
+    }
+
+    /// Lets the rings decide, does it, and gives free room to those who wait.
+    pub(super) fn turn(&self, state: &mut State, now: Instant) {
+        let mut changed = false;
+        // A worker that is dropped because it takes no orders is a loss to decide about, too.
+        for _ in 0..TURNS {
+            let actions = state.rings.poll(now);
+            if actions.is_empty() {
+                break;
+            }
+            for action in actions {
+                changed |= !matches!(action, Action::Note(_));
+                self.carry_out(state, action, now);
+            }
+        }
+        state.placement.set_prospects(state.rings.prospects());
+        if changed {
+            self.ring_changes.send_replace(());
+        }
+        self.pump(state, now);
+    }
+
+    /// Tells the rings what runs on those that retire, and sets their gauges now and then.
+    pub(super) fn look_at_rings(&self, state: &mut State, now: Instant) {
+        for (ring, _) in state.rings.retiring() {
+            let running = state.placement.running_on(ring);
+            state.rings.running(ring, running);
+        }
+        let fresh = |at: Instant| now.saturating_duration_since(at) < GAUGES;
+        if !state.gauged.is_some_and(fresh) {
+            state.gauged = Some(now);
+            self.metrics.rings(&state.rings.view(now));
+        }
+    }
+
+    /// Why a model cannot be answered for.
+    pub(super) fn why_not(&self, state: &State, model: &str) -> String {
+        let of_ring = state.rings.not_serving().into_iter();
+        if let Some((_, text)) = of_ring.into_iter().find(|(name, _)| name == model) {
+            return text;
+        }
+        match state.rings.prospects().get(model) {
+            Some(Prospect::Impossible(reason)) => format!("there is no ring of {model}: {reason}"),
+            Some(Prospect::Coming) => format!("a ring of {model} is about to be formed"),
+            None if state.placement.registry.models().contains_key(model) => {
+                format!("no worker has answered for {model} yet")
+            }
+            None => format!("no worker serves {model}"),
+        }
+    }
+
+    fn carry_out(&self, state: &mut State, action: Action, now: Instant) {
+        let id_of = |state: &State, node: &str| {
+            let worker = state.placement.registry.of_node(node);
+            worker.map(|worker| worker.id)
+        };
+        match action {
+            Action::Send { node, ring } => {
+                let Some(id) = id_of(state, &node) else {
+                    return;
+                };
+                debug!(
+                    worker = node,
+                    ring = ring.ring,
+                    epoch = ring.epoch,
+                    stages = ring.stages.len(),
+                    "ring sent"
+                );
+                let order = Message::new(MsgType::RING, 0, timestamp_us(), ring.encode_to_vec());
+                self.order(state, id, &node, order, now);
+            }
+            Action::Serve { node, ring, card } => {
+                if let Some(id) = id_of(state, &node) {
+                    state.placement.registry.serve(id, ring, card, now);
+                }
+            }
+            Action::Withdraw { node, ring, .. } => {
+                if let Some(id) = id_of(state, &node) {
+                    state.placement.registry.withdraw(id, ring, now);
+                }
+            }
+            Action::Note(note) => self.note(note),
+        }
+    }
+
+    /// Sends a worker an order that must not be lost: who does not take its orders is dropped.
+    fn order(&self, state: &mut State, id: WorkerId, node: &str, order: Message, now: Instant) {
+        let Some(peer) = state.peers.get(&id) else {
+            return;
+        };
+        if peer.orders.try_send(order).is_ok() {
+            return;
+        }
+        warn!(worker = node, "worker dropped: it does not take its orders");
+        if let Some(peer) = state.peers.remove(&id) {
+            peer.link
+                .close(ErrorCode::TIMEOUT, "you do not take your orders");
+        }
+        state.placement.leave(id, now);
+        state.rings.left(node, "it does not take its orders", now);
+    }
+
+    fn note(&self, note: Note) {
+        match note {
+            Note::Formed {
+                ring,
+                model,
+                layout,
+                reason,
+            } => info!(ring = hex(ring), model, layout, reason, "ring planned"),
+            Note::Serving {
+                ring,
+                epoch,
+                model,
+                driver,
+            } => info!(ring = hex(ring), epoch, model, driver, "ring serves"),
+            Note::Failover {
+                ring,
+                epoch,
+                model,
+                reason,
+            } => {
+                warn!(ring = hex(ring), epoch, model, reason, "ring fails over");
+                self.metrics.failover(&model);
+            }
+            Note::Standbys {
+                ring,
+                model,
+                reason,
+            } => info!(
+                ring = hex(ring),
+                model, reason, "standbys of a ring changed"
+            ),
+            Note::Moved {
+                ring,
+                epoch,
+                model,
+                reason,
+            } => info!(
+                ring = hex(ring),
+                epoch, model, reason, "stages of a ring moved"
+            ),
+            Note::Dissolved {
+                ring,
+                model,
+                reason,
+            } => warn!(ring = hex(ring), model, reason, "ring dissolved"),
+            Note::Unplanned { model, reason } => {
+                warn!(model, reason, "no ring can be made of what workers offer");
+            }
+            Note::Suspected { name, reason } => {
+                warn!(worker = name, reason, "worker suspected");
+            }
+            Note::Recovered {
+                ring,
+                model,
+                recovery,
+            } => {
+                info!(
+                    ring = hex(ring),
+                    model,
+                    gap_ms = recovery.gap_us / 1000,
+                    rows = recovery.rows,
+                    requests = recovery.requests,
+                    "ring recovered"
+                );
+                // Without a request there was no gap that anybody noticed.
+                if recovery.requests > 0 {
+                    self.metrics
+                        .ring_gap(&model, Duration::from_micros(recovery.gap_us));
+                }
+            }
+        }
+    }
+}
+
+/// Ring ids of this head's life: above all of its earlier lives, as long as its clock is not set back.
+pub(super) fn first_ring() -> u64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    (u64::try_from(since.as_millis()).unwrap_or(0) << 16).max(1)
+}
+
+fn hex(ring: u64) -> String {
+    format!("{ring:016x}")
+}
+
+/// Far more than follow from one another; what is left is done at the next turn.
+const TURNS: usize = 64;
+/// How often gauges of rings are set.
+const GAUGES: Duration = Duration::from_secs(1);

@@ -1,0 +1,418 @@
+//! Models that no single worker holds: rings over real links.
+
+mod support;
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use support::ring::Shard;
+use support::{
+    Fate, MODEL, Script, TestHead, chat, eventually, script, streamed, streamed_text, truth,
+};
+
+const TOKENS: u32 = 30;
+
+async fn start(change: impl FnOnce(&mut mesh_head::Config)) -> TestHead {
+    TestHead::start(|config| {
+        config.sharding.gather = Duration::from_millis(200);
+        // One context of KV rows, so that a layer takes 10 MiB.
+        config.sharding.slots = 1;
+        config.sharding.stages = 2;
+        change(config);
+    })
+    .await
+}
+
+impl TestHead {
+    async fn shard(&self, name: &str, layers: u64) -> Shard {
+        Shard::join(self, name, layers, script(Fate::Finish)).await
+    }
+
+    async fn ring(&self) -> Value {
+        self.get("/v1/mesh").await.1["rings"][0].clone()
+    }
+
+    async fn until_serving(&self) {
+        eventually("the ring serves", || async {
+            self.get(&format!("/ready?model={MODEL}")).await.0 == 200
+        })
+        .await;
+    }
+
+    async fn admin(&self, path: &str, body: Value) -> (u16, Value) {
+        let request = self.http.post(self.url(path)).bearer_auth(self.admin_key());
+        let answer = request.body(body.to_string()).send().await.unwrap();
+        (answer.status().as_u16(), answer.json().await.unwrap())
+    }
+
+    async fn ask(&self, question: &str) -> (String, u64) {
+        let events = self
+            .stream("/v1/chat/completions", streamed(chat(question, TOKENS)))
+            .await;
+        let usage: Value = serde_json::from_str(&events[events.len() - 2]).unwrap();
+        (
+            streamed_text(&events),
+            usage["timings"]["reruns"].as_u64().unwrap(),
+        )
+    }
+
+    async fn metric(&self, line: &str) -> bool {
+        let metrics = self.http.get(self.url("/metrics")).send().await.unwrap();
+        metrics.text().await.unwrap().contains(line)
+    }
+}
+
+/// The shard that a ring names as member of a stage.
+fn member<'a>(ring: &Value, stage: usize, shards: &'a [Shard]) -> &'a Shard {
+    let id = ring["stages"][stage]["member"]["node_id"].as_str().unwrap();
+    shards.iter().find(|shard| shard.node_id == id).unwrap()
+}
+
+fn standby<'a>(ring: &Value, stage: usize, shards: &'a [Shard]) -> &'a Shard {
+    let id = ring["stages"][stage]["standby"]["node_id"]
+        .as_str()
+        .unwrap();
+    shards.iter().find(|shard| shard.node_id == id).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_model_that_two_workers_hold_together_is_served() {
+    let head = start(|_| {}).await;
+    let (status, body) = head.get("/ready").await;
+    assert_eq!(
+        (status, &body["reason"]),
+        (503, &json!("no worker is connected"))
+    );
+    let shards = [head.shard("a", 7).await, head.shard("b", 7).await];
+    // It comes before the ring does, and waits.
+    let (status, answer) = head.post("/v1/chat/completions", chat("why?", 5)).await;
+    assert_eq!(status, 200, "{answer}");
+    assert_eq!(answer["choices"][0]["message"]["content"], truth("why?", 5));
+    let ring = head.ring().await;
+    assert_eq!(
+        (&ring["model"], &ring["state"], &ring["epoch"]),
+        (&json!(MODEL), &json!("serving"), &json!(1))
+    );
+    assert_eq!(ring["stages"][0]["layers"], json!([0, 6]));
+    assert_eq!(ring["stages"][1]["member"]["step_ms"], json!(1.5));
+    let driver = member(&ring, 1, &shards);
+    assert_eq!(driver.generates().len(), 1);
+    let told = shards.each_ref().map(|shard| shard.ring().unwrap());
+    assert_eq!(told[0], told[1], "both were told the same");
+    head.until_serving().await;
+    let (_, models) = head.get("/v1/models").await;
+    assert_eq!(models["data"][0]["id"], MODEL);
+    eventually("both stages are counted", || {
+        head.metric("ring_stages{model=\"tiny\",part=\"member\",phase=\"ready\"} 2")
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_goes_on_when_the_driver_dies() {
+    let head = start(|_| {}).await;
+    let shards = [
+        head.shard("a", 7).await,
+        head.shard("b", 7).await,
+        head.shard("s", 14).await,
+    ];
+    head.until_serving().await;
+    let ring = head.ring().await;
+    let (driver, next) = (member(&ring, 1, &shards), standby(&ring, 1, &shards));
+    let death = async {
+        eventually("it runs", || async { !driver.generates().is_empty() }).await;
+        tokio::time::sleep(Duration::from_millis(60)).await;
+        driver.die().await;
+    };
+    let (answer, ()) = tokio::join!(head.ask("why?"), death);
+    assert_eq!(answer, (truth("why?", TOKENS), 1));
+    let resumed = next.generates();
+    assert_eq!(resumed.len(), 1);
+    assert!(
+        !resumed[0].generated.is_empty(),
+        "it continues after the tokens so far"
+    );
+    let ring = head.ring().await;
+    assert_eq!(ring["epoch"], 2);
+    for shard in shards
+        .iter()
+        .filter(|shard| shard.node_id != driver.node_id)
+    {
+        assert_eq!(shard.ring().unwrap().epoch, 2);
+    }
+    assert!(head.metric("ring_failovers_total{model=\"tiny\"} 1").await);
+    assert!(head.metric("ring_gap_seconds_count{model=\"tiny\"}").await);
+    let (_, mesh) = head.get("/v1/mesh").await;
+    assert_eq!(mesh["recoveries"][0]["epoch"], 2, "{mesh}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_outlasts_a_recovery_that_takes_longer_than_the_silence_limit() {
+    let head = start(|config| config.silence_limit = Duration::from_millis(300)).await;
+    let shards = [
+        head.shard("a", 7).await,
+        head.shard("b", 7).await,
+        head.shard("s", 14).await,
+    ];
+    head.until_serving().await;
+    let ring = head.ring().await;
+    let (driver, first, next) = (
+        member(&ring, 1, &shards),
+        member(&ring, 0, &shards),
+        standby(&ring, 1, &shards),
+    );
+    next.hold.store(true, Ordering::SeqCst);
+    let trouble = async {
+        eventually("it runs", || async { !driver.generates().is_empty() }).await;
+        driver.die().await;
+        tokio::time::sleep(Duration::from_millis(1200)).await;
+        let (status, body) = head.get("/ready").await;
+        assert_eq!(status, 503, "{body}");
+        assert!(
+            body["reason"]
+                .as_str()
+                .unwrap()
+                .contains("the ring of tiny is recovering"),
+            "{body}"
+        );
+        next.hold.store(false, Ordering::SeqCst);
+    };
+    // One that runs, and one that comes while nobody serves.
+    let late = async {
+        eventually("it is dead", || async { head.ring().await["epoch"] == 2 }).await;
+        head.ask("later?").await
+    };
+    let (answer, later, ()) = tokio::join!(head.ask("why?"), late, trouble);
+    assert_eq!(answer, (truth("why?", TOKENS), 1));
+    assert_eq!(later, (truth("later?", TOKENS), 0));
+    assert_eq!(
+        head.ring().await["epoch"],
+        2,
+        "nobody was suspected for a silence that has a reason"
+    );
+    drop(first.ring());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_driver_that_falls_silent_is_replaced() {
+    let head = start(|config| config.silence_limit = Duration::from_secs(1)).await;
+    let silent = script(Fate::SilentAfter(5));
+    let mut shards = vec![head.shard("s", 14).await];
+    for name in ["a", "b"] {
+        shards.push(Shard::join(&head, name, 7, silent.clone()).await);
+    }
+    head.until_serving().await;
+    let ring = head.ring().await;
+    let driver = member(&ring, 1, &shards);
+    assert_eq!(head.ask("why?").await, (truth("why?", TOKENS), 1));
+    let (_, mesh) = head.get("/v1/mesh").await;
+    assert_eq!(mesh["rings"][0]["epoch"], 2);
+    let reason = mesh["rings"][0]["reason"].as_str().unwrap();
+    assert!(
+        reason.contains(&driver.name) && reason.contains("no more tokens"),
+        "{reason}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_the_driver_complains_about_is_replaced() {
+    let head = start(|_| {}).await;
+    let shards = [
+        head.shard("a", 7).await,
+        head.shard("b", 7).await,
+        head.shard("s", 14).await,
+    ];
+    head.until_serving().await;
+    let ring = head.ring().await;
+    let (first, driver, spare) = (
+        member(&ring, 0, &shards),
+        member(&ring, 1, &shards),
+        standby(&ring, 0, &shards),
+    );
+    driver.complain(&[first]);
+    eventually("the standby has the stage", || async {
+        let ring = head.ring().await;
+        ring["epoch"] == 2 && ring["stages"][0]["member"]["node_id"] == spare.node_id
+    })
+    .await;
+    eventually("the suspect is told, too", || async {
+        first.ring().unwrap().epoch == 2
+    })
+    .await;
+    assert_eq!(head.ask("why?").await, (truth("why?", TOKENS), 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_anybody_to_take_over_requests_hear_why_and_a_node_that_comes_back_is_used() {
+    let head = start(|config| config.rejoin_grace = Duration::from_millis(300)).await;
+    let shards = [head.shard("a", 7).await, head.shard("b", 7).await];
+    head.until_serving().await;
+    let lost = &shards[0];
+    lost.die().await;
+    eventually("the ring is gone", || async { head.ring().await.is_null() }).await;
+    let (status, answer) = head.post("/v1/chat/completions", chat("why?", 5)).await;
+    assert_eq!(
+        (status, &answer["error"]["code"]),
+        (503, &json!("no_worker"))
+    );
+    let text = answer["error"]["message"].as_str().unwrap();
+    assert!(text.contains("add a node"), "{text}");
+    let (_, mesh) = head.get("/v1/mesh").await;
+    assert_eq!(mesh["unformed"][0]["model"], MODEL);
+    let other = shards[1].ring().unwrap();
+    assert!(
+        other.stages.is_empty() && other.reason.contains("worker a is lost"),
+        "{}",
+        other.reason
+    );
+
+    let back = lost.come_back(&head, 7, script(Fate::Finish)).await;
+    eventually("its offer is there", || async {
+        head.get("/v1/mesh").await.1["unformed"] == json!([])
+    })
+    .await;
+    let (status, answer) = head.post("/v1/chat/completions", chat("why?", 5)).await;
+    assert_eq!(status, 200, "{answer}");
+    assert!(back.ring().is_some());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drained_member_hands_over_and_an_undrained_one_is_used_again() {
+    let head = start(|_| {}).await;
+    let shards = [
+        head.shard("a", 7).await,
+        head.shard("b", 7).await,
+        head.shard("s", 14).await,
+    ];
+    head.until_serving().await;
+    let ring = head.ring().await;
+    let (driver, spare) = (member(&ring, 1, &shards), standby(&ring, 1, &shards));
+    let drained = async {
+        eventually("it runs", || async { !driver.generates().is_empty() }).await;
+        let (status, body) = head
+            .admin("/v1/mesh/drain", json!({"worker": driver.name}))
+            .await;
+        assert_eq!((status, &body["draining"]), (200, &json!(true)), "{body}");
+    };
+    let (answer, ()) = tokio::join!(head.ask("why?"), drained);
+    assert_eq!(answer, (truth("why?", TOKENS), 0), "a move is no failure");
+    eventually("it holds nothing", || async {
+        let (_, mesh) = head.get("/v1/mesh").await;
+        let workers = mesh["workers"].as_array().unwrap();
+        let worker = workers
+            .iter()
+            .find(|worker| worker["name"] == driver.name.as_str())
+            .unwrap();
+        worker["state"] == "draining" && worker["holds"] == json!([])
+    })
+    .await;
+    let ring = head.ring().await;
+    assert_eq!(ring["stages"][1]["member"]["node_id"], spare.node_id);
+
+    // Now that nobody else has room, the next one stays where it is.
+    let first = member(&ring, 0, &shards);
+    let (status, body) = head
+        .admin("/v1/mesh/drain", json!({"worker": spare.name}))
+        .await;
+    assert_eq!(
+        (status, &body["error"]["code"]),
+        (409, &json!("no_room")),
+        "{body}"
+    );
+    assert!(
+        body["error"]["message"]
+            .as_str()
+            .unwrap()
+            .contains("nothing was changed"),
+        "{body}"
+    );
+    assert_eq!(
+        head.ring().await["stages"][0]["member"]["node_id"],
+        first.node_id
+    );
+
+    let (status, body) = head
+        .admin("/v1/mesh/undrain", json!({"worker": driver.name}))
+        .await;
+    assert_eq!((status, &body["draining"]), (200, &json!(false)), "{body}");
+    eventually("it stands by", || async {
+        let ring = head.ring().await;
+        ring["stages"][1]["standby"]["node_id"] == driver.node_id
+    })
+    .await;
+    let (status, _) = head
+        .admin("/v1/mesh/drain", json!({"worker": "nobody"}))
+        .await;
+    assert_eq!(status, 404);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn plans_and_comparisons_are_shown_to_administrators_only() {
+    let head = start(|config| config.sharding.stages = 0).await;
+    let _shards = [head.shard("a", 7).await, head.shard("b", 7).await];
+    head.until_serving().await;
+    let path = format!("/v1/mesh/plan?model={MODEL}");
+    assert_eq!(head.get(&path).await.0, 401);
+    let plan = async |path: String| {
+        let request = head.http.get(head.url(&path)).bearer_auth(head.admin_key());
+        let answer = request.send().await.unwrap();
+        (
+            answer.status().as_u16(),
+            answer.json::<Value>().await.unwrap(),
+        )
+    };
+    let (status, body) = plan(path).await;
+    assert_eq!(status, 200, "{body}");
+    assert_eq!(body["plan"]["stages"].as_array().unwrap().len(), 2);
+    let text = body["text"].as_str().unwrap();
+    assert!(
+        text.contains("STANDBY") && text.contains("one token"),
+        "{text}"
+    );
+    let (status, body) = plan("/v1/mesh/plan?model=gpt-9".into()).await;
+    assert_eq!(status, 404);
+    assert!(
+        body["error"]["message"]
+            .as_str()
+            .unwrap()
+            .contains("`shards`"),
+        "{body}"
+    );
+    assert_eq!(plan("/v1/mesh/plan".into()).await.0, 400);
+
+    let (status, body) = head
+        .admin("/v1/mesh/rebalance", json!({"dry_run": true}))
+        .await;
+    assert_eq!(status, 200, "{body}");
+    let compared = &body["rings"][0];
+    assert!(
+        compared["gain"].as_f64().unwrap().abs() < 0.01,
+        "{compared}"
+    );
+    assert!(
+        compared["verdict"].as_str().unwrap().starts_with("nothing"),
+        "{compared}"
+    );
+    let (status, body) = head
+        .admin("/v1/mesh/rebalance", json!({"model": "gpt-9"}))
+        .await;
+    assert_eq!(
+        (status, &body["error"]["code"]),
+        (409, &json!("cannot_rebalance"))
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readiness_is_told_for_one_model() {
+    let head = start(|_| {}).await;
+    let _whole = head.worker("w", Script::default()).await;
+    assert_eq!(head.get("/ready?model=tiny").await.0, 200);
+    let (status, body) = head.get("/ready?model=gpt-9").await;
+    assert_eq!(
+        (status, &body["reason"]),
+        (503, &json!("no worker serves gpt-9"))
+    );
+    let (status, body) = head.get("/ready").await;
+    assert_eq!((status, body), (200, json!({"status": "ready"})));
+}
