@@ -143,7 +143,7 @@ impl ClusterBuilder {
     /// If a service does not start; the message holds the end of its log.
     pub async fn start(self) -> Result<Cluster> {
         let sharding = format!(
-            "[sharding]\nstages = {}\nstandbys = {}\ngather = \"1s\"\nsuspect_pause = \"2s\"\n",
+            "[sharding]\nobjective = \"throughput\"\nstages = {}\nstandbys = {}\ngather = \"1s\"\nsuspect_pause = \"2s\"\n",
             self.stages, self.standbys
         );
         let mut builder = Mesh::builder().head_config(&sharding);
@@ -241,7 +241,8 @@ impl Cluster {
         let launcher = match (&self.network, machine) {
             (Some(network), Some(machine)) => network.launcher(self.mesh.launcher(), machine),
             _ => self.mesh.launcher().clone(),
-        };
+        }
+        .with_state(&self.measured());
         let toml = config.to_string();
         let index = self.mesh.start_worker_by(&launcher, &toml).await?;
         let name = self.mesh.workers[index].name().to_owned();
@@ -470,6 +471,43 @@ impl Cluster {
         }
     }
 
+    /// Ends all services that run with SIGTERM and checks that each exits with 0. The head goes first: workers that leave a
+    /// head hand over what they hold, the last one in vain.
+    ///
+    /// # Errors
+    /// If one does not.
+    pub async fn shutdown(&mut self) -> Result<()> {
+        for name in self.slowed.keys().cloned().collect::<Vec<_>>() {
+            self.hurry(&name);
+        }
+        let services = std::iter::once(&mut self.mesh.head).chain(&mut self.mesh.workers);
+        for service in services.chain(&mut self.mesh.shim) {
+            if !service.is_running() {
+                continue;
+            }
+            let status = service.terminate(SHUTDOWN_LIMIT).await?;
+            if !status.success() {
+                bail!(
+                    "{} ended with {status}; its log ends:\n{}",
+                    service.name(),
+                    service.log_end()
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// What the first worker found out about this machine: all workers are alike, and measured one after the other they would
+    /// differ by what else runs.
+    fn measured(&self) -> Vec<PathBuf> {
+        let Some(first) = self.mesh.workers.first() else {
+            return Vec::new();
+        };
+        let files = ["profile.json", "fingerprints.json"];
+        let files = files.map(|name| first.state_dir().join(name));
+        files.into_iter().filter(|file| file.is_file()).collect()
+    }
+
     fn machine(&self, name: &str) -> Result<(&Namespaces, Machine)> {
         let machine = self.machines.get(name);
         self.network
@@ -499,4 +537,5 @@ fn is_empty(value: &toml::Value) -> bool {
 /// A worker with this serves nothing whole.
 const SHARDS: &str = "models = []\n";
 const RING_LIMIT: Duration = Duration::from_secs(90);
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(30);
 const IDLE_LIMIT: Duration = Duration::from_secs(30);

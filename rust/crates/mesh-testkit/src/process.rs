@@ -27,6 +27,7 @@ pub struct Launcher {
     environment: Vec<(String, String)>,
     own_group: bool,
     wrapper: Vec<String>,
+    state: Vec<PathBuf>,
 }
 
 impl Launcher {
@@ -40,6 +41,7 @@ impl Launcher {
             environment: vec![("ORT_DYLIB_PATH".to_owned(), text(&paths::ort_library()?)?)],
             own_group: false,
             wrapper: Vec::new(),
+            state: Vec::new(),
         })
     }
 
@@ -67,6 +69,7 @@ impl Launcher {
             environment: vec![("ORT_DYLIB_PATH".to_owned(), text(ort_library)?)],
             own_group: true,
             wrapper: Vec::new(),
+            state: Vec::new(),
         })
     }
 
@@ -75,6 +78,16 @@ impl Launcher {
     pub fn wrapped(&self, wrapper: &[&str]) -> Self {
         Self {
             wrapper: wrapper.iter().map(|&word| word.to_owned()).collect(),
+            ..self.clone()
+        }
+    }
+
+    /// The same services, beginning with copies of these files in their state folders: what another one on this machine has
+    /// measured need not be measured again.
+    #[must_use]
+    pub fn with_state(&self, files: &[PathBuf]) -> Self {
+        Self {
+            state: files.to_vec(),
             ..self.clone()
         }
     }
@@ -113,6 +126,14 @@ impl Launcher {
             addresses: Value::Null,
         };
         service.configure(config)?;
+        if !self.state.is_empty() {
+            fs::create_dir_all(service.state_dir()).context("the state folder")?;
+        }
+        for file in &self.state {
+            let name = file.file_name().context("a file's name")?;
+            fs::copy(file, service.state_dir().join(name))
+                .with_context(|| file.display().to_string())?;
+        }
         service.spawn().await?;
         Ok(service)
     }
