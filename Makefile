@@ -6,13 +6,15 @@ PYTHON ?= python3
 # Every cargo call runs in rust/; the lock file decides the versions.
 IN_RUST := cd rust &&
 SERVICES := -p mesh-head -p mesh-worker -p mesh-shim -p mesh-cli
+PROVIDERS := mesh-worker/cuda,mesh-worker/migraphx
+GPU ?= cuda
 FUZZ_SECONDS ?= 60
 CACHE := $(if $(HYDRAMESH_CACHE),$(HYDRAMESH_CACHE),$(CURDIR)/.cache)
 
 export ORT_DYLIB_PATH ?= $(CACHE)/onnxruntime/libonnxruntime.so.1.24.4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-nix test-vm test-images test-arm flood bench bench-peers fuzz fetch fmt clean
+.PHONY: help demo build test test-nix test-vm test-images test-gpu test-arm flood bench bench-peers fuzz fetch fmt clean
 # Exit code 3 of a test script: this machine cannot run it, and why was said.
 WHERE_POSSIBLE := || [ $$? = 3 ]
 
@@ -34,6 +36,8 @@ test: fetch ## Formatting, clippy with warnings denied, every test
 	scripts/test_nix.sh $(WHERE_POSSIBLE)
 	$(IN_RUST) $(CARGO) fmt --all --check
 	$(IN_RUST) $(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	$(IN_RUST) $(CARGO) clippy -p mesh-worker -p mesh-engine-ort --features $(PROVIDERS) --all-targets --locked -- -D warnings
+	$(IN_RUST) $(CARGO) test -p mesh-engine-ort --features cuda,migraphx --locked --test backend
 	$(IN_RUST) $(CARGO) build --locked --bins $(SERVICES)
 	HYDRAMESH_BIN=$(CURDIR)/rust/target/debug scripts/test_vm.sh nspawn $(WHERE_POSSIBLE)
 	$(IN_RUST) $(CARGO) test --workspace --locked --no-fail-fast
@@ -48,6 +52,9 @@ test-vm: build fetch ## The module's units under a real systemd, in a container 
 
 test-images: build fetch ## The images' configurations under podman (needs root)
 	scripts/test_images.sh
+
+test-gpu: fetch ## The graph for GPUs on this machine's GPU (GPU=cuda or migraphx; ORT_DYLIB_PATH names an ONNX Runtime for it)
+	$(IN_RUST) HYDRAMESH_TEST_GPU=1 $(CARGO) test -p mesh-engine-ort --features $(GPU) --locked --no-fail-fast --test device --test backend --test smollm2_device
 
 test-arm: ## The kernels' tests for aarch64, emulated
 	scripts/test_arm.sh

@@ -92,7 +92,8 @@ in
         What the worker computes on. `auto` looks at this configuration: `nvidia` with `services.xserver.videoDrivers`
         containing "nvidia"; `rocm` with "amdgpu" in it, or with `hardware.amdgpu.opencl.enable` or
         `hardware.amdgpu.initrd.enable`; otherwise `cpu`. It decides on the package, and on the devices that the unit may
-        use. Workers of this version compute on the CPU with each of them.
+        use. A worker with a GPU's package tries the GPU when it starts, and computes on the CPU where that fails; its log says
+        why. `settings.worker.backend` is its own key: "cuda" or "migraphx" make such a failure an error, "cpu" tries nothing.
       '';
     };
 

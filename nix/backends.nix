@@ -16,7 +16,7 @@ in
     libtorch = none;
     # Where the driver's own libraries are, if the backend needs them at run time.
     driverLibraries = _pkgs: [ ];
-    # Features that turn on `ort`'s execution providers.
+    # Features that make the worker try one of ONNX Runtime's execution providers when it starts.
     cargoFeatures = [ ];
   };
 
@@ -30,7 +30,7 @@ in
     libtorch = none;
     # libcuda.so belongs to the kernel module that runs, so NixOS links it there.
     driverLibraries = pkgs: [ "${pkgs.addDriverRunpath.driverLink}/lib" ];
-    cargoFeatures = [ ];
+    cargoFeatures = [ "mesh-worker/cuda" ];
   };
 
   rocm = {
@@ -40,6 +40,6 @@ in
     onnxruntime = pkgs: pkgs.onnxruntime.override { rocmSupport = true; };
     libtorch = none;
     driverLibraries = _pkgs: [ ];
-    cargoFeatures = [ ];
+    cargoFeatures = [ "mesh-worker/migraphx" ];
   };
 }

@@ -250,4 +250,17 @@ in
     expr = (build "cpu").unwrapped.cargoExtraArgs;
     expected = "--locked --bins -p mesh-head -p mesh-worker -p mesh-shim -p mesh-cli";
   };
+
+  "the workers of GPU packages try their provider" = {
+    expr = map (backend: lib.last (lib.splitString " " (build backend).unwrapped.cargoExtraArgs)) [
+      "cpu"
+      "nvidia"
+      "rocm"
+    ];
+    expected = [
+      "mesh-cli"
+      "mesh-worker/cuda"
+      "mesh-worker/migraphx"
+    ];
+  };
 }

@@ -30,15 +30,16 @@ pub(crate) fn all(root: &Path) -> Vec<Gpu> {
 
 /// NVML comes with the driver; without the driver there is no library to load.
 fn nvidia() -> Option<Vec<Gpu>> {
-    let library = Nvml::builder()
-        .lib_path("libnvidia-ml.so.1".as_ref())
-        .init();
-    let library = match library {
-        Ok(library) => library,
-        Err(error) => {
+    let found = LIBRARIES
+        .iter()
+        .map(|path| Nvml::builder().lib_path(path.as_ref()).init());
+    let library = match found.reduce(Result::or) {
+        Some(Ok(library)) => library,
+        Some(Err(error)) => {
             tracing::debug!(%error, "no NVIDIA GPU");
             return None;
         }
+        None => return None,
     };
     let count = library.device_count().ok()?.min(MOST as u32);
     let gpus = (0..count).filter_map(|index| {
@@ -105,6 +106,11 @@ fn clean(name: &str) -> String {
         .collect()
 }
 
+/// Where the system's loader finds it; and NixOS, whose loader does not look there by itself.
+const LIBRARIES: [&str; 2] = [
+    "libnvidia-ml.so.1",
+    "/run/opengl-driver/lib/libnvidia-ml.so.1",
+];
 /// GPUs in one machine.
 const MOST: usize = 32;
 

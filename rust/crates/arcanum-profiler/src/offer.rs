@@ -70,6 +70,44 @@ impl TryFrom<&ShardOffer> for ModelSpec {
     }
 }
 
+impl ModelSpec {
+    /// The model as all of `offers` can hold it: nodes that use another weight format need other amounts of memory, and the
+    /// largest counts for all. `None` if there is no offer.
+    ///
+    /// # Errors
+    /// [`PlanError::Model`] if a number is outside what a model can have; [`PlanError::Differs`] if the offers are not of one
+    /// model.
+    pub fn covering<'a>(
+        offers: impl IntoIterator<Item = &'a ShardOffer>,
+    ) -> Result<Option<Self>, PlanError> {
+        let mut all: Option<ModelSpec> = None;
+        for offer in offers {
+            let one = ModelSpec::try_from(offer)?;
+            let Some(all) = &mut all else {
+                all = Some(one);
+                continue;
+            };
+            for (field, a, b) in [
+                ("layers", all.layers, one.layers),
+                ("hidden", all.hidden, one.hidden),
+            ] {
+                if a != b {
+                    return Err(PlanError::Differs { field, a, b });
+                }
+            }
+            for (all, one) in [
+                (&mut all.layer_bytes, one.layer_bytes),
+                (&mut all.first_bytes, one.first_bytes),
+                (&mut all.last_bytes, one.last_bytes),
+                (&mut all.kv_bytes, one.kv_bytes),
+            ] {
+                *all = one.max(*all);
+            }
+        }
+        Ok(all)
+    }
+}
+
 /// A time, or 0 for one that nobody can have measured.
 fn time(us: f32) -> f64 {
     let us = f64::from(us);
@@ -136,6 +174,31 @@ mod tests {
         let model = ModelSpec::try_from(&offer()).expect("a model");
         let plan = place(&model, &[candidate], &Policy::default()).expect("a plan");
         assert_eq!(plan.stages[0].layers, 0..30);
+    }
+
+    #[test]
+    fn offers_in_several_formats_are_planned_with_the_largest() {
+        let int8 = ShardOffer {
+            layer_bytes: 3_500_000,
+            first_bytes: 17_000_000,
+            ..offer()
+        };
+        let model = ModelSpec::covering([&offer(), &int8]).expect("one model");
+        let model = model.expect("offers");
+        assert_eq!(
+            (model.layer_bytes, model.first_bytes),
+            (3_500_000, 18_000_000)
+        );
+        assert_eq!(ModelSpec::covering([]), Ok(None));
+        let other = ShardOffer {
+            layers: 31,
+            ..offer()
+        };
+        let error = ModelSpec::covering([&offer(), &other]).expect_err("two models");
+        assert_eq!(
+            error.to_string(),
+            "one offer says that the model's layers are 30, another 31: their files differ"
+        );
     }
 
     #[test]

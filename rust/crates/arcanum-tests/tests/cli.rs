@@ -72,6 +72,7 @@ fn help_names_every_command_and_the_exit_codes() -> Result<()> {
         "token",
         "bench",
         "probe",
+        "profile",
         "boot-config",
         "completions",
         "Exit codes",

@@ -76,6 +76,8 @@ pub enum Command {
     Bench(BenchArgs),
     /// Look at this machine's hardware, and say which backend fits it and why
     Probe(ProbeArgs),
+    /// Measure this machine: memory, disk, GPUs, and how fast it runs a model's layers
+    Profile(ProfileArgs),
     /// Decide what a live image does: reads the kernel command line and a partition, writes a folder for the units
     BootConfig(BootConfigArgs),
     /// Print completions for a shell
@@ -511,6 +513,38 @@ pub struct ProbeArgs {
     /// Where sys, proc and dev lie
     #[arg(long, value_name = "DIR", default_value = "/", value_hint = ValueHint::DirPath)]
     pub root: PathBuf,
+}
+
+/// `hydramesh profile`
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+This is what a worker tells its head, which decides by it who holds which layers of a model. Without a model it takes half a \
+second; with one, its layers are loaded and timed in the file's own weight format and as 8-bit integers.
+
+Examples:
+  hydramesh profile
+  hydramesh profile models/SmolLM2-135M-Instruct.Q4_1.gguf
+  hydramesh profile --json | jq .memory_bandwidth")]
+pub struct ProfileArgs {
+    /// A model file: its layers are timed, and the disk it lies on
+    #[arg(value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub file: Option<PathBuf>,
+
+    /// Threads that compute [default: all]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4_096))]
+    pub threads: Option<u16>,
+
+    /// Folder in which the measurements are kept, such as a worker's state folder [default: measure each time]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub state_dir: Option<PathBuf>,
+
+    /// ONNX Runtime's library
+    #[arg(long, value_name = "FILE", env = "ORT_DYLIB_PATH", value_hint = ValueHint::FilePath)]
+    pub runtime: Option<PathBuf>,
+
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `hydramesh boot-config`

@@ -16,6 +16,7 @@ mod input;
 mod models;
 mod output;
 mod probe;
+mod profile;
 mod rings;
 mod status;
 mod token;
@@ -42,8 +43,9 @@ pub fn run(args: Args) -> Result<(), Failure> {
         );
         return Ok(());
     }
-    // At boot there is neither a network nor time to lose.
+    // Nothing of a mesh is needed; and at boot there is neither a network nor time to lose.
     match args.command {
+        Command::Profile(args) => return profile::run(args, terminal),
         Command::Probe(args) => return probe::run(args, terminal),
         Command::BootConfig(args) => return probe::boot_config(args),
         _ => {}
@@ -66,7 +68,10 @@ pub fn run(args: Args) -> Result<(), Failure> {
             Command::Models(args) => models::run(args.command),
             Command::Token(args) => token::run(args.command).await,
             Command::Bench(args) => bench::run(args).await,
-            Command::Probe(_) | Command::BootConfig(_) | Command::Completions(_) => {
+            Command::Probe(_)
+            | Command::Profile(_)
+            | Command::BootConfig(_)
+            | Command::Completions(_) => {
                 unreachable!("done above")
             }
         }

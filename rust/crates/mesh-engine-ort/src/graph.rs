@@ -17,7 +17,7 @@ use ort::operator::OperatorDomain;
 use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 
-use crate::onnx::{Dim, Element, Model, Node, Value};
+use crate::onnx::{Attribute, Dim, Element, Model, Node, Value};
 use crate::operators::{Kind, StageOperator};
 use crate::shared::Shared;
 
@@ -78,35 +78,36 @@ fn model(shared: &Shared, layers: Range<u32>) -> Model<'static> {
             operator: kind.name(),
             domain: DOMAIN,
             name,
-            input: std::mem::replace(&mut value, output.clone()),
-            output,
-            attributes: vec![("layer", layer as u64)],
+            inputs: vec![std::mem::replace(&mut value, output.clone())],
+            outputs: vec![output],
+            attributes: vec![("layer", Attribute::Int(layer as i64))],
         }
     });
-    let hidden = |name| Value {
-        name,
+    let hidden = |name: &str| Value {
+        name: name.to_owned(),
         element: Element::F32,
         dims: vec![Dim::Named("rows"), Dim::Fixed(shape.hidden)],
     };
     Model {
         opsets: &[("", 21), (DOMAIN, 1)],
         nodes: nodes.collect(),
-        input: match first {
+        initializers: Vec::new(),
+        inputs: vec![match first {
             true => Value {
-                name: INPUT,
+                name: INPUT.to_owned(),
                 element: Element::I32,
                 dims: vec![Dim::Named("rows")],
             },
             false => hidden(INPUT),
-        },
-        output: match last {
+        }],
+        outputs: vec![match last {
             true => Value {
-                name: OUTPUT,
+                name: OUTPUT.to_owned(),
                 element: Element::F32,
                 dims: vec![Dim::Named("kept"), Dim::Fixed(shape.vocab)],
             },
             false => hidden(OUTPUT),
-        },
+        }],
     }
 }
 

@@ -1,4 +1,5 @@
-//! Stages on ONNX Runtime: the graph of a range of layers built in memory, CPU kernels as custom operators.
+//! Stages on ONNX Runtime: the graph of a range of layers built in memory, for CPUs with kernels of our own as custom operators,
+//! for GPUs with ONNX Runtime's operators.
 //!
 //! [`OrtStage`] is a [`Stage`](mesh_engine::Stage). Loading packs the weights of its layers, reserves the KV cache, and makes
 //! a session of a graph with two nodes per layer (module `graph` draws it). ONNX Runtime walks the chain and owns the
@@ -15,23 +16,41 @@
 //! - A node costs about a microsecond and a pass over its tensors. With norm, rotation, activation and residual inside, a
 //!   layer has two nodes instead of eleven.
 //!
-//! There is no second lowering to the standard operators: GPUs are the other engine's, and on CPUs it would be slower. It has
-//! its place beside `graph` if an execution provider ever needs it.
+//! # The second lowering
+//! A GPU's execution provider cannot run our operators, so [`DeviceStage`] builds the same layers of ONNX Runtime's own ones
+//! (module `device::lower`): `MatMulNBits` with the weights of the file as they are, and a product of block sums for what a
+//! type's minimum adds; `GroupQueryAttention` with the slot's keys and values as past and present, on the device from step to
+//! step; one run for each segment of a step. On a GPU weights' scales, activations and KV cache are f16, the residual stream
+//! is f32. [`open`] takes a GPU where one works, and says why where none does.
+//!
+//! **Rows are not independent there**, bit for bit, as the trait asks: products choose their algorithm by the number of rows.
+//! A stream that is run again on such a stage, or moved between it and a CPU, continues with the same text up to near ties.
+//! Exported KV rows have the format of the CPU's stage.
+//!
+//! The graph is tested on ONNX Runtime's CPU provider, in f32 and in f16. **It has never run on a GPU**: with
+//! `make test-gpu` and a library that has the provider, the same tests run there.
 //!
 //! # Memory
 //! Packed weights live in the operators, not in ONNX Runtime's initialisers; the file's pages are dropped once they are
 //! packed. The KV cache is address space that the system fills as slots grow, and that
 //! [`truncate`](mesh_engine::Stage::truncate) to 0 gives back.
 //!
+//! A [`DeviceStage`] has its weights twice, on the device and on the host, where the session keeps what it was given; its slots
+//! grow by doubling.
+//!
 //! # Unsafe code
 //! Module `tensors` reads the tensors of a running node through ONNX Runtime's C interface; module `operators` says for each
 //! access why type and length are right, and keeps inputs apart from the outputs that may lie on the same memory.
 
+mod backend;
+mod check;
+mod device;
 mod graph;
 mod kv;
 mod onnx;
 mod operators;
 mod options;
+mod provider;
 mod requantise;
 mod runtime;
 mod shared;
@@ -39,5 +58,8 @@ mod stage;
 mod tensors;
 mod weights;
 
+pub use backend::{Backend, NoSuchBackend, Opened, open};
+pub use device::{Device, DeviceStage, Precision};
 pub use options::{LoadError, OrtOptions, WeightFormat};
+pub use provider::Provider;
 pub use stage::OrtStage;

@@ -1,4 +1,4 @@
-//! The little of ONNX's protobuf format that a graph of ours needs (<https://onnx.ai/onnx/repo-docs/IR.html>).
+//! The little of ONNX's protobuf format that our graphs need (<https://onnx.ai/onnx/repo-docs/IR.html>).
 //!
 //! `ort::editor` would build the graph through ONNX Runtime's own calls, but a session made that way
 //! (`CreateSessionFromModel`, up to 1.24 at least) never registers the custom operators of its options.
@@ -8,37 +8,61 @@ pub(crate) struct Model<'a> {
     /// Domains and their versions.
     pub(crate) opsets: &'a [(&'a str, u64)],
     pub(crate) nodes: Vec<Node>,
-    pub(crate) input: Value<'a>,
-    pub(crate) output: Value<'a>,
+    /// Constants.
+    pub(crate) initializers: Vec<Initializer>,
+    pub(crate) inputs: Vec<Value>,
+    pub(crate) outputs: Vec<Value>,
 }
 
-/// A node with one input, one output and integer attributes.
+/// A node.
 pub(crate) struct Node {
     pub(crate) operator: &'static str,
     pub(crate) domain: &'static str,
     pub(crate) name: String,
-    pub(crate) input: String,
-    pub(crate) output: String,
-    pub(crate) attributes: Vec<(&'static str, u64)>,
+    /// Names of values; an empty one is an optional input that is left out.
+    pub(crate) inputs: Vec<String>,
+    /// The same for outputs.
+    pub(crate) outputs: Vec<String>,
+    pub(crate) attributes: Vec<(&'static str, Attribute)>,
+}
+
+/// The value of an attribute.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Attribute {
+    Int(i64),
+    Float(f32),
+}
+
+/// A constant of the graph.
+pub(crate) struct Initializer {
+    pub(crate) name: String,
+    pub(crate) element: Element,
+    pub(crate) dims: Vec<usize>,
+    /// Its bytes, little-endian; `None` if the session is given the tensor beside the model. A protobuf message cannot be
+    /// larger than 2 GiB.
+    pub(crate) data: Option<Vec<u8>>,
 }
 
 /// A tensor that goes into or comes out of the graph.
-pub(crate) struct Value<'a> {
-    pub(crate) name: &'a str,
+pub(crate) struct Value {
+    pub(crate) name: String,
     pub(crate) element: Element,
-    pub(crate) dims: Vec<Dim<'a>>,
+    pub(crate) dims: Vec<Dim>,
 }
 
 /// Element types by their number in `TensorProto.DataType`.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Element {
     F32 = 1,
+    U8 = 2,
     I32 = 6,
+    I64 = 7,
+    F16 = 10,
 }
 
 /// A dimension of a tensor.
-pub(crate) enum Dim<'a> {
-    Named(&'a str),
+pub(crate) enum Dim {
+    Named(&'static str),
     Fixed(usize),
 }
 
@@ -52,8 +76,15 @@ impl Model<'_> {
             graph.message(1, node.encode());
         }
         graph.text(2, "stage");
-        graph.message(11, self.input.encode());
-        graph.message(12, self.output.encode());
+        for initializer in &self.initializers {
+            graph.message(5, initializer.encode());
+        }
+        for input in &self.inputs {
+            graph.message(11, input.encode());
+        }
+        for output in &self.outputs {
+            graph.message(12, output.encode());
+        }
         model.message(7, graph);
         for (domain, version) in self.opsets {
             let mut opset = Message::default();
@@ -67,16 +98,23 @@ impl Model<'_> {
 impl Node {
     fn encode(&self) -> Message {
         let mut node = Message::default();
-        node.text(1, &self.input)
-            .text(2, &self.output)
-            .text(3, &self.name)
-            .text(4, self.operator);
+        for input in &self.inputs {
+            node.text(1, input);
+        }
+        for output in &self.outputs {
+            node.text(2, output);
+        }
+        node.text(3, &self.name).text(4, self.operator);
         for (name, value) in &self.attributes {
             let mut attribute = Message::default();
-            attribute
-                .text(1, name)
-                .int(3, *value)
-                .int(20, ATTRIBUTE_INT);
+            attribute.text(1, name);
+            match *value {
+                // Negative numbers are two's complement of 64 bits.
+                Attribute::Int(value) => attribute
+                    .int(3, value.cast_unsigned())
+                    .int(20, ATTRIBUTE_INT),
+                Attribute::Float(value) => attribute.float(2, value).int(20, ATTRIBUTE_FLOAT),
+            };
             node.message(5, attribute);
         }
         node.text(7, self.domain);
@@ -84,7 +122,26 @@ impl Node {
     }
 }
 
-impl Value<'_> {
+impl Initializer {
+    fn encode(&self) -> Message {
+        let mut tensor = Message::default();
+        for dim in &self.dims {
+            tensor.int(1, *dim as u64);
+        }
+        tensor.int(2, self.element as u64).text(8, &self.name);
+        match &self.data {
+            Some(bytes) => tensor.bytes(9, bytes),
+            None => {
+                let mut location = Message::default();
+                location.text(1, "location").text(2, "beside the model");
+                tensor.message(13, location).int(14, LOCATION_EXTERNAL)
+            }
+        };
+        tensor
+    }
+}
+
+impl Value {
     fn encode(&self) -> Message {
         let mut shape = Message::default();
         for dim in &self.dims {
@@ -100,7 +157,7 @@ impl Value<'_> {
         let mut ty = Message::default();
         ty.message(1, tensor);
         let mut value = Message::default();
-        value.text(1, self.name).message(2, ty);
+        value.text(1, &self.name).message(2, ty);
         value
     }
 }
@@ -113,6 +170,12 @@ impl Message {
     fn int(&mut self, field: u64, value: u64) -> &mut Self {
         self.varint(field << 3);
         self.varint(value);
+        self
+    }
+
+    fn float(&mut self, field: u64, value: f32) -> &mut Self {
+        self.varint(field << 3 | 5);
+        self.0.extend_from_slice(&value.to_le_bytes());
         self
     }
 
@@ -144,3 +207,7 @@ impl Message {
 const IR_VERSION: u64 = 10;
 /// `AttributeProto.AttributeType.INT`.
 const ATTRIBUTE_INT: u64 = 2;
+/// `AttributeProto.AttributeType.FLOAT`.
+const ATTRIBUTE_FLOAT: u64 = 1;
+/// `TensorProto.DataLocation.EXTERNAL`.
+const LOCATION_EXTERNAL: u64 = 1;

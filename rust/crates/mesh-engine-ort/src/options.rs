@@ -132,6 +132,25 @@ pub enum LoadError {
         /// What is wrong.
         message: String,
     },
+    /// An execution provider that is not there, or does not take the graph, or computes something else.
+    #[error(
+        "execution provider {provider} cannot be used: {reason}; it needs its GPU with the driver, an ONNX Runtime built with it \
+         and this program's package for such GPUs, or set the backend to \"auto\" or \"cpu\""
+    )]
+    Provider {
+        /// Which.
+        provider: crate::Provider,
+        /// Why.
+        reason: String,
+    },
+    /// A network that the graph for execution providers cannot express.
+    #[error(
+        "the model has {feature}, which ONNX Runtime's operators cannot run: set the backend to \"cpu\""
+    )]
+    Unsupported {
+        /// What.
+        feature: String,
+    },
     /// The kernels cannot run such a network, or there is no memory for its KV cache.
     #[error("{0}; another model, fewer slots or a shorter context may do")]
     Kernel(#[from] mesh_kernels::KernelError),

@@ -207,7 +207,7 @@ impl Loader<'_> {
 }
 
 /// The kernels' name of a type.
-fn weight_type(ty: GgmlType) -> WeightType {
+pub(crate) fn weight_type(ty: GgmlType) -> WeightType {
     match ty {
         GgmlType::F32 => WeightType::F32,
         GgmlType::F16 => WeightType::F16,

@@ -3,9 +3,11 @@
 mod common;
 
 use common::{options, pipeline};
+use half::f16;
 use mesh_engine::{LogitRows, Segment, Stage};
 use mesh_engine_ort::{OrtOptions, OrtStage, WeightFormat};
-use mesh_model::{EncodeOptions, Model};
+use mesh_model::gguf::Writer;
+use mesh_model::{EncodeOptions, GgmlType, Model};
 use mesh_testkit::paths;
 
 const TEXT: &str = include_str!("../../mesh-bench/data/alice.txt");
@@ -83,6 +85,65 @@ fn int8_stages_and_stages_of_the_files_own_format_work_together() {
         (low * 0.995..high * 1.005).contains(&mixed),
         "{mixed} is not between {low} and {high}"
     );
+}
+
+/// The model with weights that have more than 4 bits: each is put anywhere in the step that its 4 bits stand for, as if it had
+/// been there before somebody rounded it, and stored as f16.
+fn unrounded(model: &Model, path: &std::path::Path) -> Model {
+    let gguf = model.gguf();
+    let mut writer = Writer::new();
+    for (name, value) in gguf.metadata_iter() {
+        writer.copy_key(name, value);
+    }
+    for tensor in gguf.tensors() {
+        let ty = match tensor.ty {
+            GgmlType::Q4_1 => GgmlType::F16,
+            ty => ty,
+        };
+        writer.tensor(tensor.name, ty, tensor.dims);
+    }
+    let mut state = 1u32;
+    let mut file = std::io::BufWriter::new(std::fs::File::create(path).unwrap());
+    writer
+        .write(&mut file, |name, ty, _, out| {
+            let tensor = gguf.tensor(name).unwrap();
+            if ty == tensor.ty {
+                return out.write_all(tensor.data);
+            }
+            let (blocks, _) = tensor.data.as_chunks::<20>();
+            let weights = tensor.to_f32();
+            let (weights, _) = weights.as_chunks::<32>();
+            let mut bytes = Vec::with_capacity(tensor.elements() as usize * 2);
+            for (block, weights) in blocks.iter().zip(weights) {
+                let step = f16::from_le_bytes([block[0], block[1]]).to_f32();
+                for weight in weights {
+                    state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                    let part = (state >> 8) as f32 / (1 << 24) as f32 - 0.5;
+                    bytes.extend(f16::from_f32(weight + part * step).to_le_bytes());
+                }
+            }
+            out.write_all(&bytes)
+        })
+        .unwrap();
+    drop(file);
+    Model::open(path).unwrap()
+}
+
+#[test]
+fn half_int8_and_half_int4_lies_between_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = unrounded(&smollm2(), &dir.path().join("unrounded.gguf"));
+    let of = |cuts: &[(u32, u32, WeightFormat)]| perplexity(&model, stages(&model, cuts), 4);
+    let int8 = of(&[(0, 30, WeightFormat::Int8)]);
+    let int4 = of(&[(0, 30, WeightFormat::Int4)]);
+    let mixed = of(&[(0, 15, WeightFormat::Int8), (15, 30, WeightFormat::Int4)]);
+    println!("int8 {int8:.2}, half and half {mixed:.2}, int4 {int4:.2}");
+    // 30.2, 34.3 and 37.0; as f16 it is 30.0.
+    assert!(
+        int8 < mixed * 0.95 && mixed < int4 * 0.97,
+        "{int8}, {mixed}, {int4}"
+    );
+    assert!(int8 < 31.0, "{int8}");
 }
 
 #[test]

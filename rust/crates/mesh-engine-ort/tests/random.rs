@@ -3,38 +3,16 @@
 mod common;
 mod reference;
 
-use common::{assert_same_bits, last, logits, options, pipeline, whole};
+use common::{assert_same_bits, cosine, last, logits, options, pipeline, some_tokens, tiny, whole};
 use mesh_engine::{LogitRows, Segment, Stage, StageError, StageInput};
 use mesh_engine_ort::{LoadError, OrtOptions, OrtStage};
-use mesh_model::synth::{Shape, Tokens, random_model};
-use mesh_model::{Architecture, GgmlType, Model};
+use mesh_model::{Architecture, GgmlType};
 
 const ARCHITECTURES: [Architecture; 3] = [
     Architecture::Llama,
     Architecture::Qwen2,
     Architecture::Qwen3,
 ];
-
-fn tiny(architecture: Architecture, ty: GgmlType) -> Model {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("tiny.gguf");
-    random_model(&Shape::tiny(architecture), ty, Tokens::Bytes, &path).unwrap();
-    Model::open(&path).unwrap()
-}
-
-fn some_tokens(count: u32) -> Vec<u32> {
-    (0..count).map(|i| (i * 37 + 11) % 256).collect()
-}
-
-fn cosine(a: &[f32], b: &[f32]) -> f64 {
-    let dot = |a: &[f32], b: &[f32]| -> f64 {
-        a.iter()
-            .zip(b)
-            .map(|(a, b)| f64::from(*a) * f64::from(*b))
-            .sum()
-    };
-    dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
-}
 
 #[test]
 fn every_architecture_agrees_with_a_plain_forward_pass() {

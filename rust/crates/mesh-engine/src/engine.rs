@@ -285,7 +285,8 @@ impl Worker {
         let mut busy = false;
         loop {
             if !self.take_commands(busy) {
-                return dead(STOPPED);
+                // A runner that has ended says why better than who drops the engine after it.
+                return self.poll().err().unwrap_or_else(|| dead(STOPPED));
             }
             busy = false;
             while self.runner.has_room() && self.scheduler.plan(&mut step, Instant::now()) {

@@ -5,7 +5,8 @@
 //!
 //! **Rows are independent.** The values of an output row depend on the row itself and on the KV rows of its own slot, bit
 //! for bit: not on which other rows share the step, how a prompt was cut into chunks, or how many threads ran. Recovery
-//! relies on it: a stream that is run again elsewhere, prompt plus tokens so far, continues exactly as it would have.
+//! relies on it: a stream that is run again elsewhere, prompt plus tokens so far, continues exactly as it would have. Stages on
+//! a GPU cannot promise it to the last bit: there a stream that is run again may part at a near tie.
 
 use std::ops::Range;
 

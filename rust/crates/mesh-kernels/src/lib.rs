@@ -42,4 +42,5 @@ pub use matrix::{EightBit, PackOptions, QMatrix, dequantize};
 pub use norm::rms_norm;
 pub use pool::{Pool, PoolOptions};
 pub use quant::WeightType;
+pub use quant::blocks::{Stretch, stretch};
 pub use rope::{Rope, RopeOptions, RopeStyle};

@@ -262,8 +262,14 @@ impl RingRunner {
                 }
             }
             DriverEvent::Pong { stage, ping } => self.pulse.heard(stage, Some(&ping), now),
-            DriverEvent::Standby(held) => self.part.mirror_to(&held, &mut self.outs),
-            DriverEvent::NoStandby => self.part.stop_mirroring(),
+            DriverEvent::Standby(held) => {
+                self.forget_mirrored();
+                self.part.mirror_to(&held, &mut self.outs);
+            }
+            DriverEvent::NoStandby => {
+                self.forget_mirrored();
+                self.part.stop_mirroring();
+            }
             DriverEvent::Mirrored(count) => self.part.mirrored(count, &mut self.outs),
             DriverEvent::End(error) => self.ended = Some(error),
         }
@@ -289,6 +295,7 @@ impl RingRunner {
         }
         self.under_way.clear();
         self.arrived.clear();
+        self.outs.clear();
         self.received = 0;
         self.next_step = 0;
         self.stages = stages;
@@ -297,6 +304,11 @@ impl RingRunner {
         self.phase = Phase::Joining((0..stages).map(|_| None).collect());
         let own = self.part.held();
         self.take_held(stages - 1, own);
+    }
+
+    /// What was meant for one standby is not for the next.
+    fn forget_mirrored(&mut self) {
+        self.outs.retain(|out| !matches!(out, Out::Standby(_)));
     }
 
     fn take_held(&mut self, stage: u32, held: RingHeld) {
@@ -602,7 +614,7 @@ impl Runner for RingRunner {
 
     fn poll(&mut self, now: Instant) -> Option<Outcome<'_>> {
         self.gauge(now);
-        self.flush();
+        // Before anything goes out: where it goes may have changed.
         while let Ok(event) = self.events.try_recv() {
             self.handle(event, now);
         }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use mesh_engine::SchedulerConfig;
-use mesh_engine_ort::WeightFormat;
+use mesh_engine_ort::{Backend, WeightFormat};
 use mesh_service::config::units;
 use mesh_service::config::{CommonArgs, ConfigError, Loaded, Loader};
 use mesh_service::network::Network;
@@ -33,6 +33,9 @@ pub struct Config {
     pub model_dirs: Vec<PathBuf>,
     /// ONNX Runtime's library; `ORT_DYLIB_PATH` by default.
     pub ort_library: Option<PathBuf>,
+    /// What computes: `auto` (a GPU that this build can use and that works, else the CPU), `cpu`, `cuda` or `migraphx`.
+    #[serde(with = "backend_name")]
+    pub backend: Backend,
     /// Threads that compute, for each model; 0 is one per core.
     pub threads: usize,
     /// Requests that one model runs at once.
@@ -162,6 +165,7 @@ impl Default for Config {
             shards: Vec::new(),
             model_dirs: vec!["/var/lib/hydramesh/models".into()],
             ort_library: None,
+            backend: Backend::Auto,
             threads: 0,
             slots: 8,
             context: 0,
@@ -277,6 +281,7 @@ impl Config {
             .fold(Loader::new("worker"), |loader, (variable, key, address)| {
                 loader.flag(variable, key, Some(address))
             })
+            .env("TORCH_DEVICE", "backend")
             .common(common)
             .flag("--head", "head", flags.head.as_ref())
             .flag("--join-token-file", "join_token_file", token_file)
@@ -391,6 +396,20 @@ mod optional_bytes {
     }
 }
 
+/// A backend by its name.
+mod backend_name {
+    use mesh_engine_ort::Backend;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(value: &Backend, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(value)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Backend, D::Error> {
+        String::deserialize(d)?.parse().map_err(D::Error::custom)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -422,6 +441,29 @@ mod tests {
         assert_eq!(config.kv_memory, Some(512 << 20));
         assert_eq!(config.decode_stall, Duration::from_millis(50));
         assert_eq!(parse("").kv_memory, None);
+    }
+
+    #[test]
+    fn the_backend_goes_by_its_name_or_by_torchs() {
+        assert_eq!(parse("").backend, Backend::Auto);
+        assert_eq!(parse("backend = \"migraphx\"").backend, Backend::MiGraphX);
+        let from = |variables: &[(&str, &str)]| {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            Loader::<Config>::new("worker")
+                .file(file.path())
+                .env("TORCH_DEVICE", "backend")
+                .environment(variables.to_vec())
+                .load()
+        };
+        let torch = ("TORCH_DEVICE", "cuda:0");
+        assert_eq!(from(&[torch]).unwrap().value.backend, Backend::Cuda);
+        let own = ("HYDRAMESH_WORKER__BACKEND", "cpu");
+        assert_eq!(from(&[torch, own]).unwrap().value.backend, Backend::Cpu);
+        let error = from(&[("TORCH_DEVICE", "mps")]).unwrap_err().to_string();
+        assert!(
+            error.contains("mps") && error.contains("auto, cpu, cuda"),
+            "{error}"
+        );
     }
 
     #[test]

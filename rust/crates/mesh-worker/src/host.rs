@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use futures::StreamExt;
 use futures::future::join_all;
-use mesh_engine::{Engine, EngineHandle, Event, Request, SchedulerConfig, Stage};
-use mesh_engine_ort::{OrtOptions, OrtStage};
+use mesh_engine::{Engine, EngineHandle, Event, Request, SchedulerConfig};
+use mesh_engine_ort::{Opened, OrtOptions, Provider};
 use mesh_model::store::{self, FingerprintCache};
 use mesh_model::{Model, Tokenizer};
 use mesh_proto::{Load, ModelCard, ModelSpeed};
@@ -36,6 +36,8 @@ pub(crate) struct Hosted {
     pub(crate) engine: EngineHandle,
     /// What the head is told about it.
     pub(crate) card: ModelCard,
+    /// What computes it.
+    pub(crate) backend: Provider,
     /// Ends the engine's thread when dropped.
     _engine: Engine,
 }
@@ -152,8 +154,8 @@ impl Hosted {
             })?;
             Ok::<_, WorkerError>((stage, fingerprint))
         });
-        let (stage, fingerprint) = fingerprint?;
-        let info = stage.info().clone();
+        let (opened, fingerprint) = fingerprint?;
+        let info = opened.stage.info().clone();
         let scheduler = SchedulerConfig {
             kv_tokens: Some(kv_tokens(config, info.kv_bytes_per_token)),
             ..config.scheduler()
@@ -162,7 +164,7 @@ impl Hosted {
             name: name.clone(),
             source,
         };
-        let engine = Engine::start(&name, Box::new(stage), Arc::new(model.clone()), scheduler)
+        let engine = Engine::start(&name, opened.stage, Arc::new(model.clone()), scheduler)
             .map_err(start)?;
         let handle = engine.handle();
         warm_up(&handle, &name, model.tokenizer())?;
@@ -179,6 +181,7 @@ impl Hosted {
         };
         tracing::info!(
             model = card.name,
+            backend = %opened.provider,
             seconds = started.elapsed().as_secs_f64(),
             weight_mib = info.weight_bytes >> 20,
             kv_tokens = measured.kv_tokens_total,
@@ -190,6 +193,7 @@ impl Hosted {
             model,
             engine: handle,
             card,
+            backend: opened.provider,
             _engine: engine,
         })
     }
@@ -226,12 +230,13 @@ pub(crate) fn options(config: &Config) -> OrtOptions {
     }
 }
 
-fn load_stage(model: &Model, name: &str, config: &Config) -> Result<OrtStage, WorkerError> {
-    OrtStage::load(model, 0..model.config().layers, options(config)).map_err(|error| {
-        WorkerError::Load {
-            name: name.to_owned(),
-            source: Box::new(error),
-        }
+fn load_stage(model: &Model, name: &str, config: &Config) -> Result<Opened, WorkerError> {
+    let layers = 0..model.config().layers;
+    // Why a GPU is not used it has logged.
+    let opened = mesh_engine_ort::open(model, layers, options(config), config.backend);
+    opened.map_err(|error| WorkerError::Load {
+        name: name.to_owned(),
+        source: Box::new(error),
     })
 }
 

@@ -49,6 +49,16 @@ impl Collector for EngineCollector {
             .iter()
             .map(|(name, engine)| (name.as_str(), engine.load()))
             .collect();
+        let kind = ConstGauge::new(0.0).metric_type();
+        let help = "1 for what computes the model";
+        let mut family = encoder.encode_descriptor("model_backend", help, None, kind)?;
+        for hosted in self.0.models() {
+            let labels = [
+                ("model", hosted.card.name.as_str()),
+                ("backend", hosted.backend.name()),
+            ];
+            ConstGauge::new(1.0).encode(family.encode_family(&labels)?)?;
+        }
         for (name, help, value) in GAUGES {
             let kind = ConstGauge::new(0.0).metric_type();
             let mut family = encoder.encode_descriptor(name, help, None, kind)?;

@@ -179,13 +179,17 @@ fn hop(from: &Candidate, to: &Candidate, bytes: f64) -> Hop {
         return Hop::default();
     }
     let path = from.paths.get(&to.id).or_else(|| to.paths.get(&from.id));
+    let to_head = || Some((from.paths.get("")?, to.paths.get("")?));
     let rtt = path.and_then(|path| sane_rtt(path.rtt_us)).or_else(|| {
-        let to_head = |node: &Candidate| sane_rtt(node.paths.get("")?.rtt_us);
-        Some((to_head(from)? + to_head(to)?) / 2.0)
+        let (from, to) = to_head()?;
+        Some((sane_rtt(from.rtt_us)? + sane_rtt(to.rtt_us)?) / 2.0)
     });
     let bandwidth = path
-        .map(|path| path.bandwidth)
-        .filter(|&bandwidth| (1.0..=1e15).contains(&bandwidth))
+        .and_then(|path| sane_bandwidth(path.bandwidth))
+        .or_else(|| {
+            let (from, to) = to_head()?;
+            Some(sane_bandwidth(from.bandwidth)?.min(sane_bandwidth(to.bandwidth)?))
+        })
         .unwrap_or(DEFAULT_BANDWIDTH);
     let busy_us = bytes / bandwidth * 1e6;
     Hop {
@@ -196,6 +200,10 @@ fn hop(from: &Candidate, to: &Candidate, bytes: f64) -> Hop {
 
 fn sane_rtt(us: f64) -> Option<f64> {
     (0.0..=60e6).contains(&us).then_some(us)
+}
+
+fn sane_bandwidth(bandwidth: f64) -> Option<f64> {
+    (1.0..=1e15).contains(&bandwidth).then_some(bandwidth)
 }
 
 /// Bytes of a step beside its rows: message header, segment, token.

@@ -22,6 +22,16 @@ pub enum PlanError {
         /// Most it may be.
         most: u64,
     },
+    /// Offers that should be of one model are not.
+    #[error("one offer says that the model's {field} are {a}, another {b}: their files differ")]
+    Differs {
+        /// Which number.
+        field: &'static str,
+        /// What one offer says.
+        a: u32,
+        /// What another says.
+        b: u32,
+    },
     /// What is wanted makes no sense.
     #[error("{field} must be at least 1")]
     Policy {

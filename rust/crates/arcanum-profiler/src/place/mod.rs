@@ -4,8 +4,8 @@
 //! A stage of `n` layers takes `n * decode_us * (1 + load)` for one row, the last one `logits_us * (1 + load)` more. A hop takes
 //! half the round trip plus the row's bytes over the bandwidth; the one from the last stage back to the first carries a
 //! token instead of a row. Where nobody measured the path between two nodes, its round trip is taken as half the sum of
-//! theirs to the head (a mesh has a router in the middle), or [`DEFAULT_RTT_US`]; an unknown bandwidth is
-//! [`DEFAULT_BANDWIDTH`].
+//! theirs to the head (a mesh has a router in the middle) and its bandwidth as the smaller of theirs; where those are unknown,
+//! too, as [`DEFAULT_RTT_US`] and [`DEFAULT_BANDWIDTH`].
 //! - A token of one stream takes all stages and all hops, one after the other: [`Objective::Latency`] minimises that sum.
 //! - With enough requests in flight all stages work at once, and the one that is busy longest per row limits them all:
 //!   [`Objective::Throughput`] minimises it, then the sum. A link is busy while it carries bytes, not while they travel, so only

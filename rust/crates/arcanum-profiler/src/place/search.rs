@@ -1,5 +1,6 @@
 //! The search for the best layout. The page of [`super`] says why it is exact where it is.
 
+use std::cell::Cell;
 use std::cmp::Ordering;
 
 use super::cost::Mesh;
@@ -31,6 +32,8 @@ pub(super) struct Search<'a> {
     mesh: &'a Mesh<'a>,
     /// Cheapest paths, and those with the least busy worst link; where the search is exact.
     paths: Option<(Paths, Paths)>,
+    /// Layouts that local searches may still look at.
+    left: Cell<u32>,
 }
 
 impl<'a> Search<'a> {
@@ -41,7 +44,11 @@ impl<'a> Search<'a> {
                 Paths::new(mesh, Sum::Busiest, f64::INFINITY),
             )
         });
-        Search { mesh, paths }
+        Search {
+            mesh,
+            paths,
+            left: Cell::new(MOST_LAYOUTS),
+        }
     }
 
     /// The best layout, if any holds the model.
@@ -294,13 +301,9 @@ impl<'a> Search<'a> {
     }
 
     fn best_of(&self, orders: impl Iterator<Item = Vec<usize>>, demand: &Demand) -> Option<Layout> {
-        let fits = |order: &Vec<usize>| {
-            demand.stages.is_none_or(|stages| order.len() == stages)
-                && demand.must.is_none_or(|node| order.contains(&node))
-        };
         let mut best: Option<Layout> = None;
         for layout in orders
-            .filter(fits)
+            .filter(|order| fits(order, demand))
             .filter_map(|order| self.ordered(order, demand))
         {
             if best
@@ -363,9 +366,16 @@ impl<'a> Search<'a> {
         order
     }
 
-    /// Takes the best single change again and again.
+    /// Takes a single change that makes the layout better, again and again, until there is none or it has looked at its share
+    /// of layouts. They are counted, not timed, so that the same numbers give the same plan on every machine.
     fn improve(&self, mut layout: Layout, demand: &Demand) -> Layout {
-        for _ in 0..MOST_CHANGES {
+        let mut share = (self.left.get() / 8).max(LEAST_LAYOUTS);
+        let mut spend = || {
+            self.left.set(self.left.get().saturating_sub(1));
+            share = share.saturating_sub(1);
+            share > 0
+        };
+        loop {
             let order = &layout.order;
             let size = order.len();
             let outside: Vec<usize> = (0..self.mesh.nodes.len())
@@ -399,10 +409,20 @@ impl<'a> Search<'a> {
                     .iter()
                     .map(move |&node| change(&|order| order.insert(at, node)))
             });
-            let changes = removed.chain(moved).chain(replaced).chain(added);
-            match self.best_of(changes, demand) {
-                Some(better) if better.compare(&layout).is_lt() => layout = better,
-                _ => break,
+            let changes = removed.chain(added).chain(replaced).chain(moved);
+            let mut better = changes
+                .take_while(|_| spend())
+                .filter(|order| fits(order, demand))
+                .filter_map(|order| self.ordered(order, demand))
+                .filter(|changed| changed.compare(&layout).is_lt());
+            // The best change leads further than the first one, where trying them all costs little.
+            let better = match self.mesh.nodes.len() {
+                ..=MANY_NODES => better.min_by(Layout::compare),
+                _ => better.next(),
+            };
+            match better {
+                Some(better) => layout = better,
+                None => break,
             }
         }
         layout
@@ -420,6 +440,11 @@ impl Layout {
             .then(times(self.token_us, other.token_us))
             .then(self.order.len().cmp(&other.order.len()))
     }
+}
+
+fn fits(order: &[usize], demand: &Demand) -> bool {
+    demand.stages.is_none_or(|stages| order.len() == stages)
+        && demand.must.is_none_or(|node| order.contains(&node))
 }
 
 /// Who is at the ends, and how many KV rows everybody holds.
@@ -515,5 +540,9 @@ fn members(set: u32) -> impl Iterator<Item = usize> {
 
 /// Times that differ by less, relatively, are the same.
 pub(super) const TIE: f64 = 1e-9;
-/// Steps of a local search.
-const MOST_CHANGES: usize = 64;
+/// Up to so many nodes a local search tries all changes and takes the best, beyond it the first that is better.
+const MANY_NODES: usize = 24;
+/// Layouts that the local searches of one plan look at, about; each takes some microseconds.
+const MOST_LAYOUTS: u32 = 40_000;
+/// Layouts that each of them may look at in any case.
+const LEAST_LAYOUTS: u32 = 400;

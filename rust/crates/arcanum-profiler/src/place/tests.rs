@@ -280,6 +280,7 @@ fn beyond_the_exact_search_the_local_one_comes_close() {
         }
     }
     assert!(found > 40, "{found}");
+    println!("{found} meshes, the worst layout took {worst} times the best");
     assert!(worst < 1.1, "{worst} times the best");
 }
 
@@ -287,14 +288,16 @@ fn beyond_the_exact_search_the_local_one_comes_close() {
 fn many_nodes_are_placed_too() {
     let model = model(40);
     for objective in [Objective::Latency, Objective::Throughput] {
-        let nodes: Vec<Candidate> = (0..40)
+        let nodes: Vec<Candidate> = (0..100)
             .map(|i| node(&format!("n{i:02}"), 700, 50.0 + f64::from(i)))
             .collect();
         let policy = Policy {
             objective,
             ..policy()
         };
+        let begin = std::time::Instant::now();
         let plan = place(&model, &nodes, &policy).expect("a plan");
+        assert!(begin.elapsed().as_secs() < 10, "{:?}", begin.elapsed());
         assert_sound(&model, &nodes, &policy, &plan);
         assert!(plan.stages.len() >= 7, "{}", plan.stages.len());
         assert!(plan.stages.iter().all(|stage| stage.standby.is_some()));

@@ -3,14 +3,18 @@
 #![allow(dead_code, reason = "each test file uses a part")]
 
 use mesh_engine::{LogitRows, Segment, SlotId, Stage, StageInput, StageOutput};
-use mesh_engine_ort::{OrtOptions, OrtStage};
-use mesh_model::Model;
+use mesh_engine_ort::{OrtOptions, OrtStage, Provider};
+use mesh_model::synth::{Shape, Tokens, random_model};
+use mesh_model::{Architecture, GgmlType, Model};
 use mesh_testkit::paths;
 
-/// Options for tests: ONNX Runtime from the cache, two threads.
+/// Options for tests: ONNX Runtime from the cache, or for a GPU the one that `ORT_DYLIB_PATH` names; two threads.
 pub(crate) fn options(slots: u32, context: u32) -> OrtOptions {
     OrtOptions {
-        library: Some(paths::ort_library().unwrap()),
+        library: match provider() {
+            Provider::Cpu => Some(paths::ort_library().unwrap()),
+            _ => None,
+        },
         threads: 2,
         slots,
         context,
@@ -42,7 +46,7 @@ pub(crate) fn quiet(slot: SlotId, position: u32, rows: usize) -> Segment {
 }
 
 /// Runs tokens through a stage that ends the model.
-pub(crate) fn logits(stage: &mut OrtStage, segments: &[Segment], tokens: &[u32]) -> Vec<f32> {
+pub(crate) fn logits(stage: &mut impl Stage, segments: &[Segment], tokens: &[u32]) -> Vec<f32> {
     match stage.forward(segments, StageInput::Tokens(tokens)).unwrap() {
         StageOutput::Logits(logits) => logits.to_vec(),
         StageOutput::Hidden(_) => panic!("a last stage gives logits"),
@@ -50,7 +54,11 @@ pub(crate) fn logits(stage: &mut OrtStage, segments: &[Segment], tokens: &[u32])
 }
 
 /// Runs tokens through the stages of a split model; each takes what the one before gives.
-pub(crate) fn pipeline(stages: &mut [OrtStage], segments: &[Segment], tokens: &[u32]) -> Vec<f32> {
+pub(crate) fn pipeline(
+    stages: &mut [impl Stage],
+    segments: &[Segment],
+    tokens: &[u32],
+) -> Vec<f32> {
     let mut hidden: Option<Vec<f32>> = None;
     for stage in stages {
         let input = match &hidden {
@@ -96,4 +104,39 @@ pub(crate) fn assert_same_bits(a: &[f32], b: &[f32]) {
         .filter(|(a, b)| a.to_bits() != b.to_bits())
         .count();
     assert_eq!(differing, 0, "{differing} of {} numbers differ", a.len());
+}
+
+/// A small network with random weights.
+pub(crate) fn tiny(architecture: Architecture, ty: GgmlType) -> Model {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tiny.gguf");
+    random_model(&Shape::tiny(architecture), ty, Tokens::Bytes, &path).unwrap();
+    Model::open(&path).unwrap()
+}
+
+/// Tokens that are not all the same.
+pub(crate) fn some_tokens(count: u32) -> Vec<u32> {
+    (0..count).map(|i| (i * 37 + 11) % 256).collect()
+}
+
+/// Cosine of the angle between two rows.
+pub(crate) fn cosine(a: &[f32], b: &[f32]) -> f64 {
+    let dot = |a: &[f32], b: &[f32]| -> f64 {
+        a.iter()
+            .zip(b)
+            .map(|(a, b)| f64::from(*a) * f64::from(*b))
+            .sum()
+    };
+    dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
+}
+
+/// The provider under test: the CPU's, or with `HYDRAMESH_TEST_GPU=1` the GPU's that this build has.
+pub(crate) fn provider() -> Provider {
+    if std::env::var("HYDRAMESH_TEST_GPU").is_ok_and(|value| value == "1") {
+        return [Provider::Cuda, Provider::MiGraphX]
+            .into_iter()
+            .find(|provider| provider.is_compiled_in())
+            .expect("HYDRAMESH_TEST_GPU=1 needs --features cuda or --features migraphx");
+    }
+    Provider::Cpu
 }

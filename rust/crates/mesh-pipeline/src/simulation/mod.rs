@@ -170,7 +170,7 @@ fn without_room_every_request_ends_with_a_clear_error() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(ProptestConfig::with_cases(400))]
     #[test]
     fn any_series_of_losses_that_leaves_enough_workers_is_survived(
         seed in 0u64..1_000_000,

@@ -334,7 +334,7 @@ impl World {
             }
             ring.members[stage] = match ring.standbys[stage].take() {
                 Some(standby) => standby,
-                None => match self.unused(&ring) {
+                None => match self.unused(&ring).or_else(|| spared(&mut ring.standbys)) {
                     Some(node) => node,
                     None => return self.dissolve(),
                 },
@@ -820,6 +820,11 @@ impl Driver {
             step: Step::default(),
         }
     }
+}
+
+/// A standby of another stage is better used as a member.
+fn spared(standbys: &mut [Option<Node>]) -> Option<Node> {
+    standbys.iter_mut().find_map(Option::take)
 }
 
 fn layers(splits: &[u32], stage: u32) -> std::ops::Range<u32> {

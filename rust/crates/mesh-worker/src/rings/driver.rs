@@ -24,7 +24,17 @@ struct Inner {
     events: Mutex<mpsc::Sender<DriverEvent>>,
     waker: Waker,
     boxes: Arc<Mutex<Boxes>>,
-    engine: Engine,
+    engine: EngineHandle,
+    running: Option<Engine>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // An engine ends with the step that it is at, which is too long to wait for in an async task.
+        if let Some(engine) = self.running.take() {
+            std::thread::spawn(move || drop(engine));
+        }
+    }
 }
 
 /// Where the driver's messages go in this epoch.
@@ -83,14 +93,15 @@ impl DriverHandle {
                 events: Mutex::new(events),
                 waker,
                 boxes,
-                engine,
+                engine: engine.handle(),
+                running: Some(engine),
             }),
         })
     }
 
     /// Takes requests.
     pub(super) fn engine(&self) -> EngineHandle {
-        self.inner.engine.handle()
+        self.inner.engine.clone()
     }
 
     /// Tells the driver something.

@@ -11,6 +11,8 @@ mod offer;
 mod part;
 mod peers;
 mod streams;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -20,7 +22,7 @@ use std::time::Duration;
 
 use dcf::{Message, MsgType};
 use mesh_engine::EngineHandle;
-use mesh_engine_ort::{OrtOptions, OrtStage, WeightFormat};
+use mesh_engine_ort::{OrtOptions, WeightFormat};
 use mesh_model::Model;
 use mesh_net::quic::{Link, LinkConfig, Listener, MsgStream};
 use mesh_net::trust::{NodeIdentity, Role};
@@ -281,9 +283,9 @@ impl Shard {
             context,
             ..offer::options(config, self.format)
         };
-        let stage =
-            OrtStage::load(&self.model, layers, options).map_err(|error| error.to_string())?;
-        Ok(Part::new(Box::new(stage), KEPT_BYTES))
+        let opened = mesh_engine_ort::open(&self.model, layers, options, config.backend)
+            .map_err(|error| error.to_string())?;
+        Ok(Part::new(opened.stage, KEPT_BYTES))
     }
 }
 

@@ -4,13 +4,12 @@ use super::super::*;
 
 fn one_way(a: &Candidate, b: &Candidate, bytes: f64) -> (f64, f64) {
     let direct = a.paths.get(&b.id).or(b.paths.get(&a.id));
-    let head = |c: &Candidate| c.paths.get("").map(|path| path.rtt_us);
-    let rtt = match (direct, head(a), head(b)) {
-        (Some(path), ..) => path.rtt_us,
-        (None, Some(a), Some(b)) => (a + b) / 2.0,
-        _ => DEFAULT_RTT_US,
+    let heads = a.paths.get("").zip(b.paths.get(""));
+    let (rtt, bandwidth) = match (direct, heads) {
+        (Some(path), _) => (path.rtt_us, path.bandwidth),
+        (None, Some((a, b))) => ((a.rtt_us + b.rtt_us) / 2.0, a.bandwidth.min(b.bandwidth)),
+        (None, None) => (DEFAULT_RTT_US, DEFAULT_BANDWIDTH),
     };
-    let bandwidth = direct.map_or(DEFAULT_BANDWIDTH, |path| path.bandwidth);
     (rtt / 2.0 + bytes / bandwidth * 1e6, bytes / bandwidth * 1e6)
 }
 

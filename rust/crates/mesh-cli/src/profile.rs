@@ -1,0 +1,199 @@
+//! `hydramesh profile`: how fast this machine is, as a worker would tell its head.
+
+use arcanum_profiler::{FormatChoice, LayerSpeed, Profile, ProfileOptions, choose_format};
+use mesh_engine_ort::WeightFormat;
+use mesh_model::Model;
+use serde_json::json;
+
+use crate::args::ProfileArgs;
+use crate::failure::Failure;
+use crate::output::{Terminal, bytes, table};
+
+pub(crate) fn run(args: ProfileArgs, terminal: Terminal) -> Result<(), Failure> {
+    let failed = |error: &dyn std::error::Error| Failure::failed(error.to_string());
+    if let Some(dir) = &args.state_dir
+        && !dir.is_dir()
+    {
+        let hint = "Create it, or leave --state-dir out to measure without keeping anything.";
+        return Err(Failure::failed(format!("{} is not a folder", dir.display())).hint(hint));
+    }
+    let model = args
+        .file
+        .as_ref()
+        .map(Model::open)
+        .transpose()
+        .map_err(|error| failed(&error))?;
+    let options = ProfileOptions {
+        state_dir: args.state_dir,
+        model: args.file,
+        threads: args.threads.map_or(0, usize::from),
+        library: args.runtime,
+        ..ProfileOptions::default()
+    };
+    let mut profile = Profile::take(&options);
+    if let Some(why) = &profile.remeasured {
+        eprintln!("measured again, since {why}");
+    }
+    let measured = model
+        .map(|model| {
+            let speeds = FORMATS
+                .iter()
+                .map(|&format| profile.layers(&model, format, &options))
+                .collect::<Result<Vec<_>, _>>()?;
+            Ok((model.name(), speeds))
+        })
+        .transpose()
+        .map_err(|error: arcanum_profiler::MeasureError| failed(&error))?;
+    let choice = measured
+        .as_ref()
+        .and_then(|(_, speeds)| choose_format(speeds));
+    if args.json {
+        let mut object = json!(profile);
+        // The profile may keep other models' speeds, too.
+        object["speeds"] = json!(measured.as_ref().map_or(&[][..], |(_, speeds)| speeds));
+        if let Some(choice) = &choice {
+            object["format"] = choice.format.name().into();
+            object["reason"] = choice.reason.as_str().into();
+        }
+        println!("{object}");
+        return Ok(());
+    }
+    print!("{}", machine(&profile, terminal));
+    if let (Some((name, speeds)), Some(choice)) = (&measured, &choice) {
+        print!("\n{}", layers(name, speeds, choice, terminal));
+    }
+    Ok(())
+}
+
+fn machine(profile: &Profile, terminal: Terminal) -> String {
+    let key = &profile.key;
+    let rate = |value: f64| match value {
+        value if value > 0.0 => format!("{}/s", bytes(value as u64)),
+        _ => "unknown".to_owned(),
+    };
+    let mut text = format!(
+        "{}  {}, {} threads, {} kernels\n",
+        terminal.dim("processor"),
+        key.cpu,
+        key.threads,
+        key.isa
+    );
+    text += &format!(
+        "{}     {}, {} of it for models, read at {}\n",
+        terminal.dim("memory"),
+        bytes(profile.memory_total),
+        bytes(profile.memory_available),
+        rate(profile.memory_bandwidth)
+    );
+    if profile.disk_read > 0.0 {
+        text += &format!(
+            "{}       read at {}\n",
+            terminal.dim("disk"),
+            rate(profile.disk_read)
+        );
+    }
+    for gpu in &profile.gpus {
+        text += &format!(
+            "{}   {}, {}, {} free\n",
+            terminal.dim("graphics"),
+            gpu.name,
+            bytes(gpu.vram_total),
+            bytes(gpu.vram_free)
+        );
+    }
+    text += &format!(
+        "{}       {:.2} other processes ready to run per core\n",
+        terminal.dim("load"),
+        profile.load
+    );
+    text
+}
+
+fn layers(name: &str, speeds: &[LayerSpeed], choice: &FormatChoice, terminal: Terminal) -> String {
+    let rows: Vec<Vec<String>> = speeds
+        .iter()
+        .map(|speed| {
+            let token_us = speed.decode_us * f64::from(speed.layers) + speed.logits_us;
+            vec![
+                speed.format.clone(),
+                bytes(speed.layer_bytes),
+                format!("{:.0} µs", speed.decode_us),
+                format!("{:.0} µs", speed.prefill_us),
+                format!("{:.0} µs", speed.logits_us),
+                format!("{:.1} tok/s", 1e6 / token_us),
+            ]
+        })
+        .collect();
+    let count = speeds.first().map_or(0, |speed| speed.layers);
+    let headings = [
+        "WEIGHTS",
+        "A LAYER",
+        "DECODE ROW",
+        "PREFILL ROW",
+        "LOGITS",
+        "WHOLE MODEL",
+    ];
+    format!(
+        "{}, {count} layers; times are those of one layer\n{}{} {}, since {}\n",
+        terminal.bold(name),
+        table(&headings, &rows),
+        terminal.dim("format"),
+        terminal.bold(choice.format.name()),
+        choice.reason
+    )
+}
+
+/// The formats that differ for a file of any kind: 4-bit files are most common, and their own format is `Int4` then.
+const FORMATS: [WeightFormat; 2] = [WeightFormat::File, WeightFormat::Int8];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::Color;
+
+    #[test]
+    fn a_person_sees_the_speeds_and_the_choice() {
+        let speed = |format: &str, decode_us| LayerSpeed {
+            fingerprint: String::new(),
+            format: format.into(),
+            layers: 30,
+            hidden: 576,
+            layer_bytes: 2_060_000,
+            first_bytes: 0,
+            last_bytes: 0,
+            kv_bytes: 768,
+            decode_us,
+            prefill_us: 20.0,
+            logits_us: 1000.0,
+        };
+        let speeds = [speed("file", 100.0), speed("int8", 150.0)];
+        let choice = choose_format(&speeds).expect("a choice");
+        assert_eq!(
+            layers("small", &speeds, &choice, Terminal::new(Color::Never)),
+            "\
+small, 30 layers; times are those of one layer
+WEIGHTS  A LAYER  DECODE ROW  PREFILL ROW  LOGITS   WHOLE MODEL
+file     2.1 MB   100 µs      20 µs        1000 µs  250.0 tok/s
+int8     2.1 MB   150 µs      20 µs        1000 µs  181.8 tok/s
+format file, since a row takes 100 µs a layer with file weights, int8 takes 150 µs
+"
+        );
+        let mut profile = Profile::take(&ProfileOptions {
+            threads: 1,
+            ..ProfileOptions::default()
+        });
+        profile.gpus.clear();
+        profile.memory_total = 8_000_000_000;
+        profile.memory_available = 7_000_000_000;
+        profile.memory_bandwidth = 22e9;
+        profile.load = 0.5;
+        profile.key.cpu = "Some CPU".into();
+        profile.key.isa = "avx2".into();
+        assert_eq!(
+            machine(&profile, Terminal::new(Color::Never)),
+            "processor  Some CPU, 1 threads, avx2 kernels\n\
+             memory     8.00 GB, 7.00 GB of it for models, read at 22.00 GB/s\n\
+             load       0.50 other processes ready to run per core\n"
+        );
+    }
+}

@@ -1,0 +1,555 @@
+//! A range of layers as a graph of ONNX Runtime's own operators, which execution providers for GPUs run too.
+//!
+//! One run computes consecutive rows of one sequence:
+//!
+//! | input | type | shape |
+//! |---|---|---|
+//! | `hidden` | f32 | `[1, rows, hidden]` |
+//! | `last_position` | i32 | `[1]`: position of the last row |
+//! | `length` | i32 | `[1]`: rows of the sequence after the run |
+//! | `kept` | i64 | `[kept]`: rows that become logits; only at the end of the model |
+//! | `past_key.N`, `past_value.N` | T | `[1, kv_heads, capacity, head_dim]` |
+//!
+//! | output | type | shape |
+//! |---|---|---|
+//! | `output` | f32 | `[1, rows, hidden]`, or `[1, kept, vocab]` at the end of the model |
+//! | `present_key.N`, `present_value.N` | T | on the memory of the past ones |
+//!
+//! T is f16 on GPUs and f32 on CPUs. The residual stream is f32 on both: some networks' hidden rows do not fit f16. Embeddings
+//! are looked up by the host: a row of a few kilobytes goes over, and the table takes no memory of the GPU.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use mesh_model::{Gguf, ModelConfig, RopeStyle, dequantize};
+use ort::value::{DynTensor, Tensor};
+
+use super::matrix::{Constants, FileMatrix, Form};
+use super::tensors::Precision;
+use crate::onnx::{Attribute, Dim, Element, Initializer, Model, Node, Value};
+use crate::options::LoadError;
+
+pub(super) const HIDDEN: &str = "hidden";
+pub(super) const LAST_POSITION: &str = "last_position";
+pub(super) const LENGTH: &str = "length";
+pub(super) const KEPT: &str = "kept";
+pub(super) const OUTPUT: &str = "output";
+
+/// The names of a layer's past and present, keys and values; layers are counted from the stage's first.
+pub(super) fn kv_names(layer: usize) -> [(String, String); 2] {
+    ["key", "value"].map(|what| {
+        (
+            format!("past_{what}.{layer}"),
+            format!("present_{what}.{layer}"),
+        )
+    })
+}
+
+/// A graph and the constants that it names.
+pub(super) struct Lowered {
+    /// An encoded `ModelProto`.
+    pub(super) model: Vec<u8>,
+    pub(super) weights: Vec<(String, DynTensor)>,
+    /// Bytes of the constants.
+    pub(super) bytes: u64,
+}
+
+/// What a graph is made of.
+pub(super) struct Plan<'a> {
+    pub(super) gguf: &'a Gguf,
+    pub(super) config: &'a ModelConfig,
+    pub(super) layers: Range<u32>,
+    pub(super) precision: Precision,
+    /// Positions that the rotary embedding's tables have.
+    pub(super) positions: usize,
+    /// Threads that read the weights.
+    pub(super) threads: usize,
+}
+
+impl Plan<'_> {
+    /// Refuses what the operators cannot express.
+    pub(super) fn check(&self) -> Result<(), LoadError> {
+        let config = self.config;
+        for (what, width) in [
+            ("heads", config.head_dim),
+            ("rotated parts", config.rope.dim),
+        ] {
+            if !width.is_multiple_of(16) {
+                return Err(LoadError::Unsupported {
+                    feature: format!("{what} of width {width}, which is no multiple of 16"),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the weights and writes the graph.
+    pub(super) fn lower(&self) -> Result<Lowered, LoadError> {
+        let mut graph = Graph {
+            plan: self,
+            nodes: Vec::new(),
+            initializers: Vec::new(),
+            weights: Vec::new(),
+            bytes: 0,
+            block_sums: HashMap::new(),
+        };
+        graph.rope_tables()?;
+        let mut x = HIDDEN.to_owned();
+        for layer in 0..self.layers.len() {
+            x = graph.attention(layer, x)?;
+            x = graph.feed_forward(layer, x)?;
+        }
+        match self.is_last() {
+            true => graph.head(x)?,
+            false => graph.node("Identity", "", &[&x], OUTPUT, Vec::new()),
+        }
+        self.gguf
+            .check_unchanged()
+            .map_err(|error| LoadError::Model(error.to_string()))?;
+        Ok(graph.finish())
+    }
+
+    fn is_last(&self) -> bool {
+        self.layers.end == self.config.layers
+    }
+}
+
+struct Graph<'a> {
+    plan: &'a Plan<'a>,
+    nodes: Vec<Node>,
+    initializers: Vec<Initializer>,
+    weights: Vec<(String, DynTensor)>,
+    bytes: u64,
+    /// Sums over blocks that are computed already, by value and block.
+    block_sums: HashMap<(String, usize), String>,
+}
+
+impl Graph<'_> {
+    /// hidden + attention(norm(hidden)).
+    fn attention(&mut self, layer: usize, x: String) -> Result<String, LoadError> {
+        let config = self.plan.config;
+        let (heads, kv_heads, head_dim) = (config.heads, config.kv_heads, config.head_dim);
+        let file = |suffix: &str| {
+            let number = self.plan.layers.start as usize + layer;
+            format!("blk.{number}.{suffix}")
+        };
+        let names = ["q", "k", "v"].map(|which| file(&format!("attn_{which}.weight")));
+        let biases = ["q", "k", "v"].map(|which| file(&format!("attn_{which}.bias")));
+        let norms = ["q", "k"].map(|which| file(&format!("attn_{which}_norm.weight")));
+        let (norm, output) = (file("attn_norm.weight"), file("attn_output.weight"));
+
+        let normed = self.norm(&x, &norm)?;
+        let normed = self.narrow(normed);
+        let forms = names
+            .iter()
+            .map(|name| Ok(Form::of(self.matrix(name)?.ty)))
+            .collect::<Result<Vec<_>, LoadError>>()?;
+        // The operator takes queries, keys and values side by side; head norms come between, so they need them apart.
+        let together = forms.iter().all(|form| *form == forms[0]) && !config.qk_norm;
+        let mut qkv = if together {
+            vec![self.project(&normed, &names.each_ref().map(String::as_str))?]
+        } else {
+            names
+                .iter()
+                .map(|name| self.project(&normed, &[name]))
+                .collect::<Result<Vec<_>, _>>()?
+        };
+        if config.qkv_bias {
+            let mut parts = biases
+                .iter()
+                .map(|name| self.vector(name))
+                .collect::<Result<Vec<_>, _>>()?;
+            if together {
+                parts = vec![parts.concat()];
+            }
+            for (i, (value, bias)) in qkv.iter_mut().zip(parts).enumerate() {
+                let bias = self.numbers(format!("{}.{i}", biases[i]), &[bias.len()], bias)?;
+                *value = self.op("Add", "", &[value, &bias]);
+            }
+        }
+        if config.qk_norm {
+            for (i, count) in [heads, kv_heads].into_iter().enumerate() {
+                let apart = self.reshape(&qkv[i], &[0, 0, count as i64, head_dim as i64]);
+                let weight = self.vector(&norms[i])?;
+                let weight = self.numbers(norms[i].clone(), &[weight.len()], weight)?;
+                let normed = self.rms_norm(&apart, &weight);
+                qkv[i] = self.reshape(&normed, &[0, 0, (count * head_dim) as i64]);
+            }
+        }
+        let [(past_key, present_key), (past_value, present_value)] = kv_names(layer);
+        let apart = |i: usize| qkv.get(i).cloned().unwrap_or_default();
+        let magnitude = config.rope.magnitude();
+        let interleaved = config.rope.style == RopeStyle::Interleaved;
+        let attended = format!("attention.{layer}");
+        self.nodes.push(Node {
+            operator: "GroupQueryAttention",
+            domain: MICROSOFT,
+            name: attended.clone(),
+            inputs: vec![
+                apart(0),
+                apart(1),
+                apart(2),
+                past_key,
+                past_value,
+                LAST_POSITION.into(),
+                LENGTH.into(),
+                COS.into(),
+                SIN.into(),
+            ],
+            outputs: vec![attended.clone(), present_key, present_value],
+            attributes: vec![
+                ("num_heads", Attribute::Int(heads as i64)),
+                ("kv_num_heads", Attribute::Int(kv_heads as i64)),
+                ("do_rotary", Attribute::Int(1)),
+                ("rotary_interleaved", Attribute::Int(interleaved.into())),
+                // The magnitude belongs to queries and keys alike, so the scores take it squared.
+                (
+                    "scale",
+                    Attribute::Float(magnitude * magnitude / (head_dim as f32).sqrt()),
+                ),
+            ],
+        });
+        let projected = self.project(&attended, &[&output])?;
+        let projected = self.widen(projected);
+        Ok(self.op("Add", "", &[&x, &projected]))
+    }
+
+    /// hidden + down(silu(gate(norm(hidden))) · up(norm(hidden))).
+    fn feed_forward(&mut self, layer: usize, x: String) -> Result<String, LoadError> {
+        let number = self.plan.layers.start as usize + layer;
+        let file = |suffix: &str| format!("blk.{number}.{suffix}.weight");
+        let normed = self.norm(&x, &file("ffn_norm"))?;
+        let normed = self.narrow(normed);
+        let gate = self.project(&normed, &[&file("ffn_gate")])?;
+        let up = self.project(&normed, &[&file("ffn_up")])?;
+        // x · sigmoid(αx): with α = 1, SiLU.
+        let gate = self.with(
+            "QuickGelu",
+            MICROSOFT,
+            &[&gate],
+            vec![("alpha", Attribute::Float(1.0))],
+        );
+        let product = self.op("Mul", "", &[&gate, &up]);
+        let down = self.project(&product, &[&file("ffn_down")])?;
+        let down = self.widen(down);
+        Ok(self.op("Add", "", &[&x, &down]))
+    }
+
+    /// The rows that are asked for as logits.
+    fn head(&mut self, x: String) -> Result<(), LoadError> {
+        let kept = self.with("Gather", "", &[&x, KEPT], vec![("axis", Attribute::Int(1))]);
+        let normed = self.norm(&kept, "output_norm.weight")?;
+        let normed = self.narrow(normed);
+        let matrix = match self.plan.config.tied_embeddings {
+            true => "token_embd.weight",
+            false => "output.weight",
+        };
+        let logits = self.project(&normed, &[matrix])?;
+        let logits = self.widen(logits);
+        self.node("Identity", "", &[&logits], OUTPUT, Vec::new());
+        Ok(())
+    }
+
+    /// x · matricesᵀ, the matrices under each other; they have the same form.
+    fn project(&mut self, x: &str, names: &[&str]) -> Result<String, LoadError> {
+        let matrices = names
+            .iter()
+            .map(|name| self.matrix(name))
+            .collect::<Result<Vec<_>, _>>()?;
+        let (inputs, form) = (matrices[0].inputs, Form::of(matrices[0].ty));
+        let outputs: usize = matrices.iter().map(|matrix| matrix.outputs).sum();
+        let name = names.join("+");
+        let constants = Constants::read(&matrices, self.plan.threads);
+        let Form::Blocks {
+            bits,
+            block,
+            minimum,
+        } = form
+        else {
+            let matrix = self.numbers(name, &[inputs, outputs], constants.plain)?;
+            return Ok(self.op("MatMul", "", &[x, &matrix]));
+        };
+        let blocks = inputs / block;
+        let codes = format!("{name}.codes");
+        self.bytes += constants.codes.len() as u64;
+        let shape = [outputs, blocks, block * bits / 8];
+        let tensor = Tensor::from_array((shape.to_vec(), constants.codes))?;
+        self.constant(codes.clone(), Element::U8, &shape, tensor.upcast());
+        let scales = self.numbers(
+            format!("{name}.scales"),
+            &[outputs, blocks],
+            constants.scales,
+        )?;
+        let product = self.with(
+            "MatMulNBits",
+            MICROSOFT,
+            &[x, &codes, &scales],
+            vec![
+                ("K", Attribute::Int(inputs as i64)),
+                ("N", Attribute::Int(outputs as i64)),
+                ("bits", Attribute::Int(bits as i64)),
+                ("block_size", Attribute::Int(block as i64)),
+            ],
+        );
+        if !minimum {
+            return Ok(product);
+        }
+        let sums = self.block_sums(x, blocks, block);
+        let minima = self.numbers(
+            format!("{name}.minima"),
+            &[blocks, outputs],
+            constants.minima,
+        )?;
+        let rest = self.op("MatMul", "", &[&sums, &minima]);
+        Ok(self.op("Add", "", &[&product, &rest]))
+    }
+
+    /// The sum of each block of each row.
+    fn block_sums(&mut self, x: &str, blocks: usize, block: usize) -> String {
+        let key = (x.to_owned(), block);
+        if let Some(sums) = self.block_sums.get(&key) {
+            return sums.clone();
+        }
+        let apart = self.reshape(x, &[0, 0, blocks as i64, block as i64]);
+        let axes = self.integers(&[-1]);
+        let sums = self.with(
+            "ReduceSum",
+            "",
+            &[&apart, &axes],
+            vec![("keepdims", Attribute::Int(0))],
+        );
+        self.block_sums.insert(key, sums.clone());
+        sums
+    }
+
+    /// RMS norm of residual rows, f32.
+    fn norm(&mut self, x: &str, name: &str) -> Result<String, LoadError> {
+        let weight = self.vector(name)?;
+        let weight = self.add(Precision::F32, name.to_owned(), &[weight.len()], weight)?;
+        Ok(self.rms_norm(x, &weight))
+    }
+
+    fn rms_norm(&mut self, x: &str, weight: &str) -> String {
+        let eps = self.plan.config.norm_eps;
+        self.with(
+            "SimplifiedLayerNormalization",
+            "",
+            &[x, weight],
+            vec![
+                ("axis", Attribute::Int(-1)),
+                ("epsilon", Attribute::Float(eps)),
+                ("stash_type", Attribute::Int(1)),
+            ],
+        )
+    }
+
+    /// From f32 to the graph's precision.
+    fn narrow(&mut self, x: String) -> String {
+        self.cast(x, self.plan.precision.element())
+    }
+
+    /// From the graph's precision to f32.
+    fn widen(&mut self, x: String) -> String {
+        self.cast(x, Element::F32)
+    }
+
+    fn cast(&mut self, x: String, to: Element) -> String {
+        if self.plan.precision == Precision::F32 {
+            return x;
+        }
+        self.with("Cast", "", &[&x], vec![("to", Attribute::Int(to as i64))])
+    }
+
+    /// 0 in `shape` keeps that dimension, so that rows need not be known.
+    fn reshape(&mut self, x: &str, shape: &[i64]) -> String {
+        let shape = self.integers(shape);
+        self.op("Reshape", "", &[x, &shape])
+    }
+
+    fn op(&mut self, operator: &'static str, domain: &'static str, inputs: &[&str]) -> String {
+        self.with(operator, domain, inputs, Vec::new())
+    }
+
+    /// Adds a node and returns its output.
+    fn with(
+        &mut self,
+        operator: &'static str,
+        domain: &'static str,
+        inputs: &[&str],
+        attributes: Vec<(&'static str, Attribute)>,
+    ) -> String {
+        let output = format!("{operator}.{}", self.nodes.len());
+        self.node(operator, domain, inputs, &output, attributes);
+        output
+    }
+
+    fn node(
+        &mut self,
+        operator: &'static str,
+        domain: &'static str,
+        inputs: &[&str],
+        output: &str,
+        attributes: Vec<(&'static str, Attribute)>,
+    ) {
+        self.nodes.push(Node {
+            operator,
+            domain,
+            name: format!("{operator}.{}", self.nodes.len()),
+            inputs: inputs.iter().map(|&input| input.to_owned()).collect(),
+            outputs: vec![output.to_owned()],
+            attributes,
+        });
+    }
+
+    /// A small constant of integers, inside the model.
+    fn integers(&mut self, numbers: &[i64]) -> String {
+        let name = format!("integers{numbers:?}");
+        if !self.initializers.iter().any(|other| other.name == name) {
+            self.initializers.push(Initializer {
+                name: name.clone(),
+                element: Element::I64,
+                dims: vec![numbers.len()],
+                data: Some(numbers.iter().flat_map(|n| n.to_le_bytes()).collect()),
+            });
+        }
+        name
+    }
+
+    /// A constant of the graph's precision.
+    fn numbers(
+        &mut self,
+        name: String,
+        shape: &[usize],
+        numbers: Vec<f32>,
+    ) -> Result<String, LoadError> {
+        self.add(self.plan.precision, name, shape, numbers)
+    }
+
+    fn add(
+        &mut self,
+        precision: Precision,
+        name: String,
+        shape: &[usize],
+        numbers: Vec<f32>,
+    ) -> Result<String, LoadError> {
+        self.bytes += (numbers.len() * precision.bytes()) as u64;
+        let tensor = precision.tensor(shape, numbers)?;
+        self.constant(name.clone(), precision.element(), shape, tensor);
+        Ok(name)
+    }
+
+    /// A constant beside the model.
+    fn constant(&mut self, name: String, element: Element, shape: &[usize], tensor: DynTensor) {
+        self.initializers.push(Initializer {
+            name: name.clone(),
+            element,
+            dims: shape.to_vec(),
+            data: None,
+        });
+        self.weights.push((name, tensor));
+    }
+
+    /// Cosines and sines of every position, `[positions, rotated / 2]`.
+    fn rope_tables(&mut self) -> Result<(), LoadError> {
+        let frequencies = self.plan.config.rope.frequencies();
+        let shape = [self.plan.positions, frequencies.len()];
+        for (name, function) in [(COS, f64::cos as fn(f64) -> f64), (SIN, f64::sin)] {
+            let table: Vec<f32> = (0..self.plan.positions)
+                .flat_map(|position| {
+                    let angle = move |f: &f32| function(position as f64 * f64::from(*f)) as f32;
+                    frequencies.iter().map(angle)
+                })
+                .collect();
+            self.numbers(name.to_owned(), &shape, table)?;
+        }
+        Ok(())
+    }
+
+    fn matrix(&self, name: &str) -> Result<FileMatrix<'_>, LoadError> {
+        let tensor = self.tensor(name)?;
+        let &[inputs, outputs] = tensor.dims else {
+            return Err(LoadError::Tensor {
+                name: name.into(),
+                ty: tensor.ty.to_string(),
+                message: format!("{} dimensions instead of 2", tensor.dims.len()),
+            });
+        };
+        Ok(FileMatrix {
+            ty: tensor.ty,
+            inputs: inputs as usize,
+            outputs: outputs as usize,
+            data: tensor.data,
+        })
+    }
+
+    fn vector(&self, name: &str) -> Result<Vec<f32>, LoadError> {
+        let tensor = self.tensor(name)?;
+        let mut out = vec![0.0; tensor.elements() as usize];
+        dequantize(tensor.ty, tensor.data, &mut out).map_err(|error| LoadError::Tensor {
+            name: name.into(),
+            ty: tensor.ty.to_string(),
+            message: error.to_string(),
+        })?;
+        Ok(out)
+    }
+
+    fn tensor(&self, name: &str) -> Result<mesh_model::Tensor<'_>, LoadError> {
+        self.plan
+            .gguf
+            .tensor(name)
+            .ok_or_else(|| LoadError::MissingTensor(name.into()))
+    }
+
+    fn finish(self) -> Lowered {
+        let config = self.plan.config;
+        let value = |name: &str, element, dims| Value {
+            name: name.to_owned(),
+            element,
+            dims,
+        };
+        let one = || vec![Dim::Fixed(1)];
+        let rows = |name, width| vec![Dim::Fixed(1), Dim::Named(name), Dim::Fixed(width)];
+        let mut inputs = vec![
+            value(HIDDEN, Element::F32, rows("rows", config.hidden)),
+            value(LAST_POSITION, Element::I32, one()),
+            value(LENGTH, Element::I32, one()),
+        ];
+        let mut outputs = Vec::new();
+        if self.plan.is_last() {
+            inputs.push(value(KEPT, Element::I64, vec![Dim::Named("kept")]));
+            outputs.push(value(OUTPUT, Element::F32, rows("kept", config.vocab)));
+        } else {
+            outputs.push(value(OUTPUT, Element::F32, rows("rows", config.hidden)));
+        }
+        let element = self.plan.precision.element();
+        for (past, present) in (0..self.plan.layers.len()).flat_map(kv_names) {
+            let dims = || {
+                vec![
+                    Dim::Fixed(1),
+                    Dim::Fixed(config.kv_heads),
+                    Dim::Named("capacity"),
+                    Dim::Fixed(config.head_dim),
+                ]
+            };
+            inputs.push(value(&past, element, dims()));
+            outputs.push(value(&present, element, dims()));
+        }
+        let model = Model {
+            opsets: &[("", 21), (MICROSOFT, 1)],
+            nodes: self.nodes,
+            initializers: self.initializers,
+            inputs,
+            outputs,
+        };
+        Lowered {
+            model: model.encode(),
+            weights: self.weights,
+            bytes: self.bytes,
+        }
+    }
+}
+
+/// Domain of ONNX Runtime's own operators.
+const MICROSOFT: &str = "com.microsoft";
+const COS: &str = "rope.cos";
+const SIN: &str = "rope.sin";

@@ -1,0 +1,368 @@
+//! Stages for execution providers: the second lowering, to ONNX Runtime's own operators.
+
+mod lower;
+mod matrix;
+mod slots;
+mod tensors;
+
+use std::ops::Range;
+
+use mesh_engine::{
+    LogitRows, ModelShape, Segment, SlotId, Stage, StageError, StageInfo, StageInput, StageOutput,
+};
+use mesh_model::{GgmlType, Model, dequantize};
+use ort::memory::Allocator;
+use ort::session::{IoBinding, Session};
+use ort::value::Tensor;
+
+use crate::check;
+use crate::options::{LoadError, OrtOptions};
+use crate::provider::Provider;
+use crate::runtime;
+use lower::{HIDDEN, KEPT, LAST_POSITION, LENGTH, OUTPUT, Plan};
+use slots::{Shape, Slot};
+pub use tensors::Precision;
+
+/// Where and how a [`DeviceStage`] computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Device {
+    /// The execution provider.
+    pub provider: Provider,
+    /// Of weights' scales, activations and KV cache.
+    pub precision: Precision,
+    /// Keep to few shapes: rows are padded to a power of two, and a slot has its whole context from the beginning. For
+    /// providers that compile a program for each shape.
+    pub few_shapes: bool,
+}
+
+impl Device {
+    /// What suits the provider.
+    pub fn new(provider: Provider) -> Device {
+        Device {
+            provider,
+            precision: match provider {
+                Provider::Cpu => Precision::F32,
+                Provider::Cuda | Provider::MiGraphX => Precision::F16,
+            },
+            few_shapes: provider == Provider::MiGraphX,
+        }
+    }
+}
+
+/// A range of layers on an execution provider, as a graph of ONNX Runtime's own operators.
+///
+/// Rows are **not** independent bit for bit, as [`Stage`] asks: the provider's products choose their algorithm by the number
+/// of rows. The same prompt cut into other chunks gives logits that differ in their last digits, and where two tokens are
+/// almost equally likely a stream that is run again may continue with the other one.
+pub struct DeviceStage {
+    info: StageInfo,
+    device: Device,
+    shape: Shape,
+    // Dropped in this order: the memory of the slots is the allocator's, which is the session's.
+    slots: Vec<Slot>,
+    allocator: Allocator,
+    session: Session,
+    /// On a first stage.
+    embedding: Option<Embedding>,
+    output: Vec<f32>,
+}
+
+/// The embedding table as in the file.
+struct Embedding {
+    ty: GgmlType,
+    data: Vec<u8>,
+}
+
+impl DeviceStage {
+    /// Loads `layers` of `model`. Of the options, `threads` counts only on [`Provider::Cpu`], and `compact` and `profile` do
+    /// not count.
+    pub fn load(
+        model: &Model,
+        layers: Range<u32>,
+        options: OrtOptions,
+        device: Device,
+    ) -> Result<DeviceStage, LoadError> {
+        let config = model.config();
+        check::layers(&layers, config.layers)?;
+        let context = check::options(&options, config.context)?;
+        let environment = runtime::environment(options.library.as_deref())?;
+        let threads = match options.threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            threads => threads,
+        };
+        let padding = match device.few_shapes {
+            true => (options.max_rows as usize).next_power_of_two(),
+            false => 0,
+        };
+        let limit = context as usize + padding;
+        let plan = Plan {
+            gguf: model.gguf(),
+            config,
+            layers: layers.clone(),
+            precision: device.precision,
+            positions: limit,
+            threads,
+        };
+        plan.check()?;
+        let lowered = plan.lower()?;
+        let provider = device.provider;
+        let session = provider.session(&environment, threads, &lowered.model, lowered.weights)?;
+        let embedding = (layers.start == 0)
+            .then(|| Embedding::read(model))
+            .transpose()?;
+        model.gguf().release_pages();
+        let shape = Shape {
+            layers: layers.len(),
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+            precision: device.precision,
+            limit,
+            first: match device.few_shapes {
+                true => limit,
+                false => FIRST_ROWS,
+            },
+        };
+        let table = embedding.as_ref().map_or(0, |table| table.data.len());
+        let info = StageInfo {
+            shape: ModelShape {
+                layers: config.layers,
+                hidden: config.hidden,
+                vocab: config.vocab,
+                kv_heads: config.kv_heads,
+                head_dim: config.head_dim,
+            },
+            layers,
+            slots: options.slots,
+            context,
+            max_rows: options.max_rows,
+            kv_bytes_per_token: (shape.token_bytes() / shape.precision.bytes() * EXPORTED_BYTES)
+                as u64,
+            weight_bytes: lowered.bytes + table as u64,
+        };
+        Ok(DeviceStage {
+            allocator: provider.allocator(&session)?,
+            slots: (0..info.slots).map(|_| Slot::empty()).collect(),
+            info,
+            device,
+            session,
+            shape,
+            embedding,
+            output: Vec::new(),
+        })
+    }
+
+    /// Runs one segment and appends what it gives to the output.
+    fn run(&mut self, segment: &Segment, mut hidden: Vec<f32>) -> ort::Result<()> {
+        let rows = segment.rows as usize;
+        // Rows behind the real ones change nothing before them; their keys and values are overwritten by whatever comes.
+        let padded = match self.device.few_shapes {
+            true => rows.next_power_of_two(),
+            false => rows,
+        };
+        hidden.resize(padded * self.info.shape.hidden, 0.0);
+        let length = segment.position as usize + padded;
+        let slot = &mut self.slots[segment.slot as usize];
+        let binding = slot.reserve(&self.session, &self.allocator, &self.shape, length)?;
+        bind(
+            binding,
+            HIDDEN,
+            &[1, padded, self.info.shape.hidden],
+            hidden,
+        )?;
+        bind(binding, LAST_POSITION, &[1], vec![length as i32 - 1])?;
+        bind(binding, LENGTH, &[1], vec![length as i32])?;
+        let last = rows as i64 - 1;
+        if self.info.is_last() {
+            // A product of no rows is nothing that every provider can do: without logits, one row for nobody.
+            let kept: Vec<i64> = match segment.logits {
+                LogitRows::All => (0..rows as i64).collect(),
+                LogitRows::Last | LogitRows::None => vec![last],
+            };
+            bind(binding, KEPT, &[kept.len()], kept)?;
+        }
+        // Bound anew: otherwise the tensor of the last run would be taken, which may have another shape.
+        binding.bind_output_to_device(OUTPUT, Allocator::default().memory_info())?;
+        let outputs = self.session.run_binding(binding)?;
+        let output = outputs
+            .get(OUTPUT)
+            .ok_or_else(|| ort::Error::new("the session gave no output"))?;
+        let (_, numbers) = output.try_extract_tensor::<f32>()?;
+        let count = match self.info.is_last() {
+            true => segment.logits.count(segment.rows) as usize * self.info.shape.vocab,
+            false => rows * self.info.shape.hidden,
+        };
+        let numbers = numbers
+            .get(..count)
+            .ok_or_else(|| ort::Error::new("the session gave too few rows"))?;
+        self.output.extend_from_slice(numbers);
+        Ok(())
+    }
+
+    fn run_all(&mut self, segments: &[Segment], input: &StageInput<'_>) -> ort::Result<()> {
+        self.output.clear();
+        let mut from = 0;
+        for segment in segments {
+            let rows = from..from + segment.rows as usize;
+            from = rows.end;
+            let width = self.info.shape.hidden;
+            let hidden = match (input, &self.embedding) {
+                (StageInput::Tokens(tokens), Some(table)) => table.rows(&tokens[rows], width)?,
+                (StageInput::Hidden(hidden), _) => {
+                    hidden[rows.start * width..rows.end * width].to_vec()
+                }
+                (StageInput::Tokens(_), None) => {
+                    return Err(ort::Error::new("tokens without an embedding table"));
+                }
+            };
+            self.run(segment, hidden)?;
+        }
+        Ok(())
+    }
+}
+
+/// Binds an input of the host; it is on the device when this returns.
+fn bind<T>(binding: &mut IoBinding, name: &str, shape: &[usize], data: Vec<T>) -> ort::Result<()>
+where
+    T: ort::value::PrimitiveTensorElementType + std::fmt::Debug + Clone + 'static,
+{
+    binding.bind_input(name, &Tensor::from_array((shape.to_vec(), data))?)
+}
+
+impl Embedding {
+    fn read(model: &Model) -> Result<Embedding, LoadError> {
+        const NAME: &str = "token_embd.weight";
+        let tensor = model
+            .gguf()
+            .tensor(NAME)
+            .ok_or_else(|| LoadError::MissingTensor(NAME.into()))?;
+        // Copied: the file may change while the stage lives.
+        Ok(Embedding {
+            ty: tensor.ty,
+            data: tensor.data.to_vec(),
+        })
+    }
+
+    /// The rows of `tokens`, which lie within the vocabulary.
+    fn rows(&self, tokens: &[u32], width: usize) -> ort::Result<Vec<f32>> {
+        let bytes = width / self.ty.block_size() * self.ty.type_size();
+        let mut out = vec![0.0; tokens.len() * width];
+        for (row, &token) in out.chunks_exact_mut(width).zip(tokens) {
+            let data = self
+                .data
+                .get(token as usize * bytes..)
+                .and_then(|data| data.get(..bytes))
+                .ok_or_else(|| ort::Error::new("the embedding table is too short"))?;
+            dequantize(self.ty, data, row).map_err(|error| ort::Error::new(error.to_string()))?;
+        }
+        Ok(out)
+    }
+}
+
+impl Stage for DeviceStage {
+    fn info(&self) -> &StageInfo {
+        &self.info
+    }
+
+    fn forward(
+        &mut self,
+        segments: &[Segment],
+        input: StageInput<'_>,
+    ) -> Result<StageOutput<'_>, StageError> {
+        check::step(&self.info, segments, &input, |slot| self.kv_len(slot))?;
+        // Rows from the position on are overwritten, so they need not be kept when a slot's memory grows.
+        for segment in segments {
+            let slot = &mut self.slots[segment.slot as usize];
+            slot.len = slot.len.min(segment.position);
+        }
+        self.run_all(segments, &input)
+            .map_err(|e| self.failed(&e))?;
+        for segment in segments {
+            self.slots[segment.slot as usize].len = segment.position + segment.rows;
+        }
+        Ok(match self.info.is_last() {
+            true => StageOutput::Logits(&self.output),
+            false => StageOutput::Hidden(&self.output),
+        })
+    }
+
+    fn kv_len(&self, slot: SlotId) -> u32 {
+        self.slots.get(slot as usize).map_or(0, |slot| slot.len)
+    }
+
+    fn truncate(&mut self, slot: SlotId, len: u32) {
+        if let Some(slot) = self.slots.get_mut(slot as usize) {
+            slot.truncate(len);
+        }
+    }
+
+    fn copy_prefix(&mut self, from: SlotId, to: SlotId, len: u32) -> Result<(), StageError> {
+        check::slot(&self.info, from)?;
+        check::slot(&self.info, to)?;
+        check::held(from, self.kv_len(from), len)?;
+        if from != to {
+            let rows = self.read(from, 0..len)?;
+            self.truncate(to, 0);
+            self.write(to, 0, &rows)?;
+        }
+        self.truncate(to, len);
+        Ok(())
+    }
+
+    fn kv_export(&self, slot: SlotId, rows: Range<u32>) -> Result<Vec<u8>, StageError> {
+        check::slot(&self.info, slot)?;
+        check::held(slot, self.kv_len(slot), rows.end)?;
+        Ok(self.shape.precision.to_exported(self.read(slot, rows)?))
+    }
+
+    fn kv_import(&mut self, slot: SlotId, position: u32, bytes: &[u8]) -> Result<(), StageError> {
+        check::import(&self.info, slot, self.kv_len(slot), position, bytes)?;
+        self.write(slot, position, &self.shape.precision.of_exported(bytes))
+    }
+}
+
+impl DeviceStage {
+    /// Rows that `slot` holds, in the graph's precision.
+    fn read(&self, slot: SlotId, rows: Range<u32>) -> Result<Vec<u8>, StageError> {
+        let read = self.slots[slot as usize].read(&self.shape, rows);
+        read.map_err(|error| self.failed(&error))
+    }
+
+    /// Writes rows that fit; the slot then ends behind them.
+    fn write(&mut self, slot: SlotId, position: u32, rows: &[u8]) -> Result<(), StageError> {
+        let end = position + (rows.len() / self.shape.token_bytes()) as u32;
+        let place = &mut self.slots[slot as usize];
+        // What comes after is overwritten, or ends here.
+        place.len = position;
+        let written = place
+            .reserve(
+                &self.session,
+                &self.allocator,
+                &self.shape,
+                end.max(1) as usize,
+            )
+            .map(drop)
+            .and_then(|()| place.write(&self.shape, position, rows));
+        if let Err(error) = written {
+            return Err(self.failed(&error));
+        }
+        self.slots[slot as usize].len = end;
+        Ok(())
+    }
+
+    fn failed(&self, error: &ort::Error) -> StageError {
+        StageError::Backend {
+            backend: match self.device.provider {
+                Provider::Cpu => "ONNX Runtime",
+                Provider::Cuda => "ONNX Runtime on CUDA",
+                Provider::MiGraphX => "ONNX Runtime on MIGraphX",
+            },
+            message: error.to_string(),
+        }
+    }
+}
+
+/// Bytes of a number in exported KV rows: f16, in the order of the CPU's stage, so that streams can move between both.
+const EXPORTED_BYTES: usize = 2;
+
+/// Rows that a slot's memory has at first.
+const FIRST_ROWS: usize = 256;

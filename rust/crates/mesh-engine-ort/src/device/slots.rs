@@ -1,0 +1,199 @@
+//! The KV cache of a device stage: for each slot, keys and values of each layer on the device, and the binding that gives
+//! them to the graph.
+
+use std::ops::Range;
+
+use ort::memory::Allocator;
+use ort::session::{IoBinding, Session};
+use ort::value::DynTensor;
+
+use super::lower::{OUTPUT, kv_names};
+use super::tensors::Precision;
+
+/// Shape of the caches, and how they grow.
+pub(super) struct Shape {
+    pub(super) layers: usize,
+    pub(super) kv_heads: usize,
+    pub(super) head_dim: usize,
+    pub(super) precision: Precision,
+    /// Most rows a slot is ever given room for.
+    pub(super) limit: usize,
+    /// Rows that a slot gets room for at first; the room doubles from there.
+    pub(super) first: usize,
+}
+
+impl Shape {
+    /// Bytes of one row of one head.
+    fn head_bytes(&self) -> usize {
+        self.head_dim * self.precision.bytes()
+    }
+
+    /// Bytes of one token over all layers, in the precision of the graph.
+    pub(super) fn token_bytes(&self) -> usize {
+        2 * self.layers * self.kv_heads * self.head_bytes()
+    }
+
+    fn tensor(&self, capacity: usize) -> [usize; 4] {
+        [1, self.kv_heads, capacity, self.head_dim]
+    }
+}
+
+/// The memory of one slot.
+pub(super) struct Slot {
+    /// Rows that are valid.
+    pub(super) len: u32,
+    room: Option<Room>,
+}
+
+struct Room {
+    capacity: usize,
+    /// Keys and values, layer by layer, `[1, kv_heads, capacity, head_dim]`.
+    tensors: Vec<DynTensor>,
+    binding: IoBinding,
+}
+
+impl Slot {
+    pub(super) fn empty() -> Slot {
+        Slot { len: 0, room: None }
+    }
+
+    /// Forgets the rows from `len` on; 0 gives the memory back.
+    pub(super) fn truncate(&mut self, len: u32) {
+        self.len = self.len.min(len);
+        if self.len == 0 {
+            self.room = None;
+        }
+    }
+
+    /// Makes room for `rows` rows, keeping the valid ones, and returns the binding.
+    pub(super) fn reserve(
+        &mut self,
+        session: &Session,
+        allocator: &Allocator,
+        shape: &Shape,
+        rows: usize,
+    ) -> ort::Result<&mut IoBinding> {
+        let held = self.room.as_ref().map_or(0, |room| room.capacity);
+        if held < rows || self.room.is_none() {
+            let mut capacity = shape.first.max(held);
+            while capacity < rows {
+                capacity *= 2;
+            }
+            let capacity = capacity.min(shape.limit).max(rows);
+            let kept = self.read(shape, 0..self.len)?;
+            // Before the larger one is allocated: the device may not have room for both.
+            self.room = None;
+            self.room = Some(Room::new(session, allocator, shape, capacity, &kept)?);
+        }
+        self.room
+            .as_mut()
+            .map(|room| &mut room.binding)
+            .ok_or_else(|| ort::Error::new("a slot has no memory"))
+    }
+
+    /// Rows in the order token, layer, head, the key before the value; in the precision of the graph.
+    pub(super) fn read(&self, shape: &Shape, rows: Range<u32>) -> ort::Result<Vec<u8>> {
+        let (first, count) = (rows.start as usize, rows.len());
+        let mut out = vec![0; count * shape.token_bytes()];
+        let Some(room) = self.room.as_ref().filter(|_| count > 0) else {
+            return Ok(out);
+        };
+        for (index, tensor) in room.tensors.iter().enumerate() {
+            let bytes = shape.precision.write_bytes(&to_host(tensor, shape)?)?;
+            for (out_at, at) in places(shape, room.capacity, index, first, count) {
+                out[out_at..][..shape.head_bytes()]
+                    .copy_from_slice(&bytes[at..][..shape.head_bytes()]);
+            }
+        }
+        Ok(out)
+    }
+
+    /// Writes rows at `position`, for which there is room.
+    pub(super) fn write(&mut self, shape: &Shape, position: u32, rows: &[u8]) -> ort::Result<()> {
+        let count = rows.len() / shape.token_bytes();
+        let Some(room) = self.room.as_mut().filter(|_| count > 0) else {
+            return Ok(());
+        };
+        for (index, tensor) in room.tensors.iter_mut().enumerate() {
+            let mut bytes = shape.precision.write_bytes(&to_host(tensor, shape)?)?;
+            for (from, at) in places(shape, room.capacity, index, position as usize, count) {
+                bytes[at..][..shape.head_bytes()]
+                    .copy_from_slice(&rows[from..][..shape.head_bytes()]);
+            }
+            shape
+                .precision
+                .read_bytes(&shape.tensor(room.capacity), &bytes)?
+                .copy_into(tensor)?;
+        }
+        Ok(())
+    }
+}
+
+impl Room {
+    /// Memory for `capacity` rows that begins with `kept`, and zeros: what a kernel reads beyond the valid rows it gives no
+    /// weight, but 0 times the "not a number" of old memory would not be 0.
+    fn new(
+        session: &Session,
+        allocator: &Allocator,
+        shape: &Shape,
+        capacity: usize,
+        kept: &[u8],
+    ) -> ort::Result<Room> {
+        let mut binding = session.create_binding()?;
+        // Outputs come back in the order of binding: the one that is read first.
+        binding.bind_output_to_device(OUTPUT, Allocator::default().memory_info())?;
+        let dims = shape.tensor(capacity);
+        let names = (0..shape.layers).flat_map(kv_names);
+        let mut tensors = Vec::with_capacity(2 * shape.layers);
+        for (index, (past, present)) in names.enumerate() {
+            let mut bytes = vec![0; shape.kv_heads * capacity * shape.head_bytes()];
+            let count = kept.len() / shape.token_bytes();
+            for (from, at) in places(shape, capacity, index, 0, count) {
+                bytes[at..][..shape.head_bytes()]
+                    .copy_from_slice(&kept[from..][..shape.head_bytes()]);
+            }
+            let mut tensor = DynTensor::new(allocator, shape.precision.tensor_type(), dims)?;
+            shape
+                .precision
+                .read_bytes(&dims, &bytes)?
+                .copy_into(&mut tensor)?;
+            // The same memory as past and as present: the operator then appends in place.
+            binding.bind_input(past, &tensor)?;
+            binding.bind_output(present, &mut tensor)?;
+            tensors.push(tensor);
+        }
+        Ok(Room {
+            capacity,
+            tensors,
+            binding,
+        })
+    }
+}
+
+/// A copy on the host.
+fn to_host(tensor: &DynTensor, shape: &Shape) -> ort::Result<DynTensor> {
+    let dims = tensor.shape().clone();
+    let mut host = DynTensor::new(&Allocator::default(), shape.precision.tensor_type(), dims)?;
+    tensor.copy_into(&mut host)?;
+    Ok(host)
+}
+
+/// For each head of `count` rows from `first` on, where it lies in rows as they are exported and in tensor `index`.
+fn places(
+    shape: &Shape,
+    capacity: usize,
+    index: usize,
+    first: usize,
+    count: usize,
+) -> impl Iterator<Item = (usize, usize)> {
+    let (heads, bytes, token) = (shape.kv_heads, shape.head_bytes(), shape.token_bytes());
+    let (layer, is_value) = (index / 2, index % 2);
+    (0..count).flat_map(move |row| {
+        (0..heads).map(move |head| {
+            (
+                row * token + (2 * (layer * heads + head) + is_value) * bytes,
+                (head * capacity + first + row) * bytes,
+            )
+        })
+    })
+}

@@ -1,0 +1,158 @@
+//! Which backend a stage gets. ONNX Runtime's library here is the one for CPUs, or with `HYDRAMESH_TEST_GPU=1` one whose
+//! provider must work.
+
+mod common;
+
+use common::{last, logits, options, some_tokens, tiny, whole};
+use mesh_engine_ort::{Backend, LoadError, Opened, Provider, open};
+use mesh_model::{Architecture, GgmlType, Model};
+
+fn model() -> Model {
+    tiny(Architecture::Qwen3, GgmlType::Q4_K)
+}
+
+fn opened(backend: Backend) -> Result<Opened, LoadError> {
+    let model = model();
+    open(&model, 0..model.config().layers, options(1, 64), backend)
+}
+
+fn compiled_in() -> Vec<Provider> {
+    [Provider::Cuda, Provider::MiGraphX]
+        .into_iter()
+        .filter(|provider| provider.is_compiled_in())
+        .collect()
+}
+
+fn a_gpu_is_expected() -> bool {
+    common::provider() != Provider::Cpu
+}
+
+/// Boxed stages are stages.
+fn answer(opened: &mut Opened) -> Vec<f32> {
+    let tokens = some_tokens(9);
+    match opened
+        .stage
+        .forward(&[last(0, 0, 9)], mesh_engine::StageInput::Tokens(&tokens))
+        .unwrap()
+    {
+        mesh_engine::StageOutput::Logits(logits) => logits.to_vec(),
+        mesh_engine::StageOutput::Hidden(_) => panic!("a whole model gives logits"),
+    }
+}
+
+#[test]
+fn the_cpu_serves_where_no_provider_works_and_the_reasons_are_kept() {
+    let mut opened = opened(Backend::Auto).unwrap();
+    let answer = answer(&mut opened);
+    let on_cpu = logits(
+        &mut whole(&model(), options(1, 64)),
+        &[last(0, 0, 9)],
+        &some_tokens(9),
+    );
+    if a_gpu_is_expected() {
+        assert_eq!(opened.provider, common::provider(), "{:?}", opened.refused);
+        assert!(common::cosine(&answer, &on_cpu) > 0.99);
+        return;
+    }
+    assert_eq!(opened.provider, Provider::Cpu);
+    common::assert_same_bits(&answer, &on_cpu);
+    let tried: Vec<_> = opened
+        .refused
+        .iter()
+        .map(|(provider, _)| *provider)
+        .collect();
+    assert_eq!(tried, compiled_in());
+    for (provider, reason) in &opened.refused {
+        assert!(reason.contains(provider.name()), "{reason}");
+    }
+}
+
+#[test]
+fn a_backend_asked_for_by_name_fails_with_reason_and_remedy() {
+    if a_gpu_is_expected() {
+        return;
+    }
+    for (backend, provider) in [
+        (Backend::Cuda, Provider::Cuda),
+        (Backend::MiGraphX, Provider::MiGraphX),
+    ] {
+        let error = opened(backend).unwrap_err();
+        assert!(
+            matches!(&error, LoadError::Provider { provider: found, .. } if *found == provider)
+        );
+        let text = error.to_string();
+        assert!(text.contains(provider.name()), "{text}");
+        // Where the library has the provider, it is what the provider needs that is missing.
+        let reasons = match provider.is_compiled_in() {
+            true => [
+                "was loaded was built without it",
+                "Failed to load",
+                "failure",
+            ],
+            false => ["this program was built without it"; 3],
+        };
+        assert!(reasons.iter().any(|reason| text.contains(reason)), "{text}");
+        assert!(
+            text.contains("set the backend to \"auto\" or \"cpu\""),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn what_no_backend_can_do_is_no_providers_fault() {
+    for backend in [Backend::Auto, Backend::Cuda, Backend::Cpu] {
+        let model = model();
+        let error = open(&model, 1..9, options(1, 64), backend).unwrap_err();
+        assert!(matches!(error, LoadError::Layers { .. }), "{error}");
+        let error = open(&model, 0..2, options(0, 64), backend).unwrap_err();
+        assert!(
+            matches!(error, LoadError::Option { name: "slots", .. }),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn the_cpu_asked_for_by_name_tries_nothing_else() {
+    let opened = opened(Backend::Cpu).unwrap();
+    assert_eq!((opened.provider, opened.refused.len()), (Provider::Cpu, 0));
+}
+
+#[test]
+fn names_of_backends_and_of_torch_devices() {
+    for (text, backend) in [
+        ("auto", Backend::Auto),
+        ("cpu", Backend::Cpu),
+        (" CUDA ", Backend::Cuda),
+        ("cuda:0", Backend::Cuda),
+        ("migraphx", Backend::MiGraphX),
+    ] {
+        assert_eq!(text.parse(), Ok(backend));
+    }
+    for backend in [
+        Backend::Auto,
+        Backend::Cpu,
+        Backend::Cuda,
+        Backend::MiGraphX,
+    ] {
+        assert_eq!(backend.to_string().parse(), Ok(backend));
+    }
+    let error = "cuda:1".parse::<Backend>().unwrap_err().to_string();
+    assert!(
+        error.contains("\"cuda:1\"") && error.contains("migraphx"),
+        "{error}"
+    );
+}
+
+/// The checks that a GPU must pass are passed by a provider that computes what it should.
+#[test]
+fn a_stage_says_what_it_holds() {
+    let opened = opened(Backend::Auto).unwrap();
+    let info = opened.stage.info();
+    assert_eq!(
+        (info.slots, info.context, info.layers.clone()),
+        (1, 64, 0..2)
+    );
+    assert!(info.weight_bytes > 0);
+}

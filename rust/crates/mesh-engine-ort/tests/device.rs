@@ -1,0 +1,457 @@
+//! The graph of ONNX Runtime's own operators, on its CPU provider, or on a GPU with `HYDRAMESH_TEST_GPU=1`.
+
+mod common;
+mod reference;
+
+use common::{last, logits, options, pipeline, quiet, some_tokens, tiny, whole};
+use mesh_engine::{LogitRows, Segment, Stage, StageError, StageInput};
+use mesh_engine_ort::{Device, DeviceStage, LoadError, OrtOptions, Precision, Provider};
+use mesh_model::gguf::Writer;
+use mesh_model::gguf::writer::OwnedValue;
+use mesh_model::synth::{Shape, Tokens, random_model};
+use mesh_model::{Architecture, GgmlType, Model};
+
+const ARCHITECTURES: [Architecture; 3] = [
+    Architecture::Llama,
+    Architecture::Qwen2,
+    Architecture::Qwen3,
+];
+
+const TYPES: [GgmlType; 11] = [
+    GgmlType::F32,
+    GgmlType::F16,
+    GgmlType::BF16,
+    GgmlType::Q4_0,
+    GgmlType::Q4_1,
+    GgmlType::Q5_0,
+    GgmlType::Q5_1,
+    GgmlType::Q8_0,
+    GgmlType::Q4_K,
+    GgmlType::Q5_K,
+    GgmlType::Q6_K,
+];
+
+/// The device under test.
+fn device() -> Device {
+    Device::new(common::provider())
+}
+
+/// 1 − cosine that rows may differ by from a plain forward pass in f32.
+fn tolerance(device: Device) -> f64 {
+    match device.precision {
+        Precision::F32 => 1e-9,
+        Precision::F16 => 1e-3,
+    }
+}
+
+/// The same where numbers of 16 bits come in anyway.
+fn roughly() -> f64 {
+    tolerance(device()).max(1e-5)
+}
+
+fn load(model: &Model, layers: std::ops::Range<u32>, options: OrtOptions) -> DeviceStage {
+    DeviceStage::load(model, layers, options, device()).unwrap()
+}
+
+fn load_whole(model: &Model, options: OrtOptions) -> DeviceStage {
+    load(model, 0..model.config().layers, options)
+}
+
+#[track_caller]
+fn assert_close(ours: &[f32], theirs: &[f32], width: usize, tolerance: f64, what: &str) {
+    assert_eq!(ours.len(), theirs.len(), "{what}");
+    for (i, (ours, theirs)) in ours.chunks(width).zip(theirs.chunks(width)).enumerate() {
+        let off = 1.0 - common::cosine(ours, theirs);
+        assert!(off < tolerance, "{what} row {i}: 1 - cosine = {off:e}");
+    }
+}
+
+fn all(slot: u32, position: u32, rows: usize) -> Segment {
+    Segment {
+        logits: LogitRows::All,
+        ..last(slot, position, rows)
+    }
+}
+
+#[test]
+fn every_weight_type_of_every_architecture_agrees_with_both_references() {
+    let tokens = some_tokens(40);
+    for architecture in ARCHITECTURES {
+        for ty in TYPES {
+            let model = tiny(architecture, ty);
+            let what = format!("{architecture:?} {ty:?}");
+            let vocab = model.config().vocab;
+            let mut stage = load_whole(&model, options(1, 64));
+            let ours = logits(&mut stage, &[all(0, 0, tokens.len())], &tokens);
+            let plain = reference::forward(&model, &tokens);
+            assert_close(&ours, &plain, vocab, tolerance(device()), &what);
+            // The CPU's stage rounds activations to 8 bits where weights are quantised.
+            let mut cpu = whole(&model, options(1, 64));
+            let theirs = logits(&mut cpu, &[all(0, 0, tokens.len())], &tokens);
+            assert_close(&ours, &theirs, vocab, 1e-3, &what);
+        }
+    }
+}
+
+/// `model` with other metadata, and with tensors of `others` where `from` says so.
+fn rewritten(
+    model: &Model,
+    keys: &[(&str, OwnedValue)],
+    others: &Model,
+    from: impl Fn(&str) -> bool,
+) -> Model {
+    let mut writer = Writer::new();
+    let given = |name: &str| keys.iter().any(|(key, _)| *key == name);
+    for (name, value) in model.gguf().metadata_iter() {
+        if !given(name) {
+            writer.copy_key(name, value);
+        }
+    }
+    for (name, value) in keys {
+        writer.key(name, value.clone());
+    }
+    let pick = |name: &str| {
+        let source = if from(name) { others } else { model };
+        source.gguf().tensor(name).unwrap()
+    };
+    for tensor in model.gguf().tensors() {
+        writer.tensor(tensor.name, pick(tensor.name).ty, tensor.dims);
+    }
+    let bytes = writer
+        .to_bytes(|name, _, _| pick(name).data.to_vec())
+        .unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("rewritten.gguf");
+    std::fs::write(&path, bytes).unwrap();
+    Model::open(&path).unwrap()
+}
+
+#[test]
+fn rotations_are_those_of_the_cpus_stage() {
+    let tokens = some_tokens(40);
+    for (architecture, name) in [
+        (Architecture::Llama, "llama"),
+        (Architecture::Qwen2, "qwen2"),
+    ] {
+        let key = |key: &str| format!("{name}.rope.{key}");
+        let text = |text: &str| OwnedValue::String(text.into());
+        for keys in [
+            vec![
+                (key("scaling.type"), text("yarn")),
+                (key("scaling.factor"), OwnedValue::F32(4.0)),
+                (key("scaling.original_context_length"), OwnedValue::U32(32)),
+            ],
+            vec![
+                (key("scaling.type"), text("linear")),
+                (key("scaling.factor"), OwnedValue::F32(2.0)),
+            ],
+            vec![(key("dimension_count"), OwnedValue::U32(32))],
+        ] {
+            let plain = tiny(architecture, GgmlType::F32);
+            let keys: Vec<_> = keys.iter().map(|(k, v)| (k.as_str(), v.clone())).collect();
+            let model = rewritten(&plain, &keys, &plain, |_| false);
+            let vocab = model.config().vocab;
+            let step = [all(0, 0, tokens.len())];
+            let ours = logits(&mut load_whole(&model, options(1, 64)), &step, &tokens);
+            let theirs = logits(&mut whole(&model, options(1, 64)), &step, &tokens);
+            // The CPU's KV cache is of 16 bits.
+            assert_close(
+                &ours,
+                &theirs,
+                vocab,
+                roughly(),
+                &format!("{name} {keys:?}"),
+            );
+            let other = logits(&mut load_whole(&plain, options(1, 64)), &step, &tokens);
+            let last = |rows: &[f32]| rows[39 * vocab..].to_vec();
+            assert!(
+                1.0 - common::cosine(&last(&ours), &last(&other)) > 1e-4,
+                "{keys:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn matrices_of_a_layer_may_differ_in_type() {
+    let tokens = some_tokens(20);
+    for architecture in ARCHITECTURES {
+        // As in files called Q4_K_M.
+        let model = rewritten(
+            &tiny(architecture, GgmlType::Q4_K),
+            &[],
+            &tiny(architecture, GgmlType::Q6_K),
+            |name| name.contains("attn_v") || name.contains("ffn_down"),
+        );
+        let ours = logits(
+            &mut load_whole(&model, options(1, 64)),
+            &[all(0, 0, 20)],
+            &tokens,
+        );
+        let plain = reference::forward(&model, &tokens);
+        let what = format!("{architecture:?}");
+        assert_close(&ours, &plain, 300, tolerance(device()), &what);
+    }
+}
+
+#[test]
+fn layers_can_be_cut_anywhere_and_slots_share_steps() {
+    let tokens = some_tokens(9);
+    for architecture in ARCHITECTURES {
+        let model = tiny(architecture, GgmlType::Q4_K);
+        let vocab = model.config().vocab;
+        let expected = logits(
+            &mut load_whole(&model, options(1, 32)),
+            &[all(0, 0, 9)],
+            &tokens,
+        );
+        let mut stages = [0..1, 1..2].map(|cut| load(&model, cut, options(1, 32)));
+        let found = pipeline(&mut stages, &[all(0, 0, 9)], &tokens);
+        assert_close(&found, &expected, vocab, tolerance(device()), "two stages");
+
+        // In chunks, beside another sequence.
+        let mut busy = load_whole(&model, options(3, 32));
+        let noise = some_tokens(20);
+        logits(
+            &mut busy,
+            &[quiet(0, 0, 6), quiet(2, 0, 4)],
+            &[&noise[..6], &tokens[..4]].concat(),
+        );
+        let rows = logits(
+            &mut busy,
+            &[last(2, 4, 4), all(0, 6, 2)],
+            &[&tokens[4..8], &noise[6..8]].concat(),
+        );
+        assert_eq!(rows.len(), 3 * vocab);
+        let next = logits(&mut busy, &[last(2, 8, 1)], &tokens[8..]);
+        assert_close(
+            &rows[..vocab],
+            &expected[7 * vocab..8 * vocab],
+            vocab,
+            tolerance(device()),
+            "in chunks",
+        );
+        assert_close(
+            &next,
+            &expected[8 * vocab..],
+            vocab,
+            tolerance(device()),
+            "the next one",
+        );
+        assert_eq!([0, 1, 2].map(|slot| busy.kv_len(slot)), [8, 0, 9]);
+    }
+}
+
+#[test]
+fn exported_rows_continue_elsewhere_and_prefixes_in_other_slots() {
+    let model = tiny(Architecture::Qwen3, GgmlType::Q6_K);
+    let vocab = model.config().vocab;
+    let tokens = some_tokens(12);
+    let mut a = load_whole(&model, options(2, 64));
+    let whole = logits(&mut a, &[all(0, 0, 12)], &tokens);
+    let token = a.info().kv_bytes_per_token as usize;
+    let head = a.kv_export(0, 0..5).unwrap();
+    let tail = a.kv_export(0, 5..11).unwrap();
+    assert_eq!((head.len(), tail.len()), (5 * token, 6 * token));
+
+    let mut b = load_whole(&model, options(2, 64));
+    b.kv_import(1, 0, &head).unwrap();
+    b.kv_import(1, 5, &tail).unwrap();
+    assert_eq!(b.kv_len(1), 11);
+    assert_eq!(b.kv_export(1, 0..11).unwrap(), [head, tail].concat());
+    let next = logits(&mut b, &[last(1, 11, 1)], &tokens[11..]);
+    // Exported rows are of 16 bits.
+    assert_close(&next, &whole[11 * vocab..], vocab, roughly(), "imported");
+
+    a.copy_prefix(0, 1, 5).unwrap();
+    assert_eq!((a.kv_len(0), a.kv_len(1)), (12, 5));
+    let fork = logits(&mut a, &[last(1, 5, 7)], &tokens[5..]);
+    assert_close(
+        &fork,
+        &whole[11 * vocab..],
+        vocab,
+        tolerance(device()),
+        "a fork",
+    );
+    a.truncate(0, 5);
+    let again = logits(&mut a, &[last(0, 5, 7)], &tokens[5..]);
+    assert_close(
+        &again,
+        &whole[11 * vocab..],
+        vocab,
+        tolerance(device()),
+        "rewound",
+    );
+    a.truncate(0, 0);
+    assert_eq!(a.kv_len(0), 0);
+    assert_close(
+        &logits(&mut a, &[all(0, 0, 12)], &tokens),
+        &whole,
+        vocab,
+        tolerance(device()),
+        "after truncation to nothing",
+    );
+}
+
+#[test]
+fn streams_move_between_the_cpus_stage_and_a_device() {
+    let tokens = some_tokens(12);
+    for architecture in ARCHITECTURES {
+        let model = tiny(architecture, GgmlType::F32);
+        let mut cpu = whole(&model, options(1, 64));
+        let mut device = load_whole(&model, options(1, 64));
+        let token = cpu.info().kv_bytes_per_token;
+        assert_eq!(device.info().kv_bytes_per_token, token);
+        let expected = logits(&mut cpu, &[last(0, 0, 12)], &tokens);
+
+        let rows = cpu.kv_export(0, 0..11).unwrap();
+        device.kv_import(0, 0, &rows).unwrap();
+        let found = logits(&mut device, &[last(0, 11, 1)], &tokens[11..]);
+        assert_close(&found, &expected, 300, roughly(), "to the device");
+
+        let rows = device.kv_export(0, 0..11).unwrap();
+        cpu.truncate(0, 0);
+        cpu.kv_import(0, 0, &rows).unwrap();
+        let found = logits(&mut cpu, &[last(0, 11, 1)], &tokens[11..]);
+        assert_close(&found, &expected, 300, roughly(), "and back");
+    }
+}
+
+#[test]
+fn a_slot_grows_beyond_its_first_memory() {
+    let model = tiny(Architecture::Llama, GgmlType::Q8_0);
+    let vocab = model.config().vocab;
+    let tokens = some_tokens(300);
+    let wide = OrtOptions {
+        max_rows: 300,
+        ..options(1, 400)
+    };
+    let whole = logits(
+        &mut load_whole(&model, wide.clone()),
+        &[last(0, 0, 300)],
+        &tokens,
+    );
+    let mut stage = load_whole(&model, wide);
+    logits(&mut stage, &[quiet(0, 0, 250)], &tokens[..250]);
+    logits(&mut stage, &[quiet(0, 250, 49)], &tokens[250..299]);
+    let found = logits(&mut stage, &[last(0, 299, 1)], &tokens[299..]);
+    assert_close(&found, &whole, vocab, tolerance(device()), "grown");
+}
+
+#[test]
+fn padded_rows_change_nothing() {
+    let model = tiny(Architecture::Qwen2, GgmlType::Q5_1);
+    let vocab = model.config().vocab;
+    let tokens = some_tokens(14);
+    let expected = logits(
+        &mut load_whole(&model, options(1, 16)),
+        &[all(0, 0, 14)],
+        &tokens,
+    );
+    let few_shapes = Device {
+        few_shapes: true,
+        ..device()
+    };
+    let mut stage = DeviceStage::load(&model, 0..2, options(1, 16), few_shapes).unwrap();
+    let mut found = Vec::new();
+    // The last piece is padded to 8 rows, beyond the context.
+    for piece in [0..5u32, 5..6, 6..9, 9..14] {
+        let segment = all(0, piece.start, piece.len());
+        let tokens = &tokens[piece.start as usize..piece.end as usize];
+        found.extend(logits(&mut stage, &[segment], tokens));
+    }
+    assert_close(&found, &expected, vocab, tolerance(device()), "padded");
+}
+
+#[test]
+fn the_graph_of_16_bits_agrees_loosely() {
+    let tokens = some_tokens(24);
+    let half = Device {
+        precision: Precision::F16,
+        ..device()
+    };
+    let most = match half.provider {
+        Provider::Cpu => 1e-4,
+        _ => tolerance(half),
+    };
+    for architecture in ARCHITECTURES {
+        for ty in TYPES {
+            let model = tiny(architecture, ty);
+            let vocab = model.config().vocab;
+            let mut stage = DeviceStage::load(&model, 0..2, options(1, 64), half).unwrap();
+            assert_eq!(stage.info().kv_bytes_per_token, 2 * 2 * 2 * 64 * 2);
+            let head = logits(&mut stage, &[all(0, 0, 20)], &tokens[..20]);
+            let tail = logits(&mut stage, &[all(0, 20, 4)], &tokens[20..]);
+            let ours = [head, tail].concat();
+            let plain = reference::forward(&model, &tokens);
+            assert_close(
+                &ours,
+                &plain,
+                vocab,
+                most,
+                &format!("{architecture:?} {ty:?}"),
+            );
+        }
+    }
+}
+
+#[test]
+fn bad_steps_are_named_and_change_nothing() {
+    let model = tiny(Architecture::Llama, GgmlType::Q4_0);
+    let mut stage = load_whole(
+        &model,
+        OrtOptions {
+            max_rows: 8,
+            ..options(2, 16)
+        },
+    );
+    let tokens = some_tokens(9);
+    logits(&mut stage, &[last(0, 0, 4)], &tokens[..4]);
+    let before = stage.kv_export(0, 0..4).unwrap();
+    for (segment, tokens) in [
+        (last(2, 0, 1), &tokens[..1]),
+        (last(0, 5, 1), &tokens[..1]),
+        (last(0, 4, 13), &tokens[..1]),
+        (last(0, 4, 2), &tokens[..1]),
+        (last(0, 4, 9), &tokens[..9]),
+        (last(0, 4, 1), &[300][..]),
+    ] {
+        let refused = stage.forward(&[segment], StageInput::Tokens(tokens));
+        assert!(
+            !matches!(refused, Ok(_) | Err(StageError::Backend { .. })),
+            "{segment:?}"
+        );
+    }
+    let token = stage.info().kv_bytes_per_token as usize;
+    for (slot, position, bytes) in [
+        (2, 0, 0),
+        (0, 5, token),
+        (0, 0, token - 1),
+        (0, 0, 17 * token),
+    ] {
+        assert!(stage.kv_import(slot, position, &vec![0; bytes]).is_err());
+    }
+    assert!(stage.kv_export(0, 0..5).is_err());
+    assert!(stage.copy_prefix(0, 1, 5).is_err());
+    assert_eq!(stage.kv_len(0), 4);
+    assert_eq!(stage.kv_export(0, 0..4).unwrap(), before);
+}
+
+#[test]
+fn heads_that_the_operators_cannot_rotate_are_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("narrow.gguf");
+    let shape = Shape {
+        heads: 32,
+        kv_heads: 32,
+        head_dim: 8,
+        ..Shape::tiny(Architecture::Llama)
+    };
+    random_model(&shape, GgmlType::Q8_0, Tokens::Bytes, &path).unwrap();
+    let model = Model::open(&path).unwrap();
+    let error = DeviceStage::load(&model, 0..2, options(1, 16), device())
+        .err()
+        .unwrap();
+    assert!(matches!(error, LoadError::Unsupported { .. }));
+    assert!(error.to_string().contains("heads of width 8"), "{error}");
+}

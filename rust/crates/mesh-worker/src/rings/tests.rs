@@ -1,0 +1,328 @@
+//! Rings of real stages on real links, with the test in the head's place.
+
+use std::net::SocketAddr;
+use std::time::{Instant, SystemTime};
+
+use futures::StreamExt;
+use mesh_engine::{Event as Answer, Request};
+use mesh_engine_ort::OrtStage;
+use mesh_net::quic::join;
+use mesh_net::trust::{Authority, Validity};
+use mesh_proto::{PartPhase, RingStage, Seat};
+use mesh_testkit::paths;
+use prost::Message as _;
+use tempfile::TempDir;
+
+use super::*;
+use crate::config::RingConfig;
+
+const LOOPBACK: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+const RING: u64 = 7;
+
+struct Mesh {
+    nodes: Vec<Node>,
+    epoch: u32,
+    _head: (TempDir, Listener),
+}
+
+struct Node {
+    rings: Arc<Rings>,
+    reports: mpsc::UnboundedReceiver<Message>,
+    offer: Offer,
+    last: Option<RingState>,
+    _dir: TempDir,
+}
+
+impl Mesh {
+    async fn start(nodes: usize) -> Mesh {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Authority::open(dir.path(), "attic", Validity::default()).unwrap();
+        let authority = Arc::new(authority);
+        let now = SystemTime::now();
+        let identity = authority.head_identity(dir.path(), "head", now).unwrap();
+        let admission = Some(authority.clone() as Arc<_>);
+        let head = Listener::bind(LOOPBACK, identity, admission, LinkConfig::default()).unwrap();
+        let address = head.local_addr().unwrap();
+        let mut mesh = Mesh {
+            nodes: Vec::new(),
+            epoch: 0,
+            _head: (dir, head),
+        };
+        for i in 0..nodes {
+            let dir = tempfile::tempdir().unwrap();
+            let hour = Duration::from_secs(3600);
+            let token = authority.create_token(hour, "test", now).unwrap();
+            let name = format!("node-{i}");
+            let identity = join(address, &token, dir.path(), &name).await.unwrap();
+            let config = Arc::new(Config {
+                state_dir: dir.path().to_owned(),
+                shards: vec![paths::smollm2().unwrap().display().to_string()],
+                ort_library: Some(paths::ort_library().unwrap()),
+                threads: 1,
+                ring: RingConfig {
+                    listen: LOOPBACK,
+                    format: crate::config::RingFormat::File,
+                    ..RingConfig::default()
+                },
+                ..Config::default()
+            });
+            let rings = tokio::task::spawn_blocking(move || Rings::open(&config)).await;
+            let rings = rings.unwrap().unwrap();
+            rings.listen(&identity).unwrap();
+            let (outbox, mut reports) = mpsc::unbounded_channel();
+            rings.linked(outbox);
+            let offer = reports.recv().await.unwrap();
+            let offer = Offer::decode(offer.payload).unwrap();
+            mesh.nodes.push(Node {
+                rings,
+                reports,
+                offer,
+                last: None,
+                _dir: dir,
+            });
+        }
+        mesh
+    }
+
+    fn seat(&self, node: usize) -> Seat {
+        let node = &self.nodes[node];
+        Seat {
+            node_id: node.rings.node_id(),
+            name: "a node".to_owned(),
+            address: format!("127.0.0.1:{}", node.offer.ring_port),
+        }
+    }
+
+    /// A new epoch: each stage's end, member and standby.
+    fn configure(&mut self, stages: &[(u32, usize, Option<usize>)]) {
+        self.epoch += 1;
+        self.configure_again(stages);
+    }
+
+    fn configure_again(&mut self, stages: &[(u32, usize, Option<usize>)]) {
+        let card = self.nodes[0].offer.shards[0].card.clone().unwrap();
+        let mut start = 0;
+        let stages = stages.iter().map(|&(end, member, standby)| RingStage {
+            layer_start: std::mem::replace(&mut start, end),
+            layer_end: end,
+            seat: Some(self.seat(member)),
+            standby: standby.map(|node| self.seat(node)),
+        });
+        let ring = Ring {
+            ring: RING,
+            epoch: self.epoch,
+            model: card.name,
+            fingerprint: card.fingerprint,
+            stages: stages.collect(),
+            slots: 4,
+            context: 1024,
+            kv_tokens: 4096,
+            half_rows: false,
+            reason: "a test".to_owned(),
+        };
+        for node in &self.nodes {
+            let id = node.rings.node_id();
+            let holds = |seat: &Option<Seat>| seat.as_ref().is_some_and(|seat| seat.node_id == id);
+            if ring
+                .stages
+                .iter()
+                .any(|s| holds(&s.seat) || holds(&s.standby))
+            {
+                node.rings.configure(ring.clone());
+            }
+        }
+    }
+
+    /// Waits until `node` reports something.
+    async fn wait(
+        &mut self,
+        node: usize,
+        what: &str,
+        is: impl Fn(&RingState) -> bool,
+    ) -> RingState {
+        let epoch = self.epoch;
+        let wait = async {
+            loop {
+                let message = self.nodes[node].reports.recv().await.unwrap();
+                let state = RingState::decode(message.payload).unwrap();
+                let fits = state.epoch == epoch && is(&state);
+                self.nodes[node].last = Some(state.clone());
+                if fits {
+                    return state;
+                }
+            }
+        };
+        let waited = tokio::time::timeout(Duration::from_secs(60), wait).await;
+        match waited {
+            Ok(state) => state,
+            Err(_) => panic!("not {what}: {:?}", self.nodes[node].last),
+        }
+    }
+
+    async fn serving(&mut self, driver: usize) {
+        self.wait(driver, "serving", |state| state.serving).await;
+    }
+
+    async fn mirrored(&mut self, member: usize) {
+        self.wait(member, "mirrored", |state| {
+            state.parts.iter().all(|part| {
+                part.standby || (part.phase() == PartPhase::Ready && part.lag_rows == 0)
+            })
+        })
+        .await;
+    }
+
+    fn submit(&self, driver: usize, request: Request) -> mesh_engine::RequestStream {
+        self.nodes[driver]
+            .rings
+            .find("")
+            .unwrap()
+            .engine
+            .submit(request)
+    }
+
+    /// What a closed connection is to the others: the node's listener and links end.
+    fn lose(&mut self, node: usize) {
+        self.nodes[node].rings.unlinked();
+    }
+}
+
+fn request(seed: u32, tokens: u32) -> Request {
+    let prompt = (0..40 + seed * 7)
+        .map(|i| (i * 7919 + seed * 31) % 49_000 + 5)
+        .collect();
+    Request {
+        ignore_eos: true,
+        ..Request::greedy(format!("request {seed}"), prompt, tokens)
+    }
+}
+
+/// What one worker with the whole model answers.
+fn expected(requests: &[Request]) -> Vec<Vec<u32>> {
+    let model = Model::open(paths::smollm2().unwrap()).unwrap();
+    let options = OrtOptions {
+        library: Some(paths::ort_library().unwrap()),
+        threads: 1,
+        context: 1024,
+        ..OrtOptions::default()
+    };
+    let stage = OrtStage::load(&model, 0..model.config().layers, options).unwrap();
+    let vocabulary = Arc::new(model.clone());
+    let config = mesh_engine::SchedulerConfig::default();
+    let engine = mesh_engine::Engine::start("whole", Box::new(stage), vocabulary, config).unwrap();
+    requests
+        .iter()
+        .map(|request| {
+            let stream = engine.handle().submit(request.clone());
+            tokens(&futures::executor::block_on(stream.collect::<Vec<_>>()))
+        })
+        .collect()
+}
+
+fn tokens(events: &[Answer]) -> Vec<u32> {
+    let mut all = Vec::new();
+    for event in events {
+        match event {
+            Answer::Tokens(tokens) => {
+                assert_eq!(tokens.index as usize, all.len());
+                all.extend(&tokens.tokens);
+            }
+            Answer::Done(_) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    all
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_ring_of_three_answers_as_one_worker_and_outlives_a_member() {
+    let requests: Vec<Request> = (0..3).map(|seed| request(seed, 60)).collect();
+    let expected = expected(&requests);
+    let mut mesh = Mesh::start(5).await;
+    mesh.configure(&[(9, 0, None), (21, 1, Some(3)), (30, 2, None)]);
+    mesh.serving(2).await;
+
+    let begun = Instant::now();
+    for (request, expected) in requests.iter().zip(&expected) {
+        let events: Vec<Answer> = mesh.submit(2, request.clone()).collect().await;
+        assert_eq!(tokens(&events), *expected);
+    }
+    let took = begun.elapsed();
+    println!("180 tokens in {took:.1?}");
+
+    // The middle stage goes over to its standby while three answers are in progress.
+    mesh.mirrored(1).await;
+    let mut streams: Vec<_> = requests.iter().map(|r| mesh.submit(2, r.clone())).collect();
+    let mut events: Vec<Vec<Answer>> = vec![Vec::new(); streams.len()];
+    for _ in 0..20 {
+        for (stream, events) in streams.iter_mut().zip(&mut events) {
+            events.extend(stream.next().await);
+        }
+    }
+    mesh.lose(1);
+    mesh.configure(&[(9, 0, None), (21, 3, Some(4)), (30, 2, None)]);
+    for (stream, events) in streams.into_iter().zip(&mut events) {
+        events.extend(stream.collect::<Vec<_>>().await);
+    }
+    for (events, expected) in events.iter().zip(&expected) {
+        assert_eq!(tokens(events), *expected);
+    }
+    let state = mesh
+        .wait(2, "recovered", |state| state.recovery.is_some())
+        .await;
+    println!("{:?}", state.recovery);
+
+    // Then to its new standby, and stage 0 to a node that has nothing.
+    mesh.mirrored(3).await;
+    let mut stream = mesh.submit(2, requests[1].clone());
+    let mut events = Vec::new();
+    for _ in 0..20 {
+        events.extend(stream.next().await);
+    }
+    mesh.configure(&[(9, 1, None), (21, 4, None), (30, 2, None)]);
+    events.extend(stream.collect::<Vec<_>>().await);
+    assert_eq!(tokens(&events), expected[1]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_standby_of_the_last_stage_becomes_the_driver_and_knows_what_was_said() {
+    let requests = [request(5, 40)];
+    let expected = expected(&requests);
+    let mut mesh = Mesh::start(3).await;
+    mesh.configure(&[(15, 0, None), (30, 1, Some(2))]);
+    mesh.serving(1).await;
+    let mut stream = mesh.submit(1, requests[0].clone());
+    let mut events = Vec::new();
+    for _ in 0..20 {
+        events.extend(stream.next().await);
+    }
+    mesh.lose(1);
+    mesh.configure(&[(15, 0, None), (30, 2, None)]);
+    mesh.serving(2).await;
+    // The head would send the request again, with the tokens so far.
+    let rest: Vec<Answer> = stream.collect().await;
+    let (last, more) = rest.split_last().unwrap();
+    events.extend(more.to_vec());
+    assert!(
+        matches!(
+            last,
+            Answer::Failed(mesh_engine::RequestError::Moved { .. })
+        ),
+        "{last:?}"
+    );
+    let mut all = tokens(&events);
+    let again = Request {
+        generated: all.clone(),
+        ..requests[0].clone()
+    };
+    let events: Vec<Answer> = mesh.submit(2, again).collect().await;
+    for event in &events {
+        match event {
+            Answer::Tokens(tokens) => all.extend(&tokens.tokens),
+            Answer::Done(done) => assert!(done.cached_tokens > 30, "{done:?}"),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(all, expected[0]);
+}
