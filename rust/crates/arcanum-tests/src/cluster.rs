@@ -50,6 +50,8 @@ pub struct Cluster {
     model: PathBuf,
     threads: usize,
     standbys: bool,
+    /// Whether a worker was started that measures this machine.
+    measures: bool,
     machines: HashMap<String, Machine>,
     slowed: HashMap<String, JoinHandle<()>>,
     network: Option<Namespaces>,
@@ -167,6 +169,7 @@ impl ClusterBuilder {
             model,
             threads: self.threads,
             standbys: self.standbys,
+            measures: false,
             machines: HashMap::new(),
             slowed: HashMap::new(),
             network: self.network,
@@ -242,7 +245,8 @@ impl Cluster {
             (Some(network), Some(machine)) => network.launcher(self.mesh.launcher(), machine),
             _ => self.mesh.launcher().clone(),
         }
-        .with_state(&self.measured());
+        .with_state(&self.measured().await);
+        self.measures |= config.contains_key("shards");
         let toml = config.to_string();
         let index = self.mesh.start_worker_by(&launcher, &toml).await?;
         let name = self.mesh.workers[index].name().to_owned();
@@ -499,13 +503,19 @@ impl Cluster {
 
     /// What the first worker found out about this machine: all workers are alike, and measured one after the other they would
     /// differ by what else runs.
-    fn measured(&self) -> Vec<PathBuf> {
-        let Some(first) = self.mesh.workers.first() else {
-            return Vec::new();
-        };
-        let files = ["profile.json", "fingerprints.json"];
-        let files = files.map(|name| first.state_dir().join(name));
-        files.into_iter().filter(|file| file.is_file()).collect()
+    async fn measured(&self) -> Vec<PathBuf> {
+        let kept = self.mesh.head.state_dir().join("measured/profile.json");
+        let started = Instant::now();
+        while self.measures && started.elapsed() < MEASURE_LIMIT && !kept.is_file() {
+            let workers = self.mesh.workers.iter();
+            let mut files = workers.map(|worker| worker.state_dir().join("profile.json"));
+            if let Some(file) = files.find(|file| has_speeds(file)) {
+                let _ = std::fs::create_dir_all(kept.with_file_name(""));
+                let _ = std::fs::copy(file, &kept);
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        kept.is_file().then_some(kept).into_iter().collect()
     }
 
     fn machine(&self, name: &str) -> Result<(&Namespaces, Machine)> {
@@ -530,6 +540,18 @@ impl Drop for Cluster {
     }
 }
 
+/// Whether the profile tells how fast a layer is.
+fn has_speeds(profile: &Path) -> bool {
+    let kept: Option<Value> = std::fs::read(profile)
+        .ok()
+        .and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    kept.is_some_and(|kept| {
+        kept["speeds"]
+            .as_array()
+            .is_some_and(|speeds| !speeds.is_empty())
+    })
+}
+
 fn is_empty(value: &toml::Value) -> bool {
     value.as_array().is_some_and(Vec::is_empty)
 }
@@ -537,5 +559,6 @@ fn is_empty(value: &toml::Value) -> bool {
 /// A worker with this serves nothing whole.
 const SHARDS: &str = "models = []\n";
 const RING_LIMIT: Duration = Duration::from_secs(90);
+const MEASURE_LIMIT: Duration = Duration::from_secs(60);
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(30);
 const IDLE_LIMIT: Duration = Duration::from_secs(30);

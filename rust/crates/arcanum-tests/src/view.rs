@@ -72,9 +72,13 @@ impl RingView {
         self.stages.iter().all(ready)
     }
 
-    /// Whether all standbys have all KV rows.
+    /// Whether all standbys have all KV rows, as far as one can see it from how many bytes they hold.
     pub fn is_mirrored(&self) -> bool {
-        self.has_standbys() && self.stages.iter().all(|stage| stage.lag_rows == 0)
+        let behind = |stage: &StageView| {
+            let standby = stage.standby.as_ref();
+            standby.is_none_or(|standby| standby.kv_bytes < stage.member.kv_bytes)
+        };
+        self.has_standbys() && !self.stages.iter().any(behind)
     }
 
     /// Names of the workers that run its stages, in order.
