@@ -131,9 +131,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         // Known to the head, so that an attempt elsewhere draws the same tokens.
         task.params.seed.get_or_insert_with(ids::unique);
         let named = task.model.take();
-        let known = named
-            .as_ref()
-            .is_some_and(|name| mesh.with_registry(|registry| registry.knows_model(name)));
+        let known = named.as_ref().is_some_and(|name| mesh.knows_model(name));
         let model = named.or_else(|| mesh.default_model()).unwrap_or_default();
         let mut ask = task.ask(&model);
         // Nobody knows what a v5.0.0 worker serves; whoever names a model of the mesh means that one.

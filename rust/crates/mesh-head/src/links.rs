@@ -19,7 +19,7 @@ use tracing::{debug, info, warn};
 
 use crate::core::registry::{ServedModel, WorkerId};
 use crate::ids;
-use crate::mesh::{Mesh, timestamp_us};
+use crate::mesh::{Mesh, Standing, timestamp_us};
 
 /// Serves every worker that connects, until the listener is shut down.
 pub async fn serve(mesh: Arc<Mesh>, listener: Arc<Listener>, heartbeat_port: u16) {
@@ -185,26 +185,32 @@ async fn follow_control(
 async fn prove(mesh: Arc<Mesh>, id: WorkerId, link: Link) {
     loop {
         if let Some(models) = models_to_prove(&mesh, id) {
-            for model in &models {
+            for (model, ring) in &models {
                 let asked = Instant::now();
-                let came =
-                    match timeout(mesh.config.first_token_limit, one_token(&link, model)).await {
-                        Ok(Ok(())) => true,
-                        Ok(Err(reason)) => {
-                            info!(
-                                worker = link.node_name(),
-                                model, reason, "no token came back"
-                            );
-                            false
+                let came = match timeout(mesh.config.first_token_limit, one_token(&link, model))
+                    .await
+                {
+                    Ok(Ok(())) => true,
+                    Ok(Err(reason)) => {
+                        info!(
+                            worker = link.node_name(),
+                            model, reason, "no token came back"
+                        );
+                        false
+                    }
+                    Err(_) => {
+                        warn!(
+                            worker = link.node_name(),
+                            model, "no token came back in time"
+                        );
+                        if let Some(ring) = *ring
+                            && matches!(mesh.standing(id, ring), Standing::Serves(since) if since <= asked)
+                        {
+                            mesh.suspect(id, ring, "a token that was asked of it did not come");
                         }
-                        Err(_) => {
-                            warn!(
-                                worker = link.node_name(),
-                                model, "no token came back in time"
-                            );
-                            false
-                        }
-                    };
+                        false
+                    }
+                };
                 mesh.with_worker(id, |worker| {
                     worker.probed(model, came, asked, Instant::now())
                 });
@@ -215,7 +221,8 @@ async fn prove(mesh: Arc<Mesh>, id: WorkerId, link: Link) {
     }
 }
 
-fn models_to_prove(mesh: &Mesh, id: WorkerId) -> Option<Vec<String>> {
+/// Models that are to prove that a token comes back, each with its ring.
+fn models_to_prove(mesh: &Mesh, id: WorkerId) -> Option<Vec<(String, Option<u64>)>> {
     mesh.with_registry(|registry| {
         let worker = registry.get(id)?;
         let idle = worker.active() == 0;
@@ -225,11 +232,11 @@ fn models_to_prove(mesh: &Mesh, id: WorkerId) -> Option<Vec<String>> {
             // For a ring the token goes through every stage. Its driver answers until the ring has moved away.
             (!worker.draining || model.ring.is_some()) && (!model.proven || (stale && idle))
         };
-        let models: Vec<String> = worker
+        let models: Vec<(String, Option<u64>)> = worker
             .models
             .iter()
             .filter(due)
-            .map(|model| model.card.name.clone())
+            .map(|model| (model.card.name.clone(), model.ring))
             .collect();
         (!models.is_empty()).then_some(models)
     })

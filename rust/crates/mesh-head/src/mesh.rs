@@ -168,6 +168,11 @@ impl Mesh {
         self.config.default_model.clone().or_else(first)
     }
 
+    /// Whether a worker serves this model now or did lately, or workers offer its layers.
+    pub fn knows_model(&self, name: &str) -> bool {
+        self.lock().placement.knows_model(name)
+    }
+
     /// Enters a worker that said Hello on this link.
     pub fn join(&self, link: &Link, hello: Hello, orders: mpsc::Sender<Message>) -> WorkerId {
         let now = Instant::now();
@@ -315,9 +320,14 @@ impl Mesh {
         let registry = &state.placement.registry;
         let answers = |worker: &Worker| {
             let proven = |model: &ServedModel| {
-                model.proven
-                    && asked.is_none_or(|asked| asked == model.card.name)
-                    && (!worker.draining || model.ring.is_some())
+                let in_service = match model.ring {
+                    None => !worker.draining,
+                    Some(ring) => {
+                        let node = worker.node_id().unwrap_or_default();
+                        state.rings.serves_since(ring, node).flatten().is_some()
+                    }
+                };
+                model.proven && in_service && asked.is_none_or(|asked| asked == model.card.name)
             };
             // A v5.0.0 worker cannot be asked for one token, so its heartbeat has to do.
             worker.models.iter().any(proven)

@@ -286,6 +286,11 @@ impl Placement {
         &self.prospects
     }
 
+    /// Whether a worker serves this model now or did lately, or workers offer its layers.
+    pub fn knows_model(&self, name: &str) -> bool {
+        self.prospects.contains_key(name) || self.registry.knows_model(name)
+    }
+
     /// Number of requests that run on this ring.
     pub fn running_on(&self, ring: u64) -> usize {
         let on = |running: &&Running| running.ring == Some(ring);

@@ -12,6 +12,7 @@ mod ready;
 mod rings;
 mod wire;
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -25,6 +26,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Extension, Json, Router};
 use mesh_net::trust::Authority;
+use mesh_proto::ModelCard;
 use mesh_service::health;
 use mesh_service::metrics::Metrics;
 use serde_json::{Value, json};
@@ -140,13 +142,10 @@ async fn answer(
 }
 
 async fn list_models(State(api): State<Api>) -> Json<Value> {
-    let data = api.mesh.with_registry(|registry| {
-        registry
-            .models()
-            .into_values()
-            .map(|card| model(&api, card))
-            .collect::<Vec<_>>()
-    });
+    let data: Vec<Value> = models(&api)
+        .values()
+        .map(|card| model(&api, card))
+        .collect();
     Json(json!({ "object": "list", "data": data }))
 }
 
@@ -154,12 +153,7 @@ async fn show_model(
     State(api): State<Api>,
     Path(name): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    let found = api.mesh.with_registry(|registry| {
-        registry
-            .models()
-            .get(name.as_str())
-            .map(|card| model(&api, card))
-    });
+    let found = models(&api).get(&name).map(|card| model(&api, card));
     found.map(Json).ok_or_else(|| ApiError {
         param: Some("model".into()),
         ..ApiError::new(
@@ -170,7 +164,22 @@ async fn show_model(
     })
 }
 
-fn model(api: &Api, card: &mesh_proto::ModelCard) -> Value {
+/// Every model that requests can name: those served now, and those of rings that recover.
+fn models(api: &Api) -> BTreeMap<String, ModelCard> {
+    api.mesh.with_rings(|rings, registry| {
+        let of_rings = rings
+            .cards()
+            .into_iter()
+            .map(|card| (card.name.clone(), card));
+        let mut models: BTreeMap<String, ModelCard> = of_rings.collect();
+        for (name, card) in registry.models() {
+            models.insert(name.to_owned(), card.clone());
+        }
+        models
+    })
+}
+
+fn model(api: &Api, card: &ModelCard) -> Value {
     let created = api
         .mesh
         .started

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use dcf::{ErrorCode, Message, MsgType};
-use mesh_proto::{Offer, RingState};
+use mesh_proto::{Offer, PathProfile, RingState};
 use prost::Message as _;
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
@@ -26,7 +26,7 @@ pub enum Standing {
 
 impl Mesh {
     /// A worker says what it may hold parts of.
-    pub fn offered(&self, id: WorkerId, offer: Offer) {
+    pub fn offered(&self, id: WorkerId, mut offer: Offer) {
         let now = Instant::now();
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -42,6 +42,17 @@ impl Mesh {
             );
             return;
         };
+        if let (Some(peer), Some(profile)) = (state.peers.get(&id), offer.profile.as_mut())
+            && !profile.paths.iter().any(|path| path.node_id.is_empty())
+        {
+            // A worker need not measure what its link knows.
+            let rtt = u32::try_from(peer.link.rtt().as_micros()).unwrap_or(u32::MAX);
+            profile.paths.push(PathProfile {
+                node_id: String::new(),
+                rtt_us: rtt,
+                bandwidth: 0.0,
+            });
+        }
         let address = SocketAddr::new(worker.address.ip(), port);
         state.rings.offered(node, address, offer, now);
         self.turn(state, now);

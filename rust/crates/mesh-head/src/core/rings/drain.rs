@@ -195,11 +195,16 @@ impl Rings {
                 next.stages[index].member.lag_rows = 0;
                 changed = true;
             }
+            let members: BTreeSet<String> = next
+                .stages
+                .iter()
+                .map(|stage| stage.member.node.clone())
+                .collect();
             let stage = &mut next.stages[index];
             if !drained.contains(&stage.member.node) {
                 continue;
             }
-            let double = |part: &Part| !self.settings.double_seats && ring.has_member(&part.node);
+            let double = |part: &Part| !self.settings.double_seats && members.contains(&part.node);
             match stage.standby.take() {
                 None => stuck = Some(stage.member.node.clone()),
                 Some(part) if up_to_date(&part, stage.member.lag_rows, now) && !double(&part) => {

@@ -213,18 +213,7 @@ impl Rings {
             self.unfit(node, &model, state.ring, &error, now);
             return;
         }
-        for suspect in state.suspects.iter().take(SUSPECTS) {
-            let seated = self.rings[&state.ring].seats(suspect);
-            if suspect != node && seated {
-                let by = self.name(node).to_owned();
-                self.suspect(
-                    suspect,
-                    state.ring,
-                    &format!("it does not answer {by}"),
-                    now,
-                );
-            }
-        }
+        self.complaints(node, &state, now);
         self.driver_reports(node, state, now);
     }
 
@@ -338,6 +327,39 @@ impl Rings {
             .is_some_and(|node| node.connected && !node.shards.is_empty())
     }
 
+    /// Whom a worker says that it cannot reach.
+    fn complaints(&mut self, node: &str, state: &RingState, now: Instant) {
+        let Some(ring) = self.rings.get(&state.ring) else {
+            return;
+        };
+        let others: BTreeSet<&str> = ring
+            .parts()
+            .map(|part| part.node.as_str())
+            .filter(|other| *other != node)
+            .collect();
+        let suspects: BTreeSet<String> = state
+            .suspects
+            .iter()
+            .take(SUSPECTS)
+            .filter(|suspect| others.contains(suspect.as_str()))
+            .cloned()
+            .collect();
+        if suspects.len() >= 2 && suspects.len() == others.len() {
+            // Who reaches nobody is cut off itself: their links to the head are up, or they would be lost already.
+            self.suspect(node, state.ring, "it reaches no other member", now);
+            return;
+        }
+        let by = self.name(node).to_owned();
+        for suspect in suspects {
+            self.suspect(
+                &suspect,
+                state.ring,
+                &format!("it does not answer {by}"),
+                now,
+            );
+        }
+    }
+
     /// What the driver says besides its parts.
     fn driver_reports(&mut self, node: &str, state: RingState, now: Instant) {
         let Some(ring) = self.rings.get_mut(&state.ring) else {
@@ -433,9 +455,12 @@ impl Rings {
 
     /// A worker holds a ring that this head does not know (of an earlier life of the head, or dissolved): it may forget it.
     fn tell_off(&mut self, node: &str, state: &RingState) {
-        let connected = self.nodes.get(node).is_some_and(|node| node.connected);
-        if !connected || self.told_off.len() >= TOLD_OFF {
+        if !self.nodes.get(node).is_some_and(|node| node.connected) {
             return;
+        }
+        if self.told_off.len() >= TOLD_OFF {
+            // Being told twice does no harm.
+            self.told_off.clear();
         }
         if self.told_off.insert((node.to_owned(), state.ring)) {
             let ring = mesh_proto::Ring {

@@ -151,6 +151,10 @@ impl Rings {
             let Some((shard, card)) = offered(node, model) else {
                 continue;
             };
+            // A model that cannot be is no model.
+            if ModelSpec::try_from(shard).is_err() {
+                continue;
+            }
             let same = |ring: &Ring| {
                 card.fingerprint == ring.offered.fingerprint
                     && shard.layers == ring.spec.layers
@@ -167,10 +171,10 @@ impl Rings {
         let (_, group) = groups
             .into_iter()
             .max_by_key(|(key, group)| (group.len(), std::cmp::Reverse(*key)))?;
-        let shards = group.iter().map(|(_, _, shard)| *shard);
+        // Where weight formats differ in size the largest counts, so that a standby has room whoever it is.
         let spec = match ring {
             Some(ring) => ring.spec.clone(),
-            None => spec(shards)?,
+            None => ModelSpec::covering(group.iter().map(|(_, _, shard)| *shard)).ok()??,
         };
         let card = offered(group.first()?.1, model)?.1.clone();
         let candidates = group
@@ -479,20 +483,6 @@ fn uncovered(plan: &Plan) -> usize {
 fn offered<'a>(node: &'a Node, model: &str) -> Option<(&'a ShardOffer, &'a ModelCard)> {
     let shard = node.shards.get(model)?;
     Some((shard, shard.card.as_ref()?))
-}
-
-/// One description for all who offer a model: where their weight formats differ in size, the largest counts, so that a
-/// standby has room for the layers whoever it is. Offers that make no sense are passed over.
-fn spec<'a>(shards: impl Iterator<Item = &'a ShardOffer>) -> Option<ModelSpec> {
-    shards
-        .filter_map(|shard| ModelSpec::try_from(shard).ok())
-        .reduce(|all, one| ModelSpec {
-            layer_bytes: all.layer_bytes.max(one.layer_bytes),
-            first_bytes: all.first_bytes.max(one.first_bytes),
-            last_bytes: all.last_bytes.max(one.last_bytes),
-            kv_bytes: all.kv_bytes.max(one.kv_bytes),
-            ..all
-        })
 }
 
 /// What rings are for, in the words of `reserved_for`.

@@ -309,7 +309,7 @@ fn sound(value: f32) -> f32 {
 const MOST_SLOTS: u32 = 4096;
 /// How long loading a stage may take: a large one from a slow disk.
 const LOAD_LIMIT: Duration = Duration::from_secs(900);
-/// How long a driver may take to bring a token through stages that are all loaded.
-const SERVE_LIMIT: Duration = Duration::from_secs(120);
+/// How long a driver may take to bring a token through stages that are all loaded. After a loss it replays first.
+const SERVE_LIMIT: Duration = Duration::from_secs(300);
 /// How often a ring on its way out is looked at.
 const RETIRE_LOOK: Duration = Duration::from_millis(200);

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use mesh_proto::{PartPhase, Recovery};
+use mesh_proto::{ModelCard, PartPhase, Recovery};
 use serde::Serialize;
 
 use super::ring::{Part, Ring};
@@ -151,6 +151,12 @@ impl Rings {
             .into_iter()
             .filter_map(impossible)
             .collect()
+    }
+
+    /// The models of all rings, whether they serve at the moment or not.
+    pub fn cards(&self) -> Vec<ModelCard> {
+        let live = self.rings.values().filter(|ring| ring.retiring.is_none());
+        live.map(|ring| ring.card(None)).collect()
     }
 
     /// The last changes of members that drivers reported, oldest first.

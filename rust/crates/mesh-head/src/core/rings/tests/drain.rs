@@ -25,6 +25,28 @@ fn a_drained_member_hands_over_to_its_standby() {
 }
 
 #[test]
+fn two_drained_members_do_not_both_hand_over_to_one_standby_where_that_is_not_allowed() {
+    let mut mesh = Mesh::serving(
+        |settings| {
+            settings.stages = Some(2);
+            settings.double_seats = false;
+        },
+        &[("a", 7), ("b", 7), ("s", 14)],
+    );
+    assert_eq!(
+        mesh.standbys(),
+        [Some("s".to_owned()), Some("s".to_owned())]
+    );
+    for node in ["a", "b"] {
+        mesh.rings.says_draining(node, true);
+    }
+    mesh.pass(1.0);
+    let members = mesh.members();
+    assert_ne!(members[0], members[1]);
+    mesh.check();
+}
+
+#[test]
 fn a_drain_waits_for_a_standby_that_is_up_to_date() {
     let mut mesh = Mesh::serving(
         |settings| {

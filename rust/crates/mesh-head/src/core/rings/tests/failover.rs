@@ -373,6 +373,21 @@ fn a_member_that_does_not_answer_the_driver_is_replaced_and_left_alone_for_longe
 }
 
 #[test]
+fn a_driver_that_reaches_nobody_is_the_one_that_is_cut_off() {
+    let mut mesh = three_and_a_spare();
+    let members = mesh.members();
+    let driver = members[2].clone();
+    let mut others = members[..2].to_vec();
+    others.extend(mesh.standbys().into_iter().flatten());
+    let others: Vec<&str> = others.iter().map(String::as_str).collect();
+    mesh.complain(&driver, &others);
+    assert_eq!(mesh.ring().epoch, 2);
+    assert_eq!(mesh.members()[..2], members[..2], "they stay");
+    assert_ne!(mesh.members()[2], driver);
+    mesh.check();
+}
+
+#[test]
 fn a_silent_driver_is_replaced_and_only_while_the_ring_serves() {
     let mut mesh = three_and_a_spare();
     let ring = mesh.id();

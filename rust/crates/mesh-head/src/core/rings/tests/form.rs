@@ -44,6 +44,25 @@ fn a_ring_is_formed_when_offers_were_quiet_and_serves_when_its_driver_says_so() 
 }
 
 #[test]
+fn the_next_timer_is_when_the_ring_is_formed() {
+    let mut mesh = Mesh::new(|_| {});
+    assert_eq!(mesh.rings.next_timer(), None);
+    mesh.join("a", 7);
+    mesh.join("b", 7);
+    let due = mesh.rings.next_timer().unwrap();
+    assert_eq!(due, mesh.now + Duration::from_secs(2));
+    mesh.now = due;
+    mesh.poll();
+    assert_eq!(mesh.ring().state, "forming");
+    assert!(
+        mesh.rings.next_timer().unwrap() > due,
+        "until it takes too long"
+    );
+    mesh.all_work();
+    assert_eq!(mesh.rings.next_timer(), None);
+}
+
+#[test]
 fn offers_that_never_rest_do_not_put_a_ring_off_for_ever() {
     let mut mesh = Mesh::new(|_| {});
     mesh.join("a", 20);
@@ -250,4 +269,15 @@ fn senseless_offers_make_no_ring_and_no_panic() {
         mesh.pass(3.0);
         assert!(mesh.rings.view(mesh.now).is_empty());
     }
+}
+
+#[test]
+fn one_senseless_offer_does_not_spoil_the_others() {
+    let mut mesh = Mesh::new(|_| {});
+    mesh.join_with("x", 50, |offer| offer.shards[0].layer_bytes = u64::MAX);
+    mesh.join("a", 7);
+    mesh.join("b", 7);
+    mesh.pass(2.0);
+    assert_eq!(mesh.members().len(), 2);
+    assert!(!mesh.members().contains(&"x".to_owned()));
 }
