@@ -166,11 +166,11 @@ impl Answer {
         pauses.max().unwrap_or_default()
     }
 
-    /// The pause that lies over `moment`, or the first one after it: what the client noticed of it.
-    pub fn gap_at(&self, moment: Instant) -> Option<Duration> {
-        let mut pauses = self.arrivals.windows(2);
-        let over = pauses.find(|pair| pair[1] >= moment)?;
-        Some(over[1] - over[0])
+    /// The longest pause that ended after `moment`: what the client noticed of it. `None` if no token came after it.
+    pub fn gap_after(&self, moment: Instant) -> Option<Duration> {
+        let pauses = self.arrivals.windows(2);
+        let after = pauses.filter(|pair| pair[1] >= moment);
+        after.map(|pair| pair[1] - pair[0]).max()
     }
 
     /// Tokens per second after the first.
@@ -359,15 +359,18 @@ mod tests {
     }
 
     #[test]
-    fn the_gap_at_a_moment_is_the_pause_that_lies_over_it() {
+    fn the_gap_after_a_moment_is_the_longest_pause_that_ended_after_it() {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
         let answer = Answer {
-            arrivals: vec![at(0), at(10), at(310), at(320)],
+            arrivals: vec![at(0), at(500), at(510), at(810), at(820)],
             ..Answer::new(start)
         };
-        let gap = |ms| answer.gap_at(at(ms)).map(|gap| gap.as_millis());
-        assert_eq!([gap(20), gap(315), gap(400)], [Some(300), Some(10), None]);
-        assert_eq!(answer.longest_gap().as_millis(), 300);
+        let gap = |ms| answer.gap_after(at(ms)).map(|gap| gap.as_millis());
+        assert_eq!(
+            [gap(505), gap(600), gap(815), gap(900)],
+            [Some(300), Some(300), Some(10), None]
+        );
+        assert_eq!(answer.longest_gap().as_millis(), 500);
     }
 }

@@ -16,6 +16,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -24,7 +25,7 @@ use mesh_testkit::namespaces::Machine;
 use mesh_testkit::{Mesh, Namespaces, Service, paths};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
 use crate::view::RingView;
@@ -35,7 +36,7 @@ pub struct ClusterBuilder {
     workers: Vec<String>,
     model: Option<PathBuf>,
     threads: usize,
-    head: String,
+    head: Vec<String>,
     stages: usize,
     standbys: bool,
     shim: bool,
@@ -119,7 +120,7 @@ impl ClusterBuilder {
     /// TOML that is put over the head's configuration.
     #[must_use]
     pub fn head_config(mut self, toml: &str) -> Self {
-        self.head = format!("{}{toml}\n", self.head);
+        self.head.push(toml.to_owned());
         self
     }
 
@@ -155,7 +156,9 @@ impl ClusterBuilder {
                 "[quic]\nlisten = \"{own}:0\"\n[dcf]\nworkers = \"{own}:0\"\n"
             ));
         }
-        builder = builder.head_config(&self.head);
+        for toml in &self.head {
+            builder = builder.head_config(toml);
+        }
         let model = match self.model {
             Some(model) => model,
             None => paths::smollm2()?,
@@ -188,7 +191,7 @@ impl Cluster {
             workers: Vec::new(),
             model: None,
             threads: 1,
-            head: String::new(),
+            head: Vec::new(),
             stages: 0,
             standbys: true,
             shim: false,
@@ -410,6 +413,52 @@ impl Cluster {
         }
     }
 
+    /// Has the head compare rings with fresh plans and replace those that are clearly worse; returns what it says.
+    ///
+    /// # Errors
+    /// If it refuses.
+    pub async fn rebalance(&self) -> Result<Value> {
+        let admin = self.mesh.admin()?;
+        Ok(admin.post("/v1/mesh/rebalance", &json!({})).await?)
+    }
+
+    /// Tells the head that a worker is to be emptied, and waits until it holds nothing.
+    ///
+    /// # Errors
+    /// If the head refuses, or if the worker still holds something after 30 s; the message says what.
+    pub async fn drain(&self, name: &str) -> Result<()> {
+        let admin = self.mesh.admin()?;
+        let asked = json!({ "worker": name });
+        let mut shown = admin.post("/v1/mesh/drain", &asked).await?;
+        let started = Instant::now();
+        while shown["holds"]
+            .as_array()
+            .is_some_and(|holds| !holds.is_empty())
+        {
+            if started.elapsed() > DRAIN_LIMIT {
+                bail!("{name} is not empty after {DRAIN_LIMIT:?}: {shown:#}");
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            let mesh = self.mesh.registry().await?;
+            let mut workers = mesh["workers"].as_array().into_iter().flatten();
+            let worker = workers.find(|worker| worker["name"] == name);
+            shown = worker.cloned().unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    /// Puts a drained worker back into service.
+    ///
+    /// # Errors
+    /// If the head refuses.
+    pub async fn undrain(&self, name: &str) -> Result<()> {
+        let admin = self.mesh.admin()?;
+        admin
+            .post("/v1/mesh/undrain", &json!({ "worker": name }))
+            .await?;
+        Ok(())
+    }
+
     /// The ends of all logs.
     pub fn log_ends(&self) -> String {
         let services = std::iter::once(&self.mesh.head).chain(&self.mesh.workers);
@@ -501,21 +550,26 @@ impl Cluster {
         Ok(())
     }
 
-    /// What the first worker found out about this machine: all workers are alike, and measured one after the other they would
-    /// differ by what else runs.
+    /// What the first worker of this process found out about this machine: all workers are alike, and measured one after the
+    /// other they would differ by what else runs.
     async fn measured(&self) -> Vec<PathBuf> {
-        let kept = self.mesh.head.state_dir().join("measured/profile.json");
         let started = Instant::now();
-        while self.measures && started.elapsed() < MEASURE_LIMIT && !kept.is_file() {
+        while self.measures && started.elapsed() < MEASURE_LIMIT && measured().is_none() {
             let workers = self.mesh.workers.iter();
             let mut files = workers.map(|worker| worker.state_dir().join("profile.json"));
-            if let Some(file) = files.find(|file| has_speeds(file)) {
-                let _ = std::fs::create_dir_all(kept.with_file_name(""));
-                let _ = std::fs::copy(file, &kept);
-            }
+            *measured() = files.find_map(|file| read_speeds(&file));
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        kept.is_file().then_some(kept).into_iter().collect()
+        let file = self.mesh.head.state_dir().join("measured/profile.json");
+        let written = measured().as_ref().map(|bytes| {
+            std::fs::create_dir_all(file.with_file_name(""))?;
+            std::fs::write(&file, bytes)
+        });
+        written
+            .and_then(Result::ok)
+            .map(|()| file)
+            .into_iter()
+            .collect()
     }
 
     fn machine(&self, name: &str) -> Result<(&Namespaces, Machine)> {
@@ -540,16 +594,17 @@ impl Drop for Cluster {
     }
 }
 
-/// Whether the profile tells how fast a layer is.
-fn has_speeds(profile: &Path) -> bool {
-    let kept: Option<Value> = std::fs::read(profile)
-        .ok()
-        .and_then(|bytes| serde_json::from_slice(&bytes).ok());
-    kept.is_some_and(|kept| {
-        kept["speeds"]
-            .as_array()
-            .is_some_and(|speeds| !speeds.is_empty())
-    })
+/// A worker's profile, once it tells how fast a layer is.
+fn read_speeds(profile: &Path) -> Option<Vec<u8>> {
+    let bytes = std::fs::read(profile).ok()?;
+    let kept: Value = serde_json::from_slice(&bytes).ok()?;
+    let speeds = kept["speeds"].as_array()?;
+    (!speeds.is_empty()).then_some(bytes)
+}
+
+fn measured() -> MutexGuard<'static, Option<Vec<u8>>> {
+    static MEASURED: Mutex<Option<Vec<u8>>> = Mutex::new(None);
+    MEASURED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn is_empty(value: &toml::Value) -> bool {
@@ -560,5 +615,6 @@ fn is_empty(value: &toml::Value) -> bool {
 const SHARDS: &str = "models = []\n";
 const RING_LIMIT: Duration = Duration::from_secs(90);
 const MEASURE_LIMIT: Duration = Duration::from_secs(60);
+const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(30);
 const IDLE_LIMIT: Duration = Duration::from_secs(30);

@@ -56,7 +56,7 @@ async fn answers_outlive(losses: &[Loss], mut cluster: Cluster, seed: &mut Seed)
             .with_context(|| what.clone())?;
         println!(
             "{what}: a pause of {:?}, run again {} times",
-            answers[0].gap_at(struck).unwrap_or_default(),
+            answers[0].gap_after(struck).unwrap_or_default(),
             answers[0].transcript.reruns,
         );
         cluster.remove(&victim);
