@@ -13,6 +13,7 @@
 
 pub mod clients;
 pub mod cluster;
+pub mod faults;
 pub mod flood;
 pub mod gaps;
 pub mod rescore;
@@ -21,6 +22,7 @@ pub mod view;
 
 pub use clients::{Answer, Ask, Running, assert_same_tokens, question};
 pub use cluster::{Cluster, ClusterBuilder};
+pub use faults::Fault;
 pub use undisturbed::Undisturbed;
 pub use view::RingView;
 

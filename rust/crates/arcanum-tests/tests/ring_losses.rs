@@ -3,21 +3,13 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use arcanum_tests::{Ask, Cluster, Running, Seed, Undisturbed, alone, question};
-
-/// What happens to a worker.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Loss {
-    Kill,
-    Stop,
-    Cut,
-}
+use arcanum_tests::{Ask, Cluster, Fault, Running, Seed, Undisturbed, alone, question};
 
 const TOKENS: u32 = 96;
 
 /// Disturbs one answer after the other, a worker being lost in each, and compares every one with the undisturbed one.
-async fn answers_outlive(losses: &[Loss], mut cluster: Cluster, seed: &mut Seed) -> Result<()> {
-    let asks: Vec<Ask> = (0..losses.len())
+async fn answers_outlive(faults: &[Fault], mut cluster: Cluster, seed: &mut Seed) -> Result<()> {
+    let asks: Vec<Ask> = (0..faults.len())
         .map(|number| match number % 4 {
             3 => Ask::sampled(question(number * 7), TOKENS, 1000 + number as u64),
             _ => Ask::greedy(question(number * 7), TOKENS),
@@ -26,24 +18,20 @@ async fn answers_outlive(losses: &[Loss], mut cluster: Cluster, seed: &mut Seed)
     let mut undisturbed = Undisturbed::new();
     undisturbed.learn(&asks).await?;
 
-    for (run, (loss, ask)) in losses.iter().zip(&asks).enumerate() {
+    for (run, (fault, ask)) in faults.iter().zip(&asks).enumerate() {
         let ring = cluster.wait_for_whole_ring().await?;
         let stage = seed.below(ring.stages.len());
         let after = 1 + seed.below(TOKENS as usize * 3 / 4);
         let victim = ring.stages[stage].member.worker.clone();
         let what = format!(
-            "run {run}: {loss:?} {victim} after {after} tokens; {}",
+            "run {run}: {victim} {fault} after {after} tokens; {}",
             ring.layout()
         );
 
         let running = Running::start(&cluster.client()?, std::slice::from_ref(ask));
         running.wait_for_tokens(after).await.context(what.clone())?;
         let struck = Instant::now();
-        match loss {
-            Loss::Kill => cluster.kill(&victim)?,
-            Loss::Stop => cluster.stop(&victim)?,
-            Loss::Cut => cluster.cut(&victim)?,
-        }
+        cluster.strike(&victim, *fault)?;
         let answers = match running.answers().await {
             Ok(answers) => answers,
             Err(error) => {
@@ -72,7 +60,7 @@ async fn an_answer_outlives_the_death_of_any_worker() -> Result<()> {
     let _alone = alone();
     let mut seed = Seed::of_this_run(20_261_123);
     let cluster = Cluster::builder().shards(4).stages(3).start().await?;
-    answers_outlive(&[Loss::Kill; 8], cluster, &mut seed).await
+    answers_outlive(&[Fault::Kill; 8], cluster, &mut seed).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -80,7 +68,7 @@ async fn an_answer_outlives_workers_that_hang() -> Result<()> {
     let _alone = alone();
     let mut seed = Seed::of_this_run(20_261_124);
     let cluster = Cluster::builder().shards(4).stages(3).start().await?;
-    answers_outlive(&[Loss::Stop; 4], cluster, &mut seed).await
+    answers_outlive(&[Fault::Stop; 4], cluster, &mut seed).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -94,5 +82,5 @@ async fn an_answer_outlives_workers_that_are_cut_off() -> Result<()> {
             return Ok(());
         }
     };
-    answers_outlive(&[Loss::Cut; 4], builder.start().await?, &mut seed).await
+    answers_outlive(&[Fault::Cut; 4], builder.start().await?, &mut seed).await
 }
