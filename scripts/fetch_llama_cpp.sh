@@ -7,9 +7,9 @@ set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 cache=${HYDRAMESH_CACHE:-$root/.cache}
 dest=$cache/llama.cpp
-packages="llama.cpp llama.cpp-tools libggml0 libllama-dev"
+packages="llama.cpp llama.cpp-tools libggml0 libggml0-backend-rpc libllama-dev"
 
-[ -x "$dest/bin/llama-bench" ] && [ "${1:-}" != --force ] && exit 0
+[ -x "$dest/bin/llama_rpc_server" ] && [ "${1:-}" != --force ] && exit 0
 command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || {
     echo "fetch_llama_cpp: needs apt-get and dpkg-deb (a Debian or Ubuntu machine); or put llama-bench," \
         "llama-quantize, llama-perplexity and llama-server into $dest/bin yourself" >&2
@@ -66,12 +66,13 @@ for program in "$dest"/root/usr/bin/llama-* "$dest"/root/usr/libexec/*/llama-*; 
         "$backends" "$loader" "$lib:$private:$backends" "$program" >"$wrapper"
     chmod +x "$wrapper"
 done
-# Our own anchor program, built here and run on sid's libraries.
-anchor=$root/rust/crates/mesh-bench/anchor/llama_anchor.c
-"${CC:-cc}" -O2 -Wall -I "$dest/root/usr/include" -o "$dest/llama_anchor" "$anchor" -L "$lib" \
-    -Wl,--unresolved-symbols=ignore-all -l:libllama.so.0 -l:libggml.so.0 -l:libggml-base.so.0 -lm
-printf '#!/bin/sh\nexec "%s" --library-path "%s" "%s" "%s" "$@"\n' \
-    "$loader" "$lib:$private:$backends" "$dest/llama_anchor" "$backends" >"$dest/bin/llama_anchor"
-chmod +x "$dest/bin/llama_anchor"
+# Our own anchor programs, built here and run on sid's libraries.
+for anchor in llama_anchor llama_rpc_server; do
+    "${CC:-cc}" -O2 -Wall -I "$dest/root/usr/include" -o "$dest/$anchor" "$root/rust/crates/mesh-bench/anchor/$anchor.c" \
+        -L "$lib" -Wl,--unresolved-symbols=ignore-all -l:libllama.so.0 -l:libggml.so.0 -l:libggml-base.so.0 -lm
+    printf '#!/bin/sh\nexec "%s" --library-path "%s" "%s" "%s" "$@"\n' \
+        "$loader" "$lib:$private:$backends" "$dest/$anchor" "$backends" >"$dest/bin/$anchor"
+    chmod +x "$dest/bin/$anchor"
+done
 rm -rf "$apt/cache" "$apt/state"
 echo "fetch_llama_cpp: $(find "$dest/bin" -type f | wc -l) programs in $dest/bin"

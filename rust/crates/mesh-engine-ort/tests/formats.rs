@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{options, pipeline};
+use common::{options, pipeline_over};
 use half::f16;
 use mesh_engine::{LogitRows, Segment, Stage};
 use mesh_engine_ort::{OrtOptions, OrtStage, WeightFormat};
@@ -33,7 +33,16 @@ fn stages(model: &Model, cuts: &[(u32, u32, WeightFormat)]) -> Vec<OrtStage> {
 }
 
 /// Of the second half of each window, from an empty context.
-fn perplexity(model: &Model, mut stages: Vec<OrtStage>, windows: usize) -> f64 {
+fn perplexity(model: &Model, stages: Vec<OrtStage>, windows: usize) -> f64 {
+    perplexity_over(model, stages, windows, |_| {})
+}
+
+fn perplexity_over(
+    model: &Model,
+    mut stages: Vec<OrtStage>,
+    windows: usize,
+    link: impl Fn(&mut [f32]),
+) -> f64 {
     let tokens = model
         .tokenizer()
         .encode(TEXT, EncodeOptions::default())
@@ -46,7 +55,7 @@ fn perplexity(model: &Model, mut stages: Vec<OrtStage>, windows: usize) -> f64 {
             rows: WINDOW as u32,
             logits: LogitRows::All,
         };
-        let rows = pipeline(&mut stages, &[segment], window);
+        let rows = pipeline_over(&mut stages, &[segment], window, &link);
         let rows: Vec<&[f32]> = rows.chunks(model.config().vocab).collect();
         for at in WINDOW / 2..WINDOW - 1 {
             let most = rows[at].iter().copied().fold(f32::MIN, f32::max);
@@ -85,6 +94,24 @@ fn int8_stages_and_stages_of_the_files_own_format_work_together() {
         (low * 0.995..high * 1.005).contains(&mixed),
         "{mixed} is not between {low} and {high}"
     );
+}
+
+/// What a ring with `half_rows` costs in quality: next to nothing.
+#[test]
+fn rows_that_travel_as_f16_keep_the_perplexity() {
+    let model = smollm2();
+    let thirds = || {
+        let file = WeightFormat::File;
+        stages(&model, &[(0, 10, file), (10, 20, file), (20, 30, file)])
+    };
+    let whole = perplexity(&model, thirds(), 4);
+    let half = perplexity_over(&model, thirds(), 4, |rows| {
+        for number in rows {
+            *number = f16::from_f32(*number).to_f32();
+        }
+    });
+    println!("f32 {whole:.4}, f16 {half:.4}, ratio {:.6}", half / whole);
+    assert!((half / whole - 1.0).abs() < 0.002, "{whole}, {half}");
 }
 
 /// The model with weights that have more than 4 bits: each is put anywhere in the step that its 4 bits stand for, as if it had

@@ -509,23 +509,26 @@ impl RingRunner {
         }
     }
 
-    /// Says how the last stage is, once after each step.
+    /// Says how the last stage is, when that has changed.
     fn gauge(&mut self, now: Instant) {
-        let Some(begun) = self.computing.take() else {
-            return;
-        };
-        let took = now.saturating_duration_since(begun).as_secs_f32() * 1e6;
-        let before = self.gauges.step_us;
-        self.gauges = DriverGauges {
+        let mut gauges = DriverGauges {
             lag: self.part.lag(),
-            step_us: if before > 0.0 {
+            kv_bytes: self.part.book().rows() * self.part.info().kv_bytes_per_token,
+            ..self.gauges
+        };
+        if let Some(begun) = self.computing.take() {
+            let took = now.saturating_duration_since(begun).as_secs_f32() * 1e6;
+            let before = gauges.step_us;
+            gauges.step_us = if before > 0.0 {
                 before * 0.875 + took * 0.125
             } else {
                 took
-            },
-            kv_bytes: self.part.book().rows() * self.part.info().kv_bytes_per_token,
-        };
-        (self.out)(DriverOut::Gauges(self.gauges));
+            };
+        }
+        if gauges != self.gauges {
+            self.gauges = gauges;
+            (self.out)(DriverOut::Gauges(gauges));
+        }
     }
 
     /// Computes a replay's rows whose last stage is this one.
@@ -613,12 +616,12 @@ impl Runner for RingRunner {
     }
 
     fn poll(&mut self, now: Instant) -> Option<Outcome<'_>> {
-        self.gauge(now);
         // Before anything goes out: where it goes may have changed.
         while let Ok(event) = self.events.try_recv() {
             self.handle(event, now);
         }
         self.flush();
+        self.gauge(now);
         if let Some(error) = self.ended.take() {
             return Some(Outcome::Ended(error));
         }

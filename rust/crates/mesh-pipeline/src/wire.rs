@@ -58,10 +58,13 @@ pub(crate) fn read_segment(segment: &RingSegment) -> Segment {
     }
 }
 
-/// Hidden rows as bytes.
+/// Hidden rows as bytes. What f16 cannot hold becomes its largest number rather than infinity, which would spoil all that
+/// follows.
 pub(crate) fn rows(numbers: &[f32], half: bool) -> Bytes {
     if half {
-        let bytes = numbers.iter().flat_map(|&n| f16::from_f32(n).to_le_bytes());
+        let (least, most) = (f16::MIN.to_f32(), f16::MAX.to_f32());
+        let clamped = numbers.iter().map(|number| number.clamp(least, most));
+        let bytes = clamped.flat_map(|number| f16::from_f32(number).to_le_bytes());
         bytes.collect::<Vec<u8>>().into()
     } else {
         let mut bytes = Vec::with_capacity(numbers.len() * 4);

@@ -200,7 +200,8 @@ impl HeadLink {
         let defaults = Arc::new(self.config.sampling.clone());
         let (mut send, mut recv) = control.split();
         let (ring_outbox, mut ring_messages) = tokio::sync::mpsc::unbounded_channel();
-        self.host.rings().linked(ring_outbox);
+        self.host.rings().linked(ring_outbox, link.rtt());
+        let mut paths = tokio::time::interval_at(tokio::time::Instant::now() + PATHS, PATHS);
         let mut look = tokio::time::interval(LOAD_INTERVAL);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut reported = None;
@@ -216,6 +217,7 @@ impl HeadLink {
                 },
                 () = self.shutdown.draining(), if !now_draining => {}
                 _ = look.tick() => {}
+                _ = paths.tick() => self.host.rings().offer(link.rtt()),
                 Some(message) = ring_messages.recv() => {
                     if let Err(failure) = send.send(message).await {
                         return failure.to_string();
@@ -365,6 +367,8 @@ fn read_token(config: &Config) -> Result<Option<JoinToken>, WorkerError> {
     }
 }
 
+/// Between looks at the paths to other workers.
+const PATHS: Duration = Duration::from_secs(60);
 const HEARTBEAT: Duration = Duration::from_secs(2);
 const LOAD_INTERVAL: Duration = Duration::from_millis(250);
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(5);

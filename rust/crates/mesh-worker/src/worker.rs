@@ -237,8 +237,9 @@ impl Running {
             Drained::Finished => tracing::info!("all answers finished"),
             Drained::TimedOut => tracing::warn!(
                 answers = self.answers.len(),
+                rings = self.host.rings().shared(),
                 limit_seconds = self.shutdown.limit().as_secs_f64(),
-                "answers still running at the end of the drain are cut"
+                "what still runs at the end of the drain is cut: answers, and parts of rings that nobody has taken over"
             ),
         }
     }

@@ -59,6 +59,16 @@ pub(crate) fn pipeline(
     segments: &[Segment],
     tokens: &[u32],
 ) -> Vec<f32> {
+    pipeline_over(stages, segments, tokens, |_| {})
+}
+
+/// As [`pipeline`], with something done to the rows between two stages.
+pub(crate) fn pipeline_over(
+    stages: &mut [impl Stage],
+    segments: &[Segment],
+    tokens: &[u32],
+    link: impl Fn(&mut [f32]),
+) -> Vec<f32> {
     let mut hidden: Option<Vec<f32>> = None;
     for stage in stages {
         let input = match &hidden {
@@ -76,9 +86,13 @@ pub(crate) fn pipeline(
                 },
             })
             .collect();
-        hidden = Some(match stage.forward(&asked, input).unwrap() {
+        let mut rows = match stage.forward(&asked, input).unwrap() {
             StageOutput::Hidden(rows) | StageOutput::Logits(rows) => rows.to_vec(),
-        });
+        };
+        if !stage.info().is_last() {
+            link(&mut rows);
+        }
+        hidden = Some(rows);
     }
     hidden.unwrap()
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use mesh_engine::RequestError;
@@ -195,6 +196,8 @@ impl Deployment {
             .collect();
         let last = ring.stages.len() as u32 - 1;
         let drives = ring.stages.last().is_some_and(|stage| holds(&stage.seat));
+        let alone = ring.stages.iter().all(|stage| holds(&stage.seat));
+        self.rings.set_alone(self.id, alone);
         self.ring = ring;
         // First what is no longer needed: there may be no room for both.
         self.parts.retain(|stage, _| wanted.contains(stage));
@@ -694,8 +697,11 @@ impl Deployment {
                     state.phase = PartPhase::Failed.into();
                     state.error.clone_from(error);
                 }
+                Hosted::Ready { part, .. } if part.gauges.broken.load(Relaxed) => {
+                    state.phase = PartPhase::Failed.into();
+                    state.error = "a step panicked; see the worker's log".to_owned();
+                }
                 Hosted::Ready { part, loaded } => {
-                    use std::sync::atomic::Ordering::Relaxed;
                     (state.load_seconds, state.weight_bytes) =
                         (loaded.seconds, loaded.weight_bytes);
                     state.lag_rows = part.gauges.lag.load(Relaxed);

@@ -120,12 +120,14 @@ impl DriverHandle {
         previous: Outbox,
     ) {
         let stages = members.len() as u32 + 1;
-        *lock(&self.inner.boxes) = Boxes {
+        let mut boxes = lock(&self.inner.boxes);
+        *boxes = Boxes {
             members,
             previous: Some(previous),
             standby: None,
-            gauges: DriverGauges::default(),
+            gauges: boxes.gauges,
         };
+        drop(boxes);
         self.tell(DriverEvent::Epoch {
             epoch,
             stages,

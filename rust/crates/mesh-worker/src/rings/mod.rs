@@ -14,7 +14,7 @@ mod streams;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,7 +27,9 @@ use mesh_model::Model;
 use mesh_net::quic::{Link, LinkConfig, Listener, MsgStream};
 use mesh_net::trust::{NodeIdentity, Role};
 use mesh_pipeline::Part;
-use mesh_proto::{ModelCard, Offer, Ring, RingHello, RingState, ShardOffer};
+use mesh_proto::{
+    ModelCard, NodeProfile, Offer, PathProfile, Ring, RingHello, RingState, ShardOffer,
+};
 use tokio::sync::{Notify, mpsc};
 
 use self::deployment::{Deployment, Event};
@@ -41,11 +43,15 @@ use crate::host::Answering;
 pub(crate) struct Rings {
     config: Arc<Config>,
     shards: Vec<Arc<Shard>>,
-    profile: mesh_proto::NodeProfile,
+    profile: NodeProfile,
     net: Mutex<Option<Net>>,
     deployments: Mutex<HashMap<u64, mpsc::UnboundedSender<Event>>>,
+    /// Rings of which this worker runs every stage.
+    alone: Mutex<HashSet<u64>>,
     changed: Notify,
     served: Mutex<Vec<Served>>,
+    /// The paths that the head was told of.
+    offered: Mutex<Vec<PathProfile>>,
     /// To the head, while there is a link to it.
     head: Mutex<Option<mpsc::UnboundedSender<Message>>>,
 }
@@ -84,8 +90,10 @@ impl Rings {
             profile,
             net: Mutex::new(None),
             deployments: Mutex::default(),
+            alone: Mutex::default(),
             changed: Notify::new(),
             served: Mutex::default(),
+            offered: Mutex::default(),
             head: Mutex::default(),
         }))
     }
@@ -121,22 +129,41 @@ impl Rings {
         Ok(())
     }
 
-    /// Says to the head what there is, through `outbox`.
-    pub(crate) fn linked(&self, outbox: mpsc::UnboundedSender<Message>) {
-        let net = lock(&self.net);
-        if let Some(net) = &*net {
-            let offer = Offer {
-                ring_port: net.address.port().into(),
-                profile: Some(self.profile.clone()),
-                shards: self
-                    .shards
-                    .iter()
-                    .map(|shard| shard.offer.clone())
-                    .collect(),
-            };
-            let _ = outbox.send(message(MsgType::OFFER, &offer));
-        }
+    /// Says to the head, which is `rtt` away, what there is; from now on it hears of rings through `outbox`.
+    pub(crate) fn linked(&self, outbox: mpsc::UnboundedSender<Message>, rtt: Duration) {
         *lock(&self.head) = Some(outbox);
+        lock(&self.offered).clear();
+        self.offer(rtt);
+    }
+
+    /// Says again what there is if the paths to others have changed.
+    pub(crate) fn offer(&self, rtt: Duration) {
+        let Some(net) = lock(&self.net).clone() else {
+            return;
+        };
+        let mut paths = net.peers.paths();
+        paths.push(peers::path("", rtt));
+        let mut offered = lock(&self.offered);
+        if !offered.is_empty() && !differ(&offered, &paths) {
+            return;
+        }
+        offered.clone_from(&paths);
+        drop(offered);
+        let offer = Offer {
+            ring_port: net.address.port().into(),
+            profile: Some(NodeProfile {
+                paths,
+                ..self.profile.clone()
+            }),
+            shards: self
+                .shards
+                .iter()
+                .map(|shard| shard.offer.clone())
+                .collect(),
+        };
+        if let Some(head) = &*lock(&self.head) {
+            let _ = head.send(message(MsgType::OFFER, &offer));
+        }
     }
 
     /// The link to the head is gone; what it deployed is of no more use to it.
@@ -194,15 +221,32 @@ impl Rings {
             .collect()
     }
 
-    /// Resolves when no ring has a part here any more, or the link to the head is gone.
+    /// Resolves when no ring with others has a part here any more, or the link to the head is gone.
     pub(crate) async fn emptied(&self) {
         loop {
             let changed = self.changed.notified();
-            if lock(&self.deployments).is_empty() {
+            if self.shared() == 0 {
                 return;
             }
             changed.await;
         }
+    }
+
+    /// Rings with others that have a part here.
+    pub(crate) fn shared(&self) -> usize {
+        let (deployments, alone) = (lock(&self.deployments), lock(&self.alone));
+        let shared = deployments.keys().filter(|ring| !alone.contains(ring));
+        shared.count()
+    }
+
+    /// Whether this worker runs every stage of a ring: then there is nobody to hand it over to.
+    fn set_alone(&self, ring: u64, alone: bool) {
+        if alone {
+            lock(&self.alone).insert(ring);
+        } else {
+            lock(&self.alone).remove(&ring);
+        }
+        self.changed.notify_waiters();
     }
 
     fn node_id(&self) -> String {
@@ -234,6 +278,7 @@ impl Rings {
         };
         if deployments.get(&ring).is_some_and(is_own) {
             deployments.remove(&ring);
+            lock(&self.alone).remove(&ring);
         }
         drop(deployments);
         self.changed.notify_waiters();
@@ -318,10 +363,24 @@ async fn accept_streams(rings: Arc<Rings>, link: Link) {
     }
 }
 
+/// Whether a plan might look at them differently: a new path, or a round trip that is half as long again.
+fn differ(before: &[PathProfile], now: &[PathProfile]) -> bool {
+    now.iter().any(|path| {
+        let known = before.iter().find(|known| known.node_id == path.node_id);
+        known.is_none_or(|known| {
+            let (least, most) = (known.rtt_us.min(path.rtt_us), known.rtt_us.max(path.rtt_us));
+            most > least.max(LEAST_RTT) / 2 * 3
+        })
+    })
+}
+
 /// What these mutexes guard is replaced as a whole, so a panic elsewhere leaves it sound.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// Round trips below this, microseconds, are all the same to a plan.
+const LEAST_RTT: u32 = 1_000;
 
 /// How long a stream waits for its ring to be named here.
 const RING_PATIENCE: Duration = Duration::from_secs(10);

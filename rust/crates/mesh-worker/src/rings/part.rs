@@ -1,7 +1,12 @@
-//! The thread of one part: computes its steps one after the other, in the order in which they come.
+//! One part at work: computes its steps one after the other, in the order in which they come.
+//!
+//! It has a thread. A step that takes a few milliseconds at most is not worth being handed over to it, because waking the
+//! thread and being woken by it costs a noticeable share of such a step: then the network task that received the step
+//! computes it, if nothing else is waiting.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, mpsc};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use dcf::{ErrorCode, Message, MsgType};
@@ -64,22 +69,50 @@ pub(super) struct Gauges {
     pub(super) step_us: AtomicU64,
     /// Bytes of KV rows.
     pub(super) kv_bytes: AtomicU64,
+    /// Microseconds per step of a few rows, smoothed.
+    short_us: AtomicU64,
+    /// A step panicked; nobody knows what the part holds now.
+    pub(super) broken: AtomicBool,
 }
 
 /// A running part. Dropping the last handle ends its thread.
 #[derive(Clone)]
 pub(super) struct PartHandle {
-    commands: mpsc::Sender<Command>,
+    shared: Arc<Shared>,
+    /// Held by handles only: the thread ends when it is gone.
+    _alive: Arc<Alive>,
     pub(super) gauges: Arc<Gauges>,
+}
+
+struct Shared {
+    queue: Mutex<Queue>,
+    filled: Condvar,
+    /// `None` once the part was taken. Whoever takes a command from the queue holds this already, so that commands are
+    /// obeyed in their order.
+    worker: Mutex<Option<PartWorker>>,
+}
+
+#[derive(Default)]
+struct Queue {
+    commands: VecDeque<Command>,
+    closed: bool,
+}
+
+struct Alive(Arc<Shared>);
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        lock(&self.0.queue).closed = true;
+        self.0.filled.notify_all();
+    }
 }
 
 impl PartHandle {
     /// Starts a thread for `part`.
     pub(super) fn start(part: Part) -> std::io::Result<Self> {
-        let (commands, inbox) = mpsc::channel();
         let gauges = Arc::new(Gauges::default());
         let layers = part.info().layers.clone();
-        let thread = Thread {
+        let worker = PartWorker {
             part,
             gauges: gauges.clone(),
             outboxes: None,
@@ -87,15 +120,45 @@ impl PartHandle {
             counters: Arc::default(),
             outs: Vec::new(),
         };
+        let shared = Arc::new(Shared {
+            queue: Mutex::default(),
+            filled: Condvar::new(),
+            worker: Mutex::new(Some(worker)),
+        });
+        let at_work = shared.clone();
         std::thread::Builder::new()
             .name(format!("layers {}-{}", layers.start, layers.end))
-            .spawn(move || thread.run(&inbox))?;
-        Ok(PartHandle { commands, gauges })
+            .spawn(move || at_work.work())?;
+        Ok(PartHandle {
+            _alive: Arc::new(Alive(shared.clone())),
+            shared,
+            gauges,
+        })
     }
 
-    /// Tells the part something. A thread that has ended does not hear it; its streams end by themselves.
+    /// Tells the part something. One that was taken does not hear it; its streams end by themselves.
     pub(super) fn tell(&self, command: Command) {
-        let _ = self.commands.send(command);
+        lock(&self.shared.queue).commands.push_back(command);
+        self.shared.filled.notify_one();
+    }
+
+    /// Tells the part to compute a step; a short one is computed here and now.
+    pub(super) fn step(&self, step: RingStep) {
+        let took = self.gauges.short_us.load(Ordering::Relaxed);
+        let short = step.tokens.len() <= SHORT_ROWS && (1..SHORT_US).contains(&took);
+        if short {
+            let queue = lock(&self.shared.queue);
+            if queue.commands.is_empty()
+                && let Ok(mut worker) = self.shared.worker.try_lock()
+                && let Some(worker) = worker.as_mut()
+            {
+                drop(queue);
+                worker.obey(Command::Step(step));
+                worker.send();
+                return;
+            }
+        }
+        self.tell(Command::Step(step));
     }
 
     /// What the part holds, after all that it was told before.
@@ -113,7 +176,46 @@ impl PartHandle {
     }
 }
 
-struct Thread {
+impl Shared {
+    /// What the thread does.
+    fn work(&self) {
+        loop {
+            {
+                let mut queue = lock(&self.queue);
+                while queue.commands.is_empty() {
+                    if queue.closed {
+                        return;
+                    }
+                    queue = self
+                        .filled
+                        .wait(queue)
+                        .unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+            // Poisoned by a step that panicked: this is the end of it.
+            let Ok(mut worker) = self.worker.lock() else {
+                return;
+            };
+            let Some(command) = lock(&self.queue).commands.pop_front() else {
+                continue;
+            };
+            if let Command::Take(taker) = command {
+                if let Some(worker) = worker.take() {
+                    // Whoever wanted it may be gone; then nobody needs it any more.
+                    let _ = taker.send(worker.part);
+                }
+                return;
+            }
+            if let Some(worker) = worker.as_mut() {
+                worker.obey(command);
+                worker.send();
+            }
+        }
+    }
+}
+
+/// Who holds the part.
+struct PartWorker {
     part: Part,
     gauges: Arc<Gauges>,
     outboxes: Option<Outboxes>,
@@ -122,19 +224,7 @@ struct Thread {
     outs: Vec<Out>,
 }
 
-impl Thread {
-    fn run(mut self, inbox: &mpsc::Receiver<Command>) {
-        while let Ok(command) = inbox.recv() {
-            if let Command::Take(taker) = command {
-                // Whoever wanted it may be gone; then nobody needs it any more.
-                let _ = taker.send(self.part);
-                return;
-            }
-            self.obey(command);
-            self.send();
-        }
-    }
-
+impl PartWorker {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Begin {
@@ -172,15 +262,14 @@ impl Thread {
 
     fn step(&mut self, step: RingStep) {
         let started = Instant::now();
+        let rows = step.tokens.len();
+        let _watch = Watch(self.gauges.clone());
         self.part.step(step, &mut self.outs);
         let took = started.elapsed().as_micros() as u64;
-        let before = self.gauges.step_us.load(Ordering::Relaxed);
-        let smoothed = if before == 0 {
-            took
-        } else {
-            (before * 7 + took) / 8
-        };
-        self.gauges.step_us.store(smoothed, Ordering::Relaxed);
+        smooth(&self.gauges.step_us, took);
+        if rows <= SHORT_ROWS {
+            smooth(&self.gauges.short_us, took);
+        }
     }
 
     fn take_mirrored(&mut self, mirror: &RingMirror, answers: &Outbox) {
@@ -232,6 +321,38 @@ impl Thread {
         self.gauges.lag.store(self.part.lag(), Ordering::Relaxed);
     }
 }
+
+/// Notes it if what follows panics.
+struct Watch(Arc<Gauges>);
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.broken.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+fn smooth(gauge: &AtomicU64, took: u64) {
+    let before = gauge.load(Ordering::Relaxed);
+    let smoothed = if before == 0 {
+        took
+    } else {
+        (before * 7 + took) / 8
+    };
+    gauge.store(smoothed, Ordering::Relaxed);
+}
+
+/// What is guarded is replaced as a whole, so a panic elsewhere leaves it sound.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Rows of a step that may be computed by the task that received it.
+const SHORT_ROWS: usize = 8;
+
+/// Microseconds that steps take on average if they may be: other tasks wait for as long.
+const SHORT_US: u64 = 4_000;
 
 /// A message of a ring.
 pub(super) fn message(kind: MsgType, body: &impl prost::Message) -> Message {

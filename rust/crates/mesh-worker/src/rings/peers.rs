@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use mesh_net::quic::{Connector, Link, LinkConfig};
 use mesh_net::trust::{NodeIdentity, Role};
-use mesh_proto::Seat;
+use mesh_proto::{PathProfile, Seat};
 
 /// Dials other workers.
 #[derive(Clone)]
@@ -26,6 +26,18 @@ impl Peers {
             identity,
             links: Arc::default(),
         }
+    }
+
+    /// The paths to workers that there are links to.
+    pub(super) fn paths(&self) -> Vec<PathProfile> {
+        let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = links.iter().filter_map(|(node_id, entry)| {
+            // One that is being made has not been measured.
+            let link = entry.try_lock().ok()?;
+            let link = link.as_ref().filter(|link| link.close_reason().is_none())?;
+            Some(path(node_id, link.rtt()))
+        });
+        open.collect()
     }
 
     /// The link to a worker, made if there is none.
@@ -62,6 +74,15 @@ impl Peers {
         }
         *link = Some(made.clone());
         Ok(made)
+    }
+}
+
+/// A path to the node `node_id`, the head if that is empty.
+pub(super) fn path(node_id: &str, rtt: Duration) -> PathProfile {
+    PathProfile {
+        node_id: node_id.to_owned(),
+        rtt_us: u32::try_from(rtt.as_micros()).unwrap_or(u32::MAX),
+        bandwidth: 0.0,
     }
 }
 

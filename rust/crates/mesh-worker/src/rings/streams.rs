@@ -125,7 +125,7 @@ pub(super) async fn rows_in(
                 Ok(step) => {
                     counters.received.fetch_add(1, Ordering::Relaxed);
                     match &target {
-                        Target::Part(part) => part.tell(Command::Step(step)),
+                        Target::Part(part) => part.step(step),
                         Target::Driver(driver) => driver.tell(DriverEvent::Rows(step)),
                     }
                 }
@@ -203,7 +203,7 @@ pub(super) async fn drive_in(
                 let done = match message.kind {
                     MsgType::RING_STEP => RingStep::decode(message.payload).map(|step| {
                         counters.received.fetch_add(1, Ordering::Relaxed);
-                        part.tell(Command::Step(step));
+                        part.step(step);
                         None
                     }),
                     MsgType::RING_RESEND => RingResend::decode(message.payload).map(|resend| {

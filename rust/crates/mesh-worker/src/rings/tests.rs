@@ -71,7 +71,7 @@ impl Mesh {
             let rings = rings.unwrap().unwrap();
             rings.listen(&identity).unwrap();
             let (outbox, mut reports) = mpsc::unbounded_channel();
-            rings.linked(outbox);
+            rings.linked(outbox, Duration::from_micros(200));
             let offer = reports.recv().await.unwrap();
             let offer = Offer::decode(offer.payload).unwrap();
             mesh.nodes.push(Node {

@@ -1,0 +1,325 @@
+//! What it costs to run one model over three processes, and what mirroring costs: real services on loopback.
+//!
+//! Three meshes stand side by side and take turns, request by request, while the others idle: one worker with the whole model,
+//! three workers with a third of it each, and the same with three standbys. Every process computes with one thread, and there
+//! is one request at a time, of which one stage computes at any moment: each arrangement has exactly one computing thread, so
+//! the share of compute is 1 and the ratio is what the hops cost. With `--rpc`, llama.cpp runs the same file over
+//! three of its rpc-servers, one thread each, in the same rounds.
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Parser;
+use mesh_bench::{median, program};
+use mesh_testkit::client::http::HttpClient;
+use mesh_testkit::{Mesh, paths};
+use serde_json::json;
+
+/// Measures one model over three processes against one, with and without standbys, and against llama.cpp's RPC
+#[derive(Parser)]
+struct Args {
+    /// Rounds; each takes one request of every arrangement
+    #[arg(long, default_value_t = 9)]
+    rounds: usize,
+    /// Tokens of an answer
+    #[arg(long, default_value_t = 128)]
+    tokens: u32,
+    /// Tokens of the prompt whose prefill is timed
+    #[arg(long, default_value_t = 512)]
+    prompt: u32,
+    /// Compare with llama.cpp over three rpc-servers, too
+    #[arg(long)]
+    rpc: bool,
+}
+
+const MODEL: &str = "SmolLM2-135M-Instruct.Q4_1";
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// Tokens per second.
+#[derive(Clone, Copy)]
+struct Speed {
+    decode: f64,
+    prefill: f64,
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let args = Args::parse();
+    let whole = start(None).await?;
+    let ring = start(Some(false)).await?;
+    let mirrored = start(Some(true)).await?;
+    let rpc = args.rpc.then(RpcServers::start).transpose()?;
+
+    let mut speeds: [Vec<Speed>; 3] = [const { Vec::new() }; 3];
+    let mut anchor = Vec::new();
+    for round in 0..=args.rounds {
+        for (speeds, mesh) in speeds.iter_mut().zip([&whole, &ring, &mirrored]) {
+            let speed = measure(&mesh.client()?, &args, round).await?;
+            // The first round warms up.
+            if round > 0 {
+                speeds.push(speed);
+            }
+        }
+        if let Some(rpc) = &rpc
+            && round > 0
+        {
+            anchor.push(rpc.measure(&args)?);
+        }
+    }
+    let [whole_speeds, ring_speeds, mirrored_speeds] = &speeds;
+    let speed = |speeds: &[Speed], of: fn(&Speed) -> f64| {
+        median(&speeds.iter().map(of).collect::<Vec<_>>())
+    };
+    let decode = |s: &Speed| s.decode;
+    let prefill = |s: &Speed| s.prefill;
+    println!(
+        "one process, whole model:    decode {:.1} tok/s, prefill {:.0} tok/s",
+        speed(whole_speeds, decode),
+        speed(whole_speeds, prefill)
+    );
+    println!(
+        "three processes:             decode {:.1} tok/s, prefill {:.0} tok/s",
+        speed(ring_speeds, decode),
+        speed(ring_speeds, prefill)
+    );
+    println!(
+        "three and three standbys:    decode {:.1} tok/s, prefill {:.0} tok/s",
+        speed(mirrored_speeds, decode),
+        speed(mirrored_speeds, prefill)
+    );
+    ratio(
+        "split: three processes / one, decode",
+        "0.95",
+        ring_speeds,
+        whole_speeds,
+        decode,
+    );
+    ratio(
+        "split: three processes / one, prefill",
+        "-",
+        ring_speeds,
+        whole_speeds,
+        prefill,
+    );
+    ratio(
+        "mirroring: with standbys / without, decode",
+        "0.95",
+        mirrored_speeds,
+        ring_speeds,
+        decode,
+    );
+    if rpc.is_some() {
+        println!(
+            "llama.cpp, three rpc-servers: decode {:.1} tok/s, prefill {:.0} tok/s",
+            speed(&anchor, decode),
+            speed(&anchor, prefill)
+        );
+        ratio(
+            "three processes / llama.cpp RPC, decode",
+            "2",
+            ring_speeds,
+            &anchor,
+            decode,
+        );
+        ratio(
+            "three processes / llama.cpp RPC, prefill",
+            "2",
+            ring_speeds,
+            &anchor,
+            prefill,
+        );
+    }
+    for mesh in [whole, ring, mirrored] {
+        mesh.shutdown().await?;
+    }
+    Ok(())
+}
+
+/// Prints the median of the rounds' ratios and their range.
+fn ratio(what: &str, wanted: &str, ours: &[Speed], anchor: &[Speed], of: fn(&Speed) -> f64) {
+    let ratios: Vec<f64> = ours
+        .iter()
+        .zip(anchor)
+        .map(|(o, a)| of(o) / of(a))
+        .collect();
+    let (least, most) = ratios
+        .iter()
+        .fold((f64::MAX, 0.0f64), |(l, m), &r| (l.min(r), m.max(r)));
+    println!(
+        "{what}: {:.3} ({least:.3} to {most:.3}; wanted: at least {wanted})",
+        median(&ratios)
+    );
+}
+
+/// A mesh with the whole model on one worker, or with a third on each of three, perhaps with standbys.
+async fn start(ring: Option<bool>) -> Result<Mesh> {
+    let Some(standbys) = ring else {
+        return Mesh::builder()
+            .workers(1)
+            .worker_config("threads = 1")
+            .start()
+            .await;
+    };
+    let mut mesh = Mesh::builder()
+        .head_config(&format!(
+            "[sharding]\nstages = 3\nobjective = \"throughput\"\nstandbys = {standbys}"
+        ))
+        .start()
+        .await?;
+    let shard = paths::smollm2()?.display().to_string();
+    for _ in 0..if standbys { 6 } else { 3 } {
+        let toml = format!(
+            "models = []\nshards = [{shard:?}]\nthreads = 1\n[ring]\nlisten = \"127.0.0.1:0\"\nformat = \"file\""
+        );
+        mesh.start_worker(&toml).await?;
+    }
+    let started = Instant::now();
+    loop {
+        let registry = mesh.registry().await?;
+        let stages = registry["rings"][0]["stages"].as_array().cloned();
+        let stages = stages.unwrap_or_default();
+        let serving = registry["rings"][0]["state"] == "serving" && stages.len() == 3;
+        let covered = |stage: &serde_json::Value| stage["standby"]["phase"] == "ready";
+        if serving && (!standbys || stages.iter().all(covered)) {
+            for stage in &stages {
+                println!("{} on {}", stage["layers"], stage["member"]["worker"]);
+            }
+            return Ok(mesh);
+        }
+        ensure!(started.elapsed() < LIMIT, "no ring: {registry}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// One request: its first token after a prompt that is new, and then token by token.
+async fn measure(client: &HttpClient, args: &Args, round: usize) -> Result<Speed> {
+    // Another prompt each time: one that was computed before costs less.
+    let prompt: Vec<u32> = (0..args.prompt)
+        .map(|i| (i * 7_919 + round as u32 * 104_729) % 40_000 + 100)
+        .collect();
+    let request = json!({
+        "model": MODEL, "prompt": prompt, "max_tokens": 1, "temperature": 0, "ignore_eos": true,
+    });
+    let started = Instant::now();
+    client.post("/v1/completions", &request).await?;
+    let prefill = f64::from(args.prompt) / started.elapsed().as_secs_f64();
+
+    let request = json!({
+        "model": MODEL, "prompt": prompt[..8], "max_tokens": args.tokens, "temperature": 0,
+        "ignore_eos": true,
+    });
+    let mut stream = client.stream(request).await?;
+    let (mut first, mut last, mut pieces) = (None, Instant::now(), 0u32);
+    while let Some(piece) = stream.next().await? {
+        if !piece.text.is_empty() {
+            last = Instant::now();
+            first.get_or_insert(last);
+            pieces += 1;
+        }
+    }
+    let first = first.context("no token")?;
+    ensure!(pieces > args.tokens / 2, "only {pieces} pieces");
+    // Text may come a token late, the number of tokens between first and last does not change by that.
+    let decode = f64::from(args.tokens - 1) / (last - first).as_secs_f64();
+    Ok(Speed { decode, prefill })
+}
+
+/// llama.cpp's servers of its RPC backend.
+struct RpcServers {
+    servers: Vec<Child>,
+    endpoints: String,
+}
+
+impl RpcServers {
+    fn start() -> Result<Self> {
+        let server = program("llama_rpc_server")?;
+        let mut endpoints = Vec::new();
+        let mut servers = Vec::new();
+        for _ in 0..3 {
+            let port = std::net::TcpListener::bind("127.0.0.1:0")?
+                .local_addr()?
+                .port();
+            let endpoint = format!("127.0.0.1:{port}");
+            let child = Command::new(&server)
+                .args([&endpoint, "1"])
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .context("starting llama.cpp's rpc-server")?;
+            servers.push(child);
+            endpoints.push(endpoint);
+        }
+        let servers = RpcServers {
+            servers,
+            endpoints: endpoints.join(","),
+        };
+        let started = Instant::now();
+        for endpoint in &endpoints {
+            while std::net::TcpStream::connect(endpoint).is_err() {
+                ensure!(
+                    started.elapsed() < LIMIT,
+                    "the rpc-server at {endpoint} does not listen"
+                );
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        }
+        Ok(servers)
+    }
+
+    fn measure(&self, args: &Args) -> Result<Speed> {
+        let output = Command::new(program("llama-bench")?)
+            .args(["-m", &paths::smollm2()?.display().to_string()])
+            .args([
+                "--rpc",
+                &self.endpoints,
+                "-ngl",
+                "99",
+                "-t",
+                "1",
+                "-r",
+                "1",
+                "-o",
+                "jsonl",
+            ])
+            .args([
+                "-p",
+                &args.prompt.to_string(),
+                "-n",
+                &args.tokens.to_string(),
+            ])
+            .output()
+            .context("running llama-bench")?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let mut speed = Speed {
+            decode: 0.0,
+            prefill: 0.0,
+        };
+        for line in text.lines().filter(|line| line.starts_with('{')) {
+            let result: serde_json::Value = serde_json::from_str(line)?;
+            let per_second = result["avg_ts"].as_f64().context("avg_ts")?;
+            match result["n_gen"].as_u64() {
+                Some(0) => speed.prefill = per_second,
+                _ => speed.decode = per_second,
+            }
+        }
+        if speed.decode == 0.0 || speed.prefill == 0.0 {
+            bail!(
+                "llama-bench says: {text}{}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+        }
+        Ok(speed)
+    }
+}
+
+impl Drop for RpcServers {
+    fn drop(&mut self) {
+        for server in &mut self.servers {
+            // It may have ended by itself.
+            let _ = server.kill();
+            let _ = server.wait();
+        }
+    }
+}
