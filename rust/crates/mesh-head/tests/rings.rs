@@ -40,6 +40,19 @@ impl TestHead {
         .await;
     }
 
+    /// The ring serves, and every stage has a standby that is loaded.
+    async fn until_covered(&self) {
+        self.until_serving().await;
+        eventually("every stage has a standby", || async {
+            let ring = self.ring().await;
+            let stages = ring["stages"].as_array().unwrap();
+            stages
+                .iter()
+                .all(|stage| stage["standby"]["phase"] == "ready")
+        })
+        .await;
+    }
+
     async fn admin(&self, path: &str, body: Value) -> (u16, Value) {
         let request = self.http.post(self.url(path)).bearer_auth(self.admin_key());
         let answer = request.body(body.to_string()).send().await.unwrap();
@@ -78,13 +91,17 @@ fn standby<'a>(ring: &Value, stage: usize, shards: &'a [Shard]) -> &'a Shard {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_model_that_two_workers_hold_together_is_served() {
-    let head = start(|_| {}).await;
+    let head = start(|config| config.sharding.gather = Duration::from_secs(1)).await;
     let (status, body) = head.get("/ready").await;
     assert_eq!(
         (status, &body["reason"]),
         (503, &json!("no worker is connected"))
     );
     let shards = [head.shard("a", 7).await, head.shard("b", 7).await];
+    eventually("both have offered", || async {
+        head.get("/v1/mesh").await.1["unformed"] == json!([])
+    })
+    .await;
     // It comes before the ring does, and waits.
     let (status, answer) = head.post("/v1/chat/completions", chat("why?", 5)).await;
     assert_eq!(status, 200, "{answer}");
@@ -117,7 +134,7 @@ async fn an_answer_goes_on_when_the_driver_dies() {
         head.shard("b", 7).await,
         head.shard("s", 14).await,
     ];
-    head.until_serving().await;
+    head.until_covered().await;
     let ring = head.ring().await;
     let (driver, next) = (member(&ring, 1, &shards), standby(&ring, 1, &shards));
     let death = async {
@@ -155,7 +172,7 @@ async fn an_answer_outlasts_a_recovery_that_takes_longer_than_the_silence_limit(
         head.shard("b", 7).await,
         head.shard("s", 14).await,
     ];
-    head.until_serving().await;
+    head.until_covered().await;
     let ring = head.ring().await;
     let (driver, next) = (member(&ring, 1, &shards), standby(&ring, 1, &shards));
     next.hold.store(true, Ordering::SeqCst);
@@ -199,7 +216,7 @@ async fn a_driver_that_falls_silent_is_replaced() {
     for name in ["a", "b"] {
         shards.push(Shard::join(&head, name, 7, silent.clone()).await);
     }
-    head.until_serving().await;
+    head.until_covered().await;
     let ring = head.ring().await;
     let driver = member(&ring, 1, &shards);
     assert_eq!(head.ask("why?").await, (truth("why?", TOKENS), 1));
@@ -220,7 +237,7 @@ async fn a_member_that_the_driver_complains_about_is_replaced() {
         head.shard("b", 7).await,
         head.shard("s", 14).await,
     ];
-    head.until_serving().await;
+    head.until_covered().await;
     let ring = head.ring().await;
     let (first, driver, spare) = (
         member(&ring, 0, &shards),
@@ -282,7 +299,7 @@ async fn a_drained_member_hands_over_and_an_undrained_one_is_used_again() {
         head.shard("b", 7).await,
         head.shard("s", 14).await,
     ];
-    head.until_serving().await;
+    head.until_covered().await;
     let ring = head.ring().await;
     let (driver, spare) = (member(&ring, 1, &shards), standby(&ring, 1, &shards));
     let drained = async {
@@ -333,15 +350,101 @@ async fn a_drained_member_hands_over_and_an_undrained_one_is_used_again() {
         .admin("/v1/mesh/undrain", json!({"worker": driver.name}))
         .await;
     assert_eq!((status, &body["draining"]), (200, &json!(false)), "{body}");
-    eventually("it stands by", || async {
-        let ring = head.ring().await;
-        ring["stages"][1]["standby"]["node_id"] == driver.node_id
+    eventually("it has a seat again", || async {
+        let rings = head.get("/v1/mesh").await.1["rings"].to_string();
+        rings.contains(&driver.node_id)
     })
     .await;
     let (status, _) = head
         .admin("/v1/mesh/drain", json!({"worker": "nobody"}))
         .await;
     assert_eq!(status, 404);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_faster_worker_takes_over_while_running_answers_end_where_they_are() {
+    let head = start(|config| config.sharding.stages = 0).await;
+    let shards = [head.shard("a", 7).await, head.shard("b", 7).await];
+    head.until_serving().await;
+    let old = head.ring().await;
+    let driver = member(&old, 1, &shards);
+    let newcomer = async {
+        eventually("it runs", || async { !driver.generates().is_empty() }).await;
+        let fast = Shard::join_with_speed(&head, "fast", 13, 100.0, script(Fate::Finish)).await;
+        eventually("the new ring is formed", || async { fast.ring().is_some() }).await;
+        eventually("new requests go there", || async {
+            head.post("/v1/chat/completions", chat("new?", 2)).await.0 == 200
+                && !fast.generates().is_empty()
+        })
+        .await;
+        fast
+    };
+    let long = chat("why?", 300);
+    let (events, fast) = tokio::join!(
+        head.stream("/v1/chat/completions", streamed(long)),
+        newcomer
+    );
+    assert_eq!(streamed_text(&events), truth("why?", 300));
+    assert_eq!(
+        driver
+            .generates()
+            .iter()
+            .filter(|asked| asked.generated.is_empty())
+            .count(),
+        driver.generates().len()
+    );
+    let usage: Value = serde_json::from_str(&events[events.len() - 2]).unwrap();
+    assert_eq!(
+        (&usage["timings"]["reruns"], &usage["timings"]["worker"]),
+        (&json!(0), &json!(driver.name))
+    );
+    eventually("the old ring is dissolved", || async {
+        let rings = head.get("/v1/mesh").await.1["rings"]
+            .as_array()
+            .unwrap()
+            .clone();
+        rings.len() == 1 && rings[0]["stages"][0]["member"]["node_id"] == fast.node_id
+    })
+    .await;
+    let told = driver.ring().unwrap();
+    assert!(
+        told.stages.is_empty() && told.reason.starts_with("moved"),
+        "{}",
+        told.reason
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_ring_that_ends_for_a_better_one_takes_its_requests_along() {
+    let head = start(|config| {
+        config.sharding.stages = 0;
+        config.max_reruns = 0;
+    })
+    .await;
+    let shards = [head.shard("a", 7).await, head.shard("b", 7).await];
+    head.until_serving().await;
+    let old = head.ring().await;
+    let (first, driver) = (member(&old, 0, &shards), member(&old, 1, &shards));
+    // The driver comes to hold the whole model faster than both: it cannot serve the model twice.
+    let better = async {
+        eventually("it runs", || async { !driver.generates().is_empty() }).await;
+        driver.offer_again(13, 100.0);
+        eventually("the ring moved", || async {
+            let ring = head.ring().await;
+            ring["ring"] != old["ring"] && ring["state"] == "serving"
+        })
+        .await;
+    };
+    let long = chat("why?", 300);
+    let (events, ()) = tokio::join!(head.stream("/v1/chat/completions", streamed(long)), better);
+    assert_eq!(
+        streamed_text(&events),
+        truth("why?", 300),
+        "without a rerun to spare"
+    );
+    let asked = driver.generates();
+    assert!(asked.len() >= 2 && !asked[asked.len() - 1].generated.is_empty());
+    assert!(first.ring().unwrap().stages.is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

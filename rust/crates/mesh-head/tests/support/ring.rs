@@ -36,7 +36,8 @@ pub(crate) struct Shard {
     pub(crate) told: Arc<Mutex<BTreeMap<u64, Ring>>>,
     /// Keeps new epochs from being served while it is set.
     pub(crate) hold: Arc<AtomicBool>,
-    reports: mpsc::UnboundedSender<RingState>,
+    /// Goes out on its control stream.
+    messages: mpsc::UnboundedSender<Message>,
     link: Link,
     connector: Connector,
     identity: NodeIdentity,
@@ -45,33 +46,45 @@ pub(crate) struct Shard {
 }
 
 impl Shard {
-    /// Joins and offers the model; there is room for so many layers.
+    /// Joins and offers the model; there is room for so many layers. Who has room to spare is slow, so that it becomes a
+    /// standby and no member.
     pub(crate) async fn join(head: &TestHead, name: &str, layers: u64, script: Script) -> Self {
+        let decode_us = if layers > u64::from(LAYERS) {
+            3000.0
+        } else {
+            1000.0
+        };
+        Self::join_with_speed(head, name, layers, decode_us, script).await
+    }
+
+    /// The same with so many microseconds for one row of one layer.
+    pub(crate) async fn join_with_speed(
+        head: &TestHead,
+        name: &str,
+        layers: u64,
+        decode_us: f32,
+        script: Script,
+    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let token = head.token().await;
         let identity = quic::join(head.address("quic"), &token, dir.path(), name)
             .await
             .unwrap();
-        Self::connect(
-            head.address("quic"),
-            identity,
-            Arc::new(dir),
-            name,
-            layers,
-            script,
-        )
-        .await
+        let offer = offer(layers, decode_us);
+        let dir = Arc::new(dir);
+        Self::connect(head.address("quic"), identity, dir, name, offer, script).await
     }
 
     /// The same node again, on a new link.
     pub(crate) async fn come_back(&self, head: &TestHead, layers: u64, script: Script) -> Self {
         let (identity, dir) = (self.identity.clone(), self.dir.clone());
+        let offer = offer(layers, 1000.0);
         Self::connect(
             head.address("quic"),
             identity,
             dir,
             &self.name,
-            layers,
+            offer,
             script,
         )
         .await
@@ -82,7 +95,7 @@ impl Shard {
         identity: NodeIdentity,
         dir: Arc<TempDir>,
         name: &str,
-        layers: u64,
+        offer: Offer,
         script: Script,
     ) -> Self {
         let connector = Connector::toward(head, identity.clone(), LinkConfig::default()).unwrap();
@@ -102,13 +115,13 @@ impl Shard {
         let welcome = control.recv().await.unwrap().unwrap();
         let welcome = Welcome::decode(welcome.payload).unwrap();
         control
-            .send(send(MsgType::OFFER, offer(layers).encode_to_vec()))
+            .send(send(MsgType::OFFER, offer.encode_to_vec()))
             .await
             .unwrap();
         let seen = Arc::new(Seen::default());
         let told = Arc::new(Mutex::new(BTreeMap::new()));
         let hold = Arc::new(AtomicBool::new(false));
-        let (reports, outgoing) = mpsc::unbounded_channel();
+        let (messages, outgoing) = mpsc::unbounded_channel();
         let work = Work {
             node_id: identity.node_id().to_owned(),
             link: link.clone(),
@@ -124,7 +137,7 @@ impl Shard {
             seen,
             told,
             hold,
-            reports,
+            messages,
             link,
             connector,
             identity,
@@ -146,7 +159,14 @@ impl Shard {
             suspects: suspects.iter().map(|shard| shard.node_id.clone()).collect(),
             ..state(&self.node_id, &ring, true)
         };
-        self.reports.send(state).unwrap();
+        self.messages.send(message(&state)).unwrap();
+    }
+
+    /// Says that it has become larger or faster.
+    pub(crate) fn offer_again(&self, layers: u64, decode_us: f32) {
+        let offer = offer(layers, decode_us).encode_to_vec();
+        let message = Message::new(MsgType::OFFER, 0, 0, offer);
+        self.messages.send(message).unwrap();
     }
 
     /// The ring that it was told last.
@@ -180,7 +200,7 @@ impl Work {
         self,
         mut control: MsgStream,
         welcome: Welcome,
-        mut outgoing: mpsc::UnboundedReceiver<RingState>,
+        mut outgoing: mpsc::UnboundedReceiver<Message>,
     ) {
         let key = self
             .link
@@ -212,7 +232,7 @@ impl Work {
                     Ok(Some(_)) => {}
                     _ => return,
                 },
-                Some(state) = outgoing.recv() => report(&mut control, &state).await,
+                Some(message) = outgoing.recv() => drop(control.send(message).await),
                 _ = looks.tick() => {
                     let rings: Vec<Ring> = self.told.lock().unwrap().values().cloned().collect();
                     for ring in rings {
@@ -225,7 +245,7 @@ impl Work {
                         if serves && ring.epoch > 1 {
                             state.recovery = Some(Recovery { gap_us: 120_000, rows: 3, requests: 1 });
                         }
-                        report(&mut control, &state).await;
+                        let _ = control.send(message(&state)).await;
                     }
                 }
                 _ = beats.tick() => {
@@ -268,9 +288,8 @@ impl Work {
     }
 }
 
-async fn report(control: &mut MsgStream, state: &RingState) {
-    let message = Message::new(MsgType::RING_STATE, 0, 0, state.encode_to_vec());
-    let _ = control.send(message).await;
+fn message(state: &RingState) -> Message {
+    Message::new(MsgType::RING_STATE, 0, 0, state.encode_to_vec())
 }
 
 /// All parts are loaded.
@@ -309,7 +328,7 @@ fn state(node_id: &str, ring: &Ring, serving: bool) -> RingState {
     }
 }
 
-fn offer(layers: u64) -> Offer {
+fn offer(layers: u64, decode_us: f32) -> Offer {
     let card = ModelCard {
         name: MODEL.into(),
         architecture: "llama".into(),
@@ -324,12 +343,7 @@ fn offer(layers: u64) -> Offer {
         layer_bytes: 9 * MIB,
         kv_bytes: 1024,
         format: "file".into(),
-        // Who has room to spare is slow, so that it becomes a standby and no member.
-        decode_us: if layers > u64::from(LAYERS) {
-            3000.0
-        } else {
-            1000.0
-        },
+        decode_us,
         prefill_us: 100.0,
         logits_us: 100.0,
         ..Default::default()

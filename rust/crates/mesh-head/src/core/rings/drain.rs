@@ -141,7 +141,7 @@ impl Rings {
         }
     }
 
-    /// Moves a ring's parts off drained workers, as far as that goes now.
+    /// Moves a ring's parts off drained workers, and to better ones, as far as that goes now.
     pub(super) fn move_off_drained(&mut self, id: u64, now: Instant) {
         let drains = |node: &str| self.nodes.get(node).is_some_and(Node::is_draining);
         let Some(ring) = self.rings.get(&id) else {
@@ -152,7 +152,8 @@ impl Rings {
             .filter(|part| drains(&part.node))
             .map(|part| part.node.clone())
             .collect();
-        if drained.is_empty() || ring.retiring.is_some() || !ring.lost.is_empty() {
+        let nothing_to_do = drained.is_empty() && ring.moves.is_empty();
+        if nothing_to_do || ring.retiring.is_some() || !ring.lost.is_empty() {
             return;
         }
         if ring.serving_since.is_none() {
@@ -201,7 +202,13 @@ impl Rings {
                 .map(|stage| stage.member.node.clone())
                 .collect();
             let stage = &mut next.stages[index];
-            if !drained.contains(&stage.member.node) {
+            let better = ring.moves.get(&index);
+            let moves = better.is_some() && better == stage.standby.as_ref().map(|part| &part.node);
+            if better.is_some() && !moves {
+                // It was lost, or drained, meanwhile.
+                next.moves.remove(&index);
+            }
+            if !moves && !drained.contains(&stage.member.node) {
                 continue;
             }
             let double = |part: &Part| !self.settings.double_seats && members.contains(&part.node);
@@ -216,11 +223,14 @@ impl Rings {
                         self.name(&part.node)
                     ));
                     stage.member = part;
+                    next.moves.remove(&index);
                 }
                 Some(part) => stage.standby = Some(part),
             }
         }
-        next.standbys_for = Some(self.generation);
+        if !drained.is_empty() {
+            next.standbys_for = Some(self.generation);
+        }
 
         // Asked before it was known to be impossible (a worker that is about to end does not ask): at least not at the last
         // moment.

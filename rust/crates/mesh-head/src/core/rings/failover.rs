@@ -62,6 +62,7 @@ impl Rings {
         }
         let reason = format!("{reason}; {}", taken.join(", "));
         next.lost.clear();
+        next.moves.clear();
         next.next_epoch(reason.clone(), now);
         self.actions.push(Action::Note(Note::Failover {
             ring: id,
@@ -142,7 +143,10 @@ impl Rings {
             return;
         };
         let lacking = ring.stages.iter().any(|stage| stage.standby.is_none());
+        // A ring that is about to be replaced made room for its successor.
+        let outgoing = self.rings.values().any(|other| other.replaces == Some(id));
         if !lacking
+            || outgoing
             || ring.serving_since.is_none()
             || ring.retiring.is_some()
             || !ring.lost.is_empty()

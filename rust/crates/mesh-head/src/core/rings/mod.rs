@@ -254,12 +254,16 @@ impl Rings {
         if self.settings.enabled {
             for id in &ids {
                 self.move_off_drained(*id, now);
-                self.restore_standbys(*id, now);
             }
             if self.is_quiet(now) {
                 self.stirred = None;
                 self.form_missing(now);
+                // Before standbys take the memory of newcomers.
                 self.rebalance_all(now);
+                let ids: Vec<u64> = self.rings.keys().copied().collect();
+                for id in ids {
+                    self.restore_standbys(id, now);
+                }
             }
         }
         self.retire(now);

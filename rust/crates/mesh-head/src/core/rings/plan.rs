@@ -347,6 +347,7 @@ impl Rings {
             retiring: None,
             running: None,
             replaces,
+            moves: BTreeMap::new(),
             recovered: 1,
             standbys_for: Some(self.generation),
             compared: Some(self.generation),

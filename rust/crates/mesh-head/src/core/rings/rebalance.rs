@@ -1,13 +1,13 @@
 //! Rebalancing: a ring that a fresh plan would beat clearly is replaced by a better one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use arcanum_profiler::{Objective, Plan, evaluate};
 
 use super::plan::Planned;
-use super::ring::Ring;
-use super::{Prospect, Rings};
+use super::ring::{Part, Ring};
+use super::{Action, Note, Prospect, Rings};
 
 /// A ring against a fresh plan for its model.
 #[derive(Debug, Clone)]
@@ -33,8 +33,10 @@ pub struct Comparison {
 /// What to do about a comparison.
 enum Remedy {
     Nothing,
-    /// A new ring while the old one serves.
-    Beside(Box<Planned>),
+    /// Single stages move to other workers while the ring serves.
+    Move(Box<Ring>),
+    /// A new ring while the old one serves, perhaps without its standbys.
+    Beside(Box<Planned>, bool),
     /// The old ring ends first.
     Instead(Box<Planned>),
 }
@@ -119,6 +121,11 @@ impl Rings {
                 ring.reason_of_change
             ));
         }
+        if !ring.moves.is_empty() {
+            return Err(format!(
+                "stages of the ring of {model:?} are moving already"
+            ));
+        }
         if self.rings.values().any(|other| other.replaces == Some(id)) {
             return Err(format!(
                 "a better ring of {model:?} is being formed already"
@@ -169,16 +176,36 @@ impl Rings {
             );
             return (verdict, Remedy::Nothing);
         }
+        if let Some(next) = self.moves(ring, &fresh) {
+            return (
+                "its stages move to faster workers while it serves".into(),
+                Remedy::Move(Box::new(next)),
+            );
+        }
         // A worker knows requests by their model: one driver cannot serve both rings.
-        let beside = self.place(&ring.model, &[], now).ok().filter(|beside| {
+        let fits = |beside: &Planned| {
             let driver = beside.plan.stages.last().map(|stage| stage.node.as_str());
             self.gain(old, &beside.plan) > margin
                 && driver.is_some_and(|driver| driver != ring.driver())
+        };
+        let beside = self.place(&ring.model, &[], now).ok().filter(fits);
+        // A while without standbys is better than a while without the model.
+        let beside = beside.map(|planned| (planned, false)).or_else(|| {
+            let mut bare = self.clone();
+            let stages = &mut bare.rings.get_mut(&ring.id)?.stages;
+            stages.iter_mut().for_each(|stage| stage.standby = None);
+            let planned = bare.place(&ring.model, &[], now).ok().filter(fits)?;
+            Some((planned, true))
         });
         match beside {
-            Some(beside) => (
+            Some((beside, true)) => (
+                "the new ring is formed beside the old one, which gives its standbys up for that and goes on until it serves"
+                    .into(),
+                Remedy::Beside(Box::new(beside), true),
+            ),
+            Some((beside, false)) => (
                 "the new ring is formed beside the old one, which goes on until it serves".into(),
-                Remedy::Beside(Box::new(beside)),
+                Remedy::Beside(Box::new(beside), false),
             ),
             None => (
                 "the old ring ends, then the new one is formed: requests wait for it".into(),
@@ -194,7 +221,21 @@ impl Rings {
         let model = ring.model.clone();
         match remedy {
             Remedy::Nothing => return,
-            Remedy::Beside(planned) => {
+            Remedy::Move(mut next) => {
+                let before: BTreeSet<String> = ring.parts().map(|part| part.node.clone()).collect();
+                next.reason = "stages are to move to faster workers".into();
+                self.actions.push(Action::Note(Note::Standbys {
+                    ring: id,
+                    model,
+                    reason: next.layout(|node| self.name(node).to_owned()),
+                }));
+                self.rings.insert(id, *next);
+                self.broadcast(id, &before);
+            }
+            Remedy::Beside(planned, bare) => {
+                if bare {
+                    self.give_up_standbys(id);
+                }
                 self.form(
                     &model,
                     *planned,
@@ -215,6 +256,57 @@ impl Rings {
             }
         }
         self.last_rebalance = Some(now);
+    }
+
+    /// Where a plan cuts the model as the ring does, and only other workers hold some of the stages: the ring with those
+    /// workers as standbys, which then take over. `None` where that is not so, or memory does not allow it.
+    fn moves(&self, ring: &Ring, fresh: &Planned) -> Option<Ring> {
+        let planned = &fresh.plan.stages;
+        let same_cut = planned.len() == ring.stages.len()
+            && planned
+                .iter()
+                .zip(&ring.stages)
+                .all(|(planned, stage)| planned.layers == stage.layers);
+        if !same_cut {
+            return None;
+        }
+        let mut next = ring.clone();
+        for (index, planned) in planned.iter().enumerate() {
+            if planned.node != ring.stages[index].member.node {
+                next.moves.insert(index, planned.node.clone());
+            }
+        }
+        if next.moves.values().any(|node| ring.has_member(node)) {
+            return None;
+        }
+        let wanted: BTreeSet<String> = next.moves.values().cloned().collect();
+        for (index, stage) in next.stages.iter_mut().enumerate() {
+            let better = next.moves.get(&index);
+            let standby = stage.standby.as_ref().map(|part| &part.node);
+            if better.is_some() && better != standby {
+                stage.standby = better.cloned().map(Part::new);
+                stage.member.lag_rows = 0;
+            } else if better.is_none() && standby.is_some_and(|node| wanted.contains(node)) {
+                // Its memory is needed for the stage that it takes over.
+                stage.standby = None;
+            }
+        }
+        let fits = |node: &String| self.free(node, &[ring.id]) >= next.bytes_on(node);
+        let all_fit = next.moves.values().all(fits);
+        (!next.moves.is_empty() && all_fit).then_some(next)
+    }
+
+    /// Frees what a ring's standbys take; nothing that runs is disturbed.
+    fn give_up_standbys(&mut self, id: u64) {
+        let Some(ring) = self.rings.get_mut(&id) else {
+            return;
+        };
+        let before: BTreeSet<String> = ring.parts().map(|part| part.node.clone()).collect();
+        ring.stages
+            .iter_mut()
+            .for_each(|stage| stage.standby = None);
+        ring.reason = "its standbys make room for a faster ring".into();
+        self.broadcast(id, &before);
     }
 
     /// Which part of the ring's cost the plan saves.

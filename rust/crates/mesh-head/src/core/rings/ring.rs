@@ -39,6 +39,8 @@ pub(super) struct Ring {
     pub(super) running: Option<usize>,
     /// The ring that it will replace when it serves.
     pub(super) replaces: Option<u64>,
+    /// Stages that go to their standbys as soon as those have caught up: better workers, by their node ids.
+    pub(super) moves: BTreeMap<usize, String>,
     /// Epoch whose recovery was reported.
     pub(super) recovered: u32,
     /// State of the mesh for which standbys were looked for.

@@ -39,6 +39,80 @@ fn a_clearly_better_plan_is_formed_beside_the_ring_and_takes_over_when_it_serves
 }
 
 #[test]
+fn a_newcomer_that_could_stand_by_is_first_looked_at_as_a_member() {
+    let mut mesh = Mesh::serving(|_| {}, &[("a", 7), ("b", 7)]);
+    let old = mesh.id();
+    mesh.join_with("f", 13, fast);
+    assert_eq!(mesh.standbys(), [None, None], "not at once");
+    mesh.pass(2.0);
+    assert!(
+        mesh.rings
+            .rings
+            .values()
+            .any(|ring| ring.replaces == Some(old)),
+        "{:?}",
+        mesh.rings.view(mesh.now)
+    );
+    mesh.check();
+}
+
+#[test]
+fn standbys_make_room_for_a_better_ring_and_come_back_if_it_fails() {
+    let mut mesh = Mesh::serving(|_| {}, &[("a", 7), ("b", 7)]);
+    let (old, driver) = (mesh.id(), mesh.members()[1].clone());
+    mesh.rings.last_rebalance = Some(mesh.now);
+    mesh.join_with("f", 13, fast);
+    mesh.pass(2.0);
+    mesh.all_work();
+    assert_eq!(
+        mesh.standbys()[0].as_deref(),
+        Some("f"),
+        "it stands by while it may not be more"
+    );
+    let compared = mesh
+        .rings
+        .rebalance(None, false, mesh.now)
+        .unwrap()
+        .remove(0);
+    assert!(
+        compared.verdict.contains("gives its standbys up"),
+        "{}",
+        compared.verdict
+    );
+    mesh.poll();
+    mesh.check();
+    assert_eq!(mesh.rings.view(mesh.now).len(), 2);
+    assert!(
+        mesh.serving.contains_key(&(driver, MODEL.to_owned())),
+        "the old one goes on"
+    );
+    let told = &mesh.told[&("f".to_owned(), old)];
+    assert_eq!(told.epoch, 1);
+    assert!(told.stages.iter().all(|stage| stage.standby.is_none()));
+    mesh.pass(10.0);
+    assert!(
+        mesh.rings.rings[&old]
+            .stages
+            .iter()
+            .all(|stage| stage.standby.is_none()),
+        "room is room"
+    );
+
+    let new = *mesh.rings.rings.keys().find(|id| **id != old).unwrap();
+    let failed = mesh.report("f", new, PartPhase::Failed);
+    mesh.rings.state("f", failed, mesh.now);
+    mesh.pass(2.0);
+    assert_eq!((mesh.id(), mesh.ring().state), (old, "serving"));
+    mesh.pass(12.0);
+    assert_eq!(
+        mesh.standbys()[0].as_deref(),
+        Some("f"),
+        "it failed at the whole, for now"
+    );
+    mesh.check();
+}
+
+#[test]
 fn a_ring_on_its_way_out_ends_at_the_limit() {
     let mut mesh = Mesh::serving(|settings| settings.standbys = false, &[("a", 7), ("b", 7)]);
     let old = mesh.id();
@@ -137,9 +211,15 @@ fn rebalancing_keeps_its_pace_and_its_hands_off_a_ring_that_recovers() {
     mesh.rings.last_rebalance = Some(mesh.now);
     mesh.all_work();
     mesh.pass(59.0);
-    assert_eq!(mesh.id(), ring, "not within a minute of the last one");
+    assert!(
+        mesh.rings.rings[&ring].moves.is_empty(),
+        "not within a minute of the last one"
+    );
     mesh.pass(1.5);
-    assert_eq!(mesh.rings.view(mesh.now).len(), 2);
+    assert!(
+        !mesh.rings.rings[&ring].moves.is_empty(),
+        "now its stages move to the faster ones"
+    );
 }
 
 #[test]
@@ -171,5 +251,74 @@ fn the_old_ring_lost_while_its_successor_is_formed_is_not_formed_again() {
     mesh.rings.running(old, 0);
     mesh.pass(301.0);
     assert_eq!(mesh.members(), ["f"]);
+    mesh.check();
+}
+
+/// A ring of two workers, one of which was lost to a slow spare and has come back.
+fn one_has_come_back() -> (Mesh, String) {
+    let mut mesh = Mesh::new(|settings| settings.stages = Some(2));
+    mesh.join("a", 7);
+    mesh.join("b", 7);
+    mesh.join_with("s", 14, |offer| offer.shards[0].decode_us = 3000.0);
+    mesh.pass(2.0);
+    mesh.all_work();
+    let lost = mesh.members()[1].clone();
+    mesh.leave(&[&lost]);
+    assert_eq!(mesh.members()[1], "s");
+    mesh.all_work();
+    mesh.join(&lost, 7);
+    mesh.pass(2.0);
+    (mesh, lost)
+}
+
+#[test]
+fn a_stage_moves_to_a_faster_worker_while_the_ring_serves() {
+    let (mut mesh, back) = one_has_come_back();
+    let ring = mesh.id();
+    assert_eq!((mesh.ring().epoch, mesh.ring().state), (2, "serving"));
+    assert_eq!(
+        mesh.standbys()[1],
+        Some(back.clone()),
+        "it loads the stage and catches up"
+    );
+    assert_eq!(mesh.members()[1], "s");
+    mesh.ready(&back, ring);
+    mesh.pass(1.0);
+    assert_eq!((mesh.id(), mesh.ring().epoch), (ring, 3));
+    assert_eq!(mesh.members()[1], back);
+    mesh.check();
+    mesh.all_work();
+    assert_eq!(mesh.ring().state, "serving");
+    assert_eq!(
+        mesh.standbys()[1].as_deref(),
+        Some("s"),
+        "as it was in the beginning"
+    );
+    assert_eq!(mesh.failovers(), 1, "the loss, not the move");
+    mesh.pass(200.0);
+    assert_eq!(mesh.ring().epoch, 3, "and that is that");
+}
+
+#[test]
+fn a_move_that_fails_leaves_the_ring_as_it_is() {
+    let (mut mesh, back) = one_has_come_back();
+    let ring = mesh.id();
+    mesh.leave(&[&back]);
+    mesh.pass(5.0);
+    assert_eq!(
+        (mesh.id(), mesh.ring().epoch, mesh.ring().state),
+        (ring, 2, "serving")
+    );
+    assert!(mesh.rings.rings[&ring].moves.is_empty());
+    assert_eq!(mesh.members()[1], "s");
+    mesh.check();
+
+    let (mut mesh, back) = one_has_come_back();
+    let ring = mesh.id();
+    // The slow one dies before the faster one has loaded: it takes over all the same.
+    mesh.leave(&["s"]);
+    assert_eq!((mesh.id(), mesh.ring().epoch), (ring, 3));
+    assert_eq!(mesh.members()[1], back);
+    assert!(mesh.rings.rings[&ring].moves.is_empty());
     mesh.check();
 }
