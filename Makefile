@@ -61,7 +61,7 @@ test-arm: ## The kernels' tests for aarch64, emulated
 
 flood: fetch ## 10 million random and mutated datagrams at each UDP port, memory watched (the short run is in make test)
 	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES)
-	$(IN_RUST) HYDRAMESH_FLOOD_DATAGRAMS=10000000 $(CARGO) test --release --locked -p mesh-tests --test flood -- --nocapture
+	$(IN_RUST) HYDRAMESH_FLOOD_DATAGRAMS=10000000 $(CARGO) test --release --locked -p arcanum-tests --test flood -- --nocapture
 
 bench: ## Benchmarks of our own, each a ratio measured in one run
 	@$(PYTHON) scripts/fetch.py runtime model

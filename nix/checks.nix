@@ -27,10 +27,10 @@ let
 
   # Crates whose tests want a model, ONNX Runtime or the built programs. The others may use loopback, which the sandbox has.
   wantMore = [
+    "arcanum-tests"
     "mesh-bench"
     "mesh-engine-ort"
     "mesh-model"
-    "mesh-tests"
     "mesh-worker"
   ];
 

@@ -222,12 +222,36 @@ impl Mesh {
     /// # Errors
     /// If it does not start.
     pub async fn start_worker_with_token(&mut self, toml: &str, token: &str) -> Result<usize> {
+        let launcher = self.launcher.clone();
+        self.launch_worker(&launcher, toml, token).await
+    }
+
+    /// As [`Mesh::start_worker`], by another launcher: in a network namespace, say.
+    ///
+    /// # Errors
+    /// If it does not start.
+    pub async fn start_worker_by(&mut self, launcher: &Launcher, toml: &str) -> Result<usize> {
+        let token = self.join_token().await?;
+        self.launch_worker(launcher, toml, &token).await
+    }
+
+    async fn launch_worker(
+        &mut self,
+        launcher: &Launcher,
+        toml: &str,
+        token: &str,
+    ) -> Result<usize> {
         self.workers_started += 1;
         let name = format!("worker-{}", self.workers_started);
         let config = self.worker_configuration(&name, toml, token)?;
-        let worker = self.launcher.start("mesh-worker", &name, &config).await?;
+        let worker = launcher.start("mesh-worker", &name, &config).await?;
         self.workers.push(worker);
         Ok(self.workers.len() - 1)
+    }
+
+    /// What the services of this mesh are started by.
+    pub fn launcher(&self) -> &Launcher {
+        &self.launcher
     }
 
     /// The configuration a worker of this mesh gets.

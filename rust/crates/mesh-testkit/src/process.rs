@@ -26,6 +26,8 @@ pub struct Launcher {
     bin_dir: PathBuf,
     environment: Vec<(String, String)>,
     own_group: bool,
+    wrapper: Vec<String>,
+    state: Vec<PathBuf>,
 }
 
 impl Launcher {
@@ -38,6 +40,8 @@ impl Launcher {
             bin_dir: paths::bin_dir()?,
             environment: vec![("ORT_DYLIB_PATH".to_owned(), text(&paths::ort_library()?)?)],
             own_group: false,
+            wrapper: Vec::new(),
+            state: Vec::new(),
         })
     }
 
@@ -64,7 +68,28 @@ impl Launcher {
             bin_dir,
             environment: vec![("ORT_DYLIB_PATH".to_owned(), text(ort_library)?)],
             own_group: true,
+            wrapper: Vec::new(),
+            state: Vec::new(),
         })
+    }
+
+    /// The same services, started by `wrapper` (`ip netns exec NAME`), which must become the service, not start it.
+    #[must_use]
+    pub fn wrapped(&self, wrapper: &[&str]) -> Self {
+        Self {
+            wrapper: wrapper.iter().map(|&word| word.to_owned()).collect(),
+            ..self.clone()
+        }
+    }
+
+    /// The same services, beginning with copies of these files in their state folders: what another one on this machine has
+    /// measured need not be measured again.
+    #[must_use]
+    pub fn with_state(&self, files: &[PathBuf]) -> Self {
+        Self {
+            state: files.to_vec(),
+            ..self.clone()
+        }
     }
 
     /// The executable called `name`.
@@ -101,6 +126,14 @@ impl Launcher {
             addresses: Value::Null,
         };
         service.configure(config)?;
+        if !self.state.is_empty() {
+            fs::create_dir_all(service.state_dir()).context("the state folder")?;
+        }
+        for file in &self.state {
+            let name = file.file_name().context("a file's name")?;
+            fs::copy(file, service.state_dir().join(name))
+                .with_context(|| file.display().to_string())?;
+        }
         service.spawn().await?;
         Ok(service)
     }
@@ -313,7 +346,14 @@ impl Service {
             .open(self.log_path())
             .context("the log file")?;
         let binary = self.launcher.binary(&self.program);
-        let mut command = Command::new(&binary);
+        let mut command = match self.launcher.wrapper.split_first() {
+            None => Command::new(&binary),
+            Some((wrapper, arguments)) => {
+                let mut command = Command::new(wrapper);
+                command.args(arguments).arg(&binary);
+                command
+            }
+        };
         command
             .arg("--config")
             .arg(self.config_path())

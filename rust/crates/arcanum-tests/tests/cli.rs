@@ -4,8 +4,8 @@ use std::io::Write;
 use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
+use arcanum_tests::alone;
 use mesh_testkit::{Mesh, paths};
-use mesh_tests::alone;
 use serde_json::Value;
 
 fn hydramesh(arguments: &[&str]) -> Result<Output> {

@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use arcanum_tests::rescore::{Judge, Transcript};
+use arcanum_tests::{Seed, alone, question};
 use mesh_testkit::Mesh;
 use mesh_testkit::client::http::HttpClient;
-use mesh_tests::rescore::{Judge, Transcript};
-use mesh_tests::{Seed, alone};
 use serde_json::json;
 
 const CHATS: usize = 100;
@@ -138,24 +138,4 @@ async fn one_chat(
         transcript.tokens.len()
     );
     Ok(transcript)
-}
-
-fn question(chat: usize) -> String {
-    const TOPICS: [&str; 10] = [
-        "rivers", "bridges", "the moon", "bread", "clocks", "whales", "glass", "chess", "rain",
-        "maps",
-    ];
-    const FORMS: [&str; 10] = [
-        "Tell me about {}.",
-        "Write one sentence on {}.",
-        "Why do people like {}?",
-        "What would a child ask about {}?",
-        "Explain {} to a friend.",
-        "Who knows most about {}?",
-        "Give me a short poem about {}.",
-        "When did people first think of {}?",
-        "List three facts about {}.",
-        "What is hard about {}?",
-    ];
-    FORMS[chat / 10].replace("{}", TOPICS[chat % 10])
 }

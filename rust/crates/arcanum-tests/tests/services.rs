@@ -4,8 +4,8 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use arcanum_tests::alone;
 use mesh_testkit::{Mesh, paths};
-use mesh_tests::alone;
 use nix::sys::signal::Signal;
 use serde_json::json;
 

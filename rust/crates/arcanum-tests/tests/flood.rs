@@ -6,10 +6,10 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use arcanum_tests::flood::flood;
+use arcanum_tests::{Seed, alone};
 use mesh_testkit::v5::{RESULT, V5Client};
 use mesh_testkit::{Mesh, Service};
-use mesh_tests::flood::flood;
-use mesh_tests::{Seed, alone};
 
 const USUAL: u64 = 200_000;
 const LIMIT: Duration = Duration::from_secs(60);

@@ -3,6 +3,7 @@
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use arcanum_tests::alone;
 use async_openai::Client;
 use async_openai::config::OpenAIConfig;
 use async_openai::error::OpenAIError;
@@ -12,7 +13,6 @@ use async_openai::types::chat::{
 };
 use futures::StreamExt;
 use mesh_testkit::{Mesh, paths};
-use mesh_tests::alone;
 
 const WORKER: &str = "threads = 0\ncontext = 512\n";
 

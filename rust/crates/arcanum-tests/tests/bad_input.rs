@@ -6,10 +6,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use arcanum_tests::alone;
 use mesh_testkit::client::http::HttpError;
 use mesh_testkit::v5::{Datagram, RESULT, TASK, V5Client};
 use mesh_testkit::{Launcher, Mesh, paths};
-use mesh_tests::alone;
 use serde_json::{Value, json};
 
 const LIMIT: Duration = Duration::from_secs(60);

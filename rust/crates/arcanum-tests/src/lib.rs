@@ -1,5 +1,9 @@
 //! Tests that start a real mesh: real processes, real sockets, a real model.
 //!
+//! - [`Cluster`] is a mesh of machines that share a model, and what can happen to each of them: killed, stopped, cut off,
+//!   slowed, started again;
+//! - [`Ask`], [`Running`] and [`Answer`] are its clients, with the time at which each token came; [`gaps`] sums up pauses;
+//! - [`Undisturbed`] knows what the answers are when nothing happens;
 //! - [`alone`] keeps these tests apart: each wants the whole machine;
 //! - [`rescore`] checks a stream against the model itself;
 //! - [`flood`] makes datagrams that mean harm;
@@ -7,8 +11,20 @@
 
 #![forbid(unsafe_code)]
 
+pub mod clients;
+pub mod cluster;
+pub mod faults;
 pub mod flood;
+pub mod gaps;
 pub mod rescore;
+pub mod undisturbed;
+pub mod view;
+
+pub use clients::{Answer, Ask, Running, assert_same_tokens, question};
+pub use cluster::{Cluster, ClusterBuilder};
+pub use faults::Fault;
+pub use undisturbed::Undisturbed;
+pub use view::RingView;
 
 use std::fs::File;
 

@@ -6,9 +6,9 @@ use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use arcanum_tests::alone;
 use mesh_testkit::v5::{RESULT, V5Client, V5Head, V5Worker};
 use mesh_testkit::{Launcher, Mesh, paths};
-use mesh_tests::alone;
 use serde_json::json;
 
 const LIMIT: Duration = Duration::from_secs(60);

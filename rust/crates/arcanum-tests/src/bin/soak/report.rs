@@ -1,0 +1,85 @@
+//! What a soak found, as a table.
+
+use std::fmt;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+/// Rows of a table, and what went wrong.
+#[derive(Debug)]
+pub(crate) struct Report {
+    seed: u64,
+    rows: Vec<(String, String, Option<bool>)>,
+    failures: Vec<String>,
+}
+
+impl Report {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self {
+            seed,
+            rows: Vec::new(),
+            failures: Vec::new(),
+        }
+    }
+
+    /// Something found; `good` is whether it is as it should be, where that can be said.
+    pub(crate) fn row(&mut self, what: &str, found: String, good: Option<bool>) {
+        println!("{what}: {found}");
+        self.rows.push((what.to_owned(), found, good));
+    }
+
+    /// One run did not end as it should.
+    pub(crate) fn failure(&mut self, what: String) {
+        println!("FAILED: {what}");
+        self.failures.push(what);
+    }
+
+    pub(crate) fn failures(&self) -> usize {
+        self.failures.len()
+    }
+
+    pub(crate) fn failed(&self) -> bool {
+        !self.failures.is_empty() || self.rows.iter().any(|(_, _, good)| *good == Some(false))
+    }
+
+    pub(crate) fn write(&self, path: &Path) -> Result<()> {
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+        }
+        fs::write(path, self.to_string()).with_context(|| path.display().to_string())
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let cores = std::thread::available_parallelism().map_or(0, usize::from);
+        let build = if cfg!(debug_assertions) {
+            "dev"
+        } else {
+            "release"
+        };
+        writeln!(f, "# Soak of rings\n")?;
+        writeln!(
+            f,
+            "Seed {}, {build} build, all workers on one machine with {cores} cores, SmolLM2-135M.\n",
+            self.seed
+        )?;
+        writeln!(f, "| what | found | |\n|---|---|---|")?;
+        for (what, found, good) in &self.rows {
+            let verdict = match good {
+                Some(true) => "as it should be",
+                Some(false) => "NOT as it should be",
+                None => "",
+            };
+            writeln!(f, "| {what} | {found} | {verdict} |")?;
+        }
+        if !self.failures.is_empty() {
+            writeln!(f, "\nFailures:\n")?;
+            for failure in &self.failures {
+                writeln!(f, "- {}", failure.lines().next().unwrap_or_default())?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,85 @@
+//! What answers are when nothing happens: those of one worker that has the whole model.
+
+use std::collections::HashMap;
+
+use anyhow::Result;
+
+use crate::clients::{Answer, Ask, Running, assert_same_tokens};
+use crate::cluster::Cluster;
+use crate::rescore::Transcript;
+
+/// Knows the undisturbed answer to every question, and asks a worker of its own for those it has not heard yet.
+#[derive(Debug, Default)]
+pub struct Undisturbed {
+    known: HashMap<Ask, Transcript>,
+}
+
+impl Undisturbed {
+    /// Nothing known yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Learns the answers to all of `asks`, from a worker that is there for no longer than that.
+    ///
+    /// # Errors
+    /// If it cannot be started, or does not answer.
+    pub async fn learn(&mut self, asks: &[Ask]) -> Result<()> {
+        let mut new: Vec<Ask> = Vec::new();
+        for ask in asks.iter().map(plain) {
+            if !self.known.contains_key(&ask) && !new.contains(&ask) {
+                new.push(ask);
+            }
+        }
+        if new.is_empty() {
+            return Ok(());
+        }
+        let mut cluster = Cluster::builder().whole(1).threads(2).start().await?;
+        cluster.mesh.wait_for_workers(1).await?;
+        for asks in new.chunks(8) {
+            let answers = Running::start(&cluster.client()?, asks).answers().await?;
+            let answers = answers.into_iter().map(|answer| answer.transcript);
+            self.known.extend(asks.iter().cloned().zip(answers));
+        }
+        Ok(())
+    }
+
+    /// Fails unless `answer` is the undisturbed answer to `ask`, token by token.
+    ///
+    /// # Errors
+    /// Names the first difference.
+    ///
+    /// # Panics
+    /// If the answer was not learned before.
+    pub fn check(&self, ask: &Ask, answer: &Answer) -> Result<()> {
+        let known = self.known.get(&plain(ask));
+        let known = known.expect("learned before: a test's own mistake");
+        assert_same_tokens(known, &answer.transcript)
+    }
+
+    /// As [`Undisturbed::check`], for several.
+    ///
+    /// # Errors
+    /// Names the first question with another answer.
+    pub fn check_all(&self, asks: &[Ask], answers: &[Answer]) -> Result<()> {
+        anyhow::ensure!(
+            asks.len() == answers.len(),
+            "{} answers to {} questions",
+            answers.len(),
+            asks.len()
+        );
+        for (ask, answer) in asks.iter().zip(answers) {
+            self.check(ask, answer)
+                .map_err(|error| error.context(format!("{:?}", ask.question)))?;
+        }
+        Ok(())
+    }
+}
+
+/// The same model under whatever name it is asked for.
+fn plain(ask: &Ask) -> Ask {
+    Ask {
+        model: None,
+        ..ask.clone()
+    }
+}

@@ -1,0 +1,141 @@
+//! Rings as the head shows them in `/v1/mesh`.
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+use serde_json::Value;
+
+/// A ring.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub struct RingView {
+    /// Model name.
+    pub model: String,
+    /// Its id, hex.
+    pub ring: String,
+    /// Counts the changes of its members.
+    pub epoch: u32,
+    /// `forming`, `serving`, `recovering` or `retiring`.
+    pub state: String,
+    /// Why its members are as they are.
+    pub reason: String,
+    /// In order; the last one's member is the driver.
+    pub stages: Vec<StageView>,
+}
+
+/// A stage of a ring.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub struct StageView {
+    /// First layer, one past the last.
+    pub layers: [u32; 2],
+    /// Who runs it.
+    pub member: PartView,
+    /// Who stands by.
+    pub standby: Option<PartView>,
+    /// KV rows that the standby does not have yet.
+    pub lag_rows: u64,
+}
+
+/// A stage on a worker.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub struct PartView {
+    /// The worker's name.
+    pub worker: String,
+    /// `loading`, `ready` or `failed`.
+    pub phase: String,
+    /// Milliseconds of its last steps.
+    pub step_ms: f64,
+    /// Seconds that loading took.
+    pub load_seconds: f64,
+    /// Bytes of weights.
+    pub weight_bytes: u64,
+    /// Bytes of KV rows.
+    pub kv_bytes: u64,
+}
+
+impl RingView {
+    /// All rings of `/v1/mesh`.
+    ///
+    /// # Errors
+    /// If it does not show them as documented.
+    pub fn all(mesh: &Value) -> Result<Vec<Self>> {
+        let rings = mesh.get("rings").context("no rings in /v1/mesh")?;
+        Ok(Vec::deserialize(rings)?)
+    }
+
+    /// Whether it serves and all its members are ready.
+    pub fn serves(&self) -> bool {
+        self.state == "serving" && self.stages.iter().all(|stage| stage.member.is_ready())
+    }
+
+    /// Whether every stage has a standby that is ready.
+    pub fn has_standbys(&self) -> bool {
+        let ready = |stage: &StageView| stage.standby.as_ref().is_some_and(PartView::is_ready);
+        self.stages.iter().all(ready)
+    }
+
+    /// Whether all standbys have all KV rows, as far as one can see it from how many bytes they hold.
+    pub fn is_mirrored(&self) -> bool {
+        let behind = |stage: &StageView| {
+            let standby = stage.standby.as_ref();
+            standby.is_none_or(|standby| standby.kv_bytes < stage.member.kv_bytes)
+        };
+        self.has_standbys() && !self.stages.iter().any(behind)
+    }
+
+    /// Names of the workers that run its stages, in order.
+    pub fn members(&self) -> Vec<&str> {
+        let stages = self.stages.iter();
+        stages.map(|stage| stage.member.worker.as_str()).collect()
+    }
+
+    /// Name of the worker that drives it.
+    pub fn driver(&self) -> &str {
+        self.members().last().copied().unwrap_or_default()
+    }
+
+    /// Name of the standby of a stage.
+    pub fn standby(&self, stage: usize) -> Option<&str> {
+        let standby = self.stages.get(stage)?.standby.as_ref()?;
+        Some(&standby.worker)
+    }
+
+    /// Whether the worker has a part in it, as member or as standby.
+    pub fn seats(&self, worker: &str) -> bool {
+        self.parts().any(|(_, part)| part.worker == worker)
+    }
+
+    /// All parts, each with how many layers it has.
+    pub fn parts(&self) -> impl Iterator<Item = (u32, &PartView)> {
+        self.stages.iter().flat_map(|stage| {
+            let layers = stage.layers[1] - stage.layers[0];
+            let parts = [Some(&stage.member), stage.standby.as_ref()];
+            parts.into_iter().flatten().map(move |part| (layers, part))
+        })
+    }
+
+    /// Most bytes of KV rows per layer that one part holds. Parts of one ring that is idle and mirrored all hold the same
+    /// rows.
+    pub fn kv_bytes_per_layer(&self) -> u64 {
+        let per_layer = self
+            .parts()
+            .map(|(layers, part)| part.kv_bytes / u64::from(layers.max(1)));
+        per_layer.max().unwrap_or_default()
+    }
+
+    /// As a line for a test's output: `worker-1 0..10 (worker-2), ...`.
+    pub fn layout(&self) -> String {
+        let stages = self.stages.iter().map(|stage| {
+            let standby = stage.standby.as_ref().map(|part| part.worker.as_str());
+            let [start, end] = stage.layers;
+            let member = &stage.member.worker;
+            format!("{member} {start}..{end} ({})", standby.unwrap_or("-"))
+        });
+        stages.collect::<Vec<_>>().join(", ")
+    }
+}
+
+impl PartView {
+    /// Whether it can work.
+    pub fn is_ready(&self) -> bool {
+        self.phase == "ready"
+    }
+}

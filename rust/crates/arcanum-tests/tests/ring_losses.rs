@@ -1,0 +1,86 @@
+//! A worker of a ring is lost in the middle of an answer, and the client sees nothing but a pause.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use arcanum_tests::{Ask, Cluster, Fault, Running, Seed, Undisturbed, alone, question};
+
+const TOKENS: u32 = 96;
+
+/// Disturbs one answer after the other, a worker being lost in each, and compares every one with the undisturbed one.
+async fn answers_outlive(faults: &[Fault], mut cluster: Cluster, seed: &mut Seed) -> Result<()> {
+    let asks: Vec<Ask> = (0..faults.len())
+        .map(|number| match number % 4 {
+            3 => Ask::sampled(question(number * 7), TOKENS, 1000 + number as u64),
+            _ => Ask::greedy(question(number * 7), TOKENS),
+        })
+        .collect();
+    let mut undisturbed = Undisturbed::new();
+    undisturbed.learn(&asks).await?;
+
+    for (run, (fault, ask)) in faults.iter().zip(&asks).enumerate() {
+        let ring = cluster.wait_for_whole_ring().await?;
+        let stage = seed.below(ring.stages.len());
+        let after = 1 + seed.below(TOKENS as usize * 3 / 4);
+        let victim = ring.stages[stage].member.worker.clone();
+        let what = format!(
+            "run {run}: {victim} {fault} after {after} tokens; {}",
+            ring.layout()
+        );
+
+        let running = Running::start(&cluster.client()?, std::slice::from_ref(ask));
+        running.wait_for_tokens(after).await.context(what.clone())?;
+        let struck = Instant::now();
+        cluster.strike(&victim, *fault)?;
+        let answers = match running.answers().await {
+            Ok(answers) => answers,
+            Err(error) => {
+                println!("{}", cluster.log_ends());
+                return Err(error.context(what));
+            }
+        };
+        undisturbed
+            .check(ask, &answers[0])
+            .with_context(|| what.clone())?;
+        println!(
+            "{what}: a pause of {:?}, run again {} times",
+            answers[0].gap_after(struck).unwrap_or_default(),
+            answers[0].transcript.reruns,
+        );
+        cluster.remove(&victim);
+        cluster.add_shards().await?;
+    }
+    cluster.wait_for_whole_ring().await?;
+    cluster.wait_until_idle().await?;
+    cluster.shutdown().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_outlives_the_death_of_any_worker() -> Result<()> {
+    let _alone = alone();
+    let mut seed = Seed::of_this_run(20_261_123);
+    let cluster = Cluster::builder().shards(4).stages(3).start().await?;
+    answers_outlive(&[Fault::Kill; 8], cluster, &mut seed).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_outlives_workers_that_hang() -> Result<()> {
+    let _alone = alone();
+    let mut seed = Seed::of_this_run(20_261_124);
+    let cluster = Cluster::builder().shards(4).stages(3).start().await?;
+    answers_outlive(&[Fault::Stop; 4], cluster, &mut seed).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_outlives_workers_that_are_cut_off() -> Result<()> {
+    let _alone = alone();
+    let mut seed = Seed::of_this_run(20_261_125);
+    let builder = match Cluster::builder().shards(4).stages(3).in_namespaces() {
+        Ok(builder) => builder,
+        Err(why) => {
+            println!("skipped: no worker can be cut off here: {why:#}");
+            return Ok(());
+        }
+    };
+    answers_outlive(&[Fault::Cut; 4], builder.start().await?, &mut seed).await
+}

@@ -1,0 +1,126 @@
+//! What an operator sees of rings: readiness, `/v1/mesh`, metrics, and the commands.
+
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use arcanum_tests::{Ask, Cluster, RingView, Running, alone, question};
+use mesh_testkit::paths;
+
+/// Runs `hydramesh` against the cluster; what it prints.
+fn hydramesh(cluster: &Cluster, arguments: &[&str]) -> Result<String> {
+    let url = format!("http://{}", cluster.mesh.head.address("http")?);
+    let key = cluster.mesh.head.state_dir().join("admin.key");
+    let output = Command::new(paths::bin_dir()?.join("hydramesh"))
+        .args(arguments)
+        .env("HYDRAMESH_URL", url)
+        .env("HYDRAMESH_ADMIN_KEY_FILE", key)
+        .stdin(Stdio::null())
+        .output()?;
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(
+        output.status.success(),
+        "hydramesh {arguments:?} ends with {}:\n{printed}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(printed)
+}
+
+fn ensure_all(printed: &str, words: &[&str]) -> Result<()> {
+    for word in words {
+        ensure!(printed.contains(word), "{word:?} is not in\n{printed}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readiness_metrics_and_commands_tell_of_rings() -> Result<()> {
+    let _alone = alone();
+    let mut cluster = Cluster::builder().shards(4).stages(3).start().await?;
+    let ring = cluster.wait_for_whole_ring().await?;
+    let model = ring.model.clone();
+    let client = cluster.client()?;
+
+    // Ready, for this model and no other.
+    cluster.mesh.head.wait_for("/ready").await?;
+    client.get(&format!("/ready?model={model}")).await?;
+    let unknown = client.get("/ready?model=unknown").await;
+    ensure!(unknown.is_err(), "{unknown:?}");
+
+    let plan = hydramesh(&cluster, &["plan", &model])?;
+    println!("{plan}");
+    ensure_all(&plan, &["worker-1", "STANDBY", "-29"])?;
+    let json: serde_json::Value =
+        serde_json::from_str(&hydramesh(&cluster, &["plan", "--json", &model])?)?;
+    let planned = json["plan"]["stages"].as_array().context("stages")?;
+    ensure!(planned.len() == 3, "{json}");
+
+    let status = hydramesh(&cluster, &["status"])?;
+    println!("{status}");
+    ensure_all(&status, &["worker-1", "worker-4", "serving", &model])?;
+    for stage in &ring.stages {
+        ensure_all(&status, &[&stage.member.worker])?;
+    }
+
+    let layout = cluster.wait_for_ring(RingView::serves).await?.layout();
+    let compared = hydramesh(&cluster, &["rebalance", "--dry-run"])?;
+    println!("{compared}");
+    ensure_all(&compared, &[&model])?;
+    let after = cluster.wait_for_ring(RingView::serves).await?;
+    ensure!(
+        after.layout() == layout && after.ring == ring.ring,
+        "a dry run changed {layout} to {}",
+        after.layout()
+    );
+
+    // A failover is counted and its pause kept.
+    ensure!(
+        cluster
+            .metric("hydramesh_head_ring_failovers_total")
+            .await?
+            == 0.0
+    );
+    let running = Running::start(&client, &[Ask::greedy(question(4), 100)]);
+    running.wait_for_tokens(30).await?;
+    cluster.kill(&ring.stages[0].member.worker)?;
+    running.answers().await?;
+    let whole = cluster.wait_for_whole_ring().await?;
+    let failovers = cluster
+        .metric("hydramesh_head_ring_failovers_total")
+        .await?;
+    ensure!(failovers == 1.0, "{failovers} failovers");
+    let gaps = cluster
+        .metric("hydramesh_head_ring_gap_seconds_count")
+        .await?;
+    ensure!(gaps >= 1.0, "{gaps} gaps");
+    let stages = cluster.metric("hydramesh_head_ring_stages").await?;
+    ensure!(stages == 6.0, "{stages} parts");
+    let mesh = cluster.mesh.registry().await?;
+    let recoveries = mesh["recoveries"].as_array().context("recoveries")?;
+    ensure!(
+        recoveries.len() == 1
+            && recoveries[0]["reason"]
+                .as_str()
+                .is_some_and(|reason| { reason.contains(&ring.stages[0].member.worker) }),
+        "{recoveries:?}"
+    );
+
+    // Drained by the command, and back.
+    let drained = whole.stages[0].member.worker.clone();
+    println!("{}", hydramesh(&cluster, &["drain", &drained, "--wait"])?);
+    let ring = cluster.wait_for_ring(RingView::serves).await?;
+    ensure!(!ring.seats(&drained), "{}", ring.layout());
+    println!("{}", hydramesh(&cluster, &["undrain", &drained])?);
+    Ask::greedy(question(5), 10).ask(&client).await?;
+
+    // Without workers the model is not ready, and it is said why.
+    for name in cluster.names() {
+        cluster.kill(&name)?;
+    }
+    let begun = std::time::Instant::now();
+    while client.get(&format!("/ready?model={model}")).await.is_ok() {
+        ensure!(begun.elapsed().as_secs() < 20, "ready without workers");
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    cluster.shutdown().await
+}
