@@ -4,7 +4,6 @@
 mod answer;
 mod ring;
 
-use std::collections::HashSet;
 use std::net::{TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
@@ -28,7 +27,7 @@ const SECOND_TOKENS: u32 = 120;
 /// Pieces of the second answer that come before a worker is killed.
 const PIECES_BEFORE_KILL: usize = 30;
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
-/// How long workers may take to measure themselves and join, on a busy machine.
+/// How long a worker may take to measure the machine and join, on a busy one.
 const JOIN_LIMIT: Duration = Duration::from_secs(90);
 const END_LIMIT: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(50);
@@ -99,40 +98,13 @@ impl Demo {
             &format!("OpenAI API at http://{}/v1", mesh.head.address("http")?),
         );
         self.part(shim, &format!("DCF/UDP at {}", shim.address(SHIM_INGRESS)?));
+        // One by one: they would measure how much they disturb each other, and the layers would be spread by that.
         for _ in 0..WORKERS {
-            mesh.start_worker("").await?;
+            let worker = mesh.start_worker("").await?;
+            wait_until_joined(&mut mesh, worker).await?;
+            self.part(&mesh.workers[worker], "joined with a one-time token");
         }
-        self.joining(&mut mesh).await?;
         Ok(mesh)
-    }
-
-    /// Shows each worker as it joins, until all have.
-    async fn joining(&self, mesh: &mut Mesh) -> Result<(), Failure> {
-        let until = Instant::now() + JOIN_LIMIT;
-        let mut shown = HashSet::new();
-        while shown.len() < mesh.workers.len() {
-            let usable = mesh.usable_workers().await?;
-            for worker in &mut mesh.workers {
-                let name = worker.name().to_owned();
-                let has_ended = !worker.is_running();
-                if has_ended || Instant::now() >= until {
-                    let how = if has_ended {
-                        "has ended"
-                    } else {
-                        "does not join"
-                    };
-                    return Err(Failure::failed(format!(
-                        "{name} {how}; its log ends:\n{}",
-                        worker.log_end()
-                    )));
-                }
-                if usable.iter().any(|usable| usable["name"] == name) && shown.insert(name) {
-                    self.part(worker, "joined with a one-time token");
-                }
-            }
-            tokio::time::sleep(LOOK).await;
-        }
-        Ok(())
     }
 
     async fn form_a_ring(&self, mesh: &mut Mesh) -> Result<(), Failure> {
@@ -318,7 +290,7 @@ fn builder(model: &Path, runtime: &Path, keep: bool) -> Result<MeshBuilder, Fail
         // The model would fit on one worker, so the number of stages is given; and they disturb each other too much for
         // a plan that promises more speed to mean anything.
         .head_config(&format!(
-            "[sharding]\nstages = {STAGES}\nobjective = \"throughput\"\ngather = \"3s\"\nmargin = 0.9\n"
+            "[sharding]\nstages = {STAGES}\nobjective = \"throughput\"\ngather = \"4s\"\nmargin = 0.9\n"
         ))
         .shim();
     // A mesh that stays is easier to talk to at the ports that every command assumes.
@@ -329,6 +301,31 @@ fn builder(model: &Path, runtime: &Path, keep: bool) -> Result<MeshBuilder, Fail
         builder = builder.shim_config("listen = \"127.0.0.1:9999\"\n");
     }
     Ok(builder)
+}
+
+async fn wait_until_joined(mesh: &mut Mesh, worker: usize) -> Result<(), Failure> {
+    let until = Instant::now() + JOIN_LIMIT;
+    loop {
+        let usable = mesh.usable_workers().await?;
+        let worker = &mut mesh.workers[worker];
+        if usable.iter().any(|usable| usable["name"] == worker.name()) {
+            return Ok(());
+        }
+        let has_ended = !worker.is_running();
+        if has_ended || Instant::now() >= until {
+            let how = if has_ended {
+                "has ended"
+            } else {
+                "does not join"
+            };
+            return Err(Failure::failed(format!(
+                "{} {how}; its log ends:\n{}",
+                worker.name(),
+                worker.log_end()
+            )));
+        }
+        tokio::time::sleep(LOOK).await;
+    }
 }
 
 /// What the client saw of a death: the longest wait for text after it, beside the longest one of an undisturbed answer.
