@@ -158,23 +158,28 @@ impl Demo {
             "temperature": 0,
         });
         let mut printer = AnswerPrinter::new(self.terminal);
+        let victim = ring::member(mesh).await?;
+        let victim = &mut mesh.workers[victim];
         let mut pieces = 0;
-        let mut death = None;
+        let mut died = None;
         let disturbed = answer::stream(&client, &body, async |text| {
             printer.push(text);
             pieces += 1;
             if pieces == PIECES_BEFORE_KILL {
-                let victim = ring::kill_a_member(mesh).await?;
-                printer.remark(&format!("[{victim} is killed here]"));
-                death = Some((victim, Instant::now()));
+                // As a power cut would. Nothing is waited for: that would pass for a pause, or hide one.
+                victim.signal(Signal::SIGKILL)?;
+                died = Some(Instant::now());
+                printer.remark(&format!("[{} is killed here]", victim.name()));
             }
             Ok(())
         })
         .await?;
         printer.finish();
-        let (victim, died) = death
+        let died = died
             .ok_or_else(|| Failure::failed("the answer ended before a worker could be killed"))?;
         self.note(&disturbed.stats.line());
+        victim.wait_for_end(END_LIMIT).await?;
+        let victim = victim.name().to_owned();
 
         let registry = ring::wait_for_recovery(mesh).await?;
         self.ring(&registry);

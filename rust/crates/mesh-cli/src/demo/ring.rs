@@ -1,9 +1,8 @@
-//! What the demo does with its ring: waits until it can lose a member, takes one from it, sees it go on.
+//! What the demo does with its ring: waits until it can lose a member, finds one to take from it, sees it go on.
 
 use std::time::{Duration, Instant};
 
 use mesh_testkit::Mesh;
-use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use super::LOOK;
@@ -46,26 +45,22 @@ pub(super) async fn wait_for_recovery(mesh: &mut Mesh) -> Result<Value, Failure>
     .await
 }
 
-/// Kills the worker of a stage in the middle, as a power cut would, and returns its name.
-pub(super) async fn kill_a_member(mesh: &mut Mesh) -> Result<String, Failure> {
+/// The worker of a stage in the middle, as an index of `mesh.workers`.
+pub(super) async fn member(mesh: &Mesh) -> Result<usize, Failure> {
     let registry = mesh.registry().await?;
     let stages = list(&registry["rings"][0]["stages"]);
     let member = stages
         .get(stages.len() / 2)
         .and_then(|stage| stage["member"]["worker"].as_str())
         .ok_or_else(|| Failure::failed(format!("no ring has stages: {registry}")))?;
-    let worker = mesh
-        .workers
-        .iter_mut()
-        .find(|worker| worker.name() == member)
+    mesh.workers
+        .iter()
+        .position(|worker| worker.name() == member)
         .ok_or_else(|| {
             Failure::failed(format!(
                 "the head names a worker {member:?} that is not ours"
             ))
-        })?;
-    worker.signal(Signal::SIGKILL)?;
-    worker.wait_for_end(Duration::from_secs(5)).await?;
-    Ok(member.to_owned())
+        })
 }
 
 /// A line for each stage.
