@@ -52,14 +52,7 @@ impl Book {
                 self.slot_mut(slot)?.truncate(len as usize);
             }
             SlotOp::CopyPrefix { from, to, len } => {
-                let held = self.len(from);
-                if len > held {
-                    return Err(StepError::Gap {
-                        slot: from,
-                        held,
-                        position: len,
-                    });
-                }
+                self.check(from, len)?;
                 let prefix = self.tokens(from)[..len as usize].to_vec();
                 *self.slot_mut(to)? = prefix;
             }

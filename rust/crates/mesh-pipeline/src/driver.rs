@@ -563,7 +563,10 @@ impl RingRunner {
     }
 
     fn step_done(&mut self, begun: Instant, now: Instant) {
-        self.pulse.step(now.saturating_duration_since(begun));
+        // Prompts take long and say nothing about how long an answer's next token may.
+        if self.current.tokens.len() <= FEW_ROWS {
+            self.pulse.step(now.saturating_duration_since(begun));
+        }
         self.last_done = Some(now);
         if let Some(loss) = self.loss.take() {
             let gap = now.saturating_duration_since(loss.since);
@@ -668,6 +671,9 @@ impl Runner for RingRunner {
         self.pulse.next_timer()
     }
 }
+
+/// Rows of a step that continues answers.
+const FEW_ROWS: usize = 16;
 
 fn stage_error(error: StepError) -> StageError {
     match error {

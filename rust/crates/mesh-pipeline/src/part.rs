@@ -219,7 +219,15 @@ impl Part {
             apply(&[op], &mut *self.stage)?;
         } else {
             self.book.check(mirror.slot, mirror.position)?;
-            let per_row = self.stage.info().kv_bytes_per_token as usize;
+            let info = self.stage.info();
+            let per_row = info.kv_bytes_per_token as usize;
+            let end = mirror.position as usize + mirror.tokens.len();
+            if end > info.context as usize {
+                return Err(StepError::Malformed(format!(
+                    "{end} rows in a slot, whose context is {}",
+                    info.context
+                )));
+            }
             if mirror.rows.len() != mirror.tokens.len() * per_row {
                 return Err(StepError::Malformed(format!(
                     "{} bytes for {} KV rows of {per_row}",
@@ -358,11 +366,24 @@ impl Part {
             out.extend(message.map(Out::Standby));
         }
         let mut rows = 0u64;
-        for segment in segments {
+        let info = self.stage.info();
+        for (i, segment) in segments.iter().enumerate() {
             self.book.check(segment.slot, segment.position)?;
             rows += u64::from(segment.rows);
+            let end = u64::from(segment.position) + u64::from(segment.rows);
+            if end > u64::from(info.context) {
+                return Err(StepError::Malformed(format!(
+                    "{end} rows in a slot, whose context is {}",
+                    info.context
+                )));
+            }
+            if segments[..i].iter().any(|other| other.slot == segment.slot) {
+                return Err(StepError::Malformed(format!(
+                    "slot {} appears twice",
+                    segment.slot
+                )));
+            }
         }
-        let info = self.stage.info();
         if rows != step.tokens.len() as u64 || rows > u64::from(info.max_rows) {
             return Err(StepError::Malformed(format!(
                 "{rows} rows with {} tokens in a step, which has at most {}",

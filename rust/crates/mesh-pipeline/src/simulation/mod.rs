@@ -5,10 +5,12 @@ mod world;
 
 use mesh_engine::scheduler::{Scheduler, SchedulerConfig, Step};
 use mesh_engine::{Event, Request, Stage, StageInput, StageOutput, apply};
+use mesh_proto::{RingMirror, RingMirrored, RingResend, RingSegment, RingSlotOp, RingStep};
 use proptest::prelude::*;
 
 use self::toy::{LAYERS, Letters, ToyStage};
 use self::world::{Dice, World};
+use crate::Part;
 
 fn request(seed: u64) -> Request {
     let mut dice = Dice::new(seed + 77);
@@ -202,5 +204,113 @@ proptest! {
         }
         finish(&mut world);
         check(&world);
+    }
+}
+
+/// Messages of which most are nonsense, with numbers near what would make sense.
+fn any_message() -> impl Strategy<Value = Nonsense> {
+    let number = prop_oneof![0u32..24, Just(u32::MAX), Just(toy::CONTEXT)];
+    let op = (
+        0u32..6,
+        number.clone(),
+        prop_oneof![0u32..6, Just(u32::MAX)],
+    );
+    let op = op.prop_map(|(slot, len, from_plus_one)| RingSlotOp {
+        slot,
+        len,
+        from_plus_one,
+    });
+    let segment = (0u32..6, number.clone(), number.clone());
+    let segment = segment.prop_map(|(slot, position, rows)| RingSegment {
+        slot,
+        position,
+        rows,
+    });
+    let step = (
+        0u64..100,
+        prop::collection::vec(op.clone(), 0..3),
+        prop::collection::vec(segment, 0..3),
+        prop::collection::vec(0u32..40, 0..24),
+        0usize..200,
+        0u32..3,
+    );
+    let step = step.prop_map(|(step, slot_ops, segments, tokens, bytes, until)| {
+        Nonsense::Step(RingStep {
+            epoch: 1,
+            step,
+            slot_ops,
+            segments,
+            tokens,
+            rows: vec![0u8; bytes].into(),
+            until,
+        })
+    });
+    let mirror = (
+        prop::option::of(op),
+        0u32..6,
+        number.clone(),
+        prop::collection::vec(0u32..40, 0..24),
+        0usize..800,
+    );
+    let mirror = mirror.prop_map(|(slot_op, slot, position, tokens, bytes)| {
+        Nonsense::Mirror(RingMirror {
+            count: 1,
+            slot_op,
+            slot,
+            position,
+            tokens,
+            rows: vec![0u8; bytes].into(),
+        })
+    });
+    let resend = (0u32..6, number.clone(), number.clone(), number.clone());
+    let resend = resend.prop_map(|(slot, from, to, chunk)| {
+        Nonsense::Resend(RingResend {
+            epoch: 1,
+            step: 7,
+            slot,
+            from,
+            to,
+            chunk,
+            until: 1,
+        })
+    });
+    let mirrored = (any::<u64>(), 0u32..6, number)
+        .prop_map(|(count, slot, len)| Nonsense::Mirrored(RingMirrored { count, slot, len }));
+    prop_oneof![4 => step, 2 => mirror, 1 => resend, 1 => mirrored]
+}
+
+#[derive(Debug, Clone)]
+enum Nonsense {
+    Step(RingStep),
+    Mirror(RingMirror),
+    Resend(RingResend),
+    Mirrored(RingMirrored),
+}
+
+proptest! {
+    #[test]
+    fn no_message_of_another_node_panics_a_part(
+        first in any::<bool>(),
+        messages in prop::collection::vec(any_message(), 1..40),
+    ) {
+        let layers = if first { 0..2 } else { 2..4 };
+        let mut part = Part::new(Box::new(ToyStage::new(layers)), 1000);
+        part.begin_epoch(1, u32::from(!first), false);
+        let mut out = Vec::new();
+        part.mirror_to(&[], &mut out);
+        for message in messages {
+            match message {
+                Nonsense::Step(step) => part.step(step, &mut out),
+                Nonsense::Mirror(mirror) => drop(part.take_mirrored(&mirror)),
+                Nonsense::Resend(resend) => part.resend(&resend, &mut out),
+                Nonsense::Mirrored(mirrored) => {
+                    part.mirrored(mirrored.count, &mut out);
+                    part.next_mirrored(&mirrored);
+                }
+            }
+            for slot in part.held().slots {
+                prop_assert!(slot.tokens.len() <= toy::CONTEXT as usize);
+            }
+        }
     }
 }

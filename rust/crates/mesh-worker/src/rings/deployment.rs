@@ -25,8 +25,8 @@ use crate::host::warm_up;
 pub(super) enum Event {
     /// The head names the members.
     Ring(Ring),
-    /// Another member opened a stream.
-    Stream(RingHello, MsgStream),
+    /// The node of that id opened a stream.
+    Stream(RingHello, String, MsgStream),
 }
 
 /// Runs a ring's parts on this worker until the head dissolves it or the channel closes.
@@ -43,7 +43,7 @@ pub(super) struct Deployment {
     /// The epoch's streams.
     epoch: EpochStreams,
     /// Streams of an epoch that has not come here yet, or whose part is still being loaded.
-    waiting: Vec<(RingHello, MsgStream)>,
+    waiting: Vec<(RingHello, String, MsgStream)>,
     /// Epoch in which a token came back through every stage.
     serving: u32,
     warming_up: Option<AbortOnDropHandle<()>>,
@@ -150,7 +150,7 @@ impl Deployment {
                             return;
                         }
                     }
-                    Some(Event::Stream(hello, stream)) => self.take_stream(hello, stream),
+                    Some(Event::Stream(hello, peer, stream)) => self.take_stream(hello, peer, stream),
                     None => {
                         self.dissolve("moved: the link to the head is lost");
                         return;
@@ -311,8 +311,8 @@ impl Deployment {
                 _ => {}
             }
         }
-        for (hello, stream) in std::mem::take(&mut self.waiting) {
-            self.take_stream(hello, stream);
+        for (hello, peer, stream) in std::mem::take(&mut self.waiting) {
+            self.take_stream(hello, peer, stream);
         }
     }
 
@@ -469,17 +469,31 @@ impl Deployment {
         }
     }
 
-    /// A stream that another member opened.
-    fn take_stream(&mut self, hello: RingHello, stream: MsgStream) {
+    /// A stream that the node `peer` opened.
+    fn take_stream(&mut self, hello: RingHello, peer: String, stream: MsgStream) {
         if hello.epoch < self.ring.epoch {
             return streams::refuse(stream);
         }
         let ready = hello.epoch == self.ring.epoch && self.epoch.begun.contains_key(&hello.stage);
         if !ready {
             if self.waiting.len() < WAITING {
-                self.waiting.push((hello, stream));
+                self.waiting.push((hello, peer, stream));
             }
             return;
+        }
+        let stages = &self.ring.stages;
+        let from = match hello.purpose() {
+            RingPurpose::Rows => hello.stage.checked_sub(1),
+            RingPurpose::Drive => stages.len().checked_sub(1).map(|last| last as u32),
+            RingPurpose::Mirror => Some(hello.stage),
+            RingPurpose::Unspecified => None,
+        };
+        let expected = from
+            .and_then(|stage| stages.get(stage as usize))
+            .and_then(|stage| stage.seat.clone());
+        if expected.as_ref().is_none_or(|seat| seat.node_id != peer) {
+            tracing::warn!(peer, ?hello, "this node has no such place in the ring");
+            return streams::refuse(stream);
         }
         let Some(inbound) = self.epoch.begun.get_mut(&hello.stage) else {
             return;
@@ -491,14 +505,12 @@ impl Deployment {
             _ => return streams::refuse(stream),
         };
         let epoch = hello.epoch;
-        let stages = &self.ring.stages;
+        let peer = expected;
         match (hello.purpose(), target) {
             (RingPurpose::Rows, target) => {
                 let Some(back) = inbound.back.take() else {
                     return streams::refuse(stream);
                 };
-                let before = hello.stage.checked_sub(1);
-                let peer = before.and_then(|stage| stages[stage as usize].seat.clone());
                 self.epoch.tasks.spawn(async move {
                     Ended {
                         epoch,
@@ -512,7 +524,6 @@ impl Deployment {
                 let Some(outcomes) = inbound.outcomes.take() else {
                     return streams::refuse(stream);
                 };
-                let peer = stages.last().and_then(|stage| stage.seat.clone());
                 self.epoch.tasks.spawn(async move {
                     Ended {
                         epoch,

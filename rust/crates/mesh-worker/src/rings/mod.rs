@@ -291,18 +291,18 @@ impl Rings {
     }
 
     /// A stream of another member, for a ring that the head may be about to name.
-    async fn deliver(&self, hello: RingHello, stream: MsgStream) {
-        let mut offered = Some((hello, stream));
+    async fn deliver(&self, hello: RingHello, peer: String, stream: MsgStream) {
+        let mut offered = Some((hello, peer, stream));
         let deliver = async {
             loop {
                 let changed = self.changed.notified();
                 let deployment = offered
                     .as_ref()
-                    .and_then(|(hello, _)| lock(&self.deployments).get(&hello.ring).cloned());
+                    .and_then(|(hello, ..)| lock(&self.deployments).get(&hello.ring).cloned());
                 if let Some(deployment) = deployment {
-                    if let Some((hello, stream)) = offered.take() {
+                    if let Some((hello, peer, stream)) = offered.take() {
                         // A deployment that has just ended drops the stream, which says so to the other side.
-                        let _ = deployment.send(Event::Stream(hello, stream));
+                        let _ = deployment.send(Event::Stream(hello, peer, stream));
                     }
                     return;
                 }
@@ -349,7 +349,11 @@ async fn accept_streams(rings: Arc<Rings>, link: Link) {
         let (rings, link) = (rings.clone(), link.clone());
         tokio::spawn(async move {
             match streams::hello(&mut stream).await {
-                Ok((hello, _)) => rings.deliver(hello, stream).await,
+                Ok(hello) => {
+                    rings
+                        .deliver(hello, link.node_id().to_owned(), stream)
+                        .await
+                }
                 Err(broken) => {
                     tracing::debug!(
                         peer = link.node_name(),

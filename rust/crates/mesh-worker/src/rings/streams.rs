@@ -328,16 +328,15 @@ fn unexpected(kind: MsgType) -> Broken {
 }
 
 /// The first message of a stream that another worker opened.
-pub(super) async fn hello(stream: &mut MsgStream) -> Result<(RingHello, RingPurpose), Broken> {
+pub(super) async fn hello(stream: &mut MsgStream) -> Result<RingHello, Broken> {
     let received = tokio::time::timeout(HELLO_TIMEOUT, stream.recv())
         .await
         .map_err(|_| "no RingHello in time")?;
     let hello: RingHello = read(received, MsgType::RING_HELLO)?;
-    let purpose = hello.purpose();
-    if purpose == RingPurpose::Unspecified {
+    if hello.purpose() == RingPurpose::Unspecified {
         return Err("a RingHello without a purpose".into());
     }
-    Ok((hello, purpose))
+    Ok(hello)
 }
 
 /// Ends a stream that leads nowhere.

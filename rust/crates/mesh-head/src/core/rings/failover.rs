@@ -41,7 +41,7 @@ impl Rings {
                 let layers = next.stages[stage].layers.clone();
                 let mib = next.stage_bytes(&layers) >> 20;
                 let missing = format!(
-                    "{reason}; nobody has the {mib} MiB that its layers {}..{} need",
+                    "{reason}; no worker is left that can take its layers {}..{} ({mib} MiB)",
                     layers.start, layers.end
                 );
                 self.plan_anew(id, &missing, now);
@@ -63,6 +63,7 @@ impl Rings {
         let reason = format!("{reason}; {}", taken.join(", "));
         next.lost.clear();
         next.moves.clear();
+        next.last_loss = Some(now);
         next.next_epoch(reason.clone(), now);
         self.actions.push(Action::Note(Note::Failover {
             ring: id,
@@ -91,7 +92,34 @@ impl Rings {
                 return Some(standby);
             }
         }
-        self.find_replacement(next, stage, now).map(Part::new)
+        self.find_replacement(next, stage, now)
+            .or_else(|| self.find_second_seat(next, stage, now))
+            .map(Part::new)
+    }
+
+    /// A member that has room for one more stage, where nobody else can take it: slower than before, but it goes on.
+    fn find_second_seat(&self, next: &Ring, stage: usize, now: Instant) -> Option<String> {
+        if !self.settings.double_seats {
+            return None;
+        }
+        let outlook = self.outlook(&next.model, Some(next), &[next.id], now)?;
+        let wanted = next.stage_bytes(&next.stages[stage].layers);
+        let own = |node: &str| -> u64 {
+            let stages = next.stages.iter().enumerate();
+            stages
+                .filter(|&(index, other)| {
+                    let stands_by = other.standby.as_ref().is_some_and(|part| part.node == node);
+                    index != stage && (other.member.node == node || stands_by)
+                })
+                .map(|(_, other)| next.stage_bytes(&other.layers))
+                .sum()
+        };
+        let rooms = outlook.candidates.iter().filter_map(|candidate| {
+            let is_lost = next.lost.contains_key(&candidate.id);
+            let room = candidate.memory.checked_sub(own(&candidate.id))?;
+            (!is_lost && room >= wanted).then_some((room, candidate.id.clone()))
+        });
+        rooms.max().map(|(_, node)| node)
     }
 
     /// Only standbys were lost: nothing that runs is disturbed.
@@ -189,7 +217,7 @@ impl Rings {
             }
             Err(error) => {
                 self.dissolve(id, format!("{missing}; {error}"));
-                self.cannot_plan(&model, &error);
+                self.cannot_plan(&model, format!("{missing}; {error}"));
             }
         }
     }

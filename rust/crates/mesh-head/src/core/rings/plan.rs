@@ -278,15 +278,14 @@ impl Rings {
                         now,
                     );
                 }
-                Err(error) => self.cannot_plan(&model, &error),
+                Err(error) => self.cannot_plan(&model, error.to_string()),
             }
         }
         let offered = self.offered_models();
         self.unplanned.retain(|model, _| offered.contains(model));
     }
 
-    pub(super) fn cannot_plan(&mut self, model: &str, error: &NoPlan) {
-        let reason = error.to_string();
+    pub(super) fn cannot_plan(&mut self, model: &str, reason: String) {
         let entry = (self.generation, reason.clone());
         let before = self.unplanned.insert(model.to_owned(), entry);
         if before.is_none_or(|(_, before)| before != reason) {
@@ -342,6 +341,7 @@ impl Rings {
             reason: reason.clone(),
             epoch_since: now,
             serving_since: None,
+            last_loss: None,
             served_by: None,
             lost: BTreeMap::new(),
             retiring: None,

@@ -86,8 +86,13 @@ impl Rings {
         if self.last_rebalance.is_some_and(paused) {
             return;
         }
-        let due =
-            |ring: &Ring| ring.compared != Some(self.generation) && ring.serving_since.is_some();
+        // After a loss the mesh is left alone for a while: what is lost may come back, and what runs has had its pause.
+        let shaken = |at: Instant| now.saturating_duration_since(at) < SETTLED;
+        let due = |ring: &Ring| {
+            ring.compared != Some(self.generation)
+                && ring.serving_since.is_some()
+                && !ring.last_loss.is_some_and(shaken)
+        };
         let ids: Vec<u64> = self
             .rings
             .iter()
@@ -339,3 +344,6 @@ impl Rings {
 
 /// Least time between two replacements.
 const PAUSE: Duration = Duration::from_secs(60);
+
+/// How long a ring that came back from a loss serves before anything about it is changed for speed alone.
+const SETTLED: Duration = Duration::from_secs(30);

@@ -29,6 +29,8 @@ pub(super) struct Ring {
     pub(super) epoch_since: Instant,
     /// Since when its driver serves in this epoch.
     pub(super) serving_since: Option<Instant>,
+    /// When it last lost a member.
+    pub(super) last_loss: Option<Instant>,
     /// Who answers for it, with what.
     pub(super) served_by: Option<(String, ModelCard)>,
     /// Workers whose seats are gone, and why; dealt with at the next poll.
