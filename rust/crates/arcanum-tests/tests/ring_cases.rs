@@ -122,7 +122,7 @@ async fn without_standbys_the_rows_are_replayed_where_there_is_room() -> Result<
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn without_standbys_and_spares_fewer_workers_take_the_whole_model() -> Result<()> {
+async fn without_standbys_and_spares_fewer_workers_hold_the_whole_model() -> Result<()> {
     let _alone = alone();
     let mut cluster = Cluster::builder().shards(3).standbys(false).start().await?;
     outlive(&mut cluster, "the first stage", |ring| {
@@ -130,7 +130,8 @@ async fn without_standbys_and_spares_fewer_workers_take_the_whole_model() -> Res
     })
     .await?;
     let ring = cluster.wait_for_whole_ring().await?;
-    ensure!(ring.stages.len() <= 2, "{}", ring.layout());
+    // In a new ring of fewer stages, or with two stages on one of them.
+    ensure!(ring.distinct_members() <= 2, "{}", ring.layout());
     cluster.shutdown().await
 }
 
