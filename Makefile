@@ -14,7 +14,7 @@ CACHE := $(if $(HYDRAMESH_CACHE),$(HYDRAMESH_CACHE),$(CURDIR)/.cache)
 export ORT_DYLIB_PATH ?= $(CACHE)/onnxruntime/libonnxruntime.so.1.24.4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-nix test-vm test-images test-gpu test-arm flood bench bench-peers fuzz fetch fmt clean
+.PHONY: help demo build test test-nix test-vm test-images test-gpu test-arm flood soak bench bench-peers fuzz fetch fmt clean
 # Exit code 3 of a test script: this machine cannot run it, and why was said.
 WHERE_POSSIBLE := || [ $$? = 3 ]
 
@@ -62,6 +62,10 @@ test-arm: ## The kernels' tests for aarch64, emulated
 flood: fetch ## 10 million random and mutated datagrams at each UDP port, memory watched (the short run is in make test)
 	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES)
 	$(IN_RUST) HYDRAMESH_FLOOD_DATAGRAMS=10000000 $(CARGO) test --release --locked -p arcanum-tests --test flood -- --nocapture
+
+soak: fetch ## Rings: workers lost by the hundred, a storm of faults, how long clients wait (SOAK='--kills 20 --storm 60' shortens it)
+	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES) -p arcanum-tests
+	$(IN_RUST) target/release/arcanum-soak $(SOAK)
 
 bench: ## Benchmarks of our own, each a ratio measured in one run
 	@$(PYTHON) scripts/fetch.py runtime model

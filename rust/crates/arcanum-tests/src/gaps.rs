@@ -38,6 +38,9 @@ impl Gaps {
 impl fmt::Display for Gaps {
     /// `p50 300 ms, p95 420 ms, max 500 ms (n = 20)`
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_empty() {
+            return f.write_str("none (n = 0)");
+        }
         let [p50, p95, max] = [50, 95, 100].map(|percent| self.percentile(percent).as_millis());
         write!(
             f,
@@ -58,6 +61,6 @@ mod tests {
             gaps.add(Duration::from_millis(ms));
         }
         assert_eq!(gaps.to_string(), "p50 10 ms, p95 19 ms, max 20 ms (n = 20)");
-        assert_eq!(Gaps::default().percentile(95), Duration::ZERO);
+        assert_eq!(Gaps::default().to_string(), "none (n = 0)");
     }
 }

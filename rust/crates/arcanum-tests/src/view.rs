@@ -87,6 +87,14 @@ impl RingView {
         stages.map(|stage| stage.member.worker.as_str()).collect()
     }
 
+    /// How many workers run its stages.
+    pub fn distinct_members(&self) -> usize {
+        let mut members = self.members();
+        members.sort_unstable();
+        members.dedup();
+        members.len()
+    }
+
     /// Name of the worker that drives it.
     pub fn driver(&self) -> &str {
         self.members().last().copied().unwrap_or_default()

@@ -84,3 +84,31 @@ async fn an_answer_outlives_workers_that_are_cut_off() -> Result<()> {
     };
     answers_outlive(&[Fault::Cut; 4], builder.start().await?, &mut seed).await
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_worker_behind_a_slow_network_changes_no_token() -> Result<()> {
+    let _alone = alone();
+    let asks = [
+        Ask::greedy(question(8), TOKENS),
+        Ask::sampled(question(9), TOKENS, 5),
+    ];
+    let mut undisturbed = Undisturbed::new();
+    undisturbed.learn(&asks).await?;
+    let mut cluster = match Cluster::builder().shards(3).stages(3).in_namespaces() {
+        Ok(builder) => builder.start().await?,
+        Err(why) => {
+            println!("skipped: no worker's network can be made slow here: {why:#}");
+            return Ok(());
+        }
+    };
+    let ring = cluster.wait_for_whole_ring().await?;
+    let slow = ring.stages[1].member.worker.clone();
+    let running = Running::start(&cluster.client()?, &asks);
+    running.wait_for_tokens(20).await?;
+    cluster.limit(&slow, 20)?;
+    cluster.strike(&slow, Fault::Slow)?;
+    let answers = running.answers().await?;
+    undisturbed.check_all(&asks, &answers)?;
+    cluster.relieve(&slow, Fault::Slow)?;
+    cluster.shutdown().await
+}

@@ -85,7 +85,7 @@ fn where_cut_off(builder: ClusterBuilder, why_not: &mut Option<String>) -> Clust
 /// A whole ring whose stages lie on different workers as far as the head finds that better.
 async fn spread_ring(cluster: &mut Cluster) -> Result<RingView> {
     let ring = cluster.wait_for_whole_ring().await?;
-    if distinct(&ring) == ring.stages.len() {
+    if ring.distinct_members() == ring.stages.len() {
         return Ok(ring);
     }
     let said = cluster.rebalance().await?;
@@ -103,13 +103,6 @@ async fn spread_ring(cluster: &mut Cluster) -> Result<RingView> {
         }
     }
     cluster.wait_for_whole_ring().await
-}
-
-fn distinct(ring: &RingView) -> usize {
-    let mut members = ring.members();
-    members.sort_unstable();
-    members.dedup();
-    members.len()
 }
 
 /// Longer than any answer may take.

@@ -101,7 +101,14 @@ async fn one_pause(
         let load = Duration::from_secs_f64(new.member.load_seconds.max(0.0));
         all.anew.add(load + prefill.mul_f64(share));
     }
-    println!("{victim} {fault}, stage {stage}: {} ms", gap.as_millis());
+    let mesh = cluster.mesh.registry().await?;
+    let recovery = mesh["recoveries"].as_array().and_then(|all| all.last());
+    println!(
+        "{victim} {fault}, stage {stage} of {}: {} ms; the driver says {}",
+        ring.layout(),
+        gap.as_millis(),
+        recovery.cloned().unwrap_or_default()
+    );
     cluster.remove(&victim);
     cluster.add_shards().await?;
     Ok(())
