@@ -23,7 +23,7 @@ help: ## Show this list
 	@echo
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
-demo: ## Start a mesh on this machine, ask it, kill a worker, see the answer arrive (KEEP=1 leaves it running)
+demo: ## Start a mesh on this machine, ask a model that several workers hold, kill one, see the answer go on (KEEP=1 leaves it running)
 	@$(PYTHON) scripts/fetch.py runtime model
 	@$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES)
 	@exec rust/target/release/hydramesh demo --cache "$(CACHE)" $(if $(filter-out 0,$(KEEP)),--keep)

@@ -80,6 +80,9 @@ in
     settings.shim.admit = "verified";
   };
 
+  # Other workers come to one that holds layers of a model together with them; one that does not, does not listen there.
+  networking.firewall.allowedUDPPorts = [ 7781 ];
+
   # The same for each backend: where systemd finds the token.
   systemd.tmpfiles.rules = (evaluate "cpu" pkgs.hydramesh).tmpfiles.rules;
 

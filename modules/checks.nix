@@ -52,6 +52,9 @@ let
     || (parts.port == null && builtins.match "[^:/ ]+|\\[[0-9a-fA-F:]+]" parts.host != null);
   headHost = (split cfg.headAddress).host;
 
+  servesWhole = settings.worker.models or [ ] != [ ];
+  servesParts = settings.worker.shards or [ ] != [ ];
+
   # Pairs of sockets that want the same port.
   isAny =
     host:
@@ -103,6 +106,7 @@ let
   useless = filter (use: !(hasRole use.role)) (
     forRole "worker" (
       optional (cfg.models != [ ]) "models"
+      ++ optional (cfg.shards != [ ]) "shards"
       ++ optional (cfg.joinTokenFile != null) "joinTokenFile"
       ++ optional (cfg.hfTokenFile != null) "hfTokenFile"
       ++ optional (cfg.hfToken != null) "hfToken"
@@ -138,8 +142,8 @@ in
         (cfg.headAddress != null -> headAddressIsGood)
       )
       (assertion
-        "a worker needs a model: set `models` to GGUF files or to names of files in ${localModels}"
-        (hasRole "worker" -> settings.worker.models or [ ] != [ ])
+        "a worker needs a model: set `models`, or `shards` for one that it holds together with others, to GGUF files or to names of files in ${localModels}"
+        (hasRole "worker" -> servesWhole || servesParts)
       )
       (assertion "a shim needs a head: set `headAddress` or `settings.shim.heads`, or run a head here" (
         hasRole "shim" -> settings.shim.heads or [ ] != [ ]
@@ -194,13 +198,13 @@ in
       assertion
         "the model ${toString model} lies in a home directory, which is invisible to the service: move it to ${localModels}"
         (!(inHome model))
-    ) cfg.models
+    ) (cfg.models ++ cfg.shards)
     ++ map (
       model:
       assertion
         "the model \"${model}\" is a relative path: write an absolute one, or a file's name to look up in ${localModels}"
         (hasPrefix "/" model || !(lib.hasInfix "/" model))
-    ) (filter builtins.isString cfg.models);
+    ) (filter builtins.isString (cfg.models ++ cfg.shards));
 
     warnings =
       warning (
@@ -234,8 +238,20 @@ in
           )
           ''the shim's port is open, but it answers this machine alone: set `settings.shim.trusted_networks`, or `settings.shim.admit = "verified"`''
       ++
-        warning (hasRole "worker" && max != null && !(settings.worker ? kv_memory))
+        warning (hasRole "worker" && servesWhole && max != null && !(settings.worker ? kv_memory))
           "`memoryMax` is set and `settings.worker.kv_memory` is not: the KV cache takes half of the machine's free memory, and may reach the limit"
+      ++
+        warning (hasRole "worker" && servesParts && max != null && !(settings.worker ? ring.memory))
+          "`memoryMax` is set and `settings.worker.ring.memory` is not: layers and their KV cache take most of the machine's free memory, and may reach the limit"
+      ++
+        warning
+          (
+            hasRole "worker"
+            && servesParts
+            && plan.isLoopback (split settings.worker.ring.listen).host
+            && !plan.headIsHere
+          )
+          "`settings.worker.ring.listen` is ${settings.worker.ring.listen}: no worker of another machine can reach this one, and its `shards` are of no use there"
       ++ map (use: "services.hydramesh: `${use.name}` is set, but `role` has no \"${use.role}\"") useless;
   };
 }

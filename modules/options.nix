@@ -139,8 +139,19 @@ in
         "/srv/models/qwen2.gguf"
       ];
       description = ''
-        Models that the worker serves: GGUF files, or names that are looked up in `localModels`. A path written without quotes
-        is copied into the Nix store.
+        Models that the worker serves whole: GGUF files, or names that are looked up in `localModels`. A path written without
+        quotes is copied into the Nix store.
+      '';
+    };
+
+    shards = mkOption {
+      type = types.listOf (types.either types.nonEmptyStr types.path);
+      default = [ ];
+      example = [ "/srv/models/qwen3-32b.gguf" ];
+      description = ''
+        Models of which the worker holds a range of layers, beside other workers, as the head decides; named like `models`, and
+        the whole file must be there. A worker needs `models`, `shards` or both. The other workers must reach this one: see
+        `ports.worker.ring` and `openFirewall`.
       '';
     };
 
@@ -174,6 +185,7 @@ in
       worker = {
         http = mkPort 8081 "TCP port of the worker's health and metrics, on loopback.";
         dcf = mkPort 7779 "UDP port on which the worker takes tasks of v5.0.0 heads.";
+        ring = mkPort 7781 "UDP port on which a worker with `shards` takes other workers (QUIC).";
       };
       shim.clients = mkPort 9999 "UDP port on which the shim takes DCF clients.";
     };
@@ -184,8 +196,8 @@ in
       example = true;
       description = ''
         Whether to open the firewall: for a head its UDP ports, and its HTTP port if that listens beyond loopback; for a shim
-        its UDP port. A worker dials the head and gets a port opened only for what `settings.worker` makes others come for:
-        `legacy.head`, or an `http.listen` beyond loopback.
+        its UDP port. A worker dials the head and gets a port opened only for what makes others come: `shards` (other workers),
+        and of `settings.worker` the keys `legacy.head`, or an `http.listen` beyond loopback.
       '';
     };
 
@@ -217,10 +229,15 @@ in
       head = mkSettings "head" {
         trusted_networks = [ "192.168.1.0/24" ];
         request_timeout = "10m";
+        sharding = {
+          objective = "throughput";
+          context = 8192;
+        };
       };
       worker = mkSettings "worker" {
         threads = 4;
         kv_memory = "2GiB";
+        ring.memory = "8GiB";
       };
       shim = mkSettings "shim" {
         heads = [

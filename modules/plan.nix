@@ -82,6 +82,10 @@ let
     ++ optional (hasRole "head") (listener "head" "quic.listen" "udp" headSettings.quic.listen)
     ++ optional (hasRole "worker") (listener "worker" "http.listen" "tcp" worker.http.listen)
     ++ optional (hasRole "worker") (listener "worker" "dcf.listen" "udp" worker.dcf.listen)
+    # A worker without shards does not listen there.
+    ++ optional (hasRole "worker" && worker.shards or [ ] != [ ]) (
+      listener "worker" "ring.listen" "udp" worker.ring.listen
+    )
     ++ optional (hasRole "shim") (listener "shim" "listen" "udp" shim.listen)
     ++ optional (hasRole "shim" && shim ? http.listen) (
       listener "shim" "http.listen" "tcp" shim.http.listen
@@ -128,9 +132,11 @@ in
       lib.mkMerge [
         {
           models = mkDefault (map (model: "${model}") cfg.models);
+          shards = mkDefault (map (model: "${model}") cfg.shards);
           model_dirs = mkDefault [ (toString cfg.localModels) ];
           http.listen = mkDefault (join "127.0.0.1" cfg.ports.worker.http);
           dcf.listen = mkDefault (join "0.0.0.0" cfg.ports.worker.dcf);
+          ring.listen = mkDefault (join "0.0.0.0" cfg.ports.worker.ring);
         }
         (mkIf (cfg.headAddress != null) {
           head = mkDefault (join head.host (if head.port == null then 7780 else head.port));

@@ -117,7 +117,7 @@ let
         && l.port != null
         && l.port != 0
         && !(plan.isLoopback l.host)
-        && (l.role != "worker" || protocol == "tcp" || cfg.settings.worker ? legacy.head)
+        && (l.name == "dcf.listen" -> cfg.settings.worker ? legacy.head)
       ) listeners
     );
 in

@@ -10,7 +10,7 @@ threads=${BENCH_THREADS:-2}
 
 "$root/scripts/fetch_llama_cpp.sh"
 cd "$root/rust"
-cargo build --release --locked -p mesh-bench --bin peers --bin peer_perplexity
+cargo build --release --locked -p mesh-bench --bin peers --bin peer_perplexity --bin rings
 cargo build --release --locked -p mesh-model --example random_model
 
 mkdir -p "$cache/bench"
@@ -32,4 +32,6 @@ printf '\n== SmolLM2-135M against the Q4_0 form\n'
 "$bin/peers" --threads "$threads" --anchor-model "$smollm2_q4_0" "$smollm2"
 printf '\n== 1.5 B Qwen2 shape, random weights\n'
 "$bin/peers" --threads "$threads" --short --rounds 5 "$qwen2"
+printf '\n== SmolLM2-135M over three processes, against three rpc-servers\n'
+"$bin/rings" --rpc
 uptime

@@ -156,6 +156,14 @@ in
     ];
   };
 
+  "a worker's ports are those of docs/operations.md" = {
+    expr = builtins.attrNames (worker "cpu").ExposedPorts;
+    expected = [
+      "7779/udp"
+      "7781/udp"
+    ];
+  };
+
   "workers find ONNX Runtime, the others do not look for it" = {
     expr = map (image: value "ORT_DYLIB_PATH" image.Env) every;
     expected = [

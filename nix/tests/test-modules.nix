@@ -31,6 +31,16 @@ let
       }
       // options
     );
+  # A worker that serves no model whole.
+  part =
+    options:
+    worker (
+      {
+        models = [ ];
+        shards = [ "big" ];
+      }
+      // options
+    );
   nvidia = options: {
     imports = [ (worker options) ];
     services.xserver.videoDrivers = [ "nvidia" ];
@@ -93,6 +103,10 @@ in
     services.hydramesh.role = "head";
   };
   "a worker with a head, a token and a model is complete" = silent (worker { });
+  "a worker that holds parts alone is complete" = silent (part { });
+  "a worker may serve one model whole and hold parts of another" = silent (part {
+    models = [ "small" ];
+  });
   "a shim with a head is complete" = silent (shim { });
   "all roles run on one machine" = silent everything;
   "a configuration that does not enable it has no units" = is (services {
@@ -129,9 +143,11 @@ in
       state_dir = "/var/lib/hydramesh/worker";
       head = "127.0.0.1:7780";
       models = [ "m" ];
+      shards = [ ];
       model_dirs = [ "/var/lib/hydramesh/local-models" ];
       http.listen = "127.0.0.1:8081";
       dcf.listen = "0.0.0.0:7779";
+      ring.listen = "0.0.0.0:7781";
     };
     shim = {
       state_dir = "/var/lib/hydramesh/shim";
@@ -535,6 +551,19 @@ in
       })).worker.models
   )) true;
 
+  "a shard from the store is a path" = is (lib.hasPrefix "${builtins.storeDir}/" (
+    lib.head
+      (settings (part {
+        shards = [ ./lib/default.nix ];
+      })).worker.shards
+  )) true;
+  "how rings are made is a setting of the head's" =
+    is
+      (settings (head {
+        settings.head.sharding.stages = 3;
+      })).head.sharding
+      { stages = 3; };
+
   # Firewall.
   "the firewall stays shut unless asked" = is (evaluate (head { })).config.networking.firewall {
     allowedTCPPorts = [ ];
@@ -565,6 +594,23 @@ in
         settings.worker.legacy.head = "old.lan:7778";
       })).config.networking.firewall.allowedUDPPorts
       [ 7779 ];
+  "a worker that holds parts does, for other workers" =
+    is
+      (evaluate (part {
+        openFirewall = true;
+        ports.worker.ring = 17781;
+      })).config.networking.firewall
+      {
+        allowedTCPPorts = [ ];
+        allowedUDPPorts = [ 17781 ];
+      };
+  "shards that stand in the settings count as well" =
+    is
+      (evaluate (worker {
+        openFirewall = true;
+        settings.worker.shards = [ "big" ];
+      })).config.networking.firewall.allowedUDPPorts
+      [ 7781 ];
   "the firewall follows the settings" =
     is
       (evaluate (head {
@@ -651,6 +697,20 @@ in
   "a model in a home directory" = fails "lies in a home directory" (worker {
     models = [ "/root/m.gguf" ];
   });
+  "a shard in a home directory" = fails "lies in a home directory" (part {
+    shards = [ "/home/ann/m.gguf" ];
+  });
+  "a shard by a relative path" = fails "a relative path" (part {
+    shards = [ "models/m.gguf" ];
+  });
+  "a ring on the port of v5.0.0 tasks" =
+    fails "worker's dcf.listen and worker's ring.listen (7779/udp)"
+      (part {
+        ports.worker.ring = 7779;
+      });
+  "a ring's port without shards is nobody's" = silent (worker {
+    ports.worker.ring = 7779;
+  });
   "a model by a relative path" = fails "a relative path" (worker {
     models = [ "models/m.gguf" ];
   });
@@ -683,15 +743,27 @@ in
   "a limit that the KV cache does not know" = warns "settings.worker.kv_memory" (worker {
     memoryMax = "4G";
   });
+  "a limit that parts of models do not know" = warns "settings.worker.ring.memory" (part {
+    memoryMax = "4G";
+  });
+  "a limit that parts of models know" = silent (part {
+    memoryMax = "4G";
+    settings.worker.ring.memory = "3GiB";
+  });
+  "parts that no other worker can reach" = warns "no worker of another machine" (part {
+    settings.worker.ring.listen = "127.0.0.1:7781";
+  });
   "options of a role that is not here" =
     is
       (complaints (head {
         models = [ "m" ];
+        shards = [ "m" ];
         joinTokenFile = "/run/secrets/join";
         settings.shim.admit = "verified";
       })).warnings
       [
         ''services.hydramesh: `models` is set, but `role` has no "worker"''
+        ''services.hydramesh: `shards` is set, but `role` has no "worker"''
         ''services.hydramesh: `joinTokenFile` is set, but `role` has no "worker"''
         ''services.hydramesh: `settings.shim` is set, but `role` has no "shim"''
       ];

@@ -94,10 +94,18 @@ let
       memoryMax = "14G";
       settings = {
         head.trusted_networks = [ "10.0.0.0/8" ];
+        head.sharding.objective = "throughput";
         worker.kv_memory = "2GiB";
         shim.admit = "verified";
         shim.http.listen = "127.0.0.1:8082";
       };
+    };
+    part.services.hydramesh = worker // {
+      models = [ ];
+      shards = [ "SmolLM2-135M-Instruct.Q4_1" ];
+      openFirewall = true;
+      memoryMax = "14G";
+      settings.worker.ring.memory = "8GiB";
     };
     nvidia = {
       services.hydramesh = worker;

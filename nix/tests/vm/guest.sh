@@ -44,6 +44,11 @@ step "a prompt sent through the shim is answered"
 wait_for 60 "an answer" answers
 hydramesh status
 
+step "the worker measures itself and listens for others"
+wait_for 60 "the ring's port" sh -c 'ss -Hlun "sport = :7781" | grep -q .'
+journalctl --no-pager --output=cat --unit=hydramesh-worker | grep "offered in parts" || fail "no offer"
+[ -s /var/lib/hydramesh/worker/profile.json ] || fail "its measurements are not kept"
+
 step "a killed worker comes back by itself"
 before=$(property worker NRestarts)
 kill -KILL "$(property worker MainPID)"

@@ -52,7 +52,7 @@ pub enum Color {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Start a mesh on this machine, ask it, kill a worker in mid-answer, see the answer arrive
+    /// Start a mesh on this machine, ask a model that several workers hold, kill one in mid-answer, see the answer arrive
     Demo(DemoArgs),
     /// Ask one question
     Ask(AskArgs),
@@ -90,8 +90,9 @@ pub enum Command {
 /// `hydramesh demo`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-A head, a shim and two workers start as processes of their own on loopback, on free ports. One question goes over DCF/UDP \
-through the shim, one over HTTP. While the second answer arrives, the worker that gives it is killed.
+A head, a shim and six workers start as processes of their own on loopback, on free ports. Three workers hold a part of the \
+model's layers each, the others stand by. One question goes over DCF/UDP through the shim, one over HTTP. While the second \
+answer arrives, a worker that holds layers is killed; the answer goes on, and is compared with an undisturbed one.
 
 Examples:
   hydramesh demo

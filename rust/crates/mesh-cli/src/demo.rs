@@ -1,29 +1,40 @@
-//! `hydramesh demo`: a mesh on this machine, two questions, and a worker that dies in mid-answer.
+//! `hydramesh demo`: a mesh on this machine whose workers hold one model together, two questions, and a worker that dies in
+//! mid-answer.
 
 mod answer;
+mod ring;
 
 use std::net::{TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
 
 use mesh_client::dcf_udp::DcfClient;
-use mesh_testkit::{Launcher, Mesh, Service};
+use mesh_testkit::{Launcher, Mesh, MeshBuilder, Service};
 use nix::sys::signal::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::DemoArgs;
 use crate::ask::datagram_stats;
 use crate::failure::{Exit, Failure};
 use crate::output::{Terminal, duration};
-use answer::AnswerPrinter;
+use answer::{AnswerPrinter, Streamed};
 
 const FIRST_QUESTION: &str = "Why is the sky blue? Answer in two sentences.";
 const SECOND_QUESTION: &str = "Tell me a short story about a lighthouse keeper and a whale.";
 const SECOND_TOKENS: u32 = 120;
-/// Pieces of the second answer that come before its worker is killed.
+/// Pieces of the second answer that come before a worker is killed.
 const PIECES_BEFORE_KILL: usize = 30;
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+/// How long a worker may take to measure the machine and join, on a busy one.
+const JOIN_LIMIT: Duration = Duration::from_secs(90);
+const END_LIMIT: Duration = Duration::from_secs(30);
+const LOOK: Duration = Duration::from_millis(50);
+/// How many workers hold the model; each gets layers for about as long a step as the others.
+const STAGES: usize = 3;
+/// A member and a standby for each stage.
+const WORKERS: usize = 2 * STAGES;
 
 pub(crate) async fn run(args: DemoArgs, terminal: Terminal) -> Result<(), Failure> {
     let model = args
@@ -44,14 +55,16 @@ pub(crate) async fn run(args: DemoArgs, terminal: Terminal) -> Result<(), Failur
     let demo = Demo { terminal };
     let mut stop = Stop::new()?;
 
-    demo.heading("Starting a head, a shim and two workers on loopback");
-    let started = std::time::Instant::now();
+    demo.heading(&format!(
+        "Starting a head, a shim and {WORKERS} workers on loopback"
+    ));
+    demo.note("Each worker measures this machine and offers to hold layers of one model. None holds all of it.");
+    let started = Instant::now();
     let mut mesh = tokio::select! {
-        mesh = start(&model, &runtime, args.keep) => mesh?,
+        mesh = demo.start(&model, &runtime, args.keep) => mesh?,
         () = stop.requested() => return Err(interrupted()),
     };
-    demo.parts(&mesh)?;
-    demo.note(&format!("ready after {}", duration(started.elapsed())));
+    demo.note(&format!("joined after {}", duration(started.elapsed())));
 
     let shown = tokio::select! {
         shown = demo.show(&mut mesh) => shown,
@@ -72,8 +85,38 @@ struct Demo {
 
 impl Demo {
     async fn show(&self, mesh: &mut Mesh) -> Result<(), Failure> {
+        self.form_a_ring(mesh).await?;
         self.over_datagrams(mesh).await?;
         self.over_http_with_a_death(mesh).await
+    }
+
+    async fn start(&self, model: &Path, runtime: &Path, keep: bool) -> Result<Mesh, Failure> {
+        let mut mesh = builder(model, runtime, keep)?.start().await?;
+        let shim = mesh.shim.as_ref().expect("the demo has a shim");
+        self.part(
+            &mesh.head,
+            &format!("OpenAI API at http://{}/v1", mesh.head.address("http")?),
+        );
+        self.part(shim, &format!("DCF/UDP at {}", shim.address(SHIM_INGRESS)?));
+        // One by one: they would measure how much they disturb each other, and the layers would be spread by that.
+        for _ in 0..WORKERS {
+            let worker = mesh.start_worker("").await?;
+            wait_until_joined(&mut mesh, worker).await?;
+            self.part(&mesh.workers[worker], "joined with a one-time token");
+        }
+        Ok(mesh)
+    }
+
+    async fn form_a_ring(&self, mesh: &mut Mesh) -> Result<(), Failure> {
+        self.heading("The head makes a ring of them: each stage on a worker, and loaded once more on one that stands by");
+        let started = Instant::now();
+        let registry = ring::wait_for_standbys(mesh).await?;
+        self.ring(&registry);
+        self.note(&format!(
+            "formed and loaded in {}",
+            duration(started.elapsed())
+        ));
+        Ok(())
     }
 
     async fn over_datagrams(&self, mesh: &Mesh) -> Result<(), Failure> {
@@ -102,52 +145,64 @@ impl Demo {
     }
 
     async fn over_http_with_a_death(&self, mesh: &mut Mesh) -> Result<(), Failure> {
-        self.heading("A question over HTTP; its worker is killed while it answers");
+        self.heading(
+            "A question over HTTP; a worker that holds a part of the model is killed meanwhile",
+        );
         self.question(SECOND_QUESTION);
         let client = mesh.client()?;
         let model = client.models().await?.into_iter().next();
         let body = json!({
-            "model": model.ok_or_else(|| Failure::new(Exit::NoWorker, "no worker serves a model"))?,
+            "model": model.ok_or_else(|| Failure::new(Exit::NoWorker, "no ring serves a model"))?,
             "messages": [{"role": "user", "content": SECOND_QUESTION}],
             "max_tokens": SECOND_TOKENS,
             "temperature": 0,
         });
         let mut printer = AnswerPrinter::new(self.terminal);
+        let victim = ring::member(mesh).await?;
+        let victim = &mut mesh.workers[victim];
         let mut pieces = 0;
-        let mut victim = None;
+        let mut died = None;
         let disturbed = answer::stream(&client, &body, async |text| {
             printer.push(text);
             pieces += 1;
             if pieces == PIECES_BEFORE_KILL {
-                let name = kill_the_one_that_answers(mesh).await?;
-                printer.remark(&format!("[{name} is killed here]"));
-                victim = Some(name);
+                // As a power cut would. Nothing is waited for: that would pass for a pause, or hide one.
+                victim.signal(Signal::SIGKILL)?;
+                died = Some(Instant::now());
+                printer.remark(&format!("[{} is killed here]", victim.name()));
             }
             Ok(())
         })
         .await?;
         printer.finish();
-        let victim = victim
-            .ok_or_else(|| Failure::failed("the answer ended before its worker could be killed"))?;
+        let died = died
+            .ok_or_else(|| Failure::failed("the answer ended before a worker could be killed"))?;
         self.note(&disturbed.stats.line());
+        victim.wait_for_end(END_LIMIT).await?;
+        let victim = victim.name().to_owned();
 
-        // The survivor is asked the same without a disturbance: the client must not have seen a difference.
+        let registry = ring::wait_for_recovery(mesh).await?;
+        self.ring(&registry);
+        self.note(&ring::recovery(&registry));
+
+        // The ring as it is now is asked the same without a disturbance: the client must not have seen a difference.
         let undisturbed = answer::stream(&client, &body, async |_| Ok(())).await?;
         expect(
             disturbed.text == undisturbed.text,
             &format!(
-                "the answer whose worker was killed differs from an undisturbed one:\n{:?}\n{:?}",
+                "the answer during which {victim} was killed differs from an undisturbed one:\n{:?}\n{:?}",
                 disturbed.text, undisturbed.text
             ),
         )?;
         self.good(&format!(
-            "{victim} died in mid-answer; another worker went on, and the text is the same as without the death"
+            "{victim} died in mid-sentence with its layers. {}; the text is the same as without the death",
+            pause(&disturbed, died, &undisturbed)
         ));
         Ok(())
     }
 
     async fn keep(&self, mesh: &mut Mesh, stop: &mut Stop) -> Result<(), Failure> {
-        // The killed one shall not be missing from here on.
+        // The killed one shall not be missing from here on: its stage gets a standby again.
         mesh.start_worker("").await?;
         let http = mesh.head.address("http")?;
         let shim = mesh
@@ -159,16 +214,17 @@ impl Demo {
             .ok()
             .map_or_else(|| "hydramesh".to_owned(), |path| path.display().to_string());
         let key = mesh.head.state_dir().join("admin.key");
+        let key = key.display();
         self.heading("The mesh stays up. Talk to it:");
         println!(
             "  {program} chat --url http://{http}\n  \
              {program} ask --to {shim} \"Name three rivers.\"\n  \
-             {program} status --url http://{http}\n  \
+             {program} status --url http://{http}     # the ring, its stages and standbys\n  \
+             {program} drain worker-1 --wait --url http://{http} --admin-key-file {key}     # its layers move to another\n  \
              curl http://{http}/v1/chat/completions -H 'content-type: application/json' \\\n    \
              -d '{{\"model\": \"SmolLM2-135M-Instruct.Q4_1\", \"messages\": [{{\"role\": \"user\", \"content\": \"Hello!\"}}]}}'\n  \
              OPENAI_BASE_URL=http://{http}/v1 OPENAI_API_KEY=none     # for any OpenAI client\n  \
-             {program} token create --url http://{http} --admin-key-file {}     # one more worker",
-            key.display()
+             {program} token create --url http://{http} --admin-key-file {key}     # one more worker"
         );
         self.note("Ctrl-C ends it");
         stop.requested().await;
@@ -177,43 +233,34 @@ impl Demo {
     }
 
     async fn shut_down(&self, mut mesh: Mesh) -> Result<(), Failure> {
-        let services = mesh
-            .shim
-            .iter_mut()
-            .chain(&mut mesh.workers)
-            .chain(std::iter::once(&mut mesh.head));
-        for service in services {
-            if !service.is_running() {
-                continue;
-            }
-            let status = service.terminate(Duration::from_secs(30)).await?;
-            expect(
-                status.success(),
-                &format!(
-                    "{} ended with {status}:\n{}",
-                    service.name(),
-                    service.log_end()
-                ),
-            )?;
-            println!("  {:<9} exit code 0", service.name());
+        if let Some(shim) = &mut mesh.shim {
+            end(shim).await?;
+            println!("  {:<9} exit code 0", shim.name());
         }
+        // Before the workers: while it lives, a worker that ends looks for another to take its layers over.
+        end(&mut mesh.head).await?;
+        println!("  {:<9} exit code 0", mesh.head.name());
+        let mut running: Vec<&mut Service> = mesh.workers.iter_mut().collect();
+        running.retain_mut(|worker| worker.is_running());
+        for worker in &running {
+            worker.signal(Signal::SIGTERM)?;
+        }
+        let ended = running.len();
+        for worker in running {
+            expect_success(worker.wait_for_end(END_LIMIT).await?, worker)?;
+        }
+        println!("  {:<9} exit code 0, all {ended}", "workers");
         Ok(())
     }
 
-    fn parts(&self, mesh: &Mesh) -> Result<(), Failure> {
-        let shim = mesh.shim.as_ref().expect("the demo has a shim");
-        let line = |service: &Service, what: &str| {
-            println!("  {:<9} pid {:<8} {what}", service.name(), service.pid());
-        };
-        line(
-            &mesh.head,
-            &format!("OpenAI API at http://{}/v1", mesh.head.address("http")?),
-        );
-        line(shim, &format!("DCF/UDP at {}", shim.address(SHIM_INGRESS)?));
-        for worker in &mesh.workers {
-            line(worker, "joined with a one-time token");
+    fn ring(&self, registry: &Value) {
+        for line in ring::stages(registry) {
+            println!("  {line}");
         }
-        Ok(())
+    }
+
+    fn part(&self, service: &Service, what: &str) {
+        println!("  {:<9} pid {:<8} {what}", service.name(), service.pid());
     }
 
     fn heading(&self, text: &str) {
@@ -236,15 +283,20 @@ impl Demo {
 /// Name of the shim's client port in its `addresses.json`.
 const SHIM_INGRESS: &str = "ingress";
 
-async fn start(model: &Path, runtime: &Path, keep: bool) -> Result<Mesh, Failure> {
-    let launcher = Launcher::beside_this_program(runtime)?;
-    let cores = std::thread::available_parallelism().map_or(2, usize::from);
-    let threads = (cores / 2).clamp(1, 8);
+fn builder(model: &Path, runtime: &Path, keep: bool) -> Result<MeshBuilder, Failure> {
+    let shards = toml::Value::from(vec![model.display().to_string()]);
     let mut builder = Mesh::builder()
-        .launcher(launcher)
-        .model(model)
-        .workers(2)
-        .worker_config(&format!("threads = {threads}\n"))
+        .launcher(Launcher::beside_this_program(runtime)?)
+        // Six processes share this machine: one thread each. Weights as in the file on all of them, so that whoever takes
+        // layers over computes the same bits; by default each takes what it measures to be faster.
+        .worker_config(&format!(
+            "models = []\nshards = {shards}\nthreads = 1\n[ring]\nlisten = \"127.0.0.1:0\"\nformat = \"file\"\n"
+        ))
+        // The model would fit on one worker, so the number of stages is given; and they disturb each other too much for
+        // a plan that promises more speed to mean anything.
+        .head_config(&format!(
+            "[sharding]\nstages = {STAGES}\nobjective = \"throughput\"\ngather = \"4s\"\nmargin = 0.9\n"
+        ))
         .shim();
     // A mesh that stays is easier to talk to at the ports that every command assumes.
     if keep && TcpListener::bind("127.0.0.1:8080").is_ok() {
@@ -253,34 +305,59 @@ async fn start(model: &Path, runtime: &Path, keep: bool) -> Result<Mesh, Failure
     if keep && UdpSocket::bind("127.0.0.1:9999").is_ok() {
         builder = builder.shim_config("listen = \"127.0.0.1:9999\"\n");
     }
-    Ok(builder.start().await?)
+    Ok(builder)
 }
 
-/// Kills the worker that runs a request, as a power cut would, and returns its name.
-async fn kill_the_one_that_answers(mesh: &mut Mesh) -> Result<String, Failure> {
-    let registry = mesh.registry().await?;
-    let busy = registry["workers"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .find(|worker| {
-            worker["assigned"]
-                .as_u64()
-                .is_some_and(|requests| requests > 0)
-        })
-        .and_then(|worker| worker["name"].as_str())
-        .ok_or_else(|| Failure::failed(format!("no worker runs a request: {registry}")))?
-        .to_owned();
-    let worker = mesh
-        .workers
-        .iter_mut()
-        .find(|worker| worker.name() == busy)
-        .ok_or_else(|| {
-            Failure::failed(format!("the head names a worker {busy:?} that is not ours"))
-        })?;
-    worker.signal(Signal::SIGKILL)?;
-    worker.wait_for_end(Duration::from_secs(5)).await?;
-    Ok(busy)
+async fn wait_until_joined(mesh: &mut Mesh, worker: usize) -> Result<(), Failure> {
+    let until = Instant::now() + JOIN_LIMIT;
+    loop {
+        let usable = mesh.usable_workers().await?;
+        let worker = &mut mesh.workers[worker];
+        if usable.iter().any(|usable| usable["name"] == worker.name()) {
+            return Ok(());
+        }
+        let has_ended = !worker.is_running();
+        if has_ended || Instant::now() >= until {
+            let how = if has_ended {
+                "has ended"
+            } else {
+                "does not join"
+            };
+            return Err(Failure::failed(format!(
+                "{} {how}; its log ends:\n{}",
+                worker.name(),
+                worker.log_end()
+            )));
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// What the client saw of a death: the longest wait for text after it, beside the longest one of an undisturbed answer.
+fn pause(disturbed: &Streamed, died: Instant, undisturbed: &Streamed) -> String {
+    let pause = disturbed.longest_wait(Some(died));
+    let usual = undisturbed.longest_wait(None);
+    format!(
+        "The answer paused for {} ms (its longest wait without a death: {} ms)",
+        pause.as_millis(),
+        usual.as_millis()
+    )
+}
+
+async fn end(service: &mut Service) -> Result<(), Failure> {
+    let status = service.terminate(END_LIMIT).await?;
+    expect_success(status, service)
+}
+
+fn expect_success(status: ExitStatus, service: &Service) -> Result<(), Failure> {
+    expect(
+        status.success(),
+        &format!(
+            "{} ended with {status}:\n{}",
+            service.name(),
+            service.log_end()
+        ),
+    )
 }
 
 /// Ctrl-C, or whoever ends programs at this machine.

@@ -165,6 +165,9 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                 Route::Legacy(_) => self.mesh.config.request_timeout,
                 _ => placed.estimate.first_token,
             };
+            if placed.ring.is_some() {
+                self.answer.hasten(RING_SILENCE);
+            }
             let resume = self.answer.placed(placed.worker, expected, Instant::now());
             debug!(
                 request = self.task.id,
@@ -550,3 +553,7 @@ fn due(answer: &Answer) -> Instant {
         .next_timer()
         .unwrap_or_else(|| Instant::now() + Duration::from_secs(3600))
 }
+
+/// Silence of a ring's driver that counts as its death: its standby goes on within milliseconds, so there is little to lose by
+/// an error. It is more than a driver needs to notice a silent member, whose loss is not the driver's.
+const RING_SILENCE: Duration = Duration::from_millis(1_500);

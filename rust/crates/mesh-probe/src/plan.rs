@@ -36,8 +36,10 @@ pub struct Plan {
     pub ssh_key: Option<String>,
     /// Name of this node.
     pub name: Option<String>,
-    /// Model files of the partition.
+    /// Model files of the partition, to serve whole.
     pub models: Vec<PathBuf>,
+    /// Model files of the partition, to hold layers of together with other workers.
+    pub shards: Vec<PathBuf>,
     /// Whether the worker has a certificate from an earlier boot, and so needs no token.
     pub joined: bool,
     /// What is wrong with a source, which then was not used.
@@ -81,6 +83,10 @@ impl Plan {
                     .map_or_else(|| Ok(Settings::default()), Settings::from_partition),
             ),
         ];
+        let folder = |name| {
+            let partition = told.partition.as_deref();
+            partition.map_or_else(Vec::new, |partition| models(&partition.join(name)))
+        };
         let wish = Wish {
             backend: first(&sources, |settings| settings.backend).and_then(|(backend, _)| backend),
             nomodeset: command_line_has(&told.command_line, "nomodeset"),
@@ -94,11 +100,8 @@ impl Plan {
             token: first(&sources, |settings| settings.token.clone()),
             ssh_key: first(&sources, |settings| settings.ssh_key.clone()).map(|(key, _)| key),
             name: first(&sources, |settings| settings.name.clone()).map(|(name, _)| name),
-            models: told
-                .partition
-                .as_deref()
-                .map(|partition| models(&partition.join(MODELS)))
-                .unwrap_or_default(),
+            models: folder(MODELS),
+            shards: folder(SHARDS),
             joined: told
                 .state
                 .as_deref()
@@ -115,7 +118,10 @@ impl Plan {
             Role::Worker => &[
                 (Missing::Head, self.head.is_none()),
                 (Missing::Token, self.token.is_none() && !self.joined),
-                (Missing::Model, self.models.is_empty()),
+                (
+                    Missing::Model,
+                    self.models.is_empty() && self.shards.is_empty(),
+                ),
             ],
         };
         wanted
@@ -137,9 +143,14 @@ impl Plan {
                 if let Some(name) = &self.name {
                     set("HYDRAMESH_WORKER__NODE_NAME", name.clone());
                 }
-                if !self.models.is_empty() {
-                    let paths = self.models.iter().map(|path| path.display().to_string());
-                    set("HYDRAMESH_WORKER__MODELS", list(paths));
+                let paths =
+                    |files: &[PathBuf]| list(files.iter().map(|path| path.display().to_string()));
+                // With shards alone it says that there are none, which the image's own configuration cannot know.
+                if !self.models.is_empty() || !self.shards.is_empty() {
+                    set("HYDRAMESH_WORKER__MODELS", paths(&self.models));
+                }
+                if !self.shards.is_empty() {
+                    set("HYDRAMESH_WORKER__SHARDS", paths(&self.shards));
                 }
             }
             Role::Head => {
@@ -181,14 +192,18 @@ impl fmt::Display for Plan {
                 None if self.joined => writeln!(f, "Join token: not needed, it has joined before")?,
                 None => {}
             }
-            if !self.models.is_empty() {
-                let names: Vec<_> = self
-                    .models
+            for (what, files) in [
+                ("Models", &self.models),
+                ("Models held in parts", &self.shards),
+            ] {
+                let names: Vec<_> = files
                     .iter()
                     .filter_map(|path| path.file_name())
                     .map(|name| name.to_string_lossy())
                     .collect();
-                writeln!(f, "Models: {}", names.join(", "))?;
+                if !names.is_empty() {
+                    writeln!(f, "{what}: {}", names.join(", "))?;
+                }
             }
         }
         for (source, mistake) in &self.mistakes {
@@ -214,7 +229,8 @@ impl fmt::Display for Missing {
                  hydramesh.token=TOKEN, or put it into the file join-token on a partition labelled HYDRAMESH."
             }
             Self::Model => {
-                "a model. Put a .gguf file into the folder models on a partition labelled HYDRAMESH, attach it, and look again."
+                "a model. Put a .gguf file into the folder models on a partition labelled HYDRAMESH (into shards, to hold a part of it \
+                 together with other workers), attach it, and look again."
             }
         })
     }
@@ -268,8 +284,10 @@ impl Backend {
 
 /// The worker's certificate below the state folder; it is there when the worker has joined.
 const CERTIFICATE: &str = "worker/node.crt";
-/// Folder of the partition with models.
+/// Folder of the partition with models to serve whole.
 const MODELS: &str = "models";
+/// Folder of the partition with models to hold layers of.
+const SHARDS: &str = "shards";
 const MOST_MODELS: usize = 16;
 /// The head's port for DCF clients and shims.
 const CLIENT_PORT: u16 = 7777;

@@ -361,6 +361,32 @@ fn a_source_with_a_mistake_is_not_used_and_the_mistake_told() {
 }
 
 #[test]
+fn a_worker_may_hold_parts_of_models_alone() {
+    let partition = tempfile::tempdir().expect("a folder");
+    let shards = partition.path().join("shards");
+    fs::create_dir(&shards).expect("a folder");
+    fs::write(shards.join("big.gguf"), "").expect("written");
+    let line = format!("hydramesh.head=attic hydramesh.token={}", token("t"));
+    let worker = plan(&Machine::new(), &line, Some(partition.path()), None);
+    assert_eq!(worker.missing(), []);
+    assert!(
+        worker
+            .to_string()
+            .contains("Models held in parts: big.gguf")
+    );
+    let environment = worker.environment();
+    let value = |name: &str| {
+        let found = environment.iter().find(|(key, _)| key == name);
+        found.map(|(_, value)| value.as_str())
+    };
+    assert_eq!(value("HYDRAMESH_WORKER__MODELS"), Some("[]"));
+    assert_eq!(
+        value("HYDRAMESH_WORKER__SHARDS"),
+        Some(format!("[\"{}/big.gguf\"]", shards.display()).as_str())
+    );
+}
+
+#[test]
 fn the_run_folder_starts_what_the_plan_says_and_keeps_the_token_secret() {
     let partition = tempfile::tempdir().expect("a folder");
     let models = partition.path().join("models");

@@ -179,6 +179,10 @@ pub struct RingStage {
     /// Who holds the same layers and its KV rows, if anybody.
     #[prost(message, optional, tag = "4")]
     pub standby: Option<Seat>,
+    /// Weight format, whoever holds it: `file`, `int8` or `int4`, as the first member offered. Another one would give other
+    /// tokens after a failover. Empty is the holder's own choice.
+    #[prost(string, tag = "5")]
+    pub format: String,
 }
 
 /// A worker as others reach it.

@@ -339,7 +339,7 @@ impl Config {
 pub enum Unsound {
     /// Nothing to serve.
     #[error(
-        "`models` is empty: name at least one GGUF file, as models = [\"/path/model.gguf\"] or --model FILE"
+        "`models` and `shards` are empty: name at least one GGUF file to serve whole, as models = [\"/path/model.gguf\"] or --model FILE, or to hold layers of, as shards = [\"/path/model.gguf\"] or --shard FILE"
     )]
     NoModels,
     /// Nobody to serve.

@@ -1,6 +1,6 @@
 //! An answer on the screen while it arrives, and the stream it comes from.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mesh_client::http::HttpClient;
 use serde_json::Value;
@@ -15,6 +15,20 @@ const WIDTH: usize = 88;
 pub(super) struct Streamed {
     pub(super) text: String,
     pub(super) stats: Stats,
+    /// When each piece of text came.
+    pub(super) arrivals: Vec<Instant>,
+}
+
+impl Streamed {
+    /// The longest time between two pieces of text, of which the second came after `since`, where that is given.
+    pub(super) fn longest_wait(&self, since: Option<Instant>) -> Duration {
+        self.arrivals
+            .windows(2)
+            .filter(|pair| since.is_none_or(|since| pair[1] > since))
+            .map(|pair| pair[1] - pair[0])
+            .max()
+            .unwrap_or_default()
+    }
 }
 
 /// Asks over HTTP; `on_text` sees each piece as it comes.
@@ -26,11 +40,11 @@ pub(super) async fn stream(
     let started = Instant::now();
     let mut stream = client.stream(body.clone()).await?;
     let mut text = String::new();
-    let mut first_text = None;
+    let mut arrivals = Vec::new();
     let mut tokens = None;
     while let Some(piece) = stream.next().await? {
         if !piece.text.is_empty() {
-            first_text.get_or_insert_with(|| started.elapsed());
+            arrivals.push(Instant::now());
             text += &piece.text;
             on_text(&piece.text).await?;
         }
@@ -42,10 +56,11 @@ pub(super) async fn stream(
     Ok(Streamed {
         text,
         stats: Stats {
-            first_text: first_text.unwrap_or(total),
+            first_text: arrivals.first().map_or(total, |&first| first - started),
             total,
             tokens,
         },
+        arrivals,
     })
 }
 
@@ -137,6 +152,27 @@ impl Wrap {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_longest_wait_counts_from_the_piece_before_an_event() {
+        let begin = Instant::now();
+        let at = |ms| begin + Duration::from_millis(ms);
+        let streamed = Streamed {
+            text: String::new(),
+            stats: Stats {
+                first_text: Duration::ZERO,
+                total: Duration::ZERO,
+                tokens: None,
+            },
+            arrivals: vec![at(0), at(90), at(100), at(150), at(160)],
+        };
+        assert_eq!(streamed.longest_wait(None), Duration::from_millis(90));
+        assert_eq!(
+            streamed.longest_wait(Some(at(120))),
+            Duration::from_millis(50)
+        );
+        assert_eq!(streamed.longest_wait(Some(at(160))), Duration::ZERO);
+    }
 
     #[test]
     fn a_growing_text_is_broken_between_words() {

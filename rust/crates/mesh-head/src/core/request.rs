@@ -319,6 +319,11 @@ impl Answer {
         }
     }
 
+    /// From now on silence of `least` is enough to count as death, if it is out of proportion to the pace so far.
+    pub fn hasten(&mut self, least: Duration) {
+        self.limits.silence = self.limits.silence.min(least);
+    }
+
     /// The silence up to this moment has a known cause that is not the worker's death: its ring recovered.
     pub fn excused_until(&mut self, moment: Instant) {
         if let Phase::Running { last_heard, .. } = &mut self.phase {

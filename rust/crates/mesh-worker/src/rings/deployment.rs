@@ -50,6 +50,8 @@ pub(super) struct Deployment {
     suspects: Vec<String>,
     recovery: Option<Recovery>,
     reported: Option<(RingState, Instant)>,
+    /// Steps of all parts here at the last look.
+    steps: u64,
 }
 
 enum Hosted {
@@ -123,6 +125,7 @@ impl Deployment {
             suspects: Vec::new(),
             recovery: None,
             reported: None,
+            steps: 0,
         };
         tokio::spawn(deployment.run(events, noticed));
         sender
@@ -167,9 +170,23 @@ impl Deployment {
                         self.take_ended(ended);
                     }
                 }
-                _ = look.tick() => {}
+                _ = look.tick() => self.note_activity(),
             }
             self.report();
+        }
+    }
+
+    /// Says so if any part here has computed something since the last look.
+    fn note_activity(&mut self) {
+        let parts = self.parts.values().map(|hosted| match hosted {
+            Hosted::Ready { part, .. } => part.gauges.steps.load(Relaxed),
+            _ => 0,
+        });
+        let driven = self.driver.as_ref().map(|d| d.engine().load().totals.steps);
+        let steps = parts.sum::<u64>() + driven.unwrap_or(0);
+        if steps != self.steps {
+            self.steps = steps;
+            self.rings.note_activity();
         }
     }
 
@@ -236,10 +253,12 @@ impl Deployment {
         self.parts.insert(stage, Hosted::Loading);
         let (shard, config) = (self.shard.clone(), self.rings.config.clone());
         let (slots, context) = (self.ring.slots, self.ring.context);
+        let planned = self.ring.stages.get(stage as usize);
+        let format = planned.map_or_else(String::new, |stage| stage.format.clone());
         self.loads.spawn(async move {
             let started = Instant::now();
             let loaded = tokio::task::spawn_blocking(move || {
-                let part = shard.load(layers, slots, context, &config)?;
+                let part = shard.load(layers, &format, slots, context, &config)?;
                 let weight_bytes = part.info().weight_bytes;
                 let seconds = started.elapsed().as_secs_f32();
                 Ok((

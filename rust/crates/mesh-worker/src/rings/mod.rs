@@ -18,7 +18,7 @@ use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dcf::{Message, MsgType};
 use mesh_engine::EngineHandle;
@@ -49,6 +49,8 @@ pub(crate) struct Rings {
     /// Rings of which this worker runs every stage.
     alone: Mutex<HashSet<u64>>,
     changed: Notify,
+    /// When a part here last computed something.
+    active: Mutex<Option<Instant>>,
     served: Mutex<Vec<Served>>,
     /// The paths that the head was told of.
     offered: Mutex<Vec<PathProfile>>,
@@ -92,6 +94,7 @@ impl Rings {
             deployments: Mutex::default(),
             alone: Mutex::default(),
             changed: Notify::new(),
+            active: Mutex::default(),
             served: Mutex::default(),
             offered: Mutex::default(),
             head: Mutex::default(),
@@ -221,15 +224,23 @@ impl Rings {
             .collect()
     }
 
-    /// Resolves when no ring with others has a part here any more, or the link to the head is gone.
+    /// Resolves when this worker may leave: no ring with others has a part here any more, the link to the head is gone, or
+    /// nobody has asked these rings anything for a while; to an idle ring a leave is no worse than a handing over.
     pub(crate) async fn emptied(&self) {
+        let begun = Instant::now();
         loop {
             let changed = self.changed.notified();
-            if self.shared() == 0 {
+            let active = lock(&self.active).map_or(begun, |at| at.max(begun));
+            if self.shared() == 0 || active.elapsed() >= IDLE {
                 return;
             }
-            changed.await;
+            // Either way there is something to look at.
+            let _ = tokio::time::timeout(IDLE / 4, changed).await;
         }
+    }
+
+    fn note_activity(&self) {
+        *lock(&self.active) = Some(Instant::now());
     }
 
     /// Rings with others that have a part here.
@@ -315,18 +326,24 @@ impl Rings {
 }
 
 impl Shard {
-    /// Loads a range of layers. Blocks.
+    /// Loads a range of layers in the weight format of that name, in the one of choice if there is no name. Blocks.
     fn load(
         &self,
         layers: Range<u32>,
+        format: &str,
         slots: u32,
         context: u32,
         config: &Config,
     ) -> Result<Part, String> {
+        let format = match format {
+            "" => self.format,
+            name => WeightFormat::from_name(name)
+                .ok_or_else(|| format!("weight format {name:?} is not known here"))?,
+        };
         let options = OrtOptions {
             slots,
             context,
-            ..offer::options(config, self.format)
+            ..offer::options(config, format)
         };
         let opened = mesh_engine_ort::open(&self.model, layers, options, config.backend)
             .map_err(|error| error.to_string())?;
@@ -385,6 +402,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Round trips below this, microseconds, are all the same to a plan.
 const LEAST_RTT: u32 = 1_000;
+
+/// Rings that nobody asks anything for so long are idle.
+const IDLE: Duration = Duration::from_secs(3);
 
 /// How long a stream waits for its ring to be named here.
 const RING_PATIENCE: Duration = Duration::from_secs(10);

@@ -69,6 +69,8 @@ pub(super) struct Gauges {
     pub(super) step_us: AtomicU64,
     /// Bytes of KV rows.
     pub(super) kv_bytes: AtomicU64,
+    /// Steps computed.
+    pub(super) steps: AtomicU64,
     /// Microseconds per step of a few rows, smoothed.
     short_us: AtomicU64,
     /// A step panicked; nobody knows what the part holds now.
@@ -266,6 +268,7 @@ impl PartWorker {
         let _watch = Watch(self.gauges.clone());
         self.part.step(step, &mut self.outs);
         let took = started.elapsed().as_micros() as u64;
+        self.gauges.steps.fetch_add(1, Ordering::Relaxed);
         smooth(&self.gauges.step_us, took);
         if rows <= SHORT_ROWS {
             smooth(&self.gauges.short_us, took);

@@ -1,7 +1,7 @@
 //! Rings of real stages on real links, with the test in the head's place.
 
 use std::net::SocketAddr;
-use std::time::{Instant, SystemTime};
+use std::time::SystemTime;
 
 use futures::StreamExt;
 use mesh_engine::{Event as Answer, Request};
@@ -108,6 +108,7 @@ impl Mesh {
             layer_end: end,
             seat: Some(self.seat(member)),
             standby: standby.map(|node| self.seat(node)),
+            format: String::new(),
         });
         let ring = Ring {
             ring: RING,

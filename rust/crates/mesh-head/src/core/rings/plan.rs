@@ -307,8 +307,13 @@ impl Rings {
     ) {
         let id = self.next_ring;
         self.next_ring += 1;
+        let format = |node: &str| {
+            let offer = self.nodes.get(node).and_then(|node| offered(node, model));
+            offer.map_or_else(String::new, |(shard, _)| shard.format.clone())
+        };
         let stages = planned.plan.stages.iter().map(|stage| Stage {
             layers: stage.layers.clone(),
+            format: format(&stage.node),
             member: Part::new(stage.node.clone()),
             standby: stage.standby.clone().map(Part::new),
         });
@@ -433,6 +438,7 @@ impl Rings {
                     layer_end: stage.layers.end,
                     seat: Some(seat(&stage.member)),
                     standby: stage.standby.as_ref().map(seat),
+                    format: stage.format.clone(),
                 })
                 .collect(),
             slots: ring.slots,

@@ -61,6 +61,8 @@ pub(super) struct Ring {
 #[derive(Debug, Clone)]
 pub(super) struct Stage {
     pub(super) layers: Range<u32>,
+    /// Weight format, the first member's; whoever takes the stage over uses it too.
+    pub(super) format: String,
     pub(super) member: Part,
     pub(super) standby: Option<Part>,
 }
