@@ -13,7 +13,6 @@
 
 pub mod clients;
 pub mod cluster;
-pub mod faults;
 pub mod flood;
 pub mod gaps;
 pub mod rescore;
@@ -21,8 +20,7 @@ pub mod undisturbed;
 pub mod view;
 
 pub use clients::{Answer, Ask, Running, assert_same_tokens, question};
-pub use cluster::{Cluster, ClusterBuilder};
-pub use faults::Fault;
+pub use cluster::{Cluster, ClusterBuilder, Fault};
 pub use undisturbed::Undisturbed;
 pub use view::RingView;
 

@@ -14,6 +14,9 @@
 //! # }
 //! ```
 
+mod builder;
+mod faults;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -22,26 +25,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use mesh_testkit::client::http::HttpClient;
 use mesh_testkit::namespaces::Machine;
-use mesh_testkit::{Mesh, Namespaces, Service, paths};
-use nix::sys::signal::Signal;
-use nix::unistd::Pid;
+use mesh_testkit::{Mesh, Namespaces, Service};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
-use crate::view::RingView;
+pub use builder::ClusterBuilder;
+pub use faults::Fault;
 
-/// What a cluster shall be made of.
-#[derive(Debug)]
-pub struct ClusterBuilder {
-    workers: Vec<String>,
-    model: Option<PathBuf>,
-    threads: usize,
-    head: Vec<String>,
-    stages: usize,
-    standbys: bool,
-    shim: bool,
-    network: Option<Namespaces>,
-}
+use crate::view::RingView;
 
 /// A running cluster. Dropping it kills all of it.
 #[derive(Debug)]
@@ -58,145 +49,10 @@ pub struct Cluster {
     network: Option<Namespaces>,
 }
 
-impl ClusterBuilder {
-    /// So many workers that hold parts of the model.
-    #[must_use]
-    pub fn shards(mut self, workers: usize) -> Self {
-        self.workers.extend(vec![SHARDS.to_owned(); workers]);
-        self
-    }
-
-    /// So many workers that hold parts of the model, with TOML of their own, such as `[ring]\nmemory = "60MB"`.
-    #[must_use]
-    pub fn shards_with(mut self, workers: usize, toml: &str) -> Self {
-        let toml = format!("{SHARDS}{toml}\n");
-        self.workers.extend(vec![toml; workers]);
-        self
-    }
-
-    /// So many workers that serve the whole model.
-    #[must_use]
-    pub fn whole(mut self, workers: usize) -> Self {
-        self.workers.extend(vec![String::new(); workers]);
-        self
-    }
-
-    /// A worker that serves another model whole.
-    #[must_use]
-    pub fn whole_model(mut self, path: &Path) -> Self {
-        self.workers
-            .push(format!("models = [{:?}]\n", path.display().to_string()));
-        self
-    }
-
-    /// The model; SmolLM2 from the cache otherwise.
-    #[must_use]
-    pub fn model(mut self, path: &Path) -> Self {
-        self.model = Some(path.to_owned());
-        self
-    }
-
-    /// Threads that each worker computes with; 1 otherwise.
-    #[must_use]
-    pub fn threads(mut self, threads: usize) -> Self {
-        self.threads = threads;
-        self
-    }
-
-    /// Rings of exactly so many stages; otherwise as many as the head thinks best.
-    #[must_use]
-    pub fn stages(mut self, stages: usize) -> Self {
-        self.stages = stages;
-        self
-    }
-
-    /// Whether stages get standbys, which they do otherwise.
-    #[must_use]
-    pub fn standbys(mut self, standbys: bool) -> Self {
-        self.standbys = standbys;
-        self
-    }
-
-    /// TOML that is put over the head's configuration.
-    #[must_use]
-    pub fn head_config(mut self, toml: &str) -> Self {
-        self.head.push(toml.to_owned());
-        self
-    }
-
-    /// Puts a shim before the head.
-    #[must_use]
-    pub fn shim(mut self) -> Self {
-        self.shim = true;
-        self
-    }
-
-    /// Puts every worker into a network namespace of its own, so that it can be cut off.
-    ///
-    /// # Errors
-    /// If this machine does not allow it; the message says why.
-    pub fn in_namespaces(mut self) -> Result<Self> {
-        self.network = Some(Namespaces::new()?);
-        Ok(self)
-    }
-
-    /// Starts everything; workers may still be joining and rings forming when it returns.
-    ///
-    /// # Errors
-    /// If a service does not start; the message holds the end of its log.
-    pub async fn start(self) -> Result<Cluster> {
-        let sharding = format!(
-            "[sharding]\nobjective = \"throughput\"\nstages = {}\nstandbys = {}\ngather = \"1s\"\nsuspect_pause = \"2s\"\n",
-            self.stages, self.standbys
-        );
-        let mut builder = Mesh::builder().head_config(&sharding);
-        if let Some(network) = &self.network {
-            let own = network.own_address();
-            builder = builder.head_config(&format!(
-                "[quic]\nlisten = \"{own}:0\"\n[dcf]\nworkers = \"{own}:0\"\n"
-            ));
-        }
-        for toml in &self.head {
-            builder = builder.head_config(toml);
-        }
-        let model = match self.model {
-            Some(model) => model,
-            None => paths::smollm2()?,
-        };
-        builder = builder.model(&model);
-        if self.shim {
-            builder = builder.shim();
-        }
-        let mut cluster = Cluster {
-            mesh: builder.start().await?,
-            model,
-            threads: self.threads,
-            standbys: self.standbys,
-            measures: false,
-            machines: HashMap::new(),
-            slowed: HashMap::new(),
-            network: self.network,
-        };
-        for toml in &self.workers {
-            cluster.add_worker(toml).await?;
-        }
-        Ok(cluster)
-    }
-}
-
 impl Cluster {
     /// A cluster to be described.
     pub fn builder() -> ClusterBuilder {
-        ClusterBuilder {
-            workers: Vec::new(),
-            model: None,
-            threads: 1,
-            head: Vec::new(),
-            stages: 0,
-            standbys: true,
-            shim: false,
-            network: None,
-        }
+        ClusterBuilder::new()
     }
 
     /// A client of the head's HTTP API.
@@ -275,102 +131,6 @@ impl Cluster {
         let running =
             workers.filter_map(|worker| worker.is_running().then(|| worker.name().to_owned()));
         running.collect()
-    }
-
-    /// Kills a worker as a crash would.
-    ///
-    /// # Errors
-    /// If it is gone already.
-    pub fn kill(&mut self, name: &str) -> Result<()> {
-        self.hurry(name);
-        self.worker(name)?.crash()
-    }
-
-    /// Makes a worker hang.
-    ///
-    /// # Errors
-    /// If it is gone.
-    pub fn stop(&mut self, name: &str) -> Result<()> {
-        self.worker(name)?.signal(Signal::SIGSTOP)
-    }
-
-    /// Lets a worker that hangs go on.
-    ///
-    /// # Errors
-    /// If it is gone.
-    pub fn cont(&mut self, name: &str) -> Result<()> {
-        self.worker(name)?.signal(Signal::SIGCONT)
-    }
-
-    /// Pulls a worker's network cable.
-    ///
-    /// # Errors
-    /// If the workers are not in network namespaces.
-    pub fn cut(&mut self, name: &str) -> Result<()> {
-        let (network, machine) = self.machine(name)?;
-        network.cut(machine)
-    }
-
-    /// Plugs a worker's network cable in again.
-    ///
-    /// # Errors
-    /// If the workers are not in network namespaces.
-    pub fn mend(&mut self, name: &str) -> Result<()> {
-        let (network, machine) = self.machine(name)?;
-        network.mend(machine)
-    }
-
-    /// Gives a worker's network a bandwidth, in megabits per second.
-    ///
-    /// # Errors
-    /// If the workers are not in network namespaces.
-    pub fn limit(&mut self, name: &str, megabits: u32) -> Result<()> {
-        let (network, machine) = self.machine(name)?;
-        network.limit(machine, megabits)
-    }
-
-    /// Lets a worker run only for `percent` of the time, in turns of 20 ms, until [`Cluster::hurry`].
-    ///
-    /// # Errors
-    /// If it is gone.
-    pub fn slow(&mut self, name: &str, percent: u32) -> Result<()> {
-        let pid = Pid::from_raw(i32::try_from(self.worker(name)?.pid())?);
-        let turn = Duration::from_millis(20);
-        let running = turn * percent.min(100) / 100;
-        let turns = tokio::spawn(async move {
-            // The process is the cluster's child: its number is not given to another as long as nobody waited for it.
-            while nix::sys::signal::kill(pid, Signal::SIGSTOP).is_ok() {
-                tokio::time::sleep(turn - running).await;
-                let _ = nix::sys::signal::kill(pid, Signal::SIGCONT);
-                tokio::time::sleep(running).await;
-            }
-        });
-        if let Some(before) = self.slowed.insert(name.to_owned(), turns) {
-            before.abort();
-        }
-        Ok(())
-    }
-
-    /// Ends [`Cluster::slow`].
-    pub fn hurry(&mut self, name: &str) {
-        if let Some(turns) = self.slowed.remove(name) {
-            turns.abort();
-            let _ = self.cont(name);
-        }
-    }
-
-    /// Starts a worker that was killed again, as the same node.
-    ///
-    /// # Errors
-    /// If it still runs, or does not start.
-    pub async fn restart(&mut self, name: &str) -> Result<()> {
-        self.worker(name)?.restart(None).await
-    }
-
-    /// Removes a worker for good.
-    pub fn remove(&mut self, name: &str) {
-        self.hurry(name);
-        self.mesh.workers.retain(|worker| worker.name() != name);
     }
 
     /// The rings of the mesh, as `/v1/mesh` shows them.
@@ -571,14 +331,6 @@ impl Cluster {
             .into_iter()
             .collect()
     }
-
-    fn machine(&self, name: &str) -> Result<(&Namespaces, Machine)> {
-        let machine = self.machines.get(name);
-        self.network
-            .as_ref()
-            .zip(machine.copied())
-            .with_context(|| format!("{name} is not in a network namespace"))
-    }
 }
 
 impl Drop for Cluster {
@@ -586,11 +338,6 @@ impl Drop for Cluster {
         for turns in self.slowed.values() {
             turns.abort();
         }
-        if std::thread::panicking() {
-            return;
-        }
-        // The services before the network that they use.
-        self.mesh.workers.clear();
     }
 }
 
