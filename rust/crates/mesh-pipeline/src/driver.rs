@@ -5,7 +5,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use mesh_engine::scheduler::Step;
-use mesh_engine::{Outcome, RequestError, Runner, Segment, StageError, StageInfo};
+use mesh_engine::{Outcome, RequestError, Runner, Segment, SlotId, StageError, StageInfo};
 use mesh_proto::{
     HeldSlot, Recovery, RingHeld, RingMirror, RingMirrored, RingOutcome, RingPing, RingResend,
     RingStep,
@@ -120,6 +120,8 @@ pub struct RingRunner {
     phase: Phase,
     /// What every slot will hold when all that was planned is through.
     planned: Book,
+    /// Slots of requests in progress, as far as this driver has begun steps.
+    busy: Option<Vec<SlotId>>,
     next_step: u64,
     under_way: VecDeque<UnderWay>,
     /// Steps whose rows have come all the way, in order.
@@ -198,6 +200,7 @@ impl RingRunner {
             events,
             out,
             stages: 0,
+            busy: None,
             phase: Phase::Joining(Vec::new()),
             next_step: 0,
             under_way: VecDeque::new(),
@@ -330,7 +333,8 @@ impl RingRunner {
 
     fn begin_replays(&mut self, held: Vec<Held>) {
         let mut replays = Vec::new();
-        for replay in replay::plan(&self.planned, &held, self.info.slots) {
+        let busy = self.busy.as_deref();
+        for replay in replay::plan(&self.planned, &held, self.info.slots, busy) {
             let wanted = replay::reference(&self.planned, &held, replay.slot);
             let tokens = wanted[..replay.to as usize].to_vec();
             let chunk = self.info.max_rows.max(1);
@@ -461,9 +465,12 @@ impl RingRunner {
             .collect();
         if let Some(loss) = &mut self.loss {
             loss.rows += rows;
-            let again = common.iter().enumerate().map(|(slot, common)| {
-                let wanted = replay::reference(&self.planned, held, slot as u32);
-                (wanted.len() - common.len()) as u64
+            // Rows of slots that nobody uses are not computed again until somebody does.
+            let busy = self.busy.iter().flatten();
+            let again = busy.map(|&slot| {
+                let wanted = replay::reference(&self.planned, held, slot);
+                let there = common.get(slot as usize).map_or(0, Vec::len);
+                wanted.len().saturating_sub(there) as u64
             });
             loss.rows += again.sum::<u64>();
         }
@@ -590,6 +597,7 @@ impl Runner for RingRunner {
 
     fn begin(&mut self, step: &mut Step, now: Instant) {
         let step = std::mem::take(step);
+        self.busy = Some(step.busy.clone());
         let number = self.next_step;
         self.next_step += 1;
         let mut tokens = step.tokens.as_slice();

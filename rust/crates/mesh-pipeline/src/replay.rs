@@ -100,12 +100,21 @@ pub(crate) fn common(planned: &Book, held: &[Held], slot: SlotId) -> Vec<u32> {
 
 /// The replays worth having, one per slot at most.
 ///
-/// A stage lags if it lacks more than [`WORTHWHILE`] rows that another one has. Slots that no recent step has touched are left
-/// alone: their rows are computed again if anybody ever asks for them.
-pub(crate) fn plan(planned: &Book, held: &[Held], slots: u32) -> Vec<Replay> {
+/// A stage lags if it lacks more than [`WORTHWHILE`] rows that another one has. Slots that nobody uses are left alone: their
+/// rows are computed again if anybody ever asks for them. A driver that has planned steps knows the `busy` ones; for a new one
+/// those count as busy that a recent step has touched.
+pub(crate) fn plan(
+    planned: &Book,
+    held: &[Held],
+    slots: u32,
+    busy: Option<&[SlotId]>,
+) -> Vec<Replay> {
     let replays = (0..slots).filter_map(|slot| {
-        let age = held.iter().map(|held| held.age(slot)).min()?;
-        (age <= RECENT).then(|| plan_slot(planned, held, slot))?
+        let is_busy = match busy {
+            Some(busy) => busy.contains(&slot),
+            None => held.iter().any(|held| held.age(slot) <= RECENT),
+        };
+        is_busy.then(|| plan_slot(planned, held, slot))?
     });
     replays.collect()
 }
@@ -147,7 +156,7 @@ fn plan_slot(planned: &Book, held: &[Held], slot: SlotId) -> Option<Replay> {
 const WORTHWHILE: u32 = 16;
 
 /// Steps after which a slot that none of them touched counts as idle.
-const RECENT: u64 = 64;
+const RECENT: u64 = 16;
 
 #[cfg(test)]
 mod tests {
@@ -183,14 +192,14 @@ mod tests {
     #[test]
     fn a_short_tail_is_not_replayed() {
         let stages = [held(1000, 990), held(995, 990), held(999, 0)];
-        assert_eq!(plan(&planned(1000), &stages, 1), []);
+        assert_eq!(plan(&planned(1000), &stages, 1, None), []);
         assert_eq!(common(&planned(1000), &stages, 0).len(), 995);
     }
 
     #[test]
     fn a_shard_loaded_afresh_is_fed_by_the_stage_before_it() {
         let stages = [held(1000, 0), held(0, 0), held(998, 0)];
-        let replay = plan(&planned(1000), &stages, 1)[0];
+        let replay = plan(&planned(1000), &stages, 1, None)[0];
         assert_eq!((replay.from, replay.to), (0, 998));
         assert_eq!((replay.source, replay.until), (Some(0), 1));
     }
@@ -198,24 +207,24 @@ mod tests {
     #[test]
     fn the_first_stage_and_two_neighbours_are_fed_with_tokens_and_together() {
         let stages = [held(0, 0), held(0, 0), held(998, 0)];
-        let replay = plan(&planned(1000), &stages, 1)[0];
+        let replay = plan(&planned(1000), &stages, 1, None)[0];
         assert_eq!((replay.source, replay.until), (None, 1));
     }
 
     #[test]
     fn where_the_outputs_are_gone_the_rows_come_from_further_up() {
         let stages = [held(1000, 0), held(1000, 500), held(100, 0)];
-        let replay = plan(&planned(1000), &stages, 1)[0];
+        let replay = plan(&planned(1000), &stages, 1, None)[0];
         assert_eq!((replay.from, replay.to), (100, 1000));
         assert_eq!((replay.source, replay.until), (Some(0), 2));
         let stages = [held(1000, 800), held(1000, 500), held(100, 0)];
-        assert_eq!(plan(&planned(1000), &stages, 1)[0].source, None);
+        assert_eq!(plan(&planned(1000), &stages, 1, None)[0].source, None);
     }
 
     #[test]
     fn a_new_driver_believes_the_foremost_stage() {
         let stages = [held(1000, 0), held(1000, 0), held(0, 0)];
-        let replay = plan(&Book::new(1), &stages, 1)[0];
+        let replay = plan(&Book::new(1), &stages, 1, None)[0];
         assert_eq!((replay.from, replay.to, replay.until), (0, 1000, 2));
         assert_eq!(replay.source, Some(1));
     }
@@ -224,6 +233,6 @@ mod tests {
     fn what_nobody_used_lately_is_left_alone() {
         let mut stages = [held(1000, 0), held(0, 0)];
         stages[0].slots[0].age = RECENT + 1;
-        assert_eq!(plan(&planned(1000), &stages, 1), []);
+        assert_eq!(plan(&planned(1000), &stages, 1, None), []);
     }
 }

@@ -75,6 +75,8 @@ pub struct Step {
     pub segments: Vec<Segment>,
     /// Their tokens, back to back.
     pub tokens: Vec<u32>,
+    /// Slots of all requests in progress, in this step or not.
+    pub busy: Vec<SlotId>,
     /// Whose segment each is.
     owners: Vec<RequestKey>,
     decode_rows: u32,
@@ -254,6 +256,7 @@ impl Scheduler {
         self.admit();
         step.clear(now);
         step.slot_ops.append(&mut self.slot_ops);
+        step.busy.extend(self.running.iter().map(|r| r.slot));
         let decoding = self.decoding();
         self.plan_decode(step, decoding);
         self.plan_prefill(step, decoding);
@@ -591,6 +594,7 @@ impl Step {
         self.slot_ops.clear();
         self.segments.clear();
         self.tokens.clear();
+        self.busy.clear();
         self.owners.clear();
         self.decode_rows = 0;
         self.planned = Some(now);

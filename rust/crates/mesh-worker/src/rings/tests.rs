@@ -327,3 +327,43 @@ async fn the_standby_of_the_last_stage_becomes_the_driver_and_knows_what_was_sai
     }
     assert_eq!(all, expected[0]);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shard_that_is_loaded_afresh_has_its_inputs_replayed_and_nothing_else_is_computed_again()
+{
+    let long = Request {
+        prompt_tokens: (0..700u32).map(|i| i * 7919 % 49_000 + 5).collect(),
+        ..request(1, 24)
+    };
+    let expected = expected(&[long.clone()]);
+    let mut mesh = Mesh::start(5).await;
+    mesh.configure(&[(10, 0, None), (20, 1, None), (30, 2, None)]);
+    mesh.serving(2).await;
+    let mut stream = mesh.submit(2, long);
+    let mut events = Vec::new();
+    for _ in 0..10 {
+        events.extend(stream.next().await);
+    }
+    let mut members = [0, 1];
+    for (stage, spare) in [(1, 3), (0, 4)] {
+        let lost = std::mem::replace(&mut members[stage], spare);
+        mesh.lose(lost);
+        mesh.configure(&[
+            (10, members[0], None),
+            (20, members[1], None),
+            (30, 2, None),
+        ]);
+        let state = mesh
+            .wait(2, "recovered", |state| state.recovery.is_some())
+            .await;
+        let recovery = state.recovery.unwrap();
+        println!("stage {stage}: {recovery:?}");
+        // The tail that was under way is computed again by all; the rest by the new member alone.
+        assert!((700..730).contains(&recovery.rows), "{recovery:?}");
+        for _ in 0..5 {
+            events.extend(stream.next().await);
+        }
+    }
+    events.extend(stream.collect::<Vec<_>>().await);
+    assert_eq!(tokens(&events), expected[0]);
+}
