@@ -217,7 +217,8 @@ impl Rings {
             }
             Err(error) => {
                 self.dissolve(id, format!("{missing}; {error}"));
-                self.cannot_plan(&model, format!("{missing}; {error}"));
+                self.losses.insert(model.clone(), missing.to_owned());
+                self.cannot_plan(&model, &error.to_string());
             }
         }
     }

@@ -112,6 +112,8 @@ pub struct Rings {
     settings: Settings,
     nodes: BTreeMap<String, Node>,
     rings: BTreeMap<u64, Ring>,
+    /// Why a model's last ring was given up, until it has one again.
+    losses: BTreeMap<String, String>,
     /// Why there is no ring of a model, and for which state of the mesh that was found.
     unplanned: BTreeMap<String, (u64, String)>,
     next_ring: u64,
@@ -133,6 +135,7 @@ impl Rings {
             settings,
             nodes: BTreeMap::new(),
             rings: BTreeMap::new(),
+            losses: BTreeMap::new(),
             unplanned: BTreeMap::new(),
             next_ring: first_ring,
             generation: 0,

@@ -278,14 +278,19 @@ impl Rings {
                         now,
                     );
                 }
-                Err(error) => self.cannot_plan(&model, error.to_string()),
+                Err(error) => self.cannot_plan(&model, &error.to_string()),
             }
         }
         let offered = self.offered_models();
         self.unplanned.retain(|model, _| offered.contains(model));
     }
 
-    pub(super) fn cannot_plan(&mut self, model: &str, reason: String) {
+    pub(super) fn cannot_plan(&mut self, model: &str, error: &str) {
+        // Who was lost is of more use to a client than what the rest lacks alone.
+        let reason = match self.losses.get(model) {
+            Some(loss) => format!("{loss}; {error}"),
+            None => error.to_owned(),
+        };
         let entry = (self.generation, reason.clone());
         let before = self.unplanned.insert(model.to_owned(), entry);
         if before.is_none_or(|(_, before)| before != reason) {
@@ -305,6 +310,7 @@ impl Rings {
         replaces: Option<u64>,
         now: Instant,
     ) {
+        self.losses.remove(model);
         let id = self.next_ring;
         self.next_ring += 1;
         let format = |node: &str| {
