@@ -130,7 +130,18 @@ async fn after_the_storm(
         .collect();
     Running::start(&cluster.client()?, &last).answers().await?;
     cluster.wait_until_idle().await?;
-    let ring = cluster.wait_for_whole_ring().await?;
+    // Parts report four times a second at most, so it may take a moment until all of them have said so.
+    let level = |ring: &RingView| {
+        let mut parts = ring
+            .parts()
+            .map(|(layers, part)| part.kv_bytes / u64::from(layers));
+        let first = parts.next();
+        ring.serves() && ring.has_standbys() && parts.all(|bytes| Some(bytes) == first)
+    };
+    let ring = match cluster.wait_for_ring(level).await {
+        Ok(ring) => ring,
+        Err(_) => cluster.wait_for_whole_ring().await?,
+    };
     let per_layer = || {
         let parts = ring.parts();
         parts.map(|(layers, part)| part.kv_bytes / u64::from(layers))
