@@ -167,7 +167,8 @@ async fn where_there_is_no_room_every_request_is_told_and_other_models_go_on() -
     let running = Running::start(&client, &lost);
     let beside = Running::start(&client, std::slice::from_ref(&other));
     running.wait_for_tokens(40).await?;
-    cluster.kill(&member(&ring, 0))?;
+    let victim = member(&ring, 0);
+    cluster.kill(&victim)?;
     for outcome in running.outcomes().await? {
         let Err(error) = outcome else {
             bail!("an answer without the layers that it needs");
@@ -175,7 +176,7 @@ async fn where_there_is_no_room_every_request_is_told_and_other_models_go_on() -
         let words = format!("{error:#}");
         println!("told: {words}");
         ensure!(
-            words.contains("MiB") && words.contains(&ring.model),
+            words.contains("MiB") && words.contains(&ring.model) && words.contains(&victim),
             "the error does not say what is missing: {words}"
         );
     }
