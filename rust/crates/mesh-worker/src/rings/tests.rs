@@ -335,7 +335,7 @@ async fn a_shard_that_is_loaded_afresh_has_its_inputs_replayed_and_nothing_else_
         prompt_tokens: (0..700u32).map(|i| i * 7919 % 49_000 + 5).collect(),
         ..request(1, 24)
     };
-    let expected = expected(&[long.clone()]);
+    let expected = expected(std::slice::from_ref(&long));
     let mut mesh = Mesh::start(5).await;
     mesh.configure(&[(10, 0, None), (20, 1, None), (30, 2, None)]);
     mesh.serving(2).await;
