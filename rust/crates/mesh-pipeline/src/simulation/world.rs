@@ -120,7 +120,6 @@ struct Driver {
     scheduler: Scheduler,
     events: mpsc::Sender<DriverEvent>,
     outs: Arc<Mutex<Vec<DriverOut>>>,
-    serving: bool,
     step: Step,
 }
 
@@ -555,7 +554,6 @@ impl World {
                 half_rows: false,
             };
             let driver = worker.driver.as_mut().expect("just made");
-            driver.serving = false;
             driver.events.send(event).expect("lives");
             own = None;
         } else {
@@ -816,7 +814,6 @@ impl Driver {
             runner: RingRunner::new(info, part, receiver, out, now),
             events: sender,
             outs,
-            serving: false,
             step: Step::default(),
         }
     }

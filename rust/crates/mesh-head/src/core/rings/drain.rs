@@ -266,11 +266,7 @@ impl Rings {
             model: next.model.clone(),
             reason,
         }));
-        let driver = next.driver().to_owned();
-        if next.served_by.as_ref().is_some_and(|(by, _)| *by != driver) {
-            self.withdraw(id);
-            next.served_by = None;
-        }
+        self.withdraw_old_driver(&mut next);
         // Standbys are looked for again when it serves.
         next.standbys_for = None;
         self.rings.insert(id, next);

@@ -71,11 +71,7 @@ impl Rings {
             model: next.model.clone(),
             reason,
         }));
-        let driver = next.driver().to_owned();
-        if next.served_by.as_ref().is_some_and(|(by, _)| *by != driver) {
-            self.withdraw(id);
-            next.served_by = None;
-        }
+        self.withdraw_old_driver(&mut next);
         self.rings.insert(id, next);
         self.broadcast(id, &before);
     }
@@ -120,6 +116,15 @@ impl Rings {
             (!is_lost && room >= wanted).then_some((room, candidate.id.clone()))
         });
         rooms.max().map(|(_, node)| node)
+    }
+
+    /// The worker that served the ring's model does so no more if another one drives it now.
+    pub(super) fn withdraw_old_driver(&mut self, next: &mut Ring) {
+        let moved = |(by, _): &(String, _)| *by != next.driver();
+        if next.served_by.as_ref().is_some_and(moved) {
+            self.withdraw(next.id);
+            next.served_by = None;
+        }
     }
 
     /// Only standbys were lost: nothing that runs is disturbed.

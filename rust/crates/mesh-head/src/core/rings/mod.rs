@@ -70,8 +70,8 @@ pub struct Settings {
     pub always: bool,
     /// How long requests on a ring that was replaced may go on.
     pub retire_limit: Duration,
-    /// Whether a member may take over a second stage that it is the standby of. Plans never ask for it; after a loss it
-    /// beats loading weights.
+    /// Whether a member may take over a second stage: one that it is the standby of, which beats loading weights, or one that
+    /// nobody else has room for. Plans never ask for it.
     pub double_seats: bool,
 }
 
