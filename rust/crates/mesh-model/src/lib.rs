@@ -11,7 +11,9 @@
 pub mod chat;
 pub mod config;
 pub mod gguf;
+mod map;
 pub mod model;
+pub mod safetensors;
 pub mod store;
 pub mod synth;
 pub mod text;

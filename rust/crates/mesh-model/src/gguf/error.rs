@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::map::MapError;
+
 /// Why a GGUF file could not be read.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -180,4 +182,14 @@ pub enum GgufError {
         /// The file.
         path: PathBuf,
     },
+}
+
+impl From<MapError> for GgufError {
+    fn from(error: MapError) -> Self {
+        match error {
+            MapError::Open { path, source } => GgufError::Open { path, source },
+            MapError::NotAFile { path } => GgufError::NotAFile { path },
+            MapError::Changed { path } => GgufError::Changed { path },
+        }
+    }
 }

@@ -2,7 +2,6 @@
 
 mod dequant;
 mod error;
-mod map;
 mod parse;
 mod types;
 mod value;
@@ -16,7 +15,7 @@ pub use types::GgmlType;
 pub use value::{Array, Value, ValueType};
 pub use writer::Writer;
 
-use map::FileMap;
+use crate::map::FileMap;
 use parse::{Cursor, Index};
 
 /// An open GGUF file: its metadata and its tensors.
@@ -195,7 +194,7 @@ impl Gguf {
     /// # Errors
     /// If it changed or cannot be looked at.
     pub fn check_unchanged(&self) -> Result<(), GgufError> {
-        self.map.check_unchanged()
+        Ok(self.map.check_unchanged()?)
     }
 
     /// Tells the system that the mapped pages are no longer needed in memory; they come back when touched.

@@ -6,11 +6,23 @@ use std::time::SystemTime;
 
 use memmap2::Mmap;
 
-use super::error::GgufError;
+/// Why a file could not be mapped.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MapError {
+    #[error("cannot open model file {}: {source}", path.display())]
+    Open {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("{} is not a regular file", path.display())]
+    NotAFile { path: PathBuf },
+    #[error("{} changed while it was in use", path.display())]
+    Changed { path: PathBuf },
+}
 
 /// The bytes of a file, mapped read-only, or bytes in memory.
 #[derive(Debug)]
-pub(super) enum FileMap {
+pub(crate) enum FileMap {
     Mapped {
         path: PathBuf,
         map: Mmap,
@@ -22,20 +34,20 @@ pub(super) enum FileMap {
 
 /// What shows that a file was written to.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Stamp {
+pub(crate) struct Stamp {
     len: u64,
     modified: Option<SystemTime>,
 }
 
 impl FileMap {
-    pub(super) fn open(path: &Path) -> Result<Self, GgufError> {
-        let failed = |source| GgufError::Open {
+    pub(crate) fn open(path: &Path) -> Result<Self, MapError> {
+        let failed = |source| MapError::Open {
             path: path.into(),
             source,
         };
         // Looked at before it is opened: to open a named pipe would wait for its writer.
         if !std::fs::metadata(path).map_err(failed)?.is_file() {
-            return Err(GgufError::NotAFile { path: path.into() });
+            return Err(MapError::NotAFile { path: path.into() });
         }
         let file = File::open(path).map_err(failed)?;
         let stamp = Stamp::of(&file.metadata().map_err(failed)?);
@@ -55,43 +67,47 @@ impl FileMap {
         })
     }
 
-    pub(super) fn from_bytes(bytes: Vec<u8>) -> Self {
+    pub(crate) fn from_bytes(bytes: Vec<u8>) -> Self {
         FileMap::Memory(bytes)
     }
 
-    pub(super) fn bytes(&self) -> &[u8] {
+    pub(crate) fn bytes(&self) -> &[u8] {
         match self {
             FileMap::Mapped { map, .. } => map,
             FileMap::Memory(bytes) => bytes,
         }
     }
 
-    pub(super) fn path(&self) -> Option<&Path> {
+    pub(crate) fn len(&self) -> u64 {
+        self.bytes().len() as u64
+    }
+
+    pub(crate) fn path(&self) -> Option<&Path> {
         match self {
             FileMap::Mapped { path, .. } => Some(path),
             FileMap::Memory(_) => None,
         }
     }
 
-    pub(super) fn check_unchanged(&self) -> Result<(), GgufError> {
+    pub(crate) fn check_unchanged(&self) -> Result<(), MapError> {
         let FileMap::Mapped {
             path, file, stamp, ..
         } = self
         else {
             return Ok(());
         };
-        let failed = |source| GgufError::Open {
+        let failed = |source| MapError::Open {
             path: path.clone(),
             source,
         };
         if Stamp::of(&file.metadata().map_err(failed)?) != *stamp {
-            return Err(GgufError::Changed { path: path.clone() });
+            return Err(MapError::Changed { path: path.clone() });
         }
         Ok(())
     }
 
     #[cfg(unix)]
-    pub(super) fn release_pages(&self) {
+    pub(crate) fn release_pages(&self) {
         if let FileMap::Mapped { map, path, .. } = self {
             // SAFETY: the map is of a file and read-only, so that the pages dropped are read from the file again; the bytes
             // behind a borrowed slice stay the same.
@@ -104,7 +120,7 @@ impl FileMap {
     }
 
     #[cfg(not(unix))]
-    pub(super) fn release_pages(&self) {}
+    pub(crate) fn release_pages(&self) {}
 }
 
 impl Stamp {
