@@ -196,19 +196,12 @@ fn rope(rope: &mesh_model::Rope, context: u32) -> Result<Rope, KernelError> {
         RopeScaling::None => (1.0, rope.freq_factors.clone()),
         RopeScaling::Linear { factor } => (1.0 / factor, rope.freq_factors.clone()),
         // Pairs are stretched one by one: as divisors of the plain frequencies.
-        RopeScaling::Yarn { .. } => {
-            let plain = |i: usize| rope.base.powf(-2.0 * i as f32 / rope.dim as f32);
+        RopeScaling::Yarn { .. } | RopeScaling::Llama3 { .. } => {
+            let plain = |i: usize| f64::from(rope.base).powf(-2.0 * i as f64 / rope.dim as f64);
             let frequencies = rope.frequencies();
-            (
-                1.0,
-                Some(
-                    frequencies
-                        .iter()
-                        .enumerate()
-                        .map(|(i, f)| plain(i) / f)
-                        .collect(),
-                ),
-            )
+            let divisors = frequencies.iter().enumerate();
+            let divisors = divisors.map(|(i, &f)| (plain(i) / f64::from(f)) as f32);
+            (1.0, Some(divisors.collect()))
         }
     };
     Rope::new(&RopeOptions {

@@ -2,10 +2,12 @@
 
 mod rope;
 mod shapes;
+mod window;
 
 use crate::gguf::{Gguf, GgufError, Value};
 
 pub use rope::{Rope, RopeScaling, RopeStyle};
+pub use window::SlidingWindow;
 
 /// A family of networks that the engines can run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -16,6 +18,8 @@ pub enum Architecture {
     Qwen2,
     /// Qwen3: norms on query and key.
     Qwen3,
+    /// Gemma 3, text only: most layers see a window only, norms before and after each half layer.
+    Gemma3,
 }
 
 impl Architecture {
@@ -25,18 +29,32 @@ impl Architecture {
             Architecture::Llama => "llama",
             Architecture::Qwen2 => "qwen2",
             Architecture::Qwen3 => "qwen3",
+            Architecture::Gemma3 => "gemma3",
         }
     }
 
+    /// All of them.
+    pub const ALL: [Architecture; 4] = [
+        Architecture::Llama,
+        Architecture::Qwen2,
+        Architecture::Qwen3,
+        Architecture::Gemma3,
+    ];
+
     fn from_name(name: &str) -> Option<Self> {
-        [
-            Architecture::Llama,
-            Architecture::Qwen2,
-            Architecture::Qwen3,
-        ]
-        .into_iter()
-        .find(|architecture| architecture.name() == name)
+        Architecture::ALL
+            .into_iter()
+            .find(|architecture| architecture.name() == name)
     }
+}
+
+/// What a feed-forward layer does with its gate before it multiplies the other half by it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Activation {
+    /// `x / (1 + e^-x)`.
+    Silu,
+    /// GELU in its tanh form: `x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))`.
+    GeluTanh,
 }
 
 /// The shape of a network.
@@ -64,8 +82,23 @@ pub struct ModelConfig {
     pub context: u32,
     /// Epsilon of the RMS norms.
     pub norm_eps: f32,
-    /// Rotary position embedding.
+    /// Rotary position embedding; layers with a window may have another, see [`ModelConfig::rope_of`].
     pub rope: Rope,
+    /// The layers that see only the last positions, if there are any.
+    pub window: Option<SlidingWindow>,
+    /// Attention scores are divided by the square root of this: the head's width, or what Hugging Face calls
+    /// `query_pre_attn_scalar`.
+    pub query_scalar: f32,
+    /// Factor on the rows of the embedding where tokens come in. The output matrix has none, also where it is the same tensor.
+    pub embedding_scale: f32,
+    /// Added to every norm weight of the tensors: 0, or 1 where they are stored as the distance from 1 (Gemma's safetensors;
+    /// its GGUF files have the sum).
+    pub norm_offset: f32,
+    /// Whether what attention and feed-forward give is normed before it is added to the hidden row
+    /// (`blk.N.post_attention_norm.weight`, `blk.N.post_ffw_norm.weight`).
+    pub post_norms: bool,
+    /// Of the feed-forward layers.
+    pub activation: Activation,
     /// Whether query, key and value have biases (`blk.N.attn_q.bias` …).
     pub qkv_bias: bool,
     /// Whether query and key heads are normed (`blk.N.attn_q_norm.weight` …).
@@ -82,7 +115,9 @@ pub enum ConfigError {
     #[error(transparent)]
     Gguf(#[from] GgufError),
     /// A network of another family.
-    #[error("architecture {found:?} is not supported: use a model of llama, qwen2 or qwen3")]
+    #[error(
+        "architecture {found:?} is not supported: use a model of llama, qwen2, qwen3 or gemma3"
+    )]
     Architecture {
         /// What the file says.
         found: String,
@@ -145,6 +180,7 @@ impl ModelConfig {
             .ok_or_else(|| ConfigError::Architecture { found: name.into() })?;
         let keys = Keys { gguf, architecture };
         keys.refuse_experts()?;
+        keys.refuse_softcapping()?;
 
         let layers = keys.count("block_count", MAX_LAYERS)?;
         let hidden = keys.count("embedding_length", MAX_WIDTH)? as usize;
@@ -161,6 +197,8 @@ impl ModelConfig {
         }
         let head_dim = keys.head_dim(hidden, heads)?;
         let embedding = gguf.require_tensor("token_embd.weight")?;
+        let rope = Rope::from_keys(&keys, head_dim)?;
+        let gemma = architecture == Architecture::Gemma3;
         let config = ModelConfig {
             architecture,
             name: gguf.string("general.name")?.map(str::to_owned),
@@ -173,7 +211,19 @@ impl ModelConfig {
             vocab: keys.vocab(embedding.dims.get(1).copied().unwrap_or(0))?,
             context: keys.count("context_length", MAX_CONTEXT)? as u32,
             norm_eps: keys.norm_eps()?,
-            rope: Rope::from_keys(&keys, head_dim)?,
+            window: SlidingWindow::from_keys(&keys, layers as u32, &rope)?,
+            rope,
+            query_scalar: keys.query_scalar(layers, hidden, heads, head_dim)?,
+            embedding_scale: match gemma {
+                true => ModelConfig::gemma_embedding_scale(hidden),
+                false => 1.0,
+            },
+            norm_offset: 0.0,
+            post_norms: gemma,
+            activation: match gemma {
+                true => Activation::GeluTanh,
+                false => Activation::Silu,
+            },
             qkv_bias: gguf.tensor("blk.0.attn_q.bias").is_some(),
             qk_norm: gguf.tensor("blk.0.attn_q_norm.weight").is_some(),
             tied_embeddings: gguf.tensor("output.weight").is_none(),
@@ -182,12 +232,38 @@ impl ModelConfig {
         Ok(config)
     }
 
+    /// How many positions a row of `layer` sees, its own among them; `None` if all.
+    pub fn window_of(&self, layer: u32) -> Option<u32> {
+        let window = self.window.as_ref()?;
+        window.has(layer).then_some(window.size)
+    }
+
+    /// The rotary embedding of `layer`.
+    pub fn rope_of(&self, layer: u32) -> &Rope {
+        match &self.window {
+            Some(window) if window.has(layer) => &window.rope,
+            _ => &self.rope,
+        }
+    }
+
+    /// The square root of the width, in the precision that Gemma was trained with: bfloat16.
+    pub fn gemma_embedding_scale(hidden: usize) -> f32 {
+        half::bf16::from_f64((hidden as f64).sqrt()).to_f32()
+    }
+
     /// Elements of all weights, by shape.
     pub fn parameters(&self) -> u64 {
         let (hidden, ffn) = (self.hidden as u64, self.ffn as u64);
         let q = (self.heads * self.head_dim) as u64;
         let kv = (self.kv_heads * self.head_dim) as u64;
-        let layer = hidden * (2 * q + 2 * kv) + 3 * hidden * ffn + 2 * hidden;
+        let norms = if self.post_norms { 4 } else { 2 };
+        let mut layer = hidden * (2 * q + 2 * kv) + 3 * hidden * ffn + norms * hidden;
+        if self.qkv_bias {
+            layer += q + 2 * kv;
+        }
+        if self.qk_norm {
+            layer += 2 * self.head_dim as u64;
+        }
         let embeddings = if self.tied_embeddings { 1 } else { 2 };
         u64::from(self.layers) * layer + embeddings * self.vocab as u64 * hidden + hidden
     }
@@ -320,6 +396,39 @@ impl Keys<'_> {
             }),
             _ => Ok(()),
         }
+    }
+
+    /// Gemma 2's way of bounding scores and logits.
+    fn refuse_softcapping(&self) -> Result<(), ConfigError> {
+        for key in ["attn_logit_softcapping", "final_logit_softcapping"] {
+            if let Some(most) = self.float(key)?
+                && most != 0.0
+            {
+                return Err(ConfigError::Unsupported {
+                    feature: format!("soft capping ({} = {most})", self.full(key)),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn query_scalar(
+        &self,
+        layers: u64,
+        hidden: usize,
+        heads: usize,
+        head_dim: usize,
+    ) -> Result<f32, ConfigError> {
+        if let Some(scale) = self.positive("attention.scale")? {
+            return Ok(1.0 / (scale * scale));
+        }
+        // Files of the 27B model do not say that its heads are wider than what it divides by: readers know it by its layers.
+        Ok(
+            match self.architecture == Architecture::Gemma3 && layers == 62 {
+                true => hidden as f32 / heads as f32,
+                false => head_dim as f32,
+            },
+        )
     }
 
     fn bad(&self, key: &str, value: impl ToString, reason: String) -> ConfigError {

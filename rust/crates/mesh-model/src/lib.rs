@@ -20,7 +20,9 @@ pub mod text;
 pub mod tokenizer;
 
 pub use chat::{ChatError, ChatTemplate, Message};
-pub use config::{Architecture, ConfigError, ModelConfig, Rope, RopeScaling, RopeStyle};
+pub use config::{
+    Activation, Architecture, ConfigError, ModelConfig, Rope, RopeScaling, RopeStyle, SlidingWindow,
+};
 pub use gguf::{GgmlType, Gguf, GgufError, Tensor, dequantize};
 pub use model::{Model, ModelError};
 pub use text::TextStream;

@@ -39,6 +39,17 @@ pub struct Shape {
     pub rope_base: f32,
     /// Whether the embedding is the output matrix too.
     pub tied_embeddings: bool,
+    /// Layers that see only a window, if there are any.
+    pub window: Option<Window>,
+}
+
+/// A sliding window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Window {
+    /// Positions that a row sees, its own among them.
+    pub size: u32,
+    /// All layers have the window but the last of so many.
+    pub period: u32,
 }
 
 impl Shape {
@@ -56,6 +67,7 @@ impl Shape {
             context: 32_768,
             rope_base: 1_000_000.0,
             tied_embeddings: true,
+            window: None,
         }
     }
 
@@ -73,11 +85,12 @@ impl Shape {
             context: 8192,
             rope_base: 100_000.0,
             tied_embeddings: true,
+            window: None,
         }
     }
 
     /// A network of `architecture` of a few hundred thousand weights, for tests. All widths are multiples of 256, so that
-    /// every type fits.
+    /// every type fits. Gemma's first layer sees 12 positions, its second all.
     pub fn tiny(architecture: Architecture) -> Self {
         Shape {
             architecture,
@@ -91,6 +104,10 @@ impl Shape {
             context: 512,
             rope_base: 10_000.0,
             tied_embeddings: architecture != Architecture::Llama,
+            window: (architecture == Architecture::Gemma3).then_some(Window {
+                size: 12,
+                period: 2,
+            }),
         }
     }
 
@@ -127,9 +144,16 @@ impl Shape {
                 add("attn_k.bias", &[kv]);
                 add("attn_v.bias", &[kv]);
             }
-            if self.architecture == Architecture::Qwen3 {
+            if matches!(
+                self.architecture,
+                Architecture::Qwen3 | Architecture::Gemma3
+            ) {
                 add("attn_q_norm.weight", &[head_dim]);
                 add("attn_k_norm.weight", &[head_dim]);
+            }
+            if self.architecture == Architecture::Gemma3 {
+                add("post_attention_norm.weight", &[hidden]);
+                add("post_ffw_norm.weight", &[hidden]);
             }
         }
         tensors
@@ -146,7 +170,7 @@ pub enum Tokens<'a> {
 }
 
 /// Writes a model of `shape` with random weights to `path`. Matrices, the embedding among them, have type `ty`; norms are 1
-/// and biases small, both F32. The same arguments give the same file.
+/// (those behind a half layer about 1) and biases small, both F32. The same arguments give the same file.
 ///
 /// # Errors
 /// If the file cannot be written.
@@ -223,6 +247,14 @@ fn put_shape(writer: &mut Writer, shape: &Shape) {
     ];
     for (key, count) in counts {
         writer.key(&format!("{architecture}.{key}"), OwnedValue::U32(count));
+    }
+    if let Some(window) = shape.window {
+        for (key, count) in [
+            ("attention.sliding_window", window.size),
+            ("attention.sliding_window_pattern", window.period),
+        ] {
+            writer.key(&format!("{architecture}.{key}"), OwnedValue::U32(count));
+        }
     }
     writer.key(
         &format!("{architecture}.rope.freq_base"),
@@ -331,6 +363,14 @@ fn write_tensor(
     out: &mut dyn Write,
 ) -> io::Result<()> {
     let elements: u64 = dims.iter().product();
+    if name.contains(".post_") {
+        let mut norms = vec![0; 4 * elements as usize];
+        random.fill_blocks(GgmlType::F32, 0.2, &mut norms);
+        let (norms, _) = norms.as_chunks();
+        return norms
+            .iter()
+            .try_for_each(|norm| out.write_all(&(1.0 + f32::from_le_bytes(*norm)).to_le_bytes()));
+    }
     if name.ends_with("norm.weight") {
         return (0..elements).try_for_each(|_| out.write_all(&1f32.to_le_bytes()));
     }
@@ -354,18 +394,18 @@ mod tests {
 
     #[test]
     fn a_made_model_of_every_family_and_type_can_be_read() {
-        for architecture in [
-            Architecture::Llama,
-            Architecture::Qwen2,
-            Architecture::Qwen3,
-        ] {
+        for architecture in Architecture::ALL {
             let shape = Shape::tiny(architecture);
             for ty in GgmlType::ALL {
                 let gguf = Gguf::from_bytes(random_model_bytes(&shape, ty, Tokens::Bytes)).unwrap();
                 let config = ModelConfig::from_gguf(&gguf).unwrap();
                 assert_eq!(config.architecture, architecture);
                 assert_eq!(config.qkv_bias, architecture == Architecture::Qwen2);
-                assert_eq!(config.qk_norm, architecture == Architecture::Qwen3);
+                let qk_norm = [Architecture::Qwen3, Architecture::Gemma3].contains(&architecture);
+                assert_eq!(config.qk_norm, qk_norm);
+                assert_eq!(config.post_norms, architecture == Architecture::Gemma3);
+                let window = shape.window.map(|window| window.size);
+                assert_eq!([0, 1].map(|layer| config.window_of(layer)), [window, None]);
                 assert_eq!(config.tied_embeddings, shape.tied_embeddings);
             }
         }

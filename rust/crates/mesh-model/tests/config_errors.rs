@@ -106,7 +106,7 @@ fn other_architectures_are_refused_by_name() {
     let error = error_with_key("general.architecture", OwnedValue::String("mamba".into()));
     assert_eq!(
         error,
-        "architecture \"mamba\" is not supported: use a model of llama, qwen2 or qwen3"
+        "architecture \"mamba\" is not supported: use a model of llama, qwen2, qwen3 or gemma3"
     );
     let error = error_with_key("llama.expert_count", OwnedValue::U32(8));
     assert!(
@@ -287,6 +287,7 @@ fn each_family_pairs_elements_in_its_own_way() {
         (Architecture::Llama, RopeStyle::Interleaved),
         (Architecture::Qwen2, RopeStyle::Halves),
         (Architecture::Qwen3, RopeStyle::Halves),
+        (Architecture::Gemma3, RopeStyle::Halves),
     ] {
         let bytes = random_model_bytes(&Shape::tiny(architecture), GgmlType::Q4_K, Tokens::Bytes);
         let config = ModelConfig::from_gguf(&Gguf::from_bytes(bytes).unwrap()).unwrap();

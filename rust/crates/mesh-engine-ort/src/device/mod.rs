@@ -84,6 +84,7 @@ impl DeviceStage {
     ) -> Result<DeviceStage, LoadError> {
         let config = model.config();
         check::layers(&layers, config.layers)?;
+        check::network(config)?;
         let context = check::options(&options, config.context)?;
         let environment = runtime::environment(options.library.as_deref())?;
         let threads = match options.threads {

@@ -31,9 +31,29 @@ pub enum RopeScaling {
         beta_fast: f32,
         /// Turns over the original context below which a pair is slow.
         beta_slow: f32,
-        /// Extra factor on queries and keys.
+        /// Factor on queries and keys: [`RopeScaling::yarn_attention_factor`], unless the model has its own.
         attention_factor: f32,
     },
+    /// Llama 3.1's: pairs with long waves are divided by `factor`, those with short ones stay, those between are blended. GGUF
+    /// files have the outcome instead, as [`Rope::freq_factors`].
+    Llama3 {
+        /// At least 1 in any real model.
+        factor: f32,
+        /// Turns over the original context below which a pair is divided.
+        low_freq_factor: f32,
+        /// Turns over the original context above which a pair stays; over `low_freq_factor`.
+        high_freq_factor: f32,
+        /// Context the model had before it was stretched.
+        original_context: u32,
+    },
+}
+
+impl RopeScaling {
+    /// What YaRN multiplies queries and keys by where the model says nothing else: `1 + 0.1 ln(factor)` (equation 22 of
+    /// <https://arxiv.org/abs/2309.00071>).
+    pub fn yarn_attention_factor(factor: f32) -> f32 {
+        1.0 + 0.1 * factor.max(1.0).ln()
+    }
 }
 
 /// Rotary position embedding of one model.
@@ -71,20 +91,29 @@ impl Rope {
                         let keep = ramp(i);
                         plain / f64::from(factor) * (1.0 - keep) + plain * keep
                     }
+                    RopeScaling::Llama3 {
+                        factor,
+                        low_freq_factor,
+                        high_freq_factor,
+                        original_context,
+                    } => {
+                        let turns = f64::from(original_context) * plain / std::f64::consts::TAU;
+                        let (low, high) = (f64::from(low_freq_factor), f64::from(high_freq_factor));
+                        let keep = ((turns - low) / (high - low).max(1e-6)).clamp(0.0, 1.0);
+                        plain / f64::from(factor) * (1.0 - keep) + plain * keep
+                    }
                 };
                 frequency as f32
             })
             .collect()
     }
 
-    /// Factor on the rotated queries and keys: 1 except with YaRN, where it is 1 + 0.1 ln(factor) times the model's own.
+    /// Factor on the rotated queries and keys: 1 except with YaRN.
     pub fn magnitude(&self) -> f32 {
         match self.scaling {
             RopeScaling::Yarn {
-                factor,
-                attention_factor,
-                ..
-            } => attention_factor * (1.0 + 0.1 * factor.ln()),
+                attention_factor, ..
+            } => attention_factor,
             _ => 1.0,
         }
     }
@@ -118,7 +147,12 @@ impl Rope {
             let reason = format!("it must be even and at most the head's width {head_dim}");
             return Err(keys.bad("rope.dimension_count", dim, reason));
         }
-        let base = keys.positive("rope.freq_base")?.unwrap_or(10_000.0);
+        let base = keys
+            .positive("rope.freq_base")?
+            .unwrap_or(match keys.architecture {
+                Architecture::Gemma3 => 1_000_000.0,
+                _ => 10_000.0,
+            });
         if base <= 1.0 {
             return Err(keys.bad("rope.freq_base", base, "it must be over 1".into()));
         }
@@ -127,11 +161,32 @@ impl Rope {
             dim,
             style: match keys.architecture {
                 Architecture::Llama => RopeStyle::Interleaved,
-                Architecture::Qwen2 | Architecture::Qwen3 => RopeStyle::Halves,
+                Architecture::Qwen2 | Architecture::Qwen3 | Architecture::Gemma3 => {
+                    RopeStyle::Halves
+                }
             },
             scaling: scaling(keys)?,
             freq_factors: freq_factors(keys, dim / 2)?,
         })
+    }
+
+    /// The embedding of layers with a window. Gemma 3's turn faster than the others' and are not stretched; other families
+    /// have one for all.
+    pub(super) fn of_windows(&self, keys: &Keys<'_>) -> Result<Self, ConfigError> {
+        const BASE: &str = "rope.freq_base_swa";
+        let mut rope = self.clone();
+        if keys.architecture == Architecture::Gemma3 {
+            rope.base = 10_000.0;
+            rope.scaling = RopeScaling::None;
+            rope.freq_factors = None;
+        }
+        if let Some(base) = keys.positive(BASE)? {
+            if base <= 1.0 {
+                return Err(keys.bad(BASE, base, "it must be over 1".into()));
+            }
+            rope.base = base;
+        }
+        Ok(rope)
     }
 }
 
@@ -163,7 +218,9 @@ fn scaling(keys: &Keys<'_>) -> Result<RopeScaling, ConfigError> {
                 .positive("rope.scaling.yarn_beta_fast")?
                 .unwrap_or(32.0),
             beta_slow: keys.positive("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
-            attention_factor: keys.positive("rope.scaling.attn_factor")?.unwrap_or(1.0),
+            // The file's is a factor on the formula's.
+            attention_factor: keys.positive("rope.scaling.attn_factor")?.unwrap_or(1.0)
+                * RopeScaling::yarn_attention_factor(factor.unwrap_or(1.0)),
         }),
         other => Err(ConfigError::Unsupported {
             feature: format!("rope scaling {other:?} ({key})"),
@@ -250,7 +307,7 @@ mod tests {
             original_context: 32_768,
             beta_fast: 32.0,
             beta_slow: 1.0,
-            attention_factor: 1.0,
+            attention_factor: RopeScaling::yarn_attention_factor(4.0),
         });
         let (plain, scaled) = (rope(RopeScaling::None).frequencies(), yarn.frequencies());
         assert_eq!(scaled[0], plain[0]);

@@ -63,10 +63,21 @@ fn expected(config: &ModelConfig) -> Expected {
             ("attn_v.bias", vec![kv]),
         ]);
     }
-    if config.qk_norm || config.architecture == Architecture::Qwen3 {
+    if config.qk_norm
+        || matches!(
+            config.architecture,
+            Architecture::Qwen3 | Architecture::Gemma3
+        )
+    {
         per_layer.extend([
             ("attn_q_norm.weight", vec![head_dim]),
             ("attn_k_norm.weight", vec![head_dim]),
+        ]);
+    }
+    if config.post_norms {
+        per_layer.extend([
+            ("post_attention_norm.weight", vec![hidden]),
+            ("post_ffw_norm.weight", vec![hidden]),
         ]);
     }
     Expected { globals, per_layer }

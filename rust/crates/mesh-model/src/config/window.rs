@@ -1,0 +1,80 @@
+//! Layers whose rows see only the last positions.
+
+use super::{Architecture, ConfigError, Keys, MAX_CONTEXT, MAX_LAYERS, Rope};
+use crate::gguf::Value;
+
+/// Which layers see only a window, and how they rotate.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SlidingWindow {
+    /// Positions that a row sees, its own among them.
+    pub size: u32,
+    /// For every layer of the model, whether it has the window.
+    pub layers: Vec<bool>,
+    /// The rotary embedding of the layers that have it.
+    pub rope: Rope,
+}
+
+impl SlidingWindow {
+    /// Gemma 3's pattern: of `period` layers all have the window but the last.
+    pub fn all_but_every(period: u32, layers: u32) -> Vec<bool> {
+        (1..=layers)
+            .map(|number| !number.is_multiple_of(period))
+            .collect()
+    }
+
+    /// Whether `layer` has the window.
+    pub fn has(&self, layer: u32) -> bool {
+        self.layers.get(layer as usize).copied().unwrap_or(false)
+    }
+
+    /// `attention.sliding_window` and its pattern, a period or a flag for each layer. Where there is none, Gemma 3 has its own,
+    /// and other families have the window in all layers (Mistral).
+    pub(super) fn from_keys(
+        keys: &Keys<'_>,
+        layers: u32,
+        rope: &Rope,
+    ) -> Result<Option<Self>, ConfigError> {
+        const SIZE: &str = "attention.sliding_window";
+        const PATTERN: &str = "attention.sliding_window_pattern";
+        let size = match keys.gguf.unsigned(&keys.full(SIZE))? {
+            None | Some(0) => return Ok(None),
+            Some(size) if size <= MAX_CONTEXT => size as u32,
+            Some(size) => {
+                return Err(keys.bad(SIZE, size, format!("it must be at most {MAX_CONTEXT}")));
+            }
+        };
+        let gemma = keys.architecture == Architecture::Gemma3;
+        let pattern = match keys.gguf.metadata(&keys.full(PATTERN)) {
+            Some(Value::Array(flags)) => {
+                let flags: Option<Vec<bool>> = flags
+                    .iter()
+                    .map(|flag| match flag {
+                        Value::Bool(flag) => Some(flag),
+                        other => other.as_unsigned().map(|flag| flag != 0),
+                    })
+                    .collect();
+                match flags {
+                    Some(flags) if flags.len() == layers as usize => flags,
+                    _ => {
+                        let reason = format!("it must have a flag for each of the {layers} layers");
+                        return Err(keys.bad(PATTERN, "an array", reason));
+                    }
+                }
+            }
+            Some(_) => {
+                let period = keys.count(PATTERN, MAX_LAYERS)?;
+                SlidingWindow::all_but_every(period as u32, layers)
+            }
+            None if gemma => SlidingWindow::all_but_every(GEMMA_PERIOD, layers),
+            None => vec![true; layers as usize],
+        };
+        Ok(Some(SlidingWindow {
+            size,
+            layers: pattern,
+            rope: rope.of_windows(keys)?,
+        }))
+    }
+}
+
+/// Five layers with the window, then one without.
+const GEMMA_PERIOD: u32 = 6;
