@@ -99,6 +99,24 @@ message_types! {
     RING_RESEND = 0x49, "RingResend";
     /// How a step ended at a member; member to driver.
     RING_OUTCOME = 0x4A, "RingOutcome";
+    /// Models that a worker holds and seeks; worker to head.
+    MODELS = 0x50, "Models";
+    /// Where a worker gets the models that it seeks; head to worker.
+    SOURCES = 0x51, "Sources";
+    /// Asks another worker for a model's manifest.
+    MANIFEST_REQUEST = 0x52, "ManifestRequest";
+    /// A model's manifest.
+    MANIFEST_REPLY = 0x53, "ManifestReply";
+    /// First message of a stream that brings pieces of a model.
+    PIECES_HELLO = 0x54, "PiecesHello";
+    /// Which pieces of the model the sender has.
+    PIECES_HERE = 0x55, "PiecesHere";
+    /// Send this piece.
+    PIECE_REQUEST = 0x56, "PieceRequest";
+    /// A part of a piece.
+    PIECE_DATA = 0x57, "PieceData";
+    /// The models that a worker serves whole by now; worker to head.
+    SERVED = 0x58, "Served";
     /// Something failed: a code, then text; see [`crate::ErrorBody`].
     ERROR = 0xFF, "Error";
 }

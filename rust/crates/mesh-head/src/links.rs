@@ -10,7 +10,8 @@ use mesh_net::quic::{Link, Listener, MsgStream, StreamFailure};
 use mesh_net::seal::Opener;
 use mesh_net::trust::Role;
 use mesh_proto::{
-    Generate, GenerateParams, Hello, Load, Offer, PROTOCOL_VERSION, Prompt, RingState, Welcome,
+    Generate, GenerateParams, Hello, Load, Models, Offer, PROTOCOL_VERSION, Prompt, RingState,
+    Served, Welcome,
 };
 use prost::Message as _;
 use tokio::sync::mpsc;
@@ -159,6 +160,14 @@ async fn follow_control(
                     MsgType::RING_STATE => match RingState::decode(message.payload) {
                         Ok(state) => mesh.ring_state(id, state),
                         Err(error) => debug!(%error, "state of a ring cannot be read"),
+                    },
+                    MsgType::MODELS => match Models::decode(message.payload) {
+                        Ok(models) => mesh.models_said(id, models),
+                        Err(error) => debug!(%error, "models of a worker cannot be read"),
+                    },
+                    MsgType::SERVED => match Served::decode(message.payload) {
+                        Ok(served) => mesh.served(id, served),
+                        Err(error) => debug!(%error, "what a worker serves cannot be read"),
                     },
                     // A newer worker may say more than this head understands.
                     other => debug!(kind = %other, "unexpected on a control stream"),

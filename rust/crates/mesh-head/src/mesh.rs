@@ -2,6 +2,7 @@
 //!
 //! The lock is held for a decision, never across an await. Per token nothing is locked.
 
+mod models;
 mod rings;
 
 use std::collections::{BTreeMap, HashMap};
@@ -21,6 +22,7 @@ use crate::core::placement::{Asked, Ended, Placed, Placement, Refusal, Ticket};
 use crate::core::registry::{Registry, ServedModel, Worker, WorkerId};
 use crate::core::rings::{Arrival, Prospect, Rings};
 use crate::core::router::Ask;
+use crate::core::tracker::Tracker;
 use crate::legacy::Exchange;
 use crate::metrics::HeadMetrics;
 use crate::worker_bus::{BusSender, Sessions};
@@ -55,6 +57,7 @@ pub struct Mesh {
 struct State {
     placement: Placement,
     rings: Rings,
+    tracker: Tracker,
     /// When the gauges of rings were last set.
     gauged: Option<Instant>,
     peers: BTreeMap<WorkerId, Peer>,
@@ -97,6 +100,7 @@ impl Mesh {
         let state = State {
             placement,
             rings: Rings::new(config.ring_settings(), rings::first_ring()),
+            tracker: Tracker::new(),
             gauged: None,
             peers: BTreeMap::new(),
             waiting: HashMap::new(),
@@ -189,6 +193,7 @@ impl Mesh {
             (worker.drained, worker.draining) = (drained, drained);
             name.clone_from(&worker.name);
         }
+        state.tracker.joined(link.node_id(), &name, link.local_ip());
         let arrival = Arrival {
             name,
             whole,
@@ -218,6 +223,7 @@ impl Mesh {
         let left = state.placement.leave(id, now);
         if let Some(node) = left.as_ref().and_then(Worker::node_id) {
             state.rings.left(node, "its link is closed", now);
+            state.tracker.left(node);
         }
         self.turn(&mut state, now);
     }
@@ -261,6 +267,7 @@ impl Mesh {
             .collect();
         for node in pruned.iter().filter_map(Worker::node_id) {
             state.rings.left(node, "it was silent for too long", now);
+            state.tracker.left(node);
         }
         self.look_at_rings(&mut state, now);
         self.turn(&mut state, now);
@@ -352,6 +359,9 @@ impl Mesh {
                 "; there is no ring of {}: {}",
                 unformed.model, unformed.reason
             );
+        }
+        for text in state.tracker.under_way() {
+            reason += &format!("; {text}");
         }
         Err(reason)
     }

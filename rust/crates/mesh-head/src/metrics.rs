@@ -63,6 +63,11 @@ struct ModelLabel {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct WorkerLabel {
+    worker: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct PartLabels {
     model: String,
     part: &'static str,
@@ -93,6 +98,7 @@ pub struct HeadMetrics {
     gaps: Family<ModelLabel, Histogram, fn() -> Histogram>,
     stages: Family<PartLabels, Gauge>,
     mirror_lag: Family<ModelLabel, Gauge>,
+    bad_sources: Family<WorkerLabel, Counter>,
 }
 
 impl HeadMetrics {
@@ -114,6 +120,7 @@ impl HeadMetrics {
             gaps: Family::new_with_constructor(|| Histogram::new(DURATIONS)),
             stages: Family::default(),
             mirror_lag: Family::default(),
+            bad_sources: Family::default(),
         };
         let this = &metrics;
         registry.register(
@@ -190,6 +197,11 @@ impl HeadMetrics {
             "KV rows that the standbys of a ring do not have yet",
             this.mirror_lag.clone(),
         );
+        registry.register(
+            "model_sources_reported",
+            "Reports that a worker sent something else than a model's manifest says, by that worker",
+            this.bad_sources.clone(),
+        );
         metrics
     }
 
@@ -212,6 +224,14 @@ impl HeadMetrics {
                 .get_or_create(&KindLabel { kind })
                 .set(i64::try_from(count).unwrap_or(i64::MAX));
         }
+    }
+
+    /// A worker is reported to have sent something else than a model's manifest says.
+    pub fn bad_source(&self, worker: &str) {
+        let worker = worker.to_owned();
+        self.bad_sources
+            .get_or_create(&WorkerLabel { worker })
+            .inc();
     }
 
     /// A ring lost members and goes on with others.

@@ -6,8 +6,10 @@
 use prost::Message;
 
 mod ring;
+mod share;
 
 pub use ring::*;
+pub use share::*;
 
 /// What a worker says first on its control stream (DCF 0x10).
 #[derive(Clone, PartialEq, Message)]

@@ -8,6 +8,7 @@
 //! - [`placement`]: registry, router and the bounded queue together.
 //! - [`request`]: the life of one answer across worker deaths.
 //! - [`rings`]: models that no single worker serves: who holds which layers, and what happens when one is lost.
+//! - [`tracker`]: which worker has which pieces of which model, and who goes outside the mesh for one.
 //! - [`dedup`]: a repeated DCF task does not run twice.
 
 pub mod affinity;
@@ -17,3 +18,4 @@ pub mod registry;
 pub mod request;
 pub mod rings;
 pub mod router;
+pub mod tracker;

@@ -304,6 +304,40 @@ impl Registry {
         self.remember_models(id, now);
     }
 
+    /// The worker serves these models whole, and no others. Those that it served before keep what is known of them.
+    pub fn serves(&mut self, id: WorkerId, cards: Vec<ModelCard>, now: Instant) {
+        self.remember_models(id, now);
+        let Some(worker) = self.workers.get_mut(&id) else {
+            return;
+        };
+        let before = std::mem::take(&mut worker.models);
+        let (whole, of_rings): (Vec<ServedModel>, Vec<ServedModel>) =
+            before.into_iter().partition(|model| model.ring.is_none());
+        let mut models: Vec<ServedModel> = cards
+            .into_iter()
+            .take(MODELS_PER_WORKER)
+            .map(|card| {
+                let same = |old: &&ServedModel| {
+                    old.card.name == card.name && old.card.fingerprint == card.fingerprint
+                };
+                whole
+                    .iter()
+                    .find(same)
+                    .cloned()
+                    .unwrap_or_else(|| ServedModel::new(card, None))
+            })
+            .collect();
+        let others = of_rings
+            .into_iter()
+            .filter(|ring| !models.iter().any(|m| m.card.name == ring.card.name));
+        let others: Vec<ServedModel> = others.collect();
+        models.extend(others);
+        models.truncate(MODELS_PER_WORKER);
+        worker.proven = models.iter().all(|model| model.proven);
+        worker.models = models;
+        self.remember_models(id, now);
+    }
+
     /// The worker no longer answers for this ring.
     pub fn withdraw(&mut self, id: WorkerId, ring: u64, now: Instant) {
         self.remember_models(id, now);

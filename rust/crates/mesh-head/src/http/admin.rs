@@ -69,6 +69,7 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
             "cached": mesh.metrics.cached_tokens.get(),
         },
         "workers": workers,
+        "models": mesh.tracked_models(),
         "rings": rings["rings"],
         "recoveries": rings["recoveries"],
         "unformed": rings["unformed"],

@@ -137,6 +137,7 @@ impl Mesh {
                 self.carry_out(state, action, now);
             }
         }
+        self.turn_models(state, now);
         state.placement.set_prospects(state.rings.prospects());
         if changed {
             self.ring_changes.send_replace(());
@@ -208,7 +209,14 @@ impl Mesh {
     }
 
     /// Sends a worker an order that must not be lost: who does not take its orders is dropped.
-    fn order(&self, state: &mut State, id: WorkerId, node: &str, order: Message, now: Instant) {
+    pub(super) fn order(
+        &self,
+        state: &mut State,
+        id: WorkerId,
+        node: &str,
+        order: Message,
+        now: Instant,
+    ) {
         let Some(peer) = state.peers.get(&id) else {
             return;
         };
@@ -222,6 +230,7 @@ impl Mesh {
         }
         state.placement.leave(id, now);
         state.rings.left(node, "it does not take its orders", now);
+        state.tracker.left(node);
     }
 
     fn note(&self, note: Note) {

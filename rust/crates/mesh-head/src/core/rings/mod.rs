@@ -174,6 +174,14 @@ impl Rings {
         }
     }
 
+    /// A worker serves these models whole by now.
+    pub fn serves_whole(&mut self, node: &str, models: Vec<String>) {
+        if let Some(entry) = self.nodes.get_mut(node) {
+            entry.whole = models.into_iter().take(MODELS_PER_NODE).collect();
+            self.generation += 1;
+        }
+    }
+
     /// A worker's link is closed, or it was pruned.
     pub fn left(&mut self, node: &str, why: &str, now: Instant) {
         let Some(entry) = self.nodes.get_mut(node).filter(|node| node.connected) else {

@@ -1,0 +1,568 @@
+//! Which worker has which pieces of which model, who seeks them, and who goes outside the mesh for them.
+//!
+//! Workers say what they hold and seek ([`Tracker::said`]). [`Tracker::poll`] compares what each should be told with what it was
+//! told, so that an event which comes late or twice changes nothing.
+//!
+//! For each model of which pieces are sought that nobody holds, one of the workers that could get it from outside the mesh has the
+//! *errand*. It keeps it while it makes progress; when it is gone, fails or stands still, another one has it. All others wait and
+//! take the pieces from it as they come.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use mesh_proto::{HeldModel, ModelSources, Models, Seat, SoughtModel, Sources};
+use mesh_share::PieceSet;
+
+mod view;
+
+#[cfg(test)]
+mod tests;
+
+pub use view::{HolderView, SeekerView, TrackedModel};
+
+/// See the module's page.
+#[derive(Debug, Clone, Default)]
+pub struct Tracker {
+    nodes: BTreeMap<String, Node>,
+    errands: BTreeMap<Key, Errand>,
+    /// Who failed on an errand, and when it may try again.
+    failures: BTreeMap<(Key, String), Failure>,
+    /// By model and accused: who says that it sent bad pieces.
+    accused: BTreeMap<(String, String), BTreeSet<String>>,
+    changed: bool,
+    /// When something may have to be decided without an event.
+    timer: Option<Instant>,
+    actions: Vec<Action>,
+}
+
+/// What the shell is to do.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Tell this worker where to get what it seeks.
+    Tell {
+        /// Node id.
+        node: String,
+        /// The message.
+        sources: Sources,
+    },
+    /// Something for the log and the metrics.
+    Note(Note),
+}
+
+/// What happened, for the log and the metrics.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Note {
+    /// A worker gets a model from outside the mesh from now on.
+    Errand {
+        /// What the model is sought by.
+        model: String,
+        /// Name of the worker.
+        worker: String,
+        /// Why not another one any more, if one had the errand before.
+        instead: Option<String>,
+    },
+    /// A worker could not get a model from outside the mesh.
+    Failed {
+        /// What the model is sought by.
+        model: String,
+        /// Name of the worker.
+        worker: String,
+        /// Why.
+        reason: String,
+    },
+    /// A worker says that another one sent it something else than the manifest says.
+    Bad {
+        /// Fingerprint of the model.
+        model: String,
+        /// Name of the accused.
+        accused: String,
+        /// Name of the accuser.
+        accuser: String,
+        /// What was wrong.
+        reason: String,
+    },
+}
+
+/// A worker.
+#[derive(Debug, Clone, Default)]
+struct Node {
+    name: String,
+    /// Where other workers reach it; `None` if they do not.
+    address: Option<SocketAddr>,
+    /// The head's own address on the way to it.
+    head_ip: Option<IpAddr>,
+    held: BTreeMap<String, Held>,
+    sought: Vec<Sought>,
+    told: Option<Sources>,
+}
+
+#[derive(Debug, Clone)]
+struct Held {
+    names: Vec<String>,
+    bytes: u64,
+    pieces: PieceSet,
+    signed: bool,
+}
+
+#[derive(Debug, Clone)]
+struct Sought {
+    model: SoughtModel,
+    /// What it lacks; `None` while the manifest is unknown to it.
+    missing: Option<PieceSet>,
+}
+
+/// A model that is sought: by its fingerprint where that is known, by its name otherwise.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Key {
+    Fingerprint(String),
+    Name(String),
+}
+
+#[derive(Debug, Clone)]
+struct Errand {
+    node: String,
+    /// Bytes at its last report, and since when they are so many.
+    bytes: u64,
+    since: Instant,
+}
+
+#[derive(Debug, Clone)]
+struct Failure {
+    until: Instant,
+    times: u32,
+}
+
+impl Tracker {
+    /// Knows of nobody.
+    pub fn new() -> Self {
+        Tracker::default()
+    }
+
+    /// A worker's link is up. `head_ip` is the head's own address on the way to it.
+    pub fn joined(&mut self, node: &str, name: &str, head_ip: Option<IpAddr>) {
+        let entry = Node {
+            name: name.to_owned(),
+            head_ip,
+            ..Node::default()
+        };
+        self.nodes.insert(node.to_owned(), entry);
+        self.changed = true;
+    }
+
+    /// A worker's link is closed.
+    pub fn left(&mut self, node: &str) {
+        if self.nodes.remove(node).is_none() {
+            return;
+        }
+        // A worker that comes back may have been mended.
+        self.accused.retain(|(_, accused), _| accused != node);
+        for accusers in self.accused.values_mut() {
+            accusers.remove(node);
+        }
+        self.changed = true;
+    }
+
+    /// A worker, which others reach at `address`, says what it holds and seeks.
+    pub fn said(&mut self, node: &str, address: Option<SocketAddr>, models: Models, now: Instant) {
+        let Some(entry) = self.nodes.get_mut(node) else {
+            return;
+        };
+        entry.address = address.filter(|_| models.port != 0);
+        entry.held = models
+            .held
+            .into_iter()
+            .take(MOST_MODELS)
+            .filter_map(held)
+            .collect();
+        entry.sought = models
+            .sought
+            .into_iter()
+            .take(MOST_MODELS)
+            .filter_map(sought)
+            .collect();
+        let accuser = entry.name.clone();
+        for bad in models.bad.into_iter().take(MOST_MODELS) {
+            let Some(accused) = self.nodes.get(&bad.node_id).filter(|_| bad.node_id != node) else {
+                continue;
+            };
+            let key = (bad.fingerprint.clone(), bad.node_id);
+            if self.accused.entry(key).or_default().insert(node.to_owned()) {
+                self.actions.push(Action::Note(Note::Bad {
+                    model: bad.fingerprint,
+                    accused: accused.name.clone(),
+                    accuser: accuser.clone(),
+                    reason: shorten(&bad.reason),
+                }));
+            }
+        }
+        self.note_progress(node, now);
+        self.changed = true;
+    }
+
+    /// What is to be done by now; to be called after events and now and then.
+    pub fn poll(&mut self, now: Instant) -> Vec<Action> {
+        if self.changed || self.timer.is_some_and(|timer| timer <= now) {
+            self.changed = false;
+            self.settle_errands(now);
+            self.tell();
+        }
+        std::mem::take(&mut self.actions)
+    }
+
+    /// Takes in how far the errands of a worker are, and which of them failed.
+    fn note_progress(&mut self, node: &str, now: Instant) {
+        let Some(entry) = self.nodes.get(node) else {
+            return;
+        };
+        let mut failed = Vec::new();
+        for sought in &entry.sought {
+            let key = self.key(&sought.model);
+            if !sought.model.origin_error.is_empty() {
+                let had = self
+                    .errands
+                    .get(&key)
+                    .is_some_and(|errand| errand.node == node);
+                if had {
+                    failed.push((key, sought.model.origin_error.clone()));
+                }
+            } else if let Some(errand) = self.errands.get_mut(&key)
+                && errand.node == node
+                && errand.bytes != sought.model.origin_bytes
+            {
+                errand.bytes = sought.model.origin_bytes;
+                errand.since = now;
+            }
+        }
+        for (key, reason) in failed {
+            self.fail(&key, &shorten(&reason), now);
+        }
+    }
+
+    /// Takes an errand away from who failed on it.
+    fn fail(&mut self, key: &Key, reason: &str, now: Instant) {
+        let Some(errand) = self.errands.remove(key) else {
+            return;
+        };
+        let failure = self
+            .failures
+            .entry((key.clone(), errand.node.clone()))
+            .or_insert(Failure {
+                until: now,
+                times: 0,
+            });
+        let pause = FIRST_PAUSE.saturating_mul(1 << failure.times.min(10));
+        failure.until = now + pause.min(LONGEST_PAUSE);
+        failure.times += 1;
+        self.actions.push(Action::Note(Note::Failed {
+            model: self.title(key),
+            worker: self.name_of(&errand.node),
+            reason: reason.to_owned(),
+        }));
+    }
+
+    /// Gives every errand that has to be run to one worker.
+    fn settle_errands(&mut self, now: Instant) {
+        let stalled: Vec<Key> = self
+            .errands
+            .iter()
+            .filter(|(_, errand)| now.saturating_duration_since(errand.since) >= STALL_LIMIT)
+            .map(|(key, _)| key.clone())
+            .collect();
+        for key in stalled {
+            let reason = format!("nothing came for {} s", STALL_LIMIT.as_secs());
+            self.fail(&key, &reason, now);
+        }
+        let needed = self.needed();
+        let mut errands = std::mem::take(&mut self.errands);
+        for (key, willing) in &needed {
+            let before = errands.remove(key);
+            let goes_on = before
+                .as_ref()
+                .filter(|errand| willing.iter().any(|(node, _)| *node == errand.node));
+            if let Some(errand) = goes_on {
+                self.errands.insert(key.clone(), errand.clone());
+                continue;
+            }
+            let rested = |node: &String| {
+                let failure = self.failures.get(&(key.clone(), node.clone()));
+                failure.is_none_or(|failure| failure.until <= now)
+            };
+            // Who has most already, then the first.
+            let rested = willing.iter().filter(|(node, _)| rested(node));
+            let Some((node, bytes)) =
+                rested.max_by(|(a, x), (b, y)| x.cmp(y).then_with(|| b.cmp(a)))
+            else {
+                continue;
+            };
+            let gone = before.map(|errand| match self.nodes.get(&errand.node) {
+                Some(known) => format!("{} no longer seeks it", known.name),
+                None => "the worker that had begun is gone".to_owned(),
+            });
+            self.actions.push(Action::Note(Note::Errand {
+                model: self.title(key),
+                worker: self.name_of(node),
+                instead: gone,
+            }));
+            let errand = Errand {
+                node: node.clone(),
+                bytes: *bytes,
+                since: now,
+            };
+            self.errands.insert(key.clone(), errand);
+        }
+        self.failures.retain(|(key, _), failure| {
+            needed.contains_key(key) || now < failure.until + LONGEST_PAUSE
+        });
+        let stalls = self.errands.values().map(|e| e.since + STALL_LIMIT);
+        let rests = self.failures.values().map(|failure| failure.until);
+        self.timer = stalls.chain(rests.filter(|until| *until > now)).min();
+    }
+
+    /// Models of which something is sought that nobody holds, each with those who would go for it and the bytes they have.
+    fn needed(&self) -> BTreeMap<Key, Vec<(String, u64)>> {
+        let mut keys: BTreeMap<Key, Vec<(String, u64)>> = BTreeMap::new();
+        for (node, entry) in &self.nodes {
+            for sought in &entry.sought {
+                let willing = keys.entry(self.key(&sought.model)).or_default();
+                if sought.model.origin && sought.model.origin_error.is_empty() {
+                    let bytes = sought.model.origin_bytes.max(sought.model.bytes);
+                    willing.push((node.clone(), bytes));
+                }
+            }
+        }
+        keys.retain(|key, _| match key {
+            Key::Name(_) => true,
+            Key::Fingerprint(fingerprint) => !self.uncovered(fingerprint).is_empty(),
+        });
+        keys
+    }
+
+    /// Pieces that somebody seeks and nobody holds.
+    fn uncovered(&self, fingerprint: &str) -> PieceSet {
+        let mut uncovered = PieceSet::none(0);
+        for (_, missing) in self.missing(fingerprint) {
+            if missing.pieces() > uncovered.pieces() {
+                uncovered = PieceSet::none(missing.pieces());
+            }
+            uncovered.union(missing);
+        }
+        for (node, entry) in &self.nodes {
+            if let Some(held) = entry.held.get(fingerprint)
+                && entry.address.is_some()
+                && !self.is_banned(fingerprint, node, None)
+            {
+                uncovered.subtract(&held.pieces);
+            }
+        }
+        uncovered
+    }
+
+    fn missing<'a>(
+        &'a self,
+        fingerprint: &'a str,
+    ) -> impl Iterator<Item = (&'a str, &'a PieceSet)> {
+        self.nodes.iter().flat_map(move |(node, entry)| {
+            let of_model = entry.sought.iter().filter(move |sought| {
+                self.key(&sought.model) == Key::Fingerprint(fingerprint.to_owned())
+            });
+            of_model.filter_map(move |s| Some((node.as_str(), s.missing.as_ref()?)))
+        })
+    }
+
+    /// Tells every worker what it should know and was not told.
+    fn tell(&mut self) {
+        let mut news = Vec::new();
+        for (node, entry) in &self.nodes {
+            if entry.sought.is_empty() && entry.told.is_none() {
+                continue;
+            }
+            let models = entry.sought.iter();
+            let sources = Sources {
+                models: models
+                    .map(|sought| self.sources_of(node, entry, sought))
+                    .collect(),
+            };
+            if entry.told.as_ref() != Some(&sources) {
+                news.push((node.clone(), sources));
+            }
+        }
+        for (node, sources) in news {
+            if let Some(entry) = self.nodes.get_mut(&node) {
+                entry.told = Some(sources.clone());
+            }
+            self.actions.push(Action::Tell { node, sources });
+        }
+    }
+
+    fn sources_of(&self, node: &str, entry: &Node, sought: &Sought) -> ModelSources {
+        let key = self.key(&sought.model);
+        let fingerprint = match &key {
+            Key::Fingerprint(fingerprint) => fingerprint.clone(),
+            Key::Name(_) => String::new(),
+        };
+        let mut holders: Vec<(u32, &String, SocketAddr, &Node)> = self
+            .nodes
+            .iter()
+            .filter(|(other, _)| *other != node)
+            .filter(|(other, _)| !self.is_banned(&fingerprint, other, Some(node)))
+            .filter_map(|(other, holder)| {
+                let pieces = holder.held.get(&fingerprint)?.pieces.len();
+                Some((pieces, other, holder.address?, holder))
+            })
+            .collect();
+        // Those with most first, should there be more than are told.
+        holders.sort_by(|a, b| b.0.cmp(&a.0).then_with(|| a.1.cmp(b.1)));
+        holders.truncate(MOST_SEATS);
+        // In an order that does not change with every piece that comes.
+        holders.sort_by(|a, b| a.1.cmp(b.1));
+        let seats = holders.into_iter().map(|(_, other, address, holder)| Seat {
+            node_id: other.clone(),
+            name: holder.name.clone(),
+            address: self.reach(entry, address).to_string(),
+        });
+        let errand = self.errands.get(&key);
+        let origin = errand.is_some_and(|errand| errand.node == node);
+        let for_others = origin.then(|| {
+            let mut others = self.uncovered(&fingerprint);
+            if let Some(own) = &sought.missing {
+                others.subtract(own);
+            }
+            others
+        });
+        ModelSources {
+            name: sought.model.name.clone(),
+            fingerprint,
+            seats: seats.collect(),
+            origin,
+            origin_worker: errand.map_or_else(String::new, |errand| self.name_of(&errand.node)),
+            for_others: for_others
+                .filter(|others| !others.is_empty())
+                .map(|others| others.to_proto()),
+        }
+    }
+
+    /// Where `from` reaches a worker that the head sees at `address`: one on the head's own machine is where the head is.
+    fn reach(&self, from: &Node, address: SocketAddr) -> SocketAddr {
+        let own = from
+            .address
+            .is_none_or(|address| address.ip().is_loopback());
+        match from.head_ip {
+            Some(ip) if address.ip().is_loopback() && !own => SocketAddr::new(ip, address.port()),
+            _ => address,
+        }
+    }
+
+    /// Whether what this worker has of a model does not count: for one that accuses it, or for all, if two do.
+    fn is_banned(&self, fingerprint: &str, node: &str, asker: Option<&str>) -> bool {
+        let key = (fingerprint.to_owned(), node.to_owned());
+        self.accused.get(&key).is_some_and(|accusers| {
+            accusers.len() >= ACCUSERS || asker.is_some_and(|asker| accusers.contains(asker))
+        })
+    }
+
+    fn key(&self, model: &SoughtModel) -> Key {
+        if !model.fingerprint.is_empty() {
+            return Key::Fingerprint(model.fingerprint.clone());
+        }
+        match self.resolve(&model.name, model.signed_only) {
+            Some(fingerprint) => Key::Fingerprint(fingerprint),
+            None => Key::Name(model.name.clone()),
+        }
+    }
+
+    /// The model that goes by this name: the one that most workers hold whole, then the one that most have anything of.
+    fn resolve(&self, name: &str, signed_only: bool) -> Option<String> {
+        let mut found: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
+        for entry in self.nodes.values().filter(|node| node.address.is_some()) {
+            for (fingerprint, held) in &entry.held {
+                let named = held.names.iter().any(|own| own.eq_ignore_ascii_case(name));
+                if named && (held.signed || !signed_only) {
+                    let count = found.entry(fingerprint).or_default();
+                    count.0 += usize::from(held.pieces.is_all());
+                    count.1 += 1;
+                }
+            }
+        }
+        let best = found
+            .into_iter()
+            .max_by(|(a, x), (b, y)| x.cmp(y).then_with(|| b.cmp(a)));
+        best.map(|(fingerprint, _)| fingerprint.to_owned())
+    }
+
+    /// What people call a sought model.
+    fn title(&self, key: &Key) -> String {
+        match key {
+            Key::Name(name) => name.clone(),
+            Key::Fingerprint(fingerprint) => {
+                let sought = self.nodes.values().flat_map(|node| &node.sought);
+                let mut named = sought.filter(|sought| self.key(&sought.model) == *key);
+                named
+                    .next()
+                    .map_or_else(|| fingerprint.clone(), |s| s.model.name.clone())
+            }
+        }
+    }
+
+    fn name_of(&self, node: &str) -> String {
+        let known = self.nodes.get(node).map(|node| node.name.clone());
+        known.unwrap_or_else(|| node.to_owned())
+    }
+}
+
+/// What a worker holds, if it makes sense.
+fn held(model: HeldModel) -> Option<(String, Held)> {
+    let pieces = PieceSet::from_proto(model.pieces.as_ref()?).ok()?;
+    is_fingerprint(&model.fingerprint).then(|| {
+        let names = model.names.into_iter().filter(|name| is_name(name));
+        let held = Held {
+            names: names.take(MOST_NAMES).collect(),
+            bytes: model.bytes,
+            pieces,
+            signed: model.signed,
+        };
+        (model.fingerprint, held)
+    })
+}
+
+/// What a worker seeks, if it makes sense.
+fn sought(model: SoughtModel) -> Option<Sought> {
+    let missing = match &model.missing {
+        Some(pieces) => Some(PieceSet::from_proto(pieces).ok()?),
+        None => None,
+    };
+    let known = model.fingerprint.is_empty() || is_fingerprint(&model.fingerprint);
+    (known && is_name(&model.name)).then_some(Sought { model, missing })
+}
+
+fn is_fingerprint(text: &str) -> bool {
+    text.len() == 64
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+}
+
+fn is_name(text: &str) -> bool {
+    !text.is_empty() && text.len() <= NAME_BYTES && !text.chars().any(char::is_control)
+}
+
+/// What others wrote, as far as it belongs into a log.
+fn shorten(text: &str) -> String {
+    let clean = text.chars().filter(|c| !c.is_control());
+    clean.take(REASON_CHARS).collect()
+}
+
+/// Who brings nothing for so long loses the errand.
+const STALL_LIMIT: Duration = Duration::from_secs(30);
+/// How long who failed on an errand is left alone the first time; doubled with every repeat.
+const FIRST_PAUSE: Duration = Duration::from_secs(10);
+const LONGEST_PAUSE: Duration = Duration::from_secs(600);
+/// Workers that must accuse another one before nobody is sent to it any more: one alone may be wrong, or lie.
+const ACCUSERS: usize = 2;
+/// Sources that a worker is told of.
+const MOST_SEATS: usize = 32;
+/// Models that a worker may hold, and seek.
+const MOST_MODELS: usize = 256;
+const MOST_NAMES: usize = 16;
+const NAME_BYTES: usize = 512;
+const REASON_CHARS: usize = 300;

@@ -1,0 +1,215 @@
+//! The models of a mesh: what workers say to the head about those that they hold and seek, and how one gets a model's pieces
+//! from another. docs/protocol.md, "Models", tells the story; field numbers are never reused.
+//!
+//! A model is named by its *fingerprint*, the SHA-256 of its manifest. Its *pieces* are those of all its files in the manifest's
+//! order, numbered from 0.
+
+use bytes::Bytes;
+use prost::Message;
+
+use crate::{ModelCard, Seat};
+
+/// What a worker holds and seeks (DCF 0x50); worker to head, after the Welcome and whenever it changes. Each replaces the one
+/// before.
+#[derive(Clone, PartialEq, Message)]
+pub struct Models {
+    /// UDP port where other workers reach it.
+    #[prost(uint32, tag = "1")]
+    pub port: u32,
+    /// Models of which it has pieces and lets others have them.
+    #[prost(message, repeated, tag = "2")]
+    pub held: Vec<HeldModel>,
+    /// Models of which it lacks pieces that it needs.
+    #[prost(message, repeated, tag = "3")]
+    pub sought: Vec<SoughtModel>,
+    /// Workers that sent it something else than the manifest says.
+    #[prost(message, repeated, tag = "4")]
+    pub bad: Vec<BadSource>,
+}
+
+/// Some pieces of a model with that many: one bit for each, the lowest bit of the first byte for piece 0; zeros at the end may
+/// be left out.
+#[derive(Clone, PartialEq, Message)]
+pub struct Pieces {
+    /// Pieces of the model.
+    #[prost(uint32, tag = "1")]
+    pub of: u32,
+    /// All of them; the bits are then left out.
+    #[prost(bool, tag = "2")]
+    pub all: bool,
+    /// The bits.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub bits: Bytes,
+}
+
+/// A model of which a worker has pieces.
+#[derive(Clone, PartialEq, Message)]
+pub struct HeldModel {
+    /// SHA-256 of the manifest, lower-case hex.
+    #[prost(string, tag = "1")]
+    pub fingerprint: String,
+    /// What it goes by here: the manifest's name, and names and hub ids that were resolved to it.
+    #[prost(string, repeated, tag = "2")]
+    pub names: Vec<String>,
+    /// Bytes of all its files.
+    #[prost(uint64, tag = "3")]
+    pub bytes: u64,
+    /// Which pieces are here.
+    #[prost(message, optional, tag = "4")]
+    pub pieces: Option<Pieces>,
+    /// Whether its manifest is signed by a key that this worker trusts.
+    #[prost(bool, tag = "5")]
+    pub signed: bool,
+}
+
+/// A model that a worker seeks.
+#[derive(Clone, PartialEq, Message)]
+pub struct SoughtModel {
+    /// What it was asked for by.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// SHA-256 of its manifest, if that is known already.
+    #[prost(string, tag = "2")]
+    pub fingerprint: String,
+    /// The pieces that it needs and lacks; absent while the manifest is unknown.
+    #[prost(message, optional, tag = "3")]
+    pub missing: Option<Pieces>,
+    /// It could get the model from outside the mesh.
+    #[prost(bool, tag = "4")]
+    pub origin: bool,
+    /// It does so, and has so many bytes by now.
+    #[prost(uint64, tag = "5")]
+    pub origin_bytes: u64,
+    /// Why that failed; the head then lets another one try.
+    #[prost(string, tag = "6")]
+    pub origin_error: String,
+    /// Only manifests signed by a key that it trusts will do.
+    #[prost(bool, tag = "7")]
+    pub signed_only: bool,
+    /// Bytes of what it needs that are here.
+    #[prost(uint64, tag = "8")]
+    pub bytes: u64,
+    /// Bytes that it needs; 0 while they are unknown.
+    #[prost(uint64, tag = "9")]
+    pub bytes_total: u64,
+}
+
+/// A worker that sent something else than the manifest says.
+#[derive(Clone, PartialEq, Message)]
+pub struct BadSource {
+    /// Its node id.
+    #[prost(string, tag = "1")]
+    pub node_id: String,
+    /// Of which model.
+    #[prost(string, tag = "2")]
+    pub fingerprint: String,
+    /// What was wrong, for people.
+    #[prost(string, tag = "3")]
+    pub reason: String,
+}
+
+/// Where a worker gets what it seeks (DCF 0x51); head to worker, in answer to [`Models`] and whenever that changes. Each replaces
+/// the one before.
+#[derive(Clone, PartialEq, Message)]
+pub struct Sources {
+    /// One for each model sought.
+    #[prost(message, repeated, tag = "1")]
+    pub models: Vec<ModelSources>,
+}
+
+/// Where a worker gets one model.
+#[derive(Clone, PartialEq, Message)]
+pub struct ModelSources {
+    /// The name that it was sought by.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// SHA-256 of the manifest that goes by that name in this mesh; empty if nobody has any.
+    #[prost(string, tag = "2")]
+    pub fingerprint: String,
+    /// Workers with pieces of it.
+    #[prost(message, repeated, tag = "3")]
+    pub seats: Vec<Seat>,
+    /// This worker is the one that gets it from outside the mesh.
+    #[prost(bool, tag = "4")]
+    pub origin: bool,
+    /// Name of the worker that does, for the log.
+    #[prost(string, tag = "5")]
+    pub origin_worker: String,
+    /// With `origin`: pieces that others seek and nobody has; it is to get them, too.
+    #[prost(message, optional, tag = "6")]
+    pub for_others: Option<Pieces>,
+}
+
+/// Asks another worker for a model's manifest (DCF 0x52), first message of its stream; answered by [`ManifestReply`] or Error.
+#[derive(Clone, PartialEq, Message)]
+pub struct ManifestRequest {
+    /// SHA-256 of the manifest, lower-case hex.
+    #[prost(string, tag = "1")]
+    pub fingerprint: String,
+}
+
+/// A manifest (DCF 0x53).
+#[derive(Clone, PartialEq, Message)]
+pub struct ManifestReply {
+    /// The manifest in its canonical form, which has that fingerprint.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub manifest: Bytes,
+    /// Its signatures, as mesh-store keeps them; empty if it has none.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub signatures: Bytes,
+}
+
+/// Says which model's pieces this stream is for (DCF 0x54), its first message; answered by [`PiecesHere`] or Error.
+#[derive(Clone, PartialEq, Message)]
+pub struct PiecesHello {
+    /// SHA-256 of the manifest, lower-case hex.
+    #[prost(string, tag = "1")]
+    pub fingerprint: String,
+}
+
+/// Which pieces the sender has (DCF 0x55): at first, and again when it has more.
+#[derive(Clone, PartialEq, Message)]
+pub struct PiecesHere {
+    /// The pieces.
+    #[prost(message, optional, tag = "1")]
+    pub pieces: Option<Pieces>,
+}
+
+/// Send this piece (DCF 0x56), or send it no longer. Pieces come in the order in which they were asked for.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct PieceRequest {
+    /// Number of the piece.
+    #[prost(uint32, tag = "1")]
+    pub piece: u32,
+    /// It is no longer needed. What was sent of it by then comes all the same.
+    #[prost(bool, tag = "2")]
+    pub withdraw: bool,
+}
+
+/// A part of a piece (DCF 0x57). Its parts come in order, without others between.
+#[derive(Clone, PartialEq, Message)]
+pub struct PieceData {
+    /// Number of the piece.
+    #[prost(uint32, tag = "1")]
+    pub piece: u32,
+    /// Where in the piece these bytes begin.
+    #[prost(uint32, tag = "2")]
+    pub offset: u32,
+    /// The bytes; at most [`BLOCK`].
+    #[prost(bytes = "bytes", tag = "3")]
+    pub data: Bytes,
+    /// The piece is not here, or no longer; there are no bytes then.
+    #[prost(bool, tag = "4")]
+    pub refused: bool,
+}
+
+/// The models that a worker serves whole by now (DCF 0x58); worker to head, when they are others than in its Hello.
+#[derive(Clone, PartialEq, Message)]
+pub struct Served {
+    /// All of them.
+    #[prost(message, repeated, tag = "1")]
+    pub models: Vec<ModelCard>,
+}
+
+/// Bytes of a piece in one [`PieceData`] at most: short enough that the other streams of a link are not held up.
+pub const BLOCK: usize = 256 << 10;

@@ -1,0 +1,590 @@
+//! What to ask of whom.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use sha2::{Digest, Sha256};
+
+use crate::PieceSet;
+
+#[cfg(test)]
+mod simulation;
+#[cfg(test)]
+mod tests;
+
+/// Limits and times.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// Requests that one source has at once, at most.
+    pub window: u32,
+    /// Bytes asked for and not arrived, over all sources, at most.
+    pub in_flight: u64,
+    /// How long a request may take, at least, before its piece is asked of another source, too.
+    pub patience: Duration,
+    /// The same as a multiple of what the source's pace so far makes expected.
+    pub slack: u32,
+    /// Silence of a source that owes pieces after which it is dropped.
+    pub silence: Duration,
+    /// For how long a source that was dropped for its silence is left alone.
+    pub pause: Duration,
+    /// Sources that one piece is asked of at once, at most.
+    pub repeats: usize,
+    /// Number of the piece to begin with: nodes that begin at different ones have something to give each other.
+    pub begin: u32,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            window: 8,
+            in_flight: 64 << 20,
+            patience: Duration::from_secs(2),
+            slack: 3,
+            silence: Duration::from_secs(10),
+            pause: Duration::from_secs(20),
+            repeats: 3,
+            begin: 0,
+        }
+    }
+}
+
+/// A piece to get, as the manifest describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    /// Its number.
+    pub piece: u32,
+    /// Its length.
+    pub bytes: u32,
+    /// Its digest.
+    pub sha256: [u8; 32],
+    /// To be asked for before all that are not.
+    pub urgent: bool,
+}
+
+impl Wanted {
+    /// Compares what came with the manifest.
+    ///
+    /// # Errors
+    /// If the length or the digest is another one.
+    pub fn verify(&self, data: &[u8]) -> Result<Verified, BadPiece> {
+        let sha256: [u8; 32] = Sha256::digest(data).into();
+        if data.len() as u64 != u64::from(self.bytes) || sha256 != self.sha256 {
+            return Err(BadPiece { piece: self.piece });
+        }
+        Ok(Verified {
+            piece: self.piece,
+            sha256,
+        })
+    }
+}
+
+/// The word that a piece came and is the one of the manifest; only [`Wanted::verify`] gives it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verified {
+    piece: u32,
+    sha256: [u8; 32],
+}
+
+impl Verified {
+    /// Number of the piece.
+    pub fn piece(&self) -> u32 {
+        self.piece
+    }
+}
+
+/// A piece came that is not the one of the manifest.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("piece {piece} does not have the digest of the manifest")]
+pub struct BadPiece {
+    /// Its number.
+    pub piece: u32,
+}
+
+/// What a source is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Another node of the mesh.
+    Peer,
+    /// Outside the mesh: asked only for what no peer has.
+    Origin,
+}
+
+/// What is to be done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action<S> {
+    /// Ask this source for this piece.
+    Ask {
+        /// The source.
+        source: S,
+        /// Number of the piece.
+        piece: u32,
+    },
+    /// Tell this source that the piece is no longer needed.
+    Withdraw {
+        /// The source.
+        source: S,
+        /// Number of the piece.
+        piece: u32,
+    },
+    /// Have no more to do with this source.
+    Drop {
+        /// The source.
+        source: S,
+        /// Why.
+        reason: DropReason,
+    },
+}
+
+/// Why a source is dropped.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DropReason {
+    /// It sent a piece that is not the manifest's; it is not asked again.
+    #[error("it sent piece {piece} with other contents than the manifest's")]
+    BadPiece {
+        /// Number of the piece.
+        piece: u32,
+    },
+    /// It owed pieces and sent nothing; it may come back after a while.
+    #[error("it owed pieces and sent nothing for {} s", silence.as_secs_f64())]
+    Silent {
+        /// For how long.
+        silence: Duration,
+    },
+}
+
+/// How far it is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Pieces that are here.
+    pub pieces: u32,
+    /// Pieces that are wanted.
+    pub pieces_total: u32,
+    /// Bytes that are here.
+    pub bytes: u64,
+    /// Bytes that are wanted.
+    pub bytes_total: u64,
+    /// Bytes of pieces that came when they were here already.
+    pub bytes_twice: u64,
+    /// Sources that have something which is wanted.
+    pub sources: usize,
+}
+
+/// Gets pieces from sources, each named by an `S`.
+#[derive(Debug, Clone)]
+pub struct Swarm<S: Ord + Clone> {
+    settings: Settings,
+    pieces: BTreeMap<u32, Piece<S>>,
+    /// Those that are not here yet.
+    open: BTreeSet<u32>,
+    sources: BTreeMap<S, Source>,
+    /// Who sent a bad piece.
+    banned: BTreeSet<S>,
+    /// Who was silent, and until when it is left alone.
+    paused: BTreeMap<S, Instant>,
+    actions: Vec<Action<S>>,
+    bytes: u64,
+    bytes_total: u64,
+    bytes_twice: u64,
+}
+
+#[derive(Debug, Clone)]
+struct Piece<S> {
+    wanted: Wanted,
+    /// Who owes it.
+    asked: Vec<S>,
+}
+
+#[derive(Debug, Clone)]
+struct Source {
+    kind: Kind,
+    has: PieceSet,
+    asks: BTreeMap<u32, Ask>,
+    /// Requests that it may have now.
+    window: u32,
+    /// Bytes per second, smoothed.
+    pace: Option<f64>,
+    /// When it last sent something, or began to owe something.
+    heard: Instant,
+    /// When its last piece was complete.
+    arrived: Option<Instant>,
+}
+
+#[derive(Debug, Clone)]
+struct Ask {
+    at: Instant,
+    /// When it is late.
+    due: Instant,
+    late: bool,
+}
+
+impl<S: Ord + Clone> Swarm<S> {
+    /// Wants these pieces; nobody has any yet.
+    pub fn new(wanted: impl IntoIterator<Item = Wanted>, settings: Settings) -> Self {
+        let mut swarm = Swarm {
+            settings,
+            pieces: BTreeMap::new(),
+            open: BTreeSet::new(),
+            sources: BTreeMap::new(),
+            banned: BTreeSet::new(),
+            paused: BTreeMap::new(),
+            actions: Vec::new(),
+            bytes: 0,
+            bytes_total: 0,
+            bytes_twice: 0,
+        };
+        swarm.want(wanted);
+        swarm
+    }
+
+    /// Wants these pieces, too; those that are wanted already stay as they are.
+    pub fn want(&mut self, wanted: impl IntoIterator<Item = Wanted>) {
+        for wanted in wanted {
+            if self.pieces.contains_key(&wanted.piece) {
+                continue;
+            }
+            self.bytes_total += u64::from(wanted.bytes);
+            self.open.insert(wanted.piece);
+            self.pieces.insert(
+                wanted.piece,
+                Piece {
+                    wanted,
+                    asked: Vec::new(),
+                },
+            );
+        }
+    }
+
+    /// A source is there, or has more than before. One that was dropped is not taken back before its time.
+    pub fn source(&mut self, source: S, kind: Kind, has: PieceSet, now: Instant) {
+        if self.banned.contains(&source) {
+            return;
+        }
+        if let Some(until) = self.paused.get(&source) {
+            if now < *until {
+                return;
+            }
+            self.paused.remove(&source);
+        }
+        match self.sources.get_mut(&source) {
+            Some(known) => known.has = has,
+            None => {
+                self.sources.insert(
+                    source,
+                    Source {
+                        kind,
+                        has,
+                        asks: BTreeMap::new(),
+                        window: FIRST_WINDOW.min(self.settings.window),
+                        pace: None,
+                        heard: now,
+                        arrived: None,
+                    },
+                );
+            }
+        }
+    }
+
+    /// Whether a source would be taken now.
+    pub fn admits(&self, source: &S, now: Instant) -> bool {
+        !self.banned.contains(source) && self.paused.get(source).is_none_or(|until| *until <= now)
+    }
+
+    /// A source is no longer there. What it owes is asked of others.
+    pub fn gone(&mut self, source: &S) {
+        if let Some(gone) = self.sources.remove(source) {
+            for piece in gone.asks.keys() {
+                self.forget_ask(source, *piece);
+            }
+        }
+    }
+
+    /// A source sends: a part of a piece came.
+    pub fn heard(&mut self, source: &S, now: Instant) {
+        if let Some(source) = self.sources.get_mut(source) {
+            source.heard = source.heard.max(now);
+        }
+    }
+
+    /// A source says that it has not got this piece.
+    pub fn refused(&mut self, source: &S, piece: u32) {
+        if let Some(known) = self.sources.get_mut(source) {
+            known.has.remove(piece);
+            known.asks.remove(&piece);
+            self.forget_ask(source, piece);
+        }
+    }
+
+    /// A piece came from this source. Says whether it is news: what came twice need not be kept.
+    pub fn arrived(&mut self, source: &S, verified: &Verified, now: Instant) -> bool {
+        let Some(piece) = self.pieces.get_mut(&verified.piece) else {
+            return false;
+        };
+        if piece.wanted.sha256 != verified.sha256 {
+            return false;
+        }
+        let bytes = piece.wanted.bytes;
+        if let Some(source) = self.sources.get_mut(source) {
+            source.delivered(verified.piece, bytes, self.settings.window, now);
+        }
+        let news = self.open.remove(&verified.piece);
+        let asked = std::mem::take(&mut piece.asked);
+        if !news {
+            self.bytes_twice += u64::from(bytes);
+            return false;
+        }
+        self.bytes += u64::from(bytes);
+        for other in asked.into_iter().filter(|other| other != source) {
+            if let Some(known) = self.sources.get_mut(&other) {
+                known.asks.remove(&verified.piece);
+            }
+            self.actions.push(Action::Withdraw {
+                source: other,
+                piece: verified.piece,
+            });
+        }
+        true
+    }
+
+    /// A piece came from this source that is not the one of the manifest: it is dropped for good.
+    pub fn bad(&mut self, source: &S, bad: &BadPiece) {
+        if !self.banned.insert(source.clone()) {
+            return;
+        }
+        self.gone(source);
+        self.actions.push(Action::Drop {
+            source: source.clone(),
+            reason: DropReason::BadPiece { piece: bad.piece },
+        });
+    }
+
+    /// What is to be done by now; to be called after events and when [`Swarm::next_timer`] is due.
+    pub fn poll(&mut self, now: Instant) -> Vec<Action<S>> {
+        self.drop_silent(now);
+        self.note_late(now);
+        self.ask(now);
+        std::mem::take(&mut self.actions)
+    }
+
+    /// When [`Swarm::poll`] has something to do without an event.
+    pub fn next_timer(&self) -> Option<Instant> {
+        let owing = self.sources.values().filter(|s| !s.asks.is_empty());
+        let silent = owing.map(|source| source.heard + self.settings.silence);
+        let asks = self.sources.values().flat_map(|s| s.asks.values());
+        let late = asks.filter(|ask| !ask.late).map(|ask| ask.due);
+        silent.chain(late).min()
+    }
+
+    /// Whether everything wanted is here.
+    pub fn is_done(&self) -> bool {
+        self.open.is_empty()
+    }
+
+    /// Whether something is wanted that no source has.
+    pub fn is_starved(&self) -> bool {
+        let had = |piece: &u32| self.sources.values().any(|s| s.has.contains(*piece));
+        !self.open.iter().all(had)
+    }
+
+    /// A piece that is wanted and not here.
+    pub fn wanted(&self, piece: u32) -> Option<&Wanted> {
+        let open = self.open.contains(&piece);
+        self.pieces
+            .get(&piece)
+            .filter(|_| open)
+            .map(|piece| &piece.wanted)
+    }
+
+    /// The pieces that are wanted and not here, ascending.
+    pub fn missing(&self) -> impl Iterator<Item = u32> + '_ {
+        self.open.iter().copied()
+    }
+
+    /// How far it is.
+    pub fn progress(&self) -> Progress {
+        let useful = |source: &&Source| self.open.iter().any(|piece| source.has.contains(*piece));
+        let total = self.pieces.len() as u32;
+        Progress {
+            pieces: total - self.open.len() as u32,
+            pieces_total: total,
+            bytes: self.bytes,
+            bytes_total: self.bytes_total,
+            bytes_twice: self.bytes_twice,
+            sources: self.sources.values().filter(useful).count(),
+        }
+    }
+
+    fn drop_silent(&mut self, now: Instant) {
+        let silence = |source: &Source| now.saturating_duration_since(source.heard);
+        let limit = self.settings.silence;
+        let silent: Vec<(S, Duration)> = self
+            .sources
+            .iter()
+            .filter(|(_, source)| !source.asks.is_empty() && silence(source) >= limit)
+            .map(|(name, source)| (name.clone(), silence(source)))
+            .collect();
+        for (source, silence) in silent {
+            self.gone(&source);
+            self.paused
+                .insert(source.clone(), now + self.settings.pause);
+            self.actions.push(Action::Drop {
+                source,
+                reason: DropReason::Silent { silence },
+            });
+        }
+    }
+
+    fn note_late(&mut self, now: Instant) {
+        for source in self.sources.values_mut() {
+            let mut any = false;
+            for ask in source.asks.values_mut().filter(|ask| !ask.late) {
+                ask.late = ask.due <= now;
+                any |= ask.late;
+            }
+            if any {
+                source.window = (source.window / 2).max(1);
+            }
+        }
+    }
+
+    /// One request for each source that has room, in turn, so that pieces are spread over those that have them.
+    fn ask(&mut self, now: Instant) {
+        let names: Vec<S> = self.sources.keys().cloned().collect();
+        let mut in_flight = self.in_flight();
+        let mut asked = true;
+        while asked && in_flight < self.settings.in_flight {
+            asked = false;
+            for name in &names {
+                let Some(piece) = self.choose(name) else {
+                    continue;
+                };
+                in_flight += u64::from(self.ask_one(name, piece, now));
+                asked = true;
+                if in_flight >= self.settings.in_flight {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// The piece to ask this source for, if it has room and something that is wanted: an urgent one before others, one that
+    /// nobody owes before one that is late elsewhere, then the one that fewest have.
+    fn choose(&self, name: &S) -> Option<u32> {
+        let source = self.sources.get(name)?;
+        if source.asks.len() >= source.window as usize {
+            return None;
+        }
+        let total = source.has.pieces().max(1);
+        let begin = self.settings.begin % total;
+        let askable = self.open.iter().filter(|&&piece| {
+            source.has.contains(piece) && !source.asks.contains_key(&piece) && self.is_free(piece)
+        });
+        let ranked = askable.filter_map(|&piece| {
+            let entry = self.pieces.get(&piece)?;
+            let peers = self.peers_with(piece);
+            if source.kind == Kind::Origin && peers > 0 {
+                return None;
+            }
+            let turn = (piece % total + total - begin) % total;
+            Some((
+                (!entry.wanted.urgent, entry.asked.len(), peers, turn),
+                piece,
+            ))
+        });
+        ranked.min().map(|(_, piece)| piece)
+    }
+
+    /// Whether nobody owes this piece, or whoever does is late with it.
+    fn is_free(&self, piece: u32) -> bool {
+        let Some(entry) = self.pieces.get(&piece) else {
+            return false;
+        };
+        let late = |source: &S| {
+            let ask = self.sources.get(source).and_then(|s| s.asks.get(&piece));
+            ask.is_none_or(|ask| ask.late)
+        };
+        entry.asked.len() < self.settings.repeats && entry.asked.iter().all(late)
+    }
+
+    fn peers_with(&self, piece: u32) -> usize {
+        let peers = self.sources.values().filter(|s| s.kind == Kind::Peer);
+        peers.filter(|source| source.has.contains(piece)).count()
+    }
+
+    fn ask_one(&mut self, name: &S, piece: u32, now: Instant) -> u32 {
+        let bytes = self.pieces.get(&piece).map_or(0, |p| p.wanted.bytes);
+        let owed = self.owed_by(name) + u64::from(bytes);
+        let Some(source) = self.sources.get_mut(name) else {
+            return 0;
+        };
+        let expected = source.pace.map(|pace| owed as f64 / pace.max(1.0));
+        // Whose pace is unknown gets twice the patience: making the first link takes its time, too.
+        let limit = match expected {
+            Some(seconds) => Duration::from_secs_f64(
+                (seconds * f64::from(self.settings.slack)).min(LONGEST.as_secs_f64()),
+            )
+            .max(self.settings.patience),
+            None => self.settings.patience * 2,
+        };
+        if source.asks.is_empty() {
+            source.heard = now;
+        }
+        source.asks.insert(
+            piece,
+            Ask {
+                at: now,
+                due: now + limit,
+                late: false,
+            },
+        );
+        if let Some(entry) = self.pieces.get_mut(&piece) {
+            entry.asked.push(name.clone());
+        }
+        self.actions.push(Action::Ask {
+            source: name.clone(),
+            piece,
+        });
+        bytes
+    }
+
+    fn owed_by(&self, name: &S) -> u64 {
+        let asks = self.sources.get(name).into_iter();
+        asks.flat_map(|source| source.asks.keys())
+            .filter_map(|piece| self.pieces.get(piece))
+            .map(|piece| u64::from(piece.wanted.bytes))
+            .sum()
+    }
+
+    fn in_flight(&self) -> u64 {
+        self.sources.keys().map(|name| self.owed_by(name)).sum()
+    }
+
+    fn forget_ask(&mut self, source: &S, piece: u32) {
+        if let Some(piece) = self.pieces.get_mut(&piece) {
+            piece.asked.retain(|other| other != source);
+        }
+    }
+}
+
+impl Source {
+    fn delivered(&mut self, piece: u32, bytes: u32, most: u32, now: Instant) {
+        self.heard = self.heard.max(now);
+        let Some(ask) = self.asks.remove(&piece) else {
+            return;
+        };
+        // With several requests under way a piece takes what passed since the one before it.
+        let begun = self.arrived.map_or(ask.at, |arrived| arrived.max(ask.at));
+        let seconds = now.saturating_duration_since(begun).as_secs_f64();
+        let pace = f64::from(bytes) / seconds.max(1e-3);
+        self.pace = Some(self.pace.map_or(pace, |before| 0.7 * before + 0.3 * pace));
+        self.arrived = Some(now);
+        if !ask.late {
+            self.window = (self.window + 1).min(most);
+        }
+    }
+}
+
+/// Requests that a source has at once before it has shown its pace: one that is sent while the next waits.
+const FIRST_WINDOW: u32 = 2;
+
+/// No request is waited for longer before another source is asked, however slow its source was.
+const LONGEST: Duration = Duration::from_secs(120);
