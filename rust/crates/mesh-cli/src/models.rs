@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use mesh_model::store;
 use mesh_model::{GgmlType, Model};
+use mesh_store::local;
 use serde_json::{Value, json};
 
 use crate::args::ModelsCommand;
@@ -31,7 +31,7 @@ fn list(dirs: &[PathBuf], as_json: bool) -> Result<(), Failure> {
             ),
         );
     }
-    let entries = store::list(dirs).map_err(failed)?;
+    let entries = local::list(dirs).map_err(failed)?;
     // A file that cannot be opened is listed with its reason: that it lies there is what was asked.
     let opened: Vec<_> = entries
         .iter()
@@ -164,7 +164,7 @@ fn verify(
 }
 
 fn open(name: &str, dirs: &[PathBuf]) -> Result<Model, Failure> {
-    let path = store::resolve(name, dirs).map_err(failed)?;
+    let path = local::resolve(name, dirs).map_err(failed)?;
     Model::open(path).map_err(failed)
 }
 

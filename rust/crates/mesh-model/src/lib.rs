@@ -14,7 +14,6 @@ pub mod gguf;
 mod map;
 pub mod model;
 pub mod safetensors;
-pub mod store;
 pub mod synth;
 pub mod text;
 pub mod tokenizer;

@@ -1,12 +1,15 @@
 //! One model file with everything in it.
 
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
+
+use sha2::{Digest, Sha256};
 
 use crate::chat::{ChatError, ChatTemplate};
 use crate::config::{ConfigError, ModelConfig};
 use crate::gguf::{Gguf, GgufError};
-use crate::store;
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// A model file, opened and checked: weights, shape, tokenizer and chat template. Cheap to clone.
@@ -89,7 +92,7 @@ impl Model {
 
     /// The name that users call the model by: the file's name without `.gguf`.
     pub fn name(&self) -> String {
-        store::model_name(&self.inner.path)
+        model_name(&self.inner.path)
     }
 
     /// Where the file lies.
@@ -120,7 +123,7 @@ impl Model {
     /// SHA-256 of the file in hexadecimal: two workers with the same fingerprint give the same answers.
     ///
     /// Reads the whole file the first time, which takes a good second per gigabyte: call it off the start path, and keep
-    /// the result with [`store::FingerprintCache`].
+    /// the result.
     ///
     /// # Errors
     /// If the file cannot be read.
@@ -128,7 +131,7 @@ impl Model {
         if let Some(known) = self.inner.fingerprint.get() {
             return Ok(known);
         }
-        let digest = store::sha256_file(&self.inner.path).map_err(|error| ModelError {
+        let digest = sha256_file(&self.inner.path).map_err(|error| ModelError {
             path: self.inner.path.clone(),
             kind: error.into(),
         })?;
@@ -139,4 +142,38 @@ impl Model {
     pub fn known_fingerprint(&self) -> Option<&str> {
         self.inner.fingerprint.get().map(String::as_str)
     }
+}
+
+/// The name that the model in the file at `path` goes by: the file's own without `.gguf` or `.safetensors`.
+pub fn model_name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    for ending in [".gguf", ".safetensors"] {
+        let cut = name.len().checked_sub(ending.len());
+        match cut.and_then(|cut| name.split_at_checked(cut)) {
+            Some((stem, end)) if !stem.is_empty() && end.eq_ignore_ascii_case(ending) => {
+                return stem.to_owned();
+            }
+            _ => {}
+        }
+    }
+    name.into_owned()
+}
+
+/// SHA-256 of a file in hexadecimal.
+fn sha256_file(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let n = file.read(&mut buffer)?;
+        if n == 0 {
+            break;
+        }
+        hasher.update(&buffer[..n]);
+    }
+    Ok(hasher
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
 }

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use mesh_engine::StartError;
 use mesh_engine_ort::LoadError;
 use mesh_model::ModelError;
-use mesh_model::store::StoreError;
 use mesh_net::quic::JoinError;
+use mesh_store::LocalError;
 
 use crate::config::Unsound;
 
@@ -42,7 +42,7 @@ pub enum WorkerError {
     },
     /// A model is not there.
     #[error(transparent)]
-    Store(#[from] StoreError),
+    NotFound(#[from] LocalError),
     /// A model file is damaged or unsupported.
     #[error(transparent)]
     Model(#[from] ModelError),

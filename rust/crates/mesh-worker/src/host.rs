@@ -8,9 +8,9 @@ use futures::StreamExt;
 use futures::future::join_all;
 use mesh_engine::{Engine, EngineHandle, Event, Request, SchedulerConfig};
 use mesh_engine_ort::{Opened, OrtOptions, Provider};
-use mesh_model::store::{self, FingerprintCache};
 use mesh_model::{Model, Tokenizer};
 use mesh_proto::{Load, ModelCard, ModelSpeed};
+use mesh_store::{FingerprintCache, local};
 
 use crate::config::Config;
 use crate::error::WorkerError;
@@ -48,7 +48,7 @@ impl Host {
     pub(crate) fn load(config: &Arc<Config>) -> Result<Self, WorkerError> {
         let mut models: Vec<Hosted> = Vec::new();
         for name in &config.models {
-            let path = store::resolve(name, &config.model_dirs)?;
+            let path = local::resolve(name, &config.model_dirs)?;
             let hosted = Hosted::load(&path, config)?;
             if models
                 .iter()

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use arcanum_profiler::{Profile, ProfileOptions, choose_format};
 use mesh_engine_ort::{OrtOptions, WeightFormat};
 use mesh_model::Model;
-use mesh_model::store::{self, FingerprintCache};
 use mesh_proto::{ModelCard, NodeProfile};
+use mesh_store::{FingerprintCache, local};
 
 use super::Shard;
 use crate::config::Config;
@@ -21,7 +21,7 @@ pub(super) fn measure(config: &Arc<Config>) -> Result<(Vec<Shard>, NodeProfile),
     }
     let mut paths = Vec::new();
     for name in &config.shards {
-        paths.push(store::resolve(name, &config.model_dirs)?);
+        paths.push(local::resolve(name, &config.model_dirs)?);
     }
     let options = ProfileOptions {
         state_dir: Some(config.state_dir.clone()),

@@ -1,0 +1,261 @@
+//! Where the tensors of a file lie, and which of them a stage needs.
+//!
+//! A stage that computes a range of layers opens the file as if it were whole: its header, and the tensors that the
+//! engine reads for that range. What belongs to which layer is told by the tensors' names, those of GGUF files
+//! (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>, "Standardized tensor names") and those of
+//! Hugging Face's `transformers`.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use mesh_model::safetensors::{Safetensors, SafetensorsError};
+use mesh_model::{Gguf, GgufError};
+
+use crate::ranges::RangeSet;
+
+/// Where things lie in a model file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    /// Length of the file.
+    pub bytes: u64,
+    /// Bytes before the first tensor; for a file without tensors its length.
+    pub header: u64,
+    /// Its tensors, ascending by offset; they do not overlap.
+    pub tensors: Vec<TensorPlace>,
+}
+
+/// Where a tensor lies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorPlace {
+    /// Its name in the file.
+    pub name: String,
+    /// Position in the file.
+    pub offset: u64,
+    /// Length.
+    pub bytes: u64,
+}
+
+/// What a tensor is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// Belongs to this layer.
+    Layer(u32),
+    /// Turns tokens into rows: the first stage needs it, and the last one if the output matrix is the same.
+    Embedding,
+    /// Turns rows into logits: the last stage needs it.
+    Output,
+    /// Every stage needs it.
+    Shared,
+}
+
+/// Why a file's tensors could not be found.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LayoutError {
+    /// The file could not be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A broken GGUF file.
+    #[error("{}: {source}", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: GgufError,
+    },
+    /// A broken safetensors file.
+    #[error("{}: {source}", path.display())]
+    Safetensors {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: SafetensorsError,
+    },
+}
+
+impl Layout {
+    /// The layout of the file at `path`: a GGUF file by its first bytes, a safetensors file by its name, any other has no
+    /// tensors. Only the header is read, so that the file may be one of which no more is present.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or its header is malformed or contradicts the file's length.
+    pub fn read(path: &Path) -> Result<Layout, LayoutError> {
+        let failed = |source| LayoutError::Read {
+            path: path.into(),
+            source,
+        };
+        // Looked at before it is opened: to open a named pipe would wait for its writer.
+        let metadata = std::fs::metadata(path).map_err(failed)?;
+        if !metadata.is_file() {
+            return Err(failed(io::Error::other("it is no regular file")));
+        }
+        let bytes = metadata.len();
+        let mut magic = Vec::new();
+        let file = File::open(path).map_err(failed)?;
+        file.take(4).read_to_end(&mut magic).map_err(failed)?;
+        let mut layout = if magic == b"GGUF" {
+            Self::of_gguf(path)?
+        } else if has_extension(path, "safetensors") {
+            Self::of_safetensors(path)?
+        } else {
+            Layout {
+                bytes,
+                header: bytes,
+                tensors: Vec::new(),
+            }
+        };
+        layout.tensors.sort_by_key(|tensor| tensor.offset);
+        Ok(layout)
+    }
+
+    fn of_gguf(path: &Path) -> Result<Layout, LayoutError> {
+        let gguf = Gguf::open(path).map_err(|source| LayoutError::Gguf {
+            path: path.into(),
+            source,
+        })?;
+        let start = gguf.bytes().as_ptr() as usize;
+        let tensors: Vec<TensorPlace> = gguf
+            .tensors()
+            .map(|tensor| TensorPlace {
+                name: tensor.name.to_owned(),
+                offset: (tensor.data.as_ptr() as usize - start) as u64,
+                bytes: tensor.data.len() as u64,
+            })
+            .collect();
+        let first = tensors.iter().map(|tensor| tensor.offset).min();
+        Ok(Layout {
+            bytes: gguf.file_len(),
+            header: first.unwrap_or(gguf.file_len()),
+            tensors,
+        })
+    }
+
+    fn of_safetensors(path: &Path) -> Result<Layout, LayoutError> {
+        let file = Safetensors::open(path).map_err(|source| LayoutError::Safetensors {
+            path: path.into(),
+            source,
+        })?;
+        let tensors = file.tensors().map(|tensor| TensorPlace {
+            name: tensor.name.to_owned(),
+            offset: tensor.offset,
+            bytes: tensor.data.len() as u64,
+        });
+        let tensors: Vec<TensorPlace> = tensors.collect();
+        let first = tensors.iter().map(|tensor| tensor.offset).min();
+        Ok(Layout {
+            bytes: file.file_len(),
+            header: first.unwrap_or(file.file_len()),
+            tensors,
+        })
+    }
+
+    /// The bytes that `selection` needs of this file.
+    pub fn ranges_for(&self, selection: &Selection) -> RangeSet {
+        let tensors = self.tensors.iter();
+        let wanted = tensors.filter(|tensor| selection.wants(role(&tensor.name)));
+        let wanted = wanted.map(|tensor| tensor.offset..tensor.offset + tensor.bytes);
+        std::iter::once(0..self.header).chain(wanted).collect()
+    }
+}
+
+/// What a stage needs of a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Selection {
+    layers: Range<u32>,
+    first: bool,
+    last: bool,
+    tied: bool,
+}
+
+impl Selection {
+    /// What the stage of `layers` needs, of a model of `total` layers whose tensors have these names (all of them, over
+    /// all files).
+    pub fn new<'a>(
+        layers: Range<u32>,
+        total: u32,
+        names: impl IntoIterator<Item = &'a str>,
+    ) -> Self {
+        let tied = !names.into_iter().any(is_output_matrix);
+        Selection {
+            first: layers.start == 0,
+            last: layers.end >= total,
+            tied,
+            layers,
+        }
+    }
+
+    /// Whether a tensor of this role is needed.
+    pub fn wants(&self, role: Role) -> bool {
+        match role {
+            Role::Layer(layer) => self.layers.contains(&layer),
+            Role::Embedding => self.first || self.last && self.tied,
+            Role::Output => self.last,
+            Role::Shared => true,
+        }
+    }
+}
+
+/// What the tensor called `name` is for.
+pub fn role(name: &str) -> Role {
+    if let Some(layer) = layer(name) {
+        return Role::Layer(layer);
+    }
+    let hf = hf_name(name);
+    // Whatever is not known goes to every stage: more than is needed does no harm.
+    if name.starts_with("token_embd.") || hf.starts_with("embed_tokens.") {
+        Role::Embedding
+    } else if is_output_matrix(name)
+        || name.starts_with("output_norm.")
+        || hf.starts_with("norm.") && hf != name
+    {
+        Role::Output
+    } else {
+        Role::Shared
+    }
+}
+
+/// The layer that the tensor called `name` belongs to: `blk.3.attn_q.weight` in GGUF files, `model.layers.3.mlp.up_proj.weight`
+/// or, in encoders, `encoder.layer.3.output.dense.weight` in others.
+pub fn layer(name: &str) -> Option<u32> {
+    let hf = hf_name(name);
+    let encoder = ["bert.", "roberta."]
+        .into_iter()
+        .find_map(|prefix| name.strip_prefix(prefix))
+        .unwrap_or(name);
+    let rest = name
+        .strip_prefix("blk.")
+        .or_else(|| hf.strip_prefix("layers.").filter(|_| hf != name))
+        .or_else(|| encoder.strip_prefix("encoder.layer."))?;
+    let (number, _) = rest.split_once('.')?;
+    // As parse() takes "+3" and "03", too.
+    let plain = number == "0" || !number.starts_with(['0', '+']);
+    number.parse().ok().filter(|_| plain)
+}
+
+/// A tensor's name within the language model, for names as `transformers` gives them; others as they are.
+fn hf_name(name: &str) -> &str {
+    ["model.language_model.", "language_model.model.", "model."]
+        .into_iter()
+        .find_map(|prefix| name.strip_prefix(prefix))
+        .unwrap_or(name)
+}
+
+/// The matrix of the logits, where it is not the embedding.
+fn is_output_matrix(name: &str) -> bool {
+    name == "output.weight" || name.ends_with("lm_head.weight")
+}
+
+pub(crate) fn has_extension(path: &Path, wanted: &str) -> bool {
+    path.extension()
+        .is_some_and(|extension| extension.eq_ignore_ascii_case(wanted))
+}
+
+#[cfg(test)]
+mod tests;

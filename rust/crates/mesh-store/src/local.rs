@@ -1,0 +1,421 @@
+//! Models outside the store: in folders that people put them in.
+
+use std::fs::Metadata;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use mesh_model::model::model_name;
+use serde::{Deserialize, Serialize};
+
+use crate::digest::Digest;
+use crate::error::StoreError;
+use crate::files;
+use crate::layout::has_extension;
+use crate::manifest::{Manifest, model_files};
+use crate::signature::SignedManifest;
+use crate::store::Store;
+
+/// A model in a folder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LocalModel {
+    /// The file's name without its ending, or the folder's name.
+    pub name: String,
+    /// The file or folder.
+    pub path: PathBuf,
+    /// Length of all its files.
+    pub bytes: u64,
+    /// What it is.
+    pub kind: LocalKind,
+}
+
+/// What a model in a folder is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LocalKind {
+    /// A GGUF file.
+    Gguf,
+    /// A safetensors file by itself.
+    Safetensors,
+    /// A folder as Hugging Face has it: `config.json` and safetensors files.
+    Folder,
+}
+
+impl LocalKind {
+    /// For people.
+    pub fn name(self) -> &'static str {
+        match self {
+            LocalKind::Gguf => "GGUF file",
+            LocalKind::Safetensors => "safetensors file",
+            LocalKind::Folder => "Hugging Face folder",
+        }
+    }
+}
+
+/// Why a model could not be found in folders.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LocalError {
+    /// A folder could not be listed.
+    #[error("cannot list the model folder {}: {source}", path.display())]
+    List {
+        /// The folder.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// No file of that name.
+    #[error("no model {name:?}: {}", known_names(known))]
+    NotFound {
+        /// What was asked for.
+        name: String,
+        /// The names that there are.
+        known: Vec<String>,
+    },
+    /// Several files answer to a name.
+    #[error("model {name:?} is ambiguous: it may be any of {}; give more of the name or a path", known.join(", "))]
+    Ambiguous {
+        /// What was asked for.
+        name: String,
+        /// The names that begin so.
+        known: Vec<String>,
+    },
+}
+
+fn known_names(known: &[String]) -> String {
+    match known {
+        [] => "the model folders hold no model; put a .gguf or .safetensors file or a Hugging Face folder there, or give a path".into(),
+        names => format!("there are {}", names.join(", ")),
+    }
+}
+
+/// All models directly in `dirs`, by name: `.gguf` and `.safetensors` files, and folders with a `config.json` and safetensors
+/// files. A folder that does not exist holds none; of models with one name the first folder's counts. What cannot be looked at
+/// is left out.
+///
+/// # Errors
+/// If a folder exists but cannot be listed.
+pub fn list(dirs: &[PathBuf]) -> Result<Vec<LocalModel>, LocalError> {
+    let mut models: Vec<LocalModel> = Vec::new();
+    for dir in dirs {
+        let failed = |source| LocalError::List {
+            path: dir.clone(),
+            source,
+        };
+        let listing = match std::fs::read_dir(dir) {
+            Ok(listing) => listing,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(failed(error)),
+        };
+        let paths: io::Result<Vec<PathBuf>> = listing.map(|item| Ok(item?.path())).collect();
+        let mut paths = paths.map_err(failed)?;
+        // Of two files with one name, the same one wins each time.
+        paths.sort();
+        for path in paths {
+            if let Some(model) = look_at(path)
+                && !models.iter().any(|known| known.name == model.name)
+            {
+                models.push(model);
+            }
+        }
+    }
+    models.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(models)
+}
+
+/// The model at `path`, if that is one.
+pub fn look_at(path: PathBuf) -> Option<LocalModel> {
+    // Of a dangling link, or a file that is gone since the listing, there is none.
+    let metadata = std::fs::metadata(&path).ok()?;
+    let (kind, bytes) = if metadata.is_dir() {
+        (LocalKind::Folder, folder_bytes(&path)?)
+    } else if !metadata.is_file() {
+        return None;
+    } else if has_extension(&path, "gguf") {
+        (LocalKind::Gguf, metadata.len())
+    } else if has_extension(&path, "safetensors") {
+        (LocalKind::Safetensors, metadata.len())
+    } else {
+        return None;
+    };
+    let name = match kind {
+        LocalKind::Folder => path.file_name()?.to_string_lossy().into_owned(),
+        _ => model_name(&path),
+    };
+    Some(LocalModel {
+        name,
+        path,
+        bytes,
+        kind,
+    })
+}
+
+/// Length of the files of a folder as Hugging Face has it.
+fn folder_bytes(path: &Path) -> Option<u64> {
+    if !path.join("config.json").is_file() {
+        return None;
+    }
+    let files = model_files(path).ok()?;
+    let weights = files.iter().any(|file| has_extension(file, "safetensors"));
+    let lengths = files.iter().map(|file| std::fs::metadata(path.join(file)));
+    let bytes = lengths
+        .map(|found| found.map_or(0, |found| found.len()))
+        .sum();
+    weights.then_some(bytes)
+}
+
+/// The file or folder that `name` means: a path, the name of a model in `dirs`, or the only one whose name begins so,
+/// whatever its case.
+///
+/// # Errors
+/// If there is none, or several.
+pub fn resolve(name: &str, dirs: &[PathBuf]) -> Result<PathBuf, LocalError> {
+    let path = Path::new(name);
+    if path.is_file() {
+        return Ok(path.into());
+    }
+    let mut models = list(dirs)?;
+    let wanted = name.strip_suffix(".gguf").unwrap_or(name);
+    if let Some(i) = models.iter().position(|model| model.name == wanted) {
+        return Ok(models.swap_remove(i).path);
+    }
+    let lower = wanted.to_lowercase();
+    let known: Vec<String> = models.iter().map(|model| model.name.clone()).collect();
+    models.retain(|model| !lower.is_empty() && model.name.to_lowercase().starts_with(&lower));
+    match &models[..] {
+        [only] => Ok(only.path.clone()),
+        [] => Err(LocalError::NotFound {
+            name: name.into(),
+            known,
+        }),
+        several => Err(LocalError::Ambiguous {
+            name: name.into(),
+            known: several.iter().map(|model| model.name.clone()).collect(),
+        }),
+    }
+}
+
+/// Digests of files that were hashed before, kept in a small JSON file so that a restart need not read gigabytes again.
+/// A digest counts only as long as the file's path, length and time of change are the same.
+#[derive(Debug)]
+pub struct FingerprintCache {
+    path: PathBuf,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Remembered {
+    files: Vec<Digested>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq)]
+struct Digested {
+    #[serde(flatten)]
+    stamp: Stamp,
+    sha256: String,
+}
+
+/// What shows that a file is still the same.
+#[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq)]
+struct Stamp {
+    path: PathBuf,
+    bytes: u64,
+    modified_ns: u64,
+}
+
+impl Stamp {
+    fn of(path: &Path) -> io::Result<Stamp> {
+        let path = path.canonicalize()?;
+        let metadata = std::fs::metadata(&path)?;
+        Ok(Stamp {
+            path,
+            bytes: metadata.len(),
+            modified_ns: modified_ns(&metadata),
+        })
+    }
+}
+
+fn modified_ns(metadata: &Metadata) -> u64 {
+    let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+    let since = modified.duration_since(UNIX_EPOCH).unwrap_or_default();
+    since.as_nanos() as u64
+}
+
+/// Files remembered at most; the oldest entries go first.
+const MAX_REMEMBERED: usize = 1000;
+
+/// Longest file of that kind that is read.
+const MAX_INDEX: u64 = 16 << 20;
+
+impl FingerprintCache {
+    /// A cache in the file at `path`, which need not exist.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        FingerprintCache { path: path.into() }
+    }
+
+    /// SHA-256 of the file at `path` in hexadecimal, remembered or computed. A cache that cannot be read or written only costs
+    /// time.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub fn fingerprint(&self, path: &Path) -> io::Result<String> {
+        let stamp = Stamp::of(path)?;
+        let mut remembered = self.read();
+        if let Some(known) = remembered.files.iter().find(|file| file.stamp == stamp) {
+            return Ok(known.sha256.clone());
+        }
+        let sha256 = Digest::of_file(&stamp.path)?.to_string();
+        remembered
+            .files
+            .retain(|file| file.stamp.path != stamp.path);
+        let excess = (remembered.files.len() + 1).saturating_sub(MAX_REMEMBERED);
+        remembered.files.drain(..excess);
+        remembered.files.push(Digested {
+            stamp,
+            sha256: sha256.clone(),
+        });
+        if let Err(error) = self.write(&remembered) {
+            tracing::warn!(path = %self.path.display(), %error, "cannot remember the fingerprint of a model file");
+        }
+        Ok(sha256)
+    }
+
+    fn read(&self) -> Remembered {
+        let json = files::read_limited(&self.path, MAX_INDEX).ok().flatten();
+        json.and_then(|json| serde_json::from_slice(&json).ok())
+            .unwrap_or_default()
+    }
+
+    fn write(&self, remembered: &Remembered) -> io::Result<()> {
+        let parent = self.path.parent().unwrap_or(Path::new("."));
+        files::replace(&self.path, parent, &serde_json::to_vec(remembered)?)
+    }
+}
+
+/// The store's memory of models outside of it: `local.json`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(crate) struct LocalIndex {
+    models: Vec<Adopted>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Adopted {
+    /// The file or folder.
+    path: PathBuf,
+    name: String,
+    fingerprint: Digest,
+    files: Vec<AdoptedFile>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct AdoptedFile {
+    /// As the manifest names it.
+    file: String,
+    #[serde(flatten)]
+    stamp: Stamp,
+}
+
+impl LocalIndex {
+    pub(crate) fn read(store: &Store) -> Self {
+        let json = files::read_limited(&index_path(store), MAX_INDEX);
+        let json = json.ok().flatten();
+        json.and_then(|json| serde_json::from_slice(&json).ok())
+            .unwrap_or_default()
+    }
+
+    /// Where `file` of the model lies, if it is still the one that was read.
+    pub(crate) fn find(&self, fingerprint: &Digest, file: &str) -> Option<PathBuf> {
+        let models = self.models.iter();
+        let mut files = models
+            .filter(|model| model.fingerprint == *fingerprint)
+            .flat_map(|model| &model.files);
+        let known = files.find(|known| known.file == file && known.is_unchanged())?;
+        Some(known.stamp.path.clone())
+    }
+}
+
+impl AdoptedFile {
+    fn is_unchanged(&self) -> bool {
+        Stamp::of(&self.stamp.path).is_ok_and(|stamp| stamp == self.stamp)
+    }
+}
+
+fn index_path(store: &Store) -> PathBuf {
+    store.root().join("local.json")
+}
+
+impl Store {
+    /// Lets the store know a model that lies elsewhere, a file or a folder: makes its manifest, or remembers it from the last time
+    /// if nothing changed since. Its bytes stay where they are; [`Store::presence`] finds them there.
+    ///
+    /// # Errors
+    /// If the model cannot be read, or the disk fails.
+    pub fn adopt(
+        &self,
+        name: &str,
+        path: &Path,
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<SignedManifest, StoreError> {
+        // Links are not followed: a blob behind one has no name that tells what it is.
+        let path = std::path::absolute(path).map_err(StoreError::io("look at", path))?;
+        if let Some(known) = self.adopted(name, &path)? {
+            return Ok(known);
+        }
+        let manifest = Manifest::of_path(name, &path, progress)?;
+        let signed = SignedManifest::unsigned(manifest);
+        let fingerprint = self.put_manifest(&signed)?;
+        let mut adopted = Adopted {
+            name: name.to_owned(),
+            fingerprint,
+            files: Vec::new(),
+            path: path.clone(),
+        };
+        for file in &signed.manifest.files {
+            let found = match path.is_dir() {
+                true => path.join(file.relative_path()),
+                false => path.clone(),
+            };
+            let stamp = Stamp::of(&found).map_err(StoreError::io("look at", &found))?;
+            adopted.files.push(AdoptedFile {
+                file: file.path.clone(),
+                stamp,
+            });
+        }
+        let index_path = index_path(self);
+        let _lock = self.lock()?;
+        let mut index = LocalIndex::read(self);
+        index
+            .models
+            .retain(|known| known.path != path || known.name != name);
+        let excess = (index.models.len() + 1).saturating_sub(MAX_REMEMBERED);
+        index.models.drain(..excess);
+        index.models.push(adopted);
+        serde_json::to_vec(&index)
+            .map_err(io::Error::from)
+            .and_then(|json| files::replace(&index_path, &self.tmp(), &json))
+            .map_err(StoreError::io("write", &index_path))?;
+        drop(_lock);
+        // With signatures that it may have had.
+        Ok(self.manifest(&fingerprint)?.unwrap_or(signed))
+    }
+
+    /// What is known of the model at `path`, if nothing of it changed.
+    fn adopted(&self, name: &str, path: &Path) -> Result<Option<SignedManifest>, StoreError> {
+        let index = LocalIndex::read(self);
+        let known = index
+            .models
+            .iter()
+            .find(|known| known.path == path && known.name == name);
+        let Some(known) = known.filter(|known| {
+            let same_files = match path.is_dir() {
+                true => model_files(path).is_ok_and(|files| files.len() == known.files.len()),
+                false => true,
+            };
+            same_files && known.files.iter().all(AdoptedFile::is_unchanged)
+        }) else {
+            return Ok(None);
+        };
+        self.manifest(&known.fingerprint)
+    }
+}
+
+#[cfg(test)]
+mod tests;

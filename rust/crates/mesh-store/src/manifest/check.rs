@@ -1,0 +1,283 @@
+//! Reading manifests that others wrote.
+
+use std::collections::HashSet;
+
+use super::{MAX_MANIFEST, MAX_PIECE, Manifest, ManifestFile, VERSION};
+use crate::digest::Digest;
+
+/// Why bytes are no manifest.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ManifestError {
+    /// More bytes than a manifest may have.
+    #[error("the manifest has {bytes} bytes, more than the limit of {MAX_MANIFEST}")]
+    TooLong {
+        /// How many it has.
+        bytes: usize,
+    },
+    /// Not the JSON that it should be.
+    #[error("the manifest is malformed: {reason}")]
+    Malformed {
+        /// What is wrong.
+        reason: String,
+    },
+    /// Written by another version.
+    #[error(
+        "the manifest has version {version}, this program reads {VERSION}: use the same release on all nodes"
+    )]
+    Version {
+        /// Its version.
+        version: u32,
+    },
+    /// JSON that says the right thing in other than the canonical form.
+    #[error("the manifest is not in canonical form: its fingerprint would not be its own")]
+    NotCanonical,
+    /// A name or a path that is not allowed.
+    #[error("the manifest's {what} {value:?} is not allowed: {reason}")]
+    Text {
+        /// What it is.
+        what: &'static str,
+        /// Its value.
+        value: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// More of something than there may be.
+    #[error("the manifest has {count} {what}, more than the limit of {limit}")]
+    TooMany {
+        /// Of what.
+        what: &'static str,
+        /// How many.
+        count: usize,
+        /// The limit.
+        limit: usize,
+    },
+    /// Two files of one path, or one that would lie within another.
+    #[error("the manifest names the file {path:?} twice, or as a folder of another")]
+    SamePath {
+        /// The path.
+        path: String,
+    },
+    /// Pieces that do not cover their file.
+    #[error("the manifest's piece {piece} of {path:?} {reason}")]
+    Piece {
+        /// The file.
+        path: String,
+        /// Index of the piece.
+        piece: usize,
+        /// What is wrong.
+        reason: &'static str,
+    },
+    /// A tensor that does not lie in its file, or over another one.
+    #[error("the manifest's tensor {tensor:?} of {path:?} {reason}")]
+    Tensor {
+        /// The file.
+        path: String,
+        /// The tensor.
+        tensor: String,
+        /// What is wrong.
+        reason: &'static str,
+    },
+    /// Not the manifest that was asked for.
+    #[error("the manifest has the fingerprint {found}, but {wanted} was expected: it was altered")]
+    Fingerprint {
+        /// Its fingerprint.
+        found: Digest,
+        /// The one that was expected.
+        wanted: Digest,
+    },
+}
+
+// Limits far above known models: the largest have some hundred files and about a hundred thousand tensors.
+const MAX_FILES: usize = 4096;
+const MAX_TENSORS: usize = 1 << 18;
+const MAX_LAYER: u32 = 1 << 16;
+const MAX_NAME: usize = 256;
+const MAX_PATH: usize = 512;
+const MAX_TENSOR_NAME: usize = 512;
+
+impl Manifest {
+    /// Reads the canonical form, from anybody.
+    ///
+    /// # Errors
+    /// If it is anything but the canonical form of a manifest whose files, pieces and tensors agree with each other.
+    pub fn parse(bytes: &[u8]) -> Result<Manifest, ManifestError> {
+        if bytes.len() > MAX_MANIFEST {
+            return Err(ManifestError::TooLong { bytes: bytes.len() });
+        }
+        let manifest: Manifest =
+            serde_json::from_slice(bytes).map_err(|error| ManifestError::Malformed {
+                reason: error.to_string(),
+            })?;
+        manifest.check()?;
+        if manifest.to_bytes() != bytes {
+            return Err(ManifestError::NotCanonical);
+        }
+        Ok(manifest)
+    }
+
+    /// As [`Manifest::parse`], for the manifest of a model that is known by its fingerprint.
+    ///
+    /// # Errors
+    /// As there, and if it has another fingerprint.
+    pub fn parse_expected(bytes: &[u8], wanted: &Digest) -> Result<Manifest, ManifestError> {
+        if bytes.len() > MAX_MANIFEST {
+            return Err(ManifestError::TooLong { bytes: bytes.len() });
+        }
+        let found = Digest::of(bytes);
+        if found != *wanted {
+            return Err(ManifestError::Fingerprint {
+                found,
+                wanted: *wanted,
+            });
+        }
+        Self::parse(bytes)
+    }
+
+    /// Checks everything but the form.
+    ///
+    /// # Errors
+    /// If something is not as [`Manifest`] says.
+    pub fn check(&self) -> Result<(), ManifestError> {
+        if self.version != VERSION {
+            return Err(ManifestError::Version {
+                version: self.version,
+            });
+        }
+        check_text("name", &self.name, MAX_NAME)?;
+        limit("files", self.files.len(), MAX_FILES)?;
+        let tensors = self.files.iter().map(|file| file.tensors.len()).sum();
+        limit("tensors", tensors, MAX_TENSORS)?;
+        if self.files.is_empty() {
+            return Err(ManifestError::Malformed {
+                reason: "it has no files".into(),
+            });
+        }
+        let mut total = 0u64;
+        let mut paths: HashSet<&str> = HashSet::new();
+        for file in &self.files {
+            check_path(&file.path)?;
+            total = total
+                .checked_add(file.bytes)
+                .ok_or_else(|| ManifestError::Malformed {
+                    reason: "the lengths of its files overflow".into(),
+                })?;
+            if !paths.insert(&file.path) {
+                return Err(ManifestError::SamePath {
+                    path: file.path.clone(),
+                });
+            }
+        }
+        for file in &self.files {
+            let mut parents = file.path.match_indices('/').map(|(at, _)| &file.path[..at]);
+            if let Some(parent) = parents.find(|parent| paths.contains(parent)) {
+                return Err(ManifestError::SamePath {
+                    path: parent.into(),
+                });
+            }
+            file.check_pieces()?;
+            file.check_tensors()?;
+        }
+        Ok(())
+    }
+}
+
+impl ManifestFile {
+    fn check_pieces(&self) -> Result<(), ManifestError> {
+        let failed = |piece, reason| ManifestError::Piece {
+            path: self.path.clone(),
+            piece,
+            reason,
+        };
+        let mut at = 0u64;
+        for (i, piece) in self.pieces.iter().enumerate() {
+            if piece.bytes == 0 || piece.bytes > MAX_PIECE {
+                return Err(failed(i, "is empty or longer than 4 MiB"));
+            }
+            if piece.offset != at {
+                return Err(failed(i, "does not begin where the one before ends"));
+            }
+            at = at
+                .checked_add(piece.bytes.into())
+                .filter(|&end| end <= self.bytes)
+                .ok_or_else(|| failed(i, "ends behind its file"))?;
+        }
+        match at == self.bytes {
+            true => Ok(()),
+            false => Err(failed(self.pieces.len(), "is missing: the file is longer")),
+        }
+    }
+
+    fn check_tensors(&self) -> Result<(), ManifestError> {
+        let mut at = 0u64;
+        let mut names: HashSet<&str> = HashSet::new();
+        for tensor in &self.tensors {
+            let failed = |reason| ManifestError::Tensor {
+                path: self.path.clone(),
+                tensor: tensor.name.chars().take(MAX_TENSOR_NAME).collect(),
+                reason,
+            };
+            if tensor.name.is_empty() || tensor.name.len() > MAX_TENSOR_NAME {
+                return Err(failed("has a name that is empty or too long"));
+            }
+            if !names.insert(&tensor.name) {
+                return Err(failed("is listed twice"));
+            }
+            if tensor.offset < at {
+                return Err(failed("lies over the one before it"));
+            }
+            if tensor.layer.is_some_and(|layer| layer > MAX_LAYER) {
+                return Err(failed("belongs to a layer that no model has"));
+            }
+            at = tensor
+                .offset
+                .checked_add(tensor.bytes)
+                .filter(|&end| end <= self.bytes)
+                .ok_or_else(|| failed("ends behind its file"))?;
+        }
+        Ok(())
+    }
+}
+
+fn limit(what: &'static str, count: usize, limit: usize) -> Result<(), ManifestError> {
+    match count <= limit {
+        true => Ok(()),
+        false => Err(ManifestError::TooMany { what, count, limit }),
+    }
+}
+
+/// Names are shown in terminals and become parts of paths.
+fn check_text(what: &'static str, value: &str, limit: usize) -> Result<(), ManifestError> {
+    let reason = if value.is_empty() {
+        "it is empty"
+    } else if value.len() > limit {
+        "it is too long"
+    } else if value.chars().any(char::is_control) {
+        "it has control characters"
+    } else {
+        return Ok(());
+    };
+    Err(ManifestError::Text {
+        what,
+        value: value.chars().take(limit).collect(),
+        reason,
+    })
+}
+
+/// A path that stays in its folder on every system.
+fn check_path(path: &str) -> Result<(), ManifestError> {
+    check_text("path", path, MAX_PATH)?;
+    let is_plain = |part: &str| !matches!(part, "" | "." | "..") && part.len() <= 255;
+    let reason = if path.contains(['\\', ':']) {
+        "it has a backslash or a colon"
+    } else if !path.split('/').all(is_plain) {
+        "it leaves its folder, or has an empty or too long part"
+    } else {
+        return Ok(());
+    };
+    Err(ManifestError::Text {
+        what: "path",
+        value: path.into(),
+        reason,
+    })
+}

@@ -1,0 +1,393 @@
+//! Files of which only some bytes are here.
+//!
+//! A partial file has its full length from the start, and holes where nothing was written yet: a model file of which the
+//! header and some layers are present opens like a whole one. Beside it lies its *have-map*, the list of what is there.
+//! The map is written after the bytes that it tells of have reached the disk, and replaced whole, so that after a kill or
+//! a power loss it may know of less than there is, never of more.
+
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard};
+
+use serde::{Deserialize, Serialize};
+
+use crate::digest::Digest;
+use crate::error::StoreError;
+use crate::files;
+use crate::manifest::ManifestFile;
+use crate::ranges::RangeSet;
+use crate::store::Store;
+
+/// What a partial file will be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum PartialKey {
+    /// The file with this digest.
+    Blob(Digest),
+    /// A file whose digest is not known before it is whole; the digest is one of where it comes from.
+    Source(Digest),
+}
+
+impl PartialKey {
+    /// A file known by where it comes from only: any text that means the same bytes whenever it is used, such as a hub's
+    /// repository, commit and path.
+    pub fn source(text: &str) -> Self {
+        PartialKey::Source(Digest::of(text))
+    }
+
+    pub(crate) fn file_name(&self) -> String {
+        match self {
+            PartialKey::Blob(digest) => digest.to_string(),
+            PartialKey::Source(digest) => format!("source-{digest}"),
+        }
+    }
+
+    pub(crate) fn of_file_name(name: &str) -> Option<Self> {
+        match name.strip_prefix("source-") {
+            Some(digest) => digest.parse().ok().map(PartialKey::Source),
+            None => name.parse().ok().map(PartialKey::Blob),
+        }
+    }
+}
+
+impl fmt::Display for PartialKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PartialKey::Blob(digest) => write!(f, "blob {digest}"),
+            PartialKey::Source(digest) => write!(f, "a file with source {}", digest.short()),
+        }
+    }
+}
+
+/// A partial file that this process alone may write. Its methods block for as long as the disk takes.
+#[derive(Debug)]
+pub struct PartialFile {
+    store: Store,
+    key: PartialKey,
+    file: File,
+    bytes: u64,
+    wanted: u64,
+    state: Mutex<State>,
+    /// One at a time writes the have-map.
+    flushing: Mutex<()>,
+}
+
+#[derive(Debug)]
+struct State {
+    have: RangeSet,
+    /// Bytes written since the have-map was.
+    unflushed: u64,
+}
+
+/// Bytes after which the have-map is written by itself: what a kill may cost.
+const FLUSH_EVERY: u64 = 16 << 20;
+
+impl PartialFile {
+    /// Opens or creates it. The caller holds the store's lock.
+    pub(crate) fn open(
+        store: &Store,
+        key: PartialKey,
+        bytes: u64,
+        wanted: u64,
+    ) -> Result<PartialFile, StoreError> {
+        let path = store.partial_path(&key);
+        let map = have_path(&path);
+        let io = |action| StoreError::io(action, &path);
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(io("open"))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(std::fs::TryLockError::WouldBlock) => {
+                return Err(StoreError::Busy {
+                    key: key.to_string(),
+                });
+            }
+            Err(std::fs::TryLockError::Error(error)) => return Err(io("lock")(error)),
+        }
+        let length = file.metadata().map_err(io("look at"))?.len();
+        // A map that is left from another file of that name says nothing about this one.
+        let have = match length == bytes {
+            true => HaveMap::read(&map).filter(|map| map.bytes == bytes),
+            false => None,
+        };
+        let have = have.map(|map| map.ranges()).unwrap_or_default();
+        if length != bytes || have.is_empty() {
+            files::remove(&map).map_err(StoreError::io("remove", &map))?;
+            file.set_len(0).map_err(io("empty"))?;
+            file.set_len(bytes).map_err(io("extend"))?;
+            file.sync_all().map_err(io("write"))?;
+            files::sync_parent(&path).map_err(io("write"))?;
+        }
+        let partial = PartialFile {
+            store: store.clone(),
+            key,
+            file,
+            bytes,
+            wanted: wanted.min(bytes),
+            state: Mutex::new(State { have, unflushed: 0 }),
+            flushing: Mutex::default(),
+        };
+        partial.flush()?;
+        Ok(partial)
+    }
+
+    /// What it will be.
+    pub fn key(&self) -> PartialKey {
+        self.key
+    }
+
+    /// Where it lies, until it is complete.
+    pub fn path(&self) -> PathBuf {
+        self.store.partial_path(&self.key)
+    }
+
+    /// Length of the whole file.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// What is there, by what was written; not all of it may be on disk.
+    pub fn have(&self) -> RangeSet {
+        self.state().have.clone()
+    }
+
+    /// What is not there.
+    pub fn missing(&self) -> Vec<Range<u64>> {
+        self.state().have.missing(0..self.bytes)
+    }
+
+    /// Whether all of it is there.
+    pub fn is_complete(&self) -> bool {
+        self.state().have.contains(&(0..self.bytes))
+    }
+
+    /// Writes `data` at `offset`. It counts as present from then on. Every 16 MiB all of it is brought to disk.
+    ///
+    /// # Errors
+    /// If it does not lie in the file, or the disk fails.
+    pub fn write_at(&self, offset: u64, data: &[u8]) -> Result<(), StoreError> {
+        let range = self.within(offset, data.len() as u64)?;
+        self.file
+            .write_all_at(data, offset)
+            .map_err(StoreError::io("write", &self.path()))?;
+        let due = {
+            let mut state = self.state();
+            state.have.insert(range);
+            state.unflushed += data.len() as u64;
+            state.unflushed >= FLUSH_EVERY
+        };
+        match due {
+            true => self.flush(),
+            false => Ok(()),
+        }
+    }
+
+    /// The bytes of `range`, if all of them are there.
+    ///
+    /// # Errors
+    /// If it does not lie in the file, or the disk fails.
+    pub fn read_at(&self, range: Range<u64>) -> Result<Option<Vec<u8>>, StoreError> {
+        self.within(range.start, range.end.saturating_sub(range.start))?;
+        if !self.state().have.contains(&range) {
+            return Ok(None);
+        }
+        let mut bytes = vec![0; range.end.saturating_sub(range.start) as usize];
+        self.file
+            .read_exact_at(&mut bytes, range.start)
+            .map_err(StoreError::io("read", &self.path()))?;
+        Ok(Some(bytes))
+    }
+
+    /// Counts `range` as absent again, on disk as well: its bytes turned out to be wrong.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub fn forget(&self, range: Range<u64>) -> Result<(), StoreError> {
+        self.state().have.remove(range);
+        self.flush()
+    }
+
+    /// Checks the pieces that are there against `file`, forgets the bad ones and gives their indices.
+    ///
+    /// # Errors
+    /// If the file has another length, or the disk fails.
+    pub fn repair(&self, file: &ManifestFile) -> Result<Vec<u32>, StoreError> {
+        let have = self.have();
+        let present: Vec<u32> = (0..)
+            .zip(&file.pieces)
+            .filter(|(_, piece)| have.contains(&piece.range()))
+            .map(|(index, _)| index)
+            .collect();
+        let bad = file.bad_pieces(&self.path(), &present, &|_| ())?;
+        if !bad.is_empty() {
+            let mut state = self.state();
+            for &index in &bad {
+                state.have.remove(file.pieces[index as usize].range());
+            }
+            drop(state);
+            self.flush()?;
+        }
+        Ok(bad)
+    }
+
+    /// Brings everything written so far to disk, and then the have-map.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub fn flush(&self) -> Result<(), StoreError> {
+        let _one = self.flushing.lock().expect("nobody panics with it");
+        let (have, unflushed) = {
+            let state = self.state();
+            (state.have.clone(), state.unflushed)
+        };
+        let path = self.path();
+        if unflushed > 0 {
+            self.file
+                .sync_data()
+                .map_err(StoreError::io("write", &path))?;
+        }
+        let map = HaveMap {
+            version: HAVE_VERSION,
+            bytes: self.bytes,
+            wanted: self.wanted,
+            have: have.iter().map(|range| (range.start, range.end)).collect(),
+        };
+        let path = have_path(&path);
+        let json = serde_json::to_vec(&map).expect("numbers are JSON");
+        files::replace(&path, &self.store.tmp(), &json).map_err(StoreError::io("write", &path))?;
+        let mut state = self.state();
+        state.unflushed = state.unflushed.saturating_sub(unflushed);
+        Ok(())
+    }
+
+    /// Makes it a blob, if it is whole and has the digest that its key, or else `wanted`, says. The digest is computed over
+    /// what is on disk, at a good second per gigabyte. Of a file with another digest nothing is kept; where its manifest is
+    /// known, [`PartialFile::repair`] keeps what is right.
+    ///
+    /// # Errors
+    /// If it is not whole or is another file, or the disk fails.
+    pub fn complete(self, wanted: Option<Digest>) -> Result<Digest, StoreError> {
+        let path = self.path();
+        let missing = self.bytes - self.state().have.bytes();
+        if missing > 0 {
+            self.flush()?;
+            return Err(StoreError::Incomplete {
+                key: self.key.to_string(),
+                missing,
+            });
+        }
+        self.file
+            .sync_all()
+            .map_err(StoreError::io("write", &path))?;
+        let found = Digest::of_file(&path).map_err(StoreError::io("read", &path))?;
+        let wanted = match self.key {
+            PartialKey::Blob(digest) => Some(digest),
+            PartialKey::Source(_) => wanted,
+        };
+        if let Some(wanted) = wanted.filter(|wanted| *wanted != found) {
+            self.forget(0..self.bytes)?;
+            return Err(StoreError::Mismatch {
+                key: self.key.to_string(),
+                found,
+                wanted,
+            });
+        }
+        let blob = self.store.blob_path(&found);
+        let _lock = self.store.lock()?;
+        let finish = || -> io::Result<()> {
+            // Blobs do not change; that nobody may write them keeps accidents away.
+            self.file
+                .set_permissions(std::fs::Permissions::from_mode(0o444))?;
+            // Over a blob that is there already: it has the same bytes.
+            std::fs::rename(&path, &blob)?;
+            files::sync_parent(&blob)?;
+            files::remove(&have_path(&path))?;
+            files::sync_parent(&path)
+        };
+        finish().map_err(StoreError::io("store", &blob))?;
+        Ok(found)
+    }
+
+    /// Removes it with all that was fetched.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub fn discard(self) -> Result<(), StoreError> {
+        let path = self.path();
+        let _lock = self.store.lock()?;
+        files::remove(&have_path(&path))
+            .and_then(|()| files::remove(&path))
+            .map_err(StoreError::io("remove", &path))
+    }
+
+    fn within(&self, offset: u64, len: u64) -> Result<Range<u64>, StoreError> {
+        let end = offset.saturating_add(len);
+        match end <= self.bytes {
+            true => Ok(offset..end),
+            false => Err(StoreError::Outside {
+                offset,
+                end,
+                bytes: self.bytes,
+            }),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("nobody panics with it")
+    }
+}
+
+/// The have-map as it lies beside its file.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct HaveMap {
+    version: u32,
+    /// Length of the whole file.
+    pub(crate) bytes: u64,
+    /// Bytes that shall be there in the end.
+    pub(crate) wanted: u64,
+    /// Start and end of what is there.
+    have: Vec<(u64, u64)>,
+}
+
+const HAVE_VERSION: u32 = 1;
+
+/// Longest have-map that is read: some hundred thousand holes.
+const MAX_HAVE_MAP: u64 = 16 << 20;
+
+impl HaveMap {
+    /// The map at `path`; a broken one is none, and what it told of is fetched again.
+    pub(crate) fn read(path: &Path) -> Option<HaveMap> {
+        let json = files::read_limited(path, MAX_HAVE_MAP).ok()??;
+        Self::parse(&json)
+    }
+
+    fn parse(json: &[u8]) -> Option<HaveMap> {
+        let map: HaveMap = serde_json::from_slice(json).ok()?;
+        let fits = |&(start, end): &(u64, u64)| start < end && end <= map.bytes;
+        let sound = map.version == HAVE_VERSION && map.have.iter().all(fits);
+        let ascending = map.have.windows(2).all(|pair| pair[0].1 < pair[1].0);
+        (sound && ascending).then_some(map)
+    }
+
+    pub(crate) fn ranges(&self) -> RangeSet {
+        self.have.iter().map(|&(start, end)| start..end).collect()
+    }
+}
+
+/// Where the have-map of the partial file at `path` lies.
+pub(crate) fn have_path(path: &Path) -> PathBuf {
+    path.with_extension("have")
+}
+
+#[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)]
+mod tests;

@@ -1,0 +1,527 @@
+//! Room: what may be stored, what goes for it, and what nobody needs any more.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use nix::sys::statvfs::statvfs;
+
+use crate::digest::Digest;
+use crate::error::{NoRoom, StoreError};
+use crate::files;
+use crate::manifest::Manifest;
+use crate::partial::{HaveMap, PartialKey, have_path};
+use crate::store::{Store, allocated, open_lock};
+
+/// How full a store may become.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Most bytes of all its files; none is as many as the disk has.
+    pub bytes: Option<u64>,
+    /// Bytes of the disk that are left free for others.
+    pub keep_free: u64,
+}
+
+impl Default for Limits {
+    /// No limit but the disk, of which 1 GiB stays free.
+    fn default() -> Self {
+        Limits {
+            bytes: None,
+            keep_free: 1 << 30,
+        }
+    }
+}
+
+/// What [`Store::gc`] removed, or would remove.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct GcReport {
+    /// In the order in which it goes.
+    pub removed: Vec<Removed>,
+    /// Bytes that the store takes afterwards.
+    pub used: u64,
+}
+
+/// Something that goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Removed {
+    /// What it is, for people.
+    pub what: String,
+    /// The model's fingerprint, if it is one.
+    pub model: Option<Digest>,
+    /// Bytes that it frees.
+    pub bytes: u64,
+}
+
+impl GcReport {
+    /// Bytes that were freed.
+    pub fn freed(&self) -> u64 {
+        self.removed.iter().map(|removed| removed.bytes).sum()
+    }
+}
+
+/// Blobs and other files of no model are kept for so long: somebody may be about to store the manifest.
+const LEFTOVER_AGE: Duration = Duration::from_secs(24 * 3600);
+
+/// Partial files of no model: a download that broke off may be taken up again.
+const PARTIAL_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// Something that may go. The store's lock is held from the survey to the removal.
+#[derive(Debug)]
+enum Victim {
+    Leftover { path: PathBuf, what: &'static str },
+    Model { fingerprint: Digest },
+}
+
+/// The store's files, and what they are needed for.
+struct Survey {
+    /// By fingerprint, the least recently used first.
+    models: Vec<(Digest, Manifest)>,
+    /// Models that may not go, and why is of no interest.
+    kept: HashSet<Digest>,
+    /// How many models have a file with this digest.
+    uses: HashMap<Digest, usize>,
+    /// Files that no model needs.
+    leftovers: Vec<(PathBuf, &'static str)>,
+}
+
+impl Store {
+    /// Makes room for `bytes` more, by evicting models that were not used for the longest time. Pinned ones and such as are being
+    /// fetched stay. Room that running fetches were promised counts as taken. Nothing is evicted if it would not suffice.
+    ///
+    /// # Errors
+    /// If there is not enough room.
+    pub fn admit(&self, bytes: u64) -> Result<(), StoreError> {
+        let _lock = self.lock()?;
+        self.make_room(bytes, None)
+    }
+
+    /// Bytes that the store's files take on disk.
+    ///
+    /// # Errors
+    /// If they cannot be listed.
+    pub fn used(&self) -> Result<u64, StoreError> {
+        let blobs = self.list("blobs")?;
+        // Have-maps are bookkeeping.
+        let mut partial = self.list("partial")?;
+        partial.retain(|path| partial_key(path).is_some());
+        let files = blobs.iter().chain(&partial);
+        Ok(files.map(|path| allocated(path)).sum())
+    }
+
+    /// Removes a model: its manifest, names and links, and those of its files that no other model has. Gives the bytes that
+    /// this frees.
+    ///
+    /// # Errors
+    /// If a process has it loaded or fetches it, the store does not have it, or the disk fails.
+    pub fn remove(&self, fingerprint: &Digest) -> Result<u64, StoreError> {
+        let _lock = self.lock()?;
+        let survey = self.survey(SystemTime::now())?;
+        let found = survey.models.iter().find(|(known, _)| known == fingerprint);
+        let (_, manifest) = found.ok_or(StoreError::NoModel {
+            fingerprint: *fingerprint,
+        })?;
+        if survey.kept.contains(fingerprint) {
+            return Err(StoreError::Pinned {
+                name: manifest.name.clone(),
+            });
+        }
+        self.remove_model(fingerprint, manifest, &survey.uses)
+    }
+
+    /// Removes what nobody needs any more: what crashes left behind, then models until the store has at most `limit` bytes (by
+    /// default its own limit), those first that were not used for the longest time. With `dry_run` it only tells.
+    ///
+    /// # Errors
+    /// If the store cannot be listed, or the disk fails.
+    pub fn gc(&self, limit: Option<u64>, dry_run: bool) -> Result<GcReport, StoreError> {
+        let _lock = self.lock()?;
+        let mut survey = self.survey(SystemTime::now())?;
+        let mut report = GcReport {
+            used: self.used()?,
+            ..GcReport::default()
+        };
+        let leftovers = std::mem::take(&mut survey.leftovers);
+        for (path, what) in leftovers {
+            self.evict(
+                Victim::Leftover { path, what },
+                &mut survey,
+                &mut report,
+                dry_run,
+            )?;
+        }
+        let limit = limit.or(self.limits().bytes).unwrap_or(u64::MAX);
+        for fingerprint in self.evictable(&survey) {
+            if report.used <= limit {
+                break;
+            }
+            self.evict(
+                Victim::Model { fingerprint },
+                &mut survey,
+                &mut report,
+                dry_run,
+            )?;
+        }
+        Ok(report)
+    }
+
+    /// As [`Store::admit`]; the caller holds the lock. Room that was promised to `except` does not count.
+    pub(crate) fn make_room(
+        &self,
+        needed: u64,
+        except: Option<PartialKey>,
+    ) -> Result<(), StoreError> {
+        let promised = self.promised(except)?;
+        let available = self.available(promised)?;
+        if needed <= available {
+            return Ok(());
+        }
+        let mut survey = self.survey(SystemTime::now())?;
+        let leftovers = std::mem::take(&mut survey.leftovers).into_iter();
+        let leftovers = leftovers.map(|(path, what)| Victim::Leftover { path, what });
+        let models = self.evictable(&survey).into_iter();
+        let models = models.map(|fingerprint| Victim::Model { fingerprint });
+        let victims: Vec<Victim> = leftovers.chain(models).collect();
+
+        // First on paper: nothing shall go in vain.
+        let mut uses = survey.uses.clone();
+        let mut freed = 0;
+        let mut going = 0;
+        while available + freed < needed && going < victims.len() {
+            freed += self.weigh(&victims[going], &survey.models, &mut uses);
+            going += 1;
+        }
+        if available + freed < needed {
+            let by_disk = self.disk_available()?.saturating_sub(promised);
+            return Err(StoreError::NoRoom(NoRoom {
+                root: self.root().to_owned(),
+                needed,
+                available,
+                evictable: freed,
+                limit: self.limits().bytes.filter(|_| available < by_disk),
+            }));
+        }
+        let mut report = GcReport::default();
+        for victim in victims.into_iter().take(going) {
+            self.evict(victim, &mut survey, &mut report, false)?;
+        }
+        for removed in &report.removed {
+            tracing::info!(
+                what = removed.what,
+                bytes = removed.bytes,
+                "evicted to make room"
+            );
+        }
+        Ok(())
+    }
+
+    /// Bytes that may still be written.
+    fn available(&self, promised: u64) -> Result<u64, StoreError> {
+        let by_disk = self.disk_available()?;
+        let by_limit = match self.limits().bytes {
+            Some(limit) => limit.saturating_sub(self.used()?),
+            None => u64::MAX,
+        };
+        Ok(by_disk.min(by_limit).saturating_sub(promised))
+    }
+
+    fn disk_available(&self) -> Result<u64, StoreError> {
+        let found = statvfs(self.root())
+            .map_err(|error| StoreError::io("look at", self.root())(error.into()))?;
+        let free = found.blocks_available() as u64 * found.fragment_size() as u64;
+        Ok(free.saturating_sub(self.limits().keep_free))
+    }
+
+    /// Bytes that running fetches will still write.
+    fn promised(&self, except: Option<PartialKey>) -> Result<u64, StoreError> {
+        let mut promised = 0;
+        for path in self.list("partial")? {
+            let Some(key) = partial_key(&path) else {
+                continue;
+            };
+            if Some(key) == except || !is_written(&path) {
+                continue;
+            }
+            if let Some(map) = HaveMap::read(&have_path(&path)) {
+                promised += map.wanted.saturating_sub(map.ranges().bytes());
+            }
+        }
+        Ok(promised)
+    }
+
+    fn survey(&self, now: SystemTime) -> Result<Survey, StoreError> {
+        let mut survey = Survey {
+            models: Vec::new(),
+            kept: HashSet::new(),
+            uses: HashMap::new(),
+            leftovers: Vec::new(),
+        };
+        let mut all_readable = true;
+        for fingerprint in self.fingerprints()? {
+            match self.manifest(&fingerprint) {
+                Ok(Some(signed)) => survey.models.push((fingerprint, signed.manifest)),
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::warn!(%fingerprint, %error, "a manifest of the store is unreadable: no file of the store counts as left over");
+                    all_readable = false;
+                }
+            }
+        }
+        survey
+            .models
+            .sort_by_key(|(fingerprint, _)| self.last_used(fingerprint));
+        for (fingerprint, manifest) in &survey.models {
+            let digests: HashSet<Digest> = manifest.files.iter().map(|file| file.sha256).collect();
+            let fetched = digests
+                .iter()
+                .any(|digest| is_written(&self.partial_path(&PartialKey::Blob(*digest))));
+            if fetched || self.is_pinned(fingerprint)? {
+                survey.kept.insert(*fingerprint);
+            }
+            for digest in digests {
+                *survey.uses.entry(digest).or_default() += 1;
+            }
+        }
+        if all_readable {
+            survey.leftovers = self.leftovers(&survey, now)?;
+        }
+        Ok(survey)
+    }
+
+    fn leftovers(
+        &self,
+        survey: &Survey,
+        now: SystemTime,
+    ) -> Result<Vec<(PathBuf, &'static str)>, StoreError> {
+        let is_old = |path: &Path, age| {
+            let modified = std::fs::symlink_metadata(path).and_then(|found| found.modified());
+            modified.is_ok_and(|at| now.duration_since(at).is_ok_and(|since| since > age))
+        };
+        let mut leftovers = Vec::new();
+        for path in self.list("tmp")? {
+            if is_old(&path, LEFTOVER_AGE) {
+                leftovers.push((path, "a temporary file"));
+            }
+        }
+        for path in self.list("blobs")? {
+            let digest: Option<Digest> = file_name(&path).parse().ok();
+            let needed = digest.is_some_and(|digest| survey.uses.contains_key(&digest));
+            if !needed && is_old(&path, LEFTOVER_AGE) {
+                leftovers.push((path, "a file of no model"));
+            }
+        }
+        for path in self.list("partial")? {
+            if path
+                .extension()
+                .is_some_and(|extension| extension == "have")
+            {
+                if !path.with_extension("").exists() {
+                    leftovers.push((path, "the map of a partial file that is gone"));
+                }
+                continue;
+            }
+            let needed = match partial_key(&path) {
+                Some(PartialKey::Blob(digest)) => survey.uses.contains_key(&digest),
+                _ => false,
+            };
+            if !needed && is_old(&path, PARTIAL_AGE) && !is_written(&path) {
+                leftovers.push((have_path(&path), "the map of a partial file of no model"));
+                leftovers.push((path, "a partial file of no model"));
+            }
+        }
+        let models: HashSet<Digest> = survey.models.iter().map(|(known, _)| *known).collect();
+        let of_no_model = |path: &Path| {
+            let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+            stem.parse()
+                .is_ok_and(|digest: Digest| !models.contains(&digest))
+        };
+        for (folder, what) in [
+            ("models", "the folder of a model that is gone"),
+            ("pins", "the lock of a model that is gone"),
+        ] {
+            let gone = self.list(folder)?.into_iter();
+            let gone = gone.filter(|path| of_no_model(path));
+            leftovers.extend(gone.map(|path| (path, what)));
+        }
+        let signatures = self.list("manifests")?.into_iter();
+        let signatures = signatures.filter(|path| path.extension().is_some_and(|e| e == "sig"));
+        let signatures = signatures.filter(|path| of_no_model(path) && is_old(path, LEFTOVER_AGE));
+        leftovers.extend(signatures.map(|path| (path, "the signatures of a model that is gone")));
+        for named in self.names()? {
+            if !models.contains(&named.fingerprint) {
+                leftovers.push((
+                    self.name_path(&named.name),
+                    "the name of a model that is gone",
+                ));
+            }
+        }
+        Ok(leftovers)
+    }
+
+    /// Models that may go and have something to free, the least recently used first.
+    fn evictable(&self, survey: &Survey) -> Vec<Digest> {
+        let models = survey.models.iter();
+        let free = models.filter(|(fingerprint, manifest)| {
+            let mut files = manifest.files.iter();
+            !survey.kept.contains(fingerprint) && files.any(|file| self.weight(&file.sha256) > 0)
+        });
+        free.map(|(fingerprint, _)| *fingerprint).collect()
+    }
+
+    /// Bytes that a file takes, whole or in part.
+    fn weight(&self, digest: &Digest) -> u64 {
+        allocated(&self.blob_path(digest))
+            + allocated(&self.partial_path(&PartialKey::Blob(*digest)))
+    }
+
+    /// Bytes that would be freed; `uses` is as it would be then.
+    fn weigh(
+        &self,
+        victim: &Victim,
+        models: &[(Digest, Manifest)],
+        uses: &mut HashMap<Digest, usize>,
+    ) -> u64 {
+        match victim {
+            Victim::Leftover { path, .. } => allocated(path),
+            Victim::Model { fingerprint } => {
+                let model = models.iter().find(|(known, _)| known == fingerprint);
+                let freed = model.map(|(_, manifest)| release(manifest, uses));
+                let freed = freed.unwrap_or_default();
+                freed.iter().map(|digest| self.weight(digest)).sum()
+            }
+        }
+    }
+
+    /// Removes it, or only says so.
+    fn evict(
+        &self,
+        victim: Victim,
+        survey: &mut Survey,
+        report: &mut GcReport,
+        dry_run: bool,
+    ) -> Result<(), StoreError> {
+        let mut uses = survey.uses.clone();
+        let bytes = self.weigh(&victim, &survey.models, &mut uses);
+        let (what, model) = match &victim {
+            Victim::Leftover { path, what } => (format!("{what} ({})", file_name(path)), None),
+            Victim::Model { fingerprint } => {
+                let model = survey.models.iter().find(|(known, _)| known == fingerprint);
+                let name = model.map_or("", |(_, manifest)| &manifest.name);
+                (
+                    format!("model {name} ({})", fingerprint.short()),
+                    Some(*fingerprint),
+                )
+            }
+        };
+        if !dry_run {
+            match victim {
+                Victim::Leftover { path, .. } => remove_any(&path)?,
+                Victim::Model { fingerprint } => {
+                    let model = survey
+                        .models
+                        .iter()
+                        .find(|(known, _)| *known == fingerprint);
+                    if let Some((_, manifest)) = model {
+                        self.remove_model(&fingerprint, manifest, &survey.uses)?;
+                    }
+                }
+            }
+        }
+        survey.uses = uses;
+        report.used = report.used.saturating_sub(bytes);
+        report.removed.push(Removed { what, model, bytes });
+        Ok(())
+    }
+
+    /// The manifest goes first: what is left if this is cut short is of no model, and goes with the next `gc`.
+    fn remove_model(
+        &self,
+        fingerprint: &Digest,
+        manifest: &Manifest,
+        uses: &HashMap<Digest, usize>,
+    ) -> Result<u64, StoreError> {
+        remove_any(&self.manifest_path(fingerprint))?;
+        remove_any(&self.signatures_path(fingerprint))?;
+        for named in self.names()? {
+            if named.fingerprint == *fingerprint {
+                remove_any(&self.name_path(&named.name))?;
+            }
+        }
+        remove_any(&self.root().join("models").join(fingerprint.to_string()))?;
+        remove_any(&self.pin_path(fingerprint))?;
+        let mut freed = 0;
+        for digest in release(manifest, &mut uses.clone()) {
+            freed += self.weight(&digest);
+            let partial = self.partial_path(&PartialKey::Blob(digest));
+            for path in [have_path(&partial), partial, self.blob_path(&digest)] {
+                remove_any(&path)?;
+            }
+        }
+        Ok(freed)
+    }
+
+    /// Whether a process has the model loaded. The caller holds the store's lock: others would take our look for a pin.
+    pub(crate) fn is_pinned(&self, fingerprint: &Digest) -> Result<bool, StoreError> {
+        let path = self.pin_path(fingerprint);
+        if !path.exists() {
+            return Ok(false);
+        }
+        let file = open_lock(&path).map_err(StoreError::io("open", &path))?;
+        match file.try_lock() {
+            Ok(()) => Ok(false),
+            Err(std::fs::TryLockError::WouldBlock) => Ok(true),
+            Err(std::fs::TryLockError::Error(error)) => Err(StoreError::io("lock", &path)(error)),
+        }
+    }
+}
+
+/// Takes a model out of `uses`; gives the files that nobody else has.
+fn release(manifest: &Manifest, uses: &mut HashMap<Digest, usize>) -> Vec<Digest> {
+    let digests: HashSet<Digest> = manifest.files.iter().map(|file| file.sha256).collect();
+    let mut free = Vec::new();
+    for digest in digests {
+        let left = uses.entry(digest).or_insert(1);
+        *left = left.saturating_sub(1);
+        if *left == 0 {
+            uses.remove(&digest);
+            free.push(digest);
+        }
+    }
+    free
+}
+
+/// Whether a process has the partial file open. The caller holds the store's lock.
+fn is_written(path: &Path) -> bool {
+    let Ok(file) = File::open(path) else {
+        return false;
+    };
+    matches!(
+        file.try_lock_shared(),
+        Err(std::fs::TryLockError::WouldBlock)
+    )
+}
+
+fn partial_key(path: &Path) -> Option<PartialKey> {
+    PartialKey::of_file_name(path.file_name()?.to_str()?)
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
+}
+
+/// Removes a file, or a folder of links, that may be absent.
+fn remove_any(path: &Path) -> Result<(), StoreError> {
+    let removed = match std::fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() => std::fs::remove_dir_all(path),
+        Ok(_) => files::remove(path),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    };
+    removed.map_err(StoreError::io("remove", path))
+}
+
+#[cfg(test)]
+mod tests;

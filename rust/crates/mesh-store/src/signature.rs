@@ -1,0 +1,493 @@
+//! Signatures over manifests, by the operator's ML-DSA-65 key (FIPS 204).
+//!
+//! What is signed is the manifest's fingerprint, its 32 bytes, with the context string
+//! `hydramesh-model-manifest-v1`. A key is named by its id, the SHA-256 of the public key's 1,952 bytes. Key files are PEM:
+//! PKCS#8 holding the seed (RFC 9881), and SubjectPublicKeyInfo.
+
+use std::fmt;
+use std::fs::{OpenOptions, Permissions};
+use std::io::Write;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use ml_dsa::{Generate, Keypair, MlDsa65};
+use pkcs8::{DecodePrivateKey, DecodePublicKey, EncodePrivateKey, EncodePublicKey, LineEnding};
+use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
+
+use crate::digest::Digest;
+use crate::files;
+use crate::manifest::{MAX_MANIFEST, Manifest, ManifestError};
+
+/// Bytes of a signature.
+const SIGNATURE_BYTES: usize = 3309;
+
+/// What the signature is for, so that none made for something else fits.
+const CONTEXT: &[u8] = b"hydramesh-model-manifest-v1";
+
+/// Most signatures that one manifest may carry.
+pub const MAX_SIGNATURES: usize = 16;
+
+/// Longest key file that is read.
+const MAX_KEY_FILE: u64 = 64 << 10;
+
+/// Why signatures or keys are not what they should be.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SignatureError {
+    /// A key file cannot be read or written.
+    #[error("cannot {action} the key {}: {source}", path.display())]
+    KeyFile {
+        /// What was tried.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A secret that others can read.
+    #[error("the key {} can be read by others (mode {mode:o}): `chmod 600` it, or make a new one if it may have been seen", path.display())]
+    KeyExposed {
+        /// The file.
+        path: PathBuf,
+        /// Its mode.
+        mode: u32,
+    },
+    /// A file that is no such key.
+    #[error("{} holds no ML-DSA-65 {kind} key in PEM: {reason}; `hydramesh models key` makes one", path.display())]
+    NotAKey {
+        /// The file.
+        path: PathBuf,
+        /// `private` or `public`.
+        kind: &'static str,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Signatures in another form than they should have.
+    #[error("the signatures are malformed: {reason}")]
+    Malformed {
+        /// What is wrong.
+        reason: String,
+    },
+    /// The signature of a trusted key that does not fit the manifest.
+    #[error("the signature of key {} does not fit the manifest of {model:?} ({}): the signature or the manifest was altered", key.short(), fingerprint.short())]
+    Bad {
+        /// Name of the model.
+        model: String,
+        /// Its fingerprint.
+        fingerprint: Digest,
+        /// The key's id.
+        key: Digest,
+    },
+    /// No signature where one is required.
+    #[error("the manifest of {model:?} ({}) has no signature of a trusted key, which this mesh requires (it trusts {trusted}): sign it with `hydramesh models sign`", fingerprint.short())]
+    Unsigned {
+        /// Name of the model.
+        model: String,
+        /// Its fingerprint.
+        fingerprint: Digest,
+        /// The keys that would do.
+        trusted: String,
+    },
+    /// Signatures are required, and no key is trusted.
+    #[error("signatures are required, but no key is trusted: name the operator's public key, too")]
+    NoTrustedKey,
+    /// What was signed is no manifest.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+}
+
+/// The operator's secret. Neither printed nor logged; wiped from memory when dropped.
+pub struct SigningKey(ml_dsa::SigningKey<MlDsa65>);
+
+/// What a signature is checked against.
+#[derive(Clone)]
+pub struct PublicKey {
+    key: ml_dsa::VerifyingKey<MlDsa65>,
+    id: Digest,
+}
+
+/// A signature over a manifest's fingerprint.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Signature {
+    /// Id of the key.
+    pub key: Digest,
+    #[serde(with = "hex")]
+    bytes: Vec<u8>,
+}
+
+/// A manifest with its signatures, which may be none.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SignedManifest {
+    /// The manifest.
+    pub manifest: Manifest,
+    /// Signatures, each of another key.
+    pub signatures: Vec<Signature>,
+}
+
+/// Which signatures a mesh asks for.
+#[derive(Debug, Clone, Default)]
+pub struct Policy {
+    trusted: Vec<PublicKey>,
+    require: bool,
+}
+
+/// What a policy finds in a manifest that it lets pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Signed by this trusted key.
+    Signed {
+        /// The key's id.
+        key: Digest,
+    },
+    /// Signed, by nobody that is trusted.
+    Stranger,
+    /// Not signed.
+    Unsigned,
+}
+
+impl SigningKey {
+    /// A new key, of the system's randomness.
+    pub fn generate() -> Self {
+        SigningKey(ml_dsa::SigningKey::generate())
+    }
+
+    /// Reads a key file.
+    ///
+    /// # Errors
+    /// If it cannot be read, others can read it, or it holds no such key.
+    pub fn read(path: &Path) -> Result<Self, SignatureError> {
+        let pem = Zeroizing::new(read_key(path)?);
+        let mode = std::fs::metadata(path).map_err(key_file("read", path))?;
+        let mode = mode.permissions().mode() & 0o777;
+        if mode & 0o077 != 0 {
+            return Err(SignatureError::KeyExposed {
+                path: path.into(),
+                mode,
+            });
+        }
+        ml_dsa::SigningKey::from_pkcs8_pem(&pem)
+            .map(SigningKey)
+            .map_err(|error| SignatureError::NotAKey {
+                path: path.into(),
+                kind: "private",
+                reason: error.to_string(),
+            })
+    }
+
+    /// Writes the key to a new file that only its owner can read.
+    ///
+    /// # Errors
+    /// If the file exists or cannot be written.
+    pub fn write_new(&self, path: &Path) -> Result<(), SignatureError> {
+        let pem = self
+            .0
+            .to_pkcs8_pem(LineEnding::LF)
+            .expect("a seed of 32 bytes can be encoded");
+        write_new(path, pem.as_bytes(), 0o600)
+    }
+
+    /// Its public half.
+    pub fn public(&self) -> PublicKey {
+        PublicKey::new(self.0.verifying_key().clone())
+    }
+
+    /// Signs a manifest.
+    pub fn sign(&self, manifest: &Manifest) -> Signature {
+        let signature = self
+            .0
+            .expanded_key()
+            .sign_deterministic(manifest.fingerprint().as_bytes(), CONTEXT)
+            .expect("the context is short");
+        Signature {
+            key: self.public().id,
+            bytes: signature.encode().to_vec(),
+        }
+    }
+}
+
+impl fmt::Debug for SigningKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("SigningKey").finish_non_exhaustive()
+    }
+}
+
+impl PublicKey {
+    fn new(key: ml_dsa::VerifyingKey<MlDsa65>) -> Self {
+        let id = Digest::of(key.encode());
+        PublicKey { key, id }
+    }
+
+    /// Reads a file with a public key.
+    ///
+    /// # Errors
+    /// If it cannot be read, or holds no such key.
+    pub fn read(path: &Path) -> Result<Self, SignatureError> {
+        let pem = read_key(path)?;
+        ml_dsa::VerifyingKey::from_public_key_pem(&pem)
+            .map(PublicKey::new)
+            .map_err(|error| SignatureError::NotAKey {
+                path: path.into(),
+                kind: "public",
+                reason: error.to_string(),
+            })
+    }
+
+    /// Writes it to a new file that everybody can read.
+    ///
+    /// # Errors
+    /// If the file exists or cannot be written.
+    pub fn write_new(&self, path: &Path) -> Result<(), SignatureError> {
+        let pem = self
+            .key
+            .to_public_key_pem(LineEnding::LF)
+            .expect("a key of fixed length can be encoded");
+        write_new(path, pem.as_bytes(), 0o644)
+    }
+
+    /// SHA-256 of the key.
+    pub fn id(&self) -> Digest {
+        self.id
+    }
+
+    /// Whether `signature` is this key's over the model with this fingerprint.
+    pub fn verifies(&self, fingerprint: &Digest, signature: &Signature) -> bool {
+        if signature.key != self.id {
+            return false;
+        }
+        let decoded = ml_dsa::Signature::<MlDsa65>::try_from(&signature.bytes[..]);
+        decoded.is_ok_and(|decoded| {
+            self.key
+                .verify_with_context(fingerprint.as_bytes(), CONTEXT, &decoded)
+        })
+    }
+}
+
+impl fmt::Debug for PublicKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("PublicKey").field(&self.id).finish()
+    }
+}
+
+impl fmt::Debug for Signature {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Signature")
+            .field("key", &self.key)
+            .finish_non_exhaustive()
+    }
+}
+
+impl SignedManifest {
+    /// A manifest without signatures.
+    pub fn unsigned(manifest: Manifest) -> Self {
+        SignedManifest {
+            manifest,
+            signatures: Vec::new(),
+        }
+    }
+
+    /// Adds a signature; an older one of the same key goes.
+    pub fn add(&mut self, signature: Signature) {
+        self.signatures.retain(|held| held.key != signature.key);
+        self.signatures.push(signature);
+    }
+
+    /// Its form for the network: the manifest's canonical form and the signatures, as JSON without spaces.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("numbers, texts and lists are JSON")
+    }
+
+    /// Reads that form, from anybody. The signatures are not checked; a [`Policy`] does that.
+    ///
+    /// # Errors
+    /// If it is malformed in any way.
+    pub fn parse(bytes: &[u8]) -> Result<Self, SignatureError> {
+        let limit = MAX_MANIFEST + MAX_SIGNATURES * 3 * SIGNATURE_BYTES;
+        if bytes.len() > limit {
+            return Err(ManifestError::TooLong { bytes: bytes.len() }.into());
+        }
+        let signed: SignedManifest = parse_json(bytes)?;
+        signed.manifest.check()?;
+        check_signatures(&signed.signatures)?;
+        if signed.to_bytes() != bytes {
+            return Err(ManifestError::NotCanonical.into());
+        }
+        Ok(signed)
+    }
+
+    /// The signatures alone, as the store keeps them.
+    pub(crate) fn signatures_to_bytes(&self) -> Vec<u8> {
+        serde_json::to_vec(&self.signatures).expect("texts are JSON")
+    }
+
+    pub(crate) fn parse_signatures(bytes: &[u8]) -> Result<Vec<Signature>, SignatureError> {
+        let signatures: Vec<Signature> = parse_json(bytes)?;
+        check_signatures(&signatures)?;
+        Ok(signatures)
+    }
+}
+
+fn parse_json<'de, T: Deserialize<'de>>(bytes: &'de [u8]) -> Result<T, SignatureError> {
+    serde_json::from_slice(bytes).map_err(|error| SignatureError::Malformed {
+        reason: error.to_string(),
+    })
+}
+
+fn check_signatures(signatures: &[Signature]) -> Result<(), SignatureError> {
+    let failed = |reason: &str| {
+        Err(SignatureError::Malformed {
+            reason: reason.into(),
+        })
+    };
+    if signatures.len() > MAX_SIGNATURES {
+        return failed("there are more than 16");
+    }
+    for (i, signature) in signatures.iter().enumerate() {
+        if signature.bytes.len() != SIGNATURE_BYTES {
+            return failed("one has another length than ML-DSA-65 gives");
+        }
+        if signatures[..i]
+            .iter()
+            .any(|other| other.key == signature.key)
+        {
+            return failed("two are of the same key");
+        }
+    }
+    Ok(())
+}
+
+impl Policy {
+    /// Trusts these keys, and refuses manifests without a signature of one of them if `require` says so.
+    ///
+    /// # Errors
+    /// If signatures are required of nobody.
+    pub fn new(trusted: Vec<PublicKey>, require: bool) -> Result<Self, SignatureError> {
+        match require && trusted.is_empty() {
+            true => Err(SignatureError::NoTrustedKey),
+            false => Ok(Policy { trusted, require }),
+        }
+    }
+
+    /// As [`Policy::new`], with the files of the keys.
+    ///
+    /// # Errors
+    /// As there, and if a file holds no public key.
+    pub fn from_files(trusted: &[PathBuf], require: bool) -> Result<Self, SignatureError> {
+        let trusted: Result<_, _> = trusted.iter().map(|path| PublicKey::read(path)).collect();
+        Self::new(trusted?, require)
+    }
+
+    /// Whether a manifest needs a signature.
+    pub fn requires_signature(&self) -> bool {
+        self.require
+    }
+
+    /// Checks a manifest before anything of it is used. A wrong signature in the name of a trusted key is refused even where
+    /// none is required.
+    ///
+    /// # Errors
+    /// If it is refused.
+    pub fn check(&self, signed: &SignedManifest) -> Result<Verdict, SignatureError> {
+        let fingerprint = signed.manifest.fingerprint();
+        let model = || signed.manifest.name.clone();
+        let mut verdict = match signed.signatures.is_empty() {
+            true => Verdict::Unsigned,
+            false => Verdict::Stranger,
+        };
+        for signature in &signed.signatures {
+            let Some(key) = self.trusted.iter().find(|key| key.id == signature.key) else {
+                continue;
+            };
+            if !key.verifies(&fingerprint, signature) {
+                return Err(SignatureError::Bad {
+                    model: model(),
+                    fingerprint,
+                    key: key.id,
+                });
+            }
+            verdict = Verdict::Signed { key: key.id };
+        }
+        if self.require && !matches!(verdict, Verdict::Signed { .. }) {
+            let trusted: Vec<String> = self.trusted.iter().map(|key| key.id.short()).collect();
+            return Err(SignatureError::Unsigned {
+                model: model(),
+                fingerprint,
+                trusted: trusted.join(", "),
+            });
+        }
+        Ok(verdict)
+    }
+}
+
+fn key_file(
+    action: &'static str,
+    path: &Path,
+) -> impl FnOnce(std::io::Error) -> SignatureError + use<> {
+    let path = path.to_owned();
+    move |source| SignatureError::KeyFile {
+        action,
+        path,
+        source,
+    }
+}
+
+fn read_key(path: &Path) -> Result<String, SignatureError> {
+    let bytes = files::read_limited(path, MAX_KEY_FILE)
+        .and_then(|bytes| bytes.ok_or_else(|| std::io::ErrorKind::NotFound.into()))
+        .map_err(key_file("read", path))?;
+    String::from_utf8(bytes).map_err(|_| SignatureError::NotAKey {
+        path: path.into(),
+        kind: "private or public",
+        reason: "it is no text".into(),
+    })
+}
+
+fn write_new(path: &Path, contents: &[u8], mode: u32) -> Result<(), SignatureError> {
+    let write = || {
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(mode)
+            .open(path)?;
+        // The mode at creation is subject to the umask.
+        file.set_permissions(Permissions::from_mode(mode))?;
+        file.write_all(contents)?;
+        file.sync_all()?;
+        files::sync_parent(path)
+    };
+    write().map_err(key_file("write", path))
+}
+
+/// Bytes as hexadecimal digits.
+mod hex {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+        let mut text = String::with_capacity(2 * bytes.len());
+        for byte in bytes {
+            for digit in [byte >> 4, byte & 15] {
+                text.push(char::from_digit(digit.into(), 16).expect("a half byte is a digit"));
+            }
+        }
+        serializer.serialize_str(&text)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<u8>, D::Error> {
+        let text = std::borrow::Cow::<str>::deserialize(d)?;
+        let digits: Option<Vec<u8>> = text
+            .chars()
+            .map(|digit| digit.to_digit(16).map(|digit| digit as u8))
+            .collect();
+        let digits = digits.filter(|digits| digits.len().is_multiple_of(2));
+        let digits = digits.ok_or_else(|| D::Error::custom("a signature is hexadecimal digits"))?;
+        Ok(digits
+            .chunks(2)
+            .map(|pair| pair[0] << 4 | pair[1])
+            .collect())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,563 @@
+//! The store: a folder of blobs, partial files and manifests.
+//!
+//! ```text
+//! blobs/<sha256>                  whole files; never written to once they are there
+//! partial/<sha256>, .have         files in the making, with their have-maps (see `partial`)
+//! partial/source-<sha256>, .have  the same for files whose digest is not known yet
+//! manifests/<fingerprint>.json    manifests in canonical form
+//! manifests/<fingerprint>.sig     their signatures
+//! models/<fingerprint>/…          a model's folder: links to its blobs and partial files
+//! names/<sha256 of name>.json     a name, the fingerprint that it means, where it comes from
+//! pins/<fingerprint>              locked while a process has the model loaded; its time is that of the last use
+//! local.json                      fingerprints of files outside the store
+//! tmp/, lock
+//! ```
+//!
+//! Files come into being under `tmp/` and are renamed to where they belong once they are on disk. Whatever a crash leaves
+//! behind is either used again (partial files) or removed by [`Store::gc`].
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+
+use crate::digest::Digest;
+use crate::error::StoreError;
+use crate::files;
+use crate::local::LocalIndex;
+use crate::manifest::{MAX_MANIFEST, Manifest, ManifestFile, PieceId};
+use crate::partial::{HaveMap, PartialFile, PartialKey, have_path};
+use crate::ranges::RangeSet;
+use crate::room::Limits;
+use crate::signature::{MAX_SIGNATURES, SignedManifest};
+
+/// A store in a folder. Cheap to clone. Several processes may use one folder at once.
+#[derive(Debug, Clone)]
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    root: PathBuf,
+    limits: Limits,
+}
+
+/// What [`Store::begin`] finds.
+#[derive(Debug)]
+pub enum Begun {
+    /// The file is whole already, here.
+    Whole(PathBuf),
+    /// It has to be written, or the rest of it.
+    Partial(PartialFile),
+}
+
+/// Where bytes of a file are, and which.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Presence {
+    /// The file: a blob, a partial file, or one outside the store. None if nothing of it is here.
+    pub path: Option<PathBuf>,
+    /// Which of its bytes are there.
+    pub have: RangeSet,
+}
+
+/// A name that the store knows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Named {
+    /// The name.
+    pub name: String,
+    /// The model.
+    pub fingerprint: Digest,
+    /// Where it comes from, for people: a hub's repository and commit, a path.
+    pub source: Option<String>,
+}
+
+/// A model in the store.
+#[derive(Debug, Clone)]
+pub struct StoredModel {
+    /// Its fingerprint.
+    pub fingerprint: Digest,
+    /// Its manifest, and who signed it.
+    pub signed: SignedManifest,
+    /// Names that mean it, besides the manifest's own.
+    pub names: Vec<Named>,
+    /// Bytes of its files that are here.
+    pub present: u64,
+    /// Whether a process has it loaded.
+    pub pinned: bool,
+    /// When it was last used.
+    pub last_used: SystemTime,
+}
+
+/// Keeps a model from being evicted as long as it lives, also over processes.
+#[derive(Debug)]
+pub struct Pin {
+    fingerprint: Digest,
+    /// Locked shared.
+    _file: File,
+}
+
+/// Held while the store's folders change.
+#[derive(Debug)]
+pub(crate) struct StoreLock {
+    _file: File,
+}
+
+impl Store {
+    /// Opens the store in the folder `root`, which is created if it is not there, with default [`Limits`].
+    ///
+    /// # Errors
+    /// If the folder cannot be used.
+    pub fn open(root: impl Into<PathBuf>) -> Result<Self, StoreError> {
+        Self::open_with(root, Limits::default())
+    }
+
+    /// As [`Store::open`], with limits.
+    ///
+    /// # Errors
+    /// If the folder cannot be used.
+    pub fn open_with(root: impl Into<PathBuf>, limits: Limits) -> Result<Self, StoreError> {
+        let root = root.into();
+        for folder in FOLDERS {
+            let path = root.join(folder);
+            std::fs::create_dir_all(&path).map_err(StoreError::io("create", &path))?;
+        }
+        Ok(Store {
+            inner: Arc::new(Inner { root, limits }),
+        })
+    }
+
+    /// Its folder.
+    pub fn root(&self) -> &Path {
+        &self.inner.root
+    }
+
+    /// How full it may become.
+    pub fn limits(&self) -> Limits {
+        self.inner.limits
+    }
+
+    /// Where the whole file with this digest lies, if it is there.
+    pub fn blob(&self, digest: &Digest) -> Option<PathBuf> {
+        Some(self.blob_path(digest)).filter(|path| path.is_file())
+    }
+
+    /// Begins, or goes on with, a file of `bytes` bytes of which `wanted` shall be there in the end. Makes room for them: see
+    /// [`Store::admit`]. A model that is fetched should be pinned before, so that it does not make room for itself.
+    ///
+    /// # Errors
+    /// If there is no room, another process writes the same file, or the disk fails.
+    pub fn begin(&self, key: PartialKey, bytes: u64, wanted: u64) -> Result<Begun, StoreError> {
+        let _lock = self.lock()?;
+        if let PartialKey::Blob(digest) = key
+            && let Some(path) = self.blob(&digest)
+        {
+            return Ok(Begun::Whole(path));
+        }
+        let have = HaveMap::read(&have_path(&self.partial_path(&key)));
+        let have = have.map_or(0, |map| map.ranges().bytes());
+        self.make_room(wanted.saturating_sub(have), Some(key))?;
+        PartialFile::open(self, key, bytes, wanted).map(Begun::Partial)
+    }
+
+    /// Stores a small file whose bytes are at hand.
+    ///
+    /// # Errors
+    /// If there is no room, or the disk fails.
+    pub fn put(&self, bytes: &[u8]) -> Result<Digest, StoreError> {
+        let digest = Digest::of(bytes);
+        let _lock = self.lock()?;
+        let path = self.blob_path(&digest);
+        if !path.is_file() {
+            self.make_room(bytes.len() as u64, None)?;
+            files::replace(&path, &self.tmp(), bytes).map_err(StoreError::io("write", &path))?;
+        }
+        Ok(digest)
+    }
+
+    /// What is here of a file of the model `fingerprint`, in the store or, for a model that was found outside of it
+    /// ([`Store::adopt`]), there.
+    pub fn presence(&self, fingerprint: &Digest, file: &ManifestFile) -> Presence {
+        let is_whole = |path: &Path| {
+            std::fs::metadata(path).is_ok_and(|found| found.is_file() && found.len() == file.bytes)
+        };
+        let whole = |path| Presence {
+            path: Some(path),
+            have: RangeSet::whole(file.bytes),
+        };
+        let blob = self.blob_path(&file.sha256);
+        if is_whole(&blob) {
+            return whole(blob);
+        }
+        if let Some(path) = LocalIndex::read(self).find(fingerprint, &file.path) {
+            return whole(path);
+        }
+        let partial = self.partial_path(&PartialKey::Blob(file.sha256));
+        let map = HaveMap::read(&have_path(&partial)).filter(|map| map.bytes == file.bytes);
+        match map.filter(|_| is_whole(&partial)) {
+            Some(map) => Presence {
+                path: Some(partial),
+                have: map.ranges(),
+            },
+            None => Presence {
+                path: None,
+                have: RangeSet::default(),
+            },
+        }
+    }
+
+    /// The bytes of a piece of the model `fingerprint`, checked; none if it is not here.
+    ///
+    /// # Errors
+    /// If it is here, and damaged.
+    pub fn read_piece(
+        &self,
+        fingerprint: &Digest,
+        manifest: &Manifest,
+        id: PieceId,
+    ) -> Result<Option<Vec<u8>>, StoreError> {
+        use std::os::unix::fs::FileExt;
+
+        let Some((file, piece)) = manifest.piece(id) else {
+            return Ok(None);
+        };
+        let presence = self.presence(fingerprint, file);
+        let Some(path) = presence
+            .path
+            .filter(|_| presence.have.contains(&piece.range()))
+        else {
+            return Ok(None);
+        };
+        let mut bytes = vec![0; piece.bytes as usize];
+        File::open(&path)
+            .and_then(|open| open.read_exact_at(&mut bytes, piece.offset))
+            .map_err(StoreError::io("read", &path))?;
+        file.check_piece(id.piece, &bytes)?;
+        Ok(Some(bytes))
+    }
+
+    /// Keeps a manifest with its signatures; signatures that it had before stay.
+    ///
+    /// # Errors
+    /// If the manifest contradicts itself, or the disk fails.
+    pub fn put_manifest(&self, signed: &SignedManifest) -> Result<Digest, StoreError> {
+        signed.manifest.check()?;
+        let bytes = signed.manifest.to_bytes();
+        let fingerprint = Digest::of(&bytes);
+        let _lock = self.lock()?;
+        let mut merged = SignedManifest::unsigned(signed.manifest.clone());
+        let known = self.read_signatures(&fingerprint)?;
+        known
+            .into_iter()
+            .for_each(|signature| merged.add(signature));
+        let new = signed.signatures.iter().cloned();
+        new.for_each(|signature| merged.add(signature));
+        // The oldest go where there are too many.
+        let excess = merged.signatures.len().saturating_sub(MAX_SIGNATURES);
+        merged.signatures.drain(..excess);
+
+        let write = |path: PathBuf, bytes: &[u8]| {
+            files::replace(&path, &self.tmp(), bytes).map_err(StoreError::io("write", &path))
+        };
+        if !merged.signatures.is_empty() {
+            write(
+                self.signatures_path(&fingerprint),
+                &merged.signatures_to_bytes(),
+            )?;
+        }
+        // What makes it a model comes last.
+        let path = self.manifest_path(&fingerprint);
+        if !path.is_file() {
+            write(path, &bytes)?;
+        }
+        Ok(fingerprint)
+    }
+
+    /// The manifest of a model, if the store has it.
+    ///
+    /// # Errors
+    /// If it is damaged, or the disk fails.
+    pub fn manifest(&self, fingerprint: &Digest) -> Result<Option<SignedManifest>, StoreError> {
+        let path = self.manifest_path(fingerprint);
+        let bytes = files::read_limited(&path, MAX_MANIFEST as u64)
+            .map_err(StoreError::io("read", &path))?;
+        let Some(bytes) = bytes else {
+            return Ok(None);
+        };
+        Ok(Some(SignedManifest {
+            manifest: Manifest::parse_expected(&bytes, fingerprint)?,
+            signatures: self.read_signatures(fingerprint)?,
+        }))
+    }
+
+    /// Lets `name` mean the model `fingerprint`, whatever it meant before.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub fn name(
+        &self,
+        name: &str,
+        fingerprint: &Digest,
+        source: Option<&str>,
+    ) -> Result<(), StoreError> {
+        let named = Named {
+            name: name.to_owned(),
+            fingerprint: *fingerprint,
+            source: source.map(str::to_owned),
+        };
+        let path = self.name_path(name);
+        let json = serde_json::to_vec(&named).expect("texts are JSON");
+        let _lock = self.lock()?;
+        files::replace(&path, &self.tmp(), &json).map_err(StoreError::io("write", &path))
+    }
+
+    /// All names, in their order. One that cannot be read is left out.
+    ///
+    /// # Errors
+    /// If they cannot be listed.
+    pub fn names(&self) -> Result<Vec<Named>, StoreError> {
+        let mut names: Vec<Named> = Vec::new();
+        for path in self.list("names")? {
+            let json = files::read_limited(&path, MAX_NAME_FILE).ok().flatten();
+            let named = json.and_then(|json| serde_json::from_slice(&json).ok());
+            match named {
+                Some(named) => names.push(named),
+                None => {
+                    tracing::warn!(path = %path.display(), "the store's name is unreadable and left out")
+                }
+            }
+        }
+        names.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(names)
+    }
+
+    /// All models, by name. One whose manifest is damaged is left out, with a warning.
+    ///
+    /// # Errors
+    /// If the store cannot be listed.
+    pub fn models(&self) -> Result<Vec<StoredModel>, StoreError> {
+        let names = self.names()?;
+        let mut models = Vec::new();
+        let _lock = self.lock()?;
+        for fingerprint in self.fingerprints()? {
+            let signed = match self.manifest(&fingerprint) {
+                Ok(Some(signed)) => signed,
+                Ok(None) => continue,
+                Err(error) => {
+                    tracing::warn!(%fingerprint, %error, "a model of the store is left out");
+                    continue;
+                }
+            };
+            let presences = signed.manifest.files.iter();
+            let present = presences.map(|file| self.presence(&fingerprint, file).have.bytes());
+            models.push(StoredModel {
+                present: present.sum(),
+                names: names
+                    .iter()
+                    .filter(|named| named.fingerprint == fingerprint)
+                    .cloned()
+                    .collect(),
+                pinned: self.is_pinned(&fingerprint)?,
+                last_used: self.last_used(&fingerprint),
+                fingerprint,
+                signed,
+            });
+        }
+        models.sort_by(|a, b| a.signed.manifest.name.cmp(&b.signed.manifest.name));
+        Ok(models)
+    }
+
+    /// The model's folder, with links to what is here of its files: what is opened to load it. A file that is partly here has its
+    /// full length, with holes.
+    ///
+    /// # Errors
+    /// If the store does not have the model, or the disk fails.
+    pub fn folder(&self, fingerprint: &Digest) -> Result<PathBuf, StoreError> {
+        let signed = self.manifest(fingerprint)?;
+        let signed = signed.ok_or(StoreError::NoModel {
+            fingerprint: *fingerprint,
+        })?;
+        let _lock = self.lock()?;
+        let folder = self.root().join("models").join(fingerprint.to_string());
+        for file in &signed.manifest.files {
+            let link = folder.join(file.relative_path());
+            let target = self.presence(fingerprint, file).path;
+            self.link(target.as_deref(), &link)
+                .map_err(StoreError::io("link", &link))?;
+        }
+        Ok(folder)
+    }
+
+    /// Has `link` lead to `target`.
+    fn link(&self, target: Option<&Path>, link: &Path) -> io::Result<()> {
+        let Some(target) = target else {
+            return files::remove(link);
+        };
+        let target = std::path::absolute(target)?;
+        if std::fs::read_link(link).is_ok_and(|known| known == target) {
+            return Ok(());
+        }
+        if let Some(parent) = link.parent() {
+            std::fs::create_dir_all(parent)?;
+        }
+        let new = tempfile::TempDir::new_in(self.tmp())?;
+        let new = new.path().join("link");
+        std::os::unix::fs::symlink(target, &new)?;
+        std::fs::rename(&new, link)
+    }
+
+    /// Keeps the model from being evicted, and notes that it is used now.
+    ///
+    /// # Errors
+    /// If the store does not have it, or the disk fails.
+    pub fn pin(&self, fingerprint: &Digest) -> Result<Pin, StoreError> {
+        let path = self.pin_path(fingerprint);
+        let _lock = self.lock()?;
+        if !self.manifest_path(fingerprint).is_file() {
+            return Err(StoreError::NoModel {
+                fingerprint: *fingerprint,
+            });
+        }
+        let pin = || -> io::Result<File> {
+            let file = open_lock(&path)?;
+            // Exclusive locks are only held for a moment, and under the store's lock.
+            file.lock_shared()?;
+            file.set_modified(SystemTime::now())?;
+            Ok(file)
+        };
+        Ok(Pin {
+            fingerprint: *fingerprint,
+            _file: pin().map_err(StoreError::io("lock", &path))?,
+        })
+    }
+
+    /// When a model was pinned last, or else when it came.
+    pub(crate) fn last_used(&self, fingerprint: &Digest) -> SystemTime {
+        let time = |path: PathBuf| std::fs::metadata(path).and_then(|found| found.modified());
+        time(self.pin_path(fingerprint))
+            .or_else(|_| time(self.manifest_path(fingerprint)))
+            .unwrap_or(SystemTime::UNIX_EPOCH)
+    }
+
+    /// Fingerprints of all manifests.
+    pub(crate) fn fingerprints(&self) -> Result<Vec<Digest>, StoreError> {
+        let manifests = self.list("manifests")?.into_iter();
+        let names = manifests.filter_map(|path| {
+            let name = path
+                .file_name()?
+                .to_str()?
+                .strip_suffix(".json")?
+                .to_owned();
+            name.parse().ok()
+        });
+        Ok(names.collect())
+    }
+
+    fn read_signatures(
+        &self,
+        fingerprint: &Digest,
+    ) -> Result<Vec<crate::signature::Signature>, StoreError> {
+        let path = self.signatures_path(fingerprint);
+        let bytes = files::read_limited(&path, MAX_SIGNATURE_FILE)
+            .map_err(StoreError::io("read", &path))?;
+        match bytes {
+            Some(bytes) => Ok(SignedManifest::parse_signatures(&bytes)?),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// Waits for its turn.
+    pub(crate) fn lock(&self) -> Result<StoreLock, StoreError> {
+        let path = self.root().join("lock");
+        let locked = open_lock(&path).and_then(|file| file.lock().map(|()| file));
+        Ok(StoreLock {
+            _file: locked.map_err(StoreError::io("lock", &path))?,
+        })
+    }
+
+    /// What lies in one of its folders.
+    pub(crate) fn list(&self, folder: &str) -> Result<Vec<PathBuf>, StoreError> {
+        let path = self.root().join(folder);
+        let listed: io::Result<Vec<PathBuf>> =
+            std::fs::read_dir(&path).and_then(|items| items.map(|item| Ok(item?.path())).collect());
+        listed.map_err(StoreError::io("list", &path))
+    }
+
+    pub(crate) fn blob_path(&self, digest: &Digest) -> PathBuf {
+        self.root().join("blobs").join(digest.to_string())
+    }
+
+    pub(crate) fn partial_path(&self, key: &PartialKey) -> PathBuf {
+        self.root().join("partial").join(key.file_name())
+    }
+
+    pub(crate) fn manifest_path(&self, fingerprint: &Digest) -> PathBuf {
+        self.root()
+            .join("manifests")
+            .join(format!("{fingerprint}.json"))
+    }
+
+    pub(crate) fn signatures_path(&self, fingerprint: &Digest) -> PathBuf {
+        self.root()
+            .join("manifests")
+            .join(format!("{fingerprint}.sig"))
+    }
+
+    pub(crate) fn pin_path(&self, fingerprint: &Digest) -> PathBuf {
+        self.root().join("pins").join(fingerprint.to_string())
+    }
+
+    pub(crate) fn name_path(&self, name: &str) -> PathBuf {
+        self.root()
+            .join("names")
+            .join(format!("{}.json", Digest::of(name)))
+    }
+
+    pub(crate) fn tmp(&self) -> PathBuf {
+        self.root().join("tmp")
+    }
+}
+
+impl Pin {
+    /// The model.
+    pub fn fingerprint(&self) -> Digest {
+        self.fingerprint
+    }
+}
+
+/// Bytes that a file takes on disk: less than its length where it has holes.
+pub(crate) fn allocated(path: &Path) -> u64 {
+    std::fs::metadata(path).map_or(0, |found| found.blocks() * 512)
+}
+
+/// A file that exists to be locked.
+pub(crate) fn open_lock(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+}
+
+const FOLDERS: [&str; 7] = [
+    "blobs",
+    "partial",
+    "manifests",
+    "models",
+    "names",
+    "pins",
+    "tmp",
+];
+
+/// Longest files of these kinds that are read.
+const MAX_NAME_FILE: u64 = 64 << 10;
+const MAX_SIGNATURE_FILE: u64 = 1 << 20;
+
+#[cfg(test)]
+mod tests;

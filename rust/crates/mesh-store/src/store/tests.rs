@@ -1,0 +1,153 @@
+use super::*;
+use crate::signature::SigningKey;
+use crate::testing::{begin, manifest_of, noise, store};
+
+/// Stores a model of one file, whole.
+fn add(store: &Store, name: &str, bytes: &[u8]) -> Digest {
+    let manifest = manifest_of(name, bytes);
+    store.put(bytes).unwrap();
+    store
+        .put_manifest(&SignedManifest::unsigned(manifest))
+        .unwrap()
+}
+
+#[test]
+fn a_model_is_listed_with_its_names_and_how_much_of_it_is_there() {
+    let (_dir, store) = store();
+    let whole = add(&store, "whole", &noise(1, 1000));
+    store
+        .name("org/whole", &whole, Some("org/whole at abc"))
+        .unwrap();
+    let bytes = noise(2, 1000);
+    let manifest = manifest_of("part", &bytes);
+    let partial = begin(&store, &manifest.files[0]);
+    partial.write_at(100, &bytes[100..300]).unwrap();
+    partial.flush().unwrap();
+    let part = store
+        .put_manifest(&SignedManifest::unsigned(manifest))
+        .unwrap();
+
+    let models = store.models().unwrap();
+    let facts: Vec<_> = models
+        .iter()
+        .map(|m| (m.fingerprint, m.present, m.pinned))
+        .collect();
+    assert_eq!(facts, [(part, 200, false), (whole, 1000, false)]);
+    assert_eq!(models[1].names[0].name, "org/whole");
+
+    let pin = store.pin(&whole).unwrap();
+    assert_eq!(pin.fingerprint(), whole);
+    assert!(store.models().unwrap()[1].pinned);
+    drop(pin);
+    assert!(!store.models().unwrap()[1].pinned);
+    let other = Digest::of("other");
+    assert!(matches!(store.pin(&other), Err(StoreError::NoModel { .. })));
+}
+
+#[test]
+fn the_folder_of_a_model_leads_to_its_files_whole_or_not() {
+    let (dir, store) = store();
+    let folder = dir.path().join("hf");
+    std::fs::create_dir_all(folder.join("sub")).unwrap();
+    let (a, b) = (noise(1, 500), noise(2, 900));
+    std::fs::write(
+        folder.join("model.safetensors"),
+        crate::testing::safetensors(&["a"], 5),
+    )
+    .unwrap();
+    std::fs::write(folder.join("a.json"), &a).unwrap();
+    std::fs::write(folder.join("sub/b.json"), &b).unwrap();
+    let manifest = Manifest::of_path("hf", &folder, &|_| ()).unwrap();
+    let fingerprint = store
+        .put_manifest(&SignedManifest::unsigned(manifest.clone()))
+        .unwrap();
+    store.put(&a).unwrap();
+    let partial = begin(&store, &manifest.files[2]);
+    partial.write_at(0, &b[..10]).unwrap();
+    partial.flush().unwrap();
+
+    let links = store.folder(&fingerprint).unwrap();
+    assert_eq!(std::fs::read(links.join("a.json")).unwrap(), a);
+    let sparse = std::fs::read(links.join("sub/b.json")).unwrap();
+    assert_eq!((sparse.len(), &sparse[..10]), (900, &b[..10]));
+    assert!(!links.join("model.safetensors").exists());
+
+    partial.write_at(0, &b).unwrap();
+    partial.complete(None).unwrap();
+    assert_eq!(
+        std::fs::read(store.folder(&fingerprint).unwrap().join("sub/b.json")).unwrap(),
+        b
+    );
+    store.remove(&fingerprint).unwrap();
+    assert!(!links.exists());
+    assert_eq!(store.list("blobs").unwrap(), [] as [PathBuf; 0]);
+    assert!(matches!(
+        store.folder(&fingerprint),
+        Err(StoreError::NoModel { .. })
+    ));
+}
+
+#[test]
+fn signatures_gather_and_a_tampered_manifest_is_refused() {
+    let (_dir, store) = store();
+    let manifest = manifest_of("m", b"abc");
+    let (one, two) = (SigningKey::generate(), SigningKey::generate());
+    for key in [&one, &two, &one] {
+        let mut signed = SignedManifest::unsigned(manifest.clone());
+        signed.add(key.sign(&manifest));
+        store.put_manifest(&signed).unwrap();
+    }
+    let fingerprint = store
+        .put_manifest(&SignedManifest::unsigned(manifest))
+        .unwrap();
+    let signed = store.manifest(&fingerprint).unwrap().unwrap();
+    let keys: Vec<Digest> = signed.signatures.iter().map(|s| s.key).collect();
+    assert_eq!(keys, [two.public().id(), one.public().id()]);
+
+    let path = store.manifest_path(&fingerprint);
+    let text = std::fs::read_to_string(&path)
+        .unwrap()
+        .replace("weights.bin", "weights.bim");
+    std::fs::write(&path, text).unwrap();
+    let error = store.manifest(&fingerprint).unwrap_err();
+    assert!(error.to_string().contains("it was altered"), "{error}");
+    assert_eq!(store.models().unwrap().len(), 0);
+}
+
+#[test]
+fn a_piece_is_read_from_wherever_it_is_and_checked() {
+    let (dir, store) = store();
+    let bytes = noise(1, 6 << 20);
+    let path = dir.path().join("weights.bin");
+    std::fs::write(&path, &bytes).unwrap();
+    let signed = store.adopt("m", &path, &|_| ()).unwrap();
+    let (manifest, fingerprint) = (&signed.manifest, signed.manifest.fingerprint());
+    let read = |piece| store.read_piece(&fingerprint, manifest, PieceId { file: 0, piece });
+    assert_eq!(read(1).unwrap().unwrap(), bytes[4 << 20..]);
+    assert_eq!(read(2).unwrap(), None);
+    // Remembered, not read again.
+    store.adopt("m", &path, &|_| panic!("read again")).unwrap();
+
+    // Changed since: it is not that model any more.
+    std::fs::write(&path, &bytes[1..]).unwrap();
+    assert_eq!(read(1).unwrap(), None);
+    let partial = begin(&store, &manifest.files[0]);
+    partial.write_at(4 << 20, &bytes[4 << 20..]).unwrap();
+    partial.flush().unwrap();
+    assert_eq!(read(0).unwrap(), None);
+    assert_eq!(read(1).unwrap().unwrap(), bytes[4 << 20..]);
+    partial.write_at(5 << 20, b"damaged").unwrap();
+    assert!(matches!(read(1), Err(StoreError::Verify(_))));
+}
+
+#[test]
+fn a_changed_file_outside_of_the_store_is_adopted_anew() {
+    let (dir, store) = store();
+    let path = dir.path().join("weights.bin");
+    std::fs::write(&path, "one").unwrap();
+    let one = store.adopt("m", &path, &|_| ()).unwrap();
+    std::fs::write(&path, "another").unwrap();
+    let other = store.adopt("m", &path, &|_| ()).unwrap();
+    assert_ne!(one.manifest.fingerprint(), other.manifest.fingerprint());
+    assert_eq!(other.manifest.files[0].sha256, Digest::of("another"));
+}
