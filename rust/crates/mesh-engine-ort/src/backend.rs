@@ -328,6 +328,7 @@ mod tests {
             (Architecture::Llama, GgmlType::Q4_0),
             (Architecture::Qwen2, GgmlType::Q4_K),
             (Architecture::Qwen3, GgmlType::Q6_K),
+            (Architecture::Gemma3, GgmlType::Q5_K),
         ] {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("tiny.gguf");

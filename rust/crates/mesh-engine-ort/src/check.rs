@@ -136,16 +136,6 @@ pub(crate) fn layers(layers: &Range<u32>, total: u32) -> Result<(), LoadError> {
     })
 }
 
-/// Refuses networks that no lowering has yet.
-pub(crate) fn network(config: &mesh_model::ModelConfig) -> Result<(), LoadError> {
-    if config.window.is_some() || config.post_norms {
-        return Err(LoadError::Unsupported {
-            feature: "sliding windows or norms behind its half layers".into(),
-        });
-    }
-    Ok(())
-}
-
 /// Checks the options against the model's own context length and returns the context to use.
 pub(crate) fn options(options: &OrtOptions, trained: u32) -> Result<u32, LoadError> {
     let context = if options.context == 0 {

@@ -14,7 +14,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
-use mesh_kernels::{Attention, KernelError, Linear, attention, feed_forward, linear};
+use mesh_kernels::{
+    Attention, FeedForward, Gate, KernelError, Linear, attention, feed_forward, linear,
+};
 use ort::operator::{
     ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput,
     ShapeInferenceContext,
@@ -162,6 +164,10 @@ impl StageKernel {
         for (token, row) in tokens.iter().zip(out.chunks_exact_mut(width)) {
             table.dequantize_row(*token as usize, row).map_err(kernel)?;
         }
+        let scale = self.shared.embedding_scale;
+        if scale != 1.0 {
+            out.iter_mut().for_each(|x| *x *= scale);
+        }
         step.lap("embed", &mut clock);
         Ok(())
     }
@@ -173,6 +179,10 @@ impl StageKernel {
         let mut clock = step.clock();
         self.attend(step, x, &mut clock)?;
         let layer = &self.shared.weights.layers[self.layer];
+        let (matrix, post_norm) = (
+            &layer.attention_output,
+            layer.attention_post_norm.as_deref(),
+        );
         // After the last layer only the rows that become logits matter.
         let keep = self.shared.is_last() && self.layer + 1 == self.shared.weights.layers.len();
         if keep && step.kept.len() < step.rows {
@@ -189,16 +199,18 @@ impl StageKernel {
             // SAFETY: the operator declares an f32 output, and `x` is not used any more.
             let out = unsafe { tensors::output(context, rows, width)? };
             out.copy_from_slice(&step.gathered);
+            let (x, scratch) = (&step.attended, &mut step.projected);
             self.shared
-                .project(&layer.attention_output, &step.attended, rows, out)?;
+                .project(matrix, post_norm, x, rows, scratch, out)?;
         } else {
             let rows = step.rows;
             let from = x.as_ptr();
             // SAFETY: as above; `x` is read below only where the output has memory of its own.
             let out = unsafe { tensors::output(context, rows, width)? };
             in_place(from, out);
+            let (x, scratch) = (&step.attended, &mut step.projected);
             self.shared
-                .project(&layer.attention_output, &step.attended, rows, out)?;
+                .project(matrix, post_norm, x, rows, scratch, out)?;
         }
         step.lap("attention output", &mut clock);
         Ok(())
@@ -224,10 +236,12 @@ impl StageKernel {
         )
         .map_err(kernel)?;
         step.lap("query, key, value", clock);
+        let attending = shared.attending(self.layer);
         let spec = Attention {
             heads: shared.heads,
-            scale: Some(shared.score_scale),
-            rope: Some(&shared.rope),
+            scale: Some(attending.score_scale),
+            window: attending.window,
+            rope: Some(&attending.rope),
             q_norm: layer.query_norm.as_deref(),
             k_norm: layer.key_norm.as_deref(),
             eps: shared.norm_eps,
@@ -261,10 +275,20 @@ impl StageKernel {
         in_place(from, out);
         if rows > 0 {
             let layer = &self.shared.weights.layers[self.layer];
-            let norm = self.shared.norm(&layer.ffn_norm);
-            let pool = &self.shared.pool;
-            feed_forward(pool, &layer.gate, &layer.up, &layer.down, norm, out, rows)
-                .map_err(kernel)?;
+            let matrices = FeedForward {
+                norm: self.shared.norm(&layer.ffn_norm),
+                gate: Gate {
+                    gate: &layer.gate,
+                    up: &layer.up,
+                    activation: self.shared.activation,
+                },
+                down: &layer.down,
+                post_norm: layer
+                    .ffn_post_norm
+                    .as_deref()
+                    .map(|weight| self.shared.norm(weight)),
+            };
+            feed_forward(&self.shared.pool, &matrices, out, rows).map_err(kernel)?;
         }
         step.lap("feed-forward", &mut clock);
         Ok(())

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use mesh_engine::{LogitRows, ModelShape, Segment};
 use mesh_kernels::{
-    KernelError, KvSegment, Linear, Pool, QMatrix, Residual, RmsNorm, Rope, RopeOptions, RopeStyle,
-    linear,
+    Activation, KernelError, KvSegment, Linear, Pool, QMatrix, Residual, RmsNorm, Rope,
+    RopeOptions, RopeStyle, add_rms_norm, linear,
 };
 use mesh_model::{ModelConfig, RopeScaling};
 
@@ -21,12 +21,41 @@ pub(crate) struct Shared {
     pub(crate) layers: Range<u32>,
     pub(crate) heads: usize,
     pub(crate) norm_eps: f32,
-    pub(crate) rope: Rope,
-    /// Factor of the attention scores.
-    pub(crate) score_scale: f32,
+    /// Of layers that see all positions.
+    global: Attending,
+    /// Of layers that see a window, and for each layer of the stage whether it is one.
+    local: Option<(Attending, Vec<bool>)>,
+    pub(crate) embedding_scale: f32,
+    pub(crate) activation: Activation,
     pub(crate) weights: Weights,
     pub(crate) pool: Pool,
     pub(crate) step: Mutex<Step>,
+}
+
+/// How a layer attends.
+pub(crate) struct Attending {
+    pub(crate) rope: Rope,
+    /// Factor of the scores.
+    pub(crate) score_scale: f32,
+    /// Positions that a row sees; `None` means all.
+    pub(crate) window: Option<usize>,
+}
+
+impl Attending {
+    fn new(
+        config: &ModelConfig,
+        rotation: &mesh_model::Rope,
+        window: Option<usize>,
+        context: u32,
+    ) -> Result<Attending, KernelError> {
+        // The magnitude belongs to queries and keys alike, so the scores take it squared.
+        let magnitude = rotation.magnitude();
+        Ok(Attending {
+            rope: rope(rotation, context)?,
+            score_scale: magnitude * magnitude / config.query_scalar.sqrt(),
+            window,
+        })
+    }
 }
 
 impl Shared {
@@ -39,16 +68,27 @@ impl Shared {
         step: Step,
         context: u32,
     ) -> Result<Shared, KernelError> {
-        // The magnitude belongs to queries and keys alike, so the scores take it squared.
-        let magnitude = config.rope.magnitude();
-        let score_scale = magnitude * magnitude / (config.head_dim as f32).sqrt();
+        let local = match &config.window {
+            Some(window) => {
+                let attending =
+                    Attending::new(config, &window.rope, Some(window.size as usize), context)?;
+                let which = layers.clone().map(|layer| window.has(layer)).collect();
+                Some((attending, which))
+            }
+            None => None,
+        };
         Ok(Shared {
             shape,
             layers,
             heads: config.heads,
             norm_eps: config.norm_eps,
-            rope: rope(&config.rope, context)?,
-            score_scale,
+            global: Attending::new(config, &config.rope, None, context)?,
+            local,
+            embedding_scale: config.embedding_scale,
+            activation: match config.activation {
+                mesh_model::Activation::Silu => Activation::Silu,
+                mesh_model::Activation::GeluTanh => Activation::GeluTanh,
+            },
             weights,
             pool,
             step: Mutex::new(step),
@@ -60,6 +100,14 @@ impl Shared {
         self.layers.end == self.shape.layers
     }
 
+    /// How `layer`, counted from the stage's first, attends.
+    pub(crate) fn attending(&self, layer: usize) -> &Attending {
+        match &self.local {
+            Some((attending, which)) if which[layer] => attending,
+            _ => &self.global,
+        }
+    }
+
     pub(crate) fn norm<'a>(&self, weight: &'a [f32]) -> RmsNorm<'a> {
         RmsNorm {
             weight,
@@ -67,22 +115,30 @@ impl Shared {
         }
     }
 
-    /// `out += x · matrixᵀ`.
+    /// `out += x · matrixᵀ`, the product normed before where there is a weight for it; `scratch` is then room for it.
     pub(crate) fn project(
         &self,
         matrix: &QMatrix,
+        post_norm: Option<&[f32]>,
         x: &[f32],
         rows: usize,
+        scratch: &mut Vec<f32>,
         out: &mut [f32],
     ) -> ort::Result<()> {
-        let options = Linear {
-            residual: Residual::InPlace,
-            ..Linear::default()
-        };
         if rows == 0 {
             return Ok(());
         }
-        linear(&self.pool, matrix, x, rows, out, &options).map_err(kernel)
+        let Some(weight) = post_norm else {
+            let options = Linear {
+                residual: Residual::InPlace,
+                ..Linear::default()
+            };
+            return linear(&self.pool, matrix, x, rows, out, &options).map_err(kernel);
+        };
+        scratch.resize(out.len(), 0.0);
+        linear(&self.pool, matrix, x, rows, scratch, &Linear::default())
+            .and_then(|()| add_rms_norm(&self.pool, scratch, weight, self.norm_eps, out))
+            .map_err(kernel)
     }
 }
 
@@ -103,6 +159,8 @@ pub(crate) struct Step {
     pub(crate) attended: Vec<f32>,
     /// Residual rows that become logits.
     pub(crate) gathered: Vec<f32>,
+    /// What attention gives, before its norm.
+    pub(crate) projected: Vec<f32>,
     profile: Option<Vec<(&'static str, Duration, u64)>>,
 }
 
@@ -117,6 +175,7 @@ impl Step {
             qkv: Vec::new(),
             attended: Vec::new(),
             gathered: Vec::new(),
+            projected: Vec::new(),
             profile: profile.then(Vec::new),
         }
     }

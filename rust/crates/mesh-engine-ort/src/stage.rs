@@ -42,7 +42,6 @@ impl OrtStage {
         let config = model.config();
         let total = config.layers;
         check::layers(&layers, total)?;
-        check::network(config)?;
         let context = check::options(&options, config.context)?;
         let environment = runtime::environment(options.library.as_deref())?;
 

@@ -25,10 +25,14 @@ pub(crate) struct LayerWeights {
     pub(crate) query_norm: Option<Vec<f32>>,
     pub(crate) key_norm: Option<Vec<f32>>,
     pub(crate) attention_output: QMatrix,
+    /// Of what attention gives, before it is added.
+    pub(crate) attention_post_norm: Option<Vec<f32>>,
     pub(crate) ffn_norm: Vec<f32>,
     pub(crate) gate: QMatrix,
     pub(crate) up: QMatrix,
     pub(crate) down: QMatrix,
+    /// Of what the feed-forward layer gives, before it is added.
+    pub(crate) ffn_post_norm: Option<Vec<f32>>,
 }
 
 /// The final norm and the output matrix.
@@ -134,18 +138,22 @@ impl Loader<'_> {
         } else {
             None
         };
-        let qk_norm = self.config.qk_norm;
+        let norm = |suffix: &str| self.norm(&name(suffix));
+        let optional = |there: bool, suffix: &str| there.then(|| norm(suffix)).transpose();
+        let (qk_norm, post_norms) = (self.config.qk_norm, self.config.post_norms);
         Ok(LayerWeights {
-            attention_norm: vector("attn_norm.weight")?,
+            attention_norm: norm("attn_norm.weight")?,
             qkv,
             qkv_bias,
-            query_norm: qk_norm.then(|| vector("attn_q_norm.weight")).transpose()?,
-            key_norm: qk_norm.then(|| vector("attn_k_norm.weight")).transpose()?,
+            query_norm: optional(qk_norm, "attn_q_norm.weight")?,
+            key_norm: optional(qk_norm, "attn_k_norm.weight")?,
             attention_output: matrix("attn_output.weight")?,
-            ffn_norm: vector("ffn_norm.weight")?,
+            attention_post_norm: optional(post_norms, "post_attention_norm.weight")?,
+            ffn_norm: norm("ffn_norm.weight")?,
             gate: matrix("ffn_gate.weight")?,
             up: matrix("ffn_up.weight")?,
             down: matrix("ffn_down.weight")?,
+            ffn_post_norm: optional(post_norms, "post_ffw_norm.weight")?,
         })
     }
 
@@ -156,7 +164,7 @@ impl Loader<'_> {
             "output.weight"
         };
         Ok(HeadWeights {
-            norm: self.vector("output_norm.weight")?,
+            norm: self.norm("output_norm.weight")?,
             output: self.matrix(name)?,
         })
     }
@@ -188,6 +196,16 @@ impl Loader<'_> {
         };
         QMatrix::pack_with(self.pool, ty, outputs, inputs, data, self.options)
             .map_err(|error| failed(error.to_string()))
+    }
+
+    /// The weight of a norm.
+    fn norm(&self, name: &str) -> Result<Vec<f32>, LoadError> {
+        let mut weight = self.vector(name)?;
+        if self.config.norm_offset != 0.0 {
+            let offset = self.config.norm_offset;
+            weight.iter_mut().for_each(|weight| *weight += offset);
+        }
+        Ok(weight)
     }
 
     /// A vector as f32.

@@ -11,12 +11,6 @@ use mesh_model::gguf::writer::OwnedValue;
 use mesh_model::synth::{Shape, Tokens, random_model};
 use mesh_model::{Architecture, GgmlType, Model};
 
-const ARCHITECTURES: [Architecture; 3] = [
-    Architecture::Llama,
-    Architecture::Qwen2,
-    Architecture::Qwen3,
-];
-
 const TYPES: [GgmlType; 11] = [
     GgmlType::F32,
     GgmlType::F16,
@@ -76,7 +70,7 @@ fn all(slot: u32, position: u32, rows: usize) -> Segment {
 #[test]
 fn every_weight_type_of_every_architecture_agrees_with_both_references() {
     let tokens = some_tokens(40);
-    for architecture in ARCHITECTURES {
+    for architecture in Architecture::ALL {
         for ty in TYPES {
             let model = tiny(architecture, ty);
             let what = format!("{architecture:?} {ty:?}");
@@ -175,7 +169,7 @@ fn rotations_are_those_of_the_cpus_stage() {
 #[test]
 fn matrices_of_a_layer_may_differ_in_type() {
     let tokens = some_tokens(20);
-    for architecture in ARCHITECTURES {
+    for architecture in Architecture::ALL {
         // As in files called Q4_K_M.
         let model = rewritten(
             &tiny(architecture, GgmlType::Q4_K),
@@ -197,7 +191,7 @@ fn matrices_of_a_layer_may_differ_in_type() {
 #[test]
 fn layers_can_be_cut_anywhere_and_slots_share_steps() {
     let tokens = some_tokens(9);
-    for architecture in ARCHITECTURES {
+    for architecture in Architecture::ALL {
         let model = tiny(architecture, GgmlType::Q4_K);
         let vocab = model.config().vocab;
         let expected = logits(
@@ -296,7 +290,7 @@ fn exported_rows_continue_elsewhere_and_prefixes_in_other_slots() {
 #[test]
 fn streams_move_between_the_cpus_stage_and_a_device() {
     let tokens = some_tokens(12);
-    for architecture in ARCHITECTURES {
+    for architecture in Architecture::ALL {
         let model = tiny(architecture, GgmlType::F32);
         let mut cpu = whole(&model, options(1, 64));
         let mut device = load_whole(&model, options(1, 64));
@@ -374,7 +368,7 @@ fn the_graph_of_16_bits_agrees_loosely() {
         Provider::Cpu => 1e-4,
         _ => tolerance(half),
     };
-    for architecture in ARCHITECTURES {
+    for architecture in Architecture::ALL {
         for ty in TYPES {
             let model = tiny(architecture, ty);
             let vocab = model.config().vocab;

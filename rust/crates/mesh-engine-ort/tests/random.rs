@@ -3,21 +3,18 @@
 mod common;
 mod reference;
 
-use common::{assert_same_bits, cosine, last, logits, options, pipeline, some_tokens, tiny, whole};
+use common::{
+    assert_same_bits, cosine, last, logits, options, pipeline, quiet, some_tokens, tiny, whole,
+};
 use mesh_engine::{LogitRows, Segment, Stage, StageError, StageInput};
 use mesh_engine_ort::{LoadError, OrtOptions, OrtStage};
-use mesh_model::{Architecture, GgmlType};
-
-const ARCHITECTURES: [Architecture; 3] = [
-    Architecture::Llama,
-    Architecture::Qwen2,
-    Architecture::Qwen3,
-];
+use mesh_model::synth::{Shape, Tokens, Window, random_model};
+use mesh_model::{Architecture, GgmlType, Model};
 
 #[test]
 fn every_architecture_agrees_with_a_plain_forward_pass() {
     let tokens = some_tokens(40);
-    for architecture in ARCHITECTURES {
+    for architecture in Architecture::ALL {
         // Unquantised matrices take unquantised rows; the others see activations of 8 bits.
         for (ty, least) in [
             (GgmlType::F32, 0.999_999),
@@ -51,18 +48,94 @@ fn every_architecture_agrees_with_a_plain_forward_pass() {
 
 #[test]
 fn every_architecture_can_be_cut_anywhere() {
-    let tokens = some_tokens(9);
-    for architecture in ARCHITECTURES {
+    let tokens = some_tokens(30);
+    for architecture in Architecture::ALL {
         let model = tiny(architecture, GgmlType::Q4_K);
-        let expected = logits(
-            &mut whole(&model, options(1, 32)),
-            &[last(0, 0, 9)],
-            &tokens,
-        );
+        let step = [last(0, 0, 30)];
+        let expected = logits(&mut whole(&model, options(1, 32)), &step, &tokens);
         let mut stages =
             [0..1, 1..2].map(|cut| OrtStage::load(&model, cut, options(1, 32)).unwrap());
-        assert_same_bits(&pipeline(&mut stages, &[last(0, 0, 9)], &tokens), &expected);
+        assert_same_bits(&pipeline(&mut stages, &step, &tokens), &expected);
     }
+}
+
+/// A network with windows of `size` positions in all layers but every `period`th; in all of them for 0.
+fn windowed(architecture: Architecture, size: u32, period: u32) -> Model {
+    let shape = Shape {
+        window: Some(Window { size, period }),
+        layers: 3,
+        ..Shape::tiny(architecture)
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("windowed.gguf");
+    random_model(&shape, GgmlType::F32, Tokens::Bytes, &path).unwrap();
+    Model::open(&path).unwrap()
+}
+
+#[test]
+fn windows_of_every_family_hide_what_is_further_back() {
+    let tokens = some_tokens(160);
+    let wide = || OrtOptions {
+        max_rows: 160,
+        ..options(1, 160)
+    };
+    for (architecture, size, period) in [
+        (Architecture::Llama, 20, 0),
+        (Architecture::Qwen2, 1, 2),
+        (Architecture::Qwen3, 130, 3),
+        (Architecture::Gemma3, 33, 2),
+    ] {
+        let model = windowed(architecture, size, period);
+        let step = [Segment {
+            logits: LogitRows::All,
+            ..last(0, 0, 160)
+        }];
+        let ours = logits(&mut whole(&model, wide()), &step, &tokens);
+        let plain = reference::forward(&model, &tokens);
+        let vocab = model.config().vocab;
+        for (i, (ours, plain)) in ours.chunks(vocab).zip(plain.chunks(vocab)).enumerate() {
+            let found = cosine(ours, plain);
+            assert!(
+                found > 0.999_999,
+                "{architecture:?} row {i}: cosine {found}"
+            );
+        }
+        // Without the window it is another network.
+        let open = windowed(architecture, 512, 0);
+        let other = logits(&mut whole(&open, wide()), &[last(0, 0, 160)], &tokens);
+        assert!(
+            cosine(&other, &plain[159 * vocab..]) < 0.999,
+            "{architecture:?}"
+        );
+    }
+}
+
+#[test]
+fn rows_with_windows_do_not_depend_on_cuts_and_their_kv_rows_move() {
+    let tokens = some_tokens(300);
+    let model = windowed(Architecture::Gemma3, 140, 3);
+    let wide = |slots| OrtOptions {
+        max_rows: 300,
+        ..options(slots, 300)
+    };
+    let expected = logits(&mut whole(&model, wide(1)), &[last(0, 0, 300)], &tokens);
+    let mut pieces = whole(&model, wide(2));
+    for piece in [0..130, 130..131, 131..290, 290..298, 298..299] {
+        let segment = quiet(1, piece.start as u32, piece.len());
+        logits(&mut pieces, &[segment], &tokens[piece]);
+    }
+    let rows = pieces.kv_export(1, 0..299).unwrap();
+    let found = logits(&mut pieces, &[last(1, 299, 1)], &tokens[299..]);
+    assert_same_bits(&found, &expected);
+    // All rows are kept, also those that no window reaches any more: what moves is what a model without windows has.
+    let mut other = whole(&model, wide(1));
+    other.kv_import(0, 0, &rows).unwrap();
+    let found = logits(&mut other, &[last(0, 299, 1)], &tokens[299..]);
+    assert_same_bits(&found, &expected);
+    // Rewound, the rows before count again.
+    other.truncate(0, 150);
+    let found = logits(&mut other, &[last(0, 150, 150)], &tokens[150..]);
+    assert_same_bits(&found, &expected);
 }
 
 #[test]

@@ -14,8 +14,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use mesh_kernels::{
-    Attention, EightBit, Isa, KvCache, KvSegment, KvShape, Linear, PackOptions, Pool, QMatrix,
-    Residual, RmsNorm, Rope, RopeOptions, RopeStyle, WeightType, attention, feed_forward, linear,
+    Activation, Attention, EightBit, FeedForward, Gate, Isa, KvCache, KvSegment, KvShape, Linear,
+    PackOptions, Pool, QMatrix, Residual, RmsNorm, Rope, RopeOptions, RopeStyle, WeightType,
+    attention, feed_forward, linear,
 };
 
 struct Shape {
@@ -254,6 +255,7 @@ impl<'a> Bench<'a> {
         let spec = Attention {
             heads,
             scale: None,
+            window: None,
             rope: Some(&self.rope),
             q_norm: None,
             k_norm: None,
@@ -293,7 +295,17 @@ impl<'a> Bench<'a> {
                 linear(self.pool, &l.o, &att, rows, &mut x, &added).expect("fits");
             });
             timed(3, &mut || {
-                feed_forward(self.pool, &l.gate, &l.up, &l.down, norm, &mut x, rows).expect("fits");
+                let layer = FeedForward {
+                    norm,
+                    gate: Gate {
+                        gate: &l.gate,
+                        up: &l.up,
+                        activation: Activation::Silu,
+                    },
+                    down: &l.down,
+                    post_norm: None,
+                };
+                feed_forward(self.pool, &layer, &mut x, rows).expect("fits");
             });
         }
         let start = now();

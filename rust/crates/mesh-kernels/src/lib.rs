@@ -1,7 +1,7 @@
 //! Quantised matrix products, attention and a thread pool for CPUs.
 //!
 //! - [`QMatrix`] holds weights of any GGUF type, repacked so that 16 outputs lie side by side (layout.rs); [`linear`],
-//!   [`gate_up_silu`] and [`feed_forward`] multiply with it, with norm, bias, residual and activation fused in.
+//!   [`gate_up`] and [`feed_forward`] multiply with it, with norm, bias, residual and activation fused in.
 //! - [`attention`] rotates, stores and attends over a [`KvCache`] of f16 rows, one contiguous region per slot.
 //! - [`Pool`] runs the loops; every operator takes one, and its [`Isa`].
 //!
@@ -9,8 +9,8 @@
 //! share the call, however a prompt was cut, and however many threads ran:
 //! - products: integer dot products of 32 inputs are exact; the floats are added block by block in the order of the inputs,
 //!   in one accumulator per output, in every kernel;
-//! - attention: positions are cut into chunks of 128 at absolute multiples of 128, each chunk is summed in the order of its
-//!   positions, chunks are merged in order; who computed a chunk does not matter;
+//! - attention: positions are cut into chunks of 128 at absolute multiples of 128, what a row sees of a chunk is summed in the
+//!   order of its positions, chunks are merged in order; who computed a chunk does not matter;
 //! - norms: one fixed tree per row.
 //!
 //! The same holds across AVX-512, AVX2 and NEON; only the portable path rounds differently (it does not fuse).
@@ -37,9 +37,9 @@ pub use attention::{Attention, KvCache, KvSegment, KvShape, attention};
 pub use error::KernelError;
 pub use gemm::acts::RmsNorm;
 pub use isa::Isa;
-pub use linear::{Linear, Residual, feed_forward, gate_up_silu, linear};
+pub use linear::{Activation, FeedForward, Gate, Linear, Residual, feed_forward, gate_up, linear};
 pub use matrix::{EightBit, PackOptions, QMatrix, dequantize};
-pub use norm::rms_norm;
+pub use norm::{add_rms_norm, rms_norm};
 pub use pool::{Pool, PoolOptions};
 pub use quant::WeightType;
 pub use quant::blocks::{Stretch, stretch};

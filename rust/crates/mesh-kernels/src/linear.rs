@@ -8,7 +8,41 @@ use crate::gemm::{self, Add, Input, Sink};
 use crate::matrix::QMatrix;
 use crate::mem::{Buffer, Shared};
 use crate::simd::{self, Kernel, LANES, Simd};
-use crate::{KernelError, Pool, rms_norm};
+use crate::{KernelError, Pool, add_rms_norm, rms_norm};
+
+/// What a feed-forward layer does with its gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Activation {
+    /// `x / (1 + e^-x)`.
+    #[default]
+    Silu,
+    /// GELU in its tanh form.
+    GeluTanh,
+}
+
+/// The first half of a gated feed-forward layer.
+#[derive(Debug, Clone, Copy)]
+pub struct Gate<'a> {
+    /// The matrix before the activation.
+    pub gate: &'a QMatrix,
+    /// The one that its result is multiplied by.
+    pub up: &'a QMatrix,
+    /// What is done with the gate.
+    pub activation: Activation,
+}
+
+/// A gated feed-forward layer with its norms.
+#[derive(Debug, Clone, Copy)]
+pub struct FeedForward<'a> {
+    /// Before the matrices.
+    pub norm: RmsNorm<'a>,
+    /// The first half.
+    pub gate: Gate<'a>,
+    /// The second half: its inputs are the first half's outputs.
+    pub down: &'a QMatrix,
+    /// Of the result, before it is added (Gemma).
+    pub post_norm: Option<RmsNorm<'a>>,
+}
 
 /// What [`linear`] does before and after the product.
 #[derive(Debug, Clone, Copy, Default)]
@@ -91,19 +125,23 @@ pub fn linear(
     )
 }
 
-/// The first half of a gated feed-forward layer: `out[r] = silu(h · Wgᵀ) * (h · Wuᵀ)` with `h = norm(x[r])`.
+/// The first half of a gated feed-forward layer: `out[r] = activation(h · Wgᵀ) * (h · Wuᵀ)` with `h = norm(x[r])`.
 ///
 /// # Errors
 /// When the matrices differ in shape or a buffer does not fit them.
-pub fn gate_up_silu(
+pub fn gate_up(
     pool: &Pool,
-    gate: &QMatrix,
-    up: &QMatrix,
+    gate: &Gate<'_>,
     x: &[f32],
     rows: usize,
     norm: Option<RmsNorm<'_>>,
     out: &mut [f32],
 ) -> Result<(), KernelError> {
+    let &Gate {
+        gate,
+        up,
+        activation,
+    } = gate;
     for (what, left, right) in [
         ("outputs of gate and up", gate.n(), up.n()),
         ("inputs of gate and up", gate.k(), up.k()),
@@ -119,7 +157,8 @@ pub fn gate_up_silu(
         let quantised = g.layout.quantised().is_some();
         let k = gate.k();
         return with_input(pool, x, rows, k, norm, quantised, !quantised, |input| {
-            gemm::multiply_gate_up(pool, g, u, k, input, Shared(out.as_mut_ptr()));
+            let out = Shared(out.as_mut_ptr());
+            gemm::multiply_gate_up(pool, (g, u), activation, k, input, out);
         });
     }
     let options = Linear {
@@ -131,7 +170,8 @@ pub fn gate_up_silu(
     linear(pool, gate, x, rows, out, &options)?;
     simd::run(
         pool.isa(),
-        Silu {
+        Activate {
+            activation,
             gate: out,
             up: &ups,
         },
@@ -139,43 +179,58 @@ pub fn gate_up_silu(
     Ok(())
 }
 
-/// A whole gated feed-forward layer: `out = x + (silu(h·Wgᵀ) * (h·Wuᵀ)) · Wdᵀ` with `h = norm(x)`, in place over `x`.
+/// A whole gated feed-forward layer, in place over `x`: `x += post_norm((activation(h·Wgᵀ) * (h·Wuᵀ)) · Wdᵀ)` with `h = norm(x)`.
 ///
 /// # Errors
 /// When the matrices' shapes do not chain or a buffer does not fit them.
 pub fn feed_forward(
     pool: &Pool,
-    gate: &QMatrix,
-    up: &QMatrix,
-    down: &QMatrix,
-    norm: RmsNorm<'_>,
+    layer: &FeedForward<'_>,
     x: &mut [f32],
     rows: usize,
 ) -> Result<(), KernelError> {
+    let &FeedForward {
+        norm,
+        gate,
+        down,
+        post_norm,
+    } = layer;
+    let (wide, narrow) = (gate.gate.n(), gate.gate.k());
     for (what, left, right) in [
-        ("outputs of gate and inputs of down", gate.n(), down.k()),
-        ("inputs of gate and outputs of down", gate.k(), down.n()),
+        ("outputs of gate and inputs of down", wide, down.k()),
+        ("inputs of gate and outputs of down", narrow, down.n()),
     ] {
         if left != right {
             return Err(KernelError::Mismatch { what, left, right });
         }
     }
-    check("the rows", x.len(), rows, gate.k())?;
-    let (wide, narrow) = (gate.n(), gate.k());
-    let mut middle = MIDDLE.take();
-    middle.reserve("the rows between", rows.min(BLOCK) * wide * 4)?;
-    let result = x.chunks_mut((BLOCK * narrow).max(1)).try_for_each(|x| {
+    check("the rows", x.len(), rows, narrow)?;
+    if let Some(norm) = post_norm {
+        expect_len("the norm's weight", norm.weight.len(), narrow)?;
+    }
+    let (mut middle, mut result) = MIDDLE.take();
+    let block = rows.min(BLOCK);
+    middle.reserve("the rows between", block * wide * 4)?;
+    if post_norm.is_some() {
+        result.reserve("the rows before their norm", block * narrow * 4)?;
+    }
+    let done = x.chunks_mut((BLOCK * narrow).max(1)).try_for_each(|x| {
         let rows = x.len() / narrow;
         let middle = &mut middle.floats_mut()[..rows * wide];
-        gate_up_silu(pool, gate, up, x, rows, Some(norm), middle)?;
-        let options = Linear {
-            residual: Residual::InPlace,
-            ..Linear::default()
+        gate_up(pool, &gate, x, rows, Some(norm), middle)?;
+        let Some(norm) = post_norm else {
+            let options = Linear {
+                residual: Residual::InPlace,
+                ..Linear::default()
+            };
+            return linear(pool, down, middle, rows, x, &options);
         };
-        linear(pool, down, middle, rows, x, &options)
+        let result = &mut result.floats_mut()[..rows * narrow];
+        linear(pool, down, middle, rows, result, &Linear::default())?;
+        add_rms_norm(pool, result, norm.weight, norm.eps, x)
     });
-    MIDDLE.set(middle);
-    result
+    MIDDLE.set((middle, result));
+    done
 }
 
 /// Rows that a feed-forward layer takes at once: enough that the weights' way from memory is hidden behind the products, few
@@ -185,8 +240,8 @@ const BLOCK: usize = 128;
 thread_local! {
     /// Quantised rows and normalised rows, kept between calls.
     static SCRATCH: Cell<(Buffer, Buffer)> = Cell::default();
-    /// Rows between the halves of a feed-forward layer.
-    static MIDDLE: Cell<Buffer> = Cell::default();
+    /// Rows between the halves of a feed-forward layer, and rows before the norm behind it.
+    static MIDDLE: Cell<(Buffer, Buffer)> = Cell::default();
 }
 
 /// Brings `x` into the forms that a product reads, and calls `then` with them.
@@ -240,13 +295,14 @@ fn check(what: &'static str, got: usize, rows: usize, width: usize) -> Result<()
     expect_len(what, got, need)
 }
 
-/// `gate = silu(gate) * up`.
-struct Silu<'a> {
+/// `gate = activation(gate) * up`.
+struct Activate<'a> {
+    activation: Activation,
     gate: &'a mut [f32],
     up: &'a [f32],
 }
 
-impl Kernel for Silu<'_> {
+impl Kernel for Activate<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         for (gate, up) in self.gate.chunks_mut(LANES).zip(self.up.chunks(LANES)) {
@@ -255,7 +311,12 @@ impl Kernel for Silu<'_> {
             u[..up.len()].copy_from_slice(up);
             // SAFETY: arrays of 16.
             unsafe {
-                let v = s.mul(s.silu(s.load(g.as_ptr())), s.load(u.as_ptr()));
+                let x = s.load(g.as_ptr());
+                let x = match self.activation {
+                    Activation::Silu => s.silu(x),
+                    Activation::GeluTanh => s.gelu_tanh(x),
+                };
+                let v = s.mul(x, s.load(u.as_ptr()));
                 s.store(g.as_mut_ptr(), v);
             }
             let len = gate.len();

@@ -16,6 +16,31 @@ pub fn rms_norm(
     eps: f32,
     out: &mut [f32],
 ) -> Result<(), KernelError> {
+    all_rows(pool, x, weight, eps, out, false)
+}
+
+/// `out[r] += x[r] / sqrt(mean(x[r]²) + eps) * weight`: a residual connection with a norm before it.
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn add_rms_norm(
+    pool: &Pool,
+    x: &[f32],
+    weight: &[f32],
+    eps: f32,
+    out: &mut [f32],
+) -> Result<(), KernelError> {
+    all_rows(pool, x, weight, eps, out, true)
+}
+
+fn all_rows(
+    pool: &Pool,
+    x: &[f32],
+    weight: &[f32],
+    eps: f32,
+    out: &mut [f32],
+    add: bool,
+) -> Result<(), KernelError> {
     let k = weight.len();
     if k == 0 || !x.len().is_multiple_of(k) {
         return Err(KernelError::Length {
@@ -45,6 +70,7 @@ pub fn rms_norm(
                 weight,
                 eps,
                 out,
+                add,
             },
         );
     });
@@ -56,6 +82,7 @@ struct Rows<'a> {
     weight: &'a [f32],
     eps: f32,
     out: &'a mut [f32],
+    add: bool,
 }
 
 impl Kernel for Rows<'_> {
@@ -63,7 +90,11 @@ impl Kernel for Rows<'_> {
     fn run<S: Simd>(self, s: S) {
         let k = self.weight.len();
         for (x, out) in self.x.chunks_exact(k).zip(self.out.chunks_exact_mut(k)) {
-            normalise(s, x, self.weight, self.eps, out);
+            if self.add {
+                normalise_into::<S, true>(s, x, self.weight, self.eps, out);
+            } else {
+                normalise(s, x, self.weight, self.eps, out);
+            }
         }
     }
 }
@@ -71,6 +102,18 @@ impl Kernel for Rows<'_> {
 /// Normalises one row. Lengths are equal. A tail of less than 16 elements is added element by element.
 #[inline(always)]
 pub(crate) fn normalise<S: Simd>(s: S, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    normalise_into::<S, false>(s, x, weight, eps, out);
+}
+
+/// The same, added to what `out` holds where `ADD` says so.
+#[inline(always)]
+fn normalise_into<S: Simd, const ADD: bool>(
+    s: S,
+    x: &[f32],
+    weight: &[f32],
+    eps: f32,
+    out: &mut [f32],
+) {
     let k = x.len().min(weight.len()).min(out.len());
     let whole = k / LANES * LANES;
     let mut squares = [s.splat(0.0); 2];
@@ -90,14 +133,16 @@ pub(crate) fn normalise<S: Simd>(s: S, x: &[f32], weight: &[f32], eps: f32, out:
         // SAFETY: i + 16 <= k, for all three.
         unsafe {
             let v = s.mul(s.load(x.as_ptr().add(i)), factors);
-            s.store(
-                out.as_mut_ptr().add(i),
-                s.mul(v, s.load(weight.as_ptr().add(i))),
-            );
+            let mut v = s.mul(v, s.load(weight.as_ptr().add(i)));
+            if ADD {
+                v = s.add(s.load(out.as_ptr().add(i)), v);
+            }
+            s.store(out.as_mut_ptr().add(i), v);
         }
     }
     for i in whole..k {
-        out[i] = x[i] * factor * weight[i];
+        let v = x[i] * factor * weight[i];
+        out[i] = if ADD { out[i] + v } else { v };
     }
 }
 
@@ -121,6 +166,10 @@ mod tests {
                 });
                 let mut out = vec![0.0; x.len()];
                 rms_norm(&pool, &x, &weight, 1e-5, &mut out).expect("whole rows");
+                let mut added = x.clone();
+                add_rms_norm(&pool, &x, &weight, 1e-5, &mut added).expect("whole rows");
+                let sums = x.iter().zip(&out).map(|(x, out)| x + out);
+                assert!(sums.eq(added), "{k} on {isa:?}");
                 for (x, out) in x.chunks(k).zip(out.chunks(k)) {
                     let square = x.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / k as f64;
                     for i in 0..k {

@@ -45,6 +45,7 @@ fn plain(heads: usize, rope: &Rope) -> Attention<'_> {
     Attention {
         heads,
         scale: None,
+        window: None,
         rope: Some(rope),
         q_norm: None,
         k_norm: None,
@@ -82,7 +83,11 @@ fn reference(
         for head in 0..spec.heads {
             let kv = head / (spec.heads / kv_heads);
             let q = turned(&qkv[row * width + head * dim..][..dim], spec.q_norm, row);
-            let scores: Vec<f64> = (0..=row)
+            let seen = spec
+                .window
+                .map_or(0, |window| (row + 1).saturating_sub(window))..=row;
+            let scores: Vec<f64> = seen
+                .clone()
                 .map(|p| {
                     let k = &qkv[p * width + (spec.heads + kv) * dim..][..dim];
                     let k = turned(k, spec.k_norm, p);
@@ -100,7 +105,11 @@ fn reference(
             for d in 0..dim {
                 let value =
                     |p: usize| rounded(&qkv[p * width + (spec.heads + kv_heads + kv) * dim + d]);
-                out.push((0..=row).map(|p| weights[p] * value(p)).sum::<f64>() / sum);
+                let values = seen
+                    .clone()
+                    .zip(&weights)
+                    .map(|(p, weight)| weight * value(p));
+                out.push(values.sum::<f64>() / sum);
             }
         }
     }
@@ -152,6 +161,80 @@ fn attention_agrees_with_its_definition() {
                 );
             }
         }
+    }
+}
+
+#[test]
+fn a_row_with_a_window_sees_nothing_before_it() {
+    let mut rng = Rng(11);
+    for (heads, kv_heads, dim, rows, window) in [
+        (4, 1, 256, 140, 20),
+        (9, 3, 64, 300, 1),
+        (9, 3, 64, 300, 5),
+        (6, 2, 32, 400, 128),
+        (6, 2, 32, 400, 130),
+        (4, 4, 16, 70, 512),
+    ] {
+        let rope = rope(RopeStyle::Halves, dim, rows);
+        let mut spec = plain(heads, &rope);
+        spec.window = Some(window);
+        // Scores far apart: what is hidden would count most, and must not even overflow.
+        let mut qkv = rng.floats(rows * (heads + 2 * kv_heads) * dim);
+        let width = (heads + 2 * kv_heads) * dim;
+        for row in (0..rows).step_by(7) {
+            let keys = &mut qkv[row * width + heads * dim..][..kv_heads * dim];
+            keys.iter_mut().for_each(|key| *key *= 40.0);
+        }
+        let want = reference(&spec, kv_heads, dim, &qkv, rows);
+        for isa in Isa::available() {
+            let mut cache = cache(1, 1, rows, kv_heads, dim);
+            let mut out = vec![f32::NAN; rows * heads * dim];
+            let segment = KvSegment {
+                slot: 0,
+                position: 0,
+                rows,
+            };
+            let pool = pool(2, isa);
+            attention(&pool, &spec, &mut cache, 0, &[segment], &qkv, &mut out).expect("fits");
+            let off = error(&out, &want);
+            assert!(
+                off < 1e-2,
+                "{heads}/{kv_heads}x{dim}, window {window} on {isa:?}: {off}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_window_as_long_as_the_sequence_changes_no_bit() {
+    let mut rng = Rng(12);
+    let (heads, kv_heads, dim, rows) = (6, 2, 64, 290);
+    let rope = rope(RopeStyle::Halves, dim, rows);
+    let qkv = rng.floats(rows * (heads + 2 * kv_heads) * dim);
+    for isa in Isa::available() {
+        let run = |window| {
+            let mut spec = plain(heads, &rope);
+            spec.window = window;
+            let mut cache = cache(1, 1, rows, kv_heads, dim);
+            let mut out = vec![0.0; rows * heads * dim];
+            let segment = KvSegment {
+                slot: 0,
+                position: 0,
+                rows,
+            };
+            attention(
+                &pool(1, isa),
+                &spec,
+                &mut cache,
+                0,
+                &[segment],
+                &qkv,
+                &mut out,
+            )
+            .expect("fits");
+            bits(&out)
+        };
+        assert_eq!(run(Some(rows)), run(None), "{isa:?}");
     }
 }
 
@@ -312,6 +395,9 @@ fn impossible_calls_are_errors() {
     assert!(run(&spec, 0, &[segment(0, 0, 1), segment(0, 1, 1)], &mut out).is_err());
     assert!(run(&spec, 0, &[segment(0, 0, 1)], &mut out).is_err());
     assert!(run(&spec, 0, &[segment(0, 0, 2)], &mut out[1..]).is_err());
+    let mut blind = spec;
+    blind.window = Some(0);
+    assert!(run(&blind, 0, &[segment(0, 0, 2)], &mut out).is_err());
     let mut odd = spec;
     odd.heads = 3;
     assert!(run(&odd, 0, &[segment(0, 0, 2)], &mut out).is_err());
@@ -336,6 +422,7 @@ proptest! {
         cuts in prop::collection::vec(prop_oneof![3 => 1_usize..3, 1 => 1_usize..60], 300),
         threads in 1_usize..5,
         group in 1_usize..8,
+        window in prop_oneof![Just(None), (1_usize..280).prop_map(Some)],
         seed in any::<u64>(),
     ) {
         let (kv_heads, dim) = (2, 32);
@@ -343,7 +430,7 @@ proptest! {
         let width = (heads + 2 * kv_heads) * dim;
         let mut rng = Rng(seed);
         let rope = rope(RopeStyle::Interleaved, dim, 320);
-        let spec = plain(heads, &rope);
+        let spec = Attention { window, ..plain(heads, &rope) };
         let (a, b) = (rng.floats(rows * width), rng.floats(rows * width));
         for isa in Isa::available() {
             let whole = |x: &[f32]| {

@@ -3,8 +3,8 @@
 mod support;
 
 use mesh_kernels::{
-    EightBit, Isa, KernelError, Linear, PackOptions, Pool, PoolOptions, QMatrix, Residual, RmsNorm,
-    WeightType, feed_forward, gate_up_silu, linear,
+    Activation, EightBit, FeedForward, Gate, Isa, KernelError, Linear, PackOptions, Pool,
+    PoolOptions, QMatrix, Residual, RmsNorm, WeightType, feed_forward, gate_up, linear,
 };
 use proptest::prelude::*;
 use support::{Rng, bits, dequantized, error, product, random_rows, rounded};
@@ -189,6 +189,50 @@ fn concatenated_matrices_of_different_types_give_both_products() {
     }
 }
 
+/// The definitions.
+fn activated(activation: Activation, x: f64) -> f64 {
+    match activation {
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::GeluTanh => {
+            let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3));
+            0.5 * x * (1.0 + u.tanh())
+        }
+    }
+}
+
+#[test]
+fn activations_are_right_over_their_whole_range() {
+    // A product with the matrix 1 by 1, in floats: the gate is x, the other half 1.
+    let (one, zero) = (1f32.to_le_bytes(), 0f32.to_le_bytes());
+    let gate = QMatrix::pack(WeightType::F32, 1, 2, &[one, zero].concat()).expect("packs");
+    let up = QMatrix::pack(WeightType::F32, 1, 2, &[zero, one].concat()).expect("packs");
+    let inputs: Vec<f32> = (-400..=400).map(|i| i as f32 / 16.0).collect();
+    let mut inputs: Vec<f32> = inputs.iter().flat_map(|&x| [x, 1.0]).collect();
+    for far in [-1e30, -1e12, -300.0, 300.0, 1e12] {
+        inputs.extend([far, 1.0]);
+    }
+    let rows = inputs.len() / 2;
+    for isa in Isa::available() {
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            let matrices = Gate {
+                gate: &gate,
+                up: &up,
+                activation,
+            };
+            let mut got = vec![0.0; rows];
+            gate_up(&pool(1, isa), &matrices, &inputs, rows, None, &mut got).expect("shapes fit");
+            for (x, got) in inputs.iter().step_by(2).zip(got) {
+                let want = activated(activation, (*x).into());
+                let off = (f64::from(got) - want).abs();
+                assert!(
+                    off <= 1e-6 * want.abs() + 1e-6,
+                    "{activation:?}({x}) is {got}, not {want}, on {isa:?}"
+                );
+            }
+        }
+    }
+}
+
 #[test]
 fn gate_and_up_are_fused_without_changing_a_bit() {
     let mut rng = Rng(7);
@@ -202,15 +246,22 @@ fn gate_and_up_are_fused_without_changing_a_bit() {
             let gate = pack(WeightType::Q4_0, &mut rng);
             let up = pack(other, &mut rng);
             let mut got = vec![0.0; rows * n];
-            gate_up_silu(&pool, &gate, &up, &x, rows, None, &mut got).expect("shapes fit");
             let (g, u) = (plain(&pool, &gate, &x), plain(&pool, &up, &x));
-            let want: Vec<f64> = g
-                .iter()
-                .zip(&u)
-                .map(|(&g, &u)| f64::from(g) / (1.0 + f64::from(-g).exp()) * f64::from(u))
-                .collect();
-            let off = error(&got, &want);
-            assert!(off < 1e-6, "{other:?} on {isa:?}: {off}");
+            for activation in [Activation::Silu, Activation::GeluTanh] {
+                let matrices = Gate {
+                    gate: &gate,
+                    up: &up,
+                    activation,
+                };
+                gate_up(&pool, &matrices, &x, rows, None, &mut got).expect("shapes fit");
+                let want: Vec<f64> = g
+                    .iter()
+                    .zip(&u)
+                    .map(|(&g, &u)| activated(activation, g.into()) * f64::from(u))
+                    .collect();
+                let off = error(&got, &want);
+                assert!(off < 1e-6, "{activation:?} {other:?} on {isa:?}: {off}");
+            }
         }
     }
 }
@@ -287,7 +338,16 @@ proptest! {
                 let mut out = vec![0.0; rows * n];
                 linear(pool, &matrix, x, rows, &mut out, &Linear { norm: Some(norm), ..Linear::default() }).expect("fits");
                 let mut y = x.to_vec();
-                feed_forward(pool, &matrix, &matrix, &down, norm, &mut y, rows).expect("fits");
+                let mut layer = FeedForward {
+                    norm,
+                    gate: Gate { gate: &matrix, up: &matrix, activation: Activation::Silu },
+                    down: &down,
+                    post_norm: None,
+                };
+                feed_forward(pool, &layer, &mut y, rows).expect("fits");
+                layer.gate.activation = Activation::GeluTanh;
+                layer.post_norm = Some(norm);
+                feed_forward(pool, &layer, &mut y, rows).expect("fits");
                 (bits(&out), bits(&y))
             };
             let whole = run(&pool(threads, isa), &x);

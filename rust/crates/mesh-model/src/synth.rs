@@ -48,7 +48,7 @@ pub struct Shape {
 pub struct Window {
     /// Positions that a row sees, its own among them.
     pub size: u32,
-    /// All layers have the window but the last of so many.
+    /// All layers have the window but the last of so many; 0 means all.
     pub period: u32,
 }
 

@@ -21,7 +21,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use mesh_model::{Gguf, ModelConfig, RopeStyle, dequantize};
+use mesh_model::{Activation, Gguf, ModelConfig, Rope, RopeStyle, dequantize};
 use ort::value::{DynTensor, Tensor};
 
 use super::matrix::{Constants, FileMatrix, Form};
@@ -137,6 +137,9 @@ impl Graph<'_> {
         let biases = ["q", "k", "v"].map(|which| file(&format!("attn_{which}.bias")));
         let norms = ["q", "k"].map(|which| file(&format!("attn_{which}_norm.weight")));
         let (norm, output) = (file("attn_norm.weight"), file("attn_output.weight"));
+        let post_norm = file("post_attention_norm.weight");
+        let number = self.plan.layers.start + layer as u32;
+        let window = config.window_of(number);
 
         let normed = self.norm(&x, &norm)?;
         let normed = self.narrow(normed);
@@ -170,7 +173,7 @@ impl Graph<'_> {
         if config.qk_norm {
             for (i, count) in [heads, kv_heads].into_iter().enumerate() {
                 let apart = self.reshape(&qkv[i], &[0, 0, count as i64, head_dim as i64]);
-                let weight = self.vector(&norms[i])?;
+                let weight = self.norm_weight(&norms[i])?;
                 let weight = self.numbers(norms[i].clone(), &[weight.len()], weight)?;
                 let normed = self.rms_norm(&apart, &weight);
                 qkv[i] = self.reshape(&normed, &[0, 0, (count * head_dim) as i64]);
@@ -178,8 +181,10 @@ impl Graph<'_> {
         }
         let [(past_key, present_key), (past_value, present_value)] = kv_names(layer);
         let apart = |i: usize| qkv.get(i).cloned().unwrap_or_default();
-        let magnitude = config.rope.magnitude();
-        let interleaved = config.rope.style == RopeStyle::Interleaved;
+        let rope = config.rope_of(number);
+        let magnitude = rope.magnitude();
+        let interleaved = rope.style == RopeStyle::Interleaved;
+        let [cos, sin] = rope_names(window.is_some());
         let attended = format!("attention.{layer}");
         self.nodes.push(Node {
             operator: "GroupQueryAttention",
@@ -193,8 +198,8 @@ impl Graph<'_> {
                 past_value,
                 LAST_POSITION.into(),
                 LENGTH.into(),
-                COS.into(),
-                SIN.into(),
+                cos.into(),
+                sin.into(),
             ],
             outputs: vec![attended.clone(), present_key, present_value],
             attributes: vec![
@@ -205,16 +210,29 @@ impl Graph<'_> {
                 // The magnitude belongs to queries and keys alike, so the scores take it squared.
                 (
                     "scale",
-                    Attribute::Float(magnitude * magnitude / (head_dim as f32).sqrt()),
+                    Attribute::Float(magnitude * magnitude / config.query_scalar.sqrt()),
+                ),
+                // Positions that a row sees, its own among them; -1 means all.
+                (
+                    "local_window_size",
+                    Attribute::Int(window.map_or(-1, i64::from)),
                 ),
             ],
         });
         let projected = self.project(&attended, &[&output])?;
-        let projected = self.widen(projected);
-        Ok(self.op("Add", "", &[&x, &projected]))
+        self.added(&x, projected, &post_norm)
     }
 
-    /// hidden + down(silu(gate(norm(hidden))) · up(norm(hidden))).
+    /// The residual with what a half layer gives, normed before where the network has it.
+    fn added(&mut self, x: &str, y: String, post_norm: &str) -> Result<String, LoadError> {
+        let mut y = self.widen(y);
+        if self.plan.config.post_norms {
+            y = self.norm(&y, post_norm)?;
+        }
+        Ok(self.op("Add", "", &[x, &y]))
+    }
+
+    /// hidden + down(activation(gate(norm(hidden))) · up(norm(hidden))).
     fn feed_forward(&mut self, layer: usize, x: String) -> Result<String, LoadError> {
         let number = self.plan.layers.start as usize + layer;
         let file = |suffix: &str| format!("blk.{number}.{suffix}.weight");
@@ -222,17 +240,20 @@ impl Graph<'_> {
         let normed = self.narrow(normed);
         let gate = self.project(&normed, &[&file("ffn_gate")])?;
         let up = self.project(&normed, &[&file("ffn_up")])?;
-        // x · sigmoid(αx): with α = 1, SiLU.
-        let gate = self.with(
-            "QuickGelu",
-            MICROSOFT,
-            &[&gate],
-            vec![("alpha", Attribute::Float(1.0))],
-        );
+        let gate = match self.plan.config.activation {
+            // x · sigmoid(αx): with α = 1, SiLU.
+            Activation::Silu => self.with(
+                "QuickGelu",
+                MICROSOFT,
+                &[&gate],
+                vec![("alpha", Attribute::Float(1.0))],
+            ),
+            // Its tanh form.
+            Activation::GeluTanh => self.op("FastGelu", MICROSOFT, &[&gate]),
+        };
         let product = self.op("Mul", "", &[&gate, &up]);
         let down = self.project(&product, &[&file("ffn_down")])?;
-        let down = self.widen(down);
-        Ok(self.op("Add", "", &[&x, &down]))
+        self.added(&x, down, &file("post_ffw_norm"))
     }
 
     /// The rows that are asked for as logits.
@@ -324,7 +345,7 @@ impl Graph<'_> {
 
     /// RMS norm of residual rows, f32.
     fn norm(&mut self, x: &str, name: &str) -> Result<String, LoadError> {
-        let weight = self.vector(name)?;
+        let weight = self.norm_weight(name)?;
         let weight = self.add(Precision::F32, name.to_owned(), &[weight.len()], weight)?;
         Ok(self.rms_norm(x, &weight))
     }
@@ -449,11 +470,24 @@ impl Graph<'_> {
         self.weights.push((name, tensor));
     }
 
-    /// Cosines and sines of every position, `[positions, rotated / 2]`.
+    /// The tables of every rotation that the stage's layers have.
     fn rope_tables(&mut self) -> Result<(), LoadError> {
-        let frequencies = self.plan.config.rope.frequencies();
+        let config = self.plan.config;
+        let mut done = [false; 2];
+        for layer in self.plan.layers.clone() {
+            let windowed = config.window_of(layer).is_some();
+            if !std::mem::replace(&mut done[usize::from(windowed)], true) {
+                self.rope_table(config.rope_of(layer), rope_names(windowed))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Cosines and sines of every position, `[positions, rotated / 2]`.
+    fn rope_table(&mut self, rope: &Rope, [cos, sin]: [&str; 2]) -> Result<(), LoadError> {
+        let frequencies = rope.frequencies();
         let shape = [self.plan.positions, frequencies.len()];
-        for (name, function) in [(COS, f64::cos as fn(f64) -> f64), (SIN, f64::sin)] {
+        for (name, function) in [(cos, f64::cos as fn(f64) -> f64), (sin, f64::sin)] {
             let table: Vec<f32> = (0..self.plan.positions)
                 .flat_map(|position| {
                     let angle = move |f: &f32| function(position as f64 * f64::from(*f)) as f32;
@@ -480,6 +514,13 @@ impl Graph<'_> {
             outputs: outputs as usize,
             data: tensor.data,
         })
+    }
+
+    fn norm_weight(&self, name: &str) -> Result<Vec<f32>, LoadError> {
+        let mut weight = self.vector(name)?;
+        let offset = self.plan.config.norm_offset;
+        weight.iter_mut().for_each(|weight| *weight += offset);
+        Ok(weight)
     }
 
     fn vector(&self, name: &str) -> Result<Vec<f32>, LoadError> {
@@ -551,5 +592,11 @@ impl Graph<'_> {
 
 /// Domain of ONNX Runtime's own operators.
 const MICROSOFT: &str = "com.microsoft";
-const COS: &str = "rope.cos";
-const SIN: &str = "rope.sin";
+
+/// Tables of cosines and sines: of layers with a window, and of the others.
+fn rope_names(windowed: bool) -> [&'static str; 2] {
+    match windowed {
+        true => ["rope.window.cos", "rope.window.sin"],
+        false => ["rope.cos", "rope.sin"],
+    }
+}

@@ -71,6 +71,8 @@ pub struct DeviceStage {
 struct Embedding {
     ty: GgmlType,
     data: Vec<u8>,
+    /// Factor on the rows.
+    scale: f32,
 }
 
 impl DeviceStage {
@@ -84,7 +86,6 @@ impl DeviceStage {
     ) -> Result<DeviceStage, LoadError> {
         let config = model.config();
         check::layers(&layers, config.layers)?;
-        check::network(config)?;
         let context = check::options(&options, config.context)?;
         let environment = runtime::environment(options.library.as_deref())?;
         let threads = match options.threads {
@@ -240,6 +241,7 @@ impl Embedding {
         Ok(Embedding {
             ty: tensor.ty,
             data: tensor.data.to_vec(),
+            scale: model.config().embedding_scale,
         })
     }
 
@@ -255,6 +257,7 @@ impl Embedding {
                 .ok_or_else(|| ort::Error::new("the embedding table is too short"))?;
             dequantize(self.ty, data, row).map_err(|error| ort::Error::new(error.to_string()))?;
         }
+        out.iter_mut().for_each(|x| *x *= self.scale);
         Ok(out)
     }
 }

@@ -1,19 +1,51 @@
 //! A plain forward pass in f32 over dequantised weights, straight from the papers, to compare the stage with.
 
-use mesh_model::{Model, RopeStyle};
+use mesh_model::{Activation, Model, Rope, RopeStyle, Tensor, dequantize};
 
 /// Logits of every row for `tokens` from an empty context.
+#[allow(dead_code, reason = "each test file uses a part")]
 pub(crate) fn forward(model: &Model, tokens: &[u32]) -> Vec<f32> {
+    rows_from(model, tokens, 0)
+}
+
+/// Logits of the last row.
+#[allow(dead_code, reason = "each test file uses a part")]
+pub(crate) fn last_row(model: &Model, tokens: &[u32]) -> Vec<f32> {
+    rows_from(model, tokens, tokens.len() - 1)
+}
+
+fn rows_from(model: &Model, tokens: &[u32], first: usize) -> Vec<f32> {
     let c = model.config();
     let tensor = |name: &str| model.gguf().tensor(name).unwrap().to_f32();
-    let embedding = tensor("token_embd.weight");
+    let norm_weight = |name: &str| -> Vec<f32> {
+        let weight = tensor(name).into_iter();
+        weight.map(|weight| weight + c.norm_offset).collect()
+    };
+    let embedding = model.gguf().tensor("token_embd.weight").unwrap();
     let mut x: Vec<Vec<f32>> = tokens
         .iter()
-        .map(|&token| embedding[token as usize * c.hidden..][..c.hidden].to_vec())
+        .map(|&token| {
+            let mut row = vec![0.0; c.hidden];
+            dequantize(
+                embedding.ty,
+                file_rows(&embedding, token as usize, 1),
+                &mut row,
+            )
+            .unwrap();
+            row.iter().map(|x| x * c.embedding_scale).collect()
+        })
         .collect();
     for layer in 0..c.layers {
         let t = |suffix: &str| tensor(&format!("blk.{layer}.{suffix}"));
-        let norm = t("attn_norm.weight");
+        let n = |suffix: &str| norm_weight(&format!("blk.{layer}.{suffix}"));
+        // What a half layer gives is added to the row, by some networks after another norm.
+        let add = |row: &mut [f32], mut y: Vec<f32>, post_norm: &str| {
+            if c.post_norms {
+                y = rms_norm(&y, &n(post_norm), c.norm_eps);
+            }
+            row.iter_mut().zip(y).for_each(|(x, y)| *x += y);
+        };
+        let norm = n("attn_norm.weight");
         let normed: Vec<_> = x
             .iter()
             .map(|row| rms_norm(row, &norm, c.norm_eps))
@@ -21,7 +53,7 @@ pub(crate) fn forward(model: &Model, tokens: &[u32]) -> Vec<f32> {
         let project = |which: &str, norm_name: Option<&str>| -> Vec<Vec<f32>> {
             let matrix = t(&format!("attn_{which}.weight"));
             let bias = c.qkv_bias.then(|| t(&format!("attn_{which}.bias")));
-            let head_norm = norm_name.filter(|_| c.qk_norm).map(t);
+            let head_norm = norm_name.filter(|_| c.qk_norm).map(n);
             normed
                 .iter()
                 .enumerate()
@@ -37,7 +69,7 @@ pub(crate) fn forward(model: &Model, tokens: &[u32]) -> Vec<f32> {
                             if let Some(norm) = &head_norm {
                                 head.copy_from_slice(&rms_norm(head, norm, c.norm_eps));
                             }
-                            rotate(model, head, position);
+                            rotate(c.rope_of(layer), head, position);
                         }
                     }
                     out
@@ -48,7 +80,11 @@ pub(crate) fn forward(model: &Model, tokens: &[u32]) -> Vec<f32> {
         let k = project("k", Some("attn_k_norm.weight"));
         let v = project("v", None);
         let output = t("attn_output.weight");
+        let scale = c.rope_of(layer).magnitude().powi(2) / c.query_scalar.sqrt();
         for (i, row) in x.iter_mut().enumerate() {
+            let seen_from = c
+                .window_of(layer)
+                .map_or(0, |window| (i + 1).saturating_sub(window as usize));
             let gathered: Vec<f32> = (0..c.heads)
                 .flat_map(|head| {
                     let shared = head / (c.heads / c.kv_heads);
@@ -56,15 +92,14 @@ pub(crate) fn forward(model: &Model, tokens: &[u32]) -> Vec<f32> {
                         &q[i][head * c.head_dim..][..c.head_dim],
                         |j| &k[j][shared * c.head_dim..][..c.head_dim],
                         |j| &v[j][shared * c.head_dim..][..c.head_dim],
-                        i + 1,
+                        seen_from..i + 1,
+                        scale,
                     )
                 })
                 .collect();
-            row.iter_mut()
-                .zip(times(&output, &gathered))
-                .for_each(|(x, y)| *x += y);
+            add(row, times(&output, &gathered), "post_attention_norm.weight");
         }
-        let norm = t("ffn_norm.weight");
+        let norm = n("ffn_norm.weight");
         let (gate, up, down) = (
             t("ffn_gate.weight"),
             t("ffn_up.weight"),
@@ -75,22 +110,38 @@ pub(crate) fn forward(model: &Model, tokens: &[u32]) -> Vec<f32> {
             let middle: Vec<f32> = times(&gate, &normed)
                 .into_iter()
                 .zip(times(&up, &normed))
-                .map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up)
+                .map(|(gate, up)| activate(c.activation, gate) * up)
                 .collect();
-            row.iter_mut()
-                .zip(times(&down, &middle))
-                .for_each(|(x, y)| *x += y);
+            add(row, times(&down, &middle), "post_ffw_norm.weight");
         }
     }
-    let norm = tensor("output_norm.weight");
+    let norm = norm_weight("output_norm.weight");
     let head = if c.tied_embeddings {
         embedding
     } else {
-        tensor("output.weight")
+        model.gguf().tensor("output.weight").unwrap()
     };
-    x.iter()
-        .flat_map(|row| times(&head, &rms_norm(row, &norm, c.norm_eps)))
-        .collect()
+    let x: Vec<_> = x[first..]
+        .iter()
+        .map(|row| rms_norm(row, &norm, c.norm_eps))
+        .collect();
+    // Piece by piece: as floats a large vocabulary's matrix takes a good part of a small machine's memory.
+    let mut logits = vec![Vec::with_capacity(c.vocab); x.len()];
+    for start in (0..c.vocab).step_by(4096) {
+        let count = (c.vocab - start).min(4096);
+        let mut piece = vec![0.0; count * c.hidden];
+        dequantize(head.ty, file_rows(&head, start, count), &mut piece).unwrap();
+        for (logits, row) in logits.iter_mut().zip(&x) {
+            logits.extend(times(&piece, row));
+        }
+    }
+    logits.concat()
+}
+
+/// The bytes of some rows of a matrix.
+fn file_rows<'a>(matrix: &Tensor<'a>, first: usize, count: usize) -> &'a [u8] {
+    let bytes = matrix.ty.bytes_for(matrix.dims[0]).unwrap() as usize;
+    &matrix.data[first * bytes..][..count * bytes]
 }
 
 fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
@@ -110,8 +161,17 @@ fn times(matrix: &[f32], x: &[f32]) -> Vec<f32> {
         .collect()
 }
 
-fn rotate(model: &Model, head: &mut [f32], position: usize) {
-    let rope = &model.config().rope;
+fn activate(activation: Activation, x: f32) -> f32 {
+    match activation {
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::GeluTanh => {
+            let u = (2.0 / std::f32::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3));
+            x / 2.0 * (1.0 + u.tanh())
+        }
+    }
+}
+
+fn rotate(rope: &Rope, head: &mut [f32], position: usize) {
     let half = rope.dim / 2;
     for (i, frequency) in rope.frequencies().into_iter().enumerate() {
         let (a, b) = match rope.style {
@@ -129,17 +189,18 @@ fn attend<'a>(
     q: &[f32],
     key: impl Fn(usize) -> &'a [f32],
     value: impl Fn(usize) -> &'a [f32],
-    count: usize,
+    seen: std::ops::Range<usize>,
+    scale: f32,
 ) -> Vec<f32> {
-    let scale = 1.0 / (q.len() as f32).sqrt();
-    let scores: Vec<f32> = (0..count)
+    let scores: Vec<f32> = seen
+        .clone()
         .map(|j| scale * q.iter().zip(key(j)).map(|(q, k)| q * k).sum::<f32>())
         .collect();
     let peak = scores.iter().copied().fold(f32::MIN, f32::max);
     let weights: Vec<f32> = scores.iter().map(|score| (score - peak).exp()).collect();
     let total: f32 = weights.iter().sum();
     let mut out = vec![0.0; q.len()];
-    for (j, weight) in weights.iter().enumerate() {
+    for (j, weight) in seen.zip(&weights) {
         out.iter_mut()
             .zip(value(j))
             .for_each(|(out, v)| *out += weight / total * v);

@@ -3,6 +3,8 @@
 // Register tiles are arrays indexed by row and column; iterators over several of them at once hide the arithmetic.
 #![allow(clippy::needless_range_loop)]
 
+use std::ops::Range;
+
 use super::cache::TILE;
 use crate::simd::{LANES, Simd};
 
@@ -30,10 +32,11 @@ pub(super) struct Chunk {
     pub(super) dim: usize,
 }
 
-/// A query: its vector (scaled, so that scores are exponents of 2), and how many positions of the chunk it sees.
+/// A query: its vector (scaled, so that scores are exponents of 2), and which positions of the chunk it sees: `start..limit`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Query {
     pub(super) vector: *const f32,
+    pub(super) start: usize,
     pub(super) limit: usize,
 }
 
@@ -58,7 +61,8 @@ pub(super) trait Results {
     fn take<S: Simd>(&mut self, s: S, i: usize, partial: Partial, values: &[f32]);
 }
 
-/// Attends with `queries` (at most [`QUERIES`], each with a limit of 1 to [`CHUNK`]) and hands each one's result on.
+/// Attends with `queries` (at most [`QUERIES`], each with a limit of 1 to [`CHUNK`] and a start before it) and hands each one's
+/// result on.
 ///
 /// # Safety
 /// Every vector has `dim` elements; the chunk's keys and values are readable up to the largest limit (keys to the end of
@@ -97,14 +101,20 @@ unsafe fn attend_n<S: Simd, const N: usize>(
     all.copy_from_slice(&queries[..N]);
     let queries = all;
     let (mut most, mut least) = (0, CHUNK);
+    // Where the first query's window begins, and the last one's.
+    let (mut first, mut from) = (CHUNK, 0);
     for query in &queries {
         most = most.max(query.limit);
         least = least.min(query.limit);
+        first = first.min(query.start);
+        from = from.max(query.start);
     }
+    // What all queries see; nothing, where one ends before another begins.
+    let common = from..least.max(from);
     let tiles = most.div_ceil(TILE);
     // SAFETY: tiles up to the largest limit are readable, and the vectors hold `dim` elements.
     unsafe {
-        let mut tile = 0;
+        let mut tile = first / TILE;
         while tile + 2 <= tiles {
             score::<S, N, 2>(s, chunk, &queries, tile, scores);
             tile += 2;
@@ -118,17 +128,17 @@ unsafe fn attend_n<S: Simd, const N: usize>(
         sum: 0.0,
     }; N];
     for i in 0..N {
-        partials[i] = weigh(s, &mut scores[i], queries[i].limit);
+        partials[i] = weigh(s, &mut scores[i], queries[i].start, queries[i].limit);
     }
     // SAFETY: rows up to each query's limit are readable and hold `dim` elements, a multiple of 16.
     unsafe {
         let mut d = 0;
         while S::WIDE && d + 4 * LANES <= chunk.dim {
-            gather::<S, N, 4>(s, chunk, d, least, &queries, scores, out);
+            gather::<S, N, 4>(s, chunk, d, &common, &queries, scores, out);
             d += 4 * LANES;
         }
         while d < chunk.dim {
-            gather::<S, N, 1>(s, chunk, d, least, &queries, scores, out);
+            gather::<S, N, 1>(s, chunk, d, &common, &queries, scores, out);
             d += LANES;
         }
     }
@@ -170,24 +180,35 @@ unsafe fn score<S: Simd, const N: usize, const T: usize>(
     }
 }
 
-/// Turns the first `limit` scores into weights relative to their peak.
+/// Turns the scores `start..limit` into weights relative to their peak.
 #[inline(always)]
-fn weigh<S: Simd>(s: S, scores: &mut [f32; CHUNK], limit: usize) -> Partial {
-    let tiles = limit.div_ceil(TILE);
+fn weigh<S: Simd>(s: S, scores: &mut [f32; CHUNK], start: usize, limit: usize) -> Partial {
+    let tiles = start / TILE..limit.div_ceil(TILE);
+    // Lanes of the first tile that are before the start.
+    let before = start % TILE;
     let mut peak = s.splat(f32::NEG_INFINITY);
-    // SAFETY: the tiles are within the array.
+    // SAFETY: the tiles are within the array, and 16 numbers of the masks are left behind `TILE - before`.
     unsafe {
-        for t in 0..tiles {
-            let v = s.load(scores.as_ptr().add(t * TILE));
+        for t in tiles.clone() {
+            let at = scores.as_mut_ptr().add(t * TILE);
+            let mut v = s.load(at);
+            if before > 0 && t == tiles.start {
+                v = s.add(v, s.load(LOST.as_ptr().add(TILE - before)));
+                // A lost score may be far over the peak, where `exp2` is not defined.
+                s.store(at, v);
+            }
             peak = s.max(peak, s.keep_first(v, limit - t * TILE, f32::NEG_INFINITY));
         }
         let peak = s.largest(peak);
         let shift = s.splat(peak);
         let mut sum = s.splat(0.0);
-        for t in 0..tiles {
+        for t in tiles.clone() {
             let at = scores.as_mut_ptr().add(t * TILE);
             let w = s.exp2(s.sub(s.load(at), shift));
-            let w = s.keep_first(w, limit - t * TILE, 0.0);
+            let mut w = s.keep_first(w, limit - t * TILE, 0.0);
+            if before > 0 && t == tiles.start {
+                w = s.mul(w, s.load(KEPT.as_ptr().add(TILE - before)));
+            }
             sum = s.add(sum, w);
             s.store(at, w);
         }
@@ -198,13 +219,28 @@ fn weigh<S: Simd>(s: S, scores: &mut [f32; CHUNK], limit: usize) -> Partial {
     }
 }
 
+/// Added to scores: a tile's worth that is lost, then one that stays.
+static LOST: [f32; 2 * TILE] = two_tiles(f32::NEG_INFINITY, 0.0);
+/// Factor of weights, likewise.
+static KEPT: [f32; 2 * TILE] = two_tiles(0.0, 1.0);
+
+const fn two_tiles(first: f32, second: f32) -> [f32; 2 * TILE] {
+    let mut both = [first; 2 * TILE];
+    let mut i = TILE;
+    while i < 2 * TILE {
+        both[i] = second;
+        i += 1;
+    }
+    both
+}
+
 /// Adds up `W` vectors of the values from element `d` on.
 #[inline(always)]
 unsafe fn gather<S: Simd, const N: usize, const W: usize>(
     s: S,
     chunk: Chunk,
     d: usize,
-    common: usize,
+    common: &Range<usize>,
     queries: &[Query; N],
     weights: &[[f32; CHUNK]; QUERIES],
     out: &mut [[f32; MAX_DIM]; QUERIES],
@@ -213,7 +249,16 @@ unsafe fn gather<S: Simd, const N: usize, const W: usize>(
     // SAFETY: the caller vouches for the rows; `d + 16 W <= dim <= MAX_DIM`.
     unsafe {
         let values = chunk.values.add(d);
-        for j in 0..common {
+        for i in 0..N {
+            for j in queries[i].start..common.start.min(queries[i].limit) {
+                let p = s.splat(weights[i][j]);
+                for w in 0..W {
+                    let v = s.load_f16(values.add(j * chunk.dim + w * LANES));
+                    acc[i][w] = s.fma(p, v, acc[i][w]);
+                }
+            }
+        }
+        for j in common.clone() {
             let mut v = [s.splat(0.0); W];
             for (w, v) in v.iter_mut().enumerate() {
                 *v = s.load_f16(values.add(j * chunk.dim + w * LANES));
@@ -227,7 +272,7 @@ unsafe fn gather<S: Simd, const N: usize, const W: usize>(
         }
         for i in 0..N {
             let mut mine = acc[i];
-            for j in common..queries[i].limit {
+            for j in common.end..queries[i].limit {
                 let p = s.splat(weights[i][j]);
                 for (w, mine) in mine.iter_mut().enumerate() {
                     let v = s.load_f16(values.add(j * chunk.dim + w * LANES));

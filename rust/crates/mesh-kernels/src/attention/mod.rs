@@ -7,11 +7,16 @@
 //! its own peak, in the order of its positions; chunks are merged in order. A prompt's rows take six queries at a time
 //! through a chunk and merge as they go; a single row of a long sequence has its chunks computed by several threads and
 //! merged afterwards: the same operations in the same order.
+//!
+//! With a sliding window a row sees no position that is further back. Chunks without any such position are left out, and of the
+//! first one those before the window weigh nothing; the cache keeps all.
 
 mod cache;
 mod kernel;
+mod plan;
 
 use std::cell::Cell;
+use std::ops::Range;
 
 use crate::error::expect_len;
 use crate::mem::{Buffer, Shared};
@@ -21,6 +26,7 @@ use crate::{KernelError, Pool, Rope};
 use cache::TILE;
 pub use cache::{KvCache, KvShape};
 use kernel::{CHUNK, Chunk, MAX_DIM, Partial, QUERIES, Query};
+use plan::{Cut, Split, TASK_ROWS, Task, seen_from};
 
 /// The attention of a layer, apart from its weights.
 #[derive(Debug, Clone, Copy)]
@@ -29,6 +35,8 @@ pub struct Attention<'a> {
     pub heads: usize,
     /// Factor of the scores; `None` means `1 / sqrt(head_dim)`.
     pub scale: Option<f32>,
+    /// How many positions a row sees, its own among them: at least 1. `None` means all.
+    pub window: Option<usize>,
     /// Rotation of queries and keys.
     pub rope: Option<&'a Rope>,
     /// RMS norm over each query head before rotation (qwen3): `head_dim` factors.
@@ -112,6 +120,13 @@ fn check(
             right: shape.kv_heads,
         });
     }
+    if spec.window == Some(0) {
+        return Err(KernelError::Dimension {
+            what: "attention window",
+            value: 0,
+            need: "it must be at least 1",
+        });
+    }
     for norm in [spec.q_norm, spec.k_norm].into_iter().flatten() {
         expect_len("the head norm's weight", norm.len(), shape.head_dim)?;
     }
@@ -168,33 +183,6 @@ thread_local! {
     static SCRATCH: Cell<Scratch> = Cell::default();
 }
 
-/// A range of rows of one segment and one key/value head, over a range of chunks.
-#[derive(Debug, Clone, Copy)]
-struct Task {
-    segment: usize,
-    kv_head: usize,
-    /// Rows within the segment.
-    row: usize,
-    rows: usize,
-    /// Where the chunk results go, for a task that does not see all chunks.
-    split: Option<usize>,
-    first_chunk: usize,
-    end_chunk: usize,
-}
-
-/// The chunk results of one segment and head.
-#[derive(Debug, Clone, Copy)]
-struct Split {
-    segment: usize,
-    kv_head: usize,
-    chunks: usize,
-    /// Index of the first chunk's first query's result.
-    first: usize,
-}
-
-/// Rows of a prompt per task.
-const TASK_ROWS: usize = 16;
-
 struct Run<'a> {
     pool: &'a Pool,
     spec: &'a Attention<'a>,
@@ -224,7 +212,13 @@ impl<'a> Run<'a> {
     ) -> Result<Run<'a>, KernelError> {
         let shape = cache.shape();
         let group = spec.heads / shape.kv_heads;
-        let results = plan(pool.threads(), shape.kv_heads, group, segments, scratch);
+        let cut = Cut {
+            threads: pool.threads(),
+            kv_heads: shape.kv_heads,
+            group,
+            window: spec.window,
+        };
+        let results = cut.plan(segments, &mut scratch.tasks, &mut scratch.splits);
         let queries = rows * spec.heads * shape.head_dim;
         let states = rows * spec.heads * 2;
         let floats = queries + states + results * (shape.head_dim + 2);
@@ -309,72 +303,11 @@ impl<'a> Run<'a> {
     }
 }
 
-/// Cuts the work into tasks and splits; gives the number of chunk results to store.
-fn plan(
-    threads: usize,
-    kv_heads: usize,
-    group: usize,
-    segments: &[KvSegment],
-    scratch: &mut Scratch,
-) -> usize {
-    scratch.tasks.clear();
-    scratch.splits.clear();
-    let whole: usize = segments
-        .iter()
-        .map(|s| s.rows.div_ceil(TASK_ROWS) * kv_heads)
-        .sum();
-    let mut results = 0;
-    for (index, segment) in segments.iter().enumerate() {
-        if segment.rows == 0 {
-            continue;
-        }
-        let chunks = (segment.position + segment.rows).div_ceil(CHUNK);
-        // Long single rows are cut until every thread has a few tasks.
-        let cuts = (4 * threads).div_ceil(whole).min(chunks);
-        for kv_head in 0..kv_heads {
-            if threads > 1 && segment.rows == 1 && cuts > 1 {
-                scratch.splits.push(Split {
-                    segment: index,
-                    kv_head,
-                    chunks,
-                    first: results,
-                });
-                let step = chunks.div_ceil(cuts);
-                for first_chunk in (0..chunks).step_by(step) {
-                    scratch.tasks.push(Task {
-                        segment: index,
-                        kv_head,
-                        row: 0,
-                        rows: 1,
-                        split: Some(results),
-                        first_chunk,
-                        end_chunk: (first_chunk + step).min(chunks),
-                    });
-                }
-                results += chunks * group;
-                continue;
-            }
-            for row in (0..segment.rows).step_by(TASK_ROWS) {
-                scratch.tasks.push(Task {
-                    segment: index,
-                    kv_head,
-                    row,
-                    rows: TASK_ROWS.min(segment.rows - row),
-                    split: None,
-                    first_chunk: 0,
-                    end_chunk: chunks,
-                });
-            }
-        }
-    }
-    results
-}
-
 /// Norm, rotation and scaling of queries; norm, rotation and storing of keys; storing of values.
 struct Prepare<'a> {
     run: &'a Run<'a>,
     qkv: &'a [f32],
-    rows: std::ops::Range<usize>,
+    rows: Range<usize>,
 }
 
 impl Kernel for Prepare<'_> {
@@ -458,15 +391,16 @@ struct Attend<'a> {
 }
 
 impl Attend<'_> {
-    /// Query `q` of the task is row `q / group`, head `q % group` of its key/value head: its index, and the position behind
-    /// its last.
+    /// Query `q` of the task is row `q / group`, head `q % group` of its key/value head: its index, and the positions that it
+    /// sees.
     #[inline(always)]
-    fn place(&self, q: usize) -> (usize, usize) {
+    fn place(&self, q: usize) -> (usize, Range<usize>) {
         let (run, task) = (self.run, &self.task);
         let row = task.row + q / run.group;
         let head = task.kv_head * run.group + q % run.group;
         let index = (self.first_row + row) * run.spec.heads + head;
-        (index, run.segments[task.segment].position + row + 1)
+        let position = run.segments[task.segment].position + row;
+        (index, seen_from(run.spec.window, position)..position + 1)
     }
 }
 
@@ -484,9 +418,11 @@ impl kernel::Results for Store<'_, '_> {
     fn take<S: Simd>(&mut self, s: S, i: usize, next: Partial, values: &[f32]) {
         let (run, task) = (self.attend.run, &self.attend.task);
         let dim = values.len();
+        let (query, seen) = self.attend.place(self.at + i);
+        let first_chunk = seen.start / CHUNK;
         if let Some(first) = task.split {
-            let result = first + self.index * run.group + self.at + i;
-            // SAFETY: one result per chunk and query was reserved; this task alone writes this one.
+            let result = first + (self.index - first_chunk) * run.group + self.at + i;
+            // SAFETY: one result per chunk that is seen and query was reserved; this task alone writes this one.
             unsafe {
                 let to = run.results.get().add(result * (dim + 2));
                 to.cast::<Partial>().write_unaligned(next);
@@ -494,7 +430,6 @@ impl kernel::Results for Store<'_, '_> {
             }
             return;
         }
-        let (query, end) = self.attend.place(self.at + i);
         // SAFETY: this task alone has this query's state and output.
         let (state, out) = unsafe {
             let out = self.attend.out.get().add(query * dim);
@@ -503,13 +438,13 @@ impl kernel::Results for Store<'_, '_> {
                 std::slice::from_raw_parts_mut(out, dim),
             )
         };
-        if self.index == 0 {
+        if self.index == first_chunk {
             *state = next;
             out.copy_from_slice(values);
         } else {
             kernel::merge(s, state, out, next, values);
         }
-        if end <= (self.index + 1) * CHUNK {
+        if seen.end <= (self.index + 1) * CHUNK {
             kernel::finish(s, *state, out);
         }
     }
@@ -535,28 +470,34 @@ impl Kernel for Attend<'_> {
                     dim,
                 }
             };
-            // Rows whose last position is before the chunk are done with.
+            // Rows whose last position is before the chunk are done with; those whose window begins behind it do not see it.
+            let position = |row: usize| segment.position + task.row + row;
             let first = (0..task.rows)
-                .find(|row| segment.position + task.row + row + 1 > start)
+                .find(|&row| position(row) + 1 > start)
                 .map_or(count, |row| row * run.group);
-            for at in (first..count).step_by(QUERIES) {
-                let n = QUERIES.min(count - at);
+            let end = (0..task.rows)
+                .rfind(|&row| seen_from(run.spec.window, position(row)) < start + CHUNK)
+                .map_or(0, |row| (row + 1) * run.group);
+            for at in (first..end).step_by(QUERIES) {
+                let n = QUERIES.min(end - at);
                 let mut queries = [Query {
                     vector: std::ptr::null(),
+                    start: 0,
                     limit: 0,
                 }; QUERIES];
                 for (i, query) in queries[..n].iter_mut().enumerate() {
-                    let (index, end) = self.place(at + i);
+                    let (index, seen) = self.place(at + i);
                     // SAFETY: a query of this segment.
                     query.vector = unsafe { run.queries.get().add(index * dim) };
-                    query.limit = (end - start).min(CHUNK);
+                    query.start = seen.start.saturating_sub(start);
+                    query.limit = (seen.end - start).min(CHUNK);
                 }
                 let mut results = Store {
                     attend: &self,
                     index,
                     at,
                 };
-                // SAFETY: the vectors are `dim` long and every position below a limit is written.
+                // SAFETY: the vectors are `dim` long, every position below a limit is written, and each query sees one.
                 unsafe { kernel::attend(s, chunk, &queries[..n], &mut work, &mut results) };
             }
         }

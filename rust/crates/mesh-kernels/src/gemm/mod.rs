@@ -12,7 +12,7 @@ use crate::layout::{BLOCK, Layout, PANEL};
 use crate::matrix::{Part, QMatrix};
 use crate::mem::Shared;
 use crate::simd::{self, Kernel, Simd};
-use crate::{Isa, Pool};
+use crate::{Activation, Isa, Pool};
 use acts::{ROW_BLOCK, tiles};
 use tile::Format;
 
@@ -80,11 +80,11 @@ pub(crate) fn multiply(pool: &Pool, matrix: &QMatrix, input: Input<'_>, sink: Si
     });
 }
 
-/// Computes `silu(gate) * up` for all rows. Both are one part, of the same layout and shape.
+/// Computes `activation(gate) * up` for all rows. Both are one part, of the same layout and shape.
 pub(crate) fn multiply_gate_up(
     pool: &Pool,
-    gate: &Part,
-    up: &Part,
+    (gate, up): (&Part, &Part),
+    activation: Activation,
     k: usize,
     input: Input<'_>,
     out: Shared<f32>,
@@ -95,7 +95,7 @@ pub(crate) fn multiply_gate_up(
         let (rows, panels) = plan.task(task);
         let job = Job {
             part: gate,
-            up: Some(up),
+            up: Some((up, activation)),
             k,
             panels,
             rows,
@@ -162,7 +162,7 @@ impl Plan {
 /// A range of panels of one part (or of a gate and an up part) times a range of rows.
 struct Job<'a> {
     part: &'a Part,
-    up: Option<&'a Part>,
+    up: Option<(&'a Part, Activation)>,
     k: usize,
     panels: Range<usize>,
     rows: Range<usize>,
@@ -263,32 +263,42 @@ fn quantised_tile<S: Simd, T: Format, const R: usize>(
     let acts = &job.input.acts[row * blocks * ROW_BLOCK..][..R * blocks * ROW_BLOCK];
     let mut gate = [s.splat(0.0); R];
     for second in [false, true] {
-        let part = if second { job.up } else { Some(job.part) };
-        let Some(part) = part else { break };
+        let (part, activation) = match (second, job.up) {
+            (false, _) => (job.part, None),
+            (true, Some((up, activation))) => (up, Some(activation)),
+            (true, None) => break,
+        };
         let panel = part.panel(panel).as_ptr();
         // SAFETY: a whole panel of the part, and a whole tile of activations.
         let acc = unsafe { tile::quantised::<S, T, R>(s, panel, blocks, acts.as_ptr()) };
-        gate = combine(s, second, gate, acc);
+        gate = combine(s, activation, gate, acc);
     }
     for (r, &acc) in gate.iter().enumerate() {
         finish(s, job, panel, row + r, acc);
     }
 }
 
-/// The products of the first part, or `silu(gate) * up` when they are those of the second.
+/// The products of the first part, or `activation(gate) * up` when they are those of the second.
 #[inline(always)]
 fn combine<S: Simd, const R: usize>(
     s: S,
-    second: bool,
+    activation: Option<Activation>,
     gate: [S::F; R],
     acc: [S::F; R],
 ) -> [S::F; R] {
-    if !second {
-        return acc;
-    }
     let mut out = acc;
-    for r in 0..R {
-        out[r] = s.mul(s.silu(gate[r]), acc[r]);
+    match activation {
+        None => {}
+        Some(Activation::Silu) => {
+            for r in 0..R {
+                out[r] = s.mul(s.silu(gate[r]), acc[r]);
+            }
+        }
+        Some(Activation::GeluTanh) => {
+            for r in 0..R {
+                out[r] = s.mul(s.gelu_tanh(gate[r]), acc[r]);
+            }
+        }
     }
     out
 }
@@ -317,12 +327,15 @@ fn float_tile<S: Simd, const R: usize>(s: S, job: &Job<'_>, panel: usize, row: u
     let x = &job.input.x[row * job.k..][..R * job.k];
     let mut gate = [s.splat(0.0); R];
     for second in [false, true] {
-        let part = if second { job.up } else { Some(job.part) };
-        let Some(part) = part else { break };
+        let (part, activation) = match (second, job.up) {
+            (false, _) => (job.part, None),
+            (true, Some((up, activation))) => (up, Some(activation)),
+            (true, None) => break,
+        };
         let panel = part.panel(panel).as_ptr();
         // SAFETY: a whole panel of the part, and R whole rows.
         let acc = unsafe { tile::floats::<S, R>(s, part.layout, panel, job.k, x.as_ptr()) };
-        gate = combine(s, second, gate, acc);
+        gate = combine(s, activation, gate, acc);
     }
     for (r, &acc) in gate.iter().enumerate() {
         finish(s, job, panel, row + r, acc);

@@ -135,11 +135,29 @@ pub(crate) trait Simd: Copy {
     /// `x / (1 + e^-x)`.
     #[inline(always)]
     fn silu(self, x: Self::F) -> Self::F {
-        // e^-|x| keeps the argument of exp2 negative: for x < 0 the quotient is e^x / (1 + e^x).
-        let e = self.exp2(self.mul(self.abs(x), self.splat(-std::f32::consts::LOG2_E)));
+        self.sigmoid_times(x, x)
+    }
+
+    /// GELU in its tanh form, `x/2 · (1 + tanh(u))` with `u = √(2/π) · (x + 0.044715 x³)`: the same as `x / (1 + e^-2u)`.
+    #[inline(always)]
+    fn gelu_tanh(self, x: Self::F) -> Self::F {
+        const LINEAR: f32 = 1.595_769;
+        let slope = self.fma(
+            self.mul(x, x),
+            self.splat(0.044_715 * LINEAR),
+            self.splat(LINEAR),
+        );
+        self.sigmoid_times(self.mul(x, slope), x)
+    }
+
+    /// `x / (1 + e^-a)`, for `a` of the sign of `x`.
+    #[inline(always)]
+    fn sigmoid_times(self, a: Self::F, x: Self::F) -> Self::F {
+        // e^-|a| keeps the argument of exp2 negative: for a < 0 the quotient is x e^a / (1 + e^a).
+        let e = self.exp2(self.mul(self.abs(a), self.splat(-std::f32::consts::LOG2_E)));
         let one = self.splat(1.0);
         let negative = self.mul(x, e);
-        // max(x, 0) + min(x, 0) e^-|x|: x for positive x, x e^x for negative.
+        // max(x, 0) + min(x, 0) e^-|a|: x for positive x, x e^a for negative.
         let positive = self.max(x, self.splat(0.0));
         let negative = self.sub(negative, self.mul(positive, e));
         self.div(self.add(positive, negative), self.add(one, e))

@@ -15,10 +15,10 @@ pub struct SlidingWindow {
 }
 
 impl SlidingWindow {
-    /// Gemma 3's pattern: of `period` layers all have the window but the last.
+    /// Of `period` layers all have the window but the last; all layers for 0.
     pub fn all_but_every(period: u32, layers: u32) -> Vec<bool> {
         (1..=layers)
-            .map(|number| !number.is_multiple_of(period))
+            .map(|number| period == 0 || !number.is_multiple_of(period))
             .collect()
     }
 
@@ -61,10 +61,19 @@ impl SlidingWindow {
                     }
                 }
             }
-            Some(_) => {
-                let period = keys.count(PATTERN, MAX_LAYERS)?;
-                SlidingWindow::all_but_every(period as u32, layers)
-            }
+            Some(_) => match keys.gguf.unsigned(&keys.full(PATTERN))? {
+                Some(period) if period <= MAX_LAYERS => {
+                    SlidingWindow::all_but_every(period as u32, layers)
+                }
+                period => {
+                    let period = period.unwrap_or_default();
+                    return Err(keys.bad(
+                        PATTERN,
+                        period,
+                        format!("it must be at most {MAX_LAYERS}"),
+                    ));
+                }
+            },
             None if gemma => SlidingWindow::all_but_every(GEMMA_PERIOD, layers),
             None => vec![true; layers as usize],
         };

@@ -19,6 +19,7 @@ pub enum OwnedValue {
     Strings(Vec<String>),
     I32s(Vec<i32>),
     F32s(Vec<f32>),
+    Bools(Vec<bool>),
 }
 
 /// Writes a GGUF file: first all keys, then the list of all tensors, then their data one after the other.
@@ -224,6 +225,10 @@ fn put_value(out: &mut Vec<u8>, value: &OwnedValue) {
             put_array_head(out, ValueType::F32, v.len());
             v.iter()
                 .for_each(|v| out.extend_from_slice(&v.to_le_bytes()));
+        }
+        OwnedValue::Bools(v) => {
+            put_array_head(out, ValueType::Bool, v.len());
+            out.extend(v.iter().map(|&v| u8::from(v)));
         }
     }
 }
