@@ -300,21 +300,115 @@ mod tests {
         assert!(close(scaled[31], plain[31] / 8.0));
     }
 
+    /// Frequencies at some pairs, computed in double precision from the formulas as they were published.
+    #[track_caller]
+    fn expect(rope: &Rope, pairs: &[(usize, f64)]) {
+        let frequencies = rope.frequencies();
+        for &(i, expected) in pairs {
+            let off = (f64::from(frequencies[i]) / expected - 1.0).abs();
+            assert!(off < 1e-6, "pair {i}: {} is not {expected}", frequencies[i]);
+        }
+    }
+
+    /// The formula is that of <https://github.com/jquesnelle/yarn>, by the authors of <https://arxiv.org/abs/2309.00071>.
     #[test]
-    fn yarn_keeps_fast_pairs_and_divides_slow_ones() {
-        let yarn = rope(RopeScaling::Yarn {
-            factor: 4.0,
-            original_context: 32_768,
+    fn yarn_gives_the_published_frequencies() {
+        let yarn = |factor, original_context| RopeScaling::Yarn {
+            factor,
+            original_context,
             beta_fast: 32.0,
             beta_slow: 1.0,
-            attention_factor: RopeScaling::yarn_attention_factor(4.0),
-        });
-        let (plain, scaled) = (rope(RopeScaling::None).frequencies(), yarn.frequencies());
-        assert_eq!(scaled[0], plain[0]);
-        assert!(close(scaled[31], plain[31] / 4.0));
-        // Pair 17 turns about 40 times, pair 18 about 29 times over the original context: the blend starts between them.
-        assert!(close(scaled[17], plain[17]));
-        assert!(scaled[19] < plain[19] && scaled[19] > plain[19] / 4.0);
-        assert!(close(yarn.magnitude(), 1.0 + 0.1 * 4f32.ln()));
+            attention_factor: RopeScaling::yarn_attention_factor(factor),
+        };
+        // Qwen2.5 with 131,072 tokens; Llama 2 with 65,536.
+        let qwen = Rope {
+            base: 1e6,
+            dim: 128,
+            ..rope(yarn(4.0, 32_768))
+        };
+        expect(
+            &qwen,
+            &[
+                (0, 1.0),
+                (23, 0.006978305848598663),
+                (24, 0.005375321490790102),
+                (30, 0.0010643609812470017),
+                (39, 6.490394320837028e-5),
+                (40, 4.445698525097307e-5),
+                (63, 3.102344401879299e-7),
+            ],
+        );
+        assert!(close(qwen.magnitude(), 1.138_629_4));
+        let llama = Rope {
+            dim: 128,
+            ..rope(yarn(16.0, 4096))
+        };
+        expect(
+            &llama,
+            &[
+                (20, 0.056234132519034905),
+                (21, 0.046940859997959404),
+                (40, 0.000881788962931567),
+                (45, 0.00015177160473182487),
+                (46, 8.334508951020775e-5),
+                (63, 7.217387404309114e-6),
+            ],
+        );
+        assert!(close(llama.magnitude(), 1.277_258_9));
+        assert_eq!(rope(RopeScaling::Linear { factor: 4.0 }).magnitude(), 1.0);
+    }
+
+    /// The formula is `apply_scaling` of <https://github.com/meta-llama/llama-models>.
+    #[test]
+    fn llama_3_gives_the_published_frequencies_from_the_formula_and_from_factors() {
+        let llama3 = |factor| RopeScaling::Llama3 {
+            factor,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_context: 8192,
+        };
+        // Llama 3.1 8B and Llama 3.2 1B.
+        let large = Rope {
+            base: 5e5,
+            dim: 128,
+            ..rope(llama3(8.0))
+        };
+        let pairs = [
+            (0, 1.0),
+            (20, 0.016560440080994446),
+            (28, 0.0032114459947525913),
+            (29, 0.002166570763503359),
+            (31, 0.0008567514129196321),
+            (34, 0.00017850781276799638),
+            (35, 9.556212353964683e-5),
+            (63, 3.068925988914511e-7),
+        ];
+        expect(&large, &pairs);
+        let small = Rope {
+            base: 5e5,
+            dim: 64,
+            ..rope(llama3(32.0))
+        };
+        expect(
+            &small,
+            &[
+                (14, 0.0032114459947525913),
+                (15, 0.001290547928209264),
+                (17, 9.70828780262767e-5),
+                (31, 9.418306725434909e-8),
+            ],
+        );
+        // As GGUF files have it: one divisor for each pair.
+        let plain = Rope {
+            scaling: RopeScaling::None,
+            ..large.clone()
+        };
+        let scaled = large.frequencies();
+        let factors = plain.frequencies().into_iter().zip(scaled);
+        let from_factors = Rope {
+            freq_factors: Some(factors.map(|(plain, scaled)| plain / scaled).collect()),
+            ..plain
+        };
+        expect(&from_factors, &pairs);
     }
 }
