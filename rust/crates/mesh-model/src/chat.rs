@@ -101,8 +101,29 @@ pub struct ChatTemplate {
     eos: Arc<str>,
 }
 
+/// Gemma's turns, for files whose tokenizer has them and that bring no template. There is no role of the system: what it says
+/// goes before what the user says first.
+const GEMMA: &str = "{{ bos_token }}{% set first = namespace(words='') %}{% for message in messages %}\
+     {% if message['role'] == 'system' %}{% set first.words = message['content'] | trim + '\n\n' %}{% else %}\
+     {% set role = 'model' if message['role'] == 'assistant' else message['role'] %}\
+     {{ '<start_of_turn>' + role + '\n' + first.words + message['content'] | trim + '<end_of_turn>\n' }}\
+     {% set first.words = '' %}{% endif %}{% endfor %}\
+     {% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}";
+
+/// The format to take where a file brings none.
+fn fallback(tokenizer: &Tokenizer) -> &'static str {
+    let turns = ["<start_of_turn>", "<end_of_turn>"];
+    let has_turns = turns.iter().all(|name| {
+        tokenizer
+            .token_id(name)
+            .is_some_and(|id| tokenizer.is_special(id))
+    });
+    if has_turns { GEMMA } else { CHATML }
+}
+
 impl ChatTemplate {
-    /// The template in `tokenizer.chat_template`; ChatML if there is none, see [`ChatTemplate::is_fallback`].
+    /// The template in `tokenizer.chat_template`; if there is none, Gemma's format for a tokenizer with Gemma's turns, else
+    /// ChatML, see [`ChatTemplate::is_fallback`].
     ///
     /// # Errors
     /// If the template does not parse.
@@ -113,7 +134,7 @@ impl ChatTemplate {
             None => String::new(),
         };
         let mut template = Self::new(
-            source.unwrap_or(CHATML),
+            source.unwrap_or_else(|| fallback(tokenizer)),
             &text(tokenizer.bos()),
             &text(tokenizer.eos()),
         )?;
@@ -154,7 +175,7 @@ impl ChatTemplate {
         })
     }
 
-    /// Whether the model file brings no template, so that ChatML is used: the model may never have seen that format.
+    /// Whether the model file brings no template, so that one is used that the model may never have seen.
     pub fn is_fallback(&self) -> bool {
         self.fallback
     }

@@ -20,6 +20,20 @@ fn the_fallback_writes_chatml_and_leaves_the_text_as_it_is() {
 }
 
 #[test]
+fn gemmas_turns_have_no_system_role() {
+    let mut messages = hello();
+    messages.extend([
+        Message::new("assistant", " Hi. "),
+        Message::new("user", "Bye"),
+    ]);
+    assert_eq!(
+        render(GEMMA, &messages).unwrap(),
+        "<s><start_of_turn>user\nBe brief.\n\nHello <b>&amp;</b><end_of_turn>\n<start_of_turn>model\nHi.<end_of_turn>\n\
+         <start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n"
+    );
+}
+
+#[test]
 fn python_methods_and_block_trimming_work_as_in_transformers() {
     let source = "{% for m in messages %}\n    {% if m.role.startswith('u') %}\n{{ m['content'].upper().strip() }}\n    {% endif %}\n{% endfor %}";
     assert_eq!(render(source, &hello()).unwrap(), "HELLO <B>&AMP;</B>\n");
