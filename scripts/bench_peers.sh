@@ -14,6 +14,7 @@ cargo build --release --locked -p mesh-bench --bin peers --bin peer_perplexity -
 cargo build --release --locked -p mesh-model --example random_model
 
 mkdir -p "$cache/bench"
+gemma3=$cache/models/gemma-3-270m-q4_k_m.gguf
 smollm2=$cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
 smollm2_q4_0=$cache/bench/SmolLM2-135M-Instruct.Q4_0.gguf
 [ -f "$smollm2_q4_0" ] ||
@@ -24,12 +25,17 @@ qwen2=$cache/bench/qwen2-1.5b.Q4_0.gguf
 uptime
 printf '\n== perplexity\n'
 "$bin/peer_perplexity" --threads "$threads"
+"$bin/peer_perplexity" --threads "$threads" "$gemma3"
+# Longer than the window that most of its layers see.
+"$bin/peer_perplexity" --threads "$threads" --window 1024 "$gemma3"
 printf '\n== SmolLM2-135M, the same file\n'
 "$bin/peers" --threads "$threads" "$smollm2"
 printf '\n== SmolLM2-135M, every weight exact\n'
 "$bin/peers" --threads "$threads" --exact "$smollm2"
 printf '\n== SmolLM2-135M against the Q4_0 form\n'
 "$bin/peers" --threads "$threads" --anchor-model "$smollm2_q4_0" "$smollm2"
+printf '\n== Gemma 3 270M, the same file\n'
+"$bin/peers" --threads "$threads" --short "$gemma3"
 printf '\n== 1.5 B Qwen2 shape, random weights\n'
 "$bin/peers" --threads "$threads" --short --rounds 5 "$qwen2"
 printf '\n== SmolLM2-135M over three processes, against three rpc-servers\n'

@@ -1,6 +1,7 @@
 //! Perplexity of our engine, with exact and with compact weights, next to llama.cpp's on the same file and text.
 //!
-//! Both score the same tokens: windows of 512, each from an empty context, the second half counted, as llama-perplexity does.
+//! Both score the same tokens: windows of 512 (`--window`), each from an empty context, the second half counted, as
+//! llama-perplexity does. Where a model wants its begin token, that takes the place of a window's first, as there.
 
 use std::path::PathBuf;
 
@@ -12,7 +13,6 @@ use mesh_model::{EncodeOptions, Model};
 use mesh_testkit::paths;
 
 const TEXT: &str = include_str!("../../data/alice.txt");
-const WINDOW: usize = 512;
 
 /// Scores a fixed text with our engine and with llama.cpp
 #[derive(Parser)]
@@ -22,6 +22,9 @@ struct Args {
     /// Threads of each engine
     #[arg(long, default_value_t = 2)]
     threads: usize,
+    /// Tokens in a window
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(4..=2048))]
+    window: u32,
 }
 
 fn main() -> Result<()> {
@@ -32,17 +35,26 @@ fn main() -> Result<()> {
     };
     let model = Model::open(&path)?;
     let tokens = model.tokenizer().encode(TEXT, EncodeOptions::default())?;
-    let windows: Vec<&[u32]> = tokens.chunks_exact(WINDOW).collect();
+    let length = args.window as usize;
+    let mut windows: Vec<Vec<u32>> = tokens.chunks_exact(length).map(<[u32]>::to_vec).collect();
+    if let Some(begin) = model
+        .tokenizer()
+        .bos()
+        .filter(|_| model.tokenizer().adds_bos())
+    {
+        windows.iter_mut().for_each(|window| window[0] = begin);
+    }
     println!(
-        "{} windows of {WINDOW} tokens of {} bytes of text",
+        "{}: {} windows of {length} tokens of {} bytes of text",
+        model.name(),
         windows.len(),
         TEXT.len()
     );
 
-    let mut anchor = Anchor::start(&path, args.threads, WINDOW as u32, 1, true)?;
+    let mut anchor = Anchor::start(&path, args.threads, args.window, 1, true)?;
     let theirs = perplexity(&windows, |window| {
         let ids: Vec<String> = window.iter().map(u32::to_string).collect();
-        let answer = anchor.ask(&format!("ppl {WINDOW} {}", ids.join(" ")))?;
+        let answer = anchor.ask(&format!("ppl {length} {}", ids.join(" ")))?;
         let (sum, count) = answer.split_once(' ').context("llama.cpp's answer")?;
         Ok((sum.parse()?, count.parse()?))
     })?;
@@ -51,9 +63,9 @@ fn main() -> Result<()> {
         let options = OrtOptions {
             threads: args.threads,
             slots: 1,
-            context: WINDOW as u32,
+            context: args.window,
             // Half a window is scored in one step.
-            max_rows: WINDOW as u32,
+            max_rows: args.window,
             compact,
             ..OrtOptions::default()
         };
@@ -70,7 +82,7 @@ fn main() -> Result<()> {
 }
 
 fn perplexity(
-    windows: &[&[u32]],
+    windows: &[Vec<u32>],
     mut score: impl FnMut(&[u32]) -> Result<(f64, usize)>,
 ) -> Result<f64> {
     let (mut sum, mut count) = (0.0, 0);
