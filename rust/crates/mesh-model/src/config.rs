@@ -164,10 +164,10 @@ pub enum ConfigError {
 }
 
 /// Limits far above real models, that keep products of two of them well within a `u64` and an allocation honest.
-const MAX_LAYERS: u64 = 1 << 12;
-const MAX_WIDTH: u64 = 1 << 20;
-const MAX_VOCAB: u64 = 1 << 24;
-const MAX_CONTEXT: u64 = 1 << 27;
+pub(crate) const MAX_LAYERS: u64 = 1 << 12;
+pub(crate) const MAX_WIDTH: u64 = 1 << 20;
+pub(crate) const MAX_VOCAB: u64 = 1 << 24;
+pub(crate) const MAX_CONTEXT: u64 = 1 << 27;
 
 impl ModelConfig {
     /// Reads the shape and checks every tensor against it.
@@ -218,7 +218,10 @@ impl ModelConfig {
                 true => ModelConfig::gemma_embedding_scale(hidden),
                 false => 1.0,
             },
-            norm_offset: 0.0,
+            norm_offset: match gemma && gguf.is_hugging_face() {
+                true => 1.0,
+                false => 0.0,
+            },
             post_norms: gemma,
             activation: match gemma {
                 true => Activation::GeluTanh,

@@ -11,6 +11,7 @@
 pub mod chat;
 pub mod config;
 pub mod gguf;
+pub mod hf;
 mod map;
 pub mod model;
 pub mod safetensors;

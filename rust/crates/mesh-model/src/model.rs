@@ -1,4 +1,4 @@
-//! One model file with everything in it.
+//! One model with everything that belongs to it: a GGUF file, or a folder in Hugging Face's form.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 use crate::chat::{ChatError, ChatTemplate};
 use crate::config::{ConfigError, ModelConfig};
 use crate::gguf::{Gguf, GgufError};
+use crate::hf::{self, HfError};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// A model file, opened and checked: weights, shape, tokenizer and chat template. Cheap to clone.
@@ -46,6 +47,9 @@ pub enum ModelErrorKind {
     /// The file itself.
     #[error(transparent)]
     Gguf(#[from] GgufError),
+    /// A folder in Hugging Face's form.
+    #[error(transparent)]
+    HuggingFace(#[from] HfError),
     /// The shape of the network.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -61,7 +65,8 @@ pub enum ModelErrorKind {
 }
 
 impl Model {
-    /// Opens the GGUF file at `path` and checks all of it but the weights' values.
+    /// Opens the model at `path` and checks all of it but the weights' values: a GGUF file, a folder in Hugging Face's form
+    /// ([`crate::hf`]), or a safetensors file in such a folder.
     ///
     /// # Errors
     /// If anything in it is malformed or unsupported.
@@ -74,11 +79,34 @@ impl Model {
     }
 
     fn load(path: &Path) -> Result<Self, ModelErrorKind> {
+        if path.is_dir() || hf::is_hugging_face(path) {
+            return Self::load_folder(path);
+        }
         let gguf = Gguf::open(path)?;
         let config = ModelConfig::from_gguf(&gguf)?;
         let tokenizer = Tokenizer::from_gguf(&gguf)?;
         let template = ChatTemplate::from_gguf(&gguf, &tokenizer)?;
-        Ok(Model {
+        Ok(Self::of(path, gguf, config, tokenizer, template))
+    }
+
+    fn load_folder(path: &Path) -> Result<Self, ModelErrorKind> {
+        let folder = hf::Folder::open(path)?;
+        let gguf = hf::open(&folder)?;
+        let config = ModelConfig::from_gguf(&gguf).map_err(hf::in_their_words)?;
+        let special = hf::SpecialTokens::read(&folder)?;
+        let tokenizer = Tokenizer::from_hugging_face(&folder.tokenizer()?, &special, config.vocab)?;
+        let template = ChatTemplate::of(special.template.as_deref(), &tokenizer)?;
+        Ok(Self::of(path, gguf, config, tokenizer, template))
+    }
+
+    fn of(
+        path: &Path,
+        gguf: Gguf,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+    ) -> Self {
+        Model {
             inner: Arc::new(Inner {
                 path: path.into(),
                 gguf,
@@ -87,20 +115,20 @@ impl Model {
                 template,
                 fingerprint: OnceLock::new(),
             }),
-        })
+        }
     }
 
-    /// The name that users call the model by: the file's name without `.gguf`.
+    /// The name that users call the model by: the file's name without `.gguf`, or the folder's.
     pub fn name(&self) -> String {
         model_name(&self.inner.path)
     }
 
-    /// Where the file lies.
+    /// Where the file or folder lies.
     pub fn path(&self) -> &Path {
         &self.inner.path
     }
 
-    /// The file.
+    /// Keys and tensors, in GGUF's terms whatever the model's form.
     pub fn gguf(&self) -> &Gguf {
         &self.inner.gguf
     }
@@ -120,7 +148,7 @@ impl Model {
         &self.inner.template
     }
 
-    /// SHA-256 of the file in hexadecimal: two workers with the same fingerprint give the same answers.
+    /// SHA-256 of the file, or over the names and SHA-256 of all files of a folder, in hexadecimal: two workers with the same fingerprint give the same answers.
     ///
     /// Reads the whole file the first time, which takes a good second per gigabyte: call it off the start path, and keep
     /// the result.
@@ -131,11 +159,26 @@ impl Model {
         if let Some(known) = self.inner.fingerprint.get() {
             return Ok(known);
         }
-        let digest = sha256_file(&self.inner.path).map_err(|error| ModelError {
+        let digest = self.digest().map_err(|kind| ModelError {
             path: self.inner.path.clone(),
-            kind: error.into(),
+            kind,
         })?;
         Ok(self.inner.fingerprint.get_or_init(|| digest))
+    }
+
+    fn digest(&self) -> Result<String, ModelErrorKind> {
+        let path = &self.inner.path;
+        Ok(match self.inner.gguf.is_hugging_face() {
+            true => hf::Folder::open(path)?.fingerprint(sha256_file)?,
+            false => sha256_file(path)?,
+        })
+    }
+
+    /// Tells the model its fingerprint, where it was computed before.
+    pub fn know_fingerprint(&self, fingerprint: &str) {
+        self.inner
+            .fingerprint
+            .get_or_init(|| fingerprint.to_owned());
     }
 
     /// The fingerprint, if it is known already.

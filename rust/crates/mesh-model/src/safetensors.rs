@@ -4,7 +4,7 @@
 //! length, and the tensors' bytes. Nothing in it is trusted: header, counts, names, shapes and ranges are checked before
 //! anything is used, and a tensor's bytes are read by value, so that no alignment is needed.
 //!
-//! A file holds tensors and nothing else. The folder around it says what they are.
+//! A file holds tensors and nothing else. The folder around it says what they are: [`crate::hf`].
 
 mod error;
 mod header;
@@ -122,6 +122,11 @@ impl Safetensors {
     /// Tells the system that the mapped pages are no longer needed in memory; they come back when touched.
     pub fn release_pages(&self) {
         self.map.release_pages();
+    }
+
+    /// The bytes behind it, for a model that takes its tensors from several files.
+    pub(crate) fn into_map(self) -> FileMap {
+        self.map
     }
 
     fn view<'a>(&'a self, entry: &'a Entry) -> TensorView<'a> {

@@ -2,6 +2,8 @@
 //!
 //! The files are whole: llama.cpp loads them too.
 
+mod folder;
+mod llama2c;
 mod random;
 
 use std::fs::File;
@@ -12,6 +14,8 @@ use crate::config::Architecture;
 use crate::gguf::writer::{OwnedValue, Writer};
 use crate::gguf::{GgmlType, Gguf, Value};
 
+pub use folder::{tokenizer_json, write_folder};
+pub use llama2c::write_llama2c;
 use random::Random;
 
 /// The shape of a network to make.

@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use mesh_model::hf::{Folder, is_hugging_face};
 use mesh_model::model::model_name;
 use serde::{Deserialize, Serialize};
 
@@ -170,7 +171,7 @@ fn folder_bytes(path: &Path) -> Option<u64> {
 /// If there is none, or several.
 pub fn resolve(name: &str, dirs: &[PathBuf]) -> Result<PathBuf, LocalError> {
     let path = Path::new(name);
-    if path.is_file() {
+    if path.is_file() || is_hugging_face(path) {
         return Ok(path.into());
     }
     let mut models = list(dirs)?;
@@ -251,12 +252,22 @@ impl FingerprintCache {
         FingerprintCache { path: path.into() }
     }
 
-    /// SHA-256 of the file at `path` in hexadecimal, remembered or computed. A cache that cannot be read or written only costs
-    /// time.
+    /// The fingerprint of the model at `path` ([`mesh_model::Model::fingerprint`]), remembered or computed. A cache that cannot be
+    /// read or written only costs time.
     ///
     /// # Errors
-    /// If the file cannot be read.
+    /// If a file cannot be read.
     pub fn fingerprint(&self, path: &Path) -> io::Result<String> {
+        if !is_hugging_face(path) {
+            return self.digest(path);
+        }
+        let folder = Folder::open(path).map_err(io::Error::other)?;
+        let fingerprint = folder.fingerprint(|path| self.digest(path));
+        fingerprint.map_err(io::Error::other)
+    }
+
+    /// SHA-256 of one file in hexadecimal.
+    fn digest(&self, path: &Path) -> io::Result<String> {
         let stamp = Stamp::of(path)?;
         let mut remembered = self.read();
         if let Some(known) = remembered.files.iter().find(|file| file.stamp == stamp) {

@@ -33,6 +33,11 @@ pub fn gemma3() -> Result<PathBuf> {
     fetched("models/gemma-3-270m-q4_k_m.gguf")
 }
 
+/// The stories15M checkpoint with its tokenizer, as llama2.c has them.
+pub fn stories() -> Result<PathBuf> {
+    fetched("models/stories15M.data")
+}
+
 /// A file below the cache folder.
 ///
 /// # Errors

@@ -160,6 +160,8 @@ impl Rope {
             base,
             dim,
             style: match keys.architecture {
+                // A converter turns llama's rows around; in their own files they stand as Qwen's.
+                Architecture::Llama if keys.gguf.is_hugging_face() => RopeStyle::Halves,
                 Architecture::Llama => RopeStyle::Interleaved,
                 Architecture::Qwen2 | Architecture::Qwen3 | Architecture::Gemma3 => {
                     RopeStyle::Halves

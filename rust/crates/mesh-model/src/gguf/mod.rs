@@ -20,12 +20,31 @@ use parse::{Cursor, Index};
 
 /// An open GGUF file: its metadata and its tensors.
 ///
+/// A model in Hugging Face's form is one too, see [`crate::hf`]: its keys are made from the folder's JSON files, its tensors lie
+/// in other files, under the names that they have in GGUF files.
+///
 /// Cheap to open: the header, the keys and the tensor list are read, the tensors' data stays in the file until touched.
 /// See [`Gguf::check_unchanged`] for what happens if somebody writes to the file meanwhile.
 #[derive(Debug)]
 pub struct Gguf {
+    /// The file with the keys, and those that hold tensors of a model in Hugging Face's form.
     map: FileMap,
+    others: Vec<FileMap>,
     index: Index,
+}
+
+/// A tensor in another file.
+#[derive(Debug)]
+pub(crate) struct Elsewhere {
+    pub(crate) name: String,
+    pub(crate) ty: GgmlType,
+    /// The contiguous one first.
+    pub(crate) dims: Vec<u64>,
+    /// Which of the other files.
+    pub(crate) file: usize,
+    /// Where its bytes lie in that file, which was checked to have them.
+    pub(crate) at: usize,
+    pub(crate) len: usize,
 }
 
 /// A tensor and its bytes.
@@ -49,7 +68,11 @@ impl Gguf {
     pub fn open(path: impl AsRef<Path>) -> Result<Self, GgufError> {
         let map = FileMap::open(path.as_ref())?;
         let index = Index::parse(map.bytes())?;
-        Ok(Gguf { map, index })
+        Ok(Gguf {
+            map,
+            others: Vec::new(),
+            index,
+        })
     }
 
     /// Reads a file that is already in memory.
@@ -60,8 +83,55 @@ impl Gguf {
         let index = Index::parse(&bytes)?;
         Ok(Gguf {
             map: FileMap::from_bytes(bytes),
+            others: Vec::new(),
             index,
         })
+    }
+
+    /// A model whose keys are in `head`, a GGUF file in memory, and whose tensors lie in `others` besides. All of them were
+    /// checked to lie within their file, which has as many bytes for each as its type and dimensions ask for.
+    ///
+    /// # Errors
+    /// As [`Gguf::open`], and if two tensors have one name.
+    pub(crate) fn with_tensors(
+        head: Vec<u8>,
+        others: Vec<FileMap>,
+        tensors: Vec<Elsewhere>,
+    ) -> Result<Self, GgufError> {
+        let mut gguf = Gguf {
+            others,
+            ..Self::from_bytes(head)?
+        };
+        let index = &mut gguf.index;
+        for tensor in tensors {
+            let position = index.tensors.len();
+            let name: Box<str> = tensor.name.into();
+            if index
+                .tensor_by_name
+                .insert(name.clone(), position)
+                .is_some()
+            {
+                return Err(GgufError::Duplicate {
+                    kind: "tensor",
+                    name: name.into(),
+                });
+            }
+            index.tensors.push(parse::TensorEntry {
+                name,
+                ty: tensor.ty,
+                dims: tensor.dims,
+                file: 1 + tensor.file,
+                at: tensor.at,
+                len: tensor.len,
+            });
+        }
+        Ok(gguf)
+    }
+
+    /// Whether the tensors lie in other files, in the order of rows that Hugging Face's models have: the elements of a head that
+    /// turn together are half a head apart, where llama's GGUF files have them side by side.
+    pub fn is_hugging_face(&self) -> bool {
+        !self.others.is_empty()
     }
 
     /// Where the file lies; `None` for one read from memory.
@@ -69,9 +139,12 @@ impl Gguf {
         self.map.path()
     }
 
-    /// Length of the file in bytes.
+    /// Length in bytes of the file, or of all files that hold tensors.
     pub fn file_len(&self) -> u64 {
-        self.map.bytes().len() as u64
+        match &*self.others {
+            [] => self.map.len(),
+            others => others.iter().map(FileMap::len).sum(),
+        }
     }
 
     /// The whole file.
@@ -194,21 +267,30 @@ impl Gguf {
     /// # Errors
     /// If it changed or cannot be looked at.
     pub fn check_unchanged(&self) -> Result<(), GgufError> {
-        Ok(self.map.check_unchanged()?)
+        self.maps().try_for_each(FileMap::check_unchanged)?;
+        Ok(())
     }
 
     /// Tells the system that the mapped pages are no longer needed in memory; they come back when touched.
     /// Once weights have been copied out this keeps them from counting twice in the process's resident memory.
     pub fn release_pages(&self) {
-        self.map.release_pages();
+        self.maps().for_each(FileMap::release_pages);
+    }
+
+    fn maps(&self) -> impl Iterator<Item = &FileMap> {
+        std::iter::once(&self.map).chain(&self.others)
     }
 
     fn tensor_at<'a>(&'a self, entry: &'a parse::TensorEntry) -> Tensor<'a> {
+        let map = match entry.file.checked_sub(1) {
+            Some(other) => &self.others[other],
+            None => &self.map,
+        };
         Tensor {
             name: &entry.name,
             ty: entry.ty,
             dims: &entry.dims,
-            data: &self.map.bytes()[entry.at..entry.at + entry.len],
+            data: &map.bytes()[entry.at..entry.at + entry.len],
         }
     }
 

@@ -54,6 +54,8 @@ pub(super) struct TensorEntry {
     pub(super) name: Box<str>,
     pub(super) ty: GgmlType,
     pub(super) dims: Vec<u64>,
+    /// Which of the model's files has its bytes; 0 is the one with the keys.
+    pub(super) file: usize,
     /// Byte position in the file.
     pub(super) at: usize,
     pub(super) len: usize,
@@ -276,6 +278,7 @@ fn place_tensors(
             name,
             ty,
             dims,
+            file: 0,
             at,
             len,
         });

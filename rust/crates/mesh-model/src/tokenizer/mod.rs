@@ -1,10 +1,11 @@
-//! Text to tokens and back, from the tables in a GGUF file.
+//! Text to tokens and back, from the tables in a GGUF file or from a `tokenizer.json`.
 //!
 //! Two families: byte-level BPE (`gpt2`: SmolLM2, Llama 3, Qwen) through the `tokenizers` crate, and SentencePiece's merging
 //! by score (`llama`: Llama 2, TinyLlama, Mistral), which that crate has no model for. Both give the token ids that
 //! llama.cpp gives; its golden files are the test.
 
 mod bpe;
+mod hf;
 mod pre;
 mod special;
 mod spm;
@@ -14,6 +15,7 @@ use crate::gguf::{Gguf, GgufError};
 
 use bpe::Bpe;
 pub(crate) use bpe::byte_char;
+use hf::Hf;
 use special::{Fragment, SpecialTokens};
 use spm::Spm;
 use vocab::{TokenType, Vocab};
@@ -35,6 +37,7 @@ pub struct Tokenizer {
 enum Algorithm {
     Bpe(Box<Bpe>),
     Spm(Box<Spm>),
+    Hf(Box<Hf>),
 }
 
 /// How [`Tokenizer::encode`] treats tokens that are not plain text.
@@ -82,6 +85,20 @@ pub enum TokenizerError {
     PreTokenizer {
         /// What the file says.
         found: String,
+    },
+    /// A `tokenizer.json` that does not parse.
+    #[error("tokenizer.json is malformed: {message}")]
+    Json {
+        /// Where and why.
+        message: String,
+    },
+    /// A part of a `tokenizer.json` that is not known; to leave it out would give wrong tokens without a word.
+    #[error(
+        "the tokenizer uses {what}, which is not supported: choose another model, or a GGUF file of it"
+    )]
+    Unsupported {
+        /// The part.
+        what: String,
     },
     /// Tables that contradict each other.
     #[error("the tokenizer's tables are malformed: {reason}")]
@@ -173,14 +190,17 @@ impl Tokenizer {
         }
         // SentencePiece puts a space before text that begins a sequence or follows a special token.
         let mut after_special = true;
+        let mut begins = true;
         for fragment in self.special.split(text, options.parse_special) {
             match fragment {
                 Fragment::Token(id) => ids.push(id),
                 Fragment::Text(text) => match &self.algorithm {
                     Algorithm::Bpe(bpe) => bpe.encode(text, &mut ids)?,
                     Algorithm::Spm(spm) => spm.encode(text, after_special, &mut ids),
+                    Algorithm::Hf(hf) => hf.encode(text, begins, &mut ids)?,
                 },
             }
+            begins = false;
             after_special = matches!(fragment, Fragment::Token(_));
         }
         if options.add_special && self.add_eos {

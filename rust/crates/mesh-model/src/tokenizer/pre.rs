@@ -33,7 +33,8 @@ enum Kind {
 }
 
 /// Endings after an apostrophe, letters, digits, everything else, space: each word with the one space before it.
-const GPT2: &str = r"'(?:[stmd]|re|ve|ll)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
+pub(super) const GPT2: &str =
+    r"'(?:[stmd]|re|ve|ll)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
 
 /// Runs of CJK ideographs and Hangul, as DeepSeek's older tokenizers bound them.
 const DEEPSEEK_CJK: &str = r"[\x{0800}-\x{9FA5}\x{AC00}-\x{D7FF}]+";

@@ -50,15 +50,31 @@ impl Vocab {
             ))
         })?;
 
-        let mut texts = Packed::with_capacity(tokens.len());
-        let mut bytes = Packed::with_capacity(tokens.len());
-        let mut special = HashMap::new();
-        let mut piece = Vec::new();
+        let mut texts = Vec::with_capacity(tokens.len());
         for (id, text) in strings.enumerate() {
             let text = std::str::from_utf8(text)
                 .map_err(|_| malformed(format!("token {id} is not valid UTF-8")))?;
+            texts.push(text);
+        }
+        if texts.len() != types.len() {
+            return Err(malformed(format!("{KEY} changed while it was read")));
+        }
+        Self::new(family, texts.into_iter().zip(types))
+    }
+
+    /// Tokens by id, each with its text and what it is.
+    pub(super) fn new<'a>(
+        family: Family,
+        tokens: impl ExactSizeIterator<Item = (&'a str, TokenType)>,
+    ) -> Result<Self, TokenizerError> {
+        let mut texts = Packed::with_capacity(tokens.len());
+        let mut bytes = Packed::with_capacity(tokens.len());
+        let mut types = Vec::with_capacity(tokens.len());
+        let mut special = HashMap::new();
+        let mut piece = Vec::new();
+        for (id, (text, ty)) in tokens.enumerate() {
             piece.clear();
-            match (family, types[id]) {
+            match (family, ty) {
                 (_, TokenType::Control | TokenType::Unknown | TokenType::UserDefined) => {
                     piece.extend_from_slice(text.as_bytes());
                     special.insert(text.into(), id as u32);
@@ -76,9 +92,7 @@ impl Vocab {
             }
             texts.push(text.as_bytes())?;
             bytes.push(&piece)?;
-        }
-        if texts.len() != types.len() {
-            return Err(malformed(format!("{KEY} changed while it was read")));
+            types.push(ty);
         }
         Ok(Vocab {
             texts,
@@ -188,10 +202,6 @@ impl Packed {
             .map_err(|_| malformed("the tokens' texts take over 4 GiB".into()))?;
         self.ends.push(end);
         Ok(())
-    }
-
-    fn len(&self) -> usize {
-        self.ends.len()
     }
 
     /// Empty for an index outside.

@@ -1,0 +1,137 @@
+//! What can be wrong with a model folder.
+
+use std::path::PathBuf;
+
+use crate::gguf::GgufError;
+use crate::safetensors::{Dtype, SafetensorsError};
+
+/// Why a model in Hugging Face's form could not be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HfError {
+    /// A file that must be there is not.
+    #[error("{} is missing: {remedy}", path.display())]
+    Missing {
+        /// The file.
+        path: PathBuf,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// A file could not be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Something else than a file.
+    #[error("{} is not a regular file", path.display())]
+    NotAFile {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A file larger than any real one; it was not read.
+    #[error(
+        "{} has {bytes} bytes, over the limit of {limit}: it is damaged or not meant to be read", path.display()
+    )]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        bytes: u64,
+        /// The most that is accepted.
+        limit: u64,
+    },
+    /// A link that leads out of the folder.
+    #[error(
+        "{} is a link to {}, which is outside the model's folder: put the file itself there", path.display(), target.display()
+    )]
+    Outside {
+        /// The file.
+        path: PathBuf,
+        /// Where the link leads.
+        target: PathBuf,
+    },
+    /// A name in the index that is no name of a file in the folder.
+    #[error(
+        "model.safetensors.index.json names the file {name:?}: only .safetensors files in the model's own folder can be named"
+    )]
+    ShardName {
+        /// The name.
+        name: String,
+    },
+    /// JSON that does not parse, or lacks what is needed.
+    #[error("{file} is malformed: {message}")]
+    Json {
+        /// The file.
+        file: String,
+        /// Where and why.
+        message: String,
+    },
+    /// A value that no network has.
+    #[error("{file}: {key:?} is {value}: {reason}")]
+    Value {
+        /// The file.
+        file: &'static str,
+        /// The key.
+        key: String,
+        /// The value.
+        value: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A network of another family.
+    #[error(
+        "architecture {found:?} is not supported: use a model of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, \
+         Qwen3ForCausalLM or Gemma3ForCausalLM"
+    )]
+    Architecture {
+        /// What the file says.
+        found: String,
+    },
+    /// A feature that the engines do not have.
+    #[error("the model needs {feature}, which is not supported: choose another model")]
+    Unsupported {
+        /// The feature.
+        feature: String,
+    },
+    /// A file of weights.
+    #[error("{}: {source}", path.display())]
+    Weights {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: Box<SafetensorsError>,
+    },
+    /// A tensor of a type that the engines cannot compute with.
+    #[error("tensor {tensor:?} has type {dtype}: only F32, F16 and BF16 are supported")]
+    TensorType {
+        /// The tensor.
+        tensor: String,
+        /// Its type.
+        dtype: Dtype,
+    },
+    /// A tensor without elements.
+    #[error("tensor {tensor:?} has no elements: the file is damaged")]
+    Empty {
+        /// The tensor.
+        tensor: String,
+    },
+    /// The index and the files contradict each other.
+    #[error(
+        "model.safetensors.index.json says that tensor {tensor:?} is in {expected:?}, but it is {found}: fetch the model again"
+    )]
+    Index {
+        /// The tensor.
+        tensor: String,
+        /// The file in the index.
+        expected: String,
+        /// Where it is.
+        found: String,
+    },
+    /// The keys and tensors together.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+}

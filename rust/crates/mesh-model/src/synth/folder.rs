@@ -1,0 +1,374 @@
+//! A model in Hugging Face's form, made from one in a GGUF file: what a converter does, the other way round.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::Path;
+
+use half::{bf16, f16};
+use serde_json::{Value, json};
+
+use crate::config::{Architecture, ModelConfig, Rope, RopeScaling, RopeStyle};
+use crate::gguf::{Gguf, Tensor};
+use crate::hf;
+use crate::model::Model;
+use crate::safetensors::{self, Dtype, Planned};
+
+/// Writes `model`, which lies in a GGUF file, to the folder `dir`: `config.json`, `tokenizer.json` and what belongs to it, and
+/// the weights in `shards` files. Matrices have type `dtype` (F32, F16 or BF16), vectors are F32.
+///
+/// # Errors
+/// If a file cannot be written, or the model has what this function does not know: frequency factors, or a pre-tokenizer other
+/// than those of GPT-2, SmolLM, Llama 3 and Qwen.
+pub fn write_folder(model: &Model, dtype: Dtype, shards: usize, dir: &Path) -> io::Result<()> {
+    std::fs::create_dir_all(dir)?;
+    let (gguf, config) = (model.gguf(), model.config());
+    let write = |name: &str, value: Value| {
+        std::fs::write(dir.join(name), serde_json::to_vec_pretty(&value)?)
+    };
+    write("config.json", config_json(config)?)?;
+    write("tokenizer.json", tokenizer_json(gguf)?)?;
+    let tokenizer = model.tokenizer();
+    let text = |id: Option<u32>| {
+        id.map(|id| String::from_utf8_lossy(tokenizer.token_bytes(id)).into_owned())
+    };
+    let template = model.template();
+    write(
+        "tokenizer_config.json",
+        json!({
+            "bos_token": text(tokenizer.bos()),
+            "eos_token": text(tokenizer.eos()),
+            "add_bos_token": tokenizer.adds_bos(),
+            "chat_template": (!template.is_fallback()).then(|| template.source()),
+        }),
+    )?;
+    write(
+        "generation_config.json",
+        json!({"eos_token_id": tokenizer.eos_ids()}),
+    )?;
+    write_weights(gguf, config, dtype, shards.max(1), dir)
+}
+
+fn unknown(what: impl Into<String>) -> io::Error {
+    io::Error::new(io::ErrorKind::Unsupported, what.into())
+}
+
+fn config_json(config: &ModelConfig) -> io::Result<Value> {
+    let (class, kind, activation) = match config.architecture {
+        Architecture::Llama => ("LlamaForCausalLM", "llama", "hidden_act"),
+        Architecture::Qwen2 => ("Qwen2ForCausalLM", "qwen2", "hidden_act"),
+        Architecture::Qwen3 => ("Qwen3ForCausalLM", "qwen3", "hidden_act"),
+        Architecture::Gemma3 => ("Gemma3ForCausalLM", "gemma3_text", "hidden_activation"),
+    };
+    // A llama with a window is a Mistral.
+    let class = match (config.architecture, &config.window) {
+        (Architecture::Llama, Some(_)) => "MistralForCausalLM",
+        _ => class,
+    };
+    let mut json = json!({
+        "architectures": [class],
+        "model_type": kind,
+        "num_hidden_layers": config.layers,
+        "hidden_size": config.hidden,
+        "intermediate_size": config.ffn,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab,
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope.base,
+        "rope_scaling": scaling_json(&config.rope)?,
+        "tie_word_embeddings": config.tied_embeddings,
+    });
+    json[activation] = match config.architecture {
+        Architecture::Gemma3 => "gelu_pytorch_tanh".into(),
+        _ => "silu".into(),
+    };
+    if config.architecture == Architecture::Gemma3 {
+        json["query_pre_attn_scalar"] = config.query_scalar.into();
+    }
+    if let Some(window) = &config.window {
+        let kind = |&has: &bool| {
+            if has {
+                "sliding_attention"
+            } else {
+                "full_attention"
+            }
+        };
+        json["sliding_window"] = window.size.into();
+        json["layer_types"] = window.layers.iter().map(kind).collect();
+        json["rope_local_base_freq"] = window.rope.base.into();
+    }
+    Ok(json)
+}
+
+fn scaling_json(rope: &Rope) -> io::Result<Value> {
+    if rope.freq_factors.is_some() {
+        return Err(unknown("frequency factors have no place in config.json"));
+    }
+    Ok(match rope.scaling {
+        RopeScaling::None => Value::Null,
+        RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
+        RopeScaling::Yarn {
+            factor,
+            original_context,
+            beta_fast,
+            beta_slow,
+            attention_factor,
+        } => json!({
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original_context,
+            "beta_fast": beta_fast,
+            "beta_slow": beta_slow,
+            "attention_factor": attention_factor,
+        }),
+        RopeScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original_context,
+        } => json!({
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low_freq_factor,
+            "high_freq_factor": high_freq_factor,
+            "original_max_position_embeddings": original_context,
+        }),
+    })
+}
+
+/// The token tables as the file has them.
+pub(super) struct Tables {
+    pub(super) tokens: Vec<String>,
+    pub(super) types: Vec<i64>,
+}
+
+pub(super) const UNKNOWN: i64 = 2;
+pub(super) const CONTROL: i64 = 3;
+const USER_DEFINED: i64 = 4;
+
+/// The tokenizer of a GGUF file as the text of a `tokenizer.json`.
+///
+/// # Errors
+/// If its model or pre-tokenizer is not one of the common ones.
+pub fn tokenizer_json(gguf: &Gguf) -> io::Result<Value> {
+    let array = |name: &str| gguf.array(&format!("tokenizer.ggml.{name}")).ok().flatten();
+    let texts = |name: &str| -> Vec<String> {
+        let strings = array(name).and_then(|array| array.strings());
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        strings.into_iter().flatten().map(text).collect()
+    };
+    let tokens = texts("tokens");
+    let mut types: Vec<i64> = array("token_type")
+        .and_then(|array| array.integers())
+        .into_iter()
+        .flatten()
+        .collect();
+    types.resize(tokens.len(), 1);
+    let tables = Tables { tokens, types };
+    match gguf.string("tokenizer.ggml.model").ok().flatten() {
+        Some("gpt2") => {
+            let merges = texts("merges");
+            let pre = gguf.string("tokenizer.ggml.pre").ok().flatten();
+            byte_tokenizer(&tables, merges, pre.unwrap_or("gpt-2"))
+        }
+        Some("llama") => {
+            let scores = array("scores").and_then(|array| array.floats());
+            let scores: Vec<f32> = scores.into_iter().flatten().collect();
+            Ok(sentencepiece_tokenizer(&tables, &scores))
+        }
+        other => Err(unknown(format!("the tokenizer model {other:?}"))),
+    }
+}
+
+impl Tables {
+    fn numbered(&self) -> impl Iterator<Item = (usize, &str, i64)> {
+        let texts = self.tokens.iter().zip(&self.types);
+        texts.enumerate().map(|(id, (text, ty))| (id, &**text, *ty))
+    }
+
+    fn added(&self) -> Value {
+        self.numbered()
+            .filter(|(_, _, ty)| matches!(*ty, CONTROL | USER_DEFINED | UNKNOWN))
+            .map(|(id, text, ty)| {
+                json!({
+                    "id": id, "content": text, "special": ty != USER_DEFINED, "single_word": false,
+                    "lstrip": false, "rstrip": false, "normalized": false,
+                })
+            })
+            .collect()
+    }
+}
+
+fn byte_tokenizer(tables: &Tables, merges: Vec<String>, pre: &str) -> io::Result<Value> {
+    let bytes = |words: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": words});
+    let sequence = |first: Value, words: bool| json!({"type": "Sequence", "pretokenizers": [first, bytes(words)]});
+    let split = |digits: &str| {
+        let pattern = MODERN.replace("DIGITS", digits);
+        let split = json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
+        sequence(split, false)
+    };
+    let pre_tokenizer = match pre {
+        "gpt-2" => bytes(true),
+        "smollm" => sequence(json!({"type": "Digits", "individual_digits": true}), true),
+        "llama-bpe" => split(r"\p{N}{1,3}"),
+        "qwen2" => split(r"\p{N}"),
+        other => return Err(unknown(format!("the pre-tokenizer {other:?}"))),
+    };
+    let vocab: BTreeMap<&str, usize> = tables.numbered().map(|(id, text, _)| (text, id)).collect();
+    Ok(json!({
+        "version": "1.0",
+        "added_tokens": tables.added(),
+        "normalizer": (pre == "qwen2").then(|| json!({"type": "NFC"})),
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": null,
+        "decoder": bytes(true),
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": pre == "llama-bpe"},
+    }))
+}
+
+/// The words of Llama 3 and Qwen, which differ in how many digits make one.
+const MODERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// SentencePiece's merging by score as merging by rank: every pair that makes a token, those with the highest score first.
+pub(super) fn sentencepiece_tokenizer(tables: &Tables, scores: &[f32]) -> Value {
+    let ids: HashMap<&str, usize> = tables.numbered().map(|(id, text, _)| (text, id)).collect();
+    let mut merges = Vec::new();
+    for (id, text, ty) in tables.numbered() {
+        if ty != 1 {
+            continue;
+        }
+        for (cut, _) in text.char_indices().skip(1) {
+            let (left, right) = text.split_at(cut);
+            if let (Some(l), Some(r)) = (ids.get(left), ids.get(right)) {
+                merges.push((scores.get(id).copied().unwrap_or(0.0), *l, *r, left, right));
+            }
+        }
+    }
+    merges.sort_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
+    let merges: Vec<[&str; 2]> = merges.iter().map(|merge| [merge.3, merge.4]).collect();
+    let unknown = tables.numbered().find(|(_, _, ty)| *ty == UNKNOWN);
+    json!({
+        "version": "1.0",
+        "added_tokens": tables.added(),
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "\u{2581}"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "\u{2581}"},
+        ]},
+        "pre_tokenizer": null,
+        "post_processor": null,
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "\u{2581}"}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ]},
+        "model": {
+            "type": "BPE", "vocab": ids, "merges": merges, "byte_fallback": true, "fuse_unk": true,
+            "unk_token": unknown.map(|(_, text, _)| text),
+        },
+    })
+}
+
+fn write_weights(
+    gguf: &Gguf,
+    config: &ModelConfig,
+    dtype: Dtype,
+    shards: usize,
+    dir: &Path,
+) -> io::Result<()> {
+    let mut planned: Vec<(Planned, Tensor<'_>)> = Vec::new();
+    for tensor in gguf.tensors() {
+        let name = hf::their_name(tensor.name)
+            .filter(|_| tensor.name != "rope_freqs.weight")
+            .ok_or_else(|| unknown(format!("tensor {}", tensor.name)))?;
+        let name = match (
+            config.architecture,
+            tensor.name.ends_with(".ffn_norm.weight"),
+        ) {
+            (Architecture::Gemma3, true) => name.replace("post_attention", "pre_feedforward"),
+            _ => name,
+        };
+        let plan = Planned {
+            name,
+            dtype: if tensor.dims.len() == 1 {
+                Dtype::F32
+            } else {
+                dtype
+            },
+            shape: tensor.dims.iter().rev().copied().collect(),
+        };
+        planned.push((plan, tensor));
+    }
+    let mut weight_map = BTreeMap::new();
+    let per_shard = planned.len().div_ceil(shards);
+    let files = planned.len().div_ceil(per_shard);
+    for (i, shard) in planned.chunks(per_shard).enumerate() {
+        let name = match files {
+            1 => "model.safetensors".to_owned(),
+            _ => format!("model-{:05}-of-{files:05}.safetensors", i + 1),
+        };
+        for (plan, _) in shard {
+            weight_map.insert(plan.name.clone(), name.clone());
+        }
+        let plans: Vec<Planned> = shard.iter().map(|(plan, _)| plan.clone()).collect();
+        let mut out = BufWriter::with_capacity(1 << 20, File::create(dir.join(name))?);
+        safetensors::write(&mut out, &plans, |plan, out| {
+            let tensor = shard.iter().find(|(other, _)| other.name == plan.name);
+            let (_, tensor) = tensor.expect("one of those planned");
+            put(&values(config, tensor), plan.dtype, out)
+        })?;
+    }
+    if files > 1 {
+        let index = json!({"metadata": {}, "weight_map": weight_map});
+        let index = serde_json::to_vec_pretty(&index)?;
+        std::fs::write(dir.join("model.safetensors.index.json"), index)?;
+    }
+    Ok(())
+}
+
+/// The elements in the order and form of the folder.
+fn values(config: &ModelConfig, tensor: &Tensor<'_>) -> Vec<f32> {
+    let mut values = tensor.to_f32();
+    let norm = tensor.name.ends_with("norm.weight");
+    if config.architecture == Architecture::Gemma3 && norm {
+        values.iter_mut().for_each(|value| *value -= 1.0);
+    }
+    let turns = tensor.name.ends_with("attn_q.weight")
+        || tensor.name.ends_with("attn_k.weight")
+        || tensor.name.ends_with("attn_q.bias")
+        || tensor.name.ends_with("attn_k.bias");
+    if !turns || config.rope.style != RopeStyle::Interleaved {
+        return values;
+    }
+    // Rows 2i and 2i + 1 of a head turn together in the file; in the folder they are half a head apart.
+    let row = match tensor.dims.len() {
+        1 => 1,
+        _ => tensor.dims[0] as usize,
+    };
+    let half = config.head_dim / 2;
+    let heads = values.chunks_exact(config.head_dim * row);
+    let turned = |head: &[f32]| -> Vec<f32> {
+        (0..config.head_dim)
+            .flat_map(|to| {
+                let from = 2 * (to % half) + to / half;
+                head[from * row..][..row].to_vec()
+            })
+            .collect()
+    };
+    heads.flat_map(turned).collect()
+}
+
+fn put(values: &[f32], dtype: Dtype, out: &mut dyn Write) -> io::Result<()> {
+    let mut bytes = Vec::with_capacity(values.len() * dtype.size() as usize);
+    for &value in values {
+        match dtype {
+            Dtype::F32 => bytes.extend(value.to_le_bytes()),
+            Dtype::F16 => bytes.extend(f16::from_f32(value).to_le_bytes()),
+            Dtype::BF16 => bytes.extend(bf16::from_f32(value).to_le_bytes()),
+            other => return Err(unknown(format!("weights of type {other}"))),
+        }
+    }
+    out.write_all(&bytes)
+}
