@@ -283,6 +283,8 @@ impl<'a> Sizes<'a> {
                 WeightFormat::Int4 if tensor.name.starts_with("blk.") => {
                     stored.min(tensor.elements() / 32 * 20)
                 }
+                // Floats outside of the layers become Q8_0.
+                WeightFormat::Int4 if tensor.ty.block_size() == 1 => tensor.elements() / 32 * 34,
                 WeightFormat::Int4 => stored,
             }
         };

@@ -43,6 +43,7 @@
 //! access why type and length are right, and keeps inputs apart from the outputs that may lie on the same memory.
 
 mod backend;
+mod cache;
 mod check;
 mod device;
 mod graph;
@@ -59,6 +60,7 @@ mod tensors;
 mod weights;
 
 pub use backend::{Backend, NoSuchBackend, Opened, open};
+pub use cache::WeightCache;
 pub use device::{Device, DeviceStage, Precision};
 pub use options::{LoadError, OrtOptions, WeightFormat};
 pub use provider::Provider;

@@ -2,6 +2,10 @@
 
 use std::path::PathBuf;
 
+use mesh_model::Model;
+
+use crate::cache::WeightCache;
+
 /// How to load a stage.
 #[derive(Debug, Clone)]
 pub struct OrtOptions {
@@ -22,6 +26,9 @@ pub struct OrtOptions {
     pub compact: bool,
     /// What the weights are held as. Stages of one model may differ in it: each computes what its own weights say.
     pub weights: WeightFormat,
+    /// Where weights that are quantised while they are loaded are kept for the next time; `None` for nowhere. Weights that are
+    /// integers in the file are not kept: to change their format takes hardly longer than to read it.
+    pub cache: Option<WeightCache>,
     /// Measure the time spent in each operator, see [`OrtStage::profile`](crate::OrtStage::profile).
     pub profile: bool,
 }
@@ -36,6 +43,7 @@ impl Default for OrtOptions {
             max_rows: 128,
             compact: true,
             weights: WeightFormat::File,
+            cache: None,
             profile: false,
         }
     }
@@ -49,14 +57,24 @@ pub enum WeightFormat {
     File,
     /// All matrices as Q8_0: for processors that multiply bytes faster than they unpack nibbles.
     Int8,
-    /// The layers' matrices as Q4_1 where the file has more than 4 bits; embedding and output stay as they are, since they are
-    /// what a small model can least afford to lose bits of.
+    /// The layers' matrices as Q4_1 where the file has more than 4 bits; embedding and output stay as they are, or become Q8_0
+    /// where they are floats, since they are what a small model can least afford to lose bits of.
     Int4,
 }
 
 impl WeightFormat {
     /// All of them.
     pub const ALL: [WeightFormat; 3] = [WeightFormat::File, WeightFormat::Int8, WeightFormat::Int4];
+
+    /// The format for a model that nobody chose one for: a file of integers stays as it is, floats become 8-bit integers. That
+    /// halves the bytes of bf16, and with them the time of a decode step, and perplexity does not change (docs/benchmarks.md);
+    /// 4 bits would change it.
+    pub fn suited(model: &Model) -> WeightFormat {
+        match has_floats(model) {
+            true => WeightFormat::Int8,
+            false => WeightFormat::File,
+        }
+    }
 
     /// `file`, `int8` or `int4`.
     pub fn name(self) -> &'static str {
@@ -73,6 +91,12 @@ impl WeightFormat {
             .into_iter()
             .find(|format| format.name() == name)
     }
+}
+
+/// Whether the layers' matrices are floats in the file.
+pub(crate) fn has_floats(model: &Model) -> bool {
+    let tensor = model.gguf().tensor("blk.0.ffn_up.weight");
+    tensor.is_some_and(|tensor| tensor.ty.block_size() == 1)
 }
 
 /// Why a stage could not be loaded.

@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use half::f16;
-use mesh_kernels::{Pool, WeightType};
+use mesh_kernels::Pool;
 use mesh_model::gguf::Tensor;
 use mesh_model::{GgmlType, dequantize};
 
@@ -17,18 +17,20 @@ pub(crate) fn requantise(
     tensor: &Tensor<'_>,
     inputs: usize,
     pool: &Pool,
-) -> Option<(WeightType, Vec<u8>)> {
+) -> Option<(GgmlType, Vec<u8>)> {
     let four_bits = matches!(tensor.ty, GgmlType::Q4_0 | GgmlType::Q4_1 | GgmlType::Q4_K);
+    let floats = tensor.ty.block_size() == 1;
     let ty = match format {
-        WeightFormat::Int8 if tensor.ty != GgmlType::Q8_0 => WeightType::Q8_0,
-        WeightFormat::Int4 if in_layer && !four_bits => WeightType::Q4_1,
+        WeightFormat::Int8 if tensor.ty != GgmlType::Q8_0 => GgmlType::Q8_0,
+        WeightFormat::Int4 if in_layer && !four_bits => GgmlType::Q4_1,
+        WeightFormat::Int4 if !in_layer && floats => GgmlType::Q8_0,
         _ => return None,
     };
     if inputs == 0 || !inputs.is_multiple_of(BLOCK) {
         return None;
     }
     let rows = tensor.elements() as usize / inputs;
-    let row_bytes = ty.row_bytes(inputs).ok()?;
+    let row_bytes = ty.bytes_for(inputs as u64)? as usize;
     let source_bytes = tensor.ty.bytes_for(inputs as u64)? as usize;
     let mut out = vec![0; rows.checked_mul(row_bytes)?];
     let tasks: Vec<Mutex<&mut [u8]>> = out
@@ -45,9 +47,9 @@ pub(crate) fn requantise(
         {
             dequantize(tensor.ty, source, &mut row).expect("a whole row of the tensor's type");
             let (blocks, _) = row.as_chunks::<BLOCK>();
-            for (out, block) in out.chunks_mut(ty.block_bytes()).zip(blocks) {
+            for (out, block) in out.chunks_mut(ty.type_size()).zip(blocks) {
                 match ty {
-                    WeightType::Q8_0 => q8_0(block, out),
+                    GgmlType::Q8_0 => q8_0(block, out),
                     _ => q4_1(block, out),
                 }
             }
@@ -158,7 +160,12 @@ mod tests {
         assert!(requantise(WeightFormat::File, true, &eight, 32, &pool).is_none());
         assert!(requantise(WeightFormat::Int4, false, &eight, 32, &pool).is_none());
         let (ty, data) = requantise(WeightFormat::Int4, true, &eight, 32, &pool).expect("fewer");
-        assert_eq!((ty, data), (WeightType::Q4_1, vec![0; 40]));
+        assert_eq!((ty, data), (GgmlType::Q4_1, vec![0; 40]));
+        // Floats outside of the layers keep 8 bits.
+        let floats = bytes(&weights(2, 32));
+        let floats = tensor(GgmlType::F32, &[32, 2], &floats);
+        let (ty, _) = requantise(WeightFormat::Int4, false, &floats, 32, &pool).expect("fewer");
+        assert_eq!(ty, GgmlType::Q8_0);
         // Rows of 33 are not whole blocks.
         let odd = bytes(&weights(1, 66));
         let odd = tensor(GgmlType::F32, &[33, 2], &odd);

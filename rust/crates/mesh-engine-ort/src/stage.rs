@@ -59,6 +59,7 @@ impl OrtStage {
                 ..PackOptions::default()
             },
             options.weights,
+            options.cache.as_ref(),
         )?;
         let kv = Kv::new(KvShape {
             layers: layers.len(),

@@ -1,11 +1,16 @@
 //! The weights of a stage, packed for the kernels.
+//!
+//! Layer by layer, each matrix on all threads: what is held besides the packed weights is one matrix in its new form, or one
+//! layer's where they are kept on disk for the next time.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use mesh_kernels::{PackOptions, Pool, QMatrix, WeightType};
 use mesh_model::{GgmlType, Gguf, Model, ModelConfig, dequantize};
 
-use crate::options::{LoadError, WeightFormat};
+use crate::cache::{Entry, Quantised, WeightCache};
+use crate::options::{LoadError, WeightFormat, has_floats};
 use crate::requantise::requantise;
 
 /// The weights of a range of layers, and of embedding and head where the range has them.
@@ -49,29 +54,40 @@ impl Weights {
         pool: &Pool,
         options: PackOptions,
         format: WeightFormat,
+        cache: Option<&WeightCache>,
     ) -> Result<Weights, LoadError> {
+        let entry = match cache {
+            Some(cache) if format != WeightFormat::File && has_floats(model) => {
+                let fingerprint = model.fingerprint();
+                let fingerprint =
+                    fingerprint.map_err(|error| LoadError::Model(error.to_string()))?;
+                Some(Entry::new(cache, fingerprint, format))
+            }
+            _ => None,
+        };
         let loader = Loader {
             gguf: model.gguf(),
             config: model.config(),
             pool,
             options,
             format,
+            entry,
+            group: RefCell::default(),
         };
         let first = layers.start == 0;
         let last = layers.end == loader.config.layers;
         let packed = layers
-            .map(|layer| loader.layer(layer))
+            .map(|layer| loader.group(&format!("blk.{layer}"), || loader.layer(layer)))
             .collect::<Result<_, _>>()?;
-        let head = last.then(|| loader.head()).transpose()?;
-        let shared = head.is_some() && loader.config.tied_embeddings;
-        let embedding = (first && !shared)
-            .then(|| loader.matrix("token_embd.weight"))
+        let tied = loader.config.tied_embeddings;
+        let output = if tied { EMBEDDING } else { "output" };
+        let head = last
+            .then(|| loader.group(output, || loader.head()))
             .transpose()?;
-        loader
-            .gguf
-            .check_unchanged()
-            .map_err(|error| LoadError::Model(error.to_string()))?;
-        loader.gguf.release_pages();
+        let embedding = (first && !(last && tied))
+            .then(|| loader.group(EMBEDDING, || loader.matrix("token_embd.weight")))
+            .transpose()?;
+        loader.check_unchanged()?;
         Ok(Weights {
             layers: packed,
             embedding,
@@ -105,15 +121,61 @@ impl Weights {
     }
 }
 
+/// The group of the embedding's matrix, which may be the output's, too.
+const EMBEDDING: &str = "token_embd";
+
 struct Loader<'a> {
     gguf: &'a Gguf,
     config: &'a ModelConfig,
     pool: &'a Pool,
     options: PackOptions,
     format: WeightFormat,
+    /// Where quantised matrices are kept, if they are.
+    entry: Option<Entry>,
+    group: RefCell<Group>,
+}
+
+/// The matrices that are being loaded together.
+#[derive(Default)]
+struct Group {
+    /// As they were kept.
+    kept: Option<Gguf>,
+    /// To be kept.
+    fresh: Vec<Quantised>,
 }
 
 impl Loader<'_> {
+    /// Loads what belongs together, with quantised matrices as they were kept; if there are none, they are kept now.
+    fn group<T>(
+        &self,
+        name: &str,
+        load: impl FnOnce() -> Result<T, LoadError>,
+    ) -> Result<T, LoadError> {
+        let kept = self.entry.as_ref().and_then(|entry| entry.read(name));
+        *self.group.borrow_mut() = Group {
+            kept,
+            fresh: Vec::new(),
+        };
+        let loaded = load()?;
+        let Group { kept, fresh } = self.group.take();
+        if let Some(entry) = &self.entry
+            && kept.is_none()
+            && !fresh.is_empty()
+        {
+            // What was made from a file that somebody writes to is not kept.
+            self.check_unchanged()?;
+            entry.write(name, &fresh);
+        }
+        // So that the file does not count twice.
+        self.gguf.release_pages();
+        Ok(loaded)
+    }
+
+    fn check_unchanged(&self) -> Result<(), LoadError> {
+        let checked = self.gguf.check_unchanged();
+        checked.map_err(|error| LoadError::Model(error.to_string()))
+    }
+
     fn layer(&self, layer: u32) -> Result<LayerWeights, LoadError> {
         let name = |suffix: &str| format!("blk.{layer}.{suffix}");
         let matrix = |suffix: &str| self.matrix(&name(suffix));
@@ -180,7 +242,6 @@ impl Loader<'_> {
             ty: format!("{:?}", tensor.ty),
             message,
         };
-        let ty = weight_type(tensor.ty);
         let &[inputs, outputs] = tensor.dims else {
             return Err(failed(format!(
                 "{} dimensions instead of 2",
@@ -188,14 +249,36 @@ impl Loader<'_> {
             )));
         };
         let (outputs, inputs) = (outputs as usize, inputs as usize);
-        let in_layer = name.starts_with("blk.");
-        let changed = requantise(self.format, in_layer, &tensor, inputs, self.pool);
-        let (ty, data) = match &changed {
-            Some((ty, data)) => (*ty, data.as_slice()),
-            None => (ty, tensor.data),
-        };
-        QMatrix::pack_with(self.pool, ty, outputs, inputs, data, self.options)
+        let pack = |ty, data: &[u8]| {
+            QMatrix::pack_with(
+                self.pool,
+                weight_type(ty),
+                outputs,
+                inputs,
+                data,
+                self.options,
+            )
             .map_err(|error| failed(error.to_string()))
+        };
+        let mut group = self.group.borrow_mut();
+        let kept = group.kept.as_ref().and_then(|kept| kept.tensor(name));
+        if let Some(kept) = kept.filter(|kept| kept.dims == tensor.dims) {
+            return pack(kept.ty, kept.data);
+        }
+        let in_layer = name.starts_with("blk.");
+        let Some((ty, data)) = requantise(self.format, in_layer, &tensor, inputs, self.pool) else {
+            return pack(tensor.ty, tensor.data);
+        };
+        let packed = pack(ty, &data)?;
+        if self.entry.is_some() {
+            group.fresh.push(Quantised {
+                name: name.into(),
+                ty,
+                dims: tensor.dims.into(),
+                data,
+            });
+        }
+        Ok(packed)
     }
 
     /// The weight of a norm.

@@ -1,0 +1,332 @@
+//! Weights that were quantised at a load, kept on disk for the next one.
+//!
+//! ```text
+//! <folder>/<fingerprint>-<format>-v1/blk.7.gguf     the matrices of a layer
+//!                                   token_embd.gguf, output.gguf
+//! ```
+//!
+//! One GGUF file for each layer, so that stages with other ranges of layers share them, and read as any GGUF file is: a second
+//! start is as fast as with a model that was quantised before. A file is written under another name, synced and renamed, so that
+//! it is there whole or not at all. It is checked before use (a checksum over everything that is used) and passed over if
+//! anything is wrong with it. What is used least recently goes first when the folder would outgrow its limit.
+//!
+//! The fingerprint is over all files of the model; whoever can write to this folder can write to the worker's state anyway, so
+//! the checksum is against accidents.
+
+use std::fs::{self, File};
+use std::hash::Hasher;
+use std::io::{self, BufWriter};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use mesh_model::gguf::Writer;
+use mesh_model::gguf::writer::OwnedValue;
+use mesh_model::{GgmlType, Gguf};
+use twox_hash::XxHash3_64;
+
+use crate::options::WeightFormat;
+
+/// Changes when the same weights would be quantised to other bytes.
+const VERSION: u32 = 1;
+
+const CHECKSUM: &str = "hydramesh.checksum";
+/// Free disk space that is left alone.
+const SPARE: u64 = 1 << 30;
+/// A file under its temporary name that is older than this was left behind by a process that died.
+const STALE: Duration = Duration::from_secs(3600);
+
+/// Where quantised weights are kept, and how many bytes of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WeightCache {
+    /// The folder; it is made when it is needed.
+    pub folder: PathBuf,
+    /// Most bytes of all files in it.
+    pub limit: u64,
+}
+
+/// A matrix that was quantised.
+#[derive(Debug, Clone)]
+pub(crate) struct Quantised {
+    pub(crate) name: String,
+    pub(crate) ty: GgmlType,
+    pub(crate) dims: Vec<u64>,
+    pub(crate) data: Vec<u8>,
+}
+
+/// The part of a [`WeightCache`] that belongs to one model in one format.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    cache: WeightCache,
+    folder: PathBuf,
+}
+
+impl Entry {
+    /// The entry of the model with this fingerprint.
+    pub(crate) fn new(cache: &WeightCache, fingerprint: &str, format: WeightFormat) -> Entry {
+        let name = format!("{fingerprint}-{}-v{VERSION}", format.name());
+        Entry {
+            folder: cache.folder.join(name),
+            cache: cache.clone(),
+        }
+    }
+
+    /// The matrices of a group (`blk.7`), if they are here and whole.
+    pub(crate) fn read(&self, group: &str) -> Option<Gguf> {
+        let path = self.path(group);
+        let gguf = match path.exists() {
+            true => Gguf::open(&path).map_err(|error| error.to_string()),
+            false => return None,
+        };
+        let checked = gguf.and_then(|gguf| match gguf.unsigned(CHECKSUM) {
+            Ok(Some(wanted)) if wanted == checksum_of(&gguf) => Ok(gguf),
+            Ok(_) => Err("its checksum is another".to_owned()),
+            Err(error) => Err(error.to_string()),
+        });
+        match checked {
+            Ok(gguf) => {
+                // Its time says when it was used.
+                let now = SystemTime::now();
+                let _ = File::open(&self.folder).and_then(|folder| folder.set_modified(now));
+                Some(gguf)
+            }
+            Err(reason) => {
+                tracing::warn!(path = %path.display(), reason, "quantised weights are damaged: they are made anew");
+                None
+            }
+        }
+    }
+
+    /// Keeps the matrices of a group. A failure costs time at the next start only.
+    pub(crate) fn write(&self, group: &str, matrices: &[Quantised]) {
+        let path = self.path(group);
+        if let Err(error) = self.try_write(&path, matrices) {
+            tracing::warn!(path = %path.display(), %error, "quantised weights are not kept");
+        }
+    }
+
+    fn try_write(&self, path: &Path, matrices: &[Quantised]) -> io::Result<()> {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let bytes: u64 = matrices.iter().map(|matrix| matrix.data.len() as u64).sum();
+        fs::create_dir_all(&self.folder)?;
+        self.make_room(bytes)?;
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let temporary = path.with_extension(format!("{}-{number}.tmp", std::process::id()));
+        let written = write_file(&temporary, matrices).and_then(|()| fs::rename(&temporary, path));
+        if written.is_err() {
+            let _ = fs::remove_file(&temporary);
+        }
+        written?;
+        // The name itself survives a loss of power, too.
+        File::open(&self.folder)?.sync_all()
+    }
+
+    /// Removes what is used least recently until `bytes` more fit the limit; fails if they do not, or if the disk is full.
+    fn make_room(&self, bytes: u64) -> io::Result<()> {
+        let mut others = Vec::new();
+        let mut total = 0;
+        for item in fs::read_dir(&self.cache.folder)? {
+            let folder = item?.path();
+            let size = size(&folder);
+            total += size;
+            if folder != self.folder {
+                let used = fs::metadata(&folder).and_then(|metadata| metadata.modified());
+                others.push((used.unwrap_or(SystemTime::UNIX_EPOCH), folder, size));
+            }
+        }
+        others.sort();
+        let mut others = others.into_iter();
+        while total.saturating_add(bytes) > self.cache.limit {
+            let Some((_, folder, size)) = others.next() else {
+                return Err(io::Error::new(
+                    io::ErrorKind::StorageFull,
+                    format!(
+                        "{total} bytes are kept, and at most {} may be",
+                        self.cache.limit
+                    ),
+                ));
+            };
+            tracing::info!(folder = %folder.display(), bytes = size, "quantised weights go that were not used for longest");
+            fs::remove_dir_all(&folder)?;
+            total -= size;
+        }
+        let disk = nix::sys::statvfs::statvfs(&self.cache.folder)?;
+        let free = disk.blocks_available().saturating_mul(disk.fragment_size());
+        if free < bytes.saturating_add(SPARE) {
+            let text = format!("only {free} bytes are free on the disk");
+            return Err(io::Error::new(io::ErrorKind::StorageFull, text));
+        }
+        Ok(())
+    }
+
+    fn path(&self, group: &str) -> PathBuf {
+        self.folder.join(format!("{group}.gguf"))
+    }
+}
+
+fn write_file(path: &Path, matrices: &[Quantised]) -> io::Result<()> {
+    let mut writer = Writer::new();
+    writer.key(
+        CHECKSUM,
+        OwnedValue::U64(checksum(
+            matrices
+                .iter()
+                .map(|matrix| (&*matrix.name, matrix.ty, &*matrix.dims, &*matrix.data)),
+        )),
+    );
+    for matrix in matrices {
+        writer.tensor(&matrix.name, matrix.ty, &matrix.dims);
+    }
+    let mut out = BufWriter::with_capacity(1 << 20, File::create_new(path)?);
+    let mut data = matrices.iter();
+    writer.write(&mut out, |_, _, _, out| {
+        out.write_all(data.next().map_or(&[], |matrix| &matrix.data))
+    })?;
+    out.into_inner()?.sync_all()
+}
+
+fn checksum_of(gguf: &Gguf) -> u64 {
+    checksum(
+        gguf.tensors()
+            .map(|tensor| (tensor.name, tensor.ty, tensor.dims, tensor.data)),
+    )
+}
+
+fn checksum<'a>(matrices: impl Iterator<Item = (&'a str, GgmlType, &'a [u64], &'a [u8])>) -> u64 {
+    let mut hasher = XxHash3_64::new();
+    for (name, ty, dims, data) in matrices {
+        hasher.write(name.as_bytes());
+        hasher.write(&ty.id().to_le_bytes());
+        dims.iter().for_each(|dim| hasher.write(&dim.to_le_bytes()));
+        hasher.write(data);
+    }
+    hasher.finish()
+}
+
+/// Bytes of the files in a folder. Temporary files that nobody writes any more are removed.
+fn size(folder: &Path) -> u64 {
+    let Ok(items) = fs::read_dir(folder) else {
+        return 0;
+    };
+    let mut total = 0;
+    for item in items.flatten() {
+        let Ok(metadata) = item.metadata() else {
+            continue;
+        };
+        let age = metadata
+            .modified()
+            .ok()
+            .and_then(|time| time.elapsed().ok());
+        let temporary = item
+            .path()
+            .extension()
+            .is_some_and(|extension| extension == "tmp");
+        if temporary && age.is_some_and(|age| age > STALE) {
+            let _ = fs::remove_file(item.path());
+            continue;
+        }
+        total += metadata.len();
+    }
+    total
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matrix(name: &str, byte: u8) -> Quantised {
+        Quantised {
+            name: name.into(),
+            ty: GgmlType::Q8_0,
+            dims: vec![32, 2],
+            data: vec![byte; 68],
+        }
+    }
+
+    fn entry(folder: &Path, limit: u64, fingerprint: &str) -> Entry {
+        let cache = WeightCache {
+            folder: folder.join("weights"),
+            limit,
+        };
+        Entry::new(&cache, fingerprint, WeightFormat::Int8)
+    }
+
+    #[test]
+    fn what_was_kept_is_read_back_and_what_is_damaged_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let entry = entry(dir.path(), 1 << 20, "f");
+        assert!(entry.read("blk.0").is_none());
+        entry.write("blk.0", &[matrix("a", 1), matrix("b", 2)]);
+        let read = entry.read("blk.0").expect("whole");
+        assert_eq!(read.tensor("b").unwrap().data, [2; 68]);
+        assert_eq!(
+            fs::read_dir(&entry.folder).unwrap().count(),
+            1,
+            "nothing else is left"
+        );
+
+        let path = entry.path("blk.0");
+        let whole = fs::read(&path).unwrap();
+        // Every bit counts but those of the padding, which nobody reads.
+        let data =
+            read.tensor("a").unwrap().data.as_ptr() as usize - read.bytes().as_ptr() as usize;
+        for at in [0, 8, 30, data - 60, data, data + 67, whole.len() - 1] {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 4;
+            fs::write(&path, damaged).unwrap();
+            let read = entry.read("blk.0");
+            let same = read.is_some_and(|read| read.tensor("a").is_some_and(|a| a.data == [1; 68]));
+            assert!(!same || (30..data).contains(&at), "byte {at}");
+        }
+        fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+        assert!(entry.read("blk.0").is_none(), "cut short");
+        fs::write(&path, b"").unwrap();
+        assert!(entry.read("blk.0").is_none(), "empty");
+        entry.write("blk.0", &[matrix("a", 1)]);
+        assert!(entry.read("blk.0").is_some(), "made anew");
+    }
+
+    #[test]
+    fn the_model_that_was_used_least_recently_goes_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let limit = 800;
+        let one = entry(dir.path(), limit, "one");
+        one.write("blk.0", &[matrix("a", 1)]);
+        let bytes = size(&one.folder);
+        assert!((100..limit / 3).contains(&bytes), "{bytes}");
+        let aged = |entry: &Entry, seconds| {
+            let time = SystemTime::now() - Duration::from_secs(seconds);
+            File::open(&entry.folder)
+                .unwrap()
+                .set_modified(time)
+                .unwrap();
+        };
+        let two = entry(dir.path(), limit, "two");
+        two.write("blk.0", &[matrix("a", 2)]);
+        aged(&one, 100);
+        aged(&two, 200);
+        assert!(one.read("blk.0").is_some());
+        let three = entry(dir.path(), limit, "three");
+        (0..3).for_each(|group| three.write(&format!("blk.{group}"), &[matrix("a", 3)]));
+        let there = [&one, &two, &three].map(|entry| entry.folder.exists());
+        assert_eq!(there, [true, false, true]);
+        let total = [&one, &three]
+            .map(|entry| size(&entry.folder))
+            .iter()
+            .sum::<u64>();
+        assert!(total <= limit, "{total}");
+        // Of its own files none goes for another.
+        (3..9).for_each(|group| three.write(&format!("blk.{group}"), &[matrix("a", 3)]));
+        assert!(size(&three.folder) <= limit && three.read("blk.0").is_some());
+        assert!(three.read("blk.8").is_none());
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_written_costs_time_only() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("weights"), "a file").unwrap();
+        let entry = entry(dir.path(), 1 << 20, "f");
+        entry.write("blk.0", &[matrix("a", 1)]);
+        assert!(entry.read("blk.0").is_none());
+    }
+}
