@@ -425,7 +425,7 @@ impl Keys<'_> {
         if let Some(scale) = self.positive("attention.scale")? {
             return Ok(1.0 / (scale * scale));
         }
-        // Files of the 27B model do not say that its heads are wider than what it divides by: readers know it by its layers.
+        // Files of the 27B model do not say that it divides by more than its heads' width: readers know it by its layers.
         Ok(
             match self.architecture == Architecture::Gemma3 && layers == 62 {
                 true => hidden as f32 / heads as f32,
