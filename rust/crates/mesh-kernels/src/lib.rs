@@ -3,6 +3,7 @@
 //! - [`QMatrix`] holds weights of any GGUF type, repacked so that 16 outputs lie side by side (layout.rs); [`linear`],
 //!   [`gate_up`] and [`feed_forward`] multiply with it, with norm, bias, residual and activation fused in.
 //! - [`attention`] rotates, stores and attends over a [`KvCache`] of f16 rows, one contiguous region per slot.
+//! - [`encode_attention`] and [`layer_norm`] are for encoders: sequences of any lengths side by side, each attending to all of itself.
 //! - [`Pool`] runs the loops; every operator takes one, and its [`Isa`].
 //!
 //! **Rows are independent, bit for bit.** A row's result is made by the same operations in the same order whatever other rows
@@ -19,6 +20,7 @@
 //! output buffers written by the tasks of one loop in disjoint parts, and the memory of buffers and caches.
 
 mod attention;
+mod encoder;
 mod error;
 mod gemm;
 mod isa;
@@ -34,6 +36,7 @@ mod rope;
 mod simd;
 
 pub use attention::{Attention, KvCache, KvSegment, KvShape, attention};
+pub use encoder::{encode_attention, layer_norm};
 pub use error::KernelError;
 pub use gemm::acts::RmsNorm;
 pub use isa::Isa;

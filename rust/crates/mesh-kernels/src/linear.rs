@@ -10,7 +10,7 @@ use crate::mem::{Buffer, Shared};
 use crate::simd::{self, Kernel, LANES, Simd};
 use crate::{KernelError, Pool, add_rms_norm, rms_norm};
 
-/// What a feed-forward layer does with its gate.
+/// A function of single numbers, between the halves of a feed-forward layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Activation {
     /// `x / (1 + e^-x)`.
@@ -18,6 +18,22 @@ pub enum Activation {
     Silu,
     /// GELU in its tanh form.
     GeluTanh,
+    /// GELU itself: `x Φ(x)` with the normal distribution's Φ.
+    Gelu,
+    /// `max(x, 0)`.
+    Relu,
+}
+
+impl Activation {
+    #[inline(always)]
+    pub(crate) fn apply<S: Simd>(self, s: S, x: S::F) -> S::F {
+        match self {
+            Activation::Silu => s.silu(x),
+            Activation::GeluTanh => s.gelu_tanh(x),
+            Activation::Gelu => s.gelu(x),
+            Activation::Relu => s.max(x, s.splat(0.0)),
+        }
+    }
 }
 
 /// The first half of a gated feed-forward layer.
@@ -51,7 +67,9 @@ pub struct Linear<'a> {
     pub norm: Option<RmsNorm<'a>>,
     /// Added to every output row: `n` elements.
     pub bias: Option<&'a [f32]>,
-    /// Added after the bias.
+    /// Applied after the bias.
+    pub activation: Option<Activation>,
+    /// Added last.
     pub residual: Residual<'a>,
 }
 
@@ -67,7 +85,7 @@ pub enum Residual<'a> {
     Rows(&'a [f32]),
 }
 
-/// `out[r] = norm(x[r]) · Wᵀ + bias + residual[r]` for `x` of `[rows, k]` and `out` of `[rows, n]`.
+/// `out[r] = activation(norm(x[r]) · Wᵀ + bias) + residual[r]` for `x` of `[rows, k]` and `out` of `[rows, n]`.
 ///
 /// Activations are rounded to 8 bits per 32 inputs, except for matrices of floats. A row's result does not depend, bit for
 /// bit, on the other rows or on the number of threads.
@@ -114,6 +132,7 @@ pub fn linear(
                     out: Shared(out.as_mut_ptr()),
                     stride: matrix.n(),
                     bias: options.bias,
+                    activation: options.activation,
                     add: match options.residual {
                         Residual::None => Add::Nothing,
                         Residual::InPlace => Add::Output,
@@ -312,10 +331,7 @@ impl Kernel for Activate<'_> {
             // SAFETY: arrays of 16.
             unsafe {
                 let x = s.load(g.as_ptr());
-                let x = match self.activation {
-                    Activation::Silu => s.silu(x),
-                    Activation::GeluTanh => s.gelu_tanh(x),
-                };
+                let x = self.activation.apply(s, x);
                 let v = s.mul(x, s.load(u.as_ptr()));
                 s.store(g.as_mut_ptr(), v);
             }

@@ -145,6 +145,7 @@ fn norm_bias_and_residual_are_added_in_order() {
                 eps: 1e-5,
             }),
             bias: Some(&bias),
+            activation: None,
             residual: Residual::Rows(&residual),
         };
         let mut got = vec![0.0; rows * n];
@@ -197,6 +198,7 @@ fn activated(activation: Activation, x: f64) -> f64 {
             let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3));
             0.5 * x * (1.0 + u.tanh())
         }
+        other => unreachable!("no gate has {other:?}; tests/encoder.rs has its definition"),
     }
 }
 

@@ -4,7 +4,7 @@
 #![allow(clippy::needless_range_loop)]
 
 pub(crate) mod acts;
-mod tile;
+pub(crate) mod tile;
 
 use std::ops::Range;
 
@@ -14,7 +14,7 @@ use crate::mem::Shared;
 use crate::simd::{self, Kernel, Simd};
 use crate::{Activation, Isa, Pool};
 use acts::{ROW_BLOCK, tiles};
-use tile::Format;
+use tile::{Float, Format};
 
 /// The rows of a product, in both forms; the one that a layout does not read may be empty.
 #[derive(Debug, Clone, Copy)]
@@ -43,17 +43,24 @@ pub(crate) struct Sink<'a> {
     /// Elements from one output row to the next.
     pub(crate) stride: usize,
     pub(crate) bias: Option<&'a [f32]>,
+    /// Applied after the bias.
+    pub(crate) activation: Option<Activation>,
     pub(crate) add: Add<'a>,
 }
 
 /// Computes all products of `input` with `matrix`. Buffers have been checked against the shapes.
 pub(crate) fn multiply(pool: &Pool, matrix: &QMatrix, input: Input<'_>, sink: Sink<'_>) {
+    let floats = matrix
+        .parts()
+        .iter()
+        .all(|part| part.layout.quantised().is_none());
     let plan = Plan::new(
         pool,
         matrix.panels(),
         matrix.bytes(),
         input.rows,
-        matrix.k(),
+        row_bytes(matrix.k(), floats),
+        floats,
     );
     pool.run(plan.tasks(), &|task| {
         let (rows, panels) = plan.task(task);
@@ -90,7 +97,8 @@ pub(crate) fn multiply_gate_up(
     out: Shared<f32>,
 ) {
     let bytes = gate.data.len() + up.data.len();
-    let plan = Plan::new(pool, gate.panels(), bytes, input.rows, k);
+    let width = row_bytes(k, gate.layout.quantised().is_none());
+    let plan = Plan::new(pool, gate.panels(), bytes, input.rows, width, false);
     pool.run(plan.tasks(), &|task| {
         let (rows, panels) = plan.task(task);
         let job = Job {
@@ -105,6 +113,7 @@ pub(crate) fn multiply_gate_up(
                 out,
                 stride: gate.n,
                 bias: None,
+                activation: None,
                 add: Add::Nothing,
             },
         };
@@ -125,10 +134,25 @@ const TASK_BYTES: usize = 24 * 1024;
 /// Bytes of quantised rows that stay in a core's second-level cache beside the panels that pass by.
 const ROWS_BYTES: usize = 512 * 1024;
 
+/// Bytes of one row of `k` inputs as a product reads it.
+fn row_bytes(k: usize, floats: bool) -> usize {
+    if floats {
+        4 * k
+    } else {
+        (k / BLOCK * ROW_BLOCK).max(1)
+    }
+}
+
 impl Plan {
-    fn new(pool: &Pool, panels: usize, bytes: usize, rows: usize, k: usize) -> Plan {
+    fn new(
+        pool: &Pool,
+        panels: usize,
+        bytes: usize,
+        rows: usize,
+        row_bytes: usize,
+        pairs: bool,
+    ) -> Plan {
         let largest = pool.isa().tile_rows();
-        let row_bytes = (k / BLOCK * ROW_BLOCK).max(1);
         let rows_per_task = (ROWS_BYTES / row_bytes).max(4 * largest) / largest * largest;
         // Each row is a pass over the panel, so with many rows a small range of panels is work enough.
         let work = bytes.saturating_mul(rows.min(rows_per_task).div_ceil(largest));
@@ -137,7 +161,10 @@ impl Plan {
             rows,
             rows_per_task,
             panels,
-            panels_per_task: panels.div_ceil(most).max(1),
+            panels_per_task: panels
+                .div_ceil(most)
+                .next_multiple_of(if pairs { 2 } else { 1 })
+                .max(1),
         }
     }
 
@@ -207,7 +234,9 @@ fn dispatch(isa: Isa, job: Job<'_>) {
         Layout::Q6 => simd::run(isa, Quantised::<tile::Q6>::new(isa, job)),
         Layout::Q6Halves => simd::run(isa, Quantised::<tile::Q6Halves>::new(isa, job)),
         Layout::Q8 => simd::run(isa, Quantised::<tile::Q8>::new(isa, job)),
-        Layout::F16 | Layout::Bf16 | Layout::F32 => simd::run(isa, Floats(job)),
+        Layout::F16 => simd::run(isa, Floats::<tile::F16>::new(job)),
+        Layout::Bf16 => simd::run(isa, Floats::<tile::Bf16>::new(job)),
+        Layout::F32 => simd::run(isa, Floats::<tile::F32>::new(job)),
     }
 }
 
@@ -287,62 +316,97 @@ fn combine<S: Simd, const R: usize>(
     acc: [S::F; R],
 ) -> [S::F; R] {
     let mut out = acc;
-    match activation {
-        None => {}
-        Some(Activation::Silu) => {
-            for r in 0..R {
-                out[r] = s.mul(s.silu(gate[r]), acc[r]);
-            }
-        }
-        Some(Activation::GeluTanh) => {
-            for r in 0..R {
-                out[r] = s.mul(s.gelu_tanh(gate[r]), acc[r]);
-            }
+    if let Some(activation) = activation {
+        for r in 0..R {
+            out[r] = s.mul(activation.apply(s, gate[r]), acc[r]);
         }
     }
     out
 }
 
 /// A matrix of floats.
-struct Floats<'a>(Job<'a>);
+struct Floats<'a, T> {
+    job: Job<'a>,
+    format: std::marker::PhantomData<T>,
+}
 
-impl Kernel for Floats<'_> {
+impl<'a, T> Floats<'a, T> {
+    fn new(job: Job<'a>) -> Self {
+        Floats {
+            job,
+            format: std::marker::PhantomData,
+        }
+    }
+}
+
+impl<T: Float> Kernel for Floats<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let job = &self.0;
-        for panel in job.panels.clone() {
-            for (row, count) in tiles(job.rows.clone(), 4) {
+        let job = &self.job;
+        let mut panel = job.panels.start;
+        while panel < job.panels.end {
+            // Two panels at once use each broadcast twice, where there are registers for it.
+            let pair = S::WIDE && job.up.is_none() && panel + 2 <= job.panels.end;
+            for (row, count) in tiles(job.rows.clone(), if pair { 8 } else { 4 }) {
+                if S::WIDE && pair {
+                    match count {
+                        8 => float_tile::<S, T, 8, 2>(s, job, panel, row),
+                        4 => float_tile::<S, T, 4, 2>(s, job, panel, row),
+                        2 => float_tile::<S, T, 2, 2>(s, job, panel, row),
+                        _ => float_tile::<S, T, 1, 2>(s, job, panel, row),
+                    }
+                    continue;
+                }
                 match count {
-                    4 => float_tile::<S, 4>(s, job, panel, row),
-                    2 => float_tile::<S, 2>(s, job, panel, row),
-                    _ => float_tile::<S, 1>(s, job, panel, row),
+                    4 => float_tile::<S, T, 4, 1>(s, job, panel, row),
+                    2 => float_tile::<S, T, 2, 1>(s, job, panel, row),
+                    _ => float_tile::<S, T, 1, 1>(s, job, panel, row),
                 }
             }
+            panel += if pair { 2 } else { 1 };
         }
     }
 }
 
 #[inline(always)]
-fn float_tile<S: Simd, const R: usize>(s: S, job: &Job<'_>, panel: usize, row: usize) {
+fn float_tile<S: Simd, T: Float, const R: usize, const P: usize>(
+    s: S,
+    job: &Job<'_>,
+    panel: usize,
+    row: usize,
+) {
     let x = &job.input.x[row * job.k..][..R * job.k];
-    let mut gate = [s.splat(0.0); R];
+    let mut gate = [[s.splat(0.0); R]; P];
     for second in [false, true] {
         let (part, activation) = match (second, job.up) {
             (false, _) => (job.part, None),
             (true, Some((up, activation))) => (up, Some(activation)),
             (true, None) => break,
         };
-        let panel = part.panel(panel).as_ptr();
-        // SAFETY: a whole panel of the part, and R whole rows.
-        let acc = unsafe { tile::floats::<S, R>(s, part.layout, panel, job.k, x.as_ptr()) };
-        gate = combine(s, activation, gate, acc);
+        let panels = &part.data.bytes()[panel * part.panel_bytes..][..P * part.panel_bytes];
+        // SAFETY: P whole panels of the part, and R whole rows.
+        let acc = unsafe {
+            tile::floats::<S, T, R, P>(
+                s,
+                panels.as_ptr(),
+                part.panel_bytes,
+                job.k,
+                x.as_ptr(),
+                job.k,
+            )
+        };
+        for p in 0..P {
+            gate[p] = combine(s, activation, gate[p], acc[p]);
+        }
     }
-    for (r, &acc) in gate.iter().enumerate() {
-        finish(s, job, panel, row + r, acc);
+    for (p, gate) in gate.iter().enumerate() {
+        for (r, &acc) in gate.iter().enumerate() {
+            finish(s, job, panel + p, row + r, acc);
+        }
     }
 }
 
-/// Adds bias and residual to the 16 products of a row and stores them.
+/// Adds bias and residual to the 16 products of a row, with the activation between, and stores them.
 #[inline(always)]
 fn finish<S: Simd>(s: S, job: &Job<'_>, panel: usize, row: usize, acc: S::F) {
     let sink = &job.sink;
@@ -353,6 +417,9 @@ fn finish<S: Simd>(s: S, job: &Job<'_>, panel: usize, row: usize, acc: S::F) {
     let mut v = acc;
     if let Some(bias) = sink.bias {
         v = s.add(v, partial(s, &bias[column..][..valid]));
+    }
+    if let Some(activation) = sink.activation {
+        v = activation.apply(s, v);
     }
     // SAFETY: the output was checked to hold every row; this task alone touches these columns of this row.
     let out = unsafe { std::slice::from_raw_parts_mut(sink.out.get().add(at), valid) };

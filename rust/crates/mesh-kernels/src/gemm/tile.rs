@@ -232,29 +232,73 @@ unsafe fn scale<S: Simd, const R: usize>(
     }
 }
 
-/// The products of `R` rows of floats with one panel of floats, input by input.
+/// How the floats of a panel are stored.
+pub(crate) trait Float {
+    /// 16 of them, from number `index` × 16 on.
+    ///
+    /// # Safety
+    /// The panel must hold them.
+    unsafe fn load<S: Simd>(s: S, panel: *const u8, index: usize) -> S::F;
+}
+
+/// f32.
+pub(crate) struct F32;
+/// f16.
+pub(crate) struct F16;
+/// bf16.
+pub(crate) struct Bf16;
+
+impl Float for F32 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, panel: *const u8, index: usize) -> S::F {
+        // SAFETY: the caller's promise.
+        unsafe { s.load(panel.cast::<f32>().add(index * 16)) }
+    }
+}
+
+impl Float for F16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, panel: *const u8, index: usize) -> S::F {
+        // SAFETY: the caller's promise.
+        unsafe { s.load_f16(panel.cast::<u16>().add(index * 16)) }
+    }
+}
+
+impl Float for Bf16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, panel: *const u8, index: usize) -> S::F {
+        // SAFETY: the caller's promise.
+        unsafe { s.load_bf16(panel.cast::<u16>().add(index * 16)) }
+    }
+}
+
+/// The products of `R` rows of floats with `P` panels of floats, input by input: one accumulator per output, whatever the
+/// tile. Rows lie `stride` floats apart, panels `panel_bytes`.
 ///
 /// # Safety
-/// `panel` points to a panel of `k` inputs of `layout`, `x` to the first of `R` rows of `k` floats.
+/// `panel` points to the first of `P` panels of `k` inputs, `x` to the first of `R` rows of `k` floats.
 #[inline(always)]
-pub(super) unsafe fn floats<S: Simd, const R: usize>(
+pub(crate) unsafe fn floats<S: Simd, T: Float, const R: usize, const P: usize>(
     s: S,
-    layout: Layout,
     panel: *const u8,
+    panel_bytes: usize,
     k: usize,
     x: *const f32,
-) -> [S::F; R] {
-    let mut acc = [s.splat(0.0); R];
+    stride: usize,
+) -> [[S::F; R]; P] {
+    let mut acc = [[s.splat(0.0); R]; P];
     for i in 0..k {
-        // SAFETY: input i of k, of every row.
+        // SAFETY: input i of k, of every panel and row.
         unsafe {
-            let w = match layout {
-                Layout::F32 => s.load(panel.cast::<f32>().add(i * 16)),
-                Layout::Bf16 => s.load_bf16(panel.cast::<u16>().add(i * 16)),
-                _ => s.load_f16(panel.cast::<u16>().add(i * 16)),
-            };
-            for (r, acc) in acc.iter_mut().enumerate() {
-                *acc = s.fma(s.splat(*x.add(r * k + i)), w, *acc);
+            let mut w = [s.splat(0.0); P];
+            for p in 0..P {
+                w[p] = T::load(s, panel.add(p * panel_bytes), i);
+            }
+            for r in 0..R {
+                let x = s.splat(*x.add(r * stride + i));
+                for p in 0..P {
+                    acc[p][r] = s.fma(x, w[p], acc[p][r]);
+                }
             }
         }
     }

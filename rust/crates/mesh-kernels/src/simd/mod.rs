@@ -162,7 +162,35 @@ pub(crate) trait Simd: Copy {
         let negative = self.sub(negative, self.mul(positive, e));
         self.div(self.add(positive, negative), self.add(one, e))
     }
+
+    /// `x Φ(x)` with the normal distribution's Φ, to 2e-7 of |x|: erfc by Abramowitz and Stegun's formula 7.1.26.
+    #[inline(always)]
+    fn gelu(self, x: Self::F) -> Self::F {
+        let size = self.abs(x);
+        let z = self.mul(size, self.splat(std::f32::consts::FRAC_1_SQRT_2));
+        let one = self.splat(1.0);
+        let t = self.div(one, self.fma(z, self.splat(ERFC_P), one));
+        let mut p = self.splat(ERFC[0]);
+        for &c in &ERFC[1..] {
+            p = self.fma(p, t, self.splat(c));
+        }
+        let exponent = self.mul(self.mul(z, z), self.splat(-std::f32::consts::LOG2_E));
+        let tail = self.mul(self.mul(p, t), self.exp2(exponent));
+        // x Φ(x) = max(x, 0) - |x| erfc(|x|/√2) / 2, on both sides of zero.
+        let half = self.mul(size, self.splat(-0.5));
+        self.fma(half, tail, self.max(x, self.splat(0.0)))
+    }
 }
+
+/// Abramowitz and Stegun 7.1.26: `erfc(z) ≈ (a₁t + … + a₅t⁵) e^(-z²)`, `t = 1 / (1 + pz)`; here a₅ first.
+const ERFC_P: f32 = 0.327_591_1;
+const ERFC: [f32; 5] = [
+    1.061_405_4,
+    -1.453_152_1,
+    1.421_413_8,
+    -0.284_496_72,
+    0.254_829_6,
+];
 
 /// Coefficients of `2^f` for |f| <= 0.5, highest power first (minimax of degree 6, last one exact).
 const EXP2: [f32; 7] = [
