@@ -10,6 +10,7 @@
 
 pub mod chat;
 pub mod config;
+pub mod encoder;
 pub mod gguf;
 pub mod hf;
 mod map;
@@ -23,6 +24,7 @@ pub use chat::{ChatError, ChatTemplate, Message};
 pub use config::{
     Activation, Architecture, ConfigError, ModelConfig, Rope, RopeScaling, RopeStyle, SlidingWindow,
 };
+pub use encoder::{EncoderError, EncoderModel};
 pub use gguf::{GgmlType, Gguf, GgufError, Tensor, dequantize};
 pub use model::{Model, ModelError};
 pub use text::TextStream;

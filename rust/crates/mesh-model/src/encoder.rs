@@ -1,0 +1,281 @@
+//! Embedding models: a BERT-family encoder in a Hugging Face folder.
+//!
+//! | file | what is read from it |
+//! |---|---|
+//! | `config.json` | the network's shape |
+//! | `model.safetensors` | its weights |
+//! | `tokenizer.json` | its tokenizer |
+//! | `modules.json`, `1_Pooling/config.json` | pooling and normalisation, as sentence-transformers writes them |
+//! | `sentence_bert_config.json`, `tokenizer_config.json` | the longest text in tokens; whether letters are made small |
+//! | `config_sentence_transformers.json` | texts that are put in front, such as e5's `query: ` |
+//!
+//! The last three rows may be missing. Nothing in any of them is trusted.
+
+mod config;
+mod error;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+use tokenizers::Tokenizer;
+
+pub use config::{Activation, EncoderConfig, Pooling, Sentences};
+pub use error::EncoderError;
+
+use crate::safetensors::Safetensors;
+
+/// An embedding model's folder, opened: everything but the weights is in memory, and those are mapped.
+#[derive(Debug)]
+pub struct EncoderModel {
+    folder: PathBuf,
+    config: EncoderConfig,
+    sentences: Sentences,
+    tokenizer: Tokenizer,
+    /// Token ids that begin and end every sequence.
+    begin: Vec<u32>,
+    end: Vec<u32>,
+    tensors: Safetensors,
+    /// Of the small files.
+    digest: String,
+}
+
+/// What tokenising a text gave.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tokenised {
+    /// Token ids with those that begin and end a sequence.
+    pub tokens: Vec<u32>,
+    /// Whether the text was longer than the model takes.
+    pub truncated: bool,
+}
+
+impl EncoderModel {
+    /// Opens the model in `folder`.
+    ///
+    /// # Errors
+    /// If a file is missing, too large or malformed, or says something that is not supported.
+    pub fn open(folder: impl AsRef<Path>) -> Result<Self, EncoderError> {
+        let folder = folder.as_ref().to_path_buf();
+        let mut digest = Sha256::new();
+        let mut read = |name: &str, limit: u64| -> Result<Option<Vec<u8>>, EncoderError> {
+            let bytes = config::read(&folder.join(name), limit)?;
+            if let Some(bytes) = &bytes {
+                digest.update((name.len() as u64).to_le_bytes());
+                digest.update(name);
+                digest.update((bytes.len() as u64).to_le_bytes());
+                digest.update(bytes);
+            }
+            Ok(bytes)
+        };
+        let needed = |name: &str, bytes: Option<Vec<u8>>| {
+            bytes.ok_or_else(|| EncoderError::MissingFile {
+                path: folder.join(name),
+            })
+        };
+        let main = needed(CONFIG, read(CONFIG, config::LIMIT)?)?;
+        let config = EncoderConfig::parse(&main)?;
+        let sentences = Sentences::parse(&mut read, &config)?;
+        let tokenizer = needed(TOKENIZER, read(TOKENIZER, TOKENIZER_LIMIT)?)?;
+        let tokenizer = load_tokenizer(&tokenizer)?;
+        let (begin, end) = ends(&tokenizer)?;
+        let added = begin.len() + end.len();
+        if added >= sentences.max_tokens {
+            return Err(EncoderError::Unsupported {
+                what: format!(
+                    "a sequence of {} tokens, {added} of which the tokenizer adds",
+                    sentences.max_tokens
+                ),
+                remedy: "set max_seq_length in sentence_bert_config.json to more",
+            });
+        }
+        let weights = folder.join(WEIGHTS);
+        if !weights.exists() {
+            return Err(EncoderError::MissingFile { path: weights });
+        }
+        let tensors = Safetensors::open(weights)?;
+        Ok(EncoderModel {
+            digest: hex(digest),
+            folder,
+            config,
+            sentences,
+            tokenizer,
+            begin,
+            end,
+            tensors,
+        })
+    }
+
+    /// The folder's name: that of the model.
+    pub fn name(&self) -> String {
+        name(&self.folder)
+    }
+
+    /// The network's shape.
+    pub fn config(&self) -> &EncoderConfig {
+        &self.config
+    }
+
+    /// How texts become vectors.
+    pub fn sentences(&self) -> &Sentences {
+        &self.sentences
+    }
+
+    /// The weights.
+    pub fn tensors(&self) -> &Safetensors {
+        &self.tensors
+    }
+
+    /// The file with the weights.
+    pub fn weights_path(&self) -> PathBuf {
+        self.folder.join(WEIGHTS)
+    }
+
+    /// SHA-256 over all files of the model, given that of its weights: what two replicas have in common.
+    pub fn fingerprint(&self, weights: &str) -> String {
+        let mut digest = Sha256::new();
+        digest.update(&self.digest);
+        digest.update(weights);
+        hex(digest)
+    }
+
+    /// Replaces the texts that may be put in front, where the model does not say them itself.
+    pub fn set_prompts(&mut self, prompts: BTreeMap<String, String>) {
+        self.sentences.prompts = prompts;
+    }
+
+    /// The tokens of `text` behind the prompt called `prompt`, or behind the model's default one if it has one. Texts longer
+    /// than the model takes lose their end, as in sentence-transformers.
+    ///
+    /// # Errors
+    /// If there is no such prompt, or the text is over [`TEXT_LIMIT`] bytes.
+    pub fn tokenise(&self, text: &str, prompt: Option<&str>) -> Result<Tokenised, EncoderError> {
+        let prefix = self.sentences.prompt(prompt)?;
+        if text.len() > TEXT_LIMIT {
+            return Err(EncoderError::TextTooLong {
+                bytes: text.len(),
+                limit: TEXT_LIMIT,
+            });
+        }
+        let mut whole;
+        let mut text = text;
+        if !prefix.is_empty() {
+            whole = format!("{prefix}{text}");
+            text = &whole;
+        }
+        if self.sentences.lower_case {
+            whole = text.to_lowercase();
+            text = &whole;
+        }
+        let encoding =
+            self.tokenizer
+                .encode_fast(text, false)
+                .map_err(|error| EncoderError::Tokenizer {
+                    message: error.to_string(),
+                })?;
+        Ok(self.wrap(encoding.get_ids()))
+    }
+
+    /// A sequence of the client's own token ids. Those that begin and end a sequence are added unless they are there.
+    ///
+    /// # Errors
+    /// If an id is outside the vocabulary.
+    pub fn wrap_tokens(&self, tokens: &[u32]) -> Result<Tokenised, EncoderError> {
+        if let Some(&token) = tokens
+            .iter()
+            .find(|&&token| token as usize >= self.config.vocab)
+        {
+            return Err(EncoderError::NoSuchToken {
+                token,
+                vocab: self.config.vocab,
+            });
+        }
+        let inner = tokens
+            .strip_prefix(self.begin.as_slice())
+            .and_then(|rest| rest.strip_suffix(self.end.as_slice()));
+        Ok(self.wrap(inner.unwrap_or(tokens)))
+    }
+
+    fn wrap(&self, inner: &[u32]) -> Tokenised {
+        let room = self.sentences.max_tokens - self.begin.len() - self.end.len();
+        let kept = &inner[..inner.len().min(room)];
+        Tokenised {
+            tokens: [&self.begin, kept, &self.end].concat(),
+            truncated: kept.len() < inner.len(),
+        }
+    }
+}
+
+/// The folder that `name` means, if it is one with a BERT-family encoder: a path, or a folder in one of `dirs`.
+pub fn find(name: &str, dirs: &[PathBuf]) -> Option<PathBuf> {
+    let inside = dirs
+        .iter()
+        .map(|dir| dir.join(name))
+        .filter(|_| !name.is_empty() && !name.contains(".."));
+    std::iter::once(PathBuf::from(name))
+        .chain(inside)
+        .find(|path| path.is_dir() && is_encoder(path))
+}
+
+/// Whether `folder` holds a BERT-family encoder, by what its `config.json` says.
+pub fn is_encoder(folder: &Path) -> bool {
+    let bytes = config::read(&folder.join(CONFIG), config::LIMIT);
+    bytes.is_ok_and(|bytes| bytes.is_some_and(|bytes| config::is_encoder(&bytes)))
+}
+
+fn name(folder: &Path) -> String {
+    let folder = std::path::absolute(folder).unwrap_or_else(|_| folder.to_path_buf());
+    folder
+        .file_name()
+        .map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+}
+
+fn load_tokenizer(bytes: &[u8]) -> Result<Tokenizer, EncoderError> {
+    let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(|error| EncoderError::Tokenizer {
+        message: error.to_string(),
+    })?;
+    // Both are settings of whoever saved the file; sequences are cut here, and nothing is padded.
+    tokenizer.with_padding(None);
+    tokenizer
+        .with_truncation(None)
+        .map_err(|error| EncoderError::Tokenizer {
+            message: error.to_string(),
+        })?;
+    Ok(tokenizer)
+}
+
+/// The tokens that the tokenizer puts around a text.
+fn ends(tokenizer: &Tokenizer) -> Result<(Vec<u32>, Vec<u32>), EncoderError> {
+    let encode = |special| {
+        let encoding = tokenizer.encode_fast("a", special);
+        encoding.map_err(|error| EncoderError::Tokenizer {
+            message: error.to_string(),
+        })
+    };
+    let (bare, whole) = (encode(false)?, encode(true)?);
+    let (bare, whole) = (bare.get_ids(), whole.get_ids());
+    let at = (0..=whole.len().saturating_sub(bare.len()))
+        .find(|&at| whole[at..].starts_with(bare))
+        .filter(|_| whole.len() >= bare.len())
+        .ok_or_else(|| EncoderError::Tokenizer {
+            message: "its post-processor does not keep a text's tokens together".into(),
+        })?;
+    Ok((whole[..at].to_vec(), whole[at + bare.len()..].to_vec()))
+}
+
+fn hex(digest: Sha256) -> String {
+    digest
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+const CONFIG: &str = "config.json";
+const TOKENIZER: &str = "tokenizer.json";
+const WEIGHTS: &str = "model.safetensors";
+
+/// The largest tokenizer known to us, of 250,000 tokens, takes 17 MB.
+const TOKENIZER_LIMIT: u64 = 64 << 20;
+
+/// Longest text in bytes. No model here reads more than 8,192 tokens, and what is behind them is tokenised for nothing.
+pub const TEXT_LIMIT: usize = 256 << 10;

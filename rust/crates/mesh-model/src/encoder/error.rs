@@ -1,0 +1,103 @@
+//! Why an embedding model cannot be used, or a text not be embedded.
+
+use std::path::PathBuf;
+
+use crate::safetensors::SafetensorsError;
+
+/// Why an embedding model cannot be used, or a text not be embedded.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EncoderError {
+    /// A file that every model has is not there.
+    #[error("{} is missing: an embedding model is a folder with config.json, tokenizer.json and model.safetensors", path.display())]
+    MissingFile {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A file could not be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file is larger than any of its kind.
+    #[error("{} has {bytes} bytes, more than the limit of {limit}: it is damaged or something else", path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        bytes: u64,
+        /// The most that is read.
+        limit: u64,
+    },
+    /// A file is not the JSON it should be.
+    #[error("{file} cannot be read: {message}")]
+    Json {
+        /// The file.
+        file: &'static str,
+        /// What is wrong.
+        message: String,
+    },
+    /// A number of the configuration outside its limits.
+    #[error("{file} says {key} = {value}; {need}")]
+    Value {
+        /// The file.
+        file: &'static str,
+        /// The key.
+        key: &'static str,
+        /// What it says.
+        value: u64,
+        /// What it may be.
+        need: &'static str,
+    },
+    /// Something that is not implemented.
+    #[error("the model has {what}, which is not supported: {remedy}")]
+    Unsupported {
+        /// What.
+        what: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// The tokenizer.
+    #[error("tokenizer.json: {message}")]
+    Tokenizer {
+        /// In its own words.
+        message: String,
+    },
+    /// The weights.
+    #[error("model.safetensors: {0}")]
+    Weights(#[from] SafetensorsError),
+    /// A text that is too long to tokenise.
+    #[error("the text has {bytes} bytes, more than the limit of {limit}: cut it into parts")]
+    TextTooLong {
+        /// Its length.
+        bytes: usize,
+        /// The limit.
+        limit: usize,
+    },
+    /// A token id that does not exist.
+    #[error("token id {token} is outside the vocabulary of {vocab}")]
+    NoSuchToken {
+        /// The id.
+        token: u32,
+        /// Size of the vocabulary.
+        vocab: usize,
+    },
+    /// A prompt that does not exist.
+    #[error("the model has no prompt called {name:?}: {}", known_prompts(known))]
+    NoSuchPrompt {
+        /// The name asked for.
+        name: String,
+        /// Those there are.
+        known: Vec<String>,
+    },
+}
+
+fn known_prompts(known: &[String]) -> String {
+    match known {
+        [] => "it has none; leave it out, or give it some with `embed.prompts`".into(),
+        names => format!("there are {}", names.join(", ")),
+    }
+}
