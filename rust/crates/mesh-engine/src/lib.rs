@@ -4,9 +4,11 @@
 //! into a token, [`text`] turns tokens into text up to a stop text. The [`scheduler`] decides which rows of which
 //! requests a step computes; it does no I/O and reads no clock. An [`Engine`] is the thread that owns a stage and a
 //! scheduler, or of another [`Runner`] of steps and a scheduler; an [`EngineHandle`] submits requests to it from anywhere.
+//! Embedding models have their own trait and thread, in [`embed`].
 
 #![forbid(unsafe_code)]
 
+pub mod embed;
 mod engine;
 mod request;
 mod runner;
@@ -18,6 +20,7 @@ mod testing;
 pub mod text;
 mod vocabulary;
 
+pub use embed::{EmbedEngine, EmbedHandle, EmbedReply, EmbedRequest, Encoder, EncoderInfo};
 pub use engine::{Engine, EngineHandle, RequestStream, StartError, Waker};
 pub use request::{
     Done, Event, Finish, Logprob, Request, RequestError, SamplingParams, TokenLogprobs, TokenScore,

@@ -1,0 +1,217 @@
+//! The batching of sequences and the thread that owns an encoder, with a toy for it.
+
+use std::time::{Duration, Instant};
+
+use futures::executor::block_on;
+use proptest::prelude::*;
+
+use mesh_engine::embed::scheduler::{EmbedConfig, Scheduler};
+use mesh_engine::embed::shorten;
+use mesh_engine::{EmbedEngine, EmbedRequest, Encoder, EncoderInfo, RequestError, StageError};
+
+/// Its vector of a sequence is (length, sum).
+struct Toy {
+    info: EncoderInfo,
+    fails: bool,
+}
+
+fn info() -> EncoderInfo {
+    EncoderInfo {
+        dimensions: 2,
+        max_tokens: 8,
+        vocab: 100,
+        max_rows: 16,
+        weight_bytes: 0,
+    }
+}
+
+impl Encoder for Toy {
+    fn info(&self) -> &EncoderInfo {
+        &self.info
+    }
+
+    fn encode(&mut self, sequences: &[&[u32]]) -> Result<Vec<f32>, StageError> {
+        if self.fails {
+            return Err(StageError::Malformed("toy".into()));
+        }
+        let vector = |s: &&[u32]| [s.len() as f32, s.iter().sum::<u32>() as f32];
+        Ok(sequences.iter().flat_map(vector).collect())
+    }
+}
+
+fn request(sequences: &[&[u32]]) -> EmbedRequest {
+    EmbedRequest {
+        id: "r".into(),
+        sequences: sequences.iter().map(|s| s.to_vec()).collect(),
+        deadline: None,
+    }
+}
+
+fn scheduler(queue_limit: usize) -> Scheduler {
+    Scheduler::new(info(), EmbedConfig { queue_limit })
+}
+
+fn finish(scheduler: &mut Scheduler, now: Instant) -> usize {
+    let mut toy = Toy {
+        info: info(),
+        fails: false,
+    };
+    let mut batches = 0;
+    while let Some(batch) = scheduler.plan(now) {
+        assert!(batch.rows() <= 16 || batch.parts.len() == 1);
+        let sequences: Vec<&[u32]> = batch.parts.iter().map(|(_, _, s)| s.as_slice()).collect();
+        let vectors = toy.encode(&sequences).unwrap();
+        scheduler.complete(&batch, &vectors, Duration::from_millis(1));
+        batches += 1;
+    }
+    batches
+}
+
+#[test]
+fn a_small_request_does_not_wait_for_all_of_a_large_one() {
+    let now = Instant::now();
+    let mut scheduler = scheduler(4);
+    let many = vec![&[1, 2, 3, 4][..]; 100];
+    scheduler.submit(1, request(&many));
+    scheduler.submit(2, request(&[&[5]]));
+    let batch = scheduler.plan(now).unwrap();
+    let keys: Vec<u64> = batch.parts.iter().map(|(key, _, _)| *key).collect();
+    assert_eq!(
+        keys,
+        [1, 2, 1, 1],
+        "13 rows; one more sequence would be over 16"
+    );
+}
+
+#[test]
+fn what_cannot_be_embedded_is_refused_by_name() {
+    let mut scheduler = scheduler(1);
+    scheduler.submit(1, request(&[]));
+    scheduler.submit(2, request(&[&[]]));
+    scheduler.submit(3, request(&[&[1; 9]]));
+    scheduler.submit(4, request(&[&[100]]));
+    scheduler.submit(5, request(&[&[1]]));
+    scheduler.submit(6, request(&[&[1]]));
+    scheduler.drain();
+    scheduler.submit(7, request(&[&[1]]));
+    let ends: Vec<_> = std::iter::from_fn(|| scheduler.next_end()).collect();
+    let expected = [
+        (1, RequestError::EmptyPrompt),
+        (2, RequestError::EmptyPrompt),
+        (
+            3,
+            RequestError::ContextTooLong {
+                tokens: 9,
+                context: 8,
+            },
+        ),
+        (
+            4,
+            RequestError::NoSuchToken {
+                token: 100,
+                vocab: 100,
+            },
+        ),
+        (6, RequestError::QueueFull { limit: 1 }),
+        (7, RequestError::Draining),
+    ];
+    assert_eq!(ends, expected.map(|(key, error)| (key, Err(error))));
+}
+
+#[test]
+fn a_request_that_is_cancelled_or_late_takes_no_more_batches() {
+    let now = Instant::now();
+    let mut scheduler = scheduler(4);
+    scheduler.submit(1, request(&[&[1; 8][..]; 5]));
+    scheduler.submit(
+        2,
+        EmbedRequest {
+            deadline: Some(now + Duration::from_secs(1)),
+            ..request(&[&[1; 8][..]; 5])
+        },
+    );
+    assert_eq!(scheduler.load().prefill_backlog, 80);
+    let batch = scheduler.plan(now).unwrap();
+    scheduler.cancel(1);
+    scheduler.complete(&batch, &[0.0; 4], Duration::from_millis(1));
+    assert!(scheduler.plan(now + Duration::from_secs(2)).is_none());
+    assert_eq!(
+        scheduler.next_end(),
+        Some((2, Err(RequestError::DeadlineExceeded { tokens: 0 })))
+    );
+    assert!(scheduler.is_idle() && scheduler.next_end().is_none());
+    let load = scheduler.load();
+    assert_eq!((load.prefill_backlog, load.running, load.queued), (0, 0, 0));
+}
+
+proptest! {
+    #[test]
+    fn every_vector_comes_to_its_own_place(
+        lengths in prop::collection::vec(prop::collection::vec(1_usize..=8, 1..20), 1..8)
+    ) {
+        let mut scheduler = scheduler(8);
+        for (key, lengths) in lengths.iter().enumerate() {
+            let sequences: Vec<Vec<u32>> = lengths.iter().enumerate().map(|(i, &n)| vec![i as u32; n]).collect();
+            scheduler.submit(key as u64, EmbedRequest { id: String::new(), sequences, deadline: None });
+        }
+        finish(&mut scheduler, Instant::now());
+        let mut seen = 0;
+        while let Some((key, end)) = scheduler.next_end() {
+            let want: Vec<Vec<f32>> = lengths[key as usize].iter().enumerate()
+                .map(|(i, &n)| vec![n as f32, (i * n) as f32]).collect();
+            prop_assert_eq!(end.unwrap().vectors, want);
+            seen += 1;
+        }
+        prop_assert_eq!(seen, lengths.len());
+        prop_assert_eq!(scheduler.load().prefill_backlog, 0);
+    }
+}
+
+fn engine(fails: bool) -> EmbedEngine {
+    let toy = Toy {
+        info: info(),
+        fails,
+    };
+    EmbedEngine::start("toy", Box::new(toy), EmbedConfig { queue_limit: 100 }).unwrap()
+}
+
+#[test]
+fn an_engine_answers_drains_and_says_why_it_is_gone() {
+    let engine = engine(false);
+    let handle = engine.handle();
+    let answer = block_on(handle.submit(request(&[&[1, 2], &[3]]))).unwrap();
+    assert_eq!(answer.vectors, [[2.0, 3.0], [1.0, 3.0]]);
+    block_on(handle.drain());
+    assert_eq!(
+        block_on(handle.submit(request(&[&[1]]))),
+        Err(RequestError::Draining)
+    );
+    assert_eq!(handle.death(), None);
+    drop(engine);
+    let gone = block_on(handle.submit(request(&[&[1]]))).unwrap_err();
+    assert!(gone.to_string().contains("shut down"), "{gone}");
+}
+
+#[test]
+fn an_encoder_that_keeps_failing_is_given_up() {
+    let engine = engine(true);
+    let handle = engine.handle();
+    for _ in 0..3 {
+        let error = block_on(handle.submit(request(&[&[1]]))).unwrap_err();
+        assert!(matches!(error, RequestError::Stage(_)), "{error}");
+    }
+    let gone = block_on(handle.submit(request(&[&[1]]))).unwrap_err();
+    assert!(gone.to_string().contains("3 batches in a row"), "{gone}");
+}
+
+#[test]
+fn a_shortened_vector_has_length_one() {
+    let mut vector = vec![3.0, 4.0, 12.0];
+    shorten(&mut vector, 3);
+    assert_eq!(vector, [3.0, 4.0, 12.0]);
+    shorten(&mut vector, 2);
+    assert_eq!(vector, [0.6, 0.8]);
+    let mut zero = vec![0.0, 0.0, 1.0];
+    shorten(&mut zero, 2);
+    assert_eq!(zero, [0.0, 0.0]);
+}
