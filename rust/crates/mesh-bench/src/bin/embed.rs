@@ -1,0 +1,237 @@
+//! Our embeddings against sentence-transformers: the same model, the same texts, the same threads, batches of 32, taking turns.
+//!
+//! Both begin with texts and end with vectors. The anchor is `scripts/embed_anchor.py` under the Python that
+//! `scripts/fetch_sentence_transformers.py` installs; it sorts its texts by length, as it does by itself.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use clap::Parser;
+use mesh_bench::median;
+use mesh_engine::Encoder;
+use mesh_engine_ort::{OrtEncoder, OrtOptions};
+use mesh_model::EncoderModel;
+use mesh_testkit::paths;
+
+/// Compares with sentence-transformers
+#[derive(Parser)]
+struct Args {
+    /// Folder of the model; default all-MiniLM-L6-v2
+    model: Option<PathBuf>,
+    /// Threads
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// Rounds, each of which gives one ratio
+    #[arg(long, default_value_t = 7)]
+    rounds: usize,
+}
+
+/// Texts of one call, on both sides.
+const BATCH: usize = 32;
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let folder = match &args.model {
+        Some(folder) => folder.clone(),
+        None => paths::minilm()?,
+    };
+    let model = EncoderModel::open(&folder)?;
+    let options = OrtOptions {
+        threads: args.threads,
+        max_rows: 32 * 512,
+        ..OrtOptions::default()
+    };
+    let mut ours = OrtEncoder::load(&model, &options)?;
+    let scratch = tempfile::tempdir()?;
+    for (name, texts) in workloads()? {
+        let file = scratch.path().join("texts.json");
+        std::fs::write(&file, serde_json::to_vec(&texts)?)?;
+        let least = least_cosine(
+            &folder,
+            &file,
+            &embed(&model, &mut ours, &texts, args.threads)?,
+        )?;
+        let mut anchor = Anchor::start(&folder, &file)?;
+        let (mut ratios, mut speeds) = (Vec::new(), [Vec::new(), Vec::new()]);
+        for round in 0..=args.rounds {
+            let started = Instant::now();
+            embed(&model, &mut ours, &texts, args.threads)?;
+            let mine = started.elapsed().as_secs_f64();
+            let theirs = anchor.time(args.threads)?;
+            // The first round warms both up.
+            if round > 0 {
+                ratios.push(theirs / mine);
+                speeds[0].push(texts.len() as f64 / mine);
+                speeds[1].push(texts.len() as f64 / theirs);
+            }
+        }
+        let range = |values: &[f64]| {
+            let least = values.iter().copied().fold(f64::INFINITY, f64::min);
+            let most = values.iter().copied().fold(0.0, f64::max);
+            format!("{least:.2}–{most:.2}")
+        };
+        println!(
+            "{name}: {:.0} texts/s, sentence-transformers {:.0}: ratio {:.2} ({}) (wanted: at least 1.2); least cosine {least:.7} (wanted: at least 0.9999)",
+            median(&speeds[0]),
+            median(&speeds[1]),
+            median(&ratios),
+            range(&ratios),
+        );
+    }
+    Ok(())
+}
+
+/// Names and texts.
+fn workloads() -> Result<Vec<(&'static str, Vec<String>)>> {
+    let book = include_str!("../../data/alice.txt");
+    let paragraphs: Vec<String> = book
+        .split("\n\n")
+        .map(|text| text.split_whitespace().collect::<Vec<_>>().join(" "))
+        .filter(|text| text.len() > 20)
+        .collect();
+    let sentences: Vec<String> = paragraphs
+        .iter()
+        .flat_map(|text| text.split_inclusive(['.', '!', '?']))
+        .map(|text| text.trim().to_owned())
+        .filter(|text| text.len() > 8)
+        .take(512)
+        .collect();
+    let words: Vec<&str> = book.split_whitespace().collect();
+    let equal = words
+        .chunks_exact(90)
+        .take(64)
+        .map(|words| words.join(" "))
+        .collect();
+    let languages = include_str!("../../../mesh-engine-ort/tests/data/texts.json");
+    Ok(vec![
+        ("sentences of a book", sentences),
+        ("its paragraphs", paragraphs),
+        ("90 words each", equal),
+        (
+            "200 texts of many lengths and languages",
+            serde_json::from_str(languages)?,
+        ),
+    ])
+}
+
+/// From texts to vectors.
+fn embed(
+    model: &EncoderModel,
+    encoder: &mut OrtEncoder,
+    texts: &[String],
+    threads: usize,
+) -> Result<Vec<Vec<f32>>> {
+    let share = texts.len().div_ceil(threads.max(1)).max(1);
+    let tokens: Vec<Vec<u32>> = std::thread::scope(|scope| {
+        let parts: Vec<_> = texts
+            .chunks(share)
+            .map(|texts| {
+                scope.spawn(|| {
+                    let texts = texts.iter();
+                    texts
+                        .map(|text| Ok(model.tokenise(text, None)?.tokens))
+                        .collect::<Result<Vec<_>>>()
+                })
+            })
+            .collect();
+        let parts = parts.into_iter().map(|part| part.join().expect("no panic"));
+        let parts: Result<Vec<Vec<Vec<u32>>>> = parts.collect();
+        parts.map(|parts| parts.into_iter().flatten().collect())
+    })?;
+    let dimensions = encoder.info().dimensions;
+    let mut vectors = Vec::with_capacity(texts.len());
+    for batch in tokens.chunks(BATCH) {
+        let sequences: Vec<&[u32]> = batch.iter().map(Vec::as_slice).collect();
+        let flat = encoder.encode(&sequences)?;
+        vectors.extend(flat.chunks_exact(dimensions).map(<[f32]>::to_vec));
+    }
+    Ok(vectors)
+}
+
+fn anchor(folder: &Path, what: &str, texts: &Path) -> Result<Command> {
+    let python = paths::fetched("sentence-transformers/bin/python")
+        .context("scripts/fetch_sentence_transformers.py installs it")?;
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../scripts/embed_anchor.py");
+    let mut command = Command::new(python);
+    command.arg(script).arg(folder).arg(what).arg(texts);
+    Ok(command)
+}
+
+/// The least cosine between our vectors and the anchor's.
+fn least_cosine(folder: &Path, texts: &Path, ours: &[Vec<f32>]) -> Result<f64> {
+    let output = anchor(folder, "exact", texts)?
+        .stderr(Stdio::inherit())
+        .output()?;
+    ensure!(output.status.success(), "the anchor failed");
+    let text = String::from_utf8(output.stdout)?;
+    let mut least = f64::INFINITY;
+    let mut count = 0;
+    for (line, ours) in text.lines().zip(ours) {
+        let bytes = STANDARD.decode(line)?;
+        let theirs = bytes
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|b| f64::from(f32::from_le_bytes(*b)));
+        let (mut dot, mut a, mut b) = (0.0, 0.0, 0.0);
+        for (x, y) in ours.iter().map(|&x| f64::from(x)).zip(theirs) {
+            dot += x * y;
+            a += x * x;
+            b += y * y;
+        }
+        least = least.min(dot / (a * b).sqrt());
+        count += 1;
+    }
+    ensure!(
+        count == ours.len(),
+        "the anchor gave {count} vectors of {}",
+        ours.len()
+    );
+    Ok(least)
+}
+
+/// The anchor, running.
+struct Anchor {
+    child: Child,
+    words: BufReader<ChildStdout>,
+}
+
+impl Anchor {
+    fn start(folder: &Path, texts: &Path) -> Result<Anchor> {
+        let mut child = anchor(folder, "speed", texts)?
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let words = BufReader::new(child.stdout.take().context("a pipe")?);
+        let mut anchor = Anchor { child, words };
+        let ready = anchor.line()?;
+        ensure!(ready == "ready", "the anchor said {ready:?}");
+        Ok(anchor)
+    }
+
+    /// Seconds that it takes with `threads` threads.
+    fn time(&mut self, threads: usize) -> Result<f64> {
+        let input = self.child.stdin.as_mut().context("a pipe")?;
+        writeln!(input, "{threads}")?;
+        input.flush()?;
+        Ok(self.line()?.parse()?)
+    }
+
+    fn line(&mut self) -> Result<String> {
+        let mut line = String::new();
+        ensure!(self.words.read_line(&mut line)? > 0, "the anchor ended");
+        Ok(line.trim().to_owned())
+    }
+}
+
+impl Drop for Anchor {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
