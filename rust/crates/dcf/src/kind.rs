@@ -67,6 +67,10 @@ message_types! {
     DONE = 0x22, "Done";
     /// A piece of an answer's text for a client that asked to be streamed to; see [`crate::PartialBody`].
     PARTIAL = 0x23, "Partial";
+    /// Texts to embed, head to worker.
+    EMBED = 0x24, "Embed";
+    /// Their vectors, worker to head.
+    EMBEDDINGS = 0x25, "Embeddings";
     /// Echo this cookie to show that datagrams reach you at the address you send from.
     CHALLENGE = 0x28, "Challenge";
     /// The cookie of a Challenge, echoed.

@@ -19,7 +19,7 @@ use crate::drive::{Event, drive};
 use crate::ids;
 use crate::mesh::{Mesh, timestamp_us};
 use crate::metrics::{DatagramCounters, Front};
-use crate::task::{DcfTask, Task};
+use crate::task::{DcfEmbed, DcfGenerate, DcfTask, Task};
 
 /// Serves the port for ever. Answers that are being made are in `running`.
 pub async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: TaskTracker) {
@@ -197,7 +197,7 @@ impl Intake {
     }
 
     fn acknowledge(&mut self, task: &DcfTask, (from, sequence): TaskKey) {
-        if task.ack {
+        if task.ack() {
             self.reply(
                 from,
                 &Message::new(MsgType::ACK, sequence, timestamp_us(), Bytes::new()),
@@ -213,6 +213,56 @@ impl Intake {
 impl Port {
     /// Runs a task and sends its one answer.
     async fn answer(&self, key: TaskKey, run: Run, task: DcfTask, payload: Bytes) {
+        let (client, sequence) = key;
+        let result = match task {
+            DcfTask::Generate(task) => self.generate(key, run, task, payload).await,
+            DcfTask::Embed(task) => self.embed(task).await,
+        };
+        let (answer, keep) = match result {
+            Err(failure) => {
+                let (code, keep) = code_of(&failure);
+                (error(sequence, code, &failure.to_string()), keep)
+            }
+            Ok(payload) => (
+                Message::new(MsgType::RESULT, sequence, timestamp_us(), payload),
+                true,
+            ),
+        };
+        {
+            let mut dedup = self.dedup();
+            if !dedup.is_current(key, run) {
+                return;
+            }
+            if keep {
+                dedup.finished(key, run, answer.clone(), Instant::now());
+            } else {
+                dedup.forget(key, run);
+            }
+        }
+        let mut batch = SendBatch::new();
+        queue(&mut batch, client, &answer);
+        if let Err(error) = self.socket.send(&mut batch).await {
+            debug!(%error, %client, "answer not sent");
+        }
+    }
+
+    /// Vectors as the body of `/v1/embeddings` has them.
+    async fn embed(&self, task: DcfEmbed) -> Result<Bytes, AnswerError> {
+        let mut asked = task.asked;
+        let mut task = std::mem::take(&mut asked.task);
+        task.id = ids::fresh("dcf");
+        let embedded = crate::embed::embed(&self.mesh, Front::Dcf, task).await?;
+        Ok(asked.answer(&embedded).into())
+    }
+
+    /// The text of an answer; meanwhile Partials go out where they were asked for.
+    async fn generate(
+        &self,
+        key: TaskKey,
+        run: Run,
+        task: DcfGenerate,
+        payload: Bytes,
+    ) -> Result<Bytes, AnswerError> {
         let (client, sequence) = key;
         // A v5.0.0 worker cannot stream; where there is no other, the whole answer at once is better than none.
         let old_workers_only = || {
@@ -246,34 +296,9 @@ impl Port {
         };
         drive(&self.mesh, Front::Dcf, task, emit, std::future::pending()).await;
 
-        let (answer, keep) = match failure {
-            Some(failure) => {
-                let (code, keep) = code_of(&failure);
-                (error(sequence, code, &failure.to_string()), keep)
-            }
-            None => {
-                let payload = whole.unwrap_or_else(|| text.into());
-                (
-                    Message::new(MsgType::RESULT, sequence, timestamp_us(), payload),
-                    true,
-                )
-            }
-        };
-        {
-            let mut dedup = self.dedup();
-            if !dedup.is_current(key, run) {
-                return;
-            }
-            if keep {
-                dedup.finished(key, run, answer.clone(), Instant::now());
-            } else {
-                dedup.forget(key, run);
-            }
-        }
-        let mut batch = SendBatch::new();
-        queue(&mut batch, client, &answer);
-        if let Err(error) = self.socket.send(&mut batch).await {
-            debug!(%error, %client, "answer not sent");
+        match failure {
+            Some(failure) => Err(failure),
+            None => Ok(whole.unwrap_or_else(|| text.into())),
         }
     }
 

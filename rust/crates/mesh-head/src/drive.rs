@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use dcf::{ErrorCode, Message, MsgType};
 use mesh_net::quic::{Link, MsgStream};
-use mesh_proto::{Done, Generate, Tokens};
+use mesh_proto::{Done, Generate, ModelKind, Tokens};
 use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio::time::{Sleep, sleep_until};
@@ -152,6 +152,15 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
     async fn run(&mut self) -> Outcome {
         if self.mesh.shutdown.is_draining() {
             return self.failed(AnswerError::ShuttingDown);
+        }
+        if self.mesh.replicas(&self.ask.model).kind == Some(ModelKind::Embed) {
+            return self.failed(AnswerError::Rejected {
+                code: ErrorCode::INVALID_PAYLOAD,
+                text: format!(
+                    "the model {:?} makes embeddings, not text; POST /v1/embeddings asks for those",
+                    self.ask.model
+                ),
+            });
         }
         let mut rerun = false;
         loop {
@@ -467,14 +476,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
     }
 
     fn failed(&mut self, error: AnswerError) -> Outcome {
-        let outcome = match &error {
-            AnswerError::Refused(Refusal::UnknownModel { .. }) | AnswerError::Rejected { .. } => {
-                Outcome::Rejected
-            }
-            AnswerError::Refused(_) | AnswerError::ShuttingDown => Outcome::Refused,
-            AnswerError::Timeout(_) => Outcome::Timeout,
-            AnswerError::WorkersFailed { .. } => Outcome::Failed,
-        };
+        let outcome = outcome_of(&error);
         if outcome == Outcome::Failed || outcome == Outcome::Timeout {
             warn!(request = self.task.id, %error, "no answer");
         }
@@ -514,7 +516,20 @@ async fn open(link: &Link, generate: Message) -> Result<MsgStream, Failure> {
     Ok(stream)
 }
 
-fn error_of(message: &Message) -> Failure {
+/// How a request that ends with this error is booked.
+pub(crate) fn outcome_of(error: &AnswerError) -> Outcome {
+    match error {
+        AnswerError::Refused(Refusal::UnknownModel { .. }) | AnswerError::Rejected { .. } => {
+            Outcome::Rejected
+        }
+        AnswerError::Refused(_) | AnswerError::ShuttingDown => Outcome::Refused,
+        AnswerError::Timeout(_) => Outcome::Timeout,
+        AnswerError::WorkersFailed { .. } => Outcome::Failed,
+    }
+}
+
+/// What a worker's answer that is none says.
+pub(crate) fn error_of(message: &Message) -> Failure {
     match message.error_body() {
         Some(body) => Failure::Error {
             code: body.code,

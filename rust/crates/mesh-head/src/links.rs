@@ -10,8 +10,8 @@ use mesh_net::quic::{Link, Listener, MsgStream, StreamFailure};
 use mesh_net::seal::Opener;
 use mesh_net::trust::Role;
 use mesh_proto::{
-    Generate, GenerateParams, Hello, Load, Models, Offer, PROTOCOL_VERSION, Prompt, RingState,
-    Served, Welcome,
+    Embed, EmbedInput, EmbedText, Generate, GenerateParams, Hello, Load, ModelKind, Models, Offer,
+    PROTOCOL_VERSION, Prompt, RingState, Served, Welcome,
 };
 use prost::Message as _;
 use tokio::sync::mpsc;
@@ -19,6 +19,8 @@ use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
 use crate::core::registry::{ServedModel, WorkerId};
+use crate::core::request::Failure;
+use crate::embed;
 use crate::ids;
 use crate::mesh::{Mesh, Standing, timestamp_us};
 
@@ -194,11 +196,15 @@ async fn follow_control(
 async fn prove(mesh: Arc<Mesh>, id: WorkerId, link: Link) {
     loop {
         if let Some(models) = models_to_prove(&mesh, id) {
-            for (model, ring) in &models {
+            for (model, ring, kind) in &models {
                 let asked = Instant::now();
-                let came = match timeout(mesh.config.first_token_limit, one_token(&link, model))
-                    .await
-                {
+                let probe = async {
+                    match kind {
+                        ModelKind::Chat => one_token(&link, model).await,
+                        ModelKind::Embed => one_vector(&link, model).await,
+                    }
+                };
+                let came = match timeout(mesh.config.first_token_limit, probe).await {
                     Ok(Ok(())) => true,
                     Ok(Err(reason)) => {
                         info!(
@@ -231,7 +237,7 @@ async fn prove(mesh: Arc<Mesh>, id: WorkerId, link: Link) {
 }
 
 /// Models that are to prove that a token comes back, each with its ring.
-fn models_to_prove(mesh: &Mesh, id: WorkerId) -> Option<Vec<(String, Option<u64>)>> {
+fn models_to_prove(mesh: &Mesh, id: WorkerId) -> Option<Vec<(String, Option<u64>, ModelKind)>> {
     mesh.with_registry(|registry| {
         let worker = registry.get(id)?;
         let idle = worker.active() == 0;
@@ -241,11 +247,11 @@ fn models_to_prove(mesh: &Mesh, id: WorkerId) -> Option<Vec<(String, Option<u64>
             // For a ring the token goes through every stage. Its driver answers until the ring has moved away.
             (!worker.draining || model.ring.is_some()) && (!model.proven || (stale && idle))
         };
-        let models: Vec<(String, Option<u64>)> = worker
+        let models: Vec<(String, Option<u64>, ModelKind)> = worker
             .models
             .iter()
             .filter(due)
-            .map(|model| (model.card.name.clone(), model.ring))
+            .map(|model| (model.card.name.clone(), model.ring, model.card.kind()))
             .collect();
         (!models.is_empty()).then_some(models)
     })
@@ -293,6 +299,23 @@ async fn one_token(link: &Link, model: &str) -> Result<(), String> {
             None => return Err("it ended the stream".into()),
         }
     }
+}
+
+/// The same for an embedding model: one text becomes one vector.
+async fn one_vector(link: &Link, model: &str) -> Result<(), String> {
+    let embed = Embed {
+        request_id: ids::fresh("probe"),
+        model: model.to_owned(),
+        inputs: vec![EmbedInput {
+            text: Some(EmbedText::Text("Hello".into())),
+        }],
+        ..Default::default()
+    };
+    let answer = embed::ask_worker(link, embed, 0, 0).await;
+    answer.map(|_| ()).map_err(|failure| match failure {
+        Failure::Lost(text) => text,
+        Failure::Error { code, text } => format!("{code}: {text}"),
+    })
 }
 
 /// What the key of a session's heartbeats is exported for; the context is the session, big-endian.

@@ -12,7 +12,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use dcf::{ErrorCode, Message};
 use mesh_net::quic::Link;
-use mesh_proto::{Hello, Load};
+use mesh_proto::{Hello, Load, ModelKind};
 use mesh_service::health::Health;
 use mesh_service::shutdown::Shutdown;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -71,6 +71,19 @@ struct Peer {
     link: Link,
     /// Goes out on its control stream.
     orders: mpsc::Sender<Message>,
+}
+
+/// Who serves a model.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Replicas {
+    /// What it makes; `None` if nobody serves it now.
+    pub kind: Option<ModelKind>,
+    /// Workers with the same weights that may be asked for embeddings.
+    pub workers: usize,
+    /// SHA-256 of those weights.
+    pub fingerprint: Option<String>,
+    /// Length of its vectors.
+    pub dimensions: u32,
 }
 
 /// How to reach the worker of an [`Assignment`].
@@ -160,7 +173,11 @@ impl Mesh {
         let first = || {
             let state = self.lock();
             let placement = &state.placement;
-            let served = placement.registry.models().keys().next().copied();
+            let models = placement.registry.models();
+            let mut chat = models
+                .iter()
+                .filter(|(_, card)| card.kind() == ModelKind::Chat);
+            let served = chat.next().map(|(name, _)| *name);
             // A mesh whose only model is a ring that recovers has a model all the same.
             let coming = || {
                 let coming = |(_, prospect): &(&String, &Prospect)| **prospect == Prospect::Coming;
@@ -170,6 +187,49 @@ impl Mesh {
             served.or_else(coming).map(str::to_owned)
         };
         self.config.default_model.clone().or_else(first)
+    }
+
+    /// The embedding model of a request that names none.
+    pub fn first_encoder(&self) -> Option<String> {
+        let state = self.lock();
+        let models = state.placement.registry.models();
+        let mut encoders = models
+            .iter()
+            .filter(|(_, card)| card.kind() == ModelKind::Embed);
+        encoders.next().map(|(name, _)| (*name).to_owned())
+    }
+
+    /// Who serves this model: how many, and which of several weights of that name most of them have.
+    pub fn replicas(&self, name: &str) -> Replicas {
+        let state = self.lock();
+        let mut found = Replicas::default();
+        let mut by_weights = BTreeMap::<&str, usize>::new();
+        let workers = || state.placement.registry.iter();
+        for worker in workers() {
+            let served = worker.models.iter().find(|model| model.card.name == name);
+            let Some(card) = served.map(|model| &model.card) else {
+                continue;
+            };
+            found.kind.get_or_insert(card.kind());
+            if !worker.draining && worker.is_for("embeddings") {
+                *by_weights.entry(&card.fingerprint).or_default() += 1;
+            }
+        }
+        let most = by_weights.into_iter().max_by_key(|(_, workers)| *workers);
+        if let Some((fingerprint, workers)) = most {
+            found.workers = workers;
+            found.fingerprint = Some(fingerprint.to_owned());
+        }
+        let same = |model: &&ServedModel| {
+            model.card.name == name
+                && found
+                    .fingerprint
+                    .as_ref()
+                    .is_none_or(|f| *f == model.card.fingerprint)
+        };
+        let card = workers().flat_map(|worker| &worker.models).find(same);
+        found.dimensions = card.map_or(0, |model| model.card.dimensions);
+        found
     }
 
     /// Whether a worker serves this model now or did lately, or workers offer its layers.

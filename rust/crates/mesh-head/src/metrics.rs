@@ -84,6 +84,8 @@ pub struct HeadMetrics {
     pub tokens: Counter,
     /// Prompt tokens of complete answers.
     pub prompt_tokens: Counter,
+    /// Texts embedded.
+    pub embedded: Counter,
     /// Prompt tokens of those that a worker found in its cache.
     pub cached_tokens: Counter,
     /// Attempts that failed and were run again.
@@ -110,6 +112,7 @@ impl HeadMetrics {
             first_token: Histogram::new(DURATIONS),
             tokens: Counter::default(),
             prompt_tokens: Counter::default(),
+            embedded: Counter::default(),
             cached_tokens: Counter::default(),
             reruns: Counter::default(),
             datagrams: Family::default(),
@@ -150,6 +153,7 @@ impl HeadMetrics {
             "Prompt tokens of complete answers",
             this.prompt_tokens.clone(),
         );
+        registry.register("embedded_texts", "Texts embedded", this.embedded.clone());
         registry.register(
             "cached_prompt_tokens",
             "Prompt tokens found in a KV cache",

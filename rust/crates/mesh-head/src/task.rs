@@ -7,6 +7,7 @@ use serde_json::Value;
 use crate::core::affinity::{estimate_tokens, prefixes};
 use crate::core::router::Ask;
 use crate::fields::{Fields, Invalid, messages, sampling};
+use crate::http::embeddings::AskedEmbeddings;
 
 /// One answer to generate.
 #[derive(Debug, Clone)]
@@ -52,7 +53,25 @@ impl Task {
 
 /// A Task payload of a DCF client.
 #[derive(Debug, Clone)]
-pub struct DcfTask {
+pub enum DcfTask {
+    /// An answer to generate.
+    Generate(DcfGenerate),
+    /// Texts to embed: `"kind": "embed"`.
+    Embed(DcfEmbed),
+}
+
+/// Texts to embed, as a DCF client asks for them.
+#[derive(Debug, Clone)]
+pub struct DcfEmbed {
+    /// What to embed, and how to write it down.
+    pub asked: AskedEmbeddings,
+    /// Acknowledge repeats while the task runs.
+    pub ack: bool,
+}
+
+/// An answer to generate, as a DCF client asks for it.
+#[derive(Debug, Clone)]
+pub struct DcfGenerate {
     /// Model name.
     pub model: Option<String>,
     /// What to answer.
@@ -89,13 +108,21 @@ impl DcfTask {
         if text.trim_start().starts_with('{') {
             return Self::parse_json(text);
         }
-        Ok(Self {
+        Ok(Self::Generate(DcfGenerate {
             model: None,
             prompt: user_message(text),
             params: GenerateParams::default(),
             stream: false,
             ack: false,
-        })
+        }))
+    }
+
+    /// Whether repeats are to be acknowledged while the task runs.
+    pub fn ack(&self) -> bool {
+        match self {
+            Self::Generate(task) => task.ack,
+            Self::Embed(task) => task.ack,
+        }
     }
 
     fn parse_json(text: &str) -> Result<Self, Invalid> {
@@ -109,6 +136,13 @@ impl DcfTask {
         let Some(fields) = value.as_object().map(Fields::new) else {
             return Err(Invalid::new("payload", "the payload is JSON but no object"));
         };
+        // Any other kind is a key that means nothing here.
+        if fields.get("kind").and_then(Value::as_str) == Some("embed") {
+            return Ok(Self::Embed(DcfEmbed {
+                asked: AskedEmbeddings::of_fields(fields)?,
+                ack: fields.flag("ack")?,
+            }));
+        }
         let prompt = match (fields.get("messages"), fields.text("prompt")?) {
             (Some(list), _) => Prompt::Chat(messages(list)?),
             (None, Some(prompt)) => user_message(prompt),
@@ -123,13 +157,13 @@ impl DcfTask {
             max_tokens: fields.whole("max_tokens", 1..=u32::MAX)?,
             ..sampling(fields)?
         };
-        Ok(Self {
+        Ok(Self::Generate(DcfGenerate {
             model: fields.text("model")?.map(str::to_owned),
             prompt,
             params,
             stream: fields.flag("stream")?,
             ack: fields.flag("ack")?,
-        })
+        }))
     }
 }
 
@@ -161,9 +195,35 @@ mod tests {
         }
     }
 
+    fn parse(payload: &[u8]) -> Result<DcfGenerate, Invalid> {
+        match DcfTask::parse(payload)? {
+            DcfTask::Generate(task) => Ok(task),
+            DcfTask::Embed(task) => panic!("{task:?}"),
+        }
+    }
+
+    #[test]
+    fn a_task_of_kind_embed_has_an_input_and_other_kinds_are_ignored() {
+        let embed = |payload: &[u8]| match DcfTask::parse(payload) {
+            Ok(DcfTask::Embed(task)) => Ok((task.asked.task.inputs.len(), task.asked.base64)),
+            Ok(DcfTask::Generate(task)) => panic!("{task:?}"),
+            Err(invalid) => Err(invalid.param),
+        };
+        assert_eq!(
+            embed(br#"{"kind":"embed","input":["a","b"],"encoding_format":"base64"}"#),
+            Ok((2, true))
+        );
+        assert_eq!(
+            embed(br#"{"kind":"embed","prompt":"x"}"#),
+            Err("input".into())
+        );
+        let other = parse(br#"{"kind":"poem","prompt":"x"}"#).unwrap();
+        assert_eq!(content(&other.prompt), "user:x;");
+    }
+
     #[test]
     fn plain_text_is_a_user_message() {
-        let task = DcfTask::parse("  Wie geht's?".as_bytes()).unwrap();
+        let task = parse("  Wie geht's?".as_bytes()).unwrap();
         assert_eq!(content(&task.prompt), "user:  Wie geht's?;");
         assert!(!task.stream && task.model.is_none());
     }
@@ -171,12 +231,12 @@ mod tests {
     #[test]
     fn json_carries_prompt_and_parameters_and_unknown_keys_are_ignored() {
         let task =
-            DcfTask::parse(br#"{"prompt":"hi","max_tokens":5,"steps":50,"guidance":7.5,"stream":true,"model":"m"}"#).unwrap();
+            parse(br#"{"prompt":"hi","max_tokens":5,"steps":50,"guidance":7.5,"stream":true,"model":"m"}"#).unwrap();
         assert_eq!(content(&task.prompt), "user:hi;");
         assert_eq!(task.params.max_tokens, Some(5));
         assert!(task.stream);
         assert_eq!(task.model.as_deref(), Some("m"));
-        let chat = DcfTask::parse(
+        let chat = parse(
             br#"{"messages":[{"role":"system","content":"s"},{"role":"user","content":"u"}]}"#,
         )
         .unwrap();

@@ -26,6 +26,9 @@ pub struct Hello {
     /// Protocol version; [`PROTOCOL_VERSION`] here.
     #[prost(uint32, tag = "4")]
     pub protocol: u32,
+    /// What the node is kept for (`chat`, `embeddings`, `images`); empty is for anything.
+    #[prost(string, repeated, tag = "5")]
+    pub reserved_for: Vec<String>,
 }
 
 /// One model that a worker serves.
@@ -64,6 +67,22 @@ pub struct ModelCard {
     /// One past the last layer held.
     #[prost(uint32, tag = "11")]
     pub layer_end: u32,
+    /// What it makes.
+    #[prost(enumeration = "ModelKind", tag = "12")]
+    pub kind: i32,
+    /// Length of a vector, of a model that makes embeddings.
+    #[prost(uint32, tag = "13")]
+    pub dimensions: u32,
+}
+
+/// What a model makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum ModelKind {
+    /// Text, asked for with [`Generate`].
+    Chat = 0,
+    /// Embeddings, asked for with [`Embed`].
+    Embed = 1,
 }
 
 /// The head's answer to [`Hello`] (DCF 0x11).
@@ -324,6 +343,65 @@ pub enum FinishReason {
     Stop = 1,
     /// `max_tokens` or the context was reached.
     Length = 2,
+}
+
+/// Texts to embed (DCF 0x24), head to worker, first message of its stream. Answered by one [`Embeddings`] or an Error.
+#[derive(Clone, PartialEq, Message)]
+pub struct Embed {
+    /// Request id, for logs of all services.
+    #[prost(string, tag = "1")]
+    pub request_id: String,
+    /// Model name.
+    #[prost(string, tag = "2")]
+    pub model: String,
+    /// The texts.
+    #[prost(message, repeated, tag = "3")]
+    pub inputs: Vec<EmbedInput>,
+    /// Name of the prompt that the model puts in front of texts (`query`, `passage`); empty is its default.
+    #[prost(string, tag = "4")]
+    pub prompt_name: String,
+    /// Cut vectors to so many numbers and scale them to length 1 again; 0 is all of them.
+    #[prost(uint32, tag = "5")]
+    pub dimensions: u32,
+    /// Milliseconds the worker may spend from now; 0 is without limit.
+    #[prost(uint64, tag = "6")]
+    pub deadline_ms: u64,
+}
+
+/// One text to embed.
+#[derive(Clone, PartialEq, Message)]
+pub struct EmbedInput {
+    /// As text or as tokens.
+    #[prost(oneof = "EmbedText", tags = "1, 2")]
+    pub text: Option<EmbedText>,
+}
+
+/// A text in either form.
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub enum EmbedText {
+    /// Text.
+    #[prost(string, tag = "1")]
+    Text(String),
+    /// Token ids.
+    #[prost(message, tag = "2")]
+    Tokens(TokenList),
+}
+
+/// The vectors of all texts of an [`Embed`] (DCF 0x25), worker to head.
+#[derive(Clone, PartialEq, Message)]
+pub struct Embeddings {
+    /// Length of one vector.
+    #[prost(uint32, tag = "1")]
+    pub dimensions: u32,
+    /// f32, little-endian, vector after vector in the order of the texts.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub vectors: prost::bytes::Bytes,
+    /// Tokens of each text that the model saw.
+    #[prost(uint32, repeated, tag = "3")]
+    pub tokens: Vec<u32>,
+    /// Microseconds from arrival to the answer.
+    #[prost(uint64, tag = "4")]
+    pub total_us: u64,
 }
 
 /// Asks to join (DCF 0x30), on a connection that is authenticated by the token's pin only.

@@ -13,6 +13,7 @@ use prost::Message as _;
 use tracing::Instrument;
 
 use crate::config::SamplingDefaults;
+use crate::encoder;
 use crate::generate::{self, Refusal};
 use crate::host::Host;
 
@@ -25,6 +26,9 @@ pub(crate) async fn serve(mut stream: MsgStream, host: Arc<Host>, defaults: Arc<
         Err(_) => return stream.reset(ErrorCode::TIMEOUT),
     };
     let sequence = first.sequence;
+    if first.kind == MsgType::EMBED {
+        return encoder::serve(stream, first, &host).await;
+    }
     let generate = match read(first) {
         Ok(generate) => generate,
         Err(reason) => {
@@ -113,7 +117,7 @@ async fn forward(
     }
 }
 
-async fn refuse(stream: MsgStream, sequence: u32, code: ErrorCode, text: &str) {
+pub(crate) async fn refuse(stream: MsgStream, sequence: u32, code: ErrorCode, text: &str) {
     let (mut send, _recv) = stream.split();
     let error = Message::error(sequence, timestamp_us(), code, text);
     let sent: Result<(), StreamFailure> = async {
@@ -129,7 +133,7 @@ async fn refuse(stream: MsgStream, sequence: u32, code: ErrorCode, text: &str) {
 fn read(message: Message) -> Result<Generate, String> {
     if message.kind != MsgType::GENERATE {
         return Err(format!(
-            "a request stream begins with a Generate, not with a {}",
+            "a request stream begins with a Generate or an Embed, not with a {}",
             message.kind
         ));
     }

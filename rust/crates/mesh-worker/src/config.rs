@@ -1,5 +1,6 @@
 //! The worker's configuration: what every key means, its default, and what is checked before anything starts.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -25,12 +26,16 @@ pub struct Config {
     pub join_token_file: Option<PathBuf>,
     /// The join token itself, for deployments that hand secrets over in the environment.
     pub join_token: Option<String>,
-    /// Models to serve whole: paths of GGUF files, or names looked up in `model_dirs`.
+    /// Models to serve whole: paths of GGUF files, or names looked up in `model_dirs`; for embeddings the folder of an encoder.
     pub models: Vec<String>,
     /// Models of which this worker holds a range of layers if the head wants it to; named like `models`.
     pub shards: Vec<String>,
     /// Folders with models.
     pub model_dirs: Vec<PathBuf>,
+    /// What this node is kept for (`chat`, `embeddings`, `images`): it is given nothing else. Empty is for anything.
+    pub reserved_for: Vec<String>,
+    /// Embedding models.
+    pub embed: EmbedConfig,
     /// ONNX Runtime's library; `ORT_DYLIB_PATH` by default.
     pub ort_library: Option<PathBuf>,
     /// What computes: `auto` (a GPU that this build can use and that works, else the CPU), `cpu`, `cuda` or `migraphx`.
@@ -77,6 +82,26 @@ pub struct HttpConfig {
     pub listen: SocketAddr,
 }
 
+/// Embedding models.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EmbedConfig {
+    /// Most tokens that are computed at once, over all texts of a batch.
+    pub batch_tokens: u32,
+    /// Texts that a model wants in front of others, by model and by name, where its own files do not say them, such as
+    /// `{ "e5-small-v2" = { query = "query: ", passage = "passage: " } }`.
+    pub prompts: BTreeMap<String, BTreeMap<String, String>>,
+}
+
+impl Default for EmbedConfig {
+    fn default() -> Self {
+        EmbedConfig {
+            batch_tokens: 1024,
+            prompts: BTreeMap::new(),
+        }
+    }
+}
+
 /// Running models together with other workers.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -86,8 +111,6 @@ pub struct RingConfig {
     /// Most memory for parts and their KV cache; by default most of what is free at the start.
     #[serde(with = "optional_bytes")]
     pub memory: Option<u64>,
-    /// What this node is kept for (`chat`, `embeddings`, `images`); empty is for anything.
-    pub reserved_for: Vec<String>,
     /// How weights are held.
     pub format: RingFormat,
 }
@@ -164,6 +187,8 @@ impl Default for Config {
             models: Vec::new(),
             shards: Vec::new(),
             model_dirs: vec!["/var/lib/hydramesh/models".into()],
+            reserved_for: Vec::new(),
+            embed: EmbedConfig::default(),
             ort_library: None,
             backend: Backend::Auto,
             threads: 0,
@@ -197,7 +222,6 @@ impl Default for RingConfig {
         RingConfig {
             listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 7781)),
             memory: None,
-            reserved_for: Vec::new(),
             format: RingFormat::default(),
         }
     }
@@ -310,7 +334,18 @@ impl Config {
                 });
             }
         }
-        for (key, value) in [("slots", self.slots), ("step_rows", self.step_rows)] {
+        if let Some(purpose) = self
+            .reserved_for
+            .iter()
+            .find(|purpose| !PURPOSES.contains(&purpose.as_str()))
+        {
+            return Err(Unsound::Purpose(purpose.clone()));
+        }
+        for (key, value) in [
+            ("slots", self.slots),
+            ("step_rows", self.step_rows),
+            ("embed.batch_tokens", self.embed.batch_tokens),
+        ] {
             if value == 0 {
                 return Err(Unsound::Zero(key));
             }
@@ -355,10 +390,18 @@ pub enum Unsound {
         /// Its value.
         value: String,
     },
+    /// A reservation for nothing that there is.
+    #[error(
+        "`reserved_for` names {0:?}; a node can be kept for \"chat\", \"embeddings\" or \"images\""
+    )]
+    Purpose(String),
     /// A zero where that makes no sense.
     #[error("`{0}` must be greater than 0")]
     Zero(&'static str),
 }
+
+/// What a node can be kept for.
+const PURPOSES: [&str; 3] = ["chat", "embeddings", "images"];
 
 fn is_host_and_port(text: &str) -> bool {
     let parts = text.rsplit_once(':');
@@ -428,6 +471,10 @@ mod tests {
         assert!(error("models = [\"m\"]").contains("head = \"host:7780\""));
         assert!(error("models = [\"m\"]\nhead = \"h\"").contains("\"h\", which is not host:port"));
         assert!(error("models = [\"m\"]\nhead = \"h:1\"\nslots = 0").contains("`slots`"));
+        assert!(
+            error("models = [\"m\"]\nhead = \"h:1\"\nreserved_for = [\"embed\"]")
+                .contains("\"embeddings\"")
+        );
         assert_eq!(parse("models = [\"m\"]\nhead = \"h:1\"").check(), Ok(()));
         assert_eq!(
             parse("models = [\"m\"]\nlegacy.head = \"h:1\"").check(),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use mesh_engine::StartError;
 use mesh_engine_ort::LoadError;
-use mesh_model::ModelError;
+use mesh_model::{EncoderError, ModelError};
 use mesh_net::quic::JoinError;
 use mesh_store::LocalError;
 
@@ -46,6 +46,14 @@ pub enum WorkerError {
     /// A model file is damaged or unsupported.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// An embedding model's folder is damaged or unsupported.
+    #[error("embedding model {name}: {source}")]
+    Encoder {
+        /// The model.
+        name: String,
+        /// Why.
+        source: EncoderError,
+    },
     /// Two models go by one name.
     #[error("two models are called {name:?}; rename one of the files or drop one from `models`")]
     SameName {

@@ -159,13 +159,9 @@ impl HeadLink {
         let hello = Hello {
             node_name: self.config.node_name(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            models: self
-                .host
-                .models()
-                .iter()
-                .map(|hosted| hosted.card.clone())
-                .collect(),
+            models: self.host.cards(),
             protocol: PROTOCOL_VERSION,
+            reserved_for: self.config.reserved_for.clone(),
         };
         let exchange = async {
             let mut control = link.open().await?;

@@ -1,24 +1,27 @@
 //! The models of this worker, each with its engine.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use futures::StreamExt;
 use futures::future::join_all;
-use mesh_engine::{Engine, EngineHandle, Event, Request, SchedulerConfig};
+use mesh_engine::{Engine, EngineHandle, Event, Load as EngineLoad, Request, SchedulerConfig};
 use mesh_engine_ort::{Opened, OrtOptions, Provider};
-use mesh_model::{Model, Tokenizer};
+use mesh_model::{Model, Tokenizer, encoder};
 use mesh_proto::{Load, ModelCard, ModelSpeed};
 use mesh_store::{FingerprintCache, local};
 
 use crate::config::Config;
+use crate::encoder::HostedEncoder;
 use crate::error::WorkerError;
 use crate::rings::Rings;
 
 /// All models of this worker.
 pub(crate) struct Host {
     models: Vec<Hosted>,
+    encoders: Vec<Arc<HostedEncoder>>,
     rings: Arc<Rings>,
 }
 
@@ -47,22 +50,31 @@ impl Host {
     /// Blocks for as long as that takes.
     pub(crate) fn load(config: &Arc<Config>) -> Result<Self, WorkerError> {
         let mut models: Vec<Hosted> = Vec::new();
+        let mut encoders: Vec<Arc<HostedEncoder>> = Vec::new();
         for name in &config.models {
+            if let Some(folder) = encoder::find(name, &config.model_dirs) {
+                encoders.push(Arc::new(HostedEncoder::load(&folder, config)?));
+                continue;
+            }
             let path = local::resolve(name, &config.model_dirs)?;
-            let hosted = Hosted::load(&path, config)?;
-            if models
-                .iter()
-                .any(|other| other.card.name == hosted.card.name)
-            {
+            models.push(Hosted::load(&path, config)?);
+        }
+        let mut names = HashSet::new();
+        let cards = models.iter().map(|hosted| &hosted.card);
+        for card in cards.chain(encoders.iter().map(|hosted| &hosted.card)) {
+            if !names.insert(card.name.as_str()) {
                 return Err(WorkerError::SameName {
-                    name: hosted.card.name,
+                    name: card.name.clone(),
                 });
             }
-            models.push(hosted);
         }
         // Measured while nothing computes.
         let rings = Rings::open(config)?;
-        Ok(Host { models, rings })
+        Ok(Host {
+            models,
+            encoders,
+            rings,
+        })
     }
 
     /// Its parts in rings.
@@ -73,6 +85,24 @@ impl Host {
     /// All models.
     pub(crate) fn models(&self) -> &[Hosted] {
         &self.models
+    }
+
+    /// All embedding models.
+    pub(crate) fn encoders(&self) -> &[Arc<HostedEncoder>] {
+        &self.encoders
+    }
+
+    /// What the head is told of all models.
+    pub(crate) fn cards(&self) -> Vec<ModelCard> {
+        let chat = self.models.iter().map(|hosted| &hosted.card);
+        let embed = self.encoders.iter().map(|hosted| &hosted.card);
+        chat.chain(embed).cloned().collect()
+    }
+
+    /// The embedding model called `name`; the first one if there is no name.
+    pub(crate) fn find_encoder(&self, name: &str) -> Option<Arc<HostedEncoder>> {
+        let of_name = |hosted: &&Arc<HostedEncoder>| name.is_empty() || hosted.card.name == name;
+        self.encoders.iter().find(of_name).cloned()
     }
 
     /// The model called `name`, whole here or driven from here; the first one if there is no name.
@@ -94,6 +124,18 @@ impl Host {
         whole.chain(self.rings.engines()).collect()
     }
 
+    /// Loads of engines and of encoders, each with its model's name.
+    pub(crate) fn loads(&self) -> Vec<(String, EngineLoad)> {
+        let engines = self.engines();
+        let engines = engines.into_iter().map(|(name, engine)| {
+            let load = engine.load();
+            (name, load)
+        });
+        let encoders = self.encoders.iter();
+        let encoders = encoders.map(|hosted| (hosted.card.name.clone(), hosted.engine.load()));
+        engines.chain(encoders).collect()
+    }
+
     /// Load and speeds over all models.
     pub(crate) fn load_report(&self, draining: bool) -> Load {
         let mut report = Load {
@@ -101,8 +143,7 @@ impl Host {
             resident_bytes: mesh_service::metrics::resident_bytes().unwrap_or(0),
             ..Load::default()
         };
-        for (name, engine) in self.engines() {
-            let load = engine.load();
+        for (name, load) in self.loads() {
             report.running += load.running;
             report.queued += load.queued;
             report.kv_tokens_used += load.kv_tokens_used;
@@ -122,16 +163,26 @@ impl Host {
     pub(crate) async fn drain(&self) {
         let engines = self.engines();
         let finished = join_all(engines.iter().map(|(_, engine)| engine.drain()));
+        let embedded = join_all(self.encoders.iter().map(|hosted| hosted.engine.drain()));
         // What this worker does for rings the head moves elsewhere when it hears of the drain.
-        tokio::join!(finished, self.rings.emptied());
+        tokio::join!(finished, embedded, self.rings.emptied());
     }
 
     /// The error of an engine that is gone, if one is.
     pub(crate) fn death(&self) -> Option<WorkerError> {
-        self.models.iter().find_map(|hosted| {
-            let reason = hosted.engine.death()?.to_string();
-            let name = hosted.card.name.clone();
-            Some(WorkerError::EngineDead { name, reason })
+        let engines = self
+            .models
+            .iter()
+            .map(|hosted| (&hosted.card.name, hosted.engine.death()));
+        let encoders = self
+            .encoders
+            .iter()
+            .map(|hosted| (&hosted.card.name, hosted.engine.death()));
+        engines.chain(encoders).find_map(|(name, death)| {
+            Some(WorkerError::EngineDead {
+                name: name.clone(),
+                reason: death?.to_string(),
+            })
         })
     }
 }

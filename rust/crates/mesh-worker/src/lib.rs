@@ -1,7 +1,7 @@
 //! The worker: hosts engines, answers tasks.
 //!
 //! [`Worker::start`] loads the models (`host`), joins the mesh and keeps the link to the head up (`head`). Each request
-//! of the head is a stream of its own (`answer`, `generate`). Plain DCF tasks, as v5.0.0 heads send them, come over UDP
+//! of the head is a stream of its own (`answer`, `generate`, `encoder`). Plain DCF tasks, as v5.0.0 heads send them, come over UDP
 //! (`legacy`).
 
 #![forbid(unsafe_code)]
@@ -9,6 +9,7 @@
 mod answer;
 mod backoff;
 pub mod config;
+mod encoder;
 mod error;
 mod generate;
 mod head;

@@ -44,11 +44,7 @@ pub(crate) struct EngineCollector(pub(crate) Arc<Host>);
 
 impl Collector for EngineCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let engines = self.0.engines();
-        let loads: Vec<(&str, Load)> = engines
-            .iter()
-            .map(|(name, engine)| (name.as_str(), engine.load()))
-            .collect();
+        let loads = self.0.loads();
         let kind = ConstGauge::new(0.0).metric_type();
         let help = "1 for what computes the model";
         let mut family = encoder.encode_descriptor("model_backend", help, None, kind)?;
@@ -59,11 +55,15 @@ impl Collector for EngineCollector {
             ];
             ConstGauge::new(1.0).encode(family.encode_family(&labels)?)?;
         }
+        for hosted in self.0.encoders() {
+            let labels = [("model", hosted.card.name.as_str()), ("backend", "cpu")];
+            ConstGauge::new(1.0).encode(family.encode_family(&labels)?)?;
+        }
         for (name, help, value) in GAUGES {
             let kind = ConstGauge::new(0.0).metric_type();
             let mut family = encoder.encode_descriptor(name, help, None, kind)?;
             for (model, load) in &loads {
-                let labels = [("model", *model)];
+                let labels = [("model", model.as_str())];
                 ConstGauge::new(value(load)).encode(family.encode_family(&labels)?)?;
             }
         }
@@ -71,7 +71,7 @@ impl Collector for EngineCollector {
             let kind = ConstCounter::new(0u64).metric_type();
             let mut family = encoder.encode_descriptor(name, help, None, kind)?;
             for (model, load) in &loads {
-                let labels = [("model", *model)];
+                let labels = [("model", model.as_str())];
                 ConstCounter::new(value(load)).encode(family.encode_family(&labels)?)?;
             }
         }

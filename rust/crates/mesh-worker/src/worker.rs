@@ -287,13 +287,13 @@ struct Progress {
 
 impl Progress {
     fn is_made(&mut self, host: &Host, now: Instant) -> bool {
-        let loads: Vec<_> = host
-            .models()
-            .iter()
-            .map(|hosted| hosted.engine.load())
-            .collect();
+        let engines = host.models().iter().map(|hosted| hosted.engine.load());
+        let encoders = host.encoders().iter().map(|hosted| hosted.engine.load());
+        let loads: Vec<_> = engines.chain(encoders).collect();
         let steps = loads.iter().map(|load| load.totals.steps).sum();
-        let busy = loads.iter().any(|load| load.running > 0);
+        let busy = loads
+            .iter()
+            .any(|load| load.running > 0 || load.prefill_backlog > 0);
         if steps != self.steps || !busy {
             (self.steps, self.since) = (steps, Some(now));
         }

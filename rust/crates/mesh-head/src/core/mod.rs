@@ -7,12 +7,14 @@
 //! - [`router`]: which of them answers a request soonest.
 //! - [`placement`]: registry, router and the bounded queue together.
 //! - [`request`]: the life of one answer across worker deaths.
+//! - [`embedding`]: a request for embeddings cut into parts for several workers.
 //! - [`rings`]: models that no single worker serves: who holds which layers, and what happens when one is lost.
 //! - [`tracker`]: which worker has which pieces of which model, and who goes outside the mesh for one.
 //! - [`dedup`]: a repeated DCF task does not run twice.
 
 pub mod affinity;
 pub mod dedup;
+pub mod embedding;
 pub mod placement;
 pub mod registry;
 pub mod request;

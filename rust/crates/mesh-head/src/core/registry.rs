@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use mesh_proto::{Hello, Load, ModelCard};
+use mesh_proto::{Hello, Load, ModelCard, ModelKind};
 
 /// Names a worker within this head's life; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -70,6 +70,8 @@ pub struct Worker {
     pub version: String,
     /// What it serves; empty for v5.0.0, which serves plain tasks.
     pub models: Vec<ServedModel>,
+    /// What it is kept for; empty is for anything.
+    pub reserved_for: Vec<String>,
     /// Its last load report.
     pub load: Load,
     /// It finishes what runs and takes nothing new: it says so, or an operator does.
@@ -108,11 +110,21 @@ impl Worker {
             .max(self.load.running.saturating_add(self.load.queued))
     }
 
-    /// The model of that name, if it serves it; its first one for a request that names none.
+    /// The model of that name, if it serves it; its first one that makes text for a request that names none.
     pub fn model(&self, name: &str) -> Option<&ServedModel> {
-        self.models
-            .iter()
-            .find(|model| name.is_empty() || model.card.name == name)
+        let is_meant = |model: &&ServedModel| {
+            if name.is_empty() {
+                model.card.kind() == ModelKind::Chat
+            } else {
+                model.card.name == name
+            }
+        };
+        self.models.iter().find(is_meant)
+    }
+
+    /// Whether it may be used for this purpose.
+    pub fn is_for(&self, purpose: &str) -> bool {
+        self.reserved_for.is_empty() || self.reserved_for.iter().any(|kept| kept == purpose)
     }
 
     /// A token was asked of one of its models at `asked`, and came or did not come.
@@ -203,6 +215,10 @@ impl Registry {
             hello.node_name
         };
         let id = self.insert(name, carrier, address, hello.version, models, now);
+        if let Some(worker) = self.workers.get_mut(&id) {
+            let kept = hello.reserved_for.into_iter().take(PURPOSES_PER_WORKER);
+            worker.reserved_for = kept.filter(|purpose| purpose.len() <= 64).collect();
+        }
         self.remember_models(id, now);
         (id, replaced)
     }
@@ -435,6 +451,7 @@ impl Registry {
             address,
             version,
             models,
+            reserved_for: Vec::new(),
             load: Load::default(),
             draining: false,
             drained: false,
@@ -489,6 +506,7 @@ fn speed(reported: f32) -> f64 {
 }
 
 const MODELS_PER_WORKER: usize = 64;
+const PURPOSES_PER_WORKER: usize = 16;
 const KNOWN_MODELS: usize = 1024;
 const LEGACY_WORKERS: usize = 1024;
 /// How long a model without a worker is answered with "no worker" and not with "no such model".

@@ -6,6 +6,8 @@
 
 use std::time::{Duration, Instant};
 
+use mesh_proto::ModelKind;
+
 use super::affinity::{Affinity, Prefix};
 use super::registry::{Registry, ServedModel, Worker, WorkerId, batch_gain};
 
@@ -14,6 +16,8 @@ use super::registry::{Registry, ServedModel, Worker, WorkerId, batch_gain};
 pub struct Ask {
     /// Model name; empty is any model.
     pub model: String,
+    /// What is wanted of it.
+    pub purpose: Purpose,
     /// Tokens of the prompt, estimated.
     pub prompt_tokens: u32,
     /// Tokens of the answer, estimated.
@@ -26,6 +30,34 @@ pub struct Ask {
     pub fingerprint: Option<String>,
     /// Workers on which this request failed: taken only when there is no other.
     pub avoid: Vec<WorkerId>,
+}
+
+/// What a request wants of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Purpose {
+    /// Text.
+    #[default]
+    Chat,
+    /// Embeddings.
+    Embed,
+}
+
+impl Purpose {
+    /// Its name in a worker's `reserved_for`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Purpose::Chat => "chat",
+            Purpose::Embed => "embeddings",
+        }
+    }
+
+    /// The models that serve it.
+    pub fn kind(self) -> ModelKind {
+        match self {
+            Purpose::Chat => ModelKind::Chat,
+            Purpose::Embed => ModelKind::Embed,
+        }
+    }
 }
 
 /// The router's answer.
@@ -144,11 +176,18 @@ fn serves(worker: &Worker, ask: &Ask) -> bool {
     if worker.is_legacy() {
         return ask.legacy;
     }
+    // Whoever is kept for something else holds this model for other meshes, or by mistake.
+    if !worker.is_for(ask.purpose.name()) {
+        return false;
+    }
+    let same_kind = |model: &ServedModel| model.card.kind() == ask.purpose.kind();
     let same_weights = |model: &ServedModel| match &ask.fingerprint {
         Some(fingerprint) => model.card.fingerprint == *fingerprint,
         None => true,
     };
-    worker.model(&ask.model).is_some_and(same_weights)
+    worker
+        .model(&ask.model)
+        .is_some_and(|model| same_kind(model) && same_weights(model))
 }
 
 fn holds(worker: &Worker, holder: Option<(WorkerId, u32)>) -> bool {
@@ -414,6 +453,34 @@ mod tests {
             }),
             1
         );
+    }
+
+    #[test]
+    fn a_worker_that_is_kept_for_something_gets_nothing_else() {
+        let mut fleet = Fleet::new(&[100.0, 10.0]);
+        fleet.registry.get_mut(WorkerId(1)).unwrap().reserved_for = vec!["embeddings".into()];
+        assert_eq!(fleet.worker(&ask()), 2);
+        fleet.registry.get_mut(WorkerId(2)).unwrap().reserved_for = vec!["images".into()];
+        assert_eq!(fleet.place(&ask()), Choice::Nobody);
+        fleet.registry.get_mut(WorkerId(1)).unwrap().reserved_for =
+            vec!["images".into(), "chat".into()];
+        assert_eq!(fleet.worker(&ask()), 1);
+    }
+
+    #[test]
+    fn embeddings_are_asked_of_embedding_models_only() {
+        let mut fleet = Fleet::new(&[100.0, 100.0]);
+        fleet.registry.get_mut(WorkerId(2)).unwrap().models[0]
+            .card
+            .kind = ModelKind::Embed.into();
+        let embed = Ask {
+            purpose: Purpose::Embed,
+            ..ask()
+        };
+        for _ in 0..3 {
+            assert_eq!(fleet.worker(&embed), 2);
+            assert_eq!(fleet.worker(&ask()), 1);
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@
 mod admin;
 mod answer;
 mod ask;
+pub mod embeddings;
 mod error;
 mod keys;
 mod ready;
@@ -20,13 +21,13 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{ConnectInfo, DefaultBodyLimit, Path, Request, State};
-use axum::http::{HeaderValue, StatusCode};
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Extension, Json, Router};
 use mesh_net::trust::Authority;
-use mesh_proto::ModelCard;
+use mesh_proto::{ModelCard, ModelKind};
 use mesh_service::health;
 use mesh_service::metrics::Metrics;
 use serde_json::{Value, json};
@@ -40,6 +41,7 @@ use crate::mesh::Mesh;
 use crate::metrics::Front;
 use answer::Answering;
 use ask::Asked;
+use embeddings::AskedEmbeddings;
 use keys::{Caller, Client, Denied, Turnstile};
 
 /// What the handlers share.
@@ -85,6 +87,7 @@ pub fn router(
         .route("/v1/models/{*name}", get(show_model))
         .route("/v1/chat/completions", post(chat))
         .route("/v1/completions", post(completions))
+        .route("/v1/embeddings", post(embed))
         .route("/v1/mesh", get(admin::show))
         .merge(administration)
         .route_layer(middleware::from_fn_with_state(api.clone(), authenticate))
@@ -141,6 +144,28 @@ async fn answer(
     }
 }
 
+async fn embed(
+    State(api): State<Api>,
+    Extension(client): Extension<Client>,
+    Extension(id): Extension<RequestId>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, ApiError> {
+    let body = body.map_err(|rejection| unreadable(&api, &rejection))?;
+    let _pass = api
+        .turnstile
+        .enter(client)
+        .ok_or_else(|| ApiError::too_many(api.turnstile.limit()))?;
+    let mut asked = AskedEmbeddings::parse(&body)?;
+    drop(body);
+    let mut task = std::mem::take(&mut asked.task);
+    task.id = id.0;
+    let embedded = crate::embed::embed(&api.mesh, Front::Http, task)
+        .await
+        .map_err(|error| ApiError::from(&error))?;
+    let json = HeaderValue::from_static("application/json");
+    Ok(([(header::CONTENT_TYPE, json)], asked.answer(&embedded)).into_response())
+}
+
 async fn list_models(State(api): State<Api>) -> Json<Value> {
     let data: Vec<Value> = models(&api)
         .values()
@@ -195,7 +220,17 @@ fn model(api: &Api, card: &ModelCard) -> Value {
         "architecture": card.architecture,
         "quantization": card.quantization,
         "file_bytes": card.file_bytes,
+        "kind": kind_name(card),
+        "dimensions": (card.dimensions > 0).then_some(card.dimensions),
     })
+}
+
+/// What a model makes, in a word.
+fn kind_name(card: &ModelCard) -> &'static str {
+    match card.kind() {
+        ModelKind::Chat => "chat",
+        ModelKind::Embed => "embed",
+    }
 }
 
 /// Lets through who may use the API, and notes who it is.

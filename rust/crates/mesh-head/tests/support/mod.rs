@@ -248,6 +248,7 @@ impl Worker {
             version: "test".into(),
             models: vec![card],
             protocol: PROTOCOL_VERSION,
+            reserved_for: Vec::new(),
         };
         control
             .send(Message::new(MsgType::HELLO, 0, 0, hello.encode_to_vec()))

@@ -106,6 +106,7 @@ impl Shard {
             version: "test".into(),
             models: Vec::new(),
             protocol: PROTOCOL_VERSION,
+            reserved_for: Vec::new(),
         };
         let send = |kind, body: Vec<u8>| Message::new(kind, 0, 0, body);
         control

@@ -28,7 +28,7 @@ pub(super) fn measure(config: &Arc<Config>) -> Result<(Vec<Shard>, NodeProfile),
         model: paths.first().cloned(),
         threads: config.threads,
         memory_limit: config.ring.memory,
-        reserved_for: config.ring.reserved_for.clone(),
+        reserved_for: config.reserved_for.clone(),
         library: config.ort_library.clone(),
         ..ProfileOptions::default()
     };

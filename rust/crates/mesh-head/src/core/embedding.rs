@@ -1,0 +1,141 @@
+//! Cutting a request for embeddings into parts for several workers, and putting what comes back together in order.
+//!
+//! One part is one Embed. Its life across worker deaths is that of an answer without tokens ([`super::request::Answer`]).
+
+use std::ops::Range;
+
+use mesh_proto::Embeddings;
+
+/// What parts may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cut {
+    /// Workers that serve the model.
+    pub workers: usize,
+    /// Least tokens (estimated) that are worth a part of their own.
+    pub least_tokens: u64,
+    /// Most tokens (estimated) of one part.
+    pub most_tokens: u64,
+    /// Most texts of one part.
+    pub most_texts: usize,
+}
+
+impl Cut {
+    /// As it is good for this many workers: a part is a few batches of a worker, long enough to hide the way there and short enough
+    /// that one worker's death costs little.
+    pub fn new(workers: usize) -> Self {
+        Cut {
+            workers: workers.max(1),
+            least_tokens: 1024,
+            most_tokens: 16 * 1024,
+            most_texts: 512,
+        }
+    }
+
+    /// Ranges of texts, in order, for texts of so many tokens each. Of similar weight, and at least as many as there are workers
+    /// if there is enough to do.
+    pub fn parts(&self, tokens: &[u64]) -> Vec<Range<usize>> {
+        let total: u64 = tokens.iter().sum();
+        let workers = self.workers as u64;
+        let wanted = total
+            .div_ceil(self.most_tokens.max(1))
+            .max(workers.min(total / self.least_tokens.max(1)))
+            .max(1);
+        let aim = total.div_ceil(wanted).max(1);
+        let mut parts = Vec::new();
+        let (mut start, mut filled) = (0, 0);
+        for (index, &tokens) in tokens.iter().enumerate() {
+            let full = filled + tokens > aim || index - start >= self.most_texts;
+            if index > start && full {
+                parts.push(start..index);
+                (start, filled) = (index, 0);
+            }
+            filled += tokens;
+        }
+        if start < tokens.len() {
+            parts.push(start..tokens.len());
+        }
+        parts
+    }
+}
+
+/// Whether `part` answers a request for `texts` vectors; with what is wrong if not. Nothing that a worker sends is believed.
+pub fn check(part: &Embeddings, texts: usize, dimensions: u32) -> Result<(), String> {
+    let one = part.dimensions as usize * 4;
+    if one == 0 || part.vectors.len() != one.saturating_mul(texts) || part.tokens.len() != texts {
+        return Err(format!(
+            "the worker sent {} bytes of vectors of {} numbers for {texts} texts",
+            part.vectors.len(),
+            part.dimensions
+        ));
+    }
+    if dimensions != 0 && part.dimensions != dimensions {
+        return Err(format!(
+            "the worker sent vectors of {} numbers instead of {dimensions}",
+            part.dimensions
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// First and last text of each part.
+    fn parts(workers: usize, tokens: &[u64]) -> Vec<(usize, usize)> {
+        let parts = Cut::new(workers).parts(tokens);
+        parts.iter().map(|part| (part.start, part.end)).collect()
+    }
+
+    #[test]
+    fn a_small_request_stays_whole_and_a_large_one_goes_to_all_workers() {
+        assert_eq!(parts(4, &[10]), [(0, 1)]);
+        assert_eq!(parts(4, &[10; 50]), [(0, 50)]);
+        assert_eq!(parts(1, &[100; 100]), [(0, 100)]);
+        let four = [(0, 25), (25, 50), (50, 75), (75, 100)];
+        assert_eq!(parts(4, &[100; 100]), four);
+        assert_eq!(parts(4, &[]), []);
+        assert_eq!(parts(4, &[0; 3]), [(0, 3)]);
+    }
+
+    #[test]
+    fn parts_cover_all_texts_in_order_within_the_limits() {
+        for workers in [1, 3, 7] {
+            let tokens: Vec<u64> = (0..2048).map(|i| (i * 37) % 300).collect();
+            let parts = Cut::new(workers).parts(&tokens);
+            let mut next = 0;
+            for part in &parts {
+                assert_eq!(part.start, next);
+                assert!(part.len() <= 512 && !part.is_empty());
+                let sum: u64 = tokens[part.clone()].iter().sum();
+                assert!(sum <= 16 * 1024, "{sum}");
+                next = part.end;
+            }
+            assert_eq!(next, 2048);
+            assert!(parts.len() >= workers);
+        }
+        assert_eq!(parts(1, &[1_000_000, 1]), [(0, 1), (1, 2)]);
+    }
+
+    #[test]
+    fn an_answer_that_is_none_is_refused() {
+        let answer = |dimensions, bytes, tokens| Embeddings {
+            dimensions,
+            vectors: vec![0; bytes].into(),
+            tokens: vec![1; tokens],
+            total_us: 0,
+        };
+        assert_eq!(check(&answer(4, 32, 2), 2, 0), Ok(()));
+        assert_eq!(check(&answer(4, 32, 2), 2, 4), Ok(()));
+        for (part, texts, dimensions) in [
+            (answer(4, 31, 2), 2, 0),
+            (answer(4, 32, 1), 2, 0),
+            (answer(4, 16, 1), 2, 0),
+            (answer(0, 0, 2), 2, 0),
+            (answer(u32::MAX, 0, 2), 2, 0),
+            (answer(4, 32, 2), 2, 3),
+        ] {
+            assert!(check(&part, texts, dimensions).is_err(), "{part:?}");
+        }
+    }
+}

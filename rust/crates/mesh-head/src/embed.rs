@@ -1,0 +1,327 @@
+//! Drives one request for embeddings: parts to workers, each part elsewhere when its worker dies, vectors back in order.
+
+use std::future::Future;
+use std::ops::Range;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::{Bytes, BytesMut};
+use dcf::{ErrorCode, Message, MsgType};
+use futures::{StreamExt, TryStreamExt, stream};
+use mesh_net::quic::Link;
+use mesh_proto::{Done, Embed, EmbedInput, EmbedText, Embeddings, ModelKind};
+use prost::Message as _;
+use tracing::{debug, info, warn};
+
+use crate::core::affinity::estimate_tokens;
+use crate::core::embedding::{Cut, check};
+use crate::core::placement::{Ended, Refusal};
+use crate::core::request::{Answer, AnswerError, Failure, Step};
+use crate::core::router::{Ask, Purpose};
+use crate::drive::{error_of, outcome_of};
+use crate::mesh::{Mesh, Route, timestamp_us};
+use crate::metrics::{Front, Outcome};
+
+/// Texts to embed, whichever front end they came through.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct EmbedTask {
+    /// Request id in the logs of all services.
+    pub id: String,
+    /// Model name; the first embedding model where there is none.
+    pub model: Option<String>,
+    /// The texts.
+    pub inputs: Vec<EmbedInput>,
+    /// Name of the prompt that the model puts in front.
+    pub prompt_name: String,
+    /// Length of the vectors; 0 is the model's own.
+    pub dimensions: u32,
+}
+
+/// All vectors of a request.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Embedded {
+    /// The model that made them.
+    pub model: String,
+    /// Length of one vector.
+    pub dimensions: u32,
+    /// f32, little-endian, vector after vector in the order of the texts.
+    pub vectors: Bytes,
+    /// Tokens that the model saw, over all texts.
+    pub tokens: u64,
+}
+
+/// Runs a task to its end. Dropping the future cancels it.
+///
+/// # Errors
+/// Why there are no vectors.
+pub async fn embed(
+    mesh: &Arc<Mesh>,
+    front: Front,
+    task: EmbedTask,
+) -> Result<Embedded, AnswerError> {
+    let mut account = Account {
+        mesh,
+        front,
+        started: Instant::now(),
+        outcome: Outcome::Cancelled,
+    };
+    let id = task.id.clone();
+    let texts = task.inputs.len();
+    let result = run(mesh, task).await;
+    account.outcome = match &result {
+        Ok(embedded) => {
+            mesh.metrics.prompt_tokens.inc_by(embedded.tokens);
+            mesh.metrics.embedded.inc_by(texts as u64);
+            Outcome::Complete
+        }
+        Err(error) => outcome_of(error),
+    };
+    if let Err(error) = &result
+        && matches!(account.outcome, Outcome::Failed | Outcome::Timeout)
+    {
+        warn!(request = id, %error, "no embeddings");
+    }
+    result
+}
+
+/// Books a request however it ends, also if the client goes away.
+struct Account<'a> {
+    mesh: &'a Mesh,
+    front: Front,
+    started: Instant,
+    outcome: Outcome,
+}
+
+impl Drop for Account<'_> {
+    fn drop(&mut self) {
+        let seconds = self.started.elapsed().as_secs_f64();
+        self.mesh
+            .metrics
+            .request_ended(self.front, self.outcome, seconds);
+    }
+}
+
+async fn run(mesh: &Arc<Mesh>, task: EmbedTask) -> Result<Embedded, AnswerError> {
+    if mesh.shutdown.is_draining() {
+        return Err(AnswerError::ShuttingDown);
+    }
+    let model = match &task.model {
+        Some(model) => model.clone(),
+        None => mesh.first_encoder().unwrap_or_default(),
+    };
+    let replicas = mesh.replicas(&model);
+    match replicas.kind {
+        Some(ModelKind::Chat) => {
+            return Err(AnswerError::Rejected {
+                code: ErrorCode::INVALID_PAYLOAD,
+                text: format!(
+                    "the model {model:?} makes text, not embeddings; GET /v1/models says which makes what"
+                ),
+            });
+        }
+        Some(ModelKind::Embed) if task.dimensions > replicas.dimensions => {
+            return Err(AnswerError::Rejected {
+                code: ErrorCode::INVALID_PAYLOAD,
+                text: format!(
+                    "'dimensions' is {}, but the vectors of {model:?} have {} numbers",
+                    task.dimensions, replicas.dimensions
+                ),
+            });
+        }
+        Some(ModelKind::Embed) => {}
+        None if model.is_empty() => {
+            return Err(Refusal::NoWorker {
+                model: "an embedding model".into(),
+            }
+            .into());
+        }
+        None => {}
+    }
+    let weights: Vec<u64> = task.inputs.iter().map(weight).collect();
+    let parts = Cut::new(replicas.workers).parts(&weights);
+    let at_once = (2 * replicas.workers).clamp(1, MOST_AT_ONCE);
+    debug!(
+        request = task.id,
+        texts = task.inputs.len(),
+        parts = parts.len(),
+        "embedding"
+    );
+    let ask = Ask {
+        model,
+        purpose: Purpose::Embed,
+        // Parts of one request must come from the same weights.
+        fingerprint: replicas.fingerprint,
+        ..Ask::default()
+    };
+    let task = &task;
+    let answers: Vec<Embeddings> = stream::iter(parts.into_iter().enumerate())
+        .map(|(index, range)| {
+            let tokens: u64 = weights[range.clone()].iter().sum();
+            let ask = Ask {
+                prompt_tokens: u32::try_from(tokens).unwrap_or(u32::MAX),
+                ..ask.clone()
+            };
+            part(mesh, task, index, range, ask)
+        })
+        .buffered(at_once)
+        .try_collect()
+        .await?;
+    let mut vectors = BytesMut::with_capacity(answers.iter().map(|a| a.vectors.len()).sum());
+    for answer in &answers {
+        vectors.extend_from_slice(&answer.vectors);
+    }
+    let tokens = answers.iter().flat_map(|answer| &answer.tokens);
+    Ok(Embedded {
+        model: ask.model,
+        dimensions: answers.first().map_or(0, |answer| answer.dimensions),
+        vectors: vectors.freeze(),
+        tokens: tokens.map(|&tokens| u64::from(tokens)).sum(),
+    })
+}
+
+/// One part on one worker after the other, until one answers.
+async fn part(
+    mesh: &Arc<Mesh>,
+    task: &EmbedTask,
+    index: usize,
+    range: Range<usize>,
+    mut ask: Ask,
+) -> Result<Embeddings, AnswerError> {
+    let id = match index {
+        0 => task.id.clone(),
+        index => format!("{}.{index}", task.id),
+    };
+    let texts = range.len();
+    let mut answer = Answer::new(mesh.config.request_limits(), Instant::now());
+    let mut rerun = false;
+    loop {
+        let placing = mesh.place(ask.clone(), rerun);
+        let assignment = match tokio::time::timeout_at(answer.deadline().into(), placing).await {
+            Ok(Ok(assignment)) => assignment,
+            Ok(Err(refusal)) => return Err(refusal.into()),
+            Err(_) => return Err(AnswerError::Timeout(mesh.config.request_timeout)),
+        };
+        let placed = &assignment.placed;
+        let resume = answer.placed(placed.worker, placed.estimate.finish, Instant::now());
+        debug!(
+            request = id,
+            worker = placed.name,
+            attempt = resume.attempt,
+            texts,
+            "placed"
+        );
+        let left = answer.deadline().saturating_duration_since(Instant::now());
+        let embed = Embed {
+            request_id: id.clone(),
+            model: placed.model.clone(),
+            inputs: task.inputs[range.clone()].to_vec(),
+            prompt_name: task.prompt_name.clone(),
+            dimensions: task.dimensions,
+            // 0 would be no limit.
+            deadline_ms: u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1),
+        };
+        let step = match &assignment.route {
+            Route::Link(link) => {
+                let asking = ask_worker(link, embed, resume.attempt, task.dimensions);
+                match until_silent(&mut answer, asking).await {
+                    Ok(Ok(embeddings)) => {
+                        answer.done(resume.attempt, Done::default(), Instant::now());
+                        assignment.end(Ended::Complete);
+                        return Ok(embeddings);
+                    }
+                    Ok(Err(failure)) => {
+                        if link.close_reason().is_some() {
+                            // The link's own task will notice, too, but the next attempt must not find the worker there.
+                            mesh.leave(placed.worker);
+                        }
+                        answer.failed(resume.attempt, failure)
+                    }
+                    Err(step) => step,
+                }
+            }
+            Route::Legacy(_) | Route::Gone => {
+                let gone = Failure::Lost("the worker left".into());
+                answer.failed(resume.attempt, gone)
+            }
+        };
+        match step {
+            Step::Again(ended) => {
+                if ended == Ended::Failed {
+                    mesh.metrics.reruns.inc();
+                    info!(
+                        request = id,
+                        worker = placed.name,
+                        texts,
+                        "embedded again elsewhere"
+                    );
+                }
+                assignment.end(ended);
+                ask.avoid = answer.failed_on().to_vec();
+                rerun = true;
+            }
+            Step::Fail(error, ended) => {
+                assignment.end(ended);
+                return Err(error);
+            }
+            // Neither comes of a failure.
+            Step::Wait | Step::Emit(_) | Step::Complete(_) => {
+                return Err(AnswerError::Timeout(mesh.config.request_timeout));
+            }
+        }
+    }
+}
+
+/// The outcome of `asking`, or what the answer's core makes of the time that passed without one.
+async fn until_silent<T>(answer: &mut Answer, asking: impl Future<Output = T>) -> Result<T, Step> {
+    let mut asking = pin!(asking);
+    loop {
+        let due = answer.next_timer().unwrap_or_else(Instant::now);
+        match tokio::time::timeout_at(due.into(), &mut asking).await {
+            Ok(outcome) => return Ok(outcome),
+            Err(_) => match answer.time_passed(Instant::now()) {
+                Step::Wait => {}
+                step => return Err(step),
+            },
+        }
+    }
+}
+
+/// One exchange with a worker. Dropped early it resets the stream, which cancels the request there.
+pub(crate) async fn ask_worker(
+    link: &Link,
+    embed: Embed,
+    attempt: u32,
+    dimensions: u32,
+) -> Result<Embeddings, Failure> {
+    let lost = |error: mesh_net::quic::StreamFailure| Failure::Lost(error.to_string());
+    let texts = embed.inputs.len();
+    let body = embed.encode_to_vec();
+    let message = Message::new(MsgType::EMBED, attempt, timestamp_us(), body);
+    let mut stream = link.open().await.map_err(lost)?;
+    stream.send(message).await.map_err(lost)?;
+    let Some(message) = stream.recv().await.map_err(lost)? else {
+        let text = "the worker ended the stream without an answer";
+        return Err(Failure::Lost(text.to_owned()));
+    };
+    if message.kind != MsgType::EMBEDDINGS {
+        return Err(error_of(&message));
+    }
+    let embeddings = Embeddings::decode(message.payload)
+        .map_err(|_| Failure::Lost("the worker sent Embeddings that cannot be read".into()))?;
+    check(&embeddings, texts, dimensions).map_err(Failure::Lost)?;
+    let _ = stream.finish();
+    Ok(embeddings)
+}
+
+/// Tokens of a text, estimated.
+fn weight(input: &EmbedInput) -> u64 {
+    match &input.text {
+        Some(EmbedText::Text(text)) => u64::from(estimate_tokens(text.len())),
+        Some(EmbedText::Tokens(list)) => list.tokens.len() as u64,
+        None => 0,
+    }
+}
+
+/// Parts of one request that are under way at once.
+const MOST_AT_ONCE: usize = 32;
