@@ -56,6 +56,8 @@ pub enum Command {
     Demo(DemoArgs),
     /// Ask one question
     Ask(AskArgs),
+    /// Turn texts into vectors with an embedding model
+    Embed(EmbedArgs),
     /// Talk: a conversation in the terminal
     Chat(ChatArgs),
     /// Show the mesh: its workers and rings, their models, load and speed
@@ -260,6 +262,45 @@ pub struct AdminArgs {
     /// The head's state folder, where its admin key lies
     #[arg(long, value_name = "DIR", default_value = "/var/lib/hydramesh/head", value_hint = ValueHint::DirPath)]
     pub state_dir: PathBuf,
+}
+
+/// `hydramesh embed`
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Prints one line per text, in their order: the numbers of its vector.
+
+Examples:
+  hydramesh embed \"a lighthouse\" \"a whale\"
+  hydramesh embed --input-type query \"Who wrote Hamlet?\"
+  cut -f2 titles.tsv | hydramesh embed --json - > vectors.jsonl")]
+pub struct EmbedArgs {
+    /// The texts; `-` or nothing reads one per line from standard input
+    #[arg(value_name = "TEXT")]
+    pub text: Vec<String>,
+
+    /// Model name [default: the first embedding model of the mesh]
+    #[arg(long, short, value_name = "NAME")]
+    pub model: Option<String>,
+
+    /// Cut vectors to so many numbers, and scale them to length 1 again
+    #[arg(long, value_name = "N")]
+    pub dimensions: Option<u32>,
+
+    /// What the texts are, where the model tells kinds apart, such as `query` or `passage`
+    #[arg(long, value_name = "NAME")]
+    pub input_type: Option<String>,
+
+    /// How long to wait for the vectors, such as 90s or 2m
+    #[arg(long, value_name = "TIME", default_value = "120s", value_parser = parse_duration)]
+    pub timeout: Duration,
+
+    /// Print a JSON object per text
+    #[arg(long)]
+    pub json: bool,
+
+    /// The head.
+    #[command(flatten)]
+    pub head: HeadArgs,
 }
 
 /// `hydramesh plan`

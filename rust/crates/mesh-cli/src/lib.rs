@@ -12,6 +12,7 @@ mod ask;
 mod bench;
 mod chat;
 mod demo;
+mod embed;
 mod input;
 mod models;
 mod output;
@@ -59,6 +60,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         match args.command {
             Command::Demo(args) => demo::run(args, terminal).await,
             Command::Ask(args) => ask::run(args, terminal).await,
+            Command::Embed(args) => embed::run(args).await,
             Command::Chat(args) => chat::run(args, terminal).await,
             Command::Status(args) => status::run(args, terminal).await,
             Command::Plan(args) => rings::plan(args).await,

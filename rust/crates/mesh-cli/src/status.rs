@@ -83,10 +83,21 @@ fn rows(worker: &Value) -> Vec<Vec<String>> {
     let rtt = worker["round_trip_ms"]
         .as_f64()
         .map_or("-".to_owned(), |rtt| format!("{rtt:.1} ms"));
+    // What it is kept for stands behind its state.
+    let kept: Vec<&str> = worker["reserved_for"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .collect();
+    let state = match kept.as_slice() {
+        [] => text(&worker["state"]),
+        kept => format!("{}, for {}", text(&worker["state"]), kept.join(" and ")),
+    };
     let row = |model: &Value| {
         vec![
             text(&worker["name"]),
-            text(&worker["state"]),
+            state.clone(),
             text(&model["name"]),
             format!(
                 "{} of {}",
@@ -131,5 +142,18 @@ mod tests {
         );
         assert!(lines[5].starts_with("pi      joining  -"), "{text}");
         assert_eq!(lines.len(), 6);
+    }
+
+    #[test]
+    fn what_a_worker_is_kept_for_is_shown() {
+        let worker =
+            |reserved: Value| json!({"name": "pi", "state": "ready", "reserved_for": reserved});
+        let state = |reserved| rows(&worker(reserved))[0][1].clone();
+        assert_eq!(state(json!([])), "ready");
+        assert_eq!(state(json!(["embeddings"])), "ready, for embeddings");
+        assert_eq!(
+            state(json!(["chat", "images"])),
+            "ready, for chat and images"
+        );
     }
 }

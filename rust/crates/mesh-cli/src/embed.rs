@@ -1,0 +1,158 @@
+//! `hydramesh embed`: texts to vectors.
+
+use std::io::{self, BufRead, IsTerminal};
+
+use mesh_client::http::HttpClient;
+use serde_json::{Value, json};
+
+use crate::args::EmbedArgs;
+use crate::ask::http_client;
+use crate::failure::{Exit, Failure};
+use crate::output::print_now;
+
+pub(crate) async fn run(args: EmbedArgs) -> Result<(), Failure> {
+    let texts = texts(&args.text)?;
+    let client = http_client(&args.head)?;
+    for texts in texts.chunks(MOST_TEXTS) {
+        let answer = tokio::select! {
+            answer = tokio::time::timeout(args.timeout, ask(&client, &args, texts)) => answer,
+            _ = tokio::signal::ctrl_c() => return Err(Failure::new(Exit::Interrupted, "interrupted")),
+        };
+        let answer = answer.map_err(|_| {
+            let text = format!(
+                "no vectors from {} within {:?}",
+                client.base(),
+                args.timeout
+            );
+            Failure::new(Exit::Timeout, text).hint("--timeout gives it longer.")
+        })??;
+        print_now(&lines(&answer, texts, args.json)?);
+    }
+    Ok(())
+}
+
+async fn ask(client: &HttpClient, args: &EmbedArgs, texts: &[String]) -> Result<Value, Failure> {
+    Ok(client.post("/v1/embeddings", &body(args, texts)).await?)
+}
+
+fn body(args: &EmbedArgs, texts: &[String]) -> Value {
+    let mut body = json!({"input": texts});
+    let fields = [
+        ("model", args.model.as_ref().map(|model| json!(model))),
+        ("dimensions", args.dimensions.map(|n| json!(n))),
+        (
+            "input_type",
+            args.input_type.as_ref().map(|name| json!(name)),
+        ),
+    ];
+    for (name, value) in fields {
+        if let Some(value) = value {
+            body[name] = value;
+        }
+    }
+    body
+}
+
+/// One line per text: the numbers, or with `--json` an object with the text too.
+fn lines(answer: &Value, texts: &[String], as_json: bool) -> Result<String, Failure> {
+    let vectors = answer["data"]
+        .as_array()
+        .map(Vec::as_slice)
+        .unwrap_or_default();
+    if vectors.len() != texts.len() {
+        let text = format!(
+            "the head sent {} vectors for {} texts",
+            vectors.len(),
+            texts.len()
+        );
+        return Err(Failure::failed(text));
+    }
+    let mut out = String::new();
+    for (text, vector) in texts.iter().zip(vectors) {
+        let numbers = &vector["embedding"];
+        if as_json {
+            let object = json!({"text": text, "model": answer["model"], "embedding": numbers});
+            out += &object.to_string();
+        } else {
+            let numbers = numbers.as_array().map(Vec::as_slice).unwrap_or_default();
+            let numbers: Vec<String> = numbers.iter().map(Value::to_string).collect();
+            out += &numbers.join(" ");
+        }
+        out.push('\n');
+    }
+    Ok(out)
+}
+
+/// The texts of the command line, or the lines of standard input where there are none or only `-`.
+fn texts(words: &[String]) -> Result<Vec<String>, Failure> {
+    let texts: Vec<String> = if !words.is_empty() && words != ["-"] {
+        words.to_vec()
+    } else if words.is_empty() && io::stdin().is_terminal() {
+        return Err(Failure::usage("nothing to embed")
+            .hint("hydramesh embed \"a text\" \"another\", or pipe one text per line in."));
+    } else {
+        let lines: io::Result<Vec<String>> = io::stdin().lock().lines().collect();
+        let lines = lines.map_err(|error| Failure::usage(format!("standard input: {error}")))?;
+        lines.into_iter().filter(|line| !line.is_empty()).collect()
+    };
+    if texts.is_empty() || texts.iter().any(String::is_empty) {
+        return Err(Failure::usage("a text to embed is empty"));
+    }
+    Ok(texts)
+}
+
+/// Texts of one request.
+const MOST_TEXTS: usize = 1024;
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::args::{Args, Command};
+
+    fn parse(words: &[&str]) -> EmbedArgs {
+        let words = ["hydramesh", "embed"].iter().chain(words);
+        match Args::try_parse_from(words).expect("arguments").command {
+            Command::Embed(args) => args,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn only_what_was_said_is_in_the_body() {
+        let texts = ["a".to_owned()];
+        assert_eq!(body(&parse(&["a"]), &texts), json!({"input": ["a"]}));
+        let all = parse(&[
+            "--model",
+            "m",
+            "--dimensions",
+            "64",
+            "--input-type",
+            "query",
+            "a",
+        ]);
+        assert_eq!(
+            body(&all, &texts),
+            json!({"input": ["a"], "model": "m", "dimensions": 64, "input_type": "query"})
+        );
+    }
+
+    #[test]
+    fn each_text_is_a_line() {
+        let answer =
+            json!({"model": "m", "data": [{"embedding": [0.5, -1.0]}, {"embedding": [0.0, 2.0]}]});
+        let texts = ["a".to_owned(), "b".to_owned()];
+        assert_eq!(
+            lines(&answer, &texts, false).unwrap(),
+            "0.5 -1.0\n0.0 2.0\n"
+        );
+        let json = lines(&answer, &texts, true).unwrap();
+        let second: Value = serde_json::from_str(json.lines().nth(1).unwrap()).unwrap();
+        assert_eq!(
+            second,
+            json!({"text": "b", "model": "m", "embedding": [0.0, 2.0]})
+        );
+        assert!(lines(&answer, &texts[..1], false).is_err());
+    }
+}
