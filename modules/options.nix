@@ -139,8 +139,8 @@ in
         "/srv/models/qwen2.gguf"
       ];
       description = ''
-        Models that the worker serves whole: GGUF files, or names that are looked up in `localModels`. A path written without
-        quotes is copied into the Nix store.
+        Models that the worker serves whole: GGUF files, or names that are looked up in `localModels`; for embeddings the folder
+        of a BERT-family encoder. A path written without quotes is copied into the Nix store.
       '';
     };
 
@@ -152,6 +152,21 @@ in
         Models of which the worker holds a range of layers, beside other workers, as the head decides; named like `models`, and
         the whole file must be there. A worker needs `models`, `shards` or both. The other workers must reach this one: see
         `ports.worker.ring` and `openFirewall`.
+      '';
+    };
+
+    reservedFor = mkOption {
+      type = types.listOf (
+        types.enum [
+          "chat"
+          "embeddings"
+          "images"
+        ]
+      );
+      default = [ ];
+      example = [ "embeddings" ];
+      description = ''
+        What this worker is kept for: it gets no request of another kind, and no part of a model for one. Empty is for anything.
       '';
     };
 

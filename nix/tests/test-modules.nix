@@ -144,6 +144,7 @@ in
       head = "127.0.0.1:7780";
       models = [ "m" ];
       shards = [ ];
+      reserved_for = [ ];
       model_dirs = [ "/var/lib/hydramesh/local-models" ];
       http.listen = "127.0.0.1:8081";
       dcf.listen = "0.0.0.0:7779";
@@ -156,6 +157,12 @@ in
       admit = "verified";
     };
   };
+  "a worker can be kept for embeddings" =
+    is (settings (worker { reservedFor = [ "embeddings" ]; })).worker.reserved_for
+      [ "embeddings" ];
+  "a worker cannot be kept for what there is not" = throws (settings (worker {
+    reservedFor = [ "poems" ];
+  })).worker.reserved_for;
   "the API listens on loopback unless told otherwise" =
     is (settings (head { })).head.http.listen
       "127.0.0.1:8080";
