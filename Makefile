@@ -73,8 +73,8 @@ bench: ## Benchmarks of our own, each a ratio measured in one run
 	$(IN_RUST) $(CARGO) build --release --locked -p mesh-bench
 	scripts/bench.sh
 
-bench-peers: ## The same against llama.cpp, which it fetches
-	@$(PYTHON) scripts/fetch.py runtime model
+bench-peers: ## The same against llama.cpp and sentence-transformers, which it fetches
+	@$(PYTHON) scripts/fetch.py runtime model embeddings
 	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES)
 	scripts/bench_peers.sh
 

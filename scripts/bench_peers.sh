@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Our engine next to llama.cpp on the same weights, in turn, on one machine: what `make bench-peers` runs. Needs a machine with
+# Our engine next to llama.cpp and sentence-transformers on the same weights, in turn, on one machine: what `make bench-peers` runs. Needs a machine with
 # nothing else to do: llama.cpp's threads wait for each other and lose whole time slices to any other load.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -9,8 +9,9 @@ export ORT_DYLIB_PATH=${ORT_DYLIB_PATH:-$cache/onnxruntime/libonnxruntime.so.1.2
 threads=${BENCH_THREADS:-2}
 
 "$root/scripts/fetch_llama_cpp.sh"
+python3 "$root/scripts/fetch_sentence_transformers.py"
 cd "$root/rust"
-cargo build --release --locked -p mesh-bench --bin peers --bin peer_perplexity --bin rings
+cargo build --release --locked -p mesh-bench --bin peers --bin peer_perplexity --bin rings --bin embed
 cargo build --release --locked -p mesh-model --example random_model
 
 mkdir -p "$cache/bench"
@@ -38,6 +39,8 @@ printf '\n== Gemma 3 270M, the same file\n'
 "$bin/peers" --threads "$threads" --short "$gemma3"
 printf '\n== 1.5 B Qwen2 shape, random weights\n'
 "$bin/peers" --threads "$threads" --short --rounds 5 "$qwen2"
+printf '\n== all-MiniLM-L6-v2, against sentence-transformers\n'
+"$bin/embed" --threads "$threads"
 printf '\n== SmolLM2-135M over three processes, against three rpc-servers\n'
 "$bin/rings" --rpc
 uptime
