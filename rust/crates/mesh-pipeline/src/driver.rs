@@ -106,6 +106,8 @@ pub struct DriverGauges {
     pub lag: u64,
     /// Microseconds that its part of a step takes, sampling included, smoothed.
     pub step_us: f32,
+    /// The same for steps of a few rows alone; 0 before the first.
+    pub short_us: f32,
     /// Bytes of KV rows that it holds.
     pub kv_bytes: u64,
 }
@@ -525,12 +527,10 @@ impl RingRunner {
         };
         if let Some(begun) = self.computing.take() {
             let took = now.saturating_duration_since(begun).as_secs_f32() * 1e6;
-            let before = gauges.step_us;
-            gauges.step_us = if before > 0.0 {
-                before * 0.875 + took * 0.125
-            } else {
-                took
-            };
+            smooth(&mut gauges.step_us, took);
+            if self.current.tokens.len() <= FEW_ROWS {
+                smooth(&mut gauges.short_us, took);
+            }
         }
         if gauges != self.gauges {
             self.gauges = gauges;
@@ -682,6 +682,14 @@ impl Runner for RingRunner {
 
 /// Rows of a step that continues answers.
 const FEW_ROWS: usize = 16;
+
+fn smooth(gauge: &mut f32, took: f32) {
+    *gauge = if *gauge > 0.0 {
+        *gauge * 0.875 + took * 0.125
+    } else {
+        took
+    };
+}
 
 fn stage_error(error: StepError) -> StageError {
     match error {

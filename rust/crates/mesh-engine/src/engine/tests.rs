@@ -1,4 +1,7 @@
-use std::time::Duration;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::ThreadId;
+use std::time::{Duration, Instant};
 
 use futures::executor::{block_on, block_on_stream};
 
@@ -193,4 +196,115 @@ fn a_part_of_a_model_is_no_engine() {
         error.err().unwrap().to_string(),
         "the model gives 48 logits, but its vocabulary has 49 tokens"
     );
+}
+
+/// Steps wait for a word from outside, as those of a ring do; notes which thread ran them.
+struct Gated {
+    local: Local,
+    open: Arc<AtomicBool>,
+    ran_by: Arc<Mutex<Vec<ThreadId>>>,
+}
+
+impl Runner for Gated {
+    fn info(&self) -> &StageInfo {
+        self.local.info()
+    }
+
+    fn has_room(&self) -> bool {
+        self.local.has_room()
+    }
+
+    fn begin(&mut self, step: &mut crate::scheduler::Step, now: Instant) {
+        self.local.begin(step, now);
+    }
+
+    fn poll(&mut self, now: Instant) -> Option<crate::Outcome<'_>> {
+        if !self.open.swap(false, Ordering::SeqCst) {
+            return None;
+        }
+        self.ran_by
+            .lock()
+            .unwrap()
+            .push(std::thread::current().id());
+        self.local.poll(now)
+    }
+
+    fn next_timer(&self) -> Option<Instant> {
+        None
+    }
+}
+
+#[test]
+fn whoever_brings_what_a_step_waits_for_may_finish_it() {
+    const TOKENS: u32 = 30;
+    let (open, ran_by) = (Arc::new(AtomicBool::new(false)), Arc::default());
+    let mut waker = None;
+    let engine = Engine::start_runner(
+        "test",
+        Arc::new(Letters),
+        SchedulerConfig::default(),
+        |wake| {
+            waker = Some(wake);
+            Box::new(Gated {
+                local: Local::new(Box::new(HashStage::new(4, CONTEXT, 32))),
+                open: Arc::clone(&open),
+                ran_by: Arc::clone(&ran_by),
+            })
+        },
+    )
+    .unwrap();
+    let waker = waker.unwrap();
+    let request = request(3, TOKENS);
+    let stream = engine.handle().submit(request.clone());
+    wait_until(|| engine.handle().load().running == 1);
+    for step in 1..=TOKENS as usize {
+        open.store(true, Ordering::SeqCst);
+        waker.wake_here();
+        wait_until(|| ran_by.lock().unwrap().len() >= step);
+    }
+    let (tokens, text, _) = read(stream);
+    assert_eq!((tokens, text), testing::answer(&request, CONTEXT));
+    let here = std::thread::current().id();
+    let mine = ran_by
+        .lock()
+        .unwrap()
+        .iter()
+        .filter(|&&id| id == here)
+        .count();
+    // Now and then the engine's own thread looks at the same moment.
+    assert!(mine > TOKENS as usize / 2, "{mine} of {TOKENS}");
+}
+
+#[test]
+fn an_engine_that_breaks_in_another_thread_ends_there_too() {
+    let open = Arc::new(AtomicBool::new(false));
+    let mut waker = None;
+    let engine = Engine::start_runner(
+        "test",
+        Arc::new(Letters),
+        SchedulerConfig::default(),
+        |wake| {
+            waker = Some(wake);
+            let mut stage = HashStage::new(4, CONTEXT, 32);
+            stage.panics_at = Some(0);
+            Box::new(Gated {
+                local: Local::new(Box::new(stage)),
+                open: Arc::clone(&open),
+                ran_by: Arc::default(),
+            })
+        },
+    )
+    .unwrap();
+    let stream = engine.handle().submit(request(1, 5));
+    let waker = waker.unwrap();
+    wait_until(|| {
+        open.store(true, Ordering::SeqCst);
+        waker.wake_here();
+        engine.handle().death().is_some()
+    });
+    assert!(matches!(failure(stream), RequestError::EngineDead { .. }));
+    assert!(matches!(
+        failure(engine.handle().submit(request(2, 5))),
+        RequestError::EngineDead { .. }
+    ));
 }

@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::carrier::Carrier;
 use super::driver::{DriverHandle, Notice};
 use super::part::{Command, Counters, Outboxes, Outflow, PartHandle};
 use super::streams::{self, Broken, Target};
@@ -100,8 +101,9 @@ struct Ended {
 }
 
 impl Deployment {
-    /// Starts the task of a ring.
+    /// Starts the task of a ring on the thread of `carrier`.
     pub(super) fn spawn(
+        carrier: &Carrier,
         rings: Arc<Rings>,
         shard: Arc<Shard>,
         id: u64,
@@ -127,7 +129,7 @@ impl Deployment {
             reported: None,
             steps: 0,
         };
-        tokio::spawn(deployment.run(events, noticed));
+        carrier.spawn(deployment.run(events, noticed));
         sender
     }
 

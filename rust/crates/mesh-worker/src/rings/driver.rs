@@ -9,10 +9,10 @@ use mesh_engine::{
 };
 use mesh_model::Model;
 use mesh_pipeline::{DriverEvent, DriverGauges, DriverOut, Part, RingRunner};
-use mesh_proto::{HeldSlot, Recovery, Ring};
+use mesh_proto::{HeldSlot, Recovery, Ring, RingStep};
 use tokio::sync::mpsc as async_mpsc;
 
-use super::part::{Outbox, message};
+use super::part::{Outbox, is_short, message};
 
 /// A running driver. Dropping the last handle ends its engine.
 #[derive(Clone)]
@@ -109,6 +109,17 @@ impl DriverHandle {
         // An engine that has ended hears nothing; its requests have ended with it.
         let _ = lock(&self.inner.events).send(event);
         self.inner.waker.wake();
+    }
+
+    /// Rows have come all the way; a short step is finished here and now.
+    pub(super) fn rows(&self, step: RingStep) {
+        let short = is_short(&step, self.gauges().short_us as u64);
+        let _ = lock(&self.inner.events).send(DriverEvent::Rows(step));
+        if short {
+            self.inner.waker.wake_here();
+        } else {
+            self.inner.waker.wake();
+        }
     }
 
     /// A new epoch, with a way to each member and one back to the stage before the last.

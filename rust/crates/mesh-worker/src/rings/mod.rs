@@ -5,6 +5,7 @@
 //! worker has the last stage, starts the `driver`, an engine like that of a whole model. What is decided about rows, replays
 //! and mirrors is `mesh-pipeline`'s.
 
+mod carrier;
 mod deployment;
 mod driver;
 mod offer;
@@ -32,6 +33,7 @@ use mesh_proto::{
 };
 use tokio::sync::{Notify, mpsc};
 
+use self::carrier::Carrier;
 use self::deployment::{Deployment, Event};
 use self::part::message;
 use self::peers::Peers;
@@ -80,6 +82,7 @@ struct Net {
     node_id: String,
     address: SocketAddr,
     peers: Peers,
+    carrier: Carrier,
 }
 
 impl Rings {
@@ -119,16 +122,20 @@ impl Rings {
             key: "ring.listen",
             source,
         };
+        let carrier = Carrier::start().map_err(failed)?;
+        let entered = carrier.enter();
         let listener = Listener::bind(listen, identity.clone(), None, LinkConfig::default())
             .map_err(|error| failed(std::io::Error::other(error.to_string())))?;
+        drop(entered);
         let address = listener.local_addr().map_err(failed)?;
         tracing::info!(%address, "listening for other workers");
         *net = Some(Net {
             node_id: identity.node_id(),
             address,
             peers: Peers::new(identity.clone()),
+            carrier: carrier.clone(),
         });
-        tokio::spawn(accept(self.clone(), listener));
+        carrier.spawn(accept(self.clone(), listener));
         Ok(())
     }
 
@@ -179,6 +186,13 @@ impl Rings {
 
     /// The head names the members of a ring.
     pub(crate) fn configure(self: &Arc<Self>, ring: Ring) {
+        let Some(net) = lock(&self.net).clone() else {
+            tracing::error!(
+                model = ring.model,
+                "a ring for a worker that offers nothing"
+            );
+            return;
+        };
         let mut deployments = lock(&self.deployments);
         let known = deployments.get(&ring.ring);
         let deployment = match known.filter(|deployment| !deployment.is_closed()) {
@@ -195,7 +209,8 @@ impl Rings {
                     );
                     return;
                 };
-                let deployment = Deployment::spawn(self.clone(), shard.clone(), ring.ring);
+                let deployment =
+                    Deployment::spawn(&net.carrier, self.clone(), shard.clone(), ring.ring);
                 deployments.insert(ring.ring, deployment.clone());
                 deployment
             }

@@ -146,9 +146,7 @@ impl PartHandle {
 
     /// Tells the part to compute a step; a short one is computed here and now.
     pub(super) fn step(&self, step: RingStep) {
-        let took = self.gauges.short_us.load(Ordering::Relaxed);
-        let short = step.tokens.len() <= SHORT_ROWS && (1..SHORT_US).contains(&took);
-        if short {
+        if is_short(&step, self.gauges.short_us.load(Ordering::Relaxed)) {
             let queue = lock(&self.shared.queue);
             if queue.commands.is_empty()
                 && let Ok(mut worker) = self.shared.worker.try_lock()
@@ -349,6 +347,11 @@ fn smooth(gauge: &AtomicU64, took: u64) {
 /// What is guarded is replaced as a whole, so a panic elsewhere leaves it sound.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether a step may be computed by the task that received it, where steps of a few rows take `short_us` microseconds.
+pub(super) fn is_short(step: &RingStep, short_us: u64) -> bool {
+    step.tokens.len() <= SHORT_ROWS && (1..SHORT_US).contains(&short_us)
 }
 
 /// Rows of a step that may be computed by the task that received it.

@@ -126,8 +126,10 @@ pub(super) async fn rows_in(
                     counters.received.fetch_add(1, Ordering::Relaxed);
                     match &target {
                         Target::Part(part) => part.step(step),
-                        Target::Driver(driver) => driver.tell(DriverEvent::Rows(step)),
+                        Target::Driver(driver) => driver.rows(step),
                     }
+                    // What has just been computed goes out before the next step is.
+                    tokio::task::yield_now().await;
                 }
                 Err(broken) => return broken,
             },
@@ -218,7 +220,7 @@ pub(super) async fn drive_in(
                     other => return unexpected(other),
                 };
                 match done {
-                    Ok(None) => {}
+                    Ok(None) => tokio::task::yield_now().await,
                     Ok(Some(answer)) => {
                         if let Err(broken) = pass(&mut send, Some(answer)).await {
                             return broken;
