@@ -45,6 +45,8 @@ pub struct PartView {
     pub step_ms: f64,
     /// Seconds that loading took.
     pub load_seconds: f64,
+    /// Seconds that its steps of more than a few rows took since then.
+    pub prefill_seconds: f64,
     /// Bytes of weights.
     pub weight_bytes: u64,
     /// Bytes of KV rows.

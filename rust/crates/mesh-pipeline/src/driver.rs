@@ -108,6 +108,8 @@ pub struct DriverGauges {
     pub step_us: f32,
     /// The same for steps of a few rows alone; 0 before the first.
     pub short_us: f32,
+    /// Microseconds of all steps of more rows.
+    pub prefill_us: u64,
     /// Bytes of KV rows that it holds.
     pub kv_bytes: u64,
 }
@@ -530,6 +532,8 @@ impl RingRunner {
             smooth(&mut gauges.step_us, took);
             if self.current.tokens.len() <= FEW_ROWS {
                 smooth(&mut gauges.short_us, took);
+            } else {
+                gauges.prefill_us += took as u64;
             }
         }
         if gauges != self.gauges {

@@ -255,6 +255,9 @@ pub struct PartState {
     /// Bytes of KV rows that it holds.
     #[prost(uint64, tag = "9")]
     pub kv_bytes: u64,
+    /// Microseconds that its steps of more than a few rows took, all of them together: prompts, and what had to be replayed.
+    #[prost(uint64, tag = "10")]
+    pub prefill_us: u64,
 }
 
 /// Where a part of a ring is.

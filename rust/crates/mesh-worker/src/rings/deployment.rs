@@ -738,6 +738,7 @@ impl Deployment {
                         (loaded.seconds, loaded.weight_bytes);
                     state.lag_rows = part.gauges.lag.load(Relaxed);
                     state.step_us = part.gauges.step_us.load(Relaxed) as f32;
+                    state.prefill_us = part.gauges.prefill_us.load(Relaxed);
                     state.kv_bytes = part.gauges.kv_bytes.load(Relaxed);
                 }
                 Hosted::Driving(loaded) => {
@@ -747,6 +748,7 @@ impl Deployment {
                         let gauges = driver.gauges();
                         state.lag_rows = gauges.lag;
                         state.step_us = gauges.step_us;
+                        state.prefill_us = gauges.prefill_us;
                         state.kv_bytes = gauges.kv_bytes;
                     }
                 }

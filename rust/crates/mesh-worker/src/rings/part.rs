@@ -73,6 +73,8 @@ pub(super) struct Gauges {
     pub(super) steps: AtomicU64,
     /// Microseconds per step of a few rows, smoothed.
     short_us: AtomicU64,
+    /// Microseconds of all steps of more rows.
+    pub(super) prefill_us: AtomicU64,
     /// A step panicked; nobody knows what the part holds now.
     pub(super) broken: AtomicBool,
 }
@@ -270,6 +272,8 @@ impl PartWorker {
         smooth(&self.gauges.step_us, took);
         if rows <= SHORT_ROWS {
             smooth(&self.gauges.short_us, took);
+        } else {
+            self.gauges.prefill_us.fetch_add(took, Ordering::Relaxed);
         }
     }
 

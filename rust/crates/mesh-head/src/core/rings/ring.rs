@@ -77,6 +77,7 @@ pub(super) struct Part {
     pub(super) lag_rows: u64,
     pub(super) step_us: f32,
     pub(super) load_seconds: f32,
+    pub(super) prefill_us: u64,
     pub(super) weight_bytes: u64,
     pub(super) kv_bytes: u64,
 }
@@ -91,6 +92,7 @@ impl Part {
             lag_rows: 0,
             step_us: 0.0,
             load_seconds: 0.0,
+            prefill_us: 0,
             weight_bytes: 0,
             kv_bytes: 0,
         }
@@ -110,6 +112,7 @@ impl Part {
         self.lag_rows = report.lag_rows;
         self.step_us = sound(report.step_us);
         self.load_seconds = sound(report.load_seconds);
+        self.prefill_us = report.prefill_us;
         self.weight_bytes = report.weight_bytes;
         self.kv_bytes = report.kv_bytes;
     }

@@ -67,6 +67,8 @@ pub struct PartView {
     pub step_ms: f64,
     /// Seconds that loading took.
     pub load_seconds: f64,
+    /// Seconds that its steps of more than a few rows took since then.
+    pub prefill_seconds: f64,
     /// Bytes of weights.
     pub weight_bytes: u64,
     /// Bytes of KV rows.
@@ -233,6 +235,7 @@ impl Rings {
             },
             step_ms: f64::from(part.step_us) / 1e3,
             load_seconds: f64::from(part.load_seconds),
+            prefill_seconds: part.prefill_us as f64 / 1e6,
             weight_bytes: part.weight_bytes,
             kv_bytes: part.kv_bytes,
         }
