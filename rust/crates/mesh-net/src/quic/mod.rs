@@ -38,7 +38,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use quinn::congestion::CubicConfig;
-use quinn::{IdleTimeout, TransportConfig, VarInt};
+use quinn::{AckFrequencyConfig, IdleTimeout, TransportConfig, VarInt};
 
 /// Limits and times of links.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,6 +75,9 @@ impl Default for LinkConfig {
 
 impl LinkConfig {
     fn transport(&self) -> Arc<TransportConfig> {
+        let mut acks = AckFrequencyConfig::default();
+        acks.ack_eliciting_threshold(ACK_PACKETS.into())
+            .max_ack_delay(Some(ACK_DELAY));
         let mut transport = TransportConfig::default();
         // Beyond 2^62 ms quinn has no number; nobody waits that long.
         let idle = IdleTimeout::try_from(self.idle_timeout).unwrap_or_else(|_| VarInt::MAX.into());
@@ -87,6 +90,7 @@ impl LinkConfig {
             .receive_window(self.link_window.into())
             .send_window(self.link_window.into())
             .initial_rtt(INITIAL_RTT)
+            .ack_frequency_config(Some(acks))
             .congestion_controller_factory(Arc::new(CubicConfig::default()));
         Arc::new(transport)
     }
@@ -105,6 +109,13 @@ const JOIN_PROTOCOL: &[u8] = b"hydramesh-join/1";
 
 /// The accepting side opens exactly one unidirectional stream, for its word of admission.
 const ADMISSION_STREAMS: u32 = 1;
+
+/// Packets after which they are acknowledged at once. A row of a small model is two packets, and an acknowledgement for each would be
+/// sent before the row is looked at.
+const ACK_PACKETS: u32 = 8;
+
+/// How long an acknowledgement may wait for more.
+const ACK_DELAY: Duration = Duration::from_millis(10);
 
 /// Meshes live on LANs: a lost first packet is sent again after three of these, not after quinn's second.
 const INITIAL_RTT: Duration = Duration::from_millis(50);
