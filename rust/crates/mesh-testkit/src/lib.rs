@@ -18,11 +18,13 @@
 //! - [`Mesh`] is a head, workers and a shim on loopback, on ports the system chooses, gone when it is dropped;
 //! - [`Service`] is one of these processes: its addresses, its log, signals to it;
 //! - [`Namespaces`] gives each of them a network of its own, whose cable can be pulled;
+//! - [`hub`] is a Hugging Face hub with repositories made in the test, and with everything that goes wrong;
 //! - [`v5`] holds a v5.0.0 client, worker and head written from the wire format alone, without the `dcf` crate;
 //! - [`paths`] finds what `make fetch` brought.
 
 #![forbid(unsafe_code)]
 
+pub mod hub;
 pub mod mesh;
 pub mod namespaces;
 pub mod paths;

@@ -1,0 +1,392 @@
+//! Which files of a repository a model needs.
+
+use std::collections::BTreeSet;
+
+use serde::Deserialize;
+
+use crate::error::HubError;
+use crate::listing::{Repo, RepoFile, is_sound};
+
+/// What a model's weights are stored in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// One GGUF file with everything in it.
+    Gguf,
+    /// `config.json`, `tokenizer.json` and safetensors files.
+    Safetensors,
+}
+
+/// The files that a model needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chosen {
+    /// What the weights are stored in.
+    pub format: Format,
+    /// The name the model gets: that of the GGUF file without its ending, or the repository's without the organisation.
+    pub name: String,
+    /// The weights.
+    pub weights: Vec<RepoFile>,
+    /// Everything else, small.
+    pub others: Vec<RepoFile>,
+}
+
+impl Chosen {
+    /// All files.
+    pub fn files(&self) -> impl Iterator<Item = &RepoFile> {
+        self.weights.iter().chain(&self.others)
+    }
+}
+
+/// The list of shards that stands beside them.
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+
+/// What describes a model of safetensors files; what is there of it is taken. The sentence-transformers part tells embedding
+/// models how to pool.
+const DESCRIPTIONS: &[&str] = &[
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+    "2_Normalize/config.json",
+];
+
+/// Quantisations that are taken where none is asked for, the first that is there.
+const USUAL: &[&str] = &["Q4_K_M", "Q4_0", "Q4_1", "Q4_K_S", "Q5_K_M", "Q8_0"];
+
+/// The files of `repo` that make up the model `which`: a quantisation, a file, or, without it, what the repository is most likely
+/// for. `index` is the content of [`INDEX`], where the repository has one.
+///
+/// # Errors
+/// If nothing fits, or more than one thing does: the message names what there is.
+pub fn choose(repo: &Repo, which: Option<&str>, index: Option<&[u8]>) -> Result<Chosen, HubError> {
+    let failed = |reason: String| HubError::Choice {
+        repo: repo.id.clone(),
+        reason,
+    };
+    let ggufs: Vec<&RepoFile> = repo
+        .files
+        .iter()
+        .filter(|file| is_model_gguf(file))
+        .collect();
+    if let Some(which) = which {
+        if let Some(file) = repo.file(which) {
+            return match () {
+                () if is_gguf(file) => gguf(file).map_err(failed),
+                () if has_ending(&file.path, ".safetensors") => {
+                    safetensors(repo, vec![file.clone()]).map_err(failed)
+                }
+                () => Err(failed(format!(
+                    "{which} is neither a .gguf nor a .safetensors file; {}",
+                    offer(&ggufs)
+                ))),
+            };
+        }
+        let mut fitting = ggufs
+            .iter()
+            .filter(|file| has_quantisation(&file.path, which));
+        return match (fitting.next(), fitting.next()) {
+            (Some(file), None) => gguf(file).map_err(failed),
+            (Some(first), Some(second)) if part_of_several(&first.path).is_none() => {
+                Err(failed(format!(
+                    "{which} may mean {} or {}; write the path of one file behind ':'",
+                    first.path, second.path
+                )))
+            }
+            (Some(first), Some(_)) => gguf(first).map_err(failed),
+            (None, _) => Err(failed(format!(
+                "it has no quantisation or file {which:?}; {}",
+                offer(&ggufs)
+            ))),
+        };
+    }
+    if let Some(weights) = all_safetensors(repo, index).map_err(failed)? {
+        return safetensors(repo, weights).map_err(failed);
+    }
+    if let [only] = ggufs[..] {
+        return gguf(only).map_err(failed);
+    }
+    for usual in USUAL {
+        let fitting: Vec<_> = ggufs
+            .iter()
+            .filter(|file| has_quantisation(&file.path, usual))
+            .collect();
+        if let [only] = fitting[..]
+            && part_of_several(&only.path).is_none()
+        {
+            return gguf(only).map_err(failed);
+        }
+    }
+    Err(failed(match ggufs.is_empty() {
+        true => "it holds no model that can be served: neither a .gguf file nor safetensors with config.json and tokenizer.json".to_owned(),
+        false => format!("it holds several models; {}", offer(&ggufs)),
+    }))
+}
+
+fn gguf(file: &RepoFile) -> Result<Chosen, String> {
+    if let Some((_, count)) = part_of_several(&file.path) {
+        return Err(format!(
+            "{} is one of {count} parts of a split GGUF file, which cannot be served; take a smaller quantisation that is one \
+             file, or join the parts with llama-gguf-split --merge and put the result into a model folder",
+            file.path
+        ));
+    }
+    let name = file.path.rsplit('/').next().unwrap_or(&file.path);
+    Ok(Chosen {
+        format: Format::Gguf,
+        name: name[..name.len() - ".gguf".len()].to_owned(),
+        weights: vec![file.clone()],
+        others: Vec::new(),
+    })
+}
+
+fn safetensors(repo: &Repo, weights: Vec<RepoFile>) -> Result<Chosen, String> {
+    for needed in ["config.json", "tokenizer.json"] {
+        if repo.file(needed).is_none() {
+            return Err(format!(
+                "it has safetensors, but no {needed}, without which they cannot be served; look for a repository of the same model that has one"
+            ));
+        }
+    }
+    let others = DESCRIPTIONS.iter().filter_map(|path| repo.file(path));
+    let mut others: Vec<RepoFile> = others.cloned().collect();
+    if weights.len() > 1 {
+        others.extend(repo.file(INDEX).cloned());
+    }
+    Ok(Chosen {
+        format: Format::Safetensors,
+        name: repo.id.rsplit('/').next().unwrap_or(&repo.id).to_owned(),
+        weights,
+        others,
+    })
+}
+
+/// The safetensors files of a whole model, if the repository has one.
+fn all_safetensors(repo: &Repo, index: Option<&[u8]>) -> Result<Option<Vec<RepoFile>>, String> {
+    if let Some(file) = repo.file("model.safetensors") {
+        return Ok(Some(vec![file.clone()]));
+    }
+    let Some(index) = index else {
+        return Ok(None);
+    };
+    shards(index)?
+        .into_iter()
+        .map(|shard| {
+            repo.file(&shard)
+                .cloned()
+                .ok_or_else(|| format!("{INDEX} names {shard}, which it has not"))
+        })
+        .collect::<Result<_, _>>()
+        .map(Some)
+}
+
+/// The files that an index of shards names.
+pub(crate) fn shards(index: &[u8]) -> Result<BTreeSet<String>, String> {
+    /// Tensors' names and the files that they are in.
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: std::collections::BTreeMap<String, String>,
+    }
+    let index: Index =
+        serde_json::from_slice(index).map_err(|error| format!("{INDEX} is malformed: {error}"))?;
+    let shards: BTreeSet<String> = index.weight_map.into_values().collect();
+    match shards
+        .iter()
+        .find(|shard| !is_sound(shard) || !has_ending(shard, ".safetensors"))
+    {
+        Some(odd) => Err(format!(
+            "{INDEX} names {odd:?}, which is no safetensors file"
+        )),
+        None if shards.is_empty() => Err(format!("{INDEX} names no files")),
+        None => Ok(shards),
+    }
+}
+
+fn is_gguf(file: &RepoFile) -> bool {
+    has_ending(&file.path, ".gguf")
+}
+
+/// Not what goes beside a model: projectors of images, importance matrices.
+fn is_model_gguf(file: &RepoFile) -> bool {
+    let name = file.path.rsplit('/').next().unwrap_or_default();
+    let name = name.to_ascii_lowercase();
+    is_gguf(file) && !name.starts_with("mmproj") && !name.contains("imatrix")
+}
+
+fn has_ending(path: &str, ending: &str) -> bool {
+    path.len()
+        .checked_sub(ending.len())
+        .filter(|&at| at > 0)
+        .and_then(|at| path.get(at..))
+        .is_some_and(|end| end.eq_ignore_ascii_case(ending))
+}
+
+/// Whether a file's name holds a quantisation, as `model-Q4_K_M.gguf` and `model.q4_k_m.gguf` do and `model-IQ4_K_M.gguf` does not.
+fn has_quantisation(path: &str, wanted: &str) -> bool {
+    if wanted.is_empty() {
+        return false;
+    }
+    let name = path.rsplit('/').next().unwrap_or(path).to_ascii_lowercase();
+    let wanted = wanted.to_ascii_lowercase();
+    name.match_indices(&wanted).any(|(at, _)| {
+        let before = name[..at].chars().next_back();
+        let behind = name[at + wanted.len()..].chars().next();
+        let edge = |c: Option<char>| !c.is_some_and(|c| c.is_alphanumeric() || c == '_');
+        edge(before) && edge(behind)
+    })
+}
+
+/// Number and count of `model-00001-of-00003.gguf`.
+fn part_of_several(path: &str) -> Option<(u32, u32)> {
+    let stem = path.get(..path.len().checked_sub(".gguf".len())?)?;
+    let (rest, count) = stem.rsplit_once("-of-")?;
+    let (_, number) = rest.rsplit_once('-')?;
+    let five = |digits: &str| (digits.len() == 5).then(|| digits.parse().ok())?;
+    Some((five(number)?, five(count)?)).filter(|&(_, count)| count > 1)
+}
+
+/// What a user may write.
+fn offer(ggufs: &[&RepoFile]) -> String {
+    const SHOWN: usize = 30;
+    let mut names: Vec<&str> = ggufs.iter().map(|file| file.path.as_str()).collect();
+    let more = names.len().saturating_sub(SHOWN);
+    names.truncate(SHOWN);
+    match (names.is_empty(), more) {
+        (true, _) => "it has no .gguf files".to_owned(),
+        (false, 0) => format!(
+            "write one of these behind ':', or its quantisation: {}",
+            names.join(", ")
+        ),
+        (false, more) => format!(
+            "write one of these behind ':', or its quantisation: {} and {more} more",
+            names.join(", ")
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn repo(paths: &[&str]) -> Repo {
+        Repo {
+            id: "acme/Tiny".to_owned(),
+            commit: "0".repeat(40),
+            files: paths
+                .iter()
+                .map(|&path| RepoFile {
+                    path: path.to_owned(),
+                    bytes: Some(1),
+                    sha256: None,
+                    blob_id: None,
+                })
+                .collect(),
+        }
+    }
+
+    fn chosen(paths: &[&str], which: Option<&str>) -> Result<Vec<String>, String> {
+        let chosen = choose(&repo(paths), which, None).map_err(|error| error.to_string())?;
+        Ok(chosen.files().map(|file| file.path.clone()).collect())
+    }
+
+    const GGUFS: &[&str] = &[
+        "README.md",
+        "Tiny-IQ4_XS.gguf",
+        "Tiny-Q4_K_M.gguf",
+        "Tiny-Q8_0.gguf",
+        "Tiny-f16-00001-of-00002.gguf",
+        "Tiny-f16-00002-of-00002.gguf",
+        "mmproj-Tiny-Q8_0.gguf",
+    ];
+
+    #[test]
+    fn a_quantisation_is_found_in_any_spelling() {
+        assert_eq!(chosen(GGUFS, Some("Q8_0")).unwrap(), ["Tiny-Q8_0.gguf"]);
+        assert_eq!(chosen(GGUFS, Some("q4_k_m")).unwrap(), ["Tiny-Q4_K_M.gguf"]);
+        assert_eq!(
+            chosen(GGUFS, Some("Tiny-IQ4_XS.gguf")).unwrap(),
+            ["Tiny-IQ4_XS.gguf"]
+        );
+        // Parts of words are none.
+        assert!(
+            chosen(GGUFS, Some("Q4"))
+                .unwrap_err()
+                .contains("Tiny-Q4_K_M.gguf")
+        );
+        assert!(chosen(GGUFS, Some("Q4_XS")).is_err());
+    }
+
+    #[test]
+    fn without_a_wish_the_usual_one_is_taken() {
+        assert_eq!(chosen(GGUFS, None).unwrap(), ["Tiny-Q4_K_M.gguf"]);
+        assert_eq!(chosen(&["x-Q2_K.gguf"], None).unwrap(), ["x-Q2_K.gguf"]);
+        let two = chosen(&["x-Q2_K.gguf", "x-Q3_K_S.gguf"], None).unwrap_err();
+        assert!(two.contains("x-Q2_K.gguf, x-Q3_K_S.gguf"), "{two}");
+        let none = chosen(&["pytorch_model.bin"], None).unwrap_err();
+        assert!(none.contains("no model that can be served"), "{none}");
+    }
+
+    #[test]
+    fn a_split_file_is_refused_with_what_to_do() {
+        let error = chosen(GGUFS, Some("f16")).unwrap_err();
+        assert!(error.contains("llama-gguf-split --merge"), "{error}");
+    }
+
+    #[test]
+    fn a_folder_of_safetensors_comes_with_what_describes_it() {
+        let files = [
+            "README.md",
+            "config.json",
+            "model.safetensors",
+            "onnx/model.onnx",
+            "pytorch_model.bin",
+            "tokenizer.json",
+            "1_Pooling/config.json",
+        ];
+        assert_eq!(
+            chosen(&files, None).unwrap(),
+            [
+                "model.safetensors",
+                "config.json",
+                "tokenizer.json",
+                "1_Pooling/config.json"
+            ]
+        );
+        let error = chosen(&["config.json", "model.safetensors"], None).unwrap_err();
+        assert!(error.contains("no tokenizer.json"), "{error}");
+    }
+
+    #[test]
+    fn shards_are_those_of_the_index() {
+        let repo = repo(&[
+            "config.json",
+            "model-00001-of-00002.safetensors",
+            "model-00002-of-00002.safetensors",
+            "model.safetensors.index.json",
+            "other.safetensors",
+            "tokenizer.json",
+        ]);
+        let index = br#"{"metadata":{}, "weight_map":{"a":"model-00002-of-00002.safetensors","b":"model-00001-of-00002.safetensors"}}"#;
+        let chosen = choose(&repo, None, Some(index)).unwrap();
+        assert_eq!(chosen.weights.len(), 2);
+        assert_eq!(chosen.name, "Tiny");
+        assert!(chosen.others.iter().any(|file| file.path == INDEX));
+        for bad in [
+            &b"{}"[..],
+            br#"{"weight_map":{"a":"../../etc/passwd.safetensors"}}"#,
+            br#"{"weight_map":{"a":"missing.safetensors"}}"#,
+            br#"{"weight_map":{}}"#,
+            br#"{"weight_map":{"a":7}}"#,
+            b"\xff",
+        ] {
+            let error = choose(&repo, None, Some(bad)).unwrap_err();
+            assert!(error.to_string().contains(INDEX), "{error}");
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! Files in the making: brought to disk now and then, checked and made blobs of in the end.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use aws_lc_rs::digest::{self, SHA1_FOR_LEGACY_USE_ONLY};
+use mesh_store::{PartialFile, PartialKey, Store, StoreError};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+use super::blocking;
+use crate::error::HubError;
+use crate::fetch::Watch;
+use crate::listing::RepoFile;
+
+/// A file that is here or in the making.
+pub(super) enum Held {
+    Whole(PathBuf),
+    Partial(Arc<PartialFile>),
+}
+
+impl Held {
+    pub(super) fn partial(&self) -> Option<&Arc<PartialFile>> {
+        match self {
+            Held::Partial(partial) => Some(partial),
+            Held::Whole(_) => None,
+        }
+    }
+}
+
+/// What has arrived is brought to disk after this time, or four times as long as that took, whichever is longer: it is what
+/// a kill costs.
+const FLUSH_AFTER: Duration = Duration::from_millis(100);
+
+/// Brings what has arrived to disk now and then.
+pub(super) struct Flusher {
+    stop: oneshot::Sender<()>,
+    task: JoinHandle<Result<(), HubError>>,
+}
+
+impl Flusher {
+    pub(super) fn start(held: &BTreeMap<PartialKey, Held>) -> Self {
+        let partials: Vec<Arc<PartialFile>> =
+            held.values().filter_map(Held::partial).cloned().collect();
+        let (stop, mut stopped) = oneshot::channel();
+        let task = tokio::spawn(async move {
+            let partials = Arc::new(partials);
+            let mut pause = FLUSH_AFTER;
+            let mut last = false;
+            while !last {
+                last = tokio::time::timeout(pause, &mut stopped).await.is_ok();
+                let partials = partials.clone();
+                let started = Instant::now();
+                blocking(move || partials.iter().try_for_each(|partial| partial.flush())).await?;
+                pause = FLUSH_AFTER.max(started.elapsed() * 4);
+            }
+            Ok(())
+        });
+        Flusher { stop, task }
+    }
+
+    /// Brings the rest to disk.
+    pub(super) async fn end(self) -> Result<(), HubError> {
+        // It may have ended itself, with an error.
+        let _ = self.stop.send(());
+        self.task.await.expect("flushing does not panic")
+    }
+}
+
+/// Writes `ranges` of a file of this machine into `partial`.
+pub(super) fn copy(
+    from: &Path,
+    partial: &PartialFile,
+    ranges: &[Range<u64>],
+    watch: &dyn Watch,
+) -> Result<(), HubError> {
+    use std::os::unix::fs::FileExt;
+
+    let read = |source| HubError::Read {
+        path: from.into(),
+        source,
+    };
+    let file = std::fs::File::open(from).map_err(read)?;
+    let mut buffer = vec![0; 1 << 20];
+    for range in ranges {
+        let mut at = range.start;
+        while at < range.end {
+            let len = (range.end - at).min(buffer.len() as u64) as usize;
+            file.read_exact_at(&mut buffer[..len], at).map_err(read)?;
+            partial.write_at(at, &buffer[..len])?;
+            watch.arrived(len as u64);
+            at += len as u64;
+        }
+    }
+    Ok(())
+}
+
+/// Makes a blob of a whole file; gives where it lies.
+pub(super) fn complete(
+    store: &Store,
+    partial: Arc<PartialFile>,
+    file: &RepoFile,
+    repo: &str,
+) -> Result<PathBuf, HubError> {
+    let partial = Arc::try_unwrap(partial)
+        .unwrap_or_else(|_| unreachable!("fetches and the flusher have ended"));
+    if let (None, Some(wanted)) = (&file.sha256, &file.blob_id) {
+        let content = partial.read_at(0..partial.bytes())?.unwrap_or_default();
+        let found = git_blob_id(&content);
+        // Ids of repositories that hash with SHA-256 are longer, and are not made here.
+        if wanted.len() == found.len() && !found.eq_ignore_ascii_case(wanted) {
+            partial.forget(0..partial.bytes())?;
+            return Err(HubError::Damaged {
+                repo: repo.to_owned(),
+                path: file.path.clone(),
+                kind: "git blob id",
+                found,
+                wanted: wanted.clone(),
+            });
+        }
+    }
+    let digest = match partial.complete(None) {
+        Err(StoreError::Mismatch { found, wanted, .. }) => {
+            return Err(HubError::Damaged {
+                repo: repo.to_owned(),
+                path: file.path.clone(),
+                kind: "SHA-256",
+                found: found.to_string(),
+                wanted: wanted.to_string(),
+            });
+        }
+        digest => digest?,
+    };
+    Ok(store
+        .blob(&digest)
+        .unwrap_or_else(|| store.root().join("blobs").join(digest.to_string())))
+}
+
+/// SHA-1 of a file as git stores it.
+fn git_blob_id(content: &[u8]) -> String {
+    let mut sha1 = digest::Context::new(&SHA1_FOR_LEGACY_USE_ONLY);
+    sha1.update(format!("blob {}\0", content.len()).as_bytes());
+    sha1.update(content);
+    let digest = sha1.finish();
+    digest
+        .as_ref()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
