@@ -1,11 +1,15 @@
 //! All that a user can type.
 
+mod pull;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 use mesh_probe::Wish;
+
+pub use pull::PullArgs;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -412,6 +416,8 @@ pub struct ModelsArgs {
 /// What to do with model files.
 #[derive(Debug, Subcommand)]
 pub enum ModelsCommand {
+    /// Fetch a model from the Hugging Face hub into the store
+    Pull(PullArgs),
     /// List the GGUF files in folders
     #[command(after_help = "Example:\n  hydramesh models list ~/models")]
     List {

@@ -12,6 +12,7 @@ use crate::output::{bytes, table};
 
 pub(crate) fn run(command: ModelsCommand) -> Result<(), Failure> {
     match command {
+        ModelsCommand::Pull(_) => unreachable!("it is async, and done elsewhere"),
         ModelsCommand::List { dirs, json } => list(&dirs, json),
         ModelsCommand::Show { model, dirs, json } => show(&model, &dirs, json),
         ModelsCommand::Verify {
