@@ -245,6 +245,11 @@ impl Hosted {
             // Reading the whole file takes as long as packing its weights: side by side.
             let fingerprint = scope.spawn(|| match known {
                 Some(known) => Ok(known.to_owned()),
+                // Of a folder it is made of the digests of its files.
+                None if path.is_dir() => model
+                    .fingerprint()
+                    .map(str::to_owned)
+                    .map_err(std::io::Error::other),
                 None => cache.fingerprint(path),
             });
             let stage = load_stage(&model, &name, config)?;
