@@ -208,7 +208,10 @@ async fn watch(folder: PathBuf, config: Arc<Config>, host: Arc<Host>) {
         .models
         .iter()
         .chain(&config.shards)
-        .filter_map(|name| local::resolve(name, &config.folders()).ok())
+        .filter_map(|name| {
+            let encoder = mesh_model::encoder::find(name, &config.folders());
+            encoder.or_else(|| local::resolve(name, &config.folders()).ok())
+        })
         .collect();
     let mut complaint = String::new();
     loop {
