@@ -185,7 +185,8 @@ impl Fetch {
             rest: None,
             logged: (Instant::now(), 0),
         };
-        tokio::spawn(fetch.run(wants, incoming));
+        let runtime = fetch.models.runtime.clone();
+        runtime.spawn(fetch.run(wants, incoming));
         sender
     }
 

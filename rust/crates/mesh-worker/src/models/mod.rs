@@ -27,6 +27,7 @@ use mesh_service::metrics::prometheus_client::metrics::counter::Counter;
 use mesh_service::metrics::prometheus_client::registry::Registry;
 use mesh_share::PieceSet;
 use mesh_store::{Digest, Limits, Pin, Policy, Store};
+use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
 use self::fetch::{Fetch, Want};
@@ -39,6 +40,8 @@ use crate::rings::Peers;
 /// See the module's page.
 pub(crate) struct Models {
     config: Arc<Config>,
+    /// Where fetches run, whoever asks for them: a ring's own thread has other things to do.
+    runtime: Handle,
     /// None if nothing that this worker serves comes from it.
     store: Option<Store>,
     policy: Policy,
@@ -118,6 +121,7 @@ impl Models {
         }
         Ok(Arc::new(Models {
             config: config.clone(),
+            runtime: Handle::current(),
             store,
             policy,
             reading: Semaphore::new(READERS),
