@@ -6,6 +6,7 @@ PYTHON ?= python3
 # Every cargo call runs in rust/; the lock file decides the versions.
 IN_RUST := cd rust &&
 SERVICES := -p mesh-head -p mesh-worker -p mesh-shim -p mesh-cli
+# For the whole workspace, so that only what knows these features is compiled once more.
 PROVIDERS := mesh-worker/cuda,mesh-worker/migraphx
 GPU ?= cuda
 FUZZ_SECONDS ?= 60
@@ -36,8 +37,8 @@ test: fetch ## Formatting, clippy with warnings denied, every test
 	scripts/test_nix.sh $(WHERE_POSSIBLE)
 	$(IN_RUST) $(CARGO) fmt --all --check
 	$(IN_RUST) $(CARGO) clippy --workspace --all-targets --locked -- -D warnings
-	$(IN_RUST) $(CARGO) clippy -p mesh-worker -p mesh-engine-ort --features $(PROVIDERS) --all-targets --locked -- -D warnings
-	$(IN_RUST) $(CARGO) test -p mesh-engine-ort --features cuda,migraphx --locked --test backend
+	$(IN_RUST) $(CARGO) clippy --workspace --features $(PROVIDERS) --all-targets --locked -- -D warnings
+	$(IN_RUST) $(CARGO) test --workspace --features $(PROVIDERS) --locked --test backend
 	$(IN_RUST) $(CARGO) build --locked --bins $(SERVICES)
 	HYDRAMESH_BIN=$(CURDIR)/rust/target/debug scripts/test_vm.sh nspawn $(WHERE_POSSIBLE)
 	$(IN_RUST) $(CARGO) test --workspace --locked --no-fail-fast

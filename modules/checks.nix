@@ -101,6 +101,12 @@ let
   high = if cfg.memoryHigh == null then null else bytes cfg.memoryHigh;
   max = if cfg.memoryMax == null then null else bytes cfg.memoryMax;
 
+  # organisation/model, perhaps with @revision and :which behind it; a file's path is none.
+  isHubName =
+    model:
+    !(lib.hasSuffix ".gguf" (lib.head (lib.splitString ":" model)))
+    && builtins.match "[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*([@:].*)?" model != null;
+
   # Options that mean something for one role alone, and are set.
   forRole = role: names: map (name: { inherit role name; }) names;
   useless = filter (use: !(hasRole use.role)) (
@@ -202,8 +208,8 @@ in
     ++ map (
       model:
       assertion
-        "the model \"${model}\" is a relative path: write an absolute one, or a file's name to look up in ${localModels}"
-        (hasPrefix "/" model || !(lib.hasInfix "/" model))
+        "the model \"${model}\" is a relative path: write an absolute one, a file's name to look up in ${localModels}, or a name on the hub, \"organisation/model\""
+        (hasPrefix "/" model || !(lib.hasInfix "/" model) || isHubName model)
     ) (filter builtins.isString (cfg.models ++ cfg.shards));
 
     warnings =

@@ -118,8 +118,8 @@ in
     '';
 
     hfTokenFile = mkSecretFile "/run/secrets/huggingface-token" ''
-      File with a Hugging Face token. The worker gets it as a systemd credential and its path in `HF_TOKEN_FILE`. Workers of
-      this version load models from files alone and do not read it.
+      File with a Hugging Face token, for models that the hub gives to nobody else. The worker gets it as a systemd credential
+      and its path in `HF_TOKEN_FILE`.
     '';
 
     hfToken = mkOption {
@@ -139,8 +139,9 @@ in
         "/srv/models/qwen2.gguf"
       ];
       description = ''
-        Models that the worker serves whole: GGUF files, or names that are looked up in `localModels`; for embeddings the folder
-        of a BERT-family encoder. A path written without quotes is copied into the Nix store.
+        Models that the worker serves whole: GGUF files, names that are looked up in `localModels`, or names on the Hugging Face
+        hub, which other workers of the mesh are asked for first; for embeddings the folder of a BERT-family encoder. A path
+        written without quotes is copied into the Nix store.
       '';
     };
 
@@ -149,8 +150,8 @@ in
       default = [ ];
       example = [ "/srv/models/qwen3-32b.gguf" ];
       description = ''
-        Models of which the worker holds a range of layers, beside other workers, as the head decides; named like `models`, and
-        the whole file must be there. A worker needs `models`, `shards` or both. The other workers must reach this one: see
+        Models of which the worker holds a range of layers, beside other workers, as the head decides; named like `models`. Of a
+        model by a name on the hub the worker fetches only what it needs. A worker needs `models`, `shards` or both. The other workers must reach this one: see
         `ports.worker.ring` and `openFirewall`.
       '';
     };
@@ -175,8 +176,9 @@ in
       default = "/var/lib/hydramesh/local-models";
       example = "/srv/models";
       description = ''
-        Folder with GGUF files, readable for everyone. The default one is made, owned by root; put files there. Folders in
-        home directories are invisible to the services.
+        Folder with models: GGUF and safetensors files and Hugging Face folders, readable for everyone. What lies there is served
+        by name as it appears, without a restart, and no longer when it vanishes, but for what `models` and `shards` name. The
+        default one is made, owned by root; put files there. Folders in home directories are invisible to the services.
       '';
     };
 

@@ -135,6 +135,7 @@ in
           shards = mkDefault (map (model: "${model}") cfg.shards);
           reserved_for = mkDefault cfg.reservedFor;
           model_dirs = mkDefault [ (toString cfg.localModels) ];
+          local_models = mkDefault (toString cfg.localModels);
           http.listen = mkDefault (join "127.0.0.1" cfg.ports.worker.http);
           dcf.listen = mkDefault (join "0.0.0.0" cfg.ports.worker.dcf);
           ring.listen = mkDefault (join "0.0.0.0" cfg.ports.worker.ring);

@@ -146,6 +146,7 @@ in
       shards = [ ];
       reserved_for = [ ];
       model_dirs = [ "/var/lib/hydramesh/local-models" ];
+      local_models = "/var/lib/hydramesh/local-models";
       http.listen = "127.0.0.1:8081";
       dcf.listen = "0.0.0.0:7779";
       ring.listen = "0.0.0.0:7781";
@@ -720,6 +721,9 @@ in
   });
   "a model by a relative path" = fails "a relative path" (worker {
     models = [ "models/m.gguf" ];
+  });
+  "a model by its name on the hub is none" = silent (worker {
+    models = [ "organisation/model@main:Q4_K_M" ];
   });
   "limits the wrong way round" = fails "would never count" (worker {
     memoryHigh = "4G";

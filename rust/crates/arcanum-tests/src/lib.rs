@@ -7,6 +7,7 @@
 //! - [`alone`] keeps these tests apart: each wants the whole machine;
 //! - [`rescore`] checks a stream against the model itself;
 //! - [`flood`] makes datagrams that mean harm;
+//! - [`liar`] is a member that sends something else than it says;
 //! - [`Seed`] makes every random choice of a test repeatable.
 
 #![forbid(unsafe_code)]
@@ -15,6 +16,7 @@ pub mod clients;
 pub mod cluster;
 pub mod flood;
 pub mod gaps;
+pub mod liar;
 pub mod rescore;
 pub mod undisturbed;
 pub mod view;

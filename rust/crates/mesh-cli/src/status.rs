@@ -61,6 +61,67 @@ fn show(registry: &Value, terminal: Terminal) -> String {
         &rows,
     );
     text += &rings::show(registry, terminal);
+    text += &models(registry);
+    text
+}
+
+/// Models that workers give each other: who has them, and who is waiting for what.
+fn models(registry: &Value) -> String {
+    let models = registry["models"].as_array().map(Vec::as_slice);
+    let models = models.unwrap_or_default();
+    if models.is_empty() {
+        return String::new();
+    }
+    let list = |value: &Value, show: fn(&Value) -> String| {
+        let items = value.as_array().into_iter().flatten();
+        let texts: Vec<String> = items.map(show).collect();
+        match texts.is_empty() {
+            true => "-".to_owned(),
+            false => texts.join(", "),
+        }
+    };
+    let rows = models.iter().map(|model| {
+        let size = model["bytes"].as_u64().filter(|&size| size > 0);
+        vec![
+            model["name"].as_str().unwrap_or("-").to_owned(),
+            size.map_or("-".to_owned(), bytes),
+            list(&model["holders"], holder),
+            list(&model["seekers"], seeker),
+            model["origin"].as_str().unwrap_or("-").to_owned(),
+        ]
+    });
+    let rows: Vec<Vec<String>> = rows.collect();
+    let heads = ["SHARED MODEL", "SIZE", "HELD BY", "SOUGHT BY", "FETCHED BY"];
+    format!("\n{}", table(&heads, &rows))
+}
+
+fn holder(holder: &Value) -> String {
+    let name = holder["worker"].as_str().unwrap_or("-");
+    let (pieces, of) = (holder["pieces"].as_u64(), holder["of"].as_u64());
+    let mut text = match (pieces, of) {
+        (Some(pieces), Some(of)) if pieces < of => format!("{name} ({pieces} of {of} pieces)"),
+        _ => name.to_owned(),
+    };
+    let accusers = holder["accused_by"].as_array().into_iter().flatten();
+    let accusers: Vec<&str> = accusers.filter_map(Value::as_str).collect();
+    if !accusers.is_empty() {
+        text += &format!(" (sent bad pieces to {})", accusers.join(", "));
+    }
+    text
+}
+
+fn seeker(seeker: &Value) -> String {
+    let name = seeker["worker"].as_str().unwrap_or("-");
+    let here = seeker["bytes"].as_u64().unwrap_or(0);
+    let mut text = match seeker["bytes_total"].as_u64() {
+        Some(total) if total > 0 => {
+            format!("{name} ({:.0} %)", 100.0 * here as f64 / total as f64)
+        }
+        _ => name.to_owned(),
+    };
+    if let Some(error) = seeker["error"].as_str() {
+        text += &format!(" ({error})");
+    }
     text
 }
 
@@ -121,6 +182,33 @@ mod tests {
     use super::*;
     use crate::args::Color;
     use serde_json::json;
+
+    #[test]
+    fn who_has_a_model_and_who_waits_for_it_is_shown() {
+        let registry = json!({
+            "workers": [{"name": "a"}],
+            "models": [{
+                "name": "m",
+                "bytes": 100,
+                "holders": [
+                    {"worker": "a", "pieces": 9, "of": 9, "accused_by": []},
+                    {"worker": "b", "pieces": 3, "of": 9, "accused_by": ["a"]},
+                ],
+                "seekers": [{"worker": "c", "bytes": 25, "bytes_total": 100, "error": "401"}],
+                "origin": "c",
+            }],
+        });
+        let text = show(&registry, Terminal::new(Color::Never));
+        let line = text.lines().last().unwrap_or_default();
+        assert!(line.starts_with("m "), "{text}");
+        for part in [
+            "a, b (3 of 9 pieces) (sent bad pieces to a)",
+            "c (25 %) (401)",
+        ] {
+            assert!(line.contains(part), "{part} is not in {text}");
+        }
+        assert!(line.ends_with("c"), "{text}");
+    }
 
     #[test]
     fn a_worker_has_a_row_for_each_model() {

@@ -56,6 +56,8 @@ pub struct Config {
     pub quic: QuicConfig,
     /// Models that several workers hold together.
     pub sharding: ShardingConfig,
+    /// Let workers on the LAN find this head by multicast DNS.
+    pub mdns: bool,
 }
 
 /// The OpenAI API.
@@ -169,6 +171,7 @@ impl Default for Config {
             dcf: DcfConfig::default(),
             quic: QuicConfig::default(),
             sharding: ShardingConfig::default(),
+            mdns: false,
         }
     }
 }

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use dcf::ErrorCode;
+use mesh_net::discovery::{Announcement, Discovery};
 use mesh_net::quic::{ConnectError, LinkConfig, Listener};
-use mesh_net::trust::{Admission, Authority, TrustError, Validity};
+use mesh_net::trust::{Admission, Authority, NodeIdentity, Role, TrustError, Validity};
 use mesh_net::udp::BatchSocket;
 use mesh_service::addresses::{self, Addresses};
 use mesh_service::health::Health;
@@ -88,6 +89,7 @@ impl Head {
             Validity::default(),
         )?);
         let identity = authority.head_identity(&state_dir, "head", SystemTime::now())?;
+        let announced = identity.clone();
 
         let http_listener = mesh_service::http::bind(config.http.listen).await?;
         let client_socket = Arc::new(BatchSocket::bind(config.dcf.clients)?);
@@ -134,6 +136,7 @@ impl Head {
             limit,
         ));
 
+        let discovery = announce(&mesh.config, &announced, addresses["quic"].port());
         addresses::write(&state_dir, &addresses)?;
         info!(?addresses, state_dir = %state_dir.display(), "head started");
         notify::ready();
@@ -144,6 +147,7 @@ impl Head {
                 answers,
                 api,
                 loops,
+                _discovery: discovery,
             }
             .run(),
         );
@@ -186,6 +190,8 @@ struct Parts {
     answers: TaskTracker,
     api: JoinHandle<io::Result<()>>,
     loops: JoinSet<()>,
+    /// Workers find this head as long as it lives.
+    _discovery: Option<Discovery>,
 }
 
 impl Parts {
@@ -217,6 +223,28 @@ impl Parts {
         info!(?drained, "head stopped");
         drained
     }
+}
+
+/// Says on the LAN where this head is, if it may. That it cannot is no reason not to start.
+fn announce(config: &Config, identity: &NodeIdentity, port: u16) -> Option<Discovery> {
+    if !config.mdns {
+        return None;
+    }
+    let root = identity.root_sha256();
+    let announcement = Announcement {
+        role: Role::Head,
+        node_id: identity.node_id(),
+        name: config.mesh_name.clone(),
+        root,
+        port,
+    };
+    let announced = Discovery::start(&root).and_then(|discovery| {
+        discovery.announce(&announcement)?;
+        Ok(discovery)
+    });
+    announced
+        .inspect_err(|error| warn!(%error, "workers cannot find this head on the LAN"))
+        .ok()
 }
 
 /// The head's main loop: prunes, looks after the queue, keeps `/ready` and systemd's status true.

@@ -4,7 +4,8 @@
 //! - [`trust`]: the mesh's own root, node certificates, one-time join tokens, and [`trust::Admission`], the seam at which
 //!   a stricter policy replaces today's;
 //! - [`quic`]: mutually authenticated links that carry DCF messages on streams;
-//! - [`seal`]: AEAD for datagrams between nodes, with keys exported from a link.
+//! - [`seal`]: AEAD for datagrams between nodes, with keys exported from a link;
+//! - [`discovery`]: finding heads and workers on the LAN.
 //!
 //! How a node comes in: the operator creates a [`trust::JoinToken`] at the head. [`quic::join`] connects with the
 //! token's pin of the mesh root instead of a certificate, hands in the secret with a certificate request for a key that
@@ -15,6 +16,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod discovery;
 mod files;
 pub mod quic;
 pub mod seal;

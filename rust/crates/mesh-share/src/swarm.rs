@@ -236,6 +236,11 @@ impl<S: Ord + Clone> Swarm<S> {
         swarm
     }
 
+    /// Its limits and times.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
     /// Wants these pieces, too; those that are wanted already stay as they are.
     pub fn want(&mut self, wanted: impl IntoIterator<Item = Wanted>) {
         for wanted in wanted {

@@ -82,6 +82,17 @@ impl Launcher {
         }
     }
 
+    /// The same services, with `key` in their environment.
+    #[must_use]
+    pub fn with_environment(&self, key: &str, value: &str) -> Self {
+        let mut environment = self.environment.clone();
+        environment.push((key.to_owned(), value.to_owned()));
+        Self {
+            environment,
+            ..self.clone()
+        }
+    }
+
     /// The same services, beginning with copies of these files in their state folders: what another one on this machine has
     /// measured need not be measured again.
     #[must_use]

@@ -22,11 +22,14 @@ pub struct Config {
     pub node_name: Option<String>,
     /// The head's QUIC address, `host:7780`.
     pub head: Option<String>,
+    /// Find the head, where `head` is not set, and other workers on the LAN by multicast DNS.
+    pub mdns: bool,
     /// File with the join token; needed until the worker has joined.
     pub join_token_file: Option<PathBuf>,
     /// The join token itself, for deployments that hand secrets over in the environment.
     pub join_token: Option<String>,
-    /// Models to serve whole: paths of GGUF files, or names looked up in `model_dirs`; for embeddings the folder of an encoder.
+    /// Models to serve whole: paths of GGUF files, names looked up in `model_dirs`, or names of models that other workers or the
+    /// hub have; for embeddings the folder of an encoder.
     pub models: Vec<String>,
     /// Models of which this worker holds a range of layers if the head wants it to; named like `models`.
     pub shards: Vec<String>,
@@ -36,6 +39,10 @@ pub struct Config {
     pub reserved_for: Vec<String>,
     /// Embedding models.
     pub embed: EmbedConfig,
+    /// Folder whose models are served whole as they appear, and withdrawn when they vanish.
+    pub local_models: Option<PathBuf>,
+    /// Models that come from elsewhere.
+    pub store: StoreConfig,
     /// ONNX Runtime's library; `ORT_DYLIB_PATH` by default.
     pub ort_library: Option<PathBuf>,
     /// What computes: `auto` (a GPU that this build can use and that works, else the CPU), `cpu`, `cuda` or `migraphx`.
@@ -115,6 +122,25 @@ pub struct RingConfig {
     pub format: RingFormat,
 }
 
+/// Models that come from elsewhere: from other workers, from the hub.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StoreConfig {
+    /// Where they are kept; `store` in `state_dir` by default.
+    pub dir: Option<PathBuf>,
+    /// Most bytes that they may take; what was not used for longest goes first. By default all but 1 GiB of the disk.
+    #[serde(with = "optional_bytes")]
+    pub limit: Option<u64>,
+    /// Get models from the Hugging Face hub that no worker has.
+    pub hub: bool,
+    /// Get models from other workers, and give them what is here.
+    pub peers: bool,
+    /// Take only models whose manifest is signed by one of `trusted_keys`.
+    pub require_signature: bool,
+    /// Files with the public keys of those whose signatures count.
+    pub trusted_keys: Vec<PathBuf>,
+}
+
 /// How the weights of parts are held in memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -182,6 +208,7 @@ impl Default for Config {
             state_dir: "/var/lib/hydramesh/worker".into(),
             node_name: None,
             head: None,
+            mdns: false,
             join_token_file: None,
             join_token: None,
             models: Vec::new(),
@@ -189,6 +216,8 @@ impl Default for Config {
             model_dirs: vec!["/var/lib/hydramesh/models".into()],
             reserved_for: Vec::new(),
             embed: EmbedConfig::default(),
+            local_models: None,
+            store: StoreConfig::default(),
             ort_library: None,
             backend: Backend::Auto,
             threads: 0,
@@ -223,6 +252,19 @@ impl Default for RingConfig {
             listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 7781)),
             memory: None,
             format: RingFormat::default(),
+        }
+    }
+}
+
+impl Default for StoreConfig {
+    fn default() -> Self {
+        StoreConfig {
+            dir: None,
+            limit: None,
+            hub: true,
+            peers: true,
+            require_signature: false,
+            trusted_keys: Vec::new(),
         }
     }
 }
@@ -320,10 +362,10 @@ impl Config {
 
     /// Checks what single keys cannot say.
     pub fn check(&self) -> Result<(), Unsound> {
-        if self.models.is_empty() && self.shards.is_empty() {
+        if self.models.is_empty() && self.shards.is_empty() && self.local_models.is_none() {
             return Err(Unsound::NoModels);
         }
-        if self.head.is_none() && self.legacy.head.is_none() {
+        if !self.has_head() && self.legacy.head.is_none() {
             return Err(Unsound::NoHead);
         }
         for (key, head) in [("head", &self.head), ("legacy.head", &self.legacy.head)] {
@@ -353,6 +395,23 @@ impl Config {
         Ok(())
     }
 
+    /// Whether there is a head to link to, be it one that has to be found.
+    pub(crate) fn has_head(&self) -> bool {
+        self.head.is_some() || self.mdns
+    }
+
+    /// Folders in which models are looked up.
+    pub fn folders(&self) -> Vec<PathBuf> {
+        let local = self.local_models.iter().cloned();
+        local.chain(self.model_dirs.iter().cloned()).collect()
+    }
+
+    /// Where models are kept that come from elsewhere.
+    pub fn store_dir(&self) -> PathBuf {
+        let own = || self.state_dir.join("store");
+        self.store.dir.clone().unwrap_or_else(own)
+    }
+
     /// Whether plain DCF from this address is accepted without further ado.
     pub fn trusts(&self, source: IpAddr) -> bool {
         let source = source.to_canonical();
@@ -374,12 +433,12 @@ impl Config {
 pub enum Unsound {
     /// Nothing to serve.
     #[error(
-        "`models` and `shards` are empty: name at least one GGUF file to serve whole, as models = [\"/path/model.gguf\"] or --model FILE, or to hold layers of, as shards = [\"/path/model.gguf\"] or --shard FILE"
+        "`models` and `shards` are empty: name at least one GGUF file to serve whole, as models = [\"/path/model.gguf\"] or --model FILE, or to hold layers of, as shards = [\"/path/model.gguf\"] or --shard FILE, or a folder whose models are served, as local_models = \"/path\""
     )]
     NoModels,
     /// Nobody to serve.
     #[error(
-        "`head` is not set: give the head's QUIC address, as head = \"host:7780\" or --head HOST:PORT"
+        "`head` is not set: give the head's QUIC address, as head = \"host:7780\" or --head HOST:PORT, or find it on the LAN with mdns = true"
     )]
     NoHead,
     /// An address without a port.

@@ -43,6 +43,20 @@ pub enum WorkerError {
     /// A model is not there.
     #[error(transparent)]
     NotFound(#[from] LocalError),
+    /// The store of models, or the keys that it trusts.
+    #[error("the store of models: {reason}; `store.dir` says where it lies")]
+    ModelStore {
+        /// What is wrong.
+        reason: String,
+    },
+    /// A model could not be had from elsewhere.
+    #[error("model {name}: {reason}")]
+    Fetch {
+        /// The model.
+        name: String,
+        /// Why.
+        reason: String,
+    },
     /// A model file is damaged or unsupported.
     #[error(transparent)]
     Model(#[from] ModelError),

@@ -8,7 +8,7 @@ use dcf::{ErrorCode, Message, MsgType};
 use mesh_net::quic::{self, Link, LinkConfig, MsgStream, StreamFailure, timestamp_us};
 use mesh_net::seal::Sealer;
 use mesh_net::trust::{JoinToken, NodeIdentity, Role};
-use mesh_proto::{Hello, Load, PROTOCOL_VERSION, Ring, Welcome};
+use mesh_proto::{Hello, Load, ModelCard, PROTOCOL_VERSION, Ring, Served, Sources, Welcome};
 use mesh_service::health::Health;
 use mesh_service::shutdown::Shutdown;
 use prost::Message as _;
@@ -21,14 +21,18 @@ use crate::backoff::{Backoff, random};
 use crate::config::Config;
 use crate::error::WorkerError;
 use crate::host::Host;
+use crate::lan::{HeadPlace, Lan};
+use crate::loading::Loading;
 use crate::metrics::Counters;
 
 /// The worker's side of its link to the head.
 pub(crate) struct HeadLink {
     pub(crate) config: Arc<Config>,
-    pub(crate) head: String,
+    pub(crate) head: HeadPlace,
+    pub(crate) lan: Option<Lan>,
     pub(crate) host: Arc<Host>,
     pub(crate) health: Health,
+    pub(crate) loading: Arc<Loading>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) shutdown: Shutdown,
     /// Answers in progress.
@@ -40,7 +44,7 @@ pub(crate) struct HeadLink {
 /// Loads the identity in the state directory, or joins with the token. `None` means that the head does not answer yet.
 pub(crate) async fn identify(
     config: &Config,
-    head: &str,
+    head: &HeadPlace,
 ) -> Result<Option<NodeIdentity>, WorkerError> {
     let token = read_token(config)?;
     let loaded = NodeIdentity::load(&config.state_dir);
@@ -57,8 +61,8 @@ pub(crate) async fn identify(
     {
         return Ok(Some(identity));
     }
-    let Some(address) = resolve(head).await else {
-        tracing::warn!(head, "the head's name has no address yet, trying again");
+    let Some(address) = head.resolve().await else {
+        tracing::warn!(%head, "the head has no address yet, trying again");
         return Ok(None);
     };
     let name = config.node_name();
@@ -72,7 +76,7 @@ pub(crate) async fn identify(
             Ok(None)
         }
         Err(error) => Err(WorkerError::Join {
-            head: head.to_owned(),
+            head: head.to_string(),
             source: Box::new(error),
         }),
     }
@@ -87,13 +91,18 @@ impl HeadLink {
                 identity = identify(&self.config, &self.head).await?;
             }
             if let Some(identity) = &identity {
-                self.host.rings().listen(identity)?;
+                if let Some(port) = self.host.rings().listen(identity)?
+                    && let Some(lan) = &self.lan
+                {
+                    lan.announce(identity, &self.config.node_name(), port);
+                }
                 let started = Instant::now();
                 let reason = match self.session(identity).await {
                     Ok(reason) => reason,
                     Err(failure) => failure,
                 };
                 self.counters.set_connected(false);
+                self.loading.linked(false);
                 self.host.rings().unlinked();
                 if self.stop.is_cancelled() {
                     break;
@@ -101,7 +110,7 @@ impl HeadLink {
                 self.health
                     .set_unready(format!("no link to the head at {}: {reason}", self.head));
                 tracing::warn!(
-                    head = self.head,
+                    head = %self.head,
                     reason,
                     "no link to the head, trying again"
                 );
@@ -119,7 +128,7 @@ impl HeadLink {
 
     /// One link from its making to its end, with the reason of that.
     async fn session(&self, identity: &NodeIdentity) -> Result<String, String> {
-        let address = resolve(&self.head).await.ok_or("its name has no address")?;
+        let address = self.head.resolve().await.ok_or("it has no address")?;
         if identity.renew_at() <= SystemTime::now() {
             // A node that was switched off for long comes back with an old certificate.
             if let Err(error) = quic::renew(address, identity).await {
@@ -132,7 +141,8 @@ impl HeadLink {
             .connect(address, Role::Head)
             .await
             .map_err(|error| error.to_string())?;
-        let (control, welcome) = self.hello(&link).await?;
+        let cards = self.host.cards();
+        let (control, welcome) = self.hello(&link, cards.clone()).await?;
         let heartbeats = Heartbeats::new(&link, &welcome).await?;
         tracing::info!(
             head = link.node_name(),
@@ -142,10 +152,10 @@ impl HeadLink {
             "linked to the head"
         );
         self.counters.set_connected(true);
-        self.health.set_ready();
+        self.loading.linked(true);
         let renewal = quic::keep_renewed(address, identity.clone());
         tokio::select! {
-            reason = self.attend(&link, control, heartbeats) => Ok(reason),
+            reason = self.attend(&link, control, heartbeats, cards) => Ok(reason),
             never = renewal => match never {},
             () = self.stop.cancelled() => {
                 let goodbye = connector.shutdown(ErrorCode::OK, "the worker was shut down");
@@ -155,11 +165,15 @@ impl HeadLink {
         }
     }
 
-    async fn hello(&self, link: &Link) -> Result<(MsgStream, Welcome), String> {
+    async fn hello(
+        &self,
+        link: &Link,
+        models: Vec<ModelCard>,
+    ) -> Result<(MsgStream, Welcome), String> {
         let hello = Hello {
             node_name: self.config.node_name(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            models: self.host.cards(),
+            models,
             protocol: PROTOCOL_VERSION,
             reserved_for: self.config.reserved_for.clone(),
         };
@@ -192,7 +206,13 @@ impl HeadLink {
     }
 
     /// Serves the link until it is over; returns why it is.
-    async fn attend(&self, link: &Link, control: MsgStream, mut heartbeats: Heartbeats) -> String {
+    async fn attend(
+        &self,
+        link: &Link,
+        control: MsgStream,
+        mut heartbeats: Heartbeats,
+        mut cards: Vec<ModelCard>,
+    ) -> String {
         let defaults = Arc::new(self.config.sampling.clone());
         let (mut send, mut recv) = control.split();
         let (ring_outbox, mut ring_messages) = tokio::sync::mpsc::unbounded_channel();
@@ -201,6 +221,7 @@ impl HeadLink {
         let mut look = tokio::time::interval(LOAD_INTERVAL);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut reported = None;
+        let mut models_reported: Option<(u64, Instant)> = None;
         loop {
             let now_draining = self.shutdown.is_draining();
             tokio::select! {
@@ -231,6 +252,10 @@ impl HeadLink {
                         Ok(ring) => self.host.rings().configure(ring),
                         Err(error) => tracing::warn!(%error, "a Ring that cannot be read"),
                     },
+                    Ok(Some(message)) if message.kind == MsgType::SOURCES => match Sources::decode(message.payload) {
+                        Ok(sources) => self.host.stored().sources(sources),
+                        Err(error) => tracing::warn!(%error, "Sources that cannot be read"),
+                    },
                     Ok(Some(message)) => tracing::debug!(kind = %message.kind, "message on the control stream"),
                     Ok(None) => return "it ended the control stream".to_owned(),
                     Err(failure) => return failure.to_string(),
@@ -243,6 +268,26 @@ impl HeadLink {
                     return failure.to_string();
                 }
                 reported = Some((load, Instant::now()));
+            }
+            let served = self.host.cards();
+            if served != cards {
+                let body = Served {
+                    models: served.clone(),
+                };
+                let message =
+                    Message::new(MsgType::SERVED, 0, timestamp_us(), body.encode_to_vec());
+                if let Err(failure) = send.send(message).await {
+                    return failure.to_string();
+                }
+                cards = served;
+            }
+            let rested = models_reported.is_none_or(|(_, at)| at.elapsed() >= MODELS_INTERVAL);
+            let known = models_reported.map(|(version, _)| version);
+            if rested && let Some((message, version)) = self.host.stored().report(known) {
+                if let Err(failure) = send.send(message).await {
+                    return failure.to_string();
+                }
+                models_reported = Some((version, Instant::now()));
             }
         }
     }
@@ -334,11 +379,7 @@ async fn connected_socket(target: SocketAddr) -> std::io::Result<UdpSocket> {
     Ok(socket)
 }
 
-pub(crate) async fn resolve(head: &str) -> Option<SocketAddr> {
-    tokio::net::lookup_host(head).await.ok()?.next()
-}
-
-fn read_token(config: &Config) -> Result<Option<JoinToken>, WorkerError> {
+pub(crate) fn read_token(config: &Config) -> Result<Option<JoinToken>, WorkerError> {
     let (text, origin) = match (&config.join_token, &config.join_token_file) {
         (Some(text), _) => (text.clone(), "`join_token`".to_owned()),
         (None, Some(path)) => match std::fs::read_to_string(path) {
@@ -367,6 +408,8 @@ fn read_token(config: &Config) -> Result<Option<JoinToken>, WorkerError> {
 const PATHS: Duration = Duration::from_secs(60);
 const HEARTBEAT: Duration = Duration::from_secs(2);
 const LOAD_INTERVAL: Duration = Duration::from_millis(250);
+/// The head hears at most so often of what is held and sought.
+const MODELS_INTERVAL: Duration = Duration::from_millis(200);
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long the head has to hear that the worker goes.

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
 use futures::StreamExt;
@@ -11,17 +11,19 @@ use mesh_engine::{Engine, EngineHandle, Event, Load as EngineLoad, Request, Sche
 use mesh_engine_ort::{Opened, OrtOptions, Provider};
 use mesh_model::{Model, Tokenizer, encoder};
 use mesh_proto::{Load, ModelCard, ModelSpeed};
-use mesh_store::{FingerprintCache, local};
+use mesh_store::{FingerprintCache, Pin, local};
 
 use crate::config::Config;
 use crate::encoder::HostedEncoder;
 use crate::error::WorkerError;
+use crate::models::{Models, may_be_fetched};
 use crate::rings::Rings;
 
 /// All models of this worker.
 pub(crate) struct Host {
-    models: Vec<Hosted>,
+    hosted: RwLock<Vec<Arc<Hosted>>>,
     encoders: Vec<Arc<HostedEncoder>>,
+    models: Arc<Models>,
     rings: Arc<Rings>,
 }
 
@@ -43,24 +45,31 @@ pub(crate) struct Hosted {
     pub(crate) backend: Provider,
     /// Ends the engine's thread when dropped.
     _engine: Engine,
+    /// Keeps its files in the store.
+    _pin: Option<Pin>,
 }
 
 impl Host {
-    /// Loads every model of `config`, starts its engine and lets it answer once, which also measures its speed.
-    /// Blocks for as long as that takes.
-    pub(crate) fn load(config: &Arc<Config>) -> Result<Self, WorkerError> {
-        let mut models: Vec<Hosted> = Vec::new();
+    /// Loads every model of `config` that is a file at hand, starts its engine and lets it answer once, which also measures its
+    /// speed. Blocks for as long as that takes.
+    pub(crate) fn load(config: &Arc<Config>, models: Arc<Models>) -> Result<Self, WorkerError> {
+        let mut hosted: Vec<Arc<Hosted>> = Vec::new();
         let mut encoders: Vec<Arc<HostedEncoder>> = Vec::new();
         for name in &config.models {
-            if let Some(folder) = encoder::find(name, &config.model_dirs) {
+            if let Some(folder) = encoder::find(name, &config.folders()) {
                 encoders.push(Arc::new(HostedEncoder::load(&folder, config)?));
                 continue;
             }
-            let path = local::resolve(name, &config.model_dirs)?;
-            models.push(Hosted::load(&path, config)?);
+            let path = match local::resolve(name, &config.folders()) {
+                Ok(path) => path,
+                // It comes later, from elsewhere.
+                Err(_) if may_be_fetched(name) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            hosted.push(Arc::new(Hosted::load(&path, None, None, config)?));
         }
         let mut names = HashSet::new();
-        let cards = models.iter().map(|hosted| &hosted.card);
+        let cards = hosted.iter().map(|hosted| &hosted.card);
         for card in cards.chain(encoders.iter().map(|hosted| &hosted.card)) {
             if !names.insert(card.name.as_str()) {
                 return Err(WorkerError::SameName {
@@ -69,12 +78,39 @@ impl Host {
             }
         }
         // Measured while nothing computes.
-        let rings = Rings::open(config)?;
+        let rings = Rings::open(config, models.clone())?;
         Ok(Host {
-            models,
+            hosted: RwLock::new(hosted),
             encoders,
+            models,
             rings,
         })
+    }
+
+    /// Serves one more model.
+    pub(crate) fn add(&self, loaded: Hosted) -> Result<(), WorkerError> {
+        let mut hosted = self.hosted.write().unwrap_or_else(PoisonError::into_inner);
+        let cards = hosted.iter().map(|other| &other.card);
+        let mut cards = cards.chain(self.encoders.iter().map(|other| &other.card));
+        if cards.any(|card| card.name == loaded.card.name) {
+            return Err(WorkerError::SameName {
+                name: loaded.card.name,
+            });
+        }
+        hosted.push(Arc::new(loaded));
+        Ok(())
+    }
+
+    /// Serves the model called `name` no longer. What runs on it may finish as long as somebody holds what is returned.
+    pub(crate) fn remove(&self, name: &str) -> Option<Arc<Hosted>> {
+        let mut hosted = self.hosted.write().unwrap_or_else(PoisonError::into_inner);
+        let index = hosted.iter().position(|other| other.card.name == name)?;
+        Some(hosted.remove(index))
+    }
+
+    /// Models that are in the store, and what is got from elsewhere.
+    pub(crate) fn stored(&self) -> &Arc<Models> {
+        &self.models
     }
 
     /// Its parts in rings.
@@ -83,8 +119,11 @@ impl Host {
     }
 
     /// All models.
-    pub(crate) fn models(&self) -> &[Hosted] {
-        &self.models
+    pub(crate) fn models(&self) -> Vec<Arc<Hosted>> {
+        self.hosted
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// All embedding models.
@@ -94,7 +133,8 @@ impl Host {
 
     /// What the head is told of all models.
     pub(crate) fn cards(&self) -> Vec<ModelCard> {
-        let chat = self.models.iter().map(|hosted| &hosted.card);
+        let models = self.models();
+        let chat = models.iter().map(|hosted| &hosted.card);
         let embed = self.encoders.iter().map(|hosted| &hosted.card);
         chat.chain(embed).cloned().collect()
     }
@@ -107,8 +147,9 @@ impl Host {
 
     /// The model called `name`, whole here or driven from here; the first one if there is no name.
     pub(crate) fn find(&self, name: &str) -> Option<Answering> {
-        let of_name = |hosted: &&Hosted| name.is_empty() || hosted.card.name == name;
-        let whole = self.models.iter().find(of_name).map(|hosted| Answering {
+        let of_name = |hosted: &&Arc<Hosted>| name.is_empty() || hosted.card.name == name;
+        let models = self.models();
+        let whole = models.iter().find(of_name).map(|hosted| Answering {
             model: hosted.model.clone(),
             engine: hosted.engine.clone(),
         });
@@ -117,8 +158,8 @@ impl Host {
 
     /// Engines of whole models and of rings driven from here, each with its model's name.
     pub(crate) fn engines(&self) -> Vec<(String, EngineHandle)> {
-        let whole = self
-            .models
+        let models = self.models();
+        let whole = models
             .iter()
             .map(|hosted| (hosted.card.name.clone(), hosted.engine.clone()));
         whole.chain(self.rings.engines()).collect()
@@ -170,8 +211,8 @@ impl Host {
 
     /// The error of an engine that is gone, if one is.
     pub(crate) fn death(&self) -> Option<WorkerError> {
-        let engines = self
-            .models
+        let models = self.models();
+        let engines = models
             .iter()
             .map(|hosted| (&hosted.card.name, hosted.engine.death()));
         let encoders = self
@@ -188,14 +229,29 @@ impl Host {
 }
 
 impl Hosted {
-    fn load(path: &Path, config: &Config) -> Result<Self, WorkerError> {
+    /// Loads the model at `path` and lets it answer once. It is called as its file is unless there is a `name`; its fingerprint is
+    /// computed unless it is known. Blocks.
+    pub(crate) fn load(
+        path: &Path,
+        name: Option<&str>,
+        known: Option<&str>,
+        config: &Config,
+    ) -> Result<Self, WorkerError> {
         let started = Instant::now();
         let model = Model::open(path)?;
-        let name = model.name();
+        let name = name.map_or_else(|| model.name(), str::to_owned);
         let cache = FingerprintCache::new(config.state_dir.join("fingerprints.json"));
         let fingerprint = std::thread::scope(|scope| {
             // Reading the whole file takes as long as packing its weights: side by side.
-            let fingerprint = scope.spawn(|| cache.fingerprint(path));
+            let fingerprint = scope.spawn(|| match known {
+                Some(known) => Ok(known.to_owned()),
+                // Of a folder it is made of the digests of its files.
+                None if path.is_dir() => model
+                    .fingerprint()
+                    .map(str::to_owned)
+                    .map_err(std::io::Error::other),
+                None => cache.fingerprint(path),
+            });
             let stage = load_stage(&model, &name, config)?;
             let fingerprint = fingerprint
                 .join()
@@ -228,7 +284,7 @@ impl Hosted {
             prefill_tps: measured.prefill_tps,
             layer_start: info.layers.start,
             layer_end: info.layers.end,
-            ..card(path, &model, &fingerprint)
+            ..card(&name, path, &model, &fingerprint)
         };
         tracing::info!(
             model = card.name,
@@ -246,14 +302,21 @@ impl Hosted {
             card,
             backend: opened.provider,
             _engine: engine,
+            _pin: None,
         })
+    }
+
+    /// Keeps its files in the store for as long as it is loaded.
+    pub(crate) fn pinned(mut self, pin: Option<Pin>) -> Self {
+        self._pin = pin;
+        self
     }
 }
 
 /// What can be told of a model without loading it.
-pub(crate) fn card(path: &Path, model: &Model, fingerprint: &str) -> ModelCard {
+pub(crate) fn card(name: &str, path: &Path, model: &Model, fingerprint: &str) -> ModelCard {
     ModelCard {
-        name: model.name(),
+        name: name.to_owned(),
         architecture: model
             .gguf()
             .string("general.architecture")
@@ -327,7 +390,7 @@ fn kv_tokens(config: &Config, bytes_per_token: u64) -> u64 {
 }
 
 /// Memory that could be had without swapping, in bytes.
-fn available_memory() -> Option<u64> {
+pub(crate) fn available_memory() -> Option<u64> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = meminfo
         .lines()

@@ -18,8 +18,8 @@ use tokio_util::task::TaskTracker;
 use crate::answer;
 use crate::config::{Config, SamplingDefaults};
 use crate::generate;
-use crate::head::resolve;
 use crate::host::Host;
+use crate::lan::resolve;
 use crate::metrics::Counters;
 
 /// The plain DCF socket of a worker.

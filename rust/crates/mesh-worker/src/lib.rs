@@ -14,8 +14,11 @@ mod error;
 mod generate;
 mod head;
 mod host;
+mod lan;
 mod legacy;
+mod loading;
 mod metrics;
+mod models;
 mod rings;
 mod worker;
 

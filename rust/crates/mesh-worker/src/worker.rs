@@ -20,8 +20,11 @@ use crate::config::Config;
 use crate::error::WorkerError;
 use crate::head::{HeadLink, identify};
 use crate::host::Host;
+use crate::lan::{HeadPlace, Lan};
 use crate::legacy::PlainDcf;
+use crate::loading::Loading;
 use crate::metrics::{Counters, EngineCollector};
+use crate::models::Models;
 
 /// Starts workers.
 pub struct Worker;
@@ -74,12 +77,24 @@ impl Worker {
         addresses::write(&config.state_dir, &bound).map_err(state_dir)?;
         tracing::info!(http = %bound["http"], dcf = %bound["dcf"], "listening");
 
+        let models = Models::open(&config)?;
+        metrics.register(|registry| models.register(registry));
         let loading = {
             let config = config.clone();
-            tokio::task::spawn_blocking(move || Host::load(&config))
+            let models = models.clone();
+            tokio::task::spawn_blocking(move || Host::load(&config, models))
+        };
+        let lan = Lan::start(&config)?;
+        if let Some(lan) = &lan {
+            models.search(lan.found());
+        }
+        let head = match (&config.head, &lan) {
+            (Some(head), _) => Some(HeadPlace::At(head.clone())),
+            (None, Some(lan)) => Some(HeadPlace::Lan(lan.clone())),
+            (None, None) => None,
         };
         let identity = async {
-            match &config.head {
+            match &head {
                 Some(head) => identify(&config, head).await,
                 None => Ok(None),
             }
@@ -90,6 +105,7 @@ impl Worker {
         metrics.register(|registry| {
             registry.register_collector(Box::new(EngineCollector(host.clone())))
         });
+        let loading = Loading::begin(&config, &host, &health);
         notify::ready();
         tracing::info!(seconds = started.elapsed().as_secs_f64(), "ready to work");
 
@@ -98,8 +114,11 @@ impl Worker {
             answers: TaskTracker::new(),
             dcf: Arc::new(sockets.dcf),
             config,
+            head,
+            lan,
             host,
             health,
+            loading,
             counters,
             shutdown: shutdown.clone(),
             stop,
@@ -168,9 +187,12 @@ impl Sockets {
 /// A worker whose models are loaded.
 struct Running {
     config: Arc<Config>,
+    head: Option<HeadPlace>,
+    lan: Option<Lan>,
     host: Arc<Host>,
     dcf: Arc<UdpSocket>,
     health: Health,
+    loading: Arc<Loading>,
     counters: Arc<Counters>,
     shutdown: Shutdown,
     answers: TaskTracker,
@@ -216,7 +238,7 @@ impl Running {
                         self.heart.beat();
                     }
                 }
-                ended = &mut *link, if self.config.head.is_some() => {
+                ended = &mut *link, if self.head.is_some() => {
                     return ended.unwrap_or_else(|error| Err(WorkerError::Internal(error.to_string())));
                 }
             }
@@ -258,17 +280,19 @@ impl Running {
         &self,
         identity: Option<NodeIdentity>,
     ) -> impl Future<Output = Result<(), WorkerError>> + use<> {
-        let Some(head) = self.config.head.clone() else {
+        let Some(head) = self.head.clone() else {
             // A v5.0.0 head is served without a link.
-            self.health.set_ready();
+            self.loading.linked(true);
             return futures::future::Either::Left(std::future::ready(Ok(())));
         };
         self.health.set_unready("no link to the head yet");
         let link = HeadLink {
             config: self.config.clone(),
             head,
+            lan: self.lan.clone(),
             host: self.host.clone(),
             health: self.health.clone(),
+            loading: self.loading.clone(),
             counters: self.counters.clone(),
             shutdown: self.shutdown.clone(),
             answers: self.answers.clone(),
@@ -287,7 +311,8 @@ struct Progress {
 
 impl Progress {
     fn is_made(&mut self, host: &Host, now: Instant) -> bool {
-        let engines = host.models().iter().map(|hosted| hosted.engine.load());
+        let models = host.models();
+        let engines = models.iter().map(|hosted| hosted.engine.load());
         let encoders = host.encoders().iter().map(|hosted| hosted.engine.load());
         let loads: Vec<_> = engines.chain(encoders).collect();
         let steps = loads.iter().map(|load| load.totals.steps).sum();

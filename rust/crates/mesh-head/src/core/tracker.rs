@@ -183,7 +183,11 @@ impl Tracker {
             .collect();
         let accuser = entry.name.clone();
         for bad in models.bad.into_iter().take(MOST_MODELS) {
-            let Some(accused) = self.nodes.get(&bad.node_id).filter(|_| bad.node_id != node) else {
+            // What nobody says that he has is no accusation; so there are no more of those than of holders.
+            let accused = self.nodes.get(&bad.node_id).filter(|accused| {
+                bad.node_id != node && accused.held.contains_key(&bad.fingerprint)
+            });
+            let Some(accused) = accused else {
                 continue;
             };
             let key = (bad.fingerprint.clone(), bad.node_id);
@@ -311,9 +315,8 @@ impl Tracker {
             };
             self.errands.insert(key.clone(), errand);
         }
-        self.failures.retain(|(key, _), failure| {
-            needed.contains_key(key) || now < failure.until + LONGEST_PAUSE
-        });
+        self.failures
+            .retain(|(key, _), failure| needed.contains_key(key) || now < failure.until);
         let stalls = self.errands.values().map(|e| e.since + STALL_LIMIT);
         let rests = self.failures.values().map(|failure| failure.until);
         self.timer = stalls.chain(rests.filter(|until| *until > now)).min();

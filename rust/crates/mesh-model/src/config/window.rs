@@ -46,20 +46,19 @@ impl SlidingWindow {
         let gemma = keys.architecture == Architecture::Gemma3;
         let pattern = match keys.gguf.metadata(&keys.full(PATTERN)) {
             Some(Value::Array(flags)) => {
-                let flags: Option<Vec<bool>> = flags
-                    .iter()
-                    .map(|flag| match flag {
-                        Value::Bool(flag) => Some(flag),
-                        other => other.as_unsigned().map(|flag| flag != 0),
-                    })
-                    .collect();
-                match flags {
-                    Some(flags) if flags.len() == layers as usize => flags,
-                    _ => {
-                        let reason = format!("it must have a flag for each of the {layers} layers");
-                        return Err(keys.bad(PATTERN, "an array", reason));
-                    }
+                let wrong = || {
+                    let reason = format!("it must have a flag for each of the {layers} layers");
+                    keys.bad(PATTERN, "an array", reason)
+                };
+                // Not one more is read: the file says how many there are.
+                if flags.len() != layers as usize {
+                    return Err(wrong());
                 }
+                let flags = flags.iter().map(|flag| match flag {
+                    Value::Bool(flag) => Some(flag),
+                    other => other.as_unsigned().map(|flag| flag != 0),
+                });
+                flags.collect::<Option<Vec<bool>>>().ok_or_else(wrong)?
             }
             Some(_) => match keys.gguf.unsigned(&keys.full(PATTERN))? {
                 Some(period) if period <= MAX_LAYERS => {

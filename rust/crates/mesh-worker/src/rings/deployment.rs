@@ -257,7 +257,11 @@ impl Deployment {
         let (slots, context) = (self.ring.slots, self.ring.context);
         let planned = self.ring.stages.get(stage as usize);
         let format = planned.map_or_else(String::new, |stage| stage.format.clone());
+        let models = self.rings.models.clone();
         self.loads.spawn(async move {
+            if let Err(error) = shard.fetch(layers.clone(), &models).await {
+                return (stage, Err(error));
+            }
             let started = Instant::now();
             let loaded = tokio::task::spawn_blocking(move || {
                 let part = shard.load(layers, &format, slots, context, &config)?;

@@ -18,7 +18,8 @@ mod tests;
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use dcf::{Message, MsgType};
@@ -31,21 +32,24 @@ use mesh_pipeline::Part;
 use mesh_proto::{
     ModelCard, NodeProfile, Offer, PathProfile, Ring, RingHello, RingState, ShardOffer,
 };
+use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc};
 
 use self::carrier::Carrier;
 use self::deployment::{Deployment, Event};
 use self::part::message;
-use self::peers::Peers;
+pub(crate) use self::peers::Peers;
 use crate::config::Config;
 use crate::error::WorkerError;
 use crate::host::Answering;
+use crate::models::{self, Held, Models};
 
 /// Everything about rings on this worker.
 pub(crate) struct Rings {
     config: Arc<Config>,
-    shards: Vec<Arc<Shard>>,
-    profile: NodeProfile,
+    models: Arc<Models>,
+    shards: RwLock<Vec<Arc<Shard>>>,
+    profile: Mutex<NodeProfile>,
     net: Mutex<Option<Net>>,
     deployments: Mutex<HashMap<u64, mpsc::UnboundedSender<Event>>>,
     /// Rings of which this worker runs every stage.
@@ -58,6 +62,8 @@ pub(crate) struct Rings {
     offered: Mutex<Vec<PathProfile>>,
     /// To the head, while there is a link to it.
     head: Mutex<Option<mpsc::UnboundedSender<Message>>>,
+    /// How far it is away.
+    head_rtt: Mutex<Duration>,
 }
 
 /// A model of which this worker may hold parts.
@@ -66,6 +72,8 @@ pub(crate) struct Shard {
     card: ModelCard,
     format: WeightFormat,
     offer: ShardOffer,
+    /// Where it comes from, if only parts of it may be here.
+    held: Option<Arc<Held>>,
 }
 
 /// A model that a ring with its driver here serves.
@@ -86,13 +94,17 @@ struct Net {
 }
 
 impl Rings {
-    /// Opens the models of `config.shards` and measures this machine. Blocks for as long as that takes.
-    pub(crate) fn open(config: &Arc<Config>) -> Result<Arc<Self>, WorkerError> {
+    /// Opens those of `config.shards` that are files at hand and measures this machine. Blocks for as long as that takes.
+    pub(crate) fn open(
+        config: &Arc<Config>,
+        models: Arc<Models>,
+    ) -> Result<Arc<Self>, WorkerError> {
         let (shards, profile) = offer::measure(config)?;
         Ok(Arc::new(Rings {
             config: config.clone(),
-            shards: shards.into_iter().map(Arc::new).collect(),
-            profile,
+            models,
+            shards: RwLock::new(shards.into_iter().map(Arc::new).collect()),
+            profile: Mutex::new(profile),
             net: Mutex::new(None),
             deployments: Mutex::default(),
             alone: Mutex::default(),
@@ -101,19 +113,51 @@ impl Rings {
             served: Mutex::default(),
             offered: Mutex::default(),
             head: Mutex::default(),
+            head_rtt: Mutex::default(),
         }))
     }
 
-    /// Whether this worker offers anything.
-    pub(crate) fn is_offering(&self) -> bool {
-        !self.shards.is_empty()
+    /// Offers one more model, `name`, whose header lies at `path`; its layers are fetched when they are needed. Blocks for as long as
+    /// measuring takes.
+    pub(crate) fn add(&self, name: &str, path: &Path, held: &Arc<Held>) -> Result<(), WorkerError> {
+        let (shard, profile) = offer::measure_stored(name, path, held, &self.config)?;
+        let mut shards = self.shards.write().unwrap_or_else(PoisonError::into_inner);
+        if shards
+            .iter()
+            .any(|other| other.card.name == shard.card.name)
+        {
+            let name = shard.card.name;
+            return Err(WorkerError::SameName { name });
+        }
+        shards.push(Arc::new(shard));
+        drop(shards);
+        *lock(&self.profile) = profile;
+        lock(&self.offered).clear();
+        let rtt = *lock(&self.head_rtt);
+        self.offer(rtt);
+        Ok(())
     }
 
-    /// Listens for other workers, once there is an identity to show them.
-    pub(crate) fn listen(self: &Arc<Self>, identity: &NodeIdentity) -> Result<(), WorkerError> {
+    /// Whether this worker offers anything, or will.
+    pub(crate) fn is_offering(&self) -> bool {
+        !self.config.shards.is_empty()
+    }
+
+    fn shards(&self) -> Vec<Arc<Shard>> {
+        self.shards
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Listens for other workers, once there is an identity to show them. Gives the port the first time.
+    pub(crate) fn listen(
+        self: &Arc<Self>,
+        identity: &NodeIdentity,
+    ) -> Result<Option<u16>, WorkerError> {
         let mut net = lock(&self.net);
-        if net.is_some() || !self.is_offering() {
-            return Ok(());
+        if net.is_some() || !(self.is_offering() || self.models.is_sharing()) {
+            return Ok(None);
         }
         let listen = self.config.ring.listen;
         let failed = |source| WorkerError::Listen {
@@ -129,14 +173,18 @@ impl Rings {
         drop(entered);
         let address = listener.local_addr().map_err(failed)?;
         tracing::info!(%address, "listening for other workers");
+        let peers = Peers::new(identity.clone());
+        self.models
+            .listen(peers, identity.node_id(), address.port());
         *net = Some(Net {
             node_id: identity.node_id(),
             address,
             peers: Peers::new(identity.clone()),
             carrier: carrier.clone(),
         });
-        carrier.spawn(accept(self.clone(), listener));
-        Ok(())
+        // Models do not go through that thread: they would hold steps up.
+        carrier.spawn(accept(self.clone(), listener, Handle::current()));
+        Ok(Some(address.port()))
     }
 
     /// Says to the head, which is `rtt` away, what there is; from now on it hears of rings through `outbox`.
@@ -148,6 +196,12 @@ impl Rings {
 
     /// Says again what there is if the paths to others have changed.
     pub(crate) fn offer(&self, rtt: Duration) {
+        *lock(&self.head_rtt) = rtt;
+        let shards = self.shards();
+        // What is not known yet cannot be offered; that there is nothing need not be said.
+        if shards.is_empty() {
+            return;
+        }
         let Some(net) = lock(&self.net).clone() else {
             return;
         };
@@ -163,13 +217,9 @@ impl Rings {
             ring_port: net.address.port().into(),
             profile: Some(NodeProfile {
                 paths,
-                ..self.profile.clone()
+                ..lock(&self.profile).clone()
             }),
-            shards: self
-                .shards
-                .iter()
-                .map(|shard| shard.offer.clone())
-                .collect(),
+            shards: shards.iter().map(|shard| shard.offer.clone()).collect(),
         };
         if let Some(head) = &*lock(&self.head) {
             let _ = head.send(message(MsgType::OFFER, &offer));
@@ -202,7 +252,8 @@ impl Rings {
                 let of_model = |shard: &&Arc<Shard>| {
                     shard.card.name == ring.model && shard.card.fingerprint == ring.fingerprint
                 };
-                let Some(shard) = self.shards.iter().find(of_model) else {
+                let shards = self.shards();
+                let Some(shard) = shards.iter().find(of_model) else {
                     tracing::error!(
                         model = ring.model,
                         "the head wants a model that is not here"
@@ -311,8 +362,13 @@ impl Rings {
     }
 
     fn report(&self, state: &RingState) {
+        self.tell_head(message(MsgType::RING_STATE, state));
+    }
+
+    /// Sends the head a message, if there is a link to it.
+    pub(crate) fn tell_head(&self, message: Message) {
         if let Some(head) = &*lock(&self.head) {
-            let _ = head.send(message(MsgType::RING_STATE, state));
+            let _ = head.send(message);
         }
     }
 
@@ -341,6 +397,15 @@ impl Rings {
 }
 
 impl Shard {
+    /// Gets what these layers need and is not here.
+    async fn fetch(&self, layers: Range<u32>, models: &Arc<Models>) -> Result<(), String> {
+        let total = self.model.config().layers;
+        match &self.held {
+            Some(held) => models.fetch_layers(held, layers, total).await,
+            None => Ok(()),
+        }
+    }
+
     /// Loads a range of layers in the weight format of that name, in the one of choice if there is no name. Blocks.
     fn load(
         &self,
@@ -360,27 +425,40 @@ impl Shard {
             context,
             ..offer::options(config, format)
         };
-        let opened = mesh_engine_ort::open(&self.model, layers, options, config.backend)
+        // A file that was written to since it was opened is opened again.
+        let model = match &self.held {
+            Some(held) => offer::open_stored(held)?,
+            None => self.model.clone(),
+        };
+        let opened = mesh_engine_ort::open(&model, layers, options, config.backend)
             .map_err(|error| error.to_string())?;
         Ok(Part::new(opened.stage, KEPT_BYTES))
     }
 }
 
-async fn accept(rings: Arc<Rings>, listener: Listener) {
+async fn accept(rings: Arc<Rings>, listener: Listener, main: Handle) {
     while let Some(link) = listener.accept().await {
         if link.role() != Role::Worker {
             tracing::warn!(peer = link.node_name(), "only workers have business here");
             continue;
         }
-        tokio::spawn(accept_streams(rings.clone(), link));
+        tokio::spawn(accept_streams(rings.clone(), link, main.clone()));
     }
 }
 
-async fn accept_streams(rings: Arc<Rings>, link: Link) {
+async fn accept_streams(rings: Arc<Rings>, link: Link, main: Handle) {
     while let Ok(mut stream) = link.accept().await {
-        let (rings, link) = (rings.clone(), link.clone());
+        let (rings, link, main) = (rings.clone(), link.clone(), main.clone());
         tokio::spawn(async move {
-            match streams::hello(&mut stream).await {
+            let hello = match streams::first(&mut stream).await {
+                Ok(first) if models::is_ours(first.kind) => {
+                    main.spawn(models::serve(rings.models.clone(), first, stream));
+                    return;
+                }
+                Ok(first) => streams::hello(first),
+                Err(broken) => Err(broken),
+            };
+            match hello {
                 Ok(hello) => {
                     rings
                         .deliver(hello, link.node_id().to_owned(), stream)

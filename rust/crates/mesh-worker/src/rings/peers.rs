@@ -11,7 +11,7 @@ use mesh_proto::{PathProfile, Seat};
 
 /// Dials other workers.
 #[derive(Clone)]
-pub(super) struct Peers {
+pub(crate) struct Peers {
     identity: NodeIdentity,
     links: Arc<Mutex<HashMap<String, Entry>>>,
 }
@@ -41,7 +41,7 @@ impl Peers {
     }
 
     /// The link to a worker, made if there is none.
-    pub(super) async fn link(&self, seat: &Seat) -> Result<Link, String> {
+    pub(crate) async fn link(&self, seat: &Seat) -> Result<Link, String> {
         let entry = {
             let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
             links.entry(seat.node_id.clone()).or_default().clone()

@@ -330,11 +330,16 @@ fn unexpected(kind: MsgType) -> Broken {
 }
 
 /// The first message of a stream that another worker opened.
-pub(super) async fn hello(stream: &mut MsgStream) -> Result<RingHello, Broken> {
+pub(super) async fn first(stream: &mut MsgStream) -> Result<Message, Broken> {
     let received = tokio::time::timeout(HELLO_TIMEOUT, stream.recv())
         .await
-        .map_err(|_| "no RingHello in time")?;
-    let hello: RingHello = read(received, MsgType::RING_HELLO)?;
+        .map_err(|_| "no first message in time")?;
+    received_message(received)
+}
+
+/// What a stream between members is for, by its first message.
+pub(super) fn hello(first: Message) -> Result<RingHello, Broken> {
+    let hello: RingHello = read(Ok(Some(first)), MsgType::RING_HELLO)?;
     if hello.purpose() == RingPurpose::Unspecified {
         return Err("a RingHello without a purpose".into());
     }

@@ -67,7 +67,11 @@ impl Mesh {
                 },
                 ..Config::default()
             });
-            let rings = tokio::task::spawn_blocking(move || Rings::open(&config)).await;
+            let rings = tokio::task::spawn_blocking(move || {
+                let models = crate::models::Models::open(&config)?;
+                Rings::open(&config, models)
+            })
+            .await;
             let rings = rings.unwrap().unwrap();
             rings.listen(&identity).unwrap();
             let (outbox, mut reports) = mpsc::unbounded_channel();

@@ -1,0 +1,235 @@
+//! Nodes find each other on the LAN by multicast DNS (RFC 6762, RFC 6763), service `_hydramesh._udp`.
+//!
+//! Only names, addresses and ports are learned this way, from anybody who cares to send them. Trust stays with TLS: whoever is
+//! found has to show a certificate of the mesh like everybody else.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use mdns_sd::{ResolvedService, ServiceDaemon, ServiceEvent, ServiceInfo};
+use tokio::sync::watch;
+
+use crate::trust::Role;
+
+/// What a node says about itself, to everybody on the LAN.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Announcement {
+    /// What it is.
+    pub role: Role,
+    /// Its id.
+    pub node_id: String,
+    /// Name a person knows it by.
+    pub name: String,
+    /// SHA-256 of the mesh's root.
+    pub root: [u8; 32],
+    /// UDP port of its QUIC listener.
+    pub port: u16,
+}
+
+/// A node that was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// What it says it is.
+    pub role: Role,
+    /// The id that it says it has.
+    pub node_id: String,
+    /// Its name.
+    pub name: String,
+    /// Where it listens; IPv4 first.
+    pub addresses: Vec<SocketAddr>,
+}
+
+/// Why nodes cannot be found.
+#[derive(Debug, thiserror::Error)]
+#[error("multicast DNS: {0}; set `mdns = false` to do without")]
+pub struct DiscoveryError(#[from] mdns_sd::Error);
+
+/// Takes part in multicast DNS until it is dropped.
+pub struct Discovery {
+    daemon: ServiceDaemon,
+    found: watch::Receiver<Vec<Found>>,
+}
+
+impl std::fmt::Debug for Discovery {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Discovery")
+            .field("found", &self.found.borrow().len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Discovery {
+    /// Looks for nodes of the mesh with this root (its SHA-256). Wants a Tokio runtime.
+    ///
+    /// # Errors
+    /// If this machine does not let it.
+    pub fn start(root: &[u8; 32]) -> Result<Self, DiscoveryError> {
+        let daemon = ServiceDaemon::new()?;
+        let events = daemon.browse(SERVICE)?;
+        let (sender, found) = watch::channel(Vec::new());
+        let mesh = hex(root);
+        tokio::spawn(async move {
+            let mut known: BTreeMap<String, Found> = BTreeMap::new();
+            // Ends with the daemon.
+            while let Ok(event) = events.recv_async().await {
+                match event {
+                    ServiceEvent::ServiceResolved(service) => {
+                        let Some(node) = read(&service, &mesh) else {
+                            continue;
+                        };
+                        if known.len() < MOST_FOUND || known.contains_key(&service.fullname) {
+                            known.insert(service.fullname.clone(), node);
+                        }
+                    }
+                    ServiceEvent::ServiceRemoved(_, name) => {
+                        known.remove(&name);
+                    }
+                    _ => continue,
+                }
+                let all: Vec<Found> = known.values().cloned().collect();
+                sender.send_if_modified(|before| {
+                    let news = *before != all;
+                    *before = all;
+                    news
+                });
+            }
+        });
+        Ok(Discovery { daemon, found })
+    }
+
+    /// Says to everybody who this node is.
+    ///
+    /// # Errors
+    /// If that is not possible on this machine.
+    pub fn announce(&self, announcement: &Announcement) -> Result<(), DiscoveryError> {
+        let id: String = announcement.node_id.chars().take(LABEL_DIGITS).collect();
+        let role = announcement.role.as_str();
+        let mesh = hex(&announcement.root);
+        let properties = [
+            ("role", role),
+            ("node", &announcement.node_id),
+            ("name", &announcement.name),
+            ("mesh", &mesh),
+        ];
+        let service = ServiceInfo::new(
+            SERVICE,
+            &format!("{role}-{id}"),
+            &format!("hydramesh-{role}-{id}.local."),
+            "",
+            announcement.port,
+            &properties[..],
+        )?
+        .enable_addr_auto();
+        Ok(self.daemon.register(service)?)
+    }
+
+    /// The nodes of the mesh that are there, and news of them.
+    pub fn found(&self) -> watch::Receiver<Vec<Found>> {
+        self.found.clone()
+    }
+}
+
+impl Drop for Discovery {
+    fn drop(&mut self) {
+        // It says goodbye. Fails only if it has ended by itself.
+        let _ = self.daemon.shutdown();
+    }
+}
+
+/// What was found, if it is a node of this mesh and makes sense.
+fn read(service: &ResolvedService, mesh: &str) -> Option<Found> {
+    let property = |key: &str| {
+        let value = service.txt_properties.get_property_val_str(key)?;
+        (value.len() <= MOST_PROPERTY && !value.chars().any(char::is_control))
+            .then(|| value.to_owned())
+    };
+    if property("mesh")? != mesh || service.port == 0 {
+        return None;
+    }
+    let node_id = property("node")?;
+    let is_id = node_id.len() == 64 && node_id.bytes().all(|b| b.is_ascii_hexdigit());
+    let roles = [Role::Head, Role::Worker];
+    let role = property("role")?;
+    let role = roles.into_iter().find(|known| known.as_str() == role)?;
+    let mut addresses: Vec<SocketAddr> = service
+        .addresses
+        .iter()
+        .map(|ip| SocketAddr::new(ip.to_ip_addr(), service.port))
+        // One of a link means nothing without the link.
+        .filter(|address| match address.ip() {
+            std::net::IpAddr::V6(ip) => !ip.is_unicast_link_local(),
+            std::net::IpAddr::V4(_) => true,
+        })
+        .collect();
+    // Over loopback only where there is nothing else.
+    addresses.sort_by_key(|address| (address.ip().is_loopback(), address.is_ipv6(), *address));
+    addresses.truncate(MOST_ADDRESSES);
+    (is_id && !addresses.is_empty()).then(|| Found {
+        role,
+        node_id,
+        name: property("name").unwrap_or_default(),
+        addresses,
+    })
+}
+
+fn hex(bytes: &[u8; 32]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+const SERVICE: &str = "_hydramesh._udp.local.";
+/// Of the node's id in its label, which may have 63 bytes.
+const LABEL_DIGITS: usize = 24;
+/// More would be somebody's mischief.
+const MOST_FOUND: usize = 1024;
+const MOST_ADDRESSES: usize = 8;
+const MOST_PROPERTY: usize = 128;
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn announcement(role: Role, digit: char, root: [u8; 32]) -> Announcement {
+        Announcement {
+            role,
+            node_id: digit.to_string().repeat(64),
+            name: format!("node {digit}"),
+            root,
+            port: 7780,
+        }
+    }
+
+    #[tokio::test]
+    async fn nodes_of_one_mesh_find_each_other_and_no_others() {
+        let (ours, theirs) = ([7; 32], [8; 32]);
+        let head = Discovery::start(&ours).expect("multicast DNS");
+        head.announce(&announcement(Role::Head, 'a', ours))
+            .expect("announced");
+        let stranger = Discovery::start(&theirs).expect("multicast DNS");
+        stranger
+            .announce(&announcement(Role::Worker, 'b', theirs))
+            .expect("announced");
+        let worker = Discovery::start(&ours).expect("multicast DNS");
+        worker
+            .announce(&announcement(Role::Worker, 'c', ours))
+            .expect("announced");
+        let mut found = worker.found();
+        let both = found.wait_for(|found| found.len() >= 2);
+        let both = tokio::time::timeout(Duration::from_secs(10), both).await;
+        let Ok(Ok(both)) = both else {
+            // A machine without an interface that multicasts: nothing can be said about it.
+            println!("no multicast here, nothing was tested");
+            return;
+        };
+        let names: Vec<&str> = both.iter().map(|node| node.name.as_str()).collect();
+        assert_eq!(names, ["node a", "node c"]);
+        assert_eq!(both[0].role, Role::Head);
+        assert!(
+            both[0]
+                .addresses
+                .iter()
+                .all(|address| address.port() == 7780)
+        );
+    }
+}

@@ -1,0 +1,114 @@
+//! Where the head is: at an address, or found on the LAN.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use mesh_net::discovery::{Announcement, Discovery, Found};
+use mesh_net::trust::{NodeIdentity, Role};
+use tokio::sync::watch;
+
+use crate::config::Config;
+use crate::error::WorkerError;
+use crate::head::read_token;
+
+/// Where the head is.
+#[derive(Clone)]
+pub(crate) enum HeadPlace {
+    /// At this address, `host:port`.
+    At(String),
+    /// Somewhere on the LAN.
+    Lan(Lan),
+}
+
+/// The nodes of the mesh that are found on the LAN.
+#[derive(Clone)]
+pub(crate) struct Lan {
+    discovery: Arc<Discovery>,
+    /// Counts the questions for the head's address.
+    asked: Arc<AtomicUsize>,
+}
+
+impl Lan {
+    /// Begins to look for the mesh that this worker belongs to, or is to join. `None` if the configuration does not allow it.
+    pub(crate) fn start(config: &Config) -> Result<Option<Self>, WorkerError> {
+        if !config.mdns {
+            return Ok(None);
+        }
+        let root = match (read_token(config)?, NodeIdentity::load(&config.state_dir)) {
+            (Some(token), _) => *token.root_sha256(),
+            (None, Ok(identity)) => identity.root_sha256(),
+            (None, Err(_)) => return Err(WorkerError::NoToken),
+        };
+        match Discovery::start(&root) {
+            Ok(discovery) => Ok(Some(Lan {
+                discovery: Arc::new(discovery),
+                asked: Arc::default(),
+            })),
+            Err(error) if config.head.is_some() => {
+                tracing::warn!(%error, "other workers cannot be found on the LAN");
+                Ok(None)
+            }
+            Err(error) => Err(WorkerError::Internal(error.to_string())),
+        }
+    }
+
+    /// Says where this worker listens for others.
+    pub(crate) fn announce(&self, identity: &NodeIdentity, name: &str, port: u16) {
+        let announcement = Announcement {
+            role: Role::Worker,
+            node_id: identity.node_id(),
+            name: name.to_owned(),
+            root: identity.root_sha256(),
+            port,
+        };
+        if let Err(error) = self.discovery.announce(&announcement) {
+            tracing::warn!(%error, "others cannot find this worker on the LAN");
+        }
+    }
+
+    /// Who is there.
+    pub(crate) fn found(&self) -> watch::Receiver<Vec<Found>> {
+        self.discovery.found()
+    }
+}
+
+impl HeadPlace {
+    /// Its address, if there is one. Waits a moment for a head to be found.
+    pub(crate) async fn resolve(&self) -> Option<SocketAddr> {
+        match self {
+            HeadPlace::At(head) => resolve(head).await,
+            HeadPlace::Lan(lan) => {
+                let mut found = lan.found();
+                let is_head = |node: &&Found| node.role == Role::Head;
+                let there = found.wait_for(|nodes| nodes.iter().any(|node| is_head(&node)));
+                let nodes = tokio::time::timeout(FIND, there).await.ok()?.ok()?;
+                let head = nodes.iter().find(is_head)?;
+                // Of its addresses one may lead nowhere from here: whoever asks again gets the next.
+                let turn = lan.asked.fetch_add(1, Ordering::Relaxed);
+                head.addresses
+                    .get(turn % head.addresses.len().max(1))
+                    .copied()
+            }
+        }
+    }
+}
+
+impl fmt::Display for HeadPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            HeadPlace::At(head) => f.write_str(head),
+            HeadPlace::Lan(_) => f.write_str("the LAN"),
+        }
+    }
+}
+
+/// The address that `host:port` means.
+pub(crate) async fn resolve(head: &str) -> Option<SocketAddr> {
+    tokio::net::lookup_host(head).await.ok()?.next()
+}
+
+/// Answers to multicast DNS come within a second or two.
+const FIND: Duration = Duration::from_secs(5);

@@ -1,0 +1,329 @@
+//! Models that come while the worker is up: those that are fetched, and those that somebody puts into a folder.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use mesh_service::health::Health;
+use mesh_service::notify;
+use mesh_store::local;
+
+use crate::config::Config;
+use crate::error::WorkerError;
+use crate::host::{Host, Hosted};
+use crate::models::is_at_hand;
+
+/// What is still to come, and whether the worker may call itself ready.
+pub(crate) struct Loading {
+    host: Arc<Host>,
+    health: Health,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    linked: bool,
+    /// What is to come, each with what is in the way, if that is known.
+    pending: BTreeMap<String, Option<String>>,
+}
+
+impl Loading {
+    /// Begins to load, in the background, what is not at hand.
+    pub(crate) fn begin(config: &Arc<Config>, host: &Arc<Host>, health: &Health) -> Arc<Self> {
+        let absent = |name: &&String| !is_at_hand(name, config);
+        let models: Vec<String> = config.models.iter().filter(absent).cloned().collect();
+        let shards: Vec<String> = config.shards.iter().filter(absent).cloned().collect();
+        let pending = models.iter().chain(&shards).cloned();
+        let loading = Arc::new(Loading {
+            host: host.clone(),
+            health: health.clone(),
+            state: Mutex::new(State {
+                linked: false,
+                pending: pending.map(|name| (name, None)).collect(),
+            }),
+        });
+        for name in models {
+            tokio::spawn(loading.clone().load(name, config.clone(), false));
+        }
+        for name in shards {
+            tokio::spawn(loading.clone().load(name, config.clone(), true));
+        }
+        let at_hand: Vec<PathBuf> = config
+            .models
+            .iter()
+            .chain(&config.shards)
+            .filter_map(|name| local::resolve(name, &config.folders()).ok())
+            .collect();
+        let sharing = loading.clone();
+        tokio::spawn(async move {
+            for path in at_hand {
+                let name = mesh_model::model::model_name(&path);
+                sharing.host.stored().adopt(&name, &path).await;
+            }
+        });
+        if let Some(folder) = &config.local_models {
+            tokio::spawn(watch(folder.clone(), config.clone(), host.clone()));
+        }
+        if !loading.lock().pending.is_empty() {
+            tokio::spawn(loading.clone().tell());
+        }
+        loading
+    }
+
+    /// Whether there is a link to the head, if one is needed.
+    pub(crate) fn linked(&self, linked: bool) {
+        self.lock().linked = linked;
+        // What is not linked says why by itself.
+        if linked {
+            self.show();
+        }
+    }
+
+    async fn load(self: Arc<Self>, name: String, config: Arc<Config>, in_parts: bool) {
+        let mut told = String::new();
+        let mut pause = TRY_AGAIN;
+        loop {
+            let started = Instant::now();
+            let loaded = match in_parts {
+                true => self.offer(&name).await,
+                false => self.whole(&name, &config).await,
+            };
+            match loaded {
+                Ok(()) => {
+                    tracing::info!(
+                        model = name,
+                        seconds = started.elapsed().as_secs_f64(),
+                        "the model came from elsewhere and is loaded"
+                    );
+                    self.lock().pending.remove(&name);
+                    self.show();
+                    return;
+                }
+                Err(error) => {
+                    let text = error.to_string();
+                    if text != told {
+                        tracing::error!(
+                            model = name,
+                            error = text,
+                            "model not loaded, trying again"
+                        );
+                        told.clone_from(&text);
+                    }
+                    self.lock().pending.insert(name.clone(), Some(text));
+                    self.show();
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(TRY_LATER);
+                }
+            }
+        }
+    }
+
+    /// Fetches a model and serves it whole.
+    async fn whole(&self, name: &str, config: &Arc<Config>) -> Result<(), WorkerError> {
+        let models = self.host.stored();
+        let failed = |reason: String| WorkerError::Fetch {
+            name: name.to_owned(),
+            reason,
+        };
+        let held = models.obtain(name).await.map_err(failed)?;
+        models.fetch_all(&held).await.map_err(failed)?;
+        let pin = models.pin(&held);
+        let path = models.path(&held).await.map_err(failed)?;
+        let config = config.clone();
+        let loaded = tokio::task::spawn_blocking(move || {
+            let (name, fingerprint) = (held.manifest().name.clone(), held.file_fingerprint());
+            Hosted::load(&path, Some(&name), Some(&fingerprint), &config)
+        });
+        let loaded = loaded
+            .await
+            .map_err(|error| WorkerError::Internal(error.to_string()))??;
+        self.host.add(loaded.pinned(pin))
+    }
+
+    /// Fetches what is needed to plan with a model, and offers its layers. Those are fetched when the head gives some to this worker.
+    async fn offer(&self, name: &str) -> Result<(), WorkerError> {
+        let models = self.host.stored();
+        let failed = |reason: String| WorkerError::Fetch {
+            name: name.to_owned(),
+            reason,
+        };
+        let held = models.obtain(name).await.map_err(failed)?;
+        models.fetch_headers(&held).await.map_err(failed)?;
+        let path = models.path(&held).await.map_err(failed)?;
+        let rings = self.host.rings().clone();
+        let added = tokio::task::spawn_blocking(move || {
+            let name = held.manifest().name.clone();
+            rings.add(&name, &path, &held)
+        });
+        added
+            .await
+            .map_err(|error| WorkerError::Internal(error.to_string()))?
+    }
+
+    /// Keeps what is said about it true.
+    async fn tell(self: Arc<Self>) {
+        while !self.lock().pending.is_empty() {
+            self.show();
+            tokio::time::sleep(SHOW).await;
+        }
+    }
+
+    fn show(&self) {
+        let state = self.lock();
+        if !state.linked {
+            return;
+        }
+        if state.pending.is_empty() {
+            self.health.set_ready();
+            return;
+        }
+        let mut texts = vec![self.host.stored().lacking()];
+        for (name, error) in &state.pending {
+            match error {
+                Some(error) => texts.push(error.clone()),
+                None => texts.push(format!("{name} is not loaded yet")),
+            }
+        }
+        texts.retain(|text| !text.is_empty());
+        let text = texts.join("; ");
+        notify::status(&text);
+        self.health.set_unready(text);
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What shows that a file is still the same, and no longer written to.
+type Stamp = (u64, Option<SystemTime>);
+
+/// Serves what lies in the folder, and no longer what vanishes from it.
+async fn watch(folder: PathBuf, config: Arc<Config>, host: Arc<Host>) {
+    // By path: the stamp at the last look, and the name that it is served by.
+    let mut known: BTreeMap<PathBuf, (Stamp, Option<String>)> = BTreeMap::new();
+    let mut refused: BTreeMap<PathBuf, Stamp> = BTreeMap::new();
+    let named: Vec<PathBuf> = config
+        .models
+        .iter()
+        .chain(&config.shards)
+        .filter_map(|name| {
+            let encoder = mesh_model::encoder::find(name, &config.folders());
+            encoder.or_else(|| local::resolve(name, &config.folders()).ok())
+        })
+        .collect();
+    let mut complaint = String::new();
+    loop {
+        let listed = {
+            let folder = folder.clone();
+            tokio::task::spawn_blocking(move || local::list(&[folder])).await
+        };
+        let models = match listed {
+            Ok(Ok(models)) => models,
+            Ok(Err(error)) => {
+                let text = error.to_string();
+                if text != complaint {
+                    tracing::warn!(error = text, "the folder of local models cannot be watched");
+                    complaint = text;
+                }
+                tokio::time::sleep(WATCH).await;
+                continue;
+            }
+            Err(_) => return,
+        };
+        let mut seen = BTreeMap::new();
+        for model in models {
+            // What the configuration names is there already.
+            if named.contains(&model.path) {
+                continue;
+            }
+            let changed = std::fs::metadata(&model.path).and_then(|found| found.modified());
+            let stamp = (model.bytes, changed.ok());
+            let before = known.get(&model.path).cloned();
+            let (settled, served) = match before {
+                Some((old, served)) => (old == stamp, served),
+                None => (false, None),
+            };
+            let served = match served {
+                Some(name) if settled => Some(name),
+                Some(name) => {
+                    tracing::info!(model = name, "a local model changed, it is loaded anew");
+                    withdraw(&host, &name);
+                    None
+                }
+                None if settled && refused.get(&model.path) != Some(&stamp) => {
+                    match appear(&model, &config, &host).await {
+                        Ok(name) => Some(name),
+                        Err(error) => {
+                            tracing::error!(path = %model.path.display(), %error, "local model not served");
+                            refused.insert(model.path.clone(), stamp);
+                            None
+                        }
+                    }
+                }
+                None => None,
+            };
+            seen.insert(model.path, (stamp, served));
+        }
+        for (path, (_, served)) in known {
+            if !seen.contains_key(&path)
+                && let Some(name) = served
+            {
+                tracing::info!(model = name, "a local model is gone");
+                withdraw(&host, &name);
+            }
+        }
+        refused.retain(|path, _| seen.contains_key(path));
+        known = seen;
+        tokio::time::sleep(WATCH).await;
+    }
+}
+
+async fn appear(
+    model: &local::LocalModel,
+    config: &Arc<Config>,
+    host: &Arc<Host>,
+) -> Result<String, WorkerError> {
+    let refuse = |reason: String| WorkerError::Fetch {
+        name: model.name.clone(),
+        reason,
+    };
+    if let Some(free) = crate::host::available_memory()
+        && model.bytes.saturating_mul(5) / 4 > free
+    {
+        return Err(refuse(format!(
+            "it takes {} bytes and more, and {free} bytes of memory are free",
+            model.bytes
+        )));
+    }
+    let (path, name, config) = (model.path.clone(), model.name.clone(), config.clone());
+    let called = name.clone();
+    let loaded =
+        tokio::task::spawn_blocking(move || Hosted::load(&path, Some(&called), None, &config));
+    let loaded = loaded
+        .await
+        .map_err(|error| WorkerError::Internal(error.to_string()))??;
+    host.add(loaded)?;
+    tracing::info!(model = name, "a local model appeared and is served");
+    let (host, path, called) = (host.clone(), model.path.clone(), name.clone());
+    tokio::spawn(async move { host.stored().adopt(&called, &path).await });
+    Ok(name)
+}
+
+/// Takes a model out of service; what runs on it finishes.
+fn withdraw(host: &Arc<Host>, name: &str) {
+    if let Some(hosted) = host.remove(name) {
+        tokio::spawn(async move {
+            hosted.engine.drain().await;
+            drop(hosted);
+        });
+    }
+}
+
+/// What does not load now may load when something else has ended, or a disk was cleared.
+const TRY_AGAIN: Duration = Duration::from_secs(5);
+const TRY_LATER: Duration = Duration::from_secs(300);
+const SHOW: Duration = Duration::from_millis(250);
+/// A look at a folder costs next to nothing, and works on every file system.
+const WATCH: Duration = Duration::from_secs(1);

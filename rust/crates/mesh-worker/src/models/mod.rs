@@ -1,0 +1,498 @@
+//! The models of this worker that are not files at hand: finds them in the store, gets what is missing from other workers or from
+//! the hub, and gives others what is here.
+//!
+//! [`Models::obtain`] finds a model by a name and gives its [`Held`] (`seek`, `origin`); [`Models::fetch`] gets pieces of it
+//! (`fetch`, a task for each model that is fetched; `source`, one for each worker that sends some). `serve` is the other side. Who
+//! has what the head says: it hears what this worker holds and seeks ([`Models::report`]) and answers with [`Sources`].
+
+mod fetch;
+mod held;
+mod origin;
+mod seek;
+mod serve;
+mod source;
+
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{BuildHasher, RandomState};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use dcf::{Message, MsgType};
+use mesh_net::discovery::Found;
+use mesh_net::quic::timestamp_us;
+use mesh_net::trust::Role;
+use mesh_proto::{BadSource, ModelSources, Seat, SoughtModel, Sources};
+use mesh_service::metrics::prometheus_client::metrics::counter::Counter;
+use mesh_service::metrics::prometheus_client::registry::Registry;
+use mesh_share::PieceSet;
+use mesh_store::{Digest, Limits, Pin, Policy, Store};
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+
+use self::fetch::{Fetch, Want};
+pub(crate) use self::held::Held;
+pub(crate) use self::serve::{is_ours, serve};
+use crate::config::Config;
+use crate::error::WorkerError;
+use crate::rings::Peers;
+
+/// See the module's page.
+pub(crate) struct Models {
+    config: Arc<Config>,
+    /// Where fetches run, whoever asks for them: a ring's own thread has other things to do.
+    runtime: Handle,
+    /// None if nothing that this worker serves comes from it.
+    store: Option<Store>,
+    policy: Policy,
+    /// Pieces that are read for others at once.
+    reading: Semaphore,
+    counters: Counters,
+    held: Mutex<BTreeMap<Digest, Arc<Held>>>,
+    /// A task for each model that is fetched. Wants are sent with the lock held, so that none is lost when a task ends.
+    fetches: Mutex<HashMap<Digest, mpsc::UnboundedSender<Want>>>,
+    /// One at a time looks for a name.
+    seeking: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    state: Mutex<State>,
+    /// What the head told, by name.
+    told: watch::Sender<BTreeMap<String, ModelSources>>,
+    net: Mutex<Option<Net>>,
+    /// Workers on the LAN.
+    lan: Mutex<Option<watch::Receiver<Vec<Found>>>>,
+}
+
+#[derive(Default)]
+struct State {
+    sought: BTreeMap<String, SoughtModel>,
+    bad: Vec<BadSource>,
+    /// Counts changes of what the head should hear.
+    version: u64,
+}
+
+#[derive(Clone)]
+struct Net {
+    peers: Peers,
+    node_id: String,
+    port: u16,
+}
+
+/// Bytes and faults, counted.
+#[derive(Debug, Default)]
+struct Counters {
+    from_peers: Counter,
+    from_origin: Counter,
+    sent: Counter,
+    bad: Counter,
+}
+
+impl Models {
+    /// Opens the store if the configuration needs it.
+    pub(crate) fn open(config: &Arc<Config>) -> Result<Arc<Self>, WorkerError> {
+        let store_config = &config.store;
+        let failed = |reason: String| WorkerError::ModelStore { reason };
+        let policy = Policy::from_files(&store_config.trusted_keys, store_config.require_signature)
+            .map_err(|error| failed(error.to_string()))?;
+        let dir = config.store_dir();
+        let mut names = config.models.iter().chain(&config.shards);
+        let needed = store_config.dir.is_some()
+            || dir.is_dir()
+            || names.any(|name| !is_at_hand(name, config));
+        let store = match needed {
+            true => {
+                let limits = Limits {
+                    bytes: store_config.limit,
+                    ..Limits::default()
+                };
+                let opened = Store::open_with(&dir, limits);
+                Some(opened.map_err(|error| failed(error.to_string()))?)
+            }
+            false => None,
+        };
+        let mut held = BTreeMap::new();
+        if let Some(store) = &store {
+            let models = store.models().map_err(|error| failed(error.to_string()))?;
+            for model in models {
+                let known = Held::new(store, model.fingerprint, model.signed);
+                for named in &model.names {
+                    known.add_name(&named.name);
+                }
+                held.insert(model.fingerprint, Arc::new(known));
+            }
+        }
+        Ok(Arc::new(Models {
+            config: config.clone(),
+            runtime: Handle::current(),
+            store,
+            policy,
+            reading: Semaphore::new(READERS),
+            counters: Counters::default(),
+            held: Mutex::new(held),
+            fetches: Mutex::default(),
+            seeking: Mutex::default(),
+            state: Mutex::default(),
+            told: watch::Sender::new(BTreeMap::new()),
+            net: Mutex::default(),
+            lan: Mutex::default(),
+        }))
+    }
+
+    /// Whether other workers have business here.
+    pub(crate) fn is_sharing(&self) -> bool {
+        self.store.is_some() && self.config.store.peers
+    }
+
+    /// From now on others are reached through `peers`, and reach this worker at `port`.
+    pub(crate) fn listen(&self, peers: Peers, node_id: String, port: u16) {
+        *lock(&self.net) = Some(Net {
+            peers,
+            node_id,
+            port,
+        });
+        self.changed();
+    }
+
+    /// Workers that are found on the LAN are asked, too, whether the head names them or not.
+    pub(crate) fn search(&self, found: watch::Receiver<Vec<Found>>) {
+        *lock(&self.lan) = Some(found);
+    }
+
+    /// The head says where to get what is sought.
+    pub(crate) fn sources(&self, sources: Sources) {
+        let models = sources.models.into_iter();
+        let by_name = models.map(|model| (model.name.clone(), model)).collect();
+        self.told.send_if_modified(|told| {
+            let news = *told != by_name;
+            *told = by_name;
+            news
+        });
+    }
+
+    /// What the head should hear, and the version of that, if it is another one than `known`.
+    pub(crate) fn report(&self, known: Option<u64>) -> Option<(Message, u64)> {
+        let state = lock(&self.state);
+        if !self.is_sharing() || known == Some(state.version) {
+            return None;
+        }
+        let port = lock(&self.net).as_ref().map_or(0, |net| net.port);
+        let held = lock(&self.held);
+        let models = mesh_proto::Models {
+            port: port.into(),
+            held: held.values().map(|held| held.to_proto()).collect(),
+            sought: state.sought.values().cloned().collect(),
+            bad: state.bad.clone(),
+        };
+        Some((message(MsgType::MODELS, &models), state.version))
+    }
+
+    /// What is lacking still, in words; empty if nothing is.
+    pub(crate) fn lacking(&self) -> String {
+        let state = lock(&self.state);
+        let texts = state.sought.values().map(|sought| {
+            let (bytes, total) = (sought.bytes.max(sought.origin_bytes), sought.bytes_total);
+            let mut text = format!("{} is being fetched", sought.name);
+            if total > 0 {
+                text += &format!(", {} of {}", human(bytes), human(total));
+            }
+            if !sought.origin_error.is_empty() {
+                text += &format!(" ({})", sought.origin_error);
+            }
+            text
+        });
+        texts.collect::<Vec<_>>().join("; ")
+    }
+
+    /// Puts its counters into the registry.
+    pub(crate) fn register(&self, registry: &mut Registry) {
+        let counters = [
+            (
+                "model_peer_bytes",
+                "Bytes of models that came from other workers",
+                &self.counters.from_peers,
+            ),
+            (
+                "model_origin_bytes",
+                "Bytes of models that came from outside the mesh",
+                &self.counters.from_origin,
+            ),
+            (
+                "model_sent_bytes",
+                "Bytes of models that other workers were sent",
+                &self.counters.sent,
+            ),
+            (
+                "model_bad_pieces",
+                "Pieces of models that were not the manifest's",
+                &self.counters.bad,
+            ),
+        ];
+        for (name, help, counter) in counters {
+            registry.register(name, help, counter.clone());
+        }
+    }
+
+    /// Lets others have a model that is a file or a folder at hand. Its bytes stay where they are; they are read once.
+    pub(crate) async fn adopt(&self, name: &str, path: &Path) {
+        let Some(store) = self.store.clone().filter(|_| self.is_sharing()) else {
+            return;
+        };
+        let (called, path) = (name.to_owned(), path.to_owned());
+        let adopted = tokio::task::spawn_blocking(move || {
+            let signed = store.adopt(&called, &path, &|_| ())?;
+            let fingerprint = signed.manifest.fingerprint();
+            Ok::<_, mesh_store::StoreError>(Held::new(&store, fingerprint, signed))
+        });
+        match adopted.await {
+            Ok(Ok(held)) => {
+                self.hold(held);
+                tracing::info!(model = name, "other workers may have this model from here");
+            }
+            Ok(Err(error)) => tracing::warn!(model = name, %error, "the model is not shared"),
+            Err(error) => tracing::warn!(model = name, %error, "the model is not shared"),
+        }
+    }
+
+    /// Notes that pieces of a model are here, and lets others have them.
+    fn hold(&self, held: Held) -> Arc<Held> {
+        let mut all = lock(&self.held);
+        let held = all
+            .entry(held.fingerprint())
+            .or_insert_with(|| Arc::new(held))
+            .clone();
+        drop(all);
+        self.changed();
+        held
+    }
+
+    /// Gets all that is needed to know a model, but no weights.
+    pub(crate) async fn fetch_headers(self: &Arc<Self>, held: &Arc<Held>) -> Result<(), String> {
+        self.fetch(held, held.headers()).await
+    }
+
+    /// Gets all of a model.
+    pub(crate) async fn fetch_all(self: &Arc<Self>, held: &Arc<Held>) -> Result<(), String> {
+        self.fetch(held, held.all()).await
+    }
+
+    /// Gets what a stage of these layers needs, of `total`.
+    pub(crate) async fn fetch_layers(
+        self: &Arc<Self>,
+        held: &Arc<Held>,
+        layers: Range<u32>,
+        total: u32,
+    ) -> Result<(), String> {
+        self.fetch(held, held.layers(layers, total)).await
+    }
+
+    /// Resolves when all these pieces are here.
+    async fn fetch(self: &Arc<Self>, held: &Arc<Held>, pieces: PieceSet) -> Result<(), String> {
+        if held.missing(&pieces).is_empty() {
+            return Ok(());
+        }
+        let store = self.store.clone().ok_or("there is no store")?;
+        let (done, finished) = oneshot::channel();
+        let want = Want { pieces, done };
+        {
+            let mut fetches = lock(&self.fetches);
+            let fetch = fetches.entry(held.fingerprint()).or_insert_with(|| {
+                let name = held.manifest().name.clone();
+                Fetch::spawn(self.clone(), store, held.clone(), name)
+            });
+            fetch
+                .send(want)
+                .map_err(|_| "the task that fetches it is gone".to_owned())?;
+        }
+        finished
+            .await
+            .map_err(|_| "the task that fetches it is gone".to_owned())?
+    }
+
+    /// Ends a model's fetch task, unless somebody wants something by now.
+    fn end_fetch(&self, fingerprint: &Digest, wants: &mpsc::UnboundedReceiver<Want>) -> bool {
+        let mut fetches = lock(&self.fetches);
+        let ends = wants.is_empty();
+        if ends {
+            fetches.remove(fingerprint);
+        }
+        ends
+    }
+
+    /// Where a model lies, to be opened.
+    pub(crate) async fn path(&self, held: &Arc<Held>) -> Result<PathBuf, String> {
+        let held = held.clone();
+        let path = tokio::task::spawn_blocking(move || held.path()).await;
+        path.map_err(|error| error.to_string())?
+            .map_err(|error| error.to_string())
+    }
+
+    /// Keeps a model from being evicted.
+    pub(crate) fn pin(&self, held: &Held) -> Option<Pin> {
+        let pinned = self.store.as_ref()?.pin(&held.fingerprint());
+        pinned
+            .inspect_err(
+                |error| tracing::warn!(%error, "the model may be evicted while it is loaded"),
+            )
+            .ok()
+    }
+
+    /// The model with this fingerprint, if others may have it.
+    fn shared(&self, fingerprint: &str) -> Option<Arc<Held>> {
+        let fingerprint: Digest = fingerprint.parse().ok()?;
+        self.is_sharing()
+            .then(|| lock(&self.held).get(&fingerprint).cloned())?
+    }
+
+    /// Workers that may have pieces of a model, by what was told.
+    fn seats(&self, told: &BTreeMap<String, ModelSources>, held: &Held) -> Vec<Seat> {
+        let fingerprint = held.fingerprint().to_string();
+        let own = lock(&self.net)
+            .as_ref()
+            .map_or_else(String::new, |net| net.node_id.clone());
+        let mut seats: Vec<Seat> = Vec::new();
+        let of_model = told.values().filter(|m| m.fingerprint == fingerprint);
+        for seat in of_model.flat_map(|model| &model.seats) {
+            let known = seats.iter().any(|other| other.node_id == seat.node_id);
+            if !known && seat.node_id != own {
+                seats.push(seat.clone());
+            }
+        }
+        let lan = lock(&self.lan);
+        let found = lan.as_ref().map(|found| found.borrow().clone());
+        for worker in found.unwrap_or_default() {
+            let known = seats.iter().any(|other| other.node_id == worker.node_id);
+            if let Some(address) = worker.addresses.first()
+                && worker.role == Role::Worker
+                && !known
+                && worker.node_id != own
+            {
+                seats.push(Seat {
+                    node_id: worker.node_id,
+                    name: worker.name,
+                    address: address.to_string(),
+                });
+            }
+        }
+        seats
+    }
+
+    fn told(&self) -> watch::Receiver<BTreeMap<String, ModelSources>> {
+        self.told.subscribe()
+    }
+
+    fn peers(&self) -> Option<Peers> {
+        lock(&self.net).as_ref().map(|net| net.peers.clone())
+    }
+
+    /// Notes what is sought and how far it is.
+    fn seeks(&self, name: &str, change: impl FnOnce(&mut SoughtModel)) {
+        let mut state = lock(&self.state);
+        let sought = state.sought.entry(name.to_owned()).or_default();
+        let before = sought.clone();
+        name.clone_into(&mut sought.name);
+        change(sought);
+        if *sought != before {
+            state.version += 1;
+        }
+    }
+
+    fn no_longer_seeks(&self, name: &str) {
+        let mut state = lock(&self.state);
+        if state.sought.remove(name).is_some() {
+            state.version += 1;
+        }
+    }
+
+    /// Tells the head of a worker that sent something else than the manifest says.
+    fn accuse(&self, bad: BadSource) {
+        let mut state = lock(&self.state);
+        if !state.bad.contains(&bad) && state.bad.len() < MOST_BAD {
+            state.bad.push(bad);
+            state.version += 1;
+        }
+    }
+
+    fn changed(&self) {
+        lock(&self.state).version += 1;
+    }
+
+    /// Number of a piece to begin with: another one on each worker.
+    fn begin_at(&self) -> u32 {
+        RandomState::new().hash_one(0u8) as u32
+    }
+}
+
+/// Whether a name means a file or a folder on this machine.
+pub(crate) fn is_at_hand(name: &str, config: &Config) -> bool {
+    let folders = config.folders();
+    mesh_model::encoder::find(name, &folders).is_some()
+        || mesh_store::local::resolve(name, &folders).is_ok()
+}
+
+/// Whether a name that means nothing on this machine may mean a model of the mesh or of the hub. What looks like a file's path does
+/// not: it is a mistake that should be seen at once.
+pub(crate) fn may_be_fetched(name: &str) -> bool {
+    let is_path = name.starts_with(['/', '.', '~']);
+    let is_file = [".gguf", ".safetensors"]
+        .iter()
+        .any(|ending| name.to_ascii_lowercase().ends_with(ending));
+    !is_path && (!is_file || name.contains(':'))
+}
+
+/// Bytes for people.
+fn human(bytes: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < units.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    let digits = usize::from(unit > 0);
+    format!("{value:.digits$} {}", units[unit])
+}
+
+/// A message with this body.
+fn message(kind: MsgType, body: &impl prost::Message) -> Message {
+    Message::new(kind, 0, timestamp_us(), body.encode_to_vec())
+}
+
+/// What these mutexes guard is replaced as a whole, so a panic elsewhere leaves it sound.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+const READERS: usize = 4;
+const MOST_BAD: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_models_are_told_from_paths() {
+        for name in ["org/model", "org/model:Q4_K_M", "qwen2.5:7b", "smollm2"] {
+            assert!(may_be_fetched(name), "{name}");
+        }
+        for path in [
+            "/srv/m.gguf",
+            "./m.gguf",
+            "~/m",
+            "m.gguf",
+            "../m",
+            "dir/M.GGUF",
+        ] {
+            assert!(!may_be_fetched(path), "{path}");
+        }
+    }
+
+    #[test]
+    fn bytes_are_told_in_their_unit() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (98 << 20, "98.0 MiB"),
+            (u64::MAX, "16777216.0 TiB"),
+        ] {
+            assert_eq!(human(bytes), text);
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! Gets a model from the hub, when the head gives this worker the errand.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use mesh_hub::{Hub, HubError, HubName, PullOptions, Watch, pull};
+use mesh_store::{Digest, Store};
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+
+use super::{Models, human};
+
+/// Whether a name can be one of the hub's.
+pub(super) fn is_name(name: &str) -> bool {
+    name.parse::<HubName>().is_ok()
+}
+
+/// Counts what arrives.
+struct Counting {
+    models: Arc<Models>,
+    name: String,
+    arrived: AtomicU64,
+    present: AtomicU64,
+    total: AtomicU64,
+}
+
+impl Counting {
+    fn show(&self) {
+        let arrived = self.arrived.load(Ordering::Relaxed);
+        let present = self.present.load(Ordering::Relaxed);
+        let total = self.total.load(Ordering::Relaxed);
+        self.models.seeks(&self.name, |sought| {
+            sought.origin_bytes = present + arrived;
+            sought.bytes_total = sought.bytes_total.max(total);
+        });
+    }
+}
+
+impl Watch for Counting {
+    fn planned(&self, missing: u64, present: u64) {
+        self.present.store(present, Ordering::Relaxed);
+        let total = self.arrived.load(Ordering::Relaxed) + missing + present;
+        self.total.store(total, Ordering::Relaxed);
+    }
+
+    fn arrived(&self, bytes: u64) {
+        self.arrived.fetch_add(bytes, Ordering::Relaxed);
+        self.models.counters.from_origin.inc_by(bytes);
+    }
+
+    fn waiting(&self, reason: &str, pause: Duration) {
+        tracing::warn!(model = self.name, reason, ?pause, "the hub is asked again");
+    }
+}
+
+/// Why the hub does not give a model.
+#[derive(Debug, thiserror::Error)]
+#[error("{reason}")]
+pub(super) struct OriginError {
+    reason: String,
+    /// For how long it is to be left alone.
+    pub(super) pause: Duration,
+}
+
+impl From<HubError> for OriginError {
+    fn from(error: HubError) -> Self {
+        OriginError {
+            reason: error.to_string(),
+            pause: if error.is_refusal() { REFUSED } else { FAILED },
+        }
+    }
+}
+
+impl OriginError {
+    /// Something else than the hub is in the way.
+    pub(super) fn other(reason: impl ToString) -> Self {
+        OriginError {
+            reason: reason.to_string(),
+            pause: FAILED,
+        }
+    }
+
+    /// What came is not taken.
+    pub(super) fn refused(reason: impl ToString) -> Self {
+        OriginError {
+            reason: reason.to_string(),
+            pause: REFUSED,
+        }
+    }
+}
+
+/// Brings the model that is sought as `name`, and called `hub_name` on the hub, into `store`. Dropping the future breaks off; what
+/// has arrived by then is kept.
+pub(super) async fn fetch(
+    models: &Arc<Models>,
+    store: &Store,
+    name: &str,
+    hub_name: &str,
+) -> Result<Digest, OriginError> {
+    let hub_name: HubName = hub_name.parse()?;
+    let counting = Arc::new(Counting {
+        models: models.clone(),
+        name: name.to_owned(),
+        arrived: AtomicU64::new(0),
+        present: AtomicU64::new(0),
+        total: AtomicU64::new(0),
+    });
+    tracing::info!(model = name, "this worker gets the model from the hub");
+    let stop = CancellationToken::new();
+    let _stops_when_dropped = stop.clone().drop_guard();
+    let (store, runtime) = (store.clone(), Handle::current());
+    // A thread of its own: the hub's future stays on one.
+    let pulling = tokio::task::spawn_blocking(move || {
+        runtime.block_on(async {
+            tokio::select! {
+                pulled = run(&store, &hub_name, counting) => Some(pulled),
+                () = stop.cancelled() => None,
+            }
+        })
+    });
+    match pulling.await {
+        Ok(Some(pulled)) => pulled,
+        Ok(None) => Err(OriginError::other("it was broken off")),
+        Err(error) => Err(OriginError::other(error)),
+    }
+}
+
+async fn run(
+    store: &Store,
+    hub_name: &HubName,
+    counting: Arc<Counting>,
+) -> Result<Digest, OriginError> {
+    let hub = Hub::from_env()?;
+    let options = PullOptions::default();
+    let watch: Arc<dyn Watch> = counting.clone();
+    let pulling = pull(&hub, store, hub_name, &options, watch);
+    tokio::pin!(pulling);
+    let model = &counting.name;
+    let mut tick = tokio::time::interval(TICK);
+    let mut ticks = 0u32;
+    let pulled = loop {
+        tokio::select! {
+            pulled = &mut pulling => break pulled?,
+            _ = tick.tick() => {
+                counting.show();
+                ticks += 1;
+                if ticks.is_multiple_of(LOG_TICKS) {
+                    let arrived = counting.arrived.load(Ordering::Relaxed);
+                    let total = counting.total.load(Ordering::Relaxed);
+                    tracing::info!(model, "{} of {} came from the hub", human(arrived), human(total));
+                }
+            }
+        }
+    };
+    tracing::info!(
+        model,
+        bytes = pulled.fetched,
+        commit = pulled.commit,
+        "the model came from the hub"
+    );
+    let fingerprint = pulled.fingerprint;
+    fingerprint.ok_or_else(|| OriginError::other("only a part of the model came"))
+}
+
+const TICK: Duration = Duration::from_millis(250);
+/// Every 5 s.
+const LOG_TICKS: u32 = 20;
+/// How long a hub is left alone that could not be reached, and one that refused.
+const FAILED: Duration = Duration::from_secs(30);
+const REFUSED: Duration = Duration::from_secs(300);

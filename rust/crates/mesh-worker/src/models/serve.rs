@@ -1,0 +1,172 @@
+//! Gives other workers manifests and pieces.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use dcf::{ErrorCode, Message, MsgType};
+use mesh_net::quic::{MsgStream, SendHalf, StreamFailure, timestamp_us};
+use mesh_proto::{
+    BLOCK, ManifestReply, ManifestRequest, PieceData, PieceRequest, PiecesHello, PiecesHere,
+};
+use prost::Message as _;
+
+use super::held::Held;
+use super::{Models, message};
+
+/// Whether a stream that begins with this message is one of ours.
+pub(crate) fn is_ours(kind: MsgType) -> bool {
+    matches!(kind, MsgType::MANIFEST_REQUEST | MsgType::PIECES_HELLO)
+}
+
+/// Serves a stream that another worker opened, of which `first` was the first message.
+pub(crate) async fn serve(models: Arc<Models>, first: Message, mut stream: MsgStream) {
+    let served = match first.kind {
+        MsgType::MANIFEST_REQUEST => manifest(&models, first, &mut stream).await,
+        _ => return pieces(&models, first, stream).await,
+    };
+    if let Err(failure) = served {
+        tracing::debug!(%failure, "a manifest was not sent");
+    }
+}
+
+async fn manifest(
+    models: &Models,
+    first: Message,
+    stream: &mut MsgStream,
+) -> Result<(), StreamFailure> {
+    let asked = ManifestRequest::decode(first.payload).unwrap_or_default();
+    let reply = match models.shared(&asked.fingerprint) {
+        Some(held) => message(
+            MsgType::MANIFEST_REPLY,
+            &ManifestReply {
+                manifest: held.signed.to_bytes().into(),
+                signatures: bytes::Bytes::new(),
+            },
+        ),
+        None => unknown(&asked.fingerprint),
+    };
+    stream.send(reply).await?;
+    stream.finish()?;
+    // Both halves end by themselves once the other side has read the answer.
+    let _ = tokio::time::timeout(GOODBYE, stream.recv()).await;
+    Ok(())
+}
+
+/// Says what is here, and again when there is more; sends what is asked for, piece after piece.
+async fn pieces(models: &Arc<Models>, first: Message, mut stream: MsgStream) {
+    let hello = PiecesHello::decode(first.payload).unwrap_or_default();
+    let Some(held) = models.shared(&hello.fingerprint) else {
+        let _ = stream.send(unknown(&hello.fingerprint)).await;
+        let _ = stream.finish();
+        let _ = tokio::time::timeout(GOODBYE, stream.recv()).await;
+        return;
+    };
+    let (mut send, mut recv) = stream.split();
+    let mut changes = held.changes();
+    let mut look = tokio::time::interval(NEWS);
+    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut queue = std::collections::VecDeque::new();
+    let mut told = None;
+    loop {
+        let busy = !queue.is_empty();
+        tokio::select! {
+            biased;
+            received = recv.recv() => match received {
+                Ok(Some(asked)) if asked.kind == MsgType::PIECE_REQUEST => {
+                    let Ok(asked) = PieceRequest::decode(asked.payload) else { return };
+                    queue.retain(|piece| *piece != asked.piece);
+                    if !asked.withdraw {
+                        if queue.len() >= MOST_QUEUED {
+                            tracing::debug!("a worker asks for too many pieces at once");
+                            return;
+                        }
+                        queue.push_back(asked.piece);
+                    }
+                }
+                // It has all that it wanted, or is gone.
+                _ => return,
+            },
+            _ = look.tick() => {
+                if told.is_none() || changes.has_changed().unwrap_or(false) {
+                    changes.mark_unchanged();
+                    let here = held.here();
+                    if told.as_ref() != Some(&here) {
+                        let news = PiecesHere { pieces: Some(here.to_proto()) };
+                        if send.send(message(MsgType::PIECES_HERE, &news)).await.is_err() {
+                            return;
+                        }
+                        told = Some(here);
+                    }
+                }
+            }
+            () = std::future::ready(()), if busy => {
+                if let Some(piece) = queue.pop_front()
+                    && piece_out(models, &held, piece, &mut send).await.is_err()
+                {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+async fn piece_out(
+    models: &Arc<Models>,
+    held: &Arc<Held>,
+    piece: u32,
+    send: &mut SendHalf,
+) -> Result<(), StreamFailure> {
+    let read = {
+        // Few at once: many disks are slow at doing many things, and a piece takes memory.
+        let _turn = models.reading.acquire().await;
+        let held = held.clone();
+        tokio::task::spawn_blocking(move || held.read(piece)).await
+    };
+    let data = match read {
+        Ok(Ok(Some(data))) => data,
+        Ok(Ok(None)) => return refuse(piece, send).await,
+        Ok(Err(error)) => {
+            tracing::warn!(model = held.manifest().name, piece, %error, "piece not sent");
+            return refuse(piece, send).await;
+        }
+        Err(error) => {
+            tracing::warn!(%error, "piece not sent");
+            return refuse(piece, send).await;
+        }
+    };
+    models.counters.sent.inc_by(data.len() as u64);
+    let mut offset = 0;
+    while offset < data.len() {
+        let end = (offset + BLOCK).min(data.len());
+        let block = PieceData {
+            piece,
+            offset: offset as u32,
+            data: data.slice(offset..end),
+            refused: false,
+        };
+        send.send(message(MsgType::PIECE_DATA, &block)).await?;
+        offset = end;
+    }
+    Ok(())
+}
+
+async fn refuse(piece: u32, send: &mut SendHalf) -> Result<(), StreamFailure> {
+    let refusal = PieceData {
+        piece,
+        refused: true,
+        ..PieceData::default()
+    };
+    send.send(message(MsgType::PIECE_DATA, &refusal)).await
+}
+
+fn unknown(fingerprint: &str) -> Message {
+    let shown: String = fingerprint.chars().take(64).collect();
+    let text = format!("no model {shown:?} here");
+    Message::error(0, timestamp_us(), ErrorCode::UNKNOWN_MODEL, &text)
+}
+
+/// Pieces that one stream may have asked for and not got.
+const MOST_QUEUED: usize = 256;
+/// How often others hear of new pieces, at most.
+const NEWS: Duration = Duration::from_millis(100);
+const GOODBYE: Duration = Duration::from_secs(5);
