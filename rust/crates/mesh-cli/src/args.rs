@@ -1,5 +1,6 @@
 //! All that a user can type.
 
+mod models;
 mod pull;
 
 use std::path::PathBuf;
@@ -9,6 +10,7 @@ use clap::{Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 use mesh_probe::Wish;
 
+pub use models::{ModelsArgs, ModelsCommand, PlacesArgs};
 pub use pull::PullArgs;
 
 const EXIT_CODES: &str = "\
@@ -74,7 +76,7 @@ pub enum Command {
     Undrain(UndrainArgs),
     /// Replace rings by better ones, where the mesh has changed
     Rebalance(RebalanceArgs),
-    /// Look at model files on this machine
+    /// Models on this machine: what there is, whether it is whole and signed, what may go
     Models(ModelsArgs),
     /// Make join tokens for new workers
     Token(TokenArgs),
@@ -403,60 +405,6 @@ pub struct RebalanceArgs {
     /// The head.
     #[command(flatten)]
     pub admin: AdminArgs,
-}
-
-/// `hydramesh models`
-#[derive(Debug, clap::Args)]
-pub struct ModelsArgs {
-    /// What to do.
-    #[command(subcommand)]
-    pub command: ModelsCommand,
-}
-
-/// What to do with model files.
-#[derive(Debug, Subcommand)]
-pub enum ModelsCommand {
-    /// Fetch a model from the Hugging Face hub into the store
-    Pull(PullArgs),
-    /// List the GGUF files in folders
-    #[command(after_help = "Example:\n  hydramesh models list ~/models")]
-    List {
-        /// Folders to look in
-        #[arg(value_name = "DIR", default_value = ".cache/models", value_hint = ValueHint::DirPath)]
-        dirs: Vec<PathBuf>,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-    },
-    /// Show what is in a model file: architecture, size, context, tokenizer, chat template
-    #[command(after_help = "Example:\n  hydramesh models show smollm2 --dir .cache/models")]
-    Show {
-        /// A file, or a model's name in the folders
-        #[arg(value_name = "MODEL", value_hint = ValueHint::FilePath)]
-        model: String,
-        /// Folders to look for names in
-        #[arg(long = "dir", value_name = "DIR", default_value = ".cache/models", value_hint = ValueHint::DirPath)]
-        dirs: Vec<PathBuf>,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-    },
-    /// Check that a model file is whole and can be served; print its SHA-256
-    #[command(after_help = "Example:\n  hydramesh models verify model.gguf --sha256 b179c95…")]
-    Verify {
-        /// A file, or a model's name in the folders
-        #[arg(value_name = "MODEL", value_hint = ValueHint::FilePath)]
-        model: String,
-        /// Folders to look for names in
-        #[arg(long = "dir", value_name = "DIR", default_value = ".cache/models", value_hint = ValueHint::DirPath)]
-        dirs: Vec<PathBuf>,
-        /// The SHA-256 that it should have, in hex
-        #[arg(long, value_name = "HEX")]
-        sha256: Option<String>,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-    },
 }
 
 /// `hydramesh token`

@@ -18,14 +18,13 @@ mod models;
 mod output;
 mod probe;
 mod profile;
-mod pull;
 mod rings;
 mod status;
 mod token;
 
 use clap::CommandFactory;
 
-use args::{Args, Command, ModelsCommand};
+use args::{Args, Command};
 use failure::Failure;
 use output::Terminal;
 
@@ -68,10 +67,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             Command::Drain(args) => rings::drain(args).await,
             Command::Undrain(args) => rings::undrain(args).await,
             Command::Rebalance(args) => rings::rebalance(args).await,
-            Command::Models(args) => match args.command {
-                ModelsCommand::Pull(args) => pull::run(args).await,
-                command => models::run(command),
-            },
+            Command::Models(args) => models::run(args.command).await,
             Command::Token(args) => token::run(args.command).await,
             Command::Bench(args) => bench::run(args).await,
             Command::Probe(_)

@@ -17,6 +17,7 @@ mod files;
 pub mod layout;
 pub mod local;
 pub mod manifest;
+pub mod names;
 pub mod partial;
 pub mod ranges;
 pub mod room;
@@ -32,6 +33,7 @@ pub use local::{FingerprintCache, LocalError};
 pub use manifest::{
     BuildError, Manifest, ManifestError, ManifestFile, Piece, PieceId, TensorRange, VerifyError,
 };
+pub use names::{NameError, Places, Resolved, Target, default_store};
 pub use partial::{PartialFile, PartialKey};
 pub use ranges::RangeSet;
 pub use room::{GcReport, Limits};

@@ -19,7 +19,7 @@ Examples:
   hydramesh models pull HuggingFaceTB/SmolLM2-135M-Instruct --revision main
   hydramesh models pull Qwen/Qwen3-0.6B-GGUF:Q8_0 --layers 0..14    # only what a stage of these layers needs")]
 pub struct PullArgs {
-    /// ORGANISATION/MODEL on the hub, behind it :QUANTISATION or :FILE and @REVISION where wanted; or its address
+    /// ORGANISATION/MODEL on the hub, behind it :QUANTISATION or :FILE and @REVISION where wanted; its address; or a short name such as qwen2.5:7b
     #[arg(value_name = "NAME")]
     pub name: String,
 
@@ -31,9 +31,9 @@ pub struct PullArgs {
     #[arg(long, value_name = "A..B", value_parser = parse_layers)]
     pub layers: Option<Range<u32>>,
 
-    /// The store's folder
-    #[arg(long, value_name = "DIR", env = "HYDRAMESH_STORE", default_value = ".cache/store", value_hint = ValueHint::DirPath)]
-    pub store: PathBuf,
+    /// The store's folder [default: ~/.local/share/hydramesh/models]
+    #[arg(long, value_name = "DIR", env = "HYDRAMESH_STORE", value_hint = ValueHint::DirPath)]
+    pub store: Option<PathBuf>,
 
     /// Print one JSON object when it is done
     #[arg(long)]

@@ -7,15 +7,16 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use mesh_hub::{Hub, HubError, HubName, PullOptions, Pulled, Watch, pull};
-use mesh_store::Store;
+use mesh_store::{Places, Resolved, Store, Target};
 use serde_json::json;
 
+use super::store_dir;
 use crate::args::PullArgs;
 use crate::failure::{Exit, Failure};
 use crate::output::{bytes, duration};
 
-pub(crate) async fn run(args: PullArgs) -> Result<(), Failure> {
-    let mut name: HubName = args.name.parse()?;
+pub(super) async fn run(args: PullArgs) -> Result<(), Failure> {
+    let mut name = hub_name(&args.name)?;
     if let Some(revision) = &args.revision {
         if name
             .revision
@@ -30,7 +31,7 @@ pub(crate) async fn run(args: PullArgs) -> Result<(), Failure> {
         name.revision = Some(revision.clone());
     }
     let hub = Hub::from_env()?;
-    let store = Store::open(&args.store).map_err(HubError::from)?;
+    let store = Store::open(store_dir(args.store.clone())).map_err(HubError::from)?;
     let options = PullOptions {
         layers: args.layers.clone(),
     };
@@ -47,6 +48,22 @@ pub(crate) async fn run(args: PullArgs) -> Result<(), Failure> {
     progress.end();
     report(&pulled?, started.elapsed(), args.json, args.layers.as_ref());
     Ok(())
+}
+
+/// A name on the hub, or a short one that means one there.
+fn hub_name(text: &str) -> Result<HubName, HubError> {
+    let on_the_hub = Places {
+        folders: &[],
+        store: None,
+    };
+    text.parse()
+        .or_else(|error| match on_the_hub.resolve(text) {
+            Ok(Resolved {
+                target: Target::Hub { id },
+                ..
+            }) => id.parse(),
+            _ => Err(error),
+        })
 }
 
 fn report(pulled: &Pulled, took: Duration, as_json: bool, layers: Option<&Range<u32>>) {

@@ -1,0 +1,213 @@
+//! `hydramesh models`.
+
+use std::path::PathBuf;
+
+use clap::{Subcommand, ValueHint};
+
+use super::PullArgs;
+
+/// `hydramesh models`
+#[derive(Debug, clap::Args)]
+pub struct ModelsArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: ModelsCommand,
+}
+
+/// Where models are looked for.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct PlacesArgs {
+    /// Folders with models, where names are looked up [default: .cache/models and local-models]
+    #[arg(long = "dir", value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub dirs: Vec<PathBuf>,
+
+    /// The store's folder [default: ~/.local/share/hydramesh/models]
+    #[arg(long, value_name = "DIR", env = "HYDRAMESH_STORE", value_hint = ValueHint::DirPath)]
+    pub store: Option<PathBuf>,
+}
+
+/// What to do with models.
+#[derive(Debug, Subcommand)]
+pub enum ModelsCommand {
+    /// Fetch a model from the Hugging Face hub into the store
+    Pull(PullArgs),
+    /// List the models in folders and in the store: how much of each is here, who signed it, when it was used
+    #[command(after_help = "\
+PRESENT is how much of a model's bytes is on this machine: a worker that computes some layers holds only what those need. LOADED \
+models are in use by a process and stay.
+
+Examples:
+  hydramesh models list
+  hydramesh models list ~/models
+  hydramesh models list --store /var/lib/hydramesh/worker/store --json")]
+    List {
+        /// Folders to look in [default: .cache/models and local-models]
+        #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
+        dirs: Vec<PathBuf>,
+        /// The store's folder [default: ~/.local/share/hydramesh/models]
+        #[arg(long, value_name = "DIR", env = "HYDRAMESH_STORE", value_hint = ValueHint::DirPath)]
+        store: Option<PathBuf>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show what a name means and what the model is: architecture, size, context, pieces here, signatures
+    #[command(after_help = "\
+A name is a path; a model's name in a folder or in the store, or its beginning; the beginning of a fingerprint; a short name such as \
+qwen2.5:7b; or a name on the hub, ORGANISATION/MODEL with @REVISION, :QUANTISATION or /FILE behind it.
+
+Examples:
+  hydramesh models show smollm2
+  hydramesh models show qwen2.5:7b
+  hydramesh models show bartowski/Qwen2.5-7B-Instruct-GGUF:Q4_K_M")]
+    Show {
+        /// What to show
+        #[arg(value_name = "MODEL", value_hint = ValueHint::FilePath)]
+        model: String,
+        /// Where to look.
+        #[command(flatten)]
+        places: PlacesArgs,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Check that a model is whole: every piece that is here, and its signatures
+    #[command(after_help = "\
+A model in the store is compared piece by piece with its manifest. A file elsewhere is hashed, and opened as a worker would. The exit \
+code is 1 where something is not as it should be, and what it is is named.
+
+Examples:
+  hydramesh models verify qwen3-8b
+  hydramesh models verify model.gguf --sha256 b179c95…
+  hydramesh models verify qwen3-8b --trusted-key operator.pub.pem --require-signature")]
+    Verify {
+        /// What to check
+        #[arg(value_name = "MODEL", value_hint = ValueHint::FilePath)]
+        model: String,
+        /// Where to look.
+        #[command(flatten)]
+        places: PlacesArgs,
+        /// The SHA-256 that the file should have, in hex
+        #[arg(long, value_name = "HEX")]
+        sha256: Option<String>,
+        /// File with a public key whose signatures count (may be repeated)
+        #[arg(long = "trusted-key", value_name = "FILE", value_hint = ValueHint::FilePath)]
+        trusted_keys: Vec<PathBuf>,
+        /// Fail if no trusted key signed it
+        #[arg(long, requires = "trusted_keys")]
+        require_signature: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove a model from the store; files that another model has, too, stay
+    #[command(after_help = "\
+A model that a process has loaded is not removed. Files outside the store are yours; remove them yourself.
+
+Example:
+  hydramesh models rm qwen3-8b")]
+    Rm {
+        /// What to remove
+        #[arg(value_name = "MODEL")]
+        model: String,
+        /// The store's folder [default: ~/.local/share/hydramesh/models]
+        #[arg(long, value_name = "DIR", env = "HYDRAMESH_STORE", value_hint = ValueHint::DirPath)]
+        store: Option<PathBuf>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove from the store what nobody needs: leftovers of crashes, and with --limit models that were not used for longest
+    #[command(after_help = "\
+What is loaded or being fetched stays, whatever the limit.
+
+Examples:
+  hydramesh models gc --dry-run
+  hydramesh models gc --limit 50GB")]
+    Gc {
+        /// Most that the store may take afterwards, such as 50GB or 20GiB
+        #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+        limit: Option<u64>,
+        /// Only say what would be removed
+        #[arg(long)]
+        dry_run: bool,
+        /// The store's folder [default: ~/.local/share/hydramesh/models]
+        #[arg(long, value_name = "DIR", env = "HYDRAMESH_STORE", value_hint = ValueHint::DirPath)]
+        store: Option<PathBuf>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Sign a model's manifest with the operator's key, for meshes that require signatures
+    #[command(after_help = "\
+The manifest names every file with its SHA-256, so that the signature covers all bytes of the model. It is kept in the store, beside the \
+manifest; workers pass both on. A model outside the store is read once for that, and stays where it is.
+
+Examples:
+  hydramesh models sign qwen3-8b --key operator.pem
+  hydramesh models sign model.gguf --key operator.pem --store /var/lib/hydramesh/worker/store")]
+    Sign {
+        /// What to sign
+        #[arg(value_name = "MODEL", value_hint = ValueHint::FilePath)]
+        model: String,
+        /// File with the private key, as `hydramesh models key` makes it
+        #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+        key: PathBuf,
+        /// Where to look.
+        #[command(flatten)]
+        places: PlacesArgs,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make the operator's key for signing models: a private file, and beside it the public one for the nodes
+    #[command(after_help = "\
+The key is an ML-DSA-65 key (FIPS 204) in PEM. Keep FILE off the nodes; give them FILE with .pub behind it, as `store.trusted_keys`.
+
+Example:
+  hydramesh models key operator.pem     # writes operator.pem and operator.pem.pub")]
+    Key {
+        /// The private key's file, which must not exist yet
+        #[arg(value_name = "FILE", value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// `50GB`, `20GiB`, or bytes.
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit: f64 = match text[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "k" | "kb" => 1e3,
+        "m" | "mb" => 1e6,
+        "g" | "gb" => 1e9,
+        "t" | "tb" => 1e12,
+        "kib" => f64::from(1 << 10),
+        "mib" => f64::from(1 << 20),
+        "gib" => f64::from(1 << 30),
+        "tib" => f64::from(1 << 30) * 1024.0,
+        other => return Err(format!("{other:?} is no unit of size; write 50GB or 20GiB")),
+    };
+    match digits.parse::<f64>() {
+        Ok(number) if number >= 0.0 && number.is_finite() => Ok((number * unit) as u64),
+        _ => Err(format!("{text:?} is no size; write 50GB or 20GiB")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_numbers_with_units() {
+        assert_eq!(parse_bytes("50GB"), Ok(50_000_000_000));
+        assert_eq!(parse_bytes("1.5GiB"), Ok(3 << 29));
+        assert_eq!(parse_bytes("0"), Ok(0));
+        for bad in ["", "GB", "-1", "1XB", "1 GB", "nan", "inf"] {
+            assert!(parse_bytes(bad).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! `hydramesh models list`.
+
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use mesh_store::{Store, StoredModel, local};
+use serde_json::{Value, json};
+
+use super::describe::{fact, facts, signers, to_open};
+use super::{default_dirs, failed, open_if_there};
+use crate::failure::Failure;
+use crate::output::{bytes, table};
+
+/// A line of the list.
+struct Line {
+    json: Value,
+    cells: Vec<String>,
+}
+
+pub(super) fn run(
+    named: Vec<PathBuf>,
+    store: Option<PathBuf>,
+    as_json: bool,
+) -> Result<(), Failure> {
+    if let Some(missing) = named.iter().find(|dir| !dir.is_dir()) {
+        return Err(
+            Failure::failed(format!("{} is not a folder", missing.display())).hint(
+                "`make fetch` brings a first model into .cache/models; or name your own folder.",
+            ),
+        );
+    }
+    // Who names folders wants to see those.
+    let only_named = !named.is_empty() && store.is_none();
+    let dirs = match named.is_empty() {
+        true => default_dirs(),
+        false => named,
+    };
+    let mut lines: Vec<Line> = local::list(&dirs)
+        .map_err(failed)?
+        .iter()
+        .map(in_folder)
+        .collect();
+    let store = match only_named {
+        true => None,
+        false => open_if_there(store)?,
+    };
+    if let Some(store) = store {
+        for model in store.models().map_err(failed)? {
+            lines.push(in_store(&store, &model));
+        }
+    }
+    if as_json {
+        let list: Vec<Value> = lines.into_iter().map(|line| line.json).collect();
+        println!("{}", Value::from(list));
+        return Ok(());
+    }
+    if lines.is_empty() {
+        let dirs: Vec<String> = dirs.iter().map(|dir| dir.display().to_string()).collect();
+        eprintln!("no models in {} or in the store", dirs.join(", "));
+        return Ok(());
+    }
+    const HEADINGS: [&str; 9] = [
+        "MODEL",
+        "SIZE",
+        "PRESENT",
+        "WEIGHTS",
+        "CONTEXT",
+        "ARCHITECTURE",
+        "WHERE",
+        "SIGNED BY",
+        "LAST USED",
+    ];
+    let rows: Vec<Vec<String>> = lines.into_iter().map(|line| line.cells).collect();
+    print!("{}", table(&HEADINGS, &rows));
+    Ok(())
+}
+
+fn in_folder(model: &local::LocalModel) -> Line {
+    let mut object = json!({
+        "name": model.name,
+        "path": model.path,
+        "bytes": model.bytes,
+        "present_bytes": model.bytes,
+        "where": "folder",
+        "kind": model.kind.name(),
+    });
+    let columns = look(&model.path, &mut object);
+    let folder = model.path.parent().unwrap_or(&model.path);
+    let mut cells = vec![model.name.clone(), bytes(model.bytes), "all".to_owned()];
+    cells.extend(columns);
+    cells.extend([folder.display().to_string(), "-".to_owned(), "-".to_owned()]);
+    Line {
+        json: object,
+        cells,
+    }
+}
+
+fn in_store(store: &Store, model: &StoredModel) -> Line {
+    let manifest = &model.signed.manifest;
+    let keys = signers(&model.signed);
+    let names: Vec<&str> = model
+        .names
+        .iter()
+        .map(|named| named.name.as_str())
+        .collect();
+    let total = manifest.bytes();
+    let mut object = json!({
+        "name": manifest.name,
+        "names": names,
+        "fingerprint": model.fingerprint,
+        "bytes": total,
+        "present_bytes": model.present,
+        "where": "store",
+        "loaded": model.pinned,
+        "last_used": unix_seconds(model.last_used),
+        "signed_by": keys,
+    });
+    let path = to_open(store, model);
+    let columns = match &path {
+        Some(path) => {
+            object["path"] = json!(path);
+            look(path, &mut object)
+        }
+        None => Default::default(),
+    };
+    let present = match model.present == total {
+        true => "all".to_owned(),
+        false => format!(
+            "{:.0} %",
+            100.0 * model.present as f64 / total.max(1) as f64
+        ),
+    };
+    let mut cells = vec![manifest.name.clone(), bytes(total), present];
+    cells.extend(columns);
+    let signed: Vec<&str> = keys.iter().filter_map(|key| key.get(..12)).collect();
+    cells.push("store".to_owned());
+    cells.push(match signed.is_empty() {
+        true => "-".to_owned(),
+        false => signed.join(", "),
+    });
+    cells.push(match model.pinned {
+        true => "loaded".to_owned(),
+        false => ago(model.last_used),
+    });
+    Line {
+        json: object,
+        cells,
+    }
+}
+
+/// Weights, context and architecture. A file that cannot be opened is listed with its reason: that it lies there is what was
+/// asked.
+fn look(path: &std::path::Path, object: &mut Value) -> [String; 3] {
+    match facts(path) {
+        Ok(facts) => {
+            let text = |key| match fact(&facts, key) {
+                Some(Value::String(text)) => text,
+                Some(value) => value.to_string(),
+                None => String::new(),
+            };
+            let columns = ["weights", "context", "architecture"].map(text);
+            object["architecture"] = columns[2].clone().into();
+            object["weights"] = columns[0].clone().into();
+            columns
+        }
+        Err(reason) => {
+            object["error"] = reason.clone().into();
+            [
+                String::new(),
+                String::new(),
+                format!("cannot be served: {reason}"),
+            ]
+        }
+    }
+}
+
+fn unix_seconds(time: SystemTime) -> u64 {
+    time.duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
+
+/// `3 h ago`.
+fn ago(time: SystemTime) -> String {
+    let seconds = time.elapsed().map_or(0, |since| since.as_secs());
+    match seconds {
+        0..60 => "now".to_owned(),
+        60..3600 => format!("{} min ago", seconds / 60),
+        3600..86_400 => format!("{} h ago", seconds / 3600),
+        _ => format!("{} d ago", seconds / 86_400),
+    }
+}

@@ -1,0 +1,126 @@
+//! `hydramesh models show`.
+
+use mesh_store::{Resolved, Store, Target};
+use serde_json::{Map, Value, json};
+
+use super::describe::{facts, signers, to_open, whole_layers};
+use super::{dirs, failed, open_if_there, place, resolve};
+use crate::args::PlacesArgs;
+use crate::failure::Failure;
+use crate::output::bytes;
+
+pub(super) fn run(name: &str, places: &PlacesArgs, as_json: bool) -> Result<(), Failure> {
+    let store = open_if_there(places.store.clone())?;
+    let resolved = resolve(name, &dirs(places), store.as_ref())?;
+    let lines = match (&resolved.target, &store) {
+        (Target::Local(model), _) => {
+            let mut lines = vec![
+                ("name", json!(model.name)),
+                ("path", json!(model.path)),
+                ("bytes", json!(model.bytes)),
+            ];
+            lines.extend(facts(&model.path).map_err(|reason| {
+                Failure::failed(format!("model {}: {reason}", model.path.display()))
+            })?);
+            lines
+        }
+        (Target::Stored { fingerprint, .. }, Some(store)) => stored(store, fingerprint)?,
+        (Target::Stored { .. }, None) => unreachable!("it was found in a store"),
+        (Target::Hub { id }, _) => vec![
+            ("name", json!(id)),
+            (
+                "present",
+                json!(format!("nothing; `hydramesh models pull {id}` fetches it")),
+            ),
+        ],
+    };
+    print(&resolved, lines, as_json);
+    Ok(())
+}
+
+fn stored(
+    store: &Store,
+    fingerprint: &mesh_store::Digest,
+) -> Result<Vec<(&'static str, Value)>, Failure> {
+    let models = store.models().map_err(failed)?;
+    let model = models
+        .into_iter()
+        .find(|model| model.fingerprint == *fingerprint)
+        .ok_or_else(|| Failure::failed(format!("model {fingerprint} has just been removed")))?;
+    let manifest = &model.signed.manifest;
+    let sources = model.names.iter().map(|named| match &named.source {
+        Some(source) => format!("{} ({source})", named.name),
+        None => named.name.clone(),
+    });
+    let mut pieces = (0, 0);
+    for file in &manifest.files {
+        let have = store.presence(fingerprint, file).have;
+        let here = file
+            .pieces
+            .iter()
+            .filter(|piece| have.contains(&piece.range()));
+        pieces.0 += here.count();
+        pieces.1 += file.pieces.len();
+    }
+    let path = to_open(store, &model);
+    let mut lines = vec![
+        ("name", json!(manifest.name)),
+        ("names", json!(sources.collect::<Vec<_>>())),
+        ("fingerprint", json!(fingerprint)),
+        ("path", json!(path)),
+        ("bytes", json!(manifest.bytes())),
+        ("present_bytes", json!(model.present)),
+        ("pieces", json!(format!("{} of {}", pieces.0, pieces.1))),
+        ("files", json!(manifest.files.len())),
+        (
+            "whole_layers",
+            json!(whole_layers(store, fingerprint, manifest)),
+        ),
+        ("signed_by", json!(signers(&model.signed))),
+        ("loaded", json!(model.pinned)),
+    ];
+    // Of a model whose header is not here nothing else is known.
+    match path.map(|path| facts(&path)) {
+        Some(Ok(facts)) => lines.extend(facts),
+        Some(Err(reason)) if model.present == manifest.bytes() => {
+            lines.push(("cannot_be_served", json!(reason)));
+        }
+        _ => {}
+    }
+    Ok(lines)
+}
+
+fn print(resolved: &Resolved, lines: Vec<(&'static str, Value)>, as_json: bool) {
+    if as_json {
+        let mut object: Map<String, Value> = lines
+            .into_iter()
+            .map(|(key, value)| (key.to_owned(), value))
+            .collect();
+        object.insert("why".to_owned(), json!(resolved.why));
+        object.insert("where".to_owned(), json!(place(&resolved.target)));
+        println!("{}", Value::from(object));
+        return;
+    }
+    let first = [
+        ("where", json!(place(&resolved.target))),
+        ("why", json!(resolved.why)),
+    ];
+    for (key, value) in first.into_iter().chain(lines) {
+        let text = match (&value, key) {
+            (Value::Null, _) => continue,
+            (Value::Array(list), _) if list.is_empty() => continue,
+            (Value::Array(list), _) => {
+                let texts = list.iter().map(|item| item.as_str().unwrap_or_default());
+                texts.collect::<Vec<_>>().join(", ")
+            }
+            (_, "bytes" | "present_bytes") => bytes(value.as_u64().unwrap_or_default()),
+            (Value::Bool(false), "chat_template") => {
+                "none in the file; a plain one is used".to_owned()
+            }
+            (Value::Bool(yes), _) => if *yes { "yes" } else { "no" }.to_owned(),
+            (Value::String(text), _) => text.clone(),
+            _ => value.to_string(),
+        };
+        println!("{:<14} {text}", key.replace('_', " "));
+    }
+}
