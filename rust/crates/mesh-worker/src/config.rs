@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use mesh_engine::SchedulerConfig;
 use mesh_engine_ort::{Backend, WeightFormat};
+use mesh_model::Model;
 use mesh_service::config::units;
 use mesh_service::config::{CommonArgs, ConfigError, Loaded, Loader};
 use mesh_service::network::Network;
@@ -28,8 +29,8 @@ pub struct Config {
     pub join_token_file: Option<PathBuf>,
     /// The join token itself, for deployments that hand secrets over in the environment.
     pub join_token: Option<String>,
-    /// Models to serve whole: paths of GGUF files, names looked up in `model_dirs`, or names of models that other workers or the
-    /// hub have; for embeddings the folder of an encoder.
+    /// Models to serve whole: paths of GGUF files or of folders with safetensors, names looked up in `model_dirs`, or names of
+    /// models that other workers or the hub have; for embeddings the folder of an encoder.
     pub models: Vec<String>,
     /// Models of which this worker holds a range of layers if the head wants it to; named like `models`.
     pub shards: Vec<String>,
@@ -71,6 +72,8 @@ pub struct Config {
     pub trusted_networks: Vec<Network>,
     /// Health and metrics.
     pub http: HttpConfig,
+    /// Weights of models, and what is kept of them.
+    pub weights: WeightsConfig,
     /// Running models together with other workers.
     pub ring: RingConfig,
     /// DCF over UDP.
@@ -105,6 +108,45 @@ impl Default for EmbedConfig {
         EmbedConfig {
             batch_tokens: 1024,
             prompts: BTreeMap::new(),
+        }
+    }
+}
+
+/// Weights of models, and what is kept of them.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct WeightsConfig {
+    /// How weights of models that are served whole are held.
+    pub format: WholeFormat,
+    /// Most disk space, in the folder `weights` of the state directory, for weights that were quantised when they were loaded;
+    /// 0 keeps none.
+    #[serde(with = "units::bytes")]
+    pub cache: u64,
+}
+
+/// How the weights of whole models are held in memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WholeFormat {
+    /// As in the file, or as 8-bit integers where those are floats.
+    #[default]
+    Auto,
+    /// As in the file.
+    File,
+    /// 8-bit integers.
+    Int8,
+    /// 4-bit integers.
+    Int4,
+}
+
+impl WholeFormat {
+    /// What it comes to for a model.
+    pub(crate) fn of(self, model: &Model) -> WeightFormat {
+        match self {
+            WholeFormat::Auto => WeightFormat::suited(model),
+            WholeFormat::File => WeightFormat::File,
+            WholeFormat::Int8 => WeightFormat::Int8,
+            WholeFormat::Int4 => WeightFormat::Int4,
         }
     }
 }
@@ -230,6 +272,7 @@ impl Default for Config {
             drain_limit: Duration::from_secs(30),
             trusted_networks: Vec::new(),
             http: HttpConfig::default(),
+            weights: WeightsConfig::default(),
             ring: RingConfig::default(),
             dcf: DcfConfig::default(),
             legacy: LegacyConfig::default(),
@@ -242,6 +285,15 @@ impl Default for HttpConfig {
     fn default() -> Self {
         HttpConfig {
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 8081)),
+        }
+    }
+}
+
+impl Default for WeightsConfig {
+    fn default() -> Self {
+        WeightsConfig {
+            format: WholeFormat::default(),
+            cache: 32 << 30,
         }
     }
 }

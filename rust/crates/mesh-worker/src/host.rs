@@ -8,7 +8,7 @@ use std::time::Instant;
 use futures::StreamExt;
 use futures::future::join_all;
 use mesh_engine::{Engine, EngineHandle, Event, Load as EngineLoad, Request, SchedulerConfig};
-use mesh_engine_ort::{Opened, OrtOptions, Provider};
+use mesh_engine_ort::{Opened, OrtOptions, Provider, WeightCache, WeightFormat};
 use mesh_model::{Model, Tokenizer, encoder};
 use mesh_proto::{Load, ModelCard, ModelSpeed};
 use mesh_store::{FingerprintCache, Pin, local};
@@ -326,7 +326,11 @@ pub(crate) fn card(name: &str, path: &Path, model: &Model, fingerprint: &str) ->
             .to_owned(),
         fingerprint: fingerprint.to_owned(),
         context: model.config().context,
-        file_bytes: std::fs::metadata(path).map_or(0, |metadata| metadata.len()),
+        file_bytes: match path.is_file() {
+            true => std::fs::metadata(path).map_or(0, |metadata| metadata.len()),
+            // Of a folder, its weights.
+            false => model.gguf().file_len(),
+        },
         quantization: quantization(model),
         ..ModelCard::default()
     }
@@ -340,14 +344,29 @@ pub(crate) fn options(config: &Config) -> OrtOptions {
         slots: config.slots,
         context: config.context,
         max_rows: config.step_rows,
+        cache: (config.weights.cache > 0).then(|| WeightCache {
+            folder: config.state_dir.join("weights"),
+            limit: config.weights.cache,
+        }),
         ..OrtOptions::default()
     }
 }
 
 fn load_stage(model: &Model, name: &str, config: &Config) -> Result<Opened, WorkerError> {
     let layers = 0..model.config().layers;
+    let options = OrtOptions {
+        weights: config.weights.format.of(model),
+        ..options(config)
+    };
+    if options.weights != WeightFormat::File && model.known_fingerprint().is_none() {
+        // Weights that were quantised before are found by it. If it cannot be had, the caller will say so.
+        let cache = FingerprintCache::new(config.state_dir.join("fingerprints.json"));
+        if let Ok(fingerprint) = cache.fingerprint(model.path()) {
+            model.know_fingerprint(&fingerprint);
+        }
+    }
     // Why a GPU is not used it has logged.
-    let opened = mesh_engine_ort::open(model, layers, options(config), config.backend);
+    let opened = mesh_engine_ort::open(model, layers, options, config.backend);
     opened.map_err(|error| WorkerError::Load {
         name: name.to_owned(),
         source: Box::new(error),
