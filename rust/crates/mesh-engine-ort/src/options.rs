@@ -67,8 +67,8 @@ impl WeightFormat {
     pub const ALL: [WeightFormat; 3] = [WeightFormat::File, WeightFormat::Int8, WeightFormat::Int4];
 
     /// The format for a model that nobody chose one for: a file of integers stays as it is, floats become 8-bit integers. That
-    /// halves the bytes of bf16, and with them the time of a decode step, and perplexity does not change (docs/benchmarks.md);
-    /// 4 bits would change it.
+    /// halves the bytes of bf16, and with them the time of a decode step, for less than 1 % of perplexity; 4 bits cost several
+    /// (docs/benchmarks.md).
     pub fn suited(model: &Model) -> WeightFormat {
         match has_floats(model) {
             true => WeightFormat::Int8,

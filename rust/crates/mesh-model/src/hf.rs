@@ -1,7 +1,7 @@
 //! Models in Hugging Face's form: a folder with `config.json`, `tokenizer.json` and safetensors.
 //!
 //! The rest of the system speaks GGUF's language: its keys, and its names of tensors. A folder is therefore opened as the GGUF
-//! file that a converter would make of it: [`config`] writes `config.json` as keys, [`names`] gives the tensors their names,
+//! file that a converter would make of it: `config` writes `config.json` as keys, `names` gives the tensors their names,
 //! and their bytes stay where they are. Two things differ and are said by [`Gguf::is_hugging_face`]: the rows of llama's query
 //! and key matrices stand in another order, which the rotary embedding makes good, and Gemma's norms are stored as the
 //! distance from 1. Tokenizer and chat template are read by [`crate::tokenizer`] and [`crate::chat`].

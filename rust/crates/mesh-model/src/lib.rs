@@ -1,10 +1,10 @@
-//! Models on disk: GGUF, tokenizer, chat template, streaming detokenisation.
+//! Models on disk: GGUF, safetensors, tokenizer, chat template, streaming detokenisation.
 //!
-//! [`Model::open`] gives everything that lies in one GGUF file: the tensors ([`Gguf`]), the shape of the network
-//! ([`ModelConfig`]), the [`Tokenizer`] and the [`ChatTemplate`]. Nothing in a file is trusted: every count, length and
-//! offset is checked before it is used, and what is wrong is an error that names it.
+//! [`Model::open`] gives everything that lies in one GGUF file, or in a folder from Hugging Face ([`hf`]): the tensors
+//! ([`Gguf`]), the shape of the network ([`ModelConfig`]), the [`Tokenizer`] and the [`ChatTemplate`]. Nothing in a file is
+//! trusted: every count, length and offset is checked before it is used, and what is wrong is an error that names it.
 //!
-//! This crate contains `unsafe` in one place, the memory map of [`Gguf::open`].
+//! This crate contains `unsafe` in one place, the memory map of a file.
 
 #![deny(unsafe_code)]
 

@@ -148,7 +148,8 @@ impl Model {
         &self.inner.template
     }
 
-    /// SHA-256 of the file, or over the names and SHA-256 of all files of a folder, in hexadecimal: two workers with the same fingerprint give the same answers.
+    /// SHA-256 of the file, or over the names and SHA-256 of all files of a folder, in hexadecimal: two workers with the same
+    /// fingerprint give the same answers.
     ///
     /// Reads the whole file the first time, which takes a good second per gigabyte: call it off the start path, and keep
     /// the result.
