@@ -240,6 +240,9 @@ impl Hosted {
         let started = Instant::now();
         let model = Model::open(path)?;
         let name = name.map_or_else(|| model.name(), str::to_owned);
+        if let Some(known) = known {
+            model.know_fingerprint(known);
+        }
         let cache = FingerprintCache::new(config.state_dir.join("fingerprints.json"));
         let fingerprint = std::thread::scope(|scope| {
             // Reading the whole file takes as long as packing its weights: side by side.
