@@ -120,8 +120,6 @@ const KILLS: u32 = 50;
 /// What the hub sends over each of two connections.
 const PIECE: usize = 8 << 10;
 const PAUSE: Duration = Duration::from_millis(8);
-/// Bytes that a kill may cost.
-const LOST: u64 = 256 << 10;
 /// A process lives at most so long after its first bytes.
 const LIFE: Duration = Duration::from_millis(350);
 
