@@ -39,9 +39,10 @@ test: fetch ## Formatting, clippy with warnings denied, every test
 	$(IN_RUST) $(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	$(IN_RUST) $(CARGO) clippy --workspace --features $(PROVIDERS) --all-targets --locked -- -D warnings
 	$(IN_RUST) $(CARGO) test --workspace --features $(PROVIDERS) --locked --test backend
-	$(IN_RUST) $(CARGO) build --locked --bins $(SERVICES)
+# With the tests come the services, with the same dependencies: built by themselves they would have those compiled once more.
+	$(IN_RUST) $(CARGO) test --workspace --locked --no-run
 	HYDRAMESH_BIN=$(CURDIR)/rust/target/debug scripts/test_vm.sh nspawn $(WHERE_POSSIBLE)
-	$(IN_RUST) $(CARGO) test --workspace --locked --no-fail-fast
+	$(IN_RUST) HYDRAMESH_BIN_DIR=$(CURDIR)/rust/target/debug $(CARGO) test --workspace --locked --no-fail-fast
 
 test-nix: ## All that is Nix, by evaluation: it parses, is formatted, its tests pass, its units score well
 	scripts/fetch_nix_tools.sh
