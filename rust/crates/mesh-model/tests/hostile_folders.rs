@@ -56,7 +56,7 @@ fn whatever_a_model_claims_time_and_memory_are_bounded() {
     let tokenizer = original("tokenizer.json");
     sparse(&folder.join("tokenizer.json"), b"{", 2 << 30);
     assert!(said("a tokenizer.json of 2 GiB").contains("over the limit of 67108864"));
-    let mut vocab = String::from("{\"model\":{\"type\":\"BPE\",\"vocab\":{");
+    let mut vocab = String::from("{\"model\":{\"type\":\"BPE\",\"byte_fallback\":true,\"vocab\":{");
     for id in 0..1_000_000 {
         vocab += &format!("\"t{id}\":{id},");
     }
