@@ -217,7 +217,7 @@ async fn wrong_requests_get_errors_that_name_the_field() {
         .await
         .unwrap();
     assert_eq!(broken.status(), 400);
-    assert_eq!(head.get("/v1/embeddings").await.0, 404);
+    assert_eq!(head.get("/v1/moderations").await.0, 404);
     assert_eq!(head.get("/v1/chat/completions").await.0, 405);
 }
 
