@@ -159,11 +159,16 @@ in
     };
   };
   "a worker can be kept for embeddings" =
-    is (settings (worker { reservedFor = [ "embeddings" ]; })).worker.reserved_for
+    is
+      (settings (worker {
+        reservedFor = [ "embeddings" ];
+      })).worker.reserved_for
       [ "embeddings" ];
-  "a worker cannot be kept for what there is not" = throws (settings (worker {
-    reservedFor = [ "poems" ];
-  })).worker.reserved_for;
+  "a worker cannot be kept for what there is not" =
+    throws
+      (settings (worker {
+        reservedFor = [ "poems" ];
+      })).worker.reserved_for;
   "the API listens on loopback unless told otherwise" =
     is (settings (head { })).head.http.listen
       "127.0.0.1:8080";
