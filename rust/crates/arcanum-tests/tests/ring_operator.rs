@@ -94,8 +94,16 @@ async fn readiness_metrics_and_commands_tell_of_rings() -> Result<()> {
         .metric("hydramesh_head_ring_gap_seconds_count")
         .await?;
     ensure!(gaps >= 1.0, "{gaps} gaps");
-    let stages = cluster.metric("hydramesh_head_ring_stages").await?;
-    ensure!(stages == 6.0, "{stages} parts");
+    // Gauges are set now and then.
+    let begun = std::time::Instant::now();
+    loop {
+        let parts = cluster.metric("hydramesh_head_ring_stages").await?;
+        if parts == 6.0 {
+            break;
+        }
+        ensure!(begun.elapsed().as_secs() < 20, "{parts} parts");
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
     let mesh = cluster.mesh.registry().await?;
     let recoveries = mesh["recoveries"].as_array().context("recoveries")?;
     let victim = &ring.stages[0].member.worker;

@@ -93,7 +93,7 @@ async fn serve_link(
         .map_err(|error| LinkError::Key(error.to_string()))?;
     let welcome = Welcome {
         mesh: mesh.config.mesh_name.clone(),
-        heartbeat_seconds: HEARTBEAT.as_secs_f32(),
+        heartbeat_seconds: heartbeat(mesh.config.worker_timeout).as_secs_f32(),
         heartbeat_port: u32::from(heartbeat_port),
         session,
         version: env!("CARGO_PKG_VERSION").into(),
@@ -321,7 +321,10 @@ async fn one_vector(link: &Link, model: &str) -> Result<(), String> {
 /// What the key of a session's heartbeats is exported for; the context is the session, big-endian.
 pub const HEARTBEAT_LABEL: &str = "hydramesh heartbeat";
 
-const HEARTBEAT: Duration = Duration::from_secs(2);
+/// How often a worker is to beat: a few may be lost or late before it is pruned for its silence.
+fn heartbeat(worker_timeout: Duration) -> Duration {
+    Duration::from_secs(2).min(worker_timeout / 4)
+}
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 const PROOF_PAUSE: Duration = Duration::from_secs(1);
 /// Orders that wait to be sent to a worker. They come with decisions, not with requests.

@@ -1,8 +1,13 @@
 //! The head's Prometheus metrics.
 
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use mesh_service::metrics::prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
+use mesh_service::metrics::prometheus_client::collector::Collector;
+use mesh_service::metrics::prometheus_client::encoding::{
+    DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric,
+};
 use mesh_service::metrics::prometheus_client::metrics::counter::Counter;
 use mesh_service::metrics::prometheus_client::metrics::family::Family;
 use mesh_service::metrics::prometheus_client::metrics::gauge::Gauge;
@@ -98,8 +103,7 @@ pub struct HeadMetrics {
     pub running: Gauge,
     failovers: Family<ModelLabel, Counter>,
     gaps: Family<ModelLabel, Histogram, fn() -> Histogram>,
-    stages: Family<PartLabels, Gauge>,
-    mirror_lag: Family<ModelLabel, Gauge>,
+    rings: RingGauges,
     bad_sources: Family<WorkerLabel, Counter>,
 }
 
@@ -121,8 +125,7 @@ impl HeadMetrics {
             running: Gauge::default(),
             failovers: Family::default(),
             gaps: Family::new_with_constructor(|| Histogram::new(DURATIONS)),
-            stages: Family::default(),
-            mirror_lag: Family::default(),
+            rings: RingGauges::default(),
             bad_sources: Family::default(),
         };
         let this = &metrics;
@@ -191,16 +194,7 @@ impl HeadMetrics {
             Unit::Seconds,
             this.gaps.clone(),
         );
-        registry.register(
-            "ring_stages",
-            "Stages of rings, by part (member or standby) and phase",
-            this.stages.clone(),
-        );
-        registry.register(
-            "ring_mirror_lag_rows",
-            "KV rows that the standbys of a ring do not have yet",
-            this.mirror_lag.clone(),
-        );
+        registry.register_collector(Box::new(this.rings.clone()));
         registry.register(
             "model_sources_reported",
             "Reports that a worker sent something else than a model's manifest says, by that worker",
@@ -254,29 +248,7 @@ impl HeadMetrics {
 
     /// The rings as they are.
     pub fn rings(&self, rings: &[RingView]) {
-        self.stages.clear();
-        self.mirror_lag.clear();
-        for ring in rings {
-            for stage in &ring.stages {
-                let parts = [
-                    ("member", Some(&stage.member)),
-                    ("standby", stage.standby.as_ref()),
-                ];
-                for (part, held) in parts {
-                    let Some(held) = held else { continue };
-                    let labels = PartLabels {
-                        model: ring.model.clone(),
-                        part,
-                        phase: held.phase,
-                    };
-                    self.stages.get_or_create(&labels).inc();
-                }
-                let model = ring.model.clone();
-                self.mirror_lag
-                    .get_or_create(&ModelLabel { model })
-                    .inc_by(i64::try_from(stage.lag_rows).unwrap_or(i64::MAX));
-            }
-        }
+        self.rings.set(rings);
     }
 
     /// Counters of one socket.
@@ -291,6 +263,63 @@ impl HeadMetrics {
             untrusted: counter("untrusted"),
             unexpected: counter("unexpected"),
         }
+    }
+}
+
+/// Gauges of the rings. They are replaced together, so that no reader sees half of a change.
+#[derive(Debug, Clone, Default)]
+struct RingGauges(Arc<Mutex<RingFamilies>>);
+
+#[derive(Debug, Default)]
+struct RingFamilies {
+    stages: Family<PartLabels, Gauge>,
+    mirror_lag: Family<ModelLabel, Gauge>,
+}
+
+impl RingGauges {
+    fn set(&self, rings: &[RingView]) {
+        let fresh = RingFamilies::default();
+        for ring in rings {
+            for stage in &ring.stages {
+                let parts = [
+                    ("member", Some(&stage.member)),
+                    ("standby", stage.standby.as_ref()),
+                ];
+                for (part, held) in parts {
+                    let Some(held) = held else { continue };
+                    let labels = PartLabels {
+                        model: ring.model.clone(),
+                        part,
+                        phase: held.phase,
+                    };
+                    fresh.stages.get_or_create(&labels).inc();
+                }
+                let model = ring.model.clone();
+                fresh
+                    .mirror_lag
+                    .get_or_create(&ModelLabel { model })
+                    .inc_by(i64::try_from(stage.lag_rows).unwrap_or(i64::MAX));
+            }
+        }
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = fresh;
+    }
+}
+
+impl Collector for RingGauges {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let families = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        families.stages.encode(encoder.encode_descriptor(
+            "ring_stages",
+            "Stages of rings, by part (member or standby) and phase",
+            None,
+            families.stages.metric_type(),
+        )?)?;
+        families.mirror_lag.encode(encoder.encode_descriptor(
+            "ring_mirror_lag_rows",
+            "KV rows that the standbys of a ring do not have yet",
+            None,
+            families.mirror_lag.metric_type(),
+        )?)
     }
 }
 

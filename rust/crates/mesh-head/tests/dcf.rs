@@ -216,7 +216,7 @@ async fn an_old_worker_answers_old_clients() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_task_of_an_old_worker_that_falls_silent_runs_elsewhere() {
-    let head = TestHead::start(|config| config.worker_timeout = Duration::from_secs(1)).await;
+    let head = TestHead::start(|config| config.worker_timeout = Duration::from_secs(2)).await;
     let old = OldWorker::start(&head).await;
     let client = head.dcf().await;
     client.send(TASK, 3, b"hello").await;
