@@ -68,6 +68,6 @@ pub use backend::{Backend, NoSuchBackend, Opened, open};
 pub use cache::WeightCache;
 pub use device::{Device, DeviceStage, Precision};
 pub use encoder::OrtEncoder;
-pub use options::{LoadError, OrtOptions, WeightFormat};
+pub use options::{KvFormat, LoadError, OrtOptions, WeightFormat, suited_kv};
 pub use provider::Provider;
 pub use stage::OrtStage;

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use mesh_model::Model;
+pub use mesh_kernels::KvFormat;
+use mesh_model::{GgmlType, Model};
 
 use crate::cache::WeightCache;
 
@@ -26,6 +27,9 @@ pub struct OrtOptions {
     pub compact: bool,
     /// What the weights are held as. Stages of one model may differ in it: each computes what its own weights say.
     pub weights: WeightFormat,
+    /// What keys and values are held as; `None` means as suits the weights, see [`suited_kv`]. Stages that hand each other KV
+    /// rows must agree on it. Execution providers hold them at the precision that they compute at.
+    pub kv: Option<KvFormat>,
     /// Where weights that are quantised while they are loaded are kept for the next time; `None` for nowhere. Weights that are
     /// integers in the file are not kept: to change their format takes hardly longer than to read it.
     pub cache: Option<WeightCache>,
@@ -43,6 +47,7 @@ impl Default for OrtOptions {
             max_rows: 128,
             compact: true,
             weights: WeightFormat::File,
+            kv: None,
             cache: None,
             profile: false,
         }
@@ -93,10 +98,24 @@ impl WeightFormat {
     }
 }
 
+/// What keys and values are held as where nobody chose: f32 beside weights that are left as f32, since whoever wants those wants
+/// nothing rounded; f16 otherwise, which costs half the memory and less than the weights' own rounding does.
+pub fn suited_kv(model: &Model, weights: WeightFormat) -> KvFormat {
+    match (weights, matrices(model)) {
+        (WeightFormat::File, Some(GgmlType::F32)) => KvFormat::F32,
+        _ => KvFormat::F16,
+    }
+}
+
 /// Whether the layers' matrices are floats in the file.
 pub(crate) fn has_floats(model: &Model) -> bool {
+    matrices(model).is_some_and(|ty| ty.block_size() == 1)
+}
+
+/// What the layers' matrices are in the file.
+fn matrices(model: &Model) -> Option<GgmlType> {
     let tensor = model.gguf().tensor("blk.0.ffn_up.weight");
-    tensor.is_some_and(|tensor| tensor.ty.block_size() == 1)
+    tensor.map(|tensor| tensor.ty)
 }
 
 /// Why a stage could not be loaded.

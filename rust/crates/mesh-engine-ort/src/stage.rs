@@ -15,7 +15,7 @@ use ort::value::{DynValue, TensorRef};
 use crate::check;
 use crate::graph::{self, INPUT, OUTPUT};
 use crate::kv::Kv;
-use crate::options::{LoadError, OrtOptions};
+use crate::options::{LoadError, OrtOptions, suited_kv};
 use crate::runtime;
 use crate::shared::{Shared, Step};
 use crate::weights::Weights;
@@ -67,6 +67,9 @@ impl OrtStage {
             context: context as usize,
             kv_heads: config.kv_heads,
             head_dim: config.head_dim,
+            format: options
+                .kv
+                .unwrap_or_else(|| suited_kv(model, options.weights)),
         })?;
 
         let shape = ModelShape {

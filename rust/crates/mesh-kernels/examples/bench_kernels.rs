@@ -14,9 +14,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use mesh_kernels::{
-    Activation, Attention, EightBit, FeedForward, Gate, Isa, KvCache, KvSegment, KvShape, Linear,
-    PackOptions, Pool, QMatrix, Residual, RmsNorm, Rope, RopeOptions, RopeStyle, WeightType,
-    attention, feed_forward, linear,
+    Activation, Attention, EightBit, FeedForward, Gate, Isa, KvCache, KvFormat, KvSegment, KvShape,
+    Linear, PackOptions, Pool, QMatrix, Residual, RmsNorm, Rope, RopeOptions, RopeStyle,
+    WeightType, attention, feed_forward, linear,
 };
 
 struct Shape {
@@ -209,6 +209,7 @@ impl<'a> Bench<'a> {
                 context,
                 kv_heads: shape.kv_heads,
                 head_dim: shape.head_dim,
+                format: KvFormat::F16,
             })
             .expect("sane dimensions"),
             norm: vec![1.0; shape.hidden],

@@ -2,7 +2,7 @@
 //!
 //! - [`QMatrix`] holds weights of any GGUF type, repacked so that 16 outputs lie side by side (layout.rs); [`linear`],
 //!   [`gate_up`] and [`feed_forward`] multiply with it, with norm, bias, residual and activation fused in.
-//! - [`attention`] rotates, stores and attends over a [`KvCache`] of f16 rows, one contiguous region per slot.
+//! - [`attention`] rotates, stores and attends over a [`KvCache`] of f16 or f32 rows, one contiguous region per slot.
 //! - [`encode_attention`] and [`layer_norm`] are for encoders: sequences of any lengths side by side, each attending to all of itself.
 //! - [`Pool`] runs the loops; every operator takes one, and its [`Isa`].
 //!
@@ -35,7 +35,7 @@ mod quant;
 mod rope;
 mod simd;
 
-pub use attention::{Attention, KvCache, KvSegment, KvShape, attention};
+pub use attention::{Attention, KvCache, KvFormat, KvSegment, KvShape, attention};
 pub use encoder::{encode_attention, layer_norm};
 pub use error::KernelError;
 pub use gemm::acts::RmsNorm;

@@ -4,8 +4,8 @@ mod support;
 
 use half::f16;
 use mesh_kernels::{
-    Attention, Isa, KvCache, KvSegment, KvShape, Pool, PoolOptions, Rope, RopeOptions, RopeStyle,
-    attention,
+    Attention, Isa, KvCache, KvFormat, KvSegment, KvShape, Pool, PoolOptions, Rope, RopeOptions,
+    RopeStyle, attention,
 };
 use proptest::prelude::*;
 use support::{Rng, bits, error};
@@ -31,15 +31,23 @@ fn rope(style: RopeStyle, dim: usize, positions: usize) -> Rope {
 }
 
 fn cache(layers: usize, slots: usize, context: usize, kv_heads: usize, head_dim: usize) -> KvCache {
+    cache_of(KvFormat::F16, [layers, slots, context, kv_heads, head_dim])
+}
+
+fn cache_of(format: KvFormat, dimensions: [usize; 5]) -> KvCache {
+    let [layers, slots, context, kv_heads, head_dim] = dimensions;
     KvCache::new(KvShape {
         layers,
         slots,
         context,
         kv_heads,
         head_dim,
+        format,
     })
     .expect("sane dimensions")
 }
+
+const FORMATS: [KvFormat; 2] = [KvFormat::F16, KvFormat::F32];
 
 fn plain(heads: usize, rope: &Rope) -> Attention<'_> {
     Attention {
@@ -53,8 +61,9 @@ fn plain(heads: usize, rope: &Rope) -> Attention<'_> {
     }
 }
 
-/// The definition, in f64, with keys and values rounded to f16.
+/// The definition, in f64, with keys and values rounded to the cache's format.
 fn reference(
+    format: KvFormat,
     spec: &Attention<'_>,
     kv_heads: usize,
     dim: usize,
@@ -76,7 +85,10 @@ fn reference(
         }
         head
     };
-    let rounded = |v: &f32| f64::from(f16::from_f32(*v).to_f32());
+    let rounded = |v: &f32| match format {
+        KvFormat::F16 => f64::from(f16::from_f32(*v).to_f32()),
+        KvFormat::F32 => f64::from(*v),
+    };
     let scale = f64::from(spec.scale.unwrap_or(1.0 / (dim as f32).sqrt()));
     let mut out = Vec::new();
     for row in 0..rows {
@@ -134,34 +146,37 @@ fn attention_agrees_with_its_definition() {
                 spec.q_norm = Some(&q_norm);
                 spec.k_norm = Some(&k_norm);
             }
-            let want = reference(&spec, kv_heads, dim, &qkv, rows);
-            for isa in Isa::available() {
-                let mut cache = cache(2, 3, rows, kv_heads, dim);
+            for (format, isa) in each(FORMATS, &Isa::available()) {
+                let want = reference(format, &spec, kv_heads, dim, &qkv, rows);
+                let mut cache = cache_of(format, [2, 3, rows, kv_heads, dim]);
                 let mut out = vec![f32::NAN; rows * heads * dim];
                 let segment = KvSegment {
                     slot: 1,
                     position: 0,
                     rows,
                 };
-                attention(
-                    &pool(2, isa),
-                    &spec,
-                    &mut cache,
-                    1,
-                    &[segment],
-                    &qkv,
-                    &mut out,
-                )
-                .expect("shapes fit");
+                let pool = pool(2, isa);
+                attention(&pool, &spec, &mut cache, 1, &[segment], &qkv, &mut out)
+                    .expect("shapes fit");
                 let off = error(&out, &want);
-                // A key at the edge between two f16 values may round the other way than in the reference.
+                let limit = match format {
+                    // A key at the edge between two f16 values may round the other way than in the reference.
+                    KvFormat::F16 => 2e-3,
+                    KvFormat::F32 => 2e-6,
+                };
                 assert!(
-                    off < 2e-3,
-                    "{heads}/{kv_heads}x{dim} normed {normed} on {isa:?}: {off}"
+                    off < limit,
+                    "{heads}/{kv_heads}x{dim} normed {normed}, {format:?} on {isa:?}: {off}"
                 );
             }
         }
     }
+}
+
+/// All pairs.
+fn each(formats: [KvFormat; 2], isas: &[Isa]) -> impl Iterator<Item = (KvFormat, Isa)> {
+    let pairs = formats.map(|format| isas.iter().map(move |&isa| (format, isa)));
+    pairs.into_iter().flatten()
 }
 
 #[test]
@@ -185,7 +200,7 @@ fn a_row_with_a_window_sees_nothing_before_it() {
             let keys = &mut qkv[row * width + heads * dim..][..kv_heads * dim];
             keys.iter_mut().for_each(|key| *key *= 40.0);
         }
-        let want = reference(&spec, kv_heads, dim, &qkv, rows);
+        let want = reference(KvFormat::F16, &spec, kv_heads, dim, &qkv, rows);
         for isa in Isa::available() {
             let mut cache = cache(1, 1, rows, kv_heads, dim);
             let mut out = vec![f32::NAN; rows * heads * dim];
@@ -308,12 +323,18 @@ fn large_scores_do_not_overflow() {
 
 #[test]
 fn exported_rows_can_be_imported_elsewhere() {
+    for format in FORMATS {
+        export_and_import(format);
+    }
+}
+
+fn export_and_import(format: KvFormat) {
     let mut rng = Rng(4);
     let (heads, dim, rows) = (2, 32, 50);
     let rope = rope(RopeStyle::Halves, dim, 64);
     let spec = plain(heads, &rope);
     let pool = pool(1, Isa::current());
-    let mut first = cache(1, 2, 64, heads, dim);
+    let mut first = cache_of(format, [1, 2, 64, heads, dim]);
     let qkv = rng.floats(rows * 3 * heads * dim);
     let next = rng.floats(3 * heads * dim);
     let mut out = vec![0.0; rows * heads * dim];
@@ -324,6 +345,7 @@ fn exported_rows_can_be_imported_elsewhere() {
     };
     attention(&pool, &spec, &mut first, 0, &[segment], &qkv, &mut out).expect("shapes fit");
     let bytes = first.export(1, 0..rows).expect("rows exist");
+    assert_eq!(bytes.len(), rows * 2 * heads * dim * format.bytes());
     assert_eq!(bytes.len(), rows * first.bytes_per_position());
 
     let step = |cache: &mut KvCache, slot| {
@@ -336,7 +358,7 @@ fn exported_rows_can_be_imported_elsewhere() {
         attention(&pool, &spec, cache, 0, &[segment], &next, &mut out).expect("shapes fit");
         bits(&out)
     };
-    let mut second = cache(1, 3, 100, heads, dim);
+    let mut second = cache_of(format, [1, 3, 100, heads, dim]);
     let rope_long = rope_positions(dim, 100);
     assert_eq!(second.import(2, 0, &bytes), Ok(rows));
     assert!(second.import(2, 60, &bytes).is_err(), "beyond the context");
@@ -408,6 +430,7 @@ fn impossible_calls_are_errors() {
             context: 16,
             kv_heads: 1,
             head_dim,
+            format: KvFormat::F16,
         };
         assert!(KvCache::new(shape).is_err());
     }
@@ -423,6 +446,7 @@ proptest! {
         threads in 1_usize..5,
         group in 1_usize..8,
         window in prop_oneof![Just(None), (1_usize..280).prop_map(Some)],
+        format in prop::sample::select(&FORMATS[..]),
         seed in any::<u64>(),
     ) {
         let (kv_heads, dim) = (2, 32);
@@ -434,7 +458,7 @@ proptest! {
         let (a, b) = (rng.floats(rows * width), rng.floats(rows * width));
         for isa in Isa::available() {
             let whole = |x: &[f32]| {
-                let mut cache = cache(1, 1, 320, kv_heads, dim);
+                let mut cache = cache_of(format, [1, 1, 320, kv_heads, dim]);
                 let mut out = vec![0.0; rows * heads * dim];
                 let segment = KvSegment { slot: 0, position: 0, rows };
                 attention(&pool(1, isa), &spec, &mut cache, 0, &[segment], x, &mut out).expect("fits");
@@ -442,7 +466,7 @@ proptest! {
             };
             // Both sequences side by side, in pieces, with other threads.
             let pool = pool(threads, isa);
-            let mut cache = cache(1, 2, 320, kv_heads, dim);
+            let mut cache = cache_of(format, [1, 2, 320, kv_heads, dim]);
             let (mut got_a, mut got_b) = (Vec::new(), Vec::new());
             let mut at = 0;
             for cut in &cuts {

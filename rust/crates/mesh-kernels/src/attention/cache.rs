@@ -1,4 +1,4 @@
-//! The keys and values of every slot, in f16.
+//! The keys and values of every slot, in f16 or f32.
 //!
 //! A slot is one contiguous region `[layer][keys of head 0, 1, …, values of head 0, 1, …]`. Keys lie in tiles of 16 positions,
 //! transposed (`[position / 16][head_dim][16]`), so that 16 scores are made side by side; values lie as rows
@@ -14,6 +14,26 @@ use crate::mem::Region;
 /// Positions per tile of keys.
 pub(super) const TILE: usize = 16;
 
+/// What keys and values are held as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum KvFormat {
+    /// 16 bits, half the memory.
+    #[default]
+    F16,
+    /// 32 bits: nothing is rounded.
+    F32,
+}
+
+impl KvFormat {
+    /// Bytes of an element.
+    pub const fn bytes(self) -> usize {
+        match self {
+            KvFormat::F16 => 2,
+            KvFormat::F32 => 4,
+        }
+    }
+}
+
 /// The dimensions of a [`KvCache`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvShape {
@@ -27,6 +47,8 @@ pub struct KvShape {
     pub kv_heads: usize,
     /// Elements per head: a multiple of 16, at most 256.
     pub head_dim: usize,
+    /// What the elements are.
+    pub format: KvFormat,
 }
 
 /// Keys and values of `slots` sequences. It does not know how many positions of a slot are valid: its owner does.
@@ -66,7 +88,7 @@ impl KvCache {
             .checked_mul(2 * shape.kv_heads)
             .and_then(|layer| layer.checked_mul(shape.layers))
             .and_then(|slot| slot.checked_next_multiple_of(32 * 1024))
-            .and_then(|slot| Some((slot, slot.checked_mul(2 * shape.slots)?)));
+            .and_then(|slot| Some((slot, slot.checked_mul(shape.format.bytes() * shape.slots)?)));
         let Some((slot, bytes)) = size else {
             return Err(KernelError::NoMemory {
                 what: "the KV cache",
@@ -88,7 +110,7 @@ impl KvCache {
 
     /// Bytes that one position of one slot takes over all layers; also the size of an exported row.
     pub fn bytes_per_position(&self) -> usize {
-        self.shape.layers * self.shape.kv_heads * self.shape.head_dim * 4
+        2 * self.shape.layers * self.shape.kv_heads * self.shape.head_dim * self.width()
     }
 
     /// Gives the memory of a slot back to the system.
@@ -97,8 +119,8 @@ impl KvCache {
     /// When there is no such slot.
     pub fn release(&mut self, slot: usize) -> Result<(), KernelError> {
         self.check(slot, 0..0)?;
-        self.memory
-            .release(slot * self.slot * 2..(slot + 1) * self.slot * 2);
+        let bytes = self.slot * self.width();
+        self.memory.release(slot * bytes..(slot + 1) * bytes);
         Ok(())
     }
 
@@ -112,19 +134,19 @@ impl KvCache {
         if from == to {
             return Ok(());
         }
-        let dim = self.shape.head_dim;
+        let dim = self.shape.head_dim * self.width();
         for layer in 0..self.shape.layers {
             for head in 0..self.shape.kv_heads {
                 // SAFETY: both are whole heads of different slots; tiles and rows up to `len` are within them.
                 unsafe {
                     std::ptr::copy_nonoverlapping(
-                        self.keys(from, layer, head),
-                        self.keys(to, layer, head),
+                        self.keys::<u8>(from, layer, head),
+                        self.keys::<u8>(to, layer, head),
                         len.next_multiple_of(TILE) * dim,
                     );
                     std::ptr::copy_nonoverlapping(
-                        self.values(from, layer, head),
-                        self.values(to, layer, head),
+                        self.values::<u8>(from, layer, head),
+                        self.values::<u8>(to, layer, head),
                         len * dim,
                     );
                 }
@@ -133,7 +155,8 @@ impl KvCache {
         Ok(())
     }
 
-    /// The rows `positions` of a slot: per position, layer and head the f16 key, then the f16 value, little-endian.
+    /// The rows `positions` of a slot: per position, layer and head the key, then the value, as little-endian numbers
+    /// of the cache's [`KvFormat`].
     ///
     /// # Errors
     /// When the slot or a position does not exist.
@@ -141,18 +164,16 @@ impl KvCache {
         self.check(slot, positions.clone())?;
         let mut out = Vec::with_capacity(positions.len() * self.bytes_per_position());
         for position in positions {
-            self.for_each_row(slot, position, |key, value| {
-                for d in 0..self.shape.head_dim {
-                    // SAFETY: element d of the key, in its tile.
-                    let bits = unsafe { *key.add(d * TILE) };
-                    out.extend_from_slice(&bits.to_le_bytes());
-                }
-                for d in 0..self.shape.head_dim {
-                    // SAFETY: element d of the value.
-                    let bits = unsafe { *value.add(d) };
-                    out.extend_from_slice(&bits.to_le_bytes());
-                }
-            });
+            match self.shape.format {
+                KvFormat::F16 => self.for_each_element(slot, position, |at: *mut u16| {
+                    // SAFETY: an element of the cache.
+                    out.extend_from_slice(&unsafe { *at }.to_le_bytes());
+                }),
+                KvFormat::F32 => self.for_each_element(slot, position, |at: *mut f32| {
+                    // SAFETY: as above.
+                    out.extend_from_slice(&unsafe { *at }.to_le_bytes());
+                }),
+            }
         }
         Ok(out)
     }
@@ -177,58 +198,76 @@ impl KvCache {
         }
         let rows = bytes.len() / row;
         self.check(slot, position..position.saturating_add(rows))?;
-        let mut words = bytes
-            .chunks_exact(2)
-            .map(|w| u16::from_le_bytes([w[0], w[1]]));
-        for position in position..position + rows {
-            self.for_each_row(slot, position, |key, value| {
-                for (d, bits) in words.by_ref().take(self.shape.head_dim).enumerate() {
-                    // SAFETY: element d of the key, in its tile; `self` is borrowed exclusively.
-                    unsafe { *key.add(d * TILE) = bits };
+        for (index, bytes) in bytes.chunks_exact(row).enumerate() {
+            let position = position + index;
+            match self.shape.format {
+                KvFormat::F16 => {
+                    let (words, _) = bytes.as_chunks();
+                    let mut words = words.iter();
+                    self.for_each_element(slot, position, |at: *mut u16| {
+                        if let Some(&word) = words.next() {
+                            // SAFETY: an element of the cache; `self` is borrowed exclusively.
+                            unsafe { *at = u16::from_le_bytes(word) };
+                        }
+                    });
                 }
-                for (d, bits) in words.by_ref().take(self.shape.head_dim).enumerate() {
-                    // SAFETY: element d of the value; as above.
-                    unsafe { *value.add(d) = bits };
+                KvFormat::F32 => {
+                    let (words, _) = bytes.as_chunks();
+                    let mut words = words.iter();
+                    self.for_each_element(slot, position, |at: *mut f32| {
+                        if let Some(&word) = words.next() {
+                            // SAFETY: as above.
+                            unsafe { *at = f32::from_le_bytes(word) };
+                        }
+                    });
                 }
-            });
+            }
         }
         Ok(rows)
     }
 
-    /// Calls `f` with the first key element and the first value element of each layer and head at `position`.
-    fn for_each_row(&self, slot: usize, position: usize, mut f: impl FnMut(*mut u16, *mut u16)) {
+    /// Calls `f` with every element of each layer and head at `position`, a head's key before its value; `E` is the cache's.
+    fn for_each_element<E>(&self, slot: usize, position: usize, mut f: impl FnMut(*mut E)) {
         let dim = self.shape.head_dim;
         for layer in 0..self.shape.layers {
             for head in 0..self.shape.kv_heads {
-                // SAFETY: the position is within the context.
+                // SAFETY: the position is within the context, and element d of a key lies in its tile.
                 unsafe {
-                    let key = self.keys(slot, layer, head);
+                    let key = self.keys::<E>(slot, layer, head);
                     let key = key.add(position / TILE * TILE * dim + position % TILE);
-                    f(key, self.values(slot, layer, head).add(position * dim));
+                    (0..dim).for_each(|d| f(key.add(d * TILE)));
+                    let value = self.values::<E>(slot, layer, head).add(position * dim);
+                    (0..dim).for_each(|d| f(value.add(d)));
                 }
             }
         }
     }
 
+    /// Bytes of an element.
+    fn width(&self) -> usize {
+        self.shape.format.bytes()
+    }
+
     /// The keys of a head. The pointer may be written through only by who has the cache exclusively.
-    pub(super) fn keys(&self, slot: usize, layer: usize, head: usize) -> *mut u16 {
+    pub(super) fn keys<E>(&self, slot: usize, layer: usize, head: usize) -> *mut E {
         self.element(slot, (layer * 2 * self.shape.kv_heads + head) * self.head)
     }
 
     /// The values of a head; as [`KvCache::keys`].
-    pub(super) fn values(&self, slot: usize, layer: usize, head: usize) -> *mut u16 {
+    pub(super) fn values<E>(&self, slot: usize, layer: usize, head: usize) -> *mut E {
         let head = head + self.shape.kv_heads;
         self.element(slot, (layer * 2 * self.shape.kv_heads + head) * self.head)
     }
 
-    fn element(&self, slot: usize, within: usize) -> *mut u16 {
+    fn element<E>(&self, slot: usize, within: usize) -> *mut E {
         debug_assert!(slot < self.shape.slots && within < self.slot);
-        // SAFETY: callers pass existing slots, layers and heads, so this is within the region.
+        // SAFETY: callers pass existing slots, layers and heads, so this is within the region, whose start is that of a page.
         unsafe {
             self.memory
                 .start()
-                .cast::<u16>()
-                .add(slot * self.slot + within)
+                .cast::<u8>()
+                .add((slot * self.slot + within) * self.width())
+                .cast()
         }
     }
 

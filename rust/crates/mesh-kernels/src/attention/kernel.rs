@@ -22,13 +22,57 @@ pub(super) struct Partial {
     pub(super) sum: f32,
 }
 
+/// What a cache holds.
+pub(super) trait Element: Copy {
+    /// 16 of them.
+    ///
+    /// # Safety
+    /// 16 elements are readable.
+    unsafe fn load<S: Simd>(s: S, at: *const Self) -> S::F;
+
+    /// Writes 16.
+    ///
+    /// # Safety
+    /// 16 elements are writable.
+    unsafe fn store<S: Simd>(s: S, at: *mut Self, v: S::F);
+}
+
+/// The bits of an f16.
+impl Element for u16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, at: *const u16) -> S::F {
+        // SAFETY: passed on.
+        unsafe { s.load_f16(at) }
+    }
+
+    #[inline(always)]
+    unsafe fn store<S: Simd>(s: S, at: *mut u16, v: S::F) {
+        // SAFETY: passed on.
+        unsafe { s.store_f16(at, v) }
+    }
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, at: *const f32) -> S::F {
+        // SAFETY: passed on.
+        unsafe { s.load(at) }
+    }
+
+    #[inline(always)]
+    unsafe fn store<S: Simd>(s: S, at: *mut f32, v: S::F) {
+        // SAFETY: passed on.
+        unsafe { s.store(at, v) }
+    }
+}
+
 /// One chunk of one head's keys and values.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Chunk {
+pub(super) struct Chunk<E> {
     /// First tile.
-    pub(super) keys: *const u16,
+    pub(super) keys: *const E,
     /// First row.
-    pub(super) values: *const u16,
+    pub(super) values: *const E,
     pub(super) dim: usize,
 }
 
@@ -68,9 +112,9 @@ pub(super) trait Results {
 /// Every vector has `dim` elements; the chunk's keys and values are readable up to the largest limit (keys to the end of
 /// the tile).
 #[inline(always)]
-pub(super) unsafe fn attend<S: Simd>(
+pub(super) unsafe fn attend<S: Simd, E: Element>(
     s: S,
-    chunk: Chunk,
+    chunk: Chunk<E>,
     queries: &[Query],
     work: &mut Work,
     results: &mut impl Results,
@@ -78,20 +122,20 @@ pub(super) unsafe fn attend<S: Simd>(
     // SAFETY: passed on; the lengths are those of the arrays.
     unsafe {
         match queries.len() {
-            1 => attend_n::<S, 1>(s, chunk, queries, work, results),
-            2 => attend_n::<S, 2>(s, chunk, queries, work, results),
-            3 => attend_n::<S, 3>(s, chunk, queries, work, results),
-            4 => attend_n::<S, 4>(s, chunk, queries, work, results),
-            5 => attend_n::<S, 5>(s, chunk, queries, work, results),
-            _ => attend_n::<S, 6>(s, chunk, queries, work, results),
+            1 => attend_n::<S, E, 1>(s, chunk, queries, work, results),
+            2 => attend_n::<S, E, 2>(s, chunk, queries, work, results),
+            3 => attend_n::<S, E, 3>(s, chunk, queries, work, results),
+            4 => attend_n::<S, E, 4>(s, chunk, queries, work, results),
+            5 => attend_n::<S, E, 5>(s, chunk, queries, work, results),
+            _ => attend_n::<S, E, 6>(s, chunk, queries, work, results),
         }
     }
 }
 
 #[inline(always)]
-unsafe fn attend_n<S: Simd, const N: usize>(
+unsafe fn attend_n<S: Simd, E: Element, const N: usize>(
     s: S,
-    chunk: Chunk,
+    chunk: Chunk<E>,
     queries: &[Query],
     work: &mut Work,
     results: &mut impl Results,
@@ -116,11 +160,11 @@ unsafe fn attend_n<S: Simd, const N: usize>(
     unsafe {
         let mut tile = first / TILE;
         while tile + 2 <= tiles {
-            score::<S, N, 2>(s, chunk, &queries, tile, scores);
+            score::<S, E, N, 2>(s, chunk, &queries, tile, scores);
             tile += 2;
         }
         if tile < tiles {
-            score::<S, N, 1>(s, chunk, &queries, tile, scores);
+            score::<S, E, N, 1>(s, chunk, &queries, tile, scores);
         }
     }
     let mut partials = [Partial {
@@ -134,11 +178,11 @@ unsafe fn attend_n<S: Simd, const N: usize>(
     unsafe {
         let mut d = 0;
         while S::WIDE && d + 4 * LANES <= chunk.dim {
-            gather::<S, N, 4>(s, chunk, d, &common, &queries, scores, out);
+            gather::<S, E, N, 4>(s, chunk, d, &common, &queries, scores, out);
             d += 4 * LANES;
         }
         while d < chunk.dim {
-            gather::<S, N, 1>(s, chunk, d, &common, &queries, scores, out);
+            gather::<S, E, N, 1>(s, chunk, d, &common, &queries, scores, out);
             d += LANES;
         }
     }
@@ -149,9 +193,9 @@ unsafe fn attend_n<S: Simd, const N: usize>(
 
 /// The scores of `T` tiles of 16 positions.
 #[inline(always)]
-unsafe fn score<S: Simd, const N: usize, const T: usize>(
+unsafe fn score<S: Simd, E: Element, const N: usize, const T: usize>(
     s: S,
-    chunk: Chunk,
+    chunk: Chunk<E>,
     queries: &[Query; N],
     tile: usize,
     scores: &mut [[f32; CHUNK]; QUERIES],
@@ -163,7 +207,7 @@ unsafe fn score<S: Simd, const N: usize, const T: usize>(
         for d in 0..chunk.dim {
             let mut k = [s.splat(0.0); T];
             for (t, k) in k.iter_mut().enumerate() {
-                *k = s.load_f16(keys.add((t * chunk.dim + d) * TILE));
+                *k = E::load(s, keys.add((t * chunk.dim + d) * TILE));
             }
             for i in 0..N {
                 let q = s.splat(*queries[i].vector.add(d));
@@ -236,9 +280,9 @@ const fn two_tiles(first: f32, second: f32) -> [f32; 2 * TILE] {
 
 /// Adds up `W` vectors of the values from element `d` on.
 #[inline(always)]
-unsafe fn gather<S: Simd, const N: usize, const W: usize>(
+unsafe fn gather<S: Simd, E: Element, const N: usize, const W: usize>(
     s: S,
-    chunk: Chunk,
+    chunk: Chunk<E>,
     d: usize,
     common: &Range<usize>,
     queries: &[Query; N],
@@ -253,7 +297,7 @@ unsafe fn gather<S: Simd, const N: usize, const W: usize>(
             for j in queries[i].start..common.start.min(queries[i].limit) {
                 let p = s.splat(weights[i][j]);
                 for w in 0..W {
-                    let v = s.load_f16(values.add(j * chunk.dim + w * LANES));
+                    let v = E::load(s, values.add(j * chunk.dim + w * LANES));
                     acc[i][w] = s.fma(p, v, acc[i][w]);
                 }
             }
@@ -261,7 +305,7 @@ unsafe fn gather<S: Simd, const N: usize, const W: usize>(
         for j in common.clone() {
             let mut v = [s.splat(0.0); W];
             for (w, v) in v.iter_mut().enumerate() {
-                *v = s.load_f16(values.add(j * chunk.dim + w * LANES));
+                *v = E::load(s, values.add(j * chunk.dim + w * LANES));
             }
             for i in 0..N {
                 let p = s.splat(weights[i][j]);
@@ -275,7 +319,7 @@ unsafe fn gather<S: Simd, const N: usize, const W: usize>(
             for j in common.end..queries[i].limit {
                 let p = s.splat(weights[i][j]);
                 for (w, mine) in mine.iter_mut().enumerate() {
-                    let v = s.load_f16(values.add(j * chunk.dim + w * LANES));
+                    let v = E::load(s, values.add(j * chunk.dim + w * LANES));
                     *mine = s.fma(p, v, *mine);
                 }
             }

@@ -16,6 +16,8 @@ mod kernel;
 mod plan;
 
 use std::cell::Cell;
+use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use crate::error::expect_len;
@@ -24,8 +26,8 @@ use crate::norm::normalise;
 use crate::simd::{self, Kernel, LANES, Simd};
 use crate::{KernelError, Pool, Rope};
 use cache::TILE;
-pub use cache::{KvCache, KvShape};
-use kernel::{CHUNK, Chunk, MAX_DIM, Partial, QUERIES, Query};
+pub use cache::{KvCache, KvFormat, KvShape};
+use kernel::{CHUNK, Chunk, Element, MAX_DIM, Partial, QUERIES, Query};
 use plan::{Cut, Split, TASK_ROWS, Task, seen_from};
 
 /// The attention of a layer, apart from its weights.
@@ -79,8 +81,12 @@ pub fn attention(
         return Ok(());
     }
     let mut scratch = SCRATCH.take();
-    let result = Run::new(pool, spec, cache, layer, segments, &mut scratch, rows)
-        .map(|run| run.go(qkv, out));
+    let result = Run::new(pool, spec, cache, layer, segments, &mut scratch, rows).map(|run| {
+        match run.cache.shape().format {
+            KvFormat::F16 => run.go::<u16>(qkv, out),
+            KvFormat::F32 => run.go::<f32>(qkv, out),
+        }
+    });
     SCRATCH.set(scratch);
     result
 }
@@ -242,7 +248,8 @@ impl<'a> Run<'a> {
         })
     }
 
-    fn go(&self, qkv: &[f32], out: &mut [f32]) {
+    /// `E` is what the cache holds.
+    fn go<E: Element>(&self, qkv: &[f32], out: &mut [f32]) {
         let isa = self.pool.isa();
         let chunk = if self.rows < TASK_ROWS {
             self.rows
@@ -253,10 +260,11 @@ impl<'a> Run<'a> {
             let rows = task * chunk..((task + 1) * chunk).min(self.rows);
             simd::run(
                 isa,
-                Prepare {
+                Prepare::<E> {
                     run: self,
                     qkv,
                     rows,
+                    element: PhantomData,
                 },
             );
         });
@@ -265,11 +273,12 @@ impl<'a> Run<'a> {
             let task = self.tasks[task];
             simd::run(
                 isa,
-                Attend {
+                Attend::<E> {
                     run: self,
                     task,
                     first_row: self.first_row(task.segment),
                     out,
+                    element: PhantomData,
                 },
             );
         });
@@ -304,13 +313,14 @@ impl<'a> Run<'a> {
 }
 
 /// Norm, rotation and scaling of queries; norm, rotation and storing of keys; storing of values.
-struct Prepare<'a> {
+struct Prepare<'a, E> {
     run: &'a Run<'a>,
     qkv: &'a [f32],
     rows: Range<usize>,
+    element: PhantomData<E>,
 }
 
-impl Kernel for Prepare<'_> {
+impl<E: Element> Kernel for Prepare<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let (run, spec) = (self.run, self.run.spec);
@@ -338,23 +348,24 @@ impl Kernel for Prepare<'_> {
             }
             for (h, (k, v)) in k.chunks_exact(dim).zip(v.chunks_exact(dim)).enumerate() {
                 turned(s, spec, k, spec.k_norm, position, head);
-                let mut bits = [0_u16; MAX_DIM];
                 // SAFETY: slot, layer, head and position exist (checked); this task alone writes this position of them.
                 unsafe {
-                    let keys = run.cache.keys(segment.slot, run.layer, h);
+                    let keys = run.cache.keys::<E>(segment.slot, run.layer, h);
                     let key = keys.add(position / TILE * TILE * dim + position % TILE);
+                    let mut elements = MaybeUninit::<[E; MAX_DIM]>::uninit();
+                    let elements = elements.as_mut_ptr().cast::<E>();
                     for d in (0..dim).step_by(LANES) {
-                        s.store_f16(bits.as_mut_ptr().add(d), s.load(head.as_ptr().add(d)));
+                        E::store(s, elements.add(d), s.load(head.as_ptr().add(d)));
                     }
-                    for (d, &bits) in bits[..dim].iter().enumerate() {
-                        *key.add(d * TILE) = bits;
+                    for d in 0..dim {
+                        *key.add(d * TILE) = *elements.add(d);
                     }
                     let value = run
                         .cache
-                        .values(segment.slot, run.layer, h)
+                        .values::<E>(segment.slot, run.layer, h)
                         .add(position * dim);
                     for d in (0..dim).step_by(LANES) {
-                        s.store_f16(value.add(d), s.load(v.as_ptr().add(d)));
+                        E::store(s, value.add(d), s.load(v.as_ptr().add(d)));
                     }
                 }
             }
@@ -382,15 +393,16 @@ fn turned<S: Simd>(
 }
 
 /// One task.
-struct Attend<'a> {
+struct Attend<'a, E> {
     run: &'a Run<'a>,
     task: Task,
     /// First row of the task's segment.
     first_row: usize,
     out: Shared<f32>,
+    element: PhantomData<E>,
 }
 
-impl Attend<'_> {
+impl<E: Element> Attend<'_, E> {
     /// Query `q` of the task is row `q / group`, head `q % group` of its key/value head: its index, and the positions that it
     /// sees.
     #[inline(always)]
@@ -405,15 +417,15 @@ impl Attend<'_> {
 }
 
 /// Where the results of one call go: into the output so far, or to be merged later.
-struct Store<'a, 'b> {
-    attend: &'a Attend<'b>,
+struct Store<'a, 'b, E> {
+    attend: &'a Attend<'b, E>,
     /// The chunk.
     index: usize,
     /// First query of the call.
     at: usize,
 }
 
-impl kernel::Results for Store<'_, '_> {
+impl<E: Element> kernel::Results for Store<'_, '_, E> {
     #[inline(always)]
     fn take<S: Simd>(&mut self, s: S, i: usize, next: Partial, values: &[f32]) {
         let (run, task) = (self.attend.run, &self.attend.task);
@@ -450,14 +462,14 @@ impl kernel::Results for Store<'_, '_> {
     }
 }
 
-impl Kernel for Attend<'_> {
+impl<E: Element> Kernel for Attend<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let (run, task) = (self.run, self.task);
         let segment = run.segments[task.segment];
         let dim = run.cache.shape().head_dim;
-        let keys = run.cache.keys(segment.slot, run.layer, task.kv_head);
-        let values = run.cache.values(segment.slot, run.layer, task.kv_head);
+        let keys = run.cache.keys::<E>(segment.slot, run.layer, task.kv_head);
+        let values = run.cache.values::<E>(segment.slot, run.layer, task.kv_head);
         let count = task.rows * run.group;
         let mut work = kernel::Work::new();
         for index in task.first_chunk..task.end_chunk {
