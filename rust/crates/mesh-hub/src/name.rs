@@ -20,6 +20,8 @@ pub struct HubName {
     pub which: Option<String>,
 }
 
+/// The hub's addresses.
+const HOSTS: [&str; 2] = ["huggingface.co", "hf.co"];
 const MAX_PART: usize = 96;
 const MAX_REVISION: usize = 255;
 const MAX_PATH: usize = 1024;
@@ -43,9 +45,10 @@ impl FromStr for HubName {
             .into_iter()
             .find_map(|scheme| text.strip_prefix(scheme))
             .unwrap_or(text);
-        let host = ["huggingface.co/", "hf.co/", "hf:"]
+        let host = HOSTS
             .into_iter()
-            .find_map(|host| rest.strip_prefix(host));
+            .find_map(|host| rest.strip_prefix(host)?.strip_prefix('/'))
+            .or_else(|| rest.strip_prefix("hf:"));
         if host.is_none() && rest.len() != text.len() {
             return Err(failed("another host is set with HF_ENDPOINT"));
         }
@@ -120,6 +123,10 @@ impl FromStr for HubName {
                 "organisation and model consist of letters, digits, '-', '_' and '.'",
             ));
         }
+        // Printed and read again it would be the hub's address.
+        if HOSTS.contains(&name.repo.split('/').next().unwrap_or_default()) {
+            return Err(failed("the hub's address stands in it twice"));
+        }
         let clean = |text: &str, limit| {
             !text.is_empty() && text.len() <= limit && !text.chars().any(char::is_control)
         };
@@ -163,6 +170,14 @@ mod tests {
     fn parts(text: &str) -> (String, Option<String>, Option<String>) {
         let name: HubName = text.parse().unwrap_or_else(|error| panic!("{error}"));
         (name.repo, name.revision, name.which)
+    }
+
+    #[test]
+    fn an_address_within_an_address_is_refused() {
+        for text in ["hf.co/hf.co/a/b", "hf:huggingface.co/a", "hf.co/hf.co/a"] {
+            let error = text.parse::<HubName>().unwrap_err();
+            assert!(error.to_string().contains("twice"), "{error}");
+        }
     }
 
     #[test]

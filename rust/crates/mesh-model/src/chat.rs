@@ -91,7 +91,8 @@ const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['
 ///
 /// Templates are Jinja, run as `transformers` runs them: block trimming on, Python's string and list methods, and the
 /// functions `raise_exception` and `strftime_now`. A template is part of the model file and is not trusted to end: it is
-/// stopped after a number of steps and bytes of output.
+/// stopped after a number of steps and bytes of output. A step may still take as much memory as the texts it puts together: who
+/// runs templates of strangers does so in a process that the system limits, as workers do.
 #[derive(Debug, Clone)]
 pub struct ChatTemplate {
     environment: Arc<Environment<'static>>,
@@ -190,6 +191,16 @@ impl ChatTemplate {
     /// The template's source.
     pub fn source(&self) -> &str {
         &self.source
+    }
+
+    /// The text of the token that begins a sequence, as the template sees it.
+    pub fn bos(&self) -> &str {
+        &self.bos
+    }
+
+    /// The text of the token that ends one.
+    pub fn eos(&self) -> &str {
+        &self.eos
     }
 
     /// Renders `messages` to a prompt. With `add_generation_prompt` it ends where the assistant's answer begins.

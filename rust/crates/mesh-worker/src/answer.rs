@@ -55,7 +55,7 @@ pub(crate) async fn serve(mut stream: MsgStream, host: Arc<Host>, defaults: Arc<
 /// Prepares a request and hands it to its model's engine.
 pub(crate) async fn start(
     host: &Arc<Host>,
-    generate: Generate,
+    mut generate: Generate,
     defaults: Arc<SamplingDefaults>,
 ) -> Result<(RequestStream, Model), Refusal> {
     let now = Instant::now();
@@ -65,9 +65,10 @@ pub(crate) async fn start(
         });
     };
     let (model, engine) = (hosted.model, hosted.engine);
+    let prompt = generate::write(&model, host.templates(), &mut generate).await?;
     // A long prompt takes milliseconds to tokenize; other streams go on meanwhile.
     let prepared = tokio::task::spawn_blocking(move || {
-        let request = generate::request(&model, &defaults, generate, now)?;
+        let request = generate::request(&model, &defaults, generate, prompt, now)?;
         Ok::<_, Refusal>((request, model))
     });
     let (request, model) = prepared

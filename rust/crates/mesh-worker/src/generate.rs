@@ -4,11 +4,12 @@ use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, MsgType};
 use mesh_engine::{Event, Finish, Logprob, Request, RequestError, SamplingParams};
-use mesh_model::{ChatError, EncodeOptions, Message as ChatMessage, Model, TokenizerError};
+use mesh_model::{EncodeOptions, Message as ChatMessage, Model, TokenizerError};
 use mesh_proto::{FinishReason, Generate, GenerateParams, Prompt};
 use prost::Message as _;
 
 use crate::config::SamplingDefaults;
+use crate::templates::{TemplateError, Templates};
 
 /// Why a Generate message is refused before it reaches an engine.
 #[derive(Debug, thiserror::Error)]
@@ -18,7 +19,7 @@ pub(crate) enum Refusal {
     #[error("this worker does not serve a model called {name:?}")]
     UnknownModel { name: String },
     #[error(transparent)]
-    Chat(#[from] ChatError),
+    Template(#[from] TemplateError),
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
     #[error("the request could not be prepared: {0}")]
@@ -30,9 +31,38 @@ impl Refusal {
         match self {
             Refusal::UnknownModel { .. } => ErrorCode::UNKNOWN_MODEL,
             Refusal::Failed(_) => ErrorCode::INTERNAL,
+            Refusal::Template(error) if error.is_internal() => ErrorCode::INTERNAL,
             _ => ErrorCode::INVALID_PAYLOAD,
         }
     }
+}
+
+/// A prompt as the model will read it.
+pub(crate) enum Written {
+    Text(String),
+    Tokens(Vec<u32>),
+    /// What the model's template made of a conversation.
+    Chat(String),
+}
+
+/// Takes the prompt out of `generate` and writes it as the model's template says, if it is a conversation.
+pub(crate) async fn write(
+    model: &Model,
+    templates: &Templates,
+    generate: &mut Generate,
+) -> Result<Written, Refusal> {
+    Ok(match generate.prompt.take().ok_or(Refusal::NoPrompt)? {
+        Prompt::Text(text) => Written::Text(text),
+        Prompt::Tokens(list) => Written::Tokens(list.tokens),
+        Prompt::Chat(chat) => {
+            let messages = chat.messages.into_iter().map(|message| ChatMessage {
+                role: message.role,
+                content: message.content,
+            });
+            let messages = messages.collect();
+            Written::Chat(templates.render(model.template(), messages).await?)
+        }
+    })
 }
 
 /// Turns `generate` into a request for the engine of `model`. Tokenizes: milliseconds for a long prompt.
@@ -40,13 +70,13 @@ pub(crate) fn request(
     model: &Model,
     defaults: &SamplingDefaults,
     generate: Generate,
+    prompt: Written,
     now: Instant,
 ) -> Result<Request, Refusal> {
     let params = generate.params.unwrap_or_default();
-    let prompt = generate.prompt.ok_or(Refusal::NoPrompt)?;
     let echo = match &prompt {
-        Prompt::Text(text) if params.echo => text.clone(),
-        Prompt::Tokens(list) if params.echo => model.tokenizer().decode(&list.tokens),
+        Written::Text(text) if params.echo => text.clone(),
+        Written::Tokens(tokens) if params.echo => model.tokenizer().decode(tokens),
         _ => String::new(),
     };
     let deadline = (generate.deadline_ms > 0)
@@ -67,23 +97,12 @@ pub(crate) fn request(
     })
 }
 
-fn prompt_tokens(model: &Model, prompt: Prompt) -> Result<Vec<u32>, Refusal> {
+fn prompt_tokens(model: &Model, prompt: Written) -> Result<Vec<u32>, Refusal> {
     let tokenizer = model.tokenizer();
     Ok(match prompt {
-        Prompt::Text(text) => tokenizer.encode(&text, EncodeOptions::PLAIN)?,
-        Prompt::Tokens(list) => list.tokens,
-        Prompt::Chat(chat) => {
-            let messages: Vec<ChatMessage> = chat
-                .messages
-                .into_iter()
-                .map(|message| ChatMessage {
-                    role: message.role,
-                    content: message.content,
-                })
-                .collect();
-            let text = model.template().render(&messages, true)?;
-            tokenizer.encode(&text, EncodeOptions::RENDERED_CHAT)?
-        }
+        Written::Text(text) => tokenizer.encode(&text, EncodeOptions::PLAIN)?,
+        Written::Tokens(tokens) => tokens,
+        Written::Chat(text) => tokenizer.encode(&text, EncodeOptions::RENDERED_CHAT)?,
     })
 }
 

@@ -18,6 +18,7 @@ use crate::encoder::HostedEncoder;
 use crate::error::WorkerError;
 use crate::models::{Models, may_be_fetched};
 use crate::rings::Rings;
+use crate::templates::Templates;
 
 /// All models of this worker.
 pub(crate) struct Host {
@@ -25,6 +26,7 @@ pub(crate) struct Host {
     encoders: Vec<Arc<HostedEncoder>>,
     models: Arc<Models>,
     rings: Arc<Rings>,
+    templates: Templates,
 }
 
 /// A model that answers here.
@@ -52,7 +54,11 @@ pub(crate) struct Hosted {
 impl Host {
     /// Loads every model of `config` that is a file at hand, starts its engine and lets it answer once, which also measures its
     /// speed. Blocks for as long as that takes.
-    pub(crate) fn load(config: &Arc<Config>, models: Arc<Models>) -> Result<Self, WorkerError> {
+    pub(crate) fn load(
+        config: &Arc<Config>,
+        models: Arc<Models>,
+        templates: Templates,
+    ) -> Result<Self, WorkerError> {
         let mut hosted: Vec<Arc<Hosted>> = Vec::new();
         let mut encoders: Vec<Arc<HostedEncoder>> = Vec::new();
         for name in &config.models {
@@ -84,6 +90,7 @@ impl Host {
             encoders,
             models,
             rings,
+            templates,
         })
     }
 
@@ -111,6 +118,11 @@ impl Host {
     /// Models that are in the store, and what is got from elsewhere.
     pub(crate) fn stored(&self) -> &Arc<Models> {
         &self.models
+    }
+
+    /// What writes conversations as prompts.
+    pub(crate) fn templates(&self) -> &Templates {
+        &self.templates
     }
 
     /// Its parts in rings.

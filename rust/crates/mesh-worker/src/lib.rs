@@ -20,6 +20,7 @@ mod loading;
 mod metrics;
 mod models;
 mod rings;
+pub mod templates;
 mod worker;
 
 pub use config::Config;

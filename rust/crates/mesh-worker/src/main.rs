@@ -1,5 +1,6 @@
 //! The service binary.
 
+use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -9,6 +10,7 @@ use mesh_service::failure::describe;
 use mesh_service::shutdown::Shutdown;
 use mesh_service::{ask, telemetry};
 use mesh_worker::config::WorkerFlags;
+use mesh_worker::templates::{self, Templates};
 use mesh_worker::{Config, Worker};
 
 /// A HydraMesh worker: loads models and answers what the head gives it.
@@ -35,6 +37,9 @@ enum Command {
         #[arg(long, value_name = "DIR")]
         state_dir: Option<PathBuf>,
     },
+    /// What the worker starts to run chat templates in
+    #[command(name = templates::COMMAND, hide = true)]
+    RenderTemplates,
 }
 
 fn main() -> ExitCode {
@@ -49,6 +54,9 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> anyhow::Result<()> {
+    if let Some(Command::RenderTemplates) = args.command {
+        return Ok(templates::serve(io::stdin().lock(), io::stdout().lock())?);
+    }
     let loaded = Config::load(&args.common, &args.flags)?;
     // Engines bring their own threads; these only carry messages.
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -72,7 +80,8 @@ fn run(args: &Args) -> anyhow::Result<()> {
     telemetry::init("worker", &args.common)?;
     runtime.block_on(async {
         let shutdown = Shutdown::on_signals(loaded.value.drain_limit)?;
-        let worker = Worker::start_with(loaded.value, shutdown).await?;
+        let templates = Templates::apart(std::env::current_exe()?);
+        let worker = Worker::start_with(loaded.value, templates, shutdown).await?;
         worker.wait().await?;
         Ok(())
     })

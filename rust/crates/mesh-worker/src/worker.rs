@@ -25,6 +25,7 @@ use crate::legacy::PlainDcf;
 use crate::loading::Loading;
 use crate::metrics::{Counters, EngineCollector};
 use crate::models::Models;
+use crate::templates::Templates;
 
 /// Starts workers.
 pub struct Worker;
@@ -41,12 +42,13 @@ impl Worker {
     /// the link to the head is made, and made again, in the background.
     pub async fn start(config: Config) -> Result<WorkerHandle, WorkerError> {
         let shutdown = Shutdown::manual(config.drain_limit);
-        Self::start_with(config, shutdown).await
+        Self::start_with(config, Templates::here(), shutdown).await
     }
 
-    /// As [`start`](Self::start), with a shutdown that others may begin, too.
+    /// As [`start`](Self::start), with chat templates run elsewhere, and with a shutdown that others may begin, too.
     pub async fn start_with(
         config: Config,
+        templates: Templates,
         shutdown: Shutdown,
     ) -> Result<WorkerHandle, WorkerError> {
         let started = Instant::now();
@@ -82,7 +84,7 @@ impl Worker {
         let loading = {
             let config = config.clone();
             let models = models.clone();
-            tokio::task::spawn_blocking(move || Host::load(&config, models))
+            tokio::task::spawn_blocking(move || Host::load(&config, models, templates))
         };
         let lan = Lan::start(&config)?;
         if let Some(lan) = &lan {

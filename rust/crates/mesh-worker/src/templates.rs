@@ -1,0 +1,293 @@
+//! Chat templates, run in processes of their own.
+//!
+//! A template is a program that comes with a model. Its steps and its output are counted where it runs
+//! ([`mesh_model::chat`]), but a single step takes as much memory and time as the texts that it works on are long, and a loop
+//! can double them at every turn. What a process may take, the system knows how to limit: [`serve`] is that process, and
+//! [`Templates`] asks it, waits so long and no longer, and starts another where one was lost.
+//!
+//! Jobs and answers are frames: a length of 32 bits, big-endian, and so many bytes. A job is JSON; an answer's first byte says
+//! whether the rest is the prompt or why there is none.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use mesh_model::chat::{ChatError, ChatTemplate, Message};
+use nix::sys::resource::{Resource, setrlimit};
+use nix::unistd::alarm;
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+
+/// The subcommand of `mesh-worker` that is [`serve`].
+pub const COMMAND: &str = "render-templates";
+
+/// Memory that a template may take, in MiB. The longest prompt that is accepted is held a few times over while it grows.
+const MEMORY_MIB: u64 = 512;
+/// How long one conversation may take. A thousand messages take milliseconds.
+const TIME: Duration = Duration::from_secs(5);
+/// Templates whose processes are kept.
+const KEPT: usize = 8;
+/// No answer is longer: a prompt has its own limit below that.
+const LONGEST_ANSWER: u32 = 128 << 20;
+
+const PROMPT: u8 = 0;
+const REFUSED: u8 = 1;
+
+/// Why a conversation became no prompt.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TemplateError {
+    /// The template's error, run in this process.
+    #[error(transparent)]
+    Chat(#[from] ChatError),
+    /// The same from another process.
+    #[error("{0}")]
+    Refused(String),
+    /// It took too long.
+    #[error(
+        "the model's chat template was stopped after {} s: it is malformed or the conversation is too long",
+        TIME.as_secs()
+    )]
+    TooSlow,
+    /// Its process ended.
+    #[error(
+        "the model's chat template was stopped: it wanted more than {MEMORY_MIB} MiB of memory, or failed badly; it is malformed or the \
+         conversation is too long"
+    )]
+    TooLarge,
+    /// The process cannot be had.
+    #[error("no process for chat templates: {0}")]
+    Process(#[from] io::Error),
+}
+
+impl TemplateError {
+    /// Whether it is neither the conversation's fault nor the template's.
+    pub fn is_internal(&self) -> bool {
+        matches!(self, TemplateError::Process(_))
+    }
+}
+
+/// Renders conversations.
+#[derive(Debug)]
+pub struct Templates {
+    /// `None` is for this process.
+    program: Option<PathBuf>,
+    /// The last ones used, the latest first.
+    seats: Mutex<VecDeque<Arc<Seat>>>,
+}
+
+/// A template's place: one conversation at a time.
+#[derive(Debug)]
+struct Seat {
+    source: String,
+    process: tokio::sync::Mutex<Option<Process>>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Job {
+    source: String,
+    bos: String,
+    eos: String,
+    messages: Vec<Message>,
+    add_generation_prompt: bool,
+}
+
+impl Templates {
+    /// Renders in this process, where only steps and output are limited: for templates that are trusted.
+    pub fn here() -> Self {
+        Templates {
+            program: None,
+            seats: Mutex::default(),
+        }
+    }
+
+    /// Renders in processes of `program`, a `mesh-worker`.
+    pub fn apart(program: PathBuf) -> Self {
+        Templates {
+            program: Some(program),
+            seats: Mutex::default(),
+        }
+    }
+
+    /// `messages` as the prompt that the model knows, ending where the assistant's answer begins.
+    ///
+    /// # Errors
+    /// When the template refuses or fails, or takes more than it may.
+    pub async fn render(
+        &self,
+        template: &ChatTemplate,
+        messages: Vec<Message>,
+    ) -> Result<String, TemplateError> {
+        let Some(program) = &self.program else {
+            let template = template.clone();
+            let rendered = tokio::task::spawn_blocking(move || template.render(&messages, true));
+            return Ok(rendered.await.map_err(io::Error::other)??);
+        };
+        let job = serde_json::to_vec(&Job {
+            source: template.source().to_owned(),
+            bos: template.bos().to_owned(),
+            eos: template.eos().to_owned(),
+            messages,
+            add_generation_prompt: true,
+        });
+        let job = job.map_err(io::Error::other)?;
+        let seat = self.seat(template.source());
+        let mut kept = seat.process.lock().await;
+        // One that waits for work may have been ended by somebody else, which is not this conversation's fault.
+        if let Some(process) = kept.take()
+            && let Some(answer) = process.ask(&job, &mut kept).await?
+        {
+            return answer;
+        }
+        let process = Process::start(program)?;
+        let answer = process.ask(&job, &mut kept).await?;
+        answer.unwrap_or(Err(TemplateError::TooLarge))
+    }
+
+    fn seat(&self, source: &str) -> Arc<Seat> {
+        let mut seats = self.seats.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = seats.iter().position(|seat| seat.source == source);
+        let seat = match found.and_then(|index| seats.remove(index)) {
+            Some(seat) => seat,
+            None => Arc::new(Seat {
+                source: source.to_owned(),
+                process: tokio::sync::Mutex::default(),
+            }),
+        };
+        seats.push_front(seat.clone());
+        seats.truncate(KEPT);
+        seat
+    }
+}
+
+/// A running [`serve`]; dropped, it is killed.
+#[derive(Debug)]
+struct Process {
+    _child: Child,
+    jobs: ChildStdin,
+    answers: ChildStdout,
+}
+
+impl Process {
+    fn start(program: &PathBuf) -> io::Result<Self> {
+        let mut command = Command::new(program);
+        command
+            .arg(COMMAND)
+            // Nothing of what this process was told is its business.
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            // What is pressed at a terminal is for the worker, which ends it.
+            .process_group(0)
+            .kill_on_drop(true);
+        if let Some(libraries) = std::env::var_os("LD_LIBRARY_PATH") {
+            command.env("LD_LIBRARY_PATH", libraries);
+        }
+        let mut child = command.spawn().map_err(|error| {
+            io::Error::new(error.kind(), format!("{}: {error}", program.display()))
+        })?;
+        let missing = || io::Error::other("it has no pipes");
+        Ok(Process {
+            jobs: child.stdin.take().ok_or_else(missing)?,
+            answers: child.stdout.take().ok_or_else(missing)?,
+            _child: child,
+        })
+    }
+
+    /// The answer to a job, and the process kept for the next one; `None` if it ended.
+    async fn ask(
+        mut self,
+        job: &[u8],
+        kept: &mut Option<Process>,
+    ) -> Result<Option<Result<String, TemplateError>>, TemplateError> {
+        let Ok(exchanged) = tokio::time::timeout(TIME, self.exchange(job)).await else {
+            return Err(TemplateError::TooSlow);
+        };
+        match exchanged {
+            Ok(answer) => {
+                *kept = Some(self);
+                Ok(Some(answer))
+            }
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => Err(error.into()),
+            Err(_) => Ok(None),
+        }
+    }
+
+    async fn exchange(&mut self, job: &[u8]) -> io::Result<Result<String, TemplateError>> {
+        let len = u32::try_from(job.len()).map_err(|_| io::ErrorKind::InvalidData)?;
+        self.jobs.write_u32(len).await?;
+        self.jobs.write_all(job).await?;
+        self.jobs.flush().await?;
+        let len = self.answers.read_u32().await?;
+        if len == 0 || len > LONGEST_ANSWER {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        let kind = self.answers.read_u8().await?;
+        let mut text = Vec::new();
+        let wanted = u64::from(len - 1);
+        let mut answers = (&mut self.answers).take(wanted);
+        answers.read_to_end(&mut text).await?;
+        if text.len() as u64 != wanted {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let text = String::from_utf8(text).map_err(|_| io::ErrorKind::InvalidData)?;
+        Ok(match kind {
+            PROMPT => Ok(text),
+            _ => Err(TemplateError::Refused(text)),
+        })
+    }
+}
+
+/// Renders conversations until `jobs` ends, with limited memory: it is meant to be a process's only work.
+///
+/// # Errors
+/// When the limits cannot be set, and when pipes break.
+pub fn serve(mut jobs: impl Read, mut answers: impl Write) -> io::Result<()> {
+    let bytes = MEMORY_MIB << 20;
+    setrlimit(Resource::RLIMIT_DATA, bytes, bytes)?;
+    // Where what a process maps is not told apart; programs and libraries count here.
+    setrlimit(Resource::RLIMIT_AS, 4 * bytes, 4 * bytes)?;
+    setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
+    let mut last: Option<(Job, ChatTemplate)> = None;
+    loop {
+        let mut len = [0; 4];
+        match jobs.read_exact(&mut len) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+            Err(error) => return Err(error),
+        }
+        let mut job = Vec::new();
+        let wanted = u64::from(u32::from_be_bytes(len));
+        jobs.by_ref().take(wanted).read_to_end(&mut job)?;
+        // Should nobody be left to end it.
+        alarm::set(2 * TIME.as_secs() as u32);
+        let job: Job = serde_json::from_slice(&job)?;
+        let fits = |known: &&(Job, ChatTemplate)| {
+            (&known.0.source, &known.0.bos, &known.0.eos) == (&job.source, &job.bos, &job.eos)
+        };
+        let template = match last.as_ref().filter(fits) {
+            Some((_, template)) => Ok(template.clone()),
+            None => ChatTemplate::new(&job.source, &job.bos, &job.eos),
+        };
+        let rendered = template.and_then(|template| {
+            let text = template.render(&job.messages, job.add_generation_prompt);
+            last = Some((job, template));
+            text
+        });
+        alarm::cancel();
+        let (kind, text) = match rendered {
+            Ok(text) => (PROMPT, text),
+            Err(error) => (REFUSED, error.to_string()),
+        };
+        let len = u32::try_from(text.len() + 1).map_err(|_| io::ErrorKind::InvalidData)?;
+        answers.write_all(&len.to_be_bytes())?;
+        answers.write_all(&[kind])?;
+        answers.write_all(text.as_bytes())?;
+        answers.flush()?;
+    }
+}
