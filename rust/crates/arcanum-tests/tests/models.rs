@@ -1,6 +1,6 @@
 //! How a model reaches the mesh once, and each worker gets what it needs.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -412,6 +412,80 @@ async fn a_worker_without_an_address_finds_its_head_on_the_lan() -> Result<()> {
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn embedding_models_come_from_the_hub_from_other_workers_and_from_the_watched_folder()
+-> Result<()> {
+    let _alone = alone();
+    let (hub, mut mesh) = mesh_with_hub("").await?;
+    let here = paths::minilm()?;
+    let files = files_of(&here)?;
+    let published: Vec<(&str, &Path)> = files
+        .iter()
+        .map(|(name, path)| (name.as_str(), path.as_path()))
+        .collect();
+    hub.publish_files("tests/minilm", &published)?;
+    for _ in 0..2 {
+        mesh.start_worker(&worker("models = [\"tests/minilm\"]"))
+            .await?;
+    }
+    mesh.wait_for_workers(2).await?;
+    served(&mesh, "minilm", true).await?;
+    let from_hub = embed(&mesh, "minilm").await?;
+    let bytes = files.iter().try_fold(0, |sum, (_, path)| {
+        anyhow::Ok(sum + std::fs::metadata(path)?.len())
+    })?;
+    // Listings and small files may be asked for by both.
+    let (sent, most) = (hub.bytes_sent(), bytes + bytes / 50);
+    ensure!(sent <= most, "{sent} bytes sent for {bytes}");
+
+    let folder = tempfile::tempdir()?;
+    let local = format!(
+        "models = []\nlocal_models = {:?}\nthreads = 1\n",
+        folder.path().display().to_string()
+    );
+    mesh.start_worker(&local).await?;
+    let appears = folder.path().join("appears");
+    for (name, path) in &files {
+        let to = appears.join(name);
+        std::fs::create_dir_all(to.parent().context("a folder")?)?;
+        link(path, &to)?;
+    }
+    served(&mesh, "appears", true).await?;
+    ensure!(embed(&mesh, "appears").await? == from_hub);
+    std::fs::remove_dir_all(&appears)?;
+    served(&mesh, "appears", false).await?;
+    mesh.shutdown().await
+}
+
+/// All files below a folder, each with its path from there.
+fn files_of(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let mut files = Vec::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(next) = folders.pop() {
+        for item in std::fs::read_dir(next)? {
+            let path = item?.path();
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let name = path.strip_prefix(folder)?.to_str().context("a name")?;
+            files.push((name.to_owned(), path));
+        }
+    }
+    Ok(files)
+}
+
+async fn embed(mesh: &Mesh, model: &str) -> Result<Value> {
+    let body = json!({"model": model, "input": ["Die Ente schwimmt.", "The duck swims."]});
+    let answer = mesh.client()?.post("/v1/embeddings", &body).await?;
+    let vectors = answer["data"].clone();
+    ensure!(
+        vectors.as_array().is_some_and(|all| all.len() == 2),
+        "{answer}"
+    );
+    Ok(vectors)
 }
 
 /// Waits until the head lists a model, or no longer does.

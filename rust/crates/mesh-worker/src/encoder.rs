@@ -13,7 +13,7 @@ use mesh_engine_ort::{OrtEncoder, OrtOptions};
 use mesh_model::{EncoderError, EncoderModel};
 use mesh_net::quic::{MsgStream, timestamp_us};
 use mesh_proto::{Embed, EmbedText, Embeddings, ModelCard, ModelKind};
-use mesh_store::FingerprintCache;
+use mesh_store::{FingerprintCache, Pin};
 use prost::Message as _;
 use tracing::Instrument;
 
@@ -31,18 +31,25 @@ pub(crate) struct HostedEncoder {
     pub(crate) card: ModelCard,
     /// Ends the engine's thread when dropped.
     _engine: EmbedEngine,
+    /// Keeps its files in the store.
+    pub(crate) _pin: Option<Pin>,
 }
 
 impl HostedEncoder {
-    /// Loads the model in `folder`, starts its engine and lets it embed something, which also measures its speed.
-    pub(crate) fn load(folder: &Path, config: &Config) -> Result<Self, WorkerError> {
+    /// Loads the model in `folder`, starts its engine and lets it embed something, which also measures its speed. It is called as
+    /// its folder is unless there is a `name`.
+    pub(crate) fn load(
+        folder: &Path,
+        name: Option<&str>,
+        config: &Config,
+    ) -> Result<Self, WorkerError> {
         let started = Instant::now();
         let failed = |source| WorkerError::Encoder {
             name: folder.display().to_string(),
             source,
         };
         let mut model = EncoderModel::open(folder).map_err(failed)?;
-        let name = model.name();
+        let name = name.map_or_else(|| model.name(), str::to_owned);
         if let Some(prompts) = config.embed.prompts.get(&name) {
             model.set_prompts(prompts.clone());
         }
@@ -99,6 +106,7 @@ impl HostedEncoder {
             engine: handle,
             card,
             _engine: engine,
+            _pin: None,
         })
     }
 }

@@ -23,7 +23,7 @@ use crate::templates::Templates;
 /// All models of this worker.
 pub(crate) struct Host {
     hosted: RwLock<Vec<Arc<Hosted>>>,
-    encoders: Vec<Arc<HostedEncoder>>,
+    encoders: RwLock<Vec<Arc<HostedEncoder>>>,
     models: Arc<Models>,
     rings: Arc<Rings>,
     templates: Templates,
@@ -35,6 +35,22 @@ pub(crate) struct Answering {
     pub(crate) model: Model,
     /// Takes requests.
     pub(crate) engine: EngineHandle,
+}
+
+/// A model of either kind, loaded while the worker is up.
+pub(crate) enum Loaded {
+    /// It chats.
+    Chat(Hosted),
+    /// It embeds.
+    Embed(HostedEncoder),
+}
+
+/// A model of either kind that is served no longer.
+pub(crate) enum Removed {
+    /// It chatted.
+    Chat(Arc<Hosted>),
+    /// It embedded.
+    Embed(Arc<HostedEncoder>),
 }
 
 /// One model with its engine.
@@ -63,7 +79,7 @@ impl Host {
         let mut encoders: Vec<Arc<HostedEncoder>> = Vec::new();
         for name in &config.models {
             if let Some(folder) = encoder::find(name, &config.folders()) {
-                encoders.push(Arc::new(HostedEncoder::load(&folder, config)?));
+                encoders.push(Arc::new(HostedEncoder::load(&folder, None, config)?));
                 continue;
             }
             let path = match local::resolve(name, &config.folders()) {
@@ -87,7 +103,7 @@ impl Host {
         let rings = Rings::open(config, models.clone())?;
         Ok(Host {
             hosted: RwLock::new(hosted),
-            encoders,
+            encoders: RwLock::new(encoders),
             models,
             rings,
             templates,
@@ -95,24 +111,39 @@ impl Host {
     }
 
     /// Serves one more model.
-    pub(crate) fn add(&self, loaded: Hosted) -> Result<(), WorkerError> {
+    pub(crate) fn add(&self, loaded: Loaded) -> Result<(), WorkerError> {
         let mut hosted = self.hosted.write().unwrap_or_else(PoisonError::into_inner);
-        let cards = hosted.iter().map(|other| &other.card);
-        let mut cards = cards.chain(self.encoders.iter().map(|other| &other.card));
-        if cards.any(|card| card.name == loaded.card.name) {
+        let mut encoders = self
+            .encoders
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        let name = loaded.name();
+        let chat = hosted.iter().map(|other| &other.card);
+        let mut cards = chat.chain(encoders.iter().map(|other| &other.card));
+        if cards.any(|card| card.name == name) {
             return Err(WorkerError::SameName {
-                name: loaded.card.name,
+                name: name.to_owned(),
             });
         }
-        hosted.push(Arc::new(loaded));
+        match loaded {
+            Loaded::Chat(loaded) => hosted.push(Arc::new(loaded)),
+            Loaded::Embed(loaded) => encoders.push(Arc::new(loaded)),
+        }
         Ok(())
     }
 
     /// Serves the model called `name` no longer. What runs on it may finish as long as somebody holds what is returned.
-    pub(crate) fn remove(&self, name: &str) -> Option<Arc<Hosted>> {
+    pub(crate) fn remove(&self, name: &str) -> Option<Removed> {
         let mut hosted = self.hosted.write().unwrap_or_else(PoisonError::into_inner);
-        let index = hosted.iter().position(|other| other.card.name == name)?;
-        Some(hosted.remove(index))
+        if let Some(index) = hosted.iter().position(|other| other.card.name == name) {
+            return Some(Removed::Chat(hosted.remove(index)));
+        }
+        let mut encoders = self
+            .encoders
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        let index = encoders.iter().position(|other| other.card.name == name)?;
+        Some(Removed::Embed(encoders.remove(index)))
     }
 
     /// Models that are in the store, and what is got from elsewhere.
@@ -139,22 +170,25 @@ impl Host {
     }
 
     /// All embedding models.
-    pub(crate) fn encoders(&self) -> &[Arc<HostedEncoder>] {
-        &self.encoders
+    pub(crate) fn encoders(&self) -> Vec<Arc<HostedEncoder>> {
+        self.encoders
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// What the head is told of all models.
     pub(crate) fn cards(&self) -> Vec<ModelCard> {
-        let models = self.models();
+        let (models, encoders) = (self.models(), self.encoders());
         let chat = models.iter().map(|hosted| &hosted.card);
-        let embed = self.encoders.iter().map(|hosted| &hosted.card);
+        let embed = encoders.iter().map(|hosted| &hosted.card);
         chat.chain(embed).cloned().collect()
     }
 
     /// The embedding model called `name`; the first one if there is no name.
     pub(crate) fn find_encoder(&self, name: &str) -> Option<Arc<HostedEncoder>> {
         let of_name = |hosted: &&Arc<HostedEncoder>| name.is_empty() || hosted.card.name == name;
-        self.encoders.iter().find(of_name).cloned()
+        self.encoders().iter().find(of_name).cloned()
     }
 
     /// The model called `name`, whole here or driven from here; the first one if there is no name.
@@ -184,8 +218,10 @@ impl Host {
             let load = engine.load();
             (name, load)
         });
-        let encoders = self.encoders.iter();
-        let encoders = encoders.map(|hosted| (hosted.card.name.clone(), hosted.engine.load()));
+        let encoders = self.encoders();
+        let encoders = encoders
+            .iter()
+            .map(|hosted| (hosted.card.name.clone(), hosted.engine.load()));
         engines.chain(encoders).collect()
     }
 
@@ -214,21 +250,20 @@ impl Host {
 
     /// Takes nothing new; resolves when what runs has ended.
     pub(crate) async fn drain(&self) {
-        let engines = self.engines();
+        let (engines, encoders) = (self.engines(), self.encoders());
         let finished = join_all(engines.iter().map(|(_, engine)| engine.drain()));
-        let embedded = join_all(self.encoders.iter().map(|hosted| hosted.engine.drain()));
+        let embedded = join_all(encoders.iter().map(|hosted| hosted.engine.drain()));
         // What this worker does for rings the head moves elsewhere when it hears of the drain.
         tokio::join!(finished, embedded, self.rings.emptied());
     }
 
     /// The error of an engine that is gone, if one is.
     pub(crate) fn death(&self) -> Option<WorkerError> {
-        let models = self.models();
+        let (models, encoders) = (self.models(), self.encoders());
         let engines = models
             .iter()
             .map(|hosted| (&hosted.card.name, hosted.engine.death()));
-        let encoders = self
-            .encoders
+        let encoders = encoders
             .iter()
             .map(|hosted| (&hosted.card.name, hosted.engine.death()));
         engines.chain(encoders).find_map(|(name, death)| {
@@ -237,6 +272,47 @@ impl Host {
                 reason: death?.to_string(),
             })
         })
+    }
+}
+
+impl Loaded {
+    /// Loads what lies at `path`, whatever it is; see [`Hosted::load`]. Blocks.
+    pub(crate) fn load(
+        path: &Path,
+        name: Option<&str>,
+        known: Option<&str>,
+        config: &Config,
+    ) -> Result<Self, WorkerError> {
+        Ok(match path.is_dir() && encoder::is_encoder(path) {
+            true => Loaded::Embed(HostedEncoder::load(path, name, config)?),
+            false => Loaded::Chat(Hosted::load(path, name, known, config)?),
+        })
+    }
+
+    /// Keeps its files in the store for as long as it is loaded.
+    pub(crate) fn pinned(mut self, pin: Option<Pin>) -> Self {
+        match &mut self {
+            Loaded::Chat(hosted) => hosted._pin = pin,
+            Loaded::Embed(hosted) => hosted._pin = pin,
+        }
+        self
+    }
+
+    fn name(&self) -> &str {
+        match self {
+            Loaded::Chat(hosted) => &hosted.card.name,
+            Loaded::Embed(hosted) => &hosted.card.name,
+        }
+    }
+}
+
+impl Removed {
+    /// Resolves when what runs on it has ended.
+    pub(crate) async fn drain(&self) {
+        match self {
+            Removed::Chat(hosted) => hosted.engine.drain().await,
+            Removed::Embed(hosted) => hosted.engine.drain().await,
+        }
     }
 }
 
@@ -319,12 +395,6 @@ impl Hosted {
             _engine: engine,
             _pin: None,
         })
-    }
-
-    /// Keeps its files in the store for as long as it is loaded.
-    pub(crate) fn pinned(mut self, pin: Option<Pin>) -> Self {
-        self._pin = pin;
-        self
     }
 }
 

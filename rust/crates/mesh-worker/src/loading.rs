@@ -11,7 +11,7 @@ use mesh_store::local;
 
 use crate::config::Config;
 use crate::error::WorkerError;
-use crate::host::{Host, Hosted};
+use crate::host::{Host, Loaded};
 use crate::models::is_at_hand;
 
 /// What is still to come, and whether the worker may call itself ready.
@@ -133,7 +133,7 @@ impl Loading {
         let config = config.clone();
         let loaded = tokio::task::spawn_blocking(move || {
             let (name, fingerprint) = (held.manifest().name.clone(), held.file_fingerprint());
-            Hosted::load(&path, Some(&name), Some(&fingerprint), &config)
+            Loaded::load(&path, Some(&name), Some(&fingerprint), &config)
         });
         let loaded = loaded
             .await
@@ -300,7 +300,7 @@ async fn appear(
     let (path, name, config) = (model.path.clone(), model.name.clone(), config.clone());
     let called = name.clone();
     let loaded =
-        tokio::task::spawn_blocking(move || Hosted::load(&path, Some(&called), None, &config));
+        tokio::task::spawn_blocking(move || Loaded::load(&path, Some(&called), None, &config));
     let loaded = loaded
         .await
         .map_err(|error| WorkerError::Internal(error.to_string()))??;
@@ -313,11 +313,8 @@ async fn appear(
 
 /// Takes a model out of service; what runs on it finishes.
 fn withdraw(host: &Arc<Host>, name: &str) {
-    if let Some(hosted) = host.remove(name) {
-        tokio::spawn(async move {
-            hosted.engine.drain().await;
-            drop(hosted);
-        });
+    if let Some(removed) = host.remove(name) {
+        tokio::spawn(async move { removed.drain().await });
     }
 }
 

@@ -313,9 +313,9 @@ struct Progress {
 
 impl Progress {
     fn is_made(&mut self, host: &Host, now: Instant) -> bool {
-        let models = host.models();
+        let (models, encoders) = (host.models(), host.encoders());
         let engines = models.iter().map(|hosted| hosted.engine.load());
-        let encoders = host.encoders().iter().map(|hosted| hosted.engine.load());
+        let encoders = encoders.iter().map(|hosted| hosted.engine.load());
         let loads: Vec<_> = engines.chain(encoders).collect();
         let steps = loads.iter().map(|load| load.totals.steps).sum();
         let busy = loads
