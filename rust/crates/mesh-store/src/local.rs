@@ -344,6 +344,15 @@ impl LocalIndex {
         self.of(fingerprint).map(|model| model.name.as_str())
     }
 
+    /// Whether the model is what lies at `path`, or lay there when it was last looked at.
+    pub(crate) fn lies_at(&self, fingerprint: &Digest, path: &Path) -> bool {
+        let Ok(path) = path.canonicalize() else {
+            return false;
+        };
+        let same = |known: &Adopted| known.path.canonicalize().is_ok_and(|known| known == path);
+        self.of(fingerprint).any(same)
+    }
+
     fn of(&self, fingerprint: &Digest) -> impl Iterator<Item = &Adopted> {
         let models = self.models.iter();
         models.filter(move |model| model.fingerprint == *fingerprint)
