@@ -158,9 +158,14 @@ fn look(path: &std::path::Path, object: &mut Value) -> [String; 3] {
                 Some(value) => value.to_string(),
                 None => String::new(),
             };
-            let columns = ["weights", "context", "architecture"].map(text);
+            let mut columns = ["weights", "context", "architecture"].map(text);
             object["architecture"] = columns[2].clone().into();
             object["weights"] = columns[0].clone().into();
+            object["purpose"] = text("purpose").into();
+            if let Some(dimensions) = fact(&facts, "dimensions") {
+                object["dimensions"] = dimensions;
+                columns[2] += ", for embeddings";
+            }
             columns
         }
         Err(reason) => {
