@@ -238,6 +238,46 @@ async fn a_worker_that_sends_bad_pieces_is_dropped_and_reported_and_the_load_end
     mesh.shutdown().await
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_serves_what_a_short_name_stands_for_and_says_which_one_was_meant() -> Result<()> {
+    let _alone = alone();
+    let (hub, mut mesh) = mesh_with_hub("").await?;
+    hub.publish_files(
+        "bartowski/SmolLM2-135M-Instruct-GGUF",
+        &[("SmolLM2-135M-Instruct-Q4_K_M.gguf", &paths::smollm2()?)],
+    )?;
+    mesh.start_worker(&worker("models = [\"smollm2:135m\"]"))
+        .await?;
+    mesh.wait_for_workers(1).await?;
+    ask(&mesh, "SmolLM2-135M-Instruct-Q4_K_M").await?;
+
+    // Another worker might have a model called so.
+    let mistyped = worker("models = [\"smolm2-135m\"]");
+    let second = mesh.start_worker(&mistyped).await?;
+    let reason = wait_for_reason(&mesh.workers[second], "no worker has it yet").await?;
+    ensure!(reason.contains("smolm2-135m"), "{reason}");
+    ensure!(
+        reason.contains("names like it are smollm2:135m"),
+        "{reason}"
+    );
+
+    // Nobody's model is called so.
+    let refused = worker("models = [\"smollm2:136m\"]");
+    let error = match mesh.start_worker(&refused).await {
+        Err(error) => format!("{error:#}"),
+        // It ends when its addresses are known already.
+        Ok(third) => {
+            let third = &mut mesh.workers[third];
+            let ended = third.wait_for_end(Duration::from_secs(30)).await?;
+            ensure!(!ended.success(), "it ended well");
+            third.log()
+        }
+    };
+    ensure!(error.contains("no model \"smollm2:136m\""), "{error}");
+    ensure!(error.contains("smollm2:135m"), "{error}");
+    mesh.shutdown().await
+}
+
 /// Who gets the model from outside the mesh.
 async fn who_downloads(mesh: &Mesh) -> Result<String> {
     let begun = Instant::now();

@@ -239,6 +239,28 @@ async fn a_script_gets_one_line_or_one_object_and_people_the_rest() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_pull_mends_a_manifest_that_was_altered_and_fetches_no_weights() {
+    let rig = Rig::new().await;
+    let files = files();
+    rig.hub.publish(ID, &files);
+    assert!(rig.pull(&[ID]).await.status.success());
+    let store = Store::open(rig.store()).unwrap();
+    let model = store.models().unwrap().remove(0);
+    let path = format!("manifests/{}.json", model.fingerprint);
+    std::fs::write(rig.store().join(path), "{}").unwrap();
+    assert_eq!(store.contents().unwrap().damaged.len(), 1);
+    let again = rig.pull(&["--json", ID]).await;
+    assert!(again.status.success(), "{:?}", text(&again));
+    let object: serde_json::Value = serde_json::from_slice(&again.stdout).unwrap();
+    // Of small files the hub says no SHA-256.
+    assert!(
+        object["fetched_bytes"].as_u64().unwrap() < 100_000,
+        "{object}"
+    );
+    check(&rig.store(), &model.signed.manifest, &files);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn failures_have_exit_codes_and_say_what_to_do() {
     let mut rig = Rig::new().await;
     rig.hub.publish(ID, &files());

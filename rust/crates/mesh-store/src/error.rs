@@ -74,6 +74,20 @@ pub enum StoreError {
         /// The model.
         name: String,
     },
+    /// A folder of something else.
+    #[error("{} is no store of models; name an empty folder, or one that `hydramesh models pull` or a worker made", path.display())]
+    NoStore {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A manifest or signatures in the store that are no longer what was written.
+    #[error("{} is damaged: {reason}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A manifest that is none.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
@@ -96,6 +110,15 @@ impl StoreError {
             action,
             path,
             source,
+        }
+    }
+
+    /// For `map_err`.
+    pub(crate) fn damaged<E: std::error::Error>(path: &Path) -> impl FnOnce(E) -> Self {
+        let path = path.to_owned();
+        move |error| StoreError::Damaged {
+            path,
+            reason: error.to_string(),
         }
     }
 }

@@ -334,12 +334,28 @@ impl LocalIndex {
 
     /// Where `file` of the model lies, if it is still the one that was read.
     pub(crate) fn find(&self, fingerprint: &Digest, file: &str) -> Option<PathBuf> {
-        let models = self.models.iter();
-        let mut files = models
-            .filter(|model| model.fingerprint == *fingerprint)
-            .flat_map(|model| &model.files);
+        let mut files = self.of(fingerprint).flat_map(|model| &model.files);
         let known = files.find(|known| known.file == file && known.is_unchanged())?;
         Some(known.stamp.path.clone())
+    }
+
+    /// What the model was called where it was found.
+    pub(crate) fn names(&self, fingerprint: &Digest) -> impl Iterator<Item = &str> {
+        self.of(fingerprint).map(|model| model.name.as_str())
+    }
+
+    /// Whether the model is what lies at `path`, or lay there when it was last looked at.
+    pub(crate) fn lies_at(&self, fingerprint: &Digest, path: &Path) -> bool {
+        let Ok(path) = path.canonicalize() else {
+            return false;
+        };
+        let same = |known: &Adopted| known.path.canonicalize().is_ok_and(|known| known == path);
+        self.of(fingerprint).any(same)
+    }
+
+    fn of(&self, fingerprint: &Digest) -> impl Iterator<Item = &Adopted> {
+        let models = self.models.iter();
+        models.filter(move |model| model.fingerprint == *fingerprint)
     }
 }
 
@@ -424,7 +440,11 @@ impl Store {
         }) else {
             return Ok(None);
         };
-        self.manifest(&known.fingerprint)
+        match self.manifest(&known.fingerprint) {
+            // It is made anew.
+            Err(StoreError::Damaged { .. }) => Ok(None),
+            read => read,
+        }
     }
 }
 

@@ -1,13 +1,17 @@
 //! What a name means: a model in a folder, one in the store, or one that the hub has.
 
+mod close;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use crate::digest::Digest;
 use crate::error::StoreError;
-use crate::local::{self, LocalError, LocalKind, LocalModel};
+use crate::local::{self, LocalError, LocalIndex, LocalKind, LocalModel};
 use crate::store::Store;
+
+pub use close::close_names;
 
 /// Where names are looked up.
 #[derive(Debug, Clone, Copy)]
@@ -51,12 +55,14 @@ pub enum Target {
 #[non_exhaustive]
 pub enum NameError {
     /// It means nothing.
-    #[error("no model {name:?}: {}", hint(known))]
+    #[error("no model {name:?}: {}", hint(known, close))]
     NotFound {
         /// The name.
         name: String,
         /// Names that there are here.
         known: Vec<String>,
+        /// Short names that look like it.
+        close: Vec<String>,
     },
     /// It looks like a path, and nothing is there.
     #[error("there is no file or folder {name:?}")]
@@ -86,12 +92,16 @@ pub enum NameError {
     Store(#[from] StoreError),
 }
 
-fn hint(known: &[String]) -> String {
-    const ELSE: &str = "a name on the hub is written ORGANISATION/MODEL";
-    match known {
-        [] => format!("neither the model folders nor the store hold any; {ELSE}"),
-        known => format!("there are {}; {ELSE}", known.join(", ")),
-    }
+fn hint(known: &[String], close: &[String]) -> String {
+    let here = match known {
+        [] => "neither the model folders nor the store hold any".to_owned(),
+        known => format!("there are {}", known.join(", ")),
+    };
+    let close = match close {
+        [] => String::new(),
+        close => format!("; short names like it are {}", close.join(", ")),
+    };
+    format!("{here}{close}; a name on the hub is written ORGANISATION/MODEL")
 }
 
 impl Places<'_> {
@@ -168,10 +178,22 @@ impl Places<'_> {
         for named in store.names()? {
             stored.names.push((named.name, named.fingerprint));
         }
-        for model in store.models()? {
+        let contents = store.contents()?;
+        for model in contents.models {
             stored.fingerprints.push(model.fingerprint);
             let name = model.signed.manifest.name;
             stored.names.push((name, model.fingerprint));
+        }
+        // Those that are damaged have to be found for somebody to see why, and yield to others.
+        for model in contents.damaged {
+            stored.fingerprints.push(model.fingerprint);
+            let mut names = model.names;
+            names.retain(|name| !stored.names.iter().any(|(known, _)| known == name));
+            if names.is_empty() {
+                names.push(model.fingerprint.to_string());
+            }
+            let names = names.into_iter().map(|name| (name, model.fingerprint));
+            stored.names.extend(names);
         }
         // Names of models that were removed by hand.
         let Stored {
@@ -198,8 +220,18 @@ impl Places<'_> {
             let label = format!("{} ({})", model.name, model.path.display());
             found.push((label, in_folder(model, "the beginning of the name of a")));
         }
+        let index = self.store.map(LocalIndex::read).unwrap_or_default();
         for (known, fingerprint) in stored.names.iter().filter(|(known, _)| fits(known)) {
-            let same = |other: &Resolved| matches!(&other.target, Target::Stored { fingerprint: other, .. } if other == fingerprint);
+            let same = |other: &Resolved| match &other.target {
+                Target::Stored {
+                    fingerprint: other, ..
+                } => other == fingerprint,
+                // The store may know what lies in a folder, or knew it. By its whole name the folder's counts, too.
+                Target::Local(model) => {
+                    model.name == *known || index.lies_at(fingerprint, &model.path)
+                }
+                Target::Hub { .. } => false,
+            };
             if !found.iter().any(|(_, other)| same(other)) {
                 let why = format!("the beginning of {known}, a name in the store");
                 let label = format!("{known} (in the store)");
@@ -219,9 +251,11 @@ impl Places<'_> {
                 let locals = locals.iter().map(|model| model.name.clone());
                 let mut known: Vec<String> = locals.collect();
                 known.extend(stored.names.iter().map(|(name, _)| name.clone()));
+                let short = short_names().keys().map(String::as_str);
                 Err(NameError::NotFound {
                     name: name.into(),
                     known,
+                    close: close_names(name, short),
                 })
             }
             _ => Err(NameError::Ambiguous {

@@ -83,6 +83,8 @@ struct Survey {
     uses: HashMap<Digest, usize>,
     /// Files that no model needs.
     leftovers: Vec<(PathBuf, &'static str)>,
+    /// Models whose manifest cannot be read: nobody knows which files they need.
+    damaged: HashSet<Digest>,
 }
 
 impl Store {
@@ -110,13 +112,22 @@ impl Store {
     }
 
     /// Removes a model: its manifest, names and links, and those of its files that no other model has. Gives the bytes that
-    /// this frees.
+    /// this frees. Of one whose manifest is damaged the files are not known; [`Store::gc`] removes those that are left over.
     ///
     /// # Errors
     /// If a process has it loaded or fetches it, the store does not have it, or the disk fails.
     pub fn remove(&self, fingerprint: &Digest) -> Result<u64, StoreError> {
         let _lock = self.lock()?;
         let survey = self.survey(SystemTime::now())?;
+        if survey.damaged.contains(fingerprint) {
+            // Its files are left over from then on.
+            return match self.is_pinned(fingerprint)? {
+                true => Err(StoreError::Pinned {
+                    name: fingerprint.to_string(),
+                }),
+                false => self.remove_records(fingerprint).map(|()| 0),
+            };
+        }
         let found = survey.models.iter().find(|(known, _)| known == fingerprint);
         let (_, manifest) = found.ok_or(StoreError::NoModel {
             fingerprint: *fingerprint,
@@ -255,15 +266,15 @@ impl Store {
             kept: HashSet::new(),
             uses: HashMap::new(),
             leftovers: Vec::new(),
+            damaged: HashSet::new(),
         };
-        let mut all_readable = true;
         for fingerprint in self.fingerprints()? {
             match self.manifest(&fingerprint) {
                 Ok(Some(signed)) => survey.models.push((fingerprint, signed.manifest)),
                 Ok(None) => {}
                 Err(error) => {
                     tracing::warn!(%fingerprint, %error, "a manifest of the store is unreadable: no file of the store counts as left over");
-                    all_readable = false;
+                    survey.damaged.insert(fingerprint);
                 }
             }
         }
@@ -282,7 +293,7 @@ impl Store {
                 *survey.uses.entry(digest).or_default() += 1;
             }
         }
-        if all_readable {
+        if survey.damaged.is_empty() {
             survey.leftovers = self.leftovers(&survey, now)?;
         }
         Ok(survey)
@@ -440,15 +451,7 @@ impl Store {
         manifest: &Manifest,
         uses: &HashMap<Digest, usize>,
     ) -> Result<u64, StoreError> {
-        remove_any(&self.manifest_path(fingerprint))?;
-        remove_any(&self.signatures_path(fingerprint))?;
-        for named in self.names()? {
-            if named.fingerprint == *fingerprint {
-                remove_any(&self.name_path(&named.name))?;
-            }
-        }
-        remove_any(&self.root().join("models").join(fingerprint.to_string()))?;
-        remove_any(&self.pin_path(fingerprint))?;
+        self.remove_records(fingerprint)?;
         let mut freed = 0;
         for digest in release(manifest, &mut uses.clone()) {
             freed += self.weight(&digest);
@@ -458,6 +461,19 @@ impl Store {
             }
         }
         Ok(freed)
+    }
+
+    /// Removes all of a model but its files.
+    fn remove_records(&self, fingerprint: &Digest) -> Result<(), StoreError> {
+        remove_any(&self.manifest_path(fingerprint))?;
+        remove_any(&self.signatures_path(fingerprint))?;
+        for named in self.names()? {
+            if named.fingerprint == *fingerprint {
+                remove_any(&self.name_path(&named.name))?;
+            }
+        }
+        remove_any(&self.root().join("models").join(fingerprint.to_string()))?;
+        remove_any(&self.pin_path(fingerprint))
     }
 
     /// Whether a process has the model loaded. The caller holds the store's lock: others would take our look for a pin.

@@ -16,6 +16,8 @@
 //! Files come into being under `tmp/` and are renamed to where they belong once they are on disk. Whatever a crash leaves
 //! behind is either used again (partial files) or removed by [`Store::gc`].
 
+mod contents;
+
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -34,6 +36,8 @@ use crate::partial::{HaveMap, PartialFile, PartialKey, have_path};
 use crate::ranges::RangeSet;
 use crate::room::Limits;
 use crate::signature::{MAX_SIGNATURES, SignedManifest};
+
+pub use contents::{Contents, DamagedModel, StoredModel};
 
 /// A store in a folder. Cheap to clone. Several processes may use one folder at once.
 #[derive(Debug, Clone)]
@@ -77,23 +81,6 @@ pub struct Named {
     pub source: Option<String>,
 }
 
-/// A model in the store.
-#[derive(Debug, Clone)]
-pub struct StoredModel {
-    /// Its fingerprint.
-    pub fingerprint: Digest,
-    /// Its manifest, and who signed it.
-    pub signed: SignedManifest,
-    /// Names that mean it, besides the manifest's own.
-    pub names: Vec<Named>,
-    /// Bytes of its files that are here.
-    pub present: u64,
-    /// Whether a process has it loaded.
-    pub pinned: bool,
-    /// When it was last used.
-    pub last_used: SystemTime,
-}
-
 /// Keeps a model from being evicted as long as it lives, also over processes.
 #[derive(Debug)]
 pub struct Pin {
@@ -130,6 +117,25 @@ impl Store {
         Ok(Store {
             inner: Arc::new(Inner { root, limits }),
         })
+    }
+
+    /// The store in the folder `root`, if there is one: none is made. A folder that is missing or empty has none.
+    ///
+    /// # Errors
+    /// If something else is there, or the folder cannot be used.
+    pub fn find(root: impl Into<PathBuf>) -> Result<Option<Self>, StoreError> {
+        let root = root.into();
+        if MARKS.iter().all(|mark| root.join(mark).is_dir()) {
+            return Self::open(root).map(Some);
+        }
+        match std::fs::read_dir(&root).map(|mut items| items.next().is_none()) {
+            Ok(true) => Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) if error.kind() != io::ErrorKind::NotADirectory => {
+                Err(StoreError::io("look into", &root)(error))
+            }
+            Ok(false) | Err(_) => Err(StoreError::NoStore { path: root }),
+        }
     }
 
     /// Its folder.
@@ -251,7 +257,16 @@ impl Store {
         let fingerprint = Digest::of(&bytes);
         let _lock = self.lock()?;
         let mut merged = SignedManifest::unsigned(signed.manifest.clone());
-        let known = self.read_signatures(&fingerprint)?;
+        let known = match self.read_signatures(&fingerprint) {
+            // They are of no use to anybody.
+            Err(error @ StoreError::Damaged { .. }) => {
+                tracing::warn!(%error, "signatures are lost");
+                let path = self.signatures_path(&fingerprint);
+                files::remove(&path).map_err(StoreError::io("remove", &path))?;
+                Vec::new()
+            }
+            read => read?,
+        };
         known
             .into_iter()
             .for_each(|signature| merged.add(signature));
@@ -270,9 +285,11 @@ impl Store {
                 &merged.signatures_to_bytes(),
             )?;
         }
-        // What makes it a model comes last.
+        // What makes it a model comes last. One that is damaged is mended so.
         let path = self.manifest_path(&fingerprint);
-        if !path.is_file() {
+        let is_there = files::read_limited(&path, MAX_MANIFEST as u64)
+            .is_ok_and(|known| known.is_some_and(|known| known == bytes));
+        if !is_there {
             write(path, &bytes)?;
         }
         Ok(fingerprint)
@@ -289,8 +306,9 @@ impl Store {
         let Some(bytes) = bytes else {
             return Ok(None);
         };
+        let manifest = Manifest::parse_expected(&bytes, fingerprint);
         Ok(Some(SignedManifest {
-            manifest: Manifest::parse_expected(&bytes, fingerprint)?,
+            manifest: manifest.map_err(StoreError::damaged(&path))?,
             signatures: self.read_signatures(fingerprint)?,
         }))
     }
@@ -334,42 +352,6 @@ impl Store {
         }
         names.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(names)
-    }
-
-    /// All models, by name. One whose manifest is damaged is left out, with a warning.
-    ///
-    /// # Errors
-    /// If the store cannot be listed.
-    pub fn models(&self) -> Result<Vec<StoredModel>, StoreError> {
-        let names = self.names()?;
-        let mut models = Vec::new();
-        let _lock = self.lock()?;
-        for fingerprint in self.fingerprints()? {
-            let signed = match self.manifest(&fingerprint) {
-                Ok(Some(signed)) => signed,
-                Ok(None) => continue,
-                Err(error) => {
-                    tracing::warn!(%fingerprint, %error, "a model of the store is left out");
-                    continue;
-                }
-            };
-            let presences = signed.manifest.files.iter();
-            let present = presences.map(|file| self.presence(&fingerprint, file).have.bytes());
-            models.push(StoredModel {
-                present: present.sum(),
-                names: names
-                    .iter()
-                    .filter(|named| named.fingerprint == fingerprint)
-                    .cloned()
-                    .collect(),
-                pinned: self.is_pinned(&fingerprint)?,
-                last_used: self.last_used(&fingerprint),
-                fingerprint,
-                signed,
-            });
-        }
-        models.sort_by(|a, b| a.signed.manifest.name.cmp(&b.signed.manifest.name));
-        Ok(models)
     }
 
     /// The model's folder, with links to what is here of its files: what is opened to load it. A file that is partly here has its
@@ -466,7 +448,9 @@ impl Store {
         let bytes = files::read_limited(&path, MAX_SIGNATURE_FILE)
             .map_err(StoreError::io("read", &path))?;
         match bytes {
-            Some(bytes) => Ok(SignedManifest::parse_signatures(&bytes)?),
+            Some(bytes) => {
+                SignedManifest::parse_signatures(&bytes).map_err(StoreError::damaged(&path))
+            }
             None => Ok(Vec::new()),
         }
     }
@@ -554,6 +538,9 @@ const FOLDERS: [&str; 7] = [
     "pins",
     "tmp",
 ];
+
+/// Those that tell it from other folders. Ollama's has the first two as well.
+const MARKS: [&str; 3] = ["blobs", "manifests", "pins"];
 
 /// Longest files of these kinds that are read.
 const MAX_NAME_FILE: u64 = 64 << 10;

@@ -29,8 +29,8 @@ pub struct Config {
     pub join_token_file: Option<PathBuf>,
     /// The join token itself, for deployments that hand secrets over in the environment.
     pub join_token: Option<String>,
-    /// Models to serve whole: paths of GGUF files or of folders with safetensors, names looked up in `model_dirs`, or names of
-    /// models that other workers or the hub have; for embeddings the folder of an encoder.
+    /// Models to serve whole: paths of GGUF files or of folders with safetensors, names looked up in `model_dirs`, names of
+    /// models that other workers or the hub have, or short names such as `qwen2.5:7b`; for embeddings the folder of an encoder.
     pub models: Vec<String>,
     /// Models of which this worker holds a range of layers if the head wants it to; named like `models`.
     pub shards: Vec<String>,

@@ -43,6 +43,14 @@ pub enum WorkerError {
     /// A model is not there.
     #[error(transparent)]
     NotFound(#[from] LocalError),
+    /// A name of a model that is none, anywhere.
+    #[error("no model {name:?}: it is no file, in no model folder, {hint}")]
+    Unknown {
+        /// The name.
+        name: String,
+        /// What a name may be, and those that look like it.
+        hint: String,
+    },
     /// The store of models, or the keys that it trusts.
     #[error("the store of models: {reason}; `store.dir` says where it lies")]
     ModelStore {

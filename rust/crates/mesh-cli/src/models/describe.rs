@@ -1,8 +1,10 @@
 //! What a model is, by what its files say.
 
+use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 
-use mesh_model::{GgmlType, Model};
+use mesh_model::encoder::Pooling;
+use mesh_model::{EncoderModel, Model, encoder};
 use mesh_store::{Manifest, SignedManifest, Store, StoredModel, Verdict};
 use serde_json::{Value, json};
 
@@ -17,10 +19,15 @@ pub(super) fn to_open(store: &Store, model: &StoredModel) -> Option<PathBuf> {
 
 /// Facts about the model at `path`, or why it cannot be served.
 pub(super) fn facts(path: &Path) -> Result<Vec<(&'static str, Value)>, String> {
+    if path.is_dir() && encoder::is_encoder(path) {
+        let model = EncoderModel::open(path).map_err(|error| error.to_string())?;
+        return Ok(embedding_facts(&model));
+    }
     let model = Model::open(path).map_err(|error| error.kind.to_string())?;
     let config = model.config();
     Ok(vec![
         ("title", json!(config.name)),
+        ("purpose", json!("chat")),
         ("architecture", json!(config.architecture.name())),
         ("parameters", json!(config.parameters())),
         ("weights", json!(weight_format(&model))),
@@ -34,6 +41,32 @@ pub(super) fn facts(path: &Path) -> Result<Vec<(&'static str, Value)>, String> {
     ])
 }
 
+/// The same about a model that makes vectors of texts.
+fn embedding_facts(model: &EncoderModel) -> Vec<(&'static str, Value)> {
+    let (config, sentences) = (model.config(), model.sentences());
+    let tensors = || model.tensors().tensors();
+    let parameters: u64 = tensors().map(|tensor| tensor.elements()).sum();
+    let types = tensors().map(|tensor| (tensor.dtype, tensor.data.len()));
+    let pooling = match sentences.pooling {
+        Pooling::Mean => "the mean of all tokens",
+        Pooling::Cls => "the first token",
+    };
+    vec![
+        ("purpose", json!("embeddings")),
+        ("architecture", json!(config.architecture)),
+        ("parameters", json!(parameters)),
+        ("weights", json!(most_bytes(types))),
+        ("context", json!(sentences.max_tokens)),
+        ("dimensions", json!(config.hidden)),
+        ("pooling", json!(pooling)),
+        ("normalised", json!(sentences.normalise)),
+        ("layers", json!(config.layers)),
+        ("hidden", json!(config.hidden)),
+        ("heads", json!(config.heads)),
+        ("vocabulary", json!(config.vocab)),
+    ]
+}
+
 /// One of the facts.
 pub(super) fn fact(facts: &[(&str, Value)], key: &str) -> Option<Value> {
     facts
@@ -44,14 +77,20 @@ pub(super) fn fact(facts: &[(&str, Value)], key: &str) -> Option<Value> {
 
 /// The format that most weight bytes have.
 fn weight_format(model: &Model) -> String {
-    let mut formats: Vec<(GgmlType, usize)> = Vec::new();
-    for tensor in model.gguf().tensors() {
-        match formats.iter_mut().find(|(ty, _)| *ty == tensor.ty) {
-            Some((_, total)) => *total += tensor.data.len(),
-            None => formats.push((tensor.ty, tensor.data.len())),
+    let tensors = model.gguf().tensors();
+    most_bytes(tensors.map(|tensor| (tensor.ty, tensor.data.len())))
+}
+
+/// The type that has most bytes, of tensors with their lengths.
+fn most_bytes<T: PartialEq + Debug>(tensors: impl Iterator<Item = (T, usize)>) -> String {
+    let mut types: Vec<(T, usize)> = Vec::new();
+    for (ty, bytes) in tensors {
+        match types.iter_mut().find(|(known, _)| *known == ty) {
+            Some((_, total)) => *total += bytes,
+            None => types.push((ty, bytes)),
         }
     }
-    formats
+    types
         .into_iter()
         .max_by_key(|(_, total)| *total)
         .map_or_else(String::new, |(ty, _)| format!("{ty:?}"))

@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 use std::time::SystemTime;
 
-use mesh_store::{Store, StoredModel, local};
+use mesh_store::{DamagedModel, Store, StoredModel, local};
 use serde_json::{Value, json};
 
 use super::describe::{fact, facts, signers, to_open};
-use super::{default_dirs, failed, open_if_there};
+use super::{damaged, default_dirs, failed, open_if_there, store_dir};
 use crate::failure::Failure;
 use crate::output::{bytes, table};
 
@@ -40,13 +40,22 @@ pub(super) fn run(
         .iter()
         .map(in_folder)
         .collect();
+    let place = store_dir(store.clone());
     let store = match only_named {
         true => None,
         false => open_if_there(store)?,
     };
     if let Some(store) = store {
-        for model in store.models().map_err(failed)? {
-            lines.push(in_store(&store, &model));
+        let contents = store.contents().map_err(failed)?;
+        for model in &contents.models {
+            lines.push(in_store(&store, model));
+        }
+        for model in &contents.damaged {
+            eprintln!(
+                "{}",
+                damaged(&model.name(), &model.fingerprint, &model.error)
+            );
+            lines.push(unusable(model));
         }
     }
     if as_json {
@@ -56,7 +65,11 @@ pub(super) fn run(
     }
     if lines.is_empty() {
         let dirs: Vec<String> = dirs.iter().map(|dir| dir.display().to_string()).collect();
-        eprintln!("no models in {} or in the store", dirs.join(", "));
+        let store = match only_named {
+            true => String::new(),
+            false => format!(" or in the store {}", place.display()),
+        };
+        eprintln!("no models in {}{store}", dirs.join(", "));
         return Ok(());
     }
     const HEADINGS: [&str; 9] = [
@@ -148,6 +161,36 @@ fn in_store(store: &Store, model: &StoredModel) -> Line {
     }
 }
 
+/// A model of which it cannot be said what it consists of.
+fn unusable(model: &DamagedModel) -> Line {
+    let reason = model.error.to_string();
+    let unknown = || "?".to_owned();
+    let cells = vec![
+        model.name(),
+        unknown(),
+        unknown(),
+        String::new(),
+        String::new(),
+        "damaged; `hydramesh models verify` says what".to_owned(),
+        "store".to_owned(),
+        unknown(),
+        "-".to_owned(),
+    ];
+    Line {
+        json: json!({
+            "name": model.name(),
+            "names": model.names,
+            "fingerprint": model.fingerprint,
+            "bytes": null,
+            "present_bytes": null,
+            "where": "store",
+            "damaged": true,
+            "error": reason,
+        }),
+        cells,
+    }
+}
+
 /// Weights, context and architecture. A file that cannot be opened is listed with its reason: that it lies there is what was
 /// asked.
 fn look(path: &std::path::Path, object: &mut Value) -> [String; 3] {
@@ -158,9 +201,14 @@ fn look(path: &std::path::Path, object: &mut Value) -> [String; 3] {
                 Some(value) => value.to_string(),
                 None => String::new(),
             };
-            let columns = ["weights", "context", "architecture"].map(text);
+            let mut columns = ["weights", "context", "architecture"].map(text);
             object["architecture"] = columns[2].clone().into();
             object["weights"] = columns[0].clone().into();
+            object["purpose"] = text("purpose").into();
+            if let Some(dimensions) = fact(&facts, "dimensions") {
+                object["dimensions"] = dimensions;
+                columns[2] += ", for embeddings";
+            }
             columns
         }
         Err(reason) => {

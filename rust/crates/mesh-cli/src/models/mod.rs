@@ -10,9 +10,11 @@ mod show;
 mod sign;
 mod verify;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use mesh_store::{Places, Resolved, Store, Target, default_store};
+use mesh_store::{
+    Digest, NameError, Places, Resolved, SignedManifest, Store, StoreError, Target, default_store,
+};
 
 use crate::args::{ModelsCommand, PlacesArgs};
 use crate::failure::{Exit, Failure};
@@ -76,40 +78,61 @@ fn store_dir(named: Option<PathBuf>) -> PathBuf {
     named.unwrap_or_else(default_store)
 }
 
-/// The store, if its folder is there: looking at it makes none.
+/// The store, if there is one: looking at it makes none.
 fn open_if_there(named: Option<PathBuf>) -> Result<Option<Store>, Failure> {
-    let is_named = named.is_some();
-    let dir = store_dir(named);
-    if !dir.is_dir() {
-        return match is_named {
-            true => Err(no_store(&dir)),
-            false => Ok(None),
-        };
-    }
-    Store::open(dir).map(Some).map_err(failed)
+    Store::find(store_dir(named)).map_err(failed)
 }
 
 /// The store, which must be there.
 fn open(named: Option<PathBuf>) -> Result<Store, Failure> {
     let dir = store_dir(named);
-    match dir.is_dir() {
-        true => Store::open(dir).map_err(failed),
-        false => Err(no_store(&dir)),
+    let found = Store::find(&dir).map_err(failed)?;
+    found.ok_or_else(|| {
+        Failure::failed(format!("there is no store at {}", dir.display()))
+            .hint("`hydramesh models pull` makes one; --store or HYDRAMESH_STORE names another.")
+    })
+}
+
+/// The manifest of a model of the store.
+fn manifest(store: &Store, name: &str, fingerprint: &Digest) -> Result<SignedManifest, Failure> {
+    match store.manifest(fingerprint) {
+        Ok(Some(signed)) => Ok(signed),
+        Ok(None) => Err(Failure::failed(format!(
+            "model {fingerprint} has just been removed"
+        ))),
+        Err(error) => Err(damaged(name, fingerprint, &error)),
     }
 }
 
-fn no_store(dir: &std::path::Path) -> Failure {
-    Failure::failed(format!("there is no store at {}", dir.display()))
-        .hint("`hydramesh models pull` makes one; --store or HYDRAMESH_STORE names another.")
+/// The failure for a model whose manifest or signatures are not what they were.
+fn damaged(name: &str, fingerprint: &Digest, error: &StoreError) -> Failure {
+    let short = fingerprint.short();
+    Failure::failed(format!("model {name} ({short}): {error}")).hint(format!(
+        "Fetch it again, or sign it again where its file is: that writes it anew. `hydramesh models rm {short}` removes it."
+    ))
 }
 
-/// What `name` means. A model that only the hub has is none where `here` says so.
-fn resolve(name: &str, dirs: &[PathBuf], store: Option<&Store>) -> Result<Resolved, Failure> {
+/// What `name` means, with the store in the folder `store` if there is one.
+fn resolve(
+    name: &str,
+    dirs: &[PathBuf],
+    store: Option<&Store>,
+    named: Option<&Path>,
+) -> Result<Resolved, Failure> {
     let places = Places {
         folders: dirs,
         store,
     };
-    places.resolve(name).map_err(failed)
+    places.resolve(name).map_err(|error| {
+        let failure = failed(&error);
+        match (error, store, named) {
+            // Perhaps the store's name is what is mistyped.
+            (NameError::NotFound { .. }, None, Some(dir)) => {
+                failure.hint(format!("There is no store at {}.", dir.display()))
+            }
+            _ => failure,
+        }
+    })
 }
 
 /// The failure for a model that is not on this machine.

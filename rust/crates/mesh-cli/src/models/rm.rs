@@ -11,7 +11,7 @@ use crate::output::bytes;
 
 pub(super) fn run(name: &str, store: Option<PathBuf>, as_json: bool) -> Result<(), Failure> {
     let store = open(store)?;
-    let resolved = resolve(name, &[], Some(&store))?;
+    let resolved = resolve(name, &[], Some(&store), None)?;
     let (known, fingerprint) = match resolved.target {
         Target::Stored { name, fingerprint } => (name, fingerprint),
         Target::Hub { id } => return Err(not_here(name, &id)),

@@ -1,17 +1,17 @@
 //! `hydramesh models show`.
 
-use mesh_store::{Resolved, Store, Target};
+use mesh_store::{Digest, Resolved, Store, Target};
 use serde_json::{Map, Value, json};
 
 use super::describe::{facts, signers, to_open, whole_layers};
-use super::{dirs, failed, open_if_there, place, resolve};
+use super::{dirs, failed, manifest, open_if_there, place, resolve};
 use crate::args::PlacesArgs;
 use crate::failure::Failure;
 use crate::output::bytes;
 
 pub(super) fn run(name: &str, places: &PlacesArgs, as_json: bool) -> Result<(), Failure> {
     let store = open_if_there(places.store.clone())?;
-    let resolved = resolve(name, &dirs(places), store.as_ref())?;
+    let resolved = resolve(name, &dirs(places), store.as_ref(), places.store.as_deref())?;
     let lines = match (&resolved.target, &store) {
         (Target::Local(model), _) => {
             let mut lines = vec![
@@ -24,7 +24,7 @@ pub(super) fn run(name: &str, places: &PlacesArgs, as_json: bool) -> Result<(), 
             })?);
             lines
         }
-        (Target::Stored { fingerprint, .. }, Some(store)) => stored(store, fingerprint)?,
+        (Target::Stored { name, fingerprint }, Some(store)) => stored(store, name, fingerprint)?,
         (Target::Stored { .. }, None) => unreachable!("it was found in a store"),
         (Target::Hub { id }, _) => vec![
             ("name", json!(id)),
@@ -40,8 +40,11 @@ pub(super) fn run(name: &str, places: &PlacesArgs, as_json: bool) -> Result<(), 
 
 fn stored(
     store: &Store,
-    fingerprint: &mesh_store::Digest,
+    name: &str,
+    fingerprint: &Digest,
 ) -> Result<Vec<(&'static str, Value)>, Failure> {
+    // One that is damaged says so here.
+    manifest(store, name, fingerprint)?;
     let models = store.models().map_err(failed)?;
     let model = models
         .into_iter()

@@ -6,7 +6,7 @@ use mesh_store::{SignedManifest, SigningKey, Store, Target};
 use serde_json::json;
 
 use super::progress::bar;
-use super::{dirs, failed, not_here, resolve, store_dir};
+use super::{dirs, failed, manifest, not_here, resolve, store_dir};
 use crate::args::PlacesArgs;
 use crate::failure::Failure;
 
@@ -19,12 +19,9 @@ pub(super) fn run(
     let key = SigningKey::read(key).map_err(failed)?;
     let dir = store_dir(places.store.clone());
     let store = Store::open(dir).map_err(failed)?;
-    let resolved = resolve(name, &dirs(places), Some(&store))?;
+    let resolved = resolve(name, &dirs(places), Some(&store), None)?;
     let mut signed: SignedManifest = match &resolved.target {
-        Target::Stored { fingerprint, .. } => {
-            let signed = store.manifest(fingerprint).map_err(failed)?;
-            signed.ok_or_else(|| Failure::failed(format!("{name} has just been removed")))?
-        }
+        Target::Stored { name, fingerprint } => manifest(&store, name, fingerprint)?,
         Target::Local(model) => {
             let bar = bar("reading", model.bytes);
             let signed = store.adopt(&model.name, &model.path, &|bytes| bar.inc(bytes));

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::describe::verdict;
 use super::progress::bar;
-use super::{dirs, failed, not_here, open_if_there, resolve};
+use super::{damaged, dirs, failed, manifest, not_here, open_if_there, resolve};
 use crate::args::PlacesArgs;
 use crate::failure::Failure;
 
@@ -29,11 +29,13 @@ pub(super) fn run(
     let policy =
         Policy::from_files(&wanted.trusted_keys, wanted.require_signature).map_err(failed)?;
     let store = open_if_there(places.store.clone())?;
-    let resolved = resolve(name, &dirs(places), store.as_ref())?;
+    let resolved = resolve(name, &dirs(places), store.as_ref(), places.store.as_deref())?;
     match (&resolved.target, &store) {
         (Target::Local(model), _) => local(model, store.as_ref(), &policy, wanted, as_json),
-        (Target::Stored { fingerprint, .. }, Some(store)) => {
-            stored(store, fingerprint, &policy, wanted, as_json)
+        (Target::Stored { name, fingerprint }, Some(store)) => {
+            // That it has its fingerprint is checked here.
+            let signed = manifest(store, name, fingerprint)?;
+            stored(store, fingerprint, &signed, &policy, wanted, as_json)
         }
         (Target::Stored { .. }, None) => unreachable!("it was found in a store"),
         (Target::Hub { id }, _) => Err(not_here(name, id)),
@@ -58,7 +60,9 @@ fn local(
     check_sha256(&manifest, wanted)?;
     let fingerprint = manifest.fingerprint();
     let known = store.map(|store| store.manifest(&fingerprint)).transpose();
-    let known = known.map_err(failed)?.flatten();
+    let known = known
+        .map_err(|error| damaged(&model.name, &fingerprint, &error))?
+        .flatten();
     let signed = known.unwrap_or_else(|| SignedManifest::unsigned(manifest.clone()));
     let found = policy.check(&signed).map_err(failed)?;
     let sha256 = match &manifest.files[..] {
@@ -97,17 +101,14 @@ fn local(
 fn stored(
     store: &Store,
     fingerprint: &Digest,
+    signed: &SignedManifest,
     policy: &Policy,
     wanted: &Wanted,
     as_json: bool,
 ) -> Result<(), Failure> {
-    // That the manifest has its fingerprint is checked here.
-    let signed = store.manifest(fingerprint).map_err(failed)?;
-    let signed = signed
-        .ok_or_else(|| Failure::failed(format!("model {fingerprint} has just been removed")))?;
     let manifest = &signed.manifest;
     check_sha256(manifest, wanted)?;
-    let found = policy.check(&signed).map_err(failed)?;
+    let found = policy.check(signed).map_err(failed)?;
     let mut bad: Vec<String> = Vec::new();
     let (mut checked, mut present) = (0, 0);
     let bar = bar("checking", manifest.bytes());

@@ -23,8 +23,11 @@ pub(super) async fn find(
         let Some(named) = names.into_iter().find(is_it) else {
             return Ok(None);
         };
-        let Some(signed) = store.manifest(&named.fingerprint)? else {
-            return Ok(None);
+        let signed = match store.manifest(&named.fingerprint) {
+            Ok(Some(signed)) => signed,
+            // It is made anew.
+            Ok(None) | Err(StoreError::Damaged { .. }) => return Ok(None),
+            Err(error) => return Err(error.into()),
         };
         let manifest = signed.manifest;
         let is_here = |file| store.presence(&named.fingerprint, file).have.bytes() == file.bytes;

@@ -138,6 +138,96 @@ fn what_means_several_models_or_none_is_an_error_with_the_candidates() {
 }
 
 #[test]
+fn what_the_store_knows_of_a_folder_is_no_second_meaning() {
+    let (dir, store) = store();
+    let folder = dir.path().join("local-models");
+    std::fs::create_dir(&folder).unwrap();
+    let file = folder.join("tiny-q4.gguf");
+    let made = crate::testing::gguf(dir.path(), mesh_model::Architecture::Llama);
+    std::fs::rename(made, &file).unwrap();
+    // As `hydramesh models sign` does, and again after the file was replaced by another one.
+    store.adopt("tiny-q4", &file, &|_| ()).unwrap();
+    let folders = [folder.clone()];
+    let places = Places {
+        folders: &folders,
+        store: Some(&store),
+    };
+    let is_the_file = |name: &str| match places.resolve(name).unwrap().target {
+        Target::Local(model) => assert_eq!(model.path, file, "{name}"),
+        other => panic!("{name}: {other:?}"),
+    };
+    is_the_file("tiny");
+    let made = crate::testing::gguf(dir.path(), mesh_model::Architecture::Qwen2);
+    std::fs::rename(made, &file).unwrap();
+    is_the_file("tiny");
+    store.adopt("tiny-q4", &file, &|_| ()).unwrap();
+    is_the_file("tiny");
+    // Under another name it is that file still, however the folder is called.
+    store.adopt("tiny-other", &file, &|_| ()).unwrap();
+    is_the_file("tiny");
+    let round_about = [folder.join("../local-models")];
+    let places = Places {
+        folders: &round_about,
+        store: Some(&store),
+    };
+    assert!(matches!(
+        places.resolve("tiny").unwrap().target,
+        Target::Local(_)
+    ));
+    // Another model is another meaning.
+    add(&store, "tiny-q8");
+    let error = places.resolve("tiny").unwrap_err().to_string();
+    assert!(
+        error.contains("tiny-q8") && error.contains("tiny-q4"),
+        "{error}"
+    );
+    assert!(!error.contains("tiny-other"), "{error}");
+}
+
+#[test]
+fn a_damaged_model_is_found_by_its_names_unless_another_one_has_them() {
+    let (_dir, store) = store();
+    let (damaged, nameless) = (add(&store, "tiny"), add(&store, "small"));
+    store.name("org/tiny:Q4_0", &damaged, None).unwrap();
+    let path = store.manifest_path(&damaged);
+    let altered = std::fs::read_to_string(&path).unwrap() + " ";
+    std::fs::write(&path, altered).unwrap();
+    std::fs::write(store.manifest_path(&nameless), "no JSON").unwrap();
+    let places = Places {
+        folders: &[],
+        store: Some(&store),
+    };
+    let means = |name: &str| match places.resolve(name).unwrap().target {
+        Target::Stored { fingerprint, .. } => fingerprint,
+        other => panic!("{name}: {other:?}"),
+    };
+    for name in ["tiny", "tin", "org/tiny", &damaged.short()] {
+        assert_eq!(means(name), damaged, "{name}");
+    }
+    assert_eq!(means(&nameless.short()), nameless);
+
+    let manifest = manifest_of("tiny", b"others");
+    let sound = store.put_manifest(&SignedManifest::unsigned(manifest));
+    let sound = sound.unwrap();
+    assert_eq!(means("tiny"), sound);
+    assert_eq!(means("org/tiny"), damaged);
+}
+
+#[test]
+fn short_names_like_a_mistyped_one_are_named() {
+    let places = Places {
+        folders: &[],
+        store: None,
+    };
+    let error = places.resolve("qwen2.5:8b").unwrap_err().to_string();
+    assert!(
+        error.contains("short names like it are qwen2.5:"),
+        "{error}"
+    );
+    assert!(error.contains("qwen2.5:7b"), "{error}");
+}
+
+#[test]
 fn a_folder_is_no_model_where_a_name_is_meant() {
     // The tests run in the crate's folder, which has one of this name.
     let places = Places {

@@ -111,7 +111,67 @@ fn signatures_gather_and_a_tampered_manifest_is_refused() {
     std::fs::write(&path, text).unwrap();
     let error = store.manifest(&fingerprint).unwrap_err();
     assert!(error.to_string().contains("it was altered"), "{error}");
+    assert!(
+        error.to_string().contains(path.to_str().unwrap()),
+        "{error}"
+    );
     assert_eq!(store.models().unwrap().len(), 0);
+}
+
+#[test]
+fn what_is_damaged_is_told_of_and_mended_or_removed() {
+    let (_dir, store) = store();
+    let bytes = noise(1, 100);
+    let fingerprint = add(&store, "m", &bytes);
+    let path = store.manifest_path(&fingerprint);
+    let whole = std::fs::read_to_string(&path).unwrap();
+    let damage = || std::fs::write(&path, whole.replace("weights.bin", "weights.bim")).unwrap();
+    let damaged = || {
+        let contents = store.contents().unwrap();
+        let damaged = contents.damaged.iter();
+        damaged
+            .map(|model| (model.fingerprint, model.name()))
+            .collect::<Vec<_>>()
+    };
+    damage();
+    assert_eq!(damaged(), [(fingerprint, "m".to_owned())]);
+    // Fetched or signed again, it is as it was.
+    assert_eq!(add(&store, "m", &bytes), fingerprint);
+    assert_eq!(damaged(), []);
+    assert_eq!(store.models().unwrap().len(), 1);
+
+    let signatures = store.signatures_path(&fingerprint);
+    std::fs::write(&signatures, "[]x").unwrap();
+    assert_eq!(damaged(), [(fingerprint, "m".to_owned())]);
+    assert_eq!(add(&store, "m", &bytes), fingerprint);
+    assert_eq!(damaged(), []);
+
+    damage();
+    std::fs::write(&signatures, "[]x").unwrap();
+    assert_eq!(store.remove(&fingerprint).unwrap(), 0);
+    assert_eq!(damaged(), []);
+    assert!(store.list("manifests").unwrap().is_empty());
+    let error = store.remove(&fingerprint).unwrap_err();
+    assert!(matches!(error, StoreError::NoModel { .. }), "{error}");
+}
+
+#[test]
+fn a_store_is_found_and_told_from_other_folders() {
+    let (dir, store) = store();
+    let find = |path: PathBuf| Store::find(path);
+    let root = store.root().to_owned();
+    assert_eq!(find(root.clone()).unwrap().unwrap().root(), root);
+    let empty = dir.path().join("empty");
+    assert!(find(empty.clone()).unwrap().is_none());
+    std::fs::create_dir(&empty).unwrap();
+    assert!(find(empty.clone()).unwrap().is_none());
+    assert_eq!(std::fs::read_dir(&empty).unwrap().count(), 0);
+    let file = empty.join("file");
+    std::fs::write(&file, "").unwrap();
+    for other in [empty, file] {
+        let error = find(other).unwrap_err();
+        assert!(matches!(error, StoreError::NoStore { .. }), "{error}");
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The models of this worker that are not files at hand: finds them in the store, gets what is missing from other workers or from
 //! the hub, and gives others what is here.
 //!
-//! [`Models::obtain`] finds a model by a name and gives its [`Held`] (`seek`, `origin`); [`Models::fetch`] gets pieces of it
+//! Names that mean nothing anywhere are refused at the start (`wanted`). [`Models::obtain`] finds a model by a name and gives its [`Held`] (`seek`, `origin`); [`Models::fetch`] gets pieces of it
 //! (`fetch`, a task for each model that is fetched; `source`, one for each worker that sends some). `serve` is the other side. Who
 //! has what the head says: it hears what this worker holds and seeks ([`Models::report`]) and answers with [`Sources`].
 
@@ -11,6 +11,7 @@ mod origin;
 mod seek;
 mod serve;
 mod source;
+mod wanted;
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasher, RandomState};
@@ -86,7 +87,7 @@ struct Counters {
 }
 
 impl Models {
-    /// Opens the store if the configuration needs it.
+    /// Opens the store if the configuration needs it, and checks that what it names can come from somewhere.
     pub(crate) fn open(config: &Arc<Config>) -> Result<Arc<Self>, WorkerError> {
         let store_config = &config.store;
         let failed = |reason: String| WorkerError::ModelStore { reason };
@@ -119,6 +120,7 @@ impl Models {
                 held.insert(model.fingerprint, Arc::new(known));
             }
         }
+        wanted::check(config, &held)?;
         Ok(Arc::new(Models {
             config: config.clone(),
             runtime: Handle::current(),

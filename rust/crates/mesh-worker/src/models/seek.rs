@@ -9,15 +9,16 @@ use mesh_store::{Digest, SignedManifest, Store};
 
 use super::held::Held;
 use super::origin::{self, OriginError};
-use super::{Models, lock, source};
+use super::{Models, lock, source, wanted};
 
 impl Models {
-    /// The model called `name`: from the store, else its manifest comes from another worker, or all of it from the hub. Waits
-    /// for as long as that takes; an error is one that waiting does not mend.
+    /// The model called `name`: from the store, else its manifest comes from another worker, or all of it from the hub. A short
+    /// name is that of a model on the hub. Waits for as long as that takes; an error is one that waiting does not mend.
     pub(crate) async fn obtain(self: &Arc<Self>, name: &str) -> Result<Arc<Held>, String> {
         let Some(store) = self.store.clone() else {
             return Err("there is no store to look it up in".to_owned());
         };
+        let name = wanted::long_name(name);
         let turn = lock(&self.seeking)
             .entry(name.to_owned())
             .or_default()
@@ -47,9 +48,9 @@ impl Models {
     }
 
     async fn seek(self: &Arc<Self>, name: &str, store: &Store) -> Result<Arc<Held>, String> {
-        let signed_only = self.policy.requires_signature();
         let mut told = self.told.subscribe();
         let mut refused = String::new();
+        let mut nowhere = String::new();
         // Until when the hub is left alone.
         let mut rest: Option<Instant> = None;
         loop {
@@ -100,16 +101,34 @@ impl Models {
                     }
                 }
             }
-            if signed_only && sources_empty(&told.borrow(), name) {
-                let text = format!(
-                    "no worker has a manifest of {name} that is signed, which `store.require_signature` asks for: sign it with `hydramesh \
-                     models sign` where it is"
-                );
-                self.seeks(name, |sought| sought.origin_error = text);
+            if sources_empty(&told.borrow(), name)
+                && let Some(text) = self.why_nowhere(name)
+                && text != nowhere
+            {
+                tracing::warn!(model = name, reason = text, "the model is nowhere yet");
+                self.seeks(name, |sought| sought.origin_error.clone_from(&text));
+                nowhere = text;
             }
             // Others may come, and a link that could not be made may be made in a moment.
             let _ = tokio::time::timeout(SEEK_AGAIN, told.changed()).await;
         }
+    }
+
+    /// Why a model that no worker has does not come from the hub either, if it does not.
+    fn why_nowhere(&self, name: &str) -> Option<String> {
+        if self.policy.requires_signature() {
+            return Some(format!(
+                "no worker has a manifest of {name} that is signed, which `store.require_signature` asks for: sign it with `hydramesh \
+                 models sign` where it is"
+            ));
+        }
+        if !origin::is_name(name) {
+            let held: Vec<_> = lock(&self.held).values().cloned().collect();
+            let close = wanted::like(name, &self.config, &held);
+            return Some(format!("no worker has it yet, {}", wanted::unknown(&close)));
+        }
+        let hub = self.config.store.hub;
+        (!hub).then(|| "no worker has it yet, and `store.hub` forbids to ask the hub".to_owned())
     }
 
     /// Whether this worker is the one that gets a model from outside the mesh.

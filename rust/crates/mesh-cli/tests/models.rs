@@ -1,0 +1,276 @@
+//! `hydramesh models` for what lies on this machine, as a process.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use mesh_model::synth::{self, Shape, Tokens};
+use mesh_model::{Architecture, GgmlType};
+use mesh_store::Store;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// A home with a model file in its model folder.
+struct Home {
+    dir: TempDir,
+}
+
+impl Home {
+    fn new() -> Self {
+        let home = Home {
+            dir: tempfile::tempdir().unwrap(),
+        };
+        std::fs::create_dir(home.path("local-models")).unwrap();
+        let shape = Shape::tiny(Architecture::Llama);
+        let bytes = synth::random_model_bytes(&shape, GgmlType::Q4_0, Tokens::Bytes);
+        std::fs::write(home.path("local-models/tiny-q4.gguf"), bytes).unwrap();
+        home
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// `hydramesh models …` there; the store is the folder `store` unless another one is named.
+    fn run(&self, arguments: &[&str]) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_hydramesh"))
+            .arg("models")
+            .args(arguments)
+            .current_dir(self.dir.path())
+            .env_clear()
+            .env("HOME", self.dir.path())
+            .env("HYDRAMESH_STORE", self.path("store"))
+            .stdin(Stdio::null())
+            .output()
+            .unwrap()
+    }
+
+    fn json(&self, arguments: &[&str]) -> Value {
+        let output = self.run(&[arguments, &["--json"]].concat());
+        assert!(output.status.success(), "{output:?}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// What a command says that fails.
+    fn failure(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    }
+
+    /// Signs the model file, and gives the path of its manifest in the store.
+    fn sign(&self) -> PathBuf {
+        if !self.path("operator.pem").exists() {
+            assert!(self.run(&["key", "operator.pem"]).status.success());
+        }
+        let signed = self.json(&["sign", "tiny-q4", "--key", "operator.pem"]);
+        let fingerprint = signed["fingerprint"].as_str().unwrap();
+        self.path(&format!("store/manifests/{fingerprint}.json"))
+    }
+}
+
+fn alter(manifest: &Path) {
+    let text = std::fs::read_to_string(manifest).unwrap();
+    let altered = text.replacen("blk.0", "blk.1", 1);
+    assert_ne!(altered, text);
+    std::fs::write(manifest, altered).unwrap();
+}
+
+#[test]
+fn a_file_that_was_signed_still_goes_by_the_beginning_of_its_name() {
+    let home = Home::new();
+    home.sign();
+    for command in ["show", "verify"] {
+        let found = home.json(&[command, "tiny"]);
+        assert_eq!(found["name"], "tiny-q4", "{command}: {found}");
+    }
+    let again = home.json(&["sign", "tiny", "--key", "operator.pem"]);
+    assert_eq!(again["signatures"], 1, "{again}");
+}
+
+#[test]
+fn a_store_that_is_missing_is_an_empty_one_to_who_only_looks() {
+    let home = Home::new();
+    assert_eq!(home.json(&["show", "tiny"])["where"], "folder");
+    assert_eq!(home.json(&["verify", "tiny"])["name"], "tiny-q4");
+    assert_eq!(home.json(&["list"])[0]["name"], "tiny-q4");
+    assert!(!home.path("store").exists());
+    // Perhaps it is what was mistyped.
+    let error = home.failure(&["show", "other"]);
+    let store = home.path("store");
+    let hint = format!("There is no store at {}", store.display());
+    assert!(error.contains(&hint), "{error}");
+    assert!(
+        home.failure(&["rm", "other"])
+            .contains("there is no store at")
+    );
+}
+
+#[test]
+fn what_is_no_store_is_refused_and_left_as_it_is() {
+    let home = Home::new();
+    std::fs::create_dir(home.path("letters")).unwrap();
+    std::fs::write(home.path("letters/one.txt"), "Dear").unwrap();
+    for (path, commands) in [
+        (
+            "letters",
+            [
+                &["show", "tiny"][..],
+                &["verify", "tiny"],
+                &["list"],
+                &["gc"],
+            ],
+        ),
+        (
+            "letters/one.txt",
+            [&["show", "tiny"], &["verify", "tiny"], &["list"], &["gc"]],
+        ),
+    ] {
+        for command in commands {
+            let error = home.failure(&[command, &["--store", path]].concat());
+            assert!(
+                error.contains(&format!("{path} is no store of models")),
+                "{command:?}: {error}"
+            );
+        }
+    }
+    assert_eq!(std::fs::read_dir(home.path("letters")).unwrap().count(), 1);
+}
+
+#[test]
+fn an_altered_manifest_is_named_with_what_to_do_and_listed() {
+    let home = Home::new();
+    let manifest = home.sign();
+    std::fs::remove_file(home.path("local-models/tiny-q4.gguf")).unwrap();
+    alter(&manifest);
+
+    for command in ["verify", "show"] {
+        for name in ["tiny", "tiny-q4"] {
+            let error = home.failure(&[command, name]);
+            let told = format!("{} is damaged", manifest.display());
+            assert!(error.contains(&told), "{command} {name}: {error}");
+            assert!(
+                error.contains("it was altered"),
+                "{command} {name}: {error}"
+            );
+            assert!(
+                error.contains("hydramesh models rm"),
+                "{command} {name}: {error}"
+            );
+        }
+    }
+    let listed = home.json(&["list"]);
+    assert_eq!(listed[0]["name"], "tiny-q4", "{listed}");
+    assert_eq!(listed[0]["damaged"], true, "{listed}");
+    let table = home.run(&["list"]);
+    assert!(table.status.success());
+    let rows = String::from_utf8(table.stdout).unwrap();
+    assert!(
+        rows.contains("tiny-q4") && rows.contains("damaged"),
+        "{rows}"
+    );
+    let warning = String::from_utf8(table.stderr).unwrap();
+    assert!(warning.contains(manifest.to_str().unwrap()), "{warning}");
+
+    // What it says to do helps.
+    assert!(home.run(&["rm", "tiny"]).status.success());
+    assert_eq!(home.json(&["list"]), json!([]));
+}
+
+#[test]
+fn an_altered_manifest_of_a_file_at_hand_is_named_and_mended_by_signing_again() {
+    let home = Home::new();
+    let manifest = home.sign();
+    alter(&manifest);
+    let error = home.failure(&["verify", "tiny"]);
+    assert!(error.contains(manifest.to_str().unwrap()), "{error}");
+    home.sign();
+    assert_eq!(home.json(&["verify", "tiny"])["name"], "tiny-q4");
+}
+
+/// An embedding model as Hugging Face has it.
+fn write_encoder(folder: &Path) {
+    std::fs::create_dir_all(folder.join("1_Pooling")).unwrap();
+    let write = |name: &str, value: Value| {
+        std::fs::write(folder.join(name), value.to_string()).unwrap();
+    };
+    write(
+        "config.json",
+        json!({
+            "model_type": "bert", "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64,
+            "vocab_size": 2, "max_position_embeddings": 48, "type_vocab_size": 2, "hidden_act": "gelu",
+        }),
+    );
+    write(
+        "tokenizer.json",
+        json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+            "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null, "decoder": null,
+            "model": {"type": "WordLevel", "vocab": {"a": 0, "[UNK]": 1}, "unk_token": "[UNK]"},
+        }),
+    );
+    write(
+        "modules.json",
+        json!([
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+            {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+        ]),
+    );
+    write(
+        "1_Pooling/config.json",
+        json!({"word_embedding_dimension": 32, "pooling_mode_cls_token": true}),
+    );
+    let header = json!({
+        "embeddings.word_embeddings.weight": {"dtype": "F32", "shape": [2, 32], "data_offsets": [0, 256]},
+    });
+    let mut header = header.to_string();
+    header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.into_bytes());
+    bytes.extend([0; 256]);
+    std::fs::write(folder.join("model.safetensors"), bytes).unwrap();
+}
+
+#[test]
+fn embedding_models_are_listed_and_shown_as_such() {
+    let home = Home::new();
+    write_encoder(&home.path("local-models/little-bert"));
+    let listed = home.json(&["list"]);
+    let facts = &listed[0];
+    assert_eq!(facts["name"], "little-bert", "{listed}");
+    assert_eq!(facts["error"], Value::Null, "{facts}");
+    assert_eq!(facts["purpose"], "embeddings", "{facts}");
+    assert_eq!(facts["dimensions"], 32, "{facts}");
+    assert_eq!(listed[1]["purpose"], "chat", "{listed}");
+    let table = String::from_utf8(home.run(&["list"]).stdout).unwrap();
+    let row = table.lines().find(|line| line.contains("little-bert"));
+    let row = row.unwrap();
+    assert!(
+        row.contains("bert, for embeddings") && row.contains("F32"),
+        "{row}"
+    );
+    assert!(!table.contains("cannot be served"), "{table}");
+
+    let shown = home.json(&["show", "little"]);
+    for (key, value) in [
+        ("purpose", json!("embeddings")),
+        ("architecture", json!("bert")),
+        ("dimensions", json!(32)),
+        ("context", json!(48)),
+        ("layers", json!(3)),
+        ("pooling", json!("the first token")),
+        ("normalised", json!(true)),
+        ("parameters", json!(64)),
+    ] {
+        assert_eq!(shown[key], value, "{key}: {shown}");
+    }
+
+    // The same from the store, where it is a folder of links.
+    let store = Store::open(home.path("store")).unwrap();
+    let folder = home.path("local-models/little-bert");
+    store.adopt("little-bert", &folder, &|_| ()).unwrap();
+    let nowhere = home.path("nowhere");
+    let shown = home.json(&["show", "little", "--dir", nowhere.to_str().unwrap()]);
+    assert_eq!(shown["where"], "store", "{shown}");
+    assert_eq!(shown["dimensions"], 32, "{shown}");
+}

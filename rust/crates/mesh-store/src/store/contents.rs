@@ -1,0 +1,141 @@
+//! What a store holds: models, and what was one once.
+
+use std::time::SystemTime;
+
+use super::{Named, Store};
+use crate::digest::Digest;
+use crate::error::StoreError;
+use crate::files;
+use crate::local::LocalIndex;
+use crate::manifest::MAX_MANIFEST;
+use crate::signature::SignedManifest;
+
+/// What is in a store.
+#[derive(Debug, Default)]
+pub struct Contents {
+    /// Models, by name.
+    pub models: Vec<StoredModel>,
+    /// What cannot be used as it is, by fingerprint.
+    pub damaged: Vec<DamagedModel>,
+}
+
+/// A model in the store.
+#[derive(Debug, Clone)]
+pub struct StoredModel {
+    /// Its fingerprint.
+    pub fingerprint: Digest,
+    /// Its manifest, and who signed it.
+    pub signed: SignedManifest,
+    /// Names that mean it, besides the manifest's own.
+    pub names: Vec<Named>,
+    /// Bytes of its files that are here.
+    pub present: u64,
+    /// Whether a process has it loaded.
+    pub pinned: bool,
+    /// When it was last used.
+    pub last_used: SystemTime,
+}
+
+/// A model whose manifest or signatures were altered or cannot be read.
+#[derive(Debug)]
+pub struct DamagedModel {
+    /// Its fingerprint.
+    pub fingerprint: Digest,
+    /// What it may have been called. The manifest's own word is among them, which counts for nothing but to find it.
+    pub names: Vec<String>,
+    /// What is wrong, and with which file.
+    pub error: StoreError,
+}
+
+impl DamagedModel {
+    /// What to call it.
+    pub fn name(&self) -> String {
+        let name = self.names.first().cloned();
+        name.unwrap_or_else(|| self.fingerprint.short())
+    }
+}
+
+impl Store {
+    /// All models, by name. One whose manifest is damaged is left out, with a warning.
+    ///
+    /// # Errors
+    /// If the store cannot be listed.
+    pub fn models(&self) -> Result<Vec<StoredModel>, StoreError> {
+        let contents = self.contents()?;
+        for DamagedModel {
+            fingerprint, error, ..
+        } in &contents.damaged
+        {
+            tracing::warn!(%fingerprint, %error, "a model of the store is left out");
+        }
+        Ok(contents.models)
+    }
+
+    /// All models, and those that are damaged.
+    ///
+    /// # Errors
+    /// If the store cannot be listed.
+    pub fn contents(&self) -> Result<Contents, StoreError> {
+        let names = self.names()?;
+        let mut contents = Contents::default();
+        let _lock = self.lock()?;
+        for fingerprint in self.fingerprints()? {
+            let names = names
+                .iter()
+                .filter(|named| named.fingerprint == fingerprint);
+            let signed = match self.manifest(&fingerprint) {
+                Ok(Some(signed)) => signed,
+                Ok(None) => continue,
+                Err(error) => {
+                    let names = names.map(|named| named.name.clone()).collect();
+                    contents.damaged.push(DamagedModel {
+                        names: self.with_other_names(names, &fingerprint),
+                        fingerprint,
+                        error,
+                    });
+                    continue;
+                }
+            };
+            let presences = signed.manifest.files.iter();
+            let present = presences.map(|file| self.presence(&fingerprint, file).have.bytes());
+            contents.models.push(StoredModel {
+                present: present.sum(),
+                names: names.cloned().collect(),
+                pinned: self.is_pinned(&fingerprint)?,
+                last_used: self.last_used(&fingerprint),
+                fingerprint,
+                signed,
+            });
+        }
+        let Contents { models, damaged } = &mut contents;
+        models.sort_by(|a, b| a.signed.manifest.name.cmp(&b.signed.manifest.name));
+        damaged.sort_by_key(|model| model.fingerprint);
+        Ok(contents)
+    }
+
+    /// Adds what the index of models outside of the store and the damaged manifest itself say.
+    fn with_other_names(&self, mut names: Vec<String>, fingerprint: &Digest) -> Vec<String> {
+        let json = files::read_limited(&self.manifest_path(fingerprint), MAX_MANIFEST as u64);
+        let json = json.ok().flatten();
+        let said = json.and_then(|json| serde_json::from_slice::<Said>(&json).ok());
+        let said = said.map(|said| said.name).filter(|name| {
+            !name.is_empty() && name.len() <= MAX_NAME && !name.chars().any(char::is_control)
+        });
+        let index = LocalIndex::read(self);
+        for name in index.names(fingerprint).map(str::to_owned).chain(said) {
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+        names
+    }
+}
+
+/// As much of a manifest as can be hoped for.
+#[derive(serde::Deserialize)]
+struct Said {
+    name: String,
+}
+
+/// Longest name of a damaged manifest that is shown.
+const MAX_NAME: usize = 256;
