@@ -373,15 +373,19 @@ fn looks_like_path(name: &str) -> bool {
         .any(|start| name.starts_with(start))
 }
 
+/// The hub's addresses.
+const HOSTS: [&str; 2] = ["huggingface.co", "hf.co"];
+
 /// A name on the hub in the form in which models from there are named: `ORGANISATION/MODEL[@REVISION][:WHICH]`.
 fn hub_id(name: &str) -> Option<String> {
     let rest = ["https://", "http://"]
         .into_iter()
         .find_map(|scheme| name.strip_prefix(scheme))
         .unwrap_or(name);
-    let rest = ["huggingface.co/", "hf.co/", "hf:"]
+    let rest = HOSTS
         .into_iter()
-        .find_map(|host| rest.strip_prefix(host))
+        .find_map(|host| rest.strip_prefix(host)?.strip_prefix('/'))
+        .or_else(|| rest.strip_prefix("hf:"))
         .unwrap_or(rest);
     let end = rest.find(['@', ':']).unwrap_or(rest.len());
     let (repo, behind) = rest.split_at(end);
@@ -391,7 +395,11 @@ fn hub_id(name: &str) -> Option<String> {
     let plain = |part: &str| {
         !part.is_empty() && part.len() <= 96 && part.bytes().all(allowed) && !part.starts_with('.')
     };
-    if !plain(organisation) || !plain(model) || behind.chars().any(char::is_control) {
+    // With the hub's address in it twice it would mean something else when it is read again.
+    if !plain(organisation) || !plain(model) || HOSTS.contains(&organisation) {
+        return None;
+    }
+    if rest.chars().any(char::is_control) {
         return None;
     }
     match file {

@@ -252,3 +252,19 @@ fn every_short_name_is_a_name_on_the_hub() {
         assert_eq!(hub_id(id).as_ref(), Some(id), "{short}");
     }
 }
+
+#[test]
+fn a_name_of_the_hub_means_itself_or_nothing() {
+    for name in ["org/model", "org/model:file.gguf", "org/model@v1:Q8_0"] {
+        let id = hub_id(name).unwrap();
+        assert_eq!(hub_id(&id).as_ref(), Some(&id));
+    }
+    for name in [
+        "org/model/\tfile",
+        "org/model:a\u{7f}b",
+        "hf.co/hf.co/model",
+        "hf:huggingface.co/model",
+    ] {
+        assert_eq!(hub_id(name), None, "{name:?}");
+    }
+}
