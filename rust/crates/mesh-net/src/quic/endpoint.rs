@@ -68,7 +68,7 @@ impl Links {
         for link in links.iter().filter_map(WeakLink::upgrade) {
             if link.remote_addr() == canonical(address) && link.close_reason().is_none() {
                 tracing::debug!(?link, "port unreachable");
-                tokio::spawn(link.suspect());
+                link.reported_closed();
             }
         }
     }

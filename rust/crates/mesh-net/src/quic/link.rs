@@ -2,10 +2,11 @@
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use bytes::Bytes;
 use dcf::ErrorCode;
 use quinn::Connection;
 use quinn::crypto::rustls::HandshakeData;
@@ -29,6 +30,10 @@ struct Inner {
     max_message: usize,
     /// Set when the peer's port was found closed.
     gone: AtomicBool,
+    /// How often its port was reported closed.
+    reports: AtomicU32,
+    /// Somebody is finding out whether that is so.
+    suspected: AtomicBool,
 }
 
 impl Link {
@@ -39,6 +44,8 @@ impl Link {
                 peer,
                 max_message,
                 gone: AtomicBool::new(false),
+                reports: AtomicU32::new(0),
+                suspected: AtomicBool::new(false),
             }),
         }
     }
@@ -146,13 +153,33 @@ impl Link {
         WeakLink(Arc::downgrade(&self.inner))
     }
 
-    /// The peer's port was reported closed. If nothing arrives for a while, the report is believed: an ICMP message is
-    /// easily forged, a living peer answers all the same.
-    pub(super) async fn suspect(self) {
-        let received = || self.inner.connection.stats().udp_rx.datagrams;
-        let before = received();
-        tokio::time::sleep((self.rtt() * 3).max(SUSPICION)).await;
-        if received() == before && self.inner.connection.close_reason().is_none() {
+    /// The peer's port was reported closed. An ICMP message is easily forged, so the peer is asked for a sign of life. If a closed
+    /// port is reported for that as well, and nothing arrives, it is believed soon; without another report, which systems send at a
+    /// limited rate, later.
+    pub(super) fn reported_closed(self) {
+        self.inner.reports.fetch_add(1, Ordering::Relaxed);
+        if !self.inner.suspected.swap(true, Ordering::Relaxed) {
+            tokio::spawn(async move {
+                self.suspect().await;
+                self.inner.suspected.store(false, Ordering::Relaxed);
+            });
+        }
+    }
+
+    async fn suspect(&self) {
+        let connection = &self.inner.connection;
+        let received = || connection.stats().udp_rx.datagrams;
+        let reports = || self.inner.reports.load(Ordering::Relaxed);
+        let (before, known) = (received(), reports());
+        // Whoever lives acknowledges it. Where it cannot be sent, silence has to do.
+        let _ = connection.send_datagram(Bytes::from_static(&[0]));
+        let rtt = self.rtt();
+        let soon = (rtt * 3).max(SIGN_OF_LIFE);
+        tokio::time::sleep(soon).await;
+        if received() == before && reports() == known {
+            tokio::time::sleep((rtt * 3).max(SUSPICION).saturating_sub(soon)).await;
+        }
+        if received() == before && connection.close_reason().is_none() {
             self.inner.gone.store(true, Ordering::Relaxed);
             self.close(ErrorCode::TIMEOUT, "your port is closed");
         }
@@ -211,5 +238,7 @@ pub(super) fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-/// How long a suspected peer has to answer: more than a loaded machine needs to acknowledge a packet.
+/// How long a suspected peer may be silent.
 const SUSPICION: Duration = Duration::from_millis(100);
+/// The same where what it was asked with came back: an acknowledgement waits for 10 ms, and a loaded machine takes its time.
+const SIGN_OF_LIFE: Duration = Duration::from_millis(30);

@@ -14,7 +14,7 @@
 //! from unverified addresses are answered with a Retry packet, which is smaller than what they sent.
 //!
 //! A peer that vanishes is noticed in three ways: a process that ends closes its links; one that was killed leaves a
-//! closed port, whose ICMP answers end the link once the peer stays silent; a machine that is gone is silent for
+//! closed port, whose ICMP answers end the link once the peer is asked for a sign of life and stays silent; a machine that is gone is silent for
 //! [`LinkConfig::idle_timeout`].
 
 mod connector;
@@ -90,6 +90,8 @@ impl LinkConfig {
             .receive_window(self.link_window.into())
             .send_window(self.link_window.into())
             .initial_rtt(INITIAL_RTT)
+            // For asking whether the peer lives; nobody reads them.
+            .datagram_receive_buffer_size(Some(64))
             .ack_frequency_config(Some(acks))
             .congestion_controller_factory(Arc::new(CubicConfig::default()));
         Arc::new(transport)
