@@ -1,7 +1,8 @@
 //! A task over DCF/UDP: one Task datagram out, Partials while the answer grows if they were asked for, one Result in the end.
 //!
 //! A datagram may be lost, so the Task is repeated until something comes back; the head knows a repeated Task by address
-//! and sequence and does not run it twice. A shim that has not seen this address before may send a Challenge first, which
+//! and sequence and does not run it twice. A long answer comes in Chunks. Where some are missing when no more come, the
+//! Task is repeated, too: the head then sends the answer again, and what has come before counts. A shim that has not seen this address before may send a Challenge first, which
 //! is echoed.
 
 use std::collections::BTreeMap;
@@ -9,14 +10,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use dcf::chunk::{Chunk, Limits, Reassembler};
+use dcf::chunk::{Chunk, ChunkError, Limits, Reassembler};
 use dcf::{ErrorCode, Message, MsgType};
 use serde_json::Value;
+use socket2::SockRef;
 use tokio::net::UdpSocket;
-
-/// First wait before a Task is repeated; it doubles up to [`LONGEST_REPEAT`].
-const FIRST_REPEAT: Duration = Duration::from_millis(500);
-const LONGEST_REPEAT: Duration = Duration::from_secs(5);
 
 /// One client socket, toward one shim or head.
 #[derive(Debug)]
@@ -63,6 +61,8 @@ impl DcfClient {
         let socket = UdpSocket::bind((any, 0)).await?;
         // Connected, so that the system tells us when nothing listens there, and drops what others send.
         socket.connect(address).await?;
+        // A long answer comes faster than a busy program reads. The system gives what its limits allow.
+        let _ = SockRef::from(&socket).set_recv_buffer_size(RECV_BUFFER);
         Ok(Self {
             socket,
             target: address,
@@ -112,9 +112,8 @@ impl DcfClient {
 
         let started = Instant::now();
         let deadline = started + timeout;
-        let mut incoming = Incoming::new(sequence, started);
-        let mut wait = FIRST_REPEAT;
-        let mut repeat_at = started + wait;
+        let mut incoming = Incoming::new(sequence, started, timeout);
+        let mut patience = Patience::new(started);
         let mut repeats = 0;
         let mut buffer = vec![0; dcf::MAX_DATAGRAM];
         self.send(&task).await?;
@@ -127,13 +126,12 @@ impl DcfClient {
                     received: incoming.text.len(),
                 });
             }
-            if now >= repeat_at {
+            if patience.is_over(now) {
                 self.send(&task).await?;
                 repeats += 1;
-                wait = (wait * 2).min(LONGEST_REPEAT);
-                repeat_at = now + wait;
+                patience.repeated(now);
             }
-            let until = tokio::time::Instant::from_std(repeat_at.min(deadline));
+            let until = tokio::time::Instant::from_std(patience.ends.min(deadline));
             let Ok(received) = tokio::time::timeout_at(until, self.socket.recv(&mut buffer)).await
             else {
                 continue;
@@ -154,11 +152,8 @@ impl DcfClient {
             };
             match incoming.take(&message, Instant::now(), on_text)? {
                 Step::Nothing => {}
-                // Something works on it: no need to ask again soon.
-                Step::Progress => {
-                    wait = LONGEST_REPEAT;
-                    repeat_at = Instant::now() + wait;
-                }
+                Step::Progress => patience.at_work(Instant::now()),
+                Step::Piece => patience.arriving(Instant::now()),
                 Step::Challenge(reply) => {
                     self.send(&reply.encode_datagram()).await?;
                     self.send(&task).await?;
@@ -232,6 +227,44 @@ pub enum DcfError {
     Io(#[from] std::io::Error),
 }
 
+/// When to repeat a Task; no socket, no clock.
+struct Patience {
+    wait: Duration,
+    ends: Instant,
+}
+
+impl Patience {
+    fn new(now: Instant) -> Self {
+        Self::of(FIRST_REPEAT, now)
+    }
+
+    fn of(wait: Duration, now: Instant) -> Self {
+        Self {
+            wait,
+            ends: now + wait,
+        }
+    }
+
+    fn is_over(&self, now: Instant) -> bool {
+        now >= self.ends
+    }
+
+    fn repeated(&mut self, now: Instant) {
+        *self = Self::of((self.wait * 2).min(LONGEST_REPEAT), now);
+    }
+
+    /// Something works on the Task: no need to ask again soon.
+    fn at_work(&mut self, now: Instant) {
+        *self = Self::of(LONGEST_REPEAT, now);
+    }
+
+    /// The answer is on its way, and its Chunks follow each other closely: when they stop before it is whole, some were
+    /// lost.
+    fn arriving(&mut self, now: Instant) {
+        *self = Self::of(FIRST_REPEAT, now);
+    }
+}
+
 /// What has come of one answer; no socket, no clock.
 struct Incoming {
     sequence: u32,
@@ -247,7 +280,10 @@ struct Incoming {
 
 enum Step {
     Nothing,
+    /// The mesh works on it.
     Progress,
+    /// A part of the finished answer.
+    Piece,
     Challenge(Message),
     Done(Answer),
 }
@@ -256,7 +292,8 @@ impl Incoming {
     /// Most Partials kept out of order; a lost one is made up for by the Result anyway.
     const MAX_EARLY: usize = 1_024;
 
-    fn new(sequence: u32, started: Instant) -> Self {
+    /// Nothing yet. Chunks count for as long as the answer is waited for.
+    fn new(sequence: u32, started: Instant, timeout: Duration) -> Self {
         Self {
             sequence,
             started,
@@ -268,7 +305,7 @@ impl Incoming {
                 max_messages: 1,
                 max_payload: dcf::chunk::MAX_PAYLOAD,
                 max_bytes: 2 * dcf::chunk::MAX_PAYLOAD,
-                ..Limits::default()
+                timeout,
             }),
         }
     }
@@ -304,15 +341,12 @@ impl Incoming {
             ))),
             // A v5.0.0 head forwards results with the type of a Task.
             MsgType::RESULT | MsgType::TASK => self.end(&message.payload, now, on_text),
-            MsgType::CHUNK => {
-                let whole = Chunk::parse(&message.payload)
-                    .and_then(|chunk| self.chunks.push((), &chunk, now));
-                match whole {
-                    Ok(None) => Ok(Step::Progress),
-                    Ok(Some(payload)) => self.end(&payload, now, on_text),
-                    Err(error) => Err(DcfError::Broken(error.to_string())),
-                }
-            }
+            MsgType::CHUNK => match self.chunk(message, now) {
+                // Damaged on its way: it is all to come again.
+                Ok(None) | Err(ChunkError::Corrupt { .. }) => Ok(Step::Piece),
+                Ok(Some(payload)) => self.end(&payload, now, on_text),
+                Err(error) => Err(DcfError::Broken(error.to_string())),
+            },
             MsgType::ERROR => {
                 let body = message
                     .error_body()
@@ -323,6 +357,19 @@ impl Incoming {
                 })
             }
             _ => Ok(Step::Nothing),
+        }
+    }
+
+    /// The whole payload, if this was the last Chunk missing.
+    fn chunk(&mut self, message: &Message, now: Instant) -> Result<Option<Bytes>, ChunkError> {
+        let chunk = Chunk::parse(&message.payload)?;
+        match self.chunks.push((), &chunk, now) {
+            // The Task ran again, for instance at another head, and this is another answer than that which broke off.
+            Err(ChunkError::Conflict) => {
+                self.chunks.remove(&());
+                self.chunks.push((), &chunk, now)
+            }
+            other => other,
         }
     }
 
@@ -380,13 +427,18 @@ fn now_us() -> u64 {
         .map_or(0, |since| since.as_micros() as u64)
 }
 
+/// First wait before a Task is repeated; it doubles up to [`LONGEST_REPEAT`].
+const FIRST_REPEAT: Duration = Duration::from_millis(500);
+const LONGEST_REPEAT: Duration = Duration::from_secs(5);
+const RECV_BUFFER: usize = 4 << 20;
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn incoming() -> (Incoming, Instant) {
         let now = Instant::now();
-        (Incoming::new(7, now), now)
+        (Incoming::new(7, now, Duration::from_secs(60)), now)
     }
 
     fn feed(
@@ -467,6 +519,63 @@ mod tests {
         }
         assert!(matches!(last, Step::Done(_)));
         assert_eq!(seen, text);
+    }
+
+    #[test]
+    fn chunks_of_several_sendings_make_one_answer_however_long_it_takes() {
+        let (mut incoming, start) = incoming();
+        let mut seen = String::new();
+        let text = "a long answer ".repeat(10_000);
+        let chunks: Vec<Message> = dcf::chunk::split(7, 0, text.clone().into())
+            .expect("fits")
+            .collect();
+        let mut last = Step::Nothing;
+        for (round, seconds) in [(0, 1), (1, 30), (2, 59)] {
+            for chunk in chunks.iter().skip(round).step_by(3) {
+                let now = start + Duration::from_secs(seconds);
+                let step = incoming.take(chunk, now, &mut |text| seen.push_str(text));
+                last = step.expect("a chunk");
+            }
+        }
+        assert!(matches!(last, Step::Done(_)));
+        assert_eq!(seen, text);
+    }
+
+    #[test]
+    fn chunks_of_another_answer_take_the_place_of_one_that_broke_off() {
+        let (mut incoming, _) = incoming();
+        let mut seen = String::new();
+        let text = |word: &str| word.repeat(1_000);
+        let split = |text: String| dcf::chunk::split(7, 0, text.into()).expect("fits");
+        let old = split(text("old")).next().expect("a chunk");
+        let step = feed(&mut incoming, old, &mut seen).expect("a chunk");
+        assert!(matches!(step, Step::Piece));
+        let mut last = Step::Nothing;
+        for chunk in split(text("new")) {
+            last = feed(&mut incoming, chunk, &mut seen).expect("a chunk");
+        }
+        assert!(matches!(last, Step::Done(_)));
+        assert_eq!(seen, text("new"));
+    }
+
+    #[test]
+    fn a_task_is_repeated_ever_more_rarely_and_soon_when_an_answer_breaks_off() {
+        let start = Instant::now();
+        let mut now = start;
+        let mut patience = Patience::new(now);
+        let mut waits = Vec::new();
+        for _ in 0..5 {
+            assert!(!patience.is_over(patience.ends - Duration::from_nanos(1)));
+            waits.push((patience.ends - now).as_millis());
+            now = patience.ends;
+            assert!(patience.is_over(now));
+            patience.repeated(now);
+        }
+        assert_eq!(waits, [500, 1_000, 2_000, 4_000, 5_000]);
+        patience.at_work(now);
+        assert_eq!(patience.ends - now, LONGEST_REPEAT);
+        patience.arriving(now);
+        assert_eq!(patience.ends - now, FIRST_REPEAT);
     }
 
     #[test]

@@ -5,12 +5,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use dcf::chunk::{self, Chunk, ChunkError, Reassembler};
+use dcf::chunk::{self, Chunk, ChunkError, MAX_PAYLOAD, Reassembler};
 use dcf::{ErrorCode, HEADER_LEN, Header, MAX_DATAGRAM_PAYLOAD, Message, MsgType};
 use mesh_net::udp::{BatchSocket, Datagram, RecvBatch, SendBatch};
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
+use crate::chunk_sender::ChunkSender;
 use crate::core::dedup::{Dedup, Run, Seen, TaskKey};
 use crate::core::placement::Refusal;
 use crate::core::registry::Worker;
@@ -27,6 +28,7 @@ pub async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: TaskTrack
     let dedup = Mutex::new(Dedup::new(mesh.config.dedup_limits()));
     let port = Arc::new(Port {
         mesh,
+        large: ChunkSender::new(socket.clone(), running.clone()),
         socket,
         dedup,
         running,
@@ -61,6 +63,7 @@ pub async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: TaskTrack
 struct Port {
     mesh: Arc<Mesh>,
     socket: Arc<BatchSocket>,
+    large: Arc<ChunkSender>,
     dedup: Mutex<Dedup>,
     running: TaskTracker,
 }
@@ -184,9 +187,12 @@ impl Intake {
         };
         let seen = self.port.dedup().task(key, &payload, Instant::now());
         match seen {
-            Seen::Answered(answer) => self.reply(from, &answer),
+            Seen::Answered(answer) if answer.fits_datagram() => self.reply(from, &answer),
+            Seen::Answered(answer) => self.port.large.send_again(key, &answer),
             Seen::Running => self.acknowledge(&task, key),
             Seen::New(run) => {
+                // What is left of the answer to an earlier task of that name is nothing to this one.
+                self.port.large.stop(key);
                 self.acknowledge(&task, key);
                 let port = self.port.clone();
                 self.port
@@ -223,6 +229,12 @@ impl Port {
                 let (code, keep) = code_of(&failure);
                 (error(sequence, code, &failure.to_string()), keep)
             }
+            Ok(payload) if payload.len() > MAX_PAYLOAD => {
+                let (len, limit) = (payload.len(), MAX_PAYLOAD);
+                let failure = ChunkError::TooLarge { len, limit };
+                let answer = error(sequence, ErrorCode::INTERNAL, &failure.to_string());
+                (answer, true)
+            }
             Ok(payload) => (
                 Message::new(MsgType::RESULT, sequence, timestamp_us(), payload),
                 true,
@@ -238,6 +250,9 @@ impl Port {
             } else {
                 dedup.forget(key, run);
             }
+        }
+        if !answer.fits_datagram() {
+            return self.large.send(key, &answer);
         }
         let mut batch = SendBatch::new();
         queue(&mut batch, client, &answer);
@@ -323,26 +338,13 @@ impl Port {
     }
 }
 
-/// Puts a message into a batch: as one datagram, or as Chunks where it is too large for one.
 fn queue(batch: &mut SendBatch, to: SocketAddr, message: &Message) {
-    if message.fits_datagram() {
-        return batch.push_parts(to, &[&message.header().encode(), &message.payload]);
-    }
-    match chunk::split(
-        message.sequence,
-        message.timestamp_us,
-        message.payload.clone(),
-    ) {
-        Ok(chunks) => chunks
-            .for_each(|chunk| batch.push_parts(to, &[&chunk.header().encode(), &chunk.payload])),
-        Err(failure) => {
-            let error = error(message.sequence, ErrorCode::INTERNAL, &failure.to_string());
-            batch.push_parts(to, &[&error.header().encode(), &error.payload]);
-        }
-    }
+    batch.push_parts(to, &[&message.header().encode(), &message.payload]);
 }
 
+/// An Error in one datagram: Chunks do not say what kind of message they were.
 fn error(sequence: u32, code: ErrorCode, text: &str) -> Message {
+    let text = &text[..text.floor_char_boundary(LONGEST_ERROR)];
     Message::error(sequence, timestamp_us(), code, text)
 }
 
@@ -364,6 +366,8 @@ fn code_of(failure: &AnswerError) -> (ErrorCode, bool) {
 
 /// ASCII, so that any part of it is text.
 const NOT_TRUSTED: &str = "your address is not trusted here: see trusted_networks";
+/// Bytes of an Error's text; it may quote what the client sent.
+const LONGEST_ERROR: usize = 4096;
 const WARN_EVERY: Duration = Duration::from_secs(60);
 
 #[cfg(test)]
@@ -371,21 +375,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_large_answer_goes_as_chunks_and_a_small_one_as_itself() {
-        let to = SocketAddr::from(([127, 0, 0, 1], 1));
-        let mut batch = SendBatch::new();
-        queue(
-            &mut batch,
-            to,
-            &Message::new(MsgType::RESULT, 1, 0, vec![b'x'; MAX_DATAGRAM_PAYLOAD]),
-        );
-        assert_eq!(batch.len(), 1);
-        queue(
-            &mut batch,
-            to,
-            &Message::new(MsgType::RESULT, 1, 0, vec![b'x'; MAX_DATAGRAM_PAYLOAD + 1]),
-        );
-        assert_eq!(batch.len(), 1 + 47);
+    fn an_error_fits_a_datagram_however_much_it_quotes() {
+        let error = error(1, ErrorCode::UNKNOWN_MODEL, &"é".repeat(100_000));
+        assert!(error.fits_datagram() && error.error_body().is_some());
     }
 
     #[test]

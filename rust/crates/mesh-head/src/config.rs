@@ -91,7 +91,7 @@ pub struct DcfConfig {
     pub legacy_concurrency: u32,
     /// Answers kept for clients that repeat their Task.
     pub answers_kept: usize,
-    /// Bytes of them.
+    /// Bytes of them; the newest is kept even if it alone has more.
     #[serde(with = "units::bytes")]
     pub answers_kept_bytes: u64,
     /// For how long.

@@ -20,7 +20,8 @@ pub type TaskKey = (SocketAddr, u32);
 pub struct Limits {
     /// Answers.
     pub answers: usize,
-    /// Bytes of their payloads together.
+    /// Bytes of their payloads together. The newest answer is kept even if it alone has more: its client may still lack a
+    /// part of it.
     pub bytes: usize,
     /// Age.
     pub age: Duration,
@@ -114,7 +115,9 @@ impl Dedup {
         self.bytes += answer.payload.len();
         task.answer = Some(answer);
         self.answered.push_back((key, run, now));
-        while self.answered.len() > self.limits.answers || self.bytes > self.limits.bytes {
+        while self.answered.len() > self.limits.answers
+            || (self.bytes > self.limits.bytes && self.answered.len() > 1)
+        {
             self.drop_oldest();
         }
     }
@@ -246,6 +249,13 @@ mod tests {
         let run = new_run(&mut dedup, key(1, 99), b"hi", start);
         dedup.finished(key(1, 99), run, answer(&"x".repeat(99)), start);
         assert_eq!((dedup.len(), dedup.bytes), (1, 99));
+        let run = new_run(&mut dedup, key(1, 100), b"hi", start);
+        dedup.finished(key(1, 100), run, answer(&"x".repeat(500)), start);
+        assert_eq!(
+            (dedup.len(), dedup.bytes),
+            (1, 500),
+            "the newest, however large"
+        );
         dedup.expire(start + LIMITS.age);
         assert_eq!((dedup.len(), dedup.bytes, dedup.answered.len()), (0, 0, 0));
     }

@@ -11,10 +11,12 @@
 //! - [`rings`]: models that no single worker serves: who holds which layers, and what happens when one is lost.
 //! - [`tracker`]: which worker has which pieces of which model, and who goes outside the mesh for one.
 //! - [`dedup`]: a repeated DCF task does not run twice.
+//! - [`outbox`]: answers that no datagram holds go out as their receivers can take them.
 
 pub mod affinity;
 pub mod dedup;
 pub mod embedding;
+pub mod outbox;
 pub mod placement;
 pub mod registry;
 pub mod request;
