@@ -40,9 +40,9 @@ pub(crate) struct Answering {
 /// A model of either kind, loaded while the worker is up.
 pub(crate) enum Loaded {
     /// It chats.
-    Chat(Hosted),
+    Chat(Box<Hosted>),
     /// It embeds.
-    Embed(HostedEncoder),
+    Embed(Box<HostedEncoder>),
 }
 
 /// A model of either kind that is served no longer.
@@ -126,8 +126,8 @@ impl Host {
             });
         }
         match loaded {
-            Loaded::Chat(loaded) => hosted.push(Arc::new(loaded)),
-            Loaded::Embed(loaded) => encoders.push(Arc::new(loaded)),
+            Loaded::Chat(loaded) => hosted.push(Arc::from(loaded)),
+            Loaded::Embed(loaded) => encoders.push(Arc::from(loaded)),
         }
         Ok(())
     }
@@ -284,8 +284,8 @@ impl Loaded {
         config: &Config,
     ) -> Result<Self, WorkerError> {
         Ok(match path.is_dir() && encoder::is_encoder(path) {
-            true => Loaded::Embed(HostedEncoder::load(path, name, config)?),
-            false => Loaded::Chat(Hosted::load(path, name, known, config)?),
+            true => Loaded::Embed(Box::new(HostedEncoder::load(path, name, config)?)),
+            false => Loaded::Chat(Box::new(Hosted::load(path, name, known, config)?)),
         })
     }
 
