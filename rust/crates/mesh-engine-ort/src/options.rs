@@ -28,7 +28,7 @@ pub struct OrtOptions {
     /// What the weights are held as. Stages of one model may differ in it: each computes what its own weights say.
     pub weights: WeightFormat,
     /// What keys and values are held as; `None` means as suits the weights, see [`suited_kv`]. Stages that hand each other KV
-    /// rows must agree on it. Execution providers hold them at the precision that they compute at.
+    /// rows must agree on it. Execution providers compute at a precision of their own; the rows that they hand over are of this one.
     pub kv: Option<KvFormat>,
     /// Where weights that are quantised while they are loaded are kept for the next time; `None` for nowhere. Weights that are
     /// integers in the file are not kept: to change their format takes hardly longer than to read it.

@@ -290,8 +290,11 @@ fn exported_rows_continue_elsewhere_and_prefixes_in_other_slots() {
 #[test]
 fn streams_move_between_the_cpus_stage_and_a_device() {
     let tokens = some_tokens(12);
-    for architecture in Architecture::ALL {
-        let model = tiny(architecture, GgmlType::F32);
+    // Rows are f32 where the weights are, and else f16.
+    let kinds = Architecture::ALL.into_iter();
+    let kinds = kinds.flat_map(|of| [GgmlType::F32, GgmlType::F16].map(|ty| (of, ty)));
+    for (architecture, ty) in kinds {
+        let model = tiny(architecture, ty);
         let mut cpu = whole(&model, options(1, 64));
         let mut device = load_whole(&model, options(1, 64));
         let token = cpu.info().kv_bytes_per_token;

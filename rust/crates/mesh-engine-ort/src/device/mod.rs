@@ -16,7 +16,7 @@ use ort::session::{IoBinding, Session};
 use ort::value::Tensor;
 
 use crate::check;
-use crate::options::{LoadError, OrtOptions};
+use crate::options::{KvFormat, LoadError, OrtOptions, suited_kv};
 use crate::provider::Provider;
 use crate::runtime;
 use lower::{HIDDEN, KEPT, LAST_POSITION, LENGTH, OUTPUT, Plan};
@@ -58,6 +58,8 @@ pub struct DeviceStage {
     info: StageInfo,
     device: Device,
     shape: Shape,
+    /// Of the numbers in exported KV rows: that of the CPU's stage, so that streams can move between both.
+    exported: KvFormat,
     // Dropped in this order: the memory of the slots is the allocator's, which is the session's.
     slots: Vec<Slot>,
     allocator: Allocator,
@@ -125,6 +127,9 @@ impl DeviceStage {
             },
         };
         let table = embedding.as_ref().map_or(0, |table| table.data.len());
+        let exported = options
+            .kv
+            .unwrap_or_else(|| suited_kv(model, options.weights));
         let info = StageInfo {
             shape: ModelShape {
                 layers: config.layers,
@@ -137,7 +142,7 @@ impl DeviceStage {
             slots: options.slots,
             context,
             max_rows: options.max_rows,
-            kv_bytes_per_token: (shape.token_bytes() / shape.precision.bytes() * EXPORTED_BYTES)
+            kv_bytes_per_token: (shape.token_bytes() / shape.precision.bytes() * exported.bytes())
                 as u64,
             weight_bytes: lowered.bytes + table as u64,
         };
@@ -148,6 +153,7 @@ impl DeviceStage {
             device,
             session,
             shape,
+            exported,
             embedding,
             output: Vec::new(),
         })
@@ -315,12 +321,14 @@ impl Stage for DeviceStage {
     fn kv_export(&self, slot: SlotId, rows: Range<u32>) -> Result<Vec<u8>, StageError> {
         check::slot(&self.info, slot)?;
         check::held(slot, self.kv_len(slot), rows.end)?;
-        Ok(self.shape.precision.to_exported(self.read(slot, rows)?))
+        let rows = self.read(slot, rows)?;
+        Ok(self.shape.precision.to_exported(rows, self.exported))
     }
 
     fn kv_import(&mut self, slot: SlotId, position: u32, bytes: &[u8]) -> Result<(), StageError> {
         check::import(&self.info, slot, self.kv_len(slot), position, bytes)?;
-        self.write(slot, position, &self.shape.precision.of_exported(bytes))
+        let rows = self.shape.precision.of_exported(bytes, self.exported);
+        self.write(slot, position, &rows)
     }
 }
 
@@ -364,9 +372,6 @@ impl DeviceStage {
         }
     }
 }
-
-/// Bytes of a number in exported KV rows: f16, in the order of the CPU's stage, so that streams can move between both.
-const EXPORTED_BYTES: usize = 2;
 
 /// Rows that a slot's memory has at first.
 const FIRST_ROWS: usize = 256;

@@ -5,6 +5,7 @@ use half::vec::HalfFloatVecExt;
 use ort::value::{DynTensor, Tensor, TensorElementType};
 
 use crate::onnx::Element;
+use crate::options::KvFormat;
 
 /// The element type of a graph's activations, scales and KV cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,29 +83,37 @@ impl Precision {
         })
     }
 
-    /// Numbers of this precision as f16, little-endian.
-    pub(super) fn to_exported(self, bytes: Vec<u8>) -> Vec<u8> {
-        match self {
-            Precision::F16 => bytes,
-            Precision::F32 => {
-                let numbers = bytes.as_chunks().0.iter().copied().map(f32::from_le_bytes);
-                numbers
-                    .flat_map(|number| f16::from_f32(number).to_le_bytes())
-                    .collect()
-            }
+    /// Numbers of this precision as those of exported rows, little-endian.
+    pub(super) fn to_exported(self, bytes: Vec<u8>, exported: KvFormat) -> Vec<u8> {
+        match (self, exported) {
+            (Precision::F16, KvFormat::F16) | (Precision::F32, KvFormat::F32) => bytes,
+            (Precision::F32, KvFormat::F16) => narrowed(&bytes),
+            (Precision::F16, KvFormat::F32) => widened(&bytes),
         }
     }
 
     /// The way back.
-    pub(super) fn of_exported(self, bytes: &[u8]) -> Vec<u8> {
-        match self {
-            Precision::F16 => bytes.to_vec(),
-            Precision::F32 => {
-                let numbers = bytes.as_chunks().0.iter().copied().map(f16::from_le_bytes);
-                numbers
-                    .flat_map(|number| number.to_f32().to_le_bytes())
-                    .collect()
-            }
+    pub(super) fn of_exported(self, bytes: &[u8], exported: KvFormat) -> Vec<u8> {
+        match (self, exported) {
+            (Precision::F16, KvFormat::F16) | (Precision::F32, KvFormat::F32) => bytes.to_vec(),
+            (Precision::F32, KvFormat::F16) => widened(bytes),
+            (Precision::F16, KvFormat::F32) => narrowed(bytes),
         }
     }
+}
+
+/// f32 as f16.
+fn narrowed(bytes: &[u8]) -> Vec<u8> {
+    let numbers = bytes.as_chunks().0.iter().copied().map(f32::from_le_bytes);
+    numbers
+        .flat_map(|number| f16::from_f32(number).to_le_bytes())
+        .collect()
+}
+
+/// f16 as f32.
+fn widened(bytes: &[u8]) -> Vec<u8> {
+    let numbers = bytes.as_chunks().0.iter().copied().map(f16::from_le_bytes);
+    numbers
+        .flat_map(|number| number.to_f32().to_le_bytes())
+        .collect()
 }
