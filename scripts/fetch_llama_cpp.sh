@@ -9,7 +9,8 @@ cache=${HYDRAMESH_CACHE:-$root/.cache}
 dest=$cache/llama.cpp
 packages="llama.cpp llama.cpp-tools libggml0 libggml0-backend-rpc libllama-dev"
 
-[ -x "$dest/bin/llama_rpc_server" ] && [ "${1:-}" != --force ] && exit 0
+# Wrappers of earlier versions held the cache's path, and broke where it was moved.
+grep -qs '^top=' "$dest/bin/llama_rpc_server" && [ "${1:-}" != --force ] && exit 0
 command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || {
     echo "fetch_llama_cpp: needs apt-get and dpkg-deb (a Debian or Ubuntu machine); or put llama-bench," \
         "llama-quantize, llama-perplexity and llama-server into $dest/bin yourself" >&2
@@ -58,20 +59,26 @@ loader=$(find "$dest/root/usr/lib" "$dest/root/lib64" "$dest/root/usr/lib64" -na
 backends=$(dirname "$(find "$dest/root" -name 'libggml-cpu*.so*' | head -n 1)")
 # The reference BLAS takes the matrix products over and is many times slower than ggml's own kernels: an unfair anchor.
 find "$dest/root" -name 'libggml-blas*' -delete
+# From where the wrappers are, so that the cache can be moved.
+loader=${loader#"$dest"/} lib=${lib#"$dest"/} private=${private#"$dest"/} backends=${backends#"$dest"/}
+# The wrappers work out the path themselves.
+# shellcheck disable=SC2016
+top='top=$(cd "$(dirname "$0")/.." && pwd)'
+libraries="\$top/$lib:\$top/$private:\$top/$backends"
 # ggml looks for its CPU variants in the working directory, so the wrappers run there: give models by absolute path.
 for program in "$dest"/root/usr/bin/llama-* "$dest"/root/usr/libexec/*/llama-*; do
     [ -x "$program" ] || continue
     wrapper=$dest/bin/$(basename "$program")
-    printf '#!/bin/sh\ncd "%s"\nexec "%s" --library-path "%s" "%s" "$@"\n' \
-        "$backends" "$loader" "$lib:$private:$backends" "$program" >"$wrapper"
+    printf '#!/bin/sh\n%s\ncd "$top/%s" || exit\nexec "$top/%s" --library-path "%s" "$top/%s" "$@"\n' \
+        "$top" "$backends" "$loader" "$libraries" "${program#"$dest"/}" >"$wrapper"
     chmod +x "$wrapper"
 done
 # Our own anchor programs, built here and run on sid's libraries.
 for anchor in llama_anchor llama_rpc_server; do
     "${CC:-cc}" -O2 -Wall -I "$dest/root/usr/include" -o "$dest/$anchor" "$root/rust/crates/mesh-bench/anchor/$anchor.c" \
-        -L "$lib" -Wl,--unresolved-symbols=ignore-all -l:libllama.so.0 -l:libggml.so.0 -l:libggml-base.so.0 -lm
-    printf '#!/bin/sh\nexec "%s" --library-path "%s" "%s" "%s" "$@"\n' \
-        "$loader" "$lib:$private:$backends" "$dest/$anchor" "$backends" >"$dest/bin/$anchor"
+        -L "$dest/$lib" -Wl,--unresolved-symbols=ignore-all -l:libllama.so.0 -l:libggml.so.0 -l:libggml-base.so.0 -lm
+    printf '#!/bin/sh\n%s\nexec "$top/%s" --library-path "%s" "$top/%s" "$top/%s" "$@"\n' \
+        "$top" "$loader" "$libraries" "$anchor" "$backends" >"$dest/bin/$anchor"
     chmod +x "$dest/bin/$anchor"
 done
 rm -rf "$apt/cache" "$apt/state"
