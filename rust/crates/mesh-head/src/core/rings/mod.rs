@@ -405,12 +405,12 @@ impl Rings {
         }
         let begins = ring.serving_since.is_none();
         ring.serving_since.get_or_insert(now);
+        ring.served = true;
         if ring.retiring.is_some() {
             return;
         }
         if begins {
             ring.compared = None;
-            ring.reason_of_change.clear();
             self.actions.push(Action::Note(Note::Serving {
                 ring: state.ring,
                 epoch: ring.epoch,

@@ -23,8 +23,11 @@ pub(super) struct Ring {
     pub(super) half_rows: bool,
     /// Why its members are as they are, for the workers' logs.
     pub(super) reason: String,
-    /// Why it does not serve at the moment.
-    pub(super) reason_of_change: String,
+    /// Why its present epoch began, and those before it that never served. The driver tells of an epoch's recovery later,
+    /// when `reason` may be another.
+    pub(super) reason_of_epoch: String,
+    /// Whether its driver ever served in its present epoch.
+    pub(super) served: bool,
     /// When its present epoch began.
     pub(super) epoch_since: Instant,
     /// Since when its driver serves in this epoch.
@@ -215,7 +218,16 @@ impl Ring {
         self.epoch = self.epoch.saturating_add(1);
         self.epoch_since = now;
         self.serving_since = None;
-        self.reason_of_change.clone_from(&reason);
+        // Who waits for this epoch waited for the one before it, too.
+        let both = !std::mem::take(&mut self.served)
+            && self.epoch > 2
+            && self.reason_of_epoch.len() < LONGEST_REASON;
+        if both {
+            self.reason_of_epoch.push_str("; then ");
+        } else {
+            self.reason_of_epoch.clear();
+        }
+        self.reason_of_epoch.push_str(&reason);
         self.reason = reason;
     }
 
@@ -316,6 +328,8 @@ fn sound(value: f32) -> f32 {
 }
 
 const MOST_SLOTS: u32 = 4096;
+/// Bytes of reasons after which the next one starts anew.
+const LONGEST_REASON: usize = 512;
 /// How long loading a stage may take: a large one from a slow disk.
 const LOAD_LIMIT: Duration = Duration::from_secs(900);
 /// How long a driver may take to bring a token through stages that are all loaded. After a loss it replays first.

@@ -120,7 +120,7 @@ impl RecoveryView {
             model: ring.model.clone(),
             ring: hex(ring.id),
             epoch: ring.epoch,
-            reason: ring.reason.clone(),
+            reason: ring.reason_of_epoch.clone(),
             gap_ms: recovery.gap_us as f64 / 1e3,
             rows: recovery.rows,
             requests: recovery.requests,
@@ -182,7 +182,7 @@ impl Rings {
                 ring.model,
                 state(ring),
                 ring.stages.len(),
-                ring.reason_of_change
+                ring.reason_of_epoch
             );
             (ring.model.clone(), text)
         })

@@ -337,6 +337,44 @@ fn what_is_said_twice_counts_once() {
 }
 
 #[test]
+fn a_recovery_is_told_with_the_loss_that_it_mends() {
+    let mut mesh = three_and_a_spare();
+    let lost = mesh.members()[0].clone();
+    mesh.leave(&[&lost]);
+    mesh.all_work();
+    // Standbys come between the driver's first word and its count of the pause.
+    mesh.join("another", 15);
+    mesh.pass(5.0);
+    assert_eq!(mesh.ring().epoch, 2);
+    assert!(mesh.ring().reason.contains("standbys"), "{:?}", mesh.ring());
+    assert_eq!(told_of_a_recovery(&mut mesh).matches("lost").count(), 1);
+
+    // Two epochs, of which the first never served: who waited, waited for both.
+    mesh.join("one more", 15);
+    mesh.all_work();
+    for _ in 0..2 {
+        let member = mesh.members()[0].clone();
+        mesh.leave(&[&member]);
+    }
+    assert_eq!(mesh.ring().epoch, 4);
+    assert_eq!(told_of_a_recovery(&mut mesh).matches("lost").count(), 2);
+}
+
+/// The reason that is kept for the present epoch's recovery when its driver tells of it.
+fn told_of_a_recovery(mesh: &mut Mesh) -> String {
+    let ring = mesh.id();
+    let driver = mesh.members()[2].clone();
+    let state = RingState {
+        serving: true,
+        recovery: Some(mesh_proto::Recovery::default()),
+        ..mesh.report(&driver, ring, PartPhase::Ready)
+    };
+    mesh.rings.state(&driver, state, mesh.now);
+    let last = mesh.rings.recoveries().last();
+    last.expect("a recovery").reason.clone()
+}
+
+#[test]
 fn a_member_that_does_not_answer_the_driver_is_replaced_and_left_alone_for_longer_each_time() {
     let mut mesh = Mesh::serving(
         |settings| settings.stages = Some(2),
