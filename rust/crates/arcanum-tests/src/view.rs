@@ -51,6 +51,8 @@ pub struct PartView {
     pub weight_bytes: u64,
     /// Bytes of KV rows.
     pub kv_bytes: u64,
+    /// Bytes of outputs kept for a replay.
+    pub kept_bytes: u64,
 }
 
 impl RingView {

@@ -13,7 +13,7 @@ mod weights;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mesh_engine::{Encoder, EncoderInfo, StageError};
-use mesh_kernels::Pool;
+use mesh_kernels::{Pool, Reclaim};
 use mesh_model::EncoderModel;
 use mesh_model::encoder::{EncoderConfig, Sentences};
 use ort::operator::OperatorDomain;
@@ -35,6 +35,7 @@ pub struct OrtEncoder {
     shared: Arc<Shared>,
     session: Session,
     tokens: Vec<i32>,
+    _reclaim: Reclaim,
 }
 
 /// What the operators share with the encoder.
@@ -104,6 +105,7 @@ impl OrtEncoder {
             shared,
             session,
             tokens: Vec::new(),
+            _reclaim: Reclaim,
         })
     }
 

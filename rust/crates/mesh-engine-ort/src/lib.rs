@@ -68,6 +68,7 @@ pub use backend::{Backend, NoSuchBackend, Opened, open};
 pub use cache::WeightCache;
 pub use device::{Device, DeviceStage, Precision};
 pub use encoder::OrtEncoder;
+pub use mesh_kernels::Reclaim;
 pub use options::{KvFormat, LoadError, OrtOptions, WeightFormat, suited_kv};
 pub use provider::Provider;
 pub use stage::OrtStage;

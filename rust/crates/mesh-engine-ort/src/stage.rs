@@ -7,7 +7,7 @@ use std::time::Duration;
 use mesh_engine::{
     ModelShape, Segment, SlotId, Stage, StageError, StageInfo, StageInput, StageOutput,
 };
-use mesh_kernels::{KernelError, KvShape, PackOptions, Pool};
+use mesh_kernels::{KernelError, KvShape, PackOptions, Pool, Reclaim};
 use mesh_model::Model;
 use ort::session::Session;
 use ort::value::{DynValue, TensorRef};
@@ -30,6 +30,7 @@ pub struct OrtStage {
     /// The last step's output, which callers borrow.
     output: Option<DynValue>,
     tokens: Vec<i32>,
+    _reclaim: Reclaim,
 }
 
 impl OrtStage {
@@ -98,6 +99,7 @@ impl OrtStage {
             session,
             output: None,
             tokens: Vec::new(),
+            _reclaim: Reclaim,
         })
     }
 

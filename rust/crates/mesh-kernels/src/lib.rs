@@ -42,6 +42,7 @@ pub use gemm::acts::RmsNorm;
 pub use isa::Isa;
 pub use linear::{Activation, FeedForward, Gate, Linear, Residual, feed_forward, gate_up, linear};
 pub use matrix::{EightBit, PackOptions, QMatrix, dequantize};
+pub use mem::Reclaim;
 pub use norm::{add_rms_norm, rms_norm};
 pub use pool::{Pool, PoolOptions};
 pub use quant::WeightType;

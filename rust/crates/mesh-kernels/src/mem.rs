@@ -112,6 +112,24 @@ fn advise_huge(start: NonNull<u8>, layout: Layout) {
     let _ = (start, layout);
 }
 
+/// Gives memory back to the system when it is dropped: all that the process freed before and its allocator still holds.
+///
+/// The weights of a stage are hundreds of buffers that lie among others in the allocator's heaps. glibc keeps their pages when
+/// they are freed, for as long as the process runs, and other processes of a small machine never see them again. Where it
+/// stands in a struct it belongs behind what is large, in a function before it, so that it is dropped last.
+#[derive(Debug, Default)]
+pub struct Reclaim;
+
+impl Drop for Reclaim {
+    fn drop(&mut self) {
+        #[cfg(all(target_os = "linux", target_env = "gnu"))]
+        // SAFETY: the allocator gives back pages that nobody holds; it may be called at any time by any thread.
+        unsafe {
+            libc::malloc_trim(0)
+        };
+    }
+}
+
 #[repr(align(64))]
 struct Line;
 

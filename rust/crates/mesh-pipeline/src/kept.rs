@@ -32,6 +32,12 @@ impl Kept {
         }
     }
 
+    /// Bytes of memory that the rows take.
+    pub(crate) fn bytes(&self) -> u64 {
+        let numbers: usize = self.slots.iter().map(|slot| slot.rows.capacity()).sum();
+        (numbers * size_of::<f32>()) as u64
+    }
+
     /// Position of the first row kept of `slot`.
     pub(crate) fn from(&self, slot: SlotId) -> u32 {
         self.slots.get(slot as usize).map_or(0, |slot| slot.from)
@@ -59,6 +65,7 @@ impl Kept {
             let rows = len.saturating_sub(kept.from) as usize;
             kept.rows.truncate(rows * width);
             kept.from = kept.from.min(len);
+            kept.give_back(width);
         }
     }
 
@@ -109,6 +116,9 @@ impl Kept {
     }
 }
 
+/// Rows for which a slot may keep memory though it holds fewer.
+const SPARE_ROWS: usize = 16;
+
 impl KeptSlot {
     fn end(&self, width: usize) -> u32 {
         self.from + (self.rows.len() / width) as u32
@@ -120,6 +130,14 @@ impl KeptSlot {
             let rows = (position - self.from) as usize;
             self.rows.drain(..rows * width);
             self.from = position;
+            self.give_back(width);
+        }
+    }
+
+    /// Frees what a long prompt took, once its rows are gone.
+    fn give_back(&mut self, width: usize) {
+        if self.rows.capacity() > 4 * self.rows.len().max(SPARE_ROWS * width) {
+            self.rows.shrink_to(2 * self.rows.len());
         }
     }
 }
@@ -144,6 +162,19 @@ mod tests {
         kept.copy(0, 1, 2);
         assert_eq!(kept.rows(1, 1..2), Some(&[7.0, 7.5][..]));
         assert_eq!(kept.rows(9, 0..1), None);
+    }
+
+    #[test]
+    fn memory_goes_with_the_rows() {
+        let mut kept = Kept::new(2, 8, 1 << 20);
+        for slot in 0..2 {
+            kept.write(slot, 0, &[1.0; 8 * 1000]);
+        }
+        assert!(kept.bytes() >= 2 * 8 * 1000 * 4);
+        kept.truncate(0, 0);
+        kept.release(1, 990);
+        assert!(kept.bytes() <= 2 * 8 * 16 * 4 * 4, "{}", kept.bytes());
+        assert_eq!(kept.rows(1, 990..1000), Some(&[1.0; 80][..]));
     }
 
     #[test]

@@ -87,6 +87,11 @@ impl Part {
             .map_or(0, |mirror| mirror.lag(&self.book))
     }
 
+    /// Bytes of memory that outputs take which are kept for a replay.
+    pub fn kept_bytes(&self) -> u64 {
+        self.kept.bytes()
+    }
+
     /// From now on it is stage `index` in `epoch`. Steps of earlier epochs are refused; its standby must be named again.
     pub fn begin_epoch(&mut self, epoch: u32, index: u32, half_rows: bool) {
         self.epoch = epoch;

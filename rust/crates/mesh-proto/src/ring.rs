@@ -258,6 +258,9 @@ pub struct PartState {
     /// Microseconds that its steps of more than a few rows took, all of them together: prompts, and what had to be replayed.
     #[prost(uint64, tag = "10")]
     pub prefill_us: u64,
+    /// Bytes of outputs that it keeps in case the next stage has to be sent them again.
+    #[prost(uint64, tag = "11")]
+    pub kept_bytes: u64,
 }
 
 /// Where a part of a ring is.

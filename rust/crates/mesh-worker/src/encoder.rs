@@ -9,7 +9,7 @@ use dcf::{ErrorCode, Message, MsgType};
 use mesh_engine::embed::scheduler::EmbedConfig;
 use mesh_engine::embed::shorten;
 use mesh_engine::{EmbedEngine, EmbedHandle, EmbedRequest, RequestError};
-use mesh_engine_ort::{OrtEncoder, OrtOptions};
+use mesh_engine_ort::{OrtEncoder, OrtOptions, Reclaim};
 use mesh_model::{EncoderError, EncoderModel};
 use mesh_net::quic::{MsgStream, timestamp_us};
 use mesh_proto::{Embed, EmbedText, Embeddings, ModelCard, ModelKind};
@@ -44,6 +44,7 @@ impl HostedEncoder {
         config: &Config,
     ) -> Result<Self, WorkerError> {
         let started = Instant::now();
+        let _reclaim = Reclaim;
         let failed = |source| WorkerError::Encoder {
             name: folder.display().to_string(),
             source,

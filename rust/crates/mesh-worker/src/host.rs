@@ -8,7 +8,7 @@ use std::time::Instant;
 use futures::StreamExt;
 use futures::future::join_all;
 use mesh_engine::{Engine, EngineHandle, Event, Load as EngineLoad, Request, SchedulerConfig};
-use mesh_engine_ort::{Opened, OrtOptions, Provider, WeightCache, WeightFormat};
+use mesh_engine_ort::{Opened, OrtOptions, Provider, Reclaim, WeightCache, WeightFormat};
 use mesh_model::{Model, Tokenizer, encoder};
 use mesh_proto::{Load, ModelCard, ModelSpeed};
 use mesh_store::{FingerprintCache, Pin, local};
@@ -326,6 +326,8 @@ impl Hosted {
         config: &Config,
     ) -> Result<Self, WorkerError> {
         let started = Instant::now();
+        // What loading needs is a multiple of what serving does.
+        let _reclaim = Reclaim;
         let model = Model::open(path)?;
         let name = name.map_or_else(|| model.name(), str::to_owned);
         if let Some(known) = known {

@@ -20,6 +20,7 @@ use crate::options::{KvFormat, LoadError, OrtOptions, suited_kv};
 use crate::provider::Provider;
 use crate::runtime;
 use lower::{HIDDEN, KEPT, LAST_POSITION, LENGTH, OUTPUT, Plan};
+use mesh_kernels::Reclaim;
 use slots::{Shape, Slot};
 pub use tensors::Precision;
 
@@ -67,6 +68,7 @@ pub struct DeviceStage {
     /// On a first stage.
     embedding: Option<Embedding>,
     output: Vec<f32>,
+    _reclaim: Reclaim,
 }
 
 /// The embedding table as in the file.
@@ -156,6 +158,7 @@ impl DeviceStage {
             exported,
             embedding,
             output: Vec::new(),
+            _reclaim: Reclaim,
         })
     }
 

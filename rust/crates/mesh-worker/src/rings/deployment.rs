@@ -744,6 +744,7 @@ impl Deployment {
                     state.step_us = part.gauges.step_us.load(Relaxed) as f32;
                     state.prefill_us = part.gauges.prefill_us.load(Relaxed);
                     state.kv_bytes = part.gauges.kv_bytes.load(Relaxed);
+                    state.kept_bytes = part.gauges.kept_bytes.load(Relaxed);
                 }
                 Hosted::Driving(loaded) => {
                     (state.load_seconds, state.weight_bytes) =

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use dcf::{Message, MsgType};
 use mesh_engine::EngineHandle;
-use mesh_engine_ort::{OrtOptions, WeightFormat};
+use mesh_engine_ort::{OrtOptions, Reclaim, WeightFormat};
 use mesh_model::Model;
 use mesh_net::quic::{Link, LinkConfig, Listener, MsgStream};
 use mesh_net::trust::{NodeIdentity, Role};
@@ -415,6 +415,7 @@ impl Shard {
         context: u32,
         config: &Config,
     ) -> Result<Part, String> {
+        let _reclaim = Reclaim;
         let format = match format {
             "" => self.format,
             name => WeightFormat::from_name(name)

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arcanum_profiler::{Profile, ProfileOptions, choose_format};
-use mesh_engine_ort::{OrtOptions, WeightFormat};
+use mesh_engine_ort::{OrtOptions, Reclaim, WeightFormat};
 use mesh_model::Model;
 use mesh_proto::{ModelCard, NodeProfile};
 use mesh_store::{FingerprintCache, local};
@@ -103,6 +103,7 @@ fn measure_one(
         name: name.clone(),
         reason,
     };
+    let _reclaim = Reclaim;
     let mut speeds = Vec::new();
     for &format in config.ring.format.candidates() {
         let speed = profile.layers(&model, format, options);

@@ -69,6 +69,8 @@ pub(super) struct Gauges {
     pub(super) step_us: AtomicU64,
     /// Bytes of KV rows.
     pub(super) kv_bytes: AtomicU64,
+    /// Bytes of outputs kept for replays.
+    pub(super) kept_bytes: AtomicU64,
     /// Steps computed.
     pub(super) steps: AtomicU64,
     /// Microseconds per step of a few rows, smoothed.
@@ -323,6 +325,8 @@ impl PartWorker {
         let rows = self.part.book().rows();
         let bytes = rows * self.part.info().kv_bytes_per_token;
         self.gauges.kv_bytes.store(bytes, Ordering::Relaxed);
+        let kept = self.part.kept_bytes();
+        self.gauges.kept_bytes.store(kept, Ordering::Relaxed);
         self.gauges.lag.store(self.part.lag(), Ordering::Relaxed);
     }
 }

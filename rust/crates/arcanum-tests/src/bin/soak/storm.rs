@@ -176,7 +176,9 @@ async fn largest_overhead(cluster: &mut Cluster) -> Result<u64> {
     for name in cluster.names() {
         let parts = rings.iter().flat_map(RingView::parts);
         let own = parts.filter(|(_, part)| part.worker == name);
-        let reported: u64 = own.map(|(_, part)| part.weight_bytes + part.kv_bytes).sum();
+        let reported: u64 = own
+            .map(|(_, part)| part.weight_bytes + part.kv_bytes + part.kept_bytes)
+            .sum();
         let resident = cluster.worker(&name)?.resident_bytes()?;
         most = most.max(resident.saturating_sub(reported));
     }

@@ -83,6 +83,7 @@ pub(super) struct Part {
     pub(super) prefill_us: u64,
     pub(super) weight_bytes: u64,
     pub(super) kv_bytes: u64,
+    pub(super) kept_bytes: u64,
 }
 
 impl Part {
@@ -98,6 +99,7 @@ impl Part {
             prefill_us: 0,
             weight_bytes: 0,
             kv_bytes: 0,
+            kept_bytes: 0,
         }
     }
 
@@ -118,6 +120,7 @@ impl Part {
         self.prefill_us = report.prefill_us;
         self.weight_bytes = report.weight_bytes;
         self.kv_bytes = report.kv_bytes;
+        self.kept_bytes = report.kept_bytes;
     }
 }
 

@@ -73,6 +73,8 @@ pub struct PartView {
     pub weight_bytes: u64,
     /// Bytes of KV rows.
     pub kv_bytes: u64,
+    /// Bytes of outputs that it keeps for the next stage's replay.
+    pub kept_bytes: u64,
 }
 
 /// A worker without a part.
@@ -238,6 +240,7 @@ impl Rings {
             prefill_seconds: part.prefill_us as f64 / 1e6,
             weight_bytes: part.weight_bytes,
             kv_bytes: part.kv_bytes,
+            kept_bytes: part.kept_bytes,
         }
     }
 }
