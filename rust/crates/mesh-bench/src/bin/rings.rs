@@ -6,6 +6,7 @@
 //! the share of compute is 1 and the ratio is what the hops cost. With `--rpc`, llama.cpp runs the same file over
 //! three of its rpc-servers, one thread each, in the same rounds.
 
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,8 @@ use serde_json::json;
 /// Measures one model over three processes against one, with and without standbys, and against llama.cpp's RPC
 #[derive(Parser)]
 struct Args {
+    /// The model, a GGUF file; SmolLM2-135M if none is named
+    model: Option<PathBuf>,
     /// Rounds; each takes one request of every arrangement
     #[arg(long, default_value_t = 9)]
     rounds: usize,
@@ -33,7 +36,6 @@ struct Args {
     rpc: bool,
 }
 
-const MODEL: &str = "SmolLM2-135M-Instruct.Q4_1";
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// Tokens per second.
@@ -46,9 +48,13 @@ struct Speed {
 #[tokio::main]
 async fn main() -> Result<()> {
     let args = Args::parse();
-    let whole = start(None).await?;
-    let ring = start(Some(false)).await?;
-    let mirrored = start(Some(true)).await?;
+    let model = match &args.model {
+        Some(model) => model.clone(),
+        None => paths::smollm2()?,
+    };
+    let whole = start(&model, None).await?;
+    let ring = start(&model, Some(false)).await?;
+    let mirrored = start(&model, Some(true)).await?;
     let rpc = args.rpc.then(RpcServers::start).transpose()?;
 
     let mut speeds: [Vec<Speed>; 3] = [const { Vec::new() }; 3];
@@ -64,7 +70,7 @@ async fn main() -> Result<()> {
         if let Some(rpc) = &rpc
             && round > 0
         {
-            anchor.push(rpc.measure(&args)?);
+            anchor.push(rpc.measure(&model, &args)?);
         }
     }
     let [whole_speeds, ring_speeds, mirrored_speeds] = &speeds;
@@ -153,13 +159,13 @@ fn ratio(what: &str, wanted: &str, ours: &[Speed], anchor: &[Speed], of: fn(&Spe
 }
 
 /// A mesh with the whole model on one worker, or with a third on each of three, perhaps with standbys.
-async fn start(ring: Option<bool>) -> Result<Mesh> {
+async fn start(model: &Path, ring: Option<bool>) -> Result<Mesh> {
+    let file = model.display().to_string();
     let Some(standbys) = ring else {
-        return Mesh::builder()
-            .workers(1)
-            .worker_config("threads = 1")
-            .start()
-            .await;
+        let mut mesh = Mesh::builder().start().await?;
+        let toml = format!("models = [{file:?}]\nthreads = 1");
+        mesh.start_worker(&toml).await?;
+        return Ok(mesh);
     };
     let mut mesh = Mesh::builder()
         .head_config(&format!(
@@ -167,10 +173,9 @@ async fn start(ring: Option<bool>) -> Result<Mesh> {
         ))
         .start()
         .await?;
-    let shard = paths::smollm2()?.display().to_string();
     for _ in 0..if standbys { 6 } else { 3 } {
         let toml = format!(
-            "models = []\nshards = [{shard:?}]\nthreads = 1\n[ring]\nlisten = \"127.0.0.1:0\"\nformat = \"file\""
+            "models = []\nshards = [{file:?}]\nthreads = 1\n[ring]\nlisten = \"127.0.0.1:0\"\nformat = \"file\""
         );
         mesh.start_worker(&toml).await?;
     }
@@ -199,14 +204,14 @@ async fn measure(client: &HttpClient, args: &Args, round: usize) -> Result<Speed
         .map(|i| (i * 7_919 + round as u32 * 104_729) % 40_000 + 100)
         .collect();
     let request = json!({
-        "model": MODEL, "prompt": prompt, "max_tokens": 1, "temperature": 0, "ignore_eos": true,
+        "prompt": prompt, "max_tokens": 1, "temperature": 0, "ignore_eos": true,
     });
     let started = Instant::now();
     client.post("/v1/completions", &request).await?;
     let prefill = f64::from(args.prompt) / started.elapsed().as_secs_f64();
 
     let request = json!({
-        "model": MODEL, "prompt": prompt[..8], "max_tokens": args.tokens, "temperature": 0,
+        "prompt": prompt[..8], "max_tokens": args.tokens, "temperature": 0,
         "ignore_eos": true,
     });
     let mut stream = client.stream(request).await?;
@@ -268,9 +273,9 @@ impl RpcServers {
         Ok(servers)
     }
 
-    fn measure(&self, args: &Args) -> Result<Speed> {
+    fn measure(&self, model: &Path, args: &Args) -> Result<Speed> {
         let output = Command::new(program("llama-bench")?)
-            .args(["-m", &paths::smollm2()?.display().to_string()])
+            .args(["-m", &model.display().to_string()])
             .args([
                 "--rpc",
                 &self.endpoints,
