@@ -287,18 +287,7 @@ async fn workers_rejoin_a_head_that_restarts() -> Result<()> {
         .worker_config(SMALL)
         .start()
         .await?;
-    let config: toml::Table = format!(
-        "[http]\nlisten = \"{}\"\n[dcf]\nclients = \"{}\"\nworkers = \"{}\"\n[quic]\nlisten = \"{}\"\n",
-        mesh.head.address("http")?,
-        mesh.head.address("dcf.clients")?,
-        mesh.head.address("dcf.workers")?,
-        mesh.head.address("quic")?,
-    )
-    .parse()?;
-    mesh.head.crash()?;
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    mesh.head.restart(Some(&config)).await?;
-    mesh.head.wait_for("/health").await?;
+    mesh.restart_head(Duration::from_secs(1)).await?;
     mesh.wait_for_workers(2).await?;
     let client = V5Client::new(mesh.head.address("dcf.clients")?)?;
     let answer = client.ask(3, "hello", LIMIT)?;

@@ -271,9 +271,26 @@ async fn a_member_and_the_driver_are_drained_without_a_lost_token() -> Result<()
         );
         let ring = cluster.wait_for_ring(RingView::serves).await?;
         ensure!(!ring.seats(&drained), "{}", ring.layout());
+        if driver {
+            // A head that starts again knows of it.
+            cluster.mesh.restart_head(Duration::ZERO).await?;
+            let begun = Instant::now();
+            while !is_draining(&cluster, &drained).await? {
+                ensure!(begun.elapsed().as_secs() < 30, "{drained} is not drained");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            let ring = cluster.wait_for_ring(RingView::serves).await?;
+            ensure!(!ring.seats(&drained), "{}", ring.layout());
+        }
         cluster.undrain(&drained).await?;
     }
     cluster.shutdown().await
+}
+
+async fn is_draining(cluster: &Cluster, worker: &str) -> Result<bool> {
+    let mesh = cluster.mesh.registry().await?;
+    let mut workers = mesh["workers"].as_array().into_iter().flatten();
+    Ok(workers.any(|shown| shown["name"] == worker && shown["state"] == "draining"))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,8 +1,8 @@
 //! A worker of a ring is lost in the middle of an answer, and the client sees nothing but a pause.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use arcanum_tests::{Ask, Cluster, Fault, Running, Seed, Undisturbed, alone, question};
 
 const TOKENS: u32 = 96;
@@ -110,5 +110,31 @@ async fn a_slow_worker_behind_a_slow_network_changes_no_token() -> Result<()> {
     let answers = running.answers().await?;
     undisturbed.check_all(&asks, &answers)?;
     cluster.relieve(&slow, Fault::Slow)?;
+
+    // When it comes back, it finds out how slow its network is; until then there is what it said before.
+    cluster.kill(&slow)?;
+    cluster.restart(&slow).await?;
+    let begun = Instant::now();
+    loop {
+        let bandwidth = bandwidth_to_head(&cluster, &slow).await?;
+        let megabits = bandwidth.unwrap_or_default() * 8.0 / 1e6;
+        if (10.0..40.0).contains(&megabits) {
+            println!("{megabits:.1} Mbit/s of 20 measured");
+            break;
+        }
+        ensure!(begun.elapsed().as_secs() < 30, "{megabits} Mbit/s of 20");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
     cluster.shutdown().await
+}
+
+/// Bytes per second, once that worker has measured them.
+async fn bandwidth_to_head(cluster: &Cluster, worker: &str) -> Result<Option<f64>> {
+    let mesh = cluster.mesh.registry().await?;
+    let workers = mesh["workers"].as_array().into_iter().flatten();
+    let paths = workers
+        .filter(|shown| shown["name"] == worker)
+        .flat_map(|shown| shown["paths"].as_array().into_iter().flatten());
+    let mut to_head = paths.filter(|path| path["worker"].is_null());
+    Ok(to_head.find_map(|path| path["bytes_per_second"].as_f64()))
 }

@@ -103,6 +103,10 @@ message_types! {
     RING_RESEND = 0x49, "RingResend";
     /// How a step ended at a member; member to driver.
     RING_OUTCOME = 0x4A, "RingOutcome";
+    /// Some of the bytes by which a path's bandwidth is measured; worker to head or to another worker.
+    PROBE = 0x4B, "Probe";
+    /// How fast they came.
+    PROBED = 0x4C, "Probed";
     /// Models that a worker holds and seeks; worker to head.
     MODELS = 0x50, "Models";
     /// Where a worker gets the models that it seeks; head to worker.

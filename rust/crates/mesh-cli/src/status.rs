@@ -56,7 +56,7 @@ fn show(registry: &Value, terminal: Terminal) -> String {
     text += "\n";
     text += &table(
         &[
-            "WORKER", "STATE", "MODEL", "RUNNING", "DECODE", "PREFILL", "MEMORY", "RTT",
+            "WORKER", "STATE", "MODEL", "RUNNING", "DECODE", "PREFILL", "MEMORY", "LINK",
         ],
         &rows,
     );
@@ -141,9 +141,14 @@ fn rows(worker: &Value) -> Vec<Vec<String>> {
         .as_u64()
         .filter(|&size| size > 0)
         .map_or("-".to_owned(), bytes);
-    let rtt = worker["round_trip_ms"]
+    let mut link = worker["round_trip_ms"]
         .as_f64()
         .map_or("-".to_owned(), |rtt| format!("{rtt:.1} ms"));
+    let mut paths = worker["paths"].as_array().into_iter().flatten();
+    let to_head = paths.find(|path| path["worker"].is_null());
+    if let Some(rate) = to_head.and_then(|path| path["bytes_per_second"].as_f64()) {
+        link += &format!(", {}/s", bytes(rate as u64));
+    }
     // What it is kept for stands behind its state.
     let kept: Vec<&str> = worker["reserved_for"]
         .as_array()
@@ -168,7 +173,7 @@ fn rows(worker: &Value) -> Vec<Vec<String>> {
             rate(&model["decode_tokens_per_second"]),
             rate(&model["prefill_tokens_per_second"]),
             memory.clone(),
-            rtt.clone(),
+            link.clone(),
         ]
     };
     match worker["models"].as_array() {

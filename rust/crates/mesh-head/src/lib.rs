@@ -14,6 +14,7 @@ pub mod chunk_sender;
 pub mod clients;
 pub mod config;
 pub mod core;
+mod drains;
 pub mod drive;
 pub mod embed;
 pub mod fields;

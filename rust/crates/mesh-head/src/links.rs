@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use dcf::{ErrorCode, Message, MsgType};
-use mesh_net::quic::{Link, Listener, MsgStream, StreamFailure};
+use mesh_net::quic::{Link, Listener, MsgStream, StreamFailure, probe};
 use mesh_net::seal::Opener;
 use mesh_net::trust::Role;
 use mesh_proto::{
@@ -117,11 +117,13 @@ async fn serve_link(
     let id = mesh.join(link, hello, sender);
     mesh.sessions.open(session, id, Opener::new(&key, session));
     let prober = tokio::spawn(prove(mesh.clone(), id, link.clone()));
+    let probed = tokio::spawn(answer_probes(link.clone()));
     let reason = match follow_control(mesh, id, control, orders).await {
         Ok(()) => "the control stream ended".to_owned(),
         Err(error) => error.to_string(),
     };
     prober.abort();
+    probed.abort();
     mesh.sessions.close(session);
     mesh.leave(id);
     // Without its control stream a worker can say nothing any more.
@@ -187,6 +189,23 @@ async fn follow_control(
                 // The entry was replaced or pruned.
                 None => return Ok(()),
             },
+        }
+    }
+}
+
+/// Lets the worker measure its bandwidth to here; nothing else comes on streams of its own. One after the other, so that what a
+/// worker sends in vain is bounded.
+async fn answer_probes(link: Link) {
+    while let Ok(mut stream) = link.accept().await {
+        let first = match timeout(HELLO_TIMEOUT, stream.recv()).await {
+            Ok(Ok(Some(first))) if first.kind == MsgType::PROBE => first,
+            _ => {
+                stream.reset(ErrorCode::INVALID_PAYLOAD);
+                continue;
+            }
+        };
+        if let Err(error) = probe::answer(&first, stream).await {
+            debug!(worker = link.node_name(), %error, "probe not answered");
         }
     }
 }

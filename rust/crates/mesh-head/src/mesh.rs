@@ -23,6 +23,7 @@ use crate::core::registry::{Registry, ServedModel, Worker, WorkerId};
 use crate::core::rings::{Arrival, Prospect, Rings};
 use crate::core::router::Ask;
 use crate::core::tracker::Tracker;
+use crate::drains;
 use crate::legacy::Exchange;
 use crate::metrics::HeadMetrics;
 use crate::worker_bus::{BusSender, Sessions};
@@ -51,6 +52,8 @@ pub struct Mesh {
     state: Mutex<State>,
     /// Told whenever a ring's members or driver changed.
     ring_changes: watch::Sender<()>,
+    /// Held while the list of drained workers is written.
+    saving: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -110,9 +113,11 @@ impl Mesh {
             Registry::new(config.worker_timeout),
             config.placement_limits(),
         );
+        let mut rings = Rings::new(config.ring_settings(), rings::first_ring());
+        rings.stay_drained(drains::load(&config.state_dir));
         let state = State {
             placement,
-            rings: Rings::new(config.ring_settings(), rings::first_ring()),
+            rings,
             tracker: Tracker::new(),
             gauged: None,
             peers: BTreeMap::new(),
@@ -130,6 +135,7 @@ impl Mesh {
             started: SystemTime::now(),
             state: Mutex::new(state),
             ring_changes: watch::Sender::new(()),
+            saving: tokio::sync::Mutex::default(),
         })
     }
 

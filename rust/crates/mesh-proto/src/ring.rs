@@ -484,6 +484,17 @@ pub struct RingResend {
     pub until: u32,
 }
 
+/// How fast the Probes of a stream came (DCF 0x4C): the answer to them.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct Probed {
+    /// Payload bytes of the later ones, about half of them all. The first half found out how much may be sent at once.
+    #[prost(uint64, tag = "1")]
+    pub bytes: u64,
+    /// Microseconds in which those arrived.
+    #[prost(uint64, tag = "2")]
+    pub microseconds: u64,
+}
+
 /// How a step ended at a member (DCF 0x4A); member to driver: a failure, or rows that went no further.
 #[derive(Clone, PartialEq, Message)]
 pub struct RingOutcome {

@@ -159,6 +159,30 @@ impl Mesh {
         }
     }
 
+    /// Kills the head and starts it again after `pause`, on the same ports.
+    ///
+    /// # Errors
+    /// If it does not run, or does not start again.
+    pub async fn restart_head(&mut self, pause: Duration) -> Result<()> {
+        let path = self.head.config_path();
+        let mut config: Table = fs::read_to_string(&path)
+            .with_context(|| path.display().to_string())?
+            .parse()?;
+        let address = |name| self.head.address(name);
+        let ports = format!(
+            "[http]\nlisten = \"{}\"\n[dcf]\nclients = \"{}\"\nworkers = \"{}\"\n[quic]\nlisten = \"{}\"\n",
+            address("http")?,
+            address("dcf.clients")?,
+            address("dcf.workers")?,
+            address("quic")?,
+        );
+        overlay(&mut config, ports.parse()?);
+        self.head.crash()?;
+        tokio::time::sleep(pause).await;
+        self.head.restart(Some(&config)).await?;
+        self.head.wait_for("/health").await
+    }
+
     /// A client of the head's HTTP API.
     ///
     /// # Errors

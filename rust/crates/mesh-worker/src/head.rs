@@ -157,6 +157,7 @@ impl HeadLink {
         tokio::select! {
             reason = self.attend(&link, control, heartbeats, cards) => Ok(reason),
             never = renewal => match never {},
+            never = self.host.rings().keep_paths_known(&link) => match never {},
             () = self.stop.cancelled() => {
                 let goodbye = connector.shutdown(ErrorCode::OK, "the worker was shut down");
                 let _ = tokio::time::timeout(GOODBYE, goodbye).await;
@@ -217,7 +218,6 @@ impl HeadLink {
         let (mut send, mut recv) = control.split();
         let (ring_outbox, mut ring_messages) = tokio::sync::mpsc::unbounded_channel();
         self.host.rings().linked(ring_outbox, link.rtt());
-        let mut paths = tokio::time::interval_at(tokio::time::Instant::now() + PATHS, PATHS);
         let mut look = tokio::time::interval(LOAD_INTERVAL);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut reported = None;
@@ -234,7 +234,6 @@ impl HeadLink {
                 },
                 () = self.shutdown.draining(), if !now_draining => {}
                 _ = look.tick() => {}
-                _ = paths.tick() => self.host.rings().offer(link.rtt()),
                 Some(message) = ring_messages.recv() => {
                     if let Err(failure) = send.send(message).await {
                         return failure.to_string();
@@ -404,8 +403,6 @@ pub(crate) fn read_token(config: &Config) -> Result<Option<JoinToken>, WorkerErr
     }
 }
 
-/// Between looks at the paths to other workers.
-const PATHS: Duration = Duration::from_secs(60);
 const HEARTBEAT: Duration = Duration::from_secs(2);
 const LOAD_INTERVAL: Duration = Duration::from_millis(250);
 /// The head hears at most so often of what is held and sought.

@@ -25,7 +25,9 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
     let (workers, rings) = mesh.with_rings(|rings, registry| {
         let workers = registry.iter().map(|worker| {
             let node = worker.node_id().unwrap_or_default();
-            (worker.clone(), rings.holdings(node), rings.has_offer(node))
+            let paths = json!(rings.paths(node));
+            let (holdings, offers) = (rings.holdings(node), rings.has_offer(node));
+            (worker.clone(), holdings, offers, paths)
         });
         let workers: Vec<_> = workers.collect();
         let recoveries = rings.recoveries().map(|recovery| {
@@ -43,9 +45,10 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
     });
     let workers: Vec<Value> = workers
         .into_iter()
-        .map(|(worker, holdings, offers)| {
+        .map(|(worker, holdings, offers, paths)| {
             let mut shown = describe(&worker, round_trip(&worker), offers, now);
             shown["holds"] = json!(holdings);
+            shown["paths"] = paths;
             shown
         })
         .collect();

@@ -76,6 +76,7 @@ pub(super) async fn drain(State(api): State<Api>, body: Bytes) -> Result<Json<Va
     });
     let (id, node) = drained?;
     tracing::info!(worker = asked.worker, "worker drained by an operator");
+    keep_drains(&api).await?;
     Ok(Json(progress(&api, id, node.as_deref())))
 }
 
@@ -94,7 +95,18 @@ pub(super) async fn undrain(State(api): State<Api>, body: Bytes) -> Result<Json<
     });
     let (id, node) = undrained?;
     tracing::info!(worker = asked.worker, "worker undrained by an operator");
+    keep_drains(&api).await?;
     Ok(Json(progress(&api, id, node.as_deref())))
+}
+
+async fn keep_drains(api: &Api) -> Result<(), ApiError> {
+    api.mesh.keep_drains().await.map_err(|error| {
+        let text = format!(
+            "done, but it will be forgotten when the head starts again: {error}; make room or give the head its \
+             directory, and ask again"
+        );
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "drain_not_kept", text)
+    })
 }
 
 /// `POST /v1/mesh/rebalance`: compares rings with fresh plans and replaces those that are clearly worse. The body may hold

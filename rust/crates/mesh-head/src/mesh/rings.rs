@@ -1,5 +1,6 @@
 //! Rings within the mesh: carries out what [`crate::core::rings`] decides, and answers what others ask about rings.
 
+use std::io;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -12,6 +13,7 @@ use tracing::{debug, info, warn};
 use super::{Mesh, State, timestamp_us};
 use crate::core::registry::{Registry, Worker, WorkerId};
 use crate::core::rings::{Action, Note, Prospect, Rings};
+use crate::drains;
 
 /// What became of a worker as the driver of a ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,6 +115,19 @@ impl Mesh {
         let changed = change(&mut state.rings, &mut state.placement.registry, now);
         self.turn(state, now);
         changed
+    }
+
+    /// Writes down which workers are drained, for the next start.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub async fn keep_drains(&self) -> io::Result<()> {
+        // The later list must not be overtaken by the earlier one.
+        let _alone = self.saving.lock().await;
+        let drained = self.lock().rings.drained();
+        let state_dir = self.config.state_dir.clone();
+        let saved = tokio::task::spawn_blocking(move || drains::save(&state_dir, drained));
+        saved.await.map_err(io::Error::other)?
     }
 
     /// Whether requests for a model, or for any, can be answered; the reason if not.

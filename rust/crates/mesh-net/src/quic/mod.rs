@@ -23,6 +23,7 @@ mod error;
 mod join;
 mod link;
 mod listener;
+pub mod probe;
 mod stream;
 pub(crate) mod tls;
 

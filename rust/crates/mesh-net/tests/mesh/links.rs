@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use crate::common::{Head, LOOPBACK};
 use bytes::Bytes;
 use dcf::{ErrorCode, Message, MsgType, StreamError};
-use mesh_net::quic::{Closed, Connector, Link, LinkConfig, NamedGroup, StreamFailure};
+use mesh_net::quic::{Closed, Connector, Link, LinkConfig, NamedGroup, StreamFailure, probe};
 use mesh_net::seal::{OpenError, Opener, Sealer};
 use mesh_net::trust::Role;
 
@@ -57,6 +57,36 @@ async fn messages_of_any_size_arrive_whole_and_in_order() {
     assert_eq!(recv.recv().await.expect("clean end"), None);
     sender.await.expect("sender");
     echo.await.expect("echo");
+}
+
+#[tokio::test]
+async fn a_links_bandwidth_is_measured_and_a_peer_that_sends_on_is_stopped() {
+    let (_head, near, far) = pair().await;
+    let answering = tokio::spawn(async move {
+        let mut answers = Vec::new();
+        for _ in 0..2 {
+            let mut stream = far.accept().await.expect("accepts");
+            let first = stream.recv().await.expect("receives").expect("a message");
+            answers.push(probe::answer(&first, stream).await);
+        }
+        (far, answers)
+    });
+    let bandwidth = probe::bandwidth(&near).await.expect("measured");
+    assert!(
+        (1e5..1e11).contains(&bandwidth),
+        "{bandwidth} bytes a second"
+    );
+
+    let mut endless = near.open().await.expect("opens");
+    let probes = async {
+        let probe = || Message::new(MsgType::PROBE, 0, 0, vec![0; 64 << 10]);
+        while endless.send(probe()).await.is_ok() {}
+    };
+    tokio::time::timeout(Duration::from_secs(5), probes)
+        .await
+        .expect("stopped in time");
+    let (_far, answers) = answering.await.expect("answers");
+    assert!(matches!(answers[..], [Ok(()), Err(_)]), "{answers:?}");
 }
 
 #[tokio::test]

@@ -10,6 +10,7 @@ mod deployment;
 mod driver;
 mod offer;
 mod part;
+mod paths;
 mod peers;
 mod streams;
 #[cfg(test)]
@@ -26,7 +27,7 @@ use dcf::{Message, MsgType};
 use mesh_engine::EngineHandle;
 use mesh_engine_ort::{OrtOptions, Reclaim, WeightFormat};
 use mesh_model::Model;
-use mesh_net::quic::{Link, LinkConfig, Listener, MsgStream};
+use mesh_net::quic::{Link, LinkConfig, Listener, MsgStream, probe};
 use mesh_net::trust::{NodeIdentity, Role};
 use mesh_pipeline::Part;
 use mesh_proto::{
@@ -62,8 +63,8 @@ pub(crate) struct Rings {
     offered: Mutex<Vec<PathProfile>>,
     /// To the head, while there is a link to it.
     head: Mutex<Option<mpsc::UnboundedSender<Message>>>,
-    /// How far it is away.
-    head_rtt: Mutex<Duration>,
+    /// The path to it.
+    head_path: Mutex<PathProfile>,
 }
 
 /// A model of which this worker may hold parts.
@@ -113,7 +114,7 @@ impl Rings {
             served: Mutex::default(),
             offered: Mutex::default(),
             head: Mutex::default(),
-            head_rtt: Mutex::default(),
+            head_path: Mutex::default(),
         }))
     }
 
@@ -133,8 +134,7 @@ impl Rings {
         drop(shards);
         *lock(&self.profile) = profile;
         lock(&self.offered).clear();
-        let rtt = *lock(&self.head_rtt);
-        self.offer(rtt);
+        self.offer();
         Ok(())
     }
 
@@ -190,13 +190,13 @@ impl Rings {
     /// Says to the head, which is `rtt` away, what there is; from now on it hears of rings through `outbox`.
     pub(crate) fn linked(&self, outbox: mpsc::UnboundedSender<Message>, rtt: Duration) {
         *lock(&self.head) = Some(outbox);
+        *lock(&self.head_path) = peers::path("", rtt, 0.0);
         lock(&self.offered).clear();
-        self.offer(rtt);
+        self.offer();
     }
 
     /// Says again what there is if the paths to others have changed.
-    pub(crate) fn offer(&self, rtt: Duration) {
-        *lock(&self.head_rtt) = rtt;
+    fn offer(&self) {
         let shards = self.shards();
         // What is not known yet cannot be offered; that there is nothing need not be said.
         if shards.is_empty() {
@@ -206,9 +206,9 @@ impl Rings {
             return;
         };
         let mut paths = net.peers.paths();
-        paths.push(peers::path("", rtt));
+        paths.push(lock(&self.head_path).clone());
         let mut offered = lock(&self.offered);
-        if !offered.is_empty() && !differ(&offered, &paths) {
+        if !offered.is_empty() && !paths::differ(&offered, &paths) {
             return;
         }
         offered.clone_from(&paths);
@@ -303,6 +303,11 @@ impl Rings {
             // Either way there is something to look at.
             let _ = tokio::time::timeout(IDLE / 4, changed).await;
         }
+    }
+
+    /// Whether no part here has computed anything for a while.
+    fn is_idle(&self) -> bool {
+        lock(&self.active).is_none_or(|at| at.elapsed() >= IDLE)
     }
 
     fn note_activity(&self) {
@@ -456,6 +461,12 @@ async fn accept_streams(rings: Arc<Rings>, link: Link, main: Handle) {
                     main.spawn(models::serve(rings.models.clone(), first, stream));
                     return;
                 }
+                Ok(first) if first.kind == MsgType::PROBE => {
+                    if let Err(error) = probe::answer(&first, stream).await {
+                        tracing::debug!(peer = link.node_name(), %error, "probe not answered");
+                    }
+                    return;
+                }
                 Ok(first) => streams::hello(first),
                 Err(broken) => Err(broken),
             };
@@ -478,24 +489,10 @@ async fn accept_streams(rings: Arc<Rings>, link: Link, main: Handle) {
     }
 }
 
-/// Whether a plan might look at them differently: a new path, or a round trip that is half as long again.
-fn differ(before: &[PathProfile], now: &[PathProfile]) -> bool {
-    now.iter().any(|path| {
-        let known = before.iter().find(|known| known.node_id == path.node_id);
-        known.is_none_or(|known| {
-            let (least, most) = (known.rtt_us.min(path.rtt_us), known.rtt_us.max(path.rtt_us));
-            most > least.max(LEAST_RTT) / 2 * 3
-        })
-    })
-}
-
 /// What these mutexes guard is replaced as a whole, so a panic elsewhere leaves it sound.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
-
-/// Round trips below this, microseconds, are all the same to a plan.
-const LEAST_RTT: u32 = 1_000;
 
 /// Rings that nobody asks anything for so long are idle.
 const IDLE: Duration = Duration::from_secs(3);

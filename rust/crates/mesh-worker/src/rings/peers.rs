@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use mesh_net::quic::{Connector, Link, LinkConfig};
+use mesh_net::quic::{Connector, Link, LinkConfig, probe};
 use mesh_net::trust::{NodeIdentity, Role};
 use mesh_proto::{PathProfile, Seat};
 
@@ -17,7 +17,20 @@ pub(crate) struct Peers {
 }
 
 /// Locked while a link is being made.
-type Entry = Arc<tokio::sync::Mutex<Option<Link>>>;
+type Entry = Arc<tokio::sync::Mutex<Option<Made>>>;
+
+/// A link that was made.
+struct Made {
+    link: Link,
+    /// Bytes per second; 0 is unknown.
+    bandwidth: f64,
+}
+
+impl Made {
+    fn is_open(&self) -> bool {
+        self.link.close_reason().is_none()
+    }
+}
 
 impl Peers {
     /// For a node with this identity.
@@ -33,11 +46,51 @@ impl Peers {
         let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
         let open = links.iter().filter_map(|(node_id, entry)| {
             // One that is being made has not been measured.
-            let link = entry.try_lock().ok()?;
-            let link = link.as_ref().filter(|link| link.close_reason().is_none())?;
-            Some(path(node_id, link.rtt()))
+            let made = entry.try_lock().ok()?;
+            let made = made.as_ref().filter(|made| made.is_open())?;
+            Some(path(node_id, made.link.rtt(), made.bandwidth))
         });
         open.collect()
+    }
+
+    /// Measures the bandwidth of the links of which it is not known, one after the other, until one of them fails or it is not
+    /// `idle` any more. True if one was measured.
+    pub(super) async fn measure(&self, idle: impl Fn() -> bool) -> bool {
+        let entries: Vec<Entry> = {
+            let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+            links.values().cloned().collect()
+        };
+        let mut measured = false;
+        for entry in entries {
+            let unknown = |made: &&Made| made.is_open() && made.bandwidth == 0.0;
+            let link = entry
+                .lock()
+                .await
+                .as_ref()
+                .filter(unknown)
+                .map(|made| made.link.clone());
+            let Some(link) = link else {
+                continue;
+            };
+            if !idle() {
+                break;
+            }
+            match probe::bandwidth(&link).await {
+                Ok(bandwidth) => {
+                    if let Some(made) = &mut *entry.lock().await
+                        && made.link.id() == link.id()
+                    {
+                        made.bandwidth = bandwidth;
+                        measured = true;
+                    }
+                }
+                Err(error) => {
+                    tracing::debug!(peer = link.node_name(), %error, "bandwidth not measured");
+                    break;
+                }
+            }
+        }
+        measured
     }
 
     /// The link to a worker, made if there is none.
@@ -47,9 +100,9 @@ impl Peers {
             links.entry(seat.node_id.clone()).or_default().clone()
         };
         // Whoever asks meanwhile waits for the same link.
-        let mut link = entry.lock().await;
-        if let Some(link) = link.as_ref().filter(|link| link.close_reason().is_none()) {
-            return Ok(link.clone());
+        let mut entry = entry.lock().await;
+        if let Some(made) = entry.as_ref().filter(|made| made.is_open()) {
+            return Ok(made.link.clone());
         }
         let address: SocketAddr = seat
             .address
@@ -61,28 +114,31 @@ impl Peers {
         };
         let connector = Connector::toward(address, self.identity.clone(), config)
             .map_err(|error| error.to_string())?;
-        let made = connector
+        let link = connector
             .connect(address, Role::Worker)
             .await
             .map_err(|error| error.to_string())?;
-        if made.node_id() != seat.node_id {
+        if link.node_id() != seat.node_id {
             return Err(format!(
                 "{address} is {} and not {}",
-                made.node_name(),
+                link.node_name(),
                 seat.name
             ));
         }
-        *link = Some(made.clone());
-        Ok(made)
+        *entry = Some(Made {
+            link: link.clone(),
+            bandwidth: 0.0,
+        });
+        Ok(link)
     }
 }
 
-/// A path to the node `node_id`, the head if that is empty.
-pub(super) fn path(node_id: &str, rtt: Duration) -> PathProfile {
+/// A path to the node `node_id`, the head if that is empty, of so many bytes per second.
+pub(super) fn path(node_id: &str, rtt: Duration, bandwidth: f64) -> PathProfile {
     PathProfile {
         node_id: node_id.to_owned(),
         rtt_us: u32::try_from(rtt.as_micros()).unwrap_or(u32::MAX),
-        bandwidth: 0.0,
+        bandwidth,
     }
 }
 

@@ -1,6 +1,6 @@
 //! Draining: a worker hands its parts over, then holds nothing.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -98,6 +98,23 @@ impl Rings {
     /// Whether an operator drains this worker.
     pub fn is_asked_to_drain(&self, node: &str) -> bool {
         self.nodes.get(node).is_some_and(|node| node.asked_to_drain)
+    }
+
+    /// Names of the workers that an operator drains, by their node ids.
+    pub fn drained(&self) -> BTreeMap<String, String> {
+        let drained = self.nodes.iter().filter(|(_, node)| node.asked_to_drain);
+        drained
+            .map(|(id, node)| (id.clone(), node.name.clone()))
+            .collect()
+    }
+
+    /// These were drained before the head was started; they may come at any time.
+    pub fn stay_drained(&mut self, nodes: BTreeMap<String, String>) {
+        for (node, name) in nodes {
+            let entry = self.nodes.entry(node).or_default();
+            entry.asked_to_drain = true;
+            entry.name = name;
+        }
     }
 
     /// What a worker holds, and what a drain of it waits for.

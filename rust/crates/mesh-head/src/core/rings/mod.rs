@@ -38,7 +38,7 @@ pub use action::{Action, Note, Prospect};
 pub use drain::{DrainRefusal, Holding};
 pub use plan::{NoPlan, Planned};
 pub use rebalance::Comparison;
-pub use view::{RecoveryView, RingView, StageView, Unformed};
+pub use view::{PathView, RecoveryView, RingView, StageView, Unformed};
 
 use node::Node;
 use ring::Ring;

@@ -77,6 +77,18 @@ pub struct PartView {
     pub kept_bytes: u64,
 }
 
+/// A path that a worker measured.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PathView {
+    /// Name of the worker at its other end; the head if there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub worker: Option<String>,
+    /// Round trip.
+    pub round_trip_ms: f64,
+    /// What its other end receives of it; unknown until it was idle once.
+    pub bytes_per_second: Option<f64>,
+}
+
 /// A worker without a part.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LeftOutView {
@@ -191,6 +203,20 @@ impl Rings {
         .collect()
     }
 
+    /// The paths that a worker says it measured.
+    pub fn paths(&self, node: &str) -> Vec<PathView> {
+        let Some(node) = self.nodes.get(node).filter(|node| node.connected) else {
+            return Vec::new();
+        };
+        let paths = node.profile.paths.iter().take(PATHS);
+        let shown = paths.map(|path| PathView {
+            worker: (!path.node_id.is_empty()).then(|| self.name(&path.node_id).to_owned()),
+            round_trip_ms: f64::from(path.rtt_us) / 1e3,
+            bytes_per_second: Some(path.bandwidth).filter(|&rate| rate.is_finite() && rate > 0.0),
+        });
+        shown.collect()
+    }
+
     fn show(&self, ring: &Ring, now: Instant) -> RingView {
         let stages = ring.stages.iter().map(|stage| StageView {
             layers: [stage.layers.start, stage.layers.end],
@@ -257,3 +283,6 @@ fn state(ring: &Ring) -> &'static str {
 fn hex(ring: u64) -> String {
     format!("{ring:016x}")
 }
+
+/// Paths of one worker that are shown, at most.
+const PATHS: usize = 256;

@@ -1,0 +1,180 @@
+//! The bandwidth of a link: a train of Probes on a stream of its own, and how fast it came.
+//!
+//! A path's congestion window starts small and grows by every acknowledgement, so only the later half of the train counts.
+//! Whoever receives it may have been asleep and find all of it in a buffer, which looks like a path without limits; whoever
+//! sends it knows when the answer came, and believes no more than a few times what that says.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use dcf::{ErrorCode, Message, MsgType};
+use mesh_proto::Probed;
+use prost::Message as _;
+
+use super::{Link, MsgStream, StreamFailure};
+
+/// Measures how many bytes per second the peer of a link receives from here. Takes milliseconds on a fast path and up to a
+/// few seconds on a slow one, which it fills meanwhile.
+///
+/// # Errors
+/// If the link fails, or the peer does not answer within ten seconds or not with Probed.
+pub async fn bandwidth(link: &Link) -> Result<f64, ProbeError> {
+    tokio::time::timeout(LIMIT, send_train(link))
+        .await
+        .unwrap_or(Err(ProbeError::Silent))
+}
+
+/// Why a bandwidth is not known.
+#[derive(Debug, thiserror::Error)]
+pub enum ProbeError {
+    /// The stream broke.
+    #[error(transparent)]
+    Stream(#[from] StreamFailure),
+    /// No answer.
+    #[error("no answer to a train of probes within {} s", LIMIT.as_secs())]
+    Silent,
+    /// Something else than Probed, or one that says nothing.
+    #[error("the answer to a train of probes is a {0} without a bandwidth")]
+    Answer(MsgType),
+}
+
+async fn send_train(link: &Link) -> Result<f64, ProbeError> {
+    let mut stream = link.open().await?;
+    let payload = Bytes::from_static(&[0; WAGON]);
+    let started = Instant::now();
+    let mut sent = 0;
+    while sent < TRAIN && started.elapsed() < SENDING {
+        let wagon = Message::new(MsgType::PROBE, 0, 0, payload.clone());
+        stream.send(wagon).await?;
+        sent += WAGON as u64;
+    }
+    stream.finish()?;
+    let answer = stream.recv().await?;
+    let answer = answer.ok_or(ProbeError::Silent)?;
+    let probed = match answer.kind {
+        MsgType::PROBED => Probed::decode(answer.payload.clone()).ok(),
+        _ => None,
+    };
+    probed
+        .and_then(|probed| believed(&probed, sent, started.elapsed()))
+        .ok_or(ProbeError::Answer(answer.kind))
+}
+
+/// Answers a train of Probes of which `first` has been received.
+///
+/// # Errors
+/// If the stream fails, or brings something else, too much, or all of it too slowly.
+pub async fn answer(first: &Message, mut stream: MsgStream) -> Result<(), StreamFailure> {
+    let mut train = Train::default();
+    train.arrived(first.payload.len(), Instant::now());
+    let receive = async {
+        while let Some(message) = stream.recv().await? {
+            if message.kind != MsgType::PROBE || train.bytes() >= 2 * TRAIN {
+                return Err(StreamFailure::Cancelled(ErrorCode::INVALID_PAYLOAD));
+            }
+            train.arrived(message.payload.len(), Instant::now());
+        }
+        let probed = train.probed().encode_to_vec();
+        stream
+            .send(Message::new(MsgType::PROBED, 0, 0, probed))
+            .await?;
+        stream.finish()
+    };
+    tokio::time::timeout(LIMIT, receive)
+        .await
+        .unwrap_or(Err(StreamFailure::Cancelled(ErrorCode::TIMEOUT)))
+}
+
+/// When the bytes of a train came.
+#[derive(Debug, Default)]
+struct Train {
+    /// Time, and bytes up to then.
+    arrivals: Vec<(Instant, u64)>,
+}
+
+impl Train {
+    fn bytes(&self) -> u64 {
+        self.arrivals.last().map_or(0, |(_, bytes)| *bytes)
+    }
+
+    fn arrived(&mut self, bytes: usize, now: Instant) {
+        self.arrivals.push((now, self.bytes() + bytes as u64));
+    }
+
+    fn probed(&self) -> Probed {
+        let whole = self.bytes();
+        let half = self.arrivals.iter().find(|(_, bytes)| *bytes >= whole / 2);
+        let (Some((from, before)), Some((to, _))) = (half, self.arrivals.last()) else {
+            return Probed::default();
+        };
+        let took = to.saturating_duration_since(*from);
+        Probed {
+            bytes: whole - before,
+            microseconds: u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
+        }
+    }
+}
+
+/// The bandwidth, bytes per second, by an answer that came `took` after the first of `sent` bytes. `None`: it says nothing.
+fn believed(probed: &Probed, sent: u64, took: Duration) -> Option<f64> {
+    if probed.bytes == 0 {
+        return None;
+    }
+    // All of it was sent and answered within that time, so the path is no slower.
+    let least = sent as f64 / took.as_secs_f64().max(1e-6);
+    let told = probed.bytes as f64 / (probed.microseconds.max(1) as f64 / 1e6);
+    Some(told.clamp(least, FASTER * least))
+}
+
+/// Payload of one Probe, bytes.
+const WAGON: usize = 16 << 10;
+/// Bytes of a train: a few round trips of a growing window on a LAN, half a second at 8 Mbit/s.
+const TRAIN: u64 = 512 << 10;
+/// On a slower path the train ends after this time.
+const SENDING: Duration = Duration::from_secs(1);
+/// For all of it, both ways.
+const LIMIT: Duration = Duration::from_secs(10);
+/// How much faster the later half may be than all of it, round trips and growing window included.
+const FASTER: f64 = 8.0;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A train whose wagons come after these milliseconds.
+    fn train(arrivals: &[u64]) -> Probed {
+        let start = Instant::now();
+        let mut train = Train::default();
+        for &at in arrivals {
+            train.arrived(1_000, start + Duration::from_millis(at));
+        }
+        train.probed()
+    }
+
+    #[test]
+    fn the_later_half_counts() {
+        // Slow at first, then 1,000 bytes a millisecond.
+        let probed = train(&[0, 50, 100, 150, 151, 152, 153, 154]);
+        assert_eq!((probed.bytes, probed.microseconds), (4_000, 4_000));
+        let speed = believed(&probed, 8_000, Duration::from_millis(160));
+        assert_eq!(speed, Some(8.0 * 8_000.0 / 0.16));
+        let speed = believed(&probed, 8_000, Duration::from_millis(10));
+        assert_eq!(speed, Some(1e6));
+    }
+
+    #[test]
+    fn a_burst_or_a_lie_is_not_believed_and_nothing_is_nothing() {
+        let at_once = train(&[5; 32]);
+        let second = Duration::from_secs(1);
+        assert_eq!(believed(&at_once, 32_000, second), Some(8.0 * 32_000.0));
+        let crawling = Probed {
+            bytes: 1,
+            microseconds: u64::MAX,
+        };
+        assert_eq!(believed(&crawling, 32_000, second), Some(32_000.0));
+        for nothing in [train(&[]), train(&[3])] {
+            assert_eq!(believed(&nothing, 32_000, second), None, "{nothing:?}");
+        }
+        assert!(believed(&at_once, u64::MAX, Duration::ZERO).is_some_and(f64::is_finite));
+    }
+}

@@ -1,0 +1,72 @@
+//! How far the head and the other workers are away, for the head's plans.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use mesh_net::quic::{Link, probe};
+use mesh_proto::PathProfile;
+
+use super::{Rings, lock, peers};
+
+impl Rings {
+    /// Measures the path to the head, now, and those to other workers while no ring has anything to do, and tells the head what
+    /// has changed, for as long as it is polled.
+    pub(crate) async fn keep_paths_known(&self, head: &Link) -> Infallible {
+        let mut bandwidth = 0.0;
+        loop {
+            if bandwidth == 0.0 && self.is_idle() {
+                match probe::bandwidth(head).await {
+                    Ok(measured) => bandwidth = measured,
+                    Err(error) => tracing::debug!(%error, "bandwidth to the head not measured"),
+                }
+            }
+            let net = lock(&self.net).clone();
+            if let Some(net) = net {
+                net.peers.measure(|| self.is_idle()).await;
+            }
+            *lock(&self.head_path) = peers::path("", head.rtt(), bandwidth);
+            self.offer();
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+}
+
+/// Whether a plan might look at them differently: a new path, a round trip that is half as long again, or another bandwidth.
+pub(super) fn differ(before: &[PathProfile], now: &[PathProfile]) -> bool {
+    now.iter().any(|path| {
+        let known = before.iter().find(|known| known.node_id == path.node_id);
+        known.is_none_or(|known| {
+            let (least, most) = (known.rtt_us.min(path.rtt_us), known.rtt_us.max(path.rtt_us));
+            most > least.max(LEAST_RTT) / 2 * 3 || known.bandwidth != path.bandwidth
+        })
+    })
+}
+
+/// Round trips below this, microseconds, are all the same to a plan.
+const LEAST_RTT: u32 = 1_000;
+
+/// Between looks at the paths.
+const LOOK: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_matters_is_told_again() {
+        let path =
+            |node: &str, ms, bandwidth| peers::path(node, Duration::from_millis(ms), bandwidth);
+        let before = [path("", 2, 1e6), path("a", 0, 0.0)];
+        assert!(!differ(&before, &before[..1]));
+        for (now, news) in [
+            (path("", 3, 1e6), false),
+            (path("", 4, 1e6), true),
+            (path("", 2, 2e6), true),
+            (path("a", 1, 0.0), false),
+            (path("a", 0, 1e6), true),
+            (path("b", 0, 0.0), true),
+        ] {
+            assert_eq!(differ(&before, std::slice::from_ref(&now)), news, "{now:?}");
+        }
+    }
+}
