@@ -154,7 +154,7 @@ impl Part {
         }
         let (number, until) = (step.step, step.until);
         match self.forward(step, out) {
-            Ok(next) if until > 0 && until == self.index => {
+            Ok(next) if until == self.index + 1 => {
                 drop(next);
                 out.push(Out::Driver(RingOutcome {
                     epoch: self.epoch,

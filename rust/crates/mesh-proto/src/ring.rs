@@ -343,7 +343,7 @@ pub struct RingStep {
     /// Hidden rows, row-major, little-endian f32 or f16; empty toward stage 0.
     #[prost(bytes = "bytes", tag = "6")]
     pub rows: Bytes,
-    /// The rows go no further than this stage, which tells the driver when they are in its KV cache; 0 is a step that goes
+    /// The rows go through so many stages, of which the last tells the driver when they are in its KV cache; 0 is a step that goes
     /// all the way.
     #[prost(uint32, tag = "7")]
     pub until: u32,

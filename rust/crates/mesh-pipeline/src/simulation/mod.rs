@@ -107,6 +107,31 @@ fn a_ring_answers_as_one_worker_does() {
     }
 }
 
+/// What others hold already is not computed again, whichever stage is lost.
+#[test]
+fn a_replay_goes_no_further_than_the_stage_that_needs_it() {
+    for victim in 0..2 {
+        let mut world = World::new(5, &[2, 4, 6], 4, false);
+        let mut request = Request::greedy("long".to_owned(), vec![7; 60], 60);
+        request.ignore_eos = true;
+        world.submit(request);
+        while world.answers[0].tokens.len() < 40 {
+            world.run(world.now + 1_000);
+        }
+        let [lost, other] = [victim, 1 - victim].map(|stage| world.members()[stage]);
+        world.kill(lost);
+        finish(&mut world);
+        check(&world);
+        assert_eq!(world.members()[1 - victim], other);
+        // Its own 120, and what is computed again together with the next step.
+        let rows = world.rows(other);
+        assert!(
+            (119..160).contains(&rows),
+            "stage {victim} lost: {rows} rows"
+        );
+    }
+}
+
 #[test]
 fn any_single_loss_at_any_time_is_survived() {
     for standbys in [false, true] {

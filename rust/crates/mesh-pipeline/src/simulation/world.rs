@@ -110,6 +110,8 @@ struct Worker {
     parts: BTreeMap<u32, Part>,
     driver: Option<Driver>,
     received: u64,
+    /// Rows of the steps among that.
+    rows: u64,
     sent: u64,
     /// What belongs to an epoch that has not reached it.
     early: Vec<(Node, Message)>,
@@ -191,6 +193,11 @@ impl World {
         });
         let key = self.answers.len() - 1;
         self.send_request(key);
+    }
+
+    /// Rows that a member was given to compute.
+    pub(super) fn rows(&self, node: Node) -> u64 {
+        self.workers[node].rows
     }
 
     pub(super) fn members(&self) -> &[Node] {
@@ -438,6 +445,7 @@ impl World {
                     return self.tell_driver(node, DriverEvent::Rows(step));
                 }
                 self.workers[node].received += 1;
+                self.workers[node].rows += step.tokens.len() as u64;
                 self.with_part(node, |part, out| part.step(step, out));
             }
             Message::Ping { mut ping, .. } => {
@@ -788,6 +796,7 @@ impl Worker {
             parts: BTreeMap::new(),
             driver: None,
             received: 0,
+            rows: 0,
             sent: 0,
             early: Vec::new(),
         }
