@@ -34,6 +34,9 @@ struct Args {
     /// Compare with llama.cpp over three rpc-servers, too
     #[arg(long)]
     rpc: bool,
+    /// Keep all workers on this processor (Linux; needs `taskset`)
+    #[arg(long, value_name = "NUMBER")]
+    processor: Option<u32>,
 }
 
 const LIMIT: Duration = Duration::from_secs(120);
@@ -49,12 +52,18 @@ struct Speed {
 async fn main() -> Result<()> {
     let args = Args::parse();
     let model = match &args.model {
-        Some(model) => model.clone(),
+        // Others are started in other folders.
+        Some(model) => std::fs::canonicalize(model).with_context(|| model.display().to_string())?,
         None => paths::smollm2()?,
     };
     let whole = start(&model, None).await?;
     let ring = start(&model, Some(false)).await?;
     let mirrored = start(&model, Some(true)).await?;
+    if let Some(processor) = args.processor {
+        for mesh in [&whole, &ring, &mirrored] {
+            pin(mesh, processor)?;
+        }
+    }
     let rpc = args.rpc.then(RpcServers::start).transpose()?;
 
     let mut speeds: [Vec<Speed>; 3] = [const { Vec::new() }; 3];
@@ -195,6 +204,20 @@ async fn start(model: &Path, ring: Option<bool>) -> Result<Mesh> {
         ensure!(started.elapsed() < LIMIT, "no ring: {registry}");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
+}
+
+/// Keeps the threads of a mesh's workers, and those that they start, on one processor.
+fn pin(mesh: &Mesh, processor: u32) -> Result<()> {
+    for worker in &mesh.workers {
+        let status = Command::new("taskset")
+            .args(["--all-tasks", "--cpu-list", "--pid"])
+            .args([processor.to_string(), worker.pid().to_string()])
+            .stdout(Stdio::null())
+            .status()
+            .context("starting taskset")?;
+        ensure!(status.success(), "taskset: {status}");
+    }
+    Ok(())
 }
 
 /// One request: its first token after a prompt that is new, and then token by token.

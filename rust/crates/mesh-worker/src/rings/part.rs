@@ -366,7 +366,7 @@ pub(super) fn is_short(step: &RingStep, short_us: u64) -> bool {
 const SHORT_ROWS: usize = 8;
 
 /// Microseconds that steps take on average if they may be: other tasks wait for as long.
-const SHORT_US: u64 = 4_000;
+const SHORT_US: u64 = 20_000;
 
 /// A message of a ring.
 pub(super) fn message(kind: MsgType, body: &impl prost::Message) -> Message {
