@@ -17,7 +17,6 @@ use quinn::{
 };
 use tokio::task::AbortHandle;
 
-use super::LARGEST_PACKET;
 use super::link::{Link, WeakLink, canonical};
 use crate::udp::sys;
 
@@ -37,10 +36,7 @@ impl Carrier {
             .ok();
         let inner = TokioRuntime.wrap_udp_socket(socket)?;
         let socket = Arc::new(WatchedSocket { inner, errors });
-        let mut config = EndpointConfig::default();
-        config
-            .max_udp_payload_size(LARGEST_PACKET)
-            .map_err(io::Error::other)?;
+        let config = EndpointConfig::default();
         let endpoint =
             Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(TokioRuntime))?;
         Ok(Self { endpoint, links })

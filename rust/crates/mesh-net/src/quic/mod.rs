@@ -39,7 +39,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use quinn::congestion::CubicConfig;
-use quinn::{AckFrequencyConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
+use quinn::{AckFrequencyConfig, IdleTimeout, TransportConfig, VarInt};
 
 /// Limits and times of links.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,8 +79,6 @@ impl LinkConfig {
         let mut acks = AckFrequencyConfig::default();
         acks.ack_eliciting_threshold(ACK_PACKETS.into())
             .max_ack_delay(Some(ACK_DELAY));
-        let mut mtu = MtuDiscoveryConfig::default();
-        mtu.upper_bound(LARGEST_PACKET);
         let mut transport = TransportConfig::default();
         // Beyond 2^62 ms quinn has no number; nobody waits that long.
         let idle = IdleTimeout::try_from(self.idle_timeout).unwrap_or_else(|_| VarInt::MAX.into());
@@ -93,7 +91,6 @@ impl LinkConfig {
             .receive_window(self.link_window.into())
             .send_window(self.link_window.into())
             .initial_rtt(INITIAL_RTT)
-            .mtu_discovery_config(Some(mtu))
             // For asking whether the peer lives; nobody reads them.
             .datagram_receive_buffer_size(Some(64))
             .ack_frequency_config(Some(acks))
@@ -115,10 +112,6 @@ const JOIN_PROTOCOL: &[u8] = b"hydramesh-join/1";
 
 /// The accepting side opens exactly one unidirectional stream, for its word of admission.
 const ADMISSION_STREAMS: u32 = 1;
-
-/// Largest packet that a path is asked for, bytes: one of jumbo frames less the headers of IPv6 and UDP. A row of 1,536 numbers is one packet
-/// then and not five, on loopback in any case. quinn starts with 1,200 and finds out what goes through.
-const LARGEST_PACKET: u16 = 9_000 - 48;
 
 /// Packets after which they are acknowledged at once. A row of a small model is two packets, and an acknowledgement for each would be
 /// sent before the row is looked at.

@@ -9,6 +9,8 @@ use mesh_net::quic::{Connector, Link, LinkConfig, probe};
 use mesh_net::trust::{NodeIdentity, Role};
 use mesh_proto::{PathProfile, Seat};
 
+use super::paths::MEASUREMENTS;
+
 /// Dials other workers.
 #[derive(Clone)]
 pub(crate) struct Peers {
@@ -22,8 +24,10 @@ type Entry = Arc<tokio::sync::Mutex<Option<Made>>>;
 /// A link that was made.
 struct Made {
     link: Link,
-    /// Bytes per second; 0 is unknown.
+    /// Bytes per second, the best measured so far; 0 is unknown.
     bandwidth: f64,
+    /// How often it was measured.
+    measured: u32,
 }
 
 impl Made {
@@ -53,44 +57,37 @@ impl Peers {
         open.collect()
     }
 
-    /// Measures the bandwidth of the links of which it is not known, one after the other, until one of them fails or it is not
-    /// `idle` any more. True if one was measured.
-    pub(super) async fn measure(&self, idle: impl Fn() -> bool) -> bool {
+    /// Measures the bandwidth of the links where that has not been done often enough, one after the other, until one of them
+    /// fails or it is not `idle` any more.
+    pub(super) async fn measure(&self, idle: impl Fn() -> bool) {
         let entries: Vec<Entry> = {
             let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
             links.values().cloned().collect()
         };
-        let mut measured = false;
         for entry in entries {
-            let unknown = |made: &&Made| made.is_open() && made.bandwidth == 0.0;
-            let link = entry
-                .lock()
-                .await
-                .as_ref()
-                .filter(unknown)
-                .map(|made| made.link.clone());
-            let Some(link) = link else {
-                continue;
-            };
             if !idle() {
-                break;
+                return;
             }
-            match probe::bandwidth(&link).await {
-                Ok(bandwidth) => {
-                    if let Some(made) = &mut *entry.lock().await
-                        && made.link.id() == link.id()
-                    {
-                        made.bandwidth = bandwidth;
-                        measured = true;
-                    }
+            let link = match &mut *entry.lock().await {
+                Some(made) if made.is_open() && made.measured < MEASUREMENTS => {
+                    made.measured += 1;
+                    made.link.clone()
                 }
+                _ => continue,
+            };
+            let bandwidth = match probe::bandwidth(&link).await {
+                Ok(bandwidth) => bandwidth,
                 Err(error) => {
                     tracing::debug!(peer = link.node_name(), %error, "bandwidth not measured");
-                    break;
+                    return;
                 }
+            };
+            if let Some(made) = &mut *entry.lock().await
+                && made.link.id() == link.id()
+            {
+                made.bandwidth = bandwidth.max(made.bandwidth);
             }
         }
-        measured
     }
 
     /// The link to a worker, made if there is none.
@@ -128,6 +125,7 @@ impl Peers {
         *entry = Some(Made {
             link: link.clone(),
             bandwidth: 0.0,
+            measured: 0,
         });
         Ok(link)
     }
