@@ -13,13 +13,21 @@ use prost::Message as _;
 
 use super::{Link, MsgStream, StreamFailure};
 
-/// Measures how many bytes per second the peer of a link receives from here. Takes milliseconds on a fast path and up to a
-/// few seconds on a slow one, which it fills meanwhile.
+/// Measures how many bytes per second the peer of a link receives from here. Takes milliseconds on a fast path; a slow one is
+/// filled for as long as 64 KiB take.
 ///
 /// # Errors
 /// If the link fails, or the peer does not answer within ten seconds or not with Probed.
 pub async fn bandwidth(link: &Link) -> Result<f64, ProbeError> {
-    tokio::time::timeout(LIMIT, send_train(link))
+    let measure = async {
+        let started = Instant::now();
+        let bandwidth = send_train(link, SHORT_TRAIN).await?;
+        match started.elapsed() < QUICK {
+            true => send_train(link, LONG_TRAIN).await,
+            false => Ok(bandwidth),
+        }
+    };
+    tokio::time::timeout(LIMIT, measure)
         .await
         .unwrap_or(Err(ProbeError::Silent))
 }
@@ -38,16 +46,15 @@ pub enum ProbeError {
     Answer(MsgType),
 }
 
-async fn send_train(link: &Link) -> Result<f64, ProbeError> {
+async fn send_train(link: &Link, wagons: usize) -> Result<f64, ProbeError> {
     let mut stream = link.open().await?;
     let payload = Bytes::from_static(&[0; WAGON]);
     let started = Instant::now();
-    let mut sent = 0;
-    while sent < TRAIN && started.elapsed() < SENDING {
+    for _ in 0..wagons {
         let wagon = Message::new(MsgType::PROBE, 0, 0, payload.clone());
         stream.send(wagon).await?;
-        sent += WAGON as u64;
     }
+    let sent = (wagons * WAGON) as u64;
     stream.finish()?;
     let answer = stream.recv().await?;
     let answer = answer.ok_or(ProbeError::Silent)?;
@@ -69,7 +76,7 @@ pub async fn answer(first: &Message, mut stream: MsgStream) -> Result<(), Stream
     train.arrived(first.payload.len(), Instant::now());
     let receive = async {
         while let Some(message) = stream.recv().await? {
-            if message.kind != MsgType::PROBE || train.bytes() >= 2 * TRAIN {
+            if message.kind != MsgType::PROBE || train.is_too_long() {
                 return Err(StreamFailure::Cancelled(ErrorCode::INVALID_PAYLOAD));
             }
             train.arrived(message.payload.len(), Instant::now());
@@ -95,6 +102,11 @@ struct Train {
 impl Train {
     fn bytes(&self) -> u64 {
         self.arrivals.last().map_or(0, |(_, bytes)| *bytes)
+    }
+
+    /// Longer than any that [`bandwidth`] sends.
+    fn is_too_long(&self) -> bool {
+        self.arrivals.len() > 2 * LONG_TRAIN || self.bytes() > 2 * (LONG_TRAIN * WAGON) as u64
     }
 
     fn arrived(&mut self, bytes: usize, now: Instant) {
@@ -128,10 +140,12 @@ fn believed(probed: &Probed, sent: u64, took: Duration) -> Option<f64> {
 
 /// Payload of one Probe, bytes.
 const WAGON: usize = 16 << 10;
-/// Bytes of a train: a few round trips of a growing window on a LAN, half a second at 8 Mbit/s.
-const TRAIN: u64 = 512 << 10;
-/// On a slower path the train ends after this time.
-const SENDING: Duration = Duration::from_secs(1);
+/// Probes of the first train.
+const SHORT_TRAIN: usize = 4;
+/// A path that took less for it is sent a longer train, by which a LAN's congestion window has grown.
+const QUICK: Duration = Duration::from_millis(250);
+/// Probes of that one: 512 KiB.
+const LONG_TRAIN: usize = 32;
 /// For all of it, both ways.
 const LIMIT: Duration = Duration::from_secs(10);
 /// How much faster the later half may be than all of it, round trips and growing window included.

@@ -64,7 +64,7 @@ async fn a_links_bandwidth_is_measured_and_a_peer_that_sends_on_is_stopped() {
     let (_head, near, far) = pair().await;
     let answering = tokio::spawn(async move {
         let mut answers = Vec::new();
-        for _ in 0..2 {
+        for _ in 0..4 {
             let mut stream = far.accept().await.expect("accepts");
             let first = stream.recv().await.expect("receives").expect("a message");
             answers.push(probe::answer(&first, stream).await);
@@ -77,16 +77,21 @@ async fn a_links_bandwidth_is_measured_and_a_peer_that_sends_on_is_stopped() {
         "{bandwidth} bytes a second"
     );
 
-    let mut endless = near.open().await.expect("opens");
-    let probes = async {
-        let probe = || Message::new(MsgType::PROBE, 0, 0, vec![0; 64 << 10]);
-        while endless.send(probe()).await.is_ok() {}
-    };
-    tokio::time::timeout(Duration::from_secs(5), probes)
-        .await
-        .expect("stopped in time");
+    for len in [0, 64 << 10] {
+        let mut endless = near.open().await.expect("opens");
+        let probes = async {
+            let probe = || Message::new(MsgType::PROBE, 0, 0, vec![0; len]);
+            while endless.send(probe()).await.is_ok() {}
+        };
+        tokio::time::timeout(Duration::from_secs(5), probes)
+            .await
+            .expect("stopped in time");
+    }
     let (_far, answers) = answering.await.expect("answers");
-    assert!(matches!(answers[..], [Ok(()), Err(_)]), "{answers:?}");
+    assert!(
+        matches!(answers[..], [Ok(()), Ok(()), Err(_), Err(_)]),
+        "{answers:?}"
+    );
 }
 
 #[tokio::test]
