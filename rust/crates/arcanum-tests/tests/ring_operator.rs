@@ -121,6 +121,19 @@ async fn readiness_metrics_and_commands_tell_of_rings() -> Result<()> {
     println!("{}", hydramesh(&cluster, &["undrain", &drained])?);
     Ask::greedy(question(5), 10).ask(&client).await?;
 
+    // Drained, it may go for good.
+    hydramesh(&cluster, &["drain", &drained, "--wait"])?;
+    cluster.kill(&drained)?;
+    let begun = std::time::Instant::now();
+    let absent = format!("drained and not connected: {drained}");
+    while !hydramesh(&cluster, &["status"])?.contains(&absent) {
+        ensure!(begun.elapsed().as_secs() < 20, "{drained} is still here");
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    let undrained = hydramesh(&cluster, &["undrain", &drained])?;
+    ensure_all(&undrained, &["not connected"])?;
+    ensure!(!hydramesh(&cluster, &["status"])?.contains(&absent));
+
     // Without workers the model is not ready, and it is said why.
     for name in cluster.names() {
         cluster.kill(&name)?;

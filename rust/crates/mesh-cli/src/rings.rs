@@ -81,6 +81,8 @@ pub(crate) async fn undrain(args: UndrainArgs) -> Result<(), Failure> {
             "{} drains by itself: it is about to stop.",
             text(&answer["worker"])
         );
+    } else if answer["worker"].is_null() {
+        println!("{} is not connected. It is used when it comes.", args.node);
     } else {
         println!("{} is in service.", text(&answer["worker"]));
     }

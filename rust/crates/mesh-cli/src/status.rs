@@ -60,9 +60,27 @@ fn show(registry: &Value, terminal: Terminal) -> String {
         ],
         &rows,
     );
+    text += &absent(registry);
     text += &rings::show(registry, terminal);
     text += &models(registry);
     text
+}
+
+/// Workers that are drained and not connected: they would get nothing when they come.
+fn absent(registry: &Value) -> String {
+    let workers = registry["workers"].as_array().into_iter().flatten();
+    let here: Vec<&str> = workers
+        .filter_map(|worker| worker["node_id"].as_str())
+        .collect();
+    let drained = registry["drained"].as_object().into_iter().flatten();
+    let absent: Vec<&str> = drained
+        .filter(|(node, _)| !here.contains(&node.as_str()))
+        .filter_map(|(_, name)| name.as_str())
+        .collect();
+    match absent.is_empty() {
+        true => String::new(),
+        false => format!("drained and not connected: {}\n", absent.join(", ")),
+    }
 }
 
 /// Models that workers give each other: who has them, and who is waiting for what.

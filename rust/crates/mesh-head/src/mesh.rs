@@ -114,7 +114,7 @@ impl Mesh {
             config.placement_limits(),
         );
         let mut rings = Rings::new(config.ring_settings(), rings::first_ring());
-        rings.stay_drained(drains::load(&config.state_dir));
+        rings.stay_drained(drains::load(&config.state_dir), Instant::now());
         let state = State {
             placement,
             rings,

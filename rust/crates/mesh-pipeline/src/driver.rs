@@ -363,7 +363,7 @@ impl RingRunner {
                         from: replay.from,
                         to: replay.to,
                         chunk,
-                        until: replay.until + 1,
+                        through: replay.until + 1,
                     },
                 }),
                 None => self.replay_tokens(&replay, &tokens, first, chunk),
@@ -392,7 +392,7 @@ impl RingRunner {
                     rows: to - from,
                 }],
                 tokens: tokens[from as usize..to as usize].to_vec(),
-                until: replay.until + 1,
+                through: replay.until + 1,
                 ..RingStep::default()
             };
             self.dispatch(step);

@@ -152,9 +152,9 @@ impl Part {
         if step.epoch != self.epoch {
             return;
         }
-        let (number, until) = (step.step, step.until);
+        let (number, through) = (step.step, step.through);
         match self.forward(step, out) {
-            Ok(next) if until == self.index + 1 => {
+            Ok(next) if through == self.index + 1 => {
                 drop(next);
                 out.push(Out::Driver(RingOutcome {
                     epoch: self.epoch,
@@ -210,7 +210,7 @@ impl Part {
                 }],
                 tokens: tokens[from as usize..to as usize].to_vec(),
                 rows: wire::rows(&rows[first..last], self.half_rows),
-                until: resend.until,
+                through: resend.through,
             }));
         }
     }

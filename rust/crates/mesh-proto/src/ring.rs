@@ -343,10 +343,10 @@ pub struct RingStep {
     /// Hidden rows, row-major, little-endian f32 or f16; empty toward stage 0.
     #[prost(bytes = "bytes", tag = "6")]
     pub rows: Bytes,
-    /// The rows go through so many stages, of which the last tells the driver when they are in its KV cache; 0 is a step that goes
-    /// all the way.
-    #[prost(uint32, tag = "7")]
-    pub until: u32,
+    /// One more than the last stage that takes the rows in, which tells the driver when they are in its KV cache; 0 is a step that
+    /// goes all the way.
+    #[prost(uint32, tag = "8")]
+    pub through: u32,
 }
 
 /// A change to a KV slot.
@@ -479,9 +479,9 @@ pub struct RingResend {
     /// Most rows of one step.
     #[prost(uint32, tag = "6")]
     pub chunk: u32,
-    /// As in [`RingStep::until`].
-    #[prost(uint32, tag = "7")]
-    pub until: u32,
+    /// As in [`RingStep::through`].
+    #[prost(uint32, tag = "8")]
+    pub through: u32,
 }
 
 /// How fast the Probes of a stream came (DCF 0x4C): the answer to them.

@@ -40,6 +40,7 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
             "rings": rings.view(now),
             "recoveries": recoveries.collect::<Vec<_>>(),
             "unformed": rings.unformed(),
+            "drained": rings.drained(),
         });
         (workers, rings)
     });
@@ -76,6 +77,7 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
         "rings": rings["rings"],
         "recoveries": rings["recoveries"],
         "unformed": rings["unformed"],
+        "drained": rings["drained"],
     }))
 }
 

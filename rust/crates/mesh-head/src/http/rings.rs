@@ -14,7 +14,7 @@ use super::Api;
 use super::admin::read;
 use super::error::ApiError;
 use crate::core::registry::{Registry, Worker, WorkerId};
-use crate::core::rings::{Comparison, DrainRefusal, NoPlan};
+use crate::core::rings::{Comparison, DrainRefusal, NoPlan, Rings};
 
 #[derive(Deserialize)]
 pub(super) struct PlanAsked {
@@ -72,7 +72,7 @@ pub(super) async fn drain(State(api): State<Api>, body: Bytes) -> Result<Json<Va
         if let Some(worker) = registry.get_mut(id) {
             (worker.drained, worker.draining) = (true, true);
         }
-        Ok((id, node))
+        Ok((Some(id), node))
     });
     let (id, node) = drained?;
     tracing::info!(worker = asked.worker, "worker drained by an operator");
@@ -84,11 +84,18 @@ pub(super) async fn drain(State(api): State<Api>, body: Bytes) -> Result<Json<Va
 pub(super) async fn undrain(State(api): State<Api>, body: Bytes) -> Result<Json<Value>, ApiError> {
     let asked: WorkerAsked = read(&body)?;
     let undrained: Result<_, ApiError> = api.mesh.change_rings(|rings, registry, now| {
-        let (id, node) = find(registry, &asked.worker)?;
+        let (id, node) = match find(registry, &asked.worker) {
+            Ok((id, node)) => (Some(id), node),
+            // It may have been switched off for good.
+            Err(missing) => match drained(rings, &asked.worker) {
+                Some(node) => (None, Some(node)),
+                None => return Err(missing),
+            },
+        };
         if let Some(node) = &node {
             rings.undrain(node, now);
         }
-        if let Some(worker) = registry.get_mut(id) {
+        if let Some(worker) = id.and_then(|id| registry.get_mut(id)) {
             (worker.drained, worker.draining) = (false, worker.load.draining);
         }
         Ok((id, node))
@@ -174,6 +181,19 @@ fn find(registry: &Registry, name: &str) -> Result<(WorkerId, Option<String>), A
     }
 }
 
+/// The one drained worker of that name or node id, connected or not.
+fn drained(rings: &Rings, name: &str) -> Option<String> {
+    let drained = rings.drained();
+    if drained.contains_key(name) {
+        return Some(name.to_owned());
+    }
+    let mut named = drained.into_iter().filter(|(_, known)| known == name);
+    match (named.next(), named.next()) {
+        (Some((node, _)), None) => Some(node),
+        _ => None,
+    }
+}
+
 fn refused(refusal: DrainRefusal) -> ApiError {
     let (status, code) = match &refusal {
         DrainRefusal::Unknown(_) => (StatusCode::NOT_FOUND, "worker_not_found"),
@@ -183,9 +203,9 @@ fn refused(refusal: DrainRefusal) -> ApiError {
 }
 
 /// What a worker still holds and runs.
-fn progress(api: &Api, id: WorkerId, node: Option<&str>) -> Value {
+fn progress(api: &Api, id: Option<WorkerId>, node: Option<&str>) -> Value {
     api.mesh.with_rings(|rings, registry| {
-        let worker = registry.get(id);
+        let worker = id.and_then(|id| registry.get(id));
         json!({
             "worker": worker.map(|worker| worker.name.as_str()),
             "node_id": node,

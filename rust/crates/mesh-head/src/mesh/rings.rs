@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use dcf::{ErrorCode, Message, MsgType};
@@ -121,13 +122,20 @@ impl Mesh {
     ///
     /// # Errors
     /// If the file cannot be written.
-    pub async fn keep_drains(&self) -> io::Result<()> {
-        // The later list must not be overtaken by the earlier one.
-        let _alone = self.saving.lock().await;
-        let drained = self.lock().rings.drained();
-        let state_dir = self.config.state_dir.clone();
-        let saved = tokio::task::spawn_blocking(move || drains::save(&state_dir, drained));
-        saved.await.map_err(io::Error::other)?
+    pub async fn keep_drains(self: &Arc<Self>) -> io::Result<()> {
+        let mesh = self.clone();
+        // A task of its own, which whoever asked cannot break off by going away.
+        let saving = tokio::spawn(async move {
+            // The later list must not be overtaken by the earlier one.
+            let _alone = mesh.saving.lock().await;
+            let drained = mesh.lock().rings.drained();
+            let state_dir = mesh.config.state_dir.clone();
+            tokio::task::spawn_blocking(move || drains::save(&state_dir, drained)).await
+        });
+        saving
+            .await
+            .map_err(io::Error::other)?
+            .map_err(io::Error::other)?
     }
 
     /// Whether requests for a model, or for any, can be answered; the reason if not.

@@ -240,5 +240,6 @@ pub(super) fn canonical(address: SocketAddr) -> SocketAddr {
 
 /// How long a suspected peer may be silent.
 const SUSPICION: Duration = Duration::from_millis(100);
-/// The same where what it was asked with came back: an acknowledgement waits for 10 ms, and a loaded machine takes its time.
-const SIGN_OF_LIFE: Duration = Duration::from_millis(30);
+/// The same where what it was asked with came back: an acknowledgement waits for 10 ms, behind a step of up to 20 ms, and a loaded machine
+/// takes its time.
+const SIGN_OF_LIFE: Duration = Duration::from_millis(40);

@@ -17,17 +17,19 @@ use super::{Link, MsgStream, StreamFailure};
 /// filled for as long as 64 KiB take.
 ///
 /// # Errors
-/// If the link fails, or the peer does not answer within ten seconds or not with Probed.
+/// If the link fails, or the peer does not answer a train within ten seconds or not with Probed.
 pub async fn bandwidth(link: &Link) -> Result<f64, ProbeError> {
-    let measure = async {
-        let started = Instant::now();
-        let bandwidth = send_train(link, SHORT_TRAIN).await?;
-        match started.elapsed() < QUICK {
-            true => send_train(link, LONG_TRAIN).await,
-            false => Ok(bandwidth),
-        }
-    };
-    tokio::time::timeout(LIMIT, measure)
+    let started = Instant::now();
+    let first = train(link, SHORT_TRAIN).await?;
+    if started.elapsed() >= QUICK {
+        return Ok(first);
+    }
+    // What stood the first train and not the second has a buffer before something slow.
+    Ok(train(link, LONG_TRAIN).await.unwrap_or(first))
+}
+
+async fn train(link: &Link, wagons: usize) -> Result<f64, ProbeError> {
+    tokio::time::timeout(LIMIT, send_train(link, wagons))
         .await
         .unwrap_or(Err(ProbeError::Silent))
 }
@@ -146,7 +148,7 @@ const SHORT_TRAIN: usize = 4;
 const QUICK: Duration = Duration::from_millis(250);
 /// Probes of that one: 512 KiB.
 const LONG_TRAIN: usize = 32;
-/// For all of it, both ways.
+/// For a train, both ways.
 const LIMIT: Duration = Duration::from_secs(10);
 /// How much faster the later half may be than all of it, round trips and growing window included.
 const FASTER: f64 = 8.0;

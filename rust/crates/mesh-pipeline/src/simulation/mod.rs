@@ -259,7 +259,7 @@ fn any_message() -> impl Strategy<Value = Nonsense> {
         0usize..200,
         0u32..3,
     );
-    let step = step.prop_map(|(step, slot_ops, segments, tokens, bytes, until)| {
+    let step = step.prop_map(|(step, slot_ops, segments, tokens, bytes, through)| {
         Nonsense::Step(RingStep {
             epoch: 1,
             step,
@@ -267,7 +267,7 @@ fn any_message() -> impl Strategy<Value = Nonsense> {
             segments,
             tokens,
             rows: vec![0u8; bytes].into(),
-            until,
+            through,
         })
     });
     let mirror = (
@@ -296,7 +296,7 @@ fn any_message() -> impl Strategy<Value = Nonsense> {
             from,
             to,
             chunk,
-            until: 1,
+            through: 2,
         })
     });
     let mirrored = (any::<u64>(), 0u32..6, number)

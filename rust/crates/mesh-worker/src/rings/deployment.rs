@@ -282,6 +282,8 @@ impl Deployment {
 
     async fn take_loaded(&mut self, (stage, result): Loaded) {
         if !matches!(self.parts.get(&stage), Some(Hosted::Loading)) {
+            // Giving its memory back takes a while.
+            tokio::task::spawn_blocking(move || drop(result));
             return;
         }
         let hosted = match result {

@@ -113,7 +113,8 @@ impl DriverHandle {
 
     /// Rows have come all the way; a short step is finished here and now.
     pub(super) fn rows(&self, step: RingStep) {
-        let short = is_short(&step, self.gauges().short_us as u64);
+        let number = Arc::as_ptr(&self.inner).addr();
+        let short = is_short(&step, self.gauges().short_us as u64, number);
         let _ = lock(&self.inner.events).send(DriverEvent::Rows(step));
         if short {
             self.inner.waker.wake_here();

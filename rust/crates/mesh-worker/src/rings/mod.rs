@@ -190,7 +190,7 @@ impl Rings {
     /// Says to the head, which is `rtt` away, what there is; from now on it hears of rings through `outbox`.
     pub(crate) fn linked(&self, outbox: mpsc::UnboundedSender<Message>, rtt: Duration) {
         *lock(&self.head) = Some(outbox);
-        *lock(&self.head_path) = peers::path("", rtt, 0.0);
+        lock(&self.head_path).rtt_us = peers::path("", rtt, 0.0).rtt_us;
         lock(&self.offered).clear();
         self.offer();
     }

@@ -5,8 +5,8 @@
 //! computes it, if nothing else is waiting.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use dcf::{ErrorCode, Message, MsgType};
@@ -150,7 +150,8 @@ impl PartHandle {
 
     /// Tells the part to compute a step; a short one is computed here and now.
     pub(super) fn step(&self, step: RingStep) {
-        if is_short(&step, self.gauges.short_us.load(Ordering::Relaxed)) {
+        let number = Arc::as_ptr(&self.shared).addr();
+        if is_short(&step, self.gauges.short_us.load(Ordering::Relaxed), number) {
             let queue = lock(&self.shared.queue);
             if queue.commands.is_empty()
                 && let Ok(mut worker) = self.shared.worker.try_lock()
@@ -357,16 +358,39 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether a step may be computed by the task that received it, where steps of a few rows take `short_us` microseconds.
-pub(super) fn is_short(step: &RingStep, short_us: u64) -> bool {
-    step.tokens.len() <= SHORT_ROWS && (1..SHORT_US).contains(&short_us)
+/// Whether a step may be computed by the task that received it, where steps of a few rows take `short_us` microseconds. `part` is
+/// a number of whoever computes it.
+pub(super) fn is_short(step: &RingStep, short_us: u64, part: usize) -> bool {
+    let limit = || match is_alone(part) {
+        true => ALONE_US,
+        false => SHORT_US,
+    };
+    step.tokens.len() <= SHORT_ROWS && (1..limit()).contains(&short_us)
+}
+
+/// Notes that `part` has a step of a few rows; whether no other part of this worker had one a moment ago.
+fn is_alone(part: usize) -> bool {
+    static BEGUN: LazyLock<Instant> = LazyLock::new(Instant::now);
+    static LAST: AtomicUsize = AtomicUsize::new(0);
+    static CHANGED: AtomicU64 = AtomicU64::new(0);
+    let now = BEGUN.elapsed().as_millis() as u64;
+    if LAST.swap(part, Ordering::Relaxed) != part {
+        CHANGED.store(now, Ordering::Relaxed);
+    }
+    now.saturating_sub(CHANGED.load(Ordering::Relaxed)) >= MOMENT_MS
 }
 
 /// Rows of a step that may be computed by the task that received it.
 const SHORT_ROWS: usize = 8;
 
-/// Microseconds that steps take on average if they may be: other tasks wait for as long.
-const SHORT_US: u64 = 20_000;
+/// Microseconds that steps take on average if they may be: the other parts' tasks wait for as long.
+const SHORT_US: u64 = 4_000;
+
+/// The same where no other part has steps.
+const ALONE_US: u64 = 20_000;
+
+/// Milliseconds after which another part's step is forgotten.
+const MOMENT_MS: u64 = 1_000;
 
 /// A message of a ring.
 pub(super) fn message(kind: MsgType, body: &impl prost::Message) -> Message {

@@ -9,23 +9,32 @@ use mesh_proto::PathProfile;
 use super::{Rings, lock, peers};
 
 impl Rings {
-    /// Measures the path to the head, now, and those to other workers while no ring has anything to do, and tells the head what
-    /// has changed, for as long as it is polled.
+    /// Measures the paths to the head and to other workers whenever no ring has anything to do, and tells the head what has changed,
+    /// for as long as it is polled.
     pub(crate) async fn keep_paths_known(&self, head: &Link) -> Infallible {
-        let (mut bandwidth, mut measured) = (0.0, 0);
+        let mut measured = 0;
         loop {
-            if measured < MEASUREMENTS && self.is_idle() {
-                measured += 1;
-                match probe::bandwidth(head).await {
-                    Ok(found) => bandwidth = found.max(bandwidth),
-                    Err(error) => tracing::debug!(%error, "bandwidth to the head not measured"),
-                }
-            }
-            let net = lock(&self.net).clone();
+            // Round trips before anything fills these paths.
+            lock(&self.head_path).rtt_us = peers::path("", head.rtt(), 0.0).rtt_us;
+            let net = lock(&self.net).clone().filter(|_| self.is_offering());
             if let Some(net) = net {
+                net.peers.note_round_trips();
+                if measured < MEASUREMENTS && self.is_idle() {
+                    measured += 1;
+                    match probe::bandwidth(head).await {
+                        Ok(found) => {
+                            let mut path = lock(&self.head_path);
+                            // Of an earlier link nothing is known but that it led to the same head.
+                            path.bandwidth = match measured {
+                                1 => found,
+                                _ => found.max(path.bandwidth),
+                            };
+                        }
+                        Err(error) => tracing::debug!(%error, "bandwidth to the head not measured"),
+                    }
+                }
                 net.peers.measure(|| self.is_idle()).await;
             }
-            *lock(&self.head_path) = peers::path("", head.rtt(), bandwidth);
             self.offer();
             tokio::time::sleep(LOOK).await;
         }

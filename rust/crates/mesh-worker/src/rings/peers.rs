@@ -24,6 +24,8 @@ type Entry = Arc<tokio::sync::Mutex<Option<Made>>>;
 /// A link that was made.
 struct Made {
     link: Link,
+    /// Before anything filled the path.
+    rtt: Duration,
     /// Bytes per second, the best measured so far; 0 is unknown.
     bandwidth: f64,
     /// How often it was measured.
@@ -52,13 +54,25 @@ impl Peers {
             // One that is being made has not been measured.
             let made = entry.try_lock().ok()?;
             let made = made.as_ref().filter(|made| made.is_open())?;
-            Some(path(node_id, made.link.rtt(), made.bandwidth))
+            Some(path(node_id, made.rtt, made.bandwidth))
         });
         open.collect()
     }
 
-    /// Measures the bandwidth of the links where that has not been done often enough, one after the other, until one of them
-    /// fails or it is not `idle` any more.
+    /// Notes how far the workers are away that there are links to.
+    pub(super) fn note_round_trips(&self) {
+        let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        for entry in links.values() {
+            if let Ok(mut made) = entry.try_lock()
+                && let Some(made) = made.as_mut()
+            {
+                made.rtt = made.link.rtt();
+            }
+        }
+    }
+
+    /// Measures the bandwidth of the links where that has not been done often enough, one after the other, until it is
+    /// not `idle` any more.
     pub(super) async fn measure(&self, idle: impl Fn() -> bool) {
         let entries: Vec<Entry> = {
             let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
@@ -79,7 +93,7 @@ impl Peers {
                 Ok(bandwidth) => bandwidth,
                 Err(error) => {
                     tracing::debug!(peer = link.node_name(), %error, "bandwidth not measured");
-                    return;
+                    continue;
                 }
             };
             if let Some(made) = &mut *entry.lock().await
@@ -123,6 +137,7 @@ impl Peers {
             ));
         }
         *entry = Some(Made {
+            rtt: link.rtt(),
             link: link.clone(),
             bandwidth: 0.0,
             measured: 0,

@@ -109,11 +109,12 @@ impl Rings {
     }
 
     /// These were drained before the head was started; they may come at any time.
-    pub fn stay_drained(&mut self, nodes: BTreeMap<String, String>) {
+    pub fn stay_drained(&mut self, nodes: BTreeMap<String, String>, now: Instant) {
         for (node, name) in nodes {
             let entry = self.nodes.entry(node).or_default();
             entry.asked_to_drain = true;
             entry.name = name;
+            entry.gone_since = Some(now);
         }
     }
 

@@ -123,7 +123,7 @@ impl Rings {
         if !settled(ring) {
             return Err(format!(
                 "the ring of {model:?} does not serve at the moment: {}",
-                ring.reason_of_epoch
+                ring.hindrance()
             ));
         }
         if !ring.moves.is_empty() {

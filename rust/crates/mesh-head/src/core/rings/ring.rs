@@ -216,6 +216,14 @@ impl Ring {
         card
     }
 
+    /// Why it does not serve, if it does not.
+    pub(super) fn hindrance(&self) -> &str {
+        match self.served {
+            true => "its driver waits for a member",
+            false => &self.reason_of_epoch,
+        }
+    }
+
     /// A new epoch begins.
     pub(super) fn next_epoch(&mut self, reason: String, now: Instant) {
         self.epoch = self.epoch.saturating_add(1);

@@ -196,7 +196,7 @@ impl Rings {
                 ring.model,
                 state(ring),
                 ring.stages.len(),
-                ring.reason_of_epoch
+                ring.hindrance()
             );
             (ring.model.clone(), text)
         })
