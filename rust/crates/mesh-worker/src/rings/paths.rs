@@ -9,28 +9,21 @@ use mesh_proto::PathProfile;
 use super::{Rings, lock, peers};
 
 impl Rings {
-    /// Measures the paths to the head and to other workers whenever no ring has anything to do, and tells the head what has changed,
-    /// for as long as it is polled.
+    /// Measures the paths to the head and to other workers, each once, while no ring has anything to do, and tells the head
+    /// what has changed, for as long as it is polled.
     pub(crate) async fn keep_paths_known(&self, head: &Link) -> Infallible {
-        let mut measured = 0;
+        tokio::time::sleep(FIRST_LOOK).await;
+        let mut measured = false;
         loop {
             // Round trips before anything fills these paths.
             lock(&self.head_path).rtt_us = peers::path("", head.rtt(), 0.0).rtt_us;
             let net = lock(&self.net).clone().filter(|_| self.is_offering());
             if let Some(net) = net {
                 net.peers.note_round_trips();
-                if measured < MEASUREMENTS && self.is_idle() {
-                    measured += 1;
-                    match probe::bandwidth(head).await {
-                        Ok(found) => {
-                            let mut path = lock(&self.head_path);
-                            // Of an earlier link nothing is known but that it led to the same head.
-                            path.bandwidth = match measured {
-                                1 => found,
-                                _ => found.max(path.bandwidth),
-                            };
-                        }
-                        Err(error) => tracing::debug!(%error, "bandwidth to the head not measured"),
+                if !measured && self.is_idle() {
+                    measured = true;
+                    if let Some(bandwidth) = bandwidth(head).await {
+                        lock(&self.head_path).bandwidth = bandwidth;
                     }
                 }
                 net.peers.measure(|| self.is_idle()).await;
@@ -39,6 +32,24 @@ impl Rings {
             tokio::time::sleep(LOOK).await;
         }
     }
+}
+
+/// The best of several measurements: a machine that is busy meanwhile looks slower than its network. `None`: none succeeded.
+pub(super) async fn bandwidth(link: &Link) -> Option<f64> {
+    let mut best: Option<f64> = None;
+    for again in 0..MEASUREMENTS {
+        if again > 0 {
+            tokio::time::sleep(REST).await;
+        }
+        match probe::bandwidth(link).await {
+            Ok(found) => best = Some(found.max(best.unwrap_or_default())),
+            Err(error) => {
+                tracing::debug!(peer = link.node_name(), %error, "bandwidth not measured");
+                break;
+            }
+        }
+    }
+    best
 }
 
 /// Whether a plan might look at them differently: a new path, a round trip that is half as long again, or another bandwidth.
@@ -55,8 +66,15 @@ pub(super) fn differ(before: &[PathProfile], now: &[PathProfile]) -> bool {
 /// Round trips below this, microseconds, are all the same to a plan.
 const LEAST_RTT: u32 = 1_000;
 
-/// Times that each path is measured. The best counts: a machine that loads a model meanwhile looks slower than its network.
-pub(super) const MEASUREMENTS: u32 = 3;
+/// Measurements of a path.
+const MEASUREMENTS: u32 = 3;
+
+/// Between them.
+const REST: Duration = Duration::from_millis(300);
+
+/// A mesh that starts all at once is loading until then, and its machines are too busy to measure anything. What they hold from the last
+/// time is planned in the same places again without figures that are new each time.
+const FIRST_LOOK: Duration = Duration::from_secs(10);
 
 /// Between looks at the paths.
 const LOOK: Duration = Duration::from_secs(60);

@@ -5,11 +5,11 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use mesh_net::quic::{Connector, Link, LinkConfig, probe};
+use mesh_net::quic::{Connector, Link, LinkConfig};
 use mesh_net::trust::{NodeIdentity, Role};
 use mesh_proto::{PathProfile, Seat};
 
-use super::paths::MEASUREMENTS;
+use super::paths;
 
 /// Dials other workers.
 #[derive(Clone)]
@@ -26,10 +26,10 @@ struct Made {
     link: Link,
     /// Before anything filled the path.
     rtt: Duration,
-    /// Bytes per second, the best measured so far; 0 is unknown.
+    /// Bytes per second; 0 is unknown.
     bandwidth: f64,
-    /// How often it was measured.
-    measured: u32,
+    /// Whether that was tried to be measured.
+    measured: bool,
 }
 
 impl Made {
@@ -71,8 +71,7 @@ impl Peers {
         }
     }
 
-    /// Measures the bandwidth of the links where that has not been done often enough, one after the other, until it is
-    /// not `idle` any more.
+    /// Measures the bandwidth of the links where that has not been tried, one after the other, until it is not `idle` any more.
     pub(super) async fn measure(&self, idle: impl Fn() -> bool) {
         let entries: Vec<Entry> = {
             let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
@@ -83,23 +82,17 @@ impl Peers {
                 return;
             }
             let link = match &mut *entry.lock().await {
-                Some(made) if made.is_open() && made.measured < MEASUREMENTS => {
-                    made.measured += 1;
+                Some(made) if made.is_open() && !made.measured => {
+                    made.measured = true;
                     made.link.clone()
                 }
                 _ => continue,
             };
-            let bandwidth = match probe::bandwidth(&link).await {
-                Ok(bandwidth) => bandwidth,
-                Err(error) => {
-                    tracing::debug!(peer = link.node_name(), %error, "bandwidth not measured");
-                    continue;
-                }
-            };
-            if let Some(made) = &mut *entry.lock().await
+            if let Some(bandwidth) = paths::bandwidth(&link).await
+                && let Some(made) = &mut *entry.lock().await
                 && made.link.id() == link.id()
             {
-                made.bandwidth = bandwidth.max(made.bandwidth);
+                made.bandwidth = bandwidth;
             }
         }
     }
@@ -140,7 +133,7 @@ impl Peers {
             rtt: link.rtt(),
             link: link.clone(),
             bandwidth: 0.0,
-            measured: 0,
+            measured: false,
         });
         Ok(link)
     }
