@@ -44,5 +44,5 @@ printf '\n== all-MiniLM-L6-v2, against sentence-transformers\n'
 printf '\n== SmolLM2-135M over three processes, against three rpc-servers\n'
 "$bin/rings" --rpc
 printf '\n== 1.5 B Qwen2 shape over three processes, against three rpc-servers\n'
-"$bin/rings" --rpc --rounds 7 --tokens 64 --prompt 256 "$qwen2"
+"$bin/rings" --rpc --rounds 6 --tokens 96 --prompt 128 "$qwen2"
 uptime
