@@ -136,6 +136,14 @@ impl Stage for HashStage {
     }
 
     fn copy_prefix(&mut self, from: SlotId, to: SlotId, len: u32) -> Result<(), StageError> {
+        let held = self.kv_len(from);
+        if held < len {
+            return Err(StageError::Gap {
+                slot: from,
+                held,
+                position: len,
+            });
+        }
         self.slots[to as usize] = self.slots[from as usize][..len as usize].to_vec();
         Ok(())
     }

@@ -87,16 +87,21 @@ impl fmt::Debug for EngineCollector {
 
 type Figure<T> = (&'static str, &'static str, fn(&Load) -> T);
 
-const GAUGES: [Figure<f64>; 7] = [
+const GAUGES: [Figure<f64>; 8] = [
     ("requests_running", "Requests that hold a slot", |l| {
         l.running.into()
     }),
     ("requests_queued", "Requests that wait for a slot", |l| {
         l.queued.into()
     }),
-    ("kv_reserved_tokens", "KV cache reserved", |l| {
+    ("kv_used_tokens", "KV cache that requests use", |l| {
         l.kv_tokens_used as f64
     }),
+    (
+        "kv_reserved_tokens",
+        "KV cache that requests are expected to use",
+        |l| l.kv_tokens_reserved as f64,
+    ),
     ("kv_capacity_tokens", "KV cache there is", |l| {
         l.kv_tokens_total as f64
     }),
@@ -115,7 +120,7 @@ const GAUGES: [Figure<f64>; 7] = [
     }),
 ];
 
-const COUNTERS: [Figure<u64>; 7] = [
+const COUNTERS: [Figure<u64>; 8] = [
     ("steps", "Steps run", |l| l.totals.steps),
     ("decode_tokens", "Rows that continued answers", |l| {
         l.totals.decode_rows
@@ -139,4 +144,9 @@ const COUNTERS: [Figure<u64>; 7] = [
     ("answers_cancelled", "Requests that were cancelled", |l| {
         l.totals.cancelled
     }),
+    (
+        "answers_preempted",
+        "How often a request gave its KV memory to older ones and went on later",
+        |l| l.totals.preempted,
+    ),
 ];

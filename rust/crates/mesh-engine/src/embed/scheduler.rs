@@ -236,6 +236,7 @@ impl Scheduler {
             running: (self.jobs.len() - waiting) as u32,
             queued: waiting as u32,
             kv_tokens_used: 0,
+            kv_tokens_reserved: 0,
             kv_tokens_total: 0,
             decode_tps: 0.0,
             prefill_tps: self.tokens_per_second as f32,

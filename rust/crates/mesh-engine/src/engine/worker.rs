@@ -170,8 +170,13 @@ impl Shared {
             Ok(Some(error)) => error,
             Err(panic) => dead(&format!("its thread panicked: {}", panic_text(&*panic))),
         };
-        if error != dead(STOPPED) {
-            tracing::error!(%error, "the engine stopped");
+        match &error {
+            RequestError::Moved { reason } => {
+                tracing::info!(reason, "the engine ends: the model moves")
+            }
+            RequestError::RingLost { .. } => tracing::warn!(%error, "the engine ends"),
+            error if *error == dead(STOPPED) => {}
+            error => tracing::error!(%error, "the engine stopped"),
         }
         *lock(&self.death) = Some(error.clone());
         working.scheduler.end_all(&error);

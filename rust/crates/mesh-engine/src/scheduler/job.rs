@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::RequestKey;
+use super::{Owner, RequestKey};
 use crate::request::{Done, Event, Finish, Request, RequestError, TokenScore, Tokens};
 use crate::sampler::{self, Sampler, Scratch};
 use crate::text::TextPipeline;
@@ -15,13 +15,15 @@ pub(super) struct Job {
     pub(super) id: String,
     /// Prompt and answer so far: what the KV cache has to hold to go on.
     pub(super) tokens: Vec<u32>,
-    /// KV rows that the finished request may need.
-    pub(super) reserves: u64,
+    /// KV rows that it may need at most.
+    limit: u64,
     pub(super) deadline: Option<Instant>,
     /// Tokens found in the KV cache.
     pub(super) reused: u32,
-    /// It ran before and gave its KV memory to older requests.
+    /// It waits because it gave its KV memory to older requests.
     pub(super) preempted: bool,
+    /// How often it was given a slot.
+    pub(super) run: u32,
     submitted: Instant,
     kind: Kind,
 }
@@ -89,10 +91,11 @@ impl Job {
             key,
             id: request.id,
             tokens,
-            reserves: prompt_tokens + max_tokens,
+            limit: prompt_tokens + max_tokens,
             deadline: request.deadline,
             reused: 0,
             preempted: false,
+            run: 0,
             submitted: now,
             kind: Kind::Generate(Box::new(Answer {
                 sampler,
@@ -129,14 +132,35 @@ impl Job {
         Ok(Job {
             key,
             id,
-            reserves: tokens.len() as u64,
+            limit: tokens.len() as u64,
             deadline: None,
             reused: 0,
             preempted: false,
+            run: 0,
             submitted: now,
             kind: Kind::Score(Vec::with_capacity(tokens.len() - 1)),
             tokens,
         })
+    }
+
+    /// KV rows that it is expected to need, where an answer takes `expected` tokens. Always some more than it has, as long as
+    /// it may grow.
+    pub(super) fn expects(&self, expected: u64) -> u64 {
+        match &self.kind {
+            Kind::Generate(answer) => {
+                let answered = u64::from(answer.generated) + GROWTH;
+                (u64::from(answer.prompt_tokens) + expected.max(answered)).min(self.limit)
+            }
+            Kind::Score(_) => self.limit,
+        }
+    }
+
+    /// This job in its present run.
+    pub(super) fn owner(&self) -> Owner {
+        Owner {
+            key: self.key,
+            run: self.run,
+        }
     }
 
     /// The tokens whose KV rows are needed next, behind the `cached` ones.
@@ -219,6 +243,8 @@ impl Job {
                 }
                 Ok(None)
             }
+            // A row that was computed twice, before a preemption and after it, has had its say.
+            Kind::Generate(_) if position as usize + 1 != self.tokens.len() => Ok(None),
             Kind::Generate(answer) => {
                 let tokens = answer.next_token(logits, vocabulary, scratch, now)?;
                 self.tokens.extend(tokens.iter().flat_map(|t| &t.tokens));
@@ -259,6 +285,10 @@ impl Answer {
         }))
     }
 }
+
+/// Tokens that an answer longer than expected is expected to grow by. A preempted request goes on when all in progress have
+/// room for as many.
+const GROWTH: u64 = 64;
 
 fn check_tokens(tokens: &[u32], vocabulary: &dyn Vocabulary) -> Result<(), RequestError> {
     let vocab = vocabulary.size();

@@ -11,12 +11,16 @@
 //! - **Several steps at once.** Rows count as cached when they are planned, so the next chunk of a prompt may be planned while
 //!   the one before is still under way; steps come back in the order in which they were planned. Answers in progress are
 //!   spread over [`SchedulerConfig::steps_under_way`] steps, so that all stages of a pipeline work.
-//! - **Admission by KV memory.** A request reserves its prompt and its longest answer when it starts, so it never runs
-//!   out half way. Rows kept for nobody give way, the least recently used first. The queue is first come, first served.
+//! - **Admission by expected use.** A request starts when there is KV memory for its prompt and an answer of the expected
+//!   length, which is learned from the answers before it. When memory runs out, rows kept for nobody give way first, the least
+//!   recently used first; then the youngest request in progress is *preempted*: it gives its slot back and waits at the front
+//!   of the queue with its tokens so far. What is in progress is always older than what waits, so the oldest request is
+//!   never preempted and every request ends. The queue is first come, first served.
 //!
 //! None of this changes an answer: a stage's rows are independent, and a draw depends on seed and index alone.
 
 mod job;
+mod lengths;
 mod share;
 mod slots;
 mod speed;
@@ -26,6 +30,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use self::job::Job;
+use self::lengths::AnswerLengths;
 use self::share::share_rows;
 use self::slots::{Placement, Slots};
 use self::speed::Speeds;
@@ -51,6 +56,8 @@ pub struct SchedulerConfig {
     pub score_rows: u32,
     /// Steps that may be planned before the first of them is completed: the number of stages that work in turn.
     pub steps_under_way: u32,
+    /// Tokens that an answer is expected to take before any has ended.
+    pub answer_tokens: u32,
 }
 
 impl Default for SchedulerConfig {
@@ -62,6 +69,7 @@ impl Default for SchedulerConfig {
             decode_stall: Duration::from_millis(100),
             score_rows: 32,
             steps_under_way: 1,
+            answer_tokens: 256,
         }
     }
 }
@@ -78,9 +86,16 @@ pub struct Step {
     /// Slots of all requests in progress, in this step or not.
     pub busy: Vec<SlotId>,
     /// Whose segment each is.
-    owners: Vec<RequestKey>,
+    owners: Vec<Owner>,
     decode_rows: u32,
     planned: Option<Instant>,
+}
+
+/// A request in one of its runs: after a preemption it runs again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Owner {
+    key: RequestKey,
+    run: u32,
 }
 
 /// A change to a KV slot.
@@ -109,10 +124,12 @@ pub enum SlotOp {
 pub struct Load {
     /// Requests that hold a slot.
     pub running: u32,
-    /// Requests that wait for one.
+    /// Requests that wait for one, preempted ones included.
     pub queued: u32,
-    /// KV memory reserved by running requests, in tokens.
+    /// KV memory that requests in progress use, in tokens.
     pub kv_tokens_used: u64,
+    /// KV memory that they are expected to use, in tokens.
+    pub kv_tokens_reserved: u64,
     /// KV memory there is, in tokens.
     pub kv_tokens_total: u64,
     /// Decode speed over all streams at the current batch, tokens per second; 0 is unknown.
@@ -144,6 +161,8 @@ pub struct Totals {
     pub failed: u64,
     /// Requests that were cancelled.
     pub cancelled: u64,
+    /// How often a request gave its KV memory to older ones.
+    pub preempted: u64,
 }
 
 /// Where a request is on its way.
@@ -179,8 +198,11 @@ pub struct Scheduler {
     kv_total: u64,
     vocabulary: Arc<dyn Vocabulary>,
     slots: Slots,
+    /// Oldest first; preempted ones are older than all others.
     queue: VecDeque<Job>,
+    /// Oldest first; all of them are older than what is queued.
     running: Vec<Running>,
+    lengths: AnswerLengths,
     /// Changes to slots that the next step begins with.
     slot_ops: Vec<SlotOp>,
     events: VecDeque<(RequestKey, Event)>,
@@ -217,6 +239,7 @@ impl Scheduler {
             vocab: info.shape.vocab,
             max_rows,
             kv_total,
+            lengths: AnswerLengths::new(config.answer_tokens),
             config,
             vocabulary,
             slots: Slots::new(slots),
@@ -252,6 +275,7 @@ impl Scheduler {
             Some(i) => {
                 let running = self.running.remove(i);
                 self.slots.release(running.slot);
+                self.lengths.record(running.job.answered(), None);
                 true
             }
             None => {
@@ -279,6 +303,7 @@ impl Scheduler {
     /// [`resume`](Self::resume) makes it void. At most [`SchedulerConfig::steps_under_way`] should be under way at once.
     pub fn plan(&mut self, step: &mut Step, now: Instant) -> bool {
         self.expire(now);
+        self.make_room();
         self.admit();
         step.clear(now);
         step.slot_ops.append(&mut self.slot_ops);
@@ -309,7 +334,7 @@ impl Scheduler {
             let count = segment.logits.count(segment.rows);
             let first = segment.position + segment.rows - count;
             for (position, row) in (first..).zip(logits.by_ref().take(count as usize)) {
-                self.take_logits(owner, position, row, now);
+                self.take_logits(owner.key, position, row, now);
             }
         }
         self.finish(now);
@@ -317,17 +342,19 @@ impl Scheduler {
 
     /// Takes in that a step failed: its requests fail, the others go on.
     pub fn fail(&mut self, step: &Step, error: &StageError) {
-        for (segment, &owner) in step.segments.iter().zip(&step.owners) {
-            // A request cancelled while the step ran is no longer there.
-            if self.running.iter().any(|r| r.job.key == owner) {
-                self.end(owner, RequestError::Stage(error.clone()));
+        for &owner in &step.owners {
+            // One that was cancelled or preempted while the step ran is not affected.
+            if self.running.iter().any(|r| r.job.owner() == owner) {
+                self.end(owner.key, RequestError::Stage(error.clone()));
             }
-            // Nobody knows what the slot holds now.
-            self.slots.clear(segment.slot);
-            self.slot_ops.push(SlotOp::Truncate {
-                slot: segment.slot,
-                len: 0,
-            });
+        }
+        // Nobody knows what those slots hold now. Whoever has one without being in the step computes its rows again.
+        let changed = step.slot_ops.iter().map(|op| match *op {
+            SlotOp::Truncate { slot, .. } | SlotOp::CopyPrefix { to: slot, .. } => slot,
+        });
+        for slot in changed.chain(step.segments.iter().map(|segment| segment.slot)) {
+            self.slots.clear(slot);
+            self.slot_ops.push(SlotOp::Truncate { slot, len: 0 });
         }
     }
 
@@ -397,7 +424,9 @@ impl Scheduler {
         Load {
             running: self.running.len() as u32,
             queued: self.queue.len() as u32,
-            kv_tokens_used: self.reserved(),
+            // A token that was just chosen has no row yet.
+            kv_tokens_used: self.used().min(self.kv_total),
+            kv_tokens_reserved: self.reserved().min(self.kv_total),
             kv_tokens_total: self.kv_total,
             decode_tps: self.speeds.decode(self.running.len() as u32).unwrap_or(0.0) as f32,
             prefill_tps: self.speeds.prefill().unwrap_or(0.0) as f32,
@@ -454,10 +483,31 @@ impl Scheduler {
         }
     }
 
+    /// Preempts requests, the youngest first, until the rows of the others fit, and drops rows kept for nobody.
+    fn make_room(&mut self) {
+        // One alone always fits: it was checked against the context.
+        while self.used() > self.kv_total && self.running.len() > 1 {
+            let Some(Running { mut job, slot, .. }) = self.running.pop() else {
+                break;
+            };
+            tracing::debug!(
+                request = job.id,
+                tokens = job.tokens.len(),
+                running = self.running.len(),
+                "request gives its KV memory to older ones"
+            );
+            job.preempted = true;
+            self.totals.preempted += 1;
+            self.slots.release(slot);
+            self.queue.push_front(job);
+        }
+        self.evict();
+    }
+
     /// Gives slots to queued requests, in order, as far as slots and KV memory go.
     fn admit(&mut self) {
         while let Some(job) = self.queue.front() {
-            if self.reserved() + job.reserves > self.kv_total {
+            if self.reserved() + job.expects(self.lengths.expected()) > self.kv_total {
                 return;
             }
             let placement = if job.is_score() {
@@ -482,7 +532,10 @@ impl Scheduler {
             reused = placement.reused,
             "request starts"
         );
-        job.reused = placement.reused;
+        if !std::mem::take(&mut job.preempted) {
+            job.reused = placement.reused;
+        }
+        job.run += 1;
         self.totals.reused_tokens += u64::from(placement.reused);
         let (slot, len) = (placement.slot, placement.reused);
         if let Some(from) = placement.copy_from {
@@ -503,19 +556,34 @@ impl Scheduler {
         self.evict();
     }
 
-    /// Drops rows kept for nobody until all reservations fit.
+    /// Drops rows kept for nobody until those in use fit. The end of a slot goes first: its beginning is of use to more.
     fn evict(&mut self) {
-        while self.reserved() + self.slots.idle_tokens() > self.kv_total {
-            let Some(slot) = self.slots.least_recently_used() else {
+        loop {
+            let held = self.used() + self.slots.idle_tokens();
+            let excess = held.saturating_sub(self.kv_total);
+            let victim = self.slots.least_recently_used();
+            let Some(slot) = victim.filter(|_| excess > 0) else {
                 return;
             };
-            self.slots.clear(slot);
-            self.slot_ops.push(SlotOp::Truncate { slot, len: 0 });
+            // A few more than needed, because the next step needs some, too.
+            let drop = u32::try_from(excess)
+                .unwrap_or(u32::MAX)
+                .max(EVICTED_AT_ONCE);
+            let len = self.slots.cached_len(slot).saturating_sub(drop);
+            self.slots.truncate(slot, len);
+            self.slot_ops.push(SlotOp::Truncate { slot, len });
         }
     }
 
+    /// KV rows that requests in progress have or are about to have.
+    fn used(&self) -> u64 {
+        self.running.iter().map(|r| r.job.tokens.len() as u64).sum()
+    }
+
+    /// KV rows that they are expected to have at their end.
     fn reserved(&self) -> u64 {
-        self.running.iter().map(|r| r.job.reserves).sum()
+        let expected = self.lengths.expected();
+        self.running.iter().map(|r| r.job.expects(expected)).sum()
     }
 
     /// Answers in progress, those included whose next row is under way.
@@ -616,6 +684,7 @@ impl Scheduler {
     /// Ends the running requests that are complete.
     fn finish(&mut self, now: Instant) {
         let (events, slots, totals) = (&mut self.events, &mut self.slots, &mut self.totals);
+        let lengths = &mut self.lengths;
         self.running.retain_mut(|running| {
             let Some(event) = running.job.finished(now) else {
                 return true;
@@ -625,6 +694,9 @@ impl Scheduler {
                 tokens = running.job.answered(),
                 "done"
             );
+            if let Event::Done(done) = &event {
+                lengths.record(done.completion_tokens, Some(done.finish));
+            }
             events.push_back((running.job.key, event));
             slots.release(running.slot);
             totals.finished += 1;
@@ -663,7 +735,7 @@ impl Step {
         });
         self.tokens
             .extend_from_slice(&job.pending(cached)[..rows as usize]);
-        self.owners.push(job.key);
+        self.owners.push(job.owner());
     }
 
     /// Rows that become logits.
@@ -677,6 +749,9 @@ impl Step {
 
 /// Rows of a prompt chunk beside answers in progress, before any speed is known.
 const FIRST_CHUNK: u32 = 64;
+
+/// Rows kept for nobody that are dropped at once.
+const EVICTED_AT_ONCE: u32 = 64;
 
 /// Rows that prompts get at least, or they would never end on a slow machine.
 const LEAST_CHUNK: u32 = 8;

@@ -132,6 +132,11 @@ impl Slots {
         slot.released = self.clock;
     }
 
+    /// Forgets the slot's rows behind the first `len`.
+    pub(super) fn truncate(&mut self, slot: SlotId, len: u32) {
+        self.slots[slot as usize].cached.truncate(len as usize);
+    }
+
     /// Forgets the slot's rows.
     pub(super) fn clear(&mut self, slot: SlotId) {
         self.slots[slot as usize].cached.clear();

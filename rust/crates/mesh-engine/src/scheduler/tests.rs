@@ -1,11 +1,12 @@
 //! Scheduling in simulated time, against a stage whose every answer is known beforehand.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 use proptest::prelude::*;
 
 use super::*;
 use crate::request::{Done, Finish, SamplingParams, TokenScore};
+use crate::runner::apply;
 use crate::testing::{self, HashStage, Letters};
 use crate::{Stage, StageInput, StageOutput, sampler};
 
@@ -23,7 +24,11 @@ struct Sim {
 
 impl Sim {
     fn new(slots: u32, max_rows: u32, config: SchedulerConfig) -> Self {
-        let stage = HashStage::new(slots, CONTEXT, max_rows);
+        Self::with_context(CONTEXT, slots, max_rows, config)
+    }
+
+    fn with_context(context: u32, slots: u32, max_rows: u32, config: SchedulerConfig) -> Self {
+        let stage = HashStage::new(slots, context, max_rows);
         Sim {
             scheduler: Scheduler::new(stage.info(), Arc::new(Letters), config),
             stage,
@@ -47,27 +52,25 @@ impl Sim {
 
     /// Runs the planned step: 10 ms and 1 ms for each row.
     fn run(&mut self) {
-        for op in &self.step.slot_ops {
-            match *op {
-                SlotOp::Truncate { slot, len } => self.stage.truncate(slot, len),
-                SlotOp::CopyPrefix { from, to, len } => {
-                    self.stage.copy_prefix(from, to, len).unwrap();
-                }
-            }
-        }
-        self.now += Duration::from_millis(10 + self.step.tokens.len() as u64);
-        let input = StageInput::Tokens(&self.step.tokens);
-        match self.stage.forward(&self.step.segments, input) {
-            Ok(StageOutput::Logits(logits)) => {
-                self.scheduler.complete(&self.step, logits, self.now);
-            }
+        let step = std::mem::take(&mut self.step);
+        self.run_step(&step);
+    }
+
+    fn run_step(&mut self, step: &Step) {
+        self.now += Duration::from_millis(10 + step.tokens.len() as u64);
+        let input = StageInput::Tokens(&step.tokens);
+        let output = apply(&step.slot_ops, &mut self.stage)
+            .and_then(|()| self.stage.forward(&step.segments, input));
+        match output {
+            Ok(StageOutput::Logits(logits)) => self.scheduler.complete(step, logits, self.now),
             Ok(StageOutput::Hidden(_)) => unreachable!("the stage gives logits"),
-            Err(error) => self.scheduler.fail(&self.step, &error),
+            Err(error) => self.scheduler.fail(step, &error),
         }
         self.collect();
         let held = self.stage.rows_held() as u64;
+        let failed = self.stage.fails_at.is_some_and(|at| self.stage.calls > at);
         assert!(
-            held <= self.scheduler.kv_total,
+            failed || held <= self.scheduler.kv_total,
             "{held} KV rows are over the budget"
         );
     }
@@ -421,7 +424,8 @@ fn kv_memory_limits_how_many_run_and_old_rows_give_way() {
     }
     assert!(sim.plan());
     let load = sim.scheduler.load();
-    assert_eq!((load.running, load.queued, load.kv_tokens_used), (2, 1, 80));
+    assert_eq!((load.running, load.queued), (2, 1));
+    assert_eq!((load.kv_tokens_used, load.kv_tokens_reserved), (60, 80));
     sim.run();
     sim.run_until_idle();
     // Request 3 made the rows of request 1 give way, the first to end; those of request 2 are still there.
@@ -430,6 +434,121 @@ fn kv_memory_limits_how_many_run_and_old_rows_give_way() {
     sim.run_until_idle();
     assert_eq!(sim.done(4).cached_tokens, 29);
     assert_eq!(sim.done(5).cached_tokens, 0);
+}
+
+#[test]
+fn requests_without_a_limit_share_the_memory_that_two_of_them_might_need() {
+    let config = SchedulerConfig {
+        kv_tokens: Some(4000),
+        ..SchedulerConfig::default()
+    };
+    let mut sim = Sim::with_context(2000, 8, 64, config);
+    let request = |key: RequestKey| Request {
+        max_tokens: None,
+        ..Request::greedy("test", prompt(key as u32, 20), 0)
+    };
+    for key in 1..=9 {
+        sim.submit(key, request(key));
+    }
+    assert!(sim.plan());
+    let load = sim.scheduler.load();
+    assert_eq!((load.running, load.queued), (8, 1));
+    sim.run();
+    sim.run_until_idle();
+    for key in 1..=9 {
+        assert_eq!(sim.answer(key), testing::answer(&request(key), 2000));
+    }
+}
+
+#[test]
+fn when_memory_runs_out_the_youngest_gives_way_and_goes_on_where_it_was() {
+    let config = SchedulerConfig {
+        kv_tokens: Some(300),
+        answer_tokens: 10,
+        ..SchedulerConfig::default()
+    };
+    let mut sim = Sim::new(4, 64, config);
+    for key in 1..=3 {
+        sim.submit(key, endless(prompt(key as u32, 20), 170));
+    }
+    // No one was preempted yet; the memory of three is in use.
+    while sim.scheduler.load().totals.preempted == 0 {
+        assert!(sim.plan());
+        assert!(sim.scheduler.load().kv_tokens_used <= 300);
+        sim.run();
+    }
+    sim.submit(4, endless(prompt(4, 5), 5));
+    let status = |key| sim.scheduler.status(key);
+    assert_eq!(status(1), Some(RequestStatus::Decoding));
+    assert_eq!(status(3), Some(RequestStatus::Preempted { ahead: 0 }));
+    assert_eq!(status(4), Some(RequestStatus::Queued { ahead: 1 }));
+    let load = sim.scheduler.load();
+    assert_eq!((load.running, load.queued), (2, 2));
+    sim.run_until_idle();
+    for key in 1..=3 {
+        let request = endless(prompt(key as u32, 20), 170);
+        assert_eq!(sim.answer(key), testing::answer(&request, CONTEXT));
+    }
+    let ends = [1, 2, 3, 4].map(|key| sim.events[&key].last().unwrap().0);
+    assert!(ends[0] < ends[2] && sim.pace(4).0 > ends[0], "{ends:?}");
+    // What it had of its prompt before is not what a cache saved.
+    assert_eq!(sim.done(3).cached_tokens, 0);
+    let totals = sim.scheduler.load().totals;
+    assert!((1..8).contains(&totals.preempted), "{totals:?}");
+    // Of its rows those were left that nobody else needed.
+    assert!(totals.reused_tokens > 0, "{totals:?}");
+}
+
+#[test]
+fn rows_kept_for_nobody_give_way_before_anybody_is_preempted() {
+    let config = SchedulerConfig {
+        kv_tokens: Some(200),
+        answer_tokens: 10,
+        ..SchedulerConfig::default()
+    };
+    let mut sim = Sim::new(3, 64, config);
+    sim.submit(1, endless(prompt(1, 120), 10));
+    sim.run_until_idle();
+    sim.submit(2, endless(prompt(2, 20), 70));
+    sim.submit(3, endless(prompt(3, 20), 70));
+    sim.run_until_idle();
+    assert_eq!(sim.scheduler.load().totals.preempted, 0);
+    for key in 2..=3 {
+        let request = endless(prompt(key as u32, 20), 70);
+        assert_eq!(sim.answer(key), testing::answer(&request, CONTEXT));
+    }
+}
+
+#[test]
+fn scores_that_give_way_come_out_as_they_do_alone() {
+    let config = SchedulerConfig {
+        kv_tokens: Some(220),
+        answer_tokens: 1,
+        ..SchedulerConfig::default()
+    };
+    let mut sim = Sim::new(3, 64, config.clone());
+    let tokens = prompt(3, 90);
+    sim.submit(1, endless(prompt(1, 40), 150));
+    sim.submit(2, endless(prompt(2, 5), 150));
+    for _ in 0..20 {
+        assert!(sim.plan());
+        sim.run();
+    }
+    // One row at a time, so that the answers outgrow the memory meanwhile.
+    sim.scheduler.config.score_rows = 1;
+    sim.scheduler
+        .submit_score(3, "score".to_owned(), tokens.clone(), sim.now);
+    sim.run_until_idle();
+    assert!(sim.scheduler.load().totals.preempted > 0);
+    let mut alone = Sim::new(1, 64, config);
+    alone
+        .scheduler
+        .submit_score(3, "score".to_owned(), tokens, alone.now);
+    alone.run_until_idle();
+    assert_eq!(
+        sim.events[&3].last().unwrap().1,
+        alone.events[&3].last().unwrap().1
+    );
 }
 
 #[test]
@@ -613,6 +732,19 @@ fn arrival() -> impl Strategy<Value = Arrival> {
     )
 }
 
+/// A request that may run to the end of the context.
+fn long_arrival() -> impl Strategy<Value = Arrival> {
+    let max_tokens = prop::option::of(0u32..200);
+    (arrival(), max_tokens, any::<bool>()).prop_map(|(arrival, max_tokens, ignore_eos)| Arrival {
+        request: Request {
+            max_tokens,
+            ignore_eos,
+            ..arrival.request
+        },
+        ..arrival
+    })
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
@@ -626,41 +758,95 @@ proptest! {
         fails_at in prop::option::weighted(0.2, 0usize..30),
     ) {
         let config = SchedulerConfig { kv_tokens, ..SchedulerConfig::default() };
-        let mut sim = Sim::new(slots, max_rows, config);
-        sim.stage.fails_at = fails_at;
-        for round in 0.. {
-            for (key, arrival) in (0..).zip(&arrivals) {
-                if arrival.after_steps == round {
-                    sim.submit(key, arrival.request.clone());
-                }
-            }
-            let planned = sim.plan();
-            // Between plan and completion is the worst moment to cancel.
-            for (key, arrival) in (0..).zip(&arrivals) {
-                if arrival.cancelled_after.is_some_and(|n| arrival.after_steps + n == round) {
-                    sim.scheduler.cancel(key);
-                }
-            }
-            if planned {
-                sim.run();
-            } else if round > 80 {
-                break;
-            }
-            prop_assert!(round < 20_000, "the scheduler does not come to an end");
-        }
-        prop_assert!(sim.scheduler.is_idle());
-        prop_assert_eq!(sim.scheduler.load().kv_tokens_used, 0);
+        run_arrivals(arrivals, Sim::new(slots, max_rows, config), fails_at, 1, |_| ())?;
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    /// Neither does a preemption, with several steps under way. What is in progress is always older than what waits, so
+    /// nobody starves.
+    #[test]
+    fn preemption_never_changes_an_answer_and_starves_nobody(
+        arrivals in prop::collection::vec(long_arrival(), 1..12),
+        slots in 1u32..6,
+        max_rows in 2u32..40,
+        kv_tokens in 110u64..400,
+        expected in 1u32..100,
+        fails_at in prop::option::weighted(0.2, 0usize..200),
+        depth in 1usize..4,
+    ) {
+        let config = SchedulerConfig {
+            kv_tokens: Some(kv_tokens),
+            steps_under_way: depth as u32,
+            answer_tokens: expected,
+            ..SchedulerConfig::default()
+        };
+        let sim = Sim::new(slots, max_rows, config);
+        run_arrivals(arrivals, sim, fails_at, depth, |scheduler| {
+            let running = scheduler.running.iter().map(|r| r.job.key);
+            let queued = scheduler.queue.iter().map(|job| job.key);
+            let keys: Vec<RequestKey> = running.chain(queued).collect();
+            assert!(keys.is_sorted(), "{keys:?}");
+            assert!(scheduler.load().kv_tokens_used <= kv_tokens);
+        })?;
+    }
+}
+
+/// Lets requests arrive, with up to `depth` steps under way, until all have ended; checks what came of each.
+fn run_arrivals(
+    mut arrivals: Vec<Arrival>,
+    mut sim: Sim,
+    fails_at: Option<usize>,
+    depth: usize,
+    check: impl Fn(&Scheduler),
+) -> Result<(), TestCaseError> {
+    arrivals.sort_by_key(|arrival| arrival.after_steps);
+    sim.stage.fails_at = fails_at;
+    let mut under_way = VecDeque::new();
+    for round in 0.. {
         for (key, arrival) in (0..).zip(&arrivals) {
-            let context = kv_tokens.map_or(CONTEXT, |n| CONTEXT.min(n as u32));
-            let expected = testing::answer(&arrival.request, context);
-            let ended = sim.events.get(&key).is_some_and(|e| e.last().unwrap().1.is_last());
-            if !ended {
-                prop_assert!(arrival.cancelled_after.is_some());
-            } else if let Some((_, Event::Failed(error))) = sim.events[&key].last() {
-                prop_assert!(fails_at.is_some() && matches!(error, RequestError::Stage(_)));
-            } else {
-                prop_assert_eq!(sim.answer(key), expected);
+            if arrival.after_steps == round {
+                sim.submit(key, arrival.request.clone());
             }
+        }
+        while under_way.len() < depth && sim.plan() {
+            check(&sim.scheduler);
+            under_way.push_back(std::mem::take(&mut sim.step));
+        }
+        // Between plan and completion is the worst moment to cancel.
+        for (key, arrival) in (0..).zip(&arrivals) {
+            if arrival
+                .cancelled_after
+                .is_some_and(|n| arrival.after_steps + n == round)
+            {
+                sim.scheduler.cancel(key);
+            }
+        }
+        if let Some(step) = under_way.pop_front() {
+            sim.run_step(&step);
+        } else if round > 80 {
+            break;
+        }
+        prop_assert!(round < 20_000, "the scheduler does not come to an end");
+    }
+    prop_assert!(sim.scheduler.is_idle());
+    prop_assert_eq!(sim.scheduler.load().kv_tokens_used, 0);
+    for (key, arrival) in (0..).zip(&arrivals) {
+        let context = CONTEXT.min(u32::try_from(sim.scheduler.kv_total).unwrap_or(CONTEXT));
+        let expected = testing::answer(&arrival.request, context);
+        let ended = sim
+            .events
+            .get(&key)
+            .is_some_and(|e| e.last().unwrap().1.is_last());
+        if !ended {
+            prop_assert!(arrival.cancelled_after.is_some());
+        } else if let Some((_, Event::Failed(error))) = sim.events[&key].last() {
+            prop_assert!(fails_at.is_some() && matches!(error, RequestError::Stage(_)));
+        } else {
+            prop_assert_eq!(sim.answer(key), expected);
         }
     }
+    Ok(())
 }
