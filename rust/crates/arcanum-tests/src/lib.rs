@@ -7,6 +7,7 @@
 //! - [`alone`] keeps these tests apart: each wants the whole machine;
 //! - [`rescore`] checks a stream against the model itself;
 //! - [`flood`] makes datagrams that mean harm;
+//! - [`load`] keeps streams open beside threads that burn processor time;
 //! - [`liar`] is a member that sends something else than it says;
 //! - [`Seed`] makes every random choice of a test repeatable.
 
@@ -17,6 +18,7 @@ pub mod cluster;
 pub mod flood;
 pub mod gaps;
 pub mod liar;
+pub mod load;
 pub mod rescore;
 pub mod undisturbed;
 pub mod view;

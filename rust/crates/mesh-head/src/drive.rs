@@ -371,7 +371,18 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
             .ring
             .map(|ring| self.mesh.standing(placed.worker, ring))
         {
-            Some(Standing::Serves(since)) => self.answer.excused_until(since),
+            Some(Standing::Serves(since)) => {
+                self.answer.excused_until(since);
+                let limit = self.mesh.config.silence_limit * 2;
+                let lately = |at| now.saturating_duration_since(at) < limit;
+                // A driver that is heard is slow, and gets the time that any worker gets.
+                if self.last_token.is_some_and(lately)
+                    && self.mesh.hears(placed.worker)
+                    && let Some(moment) = now.checked_sub(RING_SILENCE - RING_LOOK)
+                {
+                    self.answer.excused_until(moment);
+                }
+            }
             Some(Standing::Recovers) => self.answer.excused_until(now),
             Some(Standing::Gone) if now < self.answer.deadline() => {
                 return self.ring_changed(assignment, attempt);
@@ -569,6 +580,8 @@ fn due(answer: &Answer) -> Instant {
         .unwrap_or_else(|| Instant::now() + Duration::from_secs(3600))
 }
 
-/// Silence of a ring's driver that counts as its death: its standby goes on within milliseconds, so there is little to lose by
-/// an error. It is more than a driver needs to notice a silent member, whose loss is not the driver's.
+/// How soon a driver that is heard and sends no tokens is looked at again.
+const RING_LOOK: Duration = Duration::from_millis(300);
+
+/// Silence of a ring's driver that counts as its death, if its link is silent, too: its standby goes on within milliseconds. It is more than a driver needs to notice a silent member, whose loss is not the driver's.
 const RING_SILENCE: Duration = Duration::from_millis(1_500);

@@ -8,7 +8,7 @@ mod rings;
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use dcf::{ErrorCode, Message};
 use mesh_net::quic::Link;
@@ -63,6 +63,8 @@ struct State {
     tracker: Tracker,
     /// When the gauges of rings were last set.
     gauged: Option<Instant>,
+    /// When it was last looked who had been heard.
+    listened: Option<Instant>,
     peers: BTreeMap<WorkerId, Peer>,
     waiting: HashMap<Ticket, oneshot::Sender<Result<Placed, Refusal>>>,
     next_ticket: u64,
@@ -74,6 +76,9 @@ struct Peer {
     link: Link,
     /// Goes out on its control stream.
     orders: mpsc::Sender<Message>,
+    /// Packets that have come from it, and when there was a new one.
+    heard_packets: u64,
+    heard: Instant,
 }
 
 /// Who serves a model.
@@ -120,6 +125,7 @@ impl Mesh {
             rings,
             tracker: Tracker::new(),
             gauged: None,
+            listened: None,
             peers: BTreeMap::new(),
             waiting: HashMap::new(),
             next_ticket: 0,
@@ -275,6 +281,8 @@ impl Mesh {
             Peer {
                 link: link.clone(),
                 orders,
+                heard_packets: 0,
+                heard: now,
             },
         );
         self.turn(&mut state, now);
@@ -326,6 +334,7 @@ impl Mesh {
     pub fn keep_house(&self) {
         let now = Instant::now();
         let mut state = self.lock();
+        state.listen(now);
         let pruned = state.placement.prune(now);
         let peers: Vec<Peer> = pruned
             .iter()
@@ -360,6 +369,13 @@ impl Mesh {
             Ok(()) => self.health.set_ready(),
             Err(reason) => self.health.set_unready(reason),
         }
+    }
+
+    /// Whether anything was heard from a worker in the last moments.
+    pub fn hears(&self, id: WorkerId) -> bool {
+        let state = self.lock();
+        let peer = state.peers.get(&id);
+        peer.is_some_and(|peer| peer.heard.elapsed() < HEARD)
     }
 
     /// Looks at the registry.
@@ -475,6 +491,38 @@ impl Mesh {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+impl State {
+    /// Notes who has been heard since the last look: any packet on a worker's link is a sign of life. If the last look is too
+    /// long ago, this head itself did not run, and nobody is silent for that.
+    fn listen(&mut self, now: Instant) {
+        let gap = self
+            .listened
+            .map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+        self.listened = Some(now);
+        if gap > LISTENS {
+            self.rings.stalled(gap, now);
+            self.placement.registry.stalled(gap, now);
+            for peer in self.peers.values_mut() {
+                peer.heard = (peer.heard + gap).min(now);
+            }
+        }
+        for (id, peer) in &mut self.peers {
+            let packets = peer.link.heard_packets();
+            if packets != peer.heard_packets {
+                peer.heard_packets = packets;
+                peer.heard = now;
+                self.rings.heard(peer.link.node_id(), now);
+                self.placement.registry.seen(*id, now);
+            }
+        }
+    }
+}
+
+/// How long a worker that was heard counts as alive. Links carry something at least every half second.
+const HEARD: Duration = Duration::from_secs(1);
+/// A longer pause between two looks at who was heard means that this head had no processor.
+const LISTENS: Duration = Duration::from_millis(300);
 
 /// A request's place in the queue; leaving early gives it up.
 struct PlaceInQueue<'a> {

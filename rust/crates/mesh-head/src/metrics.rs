@@ -42,6 +42,17 @@ pub enum Outcome {
     Failed,
 }
 
+/// What became of a member of a ring that another one did not reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+pub enum Verdict {
+    /// The head hears it: nothing is decided yet.
+    Doubted,
+    /// The link between the two was made anew.
+    Relinked,
+    /// Nobody hears it, or it cannot be linked to: it is taken for lost.
+    Lost,
+}
+
 /// Labels of the request metrics.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RequestLabels {
@@ -60,6 +71,11 @@ struct DatagramLabels {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct KindLabel {
     kind: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct VerdictLabel {
+    verdict: Verdict,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -102,6 +118,7 @@ pub struct HeadMetrics {
     /// Requests that run on a worker.
     pub running: Gauge,
     failovers: Family<ModelLabel, Counter>,
+    suspicions: Family<VerdictLabel, Counter>,
     gaps: Family<ModelLabel, Histogram, fn() -> Histogram>,
     rings: RingGauges,
     bad_sources: Family<WorkerLabel, Counter>,
@@ -124,6 +141,7 @@ impl HeadMetrics {
             queued: Gauge::default(),
             running: Gauge::default(),
             failovers: Family::default(),
+            suspicions: Family::default(),
             gaps: Family::new_with_constructor(|| Histogram::new(DURATIONS)),
             rings: RingGauges::default(),
             bad_sources: Family::default(),
@@ -188,6 +206,11 @@ impl HeadMetrics {
             "Changes of a ring's members because some were lost",
             this.failovers.clone(),
         );
+        registry.register(
+            "ring_suspicions",
+            "Members of rings that others did not reach: doubted, linked anew, or taken for lost",
+            this.suspicions.clone(),
+        );
         registry.register_with_unit(
             "ring_gap",
             "From the last token before a change of a ring's members to the first one after it",
@@ -236,6 +259,13 @@ impl HeadMetrics {
     pub fn failover(&self, model: &str) {
         let model = model.to_owned();
         self.failovers.get_or_create(&ModelLabel { model }).inc();
+    }
+
+    /// A member of a ring was not reached by another one.
+    pub fn suspicion(&self, verdict: Verdict) {
+        self.suspicions
+            .get_or_create(&VerdictLabel { verdict })
+            .inc();
     }
 
     /// An answer stood still for so long because a ring's members changed.
@@ -354,6 +384,7 @@ mod tests {
         head.datagrams("clients").malformed.inc();
         head.workers(2, 1);
         head.failover("m");
+        head.suspicion(Verdict::Doubted);
         head.ring_gap("m", Duration::from_millis(300));
         let text = metrics.encode();
         for line in [
@@ -362,6 +393,7 @@ mod tests {
             "hydramesh_head_datagrams_total{socket=\"clients\",outcome=\"malformed\"} 1",
             "hydramesh_head_workers{kind=\"mesh\"} 2",
             "hydramesh_head_ring_failovers_total{model=\"m\"} 1",
+            "hydramesh_head_ring_suspicions_total{verdict=\"Doubted\"} 1",
             "hydramesh_head_ring_gap_seconds_count{model=\"m\"} 1",
         ] {
             assert!(text.contains(line), "{line} is not in\n{text}");

@@ -230,7 +230,7 @@ async fn a_driver_that_falls_silent_is_replaced() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_member_that_the_driver_complains_about_is_replaced() {
+async fn a_member_that_lives_is_replaced_only_if_a_new_link_does_not_help() {
     let head = start(|_| {}).await;
     let shards = [
         head.shard("a", 7).await,
@@ -245,13 +245,21 @@ async fn a_member_that_the_driver_complains_about_is_replaced() {
         standby(&ring, 0, &shards),
     );
     driver.complain(&[first]);
+    eventually("all make new links", || async {
+        let ring = head.ring().await;
+        let told = first.ring().unwrap().epoch == 2 && driver.ring().unwrap().epoch == 2;
+        told && ring["epoch"] == 2 && ring["stages"][0]["member"]["node_id"] == first.node_id
+    })
+    .await;
+    head.until_serving().await;
+    driver.complain(&[first]);
     eventually("the standby has the stage", || async {
         let ring = head.ring().await;
-        ring["epoch"] == 2 && ring["stages"][0]["member"]["node_id"] == spare.node_id
+        ring["epoch"] == 3 && ring["stages"][0]["member"]["node_id"] == spare.node_id
     })
     .await;
     eventually("the suspect is told, too", || async {
-        first.ring().unwrap().epoch == 2
+        first.ring().unwrap().epoch == 3
     })
     .await;
     assert_eq!(head.ask("why?").await, (truth("why?", TOKENS), 0));

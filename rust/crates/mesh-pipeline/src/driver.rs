@@ -14,7 +14,7 @@ use mesh_proto::{
 use crate::StepError;
 use crate::book::Book;
 use crate::part::{Out, Part};
-use crate::pulse::Pulse;
+use crate::pulse::{Pulse, Suspicion};
 use crate::replay::{self, Held, Replay};
 use crate::wire;
 
@@ -53,6 +53,8 @@ pub enum DriverEvent {
         /// Its answer.
         ping: RingPing,
     },
+    /// This worker's own network thread has had a ping in its hands.
+    Echo(u64),
     /// A standby for the last stage stands by.
     Standby(Vec<HeldSlot>),
     /// The standby for the last stage is gone.
@@ -68,7 +70,7 @@ pub enum DriverEvent {
 pub enum DriverOut {
     /// A step for stage 0.
     Step(RingStep),
-    /// A ping for every member.
+    /// A ping for every member. The thread that carries it also gives it back as [`DriverEvent::Echo`].
     Ping(RingPing),
     /// A replay, for the member of `stage`.
     Resend {
@@ -89,6 +91,13 @@ pub enum DriverOut {
         stage: u32,
         /// For how long.
         silence: Duration,
+        /// It answers, but what is passed on to it, or by it, does not arrive.
+        link: bool,
+    },
+    /// A member that was suspected has been heard again.
+    Trust {
+        /// Its stage.
+        stage: u32,
     },
     /// All members are there and the ring works.
     Running {
@@ -195,7 +204,6 @@ impl RingRunner {
         part: Part,
         events: mpsc::Receiver<DriverEvent>,
         out: Box<dyn FnMut(DriverOut) + Send>,
-        now: Instant,
     ) -> Self {
         RingRunner {
             planned: Book::new(part.book().slots()),
@@ -210,7 +218,7 @@ impl RingRunner {
             under_way: VecDeque::new(),
             arrived: VecDeque::new(),
             received: 0,
-            pulse: Pulse::new(0, now),
+            pulse: Pulse::new(0),
             current: Step::default(),
             logits: Vec::new(),
             outs: Vec::new(),
@@ -252,7 +260,7 @@ impl RingRunner {
                 half_rows,
             } => self.begin_epoch(epoch, stages, half_rows, now),
             DriverEvent::Held { stage, held } => {
-                self.pulse.heard(stage, None, now);
+                self.pulse.heard(stage, None);
                 self.take_held(stage, held);
             }
             DriverEvent::Rows(step) => {
@@ -263,12 +271,13 @@ impl RingRunner {
                 }
             }
             DriverEvent::Outcome { stage, outcome } => {
-                self.pulse.heard(stage, None, now);
+                self.pulse.heard(stage, None);
                 if outcome.epoch == self.part.epoch() {
                     self.take_outcome(outcome);
                 }
             }
-            DriverEvent::Pong { stage, ping } => self.pulse.heard(stage, Some(&ping), now),
+            DriverEvent::Pong { stage, ping } => self.pulse.heard(stage, Some(&ping)),
+            DriverEvent::Echo(nonce) => self.pulse.echo(nonce),
             DriverEvent::Standby(held) => {
                 self.forget_mirrored();
                 self.part.mirror_to(&held, &mut self.outs);
@@ -307,7 +316,7 @@ impl RingRunner {
         self.next_step = 0;
         self.stages = stages;
         self.part.begin_epoch(epoch, stages - 1, half_rows);
-        self.pulse.begin_epoch(stages - 1, now);
+        self.pulse.begin_epoch(stages - 1);
         self.phase = Phase::Joining((0..stages).map(|_| None).collect());
         let own = self.part.held();
         self.take_held(stages - 1, own);
@@ -496,12 +505,24 @@ impl RingRunner {
             Phase::Replaying(_) => self.pulse.due_since().or(Some(now)),
             Phase::Running => self.under_way.front().map(|under_way| under_way.begun),
         };
-        self.pulse.due(since, now);
+        self.pulse.look(since, now);
         if let Some(ping) = self.pulse.ping(now) {
             (self.out)(DriverOut::Ping(ping));
         }
-        for (stage, silence) in self.pulse.silent(now) {
-            (self.out)(DriverOut::Suspect { stage, silence });
+        for stage in self.pulse.cleared() {
+            (self.out)(DriverOut::Trust { stage });
+        }
+        for Suspicion {
+            stage,
+            silence,
+            link,
+        } in self.pulse.silent()
+        {
+            (self.out)(DriverOut::Suspect {
+                stage,
+                silence,
+                link,
+            });
         }
     }
 
@@ -575,9 +596,9 @@ impl RingRunner {
 
     fn step_done(&mut self, begun: Instant, now: Instant) {
         // Prompts take long and say nothing about how long an answer's next token may.
-        if self.current.tokens.len() <= FEW_ROWS {
-            self.pulse.step(now.saturating_duration_since(begun));
-        }
+        let few_rows = self.current.tokens.len() <= FEW_ROWS;
+        self.pulse
+            .step(now.saturating_duration_since(begun), few_rows);
         self.last_done = Some(now);
         if let Some(loss) = self.loss.take() {
             let gap = now.saturating_duration_since(loss.since);
@@ -631,6 +652,8 @@ impl Runner for RingRunner {
     }
 
     fn poll(&mut self, now: Instant) -> Option<Outcome<'_>> {
+        // What comes below was not yet here in the time that has passed since the last look.
+        self.pulse.look(self.pulse.due_since(), now);
         // Before anything goes out: where it goes may have changed.
         while let Ok(event) = self.events.try_recv() {
             self.handle(event, now);

@@ -223,6 +223,10 @@ pub struct RingState {
     /// Driver: how it came through the last change of epoch, once.
     #[prost(message, optional, tag = "7")]
     pub recovery: Option<Recovery>,
+    /// Those of `suspects` to which this worker's link is closed, or whose links let nothing pass: waiting does not help. An
+    /// older worker does not tell them apart.
+    #[prost(string, repeated, tag = "8")]
+    pub severed: Vec<String>,
 }
 
 /// One stage that a worker holds.
@@ -261,6 +265,9 @@ pub struct PartState {
     /// Bytes of outputs that it keeps in case the next stage has to be sent them again.
     #[prost(uint64, tag = "11")]
     pub kept_bytes: u64,
+    /// How far loading is, in a unit of the worker's own that only grows. 0 is not known.
+    #[prost(uint64, tag = "12")]
+    pub progress: u64,
 }
 
 /// Where a part of a ring is.

@@ -232,6 +232,22 @@ impl Cluster {
         ends.collect()
     }
 
+    /// All lines of level WARN or ERROR in the logs of head and workers.
+    pub fn alarms(&self) -> Vec<String> {
+        let services = std::iter::once(&self.mesh.head).chain(&self.mesh.workers);
+        let lines = services.flat_map(|service| {
+            let log = service.log();
+            let name = service.name().to_owned();
+            let alarms = log
+                .lines()
+                .filter(|line| line.contains("WARN") || line.contains("ERROR"));
+            alarms
+                .map(|line| format!("{name}: {line}"))
+                .collect::<Vec<_>>()
+        });
+        lines.collect()
+    }
+
     /// Memory that the processes of head and workers hold, bytes.
     pub fn resident_bytes(&mut self) -> u64 {
         let services = std::iter::once(&mut self.mesh.head).chain(&mut self.mesh.workers);

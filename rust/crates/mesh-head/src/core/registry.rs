@@ -265,6 +265,13 @@ impl Registry {
         }
     }
 
+    /// This head itself did not run for `stall`: what came in that time could not be heard.
+    pub fn stalled(&mut self, stall: Duration, now: Instant) {
+        for worker in self.workers.values_mut() {
+            worker.last_seen = (worker.last_seen + stall).min(now);
+        }
+    }
+
     /// A load report. Speeds in it replace what is believed so far.
     pub fn report(&mut self, id: WorkerId, load: Load, now: Instant) {
         let Some(worker) = self.workers.get_mut(&id) else {

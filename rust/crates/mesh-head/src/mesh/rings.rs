@@ -15,6 +15,7 @@ use super::{Mesh, State, timestamp_us};
 use crate::core::registry::{Registry, Worker, WorkerId};
 use crate::core::rings::{Action, Note, Prospect, Rings};
 use crate::drains;
+use crate::metrics::Verdict;
 
 /// What became of a worker as the driver of a ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -156,7 +157,7 @@ impl Mesh {
                 break;
             }
             for action in actions {
-                changed |= !matches!(action, Action::Note(_));
+                changed |= !matches!(action, Action::Note(_) | Action::Ask { .. });
                 self.carry_out(state, action, now);
             }
         }
@@ -225,6 +226,11 @@ impl Mesh {
             Action::Withdraw { node, ring, .. } => {
                 if let Some(id) = id_of(state, &node) {
                     state.placement.registry.withdraw(id, ring, now);
+                }
+            }
+            Action::Ask { node } => {
+                if let Some(peer) = id_of(state, &node).and_then(|id| state.peers.get(&id)) {
+                    peer.link.ask();
                 }
             }
             Action::Note(note) => self.note(note),
@@ -300,12 +306,38 @@ impl Mesh {
                 ring,
                 model,
                 reason,
+                planned: true,
+            } => info!(ring = hex(ring), model, reason, "ring dissolved"),
+            Note::Dissolved {
+                ring,
+                model,
+                reason,
+                planned: false,
             } => warn!(ring = hex(ring), model, reason, "ring dissolved"),
+            Note::Doubted { ring, name, by } => {
+                info!(
+                    ring = hex(ring),
+                    worker = name,
+                    by,
+                    "a member does not reach another one, which this head hears"
+                );
+                self.metrics.suspicion(Verdict::Doubted);
+            }
+            Note::Relinked {
+                ring,
+                epoch,
+                model,
+                reason,
+            } => {
+                warn!(ring = hex(ring), epoch, model, reason, "ring linked anew");
+                self.metrics.suspicion(Verdict::Relinked);
+            }
             Note::Unplanned { model, reason } => {
                 warn!(model, reason, "no ring can be made of what workers offer");
             }
             Note::Suspected { name, reason } => {
                 warn!(worker = name, reason, "worker suspected");
+                self.metrics.suspicion(Verdict::Lost);
             }
             Note::Recovered {
                 ring,

@@ -153,11 +153,13 @@ impl Shard {
         self.connector.shutdown(ErrorCode::INTERNAL, "died").await;
     }
 
-    /// Says that others do not answer.
+    /// Says that its links to others are closed.
     pub(crate) fn complain(&self, suspects: &[&Shard]) {
         let ring = self.ring().expect("a ring");
+        let suspects: Vec<String> = suspects.iter().map(|shard| shard.node_id.clone()).collect();
         let state = RingState {
-            suspects: suspects.iter().map(|shard| shard.node_id.clone()).collect(),
+            severed: suspects.clone(),
+            suspects,
             ..state(&self.node_id, &ring, true)
         };
         self.messages.send(message(&state)).unwrap();

@@ -4,7 +4,7 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use dcf::ErrorCode;
@@ -171,18 +171,47 @@ impl Link {
         let received = || connection.stats().udp_rx.datagrams;
         let reports = || self.inner.reports.load(Ordering::Relaxed);
         let (before, known) = (received(), reports());
-        // Whoever lives acknowledges it. Where it cannot be sent, silence has to do.
-        let _ = connection.send_datagram(Bytes::from_static(&[0]));
         let rtt = self.rtt();
         let soon = (rtt * 3).max(SIGN_OF_LIFE);
-        tokio::time::sleep(soon).await;
-        if received() == before && reports() == known {
-            tokio::time::sleep((rtt * 3).max(SUSPICION).saturating_sub(soon)).await;
+        let limit = (rtt * 3).max(SUSPICION);
+        let mut silent = Duration::ZERO;
+        while silent < limit {
+            // Whoever lives acknowledges it. Where it cannot be sent, silence has to do.
+            let _ = connection.send_datagram(Bytes::from_static(&[0]));
+            let asked = Instant::now();
+            tokio::time::sleep(soon).await;
+            // Whoever sleeps longer than it wanted to had no processor, and an answer may be waiting for one, too.
+            if asked.elapsed() < soon + OVERSLEPT {
+                silent += soon;
+            } else {
+                tokio::time::sleep(soon).await;
+            }
+            if received() != before || connection.close_reason().is_some() {
+                return;
+            }
+            if silent >= soon && reports() != known {
+                break;
+            }
         }
         if received() == before && connection.close_reason().is_none() {
             self.inner.gone.store(true, Ordering::Relaxed);
             self.close(ErrorCode::TIMEOUT, "your port is closed");
         }
+    }
+
+    /// Packets that came from the peer so far; a new one is a sign of life, whatever is in it.
+    pub fn heard_packets(&self) -> u64 {
+        self.inner.connection.stats().udp_rx.datagrams
+    }
+
+    /// Asks the peer for a sign of life: if it lives, [`heard_packets`](Self::heard_packets) grows; if its port is closed, the
+    /// link ends soon.
+    pub fn ask(&self) {
+        // Where it cannot be sent, the next keep-alive asks.
+        let _ = self
+            .inner
+            .connection
+            .send_datagram(Bytes::from_static(&[0]));
     }
 
     fn reason(&self, error: quinn::ConnectionError) -> Closed {
@@ -238,8 +267,10 @@ pub(super) fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-/// How long a suspected peer may be silent.
-const SUSPICION: Duration = Duration::from_millis(100);
+/// How long a suspected peer may be silent where no further report of a closed port came, in time that this process ran.
+const SUSPICION: Duration = Duration::from_millis(200);
+/// A sleep that is so much longer than wanted was a wait for a processor.
+const OVERSLEPT: Duration = Duration::from_millis(20);
 /// The same where what it was asked with came back: an acknowledgement waits for 10 ms, behind a step of up to 20 ms, and a loaded machine
 /// takes its time.
 const SIGN_OF_LIFE: Duration = Duration::from_millis(40);

@@ -46,7 +46,8 @@ use quinn::{AckFrequencyConfig, IdleTimeout, TransportConfig, VarInt};
 pub struct LinkConfig {
     /// Silence after which a side asks whether the other is there.
     pub keep_alive: Duration,
-    /// Silence after which a link is over.
+    /// Silence after which a link is over. Links are expensive to lose: it is long enough for a process that is stopped for
+    /// a while or waits for a processor. Whoever has to know sooner asks.
     pub idle_timeout: Duration,
     /// How long a connection may take to be made and admitted.
     pub handshake_timeout: Duration,
@@ -64,7 +65,7 @@ impl Default for LinkConfig {
     fn default() -> Self {
         Self {
             keep_alive: Duration::from_millis(500),
-            idle_timeout: Duration::from_millis(2500),
+            idle_timeout: Duration::from_secs(5),
             handshake_timeout: Duration::from_secs(5),
             max_message: dcf::DEFAULT_MAX_PAYLOAD,
             max_streams: 1024,

@@ -107,6 +107,30 @@ fn a_ring_answers_as_one_worker_does() {
     }
 }
 
+#[test]
+fn requests_that_outgrow_the_memory_of_a_ring_take_turns_and_losses_change_nothing() {
+    for standbys in [false, true] {
+        for at in [0, 7_000, 19_000, 31_000] {
+            let mut world = World::new(at + 3, &[2, 4, 6], 7, standbys);
+            world.kv_tokens = Some(u64::from(toy::CONTEXT) + 20);
+            for seed in 0..4 {
+                let mut request = Request::greedy("long".to_owned(), vec![seed as u32; 10], 100);
+                request.params.temperature = 0.8;
+                request.params.seed = seed;
+                world.submit(request);
+            }
+            if at > 0 {
+                world.run(at);
+                let node = world.members()[(at % 3) as usize];
+                world.kill(node);
+            }
+            finish(&mut world);
+            check(&world);
+            assert!(world.preempted() > 0, "memory did not run out");
+        }
+    }
+}
+
 /// What others hold already is not computed again, whichever stage is lost.
 #[test]
 fn a_replay_goes_no_further_than_the_stage_that_needs_it() {
@@ -203,10 +227,12 @@ proptest! {
         seed in 0u64..1_000_000,
         split in 0usize..4,
         standbys in any::<bool>(),
+        kv_tokens in prop::option::weighted(0.3, 160u64..400),
         faults in prop::collection::vec((0u64..20_000, 0usize..20, any::<bool>(), any::<bool>()), 0..8),
     ) {
         let splits = [&[3, 6][..], &[2, 4, 6], &[1, 5, 6], &[1, 2, 4, 6]][split];
         let mut world = World::new(seed, splits, 2 * splits.len() + 3, standbys);
+        world.kv_tokens = kv_tokens;
         for i in 0..1 + seed % 6 {
             world.submit(request(seed + i));
         }

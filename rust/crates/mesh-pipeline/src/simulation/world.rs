@@ -69,6 +69,7 @@ enum Message {
         stage: u32,
         ping: RingPing,
     },
+    Echo(u64),
     Resend(RingResend),
     Outcome {
         stage: u32,
@@ -140,6 +141,8 @@ pub(super) struct World {
     splits: Vec<u32>,
     ring: Ring,
     pub(super) spares: bool,
+    /// KV memory of drivers that are still to be made.
+    pub(super) kv_tokens: Option<u64>,
     /// Requests with the tokens that have reached the client.
     pub(super) answers: Vec<Answer>,
     pub(super) epochs: u32,
@@ -177,6 +180,7 @@ impl World {
             splits: splits.to_vec(),
             ring,
             spares: standbys,
+            kv_tokens: None,
             answers: Vec::new(),
             epochs: 1,
         };
@@ -198,6 +202,13 @@ impl World {
     /// Rows that a member was given to compute.
     pub(super) fn rows(&self, node: Node) -> u64 {
         self.workers[node].rows
+    }
+
+    /// How often the present driver has preempted a request.
+    pub(super) fn preempted(&self) -> u64 {
+        let driver = self.ring.members.last().map(|&node| &self.workers[node]);
+        let driver = driver.and_then(|worker| worker.driver.as_ref());
+        driver.map_or(0, |driver| driver.scheduler.load().totals.preempted)
     }
 
     pub(super) fn members(&self) -> &[Node] {
@@ -457,6 +468,7 @@ impl World {
             Message::Pong { stage, ping } => {
                 self.tell_driver(node, DriverEvent::Pong { stage, ping })
             }
+            Message::Echo(nonce) => self.tell_driver(node, DriverEvent::Echo(nonce)),
             Message::Resend(resend) => self.with_part(node, |part, out| part.resend(&resend, out)),
             Message::Outcome { stage, outcome } => {
                 self.tell_driver(node, DriverEvent::Outcome { stage, outcome });
@@ -539,11 +551,7 @@ impl World {
         if own == Some(last) {
             if worker.driver.is_none() {
                 let part = worker.parts.remove(&last).expect("just made");
-                worker.driver = Some(Driver::new(
-                    part,
-                    self.start + Duration::from_micros(self.now),
-                    stages,
-                ));
+                worker.driver = Some(Driver::new(part, stages, self.kv_tokens));
                 for key in 0..self.answers.len() {
                     if !self.answers[key].done {
                         let request = Request {
@@ -722,6 +730,7 @@ impl World {
             match out {
                 DriverOut::Step(step) => self.send(node, ring.members[0], 2, Message::Step(step)),
                 DriverOut::Ping(ping) => {
+                    self.send(node, node, 8, Message::Echo(ping.nonce));
                     for member in &ring.members[..stage as usize] {
                         self.send(
                             node,
@@ -756,7 +765,10 @@ impl World {
                         Message::Suspect(ring.members[stage as usize]),
                     );
                 }
-                DriverOut::Running { .. } | DriverOut::Recovered(_) | DriverOut::Gauges(_) => {}
+                DriverOut::Trust { .. }
+                | DriverOut::Running { .. }
+                | DriverOut::Recovered(_)
+                | DriverOut::Gauges(_) => {}
             }
         }
         if let Some(at) = timer {
@@ -808,7 +820,7 @@ impl Worker {
 }
 
 impl Driver {
-    fn new(part: Part, now: Instant, stages: usize) -> Self {
+    fn new(part: Part, stages: usize, kv_tokens: Option<u64>) -> Self {
         let (sender, receiver) = mpsc::channel();
         let outs = Arc::new(Mutex::new(Vec::new()));
         let sink = Arc::clone(&outs);
@@ -816,11 +828,14 @@ impl Driver {
         let out = Box::new(move |out| sink.lock().expect("sound").push(out));
         let config = SchedulerConfig {
             steps_under_way: stages as u32,
+            kv_tokens,
+            // Less than most answers take, so that memory runs out.
+            answer_tokens: 5,
             ..SchedulerConfig::default()
         };
         Driver {
             scheduler: Scheduler::new(&info, Arc::new(Letters), config),
-            runner: RingRunner::new(info, part, receiver, out, now),
+            runner: RingRunner::new(info, part, receiver, out),
             events: sender,
             outs,
             step: Step::default(),

@@ -114,6 +114,11 @@ impl Held {
             .clone()
     }
 
+    /// How many pieces are here.
+    pub(crate) fn pieces_here(&self) -> u64 {
+        u64::from(self.here().len())
+    }
+
     /// A piece has been verified and written.
     pub(super) fn has(&self, piece: u32) {
         let mut here = self.here.write().unwrap_or_else(PoisonError::into_inner);

@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 
 use mesh_engine::RequestError;
 use mesh_net::quic::MsgStream;
-use mesh_pipeline::Part;
+use mesh_pipeline::{DriverEvent, Part};
 use mesh_proto::{
-    ModelCard, PartPhase, PartState, Recovery, Ring, RingHello, RingPurpose, RingState, Seat,
+    ModelCard, PartPhase, PartState, Recovery, Ring, RingHello, RingPurpose, RingStage, RingState,
+    Seat,
 };
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -18,6 +19,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::carrier::Carrier;
 use super::driver::{DriverHandle, Notice};
 use super::part::{Command, Counters, Outboxes, Outflow, PartHandle};
+use super::progress::Progress;
 use super::streams::{self, Broken, Target};
 use super::{Rings, Served, Shard};
 use crate::host::warm_up;
@@ -48,15 +50,25 @@ pub(super) struct Deployment {
     /// Epoch in which a token came back through every stage.
     serving: u32,
     warming_up: Option<AbortOnDropHandle<()>>,
-    suspects: Vec<String>,
+    suspects: Vec<Suspect>,
     recovery: Option<Recovery>,
     reported: Option<(RingState, Instant)>,
     /// Steps of all parts here at the last look.
     steps: u64,
 }
 
+/// A member that does not answer.
+#[derive(Debug, Clone, PartialEq)]
+struct Suspect {
+    node_id: String,
+    /// Nothing passes its link.
+    severed: bool,
+    /// The link itself is closed.
+    closed: bool,
+}
+
 enum Hosted {
-    Loading,
+    Loading(Arc<Progress>),
     Failed(String),
     Ready {
         part: PartHandle,
@@ -81,6 +93,8 @@ struct EpochStreams {
     /// Parts that have begun this epoch, with what their inbound streams need.
     begun: BTreeMap<u32, Inbound>,
     mirrors: BTreeMap<u32, (Seat, AbortOnDropHandle<()>)>,
+    /// Gives the driver's pings back to it.
+    echo: Option<AbortOnDropHandle<()>>,
 }
 
 #[derive(Default)]
@@ -217,6 +231,20 @@ impl Deployment {
         let drives = ring.stages.last().is_some_and(|stage| holds(&stage.seat));
         let alone = ring.stages.iter().all(|stage| holds(&stage.seat));
         self.rings.set_alone(self.id, alone);
+        let seats = |ring: &Ring| -> Vec<Option<String>> {
+            let stages = ring.stages.iter();
+            let node = |stage: &RingStage| stage.seat.as_ref().map(|seat| seat.node_id.clone());
+            stages.map(node).collect()
+        };
+        if newer
+            && seats(&ring) == seats(&self.ring)
+            && let Some(peers) = self.rings.peers()
+        {
+            // The same members once more: their links are to be made anew.
+            for node_id in seats(&ring).into_iter().flatten() {
+                peers.forget(&node_id);
+            }
+        }
         self.ring = ring;
         // First what is no longer needed: there may be no room for both.
         self.parts.retain(|stage, _| wanted.contains(stage));
@@ -235,7 +263,7 @@ impl Deployment {
         for stage in wanted {
             if !matches!(
                 self.parts.get(&stage),
-                Some(Hosted::Loading | Hosted::Ready { .. } | Hosted::Driving(_))
+                Some(Hosted::Loading(_) | Hosted::Ready { .. } | Hosted::Driving(_))
             ) {
                 self.load(stage);
             }
@@ -252,18 +280,20 @@ impl Deployment {
         let Some(layers) = self.layers(stage) else {
             return;
         };
-        self.parts.insert(stage, Hosted::Loading);
+        let progress = Arc::new(Progress::default());
+        self.parts.insert(stage, Hosted::Loading(progress.clone()));
         let (shard, config) = (self.shard.clone(), self.rings.config.clone());
         let (slots, context) = (self.ring.slots, self.ring.context);
         let planned = self.ring.stages.get(stage as usize);
         let format = planned.map_or_else(String::new, |stage| stage.format.clone());
         let models = self.rings.models.clone();
         self.loads.spawn(async move {
-            if let Err(error) = shard.fetch(layers.clone(), &models).await {
+            if let Err(error) = shard.fetch(layers.clone(), &models, &progress).await {
                 return (stage, Err(error));
             }
             let started = Instant::now();
             let loaded = tokio::task::spawn_blocking(move || {
+                let _working = progress.works_here();
                 let part = shard.load(layers, &format, slots, context, &config)?;
                 let weight_bytes = part.info().weight_bytes;
                 let seconds = started.elapsed().as_secs_f32();
@@ -281,7 +311,7 @@ impl Deployment {
     }
 
     async fn take_loaded(&mut self, (stage, result): Loaded) {
-        if !matches!(self.parts.get(&stage), Some(Hosted::Loading)) {
+        if !matches!(self.parts.get(&stage), Some(Hosted::Loading(_))) {
             // Giving its memory back takes a while.
             tokio::task::spawn_blocking(move || drop(result));
             return;
@@ -403,7 +433,16 @@ impl Deployment {
             flows.push(orders);
         }
         let (previous, back) = mpsc::unbounded_channel();
-        driver.begin_epoch(self.ring.epoch, self.ring.half_rows, members, previous);
+        let (echo, mut pings) = mpsc::unbounded_channel();
+        let half_rows = self.ring.half_rows;
+        driver.begin_epoch(self.ring.epoch, half_rows, members, previous, echo);
+        let pinged = driver.clone();
+        // On this thread, behind all that comes from the network and all that goes there.
+        self.epoch.echo = Some(AbortOnDropHandle::new(tokio::spawn(async move {
+            while let Some(nonce) = pings.recv().await {
+                pinged.tell(DriverEvent::Echo(nonce));
+            }
+        })));
         self.epoch.begun.insert(
             stage,
             Inbound {
@@ -583,13 +622,18 @@ impl Deployment {
                 }
             }
             Notice::Running { .. } | Notice::Warm { .. } => {}
-            Notice::Suspect { stage, reason } => {
-                let stages = &self.ring.stages;
-                let seat = stages
-                    .get(stage as usize)
-                    .and_then(|stage| stage.seat.clone());
-                if let Some(seat) = seat {
-                    self.suspect(&seat, &reason);
+            Notice::Suspect {
+                stage,
+                reason,
+                link,
+            } => {
+                if let Some(seat) = self.seat(stage) {
+                    self.suspect(&seat, &reason, link, false);
+                }
+            }
+            Notice::Trust { stage } => {
+                if let Some(seat) = self.seat(stage) {
+                    self.trust(&seat);
                 }
             }
             Notice::Recovered(recovery) => {
@@ -659,14 +703,22 @@ impl Deployment {
         }
         let Ended { what, reason, .. } = ended;
         match ended.peer {
-            Some(seat) if reason.link => self.suspect(&seat, &format!("{what}: {}", reason.text)),
+            Some(seat) if reason.link => {
+                self.suspect(&seat, &format!("{what}: {}", reason.text), true, true);
+            }
             // The other side is in another epoch already, or will dial again; silence would show in its pulse.
             _ => tracing::debug!(what, reason = reason.text, "stream ended"),
         }
     }
 
-    fn suspect(&mut self, seat: &Seat, reason: &str) {
-        if self.is_own(Some(seat)) || self.suspects.contains(&seat.node_id) {
+    fn suspect(&mut self, seat: &Seat, reason: &str, severed: bool, closed: bool) {
+        if self.is_own(Some(seat)) {
+            return;
+        }
+        let mut known = self.suspects.iter_mut();
+        if let Some(known) = known.find(|suspect| suspect.node_id == seat.node_id) {
+            known.severed |= severed;
+            known.closed |= closed;
             return;
         }
         tracing::warn!(
@@ -676,7 +728,29 @@ impl Deployment {
             reason,
             "a member of the ring does not answer"
         );
-        self.suspects.push(seat.node_id.clone());
+        self.suspects.push(Suspect {
+            node_id: seat.node_id.clone(),
+            severed,
+            closed,
+        });
+    }
+
+    /// A member that was silent has been heard again.
+    fn trust(&mut self, seat: &Seat) {
+        let before = self.suspects.len();
+        self.suspects
+            .retain(|suspect| suspect.node_id != seat.node_id || suspect.closed);
+        if self.suspects.len() < before {
+            tracing::info!(
+                ring = format!("{:x}", self.id),
+                member = seat.name,
+                "the member answers again"
+            );
+        }
+    }
+
+    fn seat(&self, stage: u32) -> Option<Seat> {
+        self.ring.stages.get(stage as usize)?.seat.clone()
     }
 
     fn dissolve(&mut self, reason: &str) {
@@ -730,7 +804,10 @@ impl Deployment {
                 ..PartState::default()
             };
             match hosted {
-                Hosted::Loading => state.phase = PartPhase::Loading.into(),
+                Hosted::Loading(progress) => {
+                    state.phase = PartPhase::Loading.into();
+                    state.progress = progress.value();
+                }
                 Hosted::Failed(error) => {
                     state.phase = PartPhase::Failed.into();
                     state.error.clone_from(error);
@@ -772,7 +849,13 @@ impl Deployment {
                 .as_ref()
                 .filter(|_| serving)
                 .map(|driver| self.card(driver)),
-            suspects: self.suspects.clone(),
+            suspects: self.suspects.iter().map(|s| s.node_id.clone()).collect(),
+            severed: self
+                .suspects
+                .iter()
+                .filter(|suspect| suspect.severed)
+                .map(|suspect| suspect.node_id.clone())
+                .collect(),
             recovery: self.recovery.clone(),
         }
     }
@@ -826,6 +909,7 @@ fn urgent(last: &RingState, state: &RingState) -> bool {
     last.epoch != state.epoch
         || last.serving != state.serving
         || last.suspects != state.suspects
+        || last.severed != state.severed
         || state.recovery.is_some()
         || phases(last) != phases(state)
 }

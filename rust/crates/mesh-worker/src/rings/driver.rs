@@ -1,7 +1,6 @@
 //! The driver of a ring on this worker: an engine whose steps go around the ring.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::time::Instant;
 
 use dcf::{Message, MsgType};
 use mesh_engine::{
@@ -41,6 +40,8 @@ impl Drop for Inner {
 #[derive(Default)]
 struct Boxes {
     members: Vec<Outbox>,
+    /// Gives pings back from the network thread.
+    echo: Option<async_mpsc::UnboundedSender<u64>>,
     previous: Option<Outbox>,
     standby: Option<Outbox>,
     gauges: DriverGauges,
@@ -53,8 +54,14 @@ pub(super) enum Notice {
     Running { epoch: u32 },
     /// It has answered once.
     Warm { epoch: u32 },
-    /// A member does not answer.
-    Suspect { stage: u32, reason: String },
+    /// A member does not answer; with `link`, what is passed on to it does not arrive.
+    Suspect {
+        stage: u32,
+        reason: String,
+        link: bool,
+    },
+    /// It has been heard again.
+    Trust { stage: u32 },
     /// The first step after a loss is through.
     Recovered(Recovery),
 }
@@ -76,7 +83,7 @@ impl DriverHandle {
             waker = Some(wake);
             let boxes = boxes.clone();
             let out = Box::new(move |out| post(&boxes, &notices, out));
-            let runner = RingRunner::new(info, part, inbox, out, Instant::now());
+            let runner = RingRunner::new(info, part, inbox, out);
             Box::new(runner) as Box<_>
         };
         let config = SchedulerConfig {
@@ -130,11 +137,13 @@ impl DriverHandle {
         half_rows: bool,
         members: Vec<Outbox>,
         previous: Outbox,
+        echo: async_mpsc::UnboundedSender<u64>,
     ) {
         let stages = members.len() as u32 + 1;
         let mut boxes = lock(&self.inner.boxes);
         *boxes = Boxes {
             members,
+            echo: Some(echo),
             previous: Some(previous),
             standby: None,
             gauges: boxes.gauges,
@@ -172,6 +181,9 @@ fn post(boxes: &Mutex<Boxes>, notices: &async_mpsc::UnboundedSender<Notice>, out
     match out {
         DriverOut::Step(step) => send(boxes.members.first(), message(MsgType::RING_STEP, &step)),
         DriverOut::Ping(ping) => {
+            if let Some(echo) = &boxes.echo {
+                let _ = echo.send(ping.nonce);
+            }
             for member in &boxes.members {
                 send(Some(member), message(MsgType::RING_PING, &ping));
             }
@@ -193,9 +205,25 @@ fn post(boxes: &Mutex<Boxes>, notices: &async_mpsc::UnboundedSender<Notice>, out
             );
         }
         DriverOut::Gauges(gauges) => boxes.gauges = gauges,
-        DriverOut::Suspect { stage, silence } => {
-            let reason = format!("silent for {:.1} s", silence.as_secs_f64());
-            let _ = notices.send(Notice::Suspect { stage, reason });
+        DriverOut::Suspect {
+            stage,
+            silence,
+            link,
+        } => {
+            let seconds = silence.as_secs_f64();
+            let reason = if link {
+                format!("nothing has passed its link for {seconds:.1} s")
+            } else {
+                format!("silent for {seconds:.1} s")
+            };
+            let _ = notices.send(Notice::Suspect {
+                stage,
+                reason,
+                link,
+            });
+        }
+        DriverOut::Trust { stage } => {
+            let _ = notices.send(Notice::Trust { stage });
         }
         DriverOut::Running { epoch } => {
             let _ = notices.send(Notice::Running { epoch });

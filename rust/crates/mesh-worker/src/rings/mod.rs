@@ -12,6 +12,7 @@ mod offer;
 mod part;
 mod paths;
 mod peers;
+mod progress;
 mod streams;
 #[cfg(test)]
 mod tests;
@@ -20,6 +21,7 @@ use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::path::Path;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -40,6 +42,7 @@ use self::carrier::Carrier;
 use self::deployment::{Deployment, Event};
 use self::part::message;
 pub(crate) use self::peers::Peers;
+use self::progress::Progress;
 use crate::config::Config;
 use crate::error::WorkerError;
 use crate::host::Answering;
@@ -237,6 +240,9 @@ impl Rings {
     /// The head names the members of a ring.
     pub(crate) fn configure(self: &Arc<Self>, ring: Ring) {
         let Some(net) = lock(&self.net).clone() else {
+            if ring.stages.is_empty() {
+                return;
+            }
             tracing::error!(
                 model = ring.model,
                 "a ring for a worker that offers nothing"
@@ -403,11 +409,22 @@ impl Rings {
 
 impl Shard {
     /// Gets what these layers need and is not here.
-    async fn fetch(&self, layers: Range<u32>, models: &Arc<Models>) -> Result<(), String> {
+    async fn fetch(
+        &self,
+        layers: Range<u32>,
+        models: &Arc<Models>,
+        progress: &Progress,
+    ) -> Result<(), String> {
         let total = self.model.config().layers;
-        match &self.held {
-            Some(held) => models.fetch_layers(held, layers, total).await,
-            None => Ok(()),
+        let Some(held) = &self.held else {
+            return Ok(());
+        };
+        let mut fetching = pin!(models.fetch_layers(held, layers, total));
+        loop {
+            tokio::select! {
+                fetched = &mut fetching => return fetched,
+                () = tokio::time::sleep(FETCH_LOOK) => progress.fetched(held.pieces_here()),
+            }
         }
     }
 
@@ -496,6 +513,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Rings that nobody asks anything for so long are idle.
 const IDLE: Duration = Duration::from_secs(3);
+
+/// How often it is noted how much of a part has been fetched.
+const FETCH_LOOK: Duration = Duration::from_secs(1);
 
 /// How long a stream waits for its ring to be named here.
 const RING_PATIENCE: Duration = Duration::from_secs(10);

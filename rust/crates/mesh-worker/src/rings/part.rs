@@ -286,7 +286,8 @@ impl PartWorker {
                 let _ = answers.send(message(MsgType::RING_MIRRORED, &mirrored));
             }
             Err(error) => {
-                tracing::warn!(%error, "this standby has lost step with its member");
+                // The member begins again with what this standby holds.
+                tracing::info!(%error, "this standby has lost step with its member");
                 let text = error.to_string();
                 let error = Message::error(0, timestamp_us(), ErrorCode::INVALID_PAYLOAD, &text);
                 let _ = answers.send(error);

@@ -97,6 +97,12 @@ impl Peers {
         }
     }
 
+    /// Has the next stream to a worker go over a link of its own. Streams on the present link are not disturbed.
+    pub(super) fn forget(&self, node_id: &str) {
+        let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        links.remove(node_id);
+    }
+
     /// The link to a worker, made if there is none.
     pub(crate) async fn link(&self, seat: &Seat) -> Result<Link, String> {
         let entry = {
@@ -148,5 +154,6 @@ pub(super) fn path(node_id: &str, rtt: Duration, bandwidth: f64) -> PathProfile 
     }
 }
 
-/// On a LAN a worker that does not answer within this time is not there.
-const DIAL_TIMEOUT: Duration = Duration::from_secs(1);
+/// A worker that does not answer within this time is not there. A handshake is some milliseconds of work on either side, which a
+/// machine that does much else may begin late.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(2);

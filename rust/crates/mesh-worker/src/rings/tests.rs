@@ -299,9 +299,19 @@ async fn the_standby_of_the_last_stage_becomes_the_driver_and_knows_what_was_sai
     mesh.serving(1).await;
     let mut stream = mesh.submit(1, requests[0].clone());
     let mut events = Vec::new();
-    for _ in 0..20 {
+    for _ in 0..10 {
         events.extend(stream.next().await);
     }
+    // The same members in a new epoch make new links, and the answer goes on.
+    let (peers, seat) = (mesh.nodes[1].rings.peers().unwrap(), mesh.seat(0));
+    let before = peers.link(&seat).await.unwrap();
+    mesh.configure(&[(15, 0, None), (30, 1, Some(2))]);
+    mesh.serving(1).await;
+    for _ in 0..10 {
+        events.extend(stream.next().await);
+    }
+    let after = peers.link(&seat).await.unwrap();
+    assert_ne!(before.id(), after.id());
     mesh.lose(1);
     mesh.configure(&[(15, 0, None), (30, 2, None)]);
     mesh.serving(2).await;

@@ -1,5 +1,6 @@
 //! The long tests of rings: hundreds of losses, a storm of faults under load, and how long clients wait. `make soak` runs it.
 
+mod load;
 mod losses;
 mod report;
 mod speed;
@@ -28,6 +29,12 @@ pub(crate) struct Args {
     /// Seconds of random faults under load
     #[arg(long, default_value_t = 300)]
     storm: u64,
+    /// Seconds of 16 streams beside threads that burn processor time
+    #[arg(long, default_value_t = 120)]
+    load: u64,
+    /// How many such threads; two for each core by default
+    #[arg(long)]
+    burn: Option<usize>,
     /// Runs of each kind in which pauses are measured at about 1,000 tokens of context
     #[arg(long, default_value_t = 20)]
     pauses: usize,
@@ -52,6 +59,7 @@ async fn main() -> Result<ExitCode> {
     losses::kills(&args, &mut report).await?;
     losses::silences(&args, &mut report).await?;
     storm::storm(&args, &mut report).await?;
+    load::load(&args, &mut report).await?;
     speed::pauses(&args, &mut report).await?;
     speed::mirror_cost(&args, &mut report).await?;
     report.row(

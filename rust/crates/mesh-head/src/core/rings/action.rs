@@ -30,6 +30,11 @@ pub enum Action {
         /// Model name.
         model: String,
     },
+    /// Ask this worker for a sign of life on its link.
+    Ask {
+        /// Node id.
+        node: String,
+    },
     /// Something for the log and the metrics.
     Note(Note),
 }
@@ -90,6 +95,26 @@ pub enum Note {
         /// From whom to whom.
         reason: String,
     },
+    /// A member does not reach another one, which the head still hears.
+    Doubted {
+        /// The ring.
+        ring: u64,
+        /// Name of the one that is not reached.
+        name: String,
+        /// Name of the other.
+        by: String,
+    },
+    /// A ring's members stay, and make new links.
+    Relinked {
+        /// The ring.
+        ring: u64,
+        /// Its new epoch.
+        epoch: u32,
+        /// Model name.
+        model: String,
+        /// Between whom.
+        reason: String,
+    },
     /// A ring is no more.
     Dissolved {
         /// The ring.
@@ -98,6 +123,8 @@ pub enum Note {
         model: String,
         /// Why.
         reason: String,
+        /// It ends by plan: another one takes its place, or nothing runs on it any more.
+        planned: bool,
     },
     /// No plan was found.
     Unplanned {

@@ -18,6 +18,7 @@ impl Rings {
             self.dissolve(id, reason);
             return;
         }
+        let planned = self.gives_up_by_plan(ring);
         let mut next = ring.clone();
         for stage in &mut next.stages {
             let is_lost = |part: &Part| ring.lost.contains_key(&part.node);
@@ -65,11 +66,21 @@ impl Rings {
         next.moves.clear();
         next.last_loss = Some(now);
         next.next_epoch(reason.clone(), now);
-        self.actions.push(Action::Note(Note::Failover {
-            ring: id,
-            epoch: next.epoch,
-            model: next.model.clone(),
-            reason,
+        let (epoch, model) = (next.epoch, next.model.clone());
+        self.actions.push(Action::Note(if planned {
+            Note::Moved {
+                ring: id,
+                epoch,
+                model,
+                reason,
+            }
+        } else {
+            Note::Failover {
+                ring: id,
+                epoch,
+                model,
+                reason,
+            }
         }));
         self.withdraw_old_driver(&mut next);
         self.rings.insert(id, next);
@@ -234,6 +245,7 @@ impl Rings {
         let Some(ring) = self.rings.remove(&id) else {
             return;
         };
+        let planned = self.gives_up_by_plan(&ring);
         let message = mesh_proto::Ring {
             ring: id,
             epoch: ring.epoch.saturating_add(1),
@@ -257,8 +269,17 @@ impl Rings {
         self.actions.push(Action::Note(Note::Dissolved {
             ring: id,
             model: ring.model,
+            planned,
             reason,
         }));
+    }
+
+    /// Whether everybody that a ring loses leaves it by plan: they are there and drained.
+    fn gives_up_by_plan(&self, ring: &Ring) -> bool {
+        ring.lost.keys().all(|node| {
+            let node = self.nodes.get(node);
+            node.is_some_and(|node| node.connected && node.is_draining())
+        })
     }
 
     /// Whether no other ring serves or will serve this one's model.

@@ -9,6 +9,8 @@
 //! - *formed* when the offers for its model have been quiet for a while and placement finds a plan: every member and standby is
 //!   sent the same [`mesh_proto::Ring`], epoch 1;
 //! - *serves* when its driver says that a token came back through every stage of this epoch;
+//! - a member that another one does not reach is *doubted*: it is lost if the head does not hear it either, else the link
+//!   between the two is made anew, in a new epoch with the same members;
 //! - on a *loss* every lost stage goes to its standby, else to a worker with room, in one new epoch; where neither is to be
 //!   had the ring is dissolved and planned anew over what is left;
 //! - a ring that does as well as before gets its *standbys* back, in the same epoch: running steps are undisturbed;
@@ -16,6 +18,7 @@
 //!   the old one, or in its place.
 
 mod action;
+mod doubt;
 mod drain;
 mod failover;
 mod node;
@@ -154,6 +157,7 @@ impl Rings {
         }
         let entry = self.nodes.entry(node.to_owned()).or_default();
         entry.connected = true;
+        entry.heard = None;
         entry.gone_since = None;
         entry.name = arrival.name;
         entry.head_ip = arrival.head_ip;
@@ -231,7 +235,11 @@ impl Rings {
     /// An answer's attempt on the driver of this ring failed by silence or loss.
     pub fn suspected(&mut self, node: &str, ring: u64, reason: &str, now: Instant) {
         // A ring that does not serve is silent for a known reason.
-        let blamed = |ring: &Ring| ring.driver() == node && ring.serving_since.is_some();
+        // One whose steps go on is slow, or busy with others.
+        let hears = self.hears(node, now);
+        let blamed = |ring: &Ring| {
+            ring.driver() == node && ring.serving_since.is_some() && !(hears && ring.goes_on(now))
+        };
         if self.rings.get(&ring).is_some_and(blamed) {
             self.suspect(node, ring, reason, now);
         }
@@ -260,6 +268,7 @@ impl Rings {
         self.check_deadlines(now);
         let ids: Vec<u64> = self.rings.keys().copied().collect();
         for id in &ids {
+            self.settle_doubts(*id, now);
             self.recover(*id, now);
         }
         if self.settings.enabled {
@@ -359,20 +368,26 @@ impl Rings {
             .filter(|suspect| others.contains(suspect.as_str()))
             .cloned()
             .collect();
-        if suspects.len() >= 2 && suspects.len() == others.len() {
+        let heard: BTreeSet<String> = suspects
+            .iter()
+            .filter(|suspect| self.hears(suspect, now))
+            .cloned()
+            .collect();
+        if suspects.len() >= 2 && suspects.len() == others.len() && heard.is_empty() {
             // Who reaches nobody is cut off itself: their links to the head are up, or they would be lost already.
             self.suspect(node, state.ring, "it reaches no other member", now);
             return;
         }
         let by = self.name(node).to_owned();
-        for suspect in suspects {
+        for suspect in suspects.difference(&heard) {
             self.suspect(
-                &suspect,
+                suspect,
                 state.ring,
-                &format!("it does not answer {by}"),
+                &format!("it answers neither {by} nor the head"),
                 now,
             );
         }
+        self.note_doubts(state.ring, node, &heard, &state.severed, now);
     }
 
     /// What the driver says besides its parts.

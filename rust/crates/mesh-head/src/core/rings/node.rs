@@ -15,6 +15,8 @@ pub(super) struct Node {
     pub(super) name: String,
     /// Its link is up.
     pub(super) connected: bool,
+    /// When the head last heard anything on its link; `None` if that is not known.
+    pub(super) heard: Option<Instant>,
     /// Where other workers reach it; `None` before its first offer.
     pub(super) address: Option<SocketAddr>,
     /// The head's own address on the way to it.
@@ -81,6 +83,7 @@ impl Node {
     /// Its link is down: nothing it said holds any more, but what it did is remembered.
     pub(super) fn disconnect(&mut self, now: Instant) {
         self.connected = false;
+        self.heard = None;
         self.gone_since = Some(now);
         self.shards.clear();
         self.whole.clear();

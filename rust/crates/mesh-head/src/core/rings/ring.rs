@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use arcanum_profiler::{Assignment, ModelSpec};
 use mesh_proto::{ModelCard, PartPhase, PartState};
 
+use super::doubt::{self, Doubt};
+
 /// A ring.
 #[derive(Debug, Clone)]
 pub(super) struct Ring {
@@ -38,6 +40,12 @@ pub(super) struct Ring {
     pub(super) served_by: Option<(String, ModelCard)>,
     /// Workers whose seats are gone, and why; dealt with at the next poll.
     pub(super) lost: BTreeMap<String, String>,
+    /// Members that others do not reach: who, and whom.
+    pub(super) doubts: BTreeMap<(String, String), Doubt>,
+    /// When the link between two was last made anew.
+    pub(super) relinked: BTreeMap<(String, String), Instant>,
+    /// When a part of it last reported something new: that it loads, or computes.
+    pub(super) progressed: Instant,
     /// Another ring serves in its place since then.
     pub(super) retiring: Option<Instant>,
     /// Requests that still run on it while it retires.
@@ -84,6 +92,10 @@ pub(super) struct Part {
     pub(super) weight_bytes: u64,
     pub(super) kv_bytes: u64,
     pub(super) kept_bytes: u64,
+    /// How far loading is, in a unit that only grows; 0 where the worker does not say.
+    pub(super) progress: u64,
+    /// When it last reported something new.
+    pub(super) progressed: Option<Instant>,
 }
 
 impl Part {
@@ -100,6 +112,8 @@ impl Part {
             weight_bytes: 0,
             kv_bytes: 0,
             kept_bytes: 0,
+            progress: 0,
+            progressed: None,
         }
     }
 
@@ -107,7 +121,18 @@ impl Part {
         self.phase == PartPhase::Ready
     }
 
-    fn report(&mut self, report: &PartState, now: Instant) {
+    /// Takes a report in; whether there is anything new in it.
+    fn report(&mut self, report: &PartState, now: Instant) -> bool {
+        let news = self.phase as i32 != report.phase
+            || self.progress != report.progress
+            || self.step_us != sound(report.step_us)
+            || self.prefill_us != report.prefill_us
+            || self.kv_bytes != report.kv_bytes
+            || self.lag_rows != report.lag_rows;
+        if news {
+            self.progressed = Some(now);
+        }
+        self.progress = report.progress;
         self.phase = PartPhase::try_from(report.phase).unwrap_or(PartPhase::Unspecified);
         if self.is_ready() {
             self.ready_since.get_or_insert(now);
@@ -121,6 +146,7 @@ impl Part {
         self.weight_bytes = report.weight_bytes;
         self.kv_bytes = report.kv_bytes;
         self.kept_bytes = report.kept_bytes;
+        news
     }
 }
 
@@ -195,9 +221,16 @@ impl Ring {
             Some(stage) => Some(&mut stage.member),
             None => None,
         };
-        if let Some(part) = part.filter(|part| part.node == node) {
-            part.report(report, now);
+        if let Some(part) = part.filter(|part| part.node == node)
+            && part.report(report, now)
+        {
+            self.progressed = now;
         }
+    }
+
+    /// Whether its parts got on lately.
+    pub(super) fn goes_on(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.progressed) < STANDSTILL
     }
 
     /// The card to serve under. Name and weights are the ring's, whatever the driver says.
@@ -228,6 +261,8 @@ impl Ring {
     pub(super) fn next_epoch(&mut self, reason: String, now: Instant) {
         self.epoch = self.epoch.saturating_add(1);
         self.epoch_since = now;
+        self.progressed = now;
+        self.doubts.clear();
         self.serving_since = None;
         // Who waits for this epoch waited for the one before it, too.
         let both = !std::mem::take(&mut self.served)
@@ -247,7 +282,6 @@ impl Ring {
         if self.serving_since.is_some() || !self.lost.is_empty() {
             return Vec::new();
         }
-        let took = now.saturating_duration_since(self.epoch_since);
         let mut loading = self
             .stages
             .iter()
@@ -255,23 +289,25 @@ impl Ring {
             .filter(|part| !part.is_ready())
             .peekable();
         if loading.peek().is_some() {
-            return if took >= LOAD_LIMIT {
-                loading
-                    .map(|part| (part.node.clone(), "it did not load its layers in time"))
-                    .collect()
-            } else {
-                Vec::new()
+            let stuck = |part: &&Part| {
+                let since = part.progressed.unwrap_or(self.epoch_since);
+                let quiet = now.saturating_duration_since(since.max(self.epoch_since));
+                // A worker of an older version does not say how far it is.
+                let limit = if part.progress > 0 {
+                    LOAD_SILENCE
+                } else {
+                    LOAD_LIMIT
+                };
+                quiet >= limit
             };
+            let why = "it does not get on with loading its layers";
+            return loading
+                .filter(stuck)
+                .map(|part| (part.node.clone(), why))
+                .collect();
         }
-        let ready = self
-            .stages
-            .iter()
-            .filter_map(|stage| stage.member.ready_since);
-        let ready = ready
-            .max()
-            .unwrap_or(self.epoch_since)
-            .max(self.epoch_since);
-        if now.saturating_duration_since(ready) >= SERVE_LIMIT {
+        // Replays of long contexts take their time on slow machines; they show in the reports of parts.
+        if now.saturating_duration_since(self.progressed.max(self.epoch_since)) >= SERVE_LIMIT {
             vec![(
                 self.driver().to_owned(),
                 "every stage is loaded and it does not serve",
@@ -291,7 +327,8 @@ impl Ring {
             .serving_since
             .is_none()
             .then(|| self.epoch_since + SERVE_LIMIT);
-        retires.into_iter().chain(late).min()
+        let doubts = doubt::next_timer(self);
+        retires.into_iter().chain(late).chain(doubts).min()
     }
 
     /// Who holds which layers, in one line.
@@ -341,9 +378,13 @@ fn sound(value: f32) -> f32 {
 const MOST_SLOTS: u32 = 4096;
 /// Bytes of reasons after which the next one starts anew.
 const LONGEST_REASON: usize = 512;
-/// How long loading a stage may take: a large one from a slow disk.
+/// How long loading a stage may stand still. The whole may take as long as a slow disk takes.
+const LOAD_SILENCE: Duration = Duration::from_secs(300);
+/// How long loading may take where the worker does not say how far it is.
 const LOAD_LIMIT: Duration = Duration::from_secs(900);
-/// How long a driver may take to bring a token through stages that are all loaded. After a loss it replays first.
+/// How long a driver may take to bring a token through stages that are all loaded, since a part last reported something new.
 const SERVE_LIMIT: Duration = Duration::from_secs(300);
+/// Parts that report nothing new for so long compute nothing; they report four times a second at most.
+const STANDSTILL: Duration = Duration::from_secs(2);
 /// How often a ring on its way out is looked at.
 const RETIRE_LOOK: Duration = Duration::from_millis(200);

@@ -1,5 +1,6 @@
 //! A made-up mesh: workers that do what rings tell them, with simulated time.
 
+mod doubt;
 mod drain;
 mod failover;
 mod form;
@@ -28,6 +29,8 @@ struct Mesh {
     /// Model and ring by the worker that serves them.
     serving: BTreeMap<(String, String), u64>,
     notes: Vec<Note>,
+    /// Whom the head asked for a sign of life.
+    asked: Vec<String>,
     /// All members ever sent, by ring and epoch.
     sent: BTreeMap<(u64, u32), Vec<String>>,
     port: u16,
@@ -47,6 +50,7 @@ impl Mesh {
             told: BTreeMap::new(),
             serving: BTreeMap::new(),
             notes: Vec::new(),
+            asked: Vec::new(),
             sent: BTreeMap::new(),
             port: 7000,
         }
@@ -131,6 +135,7 @@ impl Mesh {
                     let was = self.serving.remove(&(node.clone(), model));
                     assert_eq!(was, Some(ring), "{node} served that");
                 }
+                Action::Ask { node } => self.asked.push(node),
                 Action::Note(note) => self.notes.push(note),
             }
         }
@@ -237,6 +242,7 @@ impl Mesh {
     fn complain(&mut self, by: &str, suspects: &[&str]) {
         let ring = self.id();
         let state = RingState {
+            serving: self.rings.rings[&ring].driver() == by,
             suspects: suspects.iter().map(|node| (*node).to_owned()).collect(),
             ..self.report(by, ring, PartPhase::Ready)
         };

@@ -8,7 +8,9 @@ enum Happening {
     Join(usize, u64),
     Offer(usize, u64),
     Leave(Vec<usize>),
-    Complain(usize, Vec<usize>),
+    /// Who, about whom, and whether their links are closed.
+    Complain(usize, Vec<usize>, bool),
+    Hear(Vec<usize>),
     Ready(usize),
     Fails(usize),
     Serves,
@@ -28,7 +30,9 @@ fn happening() -> impl Strategy<Value = Happening> {
         4 => (node.clone(), 1..20u64).prop_map(|(node, layers)| Happening::Join(node, layers)),
         2 => (node.clone(), 1..20u64).prop_map(|(node, layers)| Happening::Offer(node, layers)),
         2 => prop::collection::vec(node.clone(), 1..3).prop_map(Happening::Leave),
-        2 => (node.clone(), prop::collection::vec(node.clone(), 1..3)).prop_map(|(by, them)| Happening::Complain(by, them)),
+        2 => (node.clone(), prop::collection::vec(node.clone(), 1..3), any::<bool>())
+            .prop_map(|(by, them, severed)| Happening::Complain(by, them, severed)),
+        4 => prop::collection::vec(node.clone(), 1..6).prop_map(Happening::Hear),
         6 => node.clone().prop_map(Happening::Ready),
         1 => node.clone().prop_map(Happening::Fails),
         6 => Just(Happening::Serves),
@@ -79,17 +83,29 @@ impl Mesh {
                 let nodes: Vec<&str> = nodes.iter().map(|node| NODES[*node]).collect();
                 self.leave(&nodes);
             }
-            Happening::Complain(by, suspects) => {
+            Happening::Complain(by, suspects, severed) => {
                 let by = NODES[*by];
+                let suspects: Vec<String> = suspects
+                    .iter()
+                    .map(|node| NODES[*node].to_owned())
+                    .collect();
                 for ring in told(self, by) {
                     let state = RingState {
-                        suspects: suspects
-                            .iter()
-                            .map(|node| NODES[*node].to_owned())
-                            .collect(),
+                        severed: if *severed {
+                            suspects.clone()
+                        } else {
+                            Vec::new()
+                        },
+                        suspects: suspects.clone(),
                         ..self.report(by, ring, PartPhase::Ready)
                     };
                     self.rings.state(by, state, self.now);
+                }
+                self.poll();
+            }
+            Happening::Hear(nodes) => {
+                for node in nodes {
+                    self.rings.heard(NODES[*node], self.now);
                 }
                 self.poll();
             }
