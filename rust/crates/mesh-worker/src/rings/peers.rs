@@ -156,4 +156,4 @@ pub(super) fn path(node_id: &str, rtt: Duration, bandwidth: f64) -> PathProfile 
 
 /// A worker that does not answer within this time is not there. A handshake is some milliseconds of work on either side, which a
 /// machine that does much else may begin late.
-const DIAL_TIMEOUT: Duration = Duration::from_secs(2);
+const DIAL_TIMEOUT: Duration = Duration::from_millis(1500);

@@ -178,6 +178,8 @@ impl Ring {
     pub(super) fn lose(&mut self, node: &str, reason: String) {
         if self.seats(node) {
             self.lost.entry(node.to_owned()).or_insert(reason);
+            self.doubts
+                .retain(|(by, about), _| by != node && about != node);
         }
     }
 
