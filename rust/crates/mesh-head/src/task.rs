@@ -5,6 +5,7 @@ use mesh_proto::{Chat, ChatMessage, GenerateParams, Prompt};
 use serde_json::Value;
 
 use crate::core::affinity::{estimate_tokens, prefixes};
+use crate::core::fair::Source;
 use crate::core::router::Ask;
 use crate::fields::{Fields, Invalid, messages, sampling};
 use crate::http::embeddings::AskedEmbeddings;
@@ -22,6 +23,8 @@ pub struct Task {
     pub params: GenerateParams,
     /// The client's own payload, where a v5.0.0 worker may take it as it is.
     pub legacy: Option<Bytes>,
+    /// Whom it comes from.
+    pub source: Source,
 }
 
 impl Task {
@@ -46,6 +49,7 @@ impl Task {
                 .min(USUAL_ANSWER),
             prefixes: prefixes(model, &self.prompt),
             legacy: self.legacy.is_some(),
+            source: self.source,
             ..Ask::default()
         }
     }

@@ -3,6 +3,7 @@
 use mesh_proto::{GenerateParams, Prompt, TokenList};
 use serde_json::{Map, Value};
 
+use crate::core::fair::Source;
 use crate::fields::{Fields, Invalid, messages, sampling};
 use crate::ids;
 use crate::task::Task;
@@ -107,6 +108,7 @@ impl Asked {
                     prompt: prompt.clone(),
                     params,
                     legacy: None,
+                    source: Source::default(),
                 });
             }
         }

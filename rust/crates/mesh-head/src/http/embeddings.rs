@@ -6,6 +6,7 @@ use mesh_proto::{EmbedInput, EmbedText, TokenList};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use crate::core::fair::Origin;
 use crate::embed::{EmbedTask, Embedded};
 use crate::fields::{Fields, Invalid};
 
@@ -55,6 +56,7 @@ impl AskedEmbeddings {
                 inputs: inputs(fields)?,
                 prompt_name: prompt_name.to_owned(),
                 dimensions: fields.whole("dimensions", 1..=u32::MAX)?.unwrap_or(0),
+                origin: Origin::Unknown,
             },
             base64,
         })

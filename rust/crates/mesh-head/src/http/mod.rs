@@ -8,6 +8,7 @@ mod answer;
 mod ask;
 pub mod embeddings;
 mod error;
+mod hold;
 mod keys;
 mod ready;
 mod rings;
@@ -21,7 +22,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{ConnectInfo, DefaultBodyLimit, Path, Request, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderValue, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -35,13 +36,16 @@ use serde_json::{Value, json};
 pub use error::ApiError;
 pub use keys::{Keys, KeysError};
 
+use crate::core::fair::{Ingress, Source};
 use crate::drive::submit;
 use crate::ids;
 use crate::mesh::Mesh;
 use crate::metrics::Front;
+use crate::task::Task;
 use answer::Answering;
 use ask::Asked;
 use embeddings::AskedEmbeddings;
+use hold::Hold;
 use keys::{Caller, Client, Denied, Turnstile};
 
 /// What the handlers share.
@@ -51,6 +55,16 @@ struct Api {
     keys: Arc<Keys>,
     authority: Arc<Authority>,
     turnstile: Arc<Turnstile>,
+}
+
+impl Api {
+    fn hold(&self) -> Hold {
+        let http = &self.mesh.config.http;
+        Hold {
+            after: http.early_headers,
+            every: http.keep_alive,
+        }
+    }
 }
 
 /// The id of a request in the logs of all services.
@@ -131,16 +145,23 @@ async fn answer(
         .ok_or_else(|| ApiError::too_many(api.turnstile.limit()))?;
     let asked = Asked::parse(which, &body, api.mesh.config.http.choices_limit)?;
     drop(body);
+    let source = Source {
+        ingress: Ingress::Http,
+        origin: client.origin(),
+    };
     let receivers = asked
         .tasks(&id.0)
         .into_iter()
-        .map(|task| submit(&api.mesh, Front::Http, task))
+        .map(|task| {
+            let task = Task { source, ..task };
+            submit(&api.mesh, Front::Http, task)
+        })
         .collect();
     let answering = Answering::new(&asked, seconds_since_epoch(), receivers, pass);
     if asked.stream {
-        answering.stream().await
+        answering.stream(api.mesh.config.http.keep_alive).await
     } else {
-        answering.gather().await
+        hold::whole(answering.gather(), api.hold()).await
     }
 }
 
@@ -151,7 +172,7 @@ async fn embed(
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let body = body.map_err(|rejection| unreadable(&api, &rejection))?;
-    let _pass = api
+    let pass = api
         .turnstile
         .enter(client)
         .ok_or_else(|| ApiError::too_many(api.turnstile.limit()))?;
@@ -159,11 +180,16 @@ async fn embed(
     drop(body);
     let mut task = std::mem::take(&mut asked.task);
     task.id = id.0;
-    let embedded = crate::embed::embed(&api.mesh, Front::Http, task)
-        .await
-        .map_err(|error| ApiError::from(&error))?;
-    let json = HeaderValue::from_static("application/json");
-    Ok(([(header::CONTENT_TYPE, json)], asked.answer(&embedded)).into_response())
+    task.origin = client.origin();
+    let hold = api.hold();
+    let answer = async move {
+        let _pass = pass;
+        let embedded = crate::embed::embed(&api.mesh, Front::Http, task).await;
+        embedded
+            .map(|embedded| asked.answer(&embedded))
+            .map_err(|error| ApiError::from(&error))
+    };
+    hold::whole(answer, hold).await
 }
 
 async fn list_models(State(api): State<Api>) -> Json<Value> {
