@@ -8,16 +8,19 @@ mod rings;
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use dcf::{ErrorCode, Message};
+use mesh_base::clock;
 use mesh_net::quic::Link;
+use mesh_net::trust::DUPLICATE_IDENTITY;
 use mesh_proto::{Hello, Load, ModelKind};
 use mesh_service::health::Health;
 use mesh_service::shutdown::Shutdown;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::config::Config;
+use crate::core::duplicates::{Duplicate, Duplicates, Machine};
 use crate::core::placement::{Asked, Ended, Placed, Placement, Refusal, Ticket};
 use crate::core::registry::{Registry, ServedModel, Worker, WorkerId};
 use crate::core::rings::{Arrival, Prospect, Rings};
@@ -49,6 +52,8 @@ pub struct Mesh {
     pub sessions: Sessions,
     /// When the head started.
     pub started: SystemTime,
+    /// The same by a clock that nobody sets.
+    pub running_since: Instant,
     state: Mutex<State>,
     /// Told whenever a ring's members or driver changed.
     ring_changes: watch::Sender<()>,
@@ -61,6 +66,9 @@ struct State {
     placement: Placement,
     rings: Rings,
     tracker: Tracker,
+    duplicates: Duplicates,
+    /// When links were last looked at.
+    links_seen: Option<Instant>,
     /// When the gauges of rings were last set.
     gauged: Option<Instant>,
     peers: BTreeMap<WorkerId, Peer>,
@@ -73,6 +81,24 @@ struct State {
 struct Peer {
     link: Link,
     /// Goes out on its control stream.
+    orders: mpsc::Sender<Message>,
+    /// The worker's process; 0 is unknown.
+    instance: u64,
+    /// Host name of its machine.
+    host: String,
+    /// Packets that had come from it at the last look.
+    packets: u64,
+}
+
+/// A worker that is connected with the identity of one that connects.
+#[derive(Debug)]
+pub struct Rival {
+    /// Its link.
+    pub link: Link,
+    /// It finishes what runs and will leave.
+    pub draining: bool,
+    name: String,
+    host: String,
     orders: mpsc::Sender<Message>,
 }
 
@@ -119,6 +145,8 @@ impl Mesh {
             placement,
             rings,
             tracker: Tracker::new(),
+            duplicates: Duplicates::default(),
+            links_seen: None,
             gauged: None,
             peers: BTreeMap::new(),
             waiting: HashMap::new(),
@@ -133,6 +161,7 @@ impl Mesh {
             bus,
             sessions: Sessions::default(),
             started: SystemTime::now(),
+            running_since: Instant::now(),
             state: Mutex::new(state),
             ring_changes: watch::Sender::new(()),
             saving: tokio::sync::Mutex::default(),
@@ -246,6 +275,7 @@ impl Mesh {
     /// Enters a worker that said Hello on this link.
     pub fn join(&self, link: &Link, hello: Hello, orders: mpsc::Sender<Message>) -> WorkerId {
         let now = Instant::now();
+        let (instance, host) = (hello.instance, hello.host.chars().take(64).collect());
         let mut state = self.lock();
         let whole = hello.models.iter().map(|card| card.name.clone()).collect();
         let (id, replaced) =
@@ -275,10 +305,104 @@ impl Mesh {
             Peer {
                 link: link.clone(),
                 orders,
+                instance,
+                host,
+                packets: link.packets_received(),
             },
         );
         self.turn(&mut state, now);
         id
+    }
+
+    /// The worker that is connected as this node, unless it is the same process: that has lost its earlier link.
+    pub fn rival(&self, node: &str, instance: u64) -> Option<Rival> {
+        let state = self.lock();
+        let worker = state.placement.registry.of_node(node)?;
+        let peer = state.peers.get(&worker.id)?;
+        let same = instance != 0 && peer.instance == instance;
+        (!same && peer.link.close_reason().is_none()).then(|| Rival {
+            link: peer.link.clone(),
+            draining: worker.draining,
+            name: worker.name.clone(),
+            host: peer.host.clone(),
+            orders: peer.orders.clone(),
+        })
+    }
+
+    /// A second machine with the identity of `rival` was refused: both hear so. Returns what the newcomer is told.
+    pub fn refused_duplicate(&self, rival: &Rival, newcomer: SocketAddr, host: &str) -> String {
+        let now = Instant::now();
+        let machine = |address, host: &str| Machine {
+            address,
+            host: host.chars().take(64).filter(|c| !c.is_control()).collect(),
+        };
+        let kept = machine(rival.link.remote_addr(), &rival.host);
+        let refused = machine(newcomer, host);
+        let node = rival.link.node_id();
+        let mut state = self.lock();
+        let news = state
+            .duplicates
+            .refused(node, &rival.name, kept, refused, now);
+        let text = state.duplicates.advice(node).unwrap_or_default();
+        drop(state);
+        self.metrics.duplicate(&rival.name);
+        if news {
+            tracing::error!(node, "{text}");
+            let message = Message::error(0, timestamp_us(), DUPLICATE_IDENTITY, &text);
+            // One that takes no orders is dropped elsewhere.
+            let _ = rival.orders.try_send(message);
+        }
+        text
+    }
+
+    /// Identities that several machines have.
+    pub fn duplicates(&self) -> Vec<Duplicate> {
+        self.lock().duplicates.view(Instant::now())
+    }
+
+    /// What an operator should know and mend, in words.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut state = self.lock();
+        let duplicates = state.duplicates.view(Instant::now());
+        let mut warnings: Vec<String> = duplicates.iter().map(Duplicate::advice).collect();
+        if clock::is_implausible(SystemTime::now()) {
+            warnings.push(format!(
+                "this head's clock says {}, which is wrong; set it, for example with `timedatectl set-ntp true`",
+                clock::utc(SystemTime::now())
+            ));
+        }
+        for worker in state.placement.registry.iter() {
+            if worker.clock_offset.abs() > CLOCK_TOLERANCE {
+                warnings.push(format!(
+                    "worker `{}`: its clock is {} by this head's, which says {}; set the one that is wrong, for example with `timedatectl set-ntp true`",
+                    worker.name,
+                    clock::offset(worker.clock_offset),
+                    clock::utc(SystemTime::now())
+                ));
+            }
+        }
+        warnings
+    }
+
+    /// A worker's message with this timestamp came just now.
+    pub fn clock_heard(&self, id: WorkerId, timestamp_us: u64) {
+        // v5.0.0 peers may send 0.
+        if timestamp_us == 0 {
+            return;
+        }
+        let offset = (timestamp_us as f64 - self::timestamp_us() as f64) / 1e6;
+        self.with_worker(id, |worker| {
+            let was_off = worker.clock_offset.abs() > CLOCK_TOLERANCE;
+            worker.clock_offset = offset;
+            if offset.abs() > CLOCK_TOLERANCE && !was_off {
+                tracing::warn!(
+                    worker = worker.name,
+                    clock = clock::utc(SystemTime::now()),
+                    "the worker's clock is {} by this head's; set the one that is wrong, for example with `timedatectl set-ntp true`",
+                    clock::offset(offset)
+                );
+            }
+        });
     }
 
     /// A worker's link is closed.
@@ -326,6 +450,7 @@ impl Mesh {
     pub fn keep_house(&self) {
         let now = Instant::now();
         let mut state = self.lock();
+        self.look_at_links(&mut state, now);
         let pruned = state.placement.prune(now);
         let peers: Vec<Peer> = pruned
             .iter()
@@ -360,6 +485,37 @@ impl Mesh {
             Ok(()) => self.health.set_ready(),
             Err(reason) => self.health.set_unready(reason),
         }
+    }
+
+    /// Every packet of a link was authenticated: it is a sign of life, with or without heartbeats, and tells where the worker is.
+    fn look_at_links(&self, state: &mut State, now: Instant) {
+        let fresh = |at: Instant| now.saturating_duration_since(at) < LINK_LOOK;
+        if state.links_seen.is_some_and(fresh) {
+            return;
+        }
+        state.links_seen = Some(now);
+        let mut moved = Vec::new();
+        for (id, peer) in &mut state.peers {
+            let packets = peer.link.packets_received();
+            if packets != peer.packets {
+                peer.packets = packets;
+                state.placement.registry.seen(*id, now);
+            }
+            let address = peer.link.remote_addr();
+            if let Some(before) = state.placement.registry.moved(*id, address) {
+                tracing::info!(worker = peer.link.node_name(), %before, %address, "the worker has moved");
+                if before.ip() != address.ip() {
+                    moved.push((peer.link.node_id().to_owned(), address.ip()));
+                }
+            }
+        }
+        for (node, ip) in moved {
+            state.rings.moved(&node, ip);
+            state.tracker.moved(&node, ip);
+        }
+        let offsets = state.placement.registry.iter().filter(|worker| !worker.is_legacy());
+        self.metrics
+            .clocks(offsets.map(|worker| (worker.name.clone(), worker.clock_offset)));
     }
 
     /// Looks at the registry.
@@ -538,3 +694,9 @@ pub fn timestamp_us() -> u64 {
         .unwrap_or_default();
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
+
+/// How often links are asked for signs of life and addresses.
+const LINK_LOOK: Duration = Duration::from_millis(500);
+
+/// Clocks that are further apart, in seconds, are reported.
+const CLOCK_TOLERANCE: f64 = 60.0;

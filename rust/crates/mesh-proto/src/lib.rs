@@ -29,6 +29,13 @@ pub struct Hello {
     /// What the node is kept for (`chat`, `embeddings`, `images`); empty is for anything.
     #[prost(string, repeated, tag = "5")]
     pub reserved_for: Vec<String>,
+    /// Random, of this process: tells a worker that connects again from another one with a copy of its identity; 0 is
+    /// unknown.
+    #[prost(fixed64, tag = "6")]
+    pub instance: u64,
+    /// Host name of the machine, for messages.
+    #[prost(string, tag = "7")]
+    pub host: String,
 }
 
 /// One model that a worker serves.

@@ -11,6 +11,7 @@ use std::{
     ptr,
 };
 
+use mesh_base::addresses::canonical;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// Most datagrams of one system call.
@@ -251,12 +252,13 @@ fn from_raw(raw: &libc::sockaddr_in6) -> SocketAddr {
             let ip = Ipv4Addr::from(v4.sin_addr.s_addr.to_ne_bytes());
             SocketAddr::V4(SocketAddrV4::new(ip, u16::from_be(v4.sin_port)))
         }
-        libc::AF_INET6 => SocketAddr::V6(SocketAddrV6::new(
+        // An IPv4 client of a dual-stack socket is known by its IPv4 address, which the kernel takes back as well.
+        libc::AF_INET6 => canonical(SocketAddr::V6(SocketAddrV6::new(
             Ipv6Addr::from(raw.sin6_addr.s6_addr),
             u16::from_be(raw.sin6_port),
             raw.sin6_flowinfo,
             raw.sin6_scope_id,
-        )),
+        ))),
         _ => NOBODY,
     }
 }

@@ -15,6 +15,7 @@
 
 pub mod affinity;
 pub mod dedup;
+pub mod duplicates;
 pub mod embedding;
 pub mod outbox;
 pub mod placement;

@@ -150,6 +150,14 @@ impl Tracker {
         self.changed = true;
     }
 
+    /// A worker is reached at this address from now on.
+    pub fn moved(&mut self, node: &str, ip: IpAddr) {
+        if let Some(address) = self.nodes.get_mut(node).and_then(|node| node.address.as_mut()) {
+            address.set_ip(ip);
+            self.changed = true;
+        }
+    }
+
     /// A worker's link is closed.
     pub fn left(&mut self, node: &str) {
         if self.nodes.remove(node).is_none() {

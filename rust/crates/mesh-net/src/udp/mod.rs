@@ -13,7 +13,6 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
@@ -61,19 +60,16 @@ impl BatchSocket {
     /// Binds to an address.
     pub fn bind_with(address: SocketAddr, options: &SocketOptions) -> io::Result<Self> {
         let bind = || {
-            let socket = Socket::new(
-                Domain::for_address(address),
-                Type::DGRAM,
-                Some(Protocol::UDP),
-            )?;
-            if options.reuse_port {
-                socket.set_reuse_port(true)?;
-            }
-            socket.bind(&address.into())?;
-            // More is better, less still works.
-            let _ = socket.set_recv_buffer_size(options.recv_buffer);
-            let _ = socket.set_send_buffer_size(options.send_buffer);
-            Self::from_std(socket.into())
+            let socket = mesh_base::listen::udp(address, |socket| {
+                if options.reuse_port {
+                    socket.set_reuse_port(true)?;
+                }
+                // More is better, less still works.
+                let _ = socket.set_recv_buffer_size(options.recv_buffer);
+                let _ = socket.set_send_buffer_size(options.send_buffer);
+                Ok(())
+            })?;
+            Self::from_std(socket)
         };
         bind().map_err(|error| {
             io::Error::new(

@@ -17,6 +17,8 @@ use libc::{
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use mesh_base::addresses::canonical;
+
 use super::{BATCH, Outgoing};
 
 /// Bytes per receive buffer: the largest UDP payload there is, which is also the largest GRO run.
@@ -353,15 +355,14 @@ unsafe fn socket_address(name: *const sockaddr_storage, len: socklen_t) -> Optio
             // SAFETY: the family says that this is a `sockaddr_in6`, and it is whole.
             let v6 = unsafe { &*name.cast::<sockaddr_in6>() };
             let ip = Ipv6Addr::from(v6.sin6_addr.s6_addr);
-            Some(
-                SocketAddrV6::new(
-                    ip,
-                    u16::from_be(v6.sin6_port),
-                    v6.sin6_flowinfo,
-                    v6.sin6_scope_id,
-                )
-                .into(),
-            )
+            let address = SocketAddrV6::new(
+                ip,
+                u16::from_be(v6.sin6_port),
+                v6.sin6_flowinfo,
+                v6.sin6_scope_id,
+            );
+            // An IPv4 peer of a dual-stack socket is known by its IPv4 address, which the kernel takes back as well.
+            Some(canonical(address.into()))
         }
         _ => None,
     }

@@ -361,15 +361,13 @@ impl Models {
         let found = lan.as_ref().map(|found| found.borrow().clone());
         for worker in found.unwrap_or_default() {
             let known = seats.iter().any(|other| other.node_id == worker.node_id);
-            if let Some(address) = worker.addresses.first()
-                && worker.role == Role::Worker
-                && !known
-                && worker.node_id != own
-            {
+            if worker.role == Role::Worker && !known && worker.node_id != own {
+                // Never sent to anybody: all addresses, as the peers' links read them.
+                let all: Vec<String> = worker.addresses.iter().map(|a| a.to_string()).collect();
                 seats.push(Seat {
                     node_id: worker.node_id,
                     name: worker.name,
-                    address: address.to_string(),
+                    address: all.join(","),
                 });
             }
         }

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use mesh_base::addresses;
 use mesh_net::quic::{Connector, Link, LinkConfig};
 use mesh_net::trust::{NodeIdentity, Role};
 use mesh_proto::{PathProfile, Seat};
@@ -24,6 +25,8 @@ type Entry = Arc<tokio::sync::Mutex<Option<Made>>>;
 /// A link that was made.
 struct Made {
     link: Link,
+    /// As the head, or the LAN, named the worker's addresses.
+    named: String,
     /// Before anything filled the path.
     rtt: Duration,
     /// Bytes per second; 0 is unknown.
@@ -105,23 +108,25 @@ impl Peers {
         };
         // Whoever asks meanwhile waits for the same link.
         let mut entry = entry.lock().await;
-        if let Some(made) = entry.as_ref().filter(|made| made.is_open()) {
-            return Ok(made.link.clone());
+        if let Some(made) = entry.as_mut().filter(|made| made.is_open()) {
+            // A worker that has moved is dialled anew: this side's packets would go to its old address for ever.
+            if made.named == seat.address || made.link.answers(MOVED).await {
+                made.named.clone_from(&seat.address);
+                return Ok(made.link.clone());
+            }
         }
-        let address: SocketAddr = seat
-            .address
-            .parse()
-            .map_err(|_| format!("its address {:?} is none", seat.address))?;
+        let addresses: Result<Vec<SocketAddr>, _> =
+            seat.address.split(',').map(str::parse).collect();
+        let addresses = addresses.map_err(|_| format!("invalid address {:?}", seat.address))?;
+        let addresses = addresses::ordered(addresses);
         let config = LinkConfig {
             handshake_timeout: DIAL_TIMEOUT,
             ..LinkConfig::default()
         };
-        let connector = Connector::toward(address, self.identity.clone(), config)
-            .map_err(|error| error.to_string())?;
-        let link = connector
-            .connect(address, Role::Worker)
-            .await
-            .map_err(|error| error.to_string())?;
+        let (address, _, link) =
+            Connector::to_any(&addresses, Role::Worker, &self.identity, &config)
+                .await
+                .map_err(|error| error.to_string())?;
         if link.node_id() != seat.node_id {
             return Err(format!(
                 "{address} is {} and not {}",
@@ -132,6 +137,7 @@ impl Peers {
         *entry = Some(Made {
             rtt: link.rtt(),
             link: link.clone(),
+            named: seat.address.clone(),
             bandwidth: 0.0,
             measured: false,
         });
@@ -150,3 +156,6 @@ pub(super) fn path(node_id: &str, rtt: Duration, bandwidth: f64) -> PathProfile 
 
 /// On a LAN a worker that does not answer within this time is not there.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long a worker that goes by another address now may take to answer at the one before.
+const MOVED: Duration = Duration::from_millis(500);

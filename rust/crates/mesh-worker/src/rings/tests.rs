@@ -54,7 +54,7 @@ impl Mesh {
             let hour = Duration::from_secs(3600);
             let token = authority.create_token(hour, "test", now).unwrap();
             let name = format!("node-{i}");
-            let identity = join(address, &token, dir.path(), &name).await.unwrap();
+            let identity = join(&[address], &token, dir.path(), &name).await.unwrap();
             let config = Arc::new(Config {
                 state_dir: dir.path().to_owned(),
                 shards: vec![paths::smollm2().unwrap().display().to_string()],

@@ -174,6 +174,22 @@ impl Rings {
         }
     }
 
+    /// A worker is reached at this address from now on: the other members of its rings hear so.
+    pub fn moved(&mut self, node: &str, ip: IpAddr) {
+        let Some(entry) = self.nodes.get_mut(node).filter(|node| node.connected) else {
+            return;
+        };
+        let Some(address) = entry.address.as_mut().filter(|address| address.ip() != ip) else {
+            return;
+        };
+        address.set_ip(ip);
+        let rings = self.rings.iter().filter(|(_, ring)| ring.seats(node));
+        let rings: Vec<u64> = rings.map(|(id, _)| *id).collect();
+        for id in rings {
+            self.broadcast(id, &BTreeSet::new());
+        }
+    }
+
     /// A worker serves these models whole by now.
     pub fn serves_whole(&mut self, node: &str, models: Vec<String>) {
         if let Some(entry) = self.nodes.get_mut(node) {
