@@ -4,6 +4,8 @@
 {
   backend,
   lowPort,
+  # It uses multicast DNS.
+  mdns,
   wholeProc,
 }:
 let
@@ -40,7 +42,9 @@ in
     "AF_INET"
     "AF_INET6"
     "AF_UNIX"
-  ];
+  ]
+  # How the interfaces are listed that multicast.
+  ++ optional mdns "AF_NETLINK";
   RestrictNamespaces = true;
   RestrictRealtime = true;
   RestrictSUIDSGID = true;

@@ -90,6 +90,7 @@ let
         hardening {
           backend = gpu role;
           lowPort = lowPort role;
+          mdns = plan.usesMdns role;
           # /proc/meminfo says how large the KV cache may be, /proc/cpuinfo which kernels the processor has.
           wholeProc = role == "worker";
         }
@@ -168,7 +169,8 @@ in
 
     networking.firewall = mkIf cfg.openFirewall {
       allowedTCPPorts = open "tcp";
-      allowedUDPPorts = open "udp";
+      allowedUDPPorts =
+        open "udp" ++ optional (plan.usesMdns "head" || plan.usesMdns "worker") 5353;
     };
   };
 }
