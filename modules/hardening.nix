@@ -4,8 +4,8 @@
 {
   backend,
   lowPort,
-  # It uses multicast DNS.
-  mdns,
+  # It lists the machine's interfaces.
+  netlink,
   wholeProc,
 }:
 let
@@ -43,8 +43,8 @@ in
     "AF_INET6"
     "AF_UNIX"
   ]
-  # How the interfaces are listed that multicast.
-  ++ optional mdns "AF_NETLINK";
+  # How interfaces and their addresses are listed.
+  ++ optional netlink "AF_NETLINK";
   RestrictNamespaces = true;
   RestrictRealtime = true;
   RestrictSUIDSGID = true;

@@ -90,7 +90,8 @@ let
         hardening {
           backend = gpu role;
           lowPort = lowPort role;
-          mdns = plan.usesMdns role;
+          # Multicast DNS needs the interfaces; a worker tells others all addresses that it has.
+          netlink = role == "worker" || plan.usesMdns role;
           # /proc/meminfo says how large the KV cache may be, /proc/cpuinfo which kernels the processor has.
           wholeProc = role == "worker";
         }

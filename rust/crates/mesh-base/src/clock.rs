@@ -4,7 +4,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// `2026-11-29 13:35 UTC`. Dates before 1970 are shown as its first minute.
 pub fn utc(time: SystemTime) -> String {
-    let seconds = time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let seconds = time
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs();
     let (days, minutes) = (seconds / DAY, seconds % DAY / 60);
     let (year, month, day) = civil(days);
     format!(
@@ -17,7 +20,12 @@ pub fn utc(time: SystemTime) -> String {
 /// How far a clock is off: `3 minutes ahead`, `56.9 years behind`.
 pub fn offset(seconds: f64) -> String {
     let size = seconds.abs();
-    let units = [("years", 365.25 * 86_400.0), ("days", 86_400.0), ("hours", 3_600.0), ("minutes", 60.0)];
+    let units = [
+        ("years", 365.25 * 86_400.0),
+        ("days", 86_400.0),
+        ("hours", 3_600.0),
+        ("minutes", 60.0),
+    ];
     let (unit, length) = units
         .into_iter()
         .find(|(_, length)| size >= 2.0 * length)
@@ -43,7 +51,11 @@ fn civil(days: u64) -> (u64, u64, u64) {
     // Years begin in March here, so that the leap day is the last.
     let shifted = (5 * of_year + 2) / 153;
     let day = of_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    let month = if shifted < 10 {
+        shifted + 3
+    } else {
+        shifted - 9
+    };
     let year = era * 400 + year_of_era + u64::from(month <= 2);
     (year, month, day)
 }
@@ -71,7 +83,10 @@ mod tests {
             assert_eq!(utc(time), expected);
             assert_eq!(is_implausible(time), seconds < 1_735_689_600);
         }
-        assert_eq!(utc(UNIX_EPOCH - Duration::from_secs(9)), "1970-01-01 00:00 UTC");
+        assert_eq!(
+            utc(UNIX_EPOCH - Duration::from_secs(9)),
+            "1970-01-01 00:00 UTC"
+        );
     }
 
     #[test]

@@ -84,7 +84,9 @@ fn is_anywhere(address: SocketAddr) -> bool {
 fn lacks_ipv6(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::AddrNotAvailable
         || error.kind() == io::ErrorKind::Unsupported
-        || error.raw_os_error().is_some_and(|errno| [EAFNOSUPPORT, EPROTONOSUPPORT].contains(&errno))
+        || error
+            .raw_os_error()
+            .is_some_and(|errno| [EAFNOSUPPORT, EPROTONOSUPPORT].contains(&errno))
 }
 
 /// Connections that wait to be accepted.

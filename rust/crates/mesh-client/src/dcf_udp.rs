@@ -677,7 +677,11 @@ mod tests {
         let all = sockets(vec![gone, silent_at]).await;
         let chosen = first_to_answer(all).await.map(|(address, _)| address);
         assert_eq!(chosen, Some(silent_at));
-        assert!(first_to_answer(sockets(vec![gone, gone]).await).await.is_none_or(|(a, _)| a == gone));
+        assert!(
+            first_to_answer(sockets(vec![gone, gone]).await)
+                .await
+                .is_none_or(|(a, _)| a == gone)
+        );
     }
 
     #[tokio::test]

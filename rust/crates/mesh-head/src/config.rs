@@ -379,12 +379,10 @@ impl ListenFlags {
         .into_iter()
         .map(|(variable, key, default)| {
             // Joined as text, so that a port that is none is refused with the variable's name.
-            let address = std::env::var(variable)
-                .ok()
-                .map(|port| match default.ip() {
-                    IpAddr::V4(ip) => format!("{ip}:{}", port.trim()),
-                    IpAddr::V6(ip) => format!("[{ip}]:{}", port.trim()),
-                });
+            let address = std::env::var(variable).ok().map(|port| match default.ip() {
+                IpAddr::V4(ip) => format!("{ip}:{}", port.trim()),
+                IpAddr::V6(ip) => format!("[{ip}]:{}", port.trim()),
+            });
             (variable, key, address)
         })
         .collect()

@@ -6,7 +6,7 @@ mod models;
 mod rings;
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -276,6 +276,7 @@ impl Mesh {
     pub fn join(&self, link: &Link, hello: Hello, orders: mpsc::Sender<Message>) -> WorkerId {
         let now = Instant::now();
         let (instance, host) = (hello.instance, hello.host.chars().take(64).collect());
+        let others = other_addresses(&hello.addresses, link.remote_addr().ip());
         let mut state = self.lock();
         let whole = hello.models.iter().map(|card| card.name.clone()).collect();
         let (id, replaced) =
@@ -290,12 +291,14 @@ impl Mesh {
             name.clone_from(&worker.name);
         }
         state.tracker.joined(link.node_id(), &name, link.local_ip());
+        state.tracker.has_addresses(link.node_id(), others.clone());
         let arrival = Arrival {
             name,
             whole,
             head_ip: link.local_ip(),
         };
         state.rings.joined(link.node_id(), arrival, now);
+        state.rings.has_addresses(link.node_id(), others);
         if let Some(old) = replaced.and_then(|old| state.peers.remove(&old)) {
             old.link
                 .close(ErrorCode::CANCELLED, "this node has connected again");
@@ -513,7 +516,11 @@ impl Mesh {
             state.rings.moved(&node, ip);
             state.tracker.moved(&node, ip);
         }
-        let offsets = state.placement.registry.iter().filter(|worker| !worker.is_legacy());
+        let offsets = state
+            .placement
+            .registry
+            .iter()
+            .filter(|worker| !worker.is_legacy());
         self.metrics
             .clocks(offsets.map(|worker| (worker.name.clone(), worker.clock_offset)));
     }
@@ -695,8 +702,47 @@ pub fn timestamp_us() -> u64 {
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
 
+/// Addresses that a worker says it has, but for the one that it is seen at and those that lead to nobody or to everybody. One
+/// on the head's own machine is reached where the head is.
+fn other_addresses(said: &[String], seen: IpAddr) -> Vec<IpAddr> {
+    if seen.is_loopback() {
+        return Vec::new();
+    }
+    let usable = |ip: &IpAddr| {
+        let link_local = matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
+        !ip.is_unspecified() && !ip.is_multicast() && !ip.is_loopback() && !link_local
+    };
+    let parsed = said.iter().filter_map(|text| text.parse::<IpAddr>().ok());
+    let parsed = parsed.map(|ip| ip.to_canonical()).filter(usable);
+    parsed.filter(|ip| *ip != seen).take(MOST_ADDRESSES).collect()
+}
+
+/// Other addresses of one worker that are passed on.
+const MOST_ADDRESSES: usize = 7;
+
 /// How often links are asked for signs of life and addresses.
 const LINK_LOOK: Duration = Duration::from_millis(500);
 
 /// Clocks that are further apart, in seconds, are reported.
 const CLOCK_TOLERANCE: f64 = 60.0;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_addresses_that_lead_to_a_worker_are_passed_on() {
+        let said: Vec<String> = [
+            "10.0.0.5", "10.0.0.7", "fe80::1", "fd00::7", "127.0.0.1", "224.0.0.1", "::ffff:10.0.0.8", "no", "0.0.0.0",
+        ]
+        .map(str::to_owned)
+        .to_vec();
+        let seen = IpAddr::from([10, 0, 0, 5]);
+        let others: Vec<String> =
+            other_addresses(&said, seen).iter().map(|ip| ip.to_string()).collect();
+        assert_eq!(others, ["10.0.0.7", "fd00::7", "10.0.0.8"]);
+        assert!(other_addresses(&said, IpAddr::from([127, 0, 0, 1])).is_empty());
+        let many: Vec<String> = (1..99).map(|last| format!("10.0.1.{last}")).collect();
+        assert_eq!(other_addresses(&many, seen).len(), MOST_ADDRESSES);
+    }
+}

@@ -192,15 +192,26 @@ fn interfaces() -> nix::Result<Vec<String>> {
     let mut found: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for interface in nix::ifaddrs::getifaddrs()? {
         let storage = interface.address.as_ref();
-        let v4 = storage.and_then(|a| a.as_sockaddr_in()).map(|a| a.ip().to_string());
-        let v6 = storage.and_then(|a| a.as_sockaddr_in6()).map(|a| a.ip().to_string());
+        let v4 = storage
+            .and_then(|a| a.as_sockaddr_in())
+            .map(|a| a.ip().to_string());
+        let v6 = storage
+            .and_then(|a| a.as_sockaddr_in6())
+            .map(|a| a.ip().to_string());
         let Some(address) = v4.or(v6) else { continue };
-        if interface.flags.contains(wanted) && !interface.flags.contains(InterfaceFlags::IFF_LOOPBACK) {
-            found.entry(interface.interface_name).or_default().push(address);
+        if interface.flags.contains(wanted)
+            && !interface.flags.contains(InterfaceFlags::IFF_LOOPBACK)
+        {
+            found
+                .entry(interface.interface_name)
+                .or_default()
+                .push(address);
         }
     }
     let described = found.into_iter();
-    Ok(described.map(|(name, addresses)| format!("{name} ({})", addresses.join(", "))).collect())
+    Ok(described
+        .map(|(name, addresses)| format!("{name} ({})", addresses.join(", ")))
+        .collect())
 }
 
 /// Says why probably nobody is found, for as long as that is so: soon, and then rarely.

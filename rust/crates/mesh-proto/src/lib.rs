@@ -36,6 +36,9 @@ pub struct Hello {
     /// Host name of the machine, for messages.
     #[prost(string, tag = "7")]
     pub host: String,
+    /// IP addresses of the machine, at which other workers may reach it.
+    #[prost(string, repeated, tag = "8")]
+    pub addresses: Vec<String>,
 }
 
 /// One model that a worker serves.

@@ -53,7 +53,10 @@ impl Candidates {
 
     /// All sockets, each with its number.
     pub(crate) fn sockets(&self) -> impl Iterator<Item = (usize, &UdpSocket)> {
-        self.all.iter().map(|candidate| &candidate.socket).enumerate()
+        self.all
+            .iter()
+            .map(|candidate| &candidate.socket)
+            .enumerate()
     }
 
     pub(crate) fn socket(&self, candidate: usize) -> Option<&UdpSocket> {
@@ -123,8 +126,10 @@ mod tests {
 
     fn candidates(ports: &[u16]) -> Candidates {
         let mut candidates = Candidates::default();
-        let addresses: Vec<SocketAddr> =
-            ports.iter().map(|port| ([127, 0, 0, 1], *port).into()).collect();
+        let addresses: Vec<SocketAddr> = ports
+            .iter()
+            .map(|port| ([127, 0, 0, 1], *port).into())
+            .collect();
         let failed = candidates.update(&addresses, |_| UdpSocket::bind("127.0.0.1:0"));
         assert!(failed.is_empty());
         candidates
@@ -137,7 +142,10 @@ mod tests {
     #[test]
     fn probes_go_to_all_until_one_answers_and_tasks_to_one() {
         let mut head = candidates(&[1, 2, 3]);
-        assert_eq!((head.for_probes(), for_tasks(&head)), (vec![0, 1, 2], Some(0)));
+        assert_eq!(
+            (head.for_probes(), for_tasks(&head)),
+            (vec![0, 1, 2], Some(0))
+        );
         assert!(!head.refused(0), "two are left");
         assert_eq!(for_tasks(&head), Some(1));
         assert!(head.answered(2), "tasks went to another one");
@@ -164,7 +172,9 @@ mod tests {
         let mut head = candidates(&[1, 2]);
         head.answered(1);
         let address = |port| SocketAddr::from(([127, 0, 0, 1], port));
-        head.update(&[address(3), address(2)], |_| UdpSocket::bind("127.0.0.1:0"));
+        head.update(&[address(3), address(2)], |_| {
+            UdpSocket::bind("127.0.0.1:0")
+        });
         assert_eq!(head.address(), Some(address(2)));
         head.update(&[address(3)], |_| UdpSocket::bind("127.0.0.1:0"));
         assert_eq!(head.for_probes(), [0]);

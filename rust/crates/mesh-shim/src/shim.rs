@@ -13,15 +13,13 @@ use std::{
 };
 
 use aws_lc_rs::rand;
+use mesh_base::{listen, routes::Routes};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use mesh_base::listen;
 use socket2::Socket;
 
 use crate::{
     batch::{self, BATCH, RecvBatch, SendReport},
-    bridge::{
-        Bridge, Destination, FromClient, FromHead, HeadState, Reply, Secrets, Transmit,
-    },
+    bridge::{Bridge, Destination, FromClient, FromHead, HeadState, Reply, Secrets, Transmit},
     candidates::{self, Candidates},
     config::{Config, ConfigError},
     resolve::{HeadAddresses, Resolver},
@@ -90,6 +88,11 @@ impl Shim {
             source,
         })?;
         let address = ingress.local_addr()?;
+        if address.ip().is_unspecified()
+            && let Err(error) = batch::tell_destinations(&ingress)
+        {
+            tracing::debug!(%error, "answers leave from the preferred address");
+        }
         let (waker, wake) = UnixStream::pair()?;
         waker.set_nonblocking(true)?;
         wake.set_nonblocking(true)?;
@@ -105,6 +108,7 @@ impl Shim {
             drain_timeout: config.drain_timeout,
             bridge: Bridge::new(config, &secrets()?, Arc::clone(&stats), now),
             ingress,
+            routes: Routes::new(),
             addresses: Arc::clone(&addresses),
             addresses_seen: 0,
             wake,
@@ -207,6 +211,8 @@ impl Control {
 struct Loop<F> {
     bridge: Bridge,
     ingress: UdpSocket,
+    /// From which of this machine's addresses clients are answered.
+    routes: Routes,
     /// Empty while no address is known.
     heads: Box<[Candidates]>,
     addresses: Arc<HeadAddresses>,
@@ -308,7 +314,8 @@ impl<F: FnMut()> Loop<F> {
 
     fn receive_from_clients(&mut self) {
         for _ in 0..ROUNDS {
-            let count = match self.received.recv(&self.ingress) {
+            let received = self.received.recv_noting(&self.ingress, &mut self.routes);
+            let count = match received {
                 Ok(count) => count,
                 Err(error) => return report("receive from clients", &error),
             };
@@ -331,7 +338,7 @@ impl<F: FnMut()> Loop<F> {
             self.stats
                 .drops
                 .send_failed
-                .add(batch::send(&self.ingress, replies).failed as u64);
+                .add(batch::answer(&self.ingress, replies, &self.routes).failed as u64);
             if count < BATCH {
                 return;
             }
@@ -383,7 +390,7 @@ impl<F: FnMut()> Loop<F> {
             self.stats
                 .drops
                 .send_failed
-                .add(batch::send(&self.ingress, answers).failed as u64);
+                .add(batch::answer(&self.ingress, answers, &self.routes).failed as u64);
             if count < BATCH {
                 return;
             }
@@ -404,8 +411,11 @@ impl<F: FnMut()> Loop<F> {
                         let socket = candidates.socket(*candidate);
                         socket.is_some_and(|socket| batch::send(socket, [(bytes, None)]).refused)
                     };
-                    let refusing: Vec<usize> =
-                        candidates.for_probes().into_iter().filter(refuses).collect();
+                    let refusing: Vec<usize> = candidates
+                        .for_probes()
+                        .into_iter()
+                        .filter(refuses)
+                        .collect();
                     for candidate in refusing {
                         self.refused(now, head, candidate);
                     }
@@ -415,7 +425,8 @@ impl<F: FnMut()> Loop<F> {
                     self.after_sending(now, head, candidate, report);
                 }
                 Destination::Client(client) => {
-                    let report = batch::send(&self.ingress, [(bytes, Some(client))]);
+                    let report =
+                        batch::answer(&self.ingress, [(bytes, Some(client))], &self.routes);
                     self.stats.drops.send_failed.add(report.failed as u64);
                 }
             }

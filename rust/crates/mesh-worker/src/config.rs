@@ -472,7 +472,10 @@ impl Config {
 
     /// Name a person knows this node by.
     pub fn node_name(&self) -> String {
-        let name = self.node_name.clone().filter(|name| !name.trim().is_empty());
+        let name = self
+            .node_name
+            .clone()
+            .filter(|name| !name.trim().is_empty());
         name.map(|name| name.trim().to_owned())
             .or_else(host_name)
             .unwrap_or_else(|| "worker".to_owned())
@@ -483,7 +486,9 @@ impl Config {
 pub(crate) fn host_name() -> Option<String> {
     // A service may not see the first.
     let files = ["/proc/sys/kernel/hostname", "/etc/hostname"];
-    let names = files.into_iter().filter_map(|file| std::fs::read_to_string(file).ok());
+    let names = files
+        .into_iter()
+        .filter_map(|file| std::fs::read_to_string(file).ok());
     let mut names = names.map(|name| name.trim().to_owned());
     names.find(|name| !name.is_empty())
 }

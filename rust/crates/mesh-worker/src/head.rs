@@ -1,12 +1,14 @@
 //! The link to the head: joins, connects, says Hello, reports load, takes requests; connects again when the head is gone.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, Message, MsgType};
 use mesh_base::{clock, listen};
-use mesh_net::quic::{self, Closed, ConnectError, Connector, Link, LinkConfig, MsgStream, StreamFailure, timestamp_us};
+use mesh_net::quic::{
+    self, Closed, ConnectError, Connector, Link, LinkConfig, MsgStream, StreamFailure, timestamp_us,
+};
 use mesh_net::seal::Sealer;
 use mesh_net::trust::{CERTIFICATE_DATES, DUPLICATE_IDENTITY, JoinToken, NodeIdentity, Role};
 use mesh_proto::{Hello, Load, ModelCard, PROTOCOL_VERSION, Ring, Served, Sources, Welcome};
@@ -179,7 +181,10 @@ impl HeadLink {
 
     /// A link to the head at the first of its addresses that answers. The head judges dates: a certificate that it refuses,
     /// after this machine was switched off for long or either clock was set, is renewed first.
-    async fn connect(&self, identity: &NodeIdentity) -> Result<(SocketAddr, Connector, Link), String> {
+    async fn connect(
+        &self,
+        identity: &NodeIdentity,
+    ) -> Result<(SocketAddr, Connector, Link), String> {
         let addresses = self.head.resolve().await?;
         let config = LinkConfig::default();
         let connect = || Connector::to_any(&addresses, Role::Head, identity, &config);
@@ -212,6 +217,7 @@ impl HeadLink {
             reserved_for: self.config.reserved_for.clone(),
             instance: self.instance,
             host: host_name().unwrap_or_default(),
+            addresses: own_addresses(),
         };
         let exchange = async {
             let mut control = link.open().await?;
@@ -406,6 +412,25 @@ fn compare_clocks(identity: &NodeIdentity) {
     }
 }
 
+/// Addresses of this machine, at which other workers may reach it where they cannot reach it at the one that the head sees.
+fn own_addresses() -> Vec<String> {
+    // A service that may not use AF_NETLINK cannot list them, and does without.
+    let Ok(all) = nix::ifaddrs::getifaddrs() else {
+        return Vec::new();
+    };
+    let address = |interface: nix::ifaddrs::InterfaceAddress| {
+        let storage = interface.address?;
+        let v4 = storage.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
+        v4.or_else(|| Some(IpAddr::V6(storage.as_sockaddr_in6()?.ip())))
+    };
+    let usable = |ip: &IpAddr| match ip {
+        IpAddr::V4(ip) => !ip.is_loopback() && !ip.is_link_local(),
+        IpAddr::V6(ip) => !ip.is_loopback() && !ip.is_unicast_link_local(),
+    };
+    let usable = all.filter_map(address).filter(usable);
+    usable.map(|ip| ip.to_string()).take(MOST_ADDRESSES).collect()
+}
+
 /// Sealed heartbeats over UDP, from whichever address this machine has at the moment.
 struct Heartbeats {
     socket: UdpSocket,
@@ -510,6 +535,8 @@ const CLOCK_TOLERANCE: Duration = Duration::from_secs(60);
 const DUPLICATE_PAUSE: Duration = Duration::from_secs(30);
 const LONGEST_DUPLICATE_PAUSE: Duration = Duration::from_secs(300);
 
+const MOST_ADDRESSES: usize = 8;
+
 const HEARTBEAT: Duration = Duration::from_secs(2);
 const LOAD_INTERVAL: Duration = Duration::from_millis(250);
 /// The head hears at most so often of what is held and sought.
@@ -528,7 +555,9 @@ mod tests {
 
     #[test]
     fn a_duplicate_asks_rarely() {
-        let pauses: Vec<u64> = (1..=6).map(|times| duplicate_pause(times).as_secs()).collect();
+        let pauses: Vec<u64> = (1..=6)
+            .map(|times| duplicate_pause(times).as_secs())
+            .collect();
         assert_eq!(pauses, [30, 60, 120, 240, 300, 300]);
     }
 }

@@ -78,12 +78,7 @@ impl PlainDcf {
     }
 
     /// The task in a datagram, if it is one and its source may ask.
-    fn accept(
-        &self,
-        datagram: &[u8],
-        source: SocketAddr,
-        heads: &[SocketAddr],
-    ) -> Option<Message> {
+    fn accept(&self, datagram: &[u8], source: SocketAddr, heads: &[SocketAddr]) -> Option<Message> {
         let from_head = heads.iter().any(|head| head.ip() == source.ip());
         if !from_head && !self.config.trusts(source.ip()) {
             return None;

@@ -126,7 +126,12 @@ mod tests {
         let view = duplicates.view(at(302));
         assert_eq!((view.len(), view[0].times), (1, 3));
         let advice = view[0].advice();
-        for part in ["`pi`", "attic at 10.0.0.1", "10.0.0.3 is refused", "mesh-worker new-identity"] {
+        for part in [
+            "`pi`",
+            "attic at 10.0.0.1",
+            "10.0.0.3 is refused",
+            "mesh-worker new-identity",
+        ] {
             assert!(advice.contains(part), "{part} is not in {advice}");
         }
         assert!(duplicates.view(at(301) + MEMORY).is_empty());

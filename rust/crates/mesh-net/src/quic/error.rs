@@ -6,7 +6,9 @@ use std::net::SocketAddr;
 use dcf::{ErrorCode, StreamError};
 use quinn::{ConnectionError, VarInt};
 
-use crate::trust::{CERTIFICATE_DATES, Role, TOKEN_EXPIRED, TOKEN_UNKNOWN, TOKEN_USED, TrustError, hex};
+use crate::trust::{
+    CERTIFICATE_DATES, Role, TOKEN_EXPIRED, TOKEN_UNKNOWN, TOKEN_USED, TrustError, hex,
+};
 
 /// Why a link could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -206,9 +208,7 @@ impl JoinError {
         match self {
             Self::Connect(error) => error.is_transient(),
             Self::Broken(_) => true,
-            Self::Refused { code, .. } => {
-                [ErrorCode::INTERNAL, ErrorCode::DRAINING].contains(code)
-            }
+            Self::Refused { code, .. } => [ErrorCode::INTERNAL, ErrorCode::DRAINING].contains(code),
             _ => false,
         }
     }

@@ -50,9 +50,7 @@ pub async fn join(
     };
     let tls = || tls::anonymous(verifier.clone(), JOIN_PROTOCOL);
     let (chain, said_at) = ask.send(tls).await.map_err(|error| match error {
-        JoinError::Connect(ConnectError::PeerNotTrusted { address, .. })
-            if !verifier.matched() =>
-        {
+        JoinError::Connect(ConnectError::PeerNotTrusted { address, .. }) if !verifier.matched() => {
             JoinError::ForeignMesh {
                 address,
                 pinned: *token.root_sha256(),
@@ -123,7 +121,10 @@ pub async fn keep_renewed(head: SocketAddr, identity: NodeIdentity) -> std::conv
             continue;
         }
         match renew(&[head], &identity).await {
-            Ok(()) => tracing::info!(certificate = identity.member().dates(), "certificate renewed"),
+            Ok(()) => tracing::info!(
+                certificate = identity.member().dates(),
+                "certificate renewed"
+            ),
             Err(error) => tracing::warn!(%error, "certificate not renewed, trying again"),
         }
         // A certificate that is due at once again must not be renewed without a pause.

@@ -296,9 +296,9 @@ impl Admission for Authority {
                 "a renewal is for the key of the old certificate".to_owned(),
             ));
         }
-        let chain =
-            self.root
-                .issue(request, &member.name, member.role, self.validity.life, now)?;
+        let chain = self
+            .root
+            .issue(request, &member.name, member.role, self.validity.life, now)?;
         self.note_seen(&member.node_id);
         Ok(chain)
     }
@@ -366,11 +366,19 @@ mod tests {
         ] {
             let dir = tempfile::tempdir().expect("temporary directory");
             let head = authority(dir.path());
-            let then = head.head_identity(dir.path(), "head", wrong).expect("issued");
+            let then = head
+                .head_identity(dir.path(), "head", wrong)
+                .expect("issued");
             assert!(then.member().is_valid_at(wrong), "{wrong:?}");
             let restarted = authority(dir.path());
-            let now = restarted.head_identity(dir.path(), "head", today()).expect("issued");
-            assert!(now.member().is_valid_at(today()), "{}", now.member().dates());
+            let now = restarted
+                .head_identity(dir.path(), "head", today())
+                .expect("issued");
+            assert!(
+                now.member().is_valid_at(today()),
+                "{}",
+                now.member().dates()
+            );
             assert_eq!(now.root_sha256(), then.root_sha256(), "tokens pin the root");
             assert_eq!(now.node_id(), then.node_id());
         }
@@ -378,8 +386,15 @@ mod tests {
 
     #[test]
     fn a_certificate_from_a_time_when_the_heads_clock_was_wrong_is_renewed() {
-        for wrong in [today() + 730 * DAY, UNIX_EPOCH + DAY / 2, today() - 90 * DAY] {
-            let (head, node) = (tempfile::tempdir().expect("dir"), tempfile::tempdir().expect("dir"));
+        for wrong in [
+            today() + 730 * DAY,
+            UNIX_EPOCH + DAY / 2,
+            today() - 90 * DAY,
+        ] {
+            let (head, node) = (
+                tempfile::tempdir().expect("dir"),
+                tempfile::tempdir().expect("dir"),
+            );
             let running = authority(head.path());
             let worker = worker(&running, node.path(), wrong);
             assert!(!worker.member().is_valid_at(today()));
@@ -396,10 +411,18 @@ mod tests {
             (today() - 20 * DAY, true),
             (today() - 90 * DAY, false),
         ] {
-            let (head, node) = (tempfile::tempdir().expect("dir"), tempfile::tempdir().expect("dir"));
+            let (head, node) = (
+                tempfile::tempdir().expect("dir"),
+                tempfile::tempdir().expect("dir"),
+            );
             let worker = worker(&authority(head.path()), node.path(), wrong);
             let verdict = renew(&authority(head.path()), &worker, today());
-            assert_eq!(verdict.is_ok(), renewed, "{}: {verdict:?}", worker.member().dates());
+            assert_eq!(
+                verdict.is_ok(),
+                renewed,
+                "{}: {verdict:?}",
+                worker.member().dates()
+            );
             if let Err(refusal) = verdict {
                 let text = refusal.to_string();
                 for part in ["laptop", "2026-11-29", "the head's clock", "token create"] {
@@ -413,7 +436,9 @@ mod tests {
     fn the_heads_own_certificate_is_always_renewed() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let head = authority(dir.path());
-        let own = head.head_identity(dir.path(), "head", today()).expect("issued");
+        let own = head
+            .head_identity(dir.path(), "head", today())
+            .expect("issued");
         for now in [today() + 3_650 * DAY, today() - 300 * DAY, today()] {
             renew(&head, &own, now).expect("renewed");
         }

@@ -47,7 +47,9 @@ mod tests {
         assert!(clock.offset().abs() < 5.0);
         let year_2100 = 4_102_444_800_000_000;
         clock.heard(year_2100);
-        let since = clock.now().duration_since(UNIX_EPOCH + Duration::from_micros(year_2100));
+        let since = clock
+            .now()
+            .duration_since(UNIX_EPOCH + Duration::from_micros(year_2100));
         assert!(since.expect("later") < Duration::from_secs(60));
         assert!(clock.offset() < -365.0 * 86_400.0, "this machine is behind");
         clock.clone().heard(0);

@@ -243,11 +243,17 @@ impl Current {
 /// # Errors
 /// If a file cannot be moved.
 pub fn set_aside(dir: &Path) -> Result<Option<PathBuf>, TrustError> {
-    let names = [names::NODE_CERTIFICATE, names::NODE_KEY, names::ROOT_CERTIFICATE];
+    let names = [
+        names::NODE_CERTIFICATE,
+        names::NODE_KEY,
+        names::ROOT_CERTIFICATE,
+    ];
     if !names.iter().any(|name| dir.join(name).exists()) {
         return Ok(None);
     }
-    let free = (1..).map(|number| dir.join(format!("old-identity-{number}"))).find(|folder| !folder.exists());
+    let free = (1..)
+        .map(|number| dir.join(format!("old-identity-{number}")))
+        .find(|folder| !folder.exists());
     let folder = free.expect("some number is free");
     files::create_private_dir(&folder)?;
     for name in names {

@@ -29,12 +29,13 @@ mod store;
 mod token;
 
 pub use admission::{
-    Admission, Authority, CERTIFICATE_DATES, DUPLICATE_IDENTITY, JoinAsk, Refusal, TOKEN_EXPIRED, TOKEN_UNKNOWN, TOKEN_USED,
+    Admission, Authority, CERTIFICATE_DATES, DUPLICATE_IDENTITY, JoinAsk, Refusal, TOKEN_EXPIRED,
+    TOKEN_UNKNOWN, TOKEN_USED,
 };
 pub use clock::MeshClock;
 pub use error::TrustError;
-pub use identity::{NodeIdentity, set_aside};
 pub(crate) use identity::NodeKey;
+pub use identity::{NodeIdentity, set_aside};
 pub use root::{Member, MeshRoot, Role, Validity};
 pub use store::{RETRY_WINDOW, TokenRecord, TokenStore, Use};
 pub use token::{JoinToken, ParseTokenError};

@@ -313,7 +313,10 @@ mod tests {
                 .redeem(&token.id(), token.secret(), "n", "n", now())
                 .expect("good");
             let late = store.redeem(&other.id(), other.secret(), "n", "n", now() + HOUR);
-            assert!(matches!(late, Err(Refusal::TokenExpired { .. })), "{late:?}");
+            assert!(
+                matches!(late, Err(Refusal::TokenExpired { .. })),
+                "{late:?}"
+            );
         }
     }
 

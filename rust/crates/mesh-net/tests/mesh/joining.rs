@@ -246,7 +246,9 @@ async fn a_renewed_certificate_replaces_the_old_one_and_keeps_the_node() {
     let worker = head.worker("laptop").await;
     let before = worker.identity.member();
     tokio::time::sleep(Duration::from_millis(1100)).await; // certificates count in seconds
-    renew(&[head.address], &worker.identity).await.expect("renews");
+    renew(&[head.address], &worker.identity)
+        .await
+        .expect("renews");
     let after = worker.identity.member();
     assert!(after.not_after > before.not_after);
     assert_eq!(
@@ -283,7 +285,9 @@ async fn an_ended_certificate_makes_no_link_but_can_be_renewed_within_the_grace(
         .await
         .expect_err("ended");
     assert!(error.to_string().contains("has to be renewed"), "{error}");
-    renew(&[head.address], &worker.identity).await.expect("renews");
+    renew(&[head.address], &worker.identity)
+        .await
+        .expect("renews");
     let (near, _far) = tokio::join!(
         connect(head.address, &worker.identity),
         head.listener.accept()

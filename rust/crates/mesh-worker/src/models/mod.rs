@@ -362,12 +362,12 @@ impl Models {
         for worker in found.unwrap_or_default() {
             let known = seats.iter().any(|other| other.node_id == worker.node_id);
             if worker.role == Role::Worker && !known && worker.node_id != own {
-                // Never sent to anybody: all addresses, as the peers' links read them.
-                let all: Vec<String> = worker.addresses.iter().map(|a| a.to_string()).collect();
+                let mut all = worker.addresses.iter().map(|address| address.to_string());
                 seats.push(Seat {
                     node_id: worker.node_id,
                     name: worker.name,
-                    address: all.join(","),
+                    address: all.next().unwrap_or_default(),
+                    addresses: all.collect(),
                 });
             }
         }

@@ -92,6 +92,7 @@ impl Mesh {
     fn seat(&self, node: usize) -> Seat {
         let node = &self.nodes[node];
         Seat {
+            addresses: Vec::new(),
             node_id: node.rings.node_id(),
             name: "a node".to_owned(),
             address: format!("127.0.0.1:{}", node.offer.ring_port),

@@ -174,6 +174,13 @@ impl Rings {
         }
     }
 
+    /// A worker that has just joined says that its machine has these addresses.
+    pub fn has_addresses(&mut self, node: &str, others: Vec<IpAddr>) {
+        if let Some(entry) = self.nodes.get_mut(node) {
+            entry.others = others;
+        }
+    }
+
     /// A worker is reached at this address from now on: the other members of its rings hear so.
     pub fn moved(&mut self, node: &str, ip: IpAddr) {
         let Some(entry) = self.nodes.get_mut(node).filter(|node| node.connected) else {
