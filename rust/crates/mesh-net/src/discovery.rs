@@ -50,8 +50,8 @@ pub struct DiscoveryError(#[from] mdns_sd::Error);
 pub struct Discovery {
     daemon: ServiceDaemon,
     found: watch::Receiver<Vec<Found>>,
-    /// This node's id, once it is announced.
-    own: Arc<OnceLock<String>>,
+    /// This node's id and role, once it is announced.
+    own: Arc<OnceLock<(String, Role)>>,
 }
 
 impl std::fmt::Debug for Discovery {
@@ -162,7 +162,7 @@ impl Discovery {
         .enable_addr_auto();
         self.daemon.register(service)?;
         // A node is announced once.
-        let _ = self.own.set(announcement.node_id.clone());
+        let _ = self.own.set((announcement.node_id.clone(), announcement.role));
         tracing::info!(
             service = SERVICE,
             role,
@@ -215,12 +215,10 @@ fn interfaces() -> nix::Result<Vec<String>> {
 }
 
 /// Says why probably nobody is found, for as long as that is so: soon, and then rarely.
-async fn warn_while_alone(mut found: watch::Receiver<Vec<Found>>, own: Arc<OnceLock<String>>) {
+async fn warn_while_alone(mut found: watch::Receiver<Vec<Found>>, own: Arc<OnceLock<(String, Role)>>) {
     let mut pause = FIRST_WARNING;
-    let others = |found: &Vec<Found>| {
-        let others = found.iter().filter(|node| own.get() != Some(&node.node_id));
-        others.count()
-    };
+    let is_other = |node: &&Found| own.get().is_none_or(|(own, _)| *own != node.node_id);
+    let others = |found: &Vec<Found>| found.iter().filter(is_other).count();
     loop {
         let somebody = found.wait_for(|found| others(found) > 0);
         match tokio::time::timeout(pause, somebody).await {
@@ -232,6 +230,10 @@ async fn warn_while_alone(mut found: watch::Receiver<Vec<Found>>, own: Arc<OnceL
                     "no node of this mesh found on the LAN by multicast DNS within {} s; {LIKELY_CAUSES}",
                     pause.as_secs()
                 );
+                // The workers of a head may all know its address.
+                if own.get().is_some_and(|(_, role)| *role == Role::Head) {
+                    return;
+                }
                 pause = (pause * 10).min(LATER_WARNINGS);
                 continue;
             }

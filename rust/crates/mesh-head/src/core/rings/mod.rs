@@ -129,7 +129,7 @@ pub struct Rings {
 }
 
 impl Rings {
-    /// No rings yet. `first_ring` must be greater than all ids that this head gave out in earlier lives.
+    /// No rings yet. Ids count up from `first_ring`, which must be far from those that this head gave out in earlier lives.
     pub fn new(settings: Settings, first_ring: u64) -> Self {
         Self {
             settings,
