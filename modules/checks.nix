@@ -140,8 +140,11 @@ in
         cfg.role != [ ]
       ))
       (assertion
-        ''a worker needs a head: set `headAddress = "host:7780"`, or add "head" to `role` to run one here''
-        (hasRole "worker" -> settings.worker ? head || settings.worker ? legacy.head)
+        ''a worker needs a head: set `headAddress = "host:7780"`, or `settings.worker.mdns = true` to find one on the LAN, or add "head" to `role` to run one here''
+        (
+          hasRole "worker"
+          -> settings.worker ? head || settings.worker ? legacy.head || settings.worker.mdns or false
+        )
       )
       (assertion
         ''`headAddress` is "${toString cfg.headAddress}"; write "host" or "host:7780", an IPv6 address in brackets''
@@ -217,7 +220,12 @@ in
         cfg.hfToken != null
       ) "`hfToken` lands in the Nix store, where everyone on this machine can read it; use `hfTokenFile`"
       ++
-        warning (hasRole "worker" && cfg.joinTokenFile == null && settings.worker ? head)
+        warning
+          (
+            hasRole "worker"
+            && cfg.joinTokenFile == null
+            && (settings.worker ? head || settings.worker.mdns or false)
+          )
           "the worker has no `joinTokenFile`; it runs only if it has joined the mesh before (`hydramesh token create` on the head makes a token)"
       ++ warning (
         hasRole "worker" && cfg.headAddress != null && !plan.headIsHere && plan.isLoopback headHost

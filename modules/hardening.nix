@@ -4,6 +4,8 @@
 {
   backend,
   lowPort,
+  # It lists the machine's interfaces.
+  netlink,
   wholeProc,
 }:
 let
@@ -40,7 +42,9 @@ in
     "AF_INET"
     "AF_INET6"
     "AF_UNIX"
-  ];
+  ]
+  # How interfaces and their addresses are listed.
+  ++ optional netlink "AF_NETLINK";
   RestrictNamespaces = true;
   RestrictRealtime = true;
   RestrictSUIDSGID = true;

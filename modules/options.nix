@@ -202,7 +202,7 @@ in
       worker = {
         http = mkPort 8081 "TCP port of the worker's health and metrics, on loopback.";
         dcf = mkPort 7779 "UDP port on which the worker takes tasks of v5.0.0 heads.";
-        ring = mkPort 7781 "UDP port on which a worker with `shards` takes other workers (QUIC).";
+        ring = mkPort 7781 "UDP port on which a worker with `shards`, or with models by a name, takes other workers (QUIC).";
       };
       shim.clients = mkPort 9999 "UDP port on which the shim takes DCF clients.";
     };
@@ -213,8 +213,9 @@ in
       example = true;
       description = ''
         Whether to open the firewall: for a head its UDP ports, and its HTTP port if that listens beyond loopback; for a shim
-        its UDP port. A worker dials the head and gets a port opened only for what makes others come: `shards` (other workers),
-        and of `settings.worker` the keys `legacy.head`, or an `http.listen` beyond loopback.
+        its UDP port; and 5353/udp for multicast DNS (`settings.head.mdns`, `settings.worker.mdns`). A worker dials the head and
+        gets a port opened only for what makes others come: `shards` and models by a name (other workers), and of
+        `settings.worker` the keys `legacy.head`, or an `http.listen` beyond loopback.
       '';
     };
 

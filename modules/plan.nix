@@ -66,6 +66,14 @@ let
   head = split (if cfg.headAddress == null then "" else cfg.headAddress);
   headIsHere = hasRole "head";
 
+  # Names of models that other workers are asked for: all that are no path.
+  sharesModels =
+    (cfg.settings.worker.store.peers or true)
+    && builtins.any (model: !(lib.hasPrefix "/" (toString model))) (
+      cfg.settings.worker.models or [ ] ++ cfg.settings.worker.shards or [ ]
+    );
+  usesMdns = role: hasRole role && (cfg.settings.${role}.mdns or false);
+
   # Every socket of every role here, as the settings say after all was merged.
   listener = role: name: protocol: address: {
     inherit role name protocol;
@@ -82,8 +90,8 @@ let
     ++ optional (hasRole "head") (listener "head" "quic.listen" "udp" headSettings.quic.listen)
     ++ optional (hasRole "worker") (listener "worker" "http.listen" "tcp" worker.http.listen)
     ++ optional (hasRole "worker") (listener "worker" "dcf.listen" "udp" worker.dcf.listen)
-    # A worker without shards does not listen there.
-    ++ optional (hasRole "worker" && worker.shards or [ ] != [ ]) (
+    # Other workers come for layers (shards) and for models that have a name, which workers give each other.
+    ++ optional (hasRole "worker" && (worker.shards or [ ] != [ ] || sharesModels)) (
       listener "worker" "ring.listen" "udp" worker.ring.listen
     )
     ++ optional (hasRole "shim") (listener "shim" "listen" "udp" shim.listen)
@@ -100,6 +108,7 @@ in
     isLoopback
     listeners
     split
+    usesMdns
     ;
 
   defaultPackage =
@@ -124,9 +133,9 @@ in
   settings = {
     head = mkIf (hasRole "head") {
       http.listen = mkDefault (join cfg.httpAddress cfg.ports.head.http);
-      dcf.clients = mkDefault (join "0.0.0.0" cfg.ports.head.clients);
-      dcf.workers = mkDefault (join "0.0.0.0" cfg.ports.head.workers);
-      quic.listen = mkDefault (join "0.0.0.0" cfg.ports.head.quic);
+      dcf.clients = mkDefault (join "::" cfg.ports.head.clients);
+      dcf.workers = mkDefault (join "::" cfg.ports.head.workers);
+      quic.listen = mkDefault (join "::" cfg.ports.head.quic);
     };
     worker = mkIf (hasRole "worker") (
       lib.mkMerge [
@@ -137,8 +146,8 @@ in
           model_dirs = mkDefault [ (toString cfg.localModels) ];
           local_models = mkDefault (toString cfg.localModels);
           http.listen = mkDefault (join "127.0.0.1" cfg.ports.worker.http);
-          dcf.listen = mkDefault (join "0.0.0.0" cfg.ports.worker.dcf);
-          ring.listen = mkDefault (join "0.0.0.0" cfg.ports.worker.ring);
+          dcf.listen = mkDefault (join "::" cfg.ports.worker.dcf);
+          ring.listen = mkDefault (join "::" cfg.ports.worker.ring);
         }
         (mkIf (cfg.headAddress != null) {
           head = mkDefault (join head.host (if head.port == null then 7780 else head.port));
@@ -150,7 +159,7 @@ in
     );
     shim = mkIf (hasRole "shim") (
       lib.mkMerge [
-        { listen = mkDefault (join "0.0.0.0" cfg.ports.shim.clients); }
+        { listen = mkDefault (join "::" cfg.ports.shim.clients); }
         (mkIf headIsHere {
           heads = mkDefault [ (join "127.0.0.1" (split cfg.settings.head.dcf.clients).port) ];
         })

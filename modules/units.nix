@@ -90,6 +90,8 @@ let
         hardening {
           backend = gpu role;
           lowPort = lowPort role;
+          # Multicast DNS needs the interfaces; a worker tells others all addresses that it has.
+          netlink = role == "worker" || plan.usesMdns role;
           # /proc/meminfo says how large the KV cache may be, /proc/cpuinfo which kernels the processor has.
           wholeProc = role == "worker";
         }
@@ -168,7 +170,8 @@ in
 
     networking.firewall = mkIf cfg.openFirewall {
       allowedTCPPorts = open "tcp";
-      allowedUDPPorts = open "udp";
+      allowedUDPPorts =
+        open "udp" ++ optional (plan.usesMdns "head" || plan.usesMdns "worker") 5353;
     };
   };
 }

@@ -135,9 +135,9 @@ in
     head = {
       state_dir = "/var/lib/hydramesh/head";
       http.listen = "0.0.0.0:8080";
-      dcf.clients = "0.0.0.0:7777";
-      dcf.workers = "0.0.0.0:7778";
-      quic.listen = "0.0.0.0:7780";
+      dcf.clients = "[::]:7777";
+      dcf.workers = "[::]:7778";
+      quic.listen = "[::]:7780";
     };
     worker = {
       state_dir = "/var/lib/hydramesh/worker";
@@ -148,12 +148,12 @@ in
       model_dirs = [ "/var/lib/hydramesh/local-models" ];
       local_models = "/var/lib/hydramesh/local-models";
       http.listen = "127.0.0.1:8081";
-      dcf.listen = "0.0.0.0:7779";
-      ring.listen = "0.0.0.0:7781";
+      dcf.listen = "[::]:7779";
+      ring.listen = "[::]:7781";
     };
     shim = {
       state_dir = "/var/lib/hydramesh/shim";
-      listen = "0.0.0.0:9999";
+      listen = "[::]:9999";
       heads = [ "127.0.0.1:7777" ];
       admit = "verified";
     };
@@ -588,13 +588,15 @@ in
       7777
       7778
       7780
+      7781
       9999
     ];
   };
-  "a worker needs no open port" =
+  "a worker needs no open port for files of its own" =
     is
       (evaluate (worker {
         openFirewall = true;
+        models = [ "/srv/models/m.gguf" ];
       })).config.networking.firewall
       {
         allowedTCPPorts = [ ];
@@ -604,6 +606,7 @@ in
     is
       (evaluate (worker {
         openFirewall = true;
+        models = [ "/srv/models/m.gguf" ];
         settings.worker.legacy.head = "old.lan:7778";
       })).config.networking.firewall.allowedUDPPorts
       [ 7779 ];
@@ -624,6 +627,57 @@ in
         settings.worker.shards = [ "big" ];
       })).config.networking.firewall.allowedUDPPorts
       [ 7781 ];
+  "a worker that shares models by name does, for other workers" =
+    is
+      (evaluate (worker {
+        openFirewall = true;
+        models = [ "organisation/model" ];
+      })).config.networking.firewall.allowedUDPPorts
+      [ 7781 ];
+  "and not if it shares none" =
+    is
+      (evaluate (worker {
+        openFirewall = true;
+        models = [ "organisation/model" ];
+        settings.worker.store.peers = false;
+      })).config.networking.firewall.allowedUDPPorts
+      [ ];
+  "multicast DNS needs its port" =
+    is
+      (evaluate (head {
+        openFirewall = true;
+        settings.head.mdns = true;
+      })).config.networking.firewall.allowedUDPPorts
+      [
+        7777
+        7778
+        7780
+        5353
+      ];
+  "multicast DNS needs to list interfaces" =
+    is
+      (map
+        (mdns: (services (head {
+          settings.head.mdns = mdns;
+        })).hydramesh-head.serviceConfig.RestrictAddressFamilies)
+        [
+          false
+          true
+        ]
+      )
+      [
+        [
+          "AF_INET"
+          "AF_INET6"
+          "AF_UNIX"
+        ]
+        [
+          "AF_INET"
+          "AF_INET6"
+          "AF_UNIX"
+          "AF_NETLINK"
+        ]
+      ];
   "the firewall follows the settings" =
     is
       (evaluate (head {
@@ -638,6 +692,10 @@ in
   "no role" = fails "`role` is empty" (with' { });
   "a worker without a head" = fails "a worker needs a head" (worker {
     headAddress = null;
+  });
+  "a worker that looks for its head on the LAN is complete" = silent (worker {
+    headAddress = null;
+    settings.worker.mdns = true;
   });
   "a worker without a model" = fails "a worker needs a model" (worker {
     models = [ ];
@@ -722,6 +780,7 @@ in
         ports.worker.ring = 7779;
       });
   "a ring's port without shards is nobody's" = silent (worker {
+    models = [ "/srv/models/m.gguf" ];
     ports.worker.ring = 7779;
   });
   "a model by a relative path" = fails "a relative path" (worker {

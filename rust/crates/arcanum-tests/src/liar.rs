@@ -35,7 +35,7 @@ impl Liar {
         let head = mesh.head.address("quic")?;
         let token = mesh.join_token().await?;
         let token = token.parse().map_err(|error| anyhow::anyhow!("{error}"))?;
-        let identity = quic::join(head, &token, Path::new(state.path()), name).await?;
+        let identity = quic::join(&[head], &token, Path::new(state.path()), name).await?;
         let loopback = "127.0.0.1:0".parse()?;
         let listener = Listener::bind(loopback, identity.clone(), None, LinkConfig::default())?;
         let port = listener.local_addr()?.port();

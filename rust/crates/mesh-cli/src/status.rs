@@ -47,6 +47,14 @@ fn show(registry: &Value, terminal: Terminal) -> String {
         registry["requests"]["running"].as_u64().unwrap_or(0),
         registry["requests"]["queued"].as_u64().unwrap_or(0)
     );
+    for warning in registry["warnings"].as_array().into_iter().flatten() {
+        // Names that workers gave themselves are in it.
+        let plain = warning
+            .as_str()
+            .unwrap_or_default()
+            .replace(char::is_control, " ");
+        text += &format!("warning: {plain}\n");
+    }
     if workers.is_empty() {
         text +=
             "No worker has joined. `hydramesh token create` makes a token with which one can.\n";
@@ -231,6 +239,17 @@ mod tests {
             assert!(line.contains(part), "{part} is not in {text}");
         }
         assert!(line.ends_with("c"), "{text}");
+    }
+
+    #[test]
+    fn warnings_come_first() {
+        let registry = json!({"mesh": "attic", "warnings": ["worker `a`: its clock\u{1b} is off"], "workers": []});
+        let text = show(&registry, Terminal::new(Color::Never));
+        assert_eq!(
+            text.lines().nth(1),
+            Some("warning: worker `a`: its clock  is off"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -6,12 +6,13 @@
 //! is echoed.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use dcf::chunk::{Chunk, ChunkError, Limits, Reassembler};
 use dcf::{ErrorCode, Message, MsgType};
+use mesh_base::{addresses, listen};
 use serde_json::Value;
 use socket2::SockRef;
 use tokio::net::UdpSocket;
@@ -40,7 +41,8 @@ pub struct Answer {
 }
 
 impl DcfClient {
-    /// A socket toward `target` (`host:port`).
+    /// A socket toward `target` (`host:port`). Where the name has several addresses, all are asked whether somebody is there,
+    /// and the first that answers is used.
     ///
     /// # Errors
     /// If the name does not resolve or no socket can be had.
@@ -49,18 +51,22 @@ impl DcfClient {
             address: target.to_owned(),
             reason,
         };
-        let address = tokio::net::lookup_host(target)
+        let found = addresses::resolve(target)
             .await
-            .map_err(|error| unreachable(error.to_string()))?
-            .next()
-            .ok_or_else(|| unreachable("the name has no address".to_owned()))?;
-        let any: IpAddr = match address {
-            SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+            .map_err(|error| unreachable(error.to_string()))?;
+        let mut failed = None;
+        let mut sockets = Vec::new();
+        for address in found {
+            match connected(address).await {
+                Ok(socket) => sockets.push((address, socket)),
+                // A machine without IPv6 has no way to such an address.
+                Err(error) => failed = Some(unreachable(error.to_string())),
+            }
+        }
+        let Some((address, socket)) = first_to_answer(sockets).await else {
+            let nobody = || unreachable("nothing listens on that UDP port".to_owned());
+            return Err(failed.unwrap_or_else(nobody));
         };
-        let socket = UdpSocket::bind((any, 0)).await?;
-        // Connected, so that the system tells us when nothing listens there, and drops what others send.
-        socket.connect(address).await?;
         // A long answer comes faster than a busy program reads. The system gives what its limits allow.
         let _ = SockRef::from(&socket).set_recv_buffer_size(RECV_BUFFER);
         Ok(Self {
@@ -203,6 +209,51 @@ impl DcfClient {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+/// Connected, so that the system tells us when nothing listens there, and drops what others send.
+async fn connected(address: SocketAddr) -> std::io::Result<UdpSocket> {
+    let socket = UdpSocket::bind(listen::toward(address)).await?;
+    socket.connect(address).await?;
+    Ok(socket)
+}
+
+/// The first of several sockets whose peer answers; where none does in time, the first whose peer does not refuse: one of DCF
+/// v5.0.0 answers no Health. `None`: all refuse.
+async fn first_to_answer(
+    mut sockets: Vec<(SocketAddr, UdpSocket)>,
+) -> Option<(SocketAddr, UdpSocket)> {
+    let question = Message::new(MsgType::HEALTH, 0, now_us(), Bytes::new()).encode_datagram();
+    let deadline = tokio::time::Instant::now() + PROBE_TIME;
+    let refused = |result: std::io::Result<usize>| {
+        result.is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
+    };
+    let mut asked = 0;
+    // One alone is used as it is: its task finds out.
+    while sockets.len() > 1 && tokio::time::Instant::now() < deadline {
+        let mut answered = None;
+        let mut buffer = [0; 64];
+        let ask_again = asked % PROBES_BETWEEN == 0;
+        asked += 1;
+        let mut index = 0;
+        while index < sockets.len() && answered.is_none() {
+            let socket = &sockets[index].1;
+            let lost = ask_again && refused(socket.send(&question).await);
+            let received = socket.try_recv(&mut buffer);
+            if received.is_ok() {
+                answered = Some(index);
+            } else if lost || refused(received) {
+                drop(sockets.remove(index));
+            } else {
+                index += 1;
+            }
+        }
+        if let Some(index) = answered {
+            return Some(sockets.swap_remove(index));
+        }
+        tokio::time::sleep(PROBE_PAUSE).await;
+    }
+    (!sockets.is_empty()).then(|| sockets.swap_remove(0))
 }
 
 /// Why a task over DCF/UDP has no answer.
@@ -471,6 +522,12 @@ const FIRST_REPEAT: Duration = Duration::from_millis(500);
 const LONGEST_REPEAT: Duration = Duration::from_secs(5);
 const RECV_BUFFER: usize = 4 << 20;
 
+/// How long several addresses may take to answer.
+const PROBE_TIME: Duration = Duration::from_millis(500);
+const PROBE_PAUSE: Duration = Duration::from_millis(5);
+/// Looks between two questions.
+const PROBES_BETWEEN: u32 = 20;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -627,6 +684,43 @@ mod tests {
         };
         assert_eq!(reply.kind, MsgType::CHALLENGE_REPLY);
         assert_eq!(&reply.payload[..], [1, 2, 3]);
+    }
+
+    #[tokio::test]
+    async fn of_several_addresses_the_one_that_answers_is_used() {
+        let (silent, there) = (
+            UdpSocket::bind("[::1]:0").await.expect("a port"),
+            UdpSocket::bind("127.0.0.1:0").await.expect("a port"),
+        );
+        let closed = UdpSocket::bind("127.0.0.1:0").await.expect("a port");
+        let gone = closed.local_addr().expect("bound");
+        drop(closed);
+        let address = |socket: &UdpSocket| socket.local_addr().expect("bound");
+        let (silent_at, there_at) = (address(&silent), address(&there));
+        let sockets = |all: Vec<SocketAddr>| async move {
+            let mut sockets = Vec::new();
+            for address in all {
+                sockets.push((address, connected(address).await.expect("a socket")));
+            }
+            sockets
+        };
+        let answer = tokio::spawn(async move {
+            let (_, from) = there.recv_from(&mut [0; 64]).await.expect("a question");
+            there.send_to(b"yes", from).await.expect("sent");
+        });
+        let all = sockets(vec![gone, silent_at, there_at]).await;
+        let chosen = first_to_answer(all).await.map(|(address, _)| address);
+        assert_eq!(chosen, Some(there_at));
+        answer.await.expect("answered");
+        // One that cannot answer the question is used if no other is left, and in the end anyway.
+        let all = sockets(vec![gone, silent_at]).await;
+        let chosen = first_to_answer(all).await.map(|(address, _)| address);
+        assert_eq!(chosen, Some(silent_at));
+        assert!(
+            first_to_answer(sockets(vec![gone, gone]).await)
+                .await
+                .is_none_or(|(a, _)| a == gone)
+        );
     }
 
     #[tokio::test]

@@ -272,7 +272,7 @@ impl Config {
     /// [`Unsound`] says which keys contradict each other.
     pub fn check(&self) -> Result<(), Unsound> {
         let http = &self.http;
-        if !http.listen.ip().is_loopback()
+        if !http.listen.ip().to_canonical().is_loopback()
             && http.api_keys_file.is_none()
             && !http.allow_unauthenticated
         {
@@ -386,13 +386,13 @@ pub struct ListenFlags {
     /// OpenAI API [default: 127.0.0.1:8080]
     #[arg(long, value_name = "ADDRESS")]
     pub http: Option<SocketAddr>,
-    /// DCF clients, UDP [default: 0.0.0.0:7777]
+    /// DCF clients, UDP [default: [::]:7777]
     #[arg(long, value_name = "ADDRESS")]
     pub dcf_clients: Option<SocketAddr>,
-    /// Worker bus, UDP [default: 0.0.0.0:7778]
+    /// Worker bus, UDP [default: [::]:7778]
     #[arg(long, value_name = "ADDRESS")]
     pub dcf_workers: Option<SocketAddr>,
-    /// Links of workers, QUIC [default: 0.0.0.0:7780]
+    /// Links of workers, QUIC [default: [::]:7780]
     #[arg(long, value_name = "ADDRESS")]
     pub quic: Option<SocketAddr>,
 }
@@ -410,9 +410,10 @@ impl ListenFlags {
         .into_iter()
         .map(|(variable, key, default)| {
             // Joined as text, so that a port that is none is refused with the variable's name.
-            let address = std::env::var(variable)
-                .ok()
-                .map(|port| format!("{}:{}", default.ip(), port.trim()));
+            let address = std::env::var(variable).ok().map(|port| match default.ip() {
+                IpAddr::V4(ip) => format!("{ip}:{}", port.trim()),
+                IpAddr::V6(ip) => format!("[{ip}]:{}", port.trim()),
+            });
             (variable, key, address)
         })
         .collect()
@@ -443,7 +444,7 @@ fn loopback(port: u16) -> SocketAddr {
 }
 
 fn anywhere(port: u16) -> SocketAddr {
-    SocketAddr::from((Ipv4Addr::UNSPECIFIED, port))
+    mesh_base::listen::anywhere(port)
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use dcf::{ErrorCode, Message, MsgType};
 use mesh_net::quic::{Link, Listener, MsgStream, StreamFailure, probe};
 use mesh_net::seal::Opener;
-use mesh_net::trust::Role;
+use mesh_net::trust::{DUPLICATE_IDENTITY, Role};
 use mesh_proto::{
     Embed, EmbedInput, EmbedText, Generate, GenerateParams, Hello, Load, ModelKind, Models, Offer,
     PROTOCOL_VERSION, Progress, Prompt, RequestPhase, RingState, Served, Welcome,
@@ -59,6 +59,10 @@ enum LinkError {
     Stream(#[from] StreamFailure),
     #[error("the session has no key: {0}")]
     Key(String),
+    #[error("{0}")]
+    Duplicate(String),
+    #[error("the worker's earlier process still finishes its answers")]
+    StillDraining,
 }
 
 impl LinkError {
@@ -69,6 +73,8 @@ impl LinkError {
             Self::NoHello(_) => ErrorCode::INVALID_PAYLOAD,
             Self::Version(_) => ErrorCode::VERSION_MISMATCH,
             Self::Stream(_) | Self::Key(_) => ErrorCode::INTERNAL,
+            Self::Duplicate(_) => DUPLICATE_IDENTITY,
+            Self::StillDraining => ErrorCode::DRAINING,
         }
     }
 }
@@ -82,11 +88,20 @@ async fn serve_link(
     if link.role() != Role::Worker {
         return Err(LinkError::Role(link.role().as_str()));
     }
-    let (mut control, hello) = timeout(HELLO_TIMEOUT, receive_hello(link))
+    let (mut control, hello, said_at) = timeout(HELLO_TIMEOUT, receive_hello(link))
         .await
         .map_err(|_| LinkError::Silent)??;
     if hello.protocol != PROTOCOL_VERSION {
         return Err(LinkError::Version(hello.protocol));
+    }
+    if let Err(refusal) = admit_one(mesh, link, &hello).await {
+        let text = refusal.to_string();
+        let message = Message::error(0, timestamp_us(), refusal.code(), &text);
+        // The words that a worker of any version shows, before the link goes.
+        if control.send(message).await.is_ok() && control.finish().is_ok() {
+            let _ = timeout(REFUSAL_TIMEOUT, link.closed()).await;
+        }
+        return Err(refusal);
     }
     let session = ids::unique();
     let key = link
@@ -116,6 +131,7 @@ async fn serve_link(
     info!(worker = hello.node_name, node = link.node_id(), address = %link.remote_addr(), ?models, "worker joined");
     let (sender, orders) = mpsc::channel(ORDERS);
     let id = mesh.join(link, hello, sender);
+    mesh.clock_heard(id, said_at);
     mesh.sessions.open(session, id, Opener::new(&key, session));
     let prober = tokio::spawn(prove(mesh.clone(), id, link.clone()));
     let probed = tokio::spawn(answer_probes(link.clone()));
@@ -132,14 +148,30 @@ async fn serve_link(
     Ok(reason)
 }
 
-async fn receive_hello(link: &Link) -> Result<(MsgStream, Hello), LinkError> {
+/// Refuses a worker whose identity another machine uses that is connected and answers. A worker that comes back, after a
+/// crash or from another address, finds its earlier link dead or its own.
+async fn admit_one(mesh: &Mesh, link: &Link, hello: &Hello) -> Result<(), LinkError> {
+    let Some(rival) = mesh.rival(link.node_id(), hello.instance) else {
+        return Ok(());
+    };
+    if !rival.link.answers(RIVAL_TIMEOUT).await {
+        return Ok(());
+    }
+    if rival.draining {
+        return Err(LinkError::StillDraining);
+    }
+    let text = mesh.refused_duplicate(&rival, link.remote_addr(), &hello.host);
+    Err(LinkError::Duplicate(text))
+}
+
+async fn receive_hello(link: &Link) -> Result<(MsgStream, Hello, u64), LinkError> {
     let mut control = link.accept().await?;
     let message = control.recv().await?.ok_or(LinkError::Silent)?;
     if message.kind != MsgType::HELLO {
         return Err(LinkError::NoHello(message.kind));
     }
     let hello = Hello::decode(message.payload).map_err(|_| LinkError::NoHello(MsgType::HELLO))?;
-    Ok((control, hello))
+    Ok((control, hello, message.timestamp_us))
 }
 
 async fn follow_control(
@@ -149,6 +181,9 @@ async fn follow_control(
     mut orders: mpsc::Receiver<Message>,
 ) -> Result<(), StreamFailure> {
     let (mut send, mut recv) = control.split();
+    let first = tokio::time::Instant::now() + CLOCK_INTERVAL;
+    let mut clock = tokio::time::interval_at(first, CLOCK_INTERVAL);
+    clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             received = recv.recv() => {
@@ -176,6 +211,13 @@ async fn follow_control(
                     },
                     // A newer worker may say more than this head understands.
                     other => debug!(kind = %other, "unexpected on a control stream"),
+                }
+            }
+            // Its timestamp tells the worker this head's time, by which its certificate is renewed.
+            _ = clock.tick() => {
+                let message = Message::new(MsgType::HEALTH, 0, timestamp_us(), Bytes::new());
+                if let Ok(sent) = timeout(ORDER_TIMEOUT, send.send(message)).await {
+                    sent?;
                 }
             }
             order = orders.recv() => match order {
@@ -470,6 +512,11 @@ pub const HEARTBEAT_LABEL: &str = "hydramesh heartbeat";
 fn heartbeat(worker_timeout: Duration) -> Duration {
     Duration::from_secs(2).min(worker_timeout / 4)
 }
+/// How often a worker is told this head's time.
+const CLOCK_INTERVAL: Duration = Duration::from_secs(10);
+/// How long the worker that is connected may take to show that it lives, when another one comes with its identity.
+const RIVAL_TIMEOUT: Duration = Duration::from_secs(1);
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(2);
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 const PROOF_PAUSE: Duration = Duration::from_secs(1);
 /// Orders that wait to be sent to a worker. They come with decisions, not with requests.

@@ -6,18 +6,21 @@ mod models;
 mod rings;
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use dcf::{ErrorCode, Message};
+use mesh_base::clock;
 use mesh_net::quic::Link;
+use mesh_net::trust::DUPLICATE_IDENTITY;
 use mesh_proto::{Hello, Load, ModelKind};
 use mesh_service::health::Health;
 use mesh_service::shutdown::Shutdown;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::config::Config;
+use crate::core::duplicates::{Duplicate, Duplicates, Machine};
 use crate::core::fair::Ingress;
 use crate::core::placement::{Asked, Ended, Placed, Placement, Refusal, Ticket};
 use crate::core::registry::{Registry, ServedModel, Worker, WorkerId};
@@ -50,6 +53,8 @@ pub struct Mesh {
     pub sessions: Sessions,
     /// When the head started.
     pub started: SystemTime,
+    /// The same by a clock that nobody sets.
+    pub running_since: Instant,
     state: Mutex<State>,
     /// Told whenever a ring's members or driver changed.
     ring_changes: watch::Sender<()>,
@@ -62,6 +67,9 @@ struct State {
     placement: Placement,
     rings: Rings,
     tracker: Tracker,
+    duplicates: Duplicates,
+    /// When links were last looked at.
+    links_seen: Option<Instant>,
     /// When the gauges of rings were last set.
     gauged: Option<Instant>,
     /// When it was last looked who had been heard.
@@ -80,6 +88,22 @@ struct Peer {
     /// Packets that have come from it, and when there was a new one.
     heard_packets: u64,
     heard: Instant,
+    /// The worker's process; 0 is unknown.
+    instance: u64,
+    /// Host name of its machine.
+    host: String,
+}
+
+/// A worker that is connected with the identity of one that connects.
+#[derive(Debug)]
+pub struct Rival {
+    /// Its link.
+    pub link: Link,
+    /// It finishes what runs and will leave.
+    pub draining: bool,
+    name: String,
+    host: String,
+    orders: mpsc::Sender<Message>,
 }
 
 /// Who serves a model.
@@ -125,6 +149,8 @@ impl Mesh {
             placement,
             rings,
             tracker: Tracker::new(),
+            duplicates: Duplicates::default(),
+            links_seen: None,
             gauged: None,
             listened: None,
             peers: BTreeMap::new(),
@@ -140,6 +166,7 @@ impl Mesh {
             bus,
             sessions: Sessions::default(),
             started: SystemTime::now(),
+            running_since: Instant::now(),
             state: Mutex::new(state),
             ring_changes: watch::Sender::new(()),
             saving: tokio::sync::Mutex::default(),
@@ -265,6 +292,8 @@ impl Mesh {
     /// Enters a worker that said Hello on this link.
     pub fn join(&self, link: &Link, hello: Hello, orders: mpsc::Sender<Message>) -> WorkerId {
         let now = Instant::now();
+        let (instance, host) = (hello.instance, hello.host.chars().take(64).collect());
+        let others = other_addresses(&hello.addresses, link.remote_addr().ip());
         let mut state = self.lock();
         let whole = hello.models.iter().map(|card| card.name.clone()).collect();
         let (id, replaced) =
@@ -279,12 +308,14 @@ impl Mesh {
             name.clone_from(&worker.name);
         }
         state.tracker.joined(link.node_id(), &name, link.local_ip());
+        state.tracker.has_addresses(link.node_id(), others.clone());
         let arrival = Arrival {
             name,
             whole,
             head_ip: link.local_ip(),
         };
         state.rings.joined(link.node_id(), arrival, now);
+        state.rings.has_addresses(link.node_id(), others);
         if let Some(old) = replaced.and_then(|old| state.peers.remove(&old)) {
             old.link
                 .close(ErrorCode::CANCELLED, "this node has connected again");
@@ -296,10 +327,103 @@ impl Mesh {
                 orders,
                 heard_packets: 0,
                 heard: now,
+                instance,
+                host,
             },
         );
         self.turn(&mut state, now);
         id
+    }
+
+    /// The worker that is connected as this node, unless it is the same process: that has lost its earlier link.
+    pub fn rival(&self, node: &str, instance: u64) -> Option<Rival> {
+        let state = self.lock();
+        let worker = state.placement.registry.of_node(node)?;
+        let peer = state.peers.get(&worker.id)?;
+        let same = instance != 0 && peer.instance == instance;
+        (!same && peer.link.close_reason().is_none()).then(|| Rival {
+            link: peer.link.clone(),
+            draining: worker.draining,
+            name: worker.name.clone(),
+            host: peer.host.clone(),
+            orders: peer.orders.clone(),
+        })
+    }
+
+    /// A second machine with the identity of `rival` was refused: both hear so. Returns what the newcomer is told.
+    pub fn refused_duplicate(&self, rival: &Rival, newcomer: SocketAddr, host: &str) -> String {
+        let now = Instant::now();
+        let machine = |address, host: &str| Machine {
+            address,
+            host: host.chars().take(64).filter(|c| !c.is_control()).collect(),
+        };
+        let kept = machine(rival.link.remote_addr(), &rival.host);
+        let refused = machine(newcomer, host);
+        let node = rival.link.node_id();
+        let mut state = self.lock();
+        let news = state
+            .duplicates
+            .refused(node, &rival.name, kept, refused, now);
+        let text = state.duplicates.advice(node).unwrap_or_default();
+        drop(state);
+        self.metrics.duplicate(&rival.name);
+        if news {
+            tracing::error!(node, "{text}");
+            let message = Message::error(0, timestamp_us(), DUPLICATE_IDENTITY, &text);
+            // One that takes no orders is dropped elsewhere.
+            let _ = rival.orders.try_send(message);
+        }
+        text
+    }
+
+    /// Identities that several machines have.
+    pub fn duplicates(&self) -> Vec<Duplicate> {
+        self.lock().duplicates.view(Instant::now())
+    }
+
+    /// What an operator should know and mend, in words.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut state = self.lock();
+        let duplicates = state.duplicates.view(Instant::now());
+        let mut warnings: Vec<String> = duplicates.iter().map(Duplicate::advice).collect();
+        if clock::is_implausible(SystemTime::now()) {
+            warnings.push(format!(
+                "this head's clock says {}, which is wrong; set it, for example with `timedatectl set-ntp true`",
+                clock::utc(SystemTime::now())
+            ));
+        }
+        for worker in state.placement.registry.iter() {
+            if worker.clock_offset.abs() > CLOCK_TOLERANCE {
+                warnings.push(format!(
+                    "worker `{}`: its clock is {} by this head's, which says {}; set the one that is wrong, for example with `timedatectl set-ntp true`",
+                    worker.name,
+                    clock::offset(worker.clock_offset),
+                    clock::utc(SystemTime::now())
+                ));
+            }
+        }
+        warnings
+    }
+
+    /// A worker's message with this timestamp came just now.
+    pub fn clock_heard(&self, id: WorkerId, timestamp_us: u64) {
+        // v5.0.0 peers may send 0.
+        if timestamp_us == 0 {
+            return;
+        }
+        let offset = (timestamp_us as f64 - self::timestamp_us() as f64) / 1e6;
+        self.with_worker(id, |worker| {
+            let was_off = worker.clock_offset.abs() > CLOCK_TOLERANCE;
+            worker.clock_offset = offset;
+            if offset.abs() > CLOCK_TOLERANCE && !was_off {
+                tracing::warn!(
+                    worker = worker.name,
+                    clock = clock::utc(SystemTime::now()),
+                    "the worker's clock is {} by this head's; set the one that is wrong, for example with `timedatectl set-ntp true`",
+                    clock::offset(offset)
+                );
+            }
+        });
     }
 
     /// A worker's link is closed.
@@ -348,6 +472,7 @@ impl Mesh {
         let now = Instant::now();
         let mut state = self.lock();
         state.listen(now);
+        self.look_at_links(&mut state, now);
         let pruned = state.placement.prune(now);
         let peers: Vec<Peer> = pruned
             .iter()
@@ -389,6 +514,36 @@ impl Mesh {
         let state = self.lock();
         let peer = state.peers.get(&id);
         peer.is_some_and(|peer| peer.heard.elapsed() < HEARD)
+    }
+
+    /// Every packet of a link was authenticated: it tells where the worker is.
+    fn look_at_links(&self, state: &mut State, now: Instant) {
+        let fresh = |at: Instant| now.saturating_duration_since(at) < LINK_LOOK;
+        if state.links_seen.is_some_and(fresh) {
+            return;
+        }
+        state.links_seen = Some(now);
+        let mut moved = Vec::new();
+        for (id, peer) in &state.peers {
+            let address = peer.link.remote_addr();
+            if let Some(before) = state.placement.registry.moved(*id, address) {
+                tracing::info!(worker = peer.link.node_name(), %before, %address, "the worker has moved");
+                if before.ip() != address.ip() {
+                    moved.push((peer.link.node_id().to_owned(), address.ip()));
+                }
+            }
+        }
+        for (node, ip) in moved {
+            state.rings.moved(&node, ip);
+            state.tracker.moved(&node, ip);
+        }
+        let offsets = state
+            .placement
+            .registry
+            .iter()
+            .filter(|worker| !worker.is_legacy());
+        self.metrics
+            .clocks(offsets.map(|worker| (worker.name.clone(), worker.clock_offset)));
     }
 
     /// Looks at the registry.
@@ -531,7 +686,7 @@ impl State {
             }
         }
         for (id, peer) in &mut self.peers {
-            let packets = peer.link.heard_packets();
+            let packets = peer.link.packets_received();
             if packets != peer.heard_packets {
                 peer.heard_packets = packets;
                 peer.heard = now;
@@ -626,4 +781,49 @@ pub fn timestamp_us() -> u64 {
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// Addresses that a worker says it has, but for the one that it is seen at and those that lead to nobody or to everybody. One
+/// on the head's own machine is reached where the head is.
+fn other_addresses(said: &[String], seen: IpAddr) -> Vec<IpAddr> {
+    if seen.is_loopback() {
+        return Vec::new();
+    }
+    let usable = |ip: &IpAddr| {
+        let link_local = matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
+        !ip.is_unspecified() && !ip.is_multicast() && !ip.is_loopback() && !link_local
+    };
+    let parsed = said.iter().filter_map(|text| text.parse::<IpAddr>().ok());
+    let parsed = parsed.map(|ip| ip.to_canonical()).filter(usable);
+    parsed.filter(|ip| *ip != seen).take(MOST_ADDRESSES).collect()
+}
+
+/// Other addresses of one worker that are passed on.
+const MOST_ADDRESSES: usize = 7;
+
+/// How often links are asked for signs of life and addresses.
+const LINK_LOOK: Duration = Duration::from_millis(500);
+
+/// Clocks that are further apart, in seconds, are reported.
+const CLOCK_TOLERANCE: f64 = 60.0;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_addresses_that_lead_to_a_worker_are_passed_on() {
+        let said: Vec<String> = [
+            "10.0.0.5", "10.0.0.7", "fe80::1", "fd00::7", "127.0.0.1", "224.0.0.1", "::ffff:10.0.0.8", "no", "0.0.0.0",
+        ]
+        .map(str::to_owned)
+        .to_vec();
+        let seen = IpAddr::from([10, 0, 0, 5]);
+        let others: Vec<String> =
+            other_addresses(&said, seen).iter().map(|ip| ip.to_string()).collect();
+        assert_eq!(others, ["10.0.0.7", "fd00::7", "10.0.0.8"]);
+        assert!(other_addresses(&said, IpAddr::from([127, 0, 0, 1])).is_empty());
+        let many: Vec<String> = (1..99).map(|last| format!("10.0.1.{last}")).collect();
+        assert_eq!(other_addresses(&many, seen).len(), MOST_ADDRESSES);
+    }
 }

@@ -133,6 +133,8 @@ pub struct HeadMetrics {
     gaps: Family<ModelLabel, Histogram, fn() -> Histogram>,
     rings: RingGauges,
     bad_sources: Family<WorkerLabel, Counter>,
+    duplicates: Family<WorkerLabel, Counter>,
+    clocks: ClockGauges,
 }
 
 impl HeadMetrics {
@@ -160,6 +162,8 @@ impl HeadMetrics {
             gaps: Family::new_with_constructor(|| Histogram::new(DURATIONS)),
             rings: RingGauges::default(),
             bad_sources: Family::default(),
+            duplicates: Family::default(),
+            clocks: ClockGauges::default(),
         };
         let this = &metrics;
         registry.register(
@@ -258,6 +262,12 @@ impl HeadMetrics {
             "Reports that a worker sent something else than a model's manifest says, by that worker",
             this.bad_sources.clone(),
         );
+        registry.register(
+            "duplicate_identities",
+            "Connections refused because another machine is connected with the same identity, by worker",
+            this.duplicates.clone(),
+        );
+        registry.register_collector(Box::new(this.clocks.clone()));
         metrics
     }
 
@@ -309,6 +319,21 @@ impl HeadMetrics {
         self.bad_sources
             .get_or_create(&WorkerLabel { worker })
             .inc();
+    }
+
+    /// A second machine with the identity of this worker was refused.
+    pub fn duplicate(&self, worker: &str) {
+        let worker = worker.to_owned();
+        self.duplicates.get_or_create(&WorkerLabel { worker }).inc();
+    }
+
+    /// How far the clocks of all workers are ahead of this head's, in seconds.
+    pub fn clocks(&self, offsets: impl Iterator<Item = (String, f64)>) {
+        let fresh = ClockFamily::default();
+        for (worker, offset) in offsets {
+            fresh.get_or_create(&WorkerLabel { worker }).set(offset);
+        }
+        *self.clocks.0.lock().unwrap_or_else(PoisonError::into_inner) = fresh;
     }
 
     /// A ring lost members and goes on with others.
@@ -409,6 +434,24 @@ impl Collector for RingGauges {
     }
 }
 
+/// Offsets of the workers' clocks, replaced together, so that those of workers that left are gone.
+#[derive(Debug, Clone, Default)]
+struct ClockGauges(Arc<Mutex<ClockFamily>>);
+
+type ClockFamily = Family<WorkerLabel, Gauge<f64, std::sync::atomic::AtomicU64>>;
+
+impl Collector for ClockGauges {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let family = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        family.encode(encoder.encode_descriptor(
+            "worker_clock_offset",
+            "How far a worker's clock is ahead of this head's",
+            Some(&Unit::Seconds),
+            family.metric_type(),
+        )?)
+    }
+}
+
 /// What became of a socket's datagrams.
 #[derive(Debug, Clone)]
 pub struct DatagramCounters {
@@ -442,6 +485,8 @@ mod tests {
         head.failover("m");
         head.suspicion(Verdict::Doubted);
         head.ring_gap("m", Duration::from_millis(300));
+        head.duplicate("pi");
+        head.clocks([("pi".to_owned(), -90.5)].into_iter());
         let text = metrics.encode();
         for line in [
             "hydramesh_head_requests_total{front=\"Dcf\",outcome=\"Complete\"} 1",
@@ -451,6 +496,8 @@ mod tests {
             "hydramesh_head_ring_failovers_total{model=\"m\"} 1",
             "hydramesh_head_ring_suspicions_total{verdict=\"Doubted\"} 1",
             "hydramesh_head_ring_gap_seconds_count{model=\"m\"} 1",
+            "hydramesh_head_duplicate_identities_total{worker=\"pi\"} 1",
+            "hydramesh_head_worker_clock_offset_seconds{worker=\"pi\"} -90.5",
         ] {
             assert!(text.contains(line), "{line} is not in\n{text}");
         }

@@ -124,6 +124,7 @@ impl WorkerBus {
         };
         match Load::decode(plaintext) {
             Ok(load) => {
+                self.mesh.clock_heard(worker, message.timestamp_us);
                 self.mesh.report(worker, load);
                 &self.counters.accepted
             }

@@ -1,6 +1,6 @@
 //! What answers say, beside their bodies: entity tags, pauses, redirects, why not.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use reqwest::header::{self, HeaderMap, HeaderName, HeaderValue};
@@ -64,8 +64,20 @@ impl Failure {
             }
             source = cause.source();
         }
-        Failure::transient(reason)
+        Failure::transient(with_clock(reason, SystemTime::now()))
     }
+}
+
+/// A server's certificate is rarely out of date; this machine's clock is more often wrong.
+fn with_clock(reason: String, now: SystemTime) -> String {
+    let about_dates = ["certificate expired", "certificate not valid yet"];
+    if !about_dates.iter().any(|words| reason.contains(words)) {
+        return reason;
+    }
+    format!(
+        "{reason}; this machine's clock says {}: if that is wrong, set it, for example with `timedatectl set-ntp true`",
+        mesh_base::clock::utc(now)
+    )
 }
 
 /// Where a redirect leads.
@@ -161,6 +173,14 @@ mod tests {
 
     fn headers(name: HeaderName, value: &'static str) -> HeaderMap {
         HeaderMap::from_iter([(name, HeaderValue::from_static(value))])
+    }
+
+    #[test]
+    fn a_certificate_that_seems_out_of_date_points_to_the_clock() {
+        let text = |reason: &str| with_clock(reason.to_owned(), SystemTime::UNIX_EPOCH);
+        let reason = "invalid peer certificate: certificate not valid yet: verification time 0 (UNIX)";
+        assert!(text(reason).contains("this machine's clock says 1970-01-01"));
+        assert_eq!(text("connection refused"), "connection refused");
     }
 
     #[test]

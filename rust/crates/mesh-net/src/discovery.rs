@@ -5,8 +5,10 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
-use mdns_sd::{ResolvedService, ServiceDaemon, ServiceEvent, ServiceInfo};
+use mdns_sd::{DaemonEvent, ResolvedService, ServiceDaemon, ServiceEvent, ServiceInfo};
 use tokio::sync::watch;
 
 use crate::trust::Role;
@@ -48,6 +50,8 @@ pub struct DiscoveryError(#[from] mdns_sd::Error);
 pub struct Discovery {
     daemon: ServiceDaemon,
     found: watch::Receiver<Vec<Found>>,
+    /// This node's id and role, once it is announced.
+    own: Arc<OnceLock<(String, Role)>>,
 }
 
 impl std::fmt::Debug for Discovery {
@@ -65,9 +69,45 @@ impl Discovery {
     /// If this machine does not let it.
     pub fn start(root: &[u8; 32]) -> Result<Self, DiscoveryError> {
         let daemon = ServiceDaemon::new()?;
+        let news = daemon.monitor()?;
         let events = daemon.browse(SERVICE)?;
+        tokio::spawn(async move {
+            // Ends with the daemon.
+            while let Ok(event) = news.recv_async().await {
+                match event {
+                    DaemonEvent::Error(error) => tracing::warn!(%error, "multicast DNS"),
+                    DaemonEvent::IpAdd(address) => {
+                        tracing::info!(%address, "multicast DNS uses this address");
+                    }
+                    DaemonEvent::IpDel(address) => {
+                        tracing::info!(%address, "multicast DNS no longer uses this address");
+                    }
+                    DaemonEvent::Announce(service, to) => {
+                        tracing::debug!(service, to, "announced by multicast DNS");
+                    }
+                    _ => {}
+                }
+            }
+        });
         let (sender, found) = watch::channel(Vec::new());
         let mesh = hex(root);
+        let own = Arc::new(OnceLock::new());
+        tokio::spawn(warn_while_alone(found.clone(), own.clone()));
+        match interfaces() {
+            Ok(interfaces) if interfaces.is_empty() => tracing::warn!(
+                "multicast DNS finds nobody: no interface of this machine is up and multicasts"
+            ),
+            Ok(interfaces) => tracing::info!(
+                service = SERVICE,
+                mesh = &mesh[..16],
+                interfaces = interfaces.join(", "),
+                "looking for nodes of this mesh on the LAN by multicast DNS"
+            ),
+            Err(error) => tracing::warn!(
+                %error,
+                "multicast DNS finds nobody: the interfaces of this machine cannot be listed; a service needs AF_NETLINK in RestrictAddressFamilies"
+            ),
+        }
         tokio::spawn(async move {
             let mut known: BTreeMap<String, Found> = BTreeMap::new();
             // Ends with the daemon.
@@ -94,7 +134,7 @@ impl Discovery {
                 });
             }
         });
-        Ok(Discovery { daemon, found })
+        Ok(Discovery { daemon, found, own })
     }
 
     /// Says to everybody who this node is.
@@ -120,7 +160,16 @@ impl Discovery {
             &properties[..],
         )?
         .enable_addr_auto();
-        Ok(self.daemon.register(service)?)
+        self.daemon.register(service)?;
+        // A node is announced once.
+        let _ = self.own.set((announcement.node_id.clone(), announcement.role));
+        tracing::info!(
+            service = SERVICE,
+            role,
+            port = announcement.port,
+            "announcing this node on the LAN by multicast DNS"
+        );
+        Ok(())
     }
 
     /// The nodes of the mesh that are there, and news of them.
@@ -133,6 +182,66 @@ impl Drop for Discovery {
     fn drop(&mut self) {
         // It says goodbye. Fails only if it has ended by itself.
         let _ = self.daemon.shutdown();
+    }
+}
+
+/// The interfaces that are up and multicast, each with its addresses.
+fn interfaces() -> nix::Result<Vec<String>> {
+    use nix::net::if_::InterfaceFlags;
+    let wanted = InterfaceFlags::IFF_UP | InterfaceFlags::IFF_MULTICAST;
+    let mut found: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for interface in nix::ifaddrs::getifaddrs()? {
+        let storage = interface.address.as_ref();
+        let v4 = storage
+            .and_then(|a| a.as_sockaddr_in())
+            .map(|a| a.ip().to_string());
+        let v6 = storage
+            .and_then(|a| a.as_sockaddr_in6())
+            .map(|a| a.ip().to_string());
+        let Some(address) = v4.or(v6) else { continue };
+        if interface.flags.contains(wanted)
+            && !interface.flags.contains(InterfaceFlags::IFF_LOOPBACK)
+        {
+            found
+                .entry(interface.interface_name)
+                .or_default()
+                .push(address);
+        }
+    }
+    let described = found.into_iter();
+    Ok(described
+        .map(|(name, addresses)| format!("{name} ({})", addresses.join(", ")))
+        .collect())
+}
+
+/// Says why probably nobody is found, for as long as that is so: soon, and then rarely.
+async fn warn_while_alone(mut found: watch::Receiver<Vec<Found>>, own: Arc<OnceLock<(String, Role)>>) {
+    let mut pause = FIRST_WARNING;
+    let is_other = |node: &&Found| own.get().is_none_or(|(own, _)| *own != node.node_id);
+    let others = |found: &Vec<Found>| found.iter().filter(is_other).count();
+    loop {
+        let somebody = found.wait_for(|found| others(found) > 0);
+        match tokio::time::timeout(pause, somebody).await {
+            Ok(Ok(_)) => {}
+            // It has ended.
+            Ok(Err(_)) => return,
+            Err(_) => {
+                tracing::warn!(
+                    "no node of this mesh found on the LAN by multicast DNS within {} s; {LIKELY_CAUSES}",
+                    pause.as_secs()
+                );
+                // The workers of a head may all know its address.
+                if own.get().is_some_and(|(_, role)| *role == Role::Head) {
+                    return;
+                }
+                pause = (pause * 10).min(LATER_WARNINGS);
+                continue;
+            }
+        }
+        pause = LATER_WARNINGS;
+        if found.wait_for(|found| others(found) == 0).await.is_err() {
+            return;
+        }
     }
 }
 
@@ -175,6 +284,15 @@ fn read(service: &ResolvedService, mesh: &str) -> Option<Found> {
 fn hex(bytes: &[u8; 32]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
+
+/// Why multicast DNS finds nothing, in the order of likelihood.
+pub const LIKELY_CAUSES: &str = "likely causes: the other node does not run with `mdns = true`, a firewall here or there drops \
+     5353/udp, the service may not use AF_NETLINK (systemd's RestrictAddressFamilies), no interface multicasts, or the other \
+     node is in another network segment";
+
+/// Answers come within a second or two.
+const FIRST_WARNING: Duration = Duration::from_secs(10);
+const LATER_WARNINGS: Duration = Duration::from_secs(3600);
 
 const SERVICE: &str = "_hydramesh._udp.local.";
 /// Of the node's id in its label, which may have 63 bytes.

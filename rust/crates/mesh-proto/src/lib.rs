@@ -29,6 +29,16 @@ pub struct Hello {
     /// What the node is kept for (`chat`, `embeddings`, `images`); empty is for anything.
     #[prost(string, repeated, tag = "5")]
     pub reserved_for: Vec<String>,
+    /// Random, of this process: tells a worker that connects again from another one with a copy of its identity; 0 is
+    /// unknown.
+    #[prost(fixed64, tag = "6")]
+    pub instance: u64,
+    /// Host name of the machine, for messages.
+    #[prost(string, tag = "7")]
+    pub host: String,
+    /// IP addresses of the machine, at which other workers may reach it.
+    #[prost(string, repeated, tag = "8")]
+    pub addresses: Vec<String>,
 }
 
 /// One model that a worker serves.

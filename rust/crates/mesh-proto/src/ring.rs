@@ -197,6 +197,9 @@ pub struct Seat {
     /// `ip:port` of its ring listener.
     #[prost(string, tag = "3")]
     pub address: String,
+    /// The same at its other addresses, to be tried where the first does not lead there.
+    #[prost(string, repeated, tag = "4")]
+    pub addresses: Vec<String>,
 }
 
 /// How a worker's parts in a ring are (DCF 0x42); worker to head, when something changes and at most four times a second.

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 /// Binds a listener; the error names the address.
 pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-    TcpListener::bind(address).await.map_err(|error| {
+    mesh_base::listen::tcp(address).map_err(|error| {
         io::Error::new(
             error.kind(),
             format!("cannot listen on {address}/tcp: {error}"),

@@ -6,11 +6,13 @@
 
 use std::{
     io, mem,
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6},
     os::fd::{AsFd, AsRawFd, BorrowedFd},
     ptr,
 };
 
+use mesh_base::addresses::canonical;
+use mesh_base::routes::Routes;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// Most datagrams of one system call.
@@ -42,6 +44,19 @@ impl RecvBatch {
     /// [`io::ErrorKind::WouldBlock`] if there are none; what the socket says otherwise, such as
     /// [`io::ErrorKind::ConnectionRefused`] on a connected one.
     pub fn recv(&mut self, socket: &impl AsFd) -> io::Result<usize> {
+        self.take(socket, None)
+    }
+
+    /// The same for a socket on every address that [`tell_destinations`] was called for: notes where each source is answered
+    /// from.
+    ///
+    /// # Errors
+    /// As [`RecvBatch::recv`].
+    pub fn recv_noting(&mut self, socket: &impl AsFd, routes: &mut Routes) -> io::Result<usize> {
+        self.take(socket, Some(routes))
+    }
+
+    fn take(&mut self, socket: &impl AsFd, mut routes: Option<&mut Routes>) -> io::Result<usize> {
         self.count = 0;
         // SAFETY: these are plain C structures, for which all zeroes is a valid value.
         let (mut names, mut iovecs, mut headers): (
@@ -49,6 +64,7 @@ impl RecvBatch {
             [libc::iovec; BATCH],
             [libc::mmsghdr; BATCH],
         ) = unsafe { (mem::zeroed(), mem::zeroed(), mem::zeroed()) };
+        let mut controls = [const { Control([0; CONTROL]) }; BATCH];
         for (index, buffer) in self.bytes.chunks_exact_mut(STRIDE).enumerate() {
             iovecs[index] = libc::iovec {
                 iov_base: buffer.as_mut_ptr().cast(),
@@ -59,9 +75,13 @@ impl RecvBatch {
             header.msg_namelen = NAME_LEN;
             header.msg_iov = &raw mut iovecs[index];
             header.msg_iovlen = 1;
+            if routes.is_some() {
+                header.msg_control = (&raw mut controls[index]).cast();
+                header.msg_controllen = size_of::<Control>() as _;
+            }
         }
-        // SAFETY: every header points to a name, an I/O vector and through that to a buffer that live until the end of
-        // this function, are of the length given, and do not overlap; a null timeout is allowed.
+        // SAFETY: every header points to a name, an I/O vector and through that to a buffer, and to a control block or none,
+        // that live until the end of this function, are of the length given, and do not overlap; a null timeout is allowed.
         let count = unsafe {
             libc::recvmmsg(
                 socket.as_fd().as_raw_fd(),
@@ -74,7 +94,13 @@ impl RecvBatch {
         let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
         for index in 0..count {
             let len = (headers[index].msg_len as usize).min(STRIDE);
-            self.received[index] = (len, from_raw(&names[index]));
+            let from = from_raw(&names[index]);
+            self.received[index] = (len, from);
+            if let Some(routes) = &mut routes
+                && let Some(local) = destination(&headers[index].msg_hdr)
+            {
+                routes.note(from, local);
+            }
         }
         self.count = count;
         Ok(count)
@@ -136,17 +162,65 @@ pub fn send<'a>(
     socket: &impl AsFd,
     datagrams: impl IntoIterator<Item = (&'a [u8], Option<SocketAddr>)>,
 ) -> SendReport {
+    send_all(socket, datagrams, None)
+}
+
+/// The same, each from the address of this machine that its receiver sent to.
+pub fn answer<'a>(
+    socket: &impl AsFd,
+    datagrams: impl IntoIterator<Item = (&'a [u8], Option<SocketAddr>)>,
+    routes: &Routes,
+) -> SendReport {
+    send_all(socket, datagrams, Some(routes))
+}
+
+fn send_all<'a>(
+    socket: &impl AsFd,
+    datagrams: impl IntoIterator<Item = (&'a [u8], Option<SocketAddr>)>,
+    routes: Option<&Routes>,
+) -> SendReport {
     let mut datagrams = datagrams.into_iter().peekable();
     let mut report = SendReport::default();
     while datagrams.peek().is_some() {
-        send_batch(socket.as_fd(), &mut datagrams, &mut report);
+        send_batch(socket.as_fd(), &mut datagrams, routes, &mut report);
     }
     report
+}
+
+/// Has the system say to which address of this machine each datagram of a socket was sent.
+///
+/// # Errors
+/// The system's.
+pub fn tell_destinations(socket: &std::net::UdpSocket) -> io::Result<()> {
+    let on = |level, option| {
+        let on: libc::c_int = 1;
+        // SAFETY: the option's value is a `c_int`, which outlives the call.
+        let result = unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                level,
+                option,
+                (&raw const on).cast(),
+                size_of::<libc::c_int>() as libc::socklen_t,
+            )
+        };
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    };
+    if socket.local_addr()?.is_ipv6() {
+        on(libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO)?;
+    }
+    // A dual-stack socket says it for IPv4 datagrams this way.
+    on(libc::IPPROTO_IP, libc::IP_PKTINFO)
 }
 
 fn send_batch<'a>(
     socket: BorrowedFd<'_>,
     datagrams: &mut impl Iterator<Item = (&'a [u8], Option<SocketAddr>)>,
+    routes: Option<&Routes>,
     report: &mut SendReport,
 ) {
     // SAFETY: these are plain C structures, for which all zeroes is a valid value.
@@ -155,6 +229,7 @@ fn send_batch<'a>(
         [libc::iovec; BATCH],
         [libc::mmsghdr; BATCH],
     ) = unsafe { (mem::zeroed(), mem::zeroed(), mem::zeroed()) };
+    let mut controls = [const { Control([0; CONTROL]) }; BATCH];
     let mut count = 0;
     for (index, (bytes, to)) in datagrams.take(BATCH).enumerate() {
         iovecs[index] = libc::iovec {
@@ -167,6 +242,9 @@ fn send_batch<'a>(
         if let Some(to) = to {
             header.msg_namelen = to_raw(to, &mut names[index]);
             header.msg_name = (&raw mut names[index]).cast();
+            if let Some(source) = routes.and_then(|routes| routes.get(to)) {
+                set_source(header, &mut controls[index], source);
+            }
         }
         count = index + 1;
     }
@@ -174,8 +252,8 @@ fn send_batch<'a>(
     let mut rest = &mut headers[..count];
     let mut retried = false;
     while !rest.is_empty() {
-        // SAFETY: every header points to an I/O vector and through that to a datagram, and to a name or to none; all of
-        // them live until the end of this function, and the kernel only reads them.
+        // SAFETY: every header points to an I/O vector and through that to a datagram, and to a name and a control block or to
+        // none; all of them live until the end of this function, and the kernel only reads them.
         let sent = unsafe {
             libc::sendmmsg(
                 socket.as_raw_fd(),
@@ -199,6 +277,12 @@ fn send_batch<'a>(
                 !retried
             }
             io::ErrorKind::WouldBlock => !retried && wait_for_room(socket),
+            // The address that it was to leave from may be gone: the routing table knows another one.
+            _ if rest[0].msg_hdr.msg_controllen > 0 => {
+                rest[0].msg_hdr.msg_control = ptr::null_mut();
+                rest[0].msg_hdr.msg_controllen = 0;
+                true
+            }
             _ => false,
         };
         retried = true;
@@ -213,6 +297,67 @@ fn send_batch<'a>(
 fn wait_for_room(socket: BorrowedFd<'_>) -> bool {
     let mut fds = [PollFd::new(socket, PollFlags::POLLOUT)];
     poll(&mut fds, PollTimeout::from(SEND_WAIT_MS)).is_ok_and(|ready| ready > 0)
+}
+
+/// Room for control messages, aligned as their headers want it.
+#[repr(C, align(8))]
+struct Control([u8; CONTROL]);
+
+/// Where a datagram was sent to, by the control messages of [`tell_destinations`].
+fn destination(header: &libc::msghdr) -> Option<IpAddr> {
+    let mut found = None;
+    // SAFETY: `msg_control` and `msg_controllen` describe a control block that the kernel filled.
+    let mut next: *const libc::cmsghdr = unsafe { libc::CMSG_FIRSTHDR(header) };
+    // SAFETY: the CMSG macros return null or a header inside the block.
+    while let Some(message) = unsafe { next.as_ref() } {
+        // SAFETY: a header that the kernel wrote is followed by the data of its type, which may be unaligned.
+        unsafe {
+            let data = libc::CMSG_DATA(message);
+            match (message.cmsg_level, message.cmsg_type) {
+                (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
+                    let info: libc::in_pktinfo = ptr::read_unaligned(data.cast());
+                    // It is the address that a broadcast is answered from, too.
+                    return Some(Ipv4Addr::from(u32::from_be(info.ipi_spec_dst.s_addr)).into());
+                }
+                (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
+                    let info: libc::in6_pktinfo = ptr::read_unaligned(data.cast());
+                    found = Some(Ipv6Addr::from(info.ipi6_addr.s6_addr).into());
+                }
+                _ => {}
+            }
+            next = libc::CMSG_NXTHDR(header, message);
+        }
+    }
+    found
+}
+
+/// Has a datagram leave from this address.
+fn set_source(header: &mut libc::msghdr, control: &mut Control, source: IpAddr) {
+    // SAFETY: these are plain C structures, for which all zeroes is a valid value.
+    let (mut v4, mut v6): (libc::in_pktinfo, libc::in6_pktinfo) = unsafe { mem::zeroed() };
+    let (level, kind, info, len) = match source {
+        IpAddr::V4(ip) => {
+            v4.ipi_spec_dst.s_addr = u32::from(ip).to_be();
+            let len = size_of::<libc::in_pktinfo>();
+            (libc::IPPROTO_IP, libc::IP_PKTINFO, (&raw const v4).cast::<u8>(), len)
+        }
+        IpAddr::V6(ip) => {
+            v6.ipi6_addr.s6_addr = ip.octets();
+            let len = size_of::<libc::in6_pktinfo>();
+            (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, (&raw const v6).cast::<u8>(), len)
+        }
+    };
+    header.msg_control = (&raw mut *control).cast();
+    // SAFETY: the block is aligned for a header and has room for one with either structure behind it (40 bytes); `info` points
+    // to `len` bytes.
+    unsafe {
+        header.msg_controllen = libc::CMSG_SPACE(len as u32) as _;
+        let message = libc::CMSG_FIRSTHDR(header);
+        (*message).cmsg_level = level;
+        (*message).cmsg_type = kind;
+        (*message).cmsg_len = libc::CMSG_LEN(len as u32) as _;
+        ptr::copy_nonoverlapping(info, libc::CMSG_DATA(message), len);
+    }
 }
 
 /// Writes `address` into `raw` and returns its length there.
@@ -251,12 +396,13 @@ fn from_raw(raw: &libc::sockaddr_in6) -> SocketAddr {
             let ip = Ipv4Addr::from(v4.sin_addr.s_addr.to_ne_bytes());
             SocketAddr::V4(SocketAddrV4::new(ip, u16::from_be(v4.sin_port)))
         }
-        libc::AF_INET6 => SocketAddr::V6(SocketAddrV6::new(
+        // An IPv4 client of a dual-stack socket is known by its IPv4 address, which the kernel takes back as well.
+        libc::AF_INET6 => canonical(SocketAddr::V6(SocketAddrV6::new(
             Ipv6Addr::from(raw.sin6_addr.s6_addr),
             u16::from_be(raw.sin6_port),
             raw.sin6_flowinfo,
             raw.sin6_scope_id,
-        )),
+        ))),
         _ => NOBODY,
     }
 }
@@ -265,6 +411,8 @@ fn from_raw(raw: &libc::sockaddr_in6) -> SocketAddr {
 const STRIDE: usize = 1 << 16;
 const NAME_LEN: libc::socklen_t = size_of::<libc::sockaddr_in6>() as libc::socklen_t;
 const NOBODY: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0));
+/// For the control messages of both families.
+const CONTROL: usize = 128;
 const SEND_WAIT_MS: u8 = 5;
 
 #[cfg(test)]
@@ -319,6 +467,34 @@ mod tests {
                 assert_eq!(bytes, sent);
                 assert_eq!(*source, a.local_addr().unwrap());
             }
+        }
+    }
+
+    #[test]
+    fn a_client_is_answered_from_the_address_that_it_asked() {
+        let server = mesh_base::listen::udp(mesh_base::listen::anywhere(0), |_| Ok(())).unwrap();
+        server.set_nonblocking(true).unwrap();
+        tell_destinations(&server).unwrap();
+        let port = server.local_addr().unwrap().port();
+        let (mut routes, mut batch) = (Routes::new(), RecvBatch::new());
+        for (client, asked) in [("127.0.0.1:0", "127.0.0.9"), ("[::1]:0", "::1")] {
+            let client = UdpSocket::bind(client).unwrap();
+            client.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            // It takes answers from there alone.
+            client.connect((asked, port)).unwrap();
+            client.send(b"who?").unwrap();
+            while batch.recv_noting(&server, &mut routes).is_err() {
+                thread::sleep(Duration::from_millis(1));
+            }
+            let (_, from) = batch.get(0);
+            assert_eq!(from, client.local_addr().unwrap(), "IPv4 clients have IPv4 addresses");
+            let report = answer(&server, [(&b"me"[..], Some(from))], &routes);
+            assert_eq!((report.sent, report.failed), (1, 0));
+            assert_eq!(client.recv(&mut [0; 8]).unwrap(), 2);
+            // An address that is gone does not keep it from its answer.
+            routes.note(from, IpAddr::from([192, 0, 2, 1]));
+            let report = answer(&server, [(&b"me"[..], Some(from))], &routes);
+            assert_eq!((report.sent, report.failed), (1, 0));
         }
     }
 

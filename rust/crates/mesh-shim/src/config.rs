@@ -59,7 +59,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             state_dir: None,
-            listen: SocketAddr::from(([0, 0, 0, 0], 9999)),
+            listen: mesh_base::listen::anywhere(9999),
             ingress_port: None,
             heads: vec!["127.0.0.1:7777".into()],
             admit: Admit::Trusted,

@@ -9,6 +9,7 @@
 
 pub mod batch;
 pub mod bridge;
+mod candidates;
 pub mod config;
 pub mod metrics;
 mod resolve;

@@ -28,7 +28,7 @@ struct Args {
     #[command(flatten)]
     common: CommonArgs,
 
-    /// Where clients send their datagrams; port 0 takes a free one [default: 0.0.0.0:9999]
+    /// Where clients send their datagrams; port 0 takes a free one [default: [::]:9999]
     #[arg(long, value_name = "ADDRESS")]
     listen: Option<SocketAddr>,
 

@@ -12,18 +12,21 @@ use std::{
     time::Duration,
 };
 
+use mesh_base::addresses::ordered;
+
 /// The addresses of all heads as far as they are known.
 #[derive(Debug)]
 pub(crate) struct HeadAddresses {
     names: Vec<String>,
-    addresses: Mutex<Vec<Option<SocketAddr>>>,
+    addresses: Mutex<Vec<Vec<SocketAddr>>>,
     version: AtomicU64,
 }
 
 impl HeadAddresses {
     /// Knows at once those that need no name server.
     pub(crate) fn new(names: &[String]) -> Self {
-        let addresses = names.iter().map(|name| name.parse().ok()).collect();
+        let literal = |name: &String| name.parse().into_iter().collect();
+        let addresses = names.iter().map(literal).collect();
         Self {
             names: names.to_vec(),
             addresses: Mutex::new(addresses),
@@ -36,15 +39,16 @@ impl HeadAddresses {
         self.version.load(Ordering::Acquire)
     }
 
-    pub(crate) fn get(&self, head: usize) -> Option<SocketAddr> {
-        self.lock()[head]
+    /// All of a head's, in the order to try them; empty while none is known.
+    pub(crate) fn get(&self, head: usize) -> Vec<SocketAddr> {
+        self.lock()[head].clone()
     }
 
     pub(crate) fn name(&self, head: usize) -> &str {
         &self.names[head]
     }
 
-    /// Looks up all names once; true if an address changed. One that is no longer found keeps its address.
+    /// Looks up all names once; true if an address changed. One that is no longer found keeps its addresses.
     fn look_up(&self) -> bool {
         let mut changed = false;
         for (head, name) in self
@@ -54,18 +58,17 @@ impl HeadAddresses {
             .filter(|(_, name)| !is_literal(name))
         {
             let found: Vec<SocketAddr> = match name.to_socket_addrs() {
-                Ok(found) => found.collect(),
+                Ok(found) => ordered(found),
                 Err(error) => {
                     tracing::debug!(head = name, %error, "name of a head is not known");
                     continue;
                 }
             };
             let known = self.get(head);
-            // Several addresses may come in any order: what works is kept.
-            if known.is_none_or(|known| !found.contains(&known))
-                && let Some(&first) = found.first()
-            {
-                self.lock()[head] = Some(first);
+            // They may come in another order each time, which is no change.
+            let same = known.len() == found.len() && found.iter().all(|one| known.contains(one));
+            if !same && !found.is_empty() {
+                self.lock()[head] = found;
                 changed = true;
             }
         }
@@ -75,7 +78,7 @@ impl HeadAddresses {
         changed
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Option<SocketAddr>>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Vec<SocketAddr>>> {
         // Nothing under the lock can leave the list half changed.
         self.addresses
             .lock()
@@ -131,16 +134,17 @@ mod tests {
             "127.0.0.1:7777".into(),
             "[::1]:7777".into(),
         ]));
-        assert_eq!(addresses.get(1), Some("[::1]:7777".parse().unwrap()));
+        assert_eq!(addresses.get(1), ["[::1]:7777".parse().unwrap()]);
         assert!(Resolver::start(addresses, || ()).unwrap().is_none());
     }
 
     #[test]
-    fn a_name_becomes_an_address_and_stays_the_same() {
+    fn a_name_becomes_its_addresses_and_stays_the_same() {
         let addresses = HeadAddresses::new(&["localhost:7777".into()]);
-        assert_eq!(addresses.get(0), None);
+        assert!(addresses.get(0).is_empty());
         assert!(addresses.look_up());
-        assert!(addresses.get(0).unwrap().ip().is_loopback());
+        let found = addresses.get(0);
+        assert!(!found.is_empty() && found.iter().all(|one| one.ip().is_loopback()));
         assert!(!addresses.look_up());
         assert_eq!(addresses.version(), 2);
     }

@@ -2,11 +2,8 @@
 
 use std::{
     io::{self, Read, Write},
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::net::UnixStream,
-    },
+    net::{SocketAddr, UdpSocket},
+    os::{fd::AsFd, unix::net::UnixStream},
     sync::{
         Arc,
         atomic::{AtomicU8, Ordering},
@@ -16,12 +13,14 @@ use std::{
 };
 
 use aws_lc_rs::rand;
+use mesh_base::{listen, routes::Routes};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use socket2::{Domain, Socket, Type};
+use socket2::Socket;
 
 use crate::{
     batch::{self, BATCH, RecvBatch, SendReport},
-    bridge::{Bridge, Destination, FromClient, FromHead, Reply, Secrets, Transmit},
+    bridge::{Bridge, Destination, FromClient, FromHead, HeadState, Reply, Secrets, Transmit},
+    candidates::{self, Candidates},
     config::{Config, ConfigError},
     resolve::{HeadAddresses, Resolver},
     stats::Stats,
@@ -89,6 +88,11 @@ impl Shim {
             source,
         })?;
         let address = ingress.local_addr()?;
+        if address.ip().is_unspecified()
+            && let Err(error) = batch::tell_destinations(&ingress)
+        {
+            tracing::debug!(%error, "answers leave from the preferred address");
+        }
         let (waker, wake) = UnixStream::pair()?;
         waker.set_nonblocking(true)?;
         wake.set_nonblocking(true)?;
@@ -100,10 +104,11 @@ impl Shim {
         let stats = Arc::new(Stats::default());
         let now = Instant::now();
         let mut shim = Loop {
-            heads: (0..config.heads.len()).map(|_| None).collect(),
+            heads: config.heads.iter().map(|_| Candidates::default()).collect(),
             drain_timeout: config.drain_timeout,
             bridge: Bridge::new(config, &secrets()?, Arc::clone(&stats), now),
             ingress,
+            routes: Routes::new(),
             addresses: Arc::clone(&addresses),
             addresses_seen: 0,
             wake,
@@ -206,9 +211,10 @@ impl Control {
 struct Loop<F> {
     bridge: Bridge,
     ingress: UdpSocket,
-    /// Connected, so that the system takes datagrams from the head alone and says when nobody listens there. `None` while
-    /// the address is not known.
-    heads: Box<[Option<UdpSocket>]>,
+    /// From which of this machine's addresses clients are answered.
+    routes: Routes,
+    /// Empty while no address is known.
+    heads: Box<[Candidates]>,
     addresses: Arc<HeadAddresses>,
     addresses_seen: u64,
     wake: UnixStream,
@@ -245,8 +251,8 @@ impl<F: FnMut()> Loop<F> {
             if ready.ingress {
                 self.receive_from_clients();
             }
-            for head in ready.heads() {
-                self.receive_from_head(head);
+            for (head, candidate) in ready.heads() {
+                self.receive_from_head(head, candidate);
             }
             if ready.wake {
                 let _ = self.wake.read(&mut [0; 64]);
@@ -278,15 +284,15 @@ impl<F: FnMut()> Loop<F> {
         let millis = timeout.as_micros().div_ceil(1_000);
         let timeout = PollTimeout::from(u16::try_from(millis).unwrap_or(u16::MAX));
         let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
-        let mut fds: [PollFd<'_>; 2 + MAX_HEADS] =
+        let mut fds: [PollFd<'_>; 2 + MAX_SOCKETS] =
             std::array::from_fn(|_| readable(self.wake.as_fd()));
         fds[1] = readable(self.ingress.as_fd());
         let mut count = 2;
-        let mut index_of = [0; 2 + MAX_HEADS];
-        for (head, socket) in self.heads.iter().enumerate() {
-            if let Some(socket) = socket {
+        let mut index_of = [0; 2 + MAX_SOCKETS];
+        for (head, candidates) in self.heads.iter().enumerate() {
+            for (candidate, socket) in candidates.sockets() {
                 fds[count] = readable(socket.as_fd());
-                index_of[count] = head;
+                index_of[count] = head * candidates::MOST + candidate;
                 count += 1;
             }
         }
@@ -299,8 +305,8 @@ impl<F: FnMut()> Loop<F> {
             let is_ready = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
             ready.wake = is_ready(&fds[0]);
             ready.ingress = is_ready(&fds[1]);
-            for (fd, head) in fds[2..count].iter().zip(&index_of[2..count]) {
-                ready.heads |= u32::from(is_ready(fd)) << head;
+            for (fd, index) in fds[2..count].iter().zip(&index_of[2..count]) {
+                ready.heads |= u64::from(is_ready(fd)) << index;
             }
         }
         ready
@@ -308,7 +314,8 @@ impl<F: FnMut()> Loop<F> {
 
     fn receive_from_clients(&mut self) {
         for _ in 0..ROUNDS {
-            let count = match self.received.recv(&self.ingress) {
+            let received = self.received.recv_noting(&self.ingress, &mut self.routes);
+            let count = match received {
                 Ok(count) => count,
                 Err(error) => return report("receive from clients", &error),
             };
@@ -331,7 +338,7 @@ impl<F: FnMut()> Loop<F> {
             self.stats
                 .drops
                 .send_failed
-                .add(batch::send(&self.ingress, replies).failed as u64);
+                .add(batch::answer(&self.ingress, replies, &self.routes).failed as u64);
             if count < BATCH {
                 return;
             }
@@ -346,13 +353,13 @@ impl<F: FnMut()> Loop<F> {
             }
             _ => None,
         });
-        let report = send_to_head(self.heads[head].as_ref(), datagrams);
-        self.after_sending(now, head, report);
+        let (candidate, report) = send_to_head(&self.heads[head], datagrams);
+        self.after_sending(now, head, candidate, report);
     }
 
-    fn receive_from_head(&mut self, head: usize) {
+    fn receive_from_head(&mut self, head: usize, candidate: usize) {
         for _ in 0..ROUNDS {
-            let Some(socket) = &self.heads[head] else {
+            let Some(socket) = self.heads[head].socket(candidate) else {
                 return;
             };
             let received = self.received.recv(socket);
@@ -360,11 +367,15 @@ impl<F: FnMut()> Loop<F> {
             let count = match received {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    self.bridge.on_head_refused(now, head);
+                    self.refused(now, head, candidate);
                     continue;
                 }
                 Err(error) => return report("receive from a head", &error),
             };
+            if count > 0 && self.heads[head].answered(candidate) {
+                // What was sent to another address may not have arrived: it is sent again once the head is heard.
+                self.bridge.on_head_refused(now, head);
+            }
             for index in 0..count {
                 self.from_head[index] =
                     self.bridge
@@ -379,7 +390,7 @@ impl<F: FnMut()> Loop<F> {
             self.stats
                 .drops
                 .send_failed
-                .add(batch::send(&self.ingress, answers).failed as u64);
+                .add(batch::answer(&self.ingress, answers, &self.routes).failed as u64);
             if count < BATCH {
                 return;
             }
@@ -394,12 +405,28 @@ impl<F: FnMut()> Loop<F> {
             };
             let bytes = &self.own[..len];
             match to {
+                Destination::Head(head) if is_probe(bytes) => {
+                    let candidates = &self.heads[head];
+                    let refuses = |candidate: &usize| {
+                        let socket = candidates.socket(*candidate);
+                        socket.is_some_and(|socket| batch::send(socket, [(bytes, None)]).refused)
+                    };
+                    let refusing: Vec<usize> = candidates
+                        .for_probes()
+                        .into_iter()
+                        .filter(refuses)
+                        .collect();
+                    for candidate in refusing {
+                        self.refused(now, head, candidate);
+                    }
+                }
                 Destination::Head(head) => {
-                    let report = send_to_head(self.heads[head].as_ref(), [(bytes, None)]);
-                    self.after_sending(now, head, report);
+                    let (candidate, report) = send_to_head(&self.heads[head], [(bytes, None)]);
+                    self.after_sending(now, head, candidate, report);
                 }
                 Destination::Client(client) => {
-                    let report = batch::send(&self.ingress, [(bytes, Some(client))]);
+                    let report =
+                        batch::answer(&self.ingress, [(bytes, Some(client))], &self.routes);
                     self.stats.drops.send_failed.add(report.failed as u64);
                 }
             }
@@ -407,39 +434,43 @@ impl<F: FnMut()> Loop<F> {
         true
     }
 
-    fn after_sending(&mut self, now: Instant, head: usize, report: SendReport) {
+    fn after_sending(&mut self, now: Instant, head: usize, candidate: usize, report: SendReport) {
         self.stats.drops.send_failed.add(report.failed as u64);
         if report.refused {
+            self.refused(now, head, candidate);
+        }
+    }
+
+    /// Nobody listens at one of a head's addresses.
+    fn refused(&mut self, now: Instant, head: usize, candidate: usize) {
+        if self.heads[head].refused(candidate) {
             self.bridge.on_head_refused(now, head);
         }
     }
 
     /// Connects to heads whose addresses have become known or have changed.
     fn connect_heads(&mut self, now: Instant) {
+        for (head, candidates) in self.heads.iter_mut().enumerate() {
+            if self.bridge.head_state(head, now) == HeadState::Silent {
+                candidates.lost();
+            }
+        }
         let version = self.addresses.version();
         if version == self.addresses_seen {
             return;
         }
         self.addresses_seen = version;
         for head in 0..self.heads.len() {
-            let Some(address) = self.addresses.get(head) else {
-                continue;
-            };
-            let known = self.heads[head]
-                .as_ref()
-                .and_then(|socket| socket.peer_addr().ok());
-            if known == Some(address) {
-                continue;
+            let addresses = self.addresses.get(head);
+            let name = self.addresses.name(head);
+            let before = self.heads[head].address();
+            for (address, error) in self.heads[head].update(&addresses, connect) {
+                tracing::warn!(head = name, %address, %error, "no socket for a head");
             }
-            match connect(address) {
-                Ok(socket) => {
-                    tracing::info!(head = self.addresses.name(head), %address, "head");
-                    self.heads[head] = Some(socket);
-                }
-                Err(error) => {
-                    tracing::warn!(head = self.addresses.name(head), %address, %error, "no socket for a head");
-                    self.bridge.on_head_refused(now, head);
-                }
+            match self.heads[head].address() {
+                None if !addresses.is_empty() => self.bridge.on_head_refused(now, head),
+                address if address != before => tracing::info!(head = name, ?addresses, "head"),
+                _ => {}
             }
         }
     }
@@ -450,32 +481,40 @@ impl<F: FnMut()> Loop<F> {
 struct Ready {
     wake: bool,
     ingress: bool,
-    /// A bit per head.
-    heads: u32,
+    /// A bit per address of each head.
+    heads: u64,
 }
 
 impl Ready {
-    fn heads(self) -> impl Iterator<Item = usize> {
-        (0..MAX_HEADS).filter(move |head| self.heads >> head & 1 == 1)
+    /// Head and candidate.
+    fn heads(self) -> impl Iterator<Item = (usize, usize)> {
+        let set = (0..MAX_SOCKETS).filter(move |index| self.heads >> index & 1 == 1);
+        set.map(|index| (index / candidates::MOST, index % candidates::MOST))
     }
 }
 
-/// A head whose address is not known is one that nobody listens at.
+/// A head whose address is not known is one that nobody listens at. Returns the candidate that was used, too.
 fn send_to_head<'a>(
-    socket: Option<&UdpSocket>,
+    head: &Candidates,
     datagrams: impl IntoIterator<Item = (&'a [u8], Option<SocketAddr>)>,
-) -> SendReport {
-    match socket {
-        Some(socket) => batch::send(socket, datagrams),
+) -> (usize, SendReport) {
+    match head.for_tasks() {
+        Some((candidate, socket)) => (candidate, batch::send(socket, datagrams)),
         None => {
             let failed = datagrams.into_iter().count();
-            SendReport {
+            let report = SendReport {
                 sent: 0,
                 failed,
                 refused: failed > 0,
-            }
+            };
+            (0, report)
         }
     }
+}
+
+/// Whether a datagram asks whether a head lives.
+fn is_probe(datagram: &[u8]) -> bool {
+    dcf::Header::decode(datagram).is_ok_and(|header| header.kind() == dcf::MsgType::HEALTH)
 }
 
 fn report(what: &str, error: &io::Error) {
@@ -490,19 +529,16 @@ fn report(what: &str, error: &io::Error) {
 }
 
 fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
-    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, None)?;
-    enlarge_buffers(&socket);
+    let socket = listen::udp(address, |socket| {
+        enlarge_buffers(socket);
+        Ok(())
+    })?;
     socket.set_nonblocking(true)?;
-    socket.bind(&address.into())?;
-    Ok(OwnedFd::from(socket).into())
+    Ok(socket)
 }
 
 fn connect(address: SocketAddr) -> io::Result<UdpSocket> {
-    let any = match address {
-        SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
-        SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
-    };
-    let socket = bind(any)?;
+    let socket = bind(listen::toward(address))?;
     socket.connect(address)?;
     Ok(socket)
 }
@@ -534,4 +570,4 @@ const ROUNDS: usize = 4;
 /// Datagrams of the bridge's own that are sent before the sockets have their turn.
 const OWN_AT_A_TIME: usize = 256;
 const SOCKET_BUFFER: usize = 4 << 20;
-const MAX_HEADS: usize = crate::config::MAX_HEADS;
+const MAX_SOCKETS: usize = crate::config::MAX_HEADS * candidates::MOST;

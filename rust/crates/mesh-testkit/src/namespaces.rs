@@ -65,7 +65,7 @@ impl Namespaces {
     /// # Errors
     /// If the system refuses.
     pub fn add(&mut self) -> Result<Machine> {
-        ensure!(self.machines < 200, "{} machines are enough", self.machines);
+        ensure!(self.machines < 100, "{} machines are enough", self.machines);
         self.machines += 1;
         let machine = Machine(self.machines);
         let (name, cable) = (self.namespace(machine), self.cable(machine));
@@ -84,6 +84,27 @@ impl Namespaces {
     /// Starts services on `machine`.
     pub fn launcher(&self, launcher: &Launcher, machine: Machine) -> Launcher {
         launcher.wrapped(&["ip", "netns", "exec", &self.namespace(machine)])
+    }
+
+    /// Gives the machine another address in place of the one it has, as a DHCP server may.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn readdress(&self, machine: Machine) -> Result<String> {
+        let (name, address) = (self.namespace(machine), self.second_address(machine));
+        let device = ["dev", "eth0"];
+        let before = format!("{}/24", self.address(machine));
+        ip(&[&["-n", &name, "addr", "del", &before], &device[..]].concat())?;
+        ip(&[
+            &["-n", &name, "addr", "add", &format!("{address}/24")],
+            &device[..],
+        ]
+        .concat())?;
+        Ok(address)
+    }
+
+    fn second_address(&self, machine: Machine) -> String {
+        format!("10.213.{}.{}", self.subnet, 255 - machine.0 - 1)
     }
 
     /// Pulls the cable: nothing comes through, and neither end is told.

@@ -35,6 +35,12 @@ pub(crate) fn random() -> f64 {
     (RandomState::new().hash_one(0u8) >> 11) as f64 / (1u64 << 53) as f64
 }
 
+/// A random number that is not 0.
+pub(crate) fn unique() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    RandomState::new().hash_one(0u8).max(1)
+}
+
 /// A head that restarts is back within a second.
 const FIRST: Duration = Duration::from_millis(100);
 const LONGEST: Duration = Duration::from_secs(5);

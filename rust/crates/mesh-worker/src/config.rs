@@ -301,7 +301,7 @@ impl Default for WeightsConfig {
 impl Default for RingConfig {
     fn default() -> Self {
         RingConfig {
-            listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 7781)),
+            listen: mesh_base::listen::anywhere(7781),
             memory: None,
             format: RingFormat::default(),
         }
@@ -324,7 +324,7 @@ impl Default for StoreConfig {
 impl Default for DcfConfig {
     fn default() -> Self {
         DcfConfig {
-            listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 7779)),
+            listen: mesh_base::listen::anywhere(7779),
         }
     }
 }
@@ -472,12 +472,25 @@ impl Config {
 
     /// Name a person knows this node by.
     pub fn node_name(&self) -> String {
-        let host_name = || std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
-        let name = self.node_name.clone().or_else(host_name);
+        let name = self
+            .node_name
+            .clone()
+            .filter(|name| !name.trim().is_empty());
         name.map(|name| name.trim().to_owned())
-            .filter(|name| !name.is_empty())
+            .or_else(host_name)
             .unwrap_or_else(|| "worker".to_owned())
     }
+}
+
+/// The host's name, where it can be read.
+pub(crate) fn host_name() -> Option<String> {
+    // A service may not see the first.
+    let files = ["/proc/sys/kernel/hostname", "/etc/hostname"];
+    let names = files
+        .into_iter()
+        .filter_map(|file| std::fs::read_to_string(file).ok());
+    let mut names = names.map(|name| name.trim().to_owned());
+    names.find(|name| !name.is_empty())
 }
 
 /// Keys that are valid one by one and make no sense together.

@@ -1,13 +1,16 @@
 //! The link to the head: joins, connects, says Hello, reports load, takes requests; connects again when the head is gone.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, Message, MsgType};
-use mesh_net::quic::{self, Link, LinkConfig, MsgStream, StreamFailure, timestamp_us};
+use mesh_base::{clock, listen};
+use mesh_net::quic::{
+    self, Closed, ConnectError, Connector, Link, LinkConfig, MsgStream, StreamFailure, timestamp_us,
+};
 use mesh_net::seal::Sealer;
-use mesh_net::trust::{JoinToken, NodeIdentity, Role};
+use mesh_net::trust::{CERTIFICATE_DATES, DUPLICATE_IDENTITY, JoinToken, NodeIdentity, Role};
 use mesh_proto::{Hello, Load, ModelCard, PROTOCOL_VERSION, Ring, Served, Sources, Welcome};
 use mesh_service::health::Health;
 use mesh_service::shutdown::Shutdown;
@@ -18,7 +21,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::answer;
 use crate::backoff::{Backoff, random};
-use crate::config::Config;
+use crate::config::{Config, host_name};
 use crate::error::WorkerError;
 use crate::host::Host;
 use crate::lan::{HeadPlace, Lan};
@@ -37,6 +40,8 @@ pub(crate) struct HeadLink {
     pub(crate) shutdown: Shutdown,
     /// Answers in progress.
     pub(crate) answers: TaskTracker,
+    /// Names this process among those with the same identity.
+    pub(crate) instance: u64,
     /// Ends the link, when nothing is left to say.
     pub(crate) stop: CancellationToken,
 }
@@ -61,12 +66,15 @@ pub(crate) async fn identify(
     {
         return Ok(Some(identity));
     }
-    let Some(address) = head.resolve().await else {
-        tracing::warn!(%head, "the head has no address yet, trying again");
-        return Ok(None);
+    let addresses = match head.resolve().await {
+        Ok(addresses) => addresses,
+        Err(reason) => {
+            tracing::warn!(%head, reason, "the head has no address yet, trying again");
+            return Ok(None);
+        }
     };
     let name = config.node_name();
-    match quic::load_or_join(address, token.as_ref(), &config.state_dir, &name).await {
+    match quic::load_or_join(&addresses, token.as_ref(), &config.state_dir, &name).await {
         Ok(identity) => {
             tracing::info!(node = identity.node_id(), "joined the mesh");
             Ok(Some(identity))
@@ -86,7 +94,9 @@ impl HeadLink {
     /// Keeps the link up until it is to stop, or until an error that trying again does not help.
     pub(crate) async fn run(self, mut identity: Option<NodeIdentity>) -> Result<(), WorkerError> {
         let mut backoff = Backoff::new();
+        let mut duplicates = 0;
         while !self.stop.is_cancelled() {
+            let mut pause = Duration::ZERO;
             if identity.is_none() {
                 identity = identify(&self.config, &self.head).await?;
             }
@@ -97,10 +107,11 @@ impl HeadLink {
                     lan.announce(identity, &self.config.node_name(), port);
                 }
                 let started = Instant::now();
-                let reason = match self.session(identity).await {
-                    Ok(reason) => reason,
+                let ended = match self.session(identity).await {
+                    Ok(reason) => reason.into(),
                     Err(failure) => failure,
                 };
+                let reason = ended.reason;
                 self.counters.set_connected(false);
                 self.loading.linked(false);
                 self.host.rings().unlinked();
@@ -117,9 +128,21 @@ impl HeadLink {
                 if started.elapsed() > STEADY {
                     backoff.reset();
                 }
+                if ended.duplicate {
+                    duplicates += 1;
+                    pause = duplicate_pause(duplicates);
+                    tracing::error!(
+                        state_dir = %self.config.state_dir.display(),
+                        "this worker's identity is in use on another machine: its state directory is a copy. On one of the two run \
+                         `mesh-worker new-identity` and restart it with a new token (`hydramesh token create`)"
+                    );
+                } else {
+                    duplicates = 0;
+                }
             }
+            pause = pause.max(backoff.next(random()));
             tokio::select! {
-                () = tokio::time::sleep(backoff.next(random())) => {}
+                () = tokio::time::sleep(pause) => {}
                 () = self.stop.cancelled() => {}
             }
         }
@@ -127,23 +150,13 @@ impl HeadLink {
     }
 
     /// One link from its making to its end, with the reason of that.
-    async fn session(&self, identity: &NodeIdentity) -> Result<String, String> {
-        let address = self.head.resolve().await.ok_or("it has no address")?;
-        if identity.renew_at() <= SystemTime::now() {
-            // A node that was switched off for long comes back with an old certificate.
-            if let Err(error) = quic::renew(address, identity).await {
-                tracing::warn!(%error, "certificate not renewed");
-            }
-        }
-        let connector = quic::Connector::toward(address, identity.clone(), LinkConfig::default())
-            .map_err(|error| error.to_string())?;
-        let link = connector
-            .connect(address, Role::Head)
-            .await
-            .map_err(|error| error.to_string())?;
+    async fn session(&self, identity: &NodeIdentity) -> Result<String, Ended> {
+        let (address, connector, link) = self.connect(identity).await?;
+        self.head.remember(address);
+        compare_clocks(identity);
         let cards = self.host.cards();
         let (control, welcome) = self.hello(&link, cards.clone()).await?;
-        let heartbeats = Heartbeats::new(&link, &welcome).await?;
+        let heartbeats = Heartbeats::new(&link, &welcome)?;
         tracing::info!(
             head = link.node_name(),
             address = %address,
@@ -155,7 +168,7 @@ impl HeadLink {
         self.loading.linked(true);
         let renewal = quic::keep_renewed(address, identity.clone());
         tokio::select! {
-            reason = self.attend(&link, control, heartbeats, cards) => Ok(reason),
+            reason = self.attend(&link, identity, control, heartbeats, cards) => Ok(reason),
             never = renewal => match never {},
             never = self.host.rings().keep_paths_known(&link) => match never {},
             () = self.stop.cancelled() => {
@@ -166,17 +179,45 @@ impl HeadLink {
         }
     }
 
+    /// A link to the head at the first of its addresses that answers. The head judges dates: a certificate that it refuses,
+    /// after this machine was switched off for long or either clock was set, is renewed first.
+    async fn connect(
+        &self,
+        identity: &NodeIdentity,
+    ) -> Result<(SocketAddr, Connector, Link), String> {
+        let addresses = self.head.resolve().await?;
+        let config = LinkConfig::default();
+        let connect = || Connector::to_any(&addresses, Role::Head, identity, &config);
+        match connect().await {
+            // Older heads have one code for all refusals.
+            Err(ConnectError::Refused { code, text, .. })
+                if [CERTIFICATE_DATES, ErrorCode::UNAUTHORIZED].contains(&code) =>
+            {
+                tracing::info!(reason = text, "renewing the certificate");
+                if let Err(error) = quic::renew(&addresses, identity).await {
+                    return Err(format!("{text}; certificate not renewed: {error}"));
+                }
+                connect().await
+            }
+            connected => connected,
+        }
+        .map_err(|error| error.to_string())
+    }
+
     async fn hello(
         &self,
         link: &Link,
         models: Vec<ModelCard>,
-    ) -> Result<(MsgStream, Welcome), String> {
+    ) -> Result<(MsgStream, Welcome), Ended> {
         let hello = Hello {
             node_name: self.config.node_name(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             models,
             protocol: PROTOCOL_VERSION,
             reserved_for: self.config.reserved_for.clone(),
+            instance: self.instance,
+            host: host_name().unwrap_or_default(),
+            addresses: own_addresses(),
         };
         let exchange = async {
             let mut control = link.open().await?;
@@ -192,17 +233,21 @@ impl HeadLink {
             Ok::<_, StreamFailure>((control, answer))
         };
         let answered = tokio::time::timeout(WELCOME_TIMEOUT, exchange).await;
-        let (control, answer) = answered
-            .map_err(|_| "no welcome in time".to_owned())?
-            .map_err(|failure| failure.to_string())?;
+        let (control, answer) = match answered.map_err(|_| "no welcome in time")? {
+            Ok(answered) => answered,
+            Err(failure) => return Err(why(link, failure).await),
+        };
         let answer = answer.ok_or("it ended the control stream instead of a welcome")?;
         match (answer.kind, answer.error_body()) {
             (MsgType::WELCOME, _) => {
                 let welcome = Welcome::decode(answer.payload).map_err(|error| error.to_string())?;
                 Ok((control, welcome))
             }
-            (_, Some(error)) => Err(format!("it refused: {}", error.text)),
-            (kind, None) => Err(format!("it answered Hello with a {kind}")),
+            (_, Some(error)) => Err(Ended {
+                reason: format!("it refused: {}", error.text),
+                duplicate: error.code == DUPLICATE_IDENTITY,
+            }),
+            (kind, None) => Err(format!("it answered Hello with a {kind}").into()),
         }
     }
 
@@ -210,6 +255,7 @@ impl HeadLink {
     async fn attend(
         &self,
         link: &Link,
+        identity: &NodeIdentity,
         control: MsgStream,
         mut heartbeats: Heartbeats,
         mut cards: Vec<ModelCard>,
@@ -242,7 +288,11 @@ impl HeadLink {
                 () = heartbeats.due() => {
                     heartbeats.send(self.host.load_report(now_draining)).await;
                 }
-                received = recv.recv() => match received {
+                received = recv.recv() => match received.inspect(|message| {
+                    if let Some(message) = message {
+                        identity.clock().heard(message.timestamp_us);
+                    }
+                }) {
                     Ok(Some(message)) if message.kind == MsgType::DRAIN || message.kind == MsgType::SHUTDOWN => {
                         tracing::info!(kind = %message.kind, "the head asks this worker to stop");
                         self.shutdown.begin();
@@ -255,6 +305,10 @@ impl HeadLink {
                         Ok(sources) => self.host.stored().sources(sources),
                         Err(error) => tracing::warn!(%error, "Sources that cannot be read"),
                     },
+                    Ok(Some(message)) if message.kind == MsgType::ERROR => {
+                        let text = message.error_body().map(|error| error.text.into_owned());
+                        tracing::error!(text, "the head reports a problem with this worker");
+                    }
                     Ok(Some(message)) => tracing::debug!(kind = %message.kind, "message on the control stream"),
                     Ok(None) => return "it ended the control stream".to_owned(),
                     Err(failure) => return failure.to_string(),
@@ -304,16 +358,90 @@ fn is_news(reported: Option<&(Load, Instant)>, load: &Load) -> bool {
     load.draining != last.draining || (same != *last && at.elapsed() >= LOAD_INTERVAL)
 }
 
-/// Sealed heartbeats over UDP.
+/// Why there is no link, or no longer one.
+struct Ended {
+    reason: String,
+    /// Another machine has this worker's identity.
+    duplicate: bool,
+}
+
+impl<T: Into<String>> From<T> for Ended {
+    fn from(reason: T) -> Self {
+        Ended {
+            reason: reason.into(),
+            duplicate: false,
+        }
+    }
+}
+
+/// Why the exchange of Hello and Welcome failed. A stream that was cancelled is often followed by the reason of the link.
+async fn why(link: &Link, failure: StreamFailure) -> Ended {
+    let text = failure.to_string();
+    let closed = match failure {
+        StreamFailure::Link(closed) => Some(closed),
+        StreamFailure::Cancelled(_) => tokio::time::timeout(GOODBYE, link.closed()).await.ok(),
+        _ => None,
+    };
+    match closed {
+        Some(Closed::ByPeer { code, text }) => Ended {
+            reason: text,
+            duplicate: code == DUPLICATE_IDENTITY,
+        },
+        Some(closed) => closed.to_string().into(),
+        None => text.into(),
+    }
+}
+
+/// How long a worker whose identity is in use elsewhere waits before it asks again, the `times`th time.
+fn duplicate_pause(times: u32) -> Duration {
+    DUPLICATE_PAUSE
+        .saturating_mul(1 << (times.clamp(1, 8) - 1))
+        .min(LONGEST_DUPLICATE_PAUSE)
+}
+
+/// Says so if this machine's clock and the head's are far apart. The mesh works nevertheless.
+fn compare_clocks(identity: &NodeIdentity) {
+    let offset = identity.clock().offset();
+    if offset.abs() > CLOCK_TOLERANCE.as_secs_f64() {
+        tracing::warn!(
+            clock = clock::utc(std::time::SystemTime::now()),
+            head = clock::utc(identity.clock().now()),
+            "this machine's clock is {} by the head's; set the one that is wrong, for example with `timedatectl set-ntp true`",
+            clock::offset(offset)
+        );
+    }
+}
+
+/// Addresses of this machine, at which other workers may reach it where they cannot reach it at the one that the head sees.
+fn own_addresses() -> Vec<String> {
+    // A service that may not use AF_NETLINK cannot list them, and does without.
+    let Ok(all) = nix::ifaddrs::getifaddrs() else {
+        return Vec::new();
+    };
+    let address = |interface: nix::ifaddrs::InterfaceAddress| {
+        let storage = interface.address?;
+        let v4 = storage.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
+        v4.or_else(|| Some(IpAddr::V6(storage.as_sockaddr_in6()?.ip())))
+    };
+    let usable = |ip: &IpAddr| match ip {
+        IpAddr::V4(ip) => !ip.is_loopback() && !ip.is_link_local(),
+        IpAddr::V6(ip) => !ip.is_loopback() && !ip.is_unicast_link_local(),
+    };
+    let usable = all.filter_map(address).filter(usable);
+    usable.map(|ip| ip.to_string()).take(MOST_ADDRESSES).collect()
+}
+
+/// Sealed heartbeats over UDP, from whichever address this machine has at the moment.
 struct Heartbeats {
     socket: UdpSocket,
+    target: SocketAddr,
     sealer: Sealer,
     interval: tokio::time::Interval,
     sequence: u32,
 }
 
 impl Heartbeats {
-    async fn new(link: &Link, welcome: &Welcome) -> Result<Self, String> {
+    fn new(link: &Link, welcome: &Welcome) -> Result<Self, String> {
         let context = welcome.session.to_be_bytes();
         let key = link
             .export_key("hydramesh heartbeat", &context)
@@ -321,8 +449,7 @@ impl Heartbeats {
         let port = u16::try_from(welcome.heartbeat_port)
             .map_err(|_| format!("its heartbeat port {} is none", welcome.heartbeat_port))?;
         let target = SocketAddr::new(link.remote_addr().ip(), port);
-        let socket = connected_socket(target)
-            .await
+        let socket = unconnected_socket(target)
             .map_err(|error| format!("no socket for heartbeats: {error}"))?;
         let seconds = f64::from(welcome.heartbeat_seconds);
         let every = if (0.1..=60.0).contains(&seconds) {
@@ -334,6 +461,7 @@ impl Heartbeats {
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         Ok(Heartbeats {
             socket,
+            target,
             sealer: Sealer::new(&key, welcome.session),
             interval,
             sequence: 0,
@@ -356,7 +484,7 @@ impl Heartbeats {
         let sent = match sealed {
             Ok(message) => self
                 .socket
-                .send(&message.encode_datagram())
+                .send_to(&message.encode_datagram(), self.target)
                 .await
                 .map_err(|error| error.to_string()),
             Err(error) => Err(error.to_string()),
@@ -368,14 +496,11 @@ impl Heartbeats {
     }
 }
 
-async fn connected_socket(target: SocketAddr) -> std::io::Result<UdpSocket> {
-    let any: IpAddr = match target {
-        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-    };
-    let socket = UdpSocket::bind((any, 0)).await?;
-    socket.connect(target).await?;
-    Ok(socket)
+/// A connected socket would keep the address that this machine had at first.
+fn unconnected_socket(target: SocketAddr) -> std::io::Result<UdpSocket> {
+    let socket = listen::udp(listen::toward(target), |_| Ok(()))?;
+    socket.set_nonblocking(true)?;
+    UdpSocket::from_std(socket)
 }
 
 pub(crate) fn read_token(config: &Config) -> Result<Option<JoinToken>, WorkerError> {
@@ -403,6 +528,15 @@ pub(crate) fn read_token(config: &Config) -> Result<Option<JoinToken>, WorkerErr
     }
 }
 
+/// Clocks that are further apart are reported.
+const CLOCK_TOLERANCE: Duration = Duration::from_secs(60);
+
+/// A worker whose identity is in use elsewhere asks again after this time, and then more rarely.
+const DUPLICATE_PAUSE: Duration = Duration::from_secs(30);
+const LONGEST_DUPLICATE_PAUSE: Duration = Duration::from_secs(300);
+
+const MOST_ADDRESSES: usize = 8;
+
 const HEARTBEAT: Duration = Duration::from_secs(2);
 const LOAD_INTERVAL: Duration = Duration::from_millis(250);
 /// The head hears at most so often of what is held and sought.
@@ -414,3 +548,16 @@ const GOODBYE: Duration = Duration::from_millis(500);
 
 /// A link that held this long was no failed attempt.
 const STEADY: Duration = Duration::from_secs(2);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_duplicate_asks_rarely() {
+        let pauses: Vec<u64> = (1..=6)
+            .map(|times| duplicate_pause(times).as_secs())
+            .collect();
+        assert_eq!(pauses, [30, 60, 120, 240, 300, 300]);
+    }
+}

@@ -3,9 +3,9 @@
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use mesh_base::addresses::{self, Preferred};
 use mesh_net::discovery::{Announcement, Discovery, Found};
 use mesh_net::trust::{NodeIdentity, Role};
 use tokio::sync::watch;
@@ -17,8 +17,8 @@ use crate::head::read_token;
 /// Where the head is.
 #[derive(Clone)]
 pub(crate) enum HeadPlace {
-    /// At this address, `host:port`.
-    At(String),
+    /// At this address, `host:port`; which of its addresses worked last.
+    At(String, Preferred),
     /// Somewhere on the LAN.
     Lan(Lan),
 }
@@ -27,8 +27,8 @@ pub(crate) enum HeadPlace {
 #[derive(Clone)]
 pub(crate) struct Lan {
     discovery: Arc<Discovery>,
-    /// Counts the questions for the head's address.
-    asked: Arc<AtomicUsize>,
+    /// The address of a head that worked last.
+    preferred: Preferred,
 }
 
 impl Lan {
@@ -45,7 +45,7 @@ impl Lan {
         match Discovery::start(&root) {
             Ok(discovery) => Ok(Some(Lan {
                 discovery: Arc::new(discovery),
-                asked: Arc::default(),
+                preferred: Preferred::default(),
             })),
             Err(error) if config.head.is_some() => {
                 tracing::warn!(%error, "other workers cannot be found on the LAN");
@@ -76,22 +76,41 @@ impl Lan {
 }
 
 impl HeadPlace {
-    /// Its address, if there is one. Waits a moment for a head to be found.
-    pub(crate) async fn resolve(&self) -> Option<SocketAddr> {
+    /// All its addresses, in the order to try them. Waits a moment for a head to be found.
+    ///
+    /// # Errors
+    /// Why it has none.
+    pub(crate) async fn resolve(&self) -> Result<Vec<SocketAddr>, String> {
         match self {
-            HeadPlace::At(head) => resolve(head).await,
+            HeadPlace::At(head, preferred) => {
+                let found = addresses::resolve(head).await;
+                let found = found.map_err(|error| format!("{head} cannot be resolved: {error}"))?;
+                Ok(preferred.first(found))
+            }
             HeadPlace::Lan(lan) => {
                 let mut found = lan.found();
                 let is_head = |node: &&Found| node.role == Role::Head;
                 let there = found.wait_for(|nodes| nodes.iter().any(|node| is_head(&node)));
-                let nodes = tokio::time::timeout(FIND, there).await.ok()?.ok()?;
-                let head = nodes.iter().find(is_head)?;
-                // Of its addresses one may lead nowhere from here: whoever asks again gets the next.
-                let turn = lan.asked.fetch_add(1, Ordering::Relaxed);
-                head.addresses
-                    .get(turn % head.addresses.len().max(1))
-                    .copied()
+                let nodes = tokio::time::timeout(FIND, there).await;
+                let Ok(Ok(nodes)) = nodes else {
+                    return Err(format!(
+                        "no head found by multicast DNS within {} s; {}",
+                        FIND.as_secs(),
+                        mesh_net::discovery::LIKELY_CAUSES
+                    ));
+                };
+                let heads = nodes.iter().filter(is_head);
+                let all = addresses::ordered(heads.flat_map(|head| head.addresses.clone()));
+                Ok(lan.preferred.first(all))
             }
+        }
+    }
+
+    /// The head answered at this address.
+    pub(crate) fn remember(&self, address: SocketAddr) {
+        match self {
+            HeadPlace::At(_, preferred) => preferred.remember(address),
+            HeadPlace::Lan(lan) => lan.preferred.remember(address),
         }
     }
 }
@@ -99,15 +118,10 @@ impl HeadPlace {
 impl fmt::Display for HeadPlace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            HeadPlace::At(head) => f.write_str(head),
+            HeadPlace::At(head, _) => f.write_str(head),
             HeadPlace::Lan(_) => f.write_str("the LAN"),
         }
     }
-}
-
-/// The address that `host:port` means.
-pub(crate) async fn resolve(head: &str) -> Option<SocketAddr> {
-    tokio::net::lookup_host(head).await.ok()?.next()
 }
 
 /// Answers to multicast DNS come within a second or two.

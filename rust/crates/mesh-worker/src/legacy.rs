@@ -8,6 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use dcf::{ErrorCode, Message, MsgType};
 use futures::StreamExt;
+use mesh_base::addresses::{self, canonical};
 use mesh_engine::Event;
 use mesh_net::quic::timestamp_us;
 use mesh_proto::{Chat, ChatMessage, Generate, GenerateParams, Prompt};
@@ -19,7 +20,6 @@ use crate::answer;
 use crate::config::{Config, SamplingDefaults};
 use crate::generate;
 use crate::host::Host;
-use crate::lan::resolve;
 use crate::metrics::Counters;
 
 /// The plain DCF socket of a worker.
@@ -39,14 +39,15 @@ impl PlainDcf {
         let running = Arc::new(Mutex::new(HashSet::new()));
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
         heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut head = None;
+        let mut heads = Vec::new();
         let mut buffer = vec![0; LARGEST];
         loop {
             tokio::select! {
                 received = self.socket.recv_from(&mut buffer) => {
                     // An error here is an answer to something sent before, such as "port closed".
                     let Ok((len, source)) = received else { continue };
-                    let Some(task) = self.accept(&buffer[..len], source, head) else {
+                    let source = canonical(source);
+                    let Some(task) = self.accept(&buffer[..len], source, &heads) else {
                         self.counters.dropped.inc();
                         continue;
                     };
@@ -59,7 +60,8 @@ impl PlainDcf {
                         self.counters.tasks.inc();
                         let (socket, host, defaults) = (self.socket.clone(), self.host.clone(), defaults.clone());
                         // Results go to the worker bus of a v5.0.0 head, whichever port its tasks come from.
-                        let reply_to = head.filter(|head: &SocketAddr| head.ip() == source.ip()).unwrap_or(source);
+                        let of_head = heads.iter().find(|head: &&SocketAddr| head.ip() == source.ip());
+                        let reply_to = of_head.copied().unwrap_or(source);
                         self.answers.spawn(async move {
                             let _claim = claim;
                             for message in run(task, &host, defaults).await {
@@ -70,20 +72,14 @@ impl PlainDcf {
                         });
                     }
                 }
-                _ = heartbeat.tick() => head = self.heartbeat().await,
+                _ = heartbeat.tick() => heads = self.heartbeat().await,
             }
         }
     }
 
     /// The task in a datagram, if it is one and its source may ask.
-    fn accept(
-        &self,
-        datagram: &[u8],
-        source: SocketAddr,
-        head: Option<SocketAddr>,
-    ) -> Option<Message> {
-        let from_head =
-            head.is_some_and(|head| head.ip().to_canonical() == source.ip().to_canonical());
+    fn accept(&self, datagram: &[u8], source: SocketAddr, heads: &[SocketAddr]) -> Option<Message> {
+        let from_head = heads.iter().any(|head| head.ip() == source.ip());
         if !from_head && !self.config.trusts(source.ip()) {
             return None;
         }
@@ -91,20 +87,29 @@ impl PlainDcf {
         (message.kind == MsgType::TASK).then_some(message)
     }
 
-    /// Tells the v5.0.0 head, if there is one, where tasks are taken; returns its address.
-    async fn heartbeat(&self) -> Option<SocketAddr> {
-        let name = self.config.legacy.head.as_deref()?;
-        let Some(head) = resolve(name).await else {
-            tracing::warn!(head = name, "the v5.0.0 head's name has no address");
-            return None;
+    /// Tells the v5.0.0 head, if there is one, where tasks are taken; returns its addresses. It never answers, so that which
+    /// of them it listens at cannot be known: all get the heartbeat.
+    async fn heartbeat(&self) -> Vec<SocketAddr> {
+        let (Some(name), Ok(own)) = (&self.config.legacy.head, self.socket.local_addr()) else {
+            return Vec::new();
         };
-        let port = self.socket.local_addr().ok()?.port().to_string();
-        self.send(
-            &Message::new(MsgType::HEARTBEAT, 0, timestamp_us(), port),
-            head,
-        )
-        .await;
-        Some(head)
+        let heads = match addresses::resolve(name).await {
+            Ok(heads) => heads,
+            Err(error) => {
+                tracing::warn!(head = name, %error, "the v5.0.0 head's name has no address");
+                return Vec::new();
+            }
+        };
+        let heartbeat = Message::new(
+            MsgType::HEARTBEAT,
+            0,
+            timestamp_us(),
+            own.port().to_string(),
+        );
+        for head in &heads {
+            self.send(&heartbeat, *head).await;
+        }
+        heads
     }
 
     async fn send(&self, message: &Message, to: SocketAddr) {

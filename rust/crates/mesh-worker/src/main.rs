@@ -37,6 +37,13 @@ enum Command {
         #[arg(long, value_name = "DIR")]
         state_dir: Option<PathBuf>,
     },
+    /// Set this worker's identity aside, so that it joins with a new token as another one: for a machine whose state directory
+    /// was copied from another worker's. Stop the worker first
+    NewIdentity {
+        /// The worker's state directory [default: as configured]
+        #[arg(long, value_name = "DIR")]
+        state_dir: Option<PathBuf>,
+    },
     /// What the worker starts to run chat templates in
     #[command(name = templates::COMMAND, hide = true)]
     RenderTemplates,
@@ -68,6 +75,17 @@ fn run(args: &Args) -> anyhow::Result<()> {
         let state_dir = state_dir.as_ref().unwrap_or(&loaded.value.state_dir);
         let answer = runtime.block_on(ask::get(state_dir, path))?;
         println!("{answer}");
+        return Ok(());
+    }
+    if let Some(Command::NewIdentity { state_dir }) = &args.command {
+        let state_dir = state_dir.as_ref().unwrap_or(&loaded.value.state_dir);
+        match mesh_net::trust::set_aside(state_dir)? {
+            Some(folder) => println!(
+                "The old identity is in {} now. Give this worker a token from `hydramesh token create` and start it.",
+                folder.display()
+            ),
+            None => println!("{} holds no identity.", state_dir.display()),
+        }
         return Ok(());
     }
     if args.common.print_config || args.common.check_config {

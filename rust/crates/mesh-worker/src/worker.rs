@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use mesh_base::addresses::Preferred;
+use mesh_base::listen;
 use mesh_net::trust::NodeIdentity;
 use mesh_service::addresses::{self, Addresses};
 use mesh_service::health::{self, Health};
@@ -61,7 +63,7 @@ impl Worker {
         std::fs::create_dir_all(&config.state_dir).map_err(state_dir)?;
         addresses::remove(&config.state_dir).map_err(state_dir)?;
 
-        let sockets = Sockets::bind(&config).await?;
+        let sockets = Sockets::bind(&config)?;
         let watchdog = Watchdog::start();
         let health = Health::starting().watched_by(watchdog.clone());
         let metrics = Arc::new(Metrics::new("worker", env!("CARGO_PKG_VERSION")));
@@ -91,7 +93,7 @@ impl Worker {
             models.search(lan.found());
         }
         let head = match (&config.head, &lan) {
-            (Some(head), _) => Some(HeadPlace::At(head.clone())),
+            (Some(head), _) => Some(HeadPlace::At(head.clone(), Preferred::default())),
             (None, Some(lan)) => Some(HeadPlace::Lan(lan.clone())),
             (None, None) => None,
         };
@@ -161,7 +163,7 @@ struct Sockets {
 }
 
 impl Sockets {
-    async fn bind(config: &Config) -> Result<Self, WorkerError> {
+    fn bind(config: &Config) -> Result<Self, WorkerError> {
         let listen = |address: SocketAddr, carrier, key| {
             move |source| WorkerError::Listen {
                 address,
@@ -172,8 +174,10 @@ impl Sockets {
         };
         let tcp = listen(config.http.listen, "tcp", "http.listen");
         let udp = listen(config.dcf.listen, "udp", "dcf.listen");
-        let http = TcpListener::bind(config.http.listen).await.map_err(tcp)?;
-        let dcf = UdpSocket::bind(config.dcf.listen).await.map_err(udp)?;
+        let http = listen::tcp(config.http.listen).map_err(tcp)?;
+        let dcf = listen::udp(config.dcf.listen, |_| Ok(())).map_err(udp)?;
+        dcf.set_nonblocking(true).map_err(udp)?;
+        let dcf = UdpSocket::from_std(dcf).map_err(udp)?;
         let addresses = Addresses::from([
             ("http".to_owned(), http.local_addr().map_err(tcp)?),
             ("dcf".to_owned(), dcf.local_addr().map_err(udp)?),
@@ -298,6 +302,7 @@ impl Running {
             counters: self.counters.clone(),
             shutdown: self.shutdown.clone(),
             answers: self.answers.clone(),
+            instance: crate::backoff::unique(),
             stop: self.stop.clone(),
         };
         futures::future::Either::Right(link.run(identity))

@@ -16,6 +16,7 @@
 
 pub mod affinity;
 pub mod dedup;
+pub mod duplicates;
 pub mod embedding;
 pub mod fair;
 pub mod outbox;

@@ -89,6 +89,8 @@ pub struct Worker {
     pub carrier: Carrier,
     /// Where it is: remote address of the link, or where a v5.0.0 worker takes tasks.
     pub address: SocketAddr,
+    /// How far its clock is ahead of this head's, in seconds, by the timestamps of its messages; 0 while that is unknown.
+    pub clock_offset: f64,
     /// Program version, empty for v5.0.0.
     pub version: String,
     /// What it serves; empty for v5.0.0, which serves plain tasks.
@@ -318,6 +320,12 @@ impl Registry {
         }
     }
 
+    /// A mesh worker's packets come from this address now. Returns the one before if that is news.
+    pub fn moved(&mut self, id: WorkerId, address: SocketAddr) -> Option<SocketAddr> {
+        let worker = self.workers.get_mut(&id)?;
+        (worker.address != address).then(|| std::mem::replace(&mut worker.address, address))
+    }
+
     /// A load report. Speeds in it replace what is believed so far.
     pub fn report(&mut self, id: WorkerId, load: Load, now: Instant) {
         let Some(worker) = self.workers.get_mut(&id) else {
@@ -507,6 +515,7 @@ impl Registry {
             name,
             carrier,
             address,
+            clock_offset: 0.0,
             version,
             models,
             reserved_for: Vec::new(),
@@ -656,6 +665,19 @@ mod tests {
         assert_eq!(replaced, Some(old));
         assert_ne!(new, old);
         assert_eq!(registry.len(), 1);
+    }
+
+    #[test]
+    fn a_worker_that_moves_keeps_its_entry() {
+        let start = Instant::now();
+        let mut registry = Registry::new(Duration::from_secs(10));
+        let (id, _) = registry.join("aa", address(1), hello("one"), start);
+        assert_eq!(registry.moved(id, address(1)), None);
+        assert_eq!(registry.moved(id, address(2)), Some(address(1)));
+        assert_eq!(registry.get(id).unwrap().address, address(2));
+        // Packets on its link are signs of life, with or without heartbeats.
+        registry.seen(id, start + Duration::from_secs(9));
+        assert!(registry.prune(start + Duration::from_secs(18)).is_empty());
     }
 
     #[test]

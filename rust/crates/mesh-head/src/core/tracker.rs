@@ -90,6 +90,8 @@ struct Node {
     name: String,
     /// Where other workers reach it; `None` if they do not.
     address: Option<SocketAddr>,
+    /// Other addresses of its machine, as it says.
+    others: Vec<IpAddr>,
     /// The head's own address on the way to it.
     head_ip: Option<IpAddr>,
     held: BTreeMap<String, Held>,
@@ -148,6 +150,25 @@ impl Tracker {
         };
         self.nodes.insert(node.to_owned(), entry);
         self.changed = true;
+    }
+
+    /// A worker that has just joined says that its machine has these addresses.
+    pub fn has_addresses(&mut self, node: &str, others: Vec<IpAddr>) {
+        if let Some(entry) = self.nodes.get_mut(node) {
+            entry.others = others;
+        }
+    }
+
+    /// A worker is reached at this address from now on.
+    pub fn moved(&mut self, node: &str, ip: IpAddr) {
+        if let Some(address) = self
+            .nodes
+            .get_mut(node)
+            .and_then(|node| node.address.as_mut())
+        {
+            address.set_ip(ip);
+            self.changed = true;
+        }
     }
 
     /// A worker's link is closed.
@@ -420,6 +441,7 @@ impl Tracker {
         // In an order that does not change with every piece that comes.
         holders.sort_by(|a, b| a.1.cmp(b.1));
         let seats = holders.into_iter().map(|(_, other, address, holder)| Seat {
+            addresses: holder.others.iter().map(|ip| SocketAddr::new(*ip, address.port()).to_string()).collect(),
             node_id: other.clone(),
             name: holder.name.clone(),
             address: self.reach(entry, address).to_string(),

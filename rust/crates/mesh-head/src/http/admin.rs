@@ -59,7 +59,7 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
         "version": env!("CARGO_PKG_VERSION"),
         "ready": unready.is_none(),
         "reason": unready,
-        "uptime_seconds": mesh.started.elapsed().unwrap_or_default().as_secs_f64(),
+        "uptime_seconds": mesh.running_since.elapsed().as_secs_f64(),
         "draining": mesh.shutdown.is_draining(),
         "requests": {
             "queued": queued,
@@ -78,6 +78,8 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
         "recoveries": rings["recoveries"],
         "unformed": rings["unformed"],
         "drained": rings["drained"],
+        "duplicates": mesh.duplicates(),
+        "warnings": mesh.warnings(),
     }))
 }
 
@@ -219,6 +221,7 @@ fn describe(worker: &Worker, round_trip_ms: Option<f64>, offers: bool, now: Inst
         "last_seen_seconds": ago(worker.last_seen),
         "last_success_seconds": worker.last_success.map(ago),
         "round_trip_ms": round_trip_ms,
+        "clock_offset_seconds": worker.clock_offset,
     })
 }
 

@@ -274,7 +274,7 @@ async fn authenticate(
     let address = request
         .extensions()
         .get::<ConnectInfo<SocketAddr>>()
-        .map(|info| info.0.ip());
+        .map(|info| info.0.ip().to_canonical());
     request.extensions_mut().insert(Client { caller, address });
     Ok(next.run(request).await)
 }

@@ -3,7 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, Message, MsgType};
 use mesh_proto::{Offer, PathProfile, RingState};
@@ -15,6 +15,7 @@ use super::{Mesh, State, timestamp_us};
 use crate::core::registry::{Registry, Worker, WorkerId};
 use crate::core::rings::{Action, Note, Prospect, Rings};
 use crate::drains;
+use crate::ids;
 use crate::metrics::Verdict;
 
 /// What became of a worker as the driver of a ring.
@@ -362,12 +363,10 @@ impl Mesh {
     }
 }
 
-/// Ring ids of this head's life: above all of its earlier lives, as long as its clock is not set back.
+/// Ring ids of this head's life count up from here. Random, so that they are not those of an earlier life, whatever the clock
+/// says, with room above.
 pub(super) fn first_ring() -> u64 {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    (u64::try_from(since.as_millis()).unwrap_or(0) << 16).max(1)
+    (ids::unique() >> 1).max(1)
 }
 
 fn hex(ring: u64) -> String {

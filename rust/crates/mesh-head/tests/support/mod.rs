@@ -231,7 +231,7 @@ impl Worker {
     pub(crate) async fn join(head: &TestHead, name: &str, script: Script) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let token = head.token().await;
-        let identity = quic::join(head.address("quic"), &token, dir.path(), name)
+        let identity = quic::join(&[head.address("quic")], &token, dir.path(), name)
             .await
             .unwrap();
         Self::connect(head.address("quic"), identity, Arc::new(dir), name, script).await
@@ -263,6 +263,7 @@ impl Worker {
             models: vec![card],
             protocol: PROTOCOL_VERSION,
             reserved_for: Vec::new(),
+            ..Default::default()
         };
         control
             .send(Message::new(MsgType::HELLO, 0, 0, hello.encode_to_vec()))

@@ -67,7 +67,7 @@ impl Shard {
     ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let token = head.token().await;
-        let identity = quic::join(head.address("quic"), &token, dir.path(), name)
+        let identity = quic::join(&[head.address("quic")], &token, dir.path(), name)
             .await
             .unwrap();
         let offer = offer(layers, decode_us);
@@ -107,6 +107,7 @@ impl Shard {
             models: Vec::new(),
             protocol: PROTOCOL_VERSION,
             reserved_for: Vec::new(),
+            ..Default::default()
         };
         let send = |kind, body: Vec<u8>| Message::new(kind, 0, 0, body);
         control

@@ -1,10 +1,12 @@
 //! The side that dials.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use dcf::{ErrorCode, MsgType};
+use mesh_base::addresses::race;
+use mesh_base::listen;
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, Connection, VarInt};
 
@@ -45,7 +47,26 @@ impl Connector {
         identity: NodeIdentity,
         config: LinkConfig,
     ) -> Result<Self, ConnectError> {
-        Self::bind(unspecified_like(peer), identity, config)
+        Self::bind(listen::toward(peer), identity, config)
+    }
+
+    /// Connects to the first of these addresses of one node that answers, as [`race`] tries them, from a socket of its own.
+    /// Returns that address, too.
+    pub async fn to_any(
+        addresses: &[SocketAddr],
+        role: Role,
+        identity: &NodeIdentity,
+        config: &LinkConfig,
+    ) -> Result<(SocketAddr, Self, Link), ConnectError> {
+        let attempt = |address| async move {
+            let connector = Self::toward(address, identity.clone(), config.clone())?;
+            let link = connector.connect(address, role).await?;
+            Ok((connector, link))
+        };
+        let (address, (connector, link)) = race(addresses, attempt)
+            .await
+            .map_err(ConnectError::of_all)?;
+        Ok((address, connector, link))
     }
 
     /// Connects to a node that must have this role. Returns when both sides have admitted each other.
@@ -55,7 +76,10 @@ impl Connector {
             let connection = dial(&self.carrier, client, address, &self.config).await?;
             let peer = peer_member(&connection, address, role)?;
             let link = Link::new(connection.clone(), peer, self.config.max_message);
-            wait_for_admission(connection, address, &self.config).await?;
+            let said_at = wait_for_admission(connection, address, &self.config).await?;
+            if link.role() == Role::Head {
+                self.identity.clock().heard(said_at);
+            }
             Ok::<_, ConnectError>(link)
         };
         let link = within(self.config.handshake_timeout, address, make).await?;
@@ -134,17 +158,18 @@ pub(super) fn peer_member(
     Ok(peer)
 }
 
+/// The peer's word that it admits this node; returns when that was said, by its clock.
 async fn wait_for_admission(
     connection: Connection,
     address: SocketAddr,
     config: &LinkConfig,
-) -> Result<(), ConnectError> {
+) -> Result<u64, ConnectError> {
     let stream = connection
         .accept_uni()
         .await
         .map_err(|error| ConnectError::new(address, error))?;
     match RecvHalf::new(stream, config.max_message).recv().await {
-        Ok(Some(message)) if message.kind == MsgType::ACK => Ok(()),
+        Ok(Some(message)) if message.kind == MsgType::ACK => Ok(message.timestamp_us),
         _ => {
             let reason = match connection.close_reason() {
                 Some(error) => return Err(ConnectError::new(address, error)),
@@ -153,12 +178,4 @@ async fn wait_for_admission(
             Err(ConnectError::Failed { address, reason })
         }
     }
-}
-
-pub(super) fn unspecified_like(peer: SocketAddr) -> SocketAddr {
-    let ip = match peer.ip() {
-        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-    };
-    SocketAddr::new(ip, 0)
 }

@@ -29,7 +29,7 @@ pub(super) struct Carrier {
 
 impl Carrier {
     pub(super) fn bind(address: SocketAddr, server: Option<ServerConfig>) -> io::Result<Self> {
-        let socket = UdpSocket::bind(address)?;
+        let socket = mesh_base::listen::udp(address, |_| Ok(()))?;
         let links = Arc::new(Links::default());
         let errors = listen_to_icmp(&socket, links.clone())
             .inspect_err(|error| tracing::debug!(%error, "no ICMP errors here; lost peers are noticed by their silence"))

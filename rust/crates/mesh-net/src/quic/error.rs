@@ -6,7 +6,9 @@ use std::net::SocketAddr;
 use dcf::{ErrorCode, StreamError};
 use quinn::{ConnectionError, VarInt};
 
-use crate::trust::{Role, TOKEN_EXPIRED, TOKEN_UNKNOWN, TOKEN_USED, TrustError, hex};
+use crate::trust::{
+    CERTIFICATE_DATES, Role, TOKEN_EXPIRED, TOKEN_UNKNOWN, TOKEN_USED, TrustError, hex,
+};
 
 /// Why a link could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -34,7 +36,13 @@ pub enum ConnectError {
         /// Whom we called.
         address: SocketAddr,
     },
-    /// The peer's certificate is not of our mesh, or has ended.
+    /// None of several addresses.
+    #[error("none of its {} addresses can be reached: {}", tried.len(), listed(tried))]
+    Nowhere {
+        /// Each address with its error, in the order of failure.
+        tried: Vec<(SocketAddr, ConnectError)>,
+    },
+    /// The peer's certificate is not of our mesh.
     #[error("{address} does not prove that it belongs to this mesh: {reason}")]
     PeerNotTrusted {
         /// Whom we called.
@@ -75,7 +83,34 @@ pub enum ConnectError {
     Trust(#[from] TrustError),
 }
 
+fn listed(tried: &[(SocketAddr, ConnectError)]) -> String {
+    let texts: Vec<String> = tried.iter().map(|(_, error)| error.to_string()).collect();
+    texts.join("; ")
+}
+
 impl ConnectError {
+    /// One error of those of several addresses: that of a peer which answered, if there is one.
+    pub(super) fn of_all(mut tried: Vec<(SocketAddr, ConnectError)>) -> Self {
+        let answered = tried.iter().position(|(_, error)| !error.is_transient());
+        match answered {
+            Some(at) => tried.swap_remove(at).1,
+            None if tried.len() == 1 => tried.swap_remove(0).1,
+            None => Self::Nowhere { tried },
+        }
+    }
+
+    /// Whether nobody answered, so that another address or a later attempt may help.
+    pub fn is_transient(&self) -> bool {
+        matches!(
+            self,
+            Self::NoAnswer { .. }
+                | Self::Failed { .. }
+                | Self::Socket { .. }
+                | Self::Address { .. }
+                | Self::Nowhere { .. }
+        )
+    }
+
     pub(super) fn new(address: SocketAddr, error: ConnectionError) -> Self {
         match error {
             ConnectionError::TimedOut => Self::NoAnswer { address },
@@ -85,6 +120,11 @@ impl ConnectError {
                     reason: error.reason,
                 }
             }
+            ref error if is_date_alert(error) => Self::Refused {
+                address,
+                code: CERTIFICATE_DATES,
+                text: "it judges our certificate by its own clock, which is wrong, or the certificate has ended".to_owned(),
+            },
             ConnectionError::ConnectionClosed(close) if is_tls_alert(close.error_code) => {
                 let text = format!("it does not accept our certificate ({close})");
                 Self::Refused {
@@ -165,18 +205,12 @@ impl JoinError {
 
     /// Whether trying again later, with the same token, can help.
     pub fn is_transient(&self) -> bool {
-        matches!(
-            self,
-            Self::Connect(
-                ConnectError::NoAnswer { .. }
-                    | ConnectError::Failed { .. }
-                    | ConnectError::Socket { .. }
-            ) | Self::Broken(_)
-                | Self::Refused {
-                    code: ErrorCode::INTERNAL | ErrorCode::DRAINING,
-                    ..
-                }
-        )
+        match self {
+            Self::Connect(error) => error.is_transient(),
+            Self::Broken(_) => true,
+            Self::Refused { code, .. } => [ErrorCode::INTERNAL, ErrorCode::DRAINING].contains(code),
+            _ => false,
+        }
     }
 }
 
@@ -291,7 +325,19 @@ pub(super) fn error_code(code: VarInt) -> ErrorCode {
     u8::try_from(code.into_inner()).map_or(ErrorCode::INTERNAL, ErrorCode)
 }
 
+/// Whether the peer's TLS says that our certificate has expired or is not valid yet: rustls sends certificate_expired
+/// (RFC 8446, section 6.2) for both.
+pub(super) fn is_date_alert(error: &ConnectionError) -> bool {
+    let ConnectionError::ConnectionClosed(close) = error else {
+        return false;
+    };
+    u64::from(close.error_code) == TLS_ALERTS + CERTIFICATE_EXPIRED
+}
+
 /// RFC 9001, section 4.8: TLS alerts are the codes 0x100 to 0x1ff.
 fn is_tls_alert(code: quinn::TransportErrorCode) -> bool {
-    (0x100..0x200).contains(&u64::from(code))
+    (TLS_ALERTS..TLS_ALERTS + 0x100).contains(&u64::from(code))
 }
+
+const TLS_ALERTS: u64 = 0x100;
+const CERTIFICATE_EXPIRED: u64 = 45;

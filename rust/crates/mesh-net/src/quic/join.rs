@@ -6,12 +6,15 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use dcf::{Message, MsgType};
+use mesh_base::addresses::race;
+use mesh_base::listen;
 use mesh_proto::{JoinRequest, JoinResponse, RenewRequest};
 use prost::Message as _;
 use quinn::Connection;
+use quinn::crypto::rustls::QuicClientConfig;
 use rustls::pki_types::CertificateDer;
 
-use super::connector::{dial, peer_member, unspecified_like, within};
+use super::connector::{dial, peer_member, within};
 use super::endpoint::Carrier;
 use super::error::{ConnectError, JoinError, StreamFailure};
 use super::link::peer_certificate;
@@ -25,9 +28,9 @@ use crate::trust::{
 /// Joins the mesh of the token at its head, and stores the identity in the state directory.
 ///
 /// The key is made on this machine, in the state directory, and does not leave it; a join that broke off can be repeated
-/// with the same directory and token.
+/// with the same directory and token. `head` is the addresses of one head; the first that answers counts.
 pub async fn join(
-    head: SocketAddr,
+    head: &[SocketAddr],
     token: &JoinToken,
     state_dir: &Path,
     node_name: &str,
@@ -45,24 +48,17 @@ pub async fn join(
         kind: MsgType::JOIN_REQUEST,
         body: request.encode_to_vec(),
     };
-    let chain = ask
-        .send(tls::anonymous(verifier.clone(), JOIN_PROTOCOL)?)
-        .await
-        .map_err(|error| {
-            let untrusted = matches!(
-                error,
-                JoinError::Connect(ConnectError::PeerNotTrusted { .. })
-            );
-            if untrusted && !verifier.matched() {
-                JoinError::ForeignMesh {
-                    address: head,
-                    pinned: *token.root_sha256(),
-                    presented: verifier.foreign(),
-                }
-            } else {
-                error
+    let tls = || tls::anonymous(verifier.clone(), JOIN_PROTOCOL);
+    let (chain, said_at) = ask.send(tls).await.map_err(|error| match error {
+        JoinError::Connect(ConnectError::PeerNotTrusted { address, .. }) if !verifier.matched() => {
+            JoinError::ForeignMesh {
+                address,
+                pinned: *token.root_sha256(),
+                presented: verifier.foreign(),
             }
-        })?;
+        }
+        error => error,
+    })?;
     if chain
         .get(1)
         .is_none_or(|root| sha256(root) != *token.root_sha256())
@@ -71,13 +67,15 @@ pub async fn join(
             "the root in it is not the token's".to_owned(),
         ));
     }
-    Ok(NodeIdentity::store(state_dir, key, chain)?)
+    let identity = NodeIdentity::store(state_dir, key, chain)?;
+    identity.clock().heard(said_at);
+    Ok(identity)
 }
 
 /// The identity in the state directory; joins first when there is none, or when the token is for another mesh than the
 /// identity's. A token that was used for this very directory is not needed again.
 pub async fn load_or_join(
-    head: SocketAddr,
+    head: &[SocketAddr],
     token: Option<&JoinToken>,
     state_dir: &Path,
     node_name: &str,
@@ -96,7 +94,7 @@ pub async fn load_or_join(
 }
 
 /// Exchanges the node's certificate for a fresh one, and takes it into use.
-pub async fn renew(head: SocketAddr, identity: &NodeIdentity) -> Result<(), JoinError> {
+pub async fn renew(head: &[SocketAddr], identity: &NodeIdentity) -> Result<(), JoinError> {
     let body = RenewRequest {
         csr: identity.request()?,
     }
@@ -106,58 +104,70 @@ pub async fn renew(head: SocketAddr, identity: &NodeIdentity) -> Result<(), Join
         kind: MsgType::RENEW_REQUEST,
         body,
     };
-    let chain = ask.send(tls::client(identity, JOIN_PROTOCOL)?).await?;
+    let (chain, said_at) = ask.send(|| tls::client(identity, JOIN_PROTOCOL)).await?;
+    identity.clock().heard(said_at);
     Ok(identity.install(chain)?)
 }
 
 /// Renews the node's certificate whenever two thirds of its life are over. Never returns; run it beside the service.
 pub async fn keep_renewed(head: SocketAddr, identity: NodeIdentity) -> std::convert::Infallible {
     loop {
-        let due = identity
-            .renew_at()
-            .duration_since(SystemTime::now())
-            .unwrap_or_default();
-        // In small steps: a machine that slept through the date must notice soon after.
-        tokio::time::sleep(due.min(RENEWAL_CHECK)).await;
-        if due > RENEWAL_CHECK {
+        // The head's time: this machine's own clock may be wrong, and may be set at any moment.
+        let now = identity.clock().now();
+        if !identity.is_renewal_due(now) {
+            let due = identity.renew_at().duration_since(now).unwrap_or_default();
+            // In small steps: the head's clock may be set, too.
+            tokio::time::sleep(due.min(RENEWAL_CHECK)).await;
             continue;
         }
-        match renew(head, &identity).await {
-            Ok(()) => tracing::info!(until = ?identity.member().not_after, "certificate renewed"),
-            Err(error) => {
-                tracing::warn!(%error, "certificate not renewed, trying again");
-                tokio::time::sleep(RENEWAL_RETRY).await;
-            }
+        match renew(&[head], &identity).await {
+            Ok(()) => tracing::info!(
+                certificate = identity.member().dates(),
+                "certificate renewed"
+            ),
+            Err(error) => tracing::warn!(%error, "certificate not renewed, trying again"),
+        }
+        // A certificate that is due at once again must not be renewed without a pause.
+        if identity.is_renewal_due(identity.clock().now()) {
+            tokio::time::sleep(RENEWAL_RETRY).await;
         }
     }
 }
 
 /// One request to a head's admission.
-struct Ask {
-    head: SocketAddr,
+struct Ask<'a> {
+    head: &'a [SocketAddr],
     kind: MsgType,
     body: Vec<u8>,
 }
 
-impl Ask {
-    /// Returns the certificates in the answer.
+impl Ask<'_> {
+    /// Returns the certificates in the answer, and when it was given by the head's clock.
     async fn send(
         self,
-        tls: quinn::crypto::rustls::QuicClientConfig,
-    ) -> Result<Vec<CertificateDer<'static>>, JoinError> {
+        tls: impl Fn() -> Result<QuicClientConfig, TrustError>,
+    ) -> Result<(Vec<CertificateDer<'static>>, u64), JoinError> {
         let config = LinkConfig {
             max_message: MAX_EXCHANGE,
             ..LinkConfig::default()
         };
-        let local = unspecified_like(self.head);
-        let carrier = Carrier::bind(local, None).map_err(|source| ConnectError::Socket {
-            address: local,
-            source,
-        })?;
-        let limit = config.handshake_timeout + ANSWER_TIMEOUT;
-        let answer = within(limit, self.head, async {
-            let connection = dial(&carrier, tls, self.head, &config).await?;
-            peer_member(&connection, self.head, Role::Head)?;
+        // Only the handshake is raced: the request may be made once.
+        let (tls, config) = (&tls, &config);
+        let attempt = |address| async move {
+            let local = listen::toward(address);
+            let carrier = Carrier::bind(local, None).map_err(|source| ConnectError::Socket {
+                address: local,
+                source,
+            })?;
+            let dialled = dial(&carrier, tls()?, address, config);
+            let connection = within(config.handshake_timeout, address, dialled).await?;
+            peer_member(&connection, address, Role::Head)?;
+            Ok::<_, ConnectError>((carrier, connection))
+        };
+        let (address, (carrier, connection)) = race(self.head, attempt)
+            .await
+            .map_err(ConnectError::of_all)?;
+        let answer = within(ANSWER_TIMEOUT, address, async {
             let answer = exchange(&connection, self.kind, self.body).await;
             connection.close(0u32.into(), b"");
             answer
@@ -166,12 +176,9 @@ impl Ask {
         // The head waits for the close; a moment is enough, and an unreachable head must not hold us.
         let _ =
             tokio::time::timeout(Duration::from_millis(500), carrier.endpoint.wait_idle()).await;
-        let response = answer?;
-        Ok(response
-            .certificates
-            .into_iter()
-            .map(CertificateDer::from)
-            .collect())
+        let (response, said_at) = answer?;
+        let certificates = response.certificates.into_iter();
+        Ok((certificates.map(CertificateDer::from).collect(), said_at))
     }
 }
 
@@ -179,7 +186,7 @@ async fn exchange(
     connection: &Connection,
     kind: MsgType,
     body: Vec<u8>,
-) -> Result<JoinResponse, JoinError> {
+) -> Result<(JoinResponse, u64), JoinError> {
     let halves = connection.open_bi().await.map_err(StreamFailure::from)?;
     let mut stream = MsgStream::new(halves, MAX_EXCHANGE);
     stream
@@ -197,6 +204,7 @@ async fn exchange(
     };
     match (answer.kind, answer.error_body()) {
         (MsgType::JOIN_RESPONSE, _) => JoinResponse::decode(answer.payload)
+            .map(|response| (response, answer.timestamp_us))
             .map_err(|error| JoinError::Answer(error.to_string())),
         (MsgType::ERROR, Some(error)) => {
             Err(JoinError::refused(error.code, error.text.into_owned()))
@@ -315,7 +323,7 @@ const MAX_EXCHANGE: usize = 64 << 10;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How often the date is looked at.
-const RENEWAL_CHECK: Duration = Duration::from_secs(600);
+const RENEWAL_CHECK: Duration = Duration::from_secs(60);
 
 /// Pause after a renewal that failed.
 const RENEWAL_RETRY: Duration = Duration::from_secs(60);

@@ -86,6 +86,29 @@ impl Link {
         self.inner.connection.rtt()
     }
 
+    /// Packets that came from the peer so far. Each was authenticated, so a new one is a sign of life; an idle link gets some
+    /// every [`keep_alive`](super::LinkConfig::keep_alive).
+    pub fn packets_received(&self) -> u64 {
+        self.inner.connection.stats().udp_rx.datagrams
+    }
+
+    /// Whether the peer answers within `limit`. What it sent before the question does not count.
+    pub async fn answers(&self, limit: Duration) -> bool {
+        let connection = &self.inner.connection;
+        // What is under way when its process ends arrives within this time.
+        tokio::time::sleep(self.rtt().max(SUSPICION)).await;
+        let before = self.packets_received();
+        let deadline = tokio::time::Instant::now() + limit;
+        while connection.close_reason().is_none() && tokio::time::Instant::now() < deadline {
+            let _ = connection.send_datagram(Bytes::from_static(&[0]));
+            tokio::time::sleep(SIGN_OF_LIFE).await;
+            if self.packets_received() > before {
+                return true;
+            }
+        }
+        false
+    }
+
     /// The key exchange group of the handshake; [`NamedGroup::X25519MLKEM768`] between our own nodes.
     pub fn handshake_group(&self) -> Option<NamedGroup> {
         Some(handshake_data(&self.inner.connection)?.negotiated_key_exchange_group)
@@ -199,12 +222,7 @@ impl Link {
         }
     }
 
-    /// Packets that came from the peer so far; a new one is a sign of life, whatever is in it.
-    pub fn heard_packets(&self) -> u64 {
-        self.inner.connection.stats().udp_rx.datagrams
-    }
-
-    /// Asks the peer for a sign of life: if it lives, [`heard_packets`](Self::heard_packets) grows; if its port is closed, the
+    /// Asks the peer for a sign of life: if it lives, [`packets_received`](Self::packets_received) grows; if its port is closed, the
     /// link ends soon.
     pub fn ask(&self) {
         // Where it cannot be sent, the next keep-alive asks.

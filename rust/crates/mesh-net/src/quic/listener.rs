@@ -3,9 +3,12 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
+#[cfg(test)]
+use std::time::SystemTime;
 
 use dcf::{ErrorCode, Message, MsgType};
+use mesh_base::clock;
 use quinn::{Connection, Incoming, ServerConfig, VarInt};
 use tokio::sync::{Mutex, Semaphore, mpsc};
 
@@ -14,7 +17,7 @@ use super::error::{ConnectError, StreamFailure};
 use super::link::{Link, canonical, handshake_data, peer_certificate};
 use super::stream::SendHalf;
 use super::{JOIN_PROTOCOL, LINK_PROTOCOL, LinkConfig, join, timestamp_us, tls};
-use crate::trust::{Admission, Member, NodeIdentity};
+use crate::trust::{Admission, CERTIFICATE_DATES, Member, MeshClock, NodeIdentity, TrustError};
 
 /// Accepts links, and lets new nodes join when it has an [`Admission`].
 #[derive(Debug)]
@@ -44,6 +47,8 @@ impl Listener {
             admission,
             config,
             links: sender,
+            clock: identity.clock().clone(),
+            own: identity.clone(),
         };
         tokio::spawn(gate.clone().run());
         if let Some(admission) = gate.admission {
@@ -88,6 +93,8 @@ struct Gate {
     admission: Option<Arc<dyn Admission>>,
     config: LinkConfig,
     links: mpsc::Sender<Link>,
+    clock: MeshClock,
+    own: NodeIdentity,
 }
 
 impl Gate {
@@ -127,7 +134,7 @@ impl Gate {
         let connection = tokio::time::timeout(self.config.handshake_timeout, handshake)
             .await
             .map_err(|_| "handshake took too long".to_owned())?
-            .map_err(|error| error.to_string())?;
+            .map_err(|error| self.handshake_failed(&error))?;
         let protocol = handshake_data(&connection)
             .and_then(|data| data.protocol)
             .unwrap_or_default();
@@ -143,8 +150,19 @@ impl Gate {
         }
     }
 
+    /// A peer of an older version judges our certificate by its own clock, and says so by an alert.
+    fn handshake_failed(&self, error: &quinn::ConnectionError) -> String {
+        if super::error::is_date_alert(error) {
+            return format!(
+                "it does not accept the certificate of this node ({}) because of its dates: its clock is wrong; set it, for example with `timedatectl set-ntp true`",
+                self.own.member().dates()
+            );
+        }
+        error.to_string()
+    }
+
     async fn admit(&self, connection: Connection) -> Result<(), String> {
-        let now = SystemTime::now();
+        let now = self.clock.now();
         let Some(certificate) = peer_certificate(&connection) else {
             return Err(refuse(
                 &connection,
@@ -154,10 +172,14 @@ impl Gate {
         let member = Member::from_certificate(&certificate)
             .map_err(|error| refuse(&connection, &error.to_string()))?;
         if !member.is_valid_at(now) {
-            return Err(refuse(
-                &connection,
-                "your certificate has ended (or your clock is wrong); renew it first",
-            ));
+            let text = format!(
+                "the certificate of `{}` is {}, and the clock here says {}: it has to be renewed at the head; if that date is wrong, set the clock of this machine",
+                member.name,
+                member.dates(),
+                clock::utc(now)
+            );
+            connection.close(u32::from(CERTIFICATE_DATES.0).into(), text.as_bytes());
+            return Err(text);
         }
         if let Some(admission) = self.admission.clone() {
             let asked = member.clone();
@@ -203,14 +225,21 @@ async fn renew_own(
 ) {
     // `wait_idle` is no sign of the end; the endpoint's address is, once its driver has stopped.
     while endpoint.local_addr().is_ok() {
-        let now = SystemTime::now();
-        if now >= identity.renew_at() {
+        let now = identity.clock().now();
+        if identity.is_renewal_due(now) {
+            if !identity.member().is_valid_at(now) {
+                tracing::warn!(
+                    certificate = identity.member().dates(),
+                    clock = clock::utc(now),
+                    "this node's certificate does not hold now: its clock was set"
+                );
+            }
             let (identity, admission) = (identity.clone(), admission.clone());
             let renewed = tokio::task::spawn_blocking(move || {
                 let request = identity.request()?;
                 let chain = admission
                     .renew(&identity.member(), &request, now)
-                    .map_err(|refusal| crate::trust::TrustError::Mismatch(refusal.to_string()))?;
+                    .map_err(|refusal| TrustError::Mismatch(refusal.to_string()))?;
                 identity.install(chain)
             });
             match renewed.await {
@@ -229,8 +258,8 @@ const BACKLOG: usize = 64;
 /// Connections in handshake or admission at once.
 const MAX_HANDSHAKES: usize = 256;
 
-/// A small part of any sensible certificate life.
-const OWN_RENEWAL_CHECK: Duration = Duration::from_secs(600);
+/// A clock that was set is noticed after this time.
+const OWN_RENEWAL_CHECK: Duration = Duration::from_secs(10);
 
 #[cfg(test)]
 mod tests {

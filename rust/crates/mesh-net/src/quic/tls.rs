@@ -1,7 +1,7 @@
 //! TLS 1.3 as the mesh uses it: certificates are checked against the mesh's root, never against names.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -18,7 +18,7 @@ use rustls::{
 };
 
 use super::{JOIN_PROTOCOL, LINK_PROTOCOL};
-use crate::trust::{NodeIdentity, TrustError, sha256};
+use crate::trust::{Member, NodeIdentity, TrustError, sha256};
 
 /// The server side of both protocols. Whether a certificate is needed depends on the protocol and is checked after the
 /// handshake; one that is shown must be of the mesh.
@@ -96,26 +96,22 @@ fn provider() -> Arc<CryptoProvider> {
     })
 }
 
-fn algorithms() -> WebPkiSupportedAlgorithms {
+pub(crate) fn algorithms() -> WebPkiSupportedAlgorithms {
     aws_lc_rs::default_provider().signature_verification_algorithms
 }
 
-/// Checks that `root` issued `certificate` and that the certificate holds at `at`.
+/// Checks that `root` issued `certificate`, whenever that holds. Its dates are for the head to judge
+/// ([`crate::trust`]); the root's own say nothing either, since it is known by its hash.
 pub(crate) fn verify_issued_by(
     certificate: &CertificateDer<'_>,
     root: &CertificateDer<'_>,
-    at: SystemTime,
-) -> Result<(), Error> {
-    let at = UnixTime::since_unix_epoch(at.duration_since(UNIX_EPOCH).unwrap_or_default());
-    verify_at(certificate, root, at, &algorithms())
-}
-
-fn verify_at(
-    certificate: &CertificateDer<'_>,
-    root: &CertificateDer<'_>,
-    at: UnixTime,
     algorithms: &WebPkiSupportedAlgorithms,
 ) -> Result<(), Error> {
+    let member = Member::from_certificate(certificate)
+        .map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
+    // webpki wants a date: one at which it holds.
+    let begin = member.not_before.duration_since(UNIX_EPOCH);
+    let at = UnixTime::since_unix_epoch(begin.unwrap_or_default());
     let mut roots = RootCertStore::empty();
     roots.add(root.clone().into_owned())?;
     let parsed = ParsedCertificate::try_from(certificate)?;
@@ -136,9 +132,9 @@ impl ServerCertVerifier for MeshVerifier {
         _: &[CertificateDer<'_>],
         _: &ServerName<'_>,
         _: &[u8],
-        now: UnixTime,
+        _: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        verify_at(certificate, &self.root, now, &self.algorithms)?;
+        verify_issued_by(certificate, &self.root, &self.algorithms)?;
         Ok(ServerCertVerified::assertion())
     }
 
@@ -174,24 +170,16 @@ impl ClientCertVerifier for MeshVerifier {
         &[]
     }
 
-    /// A certificate that has ended passes: it may still be renewed. The listener refuses it for links.
+    /// A certificate whose dates do not fit passes: it may still be renewed. The listener refuses it for links, in words that
+    /// a TLS alert does not have.
     fn verify_client_cert(
         &self,
         certificate: &CertificateDer<'_>,
         _: &[CertificateDer<'_>],
-        now: UnixTime,
+        _: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let verified = match verify_at(certificate, &self.root, now, &self.algorithms) {
-            Err(Error::InvalidCertificate(
-                CertificateError::Expired | CertificateError::ExpiredContext { .. },
-            )) => {
-                let member = crate::trust::Member::from_certificate(certificate)
-                    .map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
-                verify_issued_by(certificate, &self.root, member.not_before)
-            }
-            verified => verified,
-        };
-        verified.map(|()| ClientCertVerified::assertion())
+        verify_issued_by(certificate, &self.root, &self.algorithms)?;
+        Ok(ClientCertVerified::assertion())
     }
 
     fn verify_tls12_signature(
@@ -255,7 +243,7 @@ impl ServerCertVerifier for PinVerifier {
         others: &[CertificateDer<'_>],
         _: &ServerName<'_>,
         _: &[u8],
-        now: UnixTime,
+        _: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         let Some(root) = others.iter().find(|other| sha256(other) == self.pin) else {
             *self.foreign.lock().unwrap_or_else(PoisonError::into_inner) =
@@ -263,7 +251,7 @@ impl ServerCertVerifier for PinVerifier {
             return Err(Error::InvalidCertificate(CertificateError::UnknownIssuer));
         };
         *self.matched.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        verify_at(certificate, root, now, &self.algorithms)?;
+        verify_issued_by(certificate, root, &self.algorithms)?;
         Ok(ServerCertVerified::assertion())
     }
 

@@ -1,10 +1,12 @@
 //! Who may become and remain a member: the seam for stricter policies, and today's one.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use dcf::ErrorCode;
+use mesh_base::clock;
 use rustls::pki_types::CertificateDer;
 
 use super::identity::NodeKey;
@@ -77,11 +79,18 @@ pub enum Refusal {
         seconds_ago: u64,
     },
     /// Its time is over.
-    #[error("this token expired {seconds_ago} s ago; make another with `hydramesh token create`")]
+    #[error(
+        "this token expired {seconds_ago} s ago by the head's clock, which says {now}; make another with `hydramesh token create`, and set the head's clock if that date is wrong"
+    )]
     TokenExpired {
         /// How long ago, seconds.
         seconds_ago: u64,
+        /// The head's date.
+        now: String,
     },
+    /// A certificate whose dates the head's clock does not agree with.
+    #[error("{0}")]
+    Dates(String),
     /// The request itself is wrong.
     #[error("{0}")]
     Invalid(String),
@@ -100,6 +109,7 @@ impl Refusal {
             Self::TokenUnknown => TOKEN_UNKNOWN,
             Self::TokenUsed { .. } => TOKEN_USED,
             Self::TokenExpired { .. } => TOKEN_EXPIRED,
+            Self::Dates(_) => CERTIFICATE_DATES,
             Self::Invalid(_) => ErrorCode::INVALID_PAYLOAD,
             Self::NotAdmitted(_) => ErrorCode::UNAUTHORIZED,
             Self::Internal(_) => ErrorCode::INTERNAL,
@@ -122,6 +132,10 @@ pub const TOKEN_UNKNOWN: ErrorCode = ErrorCode(0x50);
 pub const TOKEN_USED: ErrorCode = ErrorCode(0x51);
 /// Error code of [`Refusal::TokenExpired`].
 pub const TOKEN_EXPIRED: ErrorCode = ErrorCode(0x52);
+/// A certificate's dates do not fit the clock of the node that looks at it: renew it at the head.
+pub const CERTIFICATE_DATES: ErrorCode = ErrorCode(0x53);
+/// Another machine is connected with the same identity.
+pub const DUPLICATE_IDENTITY: ErrorCode = ErrorCode(0x54);
 
 /// Today's policy: whoever brings an unused token of this mesh is a worker, and stays one.
 #[derive(Debug)]
@@ -129,6 +143,8 @@ pub struct Authority {
     root: MeshRoot,
     tokens: Mutex<TokenStore>,
     validity: Validity,
+    /// Nodes that were members in this process's life, and when that was last seen. Its clock cannot be set.
+    seen: Mutex<HashMap<String, Instant>>,
 }
 
 impl Authority {
@@ -140,6 +156,7 @@ impl Authority {
             root,
             tokens,
             validity,
+            seen: Mutex::default(),
         })
     }
 
@@ -148,21 +165,38 @@ impl Authority {
         &self.root
     }
 
-    /// The head's own identity, kept in `dir`: loaded when it is of this mesh and holds, else issued.
+    /// The head's own identity, kept in `dir`: loaded when it is of this mesh and holds now, else issued. One whose dates lie
+    /// in the future was issued while the clock was wrong.
     pub fn head_identity(
         &self,
         dir: &Path,
         name: &str,
         now: SystemTime,
     ) -> Result<NodeIdentity, TrustError> {
-        match NodeIdentity::load(dir) {
+        if clock::is_implausible(now) {
+            tracing::warn!(
+                clock = clock::utc(now),
+                "this head's clock is wrong; set it, for example with `timedatectl set-ntp true`"
+            );
+        }
+        let loaded = NodeIdentity::load(dir);
+        match loaded {
             Ok(identity)
-                if identity.root() == self.root.certificate() && now < identity.renew_at() =>
+                if identity.root() == self.root.certificate() && !identity.is_renewal_due(now) =>
             {
                 Ok(identity)
             }
             // A missing, foreign or ending certificate is replaced: the root is here.
-            _ => {
+            loaded => {
+                if let Ok(old) = loaded
+                    && !old.member().is_valid_at(now)
+                {
+                    tracing::warn!(
+                        certificate = old.member().dates(),
+                        clock = clock::utc(now),
+                        "this head's certificate does not hold now, so a new one is issued; if the date is wrong, set the clock"
+                    );
+                }
                 let key = NodeKey::load_or_create(dir)?;
                 let chain =
                     self.root
@@ -192,6 +226,23 @@ impl Authority {
         self.tokens().records().to_vec()
     }
 
+    /// Notes that this node is a member now.
+    fn note_seen(&self, node_id: &str) {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if seen.len() >= MOST_SEEN {
+            seen.retain(|_, at| at.elapsed() < self.validity.renewal_grace);
+        }
+        if seen.len() < MOST_SEEN || seen.contains_key(node_id) {
+            seen.insert(node_id.to_owned(), Instant::now());
+        }
+    }
+
+    fn was_seen_lately(&self, node_id: &str) -> bool {
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = seen.get(node_id);
+        last.is_some_and(|at| at.elapsed() <= self.validity.life + self.validity.renewal_grace)
+    }
+
     fn tokens(&self) -> MutexGuard<'_, TokenStore> {
         // The store changes only after the file did, in one assignment.
         self.tokens.lock().unwrap_or_else(PoisonError::into_inner)
@@ -215,6 +266,7 @@ impl Admission for Authority {
         let node_id = requested_node_id(ask.request)?;
         self.tokens()
             .redeem(ask.token_id, ask.token_secret, &node_id, ask.node_name, now)?;
+        self.note_seen(&node_id);
         Ok(chain)
     }
 
@@ -224,22 +276,171 @@ impl Admission for Authority {
         request: &[u8],
         now: SystemTime,
     ) -> Result<Vec<CertificateDer<'static>>, Refusal> {
-        if now > member.not_after + self.validity.renewal_grace {
-            let reason =
-                "the certificate ended too long ago to be renewed; join again with a new token";
-            return Err(Refusal::NotAdmitted(reason.to_owned()));
+        // The grace bounds how long a node may have been away. It says nothing where the certificate was issued while this
+        // clock was wrong: before any release of this program, or to a node that was here a short while ago; and the head
+        // renews its own whenever it likes.
+        let ended = now > member.not_after + self.validity.renewal_grace;
+        let clock_was_wrong = clock::is_implausible(member.not_after)
+            || member.role == Role::Head
+            || self.was_seen_lately(&member.node_id);
+        if ended && !clock_was_wrong {
+            return Err(Refusal::NotAdmitted(format!(
+                "the certificate of `{}` ({}) ended too long ago to be renewed: the head's clock says {}; join again with a new token (`hydramesh token create`), or set the head's clock if that date is wrong",
+                member.name,
+                member.dates(),
+                clock::utc(now)
+            )));
         }
         if requested_node_id(request)? != member.node_id {
             return Err(Refusal::Invalid(
                 "a renewal is for the key of the old certificate".to_owned(),
             ));
         }
-        Ok(self
+        let chain = self
             .root
-            .issue(request, &member.name, member.role, self.validity.life, now)?)
+            .issue(request, &member.name, member.role, self.validity.life, now)?;
+        self.note_seen(&member.node_id);
+        Ok(chain)
+    }
+
+    fn connect(&self, member: &Member, _: SystemTime) -> Result<(), Refusal> {
+        self.note_seen(&member.node_id);
+        Ok(())
     }
 
     fn mesh(&self) -> String {
         self.root.mesh().to_owned()
+    }
+}
+
+/// Members that are remembered; more only lose a leniency after a change of the clock.
+const MOST_SEEN: usize = 65_536;
+
+#[cfg(test)]
+mod tests {
+    use std::time::UNIX_EPOCH;
+
+    use super::*;
+
+    const DAY: Duration = Duration::from_secs(86_400);
+
+    /// 2026-11-29.
+    fn today() -> SystemTime {
+        UNIX_EPOCH + Duration::from_secs(1_795_910_400)
+    }
+
+    fn authority(dir: &Path) -> Authority {
+        Authority::open(dir, "attic", Validity::default()).expect("authority")
+    }
+
+    /// A worker that joined when the head's clock said `then`.
+    fn worker(authority: &Authority, dir: &Path, then: SystemTime) -> NodeIdentity {
+        let token = authority.create_token(DAY, "", then).expect("token");
+        let key = NodeKey::load_or_create(dir).expect("key");
+        let request = key.request().expect("request");
+        let ask = JoinAsk {
+            token_id: &token.id(),
+            token_secret: token.secret(),
+            request: &request,
+            node_name: "laptop",
+        };
+        let chain = authority.join(&ask, then).expect("joined");
+        NodeIdentity::store(dir, key, chain).expect("stored")
+    }
+
+    fn renew(authority: &Authority, worker: &NodeIdentity, now: SystemTime) -> Result<(), Refusal> {
+        let request = worker.request().expect("request");
+        let chain = authority.renew(&worker.member(), &request, now)?;
+        worker.install(chain).expect("installed");
+        assert!(worker.member().is_valid_at(now) && !worker.is_renewal_due(now));
+        Ok(())
+    }
+
+    #[test]
+    fn a_head_that_started_with_a_wrong_clock_issues_itself_a_new_certificate() {
+        for wrong in [
+            today() + 730 * DAY,
+            today() - 90 * DAY,
+            UNIX_EPOCH,
+            UNIX_EPOCH + Duration::from_secs(253_402_300_000),
+        ] {
+            let dir = tempfile::tempdir().expect("temporary directory");
+            let head = authority(dir.path());
+            let then = head
+                .head_identity(dir.path(), "head", wrong)
+                .expect("issued");
+            assert!(then.member().is_valid_at(wrong), "{wrong:?}");
+            let restarted = authority(dir.path());
+            let now = restarted
+                .head_identity(dir.path(), "head", today())
+                .expect("issued");
+            assert!(
+                now.member().is_valid_at(today()),
+                "{}",
+                now.member().dates()
+            );
+            assert_eq!(now.root_sha256(), then.root_sha256(), "tokens pin the root");
+            assert_eq!(now.node_id(), then.node_id());
+        }
+    }
+
+    #[test]
+    fn a_certificate_from_a_time_when_the_heads_clock_was_wrong_is_renewed() {
+        for wrong in [
+            today() + 730 * DAY,
+            UNIX_EPOCH + DAY / 2,
+            today() - 90 * DAY,
+        ] {
+            let (head, node) = (
+                tempfile::tempdir().expect("dir"),
+                tempfile::tempdir().expect("dir"),
+            );
+            let running = authority(head.path());
+            let worker = worker(&running, node.path(), wrong);
+            assert!(!worker.member().is_valid_at(today()));
+            assert!(worker.is_renewal_due(today()));
+            renew(&running, &worker, today()).expect("renewed");
+        }
+    }
+
+    #[test]
+    fn after_a_restart_too_unless_only_the_nodes_absence_explains_it() {
+        for (wrong, renewed) in [
+            (today() + 730 * DAY, true),
+            (UNIX_EPOCH + DAY / 2, true),
+            (today() - 20 * DAY, true),
+            (today() - 90 * DAY, false),
+        ] {
+            let (head, node) = (
+                tempfile::tempdir().expect("dir"),
+                tempfile::tempdir().expect("dir"),
+            );
+            let worker = worker(&authority(head.path()), node.path(), wrong);
+            let verdict = renew(&authority(head.path()), &worker, today());
+            assert_eq!(
+                verdict.is_ok(),
+                renewed,
+                "{}: {verdict:?}",
+                worker.member().dates()
+            );
+            if let Err(refusal) = verdict {
+                let text = refusal.to_string();
+                for part in ["laptop", "2026-11-29", "the head's clock", "token create"] {
+                    assert!(text.contains(part), "{part} is not in {text}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_heads_own_certificate_is_always_renewed() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let head = authority(dir.path());
+        let own = head
+            .head_identity(dir.path(), "head", today())
+            .expect("issued");
+        for now in [today() + 3_650 * DAY, today() - 300 * DAY, today()] {
+            renew(&head, &own, now).expect("renewed");
+        }
     }
 }

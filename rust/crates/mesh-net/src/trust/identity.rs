@@ -13,7 +13,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 
-use super::{Member, TrustError, names, sha256};
+use super::{Member, MeshClock, TrustError, names, sha256};
 use crate::files;
 
 /// A node's key, its certificate and the root of its mesh. Clones share them, so that a renewed certificate is used by
@@ -27,6 +27,7 @@ struct Inner {
     dir: PathBuf,
     key: NodeKey,
     root: CertificateDer<'static>,
+    clock: MeshClock,
     current: RwLock<Current>,
 }
 
@@ -94,6 +95,7 @@ impl NodeIdentity {
                 dir: dir.to_owned(),
                 key,
                 root,
+                clock: MeshClock::default(),
                 current,
             }),
         })
@@ -127,6 +129,17 @@ impl NodeIdentity {
             .duration_since(member.not_before)
             .unwrap_or_default();
         member.not_before + life * 2 / 3
+    }
+
+    /// Whether the certificate should be renewed: most of its life is over, or it begins after `now`, because the clock of
+    /// who issued it was wrong then.
+    pub fn is_renewal_due(&self, now: SystemTime) -> bool {
+        now >= self.renew_at() || now < self.member().not_before
+    }
+
+    /// The mesh's time as this node knows it.
+    pub fn clock(&self) -> &MeshClock {
+        &self.inner.clock
     }
 
     /// A request (PKCS#10, DER) for a certificate for the same key.
@@ -207,7 +220,7 @@ impl Current {
         root: &CertificateDer<'static>,
     ) -> Result<Self, TrustError> {
         let member = Member::from_certificate(&certificate)?;
-        crate::quic::tls::verify_issued_by(&certificate, root, member.not_before)
+        crate::quic::tls::verify_issued_by(&certificate, root, &crate::quic::tls::algorithms())
             .map_err(|error| TrustError::Mismatch(error.to_string()))?;
         let private = PrivateKeyDer::Pkcs8(key.pair.serialize_der().into());
         let signer = rustls::crypto::aws_lc_rs::sign::any_supported_type(&private)
@@ -222,6 +235,35 @@ impl Current {
             member: Arc::new(member),
         })
     }
+}
+
+/// Sets the identity in a state directory aside, so that the node can join anew with a token, as another one. Returns the
+/// folder that the old files are in now; `None` if there was no identity.
+///
+/// # Errors
+/// If a file cannot be moved.
+pub fn set_aside(dir: &Path) -> Result<Option<PathBuf>, TrustError> {
+    let names = [
+        names::NODE_CERTIFICATE,
+        names::NODE_KEY,
+        names::ROOT_CERTIFICATE,
+    ];
+    if !names.iter().any(|name| dir.join(name).exists()) {
+        return Ok(None);
+    }
+    let free = (1..)
+        .map(|number| dir.join(format!("old-identity-{number}")))
+        .find(|folder| !folder.exists());
+    let folder = free.expect("some number is free");
+    files::create_private_dir(&folder)?;
+    for name in names {
+        let (from, to) = (dir.join(name), folder.join(name));
+        match std::fs::rename(&from, to) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            moved => moved.map_err(|error| TrustError::io("move", &from, error))?,
+        }
+    }
+    Ok(Some(folder))
 }
 
 /// A node's private key. It never leaves the state directory.

@@ -5,6 +5,11 @@
 //! live for a week and are renewed at two thirds of that; a node that was switched off for longer may still renew for a
 //! month, and needs a new token after that.
 //!
+//! Dates are judged by the head's clock alone: it issued them. A node takes any certificate that the root signed for the
+//! head, learns the head's time from it ([`MeshClock`]), and renews its own by that time. The root's own dates do not
+//! count: it is pinned. So a machine with a wrong clock joins and works, and a head whose clock was wrong for a while
+//! issues new certificates once it is right.
+//!
 //! State directory:
 //!
 //! | file | holds | readable by |
@@ -16,6 +21,7 @@
 //! | `tokens.json` | hashes of join tokens (head only) | owner |
 
 mod admission;
+mod clock;
 mod error;
 mod identity;
 mod root;
@@ -23,11 +29,13 @@ mod store;
 mod token;
 
 pub use admission::{
-    Admission, Authority, JoinAsk, Refusal, TOKEN_EXPIRED, TOKEN_UNKNOWN, TOKEN_USED,
+    Admission, Authority, CERTIFICATE_DATES, DUPLICATE_IDENTITY, JoinAsk, Refusal, TOKEN_EXPIRED,
+    TOKEN_UNKNOWN, TOKEN_USED,
 };
+pub use clock::MeshClock;
 pub use error::TrustError;
-pub use identity::NodeIdentity;
 pub(crate) use identity::NodeKey;
+pub use identity::{NodeIdentity, set_aside};
 pub use root::{Member, MeshRoot, Role, Validity};
 pub use store::{RETRY_WINDOW, TokenRecord, TokenStore, Use};
 pub use token::{JoinToken, ParseTokenError};

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use mesh_base::clock;
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
     DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
@@ -184,8 +185,9 @@ impl MeshRoot {
         let mut params = CertificateParams::default();
         params.distinguished_name = distinguished_name(name, role.as_str(), &self.mesh);
         params.serial_number = Some(serial_number());
-        params.not_before = (now - DAY).into();
-        params.not_after = (now + life).into();
+        // X.509 has no dates before 1970 for webpki, and none after 9999 at all (RFC 5280, section 4.1.2.5).
+        params.not_before = (now - DAY).clamp(UNIX_EPOCH, last_date() - DAY).into();
+        params.not_after = (now + life).clamp(UNIX_EPOCH + DAY, last_date()).into();
         params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         // Every node both dials and listens.
@@ -254,6 +256,12 @@ impl Member {
         })
     }
 
+    /// The dates of the certificate, for messages.
+    pub fn dates(&self) -> String {
+        let (from, to) = (clock::utc(self.not_before), clock::utc(self.not_after));
+        format!("valid from {from} to {to}")
+    }
+
     /// Whether the certificate holds at this time.
     pub fn is_valid_at(&self, now: SystemTime) -> bool {
         (self.not_before..self.not_after).contains(&now)
@@ -298,6 +306,11 @@ fn serial_number() -> SerialNumber {
 }
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
+
+/// 9999-12-31 23:59:59.
+fn last_date() -> SystemTime {
+    UNIX_EPOCH + Duration::from_secs(253_402_300_799)
+}
 
 #[cfg(test)]
 mod tests {

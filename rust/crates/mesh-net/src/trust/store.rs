@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use mesh_base::clock;
 use serde::{Deserialize, Serialize};
 use subtle::ConstantTimeEq;
 
@@ -73,6 +74,7 @@ impl TokenStore {
     ) -> Result<JoinToken, TrustError> {
         let token = JoinToken::generate(self.root_sha256);
         let created = unix_seconds(now);
+        self.correct_dates(now)?;
         let record = TokenRecord {
             id: token.id(),
             secret_sha256: hex(&sha256(token.secret())),
@@ -99,6 +101,9 @@ impl TokenStore {
         node_name: &str,
         now: SystemTime,
     ) -> Result<(), Refusal> {
+        let date = clock::utc(now);
+        self.correct_dates(now)
+            .map_err(|error| Refusal::Internal(error.to_string()))?;
         let now = unix_seconds(now);
         let hash = hex(&sha256(secret));
         // Compares with every record, so that the time taken tells nothing about which ids exist.
@@ -132,6 +137,7 @@ impl TokenStore {
         if now >= record.expires {
             return Err(Refusal::TokenExpired {
                 seconds_ago: now - record.expires,
+                now: date,
             });
         }
         let mut records = self.records.clone();
@@ -142,6 +148,33 @@ impl TokenStore {
         });
         self.persist(records)
             .map_err(|error| Refusal::Internal(error.to_string()))
+    }
+
+    /// Tokens that were made while the clock was wrong, in the future or before any release of this program, count from now:
+    /// how old they are is unknown.
+    fn correct_dates(&mut self, now: SystemTime) -> Result<(), TrustError> {
+        if clock::is_implausible(now) {
+            return Ok(());
+        }
+        let seconds = unix_seconds(now);
+        let is_wrong = |record: &TokenRecord| {
+            record.used.is_none()
+                && (record.created > seconds.saturating_add(CLOCK_STEP.as_secs())
+                    || clock::is_implausible(UNIX_EPOCH + Duration::from_secs(record.created)))
+        };
+        if !self.records.iter().any(is_wrong) {
+            return Ok(());
+        }
+        let mut records = self.records.clone();
+        for record in records.iter_mut().filter(|record| is_wrong(record)) {
+            let life = record.expires.saturating_sub(record.created);
+            (record.created, record.expires) = (seconds, seconds.saturating_add(life));
+            tracing::warn!(
+                token = record.id,
+                "this join token was made while the clock was wrong; its life counts from now"
+            );
+        }
+        self.persist(records)
     }
 
     /// Withdraws an unused token; true if there was one.
@@ -183,6 +216,9 @@ pub(super) fn unix_seconds(time: SystemTime) -> u64 {
 
 /// How long the node that used a token may repeat its request.
 pub const RETRY_WINDOW: Duration = Duration::from_secs(60);
+
+/// A clock that is set back by less needs no correction.
+const CLOCK_STEP: Duration = Duration::from_secs(300);
 
 /// How long after its end a token is remembered, to tell "expired" and "used" from "unknown".
 const MEMORY: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -255,11 +291,33 @@ mod tests {
         );
         assert_eq!(
             store.redeem(&token.id(), token.secret(), "n", "n", now() + HOUR),
-            Err(Refusal::TokenExpired { seconds_ago: 0 })
+            Err(Refusal::TokenExpired {
+                seconds_ago: 0,
+                now: clock::utc(now() + HOUR)
+            })
         );
         store
             .redeem(&token.id(), token.secret(), "n", "n", now())
             .expect("still unused");
+    }
+
+    #[test]
+    fn a_token_that_was_made_while_the_clock_was_wrong_lives_from_when_that_was_noticed() {
+        let year = HOUR * 24 * 365;
+        for wrong in [now() + year * 2, UNIX_EPOCH + HOUR] {
+            let dir = tempfile::tempdir().expect("temporary directory");
+            let mut store = store(dir.path());
+            let token = store.create(HOUR, "", wrong).expect("created");
+            let other = store.create(HOUR, "", wrong).expect("created");
+            store
+                .redeem(&token.id(), token.secret(), "n", "n", now())
+                .expect("good");
+            let late = store.redeem(&other.id(), other.secret(), "n", "n", now() + HOUR);
+            assert!(
+                matches!(late, Err(Refusal::TokenExpired { .. })),
+                "{late:?}"
+            );
+        }
     }
 
     #[test]

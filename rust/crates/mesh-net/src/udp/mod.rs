@@ -12,8 +12,9 @@ use std::net::SocketAddr;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use socket2::{Domain, Protocol, Socket, Type};
+use mesh_base::routes::Routes;
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
@@ -48,6 +49,8 @@ pub struct BatchSocket {
     local: SocketAddr,
     /// Cleared when the kernel or the device turns out to have no GSO.
     gso: AtomicBool,
+    /// Where peers are answered from, for a socket on every address.
+    routes: Option<Mutex<Routes>>,
     counts: Counts,
 }
 
@@ -61,19 +64,16 @@ impl BatchSocket {
     /// Binds to an address.
     pub fn bind_with(address: SocketAddr, options: &SocketOptions) -> io::Result<Self> {
         let bind = || {
-            let socket = Socket::new(
-                Domain::for_address(address),
-                Type::DGRAM,
-                Some(Protocol::UDP),
-            )?;
-            if options.reuse_port {
-                socket.set_reuse_port(true)?;
-            }
-            socket.bind(&address.into())?;
-            // More is better, less still works.
-            let _ = socket.set_recv_buffer_size(options.recv_buffer);
-            let _ = socket.set_send_buffer_size(options.send_buffer);
-            Self::from_std(socket.into())
+            let socket = mesh_base::listen::udp(address, |socket| {
+                if options.reuse_port {
+                    socket.set_reuse_port(true)?;
+                }
+                // More is better, less still works.
+                let _ = socket.set_recv_buffer_size(options.recv_buffer);
+                let _ = socket.set_send_buffer_size(options.send_buffer);
+                Ok(())
+            })?;
+            Self::from_std(socket)
         };
         bind().map_err(|error| {
             io::Error::new(
@@ -91,11 +91,19 @@ impl BatchSocket {
             tracing::debug!(%error, "no UDP GRO");
         }
         let local = socket.local_addr()?;
+        let mut routes = None;
+        if local.ip().is_unspecified() {
+            match sys::enable_packet_info(socket.as_fd(), local.is_ipv6()) {
+                Ok(()) => routes = Some(Mutex::default()),
+                Err(error) => tracing::debug!(%error, "answers leave from the preferred address"),
+            }
+        }
         let io = UdpSocket::from_std(socket)?;
         Ok(Self {
             io,
             local,
             gso: AtomicBool::new(true),
+            routes,
             counts: Counts::default(),
         })
     }
@@ -127,6 +135,13 @@ impl BatchSocket {
                 result => result?,
             }
             break;
+        }
+        if let Some(mut routes) = self.routes() {
+            for received in &batch.received {
+                if let Some(to) = received.to {
+                    routes.note(received.from, to);
+                }
+            }
         }
         batch.split_segments();
         let bytes = batch
@@ -174,7 +189,19 @@ impl BatchSocket {
 
     /// Sends one datagram.
     pub async fn send_to(&self, data: &[u8], destination: SocketAddr) -> io::Result<()> {
-        match self.io.send_to(data, destination).await {
+        let outgoing = [Outgoing {
+            destination,
+            range: 0..data.len(),
+        }];
+        let send = || {
+            let routes = self.routes();
+            sys::send(self.io.as_fd(), &outgoing, data, false, routes.as_deref())
+        };
+        let mut sent = self.io.async_io(Interest::WRITABLE, send).await;
+        if sent.is_err() && self.forget(destination) {
+            sent = self.io.async_io(Interest::WRITABLE, send).await;
+        }
+        match sent {
             Ok(_) => {
                 self.counts.sent(1, data.len() as u64);
                 Ok(())
@@ -195,7 +222,16 @@ impl BatchSocket {
         let before = batch.next;
         let bytes_before = batch.offset();
         let gso = self.gso.load(Ordering::Relaxed);
-        let taken = sys::send(self.io.as_fd(), batch.pending(), &batch.bytes, gso)?;
+        let routes = self.routes();
+        let sent = sys::send(
+            self.io.as_fd(),
+            batch.pending(),
+            &batch.bytes,
+            gso,
+            routes.as_deref(),
+        );
+        drop(routes);
+        let taken = sent?;
         batch.advance(taken);
         self.counts.sent(
             (batch.next - before) as u64,
@@ -205,10 +241,24 @@ impl BatchSocket {
         Ok(taken)
     }
 
+    fn routes(&self) -> Option<MutexGuard<'_, Routes>> {
+        let routes = self.routes.as_ref()?;
+        Some(routes.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Lets the routing table say again where answers to this peer leave from. True if it did not before.
+    fn forget(&self, peer: SocketAddr) -> bool {
+        self.routes().is_some_and(|mut routes| routes.forget(peer))
+    }
+
     /// After an error at the first pending datagram: turns GSO off if that may be the cause, else skips the datagram.
     fn skip_refused(&self, batch: &mut SendBatch, error: &io::Error) {
         // An error of an earlier datagram (ICMP) is reported once and says nothing about this one.
         if error.kind() == io::ErrorKind::ConnectionRefused {
+            return;
+        }
+        // The address that it was to leave from may be gone.
+        if self.forget(batch.pending()[0].destination) {
             return;
         }
         let gso_refused = error

@@ -5,7 +5,7 @@
 
 use std::io;
 use std::mem::{MaybeUninit, size_of, zeroed};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
 
@@ -17,6 +17,9 @@ use libc::{
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use mesh_base::addresses::canonical;
+use mesh_base::routes::Routes;
+
 use super::{BATCH, Outgoing};
 
 /// Bytes per receive buffer: the largest UDP payload there is, which is also the largest GRO run.
@@ -26,6 +29,8 @@ pub(super) const BUFFER: usize = 65_536;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Received {
     pub(super) from: SocketAddr,
+    /// The address of this machine that it was sent to, if [`enable_packet_info`] asked for that.
+    pub(super) to: Option<IpAddr>,
     /// Bytes in the buffer.
     pub(super) len: usize,
     /// Length of the datagrams in it, the last may be shorter; 0: it holds one.
@@ -80,6 +85,7 @@ pub(super) fn recv(
         let Some(from) = from else { continue };
         received.push(Received {
             from,
+            to: destination(&message.msg_hdr),
             len: message.msg_len as usize,
             segment: gro_segment(&message.msg_hdr),
             truncated: message.msg_hdr.msg_flags & libc::MSG_TRUNC != 0,
@@ -88,13 +94,14 @@ pub(super) fn recv(
     Ok(())
 }
 
-/// Sends datagrams from the front of `outgoing`, whose bytes are in `bytes`, without waiting. Returns how many were
-/// taken; an error concerns the first.
+/// Sends datagrams from the front of `outgoing`, whose bytes are in `bytes`, without waiting; from the addresses that
+/// `routes` says. Returns how many were taken; an error concerns the first.
 pub(super) fn send(
     fd: BorrowedFd<'_>,
     outgoing: &[Outgoing],
     bytes: &[u8],
     gso: bool,
+    routes: Option<&Routes>,
 ) -> io::Result<usize> {
     let mut names = [const { MaybeUninit::<sockaddr_storage>::uninit() }; BATCH];
     let mut controls = [Control::EMPTY; BATCH];
@@ -120,10 +127,15 @@ pub(super) fn send(
         header.msg_name = names[count].as_mut_ptr().cast();
         header.msg_iov = &raw mut vectors[count];
         header.msg_iovlen = 1;
+        let mut control = ControlWriter::new(&mut controls[count]);
         if run > 1 {
             // A run has at most MAX_RUN_SEGMENT bytes per datagram.
-            set_gso_segment(header, &mut controls[count], first.range.len() as u16);
+            control.push(libc::SOL_UDP, libc::UDP_SEGMENT, first.range.len() as u16);
         }
+        if let Some(source) = routes.and_then(|routes| routes.get(first.destination)) {
+            control.push_source(source, first.destination);
+        }
+        control.finish(header);
         runs[count] = run;
         count += 1;
         rest = &rest[run..];
@@ -176,6 +188,15 @@ fn run_length(outgoing: &[Outgoing]) -> usize {
 /// Asks the kernel to hand over runs of datagrams in one buffer.
 pub(super) fn enable_gro(fd: BorrowedFd<'_>) -> io::Result<()> {
     set_option(fd, libc::SOL_UDP, libc::UDP_GRO)
+}
+
+/// Asks the kernel to say to which address of this machine each datagram was sent.
+pub(super) fn enable_packet_info(fd: BorrowedFd<'_>, is_ipv6: bool) -> io::Result<()> {
+    if is_ipv6 {
+        set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO)?;
+    }
+    // A dual-stack socket says it for IPv4 datagrams this way.
+    set_option(fd, libc::IPPROTO_IP, libc::IP_PKTINFO)
 }
 
 /// Asks the kernel to keep the ICMP errors of what this socket sends in its error queue.
@@ -318,18 +339,91 @@ fn control_messages(header: &msghdr) -> impl Iterator<Item = (c_int, c_int, &[u8
     })
 }
 
-fn set_gso_segment(header: &mut msghdr, control: &mut Control, segment: u16) {
-    header.msg_control = control.0.as_mut_ptr().cast();
-    // SAFETY: pure arithmetic.
-    header.msg_controllen = unsafe { libc::CMSG_SPACE(size_of::<u16>() as u32) } as _;
-    // SAFETY: the block is aligned for `cmsghdr` and larger than the space for one u16, so there is a first header in it
-    // and room for its data.
-    unsafe {
-        let message = libc::CMSG_FIRSTHDR(header);
-        (*message).cmsg_level = libc::SOL_UDP;
-        (*message).cmsg_type = libc::UDP_SEGMENT;
-        (*message).cmsg_len = libc::CMSG_LEN(size_of::<u16>() as u32) as _;
-        ptr::write_unaligned(libc::CMSG_DATA(message).cast::<u16>(), segment);
+/// Where a datagram was sent to, by the control messages of [`enable_packet_info`].
+fn destination(header: &msghdr) -> Option<IpAddr> {
+    let mut found = None;
+    for (level, kind, data) in control_messages(header) {
+        match (level, kind) {
+            (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
+                // struct in_pktinfo: interface index, local address, address in the header (ip(7)).
+                let local: Option<[u8; 4]> = data.get(4..8).and_then(|local| local.try_into().ok());
+                if let Some(local) = local {
+                    // It is the address that a broadcast is answered from, too.
+                    return Some(IpAddr::from(local));
+                }
+            }
+            (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
+                // struct in6_pktinfo: address, interface index (ipv6(7)).
+                found = data.first_chunk::<16>().map(|address| IpAddr::from(*address));
+            }
+            _ => {}
+        }
+    }
+    found
+}
+
+/// Writes the control messages of one header.
+struct ControlWriter<'a> {
+    block: &'a mut Control,
+    used: usize,
+}
+
+impl<'a> ControlWriter<'a> {
+    fn new(block: &'a mut Control) -> Self {
+        Self { block, used: 0 }
+    }
+
+    fn push<T: Copy>(&mut self, level: c_int, kind: c_int, value: T) {
+        // SAFETY: pure arithmetic.
+        let (space, len) = unsafe {
+            let size = size_of::<T>() as u32;
+            (libc::CMSG_SPACE(size) as usize, libc::CMSG_LEN(size))
+        };
+        assert!(self.used + space <= size_of::<Control>(), "the block has room for both messages");
+        // SAFETY: the block is aligned for `cmsghdr`, and so is every multiple of CMSG_SPACE in it; header and value lie in
+        // the `space` bytes that are left.
+        unsafe {
+            let header = self.block.0.as_mut_ptr().add(self.used).cast::<cmsghdr>();
+            header.write(zeroed());
+            (*header).cmsg_level = level;
+            (*header).cmsg_type = kind;
+            (*header).cmsg_len = len as _;
+            ptr::write_unaligned(libc::CMSG_DATA(header).cast::<T>(), value);
+        }
+        self.used += space;
+    }
+
+    /// Has the datagram leave from `source`, which must be of the destination's family.
+    fn push_source(&mut self, source: IpAddr, destination: SocketAddr) {
+        match (source, destination.ip()) {
+            (IpAddr::V4(source), IpAddr::V4(_)) => {
+                let info = libc::in_pktinfo {
+                    ipi_ifindex: 0,
+                    ipi_spec_dst: libc::in_addr {
+                        s_addr: u32::from(source).to_be(),
+                    },
+                    ipi_addr: libc::in_addr { s_addr: 0 },
+                };
+                self.push(libc::IPPROTO_IP, libc::IP_PKTINFO, info);
+            }
+            (IpAddr::V6(source), IpAddr::V6(_)) => {
+                let info = libc::in6_pktinfo {
+                    ipi6_addr: libc::in6_addr {
+                        s6_addr: source.octets(),
+                    },
+                    ipi6_ifindex: 0,
+                };
+                self.push(libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, info);
+            }
+            _ => {}
+        }
+    }
+
+    fn finish(self, header: &mut msghdr) {
+        if self.used > 0 {
+            header.msg_control = self.block.0.as_mut_ptr().cast();
+            header.msg_controllen = self.used as _;
+        }
     }
 }
 
@@ -353,15 +447,14 @@ unsafe fn socket_address(name: *const sockaddr_storage, len: socklen_t) -> Optio
             // SAFETY: the family says that this is a `sockaddr_in6`, and it is whole.
             let v6 = unsafe { &*name.cast::<sockaddr_in6>() };
             let ip = Ipv6Addr::from(v6.sin6_addr.s6_addr);
-            Some(
-                SocketAddrV6::new(
-                    ip,
-                    u16::from_be(v6.sin6_port),
-                    v6.sin6_flowinfo,
-                    v6.sin6_scope_id,
-                )
-                .into(),
-            )
+            let address = SocketAddrV6::new(
+                ip,
+                u16::from_be(v6.sin6_port),
+                v6.sin6_flowinfo,
+                v6.sin6_scope_id,
+            );
+            // An IPv4 peer of a dual-stack socket is known by its IPv4 address, which the kernel takes back as well.
+            Some(canonical(address.into()))
         }
         _ => None,
     }

@@ -190,3 +190,50 @@ fn storms_of_unreachable_ports_are_reported_with_their_destination() {
         }
     );
 }
+
+#[tokio::test]
+async fn a_peer_is_answered_from_the_address_that_it_asked() {
+    let server = BatchSocket::bind(mesh_base::listen::anywhere(0)).expect("bind");
+    let port = server.local_addr().port();
+    let mut batch = SendBatch::new();
+    for (client, asked) in [("127.0.0.1:0", "127.0.0.9"), ("127.0.0.1:0", "127.0.0.1"), ("[::1]:0", "::1")] {
+        let client = StdSocket::bind(client).expect("bind");
+        let patience = std::time::Duration::from_secs(5);
+        client.set_read_timeout(Some(patience)).expect("set");
+        // It takes answers from there alone.
+        client.connect((asked, port)).expect("connected");
+        client.send(b"who?").expect("sent");
+        let (from, _) = receive(&server, 1).await.remove(0);
+        assert_eq!(from, client.local_addr().expect("bound"), "IPv4 peers have IPv4 addresses");
+        // A run of equal datagrams carries both control messages.
+        for _ in 0..3 {
+            batch.push(from, b"me");
+        }
+        server.send(&mut batch).await.expect("sent");
+        server.send_to(b"and me", from).await.expect("sent");
+        let mut buffer = [0; 16];
+        let mut bytes = 0;
+        while bytes < 12 {
+            bytes += client.recv(&mut buffer).expect("an answer");
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_address_that_is_gone_does_not_keep_a_peer_from_its_answer() {
+    let server = BatchSocket::bind(mesh_base::listen::anywhere(0)).expect("bind");
+    let client = BatchSocket::bind(LOOPBACK).expect("bind");
+    let peer = client.local_addr();
+    let gone = std::net::IpAddr::from([192, 0, 2, 1]);
+    for batched in [true, false] {
+        server.routes().expect("routes").note(peer, gone);
+        if batched {
+            let mut batch = SendBatch::new();
+            batch.push(peer, b"here");
+            assert_eq!(server.send(&mut batch).await.expect("sent"), 1);
+        } else {
+            server.send_to(b"here", peer).await.expect("sent");
+        }
+        assert_eq!(receive(&client, 1).await[0].1, b"here");
+    }
+}

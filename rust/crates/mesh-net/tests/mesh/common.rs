@@ -71,7 +71,7 @@ impl Head {
 
     pub(crate) async fn worker(&self, name: &str) -> Worker {
         let dir = tempfile::tempdir().expect("temporary directory");
-        let identity = join(self.address, &self.token(), dir.path(), name)
+        let identity = join(&[self.address], &self.token(), dir.path(), name)
             .await
             .expect("joins");
         Worker { dir, identity }

@@ -33,7 +33,7 @@ async fn the_identity_survives_restarts_of_both_sides_and_needs_no_second_token(
     let token = head.token();
     let worker = head.worker("laptop").await;
     let head = head.restart().await;
-    let again = load_or_join(head.address, Some(&token), worker.dir.path(), "laptop")
+    let again = load_or_join(&[head.address], Some(&token), worker.dir.path(), "laptop")
         .await
         .expect("loads");
     assert_eq!(again.node_id(), worker.identity.node_id());
@@ -69,12 +69,12 @@ async fn a_used_token_is_refused_also_after_the_head_restarts() {
     let mut head = Head::start("attic");
     let token = head.token();
     let first = tempfile::tempdir().expect("temporary directory");
-    join(head.address, &token, first.path(), "first")
+    join(&[head.address], &token, first.path(), "first")
         .await
         .expect("joins");
     for _ in 0..2 {
         let second = tempfile::tempdir().expect("temporary directory");
-        let error = join(head.address, &token, second.path(), "second")
+        let error = join(&[head.address], &token, second.path(), "second")
             .await
             .expect_err("used");
         assert!(matches!(error, JoinError::TokenUsed(_)), "{error:?}");
@@ -97,7 +97,7 @@ async fn an_expired_token_is_refused() {
         .create_token(HOUR, "", yesterday)
         .expect("token");
     let dir = tempfile::tempdir().expect("temporary directory");
-    let error = join(head.address, &token, dir.path(), "late")
+    let error = join(&[head.address], &token, dir.path(), "late")
         .await
         .expect_err("expired");
     assert!(matches!(error, JoinError::TokenExpired(_)), "{error:?}");
@@ -116,7 +116,7 @@ async fn an_unknown_or_withdrawn_token_is_refused() {
     );
     for token in [made_up, withdrawn] {
         let dir = tempfile::tempdir().expect("temporary directory");
-        let error = join(head.address, &token, dir.path(), "guess")
+        let error = join(&[head.address], &token, dir.path(), "guess")
             .await
             .expect_err("unknown");
         assert!(matches!(error, JoinError::TokenUnknown(_)), "{error:?}");
@@ -128,7 +128,7 @@ async fn a_token_of_another_mesh_is_refused_before_its_secret_leaves_the_node() 
     let (attic, cellar) = (Head::start("attic"), Head::start("cellar"));
     let token = cellar.token();
     let dir = tempfile::tempdir().expect("temporary directory");
-    let error = join(attic.address, &token, dir.path(), "lost")
+    let error = join(&[attic.address], &token, dir.path(), "lost")
         .await
         .expect_err("foreign");
     let JoinError::ForeignMesh {
@@ -140,7 +140,7 @@ async fn a_token_of_another_mesh_is_refused_before_its_secret_leaves_the_node() 
     assert_eq!(*pinned, cellar.authority.root().sha256());
     assert_eq!(*presented, Some(attic.authority.root().sha256()));
     assert!(error.to_string().contains("another mesh"), "{error}");
-    join(cellar.address, &token, dir.path(), "lost")
+    join(&[cellar.address], &token, dir.path(), "lost")
         .await
         .expect("still good at its own mesh");
 }
@@ -150,7 +150,7 @@ async fn a_bad_node_name_costs_no_token() {
     let head = Head::start("attic");
     let token = head.token();
     let dir = tempfile::tempdir().expect("temporary directory");
-    let error = join(head.address, &token, dir.path(), "not a name")
+    let error = join(&[head.address], &token, dir.path(), "not a name")
         .await
         .expect_err("bad name");
     assert!(
@@ -164,7 +164,7 @@ async fn a_bad_node_name_costs_no_token() {
         "{error:?}"
     );
     assert!(error.to_string().contains("not a name"), "{error}");
-    join(head.address, &token, dir.path(), "a-name")
+    join(&[head.address], &token, dir.path(), "a-name")
         .await
         .expect("the token is unused");
 }
@@ -179,7 +179,7 @@ async fn a_node_without_certificate_has_no_identity_to_connect_with() {
         error.contains("has not joined") && error.contains("hydramesh token create"),
         "{error}"
     );
-    let error = load_or_join(LOOPBACK, None, dir.path(), "n")
+    let error = load_or_join(&[LOOPBACK], None, dir.path(), "n")
         .await
         .expect_err("no token")
         .to_string();
@@ -226,7 +226,7 @@ async fn a_worker_cannot_pass_for_the_head() {
         "{error:?}"
     );
     let dir = tempfile::tempdir().expect("temporary directory");
-    let error = join(address, &head.token(), dir.path(), "new")
+    let error = join(&[address], &head.token(), dir.path(), "new")
         .await
         .expect_err("not a head");
     assert!(
@@ -246,7 +246,9 @@ async fn a_renewed_certificate_replaces_the_old_one_and_keeps_the_node() {
     let worker = head.worker("laptop").await;
     let before = worker.identity.member();
     tokio::time::sleep(Duration::from_millis(1100)).await; // certificates count in seconds
-    renew(head.address, &worker.identity).await.expect("renews");
+    renew(&[head.address], &worker.identity)
+        .await
+        .expect("renews");
     let after = worker.identity.member();
     assert!(after.not_after > before.not_after);
     assert_eq!(
@@ -282,8 +284,10 @@ async fn an_ended_certificate_makes_no_link_but_can_be_renewed_within_the_grace(
     let error = connect(head.address, &worker.identity)
         .await
         .expect_err("ended");
-    assert!(error.to_string().contains("has ended"), "{error}");
-    renew(head.address, &worker.identity).await.expect("renews");
+    assert!(error.to_string().contains("has to be renewed"), "{error}");
+    renew(&[head.address], &worker.identity)
+        .await
+        .expect("renews");
     let (near, _far) = tokio::join!(
         connect(head.address, &worker.identity),
         head.listener.accept()
@@ -298,7 +302,7 @@ async fn nobody_at_the_address_is_said_so() {
         .local_addr()
         .expect("address");
     let dir = tempfile::tempdir().expect("temporary directory");
-    let error = join(closed, &JoinToken::generate([0; 32]), dir.path(), "n")
+    let error = join(&[closed], &JoinToken::generate([0; 32]), dir.path(), "n")
         .await
         .expect_err("nobody");
     assert!(error.is_transient(), "{error:?}");

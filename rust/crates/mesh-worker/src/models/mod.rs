@@ -361,15 +361,13 @@ impl Models {
         let found = lan.as_ref().map(|found| found.borrow().clone());
         for worker in found.unwrap_or_default() {
             let known = seats.iter().any(|other| other.node_id == worker.node_id);
-            if let Some(address) = worker.addresses.first()
-                && worker.role == Role::Worker
-                && !known
-                && worker.node_id != own
-            {
+            if worker.role == Role::Worker && !known && worker.node_id != own {
+                let mut all = worker.addresses.iter().map(|address| address.to_string());
                 seats.push(Seat {
                     node_id: worker.node_id,
                     name: worker.name,
-                    address: address.to_string(),
+                    address: all.next().unwrap_or_default(),
+                    addresses: all.collect(),
                 });
             }
         }

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use mesh_base::addresses::{self, race};
 use mesh_net::quic::{Connector, Link, LinkConfig};
 use mesh_net::trust::{NodeIdentity, Role};
 use mesh_proto::{PathProfile, Seat};
@@ -24,6 +25,8 @@ type Entry = Arc<tokio::sync::Mutex<Option<Made>>>;
 /// A link that was made.
 struct Made {
     link: Link,
+    /// As the head, or the LAN, named the worker.
+    seat: Seat,
     /// Before anything filled the path.
     rtt: Duration,
     /// Bytes per second; 0 is unknown.
@@ -111,18 +114,57 @@ impl Peers {
         };
         // Whoever asks meanwhile waits for the same link.
         let mut entry = entry.lock().await;
-        if let Some(made) = entry.as_ref().filter(|made| made.is_open()) {
-            return Ok(made.link.clone());
+        if let Some(made) = entry.as_mut().filter(|made| made.is_open()) {
+            // A worker that has moved is dialled anew: this side's packets would go to its old address for ever.
+            if made.seat == *seat || made.link.answers(MOVED).await {
+                made.seat.clone_from(seat);
+                return Ok(made.link.clone());
+            }
         }
-        let address: SocketAddr = seat
+        let first: SocketAddr = seat
             .address
             .parse()
-            .map_err(|_| format!("its address {:?} is none", seat.address))?;
+            .map_err(|_| format!("invalid address {:?}", seat.address))?;
+        let others = seat.addresses.iter().filter_map(|other| other.parse().ok());
         let config = LinkConfig {
             handshake_timeout: DIAL_TIMEOUT,
             ..LinkConfig::default()
         };
-        let connector = Connector::toward(address, self.identity.clone(), config)
+        let attempt = |address| self.dial(seat, address, &config);
+        let addresses = addresses::ordered([first].into_iter().chain(others));
+        let dialled = tokio::time::timeout(
+            DIAL_TIMEOUT + addresses::ATTEMPT_DELAY,
+            race(&addresses, attempt),
+        );
+        let (_, link) = match dialled.await {
+            Ok(Ok(won)) => won,
+            Ok(Err(failed)) => {
+                let texts: Vec<String> = failed.into_iter().map(|(_, error)| error).collect();
+                return Err(texts.join("; "));
+            }
+            Err(_) => return Err(format!("no answer from {addresses:?}")),
+        };
+        *entry = Some(Made {
+            rtt: link.rtt(),
+            link: link.clone(),
+            seat: seat.clone(),
+            bandwidth: 0.0,
+            measured: false,
+        });
+        Ok(link)
+    }
+}
+
+impl Peers {
+    /// A link to the worker in `seat` at one of its addresses. Private addresses of different machines may be the same, so
+    /// that somebody else may answer.
+    async fn dial(
+        &self,
+        seat: &Seat,
+        address: SocketAddr,
+        config: &LinkConfig,
+    ) -> Result<Link, String> {
+        let connector = Connector::toward(address, self.identity.clone(), config.clone())
             .map_err(|error| error.to_string())?;
         let link = connector
             .connect(address, Role::Worker)
@@ -135,12 +177,6 @@ impl Peers {
                 seat.name
             ));
         }
-        *entry = Some(Made {
-            rtt: link.rtt(),
-            link: link.clone(),
-            bandwidth: 0.0,
-            measured: false,
-        });
         Ok(link)
     }
 }
@@ -157,3 +193,6 @@ pub(super) fn path(node_id: &str, rtt: Duration, bandwidth: f64) -> PathProfile 
 /// A worker that does not answer within this time is not there. A handshake is some milliseconds of work on either side, which a
 /// machine that does much else may begin late.
 const DIAL_TIMEOUT: Duration = Duration::from_millis(1500);
+
+/// How long a worker that goes by another address now may take to answer at the one before.
+const MOVED: Duration = Duration::from_millis(500);

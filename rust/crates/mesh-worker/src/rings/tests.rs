@@ -54,7 +54,7 @@ impl Mesh {
             let hour = Duration::from_secs(3600);
             let token = authority.create_token(hour, "test", now).unwrap();
             let name = format!("node-{i}");
-            let identity = join(address, &token, dir.path(), &name).await.unwrap();
+            let identity = join(&[address], &token, dir.path(), &name).await.unwrap();
             let config = Arc::new(Config {
                 state_dir: dir.path().to_owned(),
                 shards: vec![paths::smollm2().unwrap().display().to_string()],
@@ -92,6 +92,7 @@ impl Mesh {
     fn seat(&self, node: usize) -> Seat {
         let node = &self.nodes[node];
         Seat {
+            addresses: Vec::new(),
             node_id: node.rings.node_id(),
             name: "a node".to_owned(),
             address: format!("127.0.0.1:{}", node.offer.ring_port),

@@ -132,7 +132,7 @@ pub struct Rings {
 }
 
 impl Rings {
-    /// No rings yet. `first_ring` must be greater than all ids that this head gave out in earlier lives.
+    /// No rings yet. Ids count up from `first_ring`, which must be far from those that this head gave out in earlier lives.
     pub fn new(settings: Settings, first_ring: u64) -> Self {
         Self {
             settings,
@@ -175,6 +175,29 @@ impl Rings {
             self.generation += 1;
             let first = self.stirred.map_or(now, |(first, _)| first);
             self.stirred = Some((first, now));
+        }
+    }
+
+    /// A worker that has just joined says that its machine has these addresses.
+    pub fn has_addresses(&mut self, node: &str, others: Vec<IpAddr>) {
+        if let Some(entry) = self.nodes.get_mut(node) {
+            entry.others = others;
+        }
+    }
+
+    /// A worker is reached at this address from now on: the other members of its rings hear so.
+    pub fn moved(&mut self, node: &str, ip: IpAddr) {
+        let Some(entry) = self.nodes.get_mut(node).filter(|node| node.connected) else {
+            return;
+        };
+        let Some(address) = entry.address.as_mut().filter(|address| address.ip() != ip) else {
+            return;
+        };
+        address.set_ip(ip);
+        let rings = self.rings.iter().filter(|(_, ring)| ring.seats(node));
+        let rings: Vec<u64> = rings.map(|(id, _)| *id).collect();
+        for id in rings {
+            self.broadcast(id, &BTreeSet::new());
         }
     }
 

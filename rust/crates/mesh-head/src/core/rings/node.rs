@@ -19,6 +19,8 @@ pub(super) struct Node {
     pub(super) heard: Option<Instant>,
     /// Where other workers reach it; `None` before its first offer.
     pub(super) address: Option<SocketAddr>,
+    /// Other addresses of its machine, as it says.
+    pub(super) others: Vec<IpAddr>,
     /// The head's own address on the way to it.
     pub(super) head_ip: Option<IpAddr>,
     /// What it is.

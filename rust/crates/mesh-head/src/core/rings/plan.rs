@@ -427,7 +427,11 @@ impl Rings {
                     }
                     _ => *address,
                 });
+            let others = self.nodes.get(&part.node).map(|node| node.others.as_slice());
+            let others = others.unwrap_or_default().iter();
+            let others = others.filter_map(|ip| Some(SocketAddr::new(*ip, address?.port())));
             Seat {
+                addresses: others.map(|other| other.to_string()).collect(),
                 node_id: part.node.clone(),
                 name: self.name(&part.node).to_owned(),
                 address: address

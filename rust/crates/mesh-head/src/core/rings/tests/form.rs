@@ -281,3 +281,22 @@ fn one_senseless_offer_does_not_spoil_the_others() {
     assert_eq!(mesh.members().len(), 2);
     assert!(!mesh.members().contains(&"x".to_owned()));
 }
+
+#[test]
+fn a_member_that_moves_is_named_at_its_new_address_in_the_same_epoch() {
+    let mut mesh = Mesh::serving(|_| {}, &[("a", 8), ("b", 8)]);
+    let key = ("a".to_owned(), mesh.id());
+    let epoch = mesh.told[&key].epoch;
+    mesh.rings.moved("b", IpAddr::from([10, 0, 0, 7]));
+    mesh.poll();
+    let told = &mesh.told[&key];
+    let seats = told.stages.iter().filter_map(|stage| stage.seat.as_ref());
+    let of_b: Vec<&str> = seats
+        .filter(|seat| seat.node_id == "b")
+        .map(|seat| seat.address.as_str())
+        .collect();
+    assert!(!of_b.is_empty() && of_b.iter().all(|address| address.starts_with("10.0.0.7:")), "{of_b:?}");
+    assert_eq!((told.epoch, mesh.failovers()), (epoch, 0));
+    mesh.rings.moved("b", IpAddr::from([10, 0, 0, 7]));
+    assert!(mesh.rings.poll(mesh.now).is_empty(), "no news");
+}
