@@ -341,9 +341,11 @@ impl<F: FnMut()> Loop<F> {
     /// Sends what the last batch has for `head`.
     fn forward(&mut self, now: Instant, head: usize, count: usize) {
         let datagrams = (0..count).filter_map(|index| match self.from_client[index] {
-            FromClient::Forward { head: to, len } if to == head => {
-                Some((&self.received.get(index).0[..len], None))
-            }
+            FromClient::Forward {
+                head: to,
+                len,
+                version,
+            } if to == head => Some((self.received.reframed(index, len, version), None)),
             _ => None,
         });
         let report = send_to_head(self.heads[head].as_ref(), datagrams);
@@ -371,9 +373,11 @@ impl<F: FnMut()> Loop<F> {
                         .on_head(now, head, self.received.get_mut(index).0);
             }
             let answers = (0..count).filter_map(|index| match self.from_head[index] {
-                FromHead::Deliver { client, len } => {
-                    Some((&self.received.get(index).0[..len], Some(client)))
-                }
+                FromHead::Deliver {
+                    client,
+                    len,
+                    version,
+                } => Some((self.received.reframed(index, len, version), Some(client))),
                 FromHead::Drop => None,
             });
             self.stats
