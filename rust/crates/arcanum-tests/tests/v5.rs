@@ -13,6 +13,7 @@ use serde_json::json;
 
 const LIMIT: Duration = Duration::from_secs(60);
 const SILENCE: Duration = Duration::from_millis(700);
+const ADMIT_OLD_WORKERS: &str = "[dcf]\nlegacy_workers = true\n";
 /// A plain prompt cannot say how long its answer may be.
 const SHORT_ANSWERS: &str = "threads = 1\n[sampling]\nmax_tokens = 16\ntemperature = 0.0\n";
 
@@ -104,7 +105,11 @@ async fn two_clients_with_one_sequence_at_once_each_get_their_own_answer() -> Re
 async fn a_repeated_task_does_not_run_twice() -> Result<()> {
     let _alone = alone();
     let runs = Arc::new(AtomicUsize::new(0));
-    let mesh = Mesh::builder().shim().start().await?;
+    let mesh = Mesh::builder()
+        .head_config(ADMIT_OLD_WORKERS)
+        .shim()
+        .start()
+        .await?;
     let counted = Arc::clone(&runs);
     let _worker = V5Worker::start(
         mesh.head.address("dcf.workers")?,
@@ -146,7 +151,7 @@ async fn a_repeated_task_does_not_run_twice() -> Result<()> {
 async fn a_worker_serves_our_head_and_its_death_is_made_up_for() -> Result<()> {
     let _alone = alone();
     let mesh = Mesh::builder()
-        .head_config("worker_timeout = \"3s\"\n")
+        .head_config(&format!("worker_timeout = \"3s\"\n{ADMIT_OLD_WORKERS}"))
         .start()
         .await?;
     let bus = mesh.head.address("dcf.workers")?;

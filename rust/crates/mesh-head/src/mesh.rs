@@ -6,11 +6,10 @@ mod models;
 mod rings;
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use dcf::{ErrorCode, Message};
+use dcf::{ErrorCode, Message, Version};
 use mesh_net::quic::Link;
 use mesh_proto::{Hello, Load, ModelKind};
 use mesh_service::health::Health;
@@ -24,7 +23,7 @@ use crate::core::rings::{Arrival, Prospect, Rings};
 use crate::core::router::Ask;
 use crate::core::tracker::Tracker;
 use crate::drains;
-use crate::legacy::Exchange;
+use crate::legacy::{Exchange, LegacyWorker};
 use crate::metrics::HeadMetrics;
 use crate::worker_bus::{BusSender, Sessions};
 
@@ -94,8 +93,8 @@ pub struct Replicas {
 pub enum Route {
     /// Over its link.
     Link(Link),
-    /// Over UDP, v5.0.0.
-    Legacy(SocketAddr),
+    /// Plain DCF over UDP.
+    Legacy(LegacyWorker),
     /// The worker left in the same moment.
     Gone,
 }
@@ -307,14 +306,14 @@ impl Mesh {
         self.turn(state, now);
     }
 
-    /// A v5.0.0 worker is alive. True means that it is new.
-    pub fn legacy_heartbeat(&self, address: SocketAddr) -> bool {
+    /// A worker without an identity is alive. True means that it is new.
+    pub fn legacy_heartbeat(&self, worker: LegacyWorker) -> bool {
         let now = Instant::now();
         let mut state = self.lock();
         let new = state
             .placement
             .registry
-            .legacy_heartbeat(address, now)
+            .legacy_heartbeat(worker.address, worker.version, now)
             .is_some_and(|(_, new)| new);
         if new {
             self.pump(&mut state, now);
@@ -339,8 +338,14 @@ impl Mesh {
         self.turn(&mut state, now);
         let readiness = self.readiness(&state, None);
         let registry = &state.placement.registry;
-        let legacy = registry.iter().filter(|worker| worker.is_legacy()).count();
-        self.metrics.workers(registry.len() - legacy, legacy);
+        let speak = |version| {
+            let same = registry
+                .iter()
+                .filter(|worker| worker.legacy_version() == version);
+            same.count()
+        };
+        let old = [Version::V5_0, Version::V5_1].map(|version| (version, speak(Some(version))));
+        self.metrics.workers(speak(None), old);
         drop(state);
 
         for worker in pruned {
@@ -436,8 +441,14 @@ impl Mesh {
         let worker = state.placement.registry.get(placed.worker);
         let route = match (state.peers.get(&placed.worker), worker) {
             (Some(peer), _) => Route::Link(peer.link.clone()),
-            (None, Some(worker)) if worker.is_legacy() => Route::Legacy(worker.address),
-            (None, _) => Route::Gone,
+            (None, Some(worker)) => match worker.legacy_version() {
+                Some(version) => Route::Legacy(LegacyWorker {
+                    address: worker.address,
+                    version,
+                }),
+                None => Route::Gone,
+            },
+            (None, None) => Route::Gone,
         };
         self.gauge(state);
         Assignment {
