@@ -129,7 +129,7 @@ impl Intake {
             self.counters.malformed.inc();
             return;
         };
-        if !self.port.mesh.config.trusts(peer.address.ip()) {
+        if !self.port.mesh.trusts(peer.address.ip()) {
             self.counters.untrusted.inc();
             self.turn_away(peer, header);
             return;

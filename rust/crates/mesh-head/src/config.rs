@@ -58,6 +58,8 @@ pub struct Config {
     pub sharding: ShardingConfig,
     /// Let workers on the LAN find this head by multicast DNS.
     pub mdns: bool,
+    /// What to log, where neither `--log-level` nor RUST_LOG is set: a level or a filter.
+    pub log_level: Option<String>,
 }
 
 /// The OpenAI API.
@@ -176,6 +178,7 @@ impl Default for Config {
             quic: QuicConfig::default(),
             sharding: ShardingConfig::default(),
             mdns: false,
+            log_level: None,
         }
     }
 }

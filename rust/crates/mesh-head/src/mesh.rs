@@ -6,7 +6,8 @@ mod models;
 mod rings;
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use dcf::{ErrorCode, Message, Version};
@@ -32,8 +33,10 @@ pub use rings::Standing;
 /// The mesh as one head sees it.
 #[derive(Debug)]
 pub struct Mesh {
-    /// As configured.
+    /// As configured at the start.
     pub config: Config,
+    /// As configured now, for the keys that a reload applies.
+    live: RwLock<Config>,
     /// Counters and histograms.
     pub metrics: HeadMetrics,
     /// What `/ready` says.
@@ -124,6 +127,7 @@ impl Mesh {
             next_ticket: 0,
         };
         Arc::new(Self {
+            live: RwLock::new(config.clone()),
             config,
             metrics,
             health,
@@ -304,6 +308,26 @@ impl Mesh {
             state.rings.says_draining(node, draining);
         }
         self.turn(state, now);
+    }
+
+    /// Whether plain DCF clients at this address are served.
+    pub fn trusts(&self, source: IpAddr) -> bool {
+        self.live().trusts(source)
+    }
+
+    /// Whether a worker without an identity may register from this address.
+    pub fn admits_legacy_worker(&self, source: IpAddr) -> bool {
+        self.live().admits_legacy_worker(source)
+    }
+
+    /// The configuration whose reloadable keys are in effect.
+    pub fn live(&self) -> RwLockReadGuard<'_, Config> {
+        self.live.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts the reloadable keys of another configuration into effect.
+    pub fn reconfigure(&self, fresh: Config) {
+        *self.live.write().unwrap_or_else(PoisonError::into_inner) = fresh;
     }
 
     /// A worker without an identity is alive. True means that it is new.

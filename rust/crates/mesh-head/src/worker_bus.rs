@@ -149,7 +149,7 @@ impl WorkerBus {
             }
         };
         let sealed = header.kind() == MsgType::SEALED_HEARTBEAT;
-        if !sealed && !self.mesh.config.admits_legacy_worker(from.ip()) {
+        if !sealed && !self.mesh.admits_legacy_worker(from.ip()) {
             self.counters.untrusted.inc();
             if header.kind() == MsgType::HEARTBEAT {
                 self.refuse(from, version);
@@ -180,7 +180,7 @@ impl WorkerBus {
         if !self.refused.is_news(source, Instant::now()) {
             return;
         }
-        if !self.mesh.config.dcf.legacy_workers {
+        if !self.mesh.live().dcf.legacy_workers {
             warn!(%source, "refusing a worker of DCF {version}: it cannot prove who it is, and would get clients' prompts. To admit such workers set dcf.legacy_workers = true, and for other machines than this one dcf.legacy_worker_networks");
         } else {
             warn!(%source, "refusing a worker of DCF {version}: its address is in none of dcf.legacy_worker_networks");

@@ -8,7 +8,7 @@ use std::{
         unix::net::UnixStream,
     },
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU8, Ordering},
     },
     thread::{self, JoinHandle},
@@ -94,6 +94,7 @@ impl Shim {
         wake.set_nonblocking(true)?;
         let control = Arc::new(Control {
             phase: AtomicU8::new(RUNNING),
+            fresh: Mutex::new(None),
             waker,
         });
         let addresses = Arc::new(HeadAddresses::new(&config.heads));
@@ -155,6 +156,12 @@ impl ShimHandle {
             .is_some_and(|thread| !thread.is_finished())
     }
 
+    /// What takes a new configuration over while the shim runs.
+    #[must_use]
+    pub fn live(&self) -> Live {
+        Live(Arc::clone(&self.control))
+    }
+
     /// Takes no new task from now on, and ends when those under way are answered, or when `drain_timeout` is over: then
     /// their clients get an Error. Returns at once; see [`ShimHandle::join`].
     pub fn drain(&self) {
@@ -184,10 +191,27 @@ impl Drop for ShimHandle {
     }
 }
 
+/// What a running shim can change without a restart.
+#[derive(Clone, Debug)]
+pub struct Live(Arc<Control>);
+
+impl Live {
+    /// The keys of the configuration that [`Live::reload`] applies.
+    pub const KEYS: [&str; 4] = Bridge::LIVE_KEYS;
+
+    /// Puts the reloadable keys of `fresh` into effect, with the loop's next turn.
+    pub fn reload(&self, fresh: Config) {
+        *self.0.fresh() = Some(fresh);
+        self.0.wake();
+    }
+}
+
 /// How others steer the loop.
 #[derive(Debug)]
 struct Control {
     phase: AtomicU8,
+    /// A configuration that the loop is to take over.
+    fresh: Mutex<Option<Config>>,
     waker: UnixStream,
 }
 
@@ -195,6 +219,10 @@ impl Control {
     fn enter(&self, phase: u8) {
         self.phase.fetch_max(phase, Ordering::SeqCst);
         self.wake();
+    }
+
+    fn fresh(&self) -> MutexGuard<'_, Option<Config>> {
+        self.fresh.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn wake(&self) {
@@ -250,6 +278,9 @@ impl<F: FnMut()> Loop<F> {
             }
             if ready.wake {
                 let _ = self.wake.read(&mut [0; 64]);
+                if let Some(fresh) = self.control.fresh().take() {
+                    self.bridge.reconfigure(fresh);
+                }
             }
         }
     }

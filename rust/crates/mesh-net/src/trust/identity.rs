@@ -159,6 +159,36 @@ impl NodeIdentity {
         Ok(())
     }
 
+    /// Takes the certificate in the state directory into use, if another one lies there now. It must be for this node's key,
+    /// of the same root, mesh and role; anything else needs a restart. True if it was another one.
+    pub fn reload(&self) -> Result<bool, TrustError> {
+        let stored = Self::load(&self.inner.dir)?;
+        let (old, new) = (self.current(), stored.current());
+        if old.certified.cert[0] == new.certified.cert[0] {
+            return Ok(false);
+        }
+        let same = |of: &Self, member: &Member| {
+            (
+                of.root_sha256(),
+                member.node_id.clone(),
+                member.mesh.clone(),
+                member.role,
+            )
+        };
+        if same(self, &old.member) != same(&stored, &new.member) {
+            return Err(TrustError::Mismatch(
+                "the identity in the state directory is another node's; restart to use it"
+                    .to_owned(),
+            ));
+        }
+        *self
+            .inner
+            .current
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = new;
+        Ok(true)
+    }
+
     fn persist(&self, certificate: &CertificateDer<'_>) -> Result<(), TrustError> {
         files::replace(
             &self.inner.dir.join(names::NODE_CERTIFICATE),

@@ -264,6 +264,25 @@ impl Bridge {
         })
     }
 
+    /// Puts the keys of `config` into effect that need no new memory; see [`Bridge::LIVE_KEYS`].
+    pub fn reconfigure(&mut self, config: Config) {
+        self.config = Config {
+            trust_loopback: config.trust_loopback,
+            trusted_networks: config.trusted_networks,
+            request_timeout: config.request_timeout,
+            answer_linger: config.answer_linger,
+            ..std::mem::take(&mut self.config)
+        };
+    }
+
+    /// The keys of the configuration that [`Bridge::reconfigure`] puts into effect.
+    pub const LIVE_KEYS: [&str; 4] = [
+        "trust_loopback",
+        "trusted_networks",
+        "request_timeout",
+        "answer_linger",
+    ];
+
     /// From now on takes no new task; those that are open go on.
     pub fn begin_drain(&mut self) {
         self.drain = Drain::Draining;

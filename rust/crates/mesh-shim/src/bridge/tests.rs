@@ -674,6 +674,19 @@ fn an_untrusted_source_hears_nothing_by_default() {
 }
 
 #[test]
+fn a_network_that_is_trusted_later_is_served_then() {
+    let mut world = World::new(two_heads());
+    let task = message(MsgType::TASK, 1, "q");
+    assert_eq!(world.client(STRANGER, &task), Sent::Nothing);
+    world.bridge.reconfigure(Config {
+        trusted_networks: vec!["203.0.113.0/24".parse().unwrap()],
+        heads: Vec::new(),
+        ..two_heads()
+    });
+    assert!(matches!(world.client(STRANGER, &task), Sent::ToHead(0, _)));
+}
+
+#[test]
 fn a_source_that_echoes_its_challenge_is_served() {
     let mut world = World::new(Config {
         admit: Admit::Verified,
