@@ -201,7 +201,7 @@ in
       };
       worker = {
         http = mkPort 8081 "TCP port of the worker's health and metrics, on loopback.";
-        dcf = mkPort 7779 "UDP port on which the worker takes tasks of v5.0.0 heads.";
+        dcf = mkPort 7779 "UDP port on which the worker takes tasks of heads of DCF v5.0.0 and v5.1.";
         ring = mkPort 7781 "UDP port on which a worker with `shards` takes other workers (QUIC).";
       };
       shim.clients = mkPort 9999 "UDP port on which the shim takes DCF clients.";
@@ -215,6 +215,16 @@ in
         Whether to open the firewall: for a head its UDP ports, and its HTTP port if that listens beyond loopback; for a shim
         its UDP port. A worker dials the head and gets a port opened only for what makes others come: `shards` (other workers),
         and of `settings.worker` the keys `legacy.head`, or an `http.listen` beyond loopback.
+      '';
+    };
+
+    legacyWorkers = mkOption {
+      type = types.bool;
+      default = false;
+      example = true;
+      description = ''
+        Whether the head admits workers of DCF v5.0.0 and v5.1 on its own machine. They cannot prove who they are, and get
+        clients' prompts. Other machines than its own are named in `settings.head.dcf.legacy_worker_networks`.
       '';
     };
 

@@ -126,6 +126,7 @@ in
       http.listen = mkDefault (join cfg.httpAddress cfg.ports.head.http);
       dcf.clients = mkDefault (join "0.0.0.0" cfg.ports.head.clients);
       dcf.workers = mkDefault (join "0.0.0.0" cfg.ports.head.workers);
+      dcf.legacy_workers = mkIf cfg.legacyWorkers (mkDefault true);
       quic.listen = mkDefault (join "0.0.0.0" cfg.ports.head.quic);
     };
     worker = mkIf (hasRole "worker") (
