@@ -201,8 +201,8 @@ in
       };
       worker = {
         http = mkPort 8081 "TCP port of the worker's health and metrics, on loopback.";
-        dcf = mkPort 7779 "UDP port on which the worker takes tasks of v5.0.0 heads.";
         ring = mkPort 7781 "UDP port on which a worker with `shards`, or with models by a name, takes other workers (QUIC).";
+        dcf = mkPort 7779 "UDP port on which the worker takes tasks of heads of DCF v5.0.0 and v5.1.";
       };
       shim.clients = mkPort 9999 "UDP port on which the shim takes DCF clients.";
     };
@@ -216,6 +216,16 @@ in
         its UDP port; and 5353/udp for multicast DNS (`settings.head.mdns`, `settings.worker.mdns`). A worker dials the head and
         gets a port opened only for what makes others come: `shards` and models by a name (other workers), and of
         `settings.worker` the keys `legacy.head`, or an `http.listen` beyond loopback.
+      '';
+    };
+
+    legacyWorkers = mkOption {
+      type = types.bool;
+      default = false;
+      example = true;
+      description = ''
+        Whether the head admits workers of DCF v5.0.0 and v5.1 on its own machine. They cannot prove who they are, and get
+        clients' prompts. Other machines than its own are named in `settings.head.dcf.legacy_worker_networks`.
       '';
     };
 

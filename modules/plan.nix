@@ -136,6 +136,7 @@ in
       dcf.clients = mkDefault (join "::" cfg.ports.head.clients);
       dcf.workers = mkDefault (join "::" cfg.ports.head.workers);
       quic.listen = mkDefault (join "::" cfg.ports.head.quic);
+      dcf.legacy_workers = mkIf cfg.legacyWorkers (mkDefault true);
     };
     worker = mkIf (hasRole "worker") (
       lib.mkMerge [

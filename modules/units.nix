@@ -98,6 +98,8 @@ let
         // {
           Type = "notify";
           ExecStart = "${program role} --config ${cfg.configFiles.${role}}";
+          # It tells systemd when it has reloaded. (Type=notify-reload would do without this, from systemd 253 on.)
+          ExecReload = "/bin/sh -c 'kill -HUP $MAINPID'";
           WatchdogSec = 30;
           Restart = "always";
           RestartSec = 2;

@@ -320,7 +320,12 @@ in
             wantedBy
             startLimitIntervalSec
             ;
-          inherit (u.serviceConfig) Type Restart WatchdogSec;
+          inherit (u.serviceConfig)
+            Type
+            Restart
+            WatchdogSec
+            ExecReload
+            ;
         }
       )
       {
@@ -331,7 +336,18 @@ in
         Type = "notify";
         Restart = "always";
         WatchdogSec = 30;
+        ExecReload = "/bin/sh -c 'kill -HUP $MAINPID'";
       };
+  "old workers are admitted only where the option says so" =
+    is
+      (map (s: (evaluate (head s)).config.services.hydramesh.settings.head.dcf.legacy_workers or false) [
+        { settings.head.trusted_networks = [ "10.0.0.0/8" ]; }
+        { legacyWorkers = true; }
+      ])
+      [
+        false
+        true
+      ];
   "a worker and a shim start after the head on their machine" =
     is
       (map (u: lib.elem "hydramesh-head.service" u.after) [

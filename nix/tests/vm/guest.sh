@@ -49,6 +49,15 @@ wait_for 60 "the ring's port" sh -c 'ss -Hlun "sport = :7781" | grep -q .'
 journalctl --no-pager --output=cat --unit=hydramesh-worker | grep "offered in parts" || fail "no offer"
 [ -s /var/lib/hydramesh/worker/profile.json ] || fail "its measurements are not kept"
 
+step "every service reloads"
+for role in head worker shim; do
+    pid=$(property "$role" MainPID)
+    systemctl reload "hydramesh-$role" || fail "systemctl reload of the $role"
+    wait_for 20 "the $role's word about it" sh -c "journalctl --no-pager --output=cat --unit=hydramesh-$role | grep -q '^reloaded: '"
+    wait_for 20 "the end of its reload" systemctl is-active --quiet "hydramesh-$role"
+    [ "$(property "$role" MainPID)" = "$pid" ] || fail "the $role was restarted"
+done
+
 step "a killed worker comes back by itself"
 before=$(property worker NRestarts)
 kill -KILL "$(property worker MainPID)"

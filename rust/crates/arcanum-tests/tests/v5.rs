@@ -1,4 +1,4 @@
-//! v5.0.0 peers over raw sockets against our head, shim and worker.
+//! Peers of DCF v5.0.0 and v5.1 over raw sockets against our head, shim and worker.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::alone;
-use mesh_testkit::v5::{RESULT, V5Client, V5Head, V5Worker};
+use mesh_testkit::v5::{Datagram, HEALTH, RESULT, SHUTDOWN, V5Client, V5Head, V5Worker, Wire};
 use mesh_testkit::{Launcher, Mesh, paths};
 use serde_json::json;
 
 const LIMIT: Duration = Duration::from_secs(60);
 const SILENCE: Duration = Duration::from_millis(700);
+const ADMIT_OLD_WORKERS: &str = "[dcf]\nlegacy_workers = true\n";
 /// A plain prompt cannot say how long its answer may be.
 const SHORT_ANSWERS: &str = "threads = 1\n[sampling]\nmax_tokens = 16\ntemperature = 0.0\n";
 
@@ -104,7 +105,11 @@ async fn two_clients_with_one_sequence_at_once_each_get_their_own_answer() -> Re
 async fn a_repeated_task_does_not_run_twice() -> Result<()> {
     let _alone = alone();
     let runs = Arc::new(AtomicUsize::new(0));
-    let mesh = Mesh::builder().shim().start().await?;
+    let mesh = Mesh::builder()
+        .head_config(ADMIT_OLD_WORKERS)
+        .shim()
+        .start()
+        .await?;
     let counted = Arc::clone(&runs);
     let _worker = V5Worker::start(
         mesh.head.address("dcf.workers")?,
@@ -146,7 +151,7 @@ async fn a_repeated_task_does_not_run_twice() -> Result<()> {
 async fn a_worker_serves_our_head_and_its_death_is_made_up_for() -> Result<()> {
     let _alone = alone();
     let mesh = Mesh::builder()
-        .head_config("worker_timeout = \"3s\"\n")
+        .head_config(&format!("worker_timeout = \"3s\"\n{ADMIT_OLD_WORKERS}"))
         .start()
         .await?;
     let bus = mesh.head.address("dcf.workers")?;
@@ -219,6 +224,89 @@ async fn our_worker_serves_a_v5_head() -> Result<()> {
         "{empty:?}"
     );
     let status = worker.terminate(Duration::from_secs(30)).await?;
+    ensure!(status.success(), "{status}");
+    Ok(())
+}
+
+/// An image: bytes that are no text, in more than one datagram of v5.1.
+fn image() -> Vec<u8> {
+    let noise = (0..40_000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8);
+    b"\x89PNG\r\n\x1a\n".iter().copied().chain(noise).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_of_both_versions_get_a_v5_1_workers_image_from_head_and_shim() -> Result<()> {
+    let _alone = alone();
+    let mesh = Mesh::builder()
+        .head_config(ADMIT_OLD_WORKERS)
+        .shim()
+        .start()
+        .await?;
+    let bus = mesh.head.address("dcf.workers")?;
+    let tasks = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let seen = Arc::clone(&tasks);
+    let interval = Duration::from_millis(500);
+    let _worker = V5Worker::speaking(Wire::V5_1, bus, interval, move |task| {
+        seen.lock().expect("no panic").push(task.text());
+        Some(image())
+    })?;
+    wait_for_legacy_worker(&mesh).await?;
+    let shim = mesh.shim.as_ref().context("a shim")?.address("ingress")?;
+    let task = r#"{"prompt": "a red fox", "steps": 25, "guidance": 7.5}"#;
+    for target in [mesh.head.address("dcf.clients")?, shim] {
+        for wire in [Wire::V5_0, Wire::V5_1] {
+            let client = V5Client::new(target)?.speaking(wire);
+            let answer = client.ask(9, task, LIMIT)?;
+            ensure!(answer.kind == RESULT, "{:?}", answer.error());
+            ensure!(
+                answer.payload == image(),
+                "another image, of {} bytes",
+                answer.payload.len()
+            );
+            ensure!(client.receive(SILENCE)?.is_none(), "more came");
+            client.send_raw(&Datagram::new(HEALTH, 5, "").on(wire).encode())?;
+            let health = client.receive(LIMIT)?.context("an answer to Health")?;
+            ensure!(
+                (health.kind, health.sequence, health.wire) == (HEALTH, 5, wire),
+                "{health:?}"
+            );
+        }
+    }
+    let tasks = tasks.lock().expect("no panic").clone();
+    ensure!(
+        tasks.len() == 4 && tasks.iter().all(|seen| seen == task),
+        "{tasks:?}"
+    );
+    mesh.shutdown().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn our_worker_finds_out_that_its_head_speaks_v5_1_and_obeys_its_shutdown() -> Result<()> {
+    let _alone = alone();
+    let head = V5Head::start()?.speaking(Wire::V5_1);
+    let launcher = Launcher::for_tests()?;
+    let config: toml::Table = format!(
+        "models = [{:?}]\nnode_name = \"new-mesh\"\n{SHORT_ANSWERS}\n[http]\nlisten = \"127.0.0.1:0\"\n[dcf]\nlisten = \"127.0.0.1:0\"\n[legacy]\nhead = \"{}\"\n",
+        paths::smollm2()?,
+        head.bus()?
+    )
+    .parse()?;
+    let mut worker = launcher.start("mesh-worker", "new-mesh", &config).await?;
+    let (announced, _) = head.heartbeat(LIMIT)?;
+    ensure!(announced == worker.address("dcf")?, "{announced}");
+    let answer = head.ask(announced, 77, "What is the capital of France?", LIMIT)?;
+    ensure!(
+        answer.kind == RESULT && !answer.text().trim().is_empty(),
+        "{answer:?}"
+    );
+    // From somewhere else it is nobody's order, even from a source that may ask.
+    let order = Datagram::new(SHUTDOWN, 0, "").on(Wire::V5_1);
+    let stranger = std::net::UdpSocket::bind("127.0.0.2:0")?;
+    stranger.send_to(&order.encode(), announced)?;
+    let again = head.ask(announced, 78, "What is the capital of France?", LIMIT)?;
+    ensure!(again.text() == answer.text(), "{again:?}");
+    head.tell(announced, &order)?;
+    let status = worker.wait_for_end(LIMIT).await?;
     ensure!(status.success(), "{status}");
     Ok(())
 }

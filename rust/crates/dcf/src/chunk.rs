@@ -9,7 +9,7 @@ mod reassembler;
 use bytes::{BufMut, Bytes, BytesMut};
 use md5::{Digest, Md5};
 
-pub use reassembler::{Limits, Reassembler};
+pub use reassembler::{Limits, Reassembler, Share};
 
 use crate::{Message, MsgType};
 

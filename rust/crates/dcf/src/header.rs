@@ -1,6 +1,6 @@
 //! The 17 bytes before every payload.
 
-use crate::{DecodeError, MsgType};
+use crate::{DecodeError, MsgType, Version};
 
 /// Bytes of an encoded [`Header`].
 pub const HEADER_LEN: usize = 17;
@@ -104,27 +104,47 @@ impl Header {
         }
     }
 
-    /// Reads the header of a datagram and checks it against the datagram: assigned type, payload not cut short.
+    /// Reads version and header of a datagram and checks them against it: a type that travels in datagrams, a payload
+    /// that is all there.
     ///
     /// # Errors
     /// The [`DecodeError`] that [`crate::decode_datagram`] would give.
     #[inline]
-    pub const fn decode_checked(datagram: &[u8]) -> Result<Self, DecodeError> {
-        let header = match Self::decode(datagram) {
+    pub const fn decode_datagram(datagram: &[u8]) -> Result<(Version, Self), DecodeError> {
+        let version = Version::of(datagram);
+        let (_, message) = datagram.split_at(version.prefix().len());
+        let header = match Self::decode(message) {
             Ok(header) => header,
             Err(error) => return Err(error),
         };
-        let present = datagram.len() - HEADER_LEN;
+        if !header.kind().is_datagram() && is_other_version(datagram) {
+            return Err(DecodeError::OtherVersion(header.msg_type));
+        }
+        let present = message.len() - HEADER_LEN;
         if (header.payload_len as usize) > present {
             return Err(DecodeError::Truncated {
                 payload_len: header.payload_len,
                 present,
             });
         }
-        if !header.kind().is_assigned() {
+        if !header.kind().is_datagram() {
             return Err(DecodeError::UnknownType(header.msg_type));
         }
-        Ok(header)
+        Ok((version, header))
+    }
+}
+
+/// Whether a datagram looks like v5.1 but for its first byte: a known type follows, and the length there fits. It is not
+/// read as such; this only serves the message about it.
+const fn is_other_version(datagram: &[u8]) -> bool {
+    let Some((_, message)) = datagram.split_first() else {
+        return false;
+    };
+    match Header::decode(message) {
+        Ok(header) => {
+            header.kind().is_datagram() && header.payload_len as usize == message.len() - HEADER_LEN
+        }
+        Err(_) => false,
     }
 }
 

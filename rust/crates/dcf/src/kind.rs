@@ -139,6 +139,30 @@ impl MsgType {
         self.name().is_some()
     }
 
+    /// Whether the type travels in datagrams. The others are for streams only, so that 0x51 can be the first byte of a v5.1
+    /// datagram; see [`crate::Version`].
+    #[inline]
+    #[must_use]
+    pub const fn is_datagram(self) -> bool {
+        matches!(
+            self,
+            Self::HEARTBEAT
+                | Self::TASK
+                | Self::RESULT
+                | Self::ACK
+                | Self::NACK
+                | Self::CHUNK
+                | Self::CHUNK_ACK
+                | Self::HEALTH
+                | Self::SHUTDOWN
+                | Self::SEALED_HEARTBEAT
+                | Self::PARTIAL
+                | Self::CHALLENGE
+                | Self::CHALLENGE_REPLY
+                | Self::ERROR
+        )
+    }
+
     /// Whether the number lies in the range set aside for messages between our own nodes, 0x10–0x7F.
     #[inline]
     #[must_use]
@@ -186,6 +210,16 @@ mod tests {
             .filter(|&value| MsgType(value).is_assigned())
             .count();
         assert_eq!(named, MsgType::ASSIGNED.len());
+    }
+
+    #[test]
+    fn no_datagram_begins_with_the_version_byte() {
+        assert!(!MsgType(crate::Version::BYTE).is_datagram());
+        assert!(
+            (0..=u8::MAX)
+                .map(MsgType)
+                .all(|kind| kind.is_assigned() || !kind.is_datagram())
+        );
     }
 
     #[test]

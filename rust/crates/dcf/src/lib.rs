@@ -1,9 +1,10 @@
-//! DCF: the 17-byte header, message types, codecs and chunks.
+//! DCF: header, versions, message types, codecs and chunks.
 //!
 //! Every message of the mesh is a DCF message: a fixed header, then the payload. This crate turns bytes into messages and
 //! back, and does nothing else: no socket, no clock, no task. Whoever calls it brings the bytes and the time.
 //!
 //! - [`Header`] is the 17 bytes, [`MsgType`] the first of them;
+//! - [`Version`] is how a datagram is framed: the header alone (v5.0.0), or a version byte before it (v5.1);
 //! - [`Message`] is a header with its payload, read from and written to datagrams without copying the payload in;
 //! - [`StreamCodec`] frames messages back to back on a stream;
 //! - [`chunk`] cuts payloads that no datagram can hold and puts them together again within bounds;
@@ -28,6 +29,7 @@ mod header;
 mod kind;
 mod message;
 mod stream;
+mod version;
 
 pub use error::{ErrorBody, ErrorCode};
 pub use header::{HEADER_LEN, Header};
@@ -36,3 +38,4 @@ pub use message::{
     DecodeError, MAX_DATAGRAM, MAX_DATAGRAM_PAYLOAD, Message, PartialBody, decode_datagram,
 };
 pub use stream::{DEFAULT_MAX_PAYLOAD, StreamCodec, StreamError};
+pub use version::Version;

@@ -4,12 +4,12 @@ use std::borrow::Cow;
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-use crate::{ErrorBody, ErrorCode, HEADER_LEN, Header, MsgType};
+use crate::{ErrorBody, ErrorCode, HEADER_LEN, Header, MsgType, Version};
 
 /// Most bytes that one UDP datagram over IPv4 carries.
 pub const MAX_DATAGRAM: usize = 65_507;
 
-/// Most bytes of payload in one datagram; more can only go as Chunks.
+/// Most bytes of payload in one v5.0.0 datagram; more can only go as Chunks. See [`Version::max_payload`].
 pub const MAX_DATAGRAM_PAYLOAD: usize = MAX_DATAGRAM - HEADER_LEN;
 
 /// A DCF message.
@@ -102,19 +102,35 @@ impl Message {
         HEADER_LEN + self.payload.len()
     }
 
-    /// Whether the message goes into one datagram.
+    /// Whether the message goes into one v5.0.0 datagram.
     #[must_use]
     pub fn fits_datagram(&self) -> bool {
         self.payload.len() <= MAX_DATAGRAM_PAYLOAD
     }
 
-    /// The message as one datagram. Ask [`Message::fits_datagram`] first where the payload is of unknown size.
+    /// Whether an answer goes to a client of this version as one datagram rather than as Chunks.
+    #[must_use]
+    pub fn is_single_answer(&self, version: Version) -> bool {
+        self.payload.len() <= version.max_answer()
+    }
+
+    /// The message as one v5.0.0 datagram. Ask [`Message::fits_datagram`] first where the payload is of unknown size.
     ///
     /// # Panics
     /// If the payload has 4 GiB or more.
     #[must_use]
     pub fn encode_datagram(&self) -> Bytes {
-        let mut datagram = BytesMut::with_capacity(self.encoded_len());
+        self.encode_as(Version::V5_0)
+    }
+
+    /// The message as one datagram of this version. It has to fit [`Version::max_payload`].
+    ///
+    /// # Panics
+    /// If the payload has 4 GiB or more.
+    #[must_use]
+    pub fn encode_as(&self, version: Version) -> Bytes {
+        let mut datagram = BytesMut::with_capacity(version.prefix().len() + self.encoded_len());
+        datagram.put_slice(version.prefix());
         self.encode_into(&mut datagram);
         datagram.freeze()
     }
@@ -129,14 +145,24 @@ impl Message {
         buffer.put_slice(&self.payload);
     }
 
-    /// Reads the one message of a datagram; the payload is a view into it. Bytes after `payload_len` are ignored.
+    /// Reads the one message of a datagram of either version; the payload is a view into it. Bytes after `payload_len`
+    /// are ignored.
     ///
     /// # Errors
-    /// [`DecodeError`] if the datagram is shorter than its header says, or its type is not assigned.
+    /// [`DecodeError`] if the datagram is shorter than its header says, or its type does not travel in datagrams.
     pub fn decode_datagram(datagram: Bytes) -> Result<Self, DecodeError> {
-        let header = Header::decode_checked(&datagram)?;
-        let end = HEADER_LEN + header.payload_len as usize;
-        Ok(Self::from_parts(header, datagram.slice(HEADER_LEN..end)))
+        Self::decode_versioned(datagram).map(|(_, message)| message)
+    }
+
+    /// Like [`Message::decode_datagram`], with the version in which to answer.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn decode_versioned(datagram: Bytes) -> Result<(Version, Self), DecodeError> {
+        let (version, header) = Header::decode_datagram(&datagram)?;
+        let start = version.header_len();
+        let payload = datagram.slice(start..start + header.payload_len as usize);
+        Ok((version, Self::from_parts(header, payload)))
     }
 
     pub(crate) fn from_parts(header: Header, payload: Bytes) -> Self {
@@ -187,9 +213,16 @@ pub enum DecodeError {
         /// What follows the header.
         present: usize,
     },
-    /// A type that this version does not know.
-    #[error("DCF message type {0:#04x} is not assigned; the sender may be of a newer version")]
+    /// A type that does not travel in datagrams, or that this version does not know.
+    #[error(
+        "DCF message type {0:#04x} is not known in datagrams; the sender may be of a newer version"
+    )]
     UnknownType(u8),
+    /// A version byte that is not 0x51, before what would be a v5.1 message.
+    #[error(
+        "the datagram begins with {0:#04x} where DCF v5.1 has 0x51; its sender speaks a version that is not known here"
+    )]
+    OtherVersion(u8),
 }
 
 #[cfg(test)]

@@ -4,14 +4,24 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use dcf::{
-    DecodeError, ErrorBody, ErrorCode, HEADER_LEN, Header, Message, MsgType, StreamCodec,
+    DecodeError, ErrorBody, ErrorCode, HEADER_LEN, Header, Message, MsgType, StreamCodec, Version,
     chunk::{self, Chunk, Limits, Reassembler},
 };
 use proptest::{collection::vec, prelude::*};
 use tokio_util::codec::{Decoder, Encoder};
 
 fn any_message() -> impl Strategy<Value = Message> {
-    let kind = prop::sample::select(MsgType::ASSIGNED);
+    message_of(MsgType::ASSIGNED.to_vec())
+}
+
+fn any_datagram() -> impl Strategy<Value = (Version, Message)> {
+    let kinds = MsgType::ASSIGNED.iter().filter(|kind| kind.is_datagram());
+    let version = prop::sample::select(vec![Version::V5_0, Version::V5_1]);
+    (version, message_of(kinds.copied().collect()))
+}
+
+fn message_of(kinds: Vec<MsgType>) -> impl Strategy<Value = Message> {
+    let kind = prop::sample::select(kinds);
     (kind, any::<u32>(), any::<u64>(), vec(any::<u8>(), 0..600)).prop_map(
         |(kind, sequence, timestamp, payload)| Message::new(kind, sequence, timestamp, payload),
     )
@@ -42,38 +52,45 @@ proptest! {
     }
 
     #[test]
-    fn datagrams_round_trip_whatever_trails_them(message in any_message(), trailing in vec(any::<u8>(), 0..40)) {
-        let mut datagram = BytesMut::new();
-        message.encode_into(&mut datagram);
+    fn datagrams_round_trip_whatever_trails_them(
+        (version, message) in any_datagram(), trailing in vec(any::<u8>(), 0..40),
+    ) {
+        let mut datagram = BytesMut::from(&message.encode_as(version)[..]);
         datagram.extend_from_slice(&trailing);
-        prop_assert_eq!(dcf::decode_datagram(datagram.freeze()), Ok(message));
+        prop_assert_eq!(Message::decode_versioned(datagram.freeze()), Ok((version, message)));
     }
 
     #[test]
-    fn every_cut_of_a_datagram_is_refused(message in any_message(), at: prop::sample::Index) {
-        let datagram = message.encode_datagram();
+    fn every_cut_of_a_datagram_is_refused((version, message) in any_datagram(), at: prop::sample::Index) {
+        let datagram = message.encode_as(version);
         let cut = datagram.slice(..at.index(datagram.len()));
-        let expected = match cut.len().checked_sub(HEADER_LEN) {
-            None => DecodeError::ShortHeader { len: cut.len() },
+        let len = cut.len().saturating_sub(version.prefix().len());
+        let expected = match len.checked_sub(HEADER_LEN) {
+            None => DecodeError::ShortHeader { len },
             Some(present) => DecodeError::Truncated { payload_len: message.payload.len() as u32, present },
         };
         prop_assert_eq!(dcf::decode_datagram(cut), Err(expected));
     }
 
     #[test]
-    fn arbitrary_bytes_decode_to_what_they_contain_or_not_at_all(bytes in vec(any::<u8>(), 0..200)) {
-        let datagram = Bytes::from(bytes);
-        if let Ok(message) = dcf::decode_datagram(datagram.clone()) {
-            let encoded = message.encode_datagram();
+    fn arbitrary_bytes_decode_to_what_they_contain_or_not_at_all(bytes in vec(any::<u8>(), 0..200), v5_1: bool) {
+        let prefix = if v5_1 { Version::V5_1.prefix() } else { &[] };
+        let datagram = Bytes::from([prefix, &bytes].concat());
+        if let Ok((version, message)) = Message::decode_versioned(datagram.clone()) {
+            let encoded = message.encode_as(version);
             prop_assert_eq!(&datagram[..encoded.len()], &encoded[..]);
             let _ = (message.error_body(), message.partial_body(), Chunk::parse(&message.payload));
         }
     }
 
     #[test]
-    fn a_flipped_bit_changes_one_field_or_is_refused(message in any_message(), at: prop::sample::Index, bit in 0u8..8) {
-        let mut datagram = message.encode_datagram().to_vec();
-        let at = at.index(datagram.len());
+    fn a_flipped_bit_changes_one_field_or_is_refused(
+        (version, message) in any_datagram(), at: prop::sample::Index, bit in 0u8..8,
+    ) {
+        let mut datagram = message.encode_as(version).to_vec();
+        // The version byte is no field: without it the rest means something else.
+        let start = version.prefix().len();
+        let at = start + at.index(datagram.len() - start);
         datagram[at] ^= 1 << bit;
         if let Ok(mutated) = dcf::decode_datagram(datagram.into()) {
             let (before, after) = (&message.payload, &mutated.payload);

@@ -1,5 +1,6 @@
 //! The bounds of chunk reassembly, with simulated time.
 
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -168,4 +169,72 @@ fn a_payload_with_the_wrong_md5_is_reported_and_can_be_sent_again() {
         reassembler.push(1, &chunks[1], now),
         Ok(Some(payload(1, 2_000)))
     );
+}
+
+type Key = (SocketAddr, u32);
+
+fn source(key: &Key) -> IpAddr {
+    key.0.ip()
+}
+
+fn key(address: &str, sequence: u32) -> Key {
+    (address.parse().unwrap(), sequence)
+}
+
+#[test]
+fn a_flood_of_one_source_does_not_touch_the_payloads_of_others() {
+    let limits = Limits {
+        max_messages: 8,
+        max_bytes: 40 * MAX_DATA,
+        ..Limits::default()
+    };
+    let mut reassembler = Reassembler::by_source(limits, limits.half(), source);
+    let now = Instant::now();
+    let honest = chunks_of(payload(1, 3_000));
+    let first = key("192.0.2.7:1", 1);
+    reassembler.push(first, &honest[0], now).unwrap();
+    // Each from another port, and of one IPv6 network from many addresses: totals that are never reached.
+    for round in 0..500_u32 {
+        let hostile = Chunk {
+            total: u16::MAX,
+            index: round as u16,
+            md5: [0; 16],
+            data: payload(2, MAX_DATA),
+        };
+        let later = now + Duration::from_millis(round.into());
+        for address in [
+            format!("192.0.2.66:{}", 1_000 + round),
+            format!("[2001:db8::{round:x}]:9"),
+        ] {
+            reassembler
+                .push(key(&address, round), &hostile, later)
+                .unwrap();
+        }
+        assert!(reassembler.len() <= limits.max_messages);
+        assert!(reassembler.bytes() <= limits.max_bytes);
+    }
+    let later = now + Duration::from_millis(501);
+    reassembler.push(first, &honest[2], later).unwrap();
+    assert_eq!(
+        reassembler.push(first, &honest[1], later),
+        Ok(Some(payload(1, 3_000)))
+    );
+}
+
+#[test]
+fn a_payload_over_its_sources_share_is_refused() {
+    let limits = Limits {
+        max_bytes: 8 * MAX_DATA,
+        ..Limits::default()
+    };
+    let mut reassembler = Reassembler::by_source(limits, limits.half(), source);
+    let now = Instant::now();
+    let refused = chunks_of(payload(1, 6 * MAX_DATA))
+        .iter()
+        .find_map(|chunk| reassembler.push(key("192.0.2.7:1", 1), chunk, now).err());
+    assert!(
+        matches!(refused, Some(ChunkError::TooLarge { .. })),
+        "{refused:?}"
+    );
+    assert!(reassembler.is_empty());
 }

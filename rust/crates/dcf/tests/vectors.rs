@@ -1,10 +1,10 @@
-//! The published test vectors of the 17-byte header, in `vectors/dcf-17.json`.
+//! The published test vectors: the 17-byte header in `vectors/dcf-17.json`, v5.1 in `vectors/dcf-18.json`.
 
 use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 use dcf::{
-    DecodeError, HEADER_LEN, Header, Message, MsgType, StreamCodec,
+    DecodeError, HEADER_LEN, Header, Message, MsgType, StreamCodec, Version,
     chunk::{self, Chunk, Limits, Reassembler},
 };
 use serde::Deserialize;
@@ -90,6 +90,86 @@ fn valid_datagrams_decode_and_encode_byte_for_byte() {
         );
         let header = Header::decode(&datagram).unwrap();
         assert_eq!(header.encode(), datagram[..HEADER_LEN], "{}", vector.name);
+    }
+}
+
+#[derive(Deserialize)]
+struct VectorsOf51 {
+    header_bytes: usize,
+    valid: Vec<Valid>,
+    invalid: Vec<Invalid>,
+}
+
+fn vectors_of_51() -> VectorsOf51 {
+    serde_json::from_str(include_str!("vectors/dcf-18.json")).expect("the vectors are valid JSON")
+}
+
+#[test]
+fn valid_v5_1_datagrams_decode_and_encode_byte_for_byte() {
+    let vectors = vectors_of_51();
+    assert_eq!(vectors.header_bytes, Version::V5_1.header_len());
+    assert_eq!(vectors.valid.len(), 8);
+    for vector in &vectors.valid {
+        let datagram = unhex(&vector.datagram_hex);
+        let name = &vector.name;
+        let decoded = Message::decode_versioned(datagram.clone());
+        assert_eq!(decoded, Ok((Version::V5_1, vector.message())), "{name}");
+        assert_eq!(
+            vector.message().encode_as(Version::V5_1),
+            datagram,
+            "{name}"
+        );
+        // The same message, one version earlier.
+        let decoded = Message::decode_versioned(datagram.slice(1..));
+        assert_eq!(decoded, Ok((Version::V5_0, vector.message())), "{name}");
+        if vector.kind == MsgType::CHUNK.0 {
+            let chunk = Chunk::parse(&vector.message().payload).unwrap();
+            assert_eq!((chunk.total, chunk.index, chunk.data.len()), (2, 0, 1_400));
+        }
+    }
+}
+
+#[test]
+fn invalid_v5_1_datagrams_are_refused_for_the_reason_given() {
+    let expected = [
+        ("short_header", DecodeError::ShortHeader { len: 4 }),
+        (
+            "short_payload",
+            DecodeError::Truncated {
+                payload_len: 9,
+                present: 3,
+            },
+        ),
+        ("other_version", DecodeError::OtherVersion(0x52)),
+    ];
+    let vectors = vectors_of_51();
+    assert_eq!(vectors.invalid.len(), expected.len());
+    for (vector, (name, error)) in vectors.invalid.iter().zip(expected) {
+        assert_eq!(vector.name, name);
+        let decoded = dcf::decode_datagram(unhex(&vector.datagram_hex));
+        assert_eq!(decoded, Err(error), "{name}");
+    }
+}
+
+#[test]
+fn types_for_streams_are_refused_in_datagrams_of_either_version() {
+    for kind in MsgType::ASSIGNED.iter().filter(|kind| !kind.is_datagram()) {
+        let message = Message::new(*kind, 1, 2, "x");
+        for version in [Version::V5_0, Version::V5_1] {
+            let datagram = message.encode_as(version);
+            // What begins with 0x51 is v5.1, and what follows there is short of its header.
+            if *kind == MsgType::SOURCES && version == Version::V5_0 {
+                let error = dcf::decode_datagram(datagram).unwrap_err();
+                assert!(!matches!(error, DecodeError::UnknownType(_)), "{error}");
+                continue;
+            }
+            let refused = Err(DecodeError::UnknownType(kind.0));
+            assert_eq!(
+                dcf::decode_datagram(datagram),
+                refused,
+                "{kind} in {version}"
+            );
+        }
     }
 }
 

@@ -360,11 +360,12 @@ fn expect_success(status: ExitStatus, service: &Service) -> Result<(), Failure> 
     )
 }
 
-/// Ctrl-C, or whoever ends programs at this machine.
+/// Ctrl-C, Ctrl-\\, a terminal that closes, or whoever ends programs at this machine.
 struct Stop {
     interrupt: tokio::signal::unix::Signal,
     terminate: tokio::signal::unix::Signal,
     hangup: tokio::signal::unix::Signal,
+    quit: tokio::signal::unix::Signal,
 }
 
 impl Stop {
@@ -376,6 +377,7 @@ impl Stop {
             interrupt: handler(SignalKind::interrupt())?,
             terminate: handler(SignalKind::terminate())?,
             hangup: handler(SignalKind::hangup())?,
+            quit: handler(SignalKind::quit())?,
         })
     }
 
@@ -384,6 +386,7 @@ impl Stop {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
             _ = self.hangup.recv() => {}
+            _ = self.quit.recv() => {}
         }
     }
 }

@@ -4,6 +4,9 @@
 //! and sequence and does not run it twice. A long answer comes in Chunks. Where some are missing when no more come, the
 //! Task is repeated, too: the head then sends the answer again, and what has come before counts. A shim that has not seen this address before may send a Challenge first, which
 //! is echoed.
+//!
+//! Tasks are sent in DCF v5.0.0, which every shim and head of ours understands. Where nothing at all comes back, the client
+//! finds out by Health whether its peer speaks v5.1 only, and goes on in that version.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -11,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use dcf::chunk::{Chunk, ChunkError, Limits, Reassembler};
-use dcf::{ErrorCode, Message, MsgType};
+use dcf::{ErrorCode, Message, MsgType, Version};
 use mesh_base::{addresses, listen};
 use serde_json::Value;
 use socket2::SockRef;
@@ -23,6 +26,8 @@ pub struct DcfClient {
     socket: UdpSocket,
     target: SocketAddr,
     next_sequence: u32,
+    /// The version that the peer is known to speak.
+    version: Option<Version>,
 }
 
 /// The whole answer to one task.
@@ -73,7 +78,23 @@ impl DcfClient {
             socket,
             target: address,
             next_sequence: now_us() as u32,
+            version: None,
         })
+    }
+
+    /// The same client, toward a peer that is known to speak this version.
+    #[must_use]
+    pub fn speaking(self, version: Version) -> Self {
+        Self {
+            version: Some(version),
+            ..self
+        }
+    }
+
+    /// The version that the peer is known to speak; `None` before anything came from it.
+    #[must_use]
+    pub fn version(&self) -> Option<Version> {
+        self.version
     }
 
     /// Sends `prompt` as it is, like a v5.0.0 client, and waits for the answer.
@@ -126,12 +147,13 @@ impl DcfClient {
         on_text: &mut dyn FnMut(&str),
         on_wait: &mut dyn FnMut(&str),
     ) -> Result<Answer, DcfError> {
-        if payload.len() > dcf::MAX_DATAGRAM_PAYLOAD {
+        let mut version = self.version.unwrap_or_default();
+        if payload.len() > version.max_payload() {
             return Err(DcfError::TaskTooLong { len: payload.len() });
         }
         let sequence = self.next_sequence;
         self.next_sequence = sequence.wrapping_add(1);
-        let task = Message::new(MsgType::TASK, sequence, now_us(), payload).encode_datagram();
+        let task = Message::new(MsgType::TASK, sequence, now_us(), payload);
 
         let started = Instant::now();
         let mut deadline = started + silence;
@@ -139,7 +161,7 @@ impl DcfClient {
         let mut patience = Patience::new(started);
         let mut repeats = 0;
         let mut buffer = vec![0; dcf::MAX_DATAGRAM];
-        self.send(&task).await?;
+        self.send(&task, version).await?;
         loop {
             let now = Instant::now();
             if now >= deadline {
@@ -150,9 +172,10 @@ impl DcfClient {
                 });
             }
             if patience.is_over(now) {
-                self.send(&task).await?;
+                self.send(&task, version).await?;
                 repeats += 1;
                 patience.repeated(now);
+                self.probe(sequence, repeats).await?;
             }
             let until = tokio::time::Instant::from_std(patience.ends.min(deadline));
             let Ok(received) = tokio::time::timeout_at(until, self.socket.recv(&mut buffer)).await
@@ -169,10 +192,17 @@ impl DcfClient {
                 }
                 Err(error) => return Err(error.into()),
             };
-            let Ok(message) = Message::decode_datagram(Bytes::copy_from_slice(&buffer[..len]))
-            else {
+            let received = Message::decode_versioned(Bytes::copy_from_slice(&buffer[..len]));
+            let Ok((spoken, message)) = received else {
                 continue;
             };
+            let first_word = self.version.is_none();
+            self.version.get_or_insert(spoken);
+            if first_word && spoken != version && task.payload.len() <= spoken.max_payload() {
+                // It could not read what was sent so far.
+                version = spoken;
+                self.send(&task, version).await?;
+            }
             let step = incoming.take(&message, Instant::now(), on_text)?;
             if !matches!(step, Step::Nothing) {
                 deadline = Instant::now() + silence;
@@ -186,8 +216,8 @@ impl DcfClient {
                 Step::Progress => patience.at_work(Instant::now()),
                 Step::Piece => patience.arriving(Instant::now()),
                 Step::Challenge(reply) => {
-                    self.send(&reply.encode_datagram()).await?;
-                    self.send(&task).await?;
+                    self.send(&reply, version).await?;
+                    self.send(&task, version).await?;
                 }
                 Step::Done(mut answer) => {
                     answer.repeats = repeats;
@@ -197,8 +227,20 @@ impl DcfClient {
         }
     }
 
-    async fn send(&self, datagram: &[u8]) -> Result<(), DcfError> {
-        match self.socket.send(datagram).await {
+    /// Asks a peer that has said nothing yet which version it speaks: first in the version that the task went in, so that a
+    /// peer of both is not asked to run it twice, and only if that is not answered in the other one.
+    async fn probe(&self, sequence: u32, repeats: u32) -> Result<(), DcfError> {
+        let version = match (self.version, repeats) {
+            (None, 1) => Version::V5_0,
+            (None, 2..) => Version::V5_1,
+            _ => return Ok(()),
+        };
+        let health = Message::new(MsgType::HEALTH, sequence, now_us(), Bytes::new());
+        self.send(&health, version).await
+    }
+
+    async fn send(&self, message: &Message, version: Version) -> Result<(), DcfError> {
+        match self.socket.send(&message.encode_as(version)).await {
             Ok(_) => Ok(()),
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
                 Err(DcfError::Unreachable {
@@ -747,6 +789,48 @@ mod tests {
             .expect("an answer");
         assert_eq!((answer.text.as_str(), answer.repeats), ("hello", 1));
         serve.await.expect("the server");
+    }
+
+    /// Answers Health and the Tasks of one version, and hears nothing else.
+    async fn peer_of(version: Version) -> (String, tokio::task::JoinHandle<()>) {
+        let server = UdpSocket::bind("127.0.0.1:0").await.expect("a port");
+        let address = server.local_addr().expect("bound").to_string();
+        let serve = tokio::spawn(async move {
+            let mut buffer = [0; 2048];
+            loop {
+                let (len, from) = server.recv_from(&mut buffer).await.expect("a datagram");
+                let datagram = Bytes::copy_from_slice(&buffer[..len]);
+                let Ok((spoken, message)) = Message::decode_versioned(datagram) else {
+                    continue;
+                };
+                if spoken != version {
+                    continue;
+                }
+                let answer = match message.kind {
+                    MsgType::TASK => MsgType::RESULT,
+                    kind => kind,
+                };
+                let answer = Message::new(answer, message.sequence, 0, message.payload);
+                let _ = server.send_to(&answer.encode_as(version), from).await;
+            }
+        });
+        (address, serve)
+    }
+
+    #[tokio::test]
+    async fn a_peer_of_v5_1_is_found_out_and_remembered() {
+        let (address, serve) = peer_of(Version::V5_1).await;
+        let mut client = DcfClient::connect(&address).await.expect("a socket");
+        for prompt in ["first", "second"] {
+            let answer = client.ask_plain(prompt, Duration::from_secs(30)).await;
+            assert_eq!(answer.expect("an answer").text, prompt);
+            assert_eq!(client.version(), Some(Version::V5_1));
+        }
+        let again = DcfClient::connect(&address).await.expect("a socket");
+        let mut told = again.speaking(Version::V5_1);
+        let answer = told.ask_plain("told", Duration::from_secs(30)).await;
+        assert_eq!(answer.expect("an answer").repeats, 0);
+        serve.abort();
     }
 
     #[tokio::test]

@@ -32,8 +32,8 @@ impl ChunkSender {
     /// Begins to send an answer, from its beginning also where a part of it is out already. One that there is no room for
     /// is left out: its client gets it when it repeats its Task.
     pub fn send(self: &Arc<Self>, key: TaskKey, answer: &Message) {
-        let (client, sequence) = key;
-        let chunks = match chunk::split(sequence, answer.timestamp_us, answer.payload.clone()) {
+        let client = key.client;
+        let chunks = match chunk::split(key.sequence, answer.timestamp_us, answer.payload.clone()) {
             Ok(chunks) => chunks,
             Err(error) => return debug!(%error, %client, "answer not sent"),
         };
@@ -65,8 +65,9 @@ impl ChunkSender {
     async fn run(&self) {
         let mut batch = SendBatch::new();
         loop {
-            let next = self.outbox().due(Instant::now(), |to, chunk| {
-                batch.push_parts(to, &[&chunk.header().encode(), &chunk.payload]);
+            let next = self.outbox().due(Instant::now(), |to, version, chunk| {
+                let header = chunk.header().encode();
+                batch.push_parts(to, &[version.prefix(), &header, &chunk.payload]);
             });
             if let Err(error) = self.socket.send(&mut batch).await {
                 debug!(%error, "chunks not sent");

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use dcf::chunk::{self, Chunk, ChunkError, MAX_PAYLOAD, Reassembler};
-use dcf::{ErrorCode, HEADER_LEN, Header, MAX_DATAGRAM_PAYLOAD, Message, MsgType};
+use dcf::{DecodeError, ErrorCode, HEADER_LEN, Header, Message, MsgType, Version};
 use mesh_net::udp::{BatchSocket, Datagram, RecvBatch, SendBatch};
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
@@ -39,9 +39,10 @@ pub async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: TaskTrack
     let mut intake = Intake {
         port,
         counters,
-        chunks: Reassembler::new(chunk::Limits::default()),
+        chunks: reassembler(),
         replies: SendBatch::new(),
         warned: None,
+        warned_of_version: None,
     };
     let mut batch = RecvBatch::new();
     loop {
@@ -81,45 +82,82 @@ struct Intake {
     replies: SendBatch,
     /// When a stranger was last warned about.
     warned: Option<Instant>,
+    /// When a sender of an unknown version was.
+    warned_of_version: Option<Instant>,
+}
+
+/// A client as it is answered.
+#[derive(Debug, Clone, Copy)]
+struct Peer {
+    address: SocketAddr,
+    version: Version,
+}
+
+impl Peer {
+    fn task(self, sequence: u32) -> TaskKey {
+        TaskKey {
+            client: self.address,
+            version: self.version,
+            sequence,
+        }
+    }
+}
+
+/// Puts Tasks in Chunks together. No source of Chunks can keep the others out.
+fn reassembler() -> Reassembler<TaskKey> {
+    let limits = chunk::Limits {
+        timeout: CHUNKS_KEPT,
+        ..chunk::Limits::default()
+    };
+    Reassembler::by_source(limits, limits.half(), |key| key.client.ip())
 }
 
 impl Intake {
     fn take(&mut self, datagram: Datagram<'_>) {
-        let from = datagram.from;
-        let Ok(header) = Header::decode(datagram.data) else {
+        let data = datagram.data;
+        let peer = Peer {
+            address: datagram.from,
+            version: Version::of(data),
+        };
+        let message = &data[peer.version.prefix().len()..];
+        let Ok(header) = Header::decode(message) else {
             self.counters.malformed.inc();
             return;
         };
-        if datagram.data.len() - HEADER_LEN < header.payload_len as usize {
+        let decoded = Header::decode_datagram(data);
+        if let Err(DecodeError::OtherVersion(byte)) = decoded {
             self.counters.malformed.inc();
+            self.warn_of_version(peer.address, byte);
             return;
         }
-        if !self.port.mesh.config.trusts(from.ip()) {
+        let Some(payload) = message[HEADER_LEN..].get(..header.payload_len as usize) else {
+            self.counters.malformed.inc();
+            return;
+        };
+        if !self.port.mesh.trusts(peer.address.ip()) {
             self.counters.untrusted.inc();
-            self.turn_away(from, header);
+            self.turn_away(peer, header);
             return;
         }
         if !header.kind().is_assigned() {
             self.counters.unexpected.inc();
             let text = format!("message type {:#04x} is not known here", header.msg_type);
-            self.reply(
-                from,
-                &error(header.sequence, ErrorCode::INVALID_PAYLOAD, &text),
-            );
+            self.refuse(peer, header.sequence, ErrorCode::INVALID_PAYLOAD, &text);
             return;
         }
-        let payload = &datagram.data[HEADER_LEN..HEADER_LEN + header.payload_len as usize];
+        let payload = Bytes::copy_from_slice(payload);
         match header.kind() {
             MsgType::TASK => {
                 self.counters.accepted.inc();
-                self.task(from, header.sequence, Bytes::copy_from_slice(payload));
+                self.task(peer, header.sequence, payload);
             }
-            MsgType::CHUNK => self.chunk(from, header.sequence, Bytes::copy_from_slice(payload)),
+            MsgType::CHUNK => self.chunk(peer, header.sequence, payload),
             // A shim asks after a task whose client does not.
             MsgType::HEALTH if payload == ASK_AFTER_TASK => {
                 self.counters.accepted.inc();
-                if self.port.dedup().is_running((from, header.sequence)) {
-                    self.send_ack((from, header.sequence));
+                let key = peer.task(header.sequence);
+                if self.port.dedup().is_running(key) {
+                    self.send_ack(key);
                 }
             }
             MsgType::HEALTH => {
@@ -130,8 +168,9 @@ impl Intake {
                     .health
                     .unready_reason()
                     .unwrap_or_else(|| "ready".into());
+                let text = text[..text.floor_char_boundary(peer.version.max_answer())].to_owned();
                 self.reply(
-                    from,
+                    peer,
                     &Message::new(MsgType::HEALTH, header.sequence, timestamp_us(), text),
                 );
             }
@@ -143,37 +182,36 @@ impl Intake {
     }
 
     /// Tells a stranger why there is no answer, in no more bytes than the stranger sent.
-    fn turn_away(&mut self, from: SocketAddr, header: Header) {
-        let now = Instant::now();
-        if self.warned.is_none_or(|at| now - at >= WARN_EVERY) {
-            self.warned = Some(now);
-            warn!(source = %from.ip(), "plain DCF from an untrusted address; add its network to trusted_networks to accept it");
+    fn turn_away(&mut self, peer: Peer, header: Header) {
+        if is_due(&mut self.warned) {
+            warn!(source = %peer.address.ip(), "plain DCF from an untrusted address; add its network to trusted_networks to accept it");
         }
         let room = (header.payload_len as usize)
             .saturating_sub(1)
             .min(NOT_TRUSTED.len());
         if header.kind() == MsgType::TASK && room > 0 {
-            self.reply(
-                from,
-                &error(
-                    header.sequence,
-                    ErrorCode::UNAUTHORIZED,
-                    &NOT_TRUSTED[..room],
-                ),
-            );
+            let text = &NOT_TRUSTED[..room];
+            self.refuse(peer, header.sequence, ErrorCode::UNAUTHORIZED, text);
         }
     }
 
-    fn chunk(&mut self, from: SocketAddr, sequence: u32, payload: Bytes) {
-        let pushed = Chunk::parse(&payload)
-            .and_then(|chunk| self.chunks.push((from, sequence), &chunk, Instant::now()));
+    fn warn_of_version(&mut self, source: SocketAddr, byte: u8) {
+        if is_due(&mut self.warned_of_version) {
+            warn!(%source, "datagrams that begin with {byte:#04x} are dropped: DCF v5.0.0 and v5.1 (0x51) are understood, and the client seems to speak another version");
+        }
+    }
+
+    fn chunk(&mut self, peer: Peer, sequence: u32, payload: Bytes) {
+        let key = peer.task(sequence);
+        let pushed =
+            Chunk::parse(&payload).and_then(|chunk| self.chunks.push(key, &chunk, Instant::now()));
         match pushed {
             Ok(None) => {
                 self.counters.accepted.inc();
             }
             Ok(Some(payload)) => {
                 self.counters.accepted.inc();
-                self.task(from, sequence, payload);
+                self.task(peer, sequence, payload);
             }
             Err(failure) => {
                 self.counters.malformed.inc();
@@ -181,25 +219,25 @@ impl Intake {
                     ChunkError::Corrupt { .. } => ErrorCode::CHUNK_MISSING,
                     _ => ErrorCode::INVALID_PAYLOAD,
                 };
-                self.reply(from, &error(sequence, code, &failure.to_string()));
+                self.refuse(peer, sequence, code, &failure.to_string());
             }
         }
     }
 
-    fn task(&mut self, from: SocketAddr, sequence: u32, payload: Bytes) {
-        let key = (from, sequence);
+    fn task(&mut self, peer: Peer, sequence: u32, payload: Bytes) {
+        let key = peer.task(sequence);
         let task = match DcfTask::parse(&payload) {
             Ok(task) => task,
             Err(invalid) => {
-                return self.reply(
-                    from,
-                    &error(sequence, ErrorCode::INVALID_PAYLOAD, &invalid.message),
-                );
+                let code = ErrorCode::INVALID_PAYLOAD;
+                return self.refuse(peer, sequence, code, &invalid.message);
             }
         };
         let seen = self.port.dedup().task(key, &payload, Instant::now());
         match seen {
-            Seen::Answered(answer) if answer.fits_datagram() => self.reply(from, &answer),
+            Seen::Answered(answer) if answer.is_single_answer(peer.version) => {
+                self.reply(peer, &answer);
+            }
             Seen::Answered(answer) => self.port.large.send_again(key, &answer),
             Seen::Running => self.acknowledge(&task, key),
             Seen::New(run) => {
@@ -222,23 +260,28 @@ impl Intake {
 
     /// Says that a task runs, and what it waits for.
     fn send_ack(&mut self, key: TaskKey) {
-        let (from, sequence) = key;
         let what = self.port.waits().get(&key).cloned().unwrap_or_default();
-        self.reply(
-            from,
-            &Message::new(MsgType::ACK, sequence, timestamp_us(), what),
-        );
+        let ack = Message::new(MsgType::ACK, key.sequence, timestamp_us(), what);
+        queue(&mut self.replies, (key.client, key.version), &ack);
     }
 
-    fn reply(&mut self, to: SocketAddr, message: &Message) {
-        queue(&mut self.replies, to, message);
+    fn refuse(&mut self, peer: Peer, sequence: u32, code: ErrorCode, text: &str) {
+        self.reply(peer, &error(peer.version, sequence, code, text));
+    }
+
+    fn reply(&mut self, to: Peer, message: &Message) {
+        queue(&mut self.replies, (to.address, to.version), message);
     }
 }
 
 impl Port {
     /// Runs a task and sends its one answer.
     async fn answer(&self, key: TaskKey, run: Run, task: DcfTask, payload: Bytes) {
-        let (client, sequence) = key;
+        let TaskKey {
+            client,
+            version,
+            sequence,
+        } = key;
         let _waits = Waits { port: self, key };
         let result = match task {
             DcfTask::Generate(task) => self.generate(key, run, task, payload).await,
@@ -247,12 +290,12 @@ impl Port {
         let (answer, keep) = match result {
             Err(failure) => {
                 let (code, keep) = code_of(&failure);
-                (error(sequence, code, &failure.to_string()), keep)
+                (error(version, sequence, code, &failure.to_string()), keep)
             }
             Ok(payload) if payload.len() > MAX_PAYLOAD => {
                 let (len, limit) = (payload.len(), MAX_PAYLOAD);
                 let failure = ChunkError::TooLarge { len, limit };
-                let answer = error(sequence, ErrorCode::INTERNAL, &failure.to_string());
+                let answer = error(version, sequence, ErrorCode::INTERNAL, &failure.to_string());
                 (answer, true)
             }
             Ok(payload) => (
@@ -271,11 +314,11 @@ impl Port {
                 dedup.forget(key, run);
             }
         }
-        if !answer.fits_datagram() {
+        if !answer.is_single_answer(version) {
             return self.large.send(key, &answer);
         }
         let mut batch = SendBatch::new();
-        queue(&mut batch, client, &answer);
+        queue(&mut batch, (client, version), &answer);
         if let Err(error) = self.socket.send(&mut batch).await {
             debug!(%error, %client, "answer not sent");
         }
@@ -299,13 +342,13 @@ impl Port {
         task: DcfGenerate,
         payload: Bytes,
     ) -> Result<Bytes, AnswerError> {
-        let (client, sequence) = key;
-        // A v5.0.0 worker cannot stream; where there is no other, the whole answer at once is better than none.
+        // A worker of DCF v5 cannot stream; where there is no other, the whole answer at once is better than none.
         let old_workers_only = || {
             self.mesh
                 .with_registry(|registry| registry.iter().all(Worker::is_legacy))
         };
-        let plain = payload.len() <= MAX_DATAGRAM_PAYLOAD && (!task.stream || old_workers_only());
+        let fits = payload.len() <= Version::V5_1.max_payload();
+        let plain = fits && (!task.stream || old_workers_only());
         let stream = task.stream;
         let task = Task {
             id: ids::fresh("dcf"),
@@ -323,7 +366,7 @@ impl Port {
         let mut failure = None;
         let grow = |text: &mut String, piece: &str| {
             if stream && !piece.is_empty() && self.dedup().is_current(key, run) {
-                self.send_partial(client, sequence, text.len(), piece);
+                self.send_partial(key, text.len(), piece);
             }
             text.push_str(piece);
         };
@@ -350,16 +393,17 @@ impl Port {
     }
 
     /// Sends a piece of an answer now or never: the Result has all of it.
-    fn send_partial(&self, client: SocketAddr, sequence: u32, offset: usize, piece: &str) {
+    fn send_partial(&self, key: TaskKey, offset: usize, piece: &str) {
+        let (client, version) = (key.client, key.version);
         let Ok(offset) = u32::try_from(offset) else {
             return;
         };
-        let partial = Message::partial(sequence, timestamp_us(), offset, piece);
-        if !partial.fits_datagram() {
+        let partial = Message::partial(key.sequence, timestamp_us(), offset, piece);
+        if !partial.is_single_answer(version) {
             return;
         }
         let mut batch = SendBatch::new();
-        queue(&mut batch, client, &partial);
+        queue(&mut batch, (client, version), &partial);
         if let Err(error) = self.socket.try_send(&mut batch) {
             debug!(%error, %client, "partial not sent");
         }
@@ -386,14 +430,26 @@ impl Drop for Waits<'_> {
     }
 }
 
-fn queue(batch: &mut SendBatch, to: SocketAddr, message: &Message) {
-    batch.push_parts(to, &[&message.header().encode(), &message.payload]);
+fn queue(batch: &mut SendBatch, (to, version): (SocketAddr, Version), message: &Message) {
+    let header = message.header().encode();
+    batch.push_parts(to, &[version.prefix(), &header, &message.payload]);
 }
 
 /// An Error in one datagram: Chunks do not say what kind of message they were.
-fn error(sequence: u32, code: ErrorCode, text: &str) -> Message {
-    let text = &text[..text.floor_char_boundary(LONGEST_ERROR)];
+fn error(version: Version, sequence: u32, code: ErrorCode, text: &str) -> Message {
+    let limit = LONGEST_ERROR.min(version.max_answer() - 1);
+    let text = &text[..text.floor_char_boundary(limit)];
     Message::error(sequence, timestamp_us(), code, text)
+}
+
+/// Whether it is time for another warning; if so, that is noted.
+fn is_due(warned: &mut Option<Instant>) -> bool {
+    let now = Instant::now();
+    let due = warned.is_none_or(|at| now - at >= WARN_EVERY);
+    if due {
+        *warned = Some(now);
+    }
+    due
 }
 
 /// The DCF code of a failure, and whether a repeat of the task gets the same failure again. Where it is over in a moment,
@@ -420,6 +476,8 @@ const NOT_TRUSTED: &str = "your address is not trusted here: see trusted_network
 /// Bytes of an Error's text; it may quote what the client sent.
 const LONGEST_ERROR: usize = 4096;
 const WARN_EVERY: Duration = Duration::from_secs(60);
+/// How long Chunks of a Task wait for the others.
+const CHUNKS_KEPT: Duration = Duration::from_secs(60);
 
 #[cfg(test)]
 mod tests {
@@ -427,8 +485,10 @@ mod tests {
 
     #[test]
     fn an_error_fits_a_datagram_however_much_it_quotes() {
-        let error = error(1, ErrorCode::UNKNOWN_MODEL, &"é".repeat(100_000));
-        assert!(error.fits_datagram() && error.error_body().is_some());
+        for version in [Version::V5_0, Version::V5_1] {
+            let error = error(version, 1, ErrorCode::UNKNOWN_MODEL, &"é".repeat(100_000));
+            assert!(error.is_single_answer(version) && error.error_body().is_some());
+        }
     }
 
     #[test]

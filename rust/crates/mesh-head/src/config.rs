@@ -52,7 +52,7 @@ pub struct Config {
     pub drain_limit: Duration,
     /// Model for requests that name none; otherwise the first one by name.
     pub default_model: Option<String>,
-    /// Networks whose plain DCF is accepted, besides loopback.
+    /// Networks whose plain DCF clients are served, besides loopback.
     pub trusted_networks: Vec<Network>,
     /// The OpenAI API.
     pub http: HttpConfig,
@@ -64,6 +64,8 @@ pub struct Config {
     pub sharding: ShardingConfig,
     /// Let workers on the LAN find this head by multicast DNS.
     pub mdns: bool,
+    /// What to log, where neither `--log-level` nor RUST_LOG is set: a level or a filter.
+    pub log_level: Option<String>,
 }
 
 /// The OpenAI API.
@@ -97,9 +99,13 @@ pub struct HttpConfig {
 pub struct DcfConfig {
     /// Where clients send Tasks.
     pub clients: SocketAddr,
-    /// Where workers send heartbeats and v5.0.0 workers Results.
+    /// Where workers send heartbeats, and workers without an identity (DCF v5.0.0 and v5.1) Results.
     pub workers: SocketAddr,
-    /// Tasks given to one v5.0.0 worker at a time.
+    /// Admit workers without an identity: from this machine, and from `legacy_worker_networks`.
+    pub legacy_workers: bool,
+    /// Networks from which they are admitted, too. They get clients' prompts, and nothing proves who they are.
+    pub legacy_worker_networks: Vec<Network>,
+    /// Tasks given to one of them at a time.
     pub legacy_concurrency: u32,
     /// Answers kept for clients that repeat their Task.
     pub answers_kept: usize,
@@ -186,6 +192,7 @@ impl Default for Config {
             quic: QuicConfig::default(),
             sharding: ShardingConfig::default(),
             mdns: false,
+            log_level: None,
         }
     }
 }
@@ -228,6 +235,8 @@ impl Default for DcfConfig {
         Self {
             clients: anywhere(7777),
             workers: anywhere(7778),
+            legacy_workers: false,
+            legacy_worker_networks: Vec::new(),
             legacy_concurrency: 64,
             answers_kept: 4096,
             answers_kept_bytes: 16 << 20,
@@ -289,6 +298,9 @@ impl Config {
         ];
         if let Some((key, _)) = positive.into_iter().find(|(_, value)| value.is_zero()) {
             return Err(Unsound::Zero(key));
+        }
+        if !self.dcf.legacy_workers && !self.dcf.legacy_worker_networks.is_empty() {
+            return Err(Unsound::LegacyWorkersOff);
         }
         if http.choices_limit == 0 {
             return Err(Unsound::Zero("http.choices_limit"));
@@ -369,7 +381,16 @@ impl Config {
         }
     }
 
-    /// Whether plain DCF from there is accepted.
+    /// Whether a worker without an identity may register from there. That a network's clients are served says nothing about
+    /// its workers.
+    pub fn admits_legacy_worker(&self, source: IpAddr) -> bool {
+        let source = source.to_canonical();
+        let networks = &self.dcf.legacy_worker_networks;
+        self.dcf.legacy_workers
+            && (source.is_loopback() || networks.iter().any(|network| network.contains(source)))
+    }
+
+    /// Whether plain DCF clients there are served.
     pub fn trusts(&self, source: IpAddr) -> bool {
         let source = source.to_canonical();
         source.is_loopback()
@@ -432,6 +453,12 @@ pub enum Unsound {
     /// A zero where that means never or always.
     #[error("{0} must be greater than 0")]
     Zero(&'static str),
+    /// Networks of workers that are not admitted at all.
+    #[error(
+        "dcf.legacy_worker_networks names networks, and dcf.legacy_workers is false: set dcf.legacy_workers = true to admit \
+         workers of DCF v5.0.0 and v5.1, which cannot prove who they are, or leave the networks out"
+    )]
+    LegacyWorkersOff,
     /// No part of anything.
     #[error(
         "sharding.margin = {0} is no part: it must be at least 0 and less than 1, such as 0.15"
@@ -495,6 +522,24 @@ mod tests {
                 "{address}"
             );
         }
+    }
+
+    #[test]
+    fn old_workers_are_admitted_by_their_own_switch_alone() {
+        let admits = |toml: &str| {
+            let config = parse(toml);
+            ["127.0.0.1", "::ffff:10.9.8.7", "192.168.1.7"]
+                .map(|address| config.admits_legacy_worker(address.parse().unwrap()))
+        };
+        assert_eq!(admits("trusted_networks = [\"0.0.0.0/0\"]"), [false; 3]);
+        let on = "[dcf]\nlegacy_workers = true";
+        assert_eq!(admits(on), [true, false, false]);
+        let trusted = format!("trusted_networks = [\"0.0.0.0/0\"]\n{on}");
+        assert_eq!(admits(&trusted), [true, false, false]);
+        let networks = format!("{on}\nlegacy_worker_networks = [\"10.0.0.0/8\"]");
+        assert_eq!(admits(&networks), [true, true, false]);
+        let off = parse("[dcf]\nlegacy_worker_networks = [\"10.0.0.0/8\"]");
+        assert_eq!(off.check(), Err(Unsound::LegacyWorkersOff));
     }
 
     #[test]

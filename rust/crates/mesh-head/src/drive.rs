@@ -1,7 +1,6 @@
 //! Drives one answer: asks for a worker, talks to it, and does what [`Answer`] decides until the answer ends.
 
 use std::future::Future;
-use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,7 +19,7 @@ use crate::core::registry::WorkerId;
 use crate::core::request::{Answer, AnswerError, Complete, Delta, Failure, Resume, Step};
 use crate::core::router::Ask;
 use crate::ids;
-use crate::legacy::Errand;
+use crate::legacy::{Errand, LegacyWorker};
 use crate::mesh::{Assignment, Mesh, Route, Standing, timestamp_us};
 use crate::metrics::{Front, Outcome};
 use crate::task::Task;
@@ -202,9 +201,9 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                     }
                     attempt
                 }
-                Route::Legacy(address) => {
+                Route::Legacy(worker) => {
                     let mesh = self.mesh.clone();
-                    self.attempt_legacy(mesh.exchange.open(address), address, resume)
+                    self.attempt_legacy(mesh.exchange.open(worker), worker, resume)
                         .await
                 }
                 Route::Gone => {
@@ -347,17 +346,17 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         }
     }
 
-    /// One attempt on a v5.0.0 worker.
+    /// One attempt on a worker without an identity.
     async fn attempt_legacy(
         &mut self,
         mut errand: Errand<'_>,
-        address: SocketAddr,
+        worker: LegacyWorker,
         resume: Resume,
     ) -> Attempt {
         let payload = self.task.legacy.clone().unwrap_or_default();
         let task = Message::new(MsgType::TASK, errand.sequence, timestamp_us(), payload);
         let mut timer = Timer::new(&self.answer);
-        let step = match self.mesh.bus.send(&task, address).await {
+        let step = match self.mesh.bus.send(&task, worker).await {
             Err(error) => self
                 .answer
                 .failed(resume.attempt, Failure::Lost(error.to_string())),

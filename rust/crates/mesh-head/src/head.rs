@@ -13,6 +13,7 @@ use mesh_service::addresses::{self, Addresses};
 use mesh_service::health::Health;
 use mesh_service::metrics::Metrics;
 use mesh_service::notify::{self, Heart, Watchdog};
+use mesh_service::reload::Report;
 use mesh_service::shutdown::{Drained, Shutdown};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::task::TaskTracker;
@@ -33,9 +34,38 @@ pub struct Head;
 #[derive(Debug)]
 pub struct HeadHandle {
     addresses: Addresses,
+    live: Live,
     mesh: Arc<Mesh>,
     shutdown: Shutdown,
     running: JoinHandle<Drained>,
+}
+
+/// What a running head can change without a restart.
+#[derive(Debug, Clone)]
+pub struct Live {
+    mesh: Arc<Mesh>,
+    keys: Keys,
+    identity: NodeIdentity,
+}
+
+impl Live {
+    /// The keys of the configuration that [`Live::reload`] applies, besides `log_level`.
+    pub const KEYS: [&str; 4] = [
+        "http.api_keys_file",
+        "trusted_networks",
+        "dcf.legacy_workers",
+        "dcf.legacy_worker_networks",
+    ];
+
+    /// Puts the reloadable keys of `fresh` into effect and reads the files again: API keys, the admin key, the head's
+    /// certificate.
+    pub fn reload(&self, fresh: &Config, report: &mut Report) {
+        let state_dir = &self.mesh.config.state_dir;
+        let file = fresh.http.api_keys_file.as_deref();
+        report.step("API keys", self.keys.reload(state_dir, file));
+        report.step("certificate", self.identity.reload());
+        self.mesh.reconfigure(fresh.clone());
+    }
 }
 
 /// Why a head does not start.
@@ -127,6 +157,11 @@ impl Head {
         ));
         loops.spawn(worker_bus::serve(mesh.clone(), worker_socket));
         loops.spawn(clients::serve(mesh.clone(), client_socket, answers.clone()));
+        let live = Live {
+            mesh: mesh.clone(),
+            keys: keys.clone(),
+            identity: announced.clone(),
+        };
         let router = http::router(mesh.clone(), keys, authority, metrics);
         let limit = shutdown.limit();
         let api = tokio::spawn(mesh_service::http::serve(
@@ -153,6 +188,7 @@ impl Head {
         );
         Ok(HeadHandle {
             addresses,
+            live,
             mesh,
             shutdown,
             running,
@@ -164,6 +200,11 @@ impl HeadHandle {
     /// Where it listens: `http`, `dcf.clients`, `dcf.workers`, `quic`.
     pub fn addresses(&self) -> &Addresses {
         &self.addresses
+    }
+
+    /// What can be changed while it runs.
+    pub fn live(&self) -> &Live {
+        &self.live
     }
 
     /// What it knows of its mesh.

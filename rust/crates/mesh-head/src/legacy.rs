@@ -1,14 +1,23 @@
-//! Tasks on their way through v5.0.0 workers: from our own sequence back to whoever waits for the answer.
+//! Tasks on their way through workers of DCF v5.0.0 and v5.1: from our own sequence back to whoever waits for the answer.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use dcf::Message;
+use dcf::{Message, Version};
 use tokio::sync::oneshot;
 
-/// The tasks that v5.0.0 workers have now.
+/// A worker without an identity, as it is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LegacyWorker {
+    /// Where it takes tasks.
+    pub address: SocketAddr,
+    /// The version of DCF that it speaks.
+    pub version: Version,
+}
+
+/// The tasks that such workers have now.
 #[derive(Debug, Default)]
 pub struct Exchange {
     inner: Mutex<Inner>,
@@ -24,7 +33,7 @@ struct Inner {
 
 #[derive(Debug)]
 struct Pending {
-    worker: SocketAddr,
+    worker: LegacyWorker,
     reply: oneshot::Sender<Message>,
 }
 
@@ -40,7 +49,7 @@ pub struct Errand<'a> {
 
 impl Exchange {
     /// A task for this worker.
-    pub fn open(&self, worker: SocketAddr) -> Errand<'_> {
+    pub fn open(&self, worker: LegacyWorker) -> Errand<'_> {
         let (sender, reply) = oneshot::channel();
         let mut inner = self.lock();
         // Tasks live for minutes at most, so the search is short even after four billion of them.
@@ -65,8 +74,9 @@ impl Exchange {
         }
     }
 
-    /// A worker's answer came; false means that nobody waits for it, or that it came from somebody else.
-    pub fn deliver(&self, source: SocketAddr, message: Message) -> bool {
+    /// A worker's answer came; false means that nobody waits for it, or that it came from somebody else. An answer in another
+    /// version than the task is somebody else's.
+    pub fn deliver(&self, source: LegacyWorker, message: Message) -> bool {
         let mut inner = self.lock();
         if inner
             .pending
@@ -82,7 +92,7 @@ impl Exchange {
     }
 
     /// Whether a task with this sequence is with that worker.
-    pub fn awaits(&self, source: SocketAddr, sequence: u32) -> bool {
+    pub fn awaits(&self, source: LegacyWorker, sequence: u32) -> bool {
         self.lock()
             .pending
             .get(&sequence)
@@ -98,7 +108,9 @@ impl Exchange {
     pub fn abandon(&self, worker: SocketAddr) {
         let mut inner = self.lock();
         inner.answered.remove(&worker);
-        inner.pending.retain(|_, pending| pending.worker != worker);
+        inner
+            .pending
+            .retain(|_, pending| pending.worker.address != worker);
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -118,23 +130,34 @@ mod tests {
 
     use super::*;
 
-    fn address(port: u16) -> SocketAddr {
-        SocketAddr::from(([127, 0, 0, 1], port))
+    fn worker(port: u16) -> LegacyWorker {
+        LegacyWorker {
+            address: SocketAddr::from(([127, 0, 0, 1], port)),
+            version: Version::V5_0,
+        }
     }
 
     #[test]
     fn an_answer_reaches_the_task_with_its_sequence_and_no_other() {
         let exchange = Exchange::default();
-        let mut one = exchange.open(address(1));
-        let mut two = exchange.open(address(1));
+        let mut one = exchange.open(worker(1));
+        let mut two = exchange.open(worker(1));
         assert_ne!(one.sequence, two.sequence);
         let answer = |sequence| Message::new(MsgType::RESULT, sequence, 0, "x");
         assert!(
-            !exchange.deliver(address(2), answer(two.sequence)),
+            !exchange.deliver(worker(2), answer(two.sequence)),
             "from a stranger"
         );
-        assert!(exchange.deliver(address(1), answer(two.sequence)));
-        assert!(!exchange.deliver(address(1), answer(two.sequence)), "twice");
+        let newer = LegacyWorker {
+            version: Version::V5_1,
+            ..worker(1)
+        };
+        assert!(
+            !exchange.deliver(newer, answer(two.sequence)),
+            "in another version"
+        );
+        assert!(exchange.deliver(worker(1), answer(two.sequence)));
+        assert!(!exchange.deliver(worker(1), answer(two.sequence)), "twice");
         assert_eq!(two.reply.try_recv().unwrap().sequence, two.sequence);
         assert!(one.reply.try_recv().is_err());
     }
@@ -142,9 +165,9 @@ mod tests {
     #[test]
     fn tasks_of_a_worker_that_is_gone_fail_and_others_do_not() {
         let exchange = Exchange::default();
-        let mut gone = exchange.open(address(1));
-        let mut stays = exchange.open(address(2));
-        exchange.abandon(address(1));
+        let mut gone = exchange.open(worker(1));
+        let mut stays = exchange.open(worker(2));
+        exchange.abandon(worker(1).address);
         assert_eq!(
             gone.reply.try_recv(),
             Err(oneshot::error::TryRecvError::Closed)

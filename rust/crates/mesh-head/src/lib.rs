@@ -29,4 +29,4 @@ pub mod task;
 pub mod worker_bus;
 
 pub use config::Config;
-pub use head::{Head, HeadHandle, StartError};
+pub use head::{Head, HeadHandle, Live, StartError};

@@ -7,11 +7,12 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
-use mesh_head::Head;
 use mesh_head::config::{Config, ListenFlags};
+use mesh_head::{Head, Live};
 use mesh_service::config::CommonArgs;
 use mesh_service::failure::describe;
 use mesh_service::notify::Watchdog;
+use mesh_service::reload::{self, Reloader};
 use mesh_service::shutdown::{Drained, Shutdown};
 use mesh_service::{ask, telemetry};
 
@@ -73,8 +74,8 @@ fn start() -> Result<ExitCode> {
         .build()?;
     match args.command {
         None => {
-            telemetry::init("head", &args.common)?;
-            runtime.block_on(serve(loaded.value))
+            telemetry::init("head", &args.common, loaded.value.log_level.as_deref())?;
+            runtime.block_on(serve(loaded.value, args.common, args.listen))
         }
         Some(Command::Health) => runtime.block_on(health(&loaded.value.state_dir)),
         Some(Command::Token {
@@ -83,9 +84,23 @@ fn start() -> Result<ExitCode> {
     }
 }
 
-async fn serve(config: Config) -> Result<ExitCode> {
+async fn serve(config: Config, common: CommonArgs, flags: ListenFlags) -> Result<ExitCode> {
     let shutdown = Shutdown::on_signals(config.drain_limit)?;
-    let head = Head::start_with(config, shutdown, Watchdog::start()).await?;
+    let (again, listen) = (common.clone(), flags.clone());
+    let mut reloader = Reloader::new(&config, move || {
+        let config = Config::load(&again, &listen)?.value;
+        config.check()?;
+        telemetry::check(config.log_level.as_deref())?;
+        Ok(config)
+    })?;
+    let head = Head::start_with(config, shutdown.clone(), Watchdog::start()).await?;
+    let live = head.live().clone();
+    tokio::spawn(reload::follow(shutdown, move || {
+        let level = |config: &Config| config.log_level.clone();
+        reloader.reload(&Live::KEYS, &common, level, |config, report| {
+            live.reload(config, report);
+        })
+    }));
     match head.wait().await {
         Drained::Finished => Ok(ExitCode::SUCCESS),
         Drained::TimedOut => {

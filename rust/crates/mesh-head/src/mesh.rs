@@ -7,10 +7,10 @@ mod rings;
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use dcf::{ErrorCode, Message};
+use dcf::{ErrorCode, Message, Version};
 use mesh_base::clock;
 use mesh_net::quic::Link;
 use mesh_net::trust::DUPLICATE_IDENTITY;
@@ -28,7 +28,7 @@ use crate::core::rings::{Arrival, Prospect, Rings};
 use crate::core::router::Ask;
 use crate::core::tracker::Tracker;
 use crate::drains;
-use crate::legacy::Exchange;
+use crate::legacy::{Exchange, LegacyWorker};
 use crate::metrics::HeadMetrics;
 use crate::worker_bus::{BusSender, Sessions};
 
@@ -37,8 +37,10 @@ pub use rings::Standing;
 /// The mesh as one head sees it.
 #[derive(Debug)]
 pub struct Mesh {
-    /// As configured.
+    /// As configured at the start.
     pub config: Config,
+    /// As configured now, for the keys that a reload applies.
+    live: RwLock<Config>,
     /// Counters and histograms.
     pub metrics: HeadMetrics,
     /// What `/ready` says.
@@ -124,8 +126,8 @@ pub struct Replicas {
 pub enum Route {
     /// Over its link.
     Link(Link),
-    /// Over UDP, v5.0.0.
-    Legacy(SocketAddr),
+    /// Plain DCF over UDP.
+    Legacy(LegacyWorker),
     /// The worker left in the same moment.
     Gone,
 }
@@ -158,6 +160,7 @@ impl Mesh {
             next_ticket: 0,
         };
         Arc::new(Self {
+            live: RwLock::new(config.clone()),
             config,
             metrics,
             health,
@@ -452,14 +455,34 @@ impl Mesh {
         self.turn(state, now);
     }
 
-    /// A v5.0.0 worker is alive. True means that it is new.
-    pub fn legacy_heartbeat(&self, address: SocketAddr) -> bool {
+    /// Whether plain DCF clients at this address are served.
+    pub fn trusts(&self, source: IpAddr) -> bool {
+        self.live().trusts(source)
+    }
+
+    /// Whether a worker without an identity may register from this address.
+    pub fn admits_legacy_worker(&self, source: IpAddr) -> bool {
+        self.live().admits_legacy_worker(source)
+    }
+
+    /// The configuration whose reloadable keys are in effect.
+    pub fn live(&self) -> RwLockReadGuard<'_, Config> {
+        self.live.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts the reloadable keys of another configuration into effect.
+    pub fn reconfigure(&self, fresh: Config) {
+        *self.live.write().unwrap_or_else(PoisonError::into_inner) = fresh;
+    }
+
+    /// A worker without an identity is alive. True means that it is new.
+    pub fn legacy_heartbeat(&self, worker: LegacyWorker) -> bool {
         let now = Instant::now();
         let mut state = self.lock();
         let new = state
             .placement
             .registry
-            .legacy_heartbeat(address, now)
+            .legacy_heartbeat(worker.address, worker.version, now)
             .is_some_and(|(_, new)| new);
         if new {
             self.pump(&mut state, now);
@@ -486,8 +509,14 @@ impl Mesh {
         self.turn(&mut state, now);
         let readiness = self.readiness(&state, None);
         let registry = &state.placement.registry;
-        let legacy = registry.iter().filter(|worker| worker.is_legacy()).count();
-        self.metrics.workers(registry.len() - legacy, legacy);
+        let speak = |version| {
+            let same = registry
+                .iter()
+                .filter(|worker| worker.legacy_version() == version);
+            same.count()
+        };
+        let old = [Version::V5_0, Version::V5_1].map(|version| (version, speak(Some(version))));
+        self.metrics.workers(speak(None), old);
         drop(state);
 
         for worker in pruned {
@@ -623,8 +652,14 @@ impl Mesh {
         let worker = state.placement.registry.get(placed.worker);
         let route = match (state.peers.get(&placed.worker), worker) {
             (Some(peer), _) => Route::Link(peer.link.clone()),
-            (None, Some(worker)) if worker.is_legacy() => Route::Legacy(worker.address),
-            (None, _) => Route::Gone,
+            (None, Some(worker)) => match worker.legacy_version() {
+                Some(version) => Route::Legacy(LegacyWorker {
+                    address: worker.address,
+                    version,
+                }),
+                None => Route::Gone,
+            },
+            (None, None) => Route::Gone,
         };
         self.gauge(state);
         Assignment {

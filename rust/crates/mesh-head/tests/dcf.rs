@@ -16,42 +16,51 @@ const HEALTH: u8 = 0x08;
 const PARTIAL: u8 = 0x23;
 const ERROR: u8 = 0xFF;
 
-/// A v5.0.0 worker: heartbeats with its port, Tasks in, Results out from the same socket.
+/// A worker of DCF v5.0.0 or v5.1: heartbeats with its port, Tasks in, Results out from the same socket.
 struct OldWorker {
     socket: UdpSocket,
     bus: std::net::SocketAddr,
+    /// What stands before its headers.
+    prefix: &'static [u8],
 }
 
 impl OldWorker {
     async fn start(head: &TestHead) -> Self {
-        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-        let worker = Self {
-            socket,
-            bus: head.address("dcf.workers"),
-        };
-        worker.heartbeat().await;
-        eventually("it is listed", || async {
-            let (_, mesh) = head.get("/v1/mesh").await;
-            mesh["workers"]
-                .as_array()
-                .unwrap()
-                .iter()
-                .any(|worker| worker["kind"] == "v5.0.0")
-        })
-        .await;
+        Self::of("v5.0.0", head).await
+    }
+
+    async fn of(version: &str, head: &TestHead) -> Self {
+        let worker = Self::unknown(version, head).await;
+        worker.heartbeat(1).await;
+        eventually("it is listed", || Self::is_listed(version, head)).await;
         worker
     }
 
-    async fn heartbeat(&self) {
+    /// One that has not announced itself yet.
+    async fn unknown(version: &str, head: &TestHead) -> Self {
+        Self {
+            socket: UdpSocket::bind("127.0.0.1:0").await.unwrap(),
+            bus: head.address("dcf.workers"),
+            prefix: if version == "v5.1" { &[0x51] } else { &[] },
+        }
+    }
+
+    async fn is_listed(version: &str, head: &TestHead) -> bool {
+        let (_, mesh) = head.get("/v1/mesh").await;
+        let workers = mesh["workers"].as_array().unwrap();
+        workers.iter().any(|worker| worker["kind"] == version)
+    }
+
+    async fn heartbeat(&self, count: u32) {
         let port = self.socket.local_addr().unwrap().port().to_string();
-        self.send(0x01, 0, port.as_bytes()).await;
+        // Those of v5.1 count up.
+        let sequence = count * self.prefix.len() as u32;
+        self.send(0x01, sequence, port.as_bytes()).await;
     }
 
     async fn send(&self, kind: u8, sequence: u32, payload: &[u8]) {
-        self.socket
-            .send_to(&datagram(kind, sequence, payload), self.bus)
-            .await
-            .unwrap();
+        let bytes = [self.prefix, &datagram(kind, sequence, payload)].concat();
+        self.socket.send_to(&bytes, self.bus).await.unwrap();
     }
 
     /// Sequence and payload of the next Task.
@@ -60,12 +69,18 @@ impl OldWorker {
         let received =
             tokio::time::timeout(Duration::from_secs(10), self.socket.recv_from(&mut buffer)).await;
         let (len, _) = received.expect("a Task within 10 s").unwrap();
-        assert_eq!(buffer[0], TASK);
+        assert_eq!(&buffer[..self.prefix.len()], self.prefix);
+        let message = &buffer[self.prefix.len()..len];
+        assert_eq!(message[0], TASK);
         (
-            u32::from_be_bytes(buffer[1..5].try_into().unwrap()),
-            buffer[17..len].to_vec(),
+            u32::from_be_bytes(message[1..5].try_into().unwrap()),
+            message[17..].to_vec(),
         )
     }
+}
+
+fn admit_old_workers(config: &mut mesh_head::config::Config) {
+    config.dcf.legacy_workers = true;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -187,7 +202,7 @@ async fn a_repeated_task_does_not_run_twice() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_old_worker_answers_old_clients() {
-    let head = TestHead::start(|_| {}).await;
+    let head = TestHead::start(admit_old_workers).await;
     let worker = OldWorker::start(&head).await;
     eventually("ready", || async { head.get("/ready").await.0 == 200 }).await;
     let (one, two) = (head.dcf().await, head.dcf().await);
@@ -216,7 +231,11 @@ async fn an_old_worker_answers_old_clients() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_task_of_an_old_worker_that_falls_silent_runs_elsewhere() {
-    let head = TestHead::start(|config| config.worker_timeout = Duration::from_secs(2)).await;
+    let head = TestHead::start(|config| {
+        admit_old_workers(config);
+        config.worker_timeout = Duration::from_secs(2);
+    })
+    .await;
     let old = OldWorker::start(&head).await;
     let client = head.dcf().await;
     client.send(TASK, 3, b"hello").await;
@@ -274,11 +293,12 @@ async fn whoever_asks_after_a_task_hears_that_it_runs_and_what_it_waits_for() {
 }
 
 /// Gives the next Task's answer in Chunks, a few at a time.
-async fn answer_in_chunks(worker: &OldWorker, text: &str) {
+async fn answer_in_chunks(worker: &OldWorker, answer: impl AsRef<[u8]>) {
     let (own, _) = worker.task().await;
-    let pieces = dcf::chunk::split(own, 0, text.to_owned().into()).unwrap();
+    let answer = bytes::Bytes::copy_from_slice(answer.as_ref());
+    let pieces = dcf::chunk::split(own, 0, answer).unwrap();
     for (index, piece) in pieces.enumerate() {
-        let piece = piece.encode_datagram();
+        let piece = [worker.prefix, &piece.encode_datagram()].concat();
         worker.socket.send_to(&piece, worker.bus).await.unwrap();
         if index % 16 == 0 {
             tokio::time::sleep(Duration::from_millis(2)).await;
@@ -288,7 +308,7 @@ async fn answer_in_chunks(worker: &OldWorker, text: &str) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_result_of_a_thousand_chunks_reaches_a_client_with_an_ordinary_socket() {
-    let head = TestHead::start(|_| {}).await;
+    let head = TestHead::start(admit_old_workers).await;
     let worker = OldWorker::start(&head).await;
     let client = head.dcf().await;
     client.send(TASK, 8, b"tell me everything").await;
@@ -321,7 +341,7 @@ async fn a_result_of_a_thousand_chunks_reaches_a_client_with_an_ordinary_socket(
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_task_repeated_while_its_chunks_come_gets_them_once_and_afterwards_again() {
-    let head = TestHead::start(|_| {}).await;
+    let head = TestHead::start(admit_old_workers).await;
     let worker = OldWorker::start(&head).await;
     let client = head.dcf().await;
     client.send(TASK, 8, b"tell me everything").await;
@@ -358,6 +378,123 @@ async fn chunks_until_quiet(client: &DcfPeer) -> usize {
     count
 }
 
+/// Chunks of one answer that come in v5.1, put together.
+async fn receive_new_chunks(client: &DcfPeer, sequence: u32) -> Vec<u8> {
+    let mut pieces = dcf::chunk::Reassembler::new(dcf::chunk::Limits::default());
+    loop {
+        let (kind, of, payload) = client.receive_new().await;
+        assert_eq!((kind, of), (CHUNK, sequence));
+        assert!(payload.len() <= 1_420);
+        let chunk = dcf::chunk::Chunk::parse(&payload.into()).unwrap();
+        if let Some(whole) = pieces.push((), &chunk, std::time::Instant::now()).unwrap() {
+            return whole.to_vec();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_of_either_version_are_answered_in_their_own() {
+    let head = TestHead::start(|_| {}).await;
+    let _worker = head.worker("w", Script::default()).await;
+    let client = head.dcf().await;
+    client.send_new(HEALTH, 1, b"").await;
+    assert_eq!(client.receive_new().await, (HEALTH, 1, b"ready".to_vec()));
+    // The same address and sequence in another version is another task.
+    client.send_new(TASK, 77, b"new").await;
+    let expected = (RESULT, 77, truth("new", 8).into_bytes());
+    assert_eq!(client.receive_new().await, expected);
+    client.send(TASK, 77, b"new").await;
+    assert_eq!(client.receive().await, expected);
+    client.send_new(TASK, 77, b"new").await;
+    assert_eq!(client.receive_new().await, expected, "the kept answer");
+    client.send_new(TASK, 78, b"\xff").await;
+    assert_eq!(code(client.receive_new().await), (78, 1));
+    // A Task in Chunks.
+    let long = "x".repeat(3_000);
+    for piece in dcf::chunk::split(79, 0, long.clone().into()).unwrap() {
+        client.send_raw(&piece.encode_as(dcf::Version::V5_1)).await;
+    }
+    assert_eq!(
+        client.receive_new().await,
+        (RESULT, 79, truth(&long, 8).into_bytes())
+    );
+    // A version that nobody knows, and what is cut short, get nothing.
+    let mut unknown = [&[0x52], &datagram(TASK, 80, b"hello")[..]].concat();
+    client.send_raw(&unknown).await;
+    unknown[0] = 0x51;
+    client.send_raw(&unknown[..20]).await;
+    client.nothing_comes().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_image_goes_from_a_v5_1_worker_to_clients_of_either_version() {
+    let head = TestHead::start(admit_old_workers).await;
+    let worker = OldWorker::of("v5.1", &head).await;
+    worker.heartbeat(2).await;
+    let image: Vec<u8> = b"\x89PNG\r\n\x1a\n"
+        .iter()
+        .copied()
+        .chain((0..30_000_u32).map(|n| n as u8))
+        .collect();
+    let task = br#"{"prompt": "a red fox", "steps": 25, "guidance": 7.5}"#;
+    let (old, new) = (head.dcf().await, head.dcf().await);
+    new.send_new(TASK, 5, task).await;
+    answer_in_chunks(&worker, &image).await;
+    assert_eq!(receive_new_chunks(&new, 5).await, image);
+    // The repeat of a task that is answered brings the Chunks again, and does not run it again.
+    new.send_new(TASK, 5, task).await;
+    assert_eq!(receive_new_chunks(&new, 5).await, image);
+    old.send(TASK, 5, task).await;
+    let (own, payload) = worker.task().await;
+    assert_eq!(payload, task, "the payload goes on as it is");
+    let datagram = datagram(RESULT, own, b"in another version");
+    worker.socket.send_to(&datagram, worker.bus).await.unwrap();
+    worker.send(RESULT, own, &image).await;
+    assert_eq!(
+        old.receive().await,
+        (RESULT, 5, image),
+        "exactly one datagram"
+    );
+    old.nothing_comes().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn old_workers_are_refused_unless_the_operator_admits_them() {
+    let everybody = |config: &mut mesh_head::config::Config| {
+        config.trusted_networks = vec!["0.0.0.0/0".parse().unwrap()];
+    };
+    let head = TestHead::start(everybody).await;
+    let client = head.dcf().await;
+    for version in ["v5.0.0", "v5.1"] {
+        let worker = OldWorker::unknown(version, &head).await;
+        for count in 1..4 {
+            worker.heartbeat(count).await;
+        }
+        client.send(TASK, 1, b"hello").await;
+        assert_eq!(code(client.receive().await), (1, 5), "no worker");
+        assert!(!OldWorker::is_listed(version, &head).await);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_old_worker_gets_no_task_that_a_mesh_worker_can_take() {
+    let head = TestHead::start(admit_old_workers).await;
+    let old = OldWorker::of("v5.1", &head).await;
+    let mesh = head.worker("w", Script::default()).await;
+    let client = head.dcf().await;
+    for sequence in 1..6 {
+        client.send_new(TASK, sequence, b"hello").await;
+        let expected = (RESULT, sequence, truth("hello", 8).into_bytes());
+        assert_eq!(client.receive_new().await, expected);
+    }
+    assert_eq!(mesh.requests(), 5);
+    let mut buffer = [0; 64];
+    assert!(
+        old.socket.try_recv(&mut buffer).is_err(),
+        "it heard of none"
+    );
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn junk_changes_nothing() {
     let head = TestHead::start(|_| {}).await;
@@ -380,6 +517,9 @@ async fn junk_changes_nothing() {
                     // Nearly right: a known type and a lying length.
                     bytes = datagram((number >> 8) as u8 % 0x34, number as u32, &bytes);
                     bytes[16] = (number >> 16) as u8;
+                    if number & 0x80 != 0 {
+                        bytes.insert(0, 0x51);
+                    }
                 }
                 let _ = socket.send_to(&bytes, target);
             }

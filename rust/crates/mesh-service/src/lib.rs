@@ -5,7 +5,7 @@
 //! 1. [`config::Loader`] merges defaults, file, environment and flags into one checked value;
 //! 2. [`telemetry::init`] sends `tracing` to the journal, a terminal or JSON lines;
 //! 3. [`metrics::Metrics`] and [`health::Health`] are served by [`health::router`] through [`http::serve`];
-//! 4. [`shutdown::Shutdown`] turns SIGTERM into a drain with a limit;
+//! 4. [`shutdown::Shutdown`] turns SIGTERM into a drain with a limit, and SIGHUP into a [`reload`];
 //! 5. [`notify`] tells systemd what the service is doing, and its watchdog whether the loops still turn.
 
 #![forbid(unsafe_code)]
@@ -20,5 +20,6 @@ pub mod http;
 pub mod metrics;
 pub mod network;
 pub mod notify;
+pub mod reload;
 pub mod shutdown;
 pub mod telemetry;

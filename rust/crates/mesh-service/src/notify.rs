@@ -20,6 +20,15 @@ pub fn status(line: &str) {
     send(&[NotifyState::Status(line)]);
 }
 
+/// The service takes a new configuration; [`ready`] follows when it has. With `Type=notify-reload`, systemd waits for both.
+pub fn reloading() {
+    // Systemd tells this reload from an earlier one by the time.
+    match NotifyState::monotonic_usec_now() {
+        Ok(now) => send(&[NotifyState::Reloading, now]),
+        Err(error) => tracing::debug!(%error, "systemd was not told"),
+    }
+}
+
 /// The service drains; `limit` is how long that may take, so that systemd waits as long.
 pub fn stopping(limit: Duration) {
     let micros = u32::try_from(limit.as_micros()).unwrap_or(u32::MAX);

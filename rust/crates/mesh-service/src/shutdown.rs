@@ -1,9 +1,22 @@
-//! SIGTERM and SIGINT: first a drain with a limit, then, at a second signal, the exit.
+//! What the signals of a process do.
+//!
+//! | signal | effect |
+//! |---|---|
+//! | SIGTERM, SIGINT, SIGQUIT, SIGPWR, SIGXCPU | a drain with a limit; the second one exits at once |
+//! | SIGHUP | asks for a reload, also when the terminal hangs up that the service was started in |
+//! | SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGXFSZ | nothing, but a line in the log |
+//! | SIGPIPE | nothing: a write to a closed pipe is an error of that write |
+//!
+//! No signal that can be caught ends a service without a drain, but those of a crash (SIGSEGV, SIGABRT and their like).
+//! Handlers, unlike ignored signals, are not inherited by the programs that a service starts.
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 /// Tells every task of a service to drain, and waits for them no longer than a limit.
@@ -11,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 pub struct Shutdown {
     draining: CancellationToken,
     limit: Duration,
+    reload: Arc<Notify>,
 }
 
 /// How a drain ended.
@@ -28,35 +42,60 @@ impl Shutdown {
         Self {
             draining: CancellationToken::new(),
             limit,
+            reload: Arc::default(),
         }
     }
 
-    /// A shutdown that the first SIGTERM or SIGINT begins; the second one exits the process with 128 + its number.
-    /// Must be called on a tokio runtime.
+    /// A shutdown that signals begin; see the table above. The second one exits the process with 128 + its number. To be
+    /// called on a tokio runtime and early: until then a signal has its usual effect.
     pub fn on_signals(limit: Duration) -> std::io::Result<Self> {
         let shutdown = Self::manual(limit);
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let draining = shutdown.draining.clone();
-        tokio::spawn(async move {
-            loop {
-                let kind = tokio::select! {
-                    _ = terminate.recv() => SignalKind::terminate(),
-                    _ = interrupt.recv() => SignalKind::interrupt(),
-                };
-                if draining.is_cancelled() {
-                    tracing::warn!("second signal: exiting without waiting");
-                    std::process::exit(128 + kind.as_raw_value());
+        for kind in ENDING {
+            let (mut received, shutdown) = (signal(kind_of(kind))?, shutdown.clone());
+            tokio::spawn(async move {
+                while received.recv().await.is_some() {
+                    shutdown.end(kind);
                 }
-                tracing::info!(
-                    limit_seconds = limit.as_secs_f64(),
-                    "signal received: draining"
-                );
-                crate::notify::stopping(limit);
-                draining.cancel();
+            });
+        }
+        let (mut hangup, reload) = (signal(SignalKind::hangup())?, shutdown.reload.clone());
+        tokio::spawn(async move {
+            while hangup.recv().await.is_some() {
+                reload.notify_one();
             }
         });
+        for kind in WITHOUT_EFFECT {
+            let mut received = signal(kind_of(kind))?;
+            tokio::spawn(async move {
+                while received.recv().await.is_some() {
+                    tracing::info!(signal = %kind, "this signal has no effect here; SIGHUP reloads, SIGTERM drains");
+                }
+            });
+        }
         Ok(shutdown)
+    }
+
+    /// The first signal drains, the second exits.
+    fn end(&self, kind: Signal) {
+        if self.draining.is_cancelled() {
+            tracing::warn!(signal = %kind, "second signal: exiting without waiting");
+            std::process::exit(128 + kind as i32);
+        }
+        let limit_seconds = self.limit.as_secs_f64();
+        tracing::info!(signal = %kind, limit_seconds, "signal received: draining");
+        crate::notify::stopping(self.limit);
+        self.draining.cancel();
+    }
+
+    /// Resolves when a SIGHUP came since the last call, or [`ask_reload`](Self::ask_reload) was called; several at once count
+    /// as one. For one task at a time.
+    pub async fn reload_asked(&self) {
+        self.reload.notified().await;
+    }
+
+    /// Asks for a reload, as SIGHUP does.
+    pub fn ask_reload(&self) {
+        self.reload.notify_one();
     }
 
     /// Begins the drain.
@@ -94,6 +133,31 @@ impl Shutdown {
     }
 }
 
+fn kind_of(signal: Signal) -> SignalKind {
+    SignalKind::from_raw(signal as i32)
+}
+
+/// What ends a service. SIGQUIT is Ctrl-\\ in a terminal, SIGPWR a machine that loses its power, SIGXCPU a limit on processor
+/// time, whose hard limit kills.
+const ENDING: [Signal; 5] = [
+    Signal::SIGTERM,
+    Signal::SIGINT,
+    Signal::SIGQUIT,
+    Signal::SIGPWR,
+    Signal::SIGXCPU,
+];
+/// What would kill the process if nobody caught it. With SIGXFSZ caught, a file that grows over its limit is an error of that
+/// write.
+const WITHOUT_EFFECT: [Signal; 7] = [
+    Signal::SIGUSR1,
+    Signal::SIGUSR2,
+    Signal::SIGALRM,
+    Signal::SIGVTALRM,
+    Signal::SIGPROF,
+    Signal::SIGIO,
+    Signal::SIGXFSZ,
+];
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -116,11 +180,24 @@ mod tests {
         );
     }
 
+    // One test for all of them: signals are the process's, and tests share it.
     #[tokio::test]
-    async fn sigterm_begins_the_drain() {
+    async fn signals_without_effect_change_nothing_hangups_reload_and_sigterm_drains() {
         let shutdown = Shutdown::on_signals(Duration::from_secs(1)).expect("signal handlers");
-        nix::sys::signal::raise(nix::sys::signal::Signal::SIGTERM).expect("raise");
-        tokio::time::timeout(Duration::from_secs(5), shutdown.draining())
+        let raise = |kind| nix::sys::signal::raise(kind).expect("raise");
+        for kind in WITHOUT_EFFECT {
+            raise(kind);
+        }
+        for _ in 0..3 {
+            raise(Signal::SIGHUP);
+        }
+        let patience = Duration::from_secs(10);
+        tokio::time::timeout(patience, shutdown.reload_asked())
+            .await
+            .expect("a reload is asked for");
+        assert!(!shutdown.is_draining());
+        raise(Signal::SIGTERM);
+        tokio::time::timeout(patience, shutdown.draining())
             .await
             .expect("drain must begin");
     }

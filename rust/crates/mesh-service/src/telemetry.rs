@@ -2,10 +2,12 @@
 
 use std::io::IsTerminal;
 use std::os::unix::fs::MetadataExt;
+use std::sync::OnceLock;
 
 use tracing_subscriber::filter::EnvFilter;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::registry::Registry;
+use tracing_subscriber::reload::{self, Handle};
 use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::config::CommonArgs;
@@ -46,23 +48,60 @@ pub enum TelemetryError {
     AlreadySet,
 }
 
-/// Sets up logging for the whole process; `service` becomes the journal's identifier.
-pub fn init(service: &str, args: &CommonArgs) -> Result<(), TelemetryError> {
+/// Sets up logging for the whole process; `service` becomes the journal's identifier. `configured` is the filter in the
+/// service's configuration, for where neither the flag nor RUST_LOG is set.
+pub fn init(
+    service: &str,
+    args: &CommonArgs,
+    configured: Option<&str>,
+) -> Result<(), TelemetryError> {
     let filter = filter(
         args.log_level.as_deref(),
         std::env::var("RUST_LOG").ok().as_deref(),
+        configured,
     )?;
+    let (filter, handle) = reload::Layer::new(filter);
     Registry::default()
         .with(output(service, args.log_format)?.with_filter(filter))
         .try_init()
-        .map_err(|_| TelemetryError::AlreadySet)
+        .map_err(|_| TelemetryError::AlreadySet)?;
+    // It was set up just now, and only once.
+    let _ = FILTER.set(handle);
+    Ok(())
 }
 
-/// The filter in effect: the flag, else the environment, else [`DEFAULT_FILTER`].
-fn filter(flag: Option<&str>, environment: Option<&str>) -> Result<EnvFilter, TelemetryError> {
-    let filter = flag
-        .or(environment)
-        .filter(|filter| !filter.trim().is_empty())
+/// Changes what is logged, to another filter in the configuration. Nothing changes where the flag or RUST_LOG says what is.
+pub fn reload(args: &CommonArgs, configured: Option<&str>) -> Result<(), TelemetryError> {
+    let filter = filter(
+        args.log_level.as_deref(),
+        std::env::var("RUST_LOG").ok().as_deref(),
+        configured,
+    )?;
+    match FILTER.get() {
+        Some(handle) => handle
+            .reload(filter)
+            .map_err(|_| TelemetryError::AlreadySet),
+        // Logging was never set up.
+        None => Ok(()),
+    }
+}
+
+/// Whether a filter in a configuration is one.
+pub fn check(configured: Option<&str>) -> Result<(), TelemetryError> {
+    filter(None, None, configured).map(|_| ())
+}
+
+/// The filter in effect: the flag, else the environment, else the configuration, else [`DEFAULT_FILTER`].
+fn filter(
+    flag: Option<&str>,
+    environment: Option<&str>,
+    configured: Option<&str>,
+) -> Result<EnvFilter, TelemetryError> {
+    let given = [flag, environment, configured];
+    let filter = given
+        .into_iter()
+        .flatten()
+        .find(|filter| !filter.trim().is_empty())
         .unwrap_or(DEFAULT_FILTER);
     EnvFilter::builder()
         .parse(filter)
@@ -71,6 +110,9 @@ fn filter(flag: Option<&str>, environment: Option<&str>) -> Result<EnvFilter, Te
             reason: error.to_string(),
         })
 }
+
+/// The filter in use, to change it.
+static FILTER: OnceLock<Handle<EnvFilter, Registry>> = OnceLock::new();
 
 fn output(
     service: &str,
@@ -82,8 +124,10 @@ fn output(
     };
     let text = || {
         let colour = std::io::stderr().is_terminal();
+        // An error of the log cannot be logged. Told on standard error it would be a panic once the terminal is gone.
         tracing_subscriber::fmt::layer()
             .with_writer(std::io::stderr)
+            .log_internal_errors(false)
             .with_ansi(colour)
             .boxed()
     };
@@ -91,6 +135,7 @@ fn output(
         LogFormat::Human => text(),
         LogFormat::Json => tracing_subscriber::fmt::layer()
             .with_writer(std::io::stderr)
+            .log_internal_errors(false)
             .json()
             .flatten_event(true)
             .boxed(),
@@ -125,11 +170,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_flag_wins_over_the_environment_and_info_is_the_default() {
-        let shown = |flag, environment| filter(flag, environment).expect("valid").to_string();
-        assert_eq!(shown(Some("debug"), Some("warn")), "debug");
-        assert_eq!(shown(None, Some("warn")), "warn");
-        for default in [shown(None, Some(" ")), shown(None, None)] {
+    fn the_flag_wins_over_the_environment_and_that_over_the_configuration() {
+        let shown = |flag, environment, configured| {
+            let filter = filter(flag, environment, configured).expect("valid");
+            filter.to_string()
+        };
+        assert_eq!(shown(Some("debug"), Some("warn"), Some("error")), "debug");
+        assert_eq!(shown(None, Some("warn"), Some("error")), "warn");
+        assert_eq!(shown(None, Some(" "), Some("error")), "error");
+        for default in [shown(None, Some(" "), None), shown(None, None, Some(""))] {
             assert!(
                 default.split(',').any(|directive| directive == "info"),
                 "{default}"
@@ -139,7 +188,7 @@ mod tests {
 
     #[test]
     fn a_bad_filter_is_named() {
-        let error = filter(Some("mesh=loud=really"), None)
+        let error = filter(Some("mesh=loud=really"), None, None)
             .expect_err("not a filter")
             .to_string();
         assert!(error.contains("mesh=loud=really"), "{error}");

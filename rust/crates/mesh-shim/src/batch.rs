@@ -11,9 +11,12 @@ use std::{
     ptr,
 };
 
+use dcf::Version;
 use mesh_base::addresses::canonical;
 use mesh_base::routes::Routes;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::bridge;
 
 /// Most datagrams of one system call.
 pub const BATCH: usize = 64;
@@ -30,8 +33,13 @@ impl RecvBatch {
     /// An empty batch with room for [`BATCH`] datagrams of any size. Pages that no datagram reaches cost nothing.
     #[must_use]
     pub fn new() -> Self {
+        let mut bytes = vec![0; BATCH * STRIDE];
+        // What is sent on with a version byte before it has one already.
+        for datagram in bytes.chunks_exact_mut(STRIDE) {
+            datagram[0] = Version::BYTE;
+        }
         Self {
-            bytes: vec![0; BATCH * STRIDE].into(),
+            bytes: bytes.into(),
             received: [(0, NOBODY); BATCH],
             count: 0,
         }
@@ -66,9 +74,10 @@ impl RecvBatch {
         ) = unsafe { (mem::zeroed(), mem::zeroed(), mem::zeroed()) };
         let mut controls = [const { Control([0; CONTROL]) }; BATCH];
         for (index, buffer) in self.bytes.chunks_exact_mut(STRIDE).enumerate() {
+            let buffer = &mut buffer[HEADROOM..];
             iovecs[index] = libc::iovec {
                 iov_base: buffer.as_mut_ptr().cast(),
-                iov_len: STRIDE,
+                iov_len: buffer.len(),
             };
             let header = &mut headers[index].msg_hdr;
             header.msg_name = (&raw mut names[index]).cast();
@@ -93,7 +102,7 @@ impl RecvBatch {
         };
         let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
         for index in 0..count {
-            let len = (headers[index].msg_len as usize).min(STRIDE);
+            let len = (headers[index].msg_len as usize).min(STRIDE - HEADROOM);
             let from = from_raw(&names[index]);
             self.received[index] = (len, from);
             if let Some(routes) = &mut routes
@@ -125,7 +134,20 @@ impl RecvBatch {
     #[must_use]
     pub fn get(&self, index: usize) -> (&[u8], SocketAddr) {
         let (len, source) = self.received[..self.count][index];
-        (&self.bytes[index * STRIDE..][..len], source)
+        (&self.bytes[index * STRIDE + HEADROOM..][..len], source)
+    }
+
+    /// The first `len` bytes of one datagram as a datagram of `version`: with or without its version byte, and not copied.
+    ///
+    /// # Panics
+    /// If `index` is not below [`RecvBatch::len`], or if the datagram is shorter than `len`.
+    #[must_use]
+    pub fn reframed(&self, index: usize, len: usize, version: Version) -> &[u8] {
+        let (datagram, _) = self.get(index);
+        let shift = bridge::reframed(&datagram[..len], version);
+        let end = index * STRIDE + HEADROOM + len;
+        let start = (index * STRIDE + HEADROOM).saturating_add_signed(shift);
+        &self.bytes[start..end.max(start)]
     }
 
     /// One datagram, to be changed in place, and its source.
@@ -135,7 +157,7 @@ impl RecvBatch {
     #[must_use]
     pub fn get_mut(&mut self, index: usize) -> (&mut [u8], SocketAddr) {
         let (len, source) = self.received[..self.count][index];
-        (&mut self.bytes[index * STRIDE..][..len], source)
+        (&mut self.bytes[index * STRIDE + HEADROOM..][..len], source)
     }
 }
 
@@ -407,8 +429,10 @@ fn from_raw(raw: &libc::sockaddr_in6) -> SocketAddr {
     }
 }
 
-/// Room for one datagram: the largest possible one, rounded up.
+/// Room for one datagram: the largest possible one and its headroom, rounded up.
 const STRIDE: usize = 1 << 16;
+/// Room before each datagram for the version byte that it may be sent on with.
+const HEADROOM: usize = Version::V5_1.prefix().len();
 const NAME_LEN: libc::socklen_t = size_of::<libc::sockaddr_in6>() as libc::socklen_t;
 const NOBODY: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0));
 /// For the control messages of both families.
@@ -495,6 +519,38 @@ mod tests {
             routes.note(from, IpAddr::from([192, 0, 2, 1]));
             let report = answer(&server, [(&b"me"[..], Some(from))], &routes);
             assert_eq!((report.sent, report.failed), (1, 0));
+        }
+    }
+
+    #[test]
+    fn a_datagram_is_sent_on_in_either_version_without_a_copy() {
+        let (a, b) = (
+            UdpSocket::bind("127.0.0.1:0").unwrap(),
+            UdpSocket::bind("127.0.0.1:0").unwrap(),
+        );
+        let to = Some(b.local_addr().unwrap());
+        let (old, new) = (Version::V5_0, Version::V5_1);
+        let mut batch = RecvBatch::new();
+        for _ in 0..2 {
+            send(&a, [(&b"\x02old....."[..], to), (b"\x51\x02new.....", to)]);
+            let mut count = 0;
+            while count < 2 {
+                if batch.recv(&b).is_err() {
+                    thread::sleep(Duration::from_millis(1));
+                    continue;
+                }
+                for index in 0..batch.len() {
+                    let plain = if batch.get(index).0[0] == 2 {
+                        &b"\x02old"[..]
+                    } else {
+                        b"\x02new"
+                    };
+                    let len = plain.len() + usize::from(batch.get(index).0[0] != 2);
+                    assert_eq!(batch.reframed(index, len, old), plain);
+                    assert_eq!(batch.reframed(index, len, new), [&[0x51], plain].concat());
+                    count += 1;
+                }
+            }
         }
     }
 

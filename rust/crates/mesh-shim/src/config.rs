@@ -53,6 +53,9 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// The HTTP listener for `/health`, `/ready` and `/metrics`.
     pub http: Http,
+    /// What to log, where neither `--log-level` nor RUST_LOG is set: a level or a filter.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_level: Option<String>,
 }
 
 impl Default for Config {
@@ -74,6 +77,7 @@ impl Default for Config {
             answer_linger: Duration::from_secs(60),
             drain_timeout: Duration::from_secs(30),
             http: Http::default(),
+            log_level: None,
         }
     }
 }

@@ -6,16 +6,21 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 use mesh_service::{
     addresses, ask,
-    config::{CommonArgs, Loader},
+    config::{CommonArgs, ConfigError, Loaded, Loader},
     failure::describe,
     health::{self, Health},
     http,
     metrics::Metrics,
     notify::{self, Watchdog},
+    reload::{self, Reloader},
     shutdown::Shutdown,
     telemetry,
 };
-use mesh_shim::{Config, Shim, ShimHandle, metrics::StatsCollector, shim::BEAT_INTERVAL};
+use mesh_shim::{
+    Config, Shim, ShimHandle,
+    metrics::StatsCollector,
+    shim::{BEAT_INTERVAL, Live},
+};
 
 /// The ingress of a mesh: takes tasks from many clients over UDP and hands them to a live head
 ///
@@ -64,7 +69,23 @@ async fn main() -> ExitCode {
 }
 
 async fn run(args: Args) -> anyhow::Result<()> {
-    let loaded = Loader::<Config>::new("shim")
+    let loaded = load(&args)?;
+    loaded.value.validate()?;
+    if loaded.report(&args.common)? {
+        return Ok(());
+    }
+    if let Some(Command::Health) = args.command {
+        let state_dir = loaded.value.state_dir.as_deref();
+        let state_dir = state_dir.context("`state_dir` is not set, so the shim cannot be found")?;
+        println!("{}", ask::get(state_dir, "/health").await?);
+        return Ok(());
+    }
+    telemetry::init("shim", &args.common, loaded.value.log_level.as_deref())?;
+    serve(loaded.value, args).await
+}
+
+fn load(args: &Args) -> Result<Loaded<Config>, ConfigError> {
+    Loader::<Config>::new("shim")
         .env("SHIM_INGRESS_PORT", "ingress_port")
         .env("SHIM_NODE_TARGET", "heads")
         .common(&args.common)
@@ -76,22 +97,10 @@ async fn run(args: Args) -> anyhow::Result<()> {
         )
         .flag("--heads", "heads", args.heads.as_ref())
         .flag("--http-listen", "http.listen", args.http_listen)
-        .load()?;
-    loaded.value.validate()?;
-    if loaded.report(&args.common)? {
-        return Ok(());
-    }
-    if let Some(Command::Health) = args.command {
-        let state_dir = loaded.value.state_dir.as_deref();
-        let state_dir = state_dir.context("`state_dir` is not set, so the shim cannot be found")?;
-        println!("{}", ask::get(state_dir, "/health").await?);
-        return Ok(());
-    }
-    telemetry::init("shim", &args.common)?;
-    serve(loaded.value).await
+        .load()
 }
 
-async fn serve(config: Config) -> anyhow::Result<()> {
+async fn serve(config: Config, args: Args) -> anyhow::Result<()> {
     let shutdown = Shutdown::on_signals(config.drain_timeout)?;
     let watchdog = Watchdog::start();
     let heart = watchdog.register("bridge", 5 * BEAT_INTERVAL);
@@ -126,6 +135,20 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     tracing::info!(listen = %shim.addr(), http = ?bound.get("http"), heads = ?config.heads, "shim is listening");
     notify::ready();
 
+    let common = args.common.clone();
+    let mut reloader = Reloader::new(&config, move || {
+        let config = load(&args)?.value;
+        config.validate()?;
+        telemetry::check(config.log_level.as_deref())?;
+        Ok(config)
+    })?;
+    let live = shim.live();
+    tokio::spawn(reload::follow(shutdown.clone(), move || {
+        let level = |config: &Config| config.log_level.clone();
+        reloader.reload(&Live::KEYS, &common, level, |config, _| {
+            live.reload(config.clone());
+        })
+    }));
     watch(&shim, &health, &shutdown).await;
     shim.drain();
     tokio::task::spawn_blocking(move || shim.join())

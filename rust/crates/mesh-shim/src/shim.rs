@@ -5,7 +5,7 @@ use std::{
     net::{SocketAddr, UdpSocket},
     os::{fd::AsFd, unix::net::UnixStream},
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU8, Ordering},
     },
     thread::{self, JoinHandle},
@@ -98,6 +98,7 @@ impl Shim {
         wake.set_nonblocking(true)?;
         let control = Arc::new(Control {
             phase: AtomicU8::new(RUNNING),
+            fresh: Mutex::new(None),
             waker,
         });
         let addresses = Arc::new(HeadAddresses::new(&config.heads));
@@ -160,6 +161,12 @@ impl ShimHandle {
             .is_some_and(|thread| !thread.is_finished())
     }
 
+    /// What takes a new configuration over while the shim runs.
+    #[must_use]
+    pub fn live(&self) -> Live {
+        Live(Arc::clone(&self.control))
+    }
+
     /// Takes no new task from now on, and ends when those under way are answered, or when `drain_timeout` is over: then
     /// their clients get an Error. Returns at once; see [`ShimHandle::join`].
     pub fn drain(&self) {
@@ -189,10 +196,27 @@ impl Drop for ShimHandle {
     }
 }
 
+/// What a running shim can change without a restart.
+#[derive(Clone, Debug)]
+pub struct Live(Arc<Control>);
+
+impl Live {
+    /// The keys of the configuration that [`Live::reload`] applies.
+    pub const KEYS: [&str; 4] = Bridge::LIVE_KEYS;
+
+    /// Puts the reloadable keys of `fresh` into effect, with the loop's next turn.
+    pub fn reload(&self, fresh: Config) {
+        *self.0.fresh() = Some(fresh);
+        self.0.wake();
+    }
+}
+
 /// How others steer the loop.
 #[derive(Debug)]
 struct Control {
     phase: AtomicU8,
+    /// A configuration that the loop is to take over.
+    fresh: Mutex<Option<Config>>,
     waker: UnixStream,
 }
 
@@ -200,6 +224,10 @@ impl Control {
     fn enter(&self, phase: u8) {
         self.phase.fetch_max(phase, Ordering::SeqCst);
         self.wake();
+    }
+
+    fn fresh(&self) -> MutexGuard<'_, Option<Config>> {
+        self.fresh.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn wake(&self) {
@@ -256,6 +284,9 @@ impl<F: FnMut()> Loop<F> {
             }
             if ready.wake {
                 let _ = self.wake.read(&mut [0; 64]);
+                if let Some(fresh) = self.control.fresh().take() {
+                    self.bridge.reconfigure(fresh);
+                }
             }
         }
     }
@@ -348,9 +379,11 @@ impl<F: FnMut()> Loop<F> {
     /// Sends what the last batch has for `head`.
     fn forward(&mut self, now: Instant, head: usize, count: usize) {
         let datagrams = (0..count).filter_map(|index| match self.from_client[index] {
-            FromClient::Forward { head: to, len } if to == head => {
-                Some((&self.received.get(index).0[..len], None))
-            }
+            FromClient::Forward {
+                head: to,
+                len,
+                version,
+            } if to == head => Some((self.received.reframed(index, len, version), None)),
             _ => None,
         });
         let (candidate, report) = send_to_head(&self.heads[head], datagrams);
@@ -382,9 +415,11 @@ impl<F: FnMut()> Loop<F> {
                         .on_head(now, head, self.received.get_mut(index).0);
             }
             let answers = (0..count).filter_map(|index| match self.from_head[index] {
-                FromHead::Deliver { client, len } => {
-                    Some((&self.received.get(index).0[..len], Some(client)))
-                }
+                FromHead::Deliver {
+                    client,
+                    len,
+                    version,
+                } => Some((self.received.reframed(index, len, version), Some(client))),
                 FromHead::Drop => None,
             });
             self.stats

@@ -86,6 +86,8 @@ counters! {
     truncated,
     /// Type that is not assigned.
     unknown_type,
+    /// First byte that is neither a type nor the version byte of DCF v5.1.
+    other_version,
     /// Type that has no business in this direction.
     unexpected_type,
     /// Chunk whose own header is wrong.
@@ -116,6 +118,9 @@ counters! {
     stale_answer,
     /// From a head: a second answer to a task.
     duplicate_answer,
+    /// From a head: an answer that is too long for a datagram of its client's version, or for which no room was left while
+    /// it was brought into that version's form.
+    untranslated,
     /// Task that nobody answered in time.
     timed_out,
     /// The kernel did not take it.

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dcf::{Header, Message, MsgType};
+use dcf::{Header, Message, MsgType, Version};
 use mesh_shim::{
     Config,
     bridge::{Bridge, FromClient, FromHead, Reply, Secrets},
@@ -61,10 +61,13 @@ fn a_hundred_and_fifty_thousand_tasks_cost_no_allocation() {
     };
     let start = Instant::now();
     let mut bridge = Bridge::new(config, &secrets, Arc::default(), start);
-    let task = Message::new(MsgType::TASK, 0, 0, vec![b'q'; 300]).encode_datagram();
-    let health = Message::new(MsgType::HEALTH, 0, 0, "").encode_datagram();
+    let versions = [Version::V5_0, Version::V5_1];
+    let task = Message::new(MsgType::TASK, 0, 0, vec![b'q'; 300]);
+    let tasks = versions.map(|version| task.encode_as(version));
+    let health = Message::new(MsgType::HEALTH, 0, 0, "");
+    let healths = versions.map(|version| health.encode_as(version));
     let mut buffer = vec![0; 1 << 16];
-    let mut datagram = vec![0; task.len()];
+    let mut datagrams = [vec![0; tasks[0].len()], vec![0; tasks[1].len()]];
     let mut reply = Reply::empty();
     let mut delivered = 0;
 
@@ -74,29 +77,35 @@ fn a_hundred_and_fifty_thousand_tasks_cost_no_allocation() {
         // Every question is asked three times.
         let question = round / 3;
         let client = SocketAddr::from(([127, 0, (question % 200) as u8, 1], 5_000));
-        datagram.copy_from_slice(&task);
-        datagram[1..5].copy_from_slice(&question.to_be_bytes());
-        if let FromClient::Forward { head, len } =
-            bridge.on_client(now, client, &mut datagram, &mut reply)
+        // Every second one in v5.1.
+        let of = question as usize % 2;
+        let (datagram, header) = (&mut datagrams[of], versions[of].prefix().len());
+        datagram.copy_from_slice(&tasks[of]);
+        datagram[header + 1..header + 5].copy_from_slice(&question.to_be_bytes());
+        if let FromClient::Forward { head, version, .. } =
+            bridge.on_client(now, client, datagram, &mut reply)
         {
-            // Four of five are answered, by a Result with the very bytes.
+            // Four of five are answered, by a Result with the very bytes. A head that just came back may be asked in v5.0.0.
             if !round.is_multiple_of(5) {
-                datagram[0] = MsgType::RESULT.0;
-                let answer = bridge.on_head(now, head, &mut datagram[..len]);
+                datagram[header] = MsgType::RESULT.0;
+                let start = header - version.prefix().len();
+                let answer = bridge.on_head(now, head, &mut datagram[start..]);
                 delivered += u32::from(matches!(answer, FromHead::Deliver { .. }));
             }
         }
         if round.is_multiple_of(1_000) {
             for head in 0..2 {
-                buffer[..health.len()].copy_from_slice(&health);
-                bridge.on_head(now, head, &mut buffer[..health.len()]);
+                for health in &healths {
+                    buffer[..health.len()].copy_from_slice(health);
+                    bridge.on_head(now, head, &mut buffer[..health.len()]);
+                }
             }
         }
         if round % 25_000 == 24_999 {
             bridge.on_head_refused(now, bridge.current_head());
         }
         while let Some(transmit) = bridge.poll_transmit(now, &mut buffer) {
-            assert!(Header::decode(&buffer[..transmit.len]).is_ok());
+            assert!(Header::decode_datagram(&buffer[..transmit.len]).is_ok());
         }
     }
     let allocations = ALLOCATIONS.get() - before;

@@ -1,4 +1,4 @@
-//! DCF v5.0.0 peers as they exist in the field: a client, a worker and a head over plain sockets.
+//! DCF v5.0.0 and v5.1 peers as they exist in the field: a client, a worker and a head over plain sockets.
 //!
 //! Written from the wire format alone and on purpose without the `dcf` crate: a mistake there must not cancel itself out.
 
@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
+use md5::{Digest, Md5};
 
 /// Message type of a heartbeat.
 pub const HEARTBEAT: u8 = 0x01;
@@ -17,15 +18,38 @@ pub const HEARTBEAT: u8 = 0x01;
 pub const TASK: u8 = 0x02;
 /// Message type of a result.
 pub const RESULT: u8 = 0x03;
+/// Message type of a piece of a result.
+pub const CHUNK: u8 = 0x06;
+/// Message type of a probe and of its answer.
+pub const HEALTH: u8 = 0x08;
+/// Message type of a head's order to stop.
+pub const SHUTDOWN: u8 = 0x09;
 /// Message type of an error.
 pub const ERROR: u8 = 0xFF;
 
 const HEADER: usize = 17;
 const LARGEST: usize = 65_507;
+/// The byte that every v5.1 datagram begins with.
+const V5_1: u8 = 0x51;
+/// What a v5.1 peer sends in one datagram at the most, and in one piece of what is longer.
+const SINGLE: usize = 1_454;
+const PIECE: usize = 1_400;
+
+/// The version that a peer speaks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Wire {
+    /// 17 bytes before the payload.
+    #[default]
+    V5_0,
+    /// The version byte, then the same.
+    V5_1,
+}
 
 /// One message: type u8, sequence u32, timestamp u64, payload length u32, all big-endian, then the payload.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Datagram {
+    /// Its version.
+    pub wire: Wire,
     /// The type.
     pub kind: u8,
     /// The sequence.
@@ -35,13 +59,20 @@ pub struct Datagram {
 }
 
 impl Datagram {
-    /// A message of these parts.
+    /// A v5.0.0 message of these parts.
     pub fn new(kind: u8, sequence: u32, payload: impl Into<Vec<u8>>) -> Self {
         Self {
+            wire: Wire::V5_0,
             kind,
             sequence,
             payload: payload.into(),
         }
+    }
+
+    /// The same in another version.
+    #[must_use]
+    pub fn on(self, wire: Wire) -> Self {
+        Self { wire, ..self }
     }
 
     /// Its bytes, with the time of now.
@@ -49,7 +80,10 @@ impl Datagram {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| since.as_micros() as u64);
-        let mut bytes = vec![self.kind];
+        let mut bytes = match self.wire {
+            Wire::V5_0 => vec![self.kind],
+            Wire::V5_1 => vec![V5_1, self.kind],
+        };
         bytes.extend(self.sequence.to_be_bytes());
         bytes.extend(now.to_be_bytes());
         bytes.extend((self.payload.len() as u32).to_be_bytes());
@@ -59,6 +93,13 @@ impl Datagram {
 
     /// Reads a datagram; `None` if it is shorter than its header says.
     pub fn decode(bytes: &[u8]) -> Option<Self> {
+        if let Some((&V5_1, message)) = bytes.split_first() {
+            return Some(Self::decode_message(message)?.on(Wire::V5_1));
+        }
+        Self::decode_message(bytes)
+    }
+
+    fn decode_message(bytes: &[u8]) -> Option<Self> {
         let header: &[u8; HEADER] = bytes.first_chunk()?;
         let sequence = u32::from_be_bytes([header[1], header[2], header[3], header[4]]);
         let len = u32::from_be_bytes([header[13], header[14], header[15], header[16]]);
@@ -78,10 +119,30 @@ impl Datagram {
     }
 }
 
-/// A client: one Task out, one datagram back.
+/// A result as a v5.1 peer sends it: one datagram, or pieces of total u16, index u16, MD5 and data.
+fn result_of(wire: Wire, sequence: u32, result: Vec<u8>) -> Vec<Datagram> {
+    if wire == Wire::V5_0 || result.len() <= SINGLE {
+        return vec![Datagram::new(RESULT, sequence, result).on(wire)];
+    }
+    let sum = Md5::digest(&result);
+    let pieces: Vec<&[u8]> = result.chunks(PIECE).collect();
+    let total = pieces.len() as u16;
+    let datagrams = pieces.iter().zip(0_u16..).map(|(piece, index)| {
+        let head = [total.to_be_bytes(), index.to_be_bytes()].concat();
+        let payload = [head.as_slice(), sum.as_slice(), piece].concat();
+        Datagram::new(CHUNK, sequence, payload).on(wire)
+    });
+    // In any order: the last one first.
+    let mut datagrams: Vec<Datagram> = datagrams.collect();
+    datagrams.reverse();
+    datagrams
+}
+
+/// A client: one Task out, one datagram back; of v5.1 also pieces.
 #[derive(Debug)]
 pub struct V5Client {
     socket: UdpSocket,
+    wire: Wire,
 }
 
 impl V5Client {
@@ -92,12 +153,21 @@ impl V5Client {
     pub fn new(target: SocketAddr) -> Result<Self> {
         let socket = UdpSocket::bind("127.0.0.1:0").context("a UDP socket")?;
         socket.connect(target)?;
-        Ok(Self { socket })
+        Ok(Self::from_socket(socket))
+    }
+
+    /// The same client, speaking this version.
+    #[must_use]
+    pub fn speaking(self, wire: Wire) -> Self {
+        Self { wire, ..self }
     }
 
     /// A client on a socket that is connected already.
     pub fn from_socket(socket: UdpSocket) -> Self {
-        Self { socket }
+        Self {
+            socket,
+            wire: Wire::V5_0,
+        }
     }
 
     /// Sends a task and does not wait.
@@ -105,7 +175,7 @@ impl V5Client {
     /// # Errors
     /// If nothing listens there.
     pub fn send(&self, sequence: u32, prompt: &str) -> Result<()> {
-        self.send_raw(&Datagram::new(TASK, sequence, prompt).encode())
+        self.send_raw(&Datagram::new(TASK, sequence, prompt).on(self.wire).encode())
     }
 
     /// Sends bytes as they are.
@@ -134,19 +204,57 @@ impl V5Client {
         }
     }
 
-    /// Sends a task and waits for the one datagram that comes back.
+    /// Sends a task and waits for what comes back: one datagram, or the pieces of one result, put together.
     ///
     /// # Errors
-    /// If none comes within `limit`, or if it has another sequence.
+    /// If none comes within `limit`, or if it has another sequence or version, or if a v5.0.0 client gets a piece.
     pub fn ask(&self, sequence: u32, prompt: &str, limit: Duration) -> Result<Datagram> {
         self.send(sequence, prompt)?;
-        let answer = self
-            .receive(limit)?
-            .with_context(|| format!("no answer to task {sequence} within {limit:?}"))?;
-        if answer.sequence != sequence {
-            bail!("task {sequence} was answered as {}", answer.sequence);
+        let mut pieces: Vec<Option<Vec<u8>>> = Vec::new();
+        loop {
+            let answer = self
+                .receive(limit)?
+                .with_context(|| format!("no answer to task {sequence} within {limit:?}"))?;
+            if (answer.sequence, answer.wire) != (sequence, self.wire) {
+                bail!(
+                    "task {sequence} was answered as {} in {:?}",
+                    answer.sequence,
+                    answer.wire
+                );
+            }
+            if answer.kind != CHUNK {
+                if self.wire == Wire::V5_1 && answer.payload.len() > SINGLE {
+                    bail!(
+                        "a datagram of v5.1 has {} bytes of payload",
+                        answer.payload.len()
+                    );
+                }
+                return Ok(answer);
+            }
+            if self.wire == Wire::V5_0 {
+                bail!("a v5.0.0 client got a piece");
+            }
+            let Some((&[t0, t1, i0, i1], rest)) = answer.payload.split_first_chunk::<4>() else {
+                bail!("a piece without a header");
+            };
+            let (total, index) = (u16::from_be_bytes([t0, t1]), u16::from_be_bytes([i0, i1]));
+            pieces.resize(total.into(), None);
+            let place = pieces
+                .get_mut(usize::from(index))
+                .context("a piece beyond the total")?;
+            *place = Some(
+                rest.get(16..)
+                    .context("a piece without a checksum")?
+                    .to_vec(),
+            );
+            if pieces.iter().all(Option::is_some) {
+                let whole: Vec<u8> = pieces.into_iter().flatten().flatten().collect();
+                if Md5::digest(&whole)[..] != rest[..16] {
+                    bail!("the pieces do not have the MD5 that they announce");
+                }
+                return Ok(Datagram::new(RESULT, sequence, whole).on(self.wire));
+            }
         }
-        Ok(answer)
     }
 }
 
@@ -167,6 +275,19 @@ impl V5Worker {
     pub fn start(
         bus: SocketAddr,
         interval: Duration,
+        answer: impl FnMut(&Datagram) -> Option<Vec<u8>> + Send + 'static,
+    ) -> Result<Self> {
+        Self::speaking(Wire::V5_0, bus, interval, answer)
+    }
+
+    /// As [`V5Worker::start`], speaking this version.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn speaking(
+        wire: Wire,
+        bus: SocketAddr,
+        interval: Duration,
         mut answer: impl FnMut(&Datagram) -> Option<Vec<u8>> + Send + 'static,
     ) -> Result<Self> {
         let socket = UdpSocket::bind("127.0.0.1:0").context("a UDP socket")?;
@@ -175,12 +296,17 @@ impl V5Worker {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {
-            let heartbeat = Datagram::new(HEARTBEAT, 0, address.port().to_string());
+            // Those of v5.0.0 all have sequence 0.
+            let mut count = u32::from(wire == Wire::V5_1);
+            let step = count;
             let mut buffer = vec![0; LARGEST];
             let mut next = std::time::Instant::now();
             while !stopped.load(Ordering::Relaxed) {
                 if std::time::Instant::now() >= next {
+                    let port = address.port().to_string();
+                    let heartbeat = Datagram::new(HEARTBEAT, count, port).on(wire);
                     let _ = socket.send_to(&heartbeat.encode(), bus);
+                    count += step;
                     next += interval;
                 }
                 let Ok((len, _)) = socket.recv_from(&mut buffer) else {
@@ -189,11 +315,15 @@ impl V5Worker {
                 let Some(task) = Datagram::decode(&buffer[..len]) else {
                     continue;
                 };
-                if task.kind == TASK
+                if (task.kind, task.wire) == (TASK, wire)
                     && let Some(result) = answer(&task)
                 {
-                    let result = Datagram::new(RESULT, task.sequence, result);
-                    let _ = socket.send_to(&result.encode(), bus);
+                    for (count, result) in (1..).zip(result_of(wire, task.sequence, result)) {
+                        let _ = socket.send_to(&result.encode(), bus);
+                        if count % 16 == 0 {
+                            std::thread::sleep(Duration::from_millis(2));
+                        }
+                    }
                 }
             }
         });
@@ -223,6 +353,7 @@ impl Drop for V5Worker {
 #[derive(Debug)]
 pub struct V5Head {
     bus: UdpSocket,
+    wire: Wire,
 }
 
 impl V5Head {
@@ -233,7 +364,14 @@ impl V5Head {
     pub fn start() -> Result<Self> {
         Ok(Self {
             bus: UdpSocket::bind("127.0.0.1:0").context("a UDP socket")?,
+            wire: Wire::V5_0,
         })
+    }
+
+    /// The same head, speaking this version. What comes in the other one it does not hear.
+    #[must_use]
+    pub fn speaking(self, wire: Wire) -> Self {
+        Self { wire, ..self }
     }
 
     /// Where workers send heartbeats and results.
@@ -250,7 +388,7 @@ impl V5Head {
     /// If none comes within `limit`, or if one is malformed.
     pub fn heartbeat(&self, limit: Duration) -> Result<(SocketAddr, Vec<u8>)> {
         let (from, datagram) = self.receive(limit, HEARTBEAT)?;
-        if datagram.sequence != 0 {
+        if (datagram.sequence == 0) != (self.wire == Wire::V5_0) {
             bail!("a heartbeat has sequence {}", datagram.sequence);
         }
         let port = datagram
@@ -271,13 +409,22 @@ impl V5Head {
         prompt: &str,
         limit: Duration,
     ) -> Result<Datagram> {
-        self.bus
-            .send_to(&Datagram::new(TASK, sequence, prompt).encode(), worker)?;
+        self.tell(worker, &Datagram::new(TASK, sequence, prompt))?;
         let (_, answer) = self.receive_other(limit, HEARTBEAT)?;
         if answer.sequence != sequence {
             bail!("task {sequence} was answered as {}", answer.sequence);
         }
         Ok(answer)
+    }
+
+    /// Sends a message to `worker`.
+    ///
+    /// # Errors
+    /// If the socket fails.
+    pub fn tell(&self, worker: SocketAddr, message: &Datagram) -> Result<()> {
+        let message = message.clone().on(self.wire);
+        self.bus.send_to(&message.encode(), worker)?;
+        Ok(())
     }
 
     fn receive(&self, limit: Duration, kind: u8) -> Result<(SocketAddr, Datagram)> {
@@ -305,7 +452,7 @@ impl V5Head {
                 Ok((len, from)) => {
                     let datagram = Datagram::decode(&buffer[..len])
                         .with_context(|| format!("{len} bytes from {from} are no DCF message"))?;
-                    if wanted(&datagram) {
+                    if datagram.wire == self.wire && wanted(&datagram) {
                         return Ok((from, datagram));
                     }
                 }
@@ -344,6 +491,22 @@ mod tests {
             (answer.kind, answer.text().as_str()),
             (RESULT, "answer to why?")
         );
+    }
+
+    #[test]
+    fn a_v5_1_datagram_has_one_byte_more() {
+        let datagram = Datagram::new(TASK, 42, "hi").on(Wire::V5_1);
+        let bytes = datagram.encode();
+        assert_eq!(bytes[..6], [0x51, 2, 0, 0, 0, 42]);
+        assert_eq!(
+            (&bytes[14..18], &bytes[18..]),
+            (&[0, 0, 0, 2][..], &b"hi"[..])
+        );
+        assert_eq!(Datagram::decode(&bytes), Some(datagram));
+        let pieces = result_of(Wire::V5_1, 7, vec![1; 3_000]);
+        assert_eq!(pieces.len(), 3);
+        assert_eq!(pieces[0].payload[..4], [0, 3, 0, 2], "the last one first");
+        assert_eq!(result_of(Wire::V5_1, 7, vec![1; SINGLE]).len(), 1);
     }
 
     #[test]

@@ -78,10 +78,12 @@ pub struct Config {
     pub ring: RingConfig,
     /// DCF over UDP.
     pub dcf: DcfConfig,
-    /// Serving a v5.0.0 head.
+    /// Serving a head of DCF v5.0.0 or v5.1.
     pub legacy: LegacyConfig,
     /// What requests get that do not say.
     pub sampling: SamplingDefaults,
+    /// What to log, where neither `--log-level` nor RUST_LOG is set: a level or a filter.
+    pub log_level: Option<String>,
 }
 
 /// Health and metrics.
@@ -218,12 +220,29 @@ pub struct DcfConfig {
     pub listen: SocketAddr,
 }
 
-/// Serving a v5.0.0 head.
+/// Serving a head of DCF v5.0.0 or v5.1.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LegacyConfig {
     /// Its worker bus, `host:7778`; heartbeats go there.
     pub head: Option<String>,
+    /// The version of DCF that it speaks.
+    pub version: HeadVersion,
+}
+
+/// The version of DCF that a head speaks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HeadVersion {
+    /// Found out: it gets heartbeats of both versions until it sends something.
+    #[default]
+    #[serde(rename = "auto")]
+    Auto,
+    /// v5.0.0.
+    #[serde(rename = "5.0")]
+    V5_0,
+    /// v5.1.
+    #[serde(rename = "5.1")]
+    V5_1,
 }
 
 /// What requests get that do not say.
@@ -277,6 +296,7 @@ impl Default for Config {
             dcf: DcfConfig::default(),
             legacy: LegacyConfig::default(),
             sampling: SamplingDefaults::default(),
+            log_level: None,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The link to the head: joins, connects, says Hello, reports load, takes requests; connects again when the head is gone.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, Message, MsgType};
@@ -44,6 +44,8 @@ pub(crate) struct HeadLink {
     pub(crate) instance: u64,
     /// Ends the link, when nothing is left to say.
     pub(crate) stop: CancellationToken,
+    /// Where others find the identity, once there is one.
+    pub(crate) known: Arc<OnceLock<NodeIdentity>>,
 }
 
 /// Loads the identity in the state directory, or joins with the token. `None` means that the head does not answer yet.
@@ -101,6 +103,7 @@ impl HeadLink {
                 identity = identify(&self.config, &self.head).await?;
             }
             if let Some(identity) = &identity {
+                let _ = self.known.set(identity.clone());
                 if let Some(port) = self.host.rings().listen(identity)?
                     && let Some(lan) = &self.lan
                 {

@@ -1,23 +1,24 @@
-//! DCF v5.0.0: plain heartbeats to a v5.0.0 head, and plain Tasks, each answered by one Result or Error.
+//! Plain DCF, v5.0.0 and v5.1: heartbeats to a head of either, and Tasks, each answered in the version that it came in.
 
 use std::collections::HashSet;
-use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use dcf::{ErrorCode, Message, MsgType};
+use dcf::{ErrorCode, Message, MsgType, Version};
 use futures::StreamExt;
 use mesh_base::addresses::{self, canonical};
 use mesh_engine::Event;
 use mesh_net::quic::timestamp_us;
 use mesh_proto::{Chat, ChatMessage, Generate, GenerateParams, Prompt};
+use mesh_service::shutdown::Shutdown;
 use serde_json::{Map, Value};
 use tokio::net::UdpSocket;
 use tokio_util::task::TaskTracker;
 
 use crate::answer;
-use crate::config::{Config, SamplingDefaults};
+use crate::config::{Config, HeadVersion, SamplingDefaults};
 use crate::generate;
 use crate::host::Host;
 use crate::metrics::Counters;
@@ -25,9 +26,13 @@ use crate::metrics::Counters;
 /// The plain DCF socket of a worker.
 pub(crate) struct PlainDcf {
     pub(crate) socket: Arc<UdpSocket>,
+    /// As configured at the start.
     pub(crate) config: Arc<Config>,
+    /// As configured now: whom to trust.
+    pub(crate) live: Arc<RwLock<Config>>,
     pub(crate) host: Arc<Host>,
     pub(crate) counters: Arc<Counters>,
+    pub(crate) shutdown: Shutdown,
     /// Answers in progress.
     pub(crate) answers: TaskTracker,
 }
@@ -40,6 +45,7 @@ impl PlainDcf {
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
         heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut heads = Vec::new();
+        let mut speech = Speech::new(self.config.legacy.version);
         let mut buffer = vec![0; LARGEST];
         loop {
             tokio::select! {
@@ -47,80 +53,201 @@ impl PlainDcf {
                     // An error here is an answer to something sent before, such as "port closed".
                     let Ok((len, source)) = received else { continue };
                     let source = canonical(source);
-                    let Some(task) = self.accept(&buffer[..len], source, &heads) else {
+                    let head = heads.iter().copied().find(|head: &SocketAddr| head.ip() == source.ip());
+                    let from_head = head.is_some();
+                    let Some((version, message)) = self.accept(&buffer[..len], source, from_head) else {
                         self.counters.dropped.inc();
                         continue;
                     };
-                    if self.answers.len() >= MOST_TASKS {
-                        let text = "too many tasks at once; try again later";
-                        self.send(&error(&task, ErrorCode::WORKER_BUSY, text), source).await;
-                        continue;
+                    if from_head {
+                        speech.heard(version, Instant::now());
                     }
-                    if let Some(claim) = Claim::new(&running, (source, task.sequence)) {
-                        self.counters.tasks.inc();
-                        let (socket, host, defaults) = (self.socket.clone(), self.host.clone(), defaults.clone());
-                        // Results go to the worker bus of a v5.0.0 head, whichever port its tasks come from.
-                        let of_head = heads.iter().find(|head: &&SocketAddr| head.ip() == source.ip());
-                        let reply_to = of_head.copied().unwrap_or(source);
-                        self.answers.spawn(async move {
-                            let _claim = claim;
-                            for message in run(task, &host, defaults).await {
-                                if let Err(error) = socket.send_to(&message.encode_datagram(), reply_to).await {
-                                    tracing::warn!(%reply_to, %error, "a result could not be sent");
-                                }
-                            }
-                        });
+                    let peer = Peer {
+                        // Results go to the worker bus of a head, whichever port its tasks come from.
+                        reply_to: head.unwrap_or(source),
+                        version,
+                    };
+                    match message.kind {
+                        MsgType::HEALTH => {
+                            self.send(&Message::new(MsgType::HEALTH, message.sequence, timestamp_us(), Bytes::new()), peer).await;
+                        }
+                        MsgType::SHUTDOWN if from_head => {
+                            tracing::info!(head = %source, %version, "the head asks this worker to stop");
+                            self.shutdown.begin();
+                        }
+                        MsgType::TASK => self.take(message, source, peer, &running, &defaults).await,
+                        _ => {
+                            self.counters.dropped.inc();
+                        }
                     }
                 }
-                _ = heartbeat.tick() => heads = self.heartbeat().await,
+                _ = heartbeat.tick() => heads = self.heartbeat(&mut speech).await,
             }
         }
     }
 
-    /// The task in a datagram, if it is one and its source may ask.
-    fn accept(&self, datagram: &[u8], source: SocketAddr, heads: &[SocketAddr]) -> Option<Message> {
-        let from_head = heads.iter().any(|head| head.ip() == source.ip());
-        if !from_head && !self.config.trusts(source.ip()) {
-            return None;
+    async fn take(
+        &self,
+        task: Message,
+        source: SocketAddr,
+        peer: Peer,
+        running: &Arc<Mutex<HashSet<TaskKey>>>,
+        defaults: &Arc<SamplingDefaults>,
+    ) {
+        if self.answers.len() >= MOST_TASKS {
+            let text = "too many tasks at once; try again later";
+            return self
+                .send(&error(&task, ErrorCode::WORKER_BUSY, text), peer)
+                .await;
         }
-        let message = Message::decode_datagram(Bytes::copy_from_slice(datagram)).ok()?;
-        (message.kind == MsgType::TASK).then_some(message)
+        let Some(claim) = Claim::new(running, (source, peer.version, task.sequence)) else {
+            return;
+        };
+        self.counters.tasks.inc();
+        let (socket, host, defaults) = (self.socket.clone(), self.host.clone(), defaults.clone());
+        self.answers.spawn(async move {
+            let _claim = claim;
+            for (index, message) in run(task, &host, defaults, peer.version)
+                .await
+                .iter()
+                .enumerate()
+            {
+                // A receiver's socket holds about ninety Chunks that were not read yet.
+                if index > 0 && index.is_multiple_of(BURST) {
+                    tokio::time::sleep(PAUSE).await;
+                }
+                let datagram = message.encode_as(peer.version);
+                if let Err(error) = socket.send_to(&datagram, peer.reply_to).await {
+                    tracing::warn!(to = %peer.reply_to, %error, "a result could not be sent");
+                }
+            }
+        });
     }
 
-    /// Tells the v5.0.0 head, if there is one, where tasks are taken; returns its addresses. It never answers, so that which
-    /// of them it listens at cannot be known: all get the heartbeat.
-    async fn heartbeat(&self) -> Vec<SocketAddr> {
+    /// The message in a datagram and its version, if it is one and its source may speak to this worker.
+    fn accept(
+        &self,
+        datagram: &[u8],
+        source: SocketAddr,
+        from_head: bool,
+    ) -> Option<(Version, Message)> {
+        if !from_head && !self.trusts(source.ip()) {
+            return None;
+        }
+        match Message::decode_versioned(Bytes::copy_from_slice(datagram)) {
+            Ok(decoded) => Some(decoded),
+            Err(error) => {
+                tracing::debug!(%source, %error, "datagram dropped");
+                None
+            }
+        }
+    }
+
+    fn trusts(&self, source: IpAddr) -> bool {
+        let live = self.live.read().unwrap_or_else(PoisonError::into_inner);
+        live.trusts(source)
+    }
+
+    /// Tells the head of DCF v5, if there is one, where tasks are taken; returns its addresses. At which of them it listens
+    /// cannot be known before it sends something: all get the heartbeat.
+    async fn heartbeat(&self, speech: &mut Speech) -> Vec<SocketAddr> {
         let (Some(name), Ok(own)) = (&self.config.legacy.head, self.socket.local_addr()) else {
             return Vec::new();
         };
         let heads = match addresses::resolve(name).await {
             Ok(heads) => heads,
             Err(error) => {
-                tracing::warn!(head = name, %error, "the v5.0.0 head's name has no address");
+                tracing::warn!(head = name, %error, "the name of the DCF v5 head has no address");
                 return Vec::new();
             }
         };
-        let heartbeat = Message::new(
-            MsgType::HEARTBEAT,
-            0,
-            timestamp_us(),
-            own.port().to_string(),
-        );
-        for head in &heads {
-            self.send(&heartbeat, *head).await;
+        let port = own.port().to_string();
+        for (version, sequence) in speech.beat(Instant::now()) {
+            let beat = Message::new(MsgType::HEARTBEAT, sequence, timestamp_us(), port.clone());
+            for head in &heads {
+                let peer = Peer {
+                    reply_to: *head,
+                    version,
+                };
+                self.send(&beat, peer).await;
+            }
         }
         heads
     }
 
-    async fn send(&self, message: &Message, to: SocketAddr) {
-        if let Err(error) = self.socket.send_to(&message.encode_datagram(), to).await {
-            tracing::debug!(%to, %error, "datagram not sent");
+    async fn send(&self, message: &Message, to: Peer) {
+        let datagram = message.encode_as(to.version);
+        if let Err(error) = self.socket.send_to(&datagram, to.reply_to).await {
+            tracing::debug!(to = %to.reply_to, %error, "datagram not sent");
         }
     }
 }
 
-/// Answers a task: one Result or Error, or the Chunks of a Result that no datagram holds.
-async fn run(task: Message, host: &Arc<Host>, defaults: Arc<SamplingDefaults>) -> Vec<Message> {
+/// Who is answered, and how.
+#[derive(Debug, Clone, Copy)]
+struct Peer {
+    reply_to: SocketAddr,
+    version: Version,
+}
+
+/// In which version the head gets heartbeats, and with which sequence.
+///
+/// Where that is to be found out: v5.0.0 at first, as ever. If nothing has come from the head after a few of those, heartbeats
+/// of v5.1 go beside them, which a v5.0.0 head ignores. What the head sends tells its version, for a while.
+#[derive(Debug)]
+struct Speech {
+    version: HeadVersion,
+    heard: Option<(Version, Instant)>,
+    beats: u32,
+}
+
+impl Speech {
+    fn new(version: HeadVersion) -> Self {
+        Self {
+            version,
+            heard: None,
+            beats: 0,
+        }
+    }
+
+    /// The head sent something.
+    fn heard(&mut self, version: Version, now: Instant) {
+        self.heard = Some((version, now));
+    }
+
+    /// The heartbeats that are to be sent now.
+    fn beat(&mut self, now: Instant) -> Vec<(Version, u32)> {
+        self.beats = self.beats.wrapping_add(1);
+        let known = self.heard.filter(|(_, at)| now < *at + HEARD_FOR);
+        let versions = match (self.version, known) {
+            (HeadVersion::V5_0, _) | (HeadVersion::Auto, Some((Version::V5_0, _))) => {
+                vec![Version::V5_0]
+            }
+            (HeadVersion::V5_1, _) | (HeadVersion::Auto, Some((Version::V5_1, _))) => {
+                vec![Version::V5_1]
+            }
+            (HeadVersion::Auto, None) if self.beats <= FIRST_BEATS => vec![Version::V5_0],
+            (HeadVersion::Auto, None) => vec![Version::V5_0, Version::V5_1],
+        };
+        // Those of v5.0.0 have sequence 0, those of v5.1 count.
+        let sequence = |version| match version {
+            Version::V5_0 => 0,
+            Version::V5_1 => self.beats,
+        };
+        versions
+            .into_iter()
+            .map(|version| (version, sequence(version)))
+            .collect()
+    }
+}
+
+/// Answers a task: one Result or Error, or the Chunks of a Result that goes in no single datagram of this version.
+async fn run(
+    task: Message,
+    host: &Arc<Host>,
+    defaults: Arc<SamplingDefaults>,
+    version: Version,
+) -> Vec<Message> {
     let generate = match parse(&task) {
         Ok(generate) => generate,
         Err(reason) => return vec![error(&task, ErrorCode::INVALID_PAYLOAD, &reason)],
@@ -141,7 +268,7 @@ async fn run(task: Message, host: &Arc<Host>, defaults: Arc<SamplingDefaults>) -
         }
     }
     let result = Message::new(MsgType::RESULT, task.sequence, timestamp_us(), text);
-    if result.fits_datagram() {
+    if result.is_single_answer(version) {
         return vec![result];
     }
     match dcf::chunk::split(task.sequence, timestamp_us(), result.payload) {
@@ -244,10 +371,11 @@ fn params(fields: &Map<String, Value>) -> GenerateParams {
 }
 
 fn error(task: &Message, code: ErrorCode, text: &str) -> Message {
+    let text = &text[..text.floor_char_boundary(Version::V5_1.max_answer() - 1)];
     Message::error(task.sequence, timestamp_us(), code, text)
 }
 
-type TaskKey = (SocketAddr, u32);
+type TaskKey = (SocketAddr, Version, u32);
 
 /// Keeps a repeated task from running twice, as long as it lives.
 struct Claim {
@@ -278,6 +406,13 @@ impl Drop for Claim {
 }
 
 const HEARTBEAT: Duration = Duration::from_secs(2);
+/// Heartbeats of v5.0.0 alone, before those of v5.1 go beside them.
+const FIRST_BEATS: u32 = 2;
+/// How long a head is believed to speak the version that it spoke.
+const HEARD_FOR: Duration = Duration::from_secs(600);
+/// Chunks that are sent at once, and the pause after them.
+const BURST: usize = 16;
+const PAUSE: Duration = Duration::from_millis(2);
 const LARGEST: usize = 65_536;
 
 /// Tasks that are answered at once; more are refused.
@@ -344,12 +479,41 @@ mod tests {
     }
 
     #[test]
+    fn heartbeats_go_in_the_heads_version_once_that_is_known() {
+        let (old, new) = (Version::V5_0, Version::V5_1);
+        let now = Instant::now();
+        let mut speech = Speech::new(HeadVersion::Auto);
+        assert_eq!(speech.beat(now), [(old, 0)]);
+        assert_eq!(speech.beat(now), [(old, 0)]);
+        assert_eq!(speech.beat(now), [(old, 0), (new, 3)]);
+        speech.heard(new, now);
+        assert_eq!(speech.beat(now), [(new, 4)]);
+        assert_eq!(speech.beat(now), [(new, 5)], "they count");
+        speech.heard(old, now);
+        assert_eq!(speech.beat(now), [(old, 0)]);
+        assert_eq!(
+            speech.beat(now + HEARD_FOR).len(),
+            2,
+            "it may be another one by now"
+        );
+        let mut fixed = Speech::new(HeadVersion::V5_1);
+        fixed.heard(old, now);
+        assert_eq!(fixed.beat(now), [(new, 1)]);
+        assert_eq!(Speech::new(HeadVersion::V5_0).beat(now), [(old, 0)]);
+    }
+
+    #[test]
     fn a_repeated_task_does_not_run_twice() {
         let running = Arc::default();
-        let key = (SocketAddr::from(([127, 0, 0, 1], 9)), 3);
+        let key = (SocketAddr::from(([127, 0, 0, 1], 9)), Version::V5_0, 3);
         let claim = Claim::new(&running, key);
         assert!(claim.is_some());
         assert!(Claim::new(&running, key).is_none());
+        let newer = (key.0, Version::V5_1, key.2);
+        assert!(
+            Claim::new(&running, newer).is_some(),
+            "another version is another task"
+        );
         drop(claim);
         assert!(Claim::new(&running, key).is_some());
     }

@@ -27,4 +27,4 @@ mod worker;
 
 pub use config::Config;
 pub use error::WorkerError;
-pub use worker::{Worker, WorkerHandle};
+pub use worker::{Live, Worker, WorkerHandle};

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 use mesh_service::health::Health;
 use mesh_service::notify;
 use mesh_store::local;
+use tokio::sync::watch;
 
 use crate::config::Config;
 use crate::error::WorkerError;
@@ -19,6 +20,8 @@ pub(crate) struct Loading {
     host: Arc<Host>,
     health: Health,
     state: Mutex<State>,
+    /// How often somebody asked to look again; see [`Loading::look_again`].
+    looks: watch::Sender<u64>,
 }
 
 #[derive(Default)]
@@ -42,6 +45,7 @@ impl Loading {
                 linked: false,
                 pending: pending.map(|name| (name, None)).collect(),
             }),
+            looks: watch::Sender::new(0),
         });
         for name in models {
             tokio::spawn(loading.clone().load(name, config.clone(), false));
@@ -63,12 +67,24 @@ impl Loading {
             }
         });
         if let Some(folder) = &config.local_models {
-            tokio::spawn(watch(folder.clone(), config.clone(), host.clone()));
+            let looks = loading.looks.subscribe();
+            tokio::spawn(watch_folder(
+                folder.clone(),
+                config.clone(),
+                host.clone(),
+                looks,
+            ));
         }
         if !loading.lock().pending.is_empty() {
             tokio::spawn(loading.clone().tell());
         }
         loading
+    }
+
+    /// Looks for models again now: at the folder, also for those in it that were refused, and for those that are to come
+    /// from elsewhere, without waiting until they would be tried again.
+    pub(crate) fn look_again(&self) {
+        self.looks.send_modify(|count| *count += 1);
     }
 
     /// Whether there is a link to the head, if one is needed.
@@ -83,6 +99,7 @@ impl Loading {
     async fn load(self: Arc<Self>, name: String, config: Arc<Config>, in_parts: bool) {
         let mut told = String::new();
         let mut pause = TRY_AGAIN;
+        let mut looks = self.looks.subscribe();
         loop {
             let started = Instant::now();
             let loaded = match in_parts {
@@ -112,7 +129,10 @@ impl Loading {
                     }
                     self.lock().pending.insert(name.clone(), Some(text));
                     self.show();
-                    tokio::time::sleep(pause).await;
+                    tokio::select! {
+                        () = tokio::time::sleep(pause) => {}
+                        Ok(()) = looks.changed() => {}
+                    }
                     pause = (pause * 2).min(TRY_LATER);
                 }
             }
@@ -200,7 +220,12 @@ impl Loading {
 type Stamp = (u64, Option<SystemTime>);
 
 /// Serves what lies in the folder, and no longer what vanishes from it.
-async fn watch(folder: PathBuf, config: Arc<Config>, host: Arc<Host>) {
+async fn watch_folder(
+    folder: PathBuf,
+    config: Arc<Config>,
+    host: Arc<Host>,
+    mut looks: watch::Receiver<u64>,
+) {
     // By path: the stamp at the last look, and the name that it is served by.
     let mut known: BTreeMap<PathBuf, (Stamp, Option<String>)> = BTreeMap::new();
     let mut refused: BTreeMap<PathBuf, Stamp> = BTreeMap::new();
@@ -276,7 +301,10 @@ async fn watch(folder: PathBuf, config: Arc<Config>, host: Arc<Host>) {
         }
         refused.retain(|path, _| seen.contains_key(path));
         known = seen;
-        tokio::time::sleep(WATCH).await;
+        tokio::select! {
+            () = tokio::time::sleep(WATCH) => {}
+            Ok(()) = looks.changed() => refused.clear(),
+        }
     }
 }
 

@@ -7,11 +7,12 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use mesh_service::config::CommonArgs;
 use mesh_service::failure::describe;
+use mesh_service::reload::{self, Reloader};
 use mesh_service::shutdown::Shutdown;
 use mesh_service::{ask, telemetry};
 use mesh_worker::config::WorkerFlags;
 use mesh_worker::templates::{self, Templates};
-use mesh_worker::{Config, Worker};
+use mesh_worker::{Config, Live, Worker};
 
 /// A HydraMesh worker: loads models and answers what the head gives it.
 #[derive(Debug, Parser)]
@@ -95,11 +96,26 @@ fn run(args: &Args) -> anyhow::Result<()> {
         loaded.report(&args.common)?;
         return Ok(());
     }
-    telemetry::init("worker", &args.common)?;
+    telemetry::init("worker", &args.common, loaded.value.log_level.as_deref())?;
     runtime.block_on(async {
         let shutdown = Shutdown::on_signals(loaded.value.drain_limit)?;
         let templates = Templates::apart(std::env::current_exe()?);
-        let worker = Worker::start_with(loaded.value, templates, shutdown).await?;
+        let (common, flags) = (args.common.clone(), args.flags.clone());
+        let again = common.clone();
+        let mut reloader = Reloader::new(&loaded.value, move || {
+            let config = Config::load(&again, &flags)?.value;
+            config.check()?;
+            telemetry::check(config.log_level.as_deref())?;
+            Ok(config)
+        })?;
+        let worker = Worker::start_with(loaded.value, templates, shutdown.clone()).await?;
+        let live = worker.live().clone();
+        tokio::spawn(reload::follow(shutdown, move || {
+            let level = |config: &Config| config.log_level.clone();
+            reloader.reload(&Live::KEYS, &common, level, |config, report| {
+                live.reload(config, report);
+            })
+        }));
         worker.wait().await?;
         Ok(())
     })

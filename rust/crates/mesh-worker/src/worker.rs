@@ -1,7 +1,7 @@
 //! The running worker: its sockets, its models, its tasks, and how all of it ends.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use mesh_base::addresses::Preferred;
@@ -12,6 +12,7 @@ use mesh_service::health::{self, Health};
 use mesh_service::http;
 use mesh_service::metrics::Metrics;
 use mesh_service::notify::{self, Heart, Watchdog};
+use mesh_service::reload::Report;
 use mesh_service::shutdown::{Drained, Shutdown};
 use tokio::net::{TcpListener, UdpSocket};
 use tokio::task::JoinHandle;
@@ -35,6 +36,7 @@ pub struct Worker;
 /// A running worker.
 pub struct WorkerHandle {
     addresses: Addresses,
+    live: Live,
     shutdown: Shutdown,
     task: JoinHandle<Result<(), WorkerError>>,
 }
@@ -113,7 +115,13 @@ impl Worker {
         notify::ready();
         tracing::info!(seconds = started.elapsed().as_secs_f64(), "ready to work");
 
+        let live = Live {
+            config: Arc::new(RwLock::new((*config).clone())),
+            identity: Arc::default(),
+            loading: loading.clone(),
+        };
         let running = Running {
+            live: live.clone(),
             heart: watchdog.register("housekeeping", STUCK),
             answers: TaskTracker::new(),
             dcf: Arc::new(sockets.dcf),
@@ -130,6 +138,7 @@ impl Worker {
         let task = tokio::spawn(running.run(identity));
         Ok(WorkerHandle {
             addresses: bound,
+            live,
             shutdown,
             task,
         })
@@ -140,6 +149,11 @@ impl WorkerHandle {
     /// The bound addresses: `http` and `dcf`.
     pub fn addresses(&self) -> &Addresses {
         &self.addresses
+    }
+
+    /// What can be changed while it runs.
+    pub fn live(&self) -> &Live {
+        &self.live
     }
 
     /// Drains and stops the worker; running answers finish within the configured limit.
@@ -153,6 +167,31 @@ impl WorkerHandle {
         self.task
             .await
             .unwrap_or_else(|error| Err(WorkerError::Internal(error.to_string())))
+    }
+}
+
+/// What a running worker can change without a restart.
+#[derive(Clone)]
+pub struct Live {
+    /// The configuration whose reloadable keys are in effect.
+    config: Arc<RwLock<Config>>,
+    /// Known once the worker has joined.
+    identity: Arc<OnceLock<NodeIdentity>>,
+    loading: Arc<Loading>,
+}
+
+impl Live {
+    /// The keys of the configuration that [`Live::reload`] applies, besides `log_level`.
+    pub const KEYS: [&str; 1] = ["trusted_networks"];
+
+    /// Puts the reloadable keys of `fresh` into effect, reads the certificate again, and looks again for models: at the folder
+    /// of local ones, also for those that were refused, and for those that did not come so far.
+    pub fn reload(&self, fresh: &Config, report: &mut Report) {
+        if let Some(identity) = self.identity.get() {
+            report.step("certificate", identity.reload());
+        }
+        *self.config.write().unwrap_or_else(PoisonError::into_inner) = fresh.clone();
+        self.loading.look_again();
     }
 }
 
@@ -193,6 +232,7 @@ impl Sockets {
 /// A worker whose models are loaded.
 struct Running {
     config: Arc<Config>,
+    live: Live,
     head: Option<HeadPlace>,
     lan: Option<Lan>,
     host: Arc<Host>,
@@ -276,8 +316,10 @@ impl Running {
         PlainDcf {
             socket: self.dcf.clone(),
             config: self.config.clone(),
+            live: self.live.config.clone(),
             host: self.host.clone(),
             counters: self.counters.clone(),
+            shutdown: self.shutdown.clone(),
             answers: self.answers.clone(),
         }
     }
@@ -287,7 +329,7 @@ impl Running {
         identity: Option<NodeIdentity>,
     ) -> impl Future<Output = Result<(), WorkerError>> + use<> {
         let Some(head) = self.head.clone() else {
-            // A v5.0.0 head is served without a link.
+            // A head of DCF v5 is served without a link.
             self.loading.linked(true);
             return futures::future::Either::Left(std::future::ready(Ok(())));
         };
@@ -304,6 +346,7 @@ impl Running {
             answers: self.answers.clone(),
             instance: crate::backoff::unique(),
             stop: self.stop.clone(),
+            known: self.live.identity.clone(),
         };
         futures::future::Either::Right(link.run(identity))
     }

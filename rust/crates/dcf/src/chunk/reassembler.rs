@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     hash::Hash,
+    net::{IpAddr, Ipv6Addr},
     time::{Duration, Instant},
 };
 
@@ -38,24 +39,66 @@ impl Default for Limits {
 /// Collects Chunks of many messages at once, each named by a key (usually source address and sequence).
 ///
 /// Memory follows what has arrived, never what a Chunk announces. When a limit is reached, the payload that has gone
-/// longest without a new Chunk makes room: what still moves is worth more than what has stalled.
+/// longest without a new Chunk makes room: what still moves is worth more than what has stalled. With
+/// [`Reassembler::by_source`] it is one of the source that holds the most bytes, and no source holds more than its share,
+/// so that one sender of endless Chunks disturbs only itself.
 ///
 /// A Chunk that comes after its payload was completed begins a new one, which then times out; whoever needs to tell
 /// repeats apart does so by the key.
 #[derive(Debug)]
 pub struct Reassembler<K> {
     limits: Limits,
+    sources: Option<Sources<K>>,
     pending: HashMap<K, Pending>,
     bytes: usize,
     evicted: u64,
 }
 
+/// Who sent what, and how much of it may be held.
+#[derive(Debug)]
+struct Sources<K> {
+    of: fn(&K) -> IpAddr,
+    share: Share,
+}
+
+/// What unfinished payloads of one source may take of a [`Reassembler`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// Unfinished payloads at once.
+    pub messages: usize,
+    /// Bytes, bookkeeping included.
+    pub bytes: usize,
+}
+
+impl Limits {
+    /// Half of everything: one source cannot keep all others out.
+    #[must_use]
+    pub const fn half(&self) -> Share {
+        Share {
+            messages: self.max_messages.div_ceil(2),
+            bytes: self.max_bytes / 2,
+        }
+    }
+}
+
 impl<K: Hash + Eq + Clone> Reassembler<K> {
-    /// An empty one.
+    /// An empty one that knows no sources.
     #[must_use]
     pub fn new(limits: Limits) -> Self {
+        Self::with_sources(limits, None)
+    }
+
+    /// An empty one in which each source has at most `share`; `of` says from where a key's payload comes. Addresses of one
+    /// IPv6 /64 are one source.
+    #[must_use]
+    pub fn by_source(limits: Limits, share: Share, of: fn(&K) -> IpAddr) -> Self {
+        Self::with_sources(limits, Some(Sources { of, share }))
+    }
+
+    fn with_sources(limits: Limits, sources: Option<Sources<K>>) -> Self {
         Self {
             limits,
+            sources,
             pending: HashMap::new(),
             bytes: 0,
             evicted: 0,
@@ -91,10 +134,15 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
             + chunk.data.len();
         let cost = PIECE_OVERHEAD + chunk.data.len();
         let own_bytes = self.pending.get(&key).map_or(0, Pending::bytes) + cost;
-        let limit = self.limits.max_payload.min(self.limits.max_bytes);
+        let share = self.sources.as_ref().map(|sources| sources.share);
+        let max_bytes = share.map_or(self.limits.max_bytes, |share| {
+            share.bytes.min(self.limits.max_bytes)
+        });
+        let limit = self.limits.max_payload.min(max_bytes);
         if payload_len > self.limits.max_payload
-            || own_bytes > self.limits.max_bytes
+            || own_bytes > max_bytes
             || self.limits.max_messages == 0
+            || share.is_some_and(|share| share.messages == 0)
         {
             self.forget(&key);
             return Err(ChunkError::TooLarge {
@@ -170,20 +218,74 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
 
     fn make_room(&mut self, key: &K, cost: usize) {
         let is_new = !self.pending.contains_key(key);
+        if let Some(&Sources { of, share }) = self.sources.as_ref() {
+            let source = network_of(of(key));
+            loop {
+                let held = self.held_by(of, source);
+                if held.bytes + cost <= share.bytes && !(is_new && held.messages >= share.messages)
+                {
+                    break;
+                }
+                if !self.evict(key, Some((of, source))) {
+                    break;
+                }
+            }
+        }
         while self.bytes + cost > self.limits.max_bytes
             || (is_new && self.pending.len() >= self.limits.max_messages)
         {
-            let stalest = self
-                .pending
-                .iter()
-                .filter(|(other, _)| *other != key)
-                .min_by_key(|(_, pending)| pending.touched);
-            let Some(stalest) = stalest.map(|(other, _)| other.clone()) else {
+            let largest = self
+                .sources
+                .as_ref()
+                .and_then(|sources| self.largest_source(key, sources.of));
+            if !self.evict(key, largest) {
                 return;
-            };
-            self.forget(&stalest);
-            self.evicted += 1;
+            }
         }
+    }
+
+    /// Drops the stalest payload but that of `key`, among those of one source where it is given; false if there is none.
+    fn evict(&mut self, key: &K, from: Option<(fn(&K) -> IpAddr, IpAddr)>) -> bool {
+        let stalest = self
+            .pending
+            .iter()
+            .filter(|(other, _)| *other != key)
+            .filter(|(other, _)| from.is_none_or(|(of, source)| network_of(of(other)) == source))
+            .min_by_key(|(_, pending)| pending.touched)
+            .map(|(other, _)| other.clone());
+        let Some(stalest) = stalest else {
+            return false;
+        };
+        self.forget(&stalest);
+        self.evicted += 1;
+        true
+    }
+
+    /// The source that holds the most bytes, `key` aside.
+    fn largest_source(&self, key: &K, of: fn(&K) -> IpAddr) -> Option<(fn(&K) -> IpAddr, IpAddr)> {
+        let mut held: HashMap<IpAddr, usize> = HashMap::new();
+        for (other, pending) in self.pending.iter().filter(|(other, _)| *other != key) {
+            *held.entry(network_of(of(other))).or_default() += pending.bytes();
+        }
+        let largest = held.into_iter().max_by_key(|(_, bytes)| *bytes);
+        largest.map(|(source, _)| (of, source))
+    }
+
+    fn held_by(&self, of: fn(&K) -> IpAddr, source: IpAddr) -> Share {
+        let own = self
+            .pending
+            .iter()
+            .filter(|(key, _)| network_of(of(key)) == source);
+        own.fold(
+            Share {
+                messages: 0,
+                bytes: 0,
+            },
+            |sum, (_, pending)| Share {
+                messages: sum.messages + 1,
+                bytes: sum.bytes + pending.bytes(),
+            },
+        )
     }
 
     fn forget(&mut self, key: &K) -> Option<Pending> {
@@ -230,6 +332,17 @@ impl Pending {
             return Err(ChunkError::Corrupt { total: self.total });
         }
         Ok(payload.into())
+    }
+}
+
+/// The network whose addresses count as one source: an IPv6 host usually has a whole /64 to itself.
+fn network_of(source: IpAddr) -> IpAddr {
+    match source.to_canonical() {
+        IpAddr::V6(v6) => {
+            let [a, b, c, d, ..] = v6.segments();
+            Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0).into()
+        }
+        v4 @ IpAddr::V4(_) => v4,
     }
 }
 

@@ -36,7 +36,11 @@ async fn main() -> Result<()> {
 }
 
 async fn round_trip_to_an_echo(tasks: u32) -> Result<()> {
-    let mesh = Mesh::builder().shim().start().await?;
+    let mesh = Mesh::builder()
+        .head_config("[dcf]\nlegacy_workers = true\n")
+        .shim()
+        .start()
+        .await?;
     let answer = |task: &mesh_testkit::v5::Datagram| Some(task.payload.clone());
     let _behind_the_head = V5Worker::start(
         mesh.head.address("dcf.workers")?,

@@ -10,10 +10,18 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use dcf::Message;
+use dcf::{Message, Version};
 
-/// Names a task: where it came from and its sequence there.
-pub type TaskKey = (SocketAddr, u32);
+/// Names a task. The same sequence in another version is another task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TaskKey {
+    /// Where it came from.
+    pub client: SocketAddr,
+    /// In which version it came, and in which it is answered.
+    pub version: Version,
+    /// Its sequence there.
+    pub sequence: u32,
+}
 
 /// What is kept of finished tasks.
 #[derive(Debug, Clone, Copy)]
@@ -189,7 +197,11 @@ mod tests {
     };
 
     fn key(port: u16, sequence: u32) -> TaskKey {
-        (SocketAddr::from(([127, 0, 0, 1], port)), sequence)
+        TaskKey {
+            client: SocketAddr::from(([127, 0, 0, 1], port)),
+            version: Version::V5_0,
+            sequence,
+        }
     }
 
     fn answer(text: &str) -> Message {
@@ -214,8 +226,13 @@ mod tests {
             dedup.task(key(1, 7), b"hi", now),
             Seen::Answered(answer("there"))
         );
-        // Another client with the same sequence is another task.
+        // Another client with the same sequence is another task, and so is another version.
         new_run(&mut dedup, key(2, 7), b"hi", now);
+        let newer = TaskKey {
+            version: Version::V5_1,
+            ..key(1, 7)
+        };
+        new_run(&mut dedup, newer, b"hi", now);
     }
 
     #[test]

@@ -9,8 +9,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use dcf::Message;
 use dcf::chunk::Split;
+use dcf::{Message, Version};
 
 use crate::core::dedup::TaskKey;
 
@@ -65,6 +65,7 @@ struct Queue {
 
 #[derive(Debug)]
 struct Sending {
+    version: Version,
     sequence: u32,
     chunks: Split,
     /// Of the whole payload, as counted in [`Outbox::bytes`].
@@ -88,13 +89,13 @@ impl Outbox {
             return Added::Full;
         }
         let first = self.queues.is_empty();
-        let (receiver, sequence) = key;
-        let queue = self.queues.entry(receiver).or_insert_with(|| Queue {
+        let queue = self.queues.entry(key.client).or_insert_with(|| Queue {
             answers: VecDeque::new(),
             due: now,
         });
         queue.answers.push_back(Sending {
-            sequence,
+            version: key.version,
+            sequence: key.sequence,
             chunks,
             bytes,
         });
@@ -103,27 +104,27 @@ impl Outbox {
     }
 
     /// Whether the answer to this task is on its way.
-    pub fn is_sending(&self, (receiver, sequence): TaskKey) -> bool {
-        let queue = self.queues.get(&receiver);
-        queue.is_some_and(|queue| queue.answers.iter().any(|of| of.sequence == sequence))
+    pub fn is_sending(&self, key: TaskKey) -> bool {
+        let queue = self.queues.get(&key.client);
+        queue.is_some_and(|queue| queue.answers.iter().any(|of| of.answers(key)))
     }
 
     /// Sends no more of the answer to this task.
-    pub fn remove(&mut self, (receiver, sequence): TaskKey) {
-        let Some(queue) = self.queues.get_mut(&receiver) else {
+    pub fn remove(&mut self, key: TaskKey) {
+        let Some(queue) = self.queues.get_mut(&key.client) else {
             return;
         };
-        if let Some(at) = queue.answers.iter().position(|of| of.sequence == sequence) {
+        if let Some(at) = queue.answers.iter().position(|of| of.answers(key)) {
             let removed = queue.answers.remove(at);
             self.bytes -= removed.map_or(0, |sending| sending.bytes);
         }
     }
 
-    /// Gives every Chunk that is to go now to `send`. Returns when to ask again; `None` if there is nothing left.
+    /// Gives every Chunk that is to go now to `send`, with its receiver and the version to send it in. Returns when to ask again; `None` if there is nothing left.
     pub fn due(
         &mut self,
         now: Instant,
-        mut send: impl FnMut(SocketAddr, Message),
+        mut send: impl FnMut(SocketAddr, Version, Message),
     ) -> Option<Instant> {
         let Limits { burst, pause, .. } = self.limits;
         for (&receiver, queue) in &mut self.queues {
@@ -137,7 +138,7 @@ impl Outbox {
                     break;
                 };
                 if let Some(chunk) = sending.chunks.next() {
-                    send(receiver, chunk);
+                    send(receiver, sending.version, chunk);
                 }
                 if sending.chunks.len() == 0 {
                     self.bytes -= sending.bytes;
@@ -150,6 +151,13 @@ impl Outbox {
         self.queues
             .retain(|_, queue| queue.due > now || !queue.answers.is_empty());
         self.queues.values().map(|queue| queue.due).min()
+    }
+}
+
+impl Sending {
+    /// Whether it is an answer to this task of its receiver.
+    fn answers(&self, key: TaskKey) -> bool {
+        (self.version, self.sequence) == (key.version, key.sequence)
     }
 }
 
@@ -166,19 +174,23 @@ mod tests {
     };
 
     fn key(port: u16, sequence: u32) -> TaskKey {
-        (SocketAddr::from(([127, 0, 0, 1], port)), sequence)
+        TaskKey {
+            client: SocketAddr::from(([127, 0, 0, 1], port)),
+            version: Version::V5_0,
+            sequence,
+        }
     }
 
     fn add(outbox: &mut Outbox, key: TaskKey, chunks: usize, now: Instant) -> Added {
-        let payload = vec![key.1 as u8; chunks * MAX_DATA];
-        let split = chunk::split(key.1, 0, payload.into()).expect("fits");
+        let payload = vec![key.sequence as u8; chunks * MAX_DATA];
+        let split = chunk::split(key.sequence, 0, payload.into()).expect("fits");
         outbox.add(key, split, chunks * MAX_DATA, now)
     }
 
     /// What goes at `now`, as port, sequence and index, and when to ask again.
     fn due(outbox: &mut Outbox, now: Instant) -> (Vec<(u16, u32, u16)>, Option<Instant>) {
         let mut sent = Vec::new();
-        let next = outbox.due(now, |to, message| {
+        let next = outbox.due(now, |to, _, message| {
             let chunk = Chunk::parse(&message.payload).expect("a Chunk");
             sent.push((to.port(), message.sequence, chunk.index));
         });

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use dcf::Version;
 use mesh_proto::{Hello, Load, ModelCard, ModelKind, ModelSpeed};
 
 /// Names a worker within this head's life; never reused.
@@ -21,8 +22,11 @@ pub enum Carrier {
         /// Lower-case hex.
         node_id: String,
     },
-    /// DCF v5.0.0 over UDP.
-    Legacy,
+    /// Plain DCF over UDP.
+    Legacy {
+        /// The version of its last heartbeat, in which it gets its tasks.
+        version: Version,
+    },
 }
 
 /// One model on one worker, with the speeds the head believes in.
@@ -193,13 +197,21 @@ impl Worker {
     pub fn node_id(&self) -> Option<&str> {
         match &self.carrier {
             Carrier::Mesh { node_id } => Some(node_id),
-            Carrier::Legacy => None,
+            Carrier::Legacy { .. } => None,
         }
     }
 
-    /// Whether it is a v5.0.0 worker.
+    /// Whether it is a worker without an identity: one of DCF v5.0.0 or v5.1.
     pub fn is_legacy(&self) -> bool {
-        self.carrier == Carrier::Legacy
+        self.legacy_version().is_some()
+    }
+
+    /// The version of DCF that it speaks, if it is a worker without an identity.
+    pub fn legacy_version(&self) -> Option<Version> {
+        match self.carrier {
+            Carrier::Mesh { .. } => None,
+            Carrier::Legacy { version } => Some(version),
+        }
     }
 }
 
@@ -271,10 +283,11 @@ impl Registry {
         (id, replaced)
     }
 
-    /// A heartbeat of a v5.0.0 worker that takes tasks at `address`. True means that it is new.
+    /// A heartbeat of a worker without an identity that takes tasks at `address`. True means that it is new.
     pub fn legacy_heartbeat(
         &mut self,
         address: SocketAddr,
+        version: Version,
         now: Instant,
     ) -> Option<(WorkerId, bool)> {
         let mut legacy = self
@@ -283,6 +296,7 @@ impl Registry {
             .filter(|worker| worker.is_legacy());
         if let Some(worker) = legacy.find(|worker| worker.address == address) {
             worker.last_seen = now;
+            worker.carrier = Carrier::Legacy { version };
             return Some((worker.id, false));
         }
         // Heartbeats carry no proof of who sent them, so their number must not decide how much memory they take.
@@ -297,7 +311,7 @@ impl Registry {
         }
         let id = self.insert(
             address.to_string(),
-            Carrier::Legacy,
+            Carrier::Legacy { version },
             address,
             String::new(),
             Vec::new(),
@@ -625,7 +639,9 @@ mod tests {
         let start = Instant::now();
         let mut registry = Registry::new(Duration::from_secs(10));
         let (mesh, _) = registry.join("aa", address(1), hello("one"), start);
-        let (legacy, new) = registry.legacy_heartbeat(address(2), start).unwrap();
+        let (legacy, new) = registry
+            .legacy_heartbeat(address(2), Version::V5_0, start)
+            .unwrap();
         assert!(new);
         registry.report(mesh, Load::default(), start + Duration::from_secs(5));
         assert!(
@@ -649,7 +665,9 @@ mod tests {
         let mut registry = Registry::new(Duration::from_secs(10));
         for beat in 0..20 {
             let now = start + Duration::from_secs(2 * beat);
-            let (_, new) = registry.legacy_heartbeat(address(2), now).unwrap();
+            let (_, new) = registry
+                .legacy_heartbeat(address(2), Version::V5_0, now)
+                .unwrap();
             assert_eq!(new, beat == 0);
             assert!(registry.prune(now).is_empty());
         }
@@ -756,7 +774,12 @@ mod tests {
         let start = Instant::now();
         let mut registry = Registry::new(Duration::from_secs(10));
         let accepted = (1..=5000)
-            .filter(|port| registry.legacy_heartbeat(address(*port), start).is_some())
+            .filter(|port| {
+                let at = address(*port);
+                registry
+                    .legacy_heartbeat(at, Version::V5_1, start)
+                    .is_some()
+            })
             .count();
         assert_eq!(accepted, LEGACY_WORKERS);
     }

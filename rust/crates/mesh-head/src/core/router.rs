@@ -119,9 +119,15 @@ impl Router {
             .collect();
         let untried = |worker: &&&Worker| !ask.avoid.contains(&worker.id);
         let any_untried = serving.iter().any(|worker| untried(&worker));
+        let candidate = |worker: &&&Worker| !any_untried || untried(worker);
+        // A worker without an identity is nobody's first choice, however fast it looks: a worker of the mesh is waited for.
+        let any_mesh = serving
+            .iter()
+            .any(|worker| candidate(&worker) && !worker.is_legacy());
         let open: Vec<(&Worker, Estimate)> = serving
             .iter()
-            .filter(|worker| !any_untried || untried(worker))
+            .filter(candidate)
+            .filter(|worker| !any_mesh || !worker.is_legacy())
             .filter(|worker| self.has_room(worker, ask, now))
             .map(|worker| (*worker, estimate(worker, ask, holder)))
             .collect();
@@ -260,6 +266,7 @@ const LONGEST_SECONDS: f64 = 86_400.0;
 
 #[cfg(test)]
 mod tests {
+    use dcf::Version;
     use mesh_proto::{Hello, Load, ModelCard};
 
     use super::*;
@@ -495,7 +502,7 @@ mod tests {
         let mut fleet = Fleet::new(&[]);
         fleet
             .registry
-            .legacy_heartbeat(([127, 0, 0, 1], 4000).into(), fleet.now)
+            .legacy_heartbeat(([127, 0, 0, 1], 4000).into(), Version::V5_1, fleet.now)
             .unwrap();
         assert_eq!(fleet.place(&ask()), Choice::Nobody);
         let plain = Ask {
@@ -505,6 +512,42 @@ mod tests {
         assert!(matches!(fleet.place(&plain), Choice::Worker(..)));
         assert!(matches!(fleet.place(&plain), Choice::Worker(..)));
         assert_eq!(fleet.place(&plain), Choice::Busy);
+    }
+
+    #[test]
+    fn a_legacy_worker_is_never_preferred_to_a_mesh_worker() {
+        let mut fleet = Fleet::new(&[1.0]);
+        let (legacy, _) = fleet
+            .registry
+            .legacy_heartbeat(([127, 0, 0, 1], 4000).into(), Version::V5_0, fleet.now)
+            .unwrap();
+        // As fast as it can claim to be, and the mesh worker as slow as can be.
+        fleet.registry.get_mut(legacy).unwrap().task_seconds = 1e-9;
+        let plain = Ask {
+            legacy: true,
+            ..ask()
+        };
+        let mesh = fleet.worker(&plain);
+        assert_ne!(mesh, legacy.0);
+        for _ in 0..4 {
+            assert_eq!(fleet.worker(&plain), mesh);
+        }
+        assert_eq!(
+            fleet.place(&plain),
+            Choice::Busy,
+            "it is waited for when it is full"
+        );
+        let failed = Ask {
+            avoid: vec![WorkerId(mesh)],
+            ..plain.clone()
+        };
+        assert_eq!(
+            fleet.worker(&failed),
+            legacy.0,
+            "a task that failed there may go on"
+        );
+        fleet.registry.leave(WorkerId(mesh), fleet.now);
+        assert_eq!(fleet.worker(&plain), legacy.0);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::StatusCode;
+use dcf::Version;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -202,7 +203,7 @@ fn describe(worker: &Worker, round_trip_ms: Option<f64>, offers: bool, now: Inst
     json!({
         "id": worker.id.0,
         "name": worker.name,
-        "kind": if worker.is_legacy() { "v5.0.0" } else { "mesh" },
+        "kind": worker.legacy_version().map_or("mesh", Version::name),
         "state": state,
         "node_id": worker.node_id(),
         "address": worker.address,

@@ -5,7 +5,7 @@ use std::fmt;
 use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use axum::http::{HeaderMap, header};
 use sha2::{Digest, Sha256};
@@ -13,11 +13,15 @@ use subtle::{Choice, ConstantTimeEq};
 
 use crate::core::fair::Origin;
 
-/// The keys of one head. Only their hashes are held.
+/// The keys of one head. Only their hashes are held. Clones share them, so that keys that are read again count everywhere.
 #[derive(Clone)]
-pub struct Keys {
+pub struct Keys(Arc<RwLock<Known>>);
+
+#[derive(PartialEq)]
+struct Known {
     admin: KeyHash,
-    api: Vec<KeyHash>,
+    /// Each with a number that it keeps for as long as it is known.
+    api: Vec<(KeyHash, usize)>,
 }
 
 type KeyHash = [u8; 32];
@@ -65,6 +69,70 @@ impl Keys {
     /// # Errors
     /// [`KeysError`] names the file.
     pub fn load(state_dir: &Path, api_keys_file: Option<&Path>) -> Result<Self, KeysError> {
+        let known = Known::read(state_dir, api_keys_file, &[])?;
+        Ok(Self(Arc::new(RwLock::new(known))))
+    }
+
+    /// Reads them again; true if they have changed. Requests under way are not touched.
+    ///
+    /// # Errors
+    /// [`KeysError`] names the file. The keys stay as they were.
+    pub fn reload(
+        &self,
+        state_dir: &Path,
+        api_keys_file: Option<&Path>,
+    ) -> Result<bool, KeysError> {
+        let fresh = Known::read(state_dir, api_keys_file, &self.known().api)?;
+        let changed = *self.known() != fresh;
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = fresh;
+        Ok(changed)
+    }
+
+    fn known(&self) -> RwLockReadGuard<'_, Known> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whom these headers prove.
+    ///
+    /// # Errors
+    /// `Denied` where a key is needed and is missing, and wherever one is sent that is wrong and keys are in use.
+    pub fn caller(&self, headers: &HeaderMap) -> Result<Caller, Denied> {
+        let known = self.known();
+        let Some(key) = bearer(headers) else {
+            return if known.api.is_empty() {
+                Ok(Caller::Anyone)
+            } else {
+                Err(Denied::Missing)
+            };
+        };
+        let presented = hash(key);
+        if bool::from(presented.ct_eq(&known.admin)) {
+            return Ok(Caller::Admin);
+        }
+        // All of them are compared, so that the time tells nothing about which one matched.
+        let mut found = None;
+        for (hash, number) in &known.api {
+            let same: Choice = presented.ct_eq(hash);
+            if bool::from(same) {
+                found = Some(*number);
+            }
+        }
+        match found {
+            Some(number) => Ok(Caller::Key(number)),
+            // Clients insist on sending some key even where none is needed.
+            None if known.api.is_empty() => Ok(Caller::Anyone),
+            None => Err(Denied::Wrong),
+        }
+    }
+}
+
+impl Known {
+    /// Reads the keys. Those that are among `before` keep their numbers, and no other key gets one of those.
+    fn read(
+        state_dir: &Path,
+        api_keys_file: Option<&Path>,
+        before: &[(KeyHash, usize)],
+    ) -> Result<Self, KeysError> {
         let admin = hash(&load_or_create_admin_key(&state_dir.join(ADMIN_KEY_FILE))?);
         let mut api = Vec::new();
         if let Some(path) = api_keys_file {
@@ -73,48 +141,23 @@ impl Keys {
                 error,
             })?;
             let lines = text.lines().map(str::trim);
-            api.extend(
-                lines
-                    .filter(|line| !line.is_empty() && !line.starts_with('#'))
-                    .map(hash),
-            );
+            let keys = lines.filter(|line| !line.is_empty() && !line.starts_with('#'));
+            let mut next = before
+                .iter()
+                .map(|(_, number)| number + 1)
+                .max()
+                .unwrap_or(0);
+            for key in keys.map(hash) {
+                let old = before.iter().find(|(known, _)| *known == key);
+                let number = old.map_or(next, |(_, number)| *number);
+                next = next.max(number + 1);
+                api.push((key, number));
+            }
             if api.is_empty() {
                 return Err(KeysError::Empty(path.into()));
             }
         }
         Ok(Self { admin, api })
-    }
-
-    /// Whom these headers prove.
-    ///
-    /// # Errors
-    /// `Denied` where a key is needed and is missing, and wherever one is sent that is wrong and keys are in use.
-    pub fn caller(&self, headers: &HeaderMap) -> Result<Caller, Denied> {
-        let Some(key) = bearer(headers) else {
-            return if self.api.is_empty() {
-                Ok(Caller::Anyone)
-            } else {
-                Err(Denied::Missing)
-            };
-        };
-        let presented = hash(key);
-        if bool::from(presented.ct_eq(&self.admin)) {
-            return Ok(Caller::Admin);
-        }
-        // All of them are compared, so that the time tells nothing about which one matched.
-        let mut found = None;
-        for (number, known) in self.api.iter().enumerate() {
-            let same: Choice = presented.ct_eq(known);
-            if bool::from(same) {
-                found = Some(number);
-            }
-        }
-        match found {
-            Some(number) => Ok(Caller::Key(number)),
-            // Clients insist on sending some key even where none is needed.
-            None if self.api.is_empty() => Ok(Caller::Anyone),
-            None => Err(Denied::Wrong),
-        }
     }
 }
 
@@ -207,7 +250,7 @@ impl Drop for Pass {
 impl fmt::Debug for Keys {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Keys")
-            .field("api", &self.api.len())
+            .field("api", &self.known().api.len())
             .finish_non_exhaustive()
     }
 }
@@ -274,6 +317,25 @@ mod tests {
         assert_eq!(keys.caller(&headers("Bearer sk-three")), Err(Denied::Wrong));
         assert_eq!(keys.caller(&headers("Basic sk-one")), Err(Denied::Missing));
         assert_eq!(keys.caller(&HeaderMap::new()), Err(Denied::Missing));
+    }
+
+    #[test]
+    fn keys_that_are_read_again_count_at_once_and_keep_their_numbers() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("keys");
+        std::fs::write(&file, "sk-one\nsk-two\n").unwrap();
+        let keys = Keys::load(dir.path(), Some(&file)).unwrap();
+        let shared = keys.clone();
+        assert!(!keys.reload(dir.path(), Some(&file)).unwrap());
+        std::fs::write(&file, "sk-three\nsk-two\n").unwrap();
+        assert!(keys.reload(dir.path(), Some(&file)).unwrap());
+        let caller = |key: &str| shared.caller(&headers(&format!("Bearer {key}")));
+        assert_eq!(caller("sk-one"), Err(Denied::Wrong));
+        assert_eq!(caller("sk-two"), Ok(Caller::Key(1)));
+        assert_eq!(caller("sk-three"), Ok(Caller::Key(2)));
+        std::fs::write(&file, "").unwrap();
+        assert!(keys.reload(dir.path(), Some(&file)).is_err());
+        assert_eq!(caller("sk-two"), Ok(Caller::Key(1)), "the old ones stay");
     }
 
     #[test]

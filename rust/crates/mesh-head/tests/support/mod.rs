@@ -617,15 +617,37 @@ impl DcfPeer {
     }
 
     pub(crate) async fn receive_within(&self, limit: Duration) -> Option<(u8, u32, Vec<u8>)> {
-        let mut buffer = vec![0; 65_536];
-        let (len, _) = tokio::time::timeout(limit, self.socket.recv_from(&mut buffer))
-            .await
-            .ok()?
-            .unwrap();
+        let buffer = self.receive_raw(limit).await?;
+        let len = buffer.len();
         let sequence = u32::from_be_bytes(buffer[1..5].try_into().unwrap());
         let payload_len = u32::from_be_bytes(buffer[13..17].try_into().unwrap()) as usize;
         assert_eq!(len, 17 + payload_len);
         Some((buffer[0], sequence, buffer[17..len].to_vec()))
+    }
+
+    pub(crate) async fn receive_raw(&self, limit: Duration) -> Option<Vec<u8>> {
+        let mut buffer = vec![0; 65_536];
+        let received = tokio::time::timeout(limit, self.socket.recv_from(&mut buffer)).await;
+        let (len, _) = received.ok()?.unwrap();
+        buffer.truncate(len);
+        Some(buffer)
+    }
+
+    /// Kind, sequence and payload of the next datagram, which is of v5.1.
+    pub(crate) async fn receive_new(&self) -> (u8, u32, Vec<u8>) {
+        let received = self.receive_raw(Duration::from_secs(10)).await;
+        let bytes = received.expect("a datagram within 10 s");
+        assert_eq!(bytes[0], 0x51, "{bytes:?}");
+        let sequence = u32::from_be_bytes(bytes[2..6].try_into().unwrap());
+        let payload_len = u32::from_be_bytes(bytes[14..18].try_into().unwrap()) as usize;
+        assert_eq!(bytes.len(), 18 + payload_len);
+        (bytes[1], sequence, bytes[18..].to_vec())
+    }
+
+    /// Sends a v5.1 datagram.
+    pub(crate) async fn send_new(&self, kind: u8, sequence: u32, payload: &[u8]) {
+        let bytes = [&[0x51], &datagram(kind, sequence, payload)[..]].concat();
+        self.send_raw(&bytes).await;
     }
 
     pub(crate) async fn nothing_comes(&self) {

@@ -172,6 +172,36 @@ impl NodeIdentity {
         Ok(())
     }
 
+    /// Takes the certificate in the state directory into use, if another one lies there now. It must be for this node's key,
+    /// of the same root, mesh and role; anything else needs a restart. True if it was another one.
+    pub fn reload(&self) -> Result<bool, TrustError> {
+        let stored = Self::load(&self.inner.dir)?;
+        let (old, new) = (self.current(), stored.current());
+        if old.certified.cert[0] == new.certified.cert[0] {
+            return Ok(false);
+        }
+        let same = |of: &Self, member: &Member| {
+            (
+                of.root_sha256(),
+                member.node_id.clone(),
+                member.mesh.clone(),
+                member.role,
+            )
+        };
+        if same(self, &old.member) != same(&stored, &new.member) {
+            return Err(TrustError::Mismatch(
+                "the identity in the state directory is another node's; restart to use it"
+                    .to_owned(),
+            ));
+        }
+        *self
+            .inner
+            .current
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = new;
+        Ok(true)
+    }
+
     fn persist(&self, certificate: &CertificateDer<'_>) -> Result<(), TrustError> {
         files::replace(
             &self.inner.dir.join(names::NODE_CERTIFICATE),
@@ -321,4 +351,49 @@ fn pem(certificate: &CertificateDer<'_>) -> String {
     }
     text.push_str("-----END CERTIFICATE-----\n");
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::trust::{Admission, Authority, Validity};
+
+    #[test]
+    fn a_certificate_that_was_replaced_on_disk_is_taken_into_use_if_it_is_this_nodes() {
+        let now = SystemTime::now();
+        let dir = tempfile::tempdir().expect("a folder");
+        let authority = Authority::open(dir.path(), "test", Validity::default()).expect("a root");
+        let identity = authority
+            .head_identity(dir.path(), "head", now)
+            .expect("an identity");
+        assert!(!identity.reload().expect("nothing new"));
+
+        // Somebody else renews it: another process, or an operator.
+        let other = NodeIdentity::load(dir.path()).expect("the same identity");
+        let request = other.request().expect("a request");
+        let chain = authority
+            .renew(&other.member(), &request, now)
+            .expect("a certificate");
+        other.install(chain).expect("stored");
+        let in_use = identity.current().certified.cert[0].clone();
+        assert!(identity.reload().expect("the new one"));
+        assert_ne!(identity.current().certified.cert[0], in_use);
+        assert_eq!(identity.member().not_after, other.member().not_after);
+
+        let elsewhere = tempfile::tempdir().expect("a folder");
+        let stranger = Authority::open(elsewhere.path(), "test", Validity::default())
+            .expect("a root")
+            .head_identity(elsewhere.path(), "head", now);
+        stranger.expect("an identity");
+        for file in [
+            names::ROOT_CERTIFICATE,
+            names::NODE_CERTIFICATE,
+            names::NODE_KEY,
+        ] {
+            std::fs::copy(elsewhere.path().join(file), dir.path().join(file)).expect("copied");
+        }
+        let error = identity.reload().expect_err("another node's");
+        assert!(error.to_string().contains("restart"), "{error}");
+        assert_eq!(identity.member().node_id, other.member().node_id);
+    }
 }

@@ -37,6 +37,7 @@ use serde::de::DeserializeOwned;
 pub use error::ConfigError;
 pub use tree::Origin;
 use tree::Tree;
+pub(crate) use tree::join;
 
 use crate::telemetry::LogFormat;
 

@@ -187,7 +187,7 @@ impl Tree {
 }
 
 /// `prefix.name`, or `name` at the root.
-pub(super) fn join(prefix: &str, name: &str) -> String {
+pub(crate) fn join(prefix: &str, name: &str) -> String {
     if prefix.is_empty() {
         name.to_owned()
     } else {

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use dcf::{DecodeError, ErrorCode, HEADER_LEN, Header, MsgType};
+use dcf::{DecodeError, ErrorCode, MsgType, Version};
 
 use super::{
     Bridge, Drain, FromClient, Reply,
@@ -14,7 +14,7 @@ use super::{
     limiter::Verdict,
     retain::Chain,
     tasks::{State, Task, TaskId},
-    wire::{chunk_position, set_sequence},
+    wire::{Frame, chunk_position, set_sequence},
 };
 use crate::{
     config::Admit,
@@ -30,10 +30,13 @@ impl Bridge {
         reply: &mut Reply,
     ) -> FromClient {
         let stats = Arc::clone(&self.stats);
-        let header = match check_client_datagram(&stats.drops, client, datagram) {
-            Ok(header) => header,
+        let frame = match check_client_datagram(&stats.drops, client, datagram) {
+            Ok(frame) => frame,
             Err(reason) => {
                 reason.count();
+                if std::ptr::eq(reason, &stats.drops.other_version) {
+                    self.warn_of_version(now, client, datagram);
+                }
                 return FromClient::Drop;
             }
         };
@@ -42,7 +45,7 @@ impl Bridge {
             stats.drops.rate_limited.count();
             return if tell && (trusted || self.is_verified(client, now)) {
                 reply.error(
-                    &header,
+                    &frame,
                     ErrorCode::RATE_LIMITED,
                     "too many datagrams from your address; slow down",
                 )
@@ -50,18 +53,27 @@ impl Bridge {
                 FromClient::Drop
             };
         }
-        if !trusted && let Some(outcome) = self.admit(now, client, &header, datagram, reply) {
+        if !trusted && let Some(outcome) = self.admit(now, client, &frame, datagram, reply) {
             return outcome;
         }
-        let datagram = &mut datagram[..HEADER_LEN + header.payload_len as usize];
-        match header.kind() {
-            MsgType::TASK | MsgType::CHUNK => self.on_task(now, client, &header, datagram, reply),
+        let datagram = &mut datagram[..frame.datagram_len()];
+        match frame.kind() {
+            MsgType::TASK | MsgType::CHUNK => self.on_task(now, client, &frame, datagram, reply),
             MsgType::HEALTH if self.heads.reachable(now) => {
-                reply.answer(&header, MsgType::HEALTH, &[])
+                reply.answer(&frame, MsgType::HEALTH, &[])
             }
-            MsgType::HEALTH => reply.error(&header, ErrorCode::NO_WORKERS, NO_HEAD),
-            MsgType::CHALLENGE_REPLY => reply.answer(&header, MsgType::ACK, &[]),
-            _ => self.on_follow_up(client, &header, datagram),
+            MsgType::HEALTH => reply.error(&frame, ErrorCode::NO_WORKERS, NO_HEAD),
+            MsgType::CHALLENGE_REPLY => reply.answer(&frame, MsgType::ACK, &[]),
+            _ => self.on_follow_up(client, &frame, datagram),
+        }
+    }
+
+    /// Names a version that is not known here, at most once a minute.
+    fn warn_of_version(&mut self, now: Instant, client: SocketAddr, datagram: &[u8]) {
+        if self.warned.is_none_or(|at| now >= at + WARN_EVERY) {
+            self.warned = Some(now);
+            let version = datagram.first().copied().unwrap_or_default();
+            tracing::warn!(source = %client, "datagrams that begin with {version:#04x} are dropped: DCF v5.0.0 and v5.1 (0x51) are understood, and the client seems to speak another version");
         }
     }
 
@@ -70,7 +82,7 @@ impl Bridge {
         &mut self,
         now: Instant,
         client: SocketAddr,
-        header: &Header,
+        frame: &Frame,
         datagram: &[u8],
         reply: &mut Reply,
     ) -> Option<FromClient> {
@@ -79,27 +91,27 @@ impl Bridge {
             drops.untrusted.count();
             return Some(FromClient::Drop);
         }
-        if header.kind() == MsgType::CHALLENGE_REPLY {
-            let cookie = &datagram[HEADER_LEN..][..header.payload_len as usize];
+        if frame.kind() == MsgType::CHALLENGE_REPLY {
+            let cookie = frame.payload(datagram);
             if !self.cookies.check(cookie, client, now - self.started) {
                 drops.bad_cookie.count();
                 return Some(FromClient::Drop);
             }
             self.stats.traffic.verified.count();
             *self.verified.get_or_insert(client, now, now) = now;
-            return Some(reply.answer(header, MsgType::ACK, &[]));
+            return Some(reply.answer(frame, MsgType::ACK, &[]));
         }
         if self.is_verified(client, now) {
             return None;
         }
         // Never more bytes out than came in.
-        if datagram.len() < HEADER_LEN + COOKIE_LEN {
+        if datagram.len() < frame.version.header_len() + COOKIE_LEN {
             self.stats.drops.unverified.count();
             return Some(FromClient::Drop);
         }
         self.stats.traffic.challenges.count();
         let cookie = self.cookies.make(client, now - self.started);
-        Some(reply.answer(header, MsgType::CHALLENGE, &cookie))
+        Some(reply.answer(frame, MsgType::CHALLENGE, &cookie))
     }
 
     fn is_verified(&mut self, client: SocketAddr, now: Instant) -> bool {
@@ -114,28 +126,40 @@ impl Bridge {
         &mut self,
         now: Instant,
         client: SocketAddr,
-        header: &Header,
+        frame: &Frame,
         datagram: &mut [u8],
         reply: &mut Reply,
     ) -> FromClient {
         let drops = &self.stats.drops;
-        let known = self.tasks.find(client, header.sequence);
+        let known = self
+            .tasks
+            .find(client, frame.version, frame.header.sequence);
         if known.is_none() && self.drain != Drain::Serving {
             drops.draining.count();
             return reply.error(
-                header,
+                frame,
                 ErrorCode::DRAINING,
                 "the shim is shutting down; ask again in a moment",
             );
         }
         if !self.heads.reachable(now) {
             drops.no_head.count();
-            return reply.error(header, ErrorCode::NO_WORKERS, NO_HEAD);
+            return reply.error(frame, ErrorCode::NO_WORKERS, NO_HEAD);
         }
-        let Some(id) = known.or_else(|| self.open(now, client, header)) else {
+        let current = self.heads.current();
+        let upstream = self.heads.version_for(current, frame.version, now);
+        if frame.payload_len() > upstream.max_payload() {
+            drops.untranslated.count();
+            return reply.error(
+                frame,
+                ErrorCode::INVALID_PAYLOAD,
+                "the task is too long for a datagram of DCF v5.1",
+            );
+        }
+        let Some(id) = known.or_else(|| self.open(now, client, frame, upstream)) else {
             self.stats.drops.table_full.count();
             return reply.error(
-                header,
+                frame,
                 ErrorCode::WORKER_BUSY,
                 "the shim has no room for more tasks; ask again in a moment",
             );
@@ -144,7 +168,7 @@ impl Bridge {
             Some(id) if self.tasks.state(id) == State::Answered => self.reopen(now, id),
             _ => {}
         }
-        if header.kind() == MsgType::TASK {
+        if frame.kind() == MsgType::TASK {
             let traffic = &self.stats.traffic;
             if known.is_some() {
                 traffic.repeats.count()
@@ -152,31 +176,44 @@ impl Bridge {
                 traffic.tasks.count()
             }
         }
-
-        set_sequence(datagram, self.tasks.upstream_sequence(id));
-        let head = self.heads.current();
+        let message = frame.message(datagram);
+        set_sequence(message, self.tasks.upstream_sequence(id));
         let task = self.tasks.get_mut(id);
         // A repeated Task is retained already; every Chunk is a part of its own.
-        let is_new = header.kind() == MsgType::CHUNK || task.retained.len() == 0;
-        if is_new && !self.arena.append(&mut task.retained, datagram) {
+        let is_new = frame.kind() == MsgType::CHUNK || task.retained.len() == 0;
+        if is_new && !self.arena.append(&mut task.retained, message) {
             task.complete = false;
         }
-        if header.kind() == MsgType::TASK {
-            (task.head, task.epoch) = (head, self.heads.epoch(head));
+        if frame.kind() == MsgType::TASK {
+            // A head that has the task in one version takes it for another task in the other.
+            let same_head = task.head == current;
+            if !same_head || !self.heads.may_speak(current, task.upstream, now) {
+                task.upstream = upstream;
+            }
+            (task.head, task.epoch) = (current, self.heads.epoch(current));
         }
         FromClient::Forward {
             head: task.head,
             len: datagram.len(),
+            version: task.upstream,
         }
     }
 
-    fn open(&mut self, now: Instant, client: SocketAddr, header: &Header) -> Option<TaskId> {
+    fn open(
+        &mut self,
+        now: Instant,
+        client: SocketAddr,
+        frame: &Frame,
+        upstream: Version,
+    ) -> Option<TaskId> {
         let head = self.heads.current();
         self.tasks.open(Task {
             client,
-            sequence: header.sequence,
-            timestamp_us: header.timestamp_us,
+            version: frame.version,
+            sequence: frame.header.sequence,
+            timestamp_us: frame.header.timestamp_us,
             head,
+            upstream,
             epoch: self.heads.epoch(head),
             deadline: now + self.patience(),
             retained: Chain::EMPTY,
@@ -196,6 +233,9 @@ impl Bridge {
         self.tasks.set_state(id, State::Open, now + self.patience());
         let head = self.heads.current();
         let task = self.tasks.get_mut(id);
+        if task.head != head {
+            task.upstream = self.heads.version_for(head, task.version, now);
+        }
         (task.head, task.epoch) = (head, self.heads.epoch(head));
         (task.complete, task.chunked_answer, task.asked) = (true, false, false);
     }
@@ -204,44 +244,47 @@ impl Bridge {
     fn on_follow_up(
         &mut self,
         client: SocketAddr,
-        header: &Header,
+        frame: &Frame,
         datagram: &mut [u8],
     ) -> FromClient {
-        let Some(id) = self.tasks.find(client, header.sequence) else {
+        let sequence = frame.header.sequence;
+        let Some(id) = self.tasks.find(client, frame.version, sequence) else {
             self.stats.drops.no_task.count();
             return FromClient::Drop;
         };
-        set_sequence(datagram, self.tasks.upstream_sequence(id));
+        set_sequence(frame.message(datagram), self.tasks.upstream_sequence(id));
+        let task = self.tasks.get(id);
         FromClient::Forward {
-            head: self.tasks.get(id).head,
+            head: task.head,
             len: datagram.len(),
+            version: task.upstream,
         }
     }
 }
 
-/// The header if the datagram is a message that clients send, else what is to be counted.
+/// The frame if the datagram is a message that clients send, else what is to be counted.
 fn check_client_datagram<'a>(
     drops: &'a Drops,
     client: SocketAddr,
     datagram: &[u8],
-) -> Result<Header, &'a Counter> {
-    let header = Header::decode_checked(datagram).map_err(|error| match error {
+) -> Result<Frame, &'a Counter> {
+    let frame = Frame::decode(datagram).map_err(|error| match error {
         DecodeError::ShortHeader { .. } => &drops.short_header,
         DecodeError::Truncated { .. } => &drops.truncated,
         DecodeError::UnknownType(_) => &drops.unknown_type,
+        DecodeError::OtherVersion(_) => &drops.other_version,
     })?;
     if client.port() == 0 {
         return Err(&drops.bad_source);
     }
-    let payload = &datagram[HEADER_LEN..][..header.payload_len as usize];
-    match header.kind() {
+    match frame.kind() {
         MsgType::TASK
         | MsgType::ACK
         | MsgType::NACK
         | MsgType::CHUNK_ACK
         | MsgType::HEALTH
-        | MsgType::CHALLENGE_REPLY => Ok(header),
-        MsgType::CHUNK if chunk_position(payload).is_some() => Ok(header),
+        | MsgType::CHALLENGE_REPLY => Ok(frame),
+        MsgType::CHUNK if chunk_position(frame.payload(datagram)).is_some() => Ok(frame),
         MsgType::CHUNK => Err(&drops.bad_chunk),
         _ => Err(&drops.unexpected_type),
     }
@@ -250,3 +293,5 @@ fn check_client_datagram<'a>(
 const NO_HEAD: &str = "no head is reachable; ask again in a moment";
 /// How long a source counts as verified.
 const VERIFIED_FOR: Duration = Duration::from_secs(600);
+/// How often a source of an unknown version is named in the log.
+const WARN_EVERY: Duration = Duration::from_secs(60);

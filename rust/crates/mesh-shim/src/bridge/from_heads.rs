@@ -2,13 +2,17 @@
 
 use std::time::Instant;
 
-use dcf::{ErrorCode, HEADER_LEN, Header, MsgType};
+use bytes::Bytes;
+use dcf::{ErrorCode, MsgType, Version};
 
 use super::{
     Bridge, Destination, Drain, FromHead, Resend, Transmit,
     heads::HeadState,
     tasks::{State, Task, TaskId},
-    wire::{is_last_chunk, set_sequence, write_error, write_message},
+    translate::{Address, may_fit_one},
+    wire::{
+        Frame, chunk_position, is_last_chunk, set_payload_len, set_sequence, write_error, write_message,
+    },
 };
 
 impl Bridge {
@@ -18,15 +22,15 @@ impl Bridge {
         head: usize,
         datagram: &mut [u8],
     ) -> FromHead {
-        let Ok(header) = Header::decode_checked(datagram) else {
+        let Ok(frame) = Frame::decode(datagram) else {
             self.stats.drops.head_malformed.count();
             return FromHead::Drop;
         };
-        if self.heads.heard(head, now) {
+        if self.heads.heard(head, frame.version, now) {
             self.restart_resend();
         }
-        let datagram = &mut datagram[..HEADER_LEN + header.payload_len as usize];
-        match header.kind() {
+        let datagram = &mut datagram[..frame.datagram_len()];
+        match frame.kind() {
             MsgType::HEALTH => FromHead::Drop,
             // What a v5.0.0 head answers with.
             MsgType::TASK
@@ -36,7 +40,7 @@ impl Bridge {
             | MsgType::CHUNK
             | MsgType::ACK
             | MsgType::NACK
-            | MsgType::CHUNK_ACK => self.on_answer(now, head, &header, datagram),
+            | MsgType::CHUNK_ACK => self.on_answer(now, head, &frame, datagram),
             _ => {
                 self.stats.drops.head_unexpected.count();
                 FromHead::Drop
@@ -48,16 +52,16 @@ impl Bridge {
         &mut self,
         now: Instant,
         head: usize,
-        header: &Header,
+        frame: &Frame,
         datagram: &mut [u8],
     ) -> FromHead {
         let drops = &self.stats.drops;
-        let Some(id) = self.tasks.find_upstream(header.sequence) else {
+        let Some(id) = self.tasks.find_upstream(frame.header.sequence) else {
             drops.stale_answer.count();
             return FromHead::Drop;
         };
-        let kind = header.kind();
-        let payload = &datagram[HEADER_LEN..];
+        let kind = frame.kind();
+        let payload = frame.payload(datagram);
         let open = self.tasks.state(id) == State::Open;
         let task = self.tasks.get(id);
         let late_chunk = kind == MsgType::CHUNK && task.chunked_answer;
@@ -86,23 +90,35 @@ impl Bridge {
                 return FromHead::Drop;
             }
         }
+        if frame.version != task.version
+            && let Some(outcome) = self.translate(now, id, frame, datagram)
+        {
+            return outcome;
+        }
+        let payload = frame.payload(datagram);
         let ends = is_whole || (kind == MsgType::CHUNK && is_last_chunk(payload));
         let task = self.tasks.get_mut(id);
         task.chunked_answer |= kind == MsgType::CHUNK;
-        set_sequence(datagram, task.sequence);
+        let (client, version) = (task.client, task.version);
+        let message = frame.message(datagram);
+        set_sequence(message, task.sequence);
         if kind == MsgType::TASK {
-            datagram[0] = MsgType::RESULT.0;
+            message[0] = MsgType::RESULT.0;
         }
-        let client = task.client;
+        let mut len = datagram.len();
+        if kind == MsgType::ERROR && frame.payload_len() > version.max_answer() {
+            // The first part of its text is better than none.
+            len = frame.version.header_len()
+                + text_boundary(frame.payload(datagram), version.max_answer());
+            set_payload_len(frame.message(datagram), len - frame.version.header_len());
+        }
         if ends && open {
-            self.leave_open(id);
-            self.tasks
-                .set_state(id, State::Answered, now + self.config.answer_linger);
-            self.stats.traffic.answers.count();
+            self.answered(now, id);
         }
         FromHead::Deliver {
             client,
-            len: datagram.len(),
+            len,
+            version,
         }
     }
 
@@ -119,6 +135,64 @@ impl Bridge {
             self.resend = self.tasks.next(id).map(|task| Resend { task, offset: 0 });
         }
         self.tasks.set_state(id, State::Open, now + self.patience());
+    }
+
+    /// Brings a datagram of a head into the form of a client of the other version. `None` if only its frame differs.
+    fn translate(
+        &mut self,
+        now: Instant,
+        id: TaskId,
+        frame: &Frame,
+        datagram: &[u8],
+    ) -> Option<FromHead> {
+        let payload = frame.payload(datagram);
+        let upstream = self.tasks.upstream_sequence(id);
+        let task = self.tasks.get(id);
+        let to = Address {
+            client: task.client,
+            version: task.version,
+            sequence: task.sequence,
+            timestamp_us: frame.header.timestamp_us,
+        };
+        let whole = match frame.kind() {
+            MsgType::CHUNK if to.version == Version::V5_0 => {
+                // Without a sound header there is nothing to pass on either.
+                let Some((_, total)) = chunk_position(payload) else {
+                    self.stats.drops.head_malformed.count();
+                    return Some(FromHead::Drop);
+                };
+                if !may_fit_one(total) || task.chunked_answer {
+                    return None;
+                }
+                match self.translator.piece(upstream, payload, now) {
+                    Some(whole) => whole,
+                    None => return Some(FromHead::Drop),
+                }
+            }
+            MsgType::TASK | MsgType::RESULT if payload.len() > to.version.max_answer() => {
+                Bytes::copy_from_slice(payload)
+            }
+            MsgType::ERROR => return None,
+            _ if payload.len() > to.version.max_answer() => {
+                self.stats.drops.untranslated.count();
+                return Some(FromHead::Drop);
+            }
+            _ => return None,
+        };
+        if self.translator.answer(to, whole) {
+            self.answered(now, id);
+        } else {
+            // The client asks again, and so the head does not have to run the task again.
+            self.stats.drops.untranslated.count();
+        }
+        Some(FromHead::Drop)
+    }
+
+    fn answered(&mut self, now: Instant, id: TaskId) {
+        self.leave_open(id);
+        self.tasks
+            .set_state(id, State::Answered, now + self.config.answer_linger);
+        self.stats.traffic.answers.count();
     }
 
     /// `head` refused a task because it is shutting down; what it already runs it will still answer.
@@ -158,11 +232,16 @@ impl Bridge {
             let task = self.tasks.get(id);
             let is_stale = task.epoch != self.heads.epoch(task.head);
             if is_stale && task.complete {
-                if let Some(len) = self.arena.datagram(&task.retained, offset, buffer) {
+                let upstream = self.heads.version_for(head, task.version, now);
+                let (prefix, message) = buffer.split_at_mut(upstream.prefix().len());
+                if let Some(len) = self.arena.datagram(&task.retained, offset, message) {
+                    prefix.copy_from_slice(upstream.prefix());
                     self.resend = Some(Resend {
                         task: id,
                         offset: offset + len,
                     });
+                    let len = prefix.len() + len;
+                    self.tasks.get_mut(id).upstream = upstream;
                     self.tasks.get_mut(id).head = head;
                     // The old epoch must not agree with that of another head by chance before all is sent.
                     self.tasks.get_mut(id).epoch = self.heads.epoch(head).wrapping_sub(1);
@@ -201,13 +280,14 @@ impl Bridge {
             return None;
         }
         let task = self.tasks.get(oldest);
-        let (head, asked) = (task.head, task.asked);
+        let (head, asked, version) = (task.head, task.asked, task.upstream);
         if !asked {
             // It may be slow, or busy with others. A head of an older version takes this for a question after itself.
             self.tasks.get_mut(oldest).asked = true;
             self.wait_on(now, oldest);
             let sequence = self.tasks.upstream_sequence(oldest);
-            let len = write_message(buffer, MsgType::HEALTH, sequence, 0, ASK_AFTER_TASK);
+            let kind = (version, MsgType::HEALTH);
+            let len = write_message(buffer, kind, sequence, 0, ASK_AFTER_TASK);
             return Some(Transmit {
                 to: Destination::Head(head),
                 len,
@@ -226,13 +306,14 @@ impl Bridge {
     fn fail(&mut self, id: TaskId, code: ErrorCode, text: &str, buffer: &mut [u8]) -> Transmit {
         let Task {
             client,
+            version,
             sequence,
             timestamp_us,
             ..
         } = *self.tasks.get(id);
         self.leave_open(id);
         self.tasks.close(id);
-        let len = write_error(buffer, sequence, timestamp_us, code, text);
+        let len = write_error(buffer, version, (sequence, timestamp_us), code, text);
         self.stats.traffic.replies.count();
         self.stats.client_bytes_out.add(len as u64);
         Transmit {
@@ -246,6 +327,7 @@ impl Bridge {
         if self.resend.is_some_and(|resend| resend.task == id) {
             self.resend = self.tasks.next(id).map(|task| Resend { task, offset: 0 });
         }
+        self.translator.forget(self.tasks.upstream_sequence(id));
         self.arena.release(&mut self.tasks.get_mut(id).retained);
     }
 
@@ -260,3 +342,11 @@ impl Bridge {
 
 /// Payload of a Health that asks whether the task with its sequence runs; a head that works on it answers with an Ack.
 const ASK_AFTER_TASK: &[u8] = b"task";
+
+/// The longest part of an Error's payload (a code, then UTF-8) within `limit` bytes that ends with a whole character.
+fn text_boundary(payload: &[u8], limit: usize) -> usize {
+    (1..=limit.min(payload.len()))
+        .rev()
+        .find(|&at| payload.get(at).is_none_or(|byte| byte & 0xC0 != 0x80))
+        .unwrap_or(0)
+}

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use dcf::Version;
+
 /// The heads in the operator's order, one of which is current.
 ///
 /// The current head stays current while it is alive, even if one before it in the order comes back: moving tasks costs
@@ -14,7 +16,9 @@ pub(super) struct Heads {
     started: Instant,
     timing: Timing,
     next_probe: Instant,
+    /// Head and version that are probed next.
     probe_cursor: usize,
+    probe_round: u32,
 }
 
 /// When heads are probed and given up.
@@ -34,6 +38,8 @@ struct Head {
     lost: bool,
     /// Counts each loss and each return.
     epoch: u32,
+    /// When it last sent a datagram of each version.
+    spoke: [Option<Instant>; 2],
 }
 
 /// What is known of a head.
@@ -59,6 +65,7 @@ impl Heads {
             timing,
             next_probe: now,
             probe_cursor: 0,
+            probe_round: 0,
         }
     }
 
@@ -94,10 +101,11 @@ impl Heads {
         self.heads[head].epoch
     }
 
-    /// A datagram came from `head`. Returns whether it had been lost.
-    pub(super) fn heard(&mut self, head: usize, now: Instant) -> bool {
+    /// A datagram of this version came from `head`. Returns whether it had been lost.
+    pub(super) fn heard(&mut self, head: usize, version: Version, now: Instant) -> bool {
         let head = &mut self.heads[head];
         head.last_heard = Some(now);
+        head.spoke[version as usize] = Some(now);
         head.refused = false;
         let returned = std::mem::take(&mut head.lost);
         head.epoch = head.epoch.wrapping_add(returned.into());
@@ -115,6 +123,8 @@ impl Heads {
             if gone && !head.lost {
                 head.lost = true;
                 head.epoch = head.epoch.wrapping_add(1);
+                // Another program may come back at its address.
+                head.spoke = [None; 2];
                 found = true;
             }
         }
@@ -168,18 +178,57 @@ impl Heads {
         self.state(self.current, now) != HeadState::Refused
     }
 
-    /// The next head to probe, if it is time.
-    pub(super) fn poll_probe(&mut self, now: Instant) -> Option<usize> {
+    /// In which version `head` is spoken to for a client of version `wanted`: the client's own if the head speaks it, so
+    /// that nothing has to be translated. A head of which nothing is known may be one of v5.0.0, which answers no probes.
+    pub(super) fn version_for(&self, head: usize, wanted: Version, now: Instant) -> Version {
+        let speaks = |version| self.speaks(head, version, now);
+        match other(wanted) {
+            _ if speaks(wanted) => wanted,
+            other if speaks(other) => other,
+            _ => Version::V5_0,
+        }
+    }
+
+    /// Whether `head` understands this version, as far as is known.
+    pub(super) fn may_speak(&self, head: usize, version: Version, now: Instant) -> bool {
+        self.speaks(head, version, now) || !self.speaks(head, other(version), now)
+    }
+
+    fn speaks(&self, head: usize, version: Version, now: Instant) -> bool {
+        let memory = VERSION_MEMORY.max(self.timing.probe_interval * 3 * SELDOM);
+        self.heads[head].spoke[version as usize].is_some_and(|at| now < at + memory)
+    }
+
+    /// The next head to probe, and in which version, if it is time.
+    pub(super) fn poll_probe(&mut self, now: Instant) -> Option<(usize, Version)> {
         if now < self.next_probe {
             return None;
         }
-        let head = self.probe_cursor;
-        self.probe_cursor += 1;
-        if self.probe_cursor == self.heads.len() {
-            self.probe_cursor = 0;
-            self.next_probe = now + self.timing.probe_interval;
+        while self.probe_cursor < 2 * self.heads.len() {
+            let head = self.probe_cursor / 2;
+            let version = [Version::V5_0, Version::V5_1][self.probe_cursor % 2];
+            self.probe_cursor += 1;
+            if self.is_probed(head, version, now) {
+                return Some((head, version));
+            }
         }
-        Some(head)
+        self.probe_cursor = 0;
+        self.probe_round = self.probe_round.wrapping_add(1);
+        self.next_probe = now + self.timing.probe_interval;
+        None
+    }
+
+    /// Each head gets one probe an interval, in a version that it speaks. The other version is tried now and then only: a
+    /// head that does not know it may log every such datagram.
+    fn is_probed(&self, head: usize, version: Version, now: Instant) -> bool {
+        let speaks = |version| self.speaks(head, version, now);
+        let (old, new) = (speaks(Version::V5_0), speaks(Version::V5_1));
+        let usual = match version {
+            Version::V5_0 => old || !new,
+            Version::V5_1 => new && !old,
+        };
+        let seldom = if old || new { SELDOM } else { SELDOM / 2 };
+        usual || self.probe_round.is_multiple_of(seldom)
     }
 
     /// When this state changes by time alone.
@@ -187,6 +236,18 @@ impl Heads {
         self.next_probe
     }
 }
+
+fn other(version: Version) -> Version {
+    match version {
+        Version::V5_0 => Version::V5_1,
+        Version::V5_1 => Version::V5_0,
+    }
+}
+
+/// How long a head is believed to speak a version that it spoke, at least.
+const VERSION_MEMORY: Duration = Duration::from_secs(60);
+/// Of so many rounds of probes, one asks also in the version that a head is not known to speak.
+const SELDOM: u32 = 20;
 
 /// How long a head that said it is draining is left alone; then it is gone or has restarted.
 const DRAINING: Duration = Duration::from_secs(5);
@@ -210,32 +271,35 @@ mod tests {
     #[test]
     fn a_silent_head_loses_its_tasks_to_the_next_live_one() {
         let (mut heads, at) = heads(3);
-        heads.heard(0, at(0));
-        heads.heard(2, at(1_000));
+        heads.heard(0, Version::V5_0, at(0));
+        heads.heard(2, Version::V5_0, at(1_000));
         assert!(!heads.choose(at(1_499)));
         assert!(heads.choose(at(1_500)));
         assert_eq!(heads.current(), 2, "head 1 was never heard");
-        heads.heard(2, at(2_000));
-        assert!(!heads.heard(0, at(2_100)));
+        heads.heard(2, Version::V5_0, at(2_000));
+        assert!(!heads.heard(0, Version::V5_0, at(2_100)));
         assert!(!heads.choose(at(2_200)), "the current head stays");
     }
 
     #[test]
     fn a_head_that_is_only_slow_to_start_is_waited_for() {
         let (mut heads, at) = heads(2);
-        heads.heard(1, at(10));
+        heads.heard(1, Version::V5_0, at(10));
         assert!(!heads.choose(at(100)));
         assert!(!heads.find_lost(at(190)));
-        assert!(!heads.heard(0, at(200)), "the first word is no return");
-        heads.heard(1, at(1_400));
+        assert!(
+            !heads.heard(0, Version::V5_0, at(200)),
+            "the first word is no return"
+        );
+        heads.heard(1, Version::V5_0, at(1_400));
         assert!(!heads.choose(at(1_600)));
     }
 
     #[test]
     fn a_refusal_moves_tasks_at_once() {
         let (mut heads, at) = heads(2);
-        heads.heard(0, at(0));
-        heads.heard(1, at(0));
+        heads.heard(0, Version::V5_0, at(0));
+        heads.heard(1, Version::V5_0, at(0));
         heads.refused(0);
         assert!(heads.choose(at(1)));
         assert_eq!(heads.current(), 1);
@@ -253,7 +317,7 @@ mod tests {
         heads.choose(at(10_000));
         assert!(!heads.reachable(at(10_000)));
         assert!(heads.find_lost(at(10_000)));
-        assert!(heads.heard(1, at(10_100)));
+        assert!(heads.heard(1, Version::V5_0, at(10_100)));
         heads.choose(at(10_100));
         assert!(heads.reachable(at(10_100)));
     }
@@ -265,13 +329,13 @@ mod tests {
             !heads.find_lost(at(9_000)),
             "who was never heard cannot be lost"
         );
-        heads.heard(0, at(9_000));
+        heads.heard(0, Version::V5_0, at(9_000));
         assert_eq!(heads.epoch(0), 0);
         assert!(heads.find_lost(at(10_500)));
         assert!(!heads.find_lost(at(10_600)), "a loss is found once");
         assert_eq!(heads.epoch(0), 1);
-        assert!(heads.heard(0, at(11_000)));
-        assert!(!heads.heard(0, at(11_000)));
+        assert!(heads.heard(0, Version::V5_0, at(11_000)));
+        assert!(!heads.heard(0, Version::V5_0, at(11_000)));
         assert_eq!(heads.epoch(0), 2);
         assert_eq!(heads.epoch(1), 0);
     }
@@ -279,24 +343,65 @@ mod tests {
     #[test]
     fn a_draining_head_is_left_for_another() {
         let (mut heads, at) = heads(2);
-        heads.heard(0, at(0));
-        heads.heard(1, at(0));
+        heads.heard(0, Version::V5_0, at(0));
+        heads.heard(1, Version::V5_0, at(0));
         heads.draining(0, at(1));
         assert!(heads.choose(at(1)));
         assert_eq!(heads.state(0, at(1)), HeadState::Draining);
-        heads.heard(0, at(6_000));
+        heads.heard(0, Version::V5_0, at(6_000));
         assert_eq!(heads.state(0, at(6_000)), HeadState::Live);
+    }
+
+    fn probes(heads: &mut Heads, now: Instant) -> Vec<(usize, Version)> {
+        std::iter::from_fn(|| heads.poll_probe(now)).collect()
     }
 
     #[test]
     fn every_head_is_probed_once_an_interval() {
         let (mut heads, at) = heads(2);
-        let probes = |heads: &mut Heads, now| {
-            std::iter::from_fn(|| heads.poll_probe(now)).collect::<Vec<_>>()
-        };
-        assert_eq!(probes(&mut heads, at(0)), [0, 1]);
+        let both = |head| [(head, Version::V5_0), (head, Version::V5_1)];
+        assert_eq!(probes(&mut heads, at(0)), [both(0), both(1)].concat());
         assert!(probes(&mut heads, at(499)).is_empty());
         assert_eq!(heads.next_wakeup(), at(500));
-        assert_eq!(probes(&mut heads, at(500)), [0, 1]);
+        heads.heard(0, Version::V5_0, at(400));
+        heads.heard(1, Version::V5_1, at(400));
+        let known = [(0, Version::V5_0), (1, Version::V5_1)];
+        for round in 1..u64::from(SELDOM) {
+            assert_eq!(probes(&mut heads, at(500 * round)), known, "round {round}");
+        }
+        let round = u64::from(SELDOM);
+        assert_eq!(probes(&mut heads, at(500 * round)).len(), 4, "now and then");
+    }
+
+    #[test]
+    fn a_head_is_spoken_to_in_a_version_that_it_speaks() {
+        let (mut heads, at) = heads(2);
+        let (old, new) = (Version::V5_0, Version::V5_1);
+        assert_eq!(
+            heads.version_for(0, new, at(0)),
+            old,
+            "it may be one that answers no probe"
+        );
+        heads.heard(0, new, at(0));
+        assert_eq!(
+            [old, new].map(|client| heads.version_for(0, client, at(1))),
+            [new, new]
+        );
+        assert!(!heads.may_speak(0, old, at(1)) && heads.may_speak(0, new, at(1)));
+        heads.heard(0, old, at(100));
+        assert_eq!(
+            [old, new].map(|client| heads.version_for(0, client, at(101))),
+            [old, new]
+        );
+        assert!(heads.may_speak(0, old, at(101)));
+        assert_eq!(
+            heads.version_for(0, new, at(60_050)),
+            old,
+            "what it spoke long ago"
+        );
+        // Another program may come back there.
+        assert!(heads.find_lost(at(70_000)));
+        heads.heard(0, new, at(70_001));
+        assert_eq!(heads.version_for(0, old, at(70_002)), new);
     }
 }

@@ -7,6 +7,9 @@
 //! sequence replaces the client's and the datagram goes to the current head; an answer with that sequence finds the slot,
 //! gets the client's sequence back and goes to the client's address. The slot then lingers, so that a repeated task has
 //! the same sequence toward the head again and the head can tell that it is a repeat.
+//!
+//! Client and head may speak different versions of DCF. A datagram then gets or loses its first byte when it is sent on; what
+//! else differs is in `translate`.
 
 mod cookie;
 mod from_clients;
@@ -16,11 +19,12 @@ mod limiter;
 mod retain;
 mod table;
 mod tasks;
+mod translate;
 mod wire;
 
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
-use dcf::{ErrorCode, Header, MsgType};
+use dcf::{ErrorCode, MsgType, Version};
 
 pub use cookie::COOKIE_LEN;
 pub use heads::HeadState;
@@ -32,7 +36,8 @@ use self::{
     retain::Arena,
     table::FixedTable,
     tasks::{State, TaskId, TaskTable},
-    wire::{write_error, write_message},
+    translate::Translator,
+    wire::{Frame, write_error, write_message},
 };
 use crate::{
     config::{Admit, Config},
@@ -52,7 +57,10 @@ pub struct Bridge {
     started: Instant,
     probes_sent: u32,
     resend: Option<Resend>,
+    translator: Translator,
     drain: Drain,
+    /// When a source of an unknown version was last warned about.
+    warned: Option<Instant>,
     stats: Arc<Stats>,
 }
 
@@ -67,6 +75,8 @@ pub enum FromClient {
         head: usize,
         /// Bytes.
         len: usize,
+        /// In which version it gets them; see [`reframed`].
+        version: Version,
     },
     /// The client gets the [`Reply`].
     Reply,
@@ -83,7 +93,20 @@ pub enum FromHead {
         client: SocketAddr,
         /// Bytes.
         len: usize,
+        /// In which version it gets them; see [`reframed`].
+        version: Version,
     },
+}
+
+/// Where a datagram that was received begins if it is sent on in `version`: at its first byte, behind it, or one byte before
+/// it, where [`Version::BYTE`] has to be.
+#[must_use]
+pub fn reframed(datagram: &[u8], version: Version) -> isize {
+    match (Version::of(datagram), version) {
+        (Version::V5_0, Version::V5_1) => -1,
+        (Version::V5_1, Version::V5_0) => 1,
+        _ => 0,
+    }
 }
 
 /// A datagram that the bridge sends of its own accord.
@@ -156,7 +179,9 @@ impl Bridge {
             started: now,
             probes_sent: 0,
             resend: None,
+            translator: Translator::new(),
             drain: Drain::Serving,
+            warned: None,
             stats,
             config,
         }
@@ -205,16 +230,24 @@ impl Bridge {
     /// to `buffer`, which holds a whole datagram. To be called until `None` after every batch and at [`Bridge::next_wakeup`].
     pub fn poll_transmit(&mut self, now: Instant, buffer: &mut [u8]) -> Option<Transmit> {
         self.settle_heads(now);
-        if let Some(head) = self.heads.poll_probe(now) {
+        if let Some((head, version)) = self.heads.poll_probe(now) {
             self.probes_sent = self.probes_sent.wrapping_add(1);
             self.stats.traffic.probes.count();
-            let len = write_message(buffer, MsgType::HEALTH, self.probes_sent, 0, &[]);
+            let kind = (version, MsgType::HEALTH);
+            let len = write_message(buffer, kind, self.probes_sent, 0, &[]);
             return Some(Transmit {
                 to: Destination::Head(head),
                 len,
             });
         }
         self.forget_answered(now);
+        self.translator.expire(now);
+        if let Some((client, len)) = self.translator.poll(buffer) {
+            self.stats.traffic.to_clients.count();
+            self.stats.client_bytes_out.add(len as u64);
+            let to = Destination::Client(client);
+            return Some(Transmit { to, len });
+        }
         self.poll_expired(now, buffer)
             .or_else(|| self.poll_resend(now, buffer))
     }
@@ -230,6 +263,25 @@ impl Bridge {
             deadline.min(self.heads.next_wakeup())
         })
     }
+
+    /// Puts the keys of `config` into effect that need no new memory; see [`Bridge::LIVE_KEYS`].
+    pub fn reconfigure(&mut self, config: Config) {
+        self.config = Config {
+            trust_loopback: config.trust_loopback,
+            trusted_networks: config.trusted_networks,
+            request_timeout: config.request_timeout,
+            answer_linger: config.answer_linger,
+            ..std::mem::take(&mut self.config)
+        };
+    }
+
+    /// The keys of the configuration that [`Bridge::reconfigure`] puts into effect.
+    pub const LIVE_KEYS: [&str; 4] = [
+        "trust_loopback",
+        "trusted_networks",
+        "request_timeout",
+        "answer_linger",
+    ];
 
     /// From now on takes no new task; those that are open go on.
     pub fn begin_drain(&mut self) {
@@ -286,13 +338,16 @@ impl Reply {
         &self.bytes[..self.len]
     }
 
-    fn answer(&mut self, to: &Header, kind: MsgType, payload: &[u8]) -> FromClient {
-        self.len = write_message(&mut self.bytes, kind, to.sequence, to.timestamp_us, payload);
+    fn answer(&mut self, to: &Frame, kind: MsgType, payload: &[u8]) -> FromClient {
+        let (sequence, timestamp_us) = (to.header.sequence, to.header.timestamp_us);
+        let kind = (to.version, kind);
+        self.len = write_message(&mut self.bytes, kind, sequence, timestamp_us, payload);
         FromClient::Reply
     }
 
-    fn error(&mut self, to: &Header, code: ErrorCode, text: &str) -> FromClient {
-        self.len = write_error(&mut self.bytes, to.sequence, to.timestamp_us, code, text);
+    fn error(&mut self, to: &Frame, code: ErrorCode, text: &str) -> FromClient {
+        let names = (to.header.sequence, to.header.timestamp_us);
+        self.len = write_error(&mut self.bytes, to.version, names, code, text);
         FromClient::Reply
     }
 }

@@ -6,6 +6,8 @@ use std::{
     time::Instant,
 };
 
+use dcf::Version;
+
 use super::retain::Chain;
 
 /// All tasks, in slots that are allocated once.
@@ -29,12 +31,16 @@ pub(super) struct TaskTable {
 pub(super) struct Task {
     /// Who asked.
     pub(super) client: SocketAddr,
+    /// In which version, and in which the answer goes back. The same sequence in another version is another task.
+    pub(super) version: Version,
     /// Under which sequence.
     pub(super) sequence: u32,
     /// The timestamp of the question.
     pub(super) timestamp_us: u64,
     /// The head that it was last sent to.
     pub(super) head: usize,
+    /// In which version that head was asked.
+    pub(super) upstream: Version,
     /// That head's epoch then.
     pub(super) epoch: u32,
     /// When it is given up, or forgotten if it is answered.
@@ -85,6 +91,8 @@ impl TaskTable {
         let capacity = capacity.clamp(2, MAX_SLOTS).next_power_of_two();
         let nobody = Task {
             client: SocketAddr::from(([0, 0, 0, 0], 0)),
+            version: Version::V5_0,
+            upstream: Version::V5_0,
             sequence: 0,
             timestamp_us: 0,
             head: 0,
@@ -120,12 +128,18 @@ impl TaskTable {
         table
     }
 
-    /// The slot of what `client` asked under `sequence`.
-    pub(super) fn find(&self, client: SocketAddr, sequence: u32) -> Option<TaskId> {
-        let mut index = self.buckets[self.bucket(client, sequence)];
+    /// The slot of what `client` asked in `version` under `sequence`.
+    pub(super) fn find(
+        &self,
+        client: SocketAddr,
+        version: Version,
+        sequence: u32,
+    ) -> Option<TaskId> {
+        let mut index = self.buckets[self.bucket(client, version, sequence)];
         while index != NONE {
             let slot = &self.slots[index as usize];
-            if slot.task.sequence == sequence && slot.task.client == client {
+            let asked = (slot.task.client, slot.task.version, slot.task.sequence);
+            if asked == (client, version, sequence) {
                 return Some(TaskId(index));
             }
             index = slot.bucket_next;
@@ -157,7 +171,7 @@ impl TaskTable {
             }
             (None, None) => return None,
         };
-        let bucket = self.bucket(task.client, task.sequence);
+        let bucket = self.bucket(task.client, task.version, task.sequence);
         self.unlink(id.0);
         let slot = &mut self.slots[id.0 as usize];
         slot.generation = slot.generation.wrapping_add(1);
@@ -184,7 +198,7 @@ impl TaskTable {
             "a closed task still holds memory"
         );
         let after = slot.bucket_next;
-        let bucket = self.bucket(slot.task.client, slot.task.sequence);
+        let bucket = self.bucket(slot.task.client, slot.task.version, slot.task.sequence);
         if self.buckets[bucket] == id.0 {
             self.buckets[bucket] = after;
         } else {
@@ -227,8 +241,8 @@ impl TaskTable {
         self.lists[state as usize].len
     }
 
-    fn bucket(&self, client: SocketAddr, sequence: u32) -> usize {
-        self.hasher.hash_one((client, sequence)) as usize & (self.buckets.len() - 1)
+    fn bucket(&self, client: SocketAddr, version: Version, sequence: u32) -> usize {
+        self.hasher.hash_one((client, version, sequence)) as usize & (self.buckets.len() - 1)
     }
 
     fn link(&mut self, index: u32, state: State) {
@@ -282,6 +296,8 @@ mod tests {
     fn task(port: u16, sequence: u32, now: Instant) -> Task {
         Task {
             client: SocketAddr::from(([127, 0, 0, 1], port)),
+            version: Version::V5_0,
+            upstream: Version::V5_0,
             sequence,
             timestamp_us: 0,
             head: 0,
@@ -321,8 +337,11 @@ mod tests {
         assert_eq!(table.open(task(1, 3, now)), None);
         table.set_state(b, State::Answered, now);
         assert!(table.open(task(1, 3, now)).is_some());
-        assert_eq!(table.find(task(1, 1, now).client, 1), Some(a));
-        assert_eq!(table.find(task(1, 2, now).client, 2), None);
+        assert_eq!(
+            table.find(task(1, 1, now).client, Version::V5_0, 1),
+            Some(a)
+        );
+        assert_eq!(table.find(task(1, 2, now).client, Version::V5_0, 2), None);
     }
 
     proptest! {
@@ -335,7 +354,7 @@ mod tests {
                 let now = start + Duration::from_millis(step as u64);
                 let task = task(port, sequence, now);
                 let known = model.get(&(port, sequence)).copied();
-                prop_assert_eq!(table.find(task.client, sequence), known.map(|(id, _)| id));
+                prop_assert_eq!(table.find(task.client, Version::V5_0, sequence), known.map(|(id, _)| id));
                 match (action, known) {
                     (0 | 1, None) => {
                         let had_room = table.count(State::Open) < 8;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use dcf::{Message, chunk, decode_datagram};
+use dcf::{Header, Message, chunk};
 use proptest::prelude::*;
 
 use super::*;
@@ -67,7 +67,18 @@ impl World {
         self.client_bytes(client, &message.encode_datagram())
     }
 
+    /// As [`World::client`], with what is sent as it stands on the wire: in which version, and what.
+    fn client_of(&mut self, version: Version, client: &str, message: &Message) -> (Version, Sent) {
+        let mut seen = version;
+        let sent = self.client_frames(client, &message.encode_as(version), &mut seen);
+        (seen, sent)
+    }
+
     fn client_bytes(&mut self, client: &str, bytes: &[u8]) -> Sent {
+        self.client_frames(client, bytes, &mut Version::V5_0)
+    }
+
+    fn client_frames(&mut self, client: &str, bytes: &[u8], seen: &mut Version) -> Sent {
         let mut datagram = bytes.to_vec();
         let mut reply = Reply::empty();
         match self
@@ -75,8 +86,14 @@ impl World {
             .on_client(self.now, client.parse().unwrap(), &mut datagram, &mut reply)
         {
             FromClient::Drop => Sent::Nothing,
-            FromClient::Forward { head, len } => Sent::ToHead(head, decode(&datagram[..len])),
-            FromClient::Reply => Sent::Back(decode(reply.as_bytes())),
+            FromClient::Forward { head, len, version } => {
+                *seen = version;
+                Sent::ToHead(head, framed(&datagram[..len], version))
+            }
+            FromClient::Reply => {
+                *seen = Version::of(reply.as_bytes());
+                Sent::Back(decode(reply.as_bytes()))
+            }
         }
     }
 
@@ -90,26 +107,75 @@ impl World {
 
     /// Who gets a head's message, and what.
     fn head(&mut self, head: usize, message: &Message) -> Option<(String, Message)> {
-        let mut datagram = message.encode_datagram().to_vec();
+        let (_, client, message) = self.head_of(Version::V5_0, head, message)?;
+        Some((client, message))
+    }
+
+    /// As [`World::head`], with the versions on both sides.
+    fn head_of(
+        &mut self,
+        version: Version,
+        head: usize,
+        message: &Message,
+    ) -> Option<(Version, String, Message)> {
+        let mut datagram = message.encode_as(version).to_vec();
         match self.bridge.on_head(self.now, head, &mut datagram) {
             FromHead::Drop => None,
-            FromHead::Deliver { client, len } => {
-                Some((client.to_string(), decode(&datagram[..len])))
-            }
+            FromHead::Deliver {
+                client,
+                len,
+                version,
+            } => Some((
+                version,
+                client.to_string(),
+                framed(&datagram[..len], version),
+            )),
         }
     }
 
     /// What the bridge sends by itself now, probes left out.
     fn transmits(&mut self) -> Vec<(Destination, Message)> {
+        let sent = self.transmits_of();
+        sent.into_iter()
+            .map(|(to, _, message)| (to, message))
+            .collect()
+    }
+
+    /// As [`World::transmits`], with their versions.
+    fn transmits_of(&mut self) -> Vec<(Destination, Version, Message)> {
         let mut buffer = vec![0; 1 << 16];
         let mut sent = Vec::new();
         while let Some(Transmit { to, len }) = self.bridge.poll_transmit(self.now, &mut buffer) {
             let message = decode(&buffer[..len]);
             if message.kind != MsgType::HEALTH || !message.payload.is_empty() {
-                sent.push((to, message));
+                sent.push((to, Version::of(&buffer[..len]), message));
             }
         }
         sent
+    }
+
+    /// One head, which has spoken in these versions.
+    fn with_head_of(versions: &[Version]) -> Self {
+        let config = Config {
+            heads: vec!["head:1".into()],
+            ..two_heads()
+        };
+        let secrets = Secrets {
+            cookie_key: [7; 32],
+            first_generation: 0,
+        };
+        let start = Instant::now();
+        let mut world = Self {
+            bridge: Bridge::new(config, &secrets, Arc::default(), start),
+            start,
+            now: start,
+        };
+        world.transmits();
+        for version in versions {
+            let health = message(MsgType::HEALTH, 1, "");
+            assert_eq!(world.head_of(*version, 0, &health), None);
+        }
+        world
     }
 
     fn stats(&self) -> &Stats {
@@ -141,7 +207,19 @@ fn message(kind: MsgType, sequence: u32, payload: impl Into<Bytes>) -> Message {
 }
 
 fn decode(bytes: &[u8]) -> Message {
-    decode_datagram(Bytes::copy_from_slice(bytes)).expect("the bridge sends messages")
+    Message::decode_datagram(Bytes::copy_from_slice(bytes)).expect("the bridge sends messages")
+}
+
+/// What the receiver decodes of a datagram that is sent on in `version`.
+fn framed(datagram: &[u8], version: Version) -> Message {
+    let bytes = match reframed(datagram, version) {
+        -1 => [version.prefix(), datagram].concat(),
+        shift => datagram[shift as usize..].to_vec(),
+    };
+    let (seen, message) =
+        Message::decode_versioned(bytes.into()).expect("the bridge sends messages");
+    assert_eq!(seen, version);
+    message
 }
 
 fn answer_to(task: &Message, text: &str) -> Message {
@@ -640,6 +718,19 @@ fn an_untrusted_source_hears_nothing_by_default() {
 }
 
 #[test]
+fn a_network_that_is_trusted_later_is_served_then() {
+    let mut world = World::new(two_heads());
+    let task = message(MsgType::TASK, 1, "q");
+    assert_eq!(world.client(STRANGER, &task), Sent::Nothing);
+    world.bridge.reconfigure(Config {
+        trusted_networks: vec!["203.0.113.0/24".parse().unwrap()],
+        heads: Vec::new(),
+        ..two_heads()
+    });
+    assert!(matches!(world.client(STRANGER, &task), Sent::ToHead(0, _)));
+}
+
+#[test]
 fn a_source_that_echoes_its_challenge_is_served() {
     let mut world = World::new(Config {
         admit: Admit::Verified,
@@ -690,15 +781,245 @@ fn a_datagram_shorter_than_a_challenge_is_not_answered() {
     ));
 }
 
+const OLD: Version = Version::V5_0;
+const NEW: Version = Version::V5_1;
+
+#[test]
+fn a_head_that_speaks_both_versions_is_asked_in_the_clients() {
+    let mut world = World::with_head_of(&[NEW, OLD]);
+    for version in [OLD, NEW] {
+        let (upstream, sent) = world.client_of(version, ALICE, &message(MsgType::TASK, 7, "q"));
+        let Sent::ToHead(0, task) = sent else {
+            panic!("{sent:?}")
+        };
+        assert_eq!(upstream, version);
+        // As long as one of ours: it goes as the datagram that it is.
+        let answer = answer_to(&task, "a");
+        let expected = (version, ALICE.to_owned(), message(MsgType::RESULT, 7, "a"));
+        assert_eq!(world.head_of(version, 0, &answer), Some(expected));
+    }
+    assert_eq!(
+        world.stats().traffic.tasks.get(),
+        2,
+        "the same sequence, two tasks"
+    );
+}
+
+#[test]
+fn a_v5_1_client_is_served_by_a_v5_0_head() {
+    let mut world = World::with_head_of(&[OLD]);
+    let (upstream, sent) = world.client_of(NEW, ALICE, &message(MsgType::TASK, 7, "q"));
+    let Sent::ToHead(0, task) = sent else {
+        panic!("{sent:?}")
+    };
+    assert_eq!((upstream, &task.payload[..]), (OLD, &b"q"[..]));
+    // A short answer only gets the version byte, and the head's type of a Task becomes that of a Result.
+    let short = message(MsgType::TASK, task.sequence, vec![b's'; 1_454]);
+    let delivered = world.head_of(OLD, 0, &short);
+    let expected = message(MsgType::RESULT, 7, vec![b's'; 1_454]);
+    assert_eq!(delivered, Some((NEW, ALICE.to_owned(), expected)));
+    // A long one goes in Chunks.
+    let (_, sent) = world.client_of(NEW, BOB, &message(MsgType::TASK, 9, "q"));
+    let Sent::ToHead(0, task) = sent else {
+        panic!("{sent:?}")
+    };
+    let long: Vec<u8> = (0..65_490u32).map(|n| n as u8).collect();
+    let answer = message(MsgType::RESULT, task.sequence, long.clone());
+    assert_eq!(world.head_of(OLD, 0, &answer), None);
+    let sent = world.transmits_of();
+    assert_eq!(sent.len(), 47);
+    let mut whole = None;
+    let mut pieces = chunk::Reassembler::new(chunk::Limits::default());
+    for (to, version, piece) in sent.iter().rev() {
+        assert_eq!(
+            (*to, *version),
+            (Destination::Client(BOB.parse().unwrap()), NEW)
+        );
+        assert_eq!((piece.kind, piece.sequence), (MsgType::CHUNK, 9));
+        let piece = chunk::Chunk::parse(&piece.payload).unwrap();
+        whole = pieces.push((), &piece, world.now).unwrap();
+    }
+    assert_eq!(whole.unwrap(), long);
+    assert_eq!(world.bridge.open_tasks(), 0);
+    assert_eq!(world.head_of(OLD, 0, &answer), None, "one answer is enough");
+    assert_eq!(world.transmits_of(), []);
+}
+
+#[test]
+fn a_v5_0_client_is_served_by_a_v5_1_head_and_gets_one_datagram() {
+    let mut world = World::with_head_of(&[NEW]);
+    let (upstream, sent) = world.client_of(OLD, ALICE, &message(MsgType::TASK, 7, "q"));
+    let Sent::ToHead(0, task) = sent else {
+        panic!("{sent:?}")
+    };
+    assert_eq!(upstream, NEW);
+    let long: Vec<u8> = (0..65_490u32).map(|n| n as u8).collect();
+    let pieces = chunk::split(task.sequence, 99, long.clone().into()).unwrap();
+    let pieces: Vec<Message> = pieces.collect();
+    for piece in pieces.iter().rev().chain(&pieces[..3]) {
+        assert_eq!(
+            world.head_of(NEW, 0, piece),
+            None,
+            "no Chunk reaches a v5.0.0 client"
+        );
+    }
+    let expected = message(MsgType::RESULT, 7, long);
+    let client = Destination::Client(ALICE.parse().unwrap());
+    assert_eq!(world.transmits_of(), [(client, OLD, expected)]);
+    assert_eq!(world.bridge.open_tasks(), 0);
+}
+
+#[test]
+fn an_answer_that_fits_no_datagram_reaches_a_v5_0_client_in_chunks() {
+    let mut world = World::with_head_of(&[NEW]);
+    for (sequence, len) in [(1, 65_491), (2, 66_000), (3, 200_000)] {
+        let (_, sent) = world.client_of(OLD, ALICE, &message(MsgType::TASK, sequence, "q"));
+        let Sent::ToHead(0, task) = sent else {
+            panic!("{sent:?}")
+        };
+        let long = Bytes::from(vec![b'x'; len]);
+        let mut delivered = Vec::new();
+        for piece in chunk::split(task.sequence, 99, long.clone()).unwrap() {
+            let sent = world.head_of(NEW, 0, &piece);
+            delivered.extend(sent.map(|(version, _, piece)| (version, piece)));
+        }
+        let own = world.transmits_of();
+        delivered.extend(own.into_iter().map(|(_, version, piece)| (version, piece)));
+        let mut pieces = chunk::Reassembler::new(chunk::Limits::default());
+        let mut whole = None;
+        for (version, piece) in delivered {
+            assert_eq!((version, piece.sequence), (OLD, sequence));
+            let piece = chunk::Chunk::parse(&piece.payload).unwrap();
+            whole = pieces.push((), &piece, world.now).unwrap();
+        }
+        assert_eq!(whole, Some(long), "{len} bytes");
+    }
+}
+
+#[test]
+fn a_repeated_task_stays_in_the_version_that_the_head_has_it_in() {
+    let mut world = World::with_head_of(&[]);
+    let task = message(MsgType::TASK, 7, "q");
+    // Of a head that has said nothing yet nothing is known; it then turns out to speak both.
+    let (first, sent) = world.client_of(NEW, ALICE, &task);
+    assert_eq!(first, OLD);
+    for version in [OLD, NEW] {
+        world.head_of(version, 0, &message(MsgType::HEALTH, 1, ""));
+    }
+    let (again, repeat) = world.client_of(NEW, ALICE, &task);
+    assert_eq!(
+        (again, repeat),
+        (OLD, sent),
+        "the head knows it as a repeat"
+    );
+    let (later, _) = world.client_of(NEW, ALICE, &message(MsgType::TASK, 8, "q"));
+    assert_eq!(later, NEW);
+}
+
+#[test]
+fn a_task_that_a_v5_1_head_could_not_read_is_repeated_in_its_version() {
+    let mut world = World::with_head_of(&[]);
+    let task = message(MsgType::TASK, 7, "q");
+    assert_eq!(world.client_of(OLD, ALICE, &task).0, OLD);
+    world.head_of(NEW, 0, &message(MsgType::HEALTH, 1, ""));
+    assert_eq!(world.client_of(OLD, ALICE, &task).0, NEW);
+}
+
+#[test]
+fn tasks_are_sent_again_in_the_version_of_the_next_head() {
+    let mut world = World::new(two_heads());
+    world.head_of(NEW, 1, &message(MsgType::HEALTH, 1, ""));
+    let (_, sent) = world.client_of(NEW, ALICE, &message(MsgType::TASK, 7, "q"));
+    let Sent::ToHead(0, task) = sent else {
+        panic!("{sent:?}")
+    };
+    world.bridge.on_head_refused(world.now, 0);
+    assert_eq!(world.transmits_of(), [(Destination::Head(1), NEW, task)]);
+}
+
+#[test]
+fn the_shims_own_answers_are_in_the_clients_version() {
+    let mut world = World::with_head_of(&[NEW]);
+    let probe = message(MsgType::HEALTH, 5, "");
+    assert_eq!(
+        world.client_of(NEW, ALICE, &probe),
+        (NEW, Sent::Back(probe.clone()))
+    );
+    world.bridge.on_head_refused(world.now, 0);
+    let (version, sent) = world.client_of(NEW, ALICE, &message(MsgType::TASK, 6, "q"));
+    assert_eq!((version, sent.error()), (NEW, (ErrorCode::NO_WORKERS, 6)));
+}
+
+#[test]
+fn an_error_that_is_too_long_for_a_v5_1_client_is_cut_between_characters() {
+    let mut world = World::with_head_of(&[OLD]);
+    let (_, sent) = world.client_of(NEW, ALICE, &message(MsgType::TASK, 7, "q"));
+    let Sent::ToHead(0, task) = sent else {
+        panic!("{sent:?}")
+    };
+    let error = Message::error(task.sequence, 0, ErrorCode::INTERNAL, &"é".repeat(2_000));
+    let (version, _, error) = world.head_of(OLD, 0, &error).unwrap();
+    let body = error.error_body().unwrap();
+    assert_eq!(
+        (version, body.code, error.sequence),
+        (NEW, ErrorCode::INTERNAL, 7)
+    );
+    assert_eq!(*body.text, "é".repeat(726));
+}
+
+#[test]
+fn a_lying_total_costs_a_bounded_amount_and_is_forgotten_after_a_minute() {
+    let mut world = World::with_head_of(&[NEW]);
+    let (_, sent) = world.client_of(OLD, ALICE, &message(MsgType::TASK, 7, "q"));
+    let Sent::ToHead(0, task) = sent else {
+        panic!("{sent:?}")
+    };
+    let honest: Vec<Message> = chunk::split(task.sequence, 9, vec![b'x'; 3_000].into())
+        .unwrap()
+        .collect();
+    let lie = |total: u16, index: u16| {
+        let chunk = chunk::Chunk {
+            total,
+            index,
+            md5: [1; 16],
+            data: vec![b'y'; 1_400].into(),
+        };
+        message(MsgType::CHUNK, task.sequence, chunk.encode())
+    };
+    for (total, index) in (2..40).flat_map(|total| [(total, 0), (total, total - 1)]) {
+        assert_eq!(world.head_of(NEW, 0, &lie(total, index)), None);
+    }
+    assert_eq!(world.transmits_of(), []);
+    for piece in &honest {
+        assert_eq!(world.head_of(NEW, 0, piece), None);
+    }
+    assert_eq!(
+        world.transmits_of().len(),
+        1,
+        "the answer, once all of it is there"
+    );
+}
+
+#[test]
+fn another_version_is_dropped_and_counted() {
+    let mut world = World::new(two_heads());
+    let mut datagram = message(MsgType::TASK, 1, "a").encode_as(NEW).to_vec();
+    datagram[0] = 0x52;
+    assert_eq!(world.client_bytes(ALICE, &datagram), Sent::Nothing);
+    assert_eq!(world.stats().drops.other_version.get(), 1);
+}
+
 fn any_datagram() -> impl Strategy<Value = Vec<u8>> {
     let kind = prop_oneof![4 => prop::sample::select(MsgType::ASSIGNED).prop_map(|kind| kind.0), 1 => any::<u8>()];
+    let version = prop::sample::select(vec![Version::V5_0, Version::V5_1]);
     let parts = (
+        version,
         kind,
         0u32..12,
         prop::collection::vec(any::<u8>(), 0..80),
         -3i32..4,
     );
-    parts.prop_map(|(kind, sequence, payload, lie)| {
+    parts.prop_map(|(version, kind, sequence, payload, lie)| {
         let payload_len = payload.len().saturating_add_signed(lie as isize) as u32;
         let header = Header {
             msg_type: kind,
@@ -706,7 +1027,7 @@ fn any_datagram() -> impl Strategy<Value = Vec<u8>> {
             timestamp_us: 1,
             payload_len,
         };
-        [&header.encode()[..], &payload].concat()
+        [version.prefix(), &header.encode(), &payload].concat()
     })
 }
 
@@ -729,9 +1050,10 @@ proptest! {
             ms += pause;
             world.at(ms);
             bytes_in += datagram.len();
-            match world.client_bytes(STRANGER, &datagram) {
+            let mut version = Version::V5_0;
+            match world.client_frames(STRANGER, &datagram, &mut version) {
                 Sent::Nothing => {}
-                Sent::Back(reply) => bytes_out += reply.encoded_len(),
+                Sent::Back(reply) => bytes_out += version.prefix().len() + reply.encoded_len(),
                 Sent::ToHead(..) => prop_assert!(false, "an unverified task was forwarded"),
             }
             for (to, message) in world.transmits() {

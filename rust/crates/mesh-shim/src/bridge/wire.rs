@@ -1,9 +1,47 @@
 //! The few bytes that the bridge reads and writes itself.
 
 use dcf::{
-    ErrorCode, HEADER_LEN, Header, MsgType,
+    DecodeError, ErrorCode, HEADER_LEN, Header, MsgType, Version,
     chunk::{self, CHUNK_HEADER_LEN},
 };
+
+/// What stands before the payload of a datagram.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Frame {
+    /// How it is framed, and how its sender is answered.
+    pub(super) version: Version,
+    pub(super) header: Header,
+}
+
+impl Frame {
+    pub(super) fn decode(datagram: &[u8]) -> Result<Self, DecodeError> {
+        let (version, header) = Header::decode_datagram(datagram)?;
+        Ok(Self { version, header })
+    }
+
+    pub(super) fn kind(&self) -> MsgType {
+        self.header.kind()
+    }
+
+    /// Bytes of the datagram, without what trails the message.
+    pub(super) fn datagram_len(&self) -> usize {
+        self.version.header_len() + self.payload_len()
+    }
+
+    pub(super) fn payload_len(&self) -> usize {
+        self.header.payload_len as usize
+    }
+
+    /// The payload in the datagram that this frame was read from.
+    pub(super) fn payload<'a>(&self, datagram: &'a [u8]) -> &'a [u8] {
+        &datagram[self.version.header_len()..self.datagram_len()]
+    }
+
+    /// The header and what follows it: what the message is in v5.0.0.
+    pub(super) fn message<'a>(&self, datagram: &'a mut [u8]) -> &'a mut [u8] {
+        &mut datagram[self.version.prefix().len()..]
+    }
+}
 
 /// Index and total of a Chunk, `None` if they make no sense.
 pub(super) fn chunk_position(payload: &[u8]) -> Option<(u16, u16)> {
@@ -16,13 +54,19 @@ pub(super) fn is_last_chunk(payload: &[u8]) -> bool {
     chunk_position(payload).is_some_and(|(index, total)| index + 1 == total)
 }
 
-pub(super) fn set_sequence(datagram: &mut [u8], sequence: u32) {
-    datagram[1..5].copy_from_slice(&sequence.to_be_bytes());
+/// Changes the sequence of a message that begins with its header.
+pub(super) fn set_sequence(message: &mut [u8], sequence: u32) {
+    message[1..5].copy_from_slice(&sequence.to_be_bytes());
+}
+
+/// Changes the payload's length of a message that begins with its header.
+pub(super) fn set_payload_len(message: &mut [u8], len: usize) {
+    message[13..HEADER_LEN].copy_from_slice(&(len as u32).to_be_bytes());
 }
 
 pub(super) fn write_message(
     buffer: &mut [u8],
-    kind: MsgType,
+    (version, kind): (Version, MsgType),
     sequence: u32,
     timestamp_us: u64,
     payload: &[u8],
@@ -33,16 +77,17 @@ pub(super) fn write_message(
         timestamp_us,
         payload_len: payload.len() as u32,
     };
-    let len = HEADER_LEN + payload.len();
-    buffer[..HEADER_LEN].copy_from_slice(&header.encode());
-    buffer[HEADER_LEN..len].copy_from_slice(payload);
+    let start = version.header_len();
+    let len = start + payload.len();
+    write_header(buffer, version, header);
+    buffer[start..len].copy_from_slice(payload);
     len
 }
 
 pub(super) fn write_error(
     buffer: &mut [u8],
-    sequence: u32,
-    timestamp_us: u64,
+    version: Version,
+    (sequence, timestamp_us): (u32, u64),
     code: ErrorCode,
     text: &str,
 ) -> usize {
@@ -52,9 +97,16 @@ pub(super) fn write_error(
         timestamp_us,
         payload_len: 1 + text.len() as u32,
     };
-    let len = HEADER_LEN + 1 + text.len();
-    buffer[..HEADER_LEN].copy_from_slice(&header.encode());
-    buffer[HEADER_LEN] = code.0;
-    buffer[HEADER_LEN + 1..len].copy_from_slice(text.as_bytes());
+    let start = version.header_len();
+    let len = start + 1 + text.len();
+    write_header(buffer, version, header);
+    buffer[start] = code.0;
+    buffer[start + 1..len].copy_from_slice(text.as_bytes());
     len
+}
+
+fn write_header(buffer: &mut [u8], version: Version, header: Header) {
+    let (prefix, message) = buffer.split_at_mut(version.prefix().len());
+    prefix.copy_from_slice(version.prefix());
+    message[..HEADER_LEN].copy_from_slice(&header.encode());
 }

@@ -1,0 +1,287 @@
+//! A reload: the configuration and the files it names are read again, and what can change while the service runs changes.
+//!
+//! A service names the keys that it can apply ([`Reloader::read`]). Every other key that has changed is named in the log as
+//! one that needs a restart. A configuration that cannot be read or contradicts itself changes nothing.
+
+use std::fmt::Display;
+
+use serde::Serialize;
+
+use crate::config::{CommonArgs, ConfigError};
+use crate::shutdown::Shutdown;
+use crate::{notify, telemetry};
+
+/// Knows which configuration is in effect, and reads the new one.
+pub struct Reloader<T> {
+    read: Box<dyn Fn() -> anyhow::Result<T> + Send>,
+    running: toml::Table,
+}
+
+/// A configuration that was read again.
+#[derive(Clone, Debug)]
+pub struct Fresh<T> {
+    /// The configuration.
+    pub value: T,
+    /// Keys that are not as they were and can be applied.
+    pub changed: Vec<String>,
+    /// Keys that are not as they were and need a restart.
+    pub restart: Vec<String>,
+    table: toml::Table,
+}
+
+impl<T: Serialize> Reloader<T> {
+    /// `running` is in effect; `read` reads and checks what is to be.
+    ///
+    /// # Errors
+    /// If the configuration cannot be written as TOML, which it was read from.
+    pub fn new(
+        running: &T,
+        read: impl Fn() -> anyhow::Result<T> + Send + 'static,
+    ) -> Result<Self, ConfigError> {
+        Ok(Self {
+            read: Box::new(read),
+            running: table(running)?,
+        })
+    }
+
+    /// Reads the configuration again and compares it with what is in effect. `live` are the keys that the service can apply.
+    ///
+    /// # Errors
+    /// If it cannot be read, or is not sound.
+    pub fn read(&self, live: &[&str]) -> anyhow::Result<Fresh<T>> {
+        let value = (self.read)()?;
+        let table = table(&value)?;
+        let keys = differences(&self.running, &table);
+        let (changed, restart) = keys
+            .into_iter()
+            .partition(|key| live.contains(&key.as_str()));
+        Ok(Fresh {
+            value,
+            changed,
+            restart,
+            table,
+        })
+    }
+
+    /// A whole reload: reads the configuration, has `apply` put the `live` keys into effect and read files again, and changes
+    /// what is logged to what `level` says (the key `log_level`).
+    pub fn reload(
+        &mut self,
+        live: &[&str],
+        args: &CommonArgs,
+        level: impl FnOnce(&T) -> Option<String>,
+        apply: impl FnOnce(&T, &mut Report),
+    ) -> Report {
+        let mut report = Report::default();
+        let fresh = match self.read(&[live, &[LOG_LEVEL]].concat()) {
+            Ok(fresh) => fresh,
+            Err(error) => {
+                report.failed.push(format!("configuration: {error:#}"));
+                return report;
+            }
+        };
+        report.restart.clone_from(&fresh.restart);
+        report.applied.clone_from(&fresh.changed);
+        apply(&fresh.value, &mut report);
+        let logged = telemetry::reload(args, level(&fresh.value).as_deref());
+        report.step(LOG_LEVEL, logged.map(|()| false));
+        self.applied(&fresh);
+        report
+    }
+
+    /// The changed keys of `fresh` are in effect now.
+    pub fn applied(&mut self, fresh: &Fresh<T>) {
+        for key in &fresh.changed {
+            copy(key, &fresh.table, &mut self.running);
+        }
+    }
+}
+
+/// What a reload did, for the log.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// What is as it is configured now.
+    pub applied: Vec<String>,
+    /// Keys that have changed and need a restart.
+    pub restart: Vec<String>,
+    /// What could not be applied, and why: it stays as it was.
+    pub failed: Vec<String>,
+}
+
+impl Report {
+    /// The outcome of one step.
+    pub fn step<E: Display>(&mut self, what: &str, outcome: Result<bool, E>) {
+        match outcome {
+            Ok(true) => self.applied.push(what.to_owned()),
+            Ok(false) => {}
+            Err(error) => self.failed.push(format!("{what}: {error}")),
+        }
+    }
+
+    fn log(&self) {
+        for failure in &self.failed {
+            tracing::error!("not reloaded, the old one stays in use: {failure}");
+        }
+        if !self.restart.is_empty() {
+            let keys = self.restart.join(", ");
+            tracing::warn!("changed but needs a restart: {keys}");
+        }
+        if self.applied.is_empty() {
+            tracing::info!("reloaded: nothing that is in use has changed");
+        } else {
+            tracing::info!("reloaded: {}", self.applied.join(", "));
+        }
+    }
+}
+
+/// Reloads whenever it is asked for, for ever, and tells systemd and the log.
+pub async fn follow(shutdown: Shutdown, mut reload: impl FnMut() -> Report) {
+    loop {
+        shutdown.reload_asked().await;
+        if shutdown.is_draining() {
+            tracing::info!("not reloading: the service is shutting down");
+            continue;
+        }
+        notify::reloading();
+        reload().log();
+        notify::ready();
+    }
+}
+
+/// The key that says what is logged.
+const LOG_LEVEL: &str = "log_level";
+
+fn table<T: Serialize>(config: &T) -> Result<toml::Table, ConfigError> {
+    toml::Table::try_from(config).map_err(|error| ConfigError::Unprintable {
+        reason: error.to_string(),
+    })
+}
+
+/// The dotted keys whose values differ, in order.
+fn differences(old: &toml::Table, new: &toml::Table) -> Vec<String> {
+    fn collect(old: &toml::Table, new: &toml::Table, prefix: &str, keys: &mut Vec<String>) {
+        let names: std::collections::BTreeSet<&String> = old.keys().chain(new.keys()).collect();
+        for name in names {
+            let key = crate::config::join(prefix, name);
+            match (old.get(name), new.get(name)) {
+                (Some(toml::Value::Table(old)), Some(toml::Value::Table(new))) => {
+                    collect(old, new, &key, keys);
+                }
+                (old, new) if old == new => {}
+                _ => keys.push(key),
+            }
+        }
+    }
+    let mut keys = Vec::new();
+    collect(old, new, "", &mut keys);
+    keys
+}
+
+/// Makes `key` in `to` what it is in `from`.
+fn copy(key: &str, from: &toml::Table, to: &mut toml::Table) {
+    let (name, rest) = key.split_once('.').unwrap_or((key, ""));
+    match (from.get(name), to.get_mut(name)) {
+        (Some(toml::Value::Table(from)), Some(toml::Value::Table(to))) if !rest.is_empty() => {
+            copy(rest, from, to);
+        }
+        (Some(value), _) => {
+            to.insert(name.to_owned(), value.clone());
+        }
+        (None, _) => {
+            to.remove(name);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::rc::Rc;
+    use std::sync::{Arc, Mutex};
+
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+    struct Config {
+        level: Option<String>,
+        http: Http,
+    }
+
+    #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+    struct Http {
+        port: u16,
+        keys: Option<String>,
+    }
+
+    fn reloader() -> (Reloader<Config>, Arc<Mutex<Option<Config>>>) {
+        let file = Arc::new(Mutex::new(Some(Config::default())));
+        let read = file.clone();
+        let reloader = Reloader::new(&Config::default(), move || {
+            let config = read.lock().unwrap().clone();
+            config.ok_or_else(|| anyhow::anyhow!("unknown key `levl`"))
+        });
+        (reloader.unwrap(), file)
+    }
+
+    const LIVE: [&str; 2] = ["level", "http.keys"];
+
+    #[test]
+    fn what_can_be_applied_is_told_from_what_needs_a_restart() {
+        let (mut reloader, file) = reloader();
+        assert!(reloader.read(&LIVE).unwrap().changed.is_empty());
+        let new = Config {
+            level: Some("debug".into()),
+            http: Http {
+                port: 9,
+                keys: Some("a".into()),
+            },
+        };
+        *file.lock().unwrap() = Some(new);
+        let fresh = reloader.read(&LIVE).unwrap();
+        assert_eq!(fresh.changed, ["http.keys", "level"]);
+        assert_eq!(fresh.restart, ["http.port"]);
+        reloader.applied(&fresh);
+        // What was applied is not news; what needs a restart is said again.
+        let again = reloader.read(&LIVE).unwrap();
+        assert_eq!((again.changed.len(), again.restart.len()), (0, 1));
+        *file.lock().unwrap() = Some(Config::default());
+        let back = reloader.read(&LIVE).unwrap();
+        assert_eq!(back.changed, ["http.keys", "level"]);
+        assert!(back.restart.is_empty());
+    }
+
+    #[test]
+    fn a_bad_configuration_is_an_error_and_changes_nothing() {
+        let (reloader, file) = reloader();
+        *file.lock().unwrap() = None;
+        let error = reloader.read(&LIVE).unwrap_err();
+        assert!(error.to_string().contains("levl"));
+    }
+
+    #[tokio::test]
+    async fn reloads_come_one_after_the_other_and_none_during_a_drain() {
+        let shutdown = Shutdown::manual(std::time::Duration::from_secs(1));
+        let count = Rc::new(Cell::new(0));
+        let counted = count.clone();
+        let following = follow(shutdown.clone(), move || {
+            counted.set(counted.get() + 1);
+            Report::default()
+        });
+        let asking = async {
+            for _ in 0..3 {
+                shutdown.ask_reload();
+                tokio::task::yield_now().await;
+            }
+            shutdown.begin();
+            shutdown.ask_reload();
+            tokio::task::yield_now().await;
+        };
+        tokio::select! {
+            () = following => {}
+            () = asking => {}
+        }
+        assert!((1..=3).contains(&count.get()), "{}", count.get());
+    }
+}
