@@ -2,6 +2,7 @@
 
 mod functions;
 mod guard;
+mod python;
 
 use std::sync::Arc;
 
@@ -259,11 +260,14 @@ impl ChatTemplate {
         environment.set_lstrip_blocks(true);
         environment.set_fuel(Some(FUEL));
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(python::method);
+        environment.set_formatter(|out, _, value| match value.is_undefined() {
+            true => Ok(()),
+            false => out.write_str(&python::text(value)).map_err(Into::into),
+        });
         functions::install(&mut environment);
         environment
-            .add_template_owned(NAME, source.to_owned())
+            .add_template_owned(NAME, python::prepared(source))
             .map_err(|error| ChatError::Invalid {
                 message: error.to_string(),
             })?;
@@ -280,6 +284,15 @@ impl ChatTemplate {
     /// Whether the model file brings no template, so that one is used that the model may never have seen.
     pub fn is_fallback(&self) -> bool {
         self.fallback
+    }
+
+    /// What the format is called where the model brings none.
+    pub fn name(&self) -> &'static str {
+        match &*self.source {
+            CHATML => "ChatML",
+            GEMMA => "Gemma",
+            _ => "the model's own",
+        }
     }
 
     /// The template's source.

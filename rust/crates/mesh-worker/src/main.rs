@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use mesh_service::config::CommonArgs;
@@ -78,11 +79,17 @@ fn run(args: &Args) -> anyhow::Result<()> {
         return Ok(());
     }
     telemetry::init("worker", &args.common)?;
-    runtime.block_on(async {
+    let worked = runtime.block_on(async {
         let shutdown = Shutdown::on_signals(loaded.value.drain_limit)?;
         let templates = Templates::apart(std::env::current_exe()?);
-        let worker = Worker::start_with(loaded.value, templates, shutdown).await?;
+        let worker = tokio::select! {
+            worker = Worker::start_with(loaded.value, templates, shutdown.clone()) => worker?,
+            () = shutdown.draining() => return Ok(()),
+        };
         worker.wait().await?;
         Ok(())
-    })
+    });
+    // A model that is being read is not read to its end for nobody.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    worked
 }

@@ -186,8 +186,8 @@ const CONTROL_NAMES: [&str; 24] = [
 fn type_by_name(text: &str, ty: TokenType) -> TokenType {
     let named = || END_NAMES.contains(&text) || CONTROL_NAMES.contains(&text);
     match ty {
-        // As a word of a vocabulary this may be the end of a tag.
-        TokenType::Normal if text == "</s>" => ty,
+        // As a word of a vocabulary this ends struck text.
+        _ if text == "</s>" => ty,
         TokenType::Normal | TokenType::UserDefined if named() => TokenType::Control,
         _ => ty,
     }
@@ -447,6 +447,36 @@ fn ends_of(vocab: &Vocab, listed: impl Iterator<Item = u32>) -> Vec<u32> {
         );
     }
     ends
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+    use crate::gguf::writer::{OwnedValue, Writer};
+
+    /// A vocabulary of bytes with these tokens besides, each with its type.
+    pub(crate) fn bytes_with(more: &[(&str, i32)]) -> Tokenizer {
+        let mut tokens = vec![("<unk>".to_owned(), 2)];
+        tokens.extend((0..=255).map(|byte| (format!("<0x{byte:02X}>"), 6)));
+        tokens.extend(more.iter().map(|(name, ty)| ((*name).to_owned(), *ty)));
+        let mut writer = Writer::new();
+        writer
+            .key("tokenizer.ggml.model", OwnedValue::String("llama".into()))
+            .key(
+                "tokenizer.ggml.scores",
+                OwnedValue::F32s(vec![0.0; tokens.len()]),
+            )
+            .key(
+                "tokenizer.ggml.token_type",
+                OwnedValue::I32s(tokens.iter().map(|token| token.1).collect()),
+            )
+            .key(
+                "tokenizer.ggml.tokens",
+                OwnedValue::Strings(tokens.into_iter().map(|token| token.0).collect()),
+            );
+        let bytes = writer.to_bytes(|_, _, _| Vec::new()).unwrap();
+        Tokenizer::from_gguf(&Gguf::from_bytes(bytes).unwrap()).unwrap()
+    }
 }
 
 #[cfg(test)]
