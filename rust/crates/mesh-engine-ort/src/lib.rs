@@ -71,4 +71,5 @@ pub use encoder::OrtEncoder;
 pub use mesh_kernels::Reclaim;
 pub use options::{KvFormat, LoadError, OrtOptions, WeightFormat, suited_kv};
 pub use provider::Provider;
+pub use runtime::load_library;
 pub use stage::OrtStage;

@@ -10,6 +10,15 @@ use crate::options::LoadError;
 /// The process's environment. ONNX Runtime allows one; it is kept for as long as the process lives.
 static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
 
+/// Loads ONNX Runtime's library as the first stage of a process would: from `path`, or from where `ORT_DYLIB_PATH` says. So that
+/// a missing one is found before gigabytes are read.
+///
+/// # Errors
+/// If it is not configured or cannot be loaded.
+pub fn load_library(path: Option<&Path>) -> Result<(), LoadError> {
+    environment(path).map(|_| ())
+}
+
 /// Loads the library at `path`, or the one that `ORT_DYLIB_PATH` names, unless one is loaded already.
 pub(crate) fn environment(path: Option<&Path>) -> Result<Environment, LoadError> {
     let mut environment = ENVIRONMENT.lock().unwrap_or_else(PoisonError::into_inner);

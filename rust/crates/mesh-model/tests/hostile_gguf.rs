@@ -154,7 +154,6 @@ fn a_file_that_changes_while_open_is_noticed() {
     std::fs::write(&file, small()).unwrap();
     let gguf = Gguf::open(file.path()).unwrap();
     gguf.check_unchanged().unwrap();
-    gguf.release_pages();
     assert_eq!(
         gguf.unsigned("some.count").unwrap(),
         Some(7),
@@ -299,7 +298,7 @@ fn open_all(bytes: Vec<u8>) -> Result<(), String> {
     let gguf = parse(bytes).map_err(|e| e.to_string())?;
     let config = ModelConfig::from_gguf(&gguf).map_err(|e| e.to_string())?;
     let tokenizer = Tokenizer::from_gguf(&gguf).map_err(|e| e.to_string())?;
-    ChatTemplate::from_gguf(&gguf, &tokenizer).map_err(|e| e.to_string())?;
+    ChatTemplate::from_gguf(&gguf, &tokenizer);
     config.rope.frequencies();
     tokenizer
         .encode(
@@ -308,7 +307,7 @@ fn open_all(bytes: Vec<u8>) -> Result<(), String> {
         )
         .map_err(|e| e.to_string())?;
     for tensor in gguf.tensors() {
-        tensor.to_f32();
+        tensor.to_f32().unwrap();
     }
     Ok(())
 }
@@ -369,7 +368,7 @@ proptest! {
                 value.describe();
             }
             for tensor in gguf.tensors() {
-                tensor.to_f32();
+                tensor.to_f32().unwrap();
             }
         }
     }
@@ -379,5 +378,51 @@ proptest! {
         let mut bytes = b"GGUF\x03\0\0\0".to_vec();
         bytes.extend(tail);
         let _ = open_all(bytes);
+    }
+}
+
+#[test]
+fn a_file_that_is_cut_short_while_it_is_open_is_an_error_and_no_signal() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(&file, small()).unwrap();
+    let gguf = Gguf::open(file.path()).unwrap();
+    let tensor = gguf.require_tensor("second").unwrap();
+    assert_eq!(tensor.to_f32().unwrap().len(), 5);
+    // Behind the end of a mapped file lies SIGBUS.
+    file.as_file().set_len(10).unwrap();
+    let error = tensor.to_f32().unwrap_err().to_string();
+    assert!(error.contains("the file ends before them"), "{error}");
+    assert!(
+        error.contains(&file.path().display().to_string()),
+        "{error}"
+    );
+    assert_eq!(
+        gguf.unsigned("some.count").unwrap(),
+        Some(7),
+        "keys are kept"
+    );
+    assert!(gguf.check_unchanged().is_err());
+}
+
+#[test]
+fn a_file_with_a_hole_behind_its_tensors_is_refused() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(&file, small()).unwrap();
+    file.as_file().set_len(1 << 40).unwrap();
+    assert!(matches!(
+        Gguf::open(file.path()),
+        Err(GgufError::Surplus { .. })
+    ));
+}
+
+#[test]
+fn a_named_pipe_or_a_device_is_refused_and_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let pipe = dir.path().join("pipe.gguf");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.unwrap().success());
+    for path in [pipe.as_path(), "/dev/zero".as_ref(), dir.path()] {
+        assert!(matches!(Gguf::open(path), Err(GgufError::NotAFile { .. })));
+        assert!(mesh_model::file::open_regular(path).is_err());
     }
 }

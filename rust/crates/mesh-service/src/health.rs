@@ -17,6 +17,8 @@ use crate::notify::Watchdog;
 pub struct Health {
     /// Why the service is not ready; `None` is ready.
     unready: Arc<Mutex<Option<String>>>,
+    /// What does not work although the service is ready.
+    note: Arc<Mutex<Option<String>>>,
     watchdog: Option<Watchdog>,
 }
 
@@ -25,6 +27,7 @@ impl Health {
     pub fn starting() -> Self {
         Self {
             unready: Arc::new(Mutex::new(Some("starting".to_owned()))),
+            note: Arc::default(),
             watchdog: None,
         }
     }
@@ -39,6 +42,11 @@ impl Health {
     /// Requests can be served from now on.
     pub fn set_ready(&self) {
         *self.lock() = None;
+    }
+
+    /// What does not work although requests can be served; `/ready` tells it beside its answer.
+    pub fn set_note(&self, note: Option<String>) {
+        *self.note.lock().unwrap_or_else(PoisonError::into_inner) = note;
     }
 
     /// Requests cannot be served, for this reason.
@@ -77,7 +85,13 @@ async fn live(State(health): State<Health>) -> Response {
 
 async fn ready(State(health): State<Health>) -> Response {
     match health.unready_reason() {
-        None => Json(json!({ "status": "ready" })).into_response(),
+        None => {
+            let note = health.note.lock();
+            match &*note.unwrap_or_else(PoisonError::into_inner) {
+                None => Json(json!({ "status": "ready" })).into_response(),
+                Some(note) => Json(json!({ "status": "ready", "note": note })).into_response(),
+            }
+        }
         Some(reason) => unavailable("unready", &reason),
     }
 }

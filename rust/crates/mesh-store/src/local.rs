@@ -1,10 +1,12 @@
 //! Models outside the store: in folders that people put them in.
 
-use std::fs::Metadata;
-use std::io;
+use std::fs::{File, Metadata};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use mesh_model::file::open_regular;
 use mesh_model::hf::{Folder, is_hugging_face};
 use mesh_model::model::model_name;
 use serde::{Deserialize, Serialize};
@@ -258,22 +260,34 @@ impl FingerprintCache {
     /// # Errors
     /// If a file cannot be read.
     pub fn fingerprint(&self, path: &Path) -> io::Result<String> {
+        self.fingerprint_until(path, &AtomicBool::new(false))
+    }
+
+    /// The same, given up when `stop` is set.
+    ///
+    /// # Errors
+    /// If a file cannot be read, and when it is given up.
+    pub fn fingerprint_until(&self, path: &Path, stop: &AtomicBool) -> io::Result<String> {
         if !is_hugging_face(path) {
-            return self.digest(path);
+            return self.digest(path, stop);
         }
         let folder = Folder::open(path).map_err(io::Error::other)?;
-        let fingerprint = folder.fingerprint(|path| self.digest(path));
+        let fingerprint = folder.fingerprint(|path| self.digest(path, stop));
         fingerprint.map_err(io::Error::other)
     }
 
     /// SHA-256 of one file in hexadecimal.
-    fn digest(&self, path: &Path) -> io::Result<String> {
+    fn digest(&self, path: &Path, stop: &AtomicBool) -> io::Result<String> {
         let stamp = Stamp::of(path)?;
         let mut remembered = self.read();
         if let Some(known) = remembered.files.iter().find(|file| file.stamp == stamp) {
             return Ok(known.sha256.clone());
         }
-        let sha256 = Digest::of_file(&stamp.path)?.to_string();
+        let file = open_regular(&stamp.path)?;
+        let sha256 = Digest::of_reader(Stoppable { file, stop })?.to_string();
+        if Stamp::of(path)? != stamp {
+            return Err(io::Error::other("it changed while it was read"));
+        }
         remembered
             .files
             .retain(|file| file.stamp.path != stamp.path);
@@ -298,6 +312,21 @@ impl FingerprintCache {
     fn write(&self, remembered: &Remembered) -> io::Result<()> {
         let parent = self.path.parent().unwrap_or(Path::new("."));
         files::replace(&self.path, parent, &serde_json::to_vec(remembered)?)
+    }
+}
+
+/// Reads until it is told to stop.
+struct Stoppable<'a> {
+    file: File,
+    stop: &'a AtomicBool,
+}
+
+impl Read for Stoppable<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self.stop.load(Ordering::Relaxed) {
+            true => Err(io::Error::other("nobody needs it any more")),
+            false => self.file.read(buffer),
+        }
     }
 }
 

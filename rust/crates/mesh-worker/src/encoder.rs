@@ -30,6 +30,7 @@ pub(crate) struct HostedEncoder {
     pub(crate) engine: EmbedHandle,
     /// What the head is told about it.
     pub(crate) card: ModelCard,
+    pub(crate) source: host::Source,
     /// Ends the engine's thread when dropped.
     _engine: EmbedEngine,
     /// Keeps its files in the store.
@@ -107,6 +108,7 @@ impl HostedEncoder {
             model,
             engine: handle,
             card,
+            source: host::Source::At(folder.into()),
             _engine: engine,
             _pin: None,
         })

@@ -57,6 +57,9 @@ pub enum WorkerError {
         /// What is wrong.
         reason: String,
     },
+    /// ONNX Runtime cannot be used at all.
+    #[error(transparent)]
+    Runtime(LoadError),
     /// A model could not be had from elsewhere.
     #[error("model {name}: {reason}")]
     Fetch {

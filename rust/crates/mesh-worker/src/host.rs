@@ -1,8 +1,10 @@
 //! The models of this worker, each with its engine.
 
-use std::collections::HashSet;
-use std::path::Path;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::collections::{BTreeMap, HashSet};
+use std::panic::AssertUnwindSafe;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Instant;
 
 use futures::StreamExt;
@@ -27,6 +29,30 @@ pub(crate) struct Host {
     models: Arc<Models>,
     rings: Arc<Rings>,
     templates: Templates,
+    /// Models that are not served because something is wrong with them, each with what that is.
+    failed: Mutex<BTreeMap<String, String>>,
+}
+
+/// A model that is not served because something is wrong with it.
+#[derive(Debug, Clone)]
+pub(crate) struct Failure {
+    /// What the configuration calls it, or what it was served as.
+    pub(crate) name: String,
+    pub(crate) source: Source,
+    pub(crate) reason: String,
+}
+
+/// Where a model is loaded from.
+#[derive(Debug, Clone)]
+pub(crate) enum Source {
+    /// The file or folder that a name in the configuration means.
+    Named,
+    /// The same, offered in parts.
+    Shard,
+    /// This file or folder.
+    At(PathBuf),
+    /// The store, under a name; files come from elsewhere if need be.
+    Store(String),
 }
 
 /// A model that answers here.
@@ -61,6 +87,7 @@ pub(crate) struct Hosted {
     pub(crate) card: ModelCard,
     /// What computes it.
     pub(crate) backend: Provider,
+    source: Source,
     /// Ends the engine's thread when dropped.
     _engine: Engine,
     /// Keeps its files in the store.
@@ -69,45 +96,72 @@ pub(crate) struct Hosted {
 
 impl Host {
     /// Loads every model of `config` that is a file at hand, starts its engine and lets it answer once, which also measures its
-    /// speed. Blocks for as long as that takes.
+    /// speed. Blocks for as long as that takes. What is wrong with one model is a failure of that one.
+    ///
+    /// # Errors
+    /// If names in the configuration contradict each other, or none of them means anything.
     pub(crate) fn load(
         config: &Arc<Config>,
         models: Arc<Models>,
         templates: Templates,
-    ) -> Result<Self, WorkerError> {
-        let mut hosted: Vec<Arc<Hosted>> = Vec::new();
-        let mut encoders: Vec<Arc<HostedEncoder>> = Vec::new();
-        for name in &config.models {
-            if let Some(folder) = encoder::find(name, &config.folders()) {
-                encoders.push(Arc::new(HostedEncoder::load(&folder, None, config)?));
-                continue;
-            }
-            let path = match local::resolve(name, &config.folders()) {
-                Ok(path) => path,
-                // It comes later, from elsewhere.
-                Err(_) if may_be_fetched(name) => continue,
-                Err(error) => return Err(error.into()),
+    ) -> Result<(Self, Vec<Failure>), WorkerError> {
+        let found = find(config)?;
+        let mut failures = Vec::new();
+        let mut loaded = Vec::new();
+        for (name, path) in found {
+            let fail = |error: WorkerError| Failure {
+                name: name.clone(),
+                source: Source::Named,
+                reason: error.to_string(),
             };
-            hosted.push(Arc::new(Hosted::load(&path, None, None, config)?));
-        }
-        let mut names = HashSet::new();
-        let cards = hosted.iter().map(|hosted| &hosted.card);
-        for card in cards.chain(encoders.iter().map(|hosted| &hosted.card)) {
-            if !names.insert(card.name.as_str()) {
-                return Err(WorkerError::SameName {
-                    name: card.name.clone(),
-                });
+            match path.and_then(|path| Loaded::load(&path, None, None, config, Some(&templates))) {
+                Ok(model) => loaded.push(model.from(Source::Named)),
+                Err(error) => failures.push(fail(error)),
             }
         }
         // Measured while nothing computes.
-        let rings = Rings::open(config, models.clone())?;
-        Ok(Host {
-            hosted: RwLock::new(hosted),
-            encoders: RwLock::new(encoders),
+        let (rings, unusable) = Rings::open(config, models.clone());
+        failures.extend(unusable);
+        let host = Host {
+            hosted: RwLock::default(),
+            encoders: RwLock::default(),
             models,
             rings,
             templates,
-        })
+            failed: Mutex::default(),
+        };
+        for model in loaded {
+            host.add(model)?;
+        }
+        for failure in &failures {
+            tracing::error!(
+                model = failure.name,
+                error = failure.reason,
+                "model not served; other models are, and this one is tried again when its file changes, and later"
+            );
+            host.set_failed(&failure.name, Some(failure.reason.clone()));
+        }
+        Ok((host, failures))
+    }
+
+    /// What is wrong with models that are not served.
+    pub(crate) fn failed(&self) -> BTreeMap<String, String> {
+        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        failed.clone()
+    }
+
+    /// Notes what is wrong with a model, or that nothing is any more.
+    pub(crate) fn set_failed(&self, name: &str, reason: Option<String>) {
+        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        match reason {
+            Some(reason) => failed.insert(name.to_owned(), reason),
+            None => failed.remove(name),
+        };
+    }
+
+    /// Whether anything is served or offered here.
+    pub(crate) fn serves(&self) -> bool {
+        !self.models().is_empty() || !self.encoders().is_empty() || self.rings.has_shards()
     }
 
     /// Serves one more model.
@@ -257,36 +311,105 @@ impl Host {
         tokio::join!(finished, embedded, self.rings.emptied());
     }
 
-    /// The error of an engine that is gone, if one is.
-    pub(crate) fn death(&self) -> Option<WorkerError> {
+    /// Takes models out of service whose engines are gone.
+    pub(crate) fn bury(&self) -> Vec<Failure> {
         let (models, encoders) = (self.models(), self.encoders());
         let engines = models
             .iter()
-            .map(|hosted| (&hosted.card.name, hosted.engine.death()));
+            .map(|hosted| (&hosted.card, &hosted.source, hosted.engine.death()));
         let encoders = encoders
             .iter()
-            .map(|hosted| (&hosted.card.name, hosted.engine.death()));
-        engines.chain(encoders).find_map(|(name, death)| {
-            Some(WorkerError::EngineDead {
-                name: name.clone(),
+            .map(|hosted| (&hosted.card, &hosted.source, hosted.engine.death()));
+        let dead = engines.chain(encoders).filter_map(|(card, source, death)| {
+            let error = WorkerError::EngineDead {
+                name: card.name.clone(),
                 reason: death?.to_string(),
+            };
+            Some(Failure {
+                name: card.name.clone(),
+                source: source.clone(),
+                reason: error.to_string(),
             })
-        })
+        });
+        let dead: Vec<Failure> = dead.collect();
+        for failure in &dead {
+            self.remove(&failure.name);
+            self.set_failed(&failure.name, Some(failure.reason.clone()));
+        }
+        dead
+    }
+}
+
+/// What the names of models in the configuration mean; those that come from elsewhere are left out.
+fn find(config: &Config) -> Result<Vec<(String, Result<PathBuf, WorkerError>)>, WorkerError> {
+    let mut found = Vec::new();
+    let mut names = HashSet::new();
+    for name in &config.models {
+        let folders = config.folders();
+        let path = match encoder::find(name, &folders) {
+            Some(folder) => Ok(folder),
+            None => local::resolve(name, &folders),
+        };
+        match path {
+            Ok(path) => {
+                let called = mesh_model::model::model_name(&path);
+                if !names.insert(called.clone()) {
+                    return Err(WorkerError::SameName { name: called });
+                }
+                found.push((name.clone(), Ok(path)));
+            }
+            // It comes later, from elsewhere.
+            Err(_) if may_be_fetched(name) => {}
+            Err(error) => found.push((name.clone(), Err(error.into()))),
+        }
+    }
+    // Where nothing else is to be had, a mistake in the configuration is best seen at once; and to try again costs nothing.
+    let all_missing =
+        found.len() == config.models.len() && found.iter().all(|(_, path)| path.is_err());
+    let alone = config.shards.is_empty() && config.local_models.is_none();
+    match found.iter_mut().next() {
+        Some((_, Err(_))) if all_missing && alone => {
+            let (_, error) = found.swap_remove(0);
+            error.map(|_| Vec::new())
+        }
+        _ => Ok(found),
     }
 }
 
 impl Loaded {
-    /// Loads what lies at `path`, whatever it is; see [`Hosted::load`]. Blocks.
+    /// Loads what lies at `path`, whatever it is; see [`Hosted::load`]. Blocks. A panic is an error of this model.
     pub(crate) fn load(
         path: &Path,
         name: Option<&str>,
         known: Option<&str>,
         config: &Config,
+        templates: Option<&Templates>,
     ) -> Result<Self, WorkerError> {
-        Ok(match path.is_dir() && encoder::is_encoder(path) {
-            true => Loaded::Embed(Box::new(HostedEncoder::load(path, name, config)?)),
-            false => Loaded::Chat(Box::new(Hosted::load(path, name, known, config)?)),
-        })
+        let load = || {
+            Ok(match path.is_dir() && encoder::is_encoder(path) {
+                true => Loaded::Embed(Box::new(HostedEncoder::load(path, name, config)?)),
+                false => {
+                    let hosted = Hosted::load(path, name, known, config, templates)?;
+                    Loaded::Chat(Box::new(hosted))
+                }
+            })
+        };
+        let panicked = |_| {
+            Err(WorkerError::Internal(format!(
+                "loading {} panicked; the lines before say where",
+                path.display()
+            )))
+        };
+        std::panic::catch_unwind(AssertUnwindSafe(load)).unwrap_or_else(panicked)
+    }
+
+    /// Says where it came from.
+    pub(crate) fn from(mut self, source: Source) -> Self {
+        match &mut self {
+            Loaded::Chat(hosted) => hosted.source = source,
+            Loaded::Embed(hosted) => hosted.source = source,
+        }
+        self
     }
 
     /// Keeps its files in the store for as long as it is loaded.
@@ -324,6 +447,7 @@ impl Hosted {
         name: Option<&str>,
         known: Option<&str>,
         config: &Config,
+        templates: Option<&Templates>,
     ) -> Result<Self, WorkerError> {
         let started = Instant::now();
         // What loading needs is a multiple of what serving does.
@@ -333,6 +457,7 @@ impl Hosted {
         if let Some(known) = known {
             model.know_fingerprint(known);
         }
+        let stop = AtomicBool::new(false);
         let cache = FingerprintCache::new(config.state_dir.join("fingerprints.json"));
         let fingerprint = std::thread::scope(|scope| {
             // Reading the whole file takes as long as packing its weights: side by side.
@@ -343,9 +468,14 @@ impl Hosted {
                     .fingerprint()
                     .map(str::to_owned)
                     .map_err(std::io::Error::other),
-                None => cache.fingerprint(path),
+                None => cache.fingerprint_until(path, &stop),
             });
-            let stage = load_stage(&model, &name, config)?;
+            let stage = load_stage(&model, &name, config);
+            if stage.is_err() {
+                // Nobody needs it any more.
+                stop.store(true, Ordering::Relaxed);
+            }
+            let stage = stage?;
             let fingerprint = fingerprint
                 .join()
                 .unwrap_or_else(|_| Err(std::io::Error::other("it panicked")));
@@ -355,6 +485,9 @@ impl Hosted {
             Ok::<_, WorkerError>((stage, fingerprint))
         });
         let (opened, fingerprint) = fingerprint?;
+        if let Some(templates) = templates {
+            learn_turn_end(&model, &name, templates);
+        }
         let info = opened.stage.info().clone();
         let scheduler = SchedulerConfig {
             kv_tokens: Some(kv_tokens(config, info.kv_bytes_per_token)),
@@ -394,9 +527,42 @@ impl Hosted {
             engine: handle,
             card,
             backend: opened.provider,
+            source: Source::At(path.into()),
             _engine: engine,
             _pin: None,
         })
+    }
+}
+
+/// Says once what is wrong with a model's chat template, and finds the token that it puts behind an answer.
+pub(crate) fn learn_turn_end(model: &Model, name: &str, templates: &Templates) {
+    let template = model.template();
+    if let Some(problem) = template.problem() {
+        tracing::error!(
+            model = name,
+            problem,
+            "conversations with this model are refused"
+        );
+        return;
+    }
+    if template.is_fallback() {
+        tracing::warn!(
+            model = name,
+            format = template.name(),
+            "the model brings no chat template: conversations are written in a format that it may not know"
+        );
+    }
+    match futures::executor::block_on(templates.render(template, Model::turn_probe())) {
+        Ok(rendered) => {
+            if let Some(token) = model.learn_turn_end(&rendered.text) {
+                tracing::warn!(
+                    model = name,
+                    token,
+                    "the model's file does not say so, but its chat template ends answers with this token"
+                );
+            }
+        }
+        Err(error) => tracing::debug!(model = name, %error, "the chat template has no answers"),
     }
 }
 

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 use crate::config::Config;
 use crate::error::WorkerError;
-use crate::host::{Host, Loaded};
+use crate::host::{Failure, Host, Loaded, Source};
 use crate::models::is_at_hand;
 
 /// What is still to come, and whether the worker may call itself ready.
@@ -29,12 +29,22 @@ struct State {
     linked: bool,
     /// What is to come, each with what is in the way, if that is known.
     pending: BTreeMap<String, Option<String>>,
+    /// How often the engine of a model died.
+    deaths: BTreeMap<String, u32>,
 }
 
 impl Loading {
-    /// Begins to load, in the background, what is not at hand.
-    pub(crate) fn begin(config: &Arc<Config>, host: &Arc<Host>, health: &Health) -> Arc<Self> {
-        let absent = |name: &&String| !is_at_hand(name, config);
+    /// Begins to load, in the background, what is not at hand, and to try again what failed.
+    pub(crate) fn begin(
+        config: &Arc<Config>,
+        host: &Arc<Host>,
+        health: &Health,
+        failures: Vec<Failure>,
+    ) -> Arc<Self> {
+        let absent = |name: &&String| {
+            let failed = failures.iter().any(|failure| failure.name == **name);
+            !failed && !is_at_hand(name, config)
+        };
         let models: Vec<String> = config.models.iter().filter(absent).cloned().collect();
         let shards: Vec<String> = config.shards.iter().filter(absent).cloned().collect();
         let pending = models.iter().chain(&shards).cloned();
@@ -42,11 +52,14 @@ impl Loading {
             host: host.clone(),
             health: health.clone(),
             state: Mutex::new(State {
-                linked: false,
                 pending: pending.map(|name| (name, None)).collect(),
+                ..State::default()
             }),
             looks: watch::Sender::new(0),
         });
+        for failure in failures {
+            tokio::spawn(loading.clone().again(failure, config.clone(), TRY_AGAIN));
+        }
         for name in models {
             tokio::spawn(loading.clone().load(name, config.clone(), false));
         }
@@ -94,6 +107,88 @@ impl Loading {
         if linked {
             self.show();
         }
+    }
+
+    /// Takes models out of service whose engines are gone, and loads them again later.
+    pub(crate) fn look_after(self: &Arc<Self>, config: &Arc<Config>) {
+        for failure in self.host.bury() {
+            tracing::error!(
+                model = failure.name,
+                error = failure.reason,
+                "model not served any more; it is loaded again"
+            );
+            let deaths = {
+                let mut state = self.lock();
+                let deaths = state.deaths.entry(failure.name.clone()).or_default();
+                *deaths = (*deaths + 1).min(8);
+                *deaths
+            };
+            // What dies each time is not to keep the machine busy.
+            let pause = (TRY_AGAIN * 2u32.pow(deaths - 1)).min(TRY_LATER);
+            tokio::spawn(self.clone().again(failure, config.clone(), pause));
+            self.show();
+        }
+    }
+
+    /// Loads a model that failed when its file has changed, or after a while.
+    async fn again(self: Arc<Self>, failure: Failure, config: Arc<Config>, mut pause: Duration) {
+        let Failure {
+            name,
+            source,
+            mut reason,
+        } = failure;
+        loop {
+            wait_for_change(&name, &source, &config, pause).await;
+            match self.load_again(&name, &source, &config).await {
+                Ok(()) => {
+                    tracing::info!(model = name, "the model is served now");
+                    self.host.set_failed(&name, None);
+                    self.show();
+                    return;
+                }
+                // Somebody else loaded it.
+                Err(WorkerError::SameName { .. }) if matches!(source, Source::At(_)) => {
+                    self.host.set_failed(&name, None);
+                    self.show();
+                    return;
+                }
+                Err(error) => {
+                    let text = error.to_string();
+                    if text != reason {
+                        tracing::error!(model = name, error = text, "model still not served");
+                        reason.clone_from(&text);
+                    }
+                    self.host.set_failed(&name, Some(text));
+                    self.show();
+                    pause = (pause * 2).min(READ_AGAIN);
+                }
+            }
+        }
+    }
+
+    async fn load_again(
+        &self,
+        name: &str,
+        source: &Source,
+        config: &Arc<Config>,
+    ) -> Result<(), WorkerError> {
+        if let Source::Store(name) = source {
+            return self.whole(name, config).await;
+        }
+        let (host, config) = (self.host.clone(), config.clone());
+        let (name, source) = (name.to_owned(), source.clone());
+        let load = move || {
+            let path = match &source {
+                Source::Shard => return host.rings().add_file(&name),
+                Source::At(path) => path.clone(),
+                Source::Named | Source::Store(_) => path_of(&name, &config)?,
+            };
+            let called = matches!(source, Source::At(_)).then_some(&*name);
+            let loaded = Loaded::load(&path, called, None, &config, Some(host.templates()))?;
+            host.add(loaded.from(source))
+        };
+        let loaded = tokio::task::spawn_blocking(load).await;
+        loaded.map_err(|error| WorkerError::Internal(error.to_string()))?
     }
 
     async fn load(self: Arc<Self>, name: String, config: Arc<Config>, in_parts: bool) {
@@ -150,15 +245,17 @@ impl Loading {
         models.fetch_all(&held).await.map_err(failed)?;
         let pin = models.pin(&held);
         let path = models.path(&held).await.map_err(failed)?;
-        let config = config.clone();
+        let (config, host) = (config.clone(), self.host.clone());
         let loaded = tokio::task::spawn_blocking(move || {
             let (name, fingerprint) = (held.manifest().name.clone(), held.file_fingerprint());
-            Loaded::load(&path, Some(&name), Some(&fingerprint), &config)
+            let templates = Some(host.templates());
+            Loaded::load(&path, Some(&name), Some(&fingerprint), &config, templates)
         });
         let loaded = loaded
             .await
             .map_err(|error| WorkerError::Internal(error.to_string()))??;
-        self.host.add(loaded.pinned(pin))
+        let source = Source::Store(name.to_owned());
+        self.host.add(loaded.pinned(pin).from(source))
     }
 
     /// Fetches what is needed to plan with a model, and offers its layers. Those are fetched when the head gives some to this worker.
@@ -191,11 +288,21 @@ impl Loading {
 
     fn show(&self) {
         let state = self.lock();
+        let failed = self.host.failed();
+        let mut failed: Vec<String> = failed
+            .iter()
+            .map(|(name, reason)| format!("{name} is not served: {reason}"))
+            .collect();
+        self.health
+            .set_note((!failed.is_empty()).then(|| failed.join("; ")));
         if !state.linked {
             return;
         }
-        if state.pending.is_empty() {
+        if state.pending.is_empty() && (failed.is_empty() || self.host.serves()) {
             self.health.set_ready();
+            if !failed.is_empty() {
+                notify::status(&failed.join("; "));
+            }
             return;
         }
         let mut texts = vec![self.host.stored().lacking()];
@@ -205,6 +312,7 @@ impl Loading {
                 None => texts.push(format!("{name} is not loaded yet")),
             }
         }
+        texts.append(&mut failed);
         texts.retain(|text| !text.is_empty());
         let text = texts.join("; ");
         notify::status(&text);
@@ -218,6 +326,44 @@ impl Loading {
 
 /// What shows that a file is still the same, and no longer written to.
 type Stamp = (u64, Option<SystemTime>);
+
+/// The file or folder that a name in the configuration means.
+fn path_of(name: &str, config: &Config) -> Result<PathBuf, WorkerError> {
+    let folders = config.folders();
+    match mesh_model::encoder::find(name, &folders) {
+        Some(folder) => Ok(folder),
+        None => Ok(local::resolve(name, &folders)?),
+    }
+}
+
+/// What shows that something at a path changed.
+async fn look(name: &str, source: &Source, config: &Arc<Config>) -> Option<Stamp> {
+    let (name, source, config) = (name.to_owned(), source.clone(), config.clone());
+    let look = move || {
+        let path = match source {
+            Source::At(path) => path,
+            _ => path_of(&name, &config).ok()?,
+        };
+        let changed = std::fs::metadata(&path).and_then(|found| found.modified());
+        Some((local::look_at(path)?.bytes, changed.ok()))
+    };
+    tokio::task::spawn_blocking(look).await.ok().flatten()
+}
+
+/// Returns when what lies at the model's path has changed and is no longer written to, or when time is up.
+async fn wait_for_change(name: &str, source: &Source, config: &Arc<Config>, pause: Duration) {
+    let until = Instant::now() + pause;
+    let first = look(name, source, config).await;
+    let mut last = first;
+    while Instant::now() < until {
+        tokio::time::sleep(WATCH).await;
+        let now = look(name, source, config).await;
+        if now != first && now == last && now.is_some() {
+            return;
+        }
+        last = now;
+    }
+}
 
 /// Serves what lies in the folder, and no longer what vanishes from it.
 async fn watch_folder(
@@ -279,9 +425,13 @@ async fn watch_folder(
                 }
                 None if settled && refused.get(&model.path) != Some(&stamp) => {
                     match appear(&model, &config, &host).await {
-                        Ok(name) => Some(name),
+                        Ok(name) => {
+                            host.set_failed(&name, None);
+                            Some(name)
+                        }
                         Err(error) => {
                             tracing::error!(path = %model.path.display(), %error, "local model not served");
+                            host.set_failed(&model.name, Some(error.to_string()));
                             refused.insert(model.path.clone(), stamp);
                             None
                         }
@@ -299,7 +449,13 @@ async fn watch_folder(
                 withdraw(&host, &name);
             }
         }
-        refused.retain(|path, _| seen.contains_key(path));
+        refused.retain(|path, _| {
+            let there = seen.contains_key(path);
+            if !there {
+                host.set_failed(&mesh_model::model::model_name(path), None);
+            }
+            there
+        });
         known = seen;
         tokio::select! {
             () = tokio::time::sleep(WATCH) => {}
@@ -326,9 +482,11 @@ async fn appear(
         )));
     }
     let (path, name, config) = (model.path.clone(), model.name.clone(), config.clone());
-    let called = name.clone();
-    let loaded =
-        tokio::task::spawn_blocking(move || Loaded::load(&path, Some(&called), None, &config));
+    let (called, templates) = (name.clone(), host.clone());
+    let loaded = tokio::task::spawn_blocking(move || {
+        let templates = Some(templates.templates());
+        Loaded::load(&path, Some(&called), None, &config, templates)
+    });
     let loaded = loaded
         .await
         .map_err(|error| WorkerError::Internal(error.to_string()))??;
@@ -349,6 +507,8 @@ fn withdraw(host: &Arc<Host>, name: &str) {
 /// What does not load now may load when something else has ended, or a disk was cleared.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
 const TRY_LATER: Duration = Duration::from_secs(300);
+/// A file that does not change is read again at most so often: to read tens of gigabytes keeps a disk busy for minutes.
+const READ_AGAIN: Duration = Duration::from_secs(1800);
 const SHOW: Duration = Duration::from_millis(250);
 /// A look at a folder costs next to nothing, and works on every file system.
 const WATCH: Duration = Duration::from_secs(1);

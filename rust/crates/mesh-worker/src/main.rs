@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use mesh_service::config::CommonArgs;
@@ -97,7 +98,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         return Ok(());
     }
     telemetry::init("worker", &args.common, loaded.value.log_level.as_deref())?;
-    runtime.block_on(async {
+    let worked = runtime.block_on(async {
         let shutdown = Shutdown::on_signals(loaded.value.drain_limit)?;
         let templates = Templates::apart(std::env::current_exe()?);
         let (common, flags) = (args.common.clone(), args.flags.clone());
@@ -108,7 +109,10 @@ fn run(args: &Args) -> anyhow::Result<()> {
             telemetry::check(config.log_level.as_deref())?;
             Ok(config)
         })?;
-        let worker = Worker::start_with(loaded.value, templates, shutdown.clone()).await?;
+        let worker = tokio::select! {
+            worker = Worker::start_with(loaded.value, templates, shutdown.clone()) => worker?,
+            () = shutdown.draining() => return Ok(()),
+        };
         let live = worker.live().clone();
         tokio::spawn(reload::follow(shutdown, move || {
             let level = |config: &Config| config.log_level.clone();
@@ -118,5 +122,8 @@ fn run(args: &Args) -> anyhow::Result<()> {
         }));
         worker.wait().await?;
         Ok(())
-    })
+    });
+    // A model that is being read is not read to its end for nobody.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    worked
 }

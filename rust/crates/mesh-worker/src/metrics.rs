@@ -59,6 +59,12 @@ impl Collector for EngineCollector {
             let labels = [("model", hosted.card.name.as_str()), ("backend", "cpu")];
             ConstGauge::new(1.0).encode(family.encode_family(&labels)?)?;
         }
+        let help = "1 for a model that is not served because something is wrong with it";
+        let mut family = encoder.encode_descriptor("model_failed", help, None, kind)?;
+        for name in self.0.failed().keys() {
+            let labels = [("model", name.as_str())];
+            ConstGauge::new(1.0).encode(family.encode_family(&labels)?)?;
+        }
         for (name, help, value) in GAUGES {
             let kind = ConstGauge::new(0.0).metric_type();
             let mut family = encoder.encode_descriptor(name, help, None, kind)?;

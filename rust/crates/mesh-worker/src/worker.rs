@@ -85,11 +85,7 @@ impl Worker {
 
         let models = Models::open(&config)?;
         metrics.register(|registry| models.register(registry));
-        let loading = {
-            let config = config.clone();
-            let models = models.clone();
-            tokio::task::spawn_blocking(move || Host::load(&config, models, templates))
-        };
+        check_cheaply(&config, &models)?;
         let lan = Lan::start(&config)?;
         if let Some(lan) = &lan {
             models.search(lan.found());
@@ -99,19 +95,35 @@ impl Worker {
             (None, Some(lan)) => Some(HeadPlace::Lan(lan.clone())),
             (None, None) => None,
         };
-        let identity = async {
-            match &head {
-                Some(head) => identify(&config, head).await,
-                None => Ok(None),
+        let ((host, failures), identity) = {
+            let identity = async {
+                match &head {
+                    Some(head) => identify(&config, head).await,
+                    None => Ok(None),
+                }
+            };
+            tokio::pin!(identity);
+            // A token that is refused is found out before gigabytes are read. A head that does not answer is not waited for.
+            let joined = tokio::time::timeout(JOIN_FIRST, &mut identity).await;
+            let joined = joined.ok().transpose()?;
+            let loading = {
+                let config = config.clone();
+                tokio::task::spawn_blocking(move || Host::load(&config, models, templates))
+            };
+            let loading = async {
+                let loaded = loading.await;
+                loaded.map_err(|error| WorkerError::Internal(error.to_string()))?
+            };
+            match joined {
+                Some(identity) => (loading.await?, identity),
+                None => tokio::try_join!(loading, identity)?,
             }
         };
-        let (host, identity) = tokio::join!(loading, identity);
-        let identity = identity?;
-        let host = Arc::new(host.map_err(|error| WorkerError::Internal(error.to_string()))??);
+        let host = Arc::new(host);
         metrics.register(|registry| {
             registry.register_collector(Box::new(EngineCollector(host.clone())))
         });
-        let loading = Loading::begin(&config, &host, &health);
+        let loading = Loading::begin(&config, &host, &health, failures);
         notify::ready();
         tracing::info!(seconds = started.elapsed().as_secs_f64(), "ready to work");
 
@@ -195,6 +207,21 @@ impl Live {
     }
 }
 
+/// What can be found out without reading a model, and would end the worker after it has read them.
+fn check_cheaply(config: &Config, models: &Models) -> Result<(), WorkerError> {
+    mesh_engine_ort::load_library(config.ort_library.as_deref()).map_err(WorkerError::Runtime)?;
+    if !config.shards.is_empty() || models.is_sharing() {
+        let address = config.ring.listen;
+        mesh_base::listen::udp(address, |_| Ok(())).map_err(|source| WorkerError::Listen {
+            address,
+            carrier: "udp",
+            key: "ring.listen",
+            source,
+        })?;
+    }
+    Ok(())
+}
+
 struct Sockets {
     http: TcpListener,
     dcf: UdpSocket,
@@ -275,10 +302,7 @@ impl Running {
         loop {
             tokio::select! {
                 _ = tick.tick() => {
-                    if let Some(death) = self.host.death() {
-                        self.health.set_unready(death.to_string());
-                        return Err(death);
-                    }
+                    self.loading.look_after(&self.config);
                     // A stage that hangs must not be vouched for.
                     if progress.is_made(&self.host, Instant::now()) {
                         self.heart.beat();
@@ -386,6 +410,9 @@ impl Progress {
             .is_none_or(|since| now.duration_since(since) < limit)
     }
 }
+
+/// How long a start waits for the head's answer to a join before it reads models meanwhile.
+const JOIN_FIRST: Duration = Duration::from_secs(5);
 
 const HOUSEKEEPING: Duration = Duration::from_millis(500);
 

@@ -2,10 +2,12 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use minijinja::value::Kwargs;
+use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Value};
 use serde::Serialize;
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
+
+use super::python;
 
 pub(super) fn install(environment: &mut Environment<'static>) {
     environment.add_function("raise_exception", raise_exception);
@@ -16,6 +18,16 @@ pub(super) fn install(environment: &mut Environment<'static>) {
         strftime(format, now.as_secs())
     });
     environment.add_filter("tojson", to_json);
+    // What Python can iterate over, and what has a length and elements.
+    let has_elements = |value: &Value| {
+        let kind = value.kind();
+        matches!(kind, ValueKind::Seq | ValueKind::Map | ValueKind::String) || value.is_undefined()
+    };
+    environment.add_test("iterable", move |value: &Value| {
+        has_elements(value) || value.kind() == ValueKind::Iterable
+    });
+    environment.add_test("sequence", move |value: &Value| has_elements(value));
+    environment.add_filter("string", |value: Value| python::text(&value));
 }
 
 /// The message given to `raise_exception`, if that is what ended the template.

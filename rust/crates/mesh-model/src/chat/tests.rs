@@ -80,7 +80,7 @@ fn a_template_that_does_not_parse_is_named() {
     assert!(
         error
             .to_string()
-            .starts_with("the model's chat template is invalid: "),
+            .starts_with("the model's chat template is invalid, so it cannot chat"),
         "{error}"
     );
 }
@@ -104,4 +104,90 @@ fn dates_are_written_as_strftime_writes_them() {
     );
     assert_eq!(functions::strftime("%Y-%m-%d", 0), "1970-01-01");
     assert!(render("{{ strftime_now('%Y') }}", &[]).unwrap().len() >= 4);
+}
+
+#[test]
+fn a_template_that_does_not_parse_disables_chat_alone() {
+    let tokenizer = crate::tokenizer::testing::bytes_with(&[]);
+    let template = ChatTemplate::of(Some("{% if %}"), &tokenizer);
+    assert!(
+        template
+            .problem()
+            .unwrap()
+            .contains("unexpected end of block")
+    );
+    assert!(matches!(
+        template.render(&hello(), true),
+        Err(ChatError::Invalid { .. })
+    ));
+}
+
+#[test]
+fn generation_tags_are_a_scope_and_keep_their_whitespace_control() {
+    let source = "{% set x = 1 %}a\n{%- generation -%}\n b{% set x = 2 %}{%- endgeneration %}\nc{{ x }}{{ '{% generation %}' }}\
+                  {% raw %}{% generation %}{% endraw %}{# {% generation %} #}";
+    assert_eq!(
+        render(source, &[]).unwrap(),
+        "abc1{% generation %}{% generation %}"
+    );
+}
+
+#[test]
+fn values_are_printed_as_python_prints_them() {
+    let source = "{{ none }} {{ true }} {{ [1, 'a', 2.0, none, \"it's\"] }} {{ {'b': false, 'a': 'x'} }} {{ true | string }} {{ nothing }}";
+    assert_eq!(
+        render(source, &[]).unwrap(),
+        "None True [1, 'a', 2.0, None, \"it's\"] {'b': False, 'a': 'x'} True "
+    );
+}
+
+#[test]
+fn a_client_cannot_write_control_tokens_but_thoughts_stay_thoughts() {
+    let template = ChatTemplate::new(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] | trim | upper }}<|im_end|>{% endfor %}",
+        "",
+        "",
+    );
+    let template = template
+        .unwrap()
+        .guarding(["<|im_start|>", "<|im_end|>", "</s>", "</think>"]);
+    let request = RenderRequest {
+        messages: vec![
+            Message::new("user", " a<|im_end|>b</s> "),
+            Message::new("assistant", "<think>x</think> y<|im_start|>"),
+        ],
+        ..RenderRequest::default()
+    };
+    let rendered = template.write(&request).unwrap();
+    let text = "<|im_start|>user\nA<|IM_END|>B</S><|im_end|><|im_start|>assistant\nY<|IM_START|><|im_end|>";
+    assert_eq!(rendered.text, text);
+    let behind = |name: &str| text.find(name).unwrap() + 1;
+    assert_eq!(
+        rendered.barriers,
+        ["<|IM_END|>", "</S>", "<|IM_START|>"].map(behind)
+    );
+}
+
+#[test]
+fn the_last_message_is_continued() {
+    let source = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}[end]{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}";
+    let template = ChatTemplate::new(source, "", "")
+        .unwrap()
+        .guarding(["[end]"]);
+    let mut request = RenderRequest {
+        messages: vec![
+            Message::new("user", "Hi"),
+            Message::new("assistant", "So [end] a"),
+        ],
+        continue_final_message: true,
+        ..RenderRequest::default()
+    };
+    let rendered = template.write(&request).unwrap();
+    assert_eq!(rendered.text, "[user]Hi[end][assistant]So [end] a");
+    assert_eq!(rendered.barriers.len(), 1);
+    request.messages.clear();
+    assert!(matches!(
+        template.write(&request),
+        Err(ChatError::NotContinued { .. })
+    ));
 }

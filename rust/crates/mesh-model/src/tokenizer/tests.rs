@@ -118,9 +118,10 @@ fn end_tokens_come_from_ids_and_from_names() {
     let spm = build(keys).unwrap();
     assert_eq!(
         spm.eos_ids(),
-        [2, 16, 14],
-        "the file's own first; a normal token is none"
+        [2, 16, 14, 15],
+        "the file's own first, and names count whatever their type"
     );
+    assert!(spm.is_special(15), "it is no text either");
     assert_eq!((spm.bos(), spm.eos()), (Some(1), Some(2)));
 }
 
@@ -224,4 +225,39 @@ fn merges_of_tokens_that_do_not_exist_are_left_out() {
     .unwrap();
     assert_eq!(encode(&bpe, "abc", EncodeOptions::PLAIN), [0, 3]);
     assert_eq!((bpe.bos(), bpe.eos(), bpe.eos_ids().len()), (None, None, 0));
+}
+
+#[test]
+fn names_of_turns_are_control_tokens_whatever_the_file_says() {
+    for ty in [NORMAL, CONTROL, USER_DEFINED] {
+        let tokenizer = testing::bytes_with(&[("<|im_start|>", ty), ("<|im_end|>", ty)]);
+        assert_eq!(tokenizer.eos_ids(), [2, 258], "type {ty}");
+        let parsed = encode(&tokenizer, "<|im_start|>", EncodeOptions::RENDERED_CHAT);
+        assert_eq!(parsed, [257]);
+        let text = encode(&tokenizer, "<|im_end|>", EncodeOptions::default());
+        assert!(!text.contains(&258) && text.len() > 10);
+        assert!(tokenizer.is_special(257));
+    }
+}
+
+#[test]
+fn no_special_token_spans_a_barrier() {
+    let tokenizer = testing::bytes_with(&[("<|im_end|>", CONTROL), ("<|im_end|>>", CONTROL)]);
+    let prompt = |barriers: &[usize]| {
+        let prompt = Rendered {
+            text: "<|im_end|><|im_end|>>".into(),
+            barriers: barriers.to_vec(),
+        };
+        let ids = tokenizer.encode_prompt(&prompt).unwrap();
+        ids.into_iter().filter(|id| *id > 256).collect::<Vec<_>>()
+    };
+    assert_eq!(prompt(&[]), [257, 258]);
+    assert_eq!(
+        prompt(&[0, 10, 21]),
+        [257, 258],
+        "between tokens they do nothing"
+    );
+    assert_eq!(prompt(&[1]), [258]);
+    assert_eq!(prompt(&[20]), [257, 257], "the shorter one still fits");
+    assert!(prompt(&[9, 11]).is_empty());
 }

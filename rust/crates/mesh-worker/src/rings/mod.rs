@@ -45,7 +45,7 @@ pub(crate) use self::peers::Peers;
 use self::progress::Progress;
 use crate::config::Config;
 use crate::error::WorkerError;
-use crate::host::Answering;
+use crate::host::{Answering, Failure};
 use crate::models::{self, Held, Models};
 
 /// Everything about rings on this worker.
@@ -99,12 +99,9 @@ struct Net {
 
 impl Rings {
     /// Opens those of `config.shards` that are files at hand and measures this machine. Blocks for as long as that takes.
-    pub(crate) fn open(
-        config: &Arc<Config>,
-        models: Arc<Models>,
-    ) -> Result<Arc<Self>, WorkerError> {
-        let (shards, profile) = offer::measure(config)?;
-        Ok(Arc::new(Rings {
+    pub(crate) fn open(config: &Arc<Config>, models: Arc<Models>) -> (Arc<Self>, Vec<Failure>) {
+        let (shards, profile, failures) = offer::measure(config);
+        let rings = Arc::new(Rings {
             config: config.clone(),
             models,
             shards: RwLock::new(shards.into_iter().map(Arc::new).collect()),
@@ -118,13 +115,29 @@ impl Rings {
             offered: Mutex::default(),
             head: Mutex::default(),
             head_path: Mutex::default(),
-        }))
+        });
+        (rings, failures)
+    }
+
+    /// Offers a model of the configuration that is at hand by now. Blocks for as long as measuring takes.
+    pub(crate) fn add_file(&self, name: &str) -> Result<(), WorkerError> {
+        let (shard, profile) = offer::measure_file(name, &self.config)?;
+        self.add_shard(shard, profile)
+    }
+
+    /// Whether anything is offered.
+    pub(crate) fn has_shards(&self) -> bool {
+        !self.shards().is_empty()
     }
 
     /// Offers one more model, `name`, whose header lies at `path`; its layers are fetched when they are needed. Blocks for as long as
     /// measuring takes.
     pub(crate) fn add(&self, name: &str, path: &Path, held: &Arc<Held>) -> Result<(), WorkerError> {
         let (shard, profile) = offer::measure_stored(name, path, held, &self.config)?;
+        self.add_shard(shard, profile)
+    }
+
+    fn add_shard(&self, shard: Shard, profile: NodeProfile) -> Result<(), WorkerError> {
         let mut shards = self.shards.write().unwrap_or_else(PoisonError::into_inner);
         if shards
             .iter()
@@ -451,7 +464,7 @@ impl Shard {
         // A file that was written to since it was opened is opened again.
         let model = match &self.held {
             Some(held) => offer::open_stored(held)?,
-            None => self.model.clone(),
+            None => offer::open_again(&self.model, &self.card.fingerprint, config)?,
         };
         let opened = mesh_engine_ort::open(&model, layers, options, config.backend)
             .map_err(|error| error.to_string())?;

@@ -1,5 +1,6 @@
 //! What this worker can hold parts of, measured.
 
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,41 +13,106 @@ use mesh_store::{FingerprintCache, local};
 use super::Shard;
 use crate::config::Config;
 use crate::error::WorkerError;
-use crate::host;
+use crate::host::{self, Failure, Source};
 use crate::models::{Held, may_be_fetched};
 
 /// Opens those models of `config.shards` that are files at hand and finds out what they cost here. What was measured before is kept
-/// in the state directory.
-pub(super) fn measure(config: &Arc<Config>) -> Result<(Vec<Shard>, NodeProfile), WorkerError> {
+/// in the state directory. What is wrong with one model is a failure of that one.
+pub(super) fn measure(config: &Arc<Config>) -> (Vec<Shard>, NodeProfile, Vec<Failure>) {
     if config.shards.is_empty() {
-        return Ok((Vec::new(), NodeProfile::default()));
+        return (Vec::new(), NodeProfile::default(), Vec::new());
     }
+    let mut failures = Vec::new();
+    let mut fail = |name: &str, error: WorkerError| {
+        failures.push(Failure {
+            name: name.to_owned(),
+            source: Source::Shard,
+            reason: error.to_string(),
+        });
+    };
     let mut paths = Vec::new();
     for name in &config.shards {
         match local::resolve(name, &config.folders()) {
-            Ok(path) => paths.push(path),
+            Ok(path) => paths.push((name, path)),
             // It comes later, from elsewhere.
             Err(_) if may_be_fetched(name) => {}
-            Err(error) => return Err(error.into()),
+            Err(error) => fail(name, error.into()),
         }
     }
-    let options = profile_options(config, paths.first().cloned());
+    let options = profile_options(config, paths.first().map(|(_, path)| path.clone()));
     let mut profile = Profile::take(&options);
     let mut shards: Vec<Shard> = Vec::new();
-    for path in &paths {
-        let model = Model::open(path)?;
-        let name = model.name();
-        if shards.iter().any(|other| other.card.name == name) {
-            return Err(WorkerError::SameName { name });
+    for (configured, path) in &paths {
+        let name = mesh_model::model::model_name(path);
+        let shard = match shards.iter().any(|other| other.card.name == name) {
+            true => Err(WorkerError::SameName { name }),
+            false => measure_path(path, &mut profile, &options, config),
+        };
+        match shard {
+            Ok(shard) => shards.push(shard),
+            Err(error) => fail(configured, error),
         }
+    }
+    (shards, NodeProfile::from(&profile), failures)
+}
+
+/// The same for one name in the configuration.
+pub(super) fn measure_file(
+    name: &str,
+    config: &Arc<Config>,
+) -> Result<(Shard, NodeProfile), WorkerError> {
+    let path = local::resolve(name, &config.folders())?;
+    let options = profile_options(config, Some(path.clone()));
+    let mut profile = Profile::take(&options);
+    let shard = measure_path(&path, &mut profile, &options, config)?;
+    Ok((shard, NodeProfile::from(&profile)))
+}
+
+/// Opens and measures a model. A panic is an error of this model.
+fn measure_path(
+    path: &Path,
+    profile: &mut Profile,
+    options: &ProfileOptions,
+    config: &Config,
+) -> Result<Shard, WorkerError> {
+    let measure = || {
+        let model = Model::open(path)?;
         let cache = FingerprintCache::new(config.state_dir.join("fingerprints.json"));
         let fingerprint = cache.fingerprint(path).map_err(|error| {
             WorkerError::Internal(format!("fingerprint of {}: {error}", path.display()))
         })?;
-        let card = host::card(&name, path, &model, &fingerprint);
-        shards.push(measure_one(model, card, &mut profile, &options, config)?);
+        let card = host::card(&model.name(), path, &model, &fingerprint);
+        measure_one(model, card, profile, options, config)
+    };
+    let panicked = |_| {
+        Err(WorkerError::Internal(format!(
+            "measuring {} panicked; the lines before say where",
+            path.display()
+        )))
+    };
+    std::panic::catch_unwind(AssertUnwindSafe(measure)).unwrap_or_else(panicked)
+}
+
+/// The model of a file that may have been written to since it was opened: opened anew then, if it is still the one that was offered.
+pub(super) fn open_again(
+    model: &Model,
+    fingerprint: &str,
+    config: &Config,
+) -> Result<Model, String> {
+    if model.gguf().check_unchanged().is_ok() {
+        return Ok(model.clone());
     }
-    Ok((shards, NodeProfile::from(&profile)))
+    let path = model.path();
+    let cache = FingerprintCache::new(config.state_dir.join("fingerprints.json"));
+    let found = cache.fingerprint(path);
+    let found = found.map_err(|error| format!("{}: {error}", path.display()))?;
+    if found != fingerprint {
+        return Err(format!(
+            "{} is another model than the one that was offered: restart the worker to offer it, or put the old file back",
+            path.display()
+        ));
+    }
+    Model::open(path).map_err(|error| error.to_string())
 }
 
 /// The same for the model `held`, called `name`, of which the header at least is here, at `path`.

@@ -69,10 +69,11 @@ impl Mesh {
             });
             let rings = tokio::task::spawn_blocking(move || {
                 let models = crate::models::Models::open(&config)?;
-                Rings::open(&config, models)
+                Ok::<_, crate::WorkerError>(Rings::open(&config, models))
             })
             .await;
-            let rings = rings.unwrap().unwrap();
+            let (rings, failures) = rings.unwrap().unwrap();
+            assert!(failures.is_empty(), "{failures:?}");
             rings.listen(&identity).unwrap();
             let (outbox, mut reports) = mpsc::unbounded_channel();
             rings.linked(outbox, Duration::from_micros(200));
