@@ -4,70 +4,17 @@
 let
   inherit (lib) getName hasInfix;
 
-  stub = name: {
-    type = "derivation";
-    inherit name;
-    outPath = "/${name}";
-    meta.mainProgram = name;
-  };
-  mesh =
-    name: backend:
-    stub name
-    // {
-      passthru = {
-        inherit backend;
-      };
-      cargoVendorDir = "/vendor";
-      meta.mainProgram = "hydramesh";
-    };
-  pkgs =
-    (import ./nixos.nix { inherit lib; }).pkgs
-    // {
-      hydramesh = mesh "hydramesh" "cpu";
-      hydramesh-cuda = mesh "hydramesh-cuda" "nvidia";
-      hydramesh-rocm = mesh "hydramesh-rocm" "rocm";
-      stdenv = {
-        buildPlatform.canExecute = _: true;
-        hostPlatform.system = "x86_64-linux";
-      };
-      nvtopPackages.full = stub "nvtop";
-      writeShellApplication = application: stub application.name // application;
-    }
-    // lib.genAttrs [
-      "cargo"
-      "clippy"
-      "coreutils"
-      "gawk"
-      "gcc"
-      "git"
-      "iproute2"
-      "rust-analyzer"
-      "rustc"
-      "rustfmt"
-      "systemd"
-      "util-linux"
-    ] stub;
-
-  self = {
-    outPath = "/source";
-    nixosModules.hydramesh = ../../modules;
-  };
-  inherit
-    (lib.evalModules {
-      specialArgs = {
-        inherit pkgs self;
-        modulesPath = toString ./nixos-modules;
-      };
-      modules = [ ../../iso ];
-    })
-    config
-    ;
+  evaluate = backends: import ./iso.nix { inherit lib backends; };
+  # Everything is on iso-all; what the other images lack has tests of its own.
+  inherit (evaluate [ "cpu" "nvidia" "rocm" ]) config;
+  cpu = (evaluate [ "cpu" ]).config;
+  withNvidia = (evaluate [ "cpu" "nvidia" ]).config;
   inherit (config.systemd) services;
   worker = backend: services."hydramesh-worker-${backend}";
   eachWorker =
     attribute: lib.genAttrs [ "cpu" "nvidia" "rocm" ] (backend: attribute (worker backend));
   script =
-    name: (lib.findFirst (package: package.name == name) null config.environment.systemPackages).text;
+    name: (lib.findFirst (package: package.name == name) null config.environment.systemPackages).script;
 in
 {
   "the image has names of its own" = {

@@ -17,31 +17,7 @@ let
   };
   toToml = import ./toml.nix { inherit lib; };
 
-  # One line a value, as NixOS writes them.
-  entry =
-    name: value:
-    if builtins.isList value then
-      map (one: "${name}=${text one}") value
-    else
-      [ "${name}=${text value}" ];
-  text = value: if builtins.isBool value then lib.boolToString value else toString value;
-  section =
-    title: entries:
-    "[${title}]\n" + lib.concatLines (lib.concatLists (lib.mapAttrsToList entry entries));
-  environment =
-    variables: lib.mapAttrsToList (name: value: builtins.toJSON "${name}=${toString value}") variables;
-  unitFile =
-    service:
-    lib.concatStringsSep "\n" [
-      (section "Unit" {
-        Description = service.description;
-        After = service.after;
-        Wants = service.wants;
-        StartLimitIntervalSec = service.startLimitIntervalSec;
-      })
-      (section "Service" (service.serviceConfig // { Environment = environment service.environment; }))
-      (section "Install" { WantedBy = service.wantedBy; })
-    ];
+  unitFile = import ./unit-file.nix { inherit lib; };
 
   write =
     module:

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
-use mesh_probe::Wish;
+use mesh_probe::{Backend, Wish};
 
 pub use models::{ModelsArgs, ModelsCommand, PlacesArgs};
 pub use pull::PullArgs;
@@ -546,7 +546,7 @@ pub struct ProfileArgs {
 /// `hydramesh boot-config`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-The keys are head, token, role, backend, ssh_key and name: hydramesh.head=… on the kernel command line, head = \"…\" in \
+The keys are head, token, role, backend, ssh_key, name and keymap: hydramesh.head=… on the kernel command line, head = \"…\" in \
 hydramesh.toml on the partition, head=… in the typed lines. What was typed wins, then the command line. Something missing is no \
 failure: it is said, with the remedy, and no service is started. The token is written to a file of mode 0600 and printed nowhere.
 
@@ -564,6 +564,10 @@ pub struct BootConfigArgs {
     /// Folder of the services' state, if it outlives a restart: who has joined needs no token
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub state_dir: Option<PathBuf>,
+
+    /// Backends that this machine has programs for, parted by commas: cpu, nvidia, rocm (default: all)
+    #[arg(long, value_name = "BACKENDS", value_delimiter = ',')]
+    pub backends: Option<Vec<Backend>>,
 
     /// File with key=value lines that were typed at the console; it may be absent
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
