@@ -5,6 +5,7 @@
 {
   lib,
   # lib.nixosSystem, for whole machines
+  flake,
   module,
   overlay,
   # nix/packages.nix of this system
@@ -52,6 +53,47 @@ let
     in
     builtins.unsafeDiscardStringContext machine.config.system.build.toplevel.drvPath;
 
+  gpuWorker = backend: {
+    enable = true;
+    role = "worker";
+    inherit backend;
+    headAddress = "192.0.2.1:7780";
+    joinTokenFile = "/run/keys/hydramesh-join-token";
+    models = [ "SmolLM2-135M-Instruct.Q4_1" ];
+  };
+  gpuMachines = [
+    # As docs/nix.md shows it, with a second card.
+    {
+      nixpkgs.config.allowUnfree = true;
+      boot.isContainer = lib.mkForce false;
+      boot.loader.grub.enable = false;
+      fileSystems."/".device = "none";
+      services.xserver.videoDrivers = [ "nvidia" ];
+      hardware.nvidia.open = true;
+      services.hydramesh = gpuWorker "nvidia" // {
+        gpus = [ 0 ];
+        workers.second = {
+          gpus = [ 1 ];
+          joinTokenFile = "/run/keys/hydramesh-second-token";
+        };
+      };
+    }
+    {
+      nixpkgs.config.allowUnfree = true;
+      boot.isContainer = lib.mkForce false;
+      boot.loader.grub.enable = false;
+      fileSystems."/".device = "none";
+      hardware.nvidia.datacenter.enable = true;
+      services.hydramesh = gpuWorker "auto";
+    }
+    {
+      services.hydramesh = gpuWorker "rocm" // {
+        rocmOverrideGfx = "10.3.0";
+        user = "hydramesh";
+      };
+    }
+  ];
+
   # The Nix side of the tree, with what its scripts read.
   nixSide = lib.fileset.toSource {
     root = ../.;
@@ -77,6 +119,7 @@ let
         nativeBuildInputs = [
           pkgs.nix
           pkgs.python3
+          pkgs.shellcheck
         ];
         NIXPKGS_LIB = "${pkgs.path}/lib";
         # The generated configurations are shown to the programs.
@@ -133,13 +176,15 @@ in
 
   inherit formatting;
 
-  nix-tests = script "hydramesh-nix-tests" "scripts/test_nix.sh";
+  nix-tests = script "hydramesh-nix-tests" "scripts/test_nix.sh && scripts/test_shell.sh";
 
   option-docs = script "hydramesh-option-docs" "scripts/options_doc.sh --check";
 
   # Against the real NixOS, whose option names no stand-in knows.
   module-evaluation = pkgs.writeText "hydramesh-module-evaluation" (
-    lib.concatMapStringsSep "\n" evaluated [
+    lib.concatMapStringsSep "\n" evaluated (
+      lib.optionals (system == "x86_64-linux") gpuMachines
+      ++ [
       {
         services.hydramesh = {
           enable = true;
@@ -167,6 +212,20 @@ in
         };
       }
     ]
+    )
+  );
+}
+# The template's machines as they are, but for the FILL INs that evaluation does not need.
+// lib.optionalAttrs (system == "x86_64-linux") {
+  template-evaluation = pkgs.writeText "hydramesh-template-evaluation" (
+    lib.concatStringsSep "\n" (
+      lib.mapAttrsToList
+        (_: machine: builtins.unsafeDiscardStringContext machine.config.system.build.toplevel.drvPath)
+        ((import ./templates/cluster/flake.nix).outputs {
+          nixpkgs.lib = lib;
+          hydramesh = flake;
+        }).nixosConfigurations
+    )
   );
 }
 // vmTests

@@ -20,6 +20,7 @@ let
 
   # nixpkgs, as far as the package reaches into it.
   onnxruntime = settings: {
+    version = "1.24.4";
     outPath = "/nix/store/onnxruntime${lib.concatStrings (builtins.attrNames settings)}";
     override = onnxruntime;
   };
