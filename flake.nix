@@ -122,7 +122,12 @@
       checks = eachSystem (
         system:
         import ./nix/checks.nix {
-          inherit lib module overlay;
+          inherit
+            lib
+            module
+            overlay
+            system
+            ;
           flake = self;
           project = project.${system};
           formatting = treefmt.${system}.config.build.check self;

@@ -4,10 +4,12 @@
 # `make test`'s; what is here needs nothing but what Nix has built.
 {
   lib,
+  system,
   # lib.nixosSystem, for whole machines
-  flake,
   module,
   overlay,
+  # this flake, as the template takes it
+  flake,
   # nix/packages.nix of this system
   project,
   # treefmt's own check
@@ -21,7 +23,6 @@ let
     commonArgs
     cargoArtifacts
     ;
-  inherit (pkgs.stdenv.hostPlatform) system;
   cargo = commonArgs // {
     inherit cargoArtifacts;
   };
