@@ -51,9 +51,11 @@ test-nix: ## All that is Nix, by evaluation: it parses, is formatted, its tests 
 	@$(PYTHON) scripts/fetch.py shellcheck
 	scripts/test_shell.sh
 
-test-vm: build fetch ## The module's units under a real systemd, in a container and in a QEMU guest (needs root)
+test-vm: build fetch ## The module's units under a real systemd, in containers and in a QEMU guest, and the live image's there (needs root)
 	scripts/test_vm.sh nspawn
+	scripts/test_vm.sh nspawn --release sid $(WHERE_POSSIBLE)
 	scripts/test_vm.sh qemu
+	scripts/test_vm.sh iso
 
 test-images: build fetch ## The images' configurations under podman (needs root)
 	scripts/test_images.sh

@@ -50,9 +50,9 @@ screen() {
   fi
   state
   echo
-  echo "  j join a mesh        h be a head         t token (on a head)   w token to a stick"
-  echo "  k keyboard layout    n network, Wi-Fi    l look again          g log"
-  echo "  f forget what was typed                  r restart             o power off"
+  echo "  j join a mesh        c join by a code    k keyboard layout     n network, Wi-Fi"
+  echo "  h be a head    on a head:  t show a token     w token to a stick    p show a code"
+  echo "  l look again   g log   f forget what was typed   r restart   o power off"
 }
 
 show() {
@@ -112,6 +112,34 @@ token() {
     new_token || true
   fi
   pause
+}
+
+# A token for whoever types the code, in the LAN.
+offer() {
+  local pid
+  if is_head; then
+    hydramesh token offer --state-dir /var/lib/hydramesh/head </dev/null 2>&1 &
+    pid=$!
+    pause
+    kill "$pid" 2>/dev/null || true
+    wait "$pid" || true
+  else
+    pause
+  fi
+}
+
+# The other side of it.
+join_by_code() {
+  local code told
+  read -r -p "The code that the head shows (there: key p, or hydramesh token offer): " code || return 0
+  [ -n "$code" ] || return 0
+  echo "Looking for the head..."
+  if told=$(printf '%s\n' "$code" | hydramesh token fetch 2>/dev/tty); then
+    printf 'role=worker\n%s\n' "$told" | keep
+    apply
+  else
+    pause
+  fi
 }
 
 # A token and the head's address onto the partition HYDRAMESH, so that nobody has to type them at the worker.
@@ -179,6 +207,8 @@ while true; do
       ;;
     t) token ;;
     w) stick ;;
+    p) offer ;;
+    c) join_by_code ;;
     k) keymap ;;
     n) nmtui || pause ;;
     l) apply ;;

@@ -81,7 +81,12 @@ in
   };
 
   # Other workers come to one that holds layers of a model together with them; one that does not, does not listen there.
-  networking.firewall.allowedUDPPorts = [ 7781 ];
+  networking.firewall.allowedUDPPorts = [
+    7781
+    # Multicast DNS, by which a machine that is to join finds a head with a code (key p of the console) at the port below.
+    5353
+  ];
+  networking.firewall.allowedTCPPorts = [ 7782 ];
 
   # The same for each backend: where systemd finds the token.
   systemd.tmpfiles.rules = (evaluate "cpu" pkgs.hydramesh).systemd.tmpfiles.rules;

@@ -75,8 +75,9 @@ def enable(system: Path, case: dict) -> None:
 def check(folder: Path, case: dict, options: argparse.Namespace) -> list[str]:
     """What the programs say against their configurations."""
     complaints = []
-    for role, variables in case["environments"].items():
-        config = folder / options.etc.strip("/") / f"{role}.toml"
+    for service, variables in case["environments"].items():
+        config = folder / options.etc.strip("/") / f"{service}.toml"
+        role = service.partition("-")[0]
         clean = {name: text for name, text in os.environ.items() if not name.startswith("HYDRAMESH_")}
         run = subprocess.run(
             [f"{options.bin}/mesh-{role}", "--config", str(config), "--check-config"],

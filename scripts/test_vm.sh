@@ -122,7 +122,7 @@ After=multi-user.target
 Type=oneshot
 Environment=VM_KIND=$kind
 TimeoutStartSec=infinity
-ExecStart=/bin/bash -c '$start >/tmp/guest.log 2>&1; cp /tmp/guest.log /guest.log; sync'
+ExecStart=/bin/bash -c '$start 2>&1 | tee /dev/console >/tmp/guest.log; cp /tmp/guest.log /guest.log; sync'
 ExecStopPost=/bin/systemctl poweroff --no-block
 UNIT
 wants=$guest/etc/systemd/system/multi-user.target.wants

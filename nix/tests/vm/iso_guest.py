@@ -194,6 +194,29 @@ def test():
     secret = sh(f"journalctl --boot --no-pager --output=cat | grep -c {token}")
     check("the token is in the journal", secret == "0")
 
+    step("a short code brings head and token over the network")
+    press("f")
+    wait("nothing to do", lambda: not active("hydramesh-worker-cpu.service"))
+    sh("ip link set lan multicast on")
+    sh(
+        "systemd-run --unit offer --property StandardOutput=file:/run/code "
+        "/opt/hydramesh/bin/hydramesh token offer --state-dir /root/other-head"
+    )
+    wait("a code", lambda: Path("/run/code").exists() and len(Path("/run/code").read_text()) > 8)
+    menu()
+    press("c")
+    shows("The code that the head shows")
+    press("2222-2222\n")
+    shows("the code is wrong")
+    press("\n")
+    menu()
+    press("c" + Path("/run/code").read_text().lower())
+    typed_file = Path("/run/hydramesh-typed")
+    wait("a token by the code", lambda: typed_file.exists() and TOKEN.search(typed_file.read_text()))
+    typed = typed_file.read_text()
+    check(f"its head: {typed.splitlines()[1]}", "head=192.0.2.7:7780" in typed)
+    wait("the end of the offer", lambda: not active("offer.service"))
+
     step("the log is on key g")
     menu()
     press("g")

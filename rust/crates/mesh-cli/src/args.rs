@@ -3,6 +3,7 @@
 mod models;
 mod pull;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -436,6 +437,42 @@ Examples:
         /// Print the head's own JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Make a token and hand it over the LAN to whoever types the code that this prints
+    #[command(after_help = "\
+For a machine at which nobody wants to type 87 characters: `hydramesh token fetch`, or key c on the live image, asks for the code. \
+The offer is found by multicast DNS and ends when it was taken, after three wrong codes, or in time. The firewall has to let \
+TCP port 7782 and UDP port 5353 in.
+
+Example:
+  hydramesh token offer --state-dir /var/lib/hydramesh/head")]
+    Offer {
+        /// The head.
+        #[command(flatten)]
+        admin: AdminArgs,
+        /// How long the offer stands, at most 15m
+        #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "5m")]
+        patience: Duration,
+        /// Address to listen on
+        #[arg(long, value_name = "ADDRESS", default_value = "[::]:7782")]
+        listen: SocketAddr,
+        /// The head's port for workers
+        #[arg(long, value_name = "PORT", default_value_t = mesh_probe::join::HEAD_PORT)]
+        head_port: u16,
+    },
+    /// Take the token that a head on this LAN offers
+    #[command(after_help = "\
+Prints head=HOST:PORT and token=TOKEN. The code is read from standard input where it is not named, so that it is in no list of \
+processes.
+
+Example:
+  hydramesh token fetch K7QX-M4TR")]
+    Fetch {
+        /// What the head shows
+        code: Option<String>,
+        /// Where the offer is, where multicast DNS does not find it
+        #[arg(long, value_name = "ADDRESS")]
+        at: Option<SocketAddr>,
     },
 }
 
