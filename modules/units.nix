@@ -45,7 +45,9 @@ let
     ) credentials.${role};
 
   # They win over the file, so that they are checked with it.
-  ourVariables = lib.filterAttrs (variable: _: lib.hasPrefix "HYDRAMESH_" variable) cfg.environmentVariables;
+  ourVariables = lib.filterAttrs (
+    variable: _: lib.hasPrefix "HYDRAMESH_" variable
+  ) cfg.environmentVariables;
 
   # The service itself says whether its file is good, before anything is switched to it.
   configFile =
@@ -54,10 +56,12 @@ let
       unchecked = toml.generate "hydramesh-${role}${suffix}-unchecked.toml" cfg.settings.${role};
     in
     if pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform then
-      pkgs.runCommand "hydramesh-${role}${suffix}.toml" (ourVariables // credentialEnvironment role "/credentials") ''
-        ${program role} --config ${unchecked} --check-config
-        cp ${unchecked} "$out"
-      ''
+      pkgs.runCommand "hydramesh-${role}${suffix}.toml"
+        (ourVariables // credentialEnvironment role "/credentials")
+        ''
+          ${program role} --config ${unchecked} --check-config
+          cp ${unchecked} "$out"
+        ''
     else
       unchecked;
   program = role: lib.getExe' cfg.package "mesh-${role}";
@@ -155,53 +159,55 @@ let
     );
 in
 {
-    configFiles = lib.listToAttrs (map (role: lib.nameValuePair "${role}${suffix}" (configFile role)) cfg.role);
+  configFiles = lib.listToAttrs (
+    map (role: lib.nameValuePair "${role}${suffix}" (configFile role)) cfg.role
+  );
 
-    services = lib.mkMerge [
-      (mkIf (hasRole "head") {
-        hydramesh-head = unit "head" {
-          description = "HydraMesh head: gives requests to workers";
-        };
-      })
-      (mkIf (hasRole "worker") {
-        "hydramesh-worker${suffix}" = unit "worker" {
-          description = "HydraMesh worker${lib.optionalString (name != null) " ${name}"}: answers requests";
-          after = optional plan.headIsHere "hydramesh-head.service";
-          # Libraries for GPUs keep compiled kernels in the home folder, and a dynamic user has none.
-          environment =
-            lib.optionalAttrs (plan.backend != "cpu") { HOME = "%S/hydramesh/worker${suffix}"; }
-            // lib.optionalAttrs (cfg.rocmOverrideGfx != null) {
-              HSA_OVERRIDE_GFX_VERSION = cfg.rocmOverrideGfx;
-            }
-            // lib.optionalAttrs (cfg.gpus != [ ]) visibleGpus.${plan.backend} or { };
-          serviceConfig = {
-            # It is ready when its models are loaded, and a disk may be slow.
-            TimeoutStartSec = "15min";
-            # Other programs go first when memory runs out: a lost worker is a pause in somebody's answer.
-            OOMScoreAdjust = -500;
+  services = lib.mkMerge [
+    (mkIf (hasRole "head") {
+      hydramesh-head = unit "head" {
+        description = "HydraMesh head: gives requests to workers";
+      };
+    })
+    (mkIf (hasRole "worker") {
+      "hydramesh-worker${suffix}" = unit "worker" {
+        description = "HydraMesh worker${lib.optionalString (name != null) " ${name}"}: answers requests";
+        after = optional plan.headIsHere "hydramesh-head.service";
+        # Libraries for GPUs keep compiled kernels in the home folder, and a dynamic user has none.
+        environment =
+          lib.optionalAttrs (plan.backend != "cpu") { HOME = "%S/hydramesh/worker${suffix}"; }
+          // lib.optionalAttrs (cfg.rocmOverrideGfx != null) {
+            HSA_OVERRIDE_GFX_VERSION = cfg.rocmOverrideGfx;
           }
-          // lib.optionalAttrs (cfg.memoryHigh != null) { MemoryHigh = cfg.memoryHigh; }
-          // lib.optionalAttrs (cfg.memoryMax != null) { MemoryMax = cfg.memoryMax; };
-        };
-      })
-      (mkIf (hasRole "shim") {
-        hydramesh-shim = unit "shim" {
-          description = "HydraMesh shim: takes UDP clients in";
-          after = optional plan.headIsHere "hydramesh-head.service";
-        };
-      })
-    ];
+          // lib.optionalAttrs (cfg.gpus != [ ]) visibleGpus.${plan.backend} or { };
+        serviceConfig = {
+          # It is ready when its models are loaded, and a disk may be slow.
+          TimeoutStartSec = "15min";
+          # Other programs go first when memory runs out: a lost worker is a pause in somebody's answer.
+          OOMScoreAdjust = -500;
+        }
+        // lib.optionalAttrs (cfg.memoryHigh != null) { MemoryHigh = cfg.memoryHigh; }
+        // lib.optionalAttrs (cfg.memoryMax != null) { MemoryMax = cfg.memoryMax; };
+      };
+    })
+    (mkIf (hasRole "shim") {
+      hydramesh-shim = unit "shim" {
+        description = "HydraMesh shim: takes UDP clients in";
+        after = optional plan.headIsHere "hydramesh-head.service";
+      };
+    })
+  ];
 
-    tmpfiles = optionals (hasRole "worker") (
-      optional (
-        toString cfg.localModels == "/var/lib/hydramesh/local-models"
-      ) "d /var/lib/hydramesh/local-models 0755 root root -"
-      ++ optionals (cfg.joinTokenFile != null) [
-        "d /run/credstore 0700 root root -"
-        "L+ /run/credstore/hydramesh-join-token${suffix} - - - - ${toString cfg.joinTokenFile}"
-      ]
-    );
+  tmpfiles = optionals (hasRole "worker") (
+    optional (
+      toString cfg.localModels == "/var/lib/hydramesh/local-models"
+    ) "d /var/lib/hydramesh/local-models 0755 root root -"
+    ++ optionals (cfg.joinTokenFile != null) [
+      "d /run/credstore 0700 root root -"
+      "L+ /run/credstore/hydramesh-join-token${suffix} - - - - ${toString cfg.joinTokenFile}"
+    ]
+  );
 
-    allowedTCPPorts = optionals cfg.openFirewall (open "tcp");
-    allowedUDPPorts = optionals cfg.openFirewall (open "udp");
+  allowedTCPPorts = optionals cfg.openFirewall (open "tcp");
+  allowedUDPPorts = optionals cfg.openFirewall (open "udp");
 }

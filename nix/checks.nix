@@ -186,33 +186,33 @@ in
     lib.concatMapStringsSep "\n" evaluated (
       lib.optionals (system == "x86_64-linux") gpuMachines
       ++ [
-      {
-        services.hydramesh = {
-          enable = true;
-          role = "head";
-        };
-      }
-      {
-        services.hydramesh = {
-          enable = true;
-          role = [
-            "head"
-            "shim"
-          ];
-          openFirewall = true;
-          settings.shim.admit = "verified";
-        };
-      }
-      {
-        services.hydramesh = {
-          enable = true;
-          role = "worker";
-          headAddress = "192.0.2.1:7780";
-          joinTokenFile = "/run/keys/hydramesh-join-token";
-          models = [ "SmolLM2-135M-Instruct.Q4_1" ];
-        };
-      }
-    ]
+        {
+          services.hydramesh = {
+            enable = true;
+            role = "head";
+          };
+        }
+        {
+          services.hydramesh = {
+            enable = true;
+            role = [
+              "head"
+              "shim"
+            ];
+            openFirewall = true;
+            settings.shim.admit = "verified";
+          };
+        }
+        {
+          services.hydramesh = {
+            enable = true;
+            role = "worker";
+            headAddress = "192.0.2.1:7780";
+            joinTokenFile = "/run/keys/hydramesh-join-token";
+            models = [ "SmolLM2-135M-Instruct.Q4_1" ];
+          };
+        }
+      ]
     )
   );
 }

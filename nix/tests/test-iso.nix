@@ -6,9 +6,20 @@ let
 
   evaluate = backends: import ./iso.nix { inherit lib backends; };
   # Everything is on iso-all; what the other images lack has tests of its own.
-  inherit (evaluate [ "cpu" "nvidia" "rocm" ]) config;
+  inherit
+    (evaluate [
+      "cpu"
+      "nvidia"
+      "rocm"
+    ])
+    config
+    ;
   cpu = (evaluate [ "cpu" ]).config;
-  withNvidia = (evaluate [ "cpu" "nvidia" ]).config;
+  withNvidia =
+    (evaluate [
+      "cpu"
+      "nvidia"
+    ]).config;
   inherit (config.systemd) services;
   hasLine = line: text: builtins.elem line (lib.splitString "\n" text);
   worker = backend: services."hydramesh-worker-${backend}";
@@ -72,14 +83,10 @@ in
   # As iso-image.nix of nixpkgs puts it together: before, the distribution's name, its label, after, the entry's name.
   "every title fits into a menu of 80 columns with its margins" = {
     expr = builtins.filter (title: builtins.stringLength title > 56) (
-      map
-        (
-          entry:
-          "${config.isoImage.prependToMenuLabel}NixOS ${config.system.nixos.label}${config.isoImage.appendToMenuLabel} ${entry.isoImage.configurationName}"
-        )
-        (
-          [ config ] ++ lib.mapAttrsToList (_: entry: entry.configuration) config.specialisation
-        )
+      map (
+        entry:
+        "${config.isoImage.prependToMenuLabel}NixOS ${config.system.nixos.label}${config.isoImage.appendToMenuLabel} ${entry.isoImage.configurationName}"
+      ) ([ config ] ++ lib.mapAttrsToList (_: entry: entry.configuration) config.specialisation)
     );
     expected = [ ];
   };
@@ -103,10 +110,12 @@ in
   };
 
   "an image has the workers of its backends, and no other" = {
-    expr = map (c: builtins.filter (lib.hasPrefix "hydramesh-worker-") (builtins.attrNames c.systemd.services)) [
-      cpu
-      withNvidia
-    ];
+    expr =
+      map (c: builtins.filter (lib.hasPrefix "hydramesh-worker-") (builtins.attrNames c.systemd.services))
+        [
+          cpu
+          withNvidia
+        ];
     expected = [
       [ "hydramesh-worker-cpu" ]
       [

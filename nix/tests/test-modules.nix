@@ -407,7 +407,9 @@ in
             "GPU-1"
           ];
         }))
-        (workerUnit (amd { gpus = [ 1 ]; }))
+        (workerUnit (amd {
+          gpus = [ 1 ];
+        }))
       ])
       [
         { CUDA_VISIBLE_DEVICES = "0,GPU-1"; }
@@ -422,7 +424,10 @@ in
     is
       (
         let
-          c = (evaluate (head { user = "hydramesh"; })).config;
+          c =
+            (evaluate (head {
+              user = "hydramesh";
+            })).config;
           s = c.systemd.services.hydramesh-head.serviceConfig;
         in
         {
@@ -558,9 +563,11 @@ in
         7781
         7791
       ];
-  "two workers on one port are told" = fails "worker's http.listen and worker second's http.listen (8081/tcp)" (twoCards {
-    ports.http = 8081;
-  });
+  "two workers on one port are told" =
+    fails "worker's http.listen and worker second's http.listen (8081/tcp)"
+      (twoCards {
+        ports.http = 8081;
+      });
   "two workers on one card are told" = warns "uses a card of another worker" (twoCards {
     gpus = [ 0 ];
   });
@@ -682,17 +689,20 @@ in
       ];
   "a worker leaves the machine some memory, unless told otherwise" =
     is
-      (map (c: [
-        (c.MemoryHigh or null)
-        (c.MemoryMax or null)
-      ]) [
-        (workerUnit (worker { })).serviceConfig
-        (workerUnit (worker {
-          memoryHigh = null;
-          memoryMax = null;
-        })).serviceConfig
-        (headUnit (head { })).serviceConfig
-      ])
+      (map
+        (c: [
+          (c.MemoryHigh or null)
+          (c.MemoryMax or null)
+        ])
+        [
+          (workerUnit (worker { })).serviceConfig
+          (workerUnit (worker {
+            memoryHigh = null;
+            memoryMax = null;
+          })).serviceConfig
+          (headUnit (head { })).serviceConfig
+        ]
+      )
       [
         [
           "85%"
