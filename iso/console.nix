@@ -16,7 +16,8 @@ let
     serviceConfig = {
       StandardInput = "tty";
       StandardOutput = "tty";
-      StandardError = "journal";
+      # Prompts go there.
+      StandardError = "tty";
       TTYPath = "/dev/${tty}";
       TTYReset = true;
       TTYVHangup = true;

@@ -50,8 +50,8 @@ screen() {
   fi
   state
   echo
-  echo "  j join a mesh        c join by a code    k keyboard layout     n network, Wi-Fi"
-  echo "  h be a head    on a head:  t show a token     w token to a stick    p show a code"
+  echo "  j join a mesh   c join by a code   k keyboard layout   n network, Wi-Fi"
+  echo "  h be a head; there:   t show a token   w token to a stick   p show a code"
   echo "  l look again   g log   f forget what was typed   r restart   o power off"
 }
 

@@ -186,6 +186,13 @@ in
     expected = [ "10" ];
   };
 
+  "the console's list of keys fits into 80 columns" = {
+    expr = builtins.filter (line: lib.hasPrefix "  echo \"  " line && builtins.stringLength line > 87) (
+      lib.splitString "\n" (builtins.readFile ../../iso/console.sh)
+    );
+    expected = [ ];
+  };
+
   "Wi-Fi is set up with nmtui" = {
     expr = cpu.networking.networkmanager.enable;
     expected = true;
@@ -257,6 +264,8 @@ in
       getty = services."getty@tty1".enable;
       autovt = services."autovt@tty1".enable;
       tty = services.hydramesh-console.serviceConfig.TTYPath;
+      # bash writes prompts to standard error.
+      prompts = services.hydramesh-console.serviceConfig.StandardError;
       program = services.hydramesh-console.serviceConfig.ExecStart;
       afterBoot = builtins.elem "hydramesh-boot.service" services.hydramesh-console.after;
     };
@@ -264,6 +273,7 @@ in
       getty = false;
       autovt = false;
       tty = "/dev/tty1";
+      prompts = "tty";
       program = "/hydramesh-console/bin/hydramesh-console";
       afterBoot = true;
     };
