@@ -52,8 +52,10 @@ pub(crate) enum PairError {
     #[error("nobody took the offer in time; make another")]
     Expired,
     /// No offer, or none that answers.
-    #[error("no offer is found on this network: is `hydramesh token offer` (key p on a live image) waiting on the head, with TCP port 7782 \
-             and UDP port 5353 open there?")]
+    #[error(
+        "no offer is found on this network: is `hydramesh token offer` (key p on a live image) waiting on the head, with TCP port 7782 \
+             and UDP port 5353 open there?"
+    )]
     NotFound,
     /// The code is not one.
     #[error("a code has {CODE_LENGTH} letters and digits, such as K7QX-M4TR")]
@@ -79,9 +81,12 @@ pub(crate) struct Code([u8; CODE_LENGTH]);
 impl Code {
     pub(crate) fn random() -> Result<Self, PairError> {
         let mut bytes = [0; CODE_LENGTH];
-        rand::fill(&mut bytes).map_err(|_| io::Error::other("this system gives no random numbers"))?;
+        rand::fill(&mut bytes)
+            .map_err(|_| io::Error::other("this system gives no random numbers"))?;
         // 32 characters: no remainder that would favour some.
-        Ok(Self(bytes.map(|byte| ALPHABET[usize::from(byte) % ALPHABET.len()])))
+        Ok(Self(
+            bytes.map(|byte| ALPHABET[usize::from(byte) % ALPHABET.len()]),
+        ))
     }
 
     /// Reads what a person typed: case, dashes and spaces do not matter.
@@ -103,7 +108,13 @@ impl Code {
     fn key<S: SideData>(&self, session: &ConnectionCommon<S>) -> Result<hmac::Key, PairError> {
         let exporter = session.export_keying_material([0; 32], EXPORTER, None)?;
         let mut key = [0; 32];
-        pbkdf2::derive(pbkdf2::PBKDF2_HMAC_SHA256, ROUNDS, &exporter, &self.0, &mut key);
+        pbkdf2::derive(
+            pbkdf2::PBKDF2_HMAC_SHA256,
+            ROUNDS,
+            &exporter,
+            &self.0,
+            &mut key,
+        );
         Ok(hmac::Key::new(hmac::HMAC_SHA256, &key))
     }
 }
@@ -182,14 +193,19 @@ fn hand_over(
     code: &Code,
     gift: &Gift,
 ) -> Result<(), PairError> {
-    let mut tls = StreamOwned::new(ServerConnection::new(Arc::clone(config))?, Limited::new(stream)?);
+    let mut tls = StreamOwned::new(
+        ServerConnection::new(Arc::clone(config))?,
+        Limited::new(stream)?,
+    );
     let mut proof = [0; PROOF];
     tls.read_exact(&mut proof)?;
     let key = code.key(&tls.conn)?;
     // In constant time.
     hmac::verify(&key, TAKER, &proof).map_err(|_| PairError::WrongCode)?;
-    let content = serde_json::to_vec(gift).map_err(|error| PairError::Malformed(error.to_string()))?;
-    let length = u16::try_from(content.len()).map_err(|_| PairError::Malformed("too long".to_owned()))?;
+    let content =
+        serde_json::to_vec(gift).map_err(|error| PairError::Malformed(error.to_string()))?;
+    let length =
+        u16::try_from(content.len()).map_err(|_| PairError::Malformed("too long".to_owned()))?;
     tls.write_all(hmac::sign(&key, OFFERER).as_ref())?;
     tls.write_all(&length.to_be_bytes())?;
     tls.write_all(&content)?;
@@ -212,7 +228,8 @@ pub(crate) fn fetch(address: SocketAddr, code: &Code) -> Result<Gift, PairError>
     tls.flush()?;
     let mut proof = [0; PROOF];
     // An offerer that does not believe us hangs up.
-    tls.read_exact(&mut proof).map_err(|_| PairError::WrongCode)?;
+    tls.read_exact(&mut proof)
+        .map_err(|_| PairError::WrongCode)?;
     hmac::verify(&key, OFFERER, &proof).map_err(|_| PairError::WrongCode)?;
     let mut length = [0; 2];
     tls.read_exact(&mut length)?;
@@ -241,7 +258,9 @@ pub(crate) fn find(patience: Duration) -> Result<Vec<SocketAddr>, PairError> {
                 .iter()
                 .map(|ip| SocketAddr::new(ip.to_ip_addr(), service.port))
                 // One of a link means nothing without the link.
-                .filter(|address| !matches!(address.ip(), IpAddr::V6(ip) if ip.is_unicast_link_local()))
+                .filter(
+                    |address| !matches!(address.ip(), IpAddr::V6(ip) if ip.is_unicast_link_local()),
+                )
                 .collect();
         }
     }
@@ -444,7 +463,10 @@ mod tests {
         });
         let error = fetch(address, &code).expect_err("nothing");
         assert!(matches!(error, PairError::WrongCode), "{error}");
-        assert!(relay.join().expect("no panic").is_err(), "the head said something");
+        assert!(
+            relay.join().expect("no panic").is_err(),
+            "the head said something"
+        );
         // The offer itself still stands.
         assert_eq!(fetch(head, &code).expect("a token"), gift());
         assert!(outcome.join().expect("no panic").is_ok());
@@ -455,9 +477,19 @@ mod tests {
         let code = Code(*b"K7QXM4TR");
         assert_eq!(code.to_string(), "K7QX-M4TR");
         for text in ["K7QX-M4TR", "k7qxm4tr", " k7qx m4tr\n"] {
-            assert!(Code::parse(text).is_ok_and(|parsed| parsed == code), "{text}");
+            assert!(
+                Code::parse(text).is_ok_and(|parsed| parsed == code),
+                "{text}"
+            );
         }
-        for text in ["", "K7QX", "K7QX-M4TRR", "K7QX-M4T1", "K7QX-M4TÄ", &"A".repeat(100_000)] {
+        for text in [
+            "",
+            "K7QX",
+            "K7QX-M4TRR",
+            "K7QX-M4T1",
+            "K7QX-M4TÄ",
+            &"A".repeat(100_000),
+        ] {
             assert!(Code::parse(text).is_err(), "{text:.20}");
         }
     }

@@ -468,7 +468,10 @@ fn node_name(text: &str) -> Result<String, String> {
 /// A name of a keyboard layout: never a path, nor an option of `loadkeys`.
 fn keymap(text: &str) -> Result<String, String> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | '@' | '+');
-    if text.len() <= 64 && text.starts_with(|c: char| c.is_ascii_alphanumeric()) && text.chars().all(allowed) {
+    if text.len() <= 64
+        && text.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && text.chars().all(allowed)
+    {
         Ok(text.to_owned())
     } else {
         Err("write a keyboard layout's name, such as de, fr or us-acentos".to_owned())

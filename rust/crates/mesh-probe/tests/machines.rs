@@ -194,10 +194,7 @@ fn the_legacy_driver_takes_the_cards_that_the_current_one_leaves_out() {
         ..Wish::default()
     };
     for device in [0x1b80, 0x1380, 0x1db1] {
-        let choice = choose(
-            &Machine::new().nvidia("0000:01:00.0", device).probe(),
-            wish,
-        );
+        let choice = choose(&Machine::new().nvidia("0000:01:00.0", device).probe(), wish);
         assert_eq!(choice.backend, Backend::Nvidia, "{device:04x}");
         assert!(choice.reason.contains("legacy driver"), "{}", choice.reason);
     }
@@ -215,9 +212,10 @@ fn the_legacy_driver_takes_the_cards_that_the_current_one_leaves_out() {
 
 #[test]
 fn an_image_leaves_out_the_cards_that_it_has_no_programs_for() {
-    let machine = Machine::new()
-        .nvidia("0000:01:00.0", 0x2684)
-        .amd("0000:03:00.0", 0x73bf, 0x300, 100_300);
+    let machine =
+        Machine::new()
+            .nvidia("0000:01:00.0", 0x2684)
+            .amd("0000:03:00.0", 0x73bf, 0x300, 100_300);
     let on = |backends: &[Backend], line: &str| {
         let told = Told {
             backends: Some(backends.to_vec()),
