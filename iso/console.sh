@@ -55,14 +55,21 @@ screen() {
   echo "  l look again   g log   f forget what was typed   r restart   o power off"
 }
 
+# What was scrolled out goes, too: a token may be among it.
+clear_screen() {
+  printf '\033[H\033[2J\033[3J'
+}
+
 show() {
   local text
   text=$(screen)
-  # What was scrolled out goes, too: a token may be among it.
-  printf '\033[H\033[2J\033[3J%s\n' "$text"
+  clear_screen
+  printf '%s\n' "$text"
 }
 
 apply() {
+  clear_screen
+  echo "One moment..."
   hydramesh-apply || echo "It did not work; the log (key g) says more."
 }
 

@@ -68,7 +68,7 @@ let
       nixpkgs.config.allowUnfree = true;
       boot.isContainer = lib.mkForce false;
       boot.loader.grub.enable = false;
-      fileSystems."/".device = "none";
+      fileSystems."/".fsType = "tmpfs";
       services.xserver.videoDrivers = [ "nvidia" ];
       hardware.nvidia.open = true;
       services.hydramesh = gpuWorker "nvidia" // {
@@ -83,7 +83,7 @@ let
       nixpkgs.config.allowUnfree = true;
       boot.isContainer = lib.mkForce false;
       boot.loader.grub.enable = false;
-      fileSystems."/".device = "none";
+      fileSystems."/".fsType = "tmpfs";
       hardware.nvidia.datacenter.enable = true;
       services.hydramesh = gpuWorker "auto";
     }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ShellCheck over every shell script: those that Nix wraps, exactly as a build would write them (writeShellApplication ends a build
-# at the first finding), and those of this repository. Any finding fails.
+# at the first finding), and those of this repository. Any finding fails. hydramesh-source is run, too, on a made-up store.
 #
 # The wrapped ones come from nix/tests/scripts.nix by evaluation. Needs nix-instantiate, and ShellCheck from the cache
 # (scripts/fetch.py shellcheck) or the PATH; exit code 3 names what is missing.
@@ -46,6 +46,23 @@ fi
 # What iso/ holds has no first line by itself and was checked above.
 mapfile -t files < <(find . -name '*.sh' -not -path './iso/*' -not -path './rust/target/*' -not -path './.cache/*' -not -path './.git/*' | sort)
 shellcheck "${files[@]}" || failed=1
+
+# What it lays out can be changed and run: the store's files are read-only, and some of them programs.
+store=$temporary/store
+mkdir -p "$store/source/rust" "$store/vendor"
+echo 'echo it runs' >"$store/source/script.sh"
+echo '[source]' >"$store/vendor/config.toml"
+chmod 0555 "$store/source/script.sh" "$store/source/rust" "$store/source"
+chmod 0444 "$store/vendor/config.toml"
+sed -e '/^HYDRAMESH_/d; /^export /d' "$temporary/hydramesh-source" >"$temporary/source.sh"
+HYDRAMESH_SOURCE=$store/source HYDRAMESH_VENDOR=$store/vendor bash "$temporary/source.sh" "$temporary/laid-out" >/dev/null
+if [ ! -x "$temporary/laid-out/script.sh" ] || [ ! -f "$temporary/laid-out/rust/.cargo/config.toml" ] ||
+    [ "$(stat -c %a "$temporary/laid-out/script.sh")" != 755 ]; then
+    echo "test_shell: hydramesh-source does not lay out a source that can be changed and run:" >&2
+    ls -lR "$temporary/laid-out" >&2
+    failed=1
+fi
+chmod -R u+w "$store"
 
 [ "$failed" = 0 ] || {
     echo "test_shell: ShellCheck has findings, see above" >&2
