@@ -35,6 +35,7 @@ build: ## Build the services and the command line (release) into rust/target/rel
 test: fetch ## Formatting, clippy with warnings denied, every test
 	scripts/fetch_nix_tools.sh
 	scripts/test_nix.sh $(WHERE_POSSIBLE)
+	scripts/test_shell.sh $(WHERE_POSSIBLE)
 	$(IN_RUST) $(CARGO) fmt --all --check
 	$(IN_RUST) $(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	$(IN_RUST) $(CARGO) clippy --workspace --features $(PROVIDERS) --all-targets --locked -- -D warnings
@@ -44,13 +45,17 @@ test: fetch ## Formatting, clippy with warnings denied, every test
 	HYDRAMESH_BIN=$(CURDIR)/rust/target/debug scripts/test_vm.sh nspawn $(WHERE_POSSIBLE)
 	$(IN_RUST) HYDRAMESH_BIN_DIR=$(CURDIR)/rust/target/debug $(CARGO) test --workspace --locked --no-fail-fast
 
-test-nix: ## All that is Nix, by evaluation: it parses, is formatted, its tests pass, its units score well
+test-nix: ## All that is Nix, by evaluation: it parses, is formatted, its tests pass, its units score well; ShellCheck over every script
 	scripts/fetch_nix_tools.sh
 	scripts/test_nix.sh
+	@$(PYTHON) scripts/fetch.py shellcheck
+	scripts/test_shell.sh
 
-test-vm: build fetch ## The module's units under a real systemd, in a container and in a QEMU guest (needs root)
+test-vm: build fetch ## The module's units under a real systemd, in containers and in a QEMU guest, and the live image's there (needs root)
 	scripts/test_vm.sh nspawn
+	scripts/test_vm.sh nspawn --release sid $(WHERE_POSSIBLE)
 	scripts/test_vm.sh qemu
+	scripts/test_vm.sh iso
 
 test-images: build fetch ## The images' configurations under podman (needs root)
 	scripts/test_images.sh

@@ -11,6 +11,12 @@
     };
   };
 
+  # CUDA's parts are unfree, and the main cache does not have them. Nix asks before it uses a flake's cache.
+  nixConfig = {
+    extra-substituters = [ "https://cache.nixos-cuda.org" ];
+    extra-trusted-public-keys = [ "cache.nixos-cuda.org:74DUi4Ye579gUqzH4ziL9IyiJBlDpMRn9MBN8oNan9M=" ];
+  };
+
   outputs =
     {
       self,
@@ -41,6 +47,9 @@
       overlay = import ./nix/overlay.nix { inherit crane; };
       # The overlay comes with the module, so that its default package is found in whatever nixpkgs the machine uses.
       module = {
+        # What messages call it, and what makes two imports of it one.
+        _file = "hydramesh, nixosModules.hydramesh";
+        key = "hydramesh-nixos-module";
         imports = [ ./modules ];
         nixpkgs.overlays = [ overlay ];
       };
@@ -51,9 +60,9 @@
         system:
         project.${system}.packages
         # The live image is for reclaimed laptops.
-        // lib.optionalAttrs (system == "x86_64-linux") {
-          iso = self.nixosConfigurations.iso.config.system.build.isoImage;
-        }
+        // lib.optionalAttrs (system == "x86_64-linux") (
+          lib.mapAttrs (_: machine: machine.config.system.build.isoImage) self.nixosConfigurations
+        )
       );
 
       # nix run .#demo: a head, a shim, two workers and a real model on this machine
@@ -72,13 +81,34 @@
         hydramesh = module;
       };
 
-      nixosConfigurations.iso = lib.nixosSystem {
-        specialArgs = { inherit self; };
-        modules = [
-          ./iso
-          { nixpkgs.hostPlatform = "x86_64-linux"; }
-        ];
-      };
+      # The live images: for the CPU alone, with NVIDIA's driver and CUDA, and with ROCm beside them.
+      nixosConfigurations =
+        lib.mapAttrs
+          (
+            _: backends:
+            lib.nixosSystem {
+              specialArgs = { inherit self; };
+              modules = [
+                ./iso
+                {
+                  nixpkgs.hostPlatform = "x86_64-linux";
+                  hydramesh.live.backends = backends;
+                }
+              ];
+            }
+          )
+          {
+            iso = [ "cpu" ];
+            iso-nvidia = [
+              "cpu"
+              "nvidia"
+            ];
+            iso-all = [
+              "cpu"
+              "nvidia"
+              "rocm"
+            ];
+          };
 
       # default looks which GPU there is; cpu, cuda and rocm say it
       devShells = eachSystem (
@@ -92,7 +122,13 @@
       checks = eachSystem (
         system:
         import ./nix/checks.nix {
-          inherit lib module overlay;
+          inherit
+            lib
+            module
+            overlay
+            system
+            ;
+          flake = self;
           project = project.${system};
           formatting = treefmt.${system}.config.build.check self;
         }

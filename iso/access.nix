@@ -1,7 +1,7 @@
 # Who may come in: over ssh with the key that was given at boot, and nobody else.
-{ lib, ... }:
+{ lib, pkgs, ... }:
 let
-  inherit (lib) mkForce;
+  inherit (lib) mkAfter mkForce;
   keys = "/run/hydramesh/authorized_keys";
 in
 {
@@ -25,4 +25,9 @@ in
     root.initialHashedPassword = mkForce "!";
     nixos.initialHashedPassword = mkForce "!";
   };
+  # The installer gives nixos the password that live.nixos.passwd= names on the kernel command line. This runs after it, before the
+  # first service.
+  boot.postBootCommands = mkAfter ''
+    printf '%s:!\n' root nixos | ${pkgs.shadow}/bin/chpasswd --encrypted
+  '';
 }

@@ -1,7 +1,7 @@
 # hydramesh-boot: looks at the hardware and at what this machine was told, and writes /run/hydramesh.
 #
 # It runs at boot, and again when somebody types at the console or attaches a partition. pkgs.writeShellApplication adds the first
-# line, `set -euo pipefail` and the PATH.
+# line, `set -euo pipefail`, the PATH and HYDRAMESH_BACKENDS.
 
 label=/dev/disk/by-label/HYDRAMESH
 partition=/run/hydramesh-partition
@@ -13,9 +13,13 @@ state=/var/lib/private/hydramesh
 udevadm settle --timeout=30 || echo "The hardware has not settled after 30 seconds; going on."
 
 mkdir -p "$partition"
-if mountpoint --quiet "$partition" && [ ! -e "$label" ]; then
-  echo "The partition HYDRAMESH was taken away."
-  umount --lazy "$partition"
+if mountpoint --quiet "$partition"; then
+  mounted=$(findmnt --noheadings --first-only --output SOURCE --mountpoint "$partition" || true)
+  # A stick that was pulled and plugged in again is another device.
+  if [ ! -e "$label" ] || [ "$(realpath "$label")" != "$mounted" ]; then
+    echo "The partition HYDRAMESH was taken away."
+    umount --lazy "$partition"
+  fi
 fi
 if ! mountpoint --quiet "$partition" && [ -e "$label" ]; then
   # Read-only, and nothing on it is a program or a device: anyone can have written it.
@@ -25,7 +29,7 @@ fi
 
 # Keys and certificates outlive a restart only if somebody made a place for them.
 if ! mountpoint --quiet "$state" && [ -e "$state_label" ]; then
-  mkdir -p -m 0700 /var/lib/private
+  install -d -m 0700 /var/lib/private
   mkdir -p "$state"
   mount -t ext4 -o nosuid,nodev,noexec "$state_label" "$state" \
     || echo "The partition HYDRASTATE cannot be mounted; it must be ext4."
@@ -33,7 +37,14 @@ fi
 
 hydramesh probe
 hydramesh boot-config \
+  --backends "$HYDRAMESH_BACKENDS" \
   --partition "$partition" \
   --state-dir "$state" \
   --typed /run/hydramesh-typed \
   --run-dir /run/hydramesh
+
+if [ -s /run/hydramesh/keymap ]; then
+  keymap=$(cat /run/hydramesh/keymap)
+  loadkeys --quiet --unicode --console=/dev/tty1 "$keymap" \
+    || echo "The keyboard layout $keymap cannot be loaded; key k at the console takes another name."
+fi

@@ -1,19 +1,12 @@
 # The first virtual console shows what the machine is and takes a token; it is no login.
-{ lib, pkgs, ... }:
+{
+  lib,
+  pkgs,
+  scripts,
+  ...
+}:
 let
   inherit (lib) getExe getExe' mkForce;
-
-  console = pkgs.writeShellApplication {
-    name = "hydramesh-console";
-    runtimeInputs = [
-      pkgs.coreutils
-      pkgs.gawk
-      pkgs.hydramesh
-      pkgs.iproute2
-      pkgs.systemd
-    ];
-    text = builtins.readFile ./console.sh;
-  };
 
   # A service that has a virtual console for itself.
   onTty = tty: {
@@ -23,7 +16,8 @@ let
     serviceConfig = {
       StandardInput = "tty";
       StandardOutput = "tty";
-      StandardError = "journal";
+      # Prompts go there.
+      StandardError = "tty";
       TTYPath = "/dev/${tty}";
       TTYReset = true;
       TTYVHangup = true;
@@ -44,7 +38,7 @@ in
         description = "HydraMesh: status and a prompt on the first console";
         after = [ "hydramesh-boot.service" ];
         environment.TERM = "linux";
-        serviceConfig.ExecStart = getExe console;
+        serviceConfig.ExecStart = getExe scripts.console;
       }
     ];
 

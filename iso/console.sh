@@ -4,13 +4,8 @@
 # a token is in no list of processes.
 
 typed=/run/hydramesh-typed
-units=(
-  hydramesh-head.service
-  hydramesh-shim.service
-  hydramesh-worker-cpu.service
-  hydramesh-worker-nvidia.service
-  hydramesh-worker-rocm.service
-)
+partition=/run/hydramesh-partition
+read -r -a units <<<"$HYDRAMESH_UNITS"
 
 addresses() {
   ip -brief address show scope global up | awk '{ for (i = 3; i <= NF; i++) if (sub("/.*", "", $i)) print $i }'
@@ -55,31 +50,27 @@ screen() {
   fi
   state
   echo
-  echo "  j join a mesh    h be a head    t token (on a head)    l look again    g log"
-  echo "  f forget what was typed         r restart              o power off"
+  echo "  j join a mesh   c join by a code   k keyboard layout   n network, Wi-Fi"
+  echo "  h be a head; there:   t show a token   w token to a stick   p show a code"
+  echo "  l look again   g log   f forget what was typed   r restart   o power off"
+}
+
+# What was scrolled out goes, too: a token may be among it.
+clear_screen() {
+  printf '\033[H\033[2J\033[3J'
 }
 
 show() {
   local text
   text=$(screen)
-  printf '\033[H\033[2J%s\n' "$text"
+  clear_screen
+  printf '%s\n' "$text"
 }
 
-# What the services were told, as one text that changes with it.
-told() {
-  (cd /run/hydramesh && sha256sum role-* service.env join-token) 2>/dev/null || true
-}
-
-# Decides anew and starts what follows. A unit whose role it is not does not start, by its condition. A service that was told
-# nothing new goes on with its work.
 apply() {
-  local before
-  before=$(told)
-  systemctl restart hydramesh-boot.service || true
-  if [ "$(told)" != "$before" ]; then
-    systemctl stop "${units[@]}"
-  fi
-  systemctl start --no-block sshd.service "${units[@]}"
+  clear_screen
+  echo "One moment..."
+  hydramesh-apply || echo "It did not work; the log (key g) says more."
 }
 
 # Keeps key=value lines.
@@ -87,11 +78,23 @@ keep() {
   (umask 077 && cat >"$typed")
 }
 
+# Whether a text has the form of a token; whether the head knows it turns out later.
+is_token() {
+  [[ $1 =~ ^hydra1\.[A-Za-z0-9_-]{80}$ ]]
+}
+
 join() {
   local head token
   read -r -p "The head's address, HOST:7780 (empty: as it was told elsewhere): " head || return 0
-  read -r -s -p "The join token; it is not shown (empty: as it was told elsewhere): " token || return 0
-  echo
+  echo "The join token: 87 characters, shown while you type. Key k changes the keyboard layout first."
+  while true; do
+    read -r -p "Token (empty: as it was told elsewhere): " token || return 0
+    token=${token//[[:space:]]/}
+    if [ -z "$token" ] || is_token "$token"; then
+      break
+    fi
+    echo "This has ${#token} characters. A token has 87, begins with \"hydra1.\", and holds letters, digits, - and _. Again, please."
+  done
   {
     echo role=worker
     [ -z "$head" ] || printf 'head=%s\n' "$head"
@@ -100,14 +103,91 @@ join() {
   apply
 }
 
+new_token() {
+  hydramesh token create --state-dir /var/lib/hydramesh/head
+}
+
+is_head() {
+  [ "$(role)" = head ] && return
+  echo "Only a head makes tokens; key h makes this machine one."
+  return 1
+}
+
 token() {
-  if [ "$(role)" = head ]; then
+  if is_head; then
     echo "For one worker, within a day:"
-    hydramesh token create --state-dir /var/lib/hydramesh/head || true
-  else
-    echo "Only a head makes tokens; key h makes this machine one."
+    new_token || true
   fi
   pause
+}
+
+# A token for whoever types the code, in the LAN.
+offer() {
+  local pid
+  if is_head; then
+    hydramesh token offer --state-dir /var/lib/hydramesh/head </dev/null 2>&1 &
+    pid=$!
+    pause
+    kill "$pid" 2>/dev/null || true
+    wait "$pid" || true
+  else
+    pause
+  fi
+}
+
+# The other side of it.
+join_by_code() {
+  local code told
+  read -r -p "The code that the head shows (there: key p, or hydramesh token offer): " code || return 0
+  [ -n "$code" ] || return 0
+  echo "Looking for the head..."
+  if told=$(printf '%s\n' "$code" | hydramesh token fetch 2>/dev/tty); then
+    printf 'role=worker\n%s\n' "$told" | keep
+    apply
+  else
+    pause
+  fi
+}
+
+# A token and the head's address onto the partition HYDRAMESH, so that nobody has to type them at the worker.
+stick() {
+  local address made
+  if is_head; then
+    if ! mountpoint --quiet "$partition"; then
+      echo "No partition labelled HYDRAMESH is here. Attach a stick that has one; docs/iso.md says how to make it."
+    elif made=$(new_token); then
+      address=$(addresses | head -n 1)
+      case $address in *:*) address="[$address]" ;; esac
+      if mount -o remount,rw,nosuid,nodev,noexec "$partition" && put "$address" "$made"; then
+        echo "Done. Plug the stick into one machine that boots from this image: it joins by itself."
+      else
+        echo "The stick cannot be written to; is it write-protected, or full?"
+      fi
+      mount -o remount,ro,nosuid,nodev,noexec "$partition" || echo "The stick stays writable; pull it only when the machine is off."
+    else
+      echo "The head made no token; its log: key g."
+    fi
+  fi
+  pause
+}
+
+put() {
+  printf '%s\n' "$2" >"$partition/join-token" || return 1
+  # Somebody's own settings are left as they are.
+  if [ ! -e "$partition/hydramesh.toml" ] && [ -n "$1" ]; then
+    printf 'head = "%s:7780"\n' "$1" >"$partition/hydramesh.toml" || return 1
+  fi
+  sync --file-system "$partition"
+}
+
+keymap() {
+  local name
+  read -r -p "The keyboard layout, such as de, fr, uk, us (empty: as it is): " name || return 0
+  [ -n "$name" ] || return 0
+  if [[ ! $name =~ ^[A-Za-z0-9][A-Za-z0-9._@+-]*$ ]] || ! loadkeys --quiet --unicode "$name"; then
+    echo "There is no keyboard layout $name. Names are those of loadkeys: de, de-latin1, fr, it, es, uk, us, dvorak."
+    pause
+  fi
 }
 
 pause() {
@@ -133,6 +213,11 @@ while true; do
       fi
       ;;
     t) token ;;
+    w) stick ;;
+    p) offer ;;
+    c) join_by_code ;;
+    k) keymap ;;
+    n) nmtui || pause ;;
     l) apply ;;
     f) rm -f "$typed" && apply ;;
     g)

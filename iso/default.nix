@@ -11,9 +11,11 @@
   imports = [
     "${modulesPath}/installer/cd-dvd/installation-cd-minimal.nix"
     self.nixosModules.hydramesh
+    ./variant.nix
     ./image.nix
     ./hardware.nix
     ./services.nix
+    ./hotplug.nix
     ./console.nix
     ./access.nix
     ./tools.nix

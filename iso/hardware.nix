@@ -1,19 +1,36 @@
-# Drivers for NVIDIA and AMD side by side. Which of them is used turns out at boot; one without a card does nothing.
+# Drivers. Which of them is used turns out at boot; one without a card does nothing.
+{ config, lib, ... }:
+let
+  inherit (lib) mkForce mkIf;
+  hasNvidia = builtins.elem "nvidia" config.hydramesh.live.backends;
+in
 {
-  # NVIDIA's driver, and CUDA in pkgs.hydramesh-cuda.
-  nixpkgs.config.allowUnfree = true;
+  # amdgpu and Wi-Fi cards load by themselves, and want their firmware.
+  hardware.enableRedistributableFirmware = true;
 
-  services.xserver.videoDrivers = [ "nvidia" ];
-  hardware = {
-    nvidia = {
-      # For Turing and newer. Older cards need another branch of the driver, and only one can be loaded: mesh-probe leaves
-      # them out and says why.
-      open = true;
-      # A window for settings, on a machine without windows.
-      nvidiaSettings = false;
+  # nmtui, on a key of the console.
+  networking.networkmanager.enable = mkForce true;
+
+  # NVIDIA's driver, and CUDA in pkgs.hydramesh-cuda.
+  nixpkgs.config = mkIf hasNvidia { allowUnfree = true; };
+  services.xserver.videoDrivers = mkIf hasNvidia [ "nvidia" ];
+  hardware.graphics.enable = mkIf hasNvidia true;
+  hardware.nvidia = mkIf hasNvidia {
+    # For Turing and newer. mesh-probe leaves older cards out and names the entry below.
+    open = true;
+    # A window for settings, on a machine without windows.
+    nvidiaSettings = false;
+  };
+
+  # Two branches of the driver cannot be loaded together, so the older one has an entry of its own in the boot menu.
+  specialisation = mkIf hasNvidia {
+    older-nvidia.configuration = {
+      isoImage.configurationName = "(older NVIDIA)";
+      boot.kernelParams = [ "hydramesh.nvidia_legacy" ];
+      hardware.nvidia = {
+        package = config.boot.kernelPackages.nvidiaPackages.legacy_580;
+        open = mkForce false;
+      };
     };
-    graphics.enable = true;
-    # amdgpu loads by itself, and wants its firmware.
-    enableRedistributableFirmware = true;
   };
 }

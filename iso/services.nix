@@ -1,11 +1,14 @@
 # What starts: one unit finds out what this machine shall be, and the units of the roles wait for its word.
 {
+  config,
   lib,
   pkgs,
+  scripts,
   ...
 }:
 let
   inherit (lib) getExe mkForce mkMerge;
+  inherit (config.hydramesh.live) backends;
 
   runDir = "/run/hydramesh";
 
@@ -17,8 +20,8 @@ let
     serviceConfig.EnvironmentFile = "-${runDir}/service.env";
   };
 
-  # The module gives a machine one worker; this image has one for each backend, of which one starts. Each is taken from an
-  # evaluation of the module on its own, of which systemd.services.hydramesh-worker and systemd.tmpfiles.rules are read.
+  # The image has a worker for each of its backends, of which one starts; they share one state folder, so that a card that is taken
+  # out does not make the machine a stranger. Each is taken from an evaluation of the module on its own.
   evaluate =
     backend: package:
     (lib.evalModules {
@@ -30,8 +33,10 @@ let
           options = lib.genAttrs [
             "assertions"
             "environment"
+            "hardware"
             "networking"
             "systemd"
+            "users"
             "warnings"
           ] (_: lib.mkOption { type = lib.types.anything; });
           config.services.hydramesh = {
@@ -46,25 +51,20 @@ let
           };
         }
       ];
-    }).config.systemd;
+    }).config;
 
   worker =
     backend: package:
     mkMerge [
-      (evaluate backend package).services.hydramesh-worker
+      (evaluate backend package).systemd.services.hydramesh-worker
       (atBoot "role-worker-${backend}")
       { description = mkForce "HydraMesh worker (${backend}): answers requests"; }
     ];
 
-  boot = pkgs.writeShellApplication {
-    name = "hydramesh-boot";
-    runtimeInputs = [
-      pkgs.coreutils
-      pkgs.hydramesh
-      pkgs.systemd
-      pkgs.util-linux
-    ];
-    text = builtins.readFile ./boot.sh;
+  packages = {
+    cpu = pkgs.hydramesh;
+    nvidia = pkgs.hydramesh-cuda;
+    rocm = pkgs.hydramesh-rocm;
   };
 in
 {
@@ -81,10 +81,17 @@ in
   };
 
   # Other workers come to one that holds layers of a model together with them; one that does not, does not listen there.
-  networking.firewall.allowedUDPPorts = [ 7781 ];
+  networking.firewall.allowedUDPPorts = [
+    7781
+    # Multicast DNS, by which a machine that is to join finds a head with a code (key p of the console) at the port below.
+    5353
+  ];
+  networking.firewall.allowedTCPPorts = [ 7782 ];
 
   # The same for each backend: where systemd finds the token.
-  systemd.tmpfiles.rules = (evaluate "cpu" pkgs.hydramesh).tmpfiles.rules;
+  systemd.tmpfiles.rules = (evaluate "cpu" pkgs.hydramesh).systemd.tmpfiles.rules;
+
+  hydramesh.live.workerSettings = (evaluate "cpu" pkgs.hydramesh).services.hydramesh.settings.worker;
 
   systemd.services = {
     hydramesh-boot = {
@@ -94,7 +101,7 @@ in
       serviceConfig = {
         Type = "oneshot";
         RemainAfterExit = true;
-        ExecStart = getExe boot;
+        ExecStart = getExe scripts.boot;
         # The choice and its reason also show on a serial console.
         StandardOutput = "journal+console";
       };
@@ -102,8 +109,10 @@ in
 
     hydramesh-head = atBoot "role-head";
     hydramesh-shim = atBoot "role-shim";
-    hydramesh-worker-cpu = worker "cpu" pkgs.hydramesh;
-    hydramesh-worker-nvidia = worker "nvidia" pkgs.hydramesh-cuda;
-    hydramesh-worker-rocm = worker "rocm" pkgs.hydramesh-rocm;
-  };
+  }
+  // lib.listToAttrs (
+    map (
+      backend: lib.nameValuePair "hydramesh-worker-${backend}" (worker backend packages.${backend})
+    ) backends
+  );
 }

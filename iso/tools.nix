@@ -1,24 +1,35 @@
-# What a person finds on the machine: a Rust toolchain, and the project's source with that of all its dependencies.
-{ pkgs, self, ... }:
+# What a person finds on the machine: Rust, Python and, on images for NVIDIA cards, CUDA's compiler; the project's source with that
+# of all its dependencies; and what shows the hardware.
+{
+  config,
+  lib,
+  pkgs,
+  scripts,
+  ...
+}:
 let
-  source = pkgs.writeShellApplication {
-    name = "hydramesh-source";
-    runtimeInputs = [ pkgs.coreutils ];
-    text =
-      builtins.replaceStrings [ "@source@" "@vendor@" ] [ "${self}" "${pkgs.hydramesh.cargoVendorDir}" ]
-        (builtins.readFile ./source.sh);
-  };
+  inherit (config.hydramesh.live) backends;
+  has = backend: builtins.elem backend backends;
 in
 {
   environment.systemPackages = [
-    source
+    scripts.source
     pkgs.cargo
     pkgs.clippy
     pkgs.gcc
     pkgs.git
-    pkgs.nvtopPackages.full
+    pkgs.gnumake
+    pkgs.pciutils
+    (pkgs.python3.withPackages (python: [ python.pip ]))
     pkgs.rust-analyzer
     pkgs.rustc
     pkgs.rustfmt
-  ];
+  ]
+  ++ lib.optionals (has "nvidia") [
+    # nvcc, and the headers that it compiles against.
+    pkgs.cudaPackages.cuda_nvcc
+    pkgs.cudaPackages.cuda_cudart
+    pkgs.nvtopPackages.full
+  ]
+  ++ lib.optional (has "rocm") pkgs.rocmPackages.rocminfo;
 }

@@ -3,7 +3,11 @@
   config,
   lib,
   pkgs,
-  ...
+  # as in instances.nix
+  cfg,
+  name,
+  # of all instances of the machine
+  listeners,
 }:
 let
   inherit (lib)
@@ -11,20 +15,28 @@ let
     filter
     hasPrefix
     mapAttrsToList
-    mkIf
     optional
     ;
-  cfg = config.services.hydramesh;
-  plan = import ./plan.nix { inherit config lib pkgs; };
-  inherit (plan) hasRole listeners split;
+  machine = config.services.hydramesh;
+  plan = import ./plan.nix {
+    inherit
+      config
+      lib
+      pkgs
+      cfg
+      name
+      ;
+  };
+  inherit (plan) hasRole split;
+  here = "services.hydramesh" + lib.optionalString (name != null) ".workers.${name}";
   inherit (cfg) settings;
   headSettings = settings.head;
 
   assertion = text: holds: {
     assertion = holds;
-    message = "services.hydramesh: ${text}";
+    message = "${here}: ${text}";
   };
-  warning = condition: text: optional condition "services.hydramesh: ${text}";
+  warning = condition: text: optional condition "${here}: ${text}";
 
   secretFiles = lib.filterAttrs (_: file: file != null) {
     inherit (cfg) apiKeysFile hfTokenFile joinTokenFile;
@@ -72,7 +84,7 @@ let
   clashes = lib.concatLists (
     lib.imap0 (
       i: a:
-      map (b: "${a.role}'s ${a.name} and ${b.role}'s ${b.name} (${toString a.port}/${a.protocol})") (
+      map (b: "${a.owner}'s ${a.name} and ${b.owner}'s ${b.name} (${toString a.port}/${a.protocol})") (
         filter (clash a) (lib.drop (i + 1) listeners)
       )
     ) listeners
@@ -107,8 +119,36 @@ let
     !(lib.hasSuffix ".gguf" (lib.head (lib.splitString ":" model)))
     && builtins.match "[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*([@:].*)?" model != null;
 
+  onNvidia = hasRole "worker" && plan.backend == "nvidia";
+  onnxruntime = cfg.package.passthru.onnxruntime.version or cfg.package.onnxruntime.version or null;
+  secretVariables = filter (variable: cfg.environmentVariables ? ${variable}) [
+    "HF_TOKEN"
+    "HUGGING_FACE_HUB_TOKEN"
+    "HYDRAMESH_WORKER__JOIN_TOKEN"
+  ];
+
+  # Other workers of this machine on the same kind of card, with a card in common.
+  others =
+    filter (other: other.name != name && elem "worker" other.cfg.role)
+      (import ./instances.nix { inherit config lib; }).all;
+  backendOf = other: (import ./plan.nix ({ inherit config lib pkgs; } // other)).backend;
+  shareCards =
+    other:
+    plan.backend != "cpu"
+    && backendOf other == plan.backend
+    && (
+      cfg.gpus == [ ]
+      || other.cfg.gpus == [ ]
+      || lib.intersectLists (map toString cfg.gpus) (map toString other.cfg.gpus) != [ ]
+    );
+
   # Options that mean something for one role alone, and are set.
   forRole = role: names: map (name: { inherit role name; }) names;
+  isSet = option: cfg.${option} != defaults.${option};
+  defaults = {
+    memoryHigh = "85%";
+    memoryMax = "95%";
+  };
   useless = filter (use: !(hasRole use.role)) (
     forRole "worker" (
       optional (cfg.models != [ ]) "models"
@@ -116,8 +156,12 @@ let
       ++ optional (cfg.joinTokenFile != null) "joinTokenFile"
       ++ optional (cfg.hfTokenFile != null) "hfTokenFile"
       ++ optional (cfg.hfToken != null) "hfToken"
-      ++ optional (cfg.memoryHigh != null) "memoryHigh"
-      ++ optional (cfg.memoryMax != null) "memoryMax"
+      ++ filter isSet [
+        "memoryHigh"
+        "memoryMax"
+      ]
+      ++ optional (cfg.gpus != [ ]) "gpus"
+      ++ optional (cfg.rocmOverrideGfx != null) "rocmOverrideGfx"
     )
     ++ forRole "head" (optional (cfg.apiKeysFile != null) "apiKeysFile")
     ++
@@ -134,138 +178,178 @@ let
   );
 in
 {
-  config = mkIf cfg.enable {
-    assertions = [
-      (assertion ''`role` is empty; set it to "head", "worker", "shim" or a list of them'' (
-        cfg.role != [ ]
-      ))
-      (assertion
-        ''a worker needs a head: set `headAddress = "host:7780"`, or `settings.worker.mdns = true` to find one on the LAN, or add "head" to `role` to run one here''
+  assertions = [
+    (assertion ''`role` is empty; set it to "head", "worker", "shim" or a list of them'' (
+      cfg.role != [ ] || machine.workers != { }
+    ))
+    (assertion
+      ''a worker needs a head: set `headAddress = "host:7780"`, or `settings.worker.mdns = true` to find one on the LAN, or add "head" to `role` to run one here''
+      (
+        hasRole "worker"
+        -> settings.worker ? head || settings.worker ? legacy.head || settings.worker.mdns or false
+      )
+    )
+    (assertion
+      ''`headAddress` is "${toString cfg.headAddress}"; write "host" or "host:7780", an IPv6 address in brackets''
+      (cfg.headAddress != null -> headAddressIsGood)
+    )
+    (assertion
+      "a worker needs a model: set `models`, or `shards` for one that it holds together with others, to GGUF files or to names of files in ${localModels}"
+      (hasRole "worker" -> servesWhole || servesParts)
+    )
+    (assertion "a shim needs a head: set `headAddress` or `settings.shim.heads`, or run a head here" (
+      hasRole "shim" -> settings.shim.heads or [ ] != [ ]
+    ))
+    (assertion
+      "the head's API listens on ${headSettings.http.listen or ""}, beyond loopback, and nothing guards it: set `apiKeysFile`, or `settings.head.http.allow_unauthenticated = true` if everyone who can reach it may use the mesh"
+      (reachableHttp -> cfg.apiKeysFile != null || allowUnauthenticated)
+    )
+    (assertion
+      ''`backend = "nvidia"` needs the driver: set `services.xserver.videoDrivers = [ "nvidia" ]` and `hardware.nvidia.open` (X itself need not run), or `hardware.nvidia.datacenter.enable`''
+      (onNvidia -> plan.hasNvidiaDriver)
+    )
+    (assertion
+      "`hardware.graphics.enable` is false, so the driver's libraries are not in /run/opengl-driver and the worker finds no card: leave it true"
+      (onNvidia -> config.hardware.graphics.enable)
+    )
+    (assertion
+      "`package` has ONNX Runtime ${toString onnxruntime}, and the worker needs 1.24 or newer (API 24): take the package of this flake's nixpkgs"
+      (hasRole "worker" -> onnxruntime == null || lib.versionAtLeast onnxruntime "1.24")
+    )
+    (assertion
+      "`rocmOverrideGfx` is for AMD cards, and the backend is ${plan.backend}: set `backend = \"rocm\"`"
+      (hasRole "worker" && cfg.rocmOverrideGfx != null -> plan.backend == "rocm")
+    )
+    (assertion "`gpus` names cards, and the backend is cpu: set `backend` to \"nvidia\" or \"rocm\"" (
+      hasRole "worker" && cfg.gpus != [ ] -> plan.backend != "cpu"
+    ))
+    (assertion
+      "`environmentVariables.${
+        lib.head (secretVariables ++ [ "" ])
+      }` would lie in the Nix store for everyone to read: put the secret in a file and set `hfTokenFile` or `joinTokenFile`"
+      (secretVariables == [ ])
+    )
+    (assertion "`group` is ${toString cfg.group}, and there is no `user`: set both" (
+      cfg.user == null -> cfg.group == null
+    ))
+    (assertion
+      "\"${toString name}\" cannot be part of a unit's and a folder's name: take letters, digits and dashes"
+      (name == null || builtins.match "[A-Za-z0-9][A-Za-z0-9-]{0,31}" name != null)
+    )
+    (assertion "two sockets want the same port: ${lib.concatStringsSep "; " clashes}" (
+      name != null || clashes == [ ]
+    ))
+    (assertion "set `hfTokenFile` or `hfToken`, not both" (
+      cfg.hfTokenFile == null || cfg.hfToken == null
+    ))
+    (assertion
+      "`settings.worker.join_token` would lie in the Nix store for everyone to read: put the token in a file and set `joinTokenFile`"
+      (!(settings.worker ? join_token))
+    )
+    (assertion
+      "`settings.worker.join_token_file` cannot be read by the service's user: set `joinTokenFile`, which hands it over"
+      (!(settings.worker ? join_token_file))
+    )
+    (assertion
+      "`settings.head.http.api_keys_file` cannot be read by the service's user: set `apiKeysFile`, which hands it over"
+      (!(headSettings ? http.api_keys_file))
+    )
+    (assertion
+      "`localModels` is ${localModels}, and home directories are invisible to the service: take a folder such as /srv/models"
+      (!(inHome localModels))
+    )
+    (assertion
+      "`memoryHigh` (${toString cfg.memoryHigh}) is above `memoryMax` (${toString cfg.memoryMax}) and would never count"
+      (high != null && max != null -> high <= max)
+    )
+  ]
+  ++ mapAttrsToList (
+    name: file:
+    assertion
+      "`${name}` is ${toString file}, in the Nix store, where everyone can read it: name a path outside as a string, \"/run/secrets/…\""
+      (!(hasPrefix "${builtins.storeDir}/" (toString file)))
+  ) secretFiles
+  ++ mapAttrsToList (
+    name: file:
+    assertion
+      ''`${name}` is "${toString file}": take a path of letters, digits and / . _ - + @ alone, which systemd reads as it stands''
+      (builtins.match "[A-Za-z0-9/._@+-]+" (toString file) != null)
+  ) secretFiles
+  ++ map (
+    model:
+    assertion
+      "the model ${toString model} lies in a home directory, which is invisible to the service: move it to ${localModels}"
+      (!(inHome model))
+  ) (cfg.models ++ cfg.shards)
+  ++ map (
+    model:
+    assertion
+      "the model \"${model}\" is a relative path: write an absolute one, a file's name to look up in ${localModels}, or a name on the hub, \"organisation/model\""
+      (hasPrefix "/" model || !(lib.hasInfix "/" model) || isHubName model)
+  ) (filter builtins.isString (cfg.models ++ cfg.shards));
+
+  warnings =
+    warning (
+      cfg.hfToken != null
+    ) "`hfToken` lands in the Nix store, where everyone on this machine can read it; use `hfTokenFile`"
+    ++
+      warning
         (
           hasRole "worker"
-          -> settings.worker ? head || settings.worker ? legacy.head || settings.worker.mdns or false
+          && cfg.joinTokenFile == null
+          && (settings.worker ? head || settings.worker.mdns or false)
         )
-      )
-      (assertion
-        ''`headAddress` is "${toString cfg.headAddress}"; write "host" or "host:7780", an IPv6 address in brackets''
-        (cfg.headAddress != null -> headAddressIsGood)
-      )
-      (assertion
-        "a worker needs a model: set `models`, or `shards` for one that it holds together with others, to GGUF files or to names of files in ${localModels}"
-        (hasRole "worker" -> servesWhole || servesParts)
-      )
-      (assertion "a shim needs a head: set `headAddress` or `settings.shim.heads`, or run a head here" (
-        hasRole "shim" -> settings.shim.heads or [ ] != [ ]
-      ))
-      (assertion
-        "the head's API listens on ${headSettings.http.listen or ""}, beyond loopback, and nothing guards it: set `apiKeysFile`, or `settings.head.http.allow_unauthenticated = true` if everyone who can reach it may use the mesh"
-        (reachableHttp -> cfg.apiKeysFile != null || allowUnauthenticated)
-      )
-      (assertion
-        ''`backend = "nvidia"` needs the driver: set `services.xserver.videoDrivers = [ "nvidia" ]` and `hardware.nvidia.open` (X itself need not run)''
-        (hasRole "worker" && cfg.backend == "nvidia" -> elem "nvidia" config.services.xserver.videoDrivers)
-      )
-      (assertion "two sockets want the same port: ${lib.concatStringsSep "; " clashes}" (clashes == [ ]))
-      (assertion "set `hfTokenFile` or `hfToken`, not both" (
-        cfg.hfTokenFile == null || cfg.hfToken == null
-      ))
-      (assertion
-        "`settings.worker.join_token` would lie in the Nix store for everyone to read: put the token in a file and set `joinTokenFile`"
-        (!(settings.worker ? join_token))
-      )
-      (assertion
-        "`settings.worker.join_token_file` cannot be read by the service's user: set `joinTokenFile`, which hands it over"
-        (!(settings.worker ? join_token_file))
-      )
-      (assertion
-        "`settings.head.http.api_keys_file` cannot be read by the service's user: set `apiKeysFile`, which hands it over"
-        (!(headSettings ? http.api_keys_file))
-      )
-      (assertion
-        "`localModels` is ${localModels}, and home directories are invisible to the service: take a folder such as /srv/models"
-        (!(inHome localModels))
-      )
-      (assertion
-        "`memoryHigh` (${toString cfg.memoryHigh}) is above `memoryMax` (${toString cfg.memoryMax}) and would never count"
-        (high != null && max != null -> high <= max)
-      )
-    ]
-    ++ mapAttrsToList (
-      name: file:
-      assertion
-        "`${name}` is ${toString file}, in the Nix store, where everyone can read it: name a path outside as a string, \"/run/secrets/…\""
-        (!(hasPrefix "${builtins.storeDir}/" (toString file)))
-    ) secretFiles
-    ++ mapAttrsToList (
-      name: file:
-      assertion
-        ''`${name}` is "${toString file}": take a path of letters, digits and / . _ - + @ alone, which systemd reads as it stands''
-        (builtins.match "[A-Za-z0-9/._@+-]+" (toString file) != null)
-    ) secretFiles
-    ++ map (
-      model:
-      assertion
-        "the model ${toString model} lies in a home directory, which is invisible to the service: move it to ${localModels}"
-        (!(inHome model))
-    ) (cfg.models ++ cfg.shards)
-    ++ map (
-      model:
-      assertion
-        "the model \"${model}\" is a relative path: write an absolute one, a file's name to look up in ${localModels}, or a name on the hub, \"organisation/model\""
-        (hasPrefix "/" model || !(lib.hasInfix "/" model) || isHubName model)
-    ) (filter builtins.isString (cfg.models ++ cfg.shards));
-
-    warnings =
-      warning (
-        cfg.hfToken != null
-      ) "`hfToken` lands in the Nix store, where everyone on this machine can read it; use `hfTokenFile`"
-      ++
-        warning
-          (
-            hasRole "worker"
-            && cfg.joinTokenFile == null
-            && (settings.worker ? head || settings.worker.mdns or false)
-          )
-          "the worker has no `joinTokenFile`; it runs only if it has joined the mesh before (`hydramesh token create` on the head makes a token)"
-      ++ warning (
-        hasRole "worker" && cfg.headAddress != null && !plan.headIsHere && plan.isLoopback headHost
-      ) "`headAddress` is ${toString cfg.headAddress}, this machine, and `role` has no \"head\""
-      ++
-        warning
-          (
-            hasRole "worker"
-            && cfg.package.passthru.backend or cfg.package.backend or plan.backend != plan.backend
-          )
-          "`backend` is \"${plan.backend}\", and `package` was built for \"${
-            cfg.package.passthru.backend or cfg.package.backend or ""
-          }\": the worker may not find its GPU"
-      ++
-        warning (reachableHttp && cfg.apiKeysFile == null && allowUnauthenticated)
-          "everyone who can reach ${headSettings.http.listen or ""} may use the mesh (`allow_unauthenticated`)"
-      ++
-        warning
-          (
-            hasRole "shim"
-            && cfg.openFirewall
-            && settings.shim.admit or "trusted" == "trusted"
-            && settings.shim.trusted_networks or [ ] == [ ]
-          )
-          ''the shim's port is open, but it answers this machine alone: set `settings.shim.trusted_networks`, or `settings.shim.admit = "verified"`''
-      ++
-        warning (hasRole "worker" && servesWhole && max != null && !(settings.worker ? kv_memory))
-          "`memoryMax` is set and `settings.worker.kv_memory` is not: the KV cache takes half of the machine's free memory, and may reach the limit"
-      ++
-        warning (hasRole "worker" && servesParts && max != null && !(settings.worker ? ring.memory))
-          "`memoryMax` is set and `settings.worker.ring.memory` is not: layers and their KV cache take most of the machine's free memory, and may reach the limit"
-      ++
-        warning
-          (
-            hasRole "worker"
-            && servesParts
-            && plan.isLoopback (split settings.worker.ring.listen).host
-            && !plan.headIsHere
-          )
-          "`settings.worker.ring.listen` is ${settings.worker.ring.listen}: no worker of another machine can reach this one, and its `shards` are of no use there"
-      ++ map (use: "services.hydramesh: `${use.name}` is set, but `role` has no \"${use.role}\"") useless;
-  };
+        "the worker has no `joinTokenFile`; it runs only if it has joined the mesh before (`hydramesh token create` on the head makes a token)"
+    ++ warning (
+      hasRole "worker" && cfg.headAddress != null && !plan.headIsHere && plan.isLoopback headHost
+    ) "`headAddress` is ${toString cfg.headAddress}, this machine, and `role` has no \"head\""
+    ++
+      warning
+        (
+          hasRole "worker"
+          && cfg.package.passthru.backend or cfg.package.backend or plan.backend != plan.backend
+        )
+        "`backend` is \"${plan.backend}\", and `package` was built for \"${
+          cfg.package.passthru.backend or cfg.package.backend or ""
+        }\": the worker may not find its GPU"
+    ++
+      warning (reachableHttp && cfg.apiKeysFile == null && allowUnauthenticated)
+        "everyone who can reach ${headSettings.http.listen or ""} may use the mesh (`allow_unauthenticated`)"
+    ++
+      warning
+        (
+          hasRole "shim"
+          && cfg.openFirewall
+          && settings.shim.admit or "trusted" == "trusted"
+          && settings.shim.trusted_networks or [ ] == [ ]
+        )
+        ''the shim's port is open, but it answers this machine alone: set `settings.shim.trusted_networks`, or `settings.shim.admit = "verified"`''
+    ++
+      warning (hasRole "worker" && servesWhole && max != null && !(settings.worker ? kv_memory))
+        "`memoryMax` is set and `settings.worker.kv_memory` is not: the KV cache takes half of the machine's free memory, and may reach the limit"
+    ++
+      warning (hasRole "worker" && servesParts && max != null && !(settings.worker ? ring.memory))
+        "`memoryMax` is set and `settings.worker.ring.memory` is not: layers and their KV cache take most of the machine's free memory, and may reach the limit"
+    ++
+      warning
+        (
+          hasRole "worker"
+          && servesParts
+          && plan.isLoopback (split settings.worker.ring.listen).host
+          && !plan.headIsHere
+        )
+        "`settings.worker.ring.listen` is ${settings.worker.ring.listen}: no worker of another machine can reach this one, and its `shards` are of no use there"
+    # Said once, by those with a name.
+    ++
+      warning (name != null && builtins.any shareCards others)
+        "this worker uses a card of another worker on this machine, and each takes the memory that it finds free: set `gpus` for both"
+    ++
+      warning
+        (
+          name != null
+          && cfg.joinTokenFile != null
+          && builtins.any (other: toString other.cfg.joinTokenFile == toString cfg.joinTokenFile) others
+        )
+        "`joinTokenFile` is another worker's, too, and a token admits one worker: make a second one with `hydramesh token create`"
+    ++ map (use: "${here}: `${use.name}` is set, but `role` has no \"${use.role}\"") useless;
 }

@@ -3,7 +3,7 @@
 {
   imports = [
     ./options.nix
-    ./units.nix
-    ./checks.nix
+    ./workers.nix
+    ./machine.nix
   ];
 }

@@ -89,8 +89,8 @@ in
       default = "auto";
       example = "nvidia";
       description = ''
-        What the worker computes on. `auto` looks at this configuration: `nvidia` with `services.xserver.videoDrivers`
-        containing "nvidia"; `rocm` with "amdgpu" in it, or with `hardware.amdgpu.opencl.enable` or
+        What the worker computes on. `auto` looks at this configuration: `nvidia` with an NVIDIA driver
+        (`hardware.nvidia.enabled`: a desktop's or a data centre's); `rocm` with "amdgpu" in it, or with `hardware.amdgpu.opencl.enable` or
         `hardware.amdgpu.initrd.enable`; otherwise `cpu`. It decides on the package, and on the devices that the unit may
         use. A worker with a GPU's package tries the GPU when it starts, and computes on the CPU where that fails; its log says
         why. `settings.worker.backend` is its own key: "cuda" or "migraphx" make such a failure an error, "cpu" tries nothing.
@@ -231,26 +231,81 @@ in
 
     memoryHigh = mkOption {
       type = memory;
-      default = null;
+      default = "85%";
       example = "12G";
-      description = "Memory beyond which the kernel slows the worker down and takes memory back (MemoryHigh= of systemd).";
+      description = ''
+        Memory beyond which the kernel slows a worker down and takes memory back (MemoryHigh= of systemd); a percentage is of
+        the machine's memory. `null` sets no limit.
+      '';
     };
 
     memoryMax = mkOption {
       type = memory;
-      default = null;
+      default = "95%";
       example = "14G";
       description = ''
-        Memory beyond which the worker is killed (MemoryMax= of systemd). The KV cache does not know this limit: set
-        `settings.worker.kv_memory` with it.
+        Memory beyond which a worker is killed (MemoryMax= of systemd), so that a worker out of control leaves the machine
+        reachable. `null` sets no limit. The KV cache does not know this limit: set `settings.worker.kv_memory` with a lower one.
       '';
+    };
+
+    gpus = mkOption {
+      type = types.listOf (types.either types.ints.unsigned types.nonEmptyStr);
+      default = [ ];
+      example = [ 0 ];
+      description = ''
+        Cards that the worker may use, by their number in PCI order or their UUID: CUDA_VISIBLE_DEVICES for NVIDIA,
+        ROCR_VISIBLE_DEVICES for AMD. Empty is all of them. For a second card, see `workers`.
+      '';
+    };
+
+    rocmOverrideGfx = mkOption {
+      type = types.nullOr (types.strMatching "[0-9]+\\.[0-9]+\\.[0-9a-f]+");
+      default = null;
+      example = "10.3.0";
+      description = ''
+        Type of card that ROCm takes an AMD card for (HSA_OVERRIDE_GFX_VERSION): for a card that it has no kernels for, the
+        nearest one that it has, such as 10.3.0 for a gfx1031 to gfx1036.
+      '';
+    };
+
+    environmentVariables = mkOption {
+      type = types.attrsOf types.str;
+      default = { };
+      example = {
+        HTTPS_PROXY = "http://proxy.lan:3128";
+        RUST_LOG = "mesh_worker=debug";
+      };
+      description = ''
+        Environment of the services. Variables that begin with HYDRAMESH_ are keys of the configuration and are checked with it when
+        the system is built. Secrets do not belong here: everyone on the machine can read the unit.
+      '';
+    };
+
+    user = mkOption {
+      type = types.nullOr types.nonEmptyStr;
+      default = null;
+      example = "hydramesh";
+      description = ''
+        User of the services, where files must belong to a known one: models on NFS, say. The user "hydramesh" is made; any other
+        must exist. `null` is a user of systemd's that exists while a service runs (DynamicUser=). State folders change hands by
+        themselves.
+      '';
+    };
+
+    group = mkOption {
+      type = types.nullOr types.nonEmptyStr;
+      default = cfg.user;
+      defaultText = literalExpression "config.services.hydramesh.user";
+      example = "hydramesh";
+      description = "Group of the services; only with `user`.";
     };
 
     configFiles = mkOption {
       type = types.attrsOf types.package;
       internal = true;
       readOnly = true;
-      description = "The checked configuration of each role on this machine.";
+      description = "The checked configuration of each role on this machine, and of each further worker.";
     };
 
     settings = {

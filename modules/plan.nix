@@ -4,6 +4,9 @@
   config,
   lib,
   pkgs,
+  # The options of one instance (instances.nix), and its name; null is what services.hydramesh itself says.
+  cfg ? config.services.hydramesh,
+  name ? null,
 }:
 let
   inherit (lib)
@@ -12,16 +15,21 @@ let
     mkIf
     optional
     ;
-  cfg = config.services.hydramesh;
+  machine = config.services.hydramesh;
 
   hasRole = role: cfg.enable && elem role cfg.role;
 
+  # Units, folders and credentials of a worker with a name of its own carry it.
+  suffix = if name == null then "" else "-${name}";
+
   drivers = config.services.xserver.videoDrivers;
+  # True for data-centre drivers, too.
+  hasNvidiaDriver = config.hardware.nvidia.enabled or (elem "nvidia" drivers);
   amdgpu = config.hardware.amdgpu;
   backend =
     if cfg.backend != "auto" then
       cfg.backend
-    else if elem "nvidia" drivers then
+    else if hasNvidiaDriver then
       "nvidia"
     else if elem "amdgpu" drivers || amdgpu.opencl.enable || amdgpu.initrd.enable then
       "rocm"
@@ -64,7 +72,7 @@ let
     || builtins.match "127\\..*" host != null;
 
   head = split (if cfg.headAddress == null then "" else cfg.headAddress);
-  headIsHere = hasRole "head";
+  headIsHere = cfg.enable && elem "head" machine.role;
 
   # Names of models that other workers are asked for: all that are no path.
   sharesModels =
@@ -75,8 +83,10 @@ let
   usesMdns = role: hasRole role && (cfg.settings.${role}.mdns or false);
 
   # Every socket of every role here, as the settings say after all was merged.
+  instance = name;
   listener = role: name: protocol: address: {
     inherit role name protocol;
+    owner = role + lib.optionalString (instance != null) " ${instance}";
     inherit (split address) host port;
   };
   listeners =
@@ -103,12 +113,14 @@ in
   inherit
     backend
     decimal
+    hasNvidiaDriver
     hasRole
     headIsHere
     isLoopback
     listeners
     split
     usesMdns
+    suffix
     ;
 
   defaultPackage =
@@ -122,7 +134,7 @@ in
       api-keys = toString cfg.apiKeysFile;
     };
     worker =
-      lib.optionalAttrs (cfg.joinTokenFile != null) { join-token = "hydramesh-join-token"; }
+      lib.optionalAttrs (cfg.joinTokenFile != null) { join-token = "hydramesh-join-token${suffix}"; }
       // lib.optionalAttrs (cfg.hfTokenFile != null) { hf-token = toString cfg.hfTokenFile; }
       // lib.optionalAttrs (cfg.hfTokenFile == null && cfg.hfToken != null) {
         hf-token = toString (pkgs.writeText "hydramesh-hf-token" cfg.hfToken);
@@ -154,7 +166,7 @@ in
           head = mkDefault (join head.host (if head.port == null then 7780 else head.port));
         })
         (mkIf (cfg.headAddress == null && headIsHere) {
-          head = mkDefault (join "127.0.0.1" (split cfg.settings.head.quic.listen).port);
+          head = mkDefault (join "127.0.0.1" (split machine.settings.head.quic.listen).port);
         })
       ]
     );

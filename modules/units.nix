@@ -1,9 +1,11 @@
-# One systemd unit a role, their configuration files, the folder for models, and the firewall.
+# What one instance is on its machine: a systemd unit a role, their configuration files, the folder for models, and open ports.
 {
   config,
   lib,
   pkgs,
-  ...
+  # as in instances.nix
+  cfg,
+  name,
 }:
 let
   inherit (lib)
@@ -12,9 +14,21 @@ let
     optional
     optionals
     ;
-  cfg = config.services.hydramesh;
-  plan = import ./plan.nix { inherit config lib pkgs; };
-  inherit (plan) credentials hasRole listeners;
+  plan = import ./plan.nix {
+    inherit
+      config
+      lib
+      pkgs
+      cfg
+      name
+      ;
+  };
+  inherit (plan)
+    credentials
+    hasRole
+    listeners
+    suffix
+    ;
   hardening = import ./hardening.nix { inherit lib; };
   toml = pkgs.formats.toml { };
 
@@ -27,26 +41,45 @@ let
   credentialEnvironment =
     role: folder:
     lib.mapAttrs' (
-      name: _: lib.nameValuePair credentialVariables.${name} "${folder}/${name}"
+      credential: _: lib.nameValuePair credentialVariables.${credential} "${folder}/${credential}"
     ) credentials.${role};
+
+  # They win over the file, so that they are checked with it.
+  ourVariables = lib.filterAttrs (
+    variable: _: lib.hasPrefix "HYDRAMESH_" variable
+  ) cfg.environmentVariables;
 
   # The service itself says whether its file is good, before anything is switched to it.
   configFile =
     role:
     let
-      unchecked = toml.generate "hydramesh-${role}-unchecked.toml" cfg.settings.${role};
+      unchecked = toml.generate "hydramesh-${role}${suffix}-unchecked.toml" cfg.settings.${role};
     in
     if pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform then
-      pkgs.runCommand "hydramesh-${role}.toml" (credentialEnvironment role "/credentials") ''
-        ${program role} --config ${unchecked} --check-config
-        cp ${unchecked} "$out"
-      ''
+      pkgs.runCommand "hydramesh-${role}${suffix}.toml"
+        (ourVariables // credentialEnvironment role "/credentials")
+        ''
+          ${program role} --config ${unchecked} --check-config
+          cp ${unchecked} "$out"
+        ''
     else
       unchecked;
   program = role: lib.getExe' cfg.package "mesh-${role}";
 
   lowPort =
     role: builtins.any (l: l.role == role && l.port != null && l.port > 0 && l.port < 1024) listeners;
+  # Cards are numbered as they lie on the PCI bus, as nvidia-smi and rocm-smi number them.
+  visibleGpus =
+    let
+      list = lib.concatMapStringsSep "," toString cfg.gpus;
+    in
+    {
+      nvidia = {
+        CUDA_DEVICE_ORDER = "PCI_BUS_ID";
+        CUDA_VISIBLE_DEVICES = list;
+      };
+      rocm.ROCR_VISIBLE_DEVICES = list;
+    };
   gpu = role: if role == "worker" then plan.backend else "cpu";
 
   # How long running answers may take at the end, in seconds, if it is written in a way that can be read here.
@@ -85,7 +118,7 @@ let
       after = [ "network-online.target" ] ++ after;
       # A node that cannot start today may be able to tomorrow: it is never given up.
       startLimitIntervalSec = 0;
-      environment = credentialEnvironment role "%d" // environment;
+      environment = environment // cfg.environmentVariables // credentialEnvironment role "%d";
       serviceConfig =
         hardening {
           backend = gpu role;
@@ -97,17 +130,21 @@ let
         }
         // {
           Type = "notify";
-          ExecStart = "${program role} --config ${cfg.configFiles.${role}}";
+          ExecStart = "${program role} --config ${configFile role}";
           # It tells systemd when it has reloaded. (Type=notify-reload would do without this, from systemd 253 on.)
           ExecReload = "/bin/sh -c 'kill -HUP $MAINPID'";
           WatchdogSec = 30;
           Restart = "always";
           RestartSec = 2;
           TimeoutStopSec = drainSeconds role + 15;
-          DynamicUser = true;
-          StateDirectory = "hydramesh/${role}";
+          DynamicUser = cfg.user == null;
+          StateDirectory = "hydramesh/${role}${suffix}";
           StateDirectoryMode = "0700";
-          LoadCredential = mapAttrsToList (name: source: "${name}:${source}") credentials.${role};
+          LoadCredential = mapAttrsToList (credential: source: "${credential}:${source}") credentials.${role};
+        }
+        // lib.optionalAttrs (cfg.user != null) {
+          User = cfg.user;
+          Group = cfg.group;
         }
         // serviceConfig;
     };
@@ -126,54 +163,57 @@ let
     );
 in
 {
-  config = mkIf cfg.enable {
-    services.hydramesh.configFiles = lib.genAttrs cfg.role configFile;
-    environment.systemPackages = [ cfg.package ];
+  configFiles = lib.listToAttrs (
+    map (role: lib.nameValuePair "${role}${suffix}" (configFile role)) cfg.role
+  );
 
-    systemd.services = lib.mkMerge [
-      (mkIf (hasRole "head") {
-        hydramesh-head = unit "head" {
-          description = "HydraMesh head: gives requests to workers";
-        };
-      })
-      (mkIf (hasRole "worker") {
-        hydramesh-worker = unit "worker" {
-          description = "HydraMesh worker: answers requests";
-          after = optional plan.headIsHere "hydramesh-head.service";
-          # Libraries for GPUs keep compiled kernels in the home folder, and a dynamic user has none.
-          environment = lib.optionalAttrs (plan.backend != "cpu") { HOME = "%S/hydramesh/worker"; };
-          serviceConfig = {
-            # It is ready when its models are loaded, and a disk may be slow.
-            TimeoutStartSec = "15min";
-            # Other programs go first when memory runs out: a lost worker is a pause in somebody's answer.
-            OOMScoreAdjust = -500;
+  services = lib.mkMerge [
+    (mkIf (hasRole "head") {
+      hydramesh-head = unit "head" {
+        description = "HydraMesh head: gives requests to workers";
+      };
+    })
+    (mkIf (hasRole "worker") {
+      "hydramesh-worker${suffix}" = unit "worker" {
+        description = "HydraMesh worker${lib.optionalString (name != null) " ${name}"}: answers requests";
+        after = optional plan.headIsHere "hydramesh-head.service";
+        # Libraries for GPUs keep compiled kernels in the home folder, and a dynamic user has none.
+        environment =
+          lib.optionalAttrs (plan.backend != "cpu") { HOME = "%S/hydramesh/worker${suffix}"; }
+          // lib.optionalAttrs (cfg.rocmOverrideGfx != null) {
+            HSA_OVERRIDE_GFX_VERSION = cfg.rocmOverrideGfx;
           }
-          // lib.optionalAttrs (cfg.memoryHigh != null) { MemoryHigh = cfg.memoryHigh; }
-          // lib.optionalAttrs (cfg.memoryMax != null) { MemoryMax = cfg.memoryMax; };
-        };
-      })
-      (mkIf (hasRole "shim") {
-        hydramesh-shim = unit "shim" {
-          description = "HydraMesh shim: takes UDP clients in";
-          after = optional plan.headIsHere "hydramesh-head.service";
-        };
-      })
-    ];
+          // lib.optionalAttrs (cfg.gpus != [ ]) visibleGpus.${plan.backend} or { };
+        serviceConfig = {
+          # It is ready when its models are loaded, and a disk may be slow.
+          TimeoutStartSec = "15min";
+          # Other programs go first when memory runs out: a lost worker is a pause in somebody's answer.
+          OOMScoreAdjust = -500;
+        }
+        // lib.optionalAttrs (cfg.memoryHigh != null) { MemoryHigh = cfg.memoryHigh; }
+        // lib.optionalAttrs (cfg.memoryMax != null) { MemoryMax = cfg.memoryMax; };
+      };
+    })
+    (mkIf (hasRole "shim") {
+      hydramesh-shim = unit "shim" {
+        description = "HydraMesh shim: takes UDP clients in";
+        after = optional plan.headIsHere "hydramesh-head.service";
+      };
+    })
+  ];
 
-    systemd.tmpfiles.rules = optionals (hasRole "worker") (
-      optional (
-        toString cfg.localModels == "/var/lib/hydramesh/local-models"
-      ) "d /var/lib/hydramesh/local-models 0755 root root -"
-      ++ optionals (cfg.joinTokenFile != null) [
-        "d /run/credstore 0700 root root -"
-        "L+ /run/credstore/hydramesh-join-token - - - - ${toString cfg.joinTokenFile}"
-      ]
-    );
+  tmpfiles = optionals (hasRole "worker") (
+    optional (
+      toString cfg.localModels == "/var/lib/hydramesh/local-models"
+    ) "d /var/lib/hydramesh/local-models 0755 root root -"
+    ++ optionals (cfg.joinTokenFile != null) [
+      "d /run/credstore 0700 root root -"
+      "L+ /run/credstore/hydramesh-join-token${suffix} - - - - ${toString cfg.joinTokenFile}"
+    ]
+  );
 
-    networking.firewall = mkIf cfg.openFirewall {
-      allowedTCPPorts = open "tcp";
-      allowedUDPPorts =
-        open "udp" ++ optional (plan.usesMdns "head" || plan.usesMdns "worker") 5353;
-    };
-  };
+  allowedTCPPorts = optionals cfg.openFirewall (open "tcp");
+  allowedUDPPorts = optionals cfg.openFirewall (
+    open "udp" ++ optional (plan.usesMdns "head" || plan.usesMdns "worker") 5353
+  );
 }

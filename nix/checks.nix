@@ -4,9 +4,12 @@
 # `make test`'s; what is here needs nothing but what Nix has built.
 {
   lib,
+  system,
   # lib.nixosSystem, for whole machines
   module,
   overlay,
+  # this flake, as the template takes it
+  flake,
   # nix/packages.nix of this system
   project,
   # treefmt's own check
@@ -20,7 +23,6 @@ let
     commonArgs
     cargoArtifacts
     ;
-  inherit (pkgs.stdenv.hostPlatform) system;
   cargo = commonArgs // {
     inherit cargoArtifacts;
   };
@@ -52,6 +54,47 @@ let
     in
     builtins.unsafeDiscardStringContext machine.config.system.build.toplevel.drvPath;
 
+  gpuWorker = backend: {
+    enable = true;
+    role = "worker";
+    inherit backend;
+    headAddress = "192.0.2.1:7780";
+    joinTokenFile = "/run/keys/hydramesh-join-token";
+    models = [ "SmolLM2-135M-Instruct.Q4_1" ];
+  };
+  gpuMachines = [
+    # As docs/nix.md shows it, with a second card.
+    {
+      nixpkgs.config.allowUnfree = true;
+      boot.isContainer = lib.mkForce false;
+      boot.loader.grub.enable = false;
+      fileSystems."/".fsType = "tmpfs";
+      services.xserver.videoDrivers = [ "nvidia" ];
+      hardware.nvidia.open = true;
+      services.hydramesh = gpuWorker "nvidia" // {
+        gpus = [ 0 ];
+        workers.second = {
+          gpus = [ 1 ];
+          joinTokenFile = "/run/keys/hydramesh-second-token";
+        };
+      };
+    }
+    {
+      nixpkgs.config.allowUnfree = true;
+      boot.isContainer = lib.mkForce false;
+      boot.loader.grub.enable = false;
+      fileSystems."/".fsType = "tmpfs";
+      hardware.nvidia.datacenter.enable = true;
+      services.hydramesh = gpuWorker "auto";
+    }
+    {
+      services.hydramesh = gpuWorker "rocm" // {
+        rocmOverrideGfx = "10.3.0";
+        user = "hydramesh";
+      };
+    }
+  ];
+
   # The Nix side of the tree, with what its scripts read.
   nixSide = lib.fileset.toSource {
     root = ../.;
@@ -77,6 +120,7 @@ let
         nativeBuildInputs = [
           pkgs.nix
           pkgs.python3
+          pkgs.shellcheck
         ];
         NIXPKGS_LIB = "${pkgs.path}/lib";
         # The generated configurations are shown to the programs.
@@ -133,40 +177,56 @@ in
 
   inherit formatting;
 
-  nix-tests = script "hydramesh-nix-tests" "scripts/test_nix.sh";
+  nix-tests = script "hydramesh-nix-tests" "scripts/test_nix.sh && scripts/test_shell.sh";
 
   option-docs = script "hydramesh-option-docs" "scripts/options_doc.sh --check";
 
   # Against the real NixOS, whose option names no stand-in knows.
   module-evaluation = pkgs.writeText "hydramesh-module-evaluation" (
-    lib.concatMapStringsSep "\n" evaluated [
-      {
-        services.hydramesh = {
-          enable = true;
-          role = "head";
-        };
-      }
-      {
-        services.hydramesh = {
-          enable = true;
-          role = [
-            "head"
-            "shim"
-          ];
-          openFirewall = true;
-          settings.shim.admit = "verified";
-        };
-      }
-      {
-        services.hydramesh = {
-          enable = true;
-          role = "worker";
-          headAddress = "192.0.2.1:7780";
-          joinTokenFile = "/run/keys/hydramesh-join-token";
-          models = [ "SmolLM2-135M-Instruct.Q4_1" ];
-        };
-      }
-    ]
+    lib.concatMapStringsSep "\n" evaluated (
+      lib.optionals (system == "x86_64-linux") gpuMachines
+      ++ [
+        {
+          services.hydramesh = {
+            enable = true;
+            role = "head";
+          };
+        }
+        {
+          services.hydramesh = {
+            enable = true;
+            role = [
+              "head"
+              "shim"
+            ];
+            openFirewall = true;
+            settings.shim.admit = "verified";
+          };
+        }
+        {
+          services.hydramesh = {
+            enable = true;
+            role = "worker";
+            headAddress = "192.0.2.1:7780";
+            joinTokenFile = "/run/keys/hydramesh-join-token";
+            models = [ "SmolLM2-135M-Instruct.Q4_1" ];
+          };
+        }
+      ]
+    )
+  );
+}
+# The template's machines as they are, but for the FILL INs that evaluation does not need.
+// lib.optionalAttrs (system == "x86_64-linux") {
+  template-evaluation = pkgs.writeText "hydramesh-template-evaluation" (
+    lib.concatStringsSep "\n" (
+      lib.mapAttrsToList
+        (_: machine: builtins.unsafeDiscardStringContext machine.config.system.build.toplevel.drvPath)
+        ((import ./templates/cluster/flake.nix).outputs {
+          nixpkgs.lib = lib;
+          hydramesh = flake;
+        }).nixosConfigurations
+    )
   );
 }
 // vmTests

@@ -15,7 +15,14 @@ let
       settings = backends.${backend};
       here = pkgs.${backend};
       onnxruntime = settings.onnxruntime here;
-      inherit (here.python3Packages) torch;
+      # Only next to a GPU's ONNX Runtime: it is gigabytes, and nothing of the tree is built with it yet.
+      torch = if backend == "cpu" then null else here.python3Packages.torch;
+      torchSettings = lib.optionalAttrs (torch != null) {
+        # torch-sys takes headers and libraries from different folders, and insists on the first of the three.
+        LIBTORCH = "${torch.dev}";
+        LIBTORCH_INCLUDE = "${torch.dev}";
+        LIBTORCH_LIB = "${torch.lib}";
+      };
     in
     # crane's shell brings cargo, rustc, clippy and rustfmt of the version that builds the packages.
     (crane.mkLib here).devShell {
@@ -36,23 +43,22 @@ let
       ];
       env = {
         ORT_DYLIB_PATH = "${lib.getLib onnxruntime}/lib/libonnxruntime.so";
-        # torch-sys takes headers and libraries from different folders, and insists on the first of the three.
-        LIBTORCH = "${torch.dev}";
-        LIBTORCH_INCLUDE = "${torch.dev}";
-        LIBTORCH_LIB = "${torch.lib}";
         LD_LIBRARY_PATH = lib.concatStringsSep ":" (
           [
-            (lib.makeLibraryPath [
-              torch.lib
-              onnxruntime
-              # For the ONNX Runtime that `make fetch` brings, too: it is built for other distributions.
-              here.stdenv.cc.cc
-            ])
+            (lib.makeLibraryPath (
+              lib.optional (torch != null) torch.lib
+              ++ [
+                onnxruntime
+                # For the ONNX Runtime that `make fetch` brings, too: it is built for other distributions.
+                here.stdenv.cc.cc
+              ]
+            ))
           ]
           ++ settings.driverLibraries here
         );
         RUST_SRC_PATH = "${here.rustPlatform.rustLibSrc}";
       }
+      // torchSettings
       // extra.env or { };
       shellHook = extra.shellHook or "";
     };
@@ -67,8 +73,8 @@ in
       HYDRAMESH_BACKEND=$(sh ${./detect-backend.sh}) || exit 1
       export HYDRAMESH_BACKEND
       case $HYDRAMESH_BACKEND in
-        nvidia) echo "hydramesh: this shell's ONNX Runtime and libtorch run on the CPU; nix develop .#cuda brings CUDA's" >&2 ;;
-        rocm) echo "hydramesh: this shell's ONNX Runtime and libtorch run on the CPU; nix develop .#rocm brings ROCm's" >&2 ;;
+        nvidia) echo "hydramesh: this shell's ONNX Runtime runs on the CPU; nix develop .#cuda brings CUDA's" >&2 ;;
+        rocm) echo "hydramesh: this shell's ONNX Runtime runs on the CPU; nix develop .#rocm brings ROCm's" >&2 ;;
       esac
     '';
   };

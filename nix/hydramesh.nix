@@ -14,7 +14,11 @@ let
   inherit (workspace.package) version;
 
   onnxruntime = settings.onnxruntime pkgs;
-  ortLibrary = "${lib.getLib onnxruntime}/lib/libonnxruntime.so";
+  # The programs ask it for API 24, which came with 1.24.
+  ortLibrary =
+    lib.throwIf (lib.versionOlder onnxruntime.version "1.24")
+      "hydramesh: this nixpkgs has ONNX Runtime ${onnxruntime.version}, and 1.24 or newer is needed: let nixpkgs follow hydramesh/nixpkgs"
+      "${lib.getLib onnxruntime}/lib/libonnxruntime.so";
   driverLibraries = settings.driverLibraries pkgs;
   libtorch = settings.libtorch pkgs;
 

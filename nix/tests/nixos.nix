@@ -16,6 +16,7 @@ let
     meta.mainProgram = "hydramesh";
     passthru = {
       inherit backend;
+      onnxruntime.version = "1.24.4";
     };
   };
 
@@ -75,14 +76,21 @@ let
       default = [ ];
     };
 
-  stubs = {
+  stubs = { config, ... }: {
     _file = "nix/tests/nixos.nix";
+    # As NixOS computes it.
+    config.hardware.nvidia.enabled =
+      builtins.elem "nvidia" config.services.xserver.videoDrivers
+      || config.hardware.nvidia.datacenter.enable;
     options = {
       assertions = listOf types.raw;
       warnings = listOf types.str;
       environment.systemPackages = listOf types.package;
       hardware.amdgpu.initrd.enable = switch;
       hardware.amdgpu.opencl.enable = switch;
+      hardware.graphics.enable = switch;
+      hardware.nvidia.datacenter.enable = switch;
+      hardware.nvidia.enabled = switch;
       networking.firewall.allowedTCPPorts = listOf types.port;
       networking.firewall.allowedUDPPorts = listOf types.port;
       services.xserver.videoDrivers = mkOption {
@@ -97,6 +105,14 @@ let
         default = { };
       };
       systemd.tmpfiles.rules = listOf types.str;
+      users.groups = mkOption {
+        type = types.attrsOf types.anything;
+        default = { };
+      };
+      users.users = mkOption {
+        type = types.attrsOf types.anything;
+        default = { };
+      };
     };
   };
 

@@ -20,6 +20,7 @@ let
 
   # nixpkgs, as far as the package reaches into it.
   onnxruntime = settings: {
+    version = "1.24.4";
     outPath = "/nix/store/onnxruntime${lib.concatStrings (builtins.attrNames settings)}";
     override = onnxruntime;
   };
@@ -68,6 +69,8 @@ in
           "hydramesh-cuda"
           "hydramesh-rocm"
           "iso"
+          "iso-all"
+          "iso-nvidia"
           "mesh-worker-nvidia"
           "mesh-worker-rocm"
         ];
@@ -112,7 +115,7 @@ in
       in
       {
         aarch64-linux = checks;
-        x86_64-linux = checks;
+        x86_64-linux = lib.sortOn (name: name) (checks ++ [ "template-evaluation" ]);
       };
   };
 
@@ -130,7 +133,11 @@ in
         "default"
         "hydramesh"
       ];
-      machines = [ "iso" ];
+      machines = [
+        "iso"
+        "iso-all"
+        "iso-nvidia"
+      ];
       overlays = [ "default" ];
       templates = [ "cluster" ];
       apps = {
@@ -153,6 +160,123 @@ in
   "the module brings the overlay with it" = {
     expr = builtins.length outputs.nixosModules.default.nixpkgs.overlays;
     expected = 1;
+  };
+
+  "the live images differ in their backends alone" = {
+    expr = lib.mapAttrs (
+      _: machine: (lib.last machine.modules).hydramesh.live.backends
+    ) outputs.nixosConfigurations;
+    expected = {
+      iso = [ "cpu" ];
+      iso-nvidia = [
+        "cpu"
+        "nvidia"
+      ];
+      iso-all = [
+        "cpu"
+        "nvidia"
+        "rocm"
+      ];
+    };
+  };
+
+  "CUDA's cache comes with its key, here and in the template" = {
+    expr =
+      map (f: lib.hasPrefix "cache.nixos-cuda.org:" (builtins.head f.nixConfig.extra-trusted-public-keys))
+        [
+          flake
+          (import ../templates/cluster/flake.nix)
+        ];
+    expected = [
+      true
+      true
+    ];
+  };
+
+  "the module has a name for messages and counts once" = {
+    expr = builtins.all (name: outputs.nixosModules.default ? ${name}) [
+      "_file"
+      "key"
+    ];
+    expected = true;
+  };
+
+  "the shell for the CPU brings no libtorch" =
+    let
+      shells = import ../dev-shells.nix {
+        inherit lib;
+        system = "x86_64-linux";
+        crane.mkLib = _: { devShell = settings: settings; };
+        pkgs =
+          lib.genAttrs
+            [
+              "cpu"
+              "nvidia"
+              "rocm"
+            ]
+            (
+              backend:
+              pkgs
+              // lib.genAttrs [
+                "cargo-deny"
+                "cargo-fuzz"
+                "cargo-nextest"
+                "deadnix"
+                "gnumake"
+                "nixfmt"
+                "rust-analyzer"
+              ] (name: name)
+              // {
+                nvtopPackages = {
+                  full = "nvtop";
+                  amd = "nvtop";
+                };
+                python3.withPackages = _: "python3";
+                python3Packages.torch =
+                  if backend == "cpu" then
+                    throw "libtorch is in the shell"
+                  else
+                    {
+                      dev = "/nix/store/torch-dev";
+                      lib = "/nix/store/torch-lib";
+                    };
+                rustPlatform.rustLibSrc = "/rust";
+                stdenv = pkgs.stdenv // {
+                  cc.cc = "/gcc";
+                };
+              }
+            );
+      };
+    in
+    {
+      expr = map (shell: shells.${shell}.env.LIBTORCH or null) [
+        "default"
+        "cpu"
+        "cuda"
+        "rocm"
+      ];
+      expected = [
+        null
+        null
+        "/nix/store/torch-dev"
+        "/nix/store/torch-dev"
+      ];
+    };
+
+  "an ONNX Runtime that is too old is refused by name" = {
+    expr =
+      (builtins.tryEval
+        (import ../hydramesh.nix {
+          inherit lib crane;
+          backend = "cpu";
+          pkgs = pkgs // {
+            onnxruntime = pkgs.onnxruntime // {
+              version = "1.22.2";
+            };
+          };
+        }).ortLibrary
+      ).success;
+    expected = false;
   };
 
   "the lock file names the flake's inputs" = {

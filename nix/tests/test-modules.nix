@@ -49,6 +49,15 @@ let
     imports = [ (worker options) ];
     hardware.amdgpu.opencl.enable = true;
   };
+  # Two cards in one machine: the module's own worker, and a second one.
+  twoCards = options: {
+    imports = [ (nvidia { gpus = [ 0 ]; }) ];
+    services.hydramesh.workers.second = {
+      gpus = [ 1 ];
+      joinTokenFile = "/run/secrets/second";
+    }
+    // options;
+  };
   services = module: (evaluate module).config.systemd.services;
   settings = module: (evaluate module).config.services.hydramesh.settings;
   workerUnit = module: (services module).hydramesh-worker;
@@ -288,6 +297,294 @@ in
     in
     is ((headUnit both).serviceConfig ? DeviceAllow) false;
 
+  "an NVIDIA worker has its driver's libraries" =
+    is
+      (map (m: (evaluate m).config.hardware.graphics.enable) [
+        (nvidia { })
+        (worker { })
+        (amd { })
+      ])
+      [
+        true
+        false
+        false
+      ];
+  "without them it would compute on the CPU" = fails "hardware.graphics.enable" {
+    imports = [ (nvidia { }) ];
+    hardware.graphics.enable = false;
+  };
+  "a data centre's driver is a driver" = silent {
+    imports = [ (worker { backend = "nvidia"; }) ];
+    hardware.nvidia.datacenter.enable = true;
+  };
+  "auto takes a data centre's driver" =
+    is
+      (evaluate {
+        imports = [ (worker { }) ];
+        hardware.nvidia.datacenter.enable = true;
+      }).config.services.hydramesh.package.name
+      "hydramesh-cuda";
+  "an ONNX Runtime that is too old is told" = fails "has ONNX Runtime 1.23.2" (worker {
+    package = nixos.pkgs.hydramesh // {
+      passthru = {
+        backend = "cpu";
+        onnxruntime.version = "1.23.2";
+      };
+    };
+  });
+  "one that is newer will do" = silent (worker {
+    package = nixos.pkgs.hydramesh // {
+      passthru = {
+        backend = "cpu";
+        onnxruntime.version = "1.25.0";
+      };
+    };
+  });
+
+  # Environment.
+  "variables reach every service, and our own come last" =
+    is
+      (lib.mapAttrs (_: unit: unit.environment) (
+        services (with' {
+          role = [
+            "head"
+            "worker"
+          ];
+          models = [ "m" ];
+          joinTokenFile = "/run/secrets/join";
+          environmentVariables = {
+            RUST_LOG = "debug";
+            HYDRAMESH_WORKER__JOIN_TOKEN_FILE = "/nowhere";
+          };
+        })
+      ))
+      {
+        hydramesh-head = {
+          RUST_LOG = "debug";
+          HYDRAMESH_WORKER__JOIN_TOKEN_FILE = "/nowhere";
+        };
+        hydramesh-worker = {
+          RUST_LOG = "debug";
+          HYDRAMESH_WORKER__JOIN_TOKEN_FILE = "%d/join-token";
+        };
+      };
+  "keys of the configuration among them are checked with it" =
+    is
+      (evaluate (head {
+        environmentVariables = {
+          HYDRAMESH_HEAD__MESH_NAME = "attic";
+          RUST_LOG = "debug";
+        };
+      })).config.services.hydramesh.configFiles.head.environment
+      { HYDRAMESH_HEAD__MESH_NAME = "attic"; };
+  "a secret among them is refused" = fails "`hfTokenFile`" (worker {
+    environmentVariables.HF_TOKEN = "hf_x";
+  });
+  "an AMD card can pass for another type" =
+    is
+      (workerUnit (amd {
+        rocmOverrideGfx = "10.3.0";
+      })).environment
+      {
+        HOME = "%S/hydramesh/worker";
+        HSA_OVERRIDE_GFX_VERSION = "10.3.0";
+        HYDRAMESH_WORKER__JOIN_TOKEN_FILE = "%d/join-token";
+      };
+  "a type is three numbers" = throws (
+    workerUnit (amd {
+      rocmOverrideGfx = "gfx1030";
+    })
+  );
+  "only AMD cards do" = fails "`rocmOverrideGfx` is for AMD cards" (nvidia {
+    rocmOverrideGfx = "10.3.0";
+  });
+  "cards are named by the variable of their maker" =
+    is
+      (map (unit: lib.filterAttrs (name: _: lib.hasSuffix "_VISIBLE_DEVICES" name) unit.environment) [
+        (workerUnit (nvidia {
+          gpus = [
+            0
+            "GPU-1"
+          ];
+        }))
+        (workerUnit (amd {
+          gpus = [ 1 ];
+        }))
+      ])
+      [
+        { CUDA_VISIBLE_DEVICES = "0,GPU-1"; }
+        { ROCR_VISIBLE_DEVICES = "1"; }
+      ];
+  "cards want a backend that uses them" = fails "the backend is cpu" (worker {
+    gpus = [ 0 ];
+  });
+
+  # A user of the admin's.
+  "a static user is made and used" =
+    is
+      (
+        let
+          c =
+            (evaluate (head {
+              user = "hydramesh";
+            })).config;
+          s = c.systemd.services.hydramesh-head.serviceConfig;
+        in
+        {
+          inherit (s) DynamicUser User Group;
+          inherit (c.users.users.hydramesh) isSystemUser group;
+          groups = builtins.attrNames c.users.groups;
+        }
+      )
+      {
+        DynamicUser = false;
+        User = "hydramesh";
+        Group = "hydramesh";
+        isSystemUser = true;
+        group = "hydramesh";
+        groups = [ "hydramesh" ];
+      };
+  "another user is the admin's own" =
+    is
+      (
+        let
+          c =
+            (evaluate (head {
+              user = "alice";
+              group = "users";
+            })).config;
+        in
+        {
+          inherit (c.systemd.services.hydramesh-head.serviceConfig) User Group;
+          inherit (c) users;
+        }
+      )
+      {
+        User = "alice";
+        Group = "users";
+        users = {
+          users = { };
+          groups = { };
+        };
+      };
+  "a group alone says nothing" = fails "there is no `user`" (head {
+    group = "users";
+  });
+
+  # Several workers on one machine.
+  "two cards are two workers" = silent (twoCards { });
+  "each has its unit, card, state, token and configuration" =
+    is
+      (lib.mapAttrs (_: unit: {
+        card = unit.environment.CUDA_VISIBLE_DEVICES;
+        inherit (unit.serviceConfig) StateDirectory LoadCredential ExecStart;
+      }) (services (twoCards { })))
+      {
+        hydramesh-worker = {
+          card = "0";
+          StateDirectory = "hydramesh/worker";
+          LoadCredential = [ "join-token:hydramesh-join-token" ];
+          ExecStart = "/usr/bin/mesh-worker --config /etc/hydramesh/worker.toml";
+        };
+        hydramesh-worker-second = {
+          card = "1";
+          StateDirectory = "hydramesh/worker-second";
+          LoadCredential = [ "join-token:hydramesh-join-token-second" ];
+          ExecStart = "/usr/bin/mesh-worker --config /etc/hydramesh/worker-second.toml";
+        };
+      };
+  "a further worker has the options of the machine, and ports of its own" =
+    is
+      (
+        let
+          s = (evaluate (twoCards { })).config.services.hydramesh.workers.second.settings;
+        in
+        {
+          inherit (s)
+            state_dir
+            head
+            models
+            ;
+          ports = map (address: lib.last (lib.splitString ":" address)) [
+            s.http.listen
+            s.dcf.listen
+            s.ring.listen
+          ];
+        }
+      )
+      {
+        state_dir = "/var/lib/hydramesh/worker-second";
+        head = "attic.lan:7780";
+        models = [ "m" ];
+        ports = [
+          "8091"
+          "7789"
+          "7791"
+        ];
+      };
+  "a third one is ten further" =
+    is
+      (evaluate {
+        imports = [ (twoCards { }) ];
+        services.hydramesh.workers.third.gpus = [ 2 ];
+      }).config.services.hydramesh.workers.third.ports.ring
+      7801;
+  "a machine may have named workers alone" =
+    is
+      (builtins.attrNames (
+        services (with' {
+          headAddress = "attic.lan";
+          models = [ "m" ];
+          workers.a.joinTokenFile = "/run/a";
+          workers.b.joinTokenFile = "/run/b";
+        })
+      ))
+      [
+        "hydramesh-worker-a"
+        "hydramesh-worker-b"
+      ];
+  "a worker beside a head finds it" =
+    is
+      (evaluate (head {
+        ports.head.quic = 7000;
+        workers.a.models = [ "m" ];
+      })).config.services.hydramesh.workers.a.settings.head
+      "127.0.0.1:7000";
+  "the firewall opens for each" =
+    is
+      (evaluate {
+        imports = [ (twoCards { }) ];
+        services.hydramesh = {
+          shards = [ "big" ];
+          openFirewall = true;
+        };
+      }).config.networking.firewall.allowedUDPPorts
+      [
+        7781
+        7791
+      ];
+  "two workers on one port are told" =
+    fails "worker's http.listen and worker second's http.listen (8081/tcp)"
+      (twoCards {
+        ports.http = 8081;
+      });
+  "two workers on one card are told" = warns "uses a card of another worker" (twoCards {
+    gpus = [ 0 ];
+  });
+  "a token for two is told" = warns "a token admits one worker" (twoCards {
+    joinTokenFile = "/run/secrets/join";
+  });
+  "what is wrong with a worker names it" = fails "services.hydramesh.workers.second: " (twoCards {
+    models = [ "models/m.gguf" ];
+  });
+  "a name that is no unit's is refused" = fails "letters, digits and dashes" {
+    imports = [ (twoCards { }) ];
+    services.hydramesh.workers."a/b" = {
+      gpus = [ 2 ];
+      joinTokenFile = "/run/secrets/third";
+    };
+  };
+
   # Units.
   "a unit starts the program with its file" =
     is (workerUnit (worker { })).serviceConfig.ExecStart
@@ -405,6 +702,36 @@ in
         0
         0
         (-500)
+      ];
+  "a worker leaves the machine some memory, unless told otherwise" =
+    is
+      (map
+        (c: [
+          (c.MemoryHigh or null)
+          (c.MemoryMax or null)
+        ])
+        [
+          (workerUnit (worker { })).serviceConfig
+          (workerUnit (worker {
+            memoryHigh = null;
+            memoryMax = null;
+          })).serviceConfig
+          (headUnit (head { })).serviceConfig
+        ]
+      )
+      [
+        [
+          "85%"
+          "95%"
+        ]
+        [
+          null
+          null
+        ]
+        [
+          null
+          null
+        ]
       ];
   "memory limits reach the worker's unit" =
     is

@@ -17,31 +17,7 @@ let
   };
   toToml = import ./toml.nix { inherit lib; };
 
-  # One line a value, as NixOS writes them.
-  entry =
-    name: value:
-    if builtins.isList value then
-      map (one: "${name}=${text one}") value
-    else
-      [ "${name}=${text value}" ];
-  text = value: if builtins.isBool value then lib.boolToString value else toString value;
-  section =
-    title: entries:
-    "[${title}]\n" + lib.concatLines (lib.concatLists (lib.mapAttrsToList entry entries));
-  environment =
-    variables: lib.mapAttrsToList (name: value: builtins.toJSON "${name}=${toString value}") variables;
-  unitFile =
-    service:
-    lib.concatStringsSep "\n" [
-      (section "Unit" {
-        Description = service.description;
-        After = service.after;
-        Wants = service.wants;
-        StartLimitIntervalSec = service.startLimitIntervalSec;
-      })
-      (section "Service" (service.serviceConfig // { Environment = environment service.environment; }))
-      (section "Install" { WantedBy = service.wantedBy; })
-    ];
+  unitFile = import ./unit-file.nix { inherit lib; };
 
   write =
     module:
@@ -58,13 +34,17 @@ let
         units = lib.mapAttrs' (
           name: service: lib.nameValuePair "${name}.service" (unitFile service)
         ) config.systemd.services;
-        configs = lib.listToAttrs (
-          map (role: lib.nameValuePair "${role}.toml" (toToml cfg.settings.${role})) cfg.role
-        );
+        configs =
+          lib.listToAttrs (
+            map (role: lib.nameValuePair "${role}.toml" (toToml cfg.settings.${role})) cfg.role
+          )
+          // lib.mapAttrs' (
+            name: worker: lib.nameValuePair "worker-${name}.toml" (toToml worker.settings)
+          ) cfg.workers;
         # What the services get by name, for a check of the configuration without them.
-        environments = lib.listToAttrs (
-          map (role: lib.nameValuePair role config.systemd.services."hydramesh-${role}".environment) cfg.role
-        );
+        environments = lib.genAttrs (
+          cfg.role ++ map (name: "worker-${name}") (builtins.attrNames cfg.workers)
+        ) (service: config.systemd.services."hydramesh-${service}".environment);
         tmpfiles = lib.concatLines config.systemd.tmpfiles.rules;
       };
 
@@ -114,6 +94,18 @@ let
     rocm = {
       services.hydramesh = worker;
       hardware.amdgpu.opencl.enable = true;
+    };
+    # Two cards in one machine, and a user of the admin's.
+    nvidia-two = {
+      services.hydramesh = worker // {
+        gpus = [ 0 ];
+        user = "hydramesh";
+        workers.second = {
+          gpus = [ 1 ];
+          joinTokenFile = "/run/secrets/hydramesh-second-token";
+        };
+      };
+      hardware.nvidia.datacenter.enable = true;
     };
     privileged-port.services.hydramesh = {
       enable = true;

@@ -4,9 +4,17 @@
   description = "A HydraMesh cluster";
 
   inputs = {
-    nixpkgs.url = "github:NixOS/nixpkgs/nixos-26.05";
     # FILL IN: where HydraMesh is, for example git+https://… or path:…
     hydramesh.url = "path:/path/to/hydramesh";
+    # The nixpkgs that HydraMesh is tested with: its ONNX Runtime has the version that the programs need, and what is built of it is
+    # what binary caches hold.
+    nixpkgs.follows = "hydramesh/nixpkgs";
+  };
+
+  # CUDA's parts come from here; without it the first build for an NVIDIA card takes hours.
+  nixConfig = {
+    extra-substituters = [ "https://cache.nixos-cuda.org" ];
+    extra-trusted-public-keys = [ "cache.nixos-cuda.org:74DUi4Ye579gUqzH4ziL9IyiJBlDpMRn9MBN8oNan9M=" ];
   };
 
   outputs =

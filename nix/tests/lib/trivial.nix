@@ -72,6 +72,8 @@ in
   mod = a: b: a - b * (a / b);
   composeManyExtensions = lists.foldr composeExtensions (_: _: { });
   functionArgs = f: if f ? __functor then f.__functionArgs or { } else builtins.functionArgs f;
+  versionOlder = older: newer: builtins.compareVersions newer older == 1;
+  versionAtLeast = version: least: builtins.compareVersions version least >= 0;
   importJSON = file: builtins.fromJSON (builtins.readFile file);
   importTOML = file: builtins.fromTOML (builtins.readFile file);
   throwIf = cond: throwIfNot (!cond);

@@ -14,11 +14,9 @@
 
   # The name is historical: this loads the driver with or without a graphical desktop.
   services.xserver.videoDrivers = [ "nvidia" ];
-  hardware = {
-    graphics.enable = true;
-    # Open kernel modules are for Turing (2018) and newer; false for older cards.
-    nvidia.open = true;
-  };
+  # Open kernel modules are for Turing (2018) and newer. For older cards: false, and
+  # hardware.nvidia.package = config.boot.kernelPackages.nvidiaPackages.legacy_580.
+  hardware.nvidia.open = true;
 
   services.openssh.enable = true;
 }

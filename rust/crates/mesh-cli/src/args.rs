@@ -3,12 +3,13 @@
 mod models;
 mod pull;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
-use mesh_probe::Wish;
+use mesh_probe::{Backend, Wish};
 
 pub use models::{ModelsArgs, ModelsCommand, PlacesArgs};
 pub use pull::PullArgs;
@@ -437,6 +438,42 @@ Examples:
         #[arg(long)]
         json: bool,
     },
+    /// Make a token and hand it over the LAN to whoever types the code that this prints
+    #[command(after_help = "\
+For a machine at which nobody wants to type 87 characters: `hydramesh token fetch`, or key c on the live image, asks for the code. \
+The offer is found by multicast DNS and ends when it was taken, after three wrong codes, or in time. The firewall has to let \
+TCP port 7782 and UDP port 5353 in.
+
+Example:
+  hydramesh token offer --state-dir /var/lib/hydramesh/head")]
+    Offer {
+        /// The head.
+        #[command(flatten)]
+        admin: AdminArgs,
+        /// How long the offer stands, at most 15m
+        #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "5m")]
+        patience: Duration,
+        /// Address to listen on
+        #[arg(long, value_name = "ADDRESS", default_value = "[::]:7782")]
+        listen: SocketAddr,
+        /// The head's port for workers
+        #[arg(long, value_name = "PORT", default_value_t = mesh_probe::join::HEAD_PORT)]
+        head_port: u16,
+    },
+    /// Take the token that a head on this LAN offers
+    #[command(after_help = "\
+Prints head=HOST:PORT and token=TOKEN. The code is read from standard input where it is not named, so that it is in no list of \
+processes.
+
+Example:
+  hydramesh token fetch K7QX-M4TR")]
+    Fetch {
+        /// What the head shows
+        code: Option<String>,
+        /// Where the offer is, where multicast DNS does not find it
+        #[arg(long, value_name = "ADDRESS")]
+        at: Option<SocketAddr>,
+    },
 }
 
 /// `hydramesh bench`
@@ -546,7 +583,7 @@ pub struct ProfileArgs {
 /// `hydramesh boot-config`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-The keys are head, token, role, backend, ssh_key and name: hydramesh.head=… on the kernel command line, head = \"…\" in \
+The keys are head, token, role, backend, ssh_key, name and keymap: hydramesh.head=… on the kernel command line, head = \"…\" in \
 hydramesh.toml on the partition, head=… in the typed lines. What was typed wins, then the command line. Something missing is no \
 failure: it is said, with the remedy, and no service is started. The token is written to a file of mode 0600 and printed nowhere.
 
@@ -564,6 +601,10 @@ pub struct BootConfigArgs {
     /// Folder of the services' state, if it outlives a restart: who has joined needs no token
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub state_dir: Option<PathBuf>,
+
+    /// Backends that this machine has programs for, parted by commas: cpu, nvidia, rocm (default: all)
+    #[arg(long, value_name = "BACKENDS", value_delimiter = ',')]
+    pub backends: Option<Vec<Backend>>,
 
     /// File with key=value lines that were typed at the console; it may be absent
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]

@@ -16,6 +16,7 @@ mod embed;
 mod input;
 mod models;
 mod output;
+mod pair;
 mod probe;
 mod profile;
 mod rings;

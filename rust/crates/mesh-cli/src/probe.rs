@@ -33,6 +33,7 @@ pub(crate) fn boot_config(args: BootConfigArgs) -> Result<(), Failure> {
             .map_err(|error| Failure::failed(format!("{}: {error}", command_line.display())))?,
         partition: args.partition,
         state: args.state_dir,
+        backends: args.backends,
     };
     let plan = Plan::new(&mesh_probe::probe(&args.root), &told);
     run_dir::write(&plan, &args.run_dir).map_err(|error| Failure::failed(error.to_string()))?;
@@ -113,6 +114,7 @@ mod tests {
             run_dir: root.path().join("run"),
             partition: None,
             state_dir: None,
+            backends: None,
             typed: Some(root.path().join(typed)),
             root: root.path().to_owned(),
         };

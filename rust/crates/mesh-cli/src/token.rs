@@ -1,30 +1,141 @@
-//! `hydramesh token`: join tokens, from the head's admin API.
+//! `hydramesh token`: join tokens, from the head's admin API, and over the LAN to a machine that is to join.
 
-use serde_json::json;
+use std::io::Read;
+use std::net::{SocketAddr, TcpListener};
+use std::time::Duration;
+
+use mesh_probe::join::HeadAddress;
+use serde_json::{Value, json};
 
 use crate::admin::Admin;
-use crate::args::TokenCommand;
-use crate::failure::Failure;
+use crate::args::{AdminArgs, TokenCommand};
+use crate::failure::{Exit, Failure};
+use crate::pair::{self, Announced, Code, Gift, PairError};
 
 pub(crate) async fn run(command: TokenCommand) -> Result<(), Failure> {
-    let TokenCommand::Create {
-        admin,
-        ttl,
-        json: as_json,
-    } = command;
-    let admin = Admin::new(&admin)?;
+    match command {
+        TokenCommand::Create {
+            admin,
+            ttl,
+            json: as_json,
+        } => {
+            let answer = create(&admin, ttl).await?;
+            if as_json {
+                println!("{answer}");
+            } else {
+                println!("{}", text(&answer)?);
+            }
+            Ok(())
+        }
+        TokenCommand::Offer {
+            admin,
+            patience,
+            listen,
+            head_port,
+        } => offer(&admin, patience, listen, head_port).await,
+        TokenCommand::Fetch { code, at } => blocking(move || fetch(code, at)).await,
+    }
+}
+
+async fn create(admin: &AdminArgs, ttl: Option<Duration>) -> Result<Value, Failure> {
+    let admin = Admin::new(admin)?;
     let mut body = json!({});
     if let Some(ttl) = ttl {
         body["ttl_seconds"] = ttl.as_secs().max(1).into();
     }
-    let answer = admin.post("/v1/mesh/tokens", &body).await?;
-    if as_json {
-        println!("{answer}");
-        return Ok(());
-    }
-    let token = answer["token"]
-        .as_str()
-        .ok_or_else(|| Failure::failed(format!("the head's answer has no token: {answer}")))?;
-    println!("{token}");
-    Ok(())
+    admin.post("/v1/mesh/tokens", &body).await
 }
+
+fn text(answer: &Value) -> Result<&str, Failure> {
+    answer["token"]
+        .as_str()
+        .ok_or_else(|| Failure::failed(format!("the head's answer has no token: {answer}")))
+}
+
+async fn offer(
+    admin: &AdminArgs,
+    patience: Duration,
+    listen: SocketAddr,
+    head_port: u16,
+) -> Result<(), Failure> {
+    if patience > LONGEST_OFFER {
+        return Err(Failure::usage("an offer stands for at most 15m"));
+    }
+    // Before the token, which would be left over.
+    let listener = TcpListener::bind(listen).map_err(|error| {
+        Failure::failed(format!("listening on {listen}: {error}"))
+            .hint("Another offer may be open; --listen takes another address.")
+    })?;
+    let answer = create(admin, Some(patience + TIME_TO_JOIN)).await?;
+    let gift = Gift {
+        token: text(&answer)?.to_owned(),
+        port: head_port,
+    };
+    blocking(move || {
+        let code = Code::random()?;
+        let _announced = Announced::start(listener.local_addr()?.port())?;
+        println!("{code}");
+        eprintln!(
+            "Type this code on the machine that is to join (live image: key c; else: hydramesh token fetch)."
+        );
+        let who = pair::offer(&listener, &code, &gift, patience)?;
+        eprintln!("{who} has taken the token.");
+        Ok(())
+    })
+    .await
+}
+
+fn fetch(code: Option<String>, at: Option<SocketAddr>) -> Result<(), PairError> {
+    let code = match code {
+        Some(code) => Code::parse(&code)?,
+        None => {
+            let mut typed = String::new();
+            std::io::stdin().take(64).read_to_string(&mut typed)?;
+            Code::parse(&typed)?
+        }
+    };
+    let addresses = match at {
+        Some(address) => vec![address],
+        None => pair::find(LONGEST_SEARCH)?,
+    };
+    let mut outcome = Err(PairError::NotFound);
+    for address in addresses {
+        match pair::fetch(address, &code) {
+            Ok(gift) => {
+                let head = HeadAddress {
+                    host: address.ip().to_canonical().to_string(),
+                    port: gift.port,
+                };
+                println!("head={head}\ntoken={}", gift.token);
+                return Ok(());
+            }
+            // Another address of the same offer would only use up its patience.
+            Err(PairError::WrongCode) => return Err(PairError::WrongCode),
+            Err(error) => outcome = Err(error),
+        }
+    }
+    outcome
+}
+
+async fn blocking(
+    work: impl FnOnce() -> Result<(), PairError> + Send + 'static,
+) -> Result<(), Failure> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| Failure::failed(error.to_string()))?
+        .map_err(|error| {
+            let exit = match error {
+                PairError::WrongCode | PairError::TooManyMisses => Exit::Refused,
+                PairError::Expired => Exit::Timeout,
+                PairError::NotFound => Exit::Unreachable,
+                PairError::NoCode => Exit::Usage,
+                _ => Exit::Failed,
+            };
+            Failure::new(exit, error.to_string())
+        })
+}
+
+const LONGEST_OFFER: Duration = Duration::from_secs(15 * 60);
+/// What is left of a token's time when it is taken at the last moment.
+const TIME_TO_JOIN: Duration = Duration::from_secs(60 * 60);
+const LONGEST_SEARCH: Duration = Duration::from_secs(30);

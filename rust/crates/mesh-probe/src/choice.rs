@@ -42,6 +42,12 @@ pub struct Wish {
     pub backend: Option<Backend>,
     /// The kernel was started with `nomodeset`: the graphics drivers stay out.
     pub nomodeset: bool,
+    /// The machine runs NVIDIA's legacy driver (branch 580), which drives cards from Maxwell on.
+    pub nvidia_legacy: bool,
+    /// The image has no programs for NVIDIA cards.
+    pub without_nvidia: bool,
+    /// The image has no programs for AMD cards.
+    pub without_rocm: bool,
 }
 
 /// The word for a choice by hardware.
@@ -97,7 +103,7 @@ pub fn choose(hardware: &Hardware, wish: Wish) -> Choice {
     let judged: Vec<(&Gpu, Verdict)> = hardware
         .gpus
         .iter()
-        .map(|gpu| (gpu, judge(gpu, hardware)))
+        .map(|gpu| (gpu, judge(gpu, hardware, wish)))
         .collect();
     let best = |backend| {
         let usable = judged
@@ -206,11 +212,17 @@ enum Verdict {
     LeaveOut(String),
 }
 
-fn judge(gpu: &Gpu, hardware: &Hardware) -> Verdict {
+fn judge(gpu: &Gpu, hardware: &Hardware, wish: Wish) -> Verdict {
     let leave_out = |why: &str| Verdict::LeaveOut(why.to_owned());
     match (gpu.kind, gpu.vendor) {
         (Kind::Virtual, _) => leave_out("it is a virtual machine's display and cannot compute"),
-        (Kind::Real, Vendor::Nvidia) => judge_nvidia(gpu, hardware),
+        (Kind::Real, Vendor::Nvidia) if wish.without_nvidia => leave_out(
+            "this image has no programs for NVIDIA cards; the images iso-nvidia and iso-all have them",
+        ),
+        (Kind::Real, Vendor::Amd) if wish.without_rocm => {
+            leave_out("this image has no programs for AMD cards; the image iso-all has them")
+        }
+        (Kind::Real, Vendor::Nvidia) => judge_nvidia(gpu, hardware, wish.nvidia_legacy),
         (Kind::Real, Vendor::Amd) => judge_amd(gpu, hardware),
         (Kind::Real, Vendor::Intel) => {
             leave_out("Intel graphics show pictures; no worker computes on them")
@@ -219,13 +231,13 @@ fn judge(gpu: &Gpu, hardware: &Hardware) -> Verdict {
     }
 }
 
-fn judge_nvidia(gpu: &Gpu, hardware: &Hardware) -> Verdict {
+fn judge_nvidia(gpu: &Gpu, hardware: &Hardware, legacy: bool) -> Verdict {
     let generation = gpu.generation.unwrap_or(Generation::Unknown);
     let driver = match &hardware.nvidia_driver {
         Some(version) => format!("NVIDIA's driver {version} is loaded"),
         None => "NVIDIA's driver is not loaded yet, and the worker falls back to the processor should it not come".to_owned(),
     };
-    match generation.support() {
+    match generation.support(legacy) {
         Support::Yes => Verdict::Use {
             with: Backend::Nvidia,
             sure: true,
@@ -234,14 +246,21 @@ fn judge_nvidia(gpu: &Gpu, hardware: &Hardware) -> Verdict {
         Support::Try => Verdict::Use {
             with: Backend::Nvidia,
             sure: false,
-            note: format!("this program does not know the card, so it is tried; {driver}"),
+            note: match generation {
+                Generation::Unknown => {
+                    format!("this program does not know the card, so it is tried; {driver}")
+                }
+                _ => format!(
+                    "the legacy driver drives the card, and CUDA is tried on it; {driver}"
+                ),
+            },
         },
         Support::No if generation == Generation::Older => Verdict::LeaveOut(
             "it is too old: no driver that is still maintained supports it".to_owned(),
         ),
         Support::No => Verdict::LeaveOut(
-            "this image's driver (branch 595) needs Turing or newer; this card needs branch 580, which an installed NixOS can \
-             have (nvidiaPackages.legacy_580)"
+            "this driver (branch 595) needs Turing or newer; this card needs branch 580: choose \"older NVIDIA\" in the \
+             boot menu"
                 .to_owned(),
         ),
     }

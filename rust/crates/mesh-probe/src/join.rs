@@ -1,6 +1,6 @@
 //! Where a machine is told how to join: typed at the console, on the kernel command line, or on a partition.
 //!
-//! All three know the same keys: `head`, `token`, `role`, `backend`, `ssh_key`, `name`. What is typed wins over the command line,
+//! All three know the same keys: `head`, `token`, `role`, `backend`, `ssh_key`, `name`, `keymap`. What is typed wins over the command line,
 //! and that over the partition, key by key. A source with a mistake is not used at all, since half of what a person meant can
 //! be worse than nothing; the mistake is told, and the other sources still count.
 
@@ -37,6 +37,8 @@ pub struct Settings {
     pub ssh_key: Option<String>,
     /// Name of this node.
     pub name: Option<String>,
+    /// Keyboard layout of the consoles, as `loadkeys` names it.
+    pub keymap: Option<String>,
 }
 
 /// What a machine is in a mesh.
@@ -129,6 +131,7 @@ impl Settings {
             ),
             "ssh_key" => put(&mut self.ssh_key, ssh_key(value).map_err(invalid)?),
             "name" => put(&mut self.name, node_name(value).map_err(invalid)?),
+            "keymap" => put(&mut self.keymap, keymap(value).map_err(invalid)?),
             _ => return Err(JoinError::UnknownKey(shown(key))),
         };
         match fits {
@@ -462,6 +465,19 @@ fn node_name(text: &str) -> Result<String, String> {
     }
 }
 
+/// A name of a keyboard layout: never a path, nor an option of `loadkeys`.
+fn keymap(text: &str) -> Result<String, String> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | '@' | '+');
+    if text.len() <= 64
+        && text.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && text.chars().all(allowed)
+    {
+        Ok(text.to_owned())
+    } else {
+        Err("write a keyboard layout's name, such as de, fr or us-acentos".to_owned())
+    }
+}
+
 /// A key in a message: printable and short.
 fn shown(text: &str) -> String {
     text.split('=')
@@ -473,10 +489,12 @@ fn shown(text: &str) -> String {
         .collect()
 }
 
-const KEYS: [&str; 6] = ["head", "token", "role", "backend", "ssh_key", "name"];
+const KEYS: [&str; 7] = [
+    "head", "token", "role", "backend", "ssh_key", "name", "keymap",
+];
 
 /// Words of the command line that others read.
-const FLAGS: [&str; 1] = ["shell"];
+const FLAGS: [&str; 2] = ["shell", "nvidia_legacy"];
 
 /// Characters of 60 bytes in base64url.
 const TOKEN_BODY: usize = 80;
@@ -514,7 +532,8 @@ mod tests {
         let blob = blob();
         let line = format!(
             "BOOT_IMAGE=/x quiet hydramesh.head=10.0.0.1 hydramesh.token={token} hydramesh.role=worker \
-             hydramesh.backend=auto \"hydramesh.ssh_key=ssh-ed25519 {blob} me@home\" hydramesh.name=\"attic\" hydramesh.shell\n"
+             hydramesh.backend=auto \"hydramesh.ssh_key=ssh-ed25519 {blob} me@home\" hydramesh.name=\"attic\" hydramesh.keymap=de-latin1 hydramesh.shell \
+             hydramesh.nvidia_legacy\n"
         );
         let settings = Settings::from_command_line(&line).expect("sound");
         assert_eq!(settings.head.expect("a head").to_string(), "10.0.0.1:7780");
@@ -526,6 +545,7 @@ mod tests {
             Some(format!("ssh-ed25519 {blob} me@home"))
         );
         assert_eq!(settings.name.as_deref(), Some("attic"));
+        assert_eq!(settings.keymap.as_deref(), Some("de-latin1"));
         assert!(command_line_has("a nomodeset b", "nomodeset"));
         assert!(!command_line_has("nomodeset=0", "nomodeset"));
     }
@@ -545,6 +565,10 @@ mod tests {
         assert!(error("hydramesh.role=boss").contains("worker, head and shim"));
         assert!(error("hydramesh.backend=amd").contains("auto, cpu, nvidia and rocm"));
         assert!(error("hydramesh.name=a/b").contains("63 letters"));
+        for keymap in ["-C", "../x", "/etc/shadow", ".", "de;reboot", "d e"] {
+            let error = error(&format!("\"hydramesh.keymap={keymap}\""));
+            assert!(error.contains("a keyboard layout's name"), "{error}");
+        }
         let same = Settings::from_command_line("hydramesh.backend=cpu hydramesh.backend=cpu");
         assert!(same.is_ok(), "the boot entry and a person may agree");
     }

@@ -2,7 +2,7 @@
 //!
 //! The image carries driver branch 595 with the open kernel modules. Those need Turing or newer: the list of supported cards in
 //! the README of NVIDIA/open-gpu-kernel-modules begins with device 1E02. Maxwell, Pascal and Volta need branch 580, whose kernel
-//! module cannot be loaded beside this one.
+//! module cannot be loaded beside this one: an entry of the boot menu starts the system with it.
 //!
 //! The ranges were taken from the chip names in pci.ids (<https://pci-ids.ucw.cz>, 2026-05-24).
 
@@ -46,11 +46,13 @@ impl Generation {
             .map_or(Self::Unknown, |&(_, _, generation)| generation)
     }
 
-    /// Whether the image's driver drives it.
-    pub fn support(self) -> Support {
+    /// Whether the image's driver drives it: branch 595, or with `legacy` branch 580.
+    pub fn support(self, legacy: bool) -> Support {
         match self {
             Self::TuringOrNewer => Support::Yes,
             Self::Unknown => Support::Try,
+            // The driver drives them; whether CUDA's libraries still have kernels for them shows when a model is loaded.
+            Self::MaxwellOrPascal | Self::Volta if legacy => Support::Try,
             Self::Older | Self::MaxwellOrPascal | Self::Volta => Support::No,
         }
     }

@@ -19,6 +19,8 @@ pub struct Told {
     pub partition: Option<PathBuf>,
     /// Folder of the services' state, where it outlives a restart.
     pub state: Option<PathBuf>,
+    /// Backends that the machine has programs for; `None` is all.
+    pub backends: Option<Vec<Backend>>,
 }
 
 /// What a machine shall do.
@@ -36,6 +38,8 @@ pub struct Plan {
     pub ssh_key: Option<String>,
     /// Name of this node.
     pub name: Option<String>,
+    /// Keyboard layout of the consoles.
+    pub keymap: Option<String>,
     /// Model files of the partition, to serve whole.
     pub models: Vec<PathBuf>,
     /// Model files of the partition, to hold layers of together with other workers.
@@ -87,9 +91,17 @@ impl Plan {
             let partition = told.partition.as_deref();
             partition.map_or_else(Vec::new, |partition| models(&partition.join(name)))
         };
+        let without = |backend| {
+            told.backends
+                .as_ref()
+                .is_some_and(|backends| !backends.contains(&backend))
+        };
         let wish = Wish {
             backend: first(&sources, |settings| settings.backend).and_then(|(backend, _)| backend),
             nomodeset: command_line_has(&told.command_line, "nomodeset"),
+            nvidia_legacy: command_line_has(&told.command_line, "hydramesh.nvidia_legacy"),
+            without_nvidia: without(Backend::Nvidia),
+            without_rocm: without(Backend::Rocm),
         };
         Self {
             role: first(&sources, |settings| settings.role)
@@ -100,6 +112,7 @@ impl Plan {
             token: first(&sources, |settings| settings.token.clone()),
             ssh_key: first(&sources, |settings| settings.ssh_key.clone()).map(|(key, _)| key),
             name: first(&sources, |settings| settings.name.clone()).map(|(name, _)| name),
+            keymap: first(&sources, |settings| settings.keymap.clone()).map(|(keymap, _)| keymap),
             models: folder(MODELS),
             shards: folder(SHARDS),
             joined: told

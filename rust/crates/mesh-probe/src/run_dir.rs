@@ -6,6 +6,7 @@
 //! | `service.env` | the environment by which the service is configured |
 //! | `join-token` | the token, mode 0600 |
 //! | `authorized_keys` | the key that was given at boot; sshd runs only if it is there |
+//! | `keymap` | the keyboard layout for the consoles, if one was named |
 //! | `ready` | empty; there when nothing is missing |
 //! | `summary` | the plan in words, for the console |
 
@@ -53,6 +54,9 @@ pub fn write(plan: &Plan, dir: &Path) -> Result<(), WriteError> {
         .map(|(name, value)| format!("{name}='{value}'\n"))
         .collect();
     file(ENVIRONMENT, 0o644, &environment)?;
+    if let Some(keymap) = &plan.keymap {
+        file(KEYMAP, 0o644, &format!("{keymap}\n"))?;
+    }
     if let Some((token, _)) = plan.token.as_ref().filter(|_| plan.role == Role::Worker) {
         file(TOKEN, 0o600, &format!("{}\n", token.secret()))?;
     }
@@ -80,6 +84,7 @@ fn names() -> impl Iterator<Item = String> {
         ENVIRONMENT,
         TOKEN,
         KEYS,
+        KEYMAP,
         READY,
         SUMMARY,
     ];
@@ -114,5 +119,6 @@ fn create(path: &Path, mode: u32, content: &str) -> Result<(), WriteError> {
 const ENVIRONMENT: &str = "service.env";
 const TOKEN: &str = "join-token";
 const KEYS: &str = "authorized_keys";
+const KEYMAP: &str = "keymap";
 const READY: &str = "ready";
 const SUMMARY: &str = "summary";

@@ -188,6 +188,54 @@ fn cards_that_the_driver_no_longer_supports_are_left_out() {
 }
 
 #[test]
+fn the_legacy_driver_takes_the_cards_that_the_current_one_leaves_out() {
+    let wish = Wish {
+        nvidia_legacy: true,
+        ..Wish::default()
+    };
+    for device in [0x1b80, 0x1380, 0x1db1] {
+        let choice = choose(&Machine::new().nvidia("0000:01:00.0", device).probe(), wish);
+        assert_eq!(choice.backend, Backend::Nvidia, "{device:04x}");
+        assert!(choice.reason.contains("legacy driver"), "{}", choice.reason);
+    }
+    // Kepler has no maintained driver at all.
+    let old = Machine::new().nvidia("0000:01:00.0", 0x0fc6);
+    assert_eq!(choose(&old.probe(), wish).backend, Backend::Cpu);
+    // The boot menu's entry says it on the command line.
+    let line = "hydramesh.nvidia_legacy";
+    let pascal = Machine::new().nvidia("0000:01:00.0", 0x1b80);
+    assert_eq!(
+        plan(&pascal, line, None, None).choice.backend,
+        Backend::Nvidia
+    );
+}
+
+#[test]
+fn an_image_leaves_out_the_cards_that_it_has_no_programs_for() {
+    let machine =
+        Machine::new()
+            .nvidia("0000:01:00.0", 0x2684)
+            .amd("0000:03:00.0", 0x73bf, 0x300, 100_300);
+    let on = |backends: &[Backend], line: &str| {
+        let told = Told {
+            backends: Some(backends.to_vec()),
+            command_line: line.to_owned(),
+            ..Told::default()
+        };
+        Plan::new(&machine.probe(), &told).choice
+    };
+    let cpu = on(&[Backend::Cpu], "");
+    assert_eq!(cpu.backend, Backend::Cpu);
+    assert!(cpu.left_out[0].why.contains("iso-nvidia"), "{cpu:?}");
+    assert!(cpu.left_out[1].why.contains("iso-all"), "{cpu:?}");
+    let asked = on(&[Backend::Cpu], "hydramesh.backend=nvidia");
+    assert_eq!(asked.backend, Backend::Cpu);
+    let nvidia = on(&[Backend::Cpu, Backend::Nvidia], "");
+    assert_eq!(nvidia.backend, Backend::Nvidia);
+    assert_eq!(on(&Backend::ALL, "").backend, Backend::Nvidia);
+}
+
+#[test]
 fn an_unknown_nvidia_card_is_tried() {
     let choice = Machine::new().nvidia("0000:01:00.0", 0xfff0).choose();
     assert_eq!(choice.backend, Backend::Nvidia);
@@ -404,7 +452,7 @@ fn the_run_folder_starts_what_the_plan_says_and_keeps_the_token_secret() {
     let run = tempfile::tempdir().expect("a folder");
     let dir = run.path().join("hydramesh");
     let line = format!(
-        "hydramesh.head=attic hydramesh.token={} hydramesh.name=gamer",
+        "hydramesh.head=attic hydramesh.token={} hydramesh.name=gamer hydramesh.keymap=de",
         token("t")
     );
     let worker = plan(&machine, &line, Some(partition.path()), None);
@@ -414,6 +462,7 @@ fn the_run_folder_starts_what_the_plan_says_and_keeps_the_token_secret() {
     assert_eq!(read("role-worker-nvidia"), "");
     assert_eq!(read("ready"), "");
     assert_eq!(read("join-token"), format!("{}\n", token("t")));
+    assert_eq!(read("keymap"), "de\n");
     assert_eq!(
         read("service.env"),
         format!(

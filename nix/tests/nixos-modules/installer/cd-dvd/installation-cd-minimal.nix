@@ -20,13 +20,18 @@ in
   options = {
     assertions = list;
     warnings = list;
-    boot.kernelParams = list;
+    boot = {
+      kernelPackages.nvidiaPackages = any;
+      kernelParams = list;
+      postBootCommands = mkOption { type = types.lines; };
+    };
     environment.systemPackages = list;
     hardware = {
       amdgpu.initrd.enable = switch;
       amdgpu.opencl.enable = switch;
       enableRedistributableFirmware = switch;
       graphics.enable = switch;
+      nvidia.enabled = switch;
       nvidia.nvidiaSettings = switch;
       nvidia.open = switch;
     };
@@ -37,11 +42,13 @@ in
       makeEfiBootable = switch;
       makeUsbBootable = switch;
       prependToMenuLabel = text;
+      squashfsCompression = text;
       volumeID = text;
     };
     networking.firewall.allowedTCPPorts = list;
     networking.firewall.allowedUDPPorts = list;
-    nixpkgs.config.allowUnfree = switch;
+    networking.networkmanager.enable = switch;
+    nixpkgs.config = any;
     services = {
       getty.autologinUser = mkOption { type = types.nullOr types.str; };
       getty.helpLine = mkOption { type = types.lines; };
@@ -51,15 +58,27 @@ in
         enable = switch;
         settings = mkOption { type = types.attrsOf types.anything; };
       };
+      udev.extraRules = mkOption { type = types.lines; };
       xserver.videoDrivers = list;
     };
     specialisation = mkOption { type = types.attrsOf types.anything; };
     systemd.services = mkOption { type = types.attrsOf unit; };
+    system.nixos.label = text;
+    system.nixos.release = text;
     systemd.tmpfiles.rules = list;
+    users.groups = any;
     users.users = mkOption { type = types.attrsOf (types.attrsOf types.anything); };
   };
 
   config = {
+    boot.kernelPackages.nvidiaPackages.legacy_580 = "legacy_580";
+    boot.postBootCommands = "set the password that live.nixos.passwd= names";
+    networking.networkmanager.enable = lib.mkDefault false;
+    nixpkgs.config = { };
+    system.nixos.label = "26.05.20261008.7c8764b";
+    system.nixos.release = "26.05";
+    users.groups = { };
+    hardware.nvidia.enabled = lib.mkDefault false;
     hardware.amdgpu = {
       initrd.enable = lib.mkDefault false;
       opencl.enable = lib.mkDefault false;

@@ -1,0 +1,28 @@
+# hydramesh-apply: decides anew what this machine does, and starts what follows.
+#
+# hydramesh-console runs it when somebody types, hydramesh-plugged.service when a partition of ours is attached. A service that was
+# told nothing new goes on with its work.
+
+read -r -a units <<<"$HYDRAMESH_UNITS"
+applied=/run/hydramesh-applied
+
+exec 9>/run/hydramesh-apply.lock
+flock 9
+
+# What the services were told, as one text that changes with it.
+told() {
+  (cd /run/hydramesh && sha256sum role-* service.env join-token) 2>/dev/null || true
+}
+
+# Kept in a file, since a second stick may end this run half-way and start the next.
+[ -e "$applied" ] || told >"$applied"
+systemctl restart hydramesh-boot.service || true
+if [ "$(told)" != "$(cat "$applied")" ]; then
+  systemctl stop "${units[@]}" || true
+  told >"$applied"
+fi
+# Each by itself: of several, none is started where one does not exist. A unit whose role it is not does not start, by its
+# condition.
+for unit in sshd.service "${units[@]}"; do
+  systemctl start --no-block "$unit" || true
+done

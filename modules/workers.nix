@@ -1,0 +1,119 @@
+# `services.hydramesh.workers.<name>`: further workers on this machine, such as one for each card.
+{
+  config,
+  lib,
+  options,
+  pkgs,
+  ...
+}:
+let
+  inherit (lib) mkOption types;
+  machine = config.services.hydramesh;
+  instances = import ./instances.nix { inherit config lib; };
+
+  # Defaults that two workers can have together: each ten above the one before.
+  number = name: lib.count (other: other < name) (builtins.attrNames machine.workers);
+  port =
+    name: base: description:
+    mkOption {
+      type = types.port;
+      default = base + 10 * (number name + 1);
+      defaultText = lib.literalMD "${toString (base + 10)} for the first name, ten more for each further one";
+      example = base + 1000;
+      inherit description;
+    };
+
+  # As services.hydramesh has it, with that as default.
+  same =
+    option:
+    mkOption {
+      inherit (options.services.hydramesh.${option}) type example;
+      default = machine.${option};
+      defaultText = lib.literalMD "what `services.hydramesh.${option}` is";
+      description = "As `services.hydramesh.${option}`, for this worker.";
+    };
+
+  worker =
+    { name, config, ... }:
+    let
+      plan = import ./plan.nix {
+        inherit lib pkgs name;
+        config = machineConfig;
+        cfg = instances.ofWorker config;
+      };
+    in
+    {
+      options = {
+        package = mkOption {
+          type = types.package;
+          default = plan.defaultPackage;
+          defaultText = lib.literalMD "as `backend` says";
+          example = lib.literalExpression "pkgs.hydramesh-cuda";
+          description = "The package with this worker's programs.";
+        };
+        joinTokenFile = mkOption {
+          inherit (options.services.hydramesh.joinTokenFile) type example;
+          default = null;
+          description = "As `services.hydramesh.joinTokenFile`. A token admits one worker, so each needs a file of its own.";
+        };
+        ports = {
+          http = port name 8081 "TCP port of this worker's health and metrics, on loopback.";
+          dcf = port name 7779 "UDP port on which this worker takes tasks of v5.0.0 heads.";
+          ring = port name 7781 "UDP port on which this worker, with `shards`, takes other workers (QUIC).";
+        };
+        settings = mkOption {
+          type = types.submodule {
+            freeformType = (pkgs.formats.toml { }).type;
+            options.state_dir = mkOption {
+              type = types.path;
+              default = "/var/lib/hydramesh/worker-${name}";
+              defaultText = lib.literalMD "`/var/lib/hydramesh/worker-<name>`";
+              readOnly = true;
+              description = "Where this worker keeps its state.";
+            };
+          };
+          default = { };
+          example = {
+            kv_memory = "2GiB";
+          };
+          description = "As `services.hydramesh.settings.worker`, for this worker.";
+        };
+      }
+      // lib.genAttrs [
+        "backend"
+        "environmentVariables"
+        "gpus"
+        "headAddress"
+        "hfToken"
+        "hfTokenFile"
+        "localModels"
+        "memoryHigh"
+        "memoryMax"
+        "models"
+        "openFirewall"
+        "reservedFor"
+        "rocmOverrideGfx"
+        "shards"
+      ] same;
+
+      config.settings = lib.mkIf machine.enable plan.settings.worker;
+    };
+  machineConfig = config;
+in
+{
+  options.services.hydramesh.workers = mkOption {
+    type = types.attrsOf (types.submodule worker);
+    default = { };
+    example = {
+      second = {
+        gpus = [ 1 ];
+        joinTokenFile = "/run/secrets/hydramesh-second-token";
+      };
+    };
+    description = ''
+      Further workers on this machine, each a service `hydramesh-worker-<name>` with its own identity, state folder and ports: one
+      for each of two cards, say. What is not set is as in `services.hydramesh`, but for `joinTokenFile` and `ports`. With
+      `role = "worker"` these come in addition to the one that `services.hydramesh` describes itself.
+    '';
+  };
+}

@@ -1,0 +1,496 @@
+//! `hydramesh token offer` and `hydramesh token fetch`: a join token handed over the LAN against a short code that a person reads
+//! on one screen and types at the other.
+//!
+//! The offer is found by multicast DNS (`_hydramesh-offer._tcp`) and taken over TLS 1.3 with a certificate that nobody can check.
+//! The code takes the certificate's place: both sides derive a key from it and from the TLS session's exporter (RFC 8446, section
+//! 7.5) by PBKDF2, the taker proves first that it has the key, then the offerer. Somebody in the middle has two sessions with
+//! two exporters, and so no use for what one side proves to the other. To guess the code from a proof, it would have to try some
+//! 2^39 codes at 600,000 hashes each before the offer ends. Guessing at the offer itself ends it after three wrong codes.
+//!
+//! | bytes | from the taker | bytes | from the offerer |
+//! |---|---|---|---|
+//! | 32 | HMAC-SHA-256 of `taker` | 32 | HMAC-SHA-256 of `offerer` |
+//! | | | 2 | length of what follows, big endian |
+//! | | | ≤ 1024 | JSON: `token`, and `port`, the head's for workers |
+
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use aws_lc_rs::{hmac, pbkdf2, rand};
+use mdns_sd::{ServiceDaemon, ServiceEvent, ServiceInfo};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, aws_lc_rs as provider, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
+use rustls::{
+    ClientConfig, ClientConnection, ConnectionCommon, DigitallySignedStruct, ServerConfig,
+    ServerConnection, SideData, SignatureScheme, StreamOwned,
+};
+use serde::{Deserialize, Serialize};
+
+/// What is handed over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Gift {
+    /// The join token.
+    pub(crate) token: String,
+    /// The head's port for workers; its host is where the offer was found.
+    pub(crate) port: u16,
+}
+
+/// Why a token was not handed over.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PairError {
+    /// The other side did not prove that it has the code.
+    #[error("the code is wrong, or somebody else answers in the head's place")]
+    WrongCode,
+    /// Too many wrong codes.
+    #[error("{MOST_MISSES} wrong codes were tried, so the offer is over; make another")]
+    TooManyMisses,
+    /// Nobody came.
+    #[error("nobody took the offer in time; make another")]
+    Expired,
+    /// No offer, or none that answers.
+    #[error(
+        "no offer is found on this network: is `hydramesh token offer` (key p on a live image) waiting on the head, with TCP port 7782 \
+             and UDP port 5353 open there?"
+    )]
+    NotFound,
+    /// The code is not one.
+    #[error("a code has {CODE_LENGTH} letters and digits, such as K7QX-M4TR")]
+    NoCode,
+    /// What came is no gift.
+    #[error("the offer makes no sense: {0}")]
+    Malformed(String),
+    /// The network.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    /// TLS.
+    #[error("TLS: {0}")]
+    Tls(#[from] rustls::Error),
+    /// Multicast DNS.
+    #[error("multicast DNS: {0}")]
+    Mdns(#[from] mdns_sd::Error),
+}
+
+/// A code: 40 bits, in letters and digits that are hard to mistake for each other.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) struct Code([u8; CODE_LENGTH]);
+
+impl Code {
+    pub(crate) fn random() -> Result<Self, PairError> {
+        let mut bytes = [0; CODE_LENGTH];
+        rand::fill(&mut bytes)
+            .map_err(|_| io::Error::other("this system gives no random numbers"))?;
+        // 32 characters: no remainder that would favour some.
+        Ok(Self(
+            bytes.map(|byte| ALPHABET[usize::from(byte) % ALPHABET.len()]),
+        ))
+    }
+
+    /// Reads what a person typed: case, dashes and spaces do not matter.
+    pub(crate) fn parse(text: &str) -> Result<Self, PairError> {
+        let typed: Vec<u8> = text
+            .bytes()
+            .filter(|byte| !byte.is_ascii_whitespace() && *byte != b'-')
+            .map(|byte| byte.to_ascii_uppercase())
+            .take(CODE_LENGTH + 1)
+            .collect();
+        let code: [u8; CODE_LENGTH] = typed.try_into().map_err(|_| PairError::NoCode)?;
+        match code.iter().all(|byte| ALPHABET.contains(byte)) {
+            true => Ok(Self(code)),
+            false => Err(PairError::NoCode),
+        }
+    }
+
+    /// The key for one TLS session.
+    fn key<S: SideData>(&self, session: &ConnectionCommon<S>) -> Result<hmac::Key, PairError> {
+        let exporter = session.export_keying_material([0; 32], EXPORTER, None)?;
+        let mut key = [0; 32];
+        pbkdf2::derive(
+            pbkdf2::PBKDF2_HMAC_SHA256,
+            ROUNDS,
+            &exporter,
+            &self.0,
+            &mut key,
+        );
+        Ok(hmac::Key::new(hmac::HMAC_SHA256, &key))
+    }
+}
+
+impl std::fmt::Display for Code {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (index, byte) in self.0.iter().enumerate() {
+            if index == CODE_LENGTH / 2 {
+                f.write_str("-")?;
+            }
+            write!(f, "{}", char::from(*byte))?;
+        }
+        Ok(())
+    }
+}
+
+/// Tells the LAN of an offer until it is dropped.
+pub(crate) struct Announced(ServiceDaemon);
+
+impl Announced {
+    pub(crate) fn start(port: u16) -> Result<Self, PairError> {
+        let daemon = ServiceDaemon::new()?;
+        // Names nothing but the moment: who offers is not everybody's business.
+        let name = format!("offer-{:08x}", std::process::id());
+        let host = format!("hydramesh-{name}.local.");
+        let service = ServiceInfo::new(SERVICE, &name, &host, "", port, None)?.enable_addr_auto();
+        daemon.register(service)?;
+        Ok(Self(daemon))
+    }
+}
+
+impl Drop for Announced {
+    fn drop(&mut self) {
+        let _ = self.0.shutdown();
+    }
+}
+
+/// Waits until somebody who has the code has taken `gift`, and returns who that was.
+pub(crate) fn offer(
+    listener: &TcpListener,
+    code: &Code,
+    gift: &Gift,
+    patience: Duration,
+) -> Result<IpAddr, PairError> {
+    let config = server_config()?;
+    let end = Instant::now() + patience;
+    listener.set_nonblocking(true)?;
+    let mut misses = 0;
+    while Instant::now() < end {
+        let (stream, peer) = match listener.accept() {
+            Ok(accepted) => accepted,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                std::thread::sleep(Duration::from_millis(100));
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
+        match hand_over(stream, &config, code, gift) {
+            Ok(()) => return Ok(peer.ip().to_canonical()),
+            Err(PairError::WrongCode) => {
+                misses += 1;
+                if misses == MOST_MISSES {
+                    return Err(PairError::TooManyMisses);
+                }
+            }
+            // Somebody who does not speak TLS, or went away.
+            Err(_) => {}
+        }
+    }
+    Err(PairError::Expired)
+}
+
+fn hand_over(
+    stream: TcpStream,
+    config: &Arc<ServerConfig>,
+    code: &Code,
+    gift: &Gift,
+) -> Result<(), PairError> {
+    let mut tls = StreamOwned::new(
+        ServerConnection::new(Arc::clone(config))?,
+        Limited::new(stream)?,
+    );
+    let mut proof = [0; PROOF];
+    tls.read_exact(&mut proof)?;
+    let key = code.key(&tls.conn)?;
+    // In constant time.
+    hmac::verify(&key, TAKER, &proof).map_err(|_| PairError::WrongCode)?;
+    let content =
+        serde_json::to_vec(gift).map_err(|error| PairError::Malformed(error.to_string()))?;
+    let length =
+        u16::try_from(content.len()).map_err(|_| PairError::Malformed("too long".to_owned()))?;
+    tls.write_all(hmac::sign(&key, OFFERER).as_ref())?;
+    tls.write_all(&length.to_be_bytes())?;
+    tls.write_all(&content)?;
+    tls.conn.send_close_notify();
+    tls.flush()?;
+    Ok(())
+}
+
+/// Takes what is offered at `address`.
+pub(crate) fn fetch(address: SocketAddr, code: &Code) -> Result<Gift, PairError> {
+    let stream = TcpStream::connect_timeout(&address, CONNECT)?;
+    let name = ServerName::IpAddress(address.ip().into());
+    let connection = ClientConnection::new(client_config()?, name)?;
+    let mut tls = StreamOwned::new(connection, Limited::new(stream)?);
+    while tls.conn.is_handshaking() {
+        tls.conn.complete_io(&mut tls.sock)?;
+    }
+    let key = code.key(&tls.conn)?;
+    tls.write_all(hmac::sign(&key, TAKER).as_ref())?;
+    tls.flush()?;
+    let mut proof = [0; PROOF];
+    // An offerer that does not believe us hangs up.
+    tls.read_exact(&mut proof)
+        .map_err(|_| PairError::WrongCode)?;
+    hmac::verify(&key, OFFERER, &proof).map_err(|_| PairError::WrongCode)?;
+    let mut length = [0; 2];
+    tls.read_exact(&mut length)?;
+    let length = usize::from(u16::from_be_bytes(length));
+    if length > MOST_CONTENT {
+        return Err(PairError::Malformed(format!("{length} bytes")));
+    }
+    let mut content = vec![0; length];
+    tls.read_exact(&mut content)?;
+    serde_json::from_slice(&content).map_err(|error| PairError::Malformed(error.to_string()))
+}
+
+/// Offers on the LAN, for at most `patience`: the first one's addresses.
+pub(crate) fn find(patience: Duration) -> Result<Vec<SocketAddr>, PairError> {
+    let daemon = ServiceDaemon::new()?;
+    let events = daemon.browse(SERVICE)?;
+    let end = Instant::now() + patience;
+    let mut found = Vec::new();
+    while found.is_empty() {
+        let Some(left) = end.checked_duration_since(Instant::now()) else {
+            break;
+        };
+        if let Ok(ServiceEvent::ServiceResolved(service)) = events.recv_timeout(left) {
+            found = service
+                .addresses
+                .iter()
+                .map(|ip| SocketAddr::new(ip.to_ip_addr(), service.port))
+                // One of a link means nothing without the link.
+                .filter(
+                    |address| !matches!(address.ip(), IpAddr::V6(ip) if ip.is_unicast_link_local()),
+                )
+                .collect();
+        }
+    }
+    let _ = daemon.shutdown();
+    found.sort_by_key(|address| (address.ip().is_loopback(), address.is_ipv6(), *address));
+    found.truncate(8);
+    Ok(found)
+}
+
+/// A connection that ends after some seconds, however slowly the other side sends.
+struct Limited {
+    stream: TcpStream,
+    end: Instant,
+}
+
+impl Limited {
+    fn new(stream: TcpStream) -> io::Result<Self> {
+        stream.set_nonblocking(false)?;
+        let end = Instant::now() + CONVERSATION;
+        Ok(Self { stream, end })
+    }
+
+    fn left(&self) -> io::Result<Duration> {
+        let left = self.end.saturating_duration_since(Instant::now());
+        match left.is_zero() {
+            true => Err(io::ErrorKind::TimedOut.into()),
+            false => Ok(left),
+        }
+    }
+}
+
+impl Read for Limited {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.stream.set_read_timeout(Some(self.left()?))?;
+        self.stream.read(buffer)
+    }
+}
+
+impl Write for Limited {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        self.stream.set_write_timeout(Some(self.left()?))?;
+        self.stream.write(buffer)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
+}
+
+/// For one offer: a key that nobody has seen before and nobody will again.
+fn server_config() -> Result<Arc<ServerConfig>, PairError> {
+    let made = rcgen::generate_simple_self_signed(vec!["hydramesh-offer".to_owned()])
+        .map_err(|error| io::Error::other(format!("making a certificate: {error}")))?;
+    let key = PrivatePkcs8KeyDer::from(made.signing_key.serialize_der());
+    let config = ServerConfig::builder_with_provider(Arc::new(provider::default_provider()))
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_no_client_auth()
+        .with_single_cert(vec![made.cert.der().clone()], key.into())?;
+    Ok(Arc::new(config))
+}
+
+fn client_config() -> Result<Arc<ClientConfig>, PairError> {
+    let provider = Arc::new(provider::default_provider());
+    let config = ClientConfig::builder_with_provider(Arc::clone(&provider))
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
+        .with_no_client_auth();
+    Ok(Arc::new(config))
+}
+
+/// Takes any certificate whose key signed the handshake: who is behind it shows by the code.
+#[derive(Debug)]
+struct AnyCertificate(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for AnyCertificate {
+    fn verify_server_cert(
+        &self,
+        _end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::Error::General("TLS 1.3 is the least".to_owned()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        verify_tls13_signature(message, cert, dss, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+const SERVICE: &str = "_hydramesh-offer._tcp.local.";
+const ALPHABET: &[u8; 32] = b"23456789ABCDEFGHJKLMNPQRSTUVWXYZ";
+const CODE_LENGTH: usize = 8;
+const EXPORTER: &[u8] = b"EXPORTER-hydramesh-offer-1";
+const TAKER: &[u8] = b"taker";
+const OFFERER: &[u8] = b"offerer";
+const PROOF: usize = 32;
+const ROUNDS: NonZeroU32 = NonZeroU32::new(600_000).expect("more than none");
+const MOST_MISSES: u32 = 3;
+const MOST_CONTENT: usize = 1024;
+const CONNECT: Duration = Duration::from_secs(5);
+/// A slow machine needs seconds for its key.
+const CONVERSATION: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    fn gift() -> Gift {
+        Gift {
+            token: format!("hydra1.{}", "a".repeat(80)),
+            port: 7780,
+        }
+    }
+
+    /// An offer on loopback, and what becomes of it.
+    fn offered(code: &Code) -> (SocketAddr, thread::JoinHandle<Result<IpAddr, PairError>>) {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let code = code.clone();
+        let outcome =
+            thread::spawn(move || offer(&listener, &code, &gift(), Duration::from_secs(120)));
+        (address, outcome)
+    }
+
+    #[test]
+    fn who_has_the_code_gets_the_token() {
+        let code = Code::random().expect("a code");
+        let (address, outcome) = offered(&code);
+        // Somebody who speaks no TLS, and one who says nothing, cost the offer nothing.
+        drop(TcpStream::connect(address).expect("a connection"));
+        let mut noise = TcpStream::connect(address).expect("a connection");
+        noise.write_all(&[0xff; 64]).expect("sent");
+        drop(noise);
+        let typed = Code::parse(&format!(" {} ", code.to_string().to_lowercase()));
+        let got = fetch(address, &typed.expect("a code")).expect("a token");
+        assert_eq!(got, gift());
+        let who = outcome.join().expect("no panic").expect("taken");
+        assert_eq!(who, address.ip());
+    }
+
+    #[test]
+    fn three_wrong_codes_end_the_offer() {
+        let (address, outcome) = offered(&Code(*b"AAAAAAAA"));
+        for wrong in [*b"AAAAAAAB", *b"BAAAAAAA", *b"22222222"] {
+            let error = fetch(address, &Code(wrong)).expect_err("wrong");
+            assert!(matches!(error, PairError::WrongCode), "{error}");
+        }
+        let error = outcome.join().expect("no panic").expect_err("over");
+        assert!(matches!(error, PairError::TooManyMisses), "{error}");
+        assert!(fetch(address, &Code(*b"AAAAAAAA")).is_err());
+    }
+
+    #[test]
+    fn somebody_in_the_middle_gets_nothing_from_the_proof() {
+        let code = Code::random().expect("a code");
+        let (head, outcome) = offered(&code);
+        // It speaks TLS with both and passes the proof on.
+        let middle = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = middle.local_addr().expect("an address");
+        let relay = thread::spawn(move || {
+            let (stream, _) = middle.accept().expect("the taker");
+            let config = server_config().expect("a certificate");
+            let session = ServerConnection::new(config).expect("a session");
+            let mut taker = StreamOwned::new(session, Limited::new(stream).expect("a stream"));
+            let mut proof = [0; PROOF];
+            taker.read_exact(&mut proof).expect("the taker's proof");
+            let stream = TcpStream::connect(head).expect("the head");
+            let name = ServerName::IpAddress(head.ip().into());
+            let session = ClientConnection::new(client_config().expect("a config"), name);
+            let mut offerer = StreamOwned::new(
+                session.expect("a session"),
+                Limited::new(stream).expect("a stream"),
+            );
+            offerer.write_all(&proof).expect("passed on");
+            offerer.read_exact(&mut [0; 1])
+        });
+        let error = fetch(address, &code).expect_err("nothing");
+        assert!(matches!(error, PairError::WrongCode), "{error}");
+        assert!(
+            relay.join().expect("no panic").is_err(),
+            "the head said something"
+        );
+        // The offer itself still stands.
+        assert_eq!(fetch(head, &code).expect("a token"), gift());
+        assert!(outcome.join().expect("no panic").is_ok());
+    }
+
+    #[test]
+    fn a_code_is_read_as_people_type_it() {
+        let code = Code(*b"K7QXM4TR");
+        assert_eq!(code.to_string(), "K7QX-M4TR");
+        for text in ["K7QX-M4TR", "k7qxm4tr", " k7qx m4tr\n"] {
+            assert!(
+                Code::parse(text).is_ok_and(|parsed| parsed == code),
+                "{text}"
+            );
+        }
+        for text in [
+            "",
+            "K7QX",
+            "K7QX-M4TRR",
+            "K7QX-M4T1",
+            "K7QX-M4TÄ",
+            &"A".repeat(100_000),
+        ] {
+            assert!(Code::parse(text).is_err(), "{text:.20}");
+        }
+    }
+}
