@@ -106,6 +106,8 @@ struct Drive<'a, E> {
     emit: E,
     /// When the last token came.
     last_token: Option<Instant>,
+    /// Up to when the silence of a ring's driver was put down to slowness.
+    excused: Option<Instant>,
     /// The attempt before this one failed on a ring of this model, whose last token came then.
     broke_off: Option<(String, Instant)>,
     /// Workers that are not to be avoided though this request failed on them: not they failed but their ring.
@@ -147,6 +149,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
             answer,
             emit,
             last_token: None,
+            excused: None,
             broke_off: None,
             forgiven: Vec::new(),
         }
@@ -395,11 +398,14 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                 let limit = self.mesh.config.silence_limit * 2;
                 let lately = |at| now.saturating_duration_since(at) < limit;
                 // A driver that is heard is slow, and gets the time that any worker gets.
-                if self.last_token.is_some_and(lately)
-                    && self.mesh.hears(placed.worker)
-                    && let Some(moment) = now.checked_sub(RING_SILENCE - RING_LOOK)
-                {
-                    self.answer.excused_until(moment);
+                if self.last_token.is_some_and(lately) && self.mesh.hears(placed.worker) {
+                    let due = self.answer.next_timer().unwrap_or(now);
+                    let counted_from = [Some(since), self.last_token, self.excused];
+                    if let Some(from) = counted_from.into_iter().flatten().max() {
+                        let moment = from + now.saturating_duration_since(due) + RING_LOOK;
+                        self.excused = Some(moment);
+                        self.answer.excused_until(moment);
+                    }
                 }
             }
             Some(Standing::Recovers) => self.answer.excused_until(now),
