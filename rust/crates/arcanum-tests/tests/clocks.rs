@@ -127,7 +127,10 @@ async fn workers_with_wrong_clocks_join_and_the_operator_hears_of_them() -> Resu
     let _alone = alone();
     // 1970 after a dead battery, and five years ahead.
     let today = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs() / 86_400;
-    let (Some(past), Some(future)) = (Clock::new(&format!("-{}d", today - 2))?, Clock::new("+1826d")?) else {
+    let (Some(past), Some(future)) = (
+        Clock::new(&format!("-{}d", today - 2))?,
+        Clock::new("+1826d")?,
+    ) else {
         return Ok(());
     };
     let folder = tempfile::tempdir()?;
@@ -164,7 +167,7 @@ async fn clocks_that_are_set_while_services_run_cut_nothing() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let mut mesh = Mesh::builder()
         .launcher(of_head.launcher.clone())
-        .head_config("worker_timeout = \"3s\"")
+        .head_config("worker_timeout = \"2s\"")
         .start()
         .await?;
     mesh.start_worker_by(&of_worker.launcher, &idle(folder.path()))
@@ -180,7 +183,7 @@ async fn clocks_that_are_set_while_services_run_cut_nothing() -> Result<()> {
     ] {
         of_head.set(head)?;
         of_worker.set(worker)?;
-        tokio::time::sleep(Duration::from_secs(4)).await;
+        tokio::time::sleep(Duration::from_millis(2_600)).await;
         let registry = mesh.registry().await?;
         ensure!(
             workers(&registry) == 1 && registry["workers"][0]["id"] == id,

@@ -830,7 +830,10 @@ fn other_addresses(said: &[String], seen: IpAddr) -> Vec<IpAddr> {
     };
     let parsed = said.iter().filter_map(|text| text.parse::<IpAddr>().ok());
     let parsed = parsed.map(|ip| ip.to_canonical()).filter(usable);
-    parsed.filter(|ip| *ip != seen).take(MOST_ADDRESSES).collect()
+    parsed
+        .filter(|ip| *ip != seen)
+        .take(MOST_ADDRESSES)
+        .collect()
 }
 
 /// Other addresses of one worker that are passed on.
@@ -849,13 +852,23 @@ mod tests {
     #[test]
     fn only_addresses_that_lead_to_a_worker_are_passed_on() {
         let said: Vec<String> = [
-            "10.0.0.5", "10.0.0.7", "fe80::1", "fd00::7", "127.0.0.1", "224.0.0.1", "::ffff:10.0.0.8", "no", "0.0.0.0",
+            "10.0.0.5",
+            "10.0.0.7",
+            "fe80::1",
+            "fd00::7",
+            "127.0.0.1",
+            "224.0.0.1",
+            "::ffff:10.0.0.8",
+            "no",
+            "0.0.0.0",
         ]
         .map(str::to_owned)
         .to_vec();
         let seen = IpAddr::from([10, 0, 0, 5]);
-        let others: Vec<String> =
-            other_addresses(&said, seen).iter().map(|ip| ip.to_string()).collect();
+        let others: Vec<String> = other_addresses(&said, seen)
+            .iter()
+            .map(|ip| ip.to_string())
+            .collect();
         assert_eq!(others, ["10.0.0.7", "fd00::7", "10.0.0.8"]);
         assert!(other_addresses(&said, IpAddr::from([127, 0, 0, 1])).is_empty());
         let many: Vec<String> = (1..99).map(|last| format!("10.0.1.{last}")).collect();

@@ -178,7 +178,8 @@ mod tests {
     #[test]
     fn a_certificate_that_seems_out_of_date_points_to_the_clock() {
         let text = |reason: &str| with_clock(reason.to_owned(), SystemTime::UNIX_EPOCH);
-        let reason = "invalid peer certificate: certificate not valid yet: verification time 0 (UNIX)";
+        let reason =
+            "invalid peer certificate: certificate not valid yet: verification time 0 (UNIX)";
         assert!(text(reason).contains("this machine's clock says 1970-01-01"));
         assert_eq!(text("connection refused"), "connection refused");
     }

@@ -162,7 +162,9 @@ impl Discovery {
         .enable_addr_auto();
         self.daemon.register(service)?;
         // A node is announced once.
-        let _ = self.own.set((announcement.node_id.clone(), announcement.role));
+        let _ = self
+            .own
+            .set((announcement.node_id.clone(), announcement.role));
         tracing::info!(
             service = SERVICE,
             role,
@@ -215,7 +217,10 @@ fn interfaces() -> nix::Result<Vec<String>> {
 }
 
 /// Says why probably nobody is found, for as long as that is so: soon, and then rarely.
-async fn warn_while_alone(mut found: watch::Receiver<Vec<Found>>, own: Arc<OnceLock<(String, Role)>>) {
+async fn warn_while_alone(
+    mut found: watch::Receiver<Vec<Found>>,
+    own: Arc<OnceLock<(String, Role)>>,
+) {
     let mut pause = FIRST_WARNING;
     let is_other = |node: &&Found| own.get().is_none_or(|(own, _)| *own != node.node_id);
     let others = |found: &Vec<Found>| found.iter().filter(is_other).count();

@@ -361,12 +361,22 @@ fn set_source(header: &mut libc::msghdr, control: &mut Control, source: IpAddr) 
         IpAddr::V4(ip) => {
             v4.ipi_spec_dst.s_addr = u32::from(ip).to_be();
             let len = size_of::<libc::in_pktinfo>();
-            (libc::IPPROTO_IP, libc::IP_PKTINFO, (&raw const v4).cast::<u8>(), len)
+            (
+                libc::IPPROTO_IP,
+                libc::IP_PKTINFO,
+                (&raw const v4).cast::<u8>(),
+                len,
+            )
         }
         IpAddr::V6(ip) => {
             v6.ipi6_addr.s6_addr = ip.octets();
             let len = size_of::<libc::in6_pktinfo>();
-            (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, (&raw const v6).cast::<u8>(), len)
+            (
+                libc::IPPROTO_IPV6,
+                libc::IPV6_PKTINFO,
+                (&raw const v6).cast::<u8>(),
+                len,
+            )
         }
     };
     header.msg_control = (&raw mut *control).cast();
@@ -503,7 +513,9 @@ mod tests {
         let (mut routes, mut batch) = (Routes::new(), RecvBatch::new());
         for (client, asked) in [("127.0.0.1:0", "127.0.0.9"), ("[::1]:0", "::1")] {
             let client = UdpSocket::bind(client).unwrap();
-            client.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            client
+                .set_read_timeout(Some(Duration::from_secs(5)))
+                .unwrap();
             // It takes answers from there alone.
             client.connect((asked, port)).unwrap();
             client.send(b"who?").unwrap();
@@ -511,7 +523,11 @@ mod tests {
                 thread::sleep(Duration::from_millis(1));
             }
             let (_, from) = batch.get(0);
-            assert_eq!(from, client.local_addr().unwrap(), "IPv4 clients have IPv4 addresses");
+            assert_eq!(
+                from,
+                client.local_addr().unwrap(),
+                "IPv4 clients have IPv4 addresses"
+            );
             let report = answer(&server, [(&b"me"[..], Some(from))], &routes);
             assert_eq!((report.sent, report.failed), (1, 0));
             assert_eq!(client.recv(&mut [0; 8]).unwrap(), 2);

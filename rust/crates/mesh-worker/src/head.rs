@@ -423,7 +423,9 @@ fn own_addresses() -> Vec<String> {
     };
     let address = |interface: nix::ifaddrs::InterfaceAddress| {
         let storage = interface.address?;
-        let v4 = storage.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
+        let v4 = storage
+            .as_sockaddr_in()
+            .map(|address| IpAddr::V4(address.ip()));
         v4.or_else(|| Some(IpAddr::V6(storage.as_sockaddr_in6()?.ip())))
     };
     let usable = |ip: &IpAddr| match ip {
@@ -431,7 +433,10 @@ fn own_addresses() -> Vec<String> {
         IpAddr::V6(ip) => !ip.is_loopback() && !ip.is_unicast_link_local(),
     };
     let usable = all.filter_map(address).filter(usable);
-    usable.map(|ip| ip.to_string()).take(MOST_ADDRESSES).collect()
+    usable
+        .map(|ip| ip.to_string())
+        .take(MOST_ADDRESSES)
+        .collect()
 }
 
 /// Sealed heartbeats over UDP, from whichever address this machine has at the moment.

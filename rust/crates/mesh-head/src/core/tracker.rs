@@ -441,7 +441,11 @@ impl Tracker {
         // In an order that does not change with every piece that comes.
         holders.sort_by(|a, b| a.1.cmp(b.1));
         let seats = holders.into_iter().map(|(_, other, address, holder)| Seat {
-            addresses: holder.others.iter().map(|ip| SocketAddr::new(*ip, address.port()).to_string()).collect(),
+            addresses: holder
+                .others
+                .iter()
+                .map(|ip| SocketAddr::new(*ip, address.port()).to_string())
+                .collect(),
             node_id: other.clone(),
             name: holder.name.clone(),
             address: self.reach(entry, address).to_string(),

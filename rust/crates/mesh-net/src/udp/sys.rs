@@ -354,7 +354,9 @@ fn destination(header: &msghdr) -> Option<IpAddr> {
             }
             (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
                 // struct in6_pktinfo: address, interface index (ipv6(7)).
-                found = data.first_chunk::<16>().map(|address| IpAddr::from(*address));
+                found = data
+                    .first_chunk::<16>()
+                    .map(|address| IpAddr::from(*address));
             }
             _ => {}
         }
@@ -379,7 +381,10 @@ impl<'a> ControlWriter<'a> {
             let size = size_of::<T>() as u32;
             (libc::CMSG_SPACE(size) as usize, libc::CMSG_LEN(size))
         };
-        assert!(self.used + space <= size_of::<Control>(), "the block has room for both messages");
+        assert!(
+            self.used + space <= size_of::<Control>(),
+            "the block has room for both messages"
+        );
         // SAFETY: the block is aligned for `cmsghdr`, and so is every multiple of CMSG_SPACE in it; header and value lie in
         // the `space` bytes that are left.
         unsafe {

@@ -196,7 +196,11 @@ async fn a_peer_is_answered_from_the_address_that_it_asked() {
     let server = BatchSocket::bind(mesh_base::listen::anywhere(0)).expect("bind");
     let port = server.local_addr().port();
     let mut batch = SendBatch::new();
-    for (client, asked) in [("127.0.0.1:0", "127.0.0.9"), ("127.0.0.1:0", "127.0.0.1"), ("[::1]:0", "::1")] {
+    for (client, asked) in [
+        ("127.0.0.1:0", "127.0.0.9"),
+        ("127.0.0.1:0", "127.0.0.1"),
+        ("[::1]:0", "::1"),
+    ] {
         let client = StdSocket::bind(client).expect("bind");
         let patience = std::time::Duration::from_secs(5);
         client.set_read_timeout(Some(patience)).expect("set");
@@ -204,7 +208,11 @@ async fn a_peer_is_answered_from_the_address_that_it_asked() {
         client.connect((asked, port)).expect("connected");
         client.send(b"who?").expect("sent");
         let (from, _) = receive(&server, 1).await.remove(0);
-        assert_eq!(from, client.local_addr().expect("bound"), "IPv4 peers have IPv4 addresses");
+        assert_eq!(
+            from,
+            client.local_addr().expect("bound"),
+            "IPv4 peers have IPv4 addresses"
+        );
         // A run of equal datagrams carries both control messages.
         for _ in 0..3 {
             batch.push(from, b"me");

@@ -295,7 +295,10 @@ fn a_member_that_moves_is_named_at_its_new_address_in_the_same_epoch() {
         .filter(|seat| seat.node_id == "b")
         .map(|seat| seat.address.as_str())
         .collect();
-    assert!(!of_b.is_empty() && of_b.iter().all(|address| address.starts_with("10.0.0.7:")), "{of_b:?}");
+    assert!(
+        !of_b.is_empty() && of_b.iter().all(|address| address.starts_with("10.0.0.7:")),
+        "{of_b:?}"
+    );
     assert_eq!((told.epoch, mesh.failovers()), (epoch, 0));
     mesh.rings.moved("b", IpAddr::from([10, 0, 0, 7]));
     assert!(mesh.rings.poll(mesh.now).is_empty(), "no news");
