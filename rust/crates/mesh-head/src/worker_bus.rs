@@ -11,14 +11,14 @@ use bytes::Bytes;
 use dcf::chunk::{self, Chunk, Reassembler};
 use dcf::{DecodeError, Message, MsgType, Version};
 use mesh_net::seal::{self, Opener};
-use mesh_net::udp::{BatchSocket, Datagram, RecvBatch};
+use mesh_net::udp::{BatchSocket, Datagram, RecvBatch, SendBatch};
 use mesh_proto::Load;
 use prost::Message as _;
 use tracing::{debug, info, warn};
 
 use crate::core::registry::WorkerId;
 use crate::legacy::LegacyWorker;
-use crate::mesh::Mesh;
+use crate::mesh::{Mesh, timestamp_us};
 use crate::metrics::DatagramCounters;
 
 /// Sends Tasks to workers without an identity, from the socket that their Results come to.
@@ -77,11 +77,20 @@ pub async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>) {
         counters,
         chunks: reassembler(),
         refused: Refused::default(),
+        replies: SendBatch::new(),
     };
     let mut batch = RecvBatch::new();
     loop {
         match socket.recv(&mut batch).await {
-            Ok(_) => batch.datagrams().for_each(|datagram| bus.take(datagram)),
+            Ok(_) => {
+                batch.datagrams().for_each(|datagram| bus.take(datagram));
+                if !bus.replies.is_empty()
+                    && let Err(error) = socket.send(&mut bus.replies).await
+                {
+                    debug!(%error, "replies not sent");
+                    bus.replies.clear();
+                }
+            }
             Err(error) => {
                 debug!(%error, "worker bus");
                 tokio::task::yield_now().await;
@@ -95,6 +104,7 @@ struct WorkerBus {
     counters: DatagramCounters,
     chunks: Reassembler<PieceKey>,
     refused: Refused,
+    replies: SendBatch,
 }
 
 /// Which worker sends pieces of an answer, and to which task.
@@ -169,6 +179,7 @@ impl WorkerBus {
             MsgType::HEARTBEAT => self.heartbeat(worker, &message),
             MsgType::RESULT | MsgType::ERROR | MsgType::NACK => self.result(worker, message),
             MsgType::CHUNK => self.chunk(worker, &message),
+            MsgType::HEALTH => self.health(worker, &message),
             _ => &self.counters.unexpected,
         };
         counter.inc();
@@ -218,6 +229,20 @@ impl WorkerBus {
         if self.mesh.legacy_heartbeat(worker) {
             info!(address = %worker.address, version = %worker.version, "worker without an identity joined");
         }
+        &self.counters.accepted
+    }
+
+    /// A worker asks whether its head is there.
+    fn health(&mut self, from: LegacyWorker, asked: &Message) -> &Counter {
+        let answer = Message::new(
+            MsgType::HEALTH,
+            asked.sequence,
+            timestamp_us(),
+            Bytes::new(),
+        );
+        let header = answer.header().encode();
+        self.replies
+            .push_parts(from.address, &[from.version.prefix(), &header]);
         &self.counters.accepted
     }
 

@@ -431,6 +431,9 @@ async fn an_image_goes_from_a_v5_1_worker_to_clients_of_either_version() {
     let head = TestHead::start(admit_old_workers).await;
     let worker = OldWorker::of("v5.1", &head).await;
     worker.heartbeat(2).await;
+    let bus = DcfPeer::toward(head.address("dcf.workers")).await;
+    bus.send_new(HEALTH, 3, b"").await;
+    assert_eq!(bus.receive_new().await, (HEALTH, 3, Vec::new()));
     let image: Vec<u8> = b"\x89PNG\r\n\x1a\n"
         .iter()
         .copied()

@@ -218,15 +218,11 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
 
     fn make_room(&mut self, key: &K, cost: usize) {
         let is_new = !self.pending.contains_key(key);
-        if let Some(&Sources { of, share }) = self.sources.as_ref() {
-            let source = network_of(of(key));
+        if let Some((share, source)) = self.share_of(key) {
             loop {
-                let held = self.held_by(of, source);
-                if held.bytes + cost <= share.bytes && !(is_new && held.messages >= share.messages)
-                {
-                    break;
-                }
-                if !self.evict(key, Some((of, source))) {
+                let held = self.held_by(source);
+                let full = is_new && held.messages >= share.messages;
+                if (held.bytes + cost <= share.bytes && !full) || !self.evict(key, Some(source)) {
                     break;
                 }
             }
@@ -234,10 +230,7 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
         while self.bytes + cost > self.limits.max_bytes
             || (is_new && self.pending.len() >= self.limits.max_messages)
         {
-            let largest = self
-                .sources
-                .as_ref()
-                .and_then(|sources| self.largest_source(key, sources.of));
+            let largest = self.largest_source(key);
             if !self.evict(key, largest) {
                 return;
             }
@@ -245,12 +238,12 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
     }
 
     /// Drops the stalest payload but that of `key`, among those of one source where it is given; false if there is none.
-    fn evict(&mut self, key: &K, from: Option<(fn(&K) -> IpAddr, IpAddr)>) -> bool {
+    fn evict(&mut self, key: &K, source: Option<IpAddr>) -> bool {
         let stalest = self
             .pending
             .iter()
             .filter(|(other, _)| *other != key)
-            .filter(|(other, _)| from.is_none_or(|(of, source)| network_of(of(other)) == source))
+            .filter(|(other, _)| source.is_none() || self.source_of(other) == source)
             .min_by_key(|(_, pending)| pending.touched)
             .map(|(other, _)| other.clone());
         let Some(stalest) = stalest else {
@@ -261,31 +254,38 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
         true
     }
 
-    /// The source that holds the most bytes, `key` aside.
-    fn largest_source(&self, key: &K, of: fn(&K) -> IpAddr) -> Option<(fn(&K) -> IpAddr, IpAddr)> {
-        let mut held: HashMap<IpAddr, usize> = HashMap::new();
-        for (other, pending) in self.pending.iter().filter(|(other, _)| *other != key) {
-            *held.entry(network_of(of(other))).or_default() += pending.bytes();
-        }
-        let largest = held.into_iter().max_by_key(|(_, bytes)| *bytes);
-        largest.map(|(source, _)| (of, source))
+    /// Where a payload comes from, if this reassembler knows sources.
+    fn source_of(&self, key: &K) -> Option<IpAddr> {
+        let sources = self.sources.as_ref()?;
+        Some(network_of((sources.of)(key)))
     }
 
-    fn held_by(&self, of: fn(&K) -> IpAddr, source: IpAddr) -> Share {
-        let own = self
-            .pending
-            .iter()
-            .filter(|(key, _)| network_of(of(key)) == source);
-        own.fold(
-            Share {
-                messages: 0,
-                bytes: 0,
-            },
-            |sum, (_, pending)| Share {
-                messages: sum.messages + 1,
-                bytes: sum.bytes + pending.bytes(),
-            },
-        )
+    fn share_of(&self, key: &K) -> Option<(Share, IpAddr)> {
+        Some((self.sources.as_ref()?.share, self.source_of(key)?))
+    }
+
+    /// The source that holds the most bytes, `key` aside.
+    fn largest_source(&self, key: &K) -> Option<IpAddr> {
+        let mut held: HashMap<IpAddr, usize> = HashMap::new();
+        for (other, pending) in self.pending.iter().filter(|(other, _)| *other != key) {
+            *held.entry(self.source_of(other)?).or_default() += pending.bytes();
+        }
+        let largest = held.into_iter().max_by_key(|(_, bytes)| *bytes);
+        largest.map(|(source, _)| source)
+    }
+
+    fn held_by(&self, source: IpAddr) -> Share {
+        let mut held = Share {
+            messages: 0,
+            bytes: 0,
+        };
+        for (key, pending) in &self.pending {
+            if self.source_of(key) == Some(source) {
+                held.messages += 1;
+                held.bytes += pending.bytes();
+            }
+        }
+        held
     }
 
     fn forget(&mut self, key: &K) -> Option<Pending> {
