@@ -189,30 +189,6 @@ pub enum RequestStatus {
     },
 }
 
-/// Where a request is on its way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RequestStatus {
-    /// It waits for a slot or for KV memory.
-    Queued {
-        /// Requests that will start before it.
-        ahead: u32,
-    },
-    /// Its prompt, or after a preemption its prompt and the answer so far, is being computed.
-    Prefilling {
-        /// Tokens whose KV rows are computed or being computed.
-        done: u32,
-        /// Tokens that have to be.
-        total: u32,
-    },
-    /// Its answer grows.
-    Decoding,
-    /// It gave its KV memory to older requests and waits to go on.
-    Preempted {
-        /// Requests that will go on before it.
-        ahead: u32,
-    },
-}
-
 /// The batching scheduler of one stage.
 pub struct Scheduler {
     config: SchedulerConfig,
