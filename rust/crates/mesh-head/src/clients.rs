@@ -358,7 +358,7 @@ impl Port {
             legacy: plain.then_some(payload),
             source: Source {
                 ingress: Ingress::Dcf,
-                origin: Origin::of(client.ip()),
+                origin: Origin::of(key.client.ip()),
             },
         };
         let mut text = String::new();

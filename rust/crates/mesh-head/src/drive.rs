@@ -369,7 +369,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                     reply = &mut errand.reply => break self.replied(resume.attempt, reply.ok()),
                     now = timer.fired(&self.answer) => {
                         // It works on one task after the other: while it answers others, this one waits its turn.
-                        if let Some(at) = self.mesh.exchange.last_answer(address) {
+                        if let Some(at) = self.mesh.exchange.last_answer(worker.address) {
                             self.answer.excused_until(at);
                         }
                         match self.answer.time_passed(now) {

@@ -86,7 +86,7 @@ impl Exchange {
             return false;
         }
         let pending = inner.pending.remove(&message.sequence);
-        inner.answered.insert(source, Instant::now());
+        inner.answered.insert(source.address, Instant::now());
         drop(inner);
         pending.is_some_and(|pending| pending.reply.send(message).is_ok())
     }

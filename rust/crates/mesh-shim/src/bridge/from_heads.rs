@@ -90,7 +90,7 @@ impl Bridge {
                 return FromHead::Drop;
             }
         }
-        if frame.version != task.version
+        if frame.version != self.tasks.get(id).version
             && let Some(outcome) = self.translate(now, id, frame, datagram)
         {
             return outcome;
