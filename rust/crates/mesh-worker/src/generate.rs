@@ -124,6 +124,8 @@ fn sampling(params: GenerateParams, defaults: &SamplingDefaults) -> SamplingPara
             .map(|bias| (bias.token, bias.bias))
             .collect(),
         logprobs: params.logprobs,
+        stop_token_ids: params.stop_token_ids,
+        min_tokens: params.min_tokens,
     }
 }
 
