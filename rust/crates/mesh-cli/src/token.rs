@@ -8,18 +8,14 @@ use mesh_probe::join::HeadAddress;
 use serde_json::{Value, json};
 
 use crate::admin::Admin;
-use crate::args::{AdminArgs, TokenCommand};
+use crate::args::{HeadArgs, TokenCommand};
 use crate::failure::{Exit, Failure};
 use crate::pair::{self, Announced, Code, Gift, PairError};
 
-pub(crate) async fn run(command: TokenCommand) -> Result<(), Failure> {
+pub(crate) async fn run(head: &HeadArgs, command: TokenCommand) -> Result<(), Failure> {
     match command {
-        TokenCommand::Create {
-            admin,
-            ttl,
-            json: as_json,
-        } => {
-            let answer = create(&admin, ttl).await?;
+        TokenCommand::Create { ttl, json: as_json } => {
+            let answer = create(head, ttl).await?;
             if as_json {
                 println!("{answer}");
             } else {
@@ -28,17 +24,16 @@ pub(crate) async fn run(command: TokenCommand) -> Result<(), Failure> {
             Ok(())
         }
         TokenCommand::Offer {
-            admin,
             patience,
             listen,
             head_port,
-        } => offer(&admin, patience, listen, head_port).await,
+        } => offer(head, patience, listen, head_port).await,
         TokenCommand::Fetch { code, at } => blocking(move || fetch(code, at)).await,
     }
 }
 
-async fn create(admin: &AdminArgs, ttl: Option<Duration>) -> Result<Value, Failure> {
-    let admin = Admin::new(admin)?;
+async fn create(head: &HeadArgs, ttl: Option<Duration>) -> Result<Value, Failure> {
+    let admin = Admin::new(head)?;
     let mut body = json!({});
     if let Some(ttl) = ttl {
         body["ttl_seconds"] = ttl.as_secs().max(1).into();
@@ -53,7 +48,7 @@ fn text(answer: &Value) -> Result<&str, Failure> {
 }
 
 async fn offer(
-    admin: &AdminArgs,
+    head: &HeadArgs,
     patience: Duration,
     listen: SocketAddr,
     head_port: u16,
@@ -66,7 +61,7 @@ async fn offer(
         Failure::failed(format!("listening on {listen}: {error}"))
             .hint("Another offer may be open; --listen takes another address.")
     })?;
-    let answer = create(admin, Some(patience + TIME_TO_JOIN)).await?;
+    let answer = create(head, Some(patience + TIME_TO_JOIN)).await?;
     let gift = Gift {
         token: text(&answer)?.to_owned(),
         port: head_port,

@@ -73,6 +73,10 @@ pub struct SamplingParams {
     pub logit_bias: Vec<(u32, f32)>,
     /// Alternatives to report with each token's log probability; `None` reports no log probabilities.
     pub logprobs: Option<u32>,
+    /// Tokens that end the answer, besides those of the vocabulary. They count even where those are ignored.
+    pub stop_token_ids: Vec<u32>,
+    /// Tokens before which neither a token nor a stop text ends the answer.
+    pub min_tokens: u32,
 }
 
 impl SamplingParams {
@@ -99,6 +103,8 @@ impl Default for SamplingParams {
             seed: 0,
             logit_bias: Vec::new(),
             logprobs: None,
+            stop_token_ids: Vec::new(),
+            min_tokens: 0,
         }
     }
 }
@@ -201,7 +207,9 @@ pub enum RequestError {
     #[error("the prompt is empty; it needs at least one token")]
     EmptyPrompt,
     /// A token id outside the vocabulary.
-    #[error("token id {token} is outside the model's vocabulary of {vocab}")]
+    #[error(
+        "token id {token} is out of vocabulary: the model has {vocab} tokens. Token ids must be this model's own"
+    )]
     NoSuchToken {
         /// The id.
         token: u32,
@@ -210,7 +218,8 @@ pub enum RequestError {
     },
     /// The tokens leave no room for an answer.
     #[error(
-        "{tokens} tokens leave no room for an answer in the context of {context}; shorten the prompt"
+        "This model's maximum context length is {context} tokens. However, your prompt has {tokens} tokens, which exceeds the available \
+         context size or leaves no room for an answer; shorten it"
     )]
     ContextTooLong {
         /// Tokens of the prompt and of the answer so far.

@@ -457,9 +457,9 @@ fn is_due(warned: &mut Option<Instant>) -> bool {
 fn code_of(failure: &AnswerError) -> (ErrorCode, bool) {
     match failure {
         AnswerError::Refused(Refusal::QueueFull { .. }) => (ErrorCode::WORKER_BUSY, false),
-        AnswerError::Refused(Refusal::NoWorker { .. } | Refusal::NoRing { .. }) => {
-            (ErrorCode::NO_WORKERS, false)
-        }
+        AnswerError::Refused(
+            Refusal::NoWorker { .. } | Refusal::NoRing { .. } | Refusal::TooOld { .. },
+        ) => (ErrorCode::NO_WORKERS, false),
         AnswerError::Refused(Refusal::UnknownModel { .. }) => (ErrorCode::UNKNOWN_MODEL, false),
         AnswerError::Rejected { code, .. } => (*code, true),
         AnswerError::QueueTimeout(_) => (ErrorCode::WORKER_BUSY, false),

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use mesh_service::config::units;
 use mesh_service::config::{CommonArgs, ConfigError, Loaded, Loader};
+use mesh_service::http::{Connections, Origin};
 use mesh_service::network::Network;
 use serde::{Deserialize, Serialize};
 
@@ -91,6 +92,14 @@ pub struct HttpConfig {
     /// A whole answer that takes longer sends its status and headers, and then blanks until it is there; 0 is never.
     #[serde(with = "units::duration")]
     pub early_headers: Duration,
+    /// Refuse requests with fields that nobody knows, instead of naming them in a header.
+    pub strict: bool,
+    /// Names, besides this machine's own, under which browsers may reach a head without API keys.
+    pub hosts: Vec<String>,
+    /// Origins of web pages that may use this head: `https://chat.example.org`, or `*` for all.
+    pub cors: Vec<Origin>,
+    /// How long clients may take, and how many connections they may have.
+    pub connections: Connections,
 }
 
 /// DCF over UDP.
@@ -226,6 +235,10 @@ impl Default for HttpConfig {
             choices_limit: 16,
             keep_alive: Duration::from_secs(5),
             early_headers: Duration::from_secs(30),
+            strict: false,
+            hosts: Vec::new(),
+            cors: Vec::new(),
+            connections: Connections::default(),
         }
     }
 }
@@ -301,6 +314,9 @@ impl Config {
         }
         if !self.dcf.legacy_workers && !self.dcf.legacy_worker_networks.is_empty() {
             return Err(Unsound::LegacyWorkersOff);
+        }
+        if let Some(key) = http.connections.zero() {
+            return Err(Unsound::Zero(key));
         }
         if http.choices_limit == 0 {
             return Err(Unsound::Zero("http.choices_limit"));

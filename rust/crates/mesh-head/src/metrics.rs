@@ -489,7 +489,7 @@ mod tests {
         head.ring_gap("m", Duration::from_millis(300));
         head.duplicate("pi");
         head.clocks([("pi".to_owned(), -90.5)].into_iter());
-        let text = metrics.encode();
+        let text = metrics.encode(mesh_service::metrics::Format::OpenMetrics);
         for line in [
             "hydramesh_head_requests_total{front=\"Dcf\",outcome=\"Complete\"} 1",
             "hydramesh_head_request_duration_seconds_count{front=\"Dcf\",outcome=\"Complete\"} 1",

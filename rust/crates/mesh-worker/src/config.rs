@@ -92,6 +92,8 @@ pub struct Config {
 pub struct HttpConfig {
     /// Address and port.
     pub listen: SocketAddr,
+    /// Names, besides this machine's own, under which browsers may reach it on loopback.
+    pub hosts: Vec<String>,
 }
 
 /// Embedding models.
@@ -305,6 +307,7 @@ impl Default for HttpConfig {
     fn default() -> Self {
         HttpConfig {
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 8081)),
+            hosts: Vec::new(),
         }
     }
 }

@@ -221,6 +221,7 @@ impl HeadLink {
             instance: self.instance,
             host: host_name().unwrap_or_default(),
             addresses: own_addresses(),
+            request_revision: mesh_proto::REQUEST_REVISION,
         };
         let exchange = async {
             let mut control = link.open().await?;

@@ -92,6 +92,11 @@ impl Keys {
         self.0.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether the API needs a key.
+    pub fn are_needed(&self) -> bool {
+        !self.known().api.is_empty()
+    }
+
     /// Whom these headers prove.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! The OpenAI API, health and administration.
 //!
-//! Wire-compatible with the OpenAI clients: fields, errors and streams are theirs. Besides their parameters `top_k`,
-//! `min_p`, `repetition_penalty` and `ignore_eos` are read, and answers carry `timings`.
+//! Wire-compatible with the OpenAI clients: fields, errors and streams are theirs, and answers carry `timings`. Which fields of which
+//! servers are read, refused and ignored stands in `fields::known`, all of it for programs in openapi.json.
 
 mod admin;
 mod answer;
@@ -9,34 +9,38 @@ mod ask;
 pub mod embeddings;
 mod error;
 mod hold;
+mod ignored;
 mod keys;
+mod models;
+mod paths;
 mod ready;
 mod rings;
 mod wire;
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{ConnectInfo, DefaultBodyLimit, Path, Request, State};
-use axum::http::{HeaderValue, StatusCode};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Request, State};
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::{Extension, Json, Router};
+use axum::{Extension, Router};
 use mesh_net::trust::Authority;
 use mesh_proto::{ModelCard, ModelKind};
 use mesh_service::health;
+use mesh_service::http::{Guard, TooSlow};
 use mesh_service::metrics::Metrics;
-use serde_json::{Value, json};
+use tower::ServiceExt as _;
 
 pub use error::ApiError;
 pub use keys::{Keys, KeysError};
 
 use crate::core::fair::{Ingress, Source};
+use crate::core::registry::Worker;
 use crate::drive::submit;
 use crate::ids;
 use crate::mesh::Mesh;
@@ -46,6 +50,7 @@ use answer::Answering;
 use ask::Asked;
 use embeddings::AskedEmbeddings;
 use hold::Hold;
+use ignored::Ignored;
 use keys::{Caller, Client, Denied, Turnstile};
 
 /// What the handlers share.
@@ -83,6 +88,12 @@ pub fn router(
     );
     let body_limit = usize::try_from(mesh.config.http.body_limit).unwrap_or(usize::MAX);
     let turnstile = Arc::new(Turnstile::new(mesh.config.http.concurrent_requests));
+    let guard = if keys.are_needed() {
+        Guard::of_any_name()
+    } else {
+        Guard::of_names(&mesh.config.http.hosts)
+    };
+    let guard = guard.with_origins(&mesh.config.http.cors);
     let api = Api {
         mesh,
         keys: Arc::new(keys),
@@ -96,9 +107,9 @@ pub fn router(
         .route("/v1/mesh/plan", get(rings::plan))
         .route("/v1/mesh/rebalance", post(rings::rebalance))
         .route_layer(middleware::from_fn(administrators_only));
-    Router::new()
-        .route("/v1/models", get(list_models))
-        .route("/v1/models/{*name}", get(show_model))
+    let routes = Router::new()
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*name}", get(models::show))
         .route("/v1/chat/completions", post(chat))
         .route("/v1/completions", post(completions))
         .route("/v1/embeddings", post(embed))
@@ -106,11 +117,14 @@ pub fn router(
         .merge(administration)
         .route_layer(middleware::from_fn_with_state(api.clone(), authenticate))
         .with_state(api)
+        .route("/openapi.json", get(openapi))
         .merge(health)
         .fallback(no_such_path)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(body_limit))
-        .layer(middleware::from_fn(with_request_id))
+        .layer(middleware::from_fn(with_request_id));
+    // Around the router, because what comes within is routed already.
+    guard.before(Router::new().fallback_service(routes.map_request(paths::as_meant)))
 }
 
 async fn chat(
@@ -143,14 +157,20 @@ async fn answer(
         .turnstile
         .enter(client)
         .ok_or_else(|| ApiError::too_many(api.turnstile.limit()))?;
-    let asked = Asked::parse(which, &body, api.mesh.config.http.choices_limit)?;
+    let mut asked = Asked::parse(which, &body, api.mesh.config.http.choices_limit)?;
     drop(body);
+    let ignored = Ignored::new(&api, &asked.ignored)?;
+    asked.model = asked.model.map(|name| models::served_as(&api.mesh, name));
+    // They cannot stream and know few parameters: where there is another, it answers.
+    let only_old_workers = api
+        .mesh
+        .with_registry(|registry| registry.iter().all(Worker::is_legacy));
     let source = Source {
         ingress: Ingress::Http,
         origin: client.origin(),
     };
     let receivers = asked
-        .tasks(&id.0)
+        .tasks(&id.0, only_old_workers)
         .into_iter()
         .map(|task| {
             let task = Task { source, ..task };
@@ -158,11 +178,12 @@ async fn answer(
         })
         .collect();
     let answering = Answering::new(&asked, seconds_since_epoch(), receivers, pass);
-    if asked.stream {
+    let answer = if asked.stream {
         answering.stream(api.mesh.config.http.keep_alive).await
     } else {
         hold::whole(answering.gather(), api.hold()).await
-    }
+    };
+    answer.map(|response| ignored.named_in(response))
 }
 
 async fn embed(
@@ -178,8 +199,10 @@ async fn embed(
         .ok_or_else(|| ApiError::too_many(api.turnstile.limit()))?;
     let mut asked = AskedEmbeddings::parse(&body)?;
     drop(body);
+    let ignored = Ignored::new(&api, &asked.ignored)?;
     let mut task = std::mem::take(&mut asked.task);
     task.id = id.0;
+    task.model = task.model.map(|name| models::served_as(&api.mesh, name));
     task.origin = client.origin();
     let hold = api.hold();
     let answer = async move {
@@ -189,66 +212,14 @@ async fn embed(
             .map(|embedded| asked.answer(&embedded))
             .map_err(|error| ApiError::from(&error))
     };
-    hold::whole(answer, hold).await
+    let answer = hold::whole(answer, hold).await;
+    answer.map(|response| ignored.named_in(response))
 }
 
-async fn list_models(State(api): State<Api>) -> Json<Value> {
-    let data: Vec<Value> = models(&api)
-        .values()
-        .map(|card| model(&api, card))
-        .collect();
-    Json(json!({ "object": "list", "data": data }))
-}
-
-async fn show_model(
-    State(api): State<Api>,
-    Path(name): Path<String>,
-) -> Result<Json<Value>, ApiError> {
-    let found = models(&api).get(&name).map(|card| model(&api, card));
-    found.map(Json).ok_or_else(|| ApiError {
-        param: Some("model".into()),
-        ..ApiError::new(
-            StatusCode::NOT_FOUND,
-            "model_not_found",
-            format!("the model {name:?} does not exist; GET /v1/models lists those that do"),
-        )
-    })
-}
-
-/// Every model that requests can name: those served now, and those of rings that recover.
-fn models(api: &Api) -> BTreeMap<String, ModelCard> {
-    api.mesh.with_rings(|rings, registry| {
-        let of_rings = rings
-            .cards()
-            .into_iter()
-            .map(|card| (card.name.clone(), card));
-        let mut models: BTreeMap<String, ModelCard> = of_rings.collect();
-        for (name, card) in registry.models() {
-            models.insert(name.to_owned(), card.clone());
-        }
-        models
-    })
-}
-
-fn model(api: &Api, card: &ModelCard) -> Value {
-    let created = api
-        .mesh
-        .started
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs();
-    json!({
-        "id": card.name,
-        "object": "model",
-        "created": created,
-        "owned_by": "hydramesh",
-        "context_length": card.context,
-        "architecture": card.architecture,
-        "quantization": card.quantization,
-        "file_bytes": card.file_bytes,
-        "kind": kind_name(card),
-        "dimensions": (card.dimensions > 0).then_some(card.dimensions),
-    })
+/// What this API takes and answers, for programs.
+async fn openapi() -> impl IntoResponse {
+    let json = HeaderValue::from_static("application/json");
+    ([(header::CONTENT_TYPE, json)], OPENAPI)
 }
 
 /// What a model makes, in a word.
@@ -337,6 +308,13 @@ fn unreadable(api: &Api, rejection: &BytesRejection) -> ApiError {
         );
         return ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "request_too_large", text);
     }
+    if let Some(slow) = TooSlow::cause_of(rejection) {
+        return ApiError::new(
+            StatusCode::REQUEST_TIMEOUT,
+            "request_timeout",
+            slow.to_string(),
+        );
+    }
     ApiError::new(
         StatusCode::BAD_REQUEST,
         "invalid_body",
@@ -352,3 +330,4 @@ fn seconds_since_epoch() -> u64 {
 }
 
 const REQUEST_ID: &str = "x-request-id";
+const OPENAPI: &str = include_str!("../../openapi.json");

@@ -17,7 +17,7 @@ use mesh_net::seal::Sealer;
 use mesh_net::trust::{JoinToken, NodeIdentity, Role};
 use mesh_proto::{
     Done, FinishReason, Generate, Hello, Load, ModelCard, ModelSpeed, PROTOCOL_VERSION, Progress,
-    Prompt, RequestPhase, TokenLogprob, Tokens, Welcome,
+    Prompt, REQUEST_REVISION, RequestPhase, TokenLogprob, Tokens, Welcome,
 };
 use prost::Message as _;
 use serde_json::{Value, json};
@@ -168,6 +168,8 @@ pub(crate) struct Script {
     pub(crate) old: bool,
     /// How long a prompt takes.
     pub(crate) prefill: Duration,
+    /// Of its requests' fields.
+    pub(crate) revision: u32,
 }
 
 /// How a worker's answers end.
@@ -192,6 +194,7 @@ impl Default for Script {
             one_at_a_time: false,
             old: false,
             prefill: Duration::ZERO,
+            revision: REQUEST_REVISION,
         }
     }
 }
@@ -263,6 +266,7 @@ impl Worker {
             models: vec![card],
             protocol: PROTOCOL_VERSION,
             reserved_for: Vec::new(),
+            request_revision: script.revision,
             ..Default::default()
         };
         control
