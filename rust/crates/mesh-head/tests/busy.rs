@@ -15,7 +15,7 @@ fn busy(old: bool) -> Script {
     Script {
         pace: Duration::from_millis(20),
         slots: 1,
-        one_at_a_time: true,
+        queues: true,
         old,
         ..Script::default()
     }
@@ -70,6 +70,34 @@ async fn a_request_that_waits_in_its_workers_queue_is_answered_and_the_head_stay
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_older_worker_that_reports_a_queue_is_busy_as_well() {
     a_second_request_waits_its_turn(true).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn eleven_long_answers_on_eight_slots_all_come_and_the_head_stays_ready() {
+    let head = TestHead::start(|config| config.first_token_limit = LIMIT).await;
+    let script = Script {
+        slots: 8,
+        ..busy(false)
+    };
+    let worker = head.worker("w", script).await;
+    let ask = |number: usize| head.post("/v1/chat/completions", chat(&format!("q{number}"), 120));
+    let answers = futures::future::join_all((0..11).map(ask));
+    let watch = async {
+        loop {
+            let (status, body) = head.get("/ready").await;
+            assert_eq!(status, 200, "{body}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let answers = tokio::select! {
+        answers = answers => answers,
+        () = watch => panic!("it ends"),
+    };
+    assert!(
+        answers.iter().all(|(status, _)| *status == 200),
+        "{answers:?}"
+    );
+    assert_eq!(worker.requests(), 11, "none was run again");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

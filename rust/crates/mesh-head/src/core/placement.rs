@@ -47,8 +47,9 @@ pub enum Refusal {
     /// Its source has its share of the queue, or more, and the queue is full.
     #[error(
         "all workers are busy and {yours} requests of {} wait already: that is its share of the {limit} places in the queue among \
-         {sources} sources; wait for one of them to end, or add workers",
-        whose.origin
+         {sources} {}; wait for one of them to end, or add workers",
+        whose.origin,
+        if *sources == 1 { "source" } else { "sources" }
     )]
     QueueFull {
         /// The queue's bound.
@@ -647,7 +648,7 @@ mod tests {
         assert_eq!(
             refusal.to_string(),
             "all workers are busy and 2 requests of this source wait already: that is its share of the 2 places in the queue among \
-             1 sources; wait for one of them to end, or add workers"
+             1 source; wait for one of them to end, or add workers"
         );
         assert!(placement.pump(now).is_empty());
         placement.release(Ticket(1), Ended::Complete, now);

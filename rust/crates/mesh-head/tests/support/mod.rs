@@ -7,7 +7,7 @@ pub(crate) mod ring;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use dcf::{ErrorCode, Message, MsgType};
@@ -162,8 +162,8 @@ pub(crate) struct Script {
     /// Decode speed it claims.
     pub(crate) decode_tps: f32,
     pub(crate) fate: Fate,
-    /// It works on one request at a time; the others wait there.
-    pub(crate) one_at_a_time: bool,
+    /// It works on as many requests as it has slots; the others wait there.
+    pub(crate) queues: bool,
     /// It is of a version that does not say what a request waits for.
     pub(crate) old: bool,
     /// How long a prompt takes.
@@ -191,7 +191,7 @@ impl Default for Script {
             slots: 4,
             decode_tps: 100.0,
             fate: Fate::Finish,
-            one_at_a_time: false,
+            queues: false,
             old: false,
             prefill: Duration::ZERO,
             revision: REQUEST_REVISION,
@@ -223,8 +223,8 @@ pub(crate) struct Seen {
     pub(crate) requests: AtomicUsize,
     pub(crate) cancelled: AtomicUsize,
     pub(crate) generates: Mutex<Vec<Generate>>,
-    /// Held by the request that is worked on.
-    turn: tokio::sync::Mutex<()>,
+    /// One is held by each request that is worked on.
+    slots: OnceLock<tokio::sync::Semaphore>,
     /// Requests that wait for it.
     waiting: AtomicUsize,
     tokens: AtomicUsize,
@@ -360,7 +360,7 @@ async fn serve(
                 let load = Load {
                     resident_bytes: 1234,
                     queued: u32::try_from(seen.waiting.load(Ordering::SeqCst)).unwrap(),
-                    speeds: if script.one_at_a_time { vec![speed] } else { Vec::new() },
+                    speeds: if script.queues { vec![speed] } else { Vec::new() },
                     ..Default::default()
                 };
                 let sealed = sealer.seal(MsgType::SEALED_HEARTBEAT, 0, 0, &load.encode_to_vec()).unwrap();
@@ -411,10 +411,14 @@ pub(crate) async fn answer(link: Link, mut stream: MsgStream, script: Script, se
         }
         let signs = (!script.old && generate.progress_ms > 0)
             .then(|| Duration::from_millis(u64::from(generate.progress_ms)));
-        let _turn = if script.one_at_a_time {
+        let _turn = if script.queues {
             seen.waiting.fetch_add(1, Ordering::SeqCst);
             let waiting = Waiting(&seen.waiting);
-            let turn = seen.turn.lock();
+            let permits = script.slots as usize;
+            let slots = seen
+                .slots
+                .get_or_init(|| tokio::sync::Semaphore::new(permits));
+            let turn = slots.acquire();
             let turn = meanwhile(&mut send, signs, RequestPhase::Queued, turn).await;
             drop(waiting);
             Some(turn)
