@@ -589,5 +589,6 @@ fn due(answer: &Answer) -> Instant {
 /// How soon a driver that is heard and sends no tokens is looked at again.
 const RING_LOOK: Duration = Duration::from_millis(300);
 
-/// Silence of a ring's driver that counts as its death, if its link is silent, too: its standby goes on within milliseconds. It is more than a driver needs to notice a silent member, whose loss is not the driver's.
+/// Silence of a ring's driver that counts as its death, if its link is silent, too: its standby goes on within milliseconds. It is
+/// more than a driver needs to notice a silent member, whose loss is not the driver's.
 const RING_SILENCE: Duration = Duration::from_millis(1_500);
