@@ -669,5 +669,6 @@ const GETS_ON: Duration = Duration::from_secs(5);
 /// How soon a driver that is heard and sends no tokens is looked at again.
 const RING_LOOK: Duration = Duration::from_millis(300);
 
-/// Silence of a ring's driver that counts as its death, if its link is silent, too: its standby goes on within milliseconds. It is more than a driver needs to notice a silent member, whose loss is not the driver's.
+/// Silence of a ring's driver that counts as its death, if its link is silent, too: its standby goes on within milliseconds. It is
+/// more than a driver needs to notice a silent member, whose loss is not the driver's.
 const RING_SILENCE: Duration = Duration::from_millis(1_500);

@@ -195,7 +195,7 @@ impl Rings {
             .filter(|node| node != by)
             .collect();
         let reaches = |other: &&str| !ring.doubts.contains_key(&(by.clone(), (*other).to_owned()));
-        let cut_off = others.len() >= 2 && !others.iter().any(|other| reaches(other));
+        let cut_off = others.len() >= 2 && !others.iter().any(reaches);
         let (node, reason) = if cut_off {
             (by, "it reaches no other member".to_owned())
         } else {
