@@ -149,7 +149,9 @@ let
     memoryHigh = "85%";
     memoryMax = "95%";
   };
-  useless = filter (use: !(hasRole use.role)) (
+  # What is set for workers is the default of those with a name, but for `settings.worker`.
+  isDefault = use: use.role == "worker" && machine.workers != { } && use.name != "settings.worker";
+  useless = filter (use: !(hasRole use.role) && !(isDefault use)) (
     forRole "worker" (
       optional (cfg.models != [ ]) "models"
       ++ optional (cfg.shards != [ ]) "shards"

@@ -543,6 +543,16 @@ in
         "hydramesh-worker-a"
         "hydramesh-worker-b"
       ];
+  "what is set for them all is not useless" = silent (with' {
+    role = "head";
+    models = [ "m" ];
+    memoryMax = "30G";
+    settings.head.mesh_name = "attic";
+    workers.a = {
+      joinTokenFile = "/run/a";
+      settings.kv_memory = "1GiB";
+    };
+  });
   "a worker beside a head finds it" =
     is
       (evaluate (head {

@@ -116,7 +116,13 @@ def test():
     check("mode of /var/lib/private", sh("stat -c %a /var/lib/private") == "700")
 
     step("a stick that is plugged in counts at once")
-    sh("ip link add lan type dummy && ip address add 192.0.2.7/24 dev lan && ip link set lan up")
+    # A network with another machine in it, which a namespace stands for.
+    sh(
+        "ip netns add other; ip link add lan type veth peer name lan netns other; "
+        "ip address add 192.0.2.7/24 dev lan; ip link set lan up; ip -n other link set lo up; "
+        "ip -n other address add 192.0.2.9/24 dev lan; ip -n other link set lan up"
+    )
+    check("there is no network", "192.0.2.7" in sh("ip -brief address show dev lan"))
     loop = sh("losetup --find --show /stick")
     wait("the stick's partition", PARTITION.is_mount)
     shows("Models: SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -156,24 +162,25 @@ def test():
     press("\n")
     menu()
 
-    step("key f forgets, and another head takes its place")
+    step("key f forgets, and another machine is the head")
     press("f")
     wait("the end of the head", lambda: not active("hydramesh-head.service"))
     menu()
-    # For the rest of the test, beside the machine: the stick's token is not its.
+    # The token on the stick is not for that one.
+    there = "--property NetworkNamespacePath=/run/netns/other"
     sh(
-        "systemctl stop hydramesh-worker-cpu; systemd-run --unit other-head --property Type=notify "
+        f"systemd-run --unit other-head --property Type=notify {there} "
         "/opt/hydramesh/bin/mesh-head --state-dir /root/other-head"
     )
     wait("the other head", lambda: active("other-head.service"))
-    token = sh("/opt/hydramesh/bin/hydramesh token create --state-dir /root/other-head")
+    token = sh("ip netns exec other /opt/hydramesh/bin/hydramesh token create --state-dir /root/other-head")
     check(f"no token from the other head: {token}", TOKEN.fullmatch(token))
 
     step("a token is shown while it is typed, and a malformed one is asked for again")
     menu()
     press("j")
     shows("The head's address")
-    press("127.0.0.1:7780\n")
+    press("192.0.2.9:7780\n")
     shows("Token (empty")
     press("not-a-token\n")
     shows("This has 11 characters")
@@ -194,7 +201,7 @@ def test():
     menu()
     press("j")
     shows("The head's address")
-    press("127.0.0.1:7780\n")
+    press("192.0.2.9:7780\n")
     shows("Token (empty")
     press(token + "\n")
     wait("the worker's certificate", (STATE / "worker/node.crt").exists)
@@ -204,9 +211,8 @@ def test():
     step("a short code brings head and token over the network")
     press("f")
     wait("nothing to do", lambda: not active("hydramesh-worker-cpu.service"))
-    sh("ip link set lan multicast on")
     sh(
-        "systemd-run --unit offer --property StandardOutput=file:/run/code "
+        f"systemd-run --unit offer --property StandardOutput=file:/run/code {there} "
         "/opt/hydramesh/bin/hydramesh token offer --state-dir /root/other-head"
     )
     wait("a code", lambda: Path("/run/code").exists() and len(Path("/run/code").read_text()) > 8)
@@ -223,7 +229,7 @@ def test():
     typed_file = Path("/run/hydramesh-typed")
     wait("a token by the code", lambda: typed_file.exists() and TOKEN.search(typed_file.read_text()))
     typed = typed_file.read_text()
-    check(f"its head: {typed.splitlines()[1]}", "head=192.0.2.7:7780" in typed)
+    check(f"its head: {typed.splitlines()[1]}", "head=192.0.2.9:7780" in typed)
     wait("the end of the offer", lambda: not active("offer.service"))
 
     step("the log is on key g")
