@@ -166,7 +166,7 @@ mod tests {
     #[test]
     fn the_limit_of_one_datagram_is_a_limit_of_chunks() {
         assert!(may_fit_one(47) && !may_fit_one(48));
-        assert!(47 * chunk::MAX_DATA <= LIMITS.max_payload);
+        const { assert!(47 * chunk::MAX_DATA <= LIMITS.max_payload) };
     }
 
     #[test]
