@@ -71,6 +71,8 @@ message_types! {
     EMBED = 0x24, "Embed";
     /// Their vectors, worker to head.
     EMBEDDINGS = 0x25, "Embeddings";
+    /// A request is alive and waits or is computed; worker to head, only where the request asks for it.
+    PROGRESS = 0x26, "Progress";
     /// Echo this cookie to show that datagrams reach you at the address you send from.
     CHALLENGE = 0x28, "Challenge";
     /// The cookie of a Challenge, echoed.

@@ -219,9 +219,9 @@ pub struct AskArgs {
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
 
-    /// How long to wait for the whole answer, such as 90s or 2m
-    #[arg(long, value_name = "TIME", default_value = "120s", value_parser = parse_duration)]
-    pub timeout: Duration,
+    /// How long to wait for the whole answer, such as 90s or 2m [default: as long as the mesh works on it]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
 
     /// Print time to first token and tokens per second to standard error
     #[arg(long)]
@@ -300,9 +300,9 @@ pub struct EmbedArgs {
     #[arg(long, value_name = "NAME")]
     pub input_type: Option<String>,
 
-    /// How long to wait for the vectors, such as 90s or 2m
-    #[arg(long, value_name = "TIME", default_value = "120s", value_parser = parse_duration)]
-    pub timeout: Duration,
+    /// How long to wait for the vectors, such as 90s or 2m [default: as long as the mesh works on them]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
 
     /// Print a JSON object per text
     #[arg(long)]

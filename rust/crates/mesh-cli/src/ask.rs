@@ -1,15 +1,16 @@
 //! `hydramesh ask`: one question, over DCF/UDP or HTTP.
 
-use std::time::Instant;
+use std::cell::RefCell;
+use std::time::{Duration, Instant};
 
 use mesh_client::dcf_udp::{Answer, DcfClient};
-use mesh_client::http::HttpClient;
+use mesh_client::http::{Heard, HttpClient};
 use serde_json::{Value, json};
 
 use crate::args::{AskArgs, HeadArgs, SamplingArgs};
 use crate::failure::{Exit, Failure};
 use crate::input;
-use crate::output::{Stats, Terminal, print_now};
+use crate::output::{Stats, Terminal, WaitLine, print_now};
 
 pub(crate) async fn run(head: &HeadArgs, args: AskArgs, terminal: Terminal) -> Result<(), Failure> {
     let question = input::prompt(&args.question)?;
@@ -79,14 +80,17 @@ async fn ask(
     over_http: bool,
     body: &Value,
 ) -> Result<Outcome, Failure> {
+    let line = RefCell::new(WaitLine::new());
     let mut print = |text: &str| {
         if !args.json {
+            line.borrow_mut().clear();
             print_now(text);
         }
     };
+    let mut wait = |what: &str| line.borrow_mut().show(what);
     let mut no_shim = None;
     if !over_http {
-        match over_datagrams(args, body, &mut print).await {
+        match over_datagrams(args, body, &mut print, &mut wait).await {
             // A mesh needs no shim: the head may be there without one.
             Err(failure) if args.to.is_none() && failure.exit == Exit::Unreachable => {
                 no_shim = Some(failure);
@@ -94,7 +98,7 @@ async fn ask(
             outcome => return outcome,
         }
     }
-    match ask_http(head, args, body, &mut print).await {
+    match ask_http(head, args, body, &mut print, &mut wait).await {
         Err(failure) if failure.exit == Exit::Unreachable => Err(no_shim.unwrap_or(failure)),
         outcome => outcome,
     }
@@ -104,10 +108,19 @@ async fn over_datagrams(
     args: &AskArgs,
     body: &Value,
     print: &mut dyn FnMut(&str),
+    wait: &mut dyn FnMut(&str),
 ) -> Result<Outcome, Failure> {
     let to = args.to.as_deref().unwrap_or(LOCAL_SHIM);
     let mut client = DcfClient::connect(to).await?;
-    let answer = client.ask(body, args.timeout, print).await?;
+    let mut wait = |what: &str| wait(&format!("waiting {what}"));
+    let asking = client.ask_and_watch(body, SILENCE, print, &mut wait);
+    let answer = match args.timeout {
+        Some(limit) => match tokio::time::timeout(limit, asking).await {
+            Ok(answer) => answer?,
+            Err(_) => return Err(too_late(to, limit)),
+        },
+        None => asking.await?,
+    };
     Ok(Outcome {
         stats: datagram_stats(&answer),
         text: answer.text,
@@ -120,20 +133,23 @@ async fn ask_http(
     args: &AskArgs,
     body: &Value,
     print: &mut dyn FnMut(&str),
+    wait: &mut dyn FnMut(&str),
 ) -> Result<Outcome, Failure> {
     let client = http_client(head)?;
-    match tokio::time::timeout(args.timeout, over_http(&client, body, print)).await {
-        Ok(outcome) => outcome,
-        Err(_) => Err(Failure::new(
-            Exit::Timeout,
-            format!(
-                "no whole answer from {} within {:?}",
-                client.base(),
-                args.timeout
-            ),
-        )
-        .hint("--timeout gives it longer.")),
+    let asking = over_http(&client, body, print, wait);
+    match args.timeout {
+        Some(limit) => match tokio::time::timeout(limit, asking).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(too_late(client.base(), limit)),
+        },
+        None => asking.await,
     }
+}
+
+fn too_late(address: &str, limit: Duration) -> Failure {
+    let text = format!("no whole answer from {address} within {limit:?}");
+    Failure::new(Exit::Timeout, text)
+        .hint("--timeout gives it longer; without it there is no limit while the mesh works on it.")
 }
 
 /// A Result does not say how many tokens it has; the Partials, about one for each token, do.
@@ -149,6 +165,7 @@ async fn over_http(
     client: &HttpClient,
     body: &Value,
     print: &mut dyn FnMut(&str),
+    wait: &mut dyn FnMut(&str),
 ) -> Result<Outcome, Failure> {
     let started = Instant::now();
     let mut body = body.clone();
@@ -158,7 +175,14 @@ async fn over_http(
     let mut first_text = None;
     let mut tokens = None;
     let mut more = Vec::new();
-    while let Some(piece) = stream.next().await? {
+    while let Some(heard) = stream.next_or_wait().await? {
+        let piece = match heard {
+            Heard::Piece(piece) => *piece,
+            Heard::Waits(what) => {
+                wait(&what);
+                continue;
+            }
+        };
         if !piece.text.is_empty() {
             first_text.get_or_insert_with(|| started.elapsed());
             text += &piece.text;
@@ -243,6 +267,9 @@ fn task(args: &AskArgs, over_http: bool, question: &str) -> Value {
 
 /// Where a shim listens by default.
 const LOCAL_SHIM: &str = "127.0.0.1:9999";
+
+/// How long nothing at all may come over UDP. A mesh that works on a task says so every few seconds.
+const SILENCE: Duration = Duration::from_secs(60);
 
 fn millis(duration: std::time::Duration) -> f64 {
     (duration.as_secs_f64() * 1e5).round() / 100.0

@@ -4,14 +4,14 @@ use std::io::{self, BufRead, IsTerminal};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use mesh_client::http::HttpClient;
+use mesh_client::http::{Heard, HttpClient};
 use rustyline::error::ReadlineError;
 use serde_json::{Value, json};
 
 use crate::args::{ChatArgs, HeadArgs};
 use crate::ask::{http_client, name_the_model, sampling};
 use crate::failure::{Exit, Failure};
-use crate::output::{Stats, Terminal, print_now};
+use crate::output::{Stats, Terminal, WaitLine, print_now};
 
 const HELP: &str = "\
 /help          this list
@@ -139,14 +139,23 @@ impl Talk {
         let mut text = String::new();
         let mut first_text = None;
         let mut tokens = None;
+        let mut line = WaitLine::new();
         loop {
-            let piece = tokio::select! {
-                piece = stream.next() => piece?,
+            let heard = tokio::select! {
+                heard = stream.next_or_wait() => heard?,
                 // Dropping the stream closes the request, and the worker stops.
                 _ = tokio::signal::ctrl_c() => break,
             };
-            let Some(piece) = piece else { break };
+            let piece = match heard {
+                Some(Heard::Piece(piece)) => piece,
+                Some(Heard::Waits(what)) => {
+                    line.show(&what);
+                    continue;
+                }
+                None => break,
+            };
             if !piece.text.is_empty() {
+                line.clear();
                 first_text.get_or_insert_with(|| started.elapsed());
                 text += &piece.text;
                 print_now(&piece.text);

@@ -1,6 +1,7 @@
 //! `hydramesh embed`: texts to vectors.
 
 use std::io::{self, BufRead, IsTerminal};
+use std::time::Duration;
 
 use mesh_client::http::HttpClient;
 use serde_json::{Value, json};
@@ -15,20 +16,25 @@ pub(crate) async fn run(head: &HeadArgs, args: EmbedArgs) -> Result<(), Failure>
     let client = http_client(head)?;
     for texts in texts.chunks(MOST_TEXTS) {
         let answer = tokio::select! {
-            answer = tokio::time::timeout(args.timeout, ask(&client, &args, texts)) => answer,
+            answer = ask(&client, &args, texts) => answer?,
+            limit = passed(args.timeout) => {
+                let text = format!("no vectors from {} within {limit:?}", client.base());
+                return Err(Failure::new(Exit::Timeout, text).hint("--timeout gives it longer."));
+            }
             _ = tokio::signal::ctrl_c() => return Err(Failure::new(Exit::Interrupted, "interrupted")),
         };
-        let answer = answer.map_err(|_| {
-            let text = format!(
-                "no vectors from {} within {:?}",
-                client.base(),
-                args.timeout
-            );
-            Failure::new(Exit::Timeout, text).hint("--timeout gives it longer.")
-        })??;
         print_now(&lines(&answer, texts, args.json)?);
     }
     Ok(())
+}
+
+/// Resolves when the limit has passed, if there is one.
+async fn passed(limit: Option<Duration>) -> Duration {
+    let Some(limit) = limit else {
+        return std::future::pending().await;
+    };
+    tokio::time::sleep(limit).await;
+    limit
 }
 
 async fn ask(client: &HttpClient, args: &EmbedArgs, texts: &[String]) -> Result<Value, Failure> {

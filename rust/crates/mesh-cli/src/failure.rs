@@ -97,7 +97,7 @@ impl From<DcfError> for Failure {
         match error {
             DcfError::Unreachable { .. } => Self::new(Exit::Unreachable, message).hint(START_ONE),
             DcfError::Timeout { .. } => Self::new(Exit::Timeout, message)
-                .hint("--timeout gives it longer; `hydramesh status` shows what the workers do."),
+                .hint("Is the mesh still there? `hydramesh status` shows what the workers do."),
             DcfError::Refused { code, .. } => match code {
                 ErrorCode::NO_WORKERS => Self::new(Exit::NoWorker, message)
                     .hint("`hydramesh status` shows the workers that have joined."),

@@ -62,6 +62,43 @@ pub(crate) fn print_now(text: &str) {
     }
 }
 
+/// A line on standard error that says what an answer waits for, where a person looks. It goes when the answer comes.
+#[derive(Debug)]
+pub(crate) struct WaitLine {
+    person: bool,
+    shown: bool,
+}
+
+impl WaitLine {
+    pub(crate) fn new() -> Self {
+        Self {
+            person: io::stderr().is_terminal(),
+            shown: false,
+        }
+    }
+
+    /// Says what is waited for, in the head's words.
+    pub(crate) fn show(&mut self, what: &str) {
+        if self.person {
+            self.shown = true;
+            eprint!("\r\x1b[K\x1b[2m{what}\x1b[0m");
+        }
+    }
+
+    /// Takes the line away.
+    pub(crate) fn clear(&mut self) {
+        if std::mem::take(&mut self.shown) {
+            eprint!("\r\x1b[K");
+        }
+    }
+}
+
+impl Drop for WaitLine {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
 /// Rows under headings, as wide as their widest cell.
 pub(crate) fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
     let width = |column: usize| {

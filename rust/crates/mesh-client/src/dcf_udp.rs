@@ -76,32 +76,49 @@ impl DcfClient {
     /// See [`DcfError`].
     pub async fn ask_plain(&mut self, prompt: &str, timeout: Duration) -> Result<Answer, DcfError> {
         let payload = Bytes::copy_from_slice(prompt.as_bytes());
-        self.run(payload, timeout, &mut |_| {}).await
+        self.run(payload, timeout, &mut |_| {}, &mut |_| {}).await
     }
 
     /// Sends a JSON task (`prompt` or `messages`, and parameters); `on_text` sees the answer's text piece by piece, in
     /// order and complete, if the task has `"stream": true`, else at once. `"ack": true` is set here, so that a head which
-    /// works on the task says so when the task is repeated.
+    /// works on the task says so when the task is repeated. The answer may take as long as it takes: `silence` is how long nothing
+    /// at all may come.
     ///
     /// # Errors
     /// See [`DcfError`].
     pub async fn ask(
         &mut self,
         task: &Value,
-        timeout: Duration,
+        silence: Duration,
         on_text: &mut dyn FnMut(&str),
+    ) -> Result<Answer, DcfError> {
+        self.ask_and_watch(task, silence, on_text, &mut |_| {})
+            .await
+    }
+
+    /// As [`DcfClient::ask`]; `on_wait` hears what the task waits for, in the head's words.
+    ///
+    /// # Errors
+    /// See [`DcfError`].
+    pub async fn ask_and_watch(
+        &mut self,
+        task: &Value,
+        silence: Duration,
+        on_text: &mut dyn FnMut(&str),
+        on_wait: &mut dyn FnMut(&str),
     ) -> Result<Answer, DcfError> {
         let mut task = task.clone();
         task["ack"] = true.into();
         let payload = Bytes::from(task.to_string());
-        self.run(payload, timeout, on_text).await
+        self.run(payload, silence, on_text, on_wait).await
     }
 
     async fn run(
         &mut self,
         payload: Bytes,
-        timeout: Duration,
+        silence: Duration,
         on_text: &mut dyn FnMut(&str),
+        on_wait: &mut dyn FnMut(&str),
     ) -> Result<Answer, DcfError> {
         if payload.len() > dcf::MAX_DATAGRAM_PAYLOAD {
             return Err(DcfError::TaskTooLong { len: payload.len() });
@@ -111,8 +128,8 @@ impl DcfClient {
         let task = Message::new(MsgType::TASK, sequence, now_us(), payload).encode_datagram();
 
         let started = Instant::now();
-        let deadline = started + timeout;
-        let mut incoming = Incoming::new(sequence, started, timeout);
+        let mut deadline = started + silence;
+        let mut incoming = Incoming::new(sequence, started, silence);
         let mut patience = Patience::new(started);
         let mut repeats = 0;
         let mut buffer = vec![0; dcf::MAX_DATAGRAM];
@@ -122,7 +139,7 @@ impl DcfClient {
             if now >= deadline {
                 return Err(DcfError::Timeout {
                     address: self.target,
-                    waited: timeout,
+                    waited: silence,
                     received: incoming.text.len(),
                 });
             }
@@ -150,8 +167,16 @@ impl DcfClient {
             else {
                 continue;
             };
-            match incoming.take(&message, Instant::now(), on_text)? {
+            let step = incoming.take(&message, Instant::now(), on_text)?;
+            if !matches!(step, Step::Nothing) {
+                deadline = Instant::now() + silence;
+            }
+            match step {
                 Step::Nothing => {}
+                Step::Waits(what) => {
+                    patience.at_work(Instant::now());
+                    on_wait(&what);
+                }
                 Step::Progress => patience.at_work(Instant::now()),
                 Step::Piece => patience.arriving(Instant::now()),
                 Step::Challenge(reply) => {
@@ -193,7 +218,7 @@ pub enum DcfError {
         reason: String,
     },
     /// No answer in time.
-    #[error("no answer from {address} within {waited:?} ({received} bytes of text had come)")]
+    #[error("nothing came from {address} for {waited:?} ({received} bytes of text had come)")]
     Timeout {
         /// Where.
         address: SocketAddr,
@@ -282,6 +307,8 @@ enum Step {
     Nothing,
     /// The mesh works on it.
     Progress,
+    /// The mesh has it, and says what it waits for.
+    Waits(String),
     /// A part of the finished answer.
     Piece,
     Challenge(Message),
@@ -332,7 +359,10 @@ impl Incoming {
                 self.advance(now, on_text);
                 Ok(Step::Progress)
             }
-            MsgType::ACK => Ok(Step::Progress),
+            MsgType::ACK => Ok(match std::str::from_utf8(&message.payload) {
+                Ok(what) if !what.is_empty() => Step::Waits(plain(what)),
+                _ => Step::Progress,
+            }),
             MsgType::CHALLENGE => Ok(Step::Challenge(Message::new(
                 MsgType::CHALLENGE_REPLY,
                 message.sequence,
@@ -421,11 +451,20 @@ impl Incoming {
     }
 }
 
+/// Text of another machine that is to be shown: without anything that steers a terminal, and not long.
+fn plain(text: &str) -> String {
+    let text = text.chars().filter(|c| !c.is_control());
+    text.take(LONGEST_WAIT).collect()
+}
+
 fn now_us() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_micros() as u64)
 }
+
+/// Characters of what a task waits for.
+const LONGEST_WAIT: usize = 120;
 
 /// First wait before a Task is repeated; it doubles up to [`LONGEST_REPEAT`].
 const FIRST_REPEAT: Duration = Duration::from_millis(500);
@@ -614,6 +653,43 @@ mod tests {
             .expect("an answer");
         assert_eq!((answer.text.as_str(), answer.repeats), ("hello", 1));
         serve.await.expect("the server");
+    }
+
+    #[tokio::test]
+    async fn an_answer_may_take_long_while_the_head_says_that_it_works_on_it() {
+        let server = UdpSocket::bind("127.0.0.1:0").await.expect("a port");
+        let address = server.local_addr().expect("bound").to_string();
+        let serve = tokio::spawn(async move {
+            let mut buffer = [0; 2048];
+            let (len, from) = server.recv_from(&mut buffer).await.expect("the task");
+            let task = Bytes::copy_from_slice(&buffer[..len]);
+            let task = Message::decode_datagram(task).expect("a task");
+            for _ in 0..6 {
+                tokio::time::sleep(Duration::from_millis(300)).await;
+                let ack = Message::new(MsgType::ACK, task.sequence, 0, "for a slot\x1b[2J");
+                let _ = server.send_to(&ack.encode_datagram(), from).await;
+            }
+            let answer = Message::new(MsgType::RESULT, task.sequence, 0, "late");
+            let _ = server.send_to(&answer.encode_datagram(), from).await;
+            // Then it is gone.
+            tokio::time::sleep(Duration::from_secs(30)).await;
+        });
+        let mut client = DcfClient::connect(&address).await.expect("a socket");
+        let silence = Duration::from_millis(1_200);
+        let mut waits = Vec::new();
+        let task = serde_json::json!({"prompt": "x"});
+        let answer = client
+            .ask_and_watch(&task, silence, &mut |_| {}, &mut |what| {
+                waits.push(what.to_owned())
+            })
+            .await
+            .expect("an answer");
+        assert_eq!(answer.text, "late");
+        assert!(answer.total > silence, "{:?}", answer.total);
+        assert_eq!(waits[0], "for a slot[2J");
+        let lost = client.ask(&task, silence, &mut |_| {}).await;
+        assert!(matches!(lost, Err(DcfError::Timeout { .. })), "{lost:?}");
+        serve.abort();
     }
 
     #[tokio::test]

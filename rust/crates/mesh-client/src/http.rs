@@ -36,6 +36,8 @@ impl HttpClient {
             // Heads speak plain HTTP: no time for this machine's certificates, and no need for any.
             .tls_certs_only([])
             .connect_timeout(Duration::from_secs(5))
+            // A head that works on a request says so every few seconds, so this is silence and not the whole answer.
+            .read_timeout(SILENCE)
             .build()
             .map_err(|error| HttpError::Broken(error.to_string()))?;
         Ok(Self { http, base, key })
@@ -70,7 +72,15 @@ impl HttpClient {
     /// As [`HttpClient::get`].
     pub async fn post(&self, path: &str, body: &Value) -> Result<Value, HttpError> {
         let request = self.http.post(format!("{}{path}", self.base)).json(body);
-        read_json(self.send(request).await?).await
+        let answer: Value = read_json(self.send(request).await?).await?;
+        // A failure that came after the head had sent its status, to show that it is alive.
+        if answer["error"].is_object() {
+            return Err(api_error(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                &answer.to_string(),
+            ));
+        }
+        Ok(answer)
     }
 
     /// Names of the models that the mesh serves now.
@@ -138,6 +148,15 @@ impl HttpClient {
     }
 }
 
+/// What comes on a stream.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Heard {
+    /// A piece of the answer.
+    Piece(Box<AnswerPiece>),
+    /// Nothing yet: what the request waits for, in the head's words.
+    Waits(String),
+}
+
 /// An answer while it arrives.
 #[derive(Debug)]
 pub struct AnswerStream {
@@ -163,18 +182,32 @@ pub struct AnswerPiece {
 }
 
 impl AnswerStream {
-    /// The next piece; `None` after the server's `[DONE]`.
+    /// The next piece; `None` at the end.
     ///
     /// # Errors
-    /// If the connection breaks, if it ends without `[DONE]`, or if the head reports an error in the stream.
+    /// An error the head sent in the stream, or a stream that broke off.
     pub async fn next(&mut self) -> Result<Option<AnswerPiece>, HttpError> {
+        loop {
+            match self.next_or_wait().await? {
+                Some(Heard::Piece(piece)) => return Ok(Some(*piece)),
+                Some(Heard::Waits(_)) => {}
+                None => return Ok(None),
+            }
+        }
+    }
+
+    /// The next piece, or what the answer waits for; `None` at the end.
+    ///
+    /// # Errors
+    /// As [`AnswerStream::next`].
+    pub async fn next_or_wait(&mut self) -> Result<Option<Heard>, HttpError> {
         loop {
             if let Some(event) = self.ready.pop_front() {
                 if event == "[DONE]" {
                     self.ended = true;
                     return Ok(None);
                 }
-                return parse_piece(&event).map(Some);
+                return parse_piece(&event).map(|piece| Some(Heard::Piece(Box::new(piece))));
             }
             if self.ended {
                 return Ok(None);
@@ -189,6 +222,11 @@ impl AnswerStream {
                 .push(&bytes, &mut events)
                 .map_err(|error| HttpError::Broken(error.to_string()))?;
             self.ready.extend(events);
+            if self.ready.is_empty()
+                && let Some(comment) = self.parser.take_comment()
+            {
+                return Ok(Some(Heard::Waits(comment)));
+            }
         }
     }
 
@@ -231,6 +269,9 @@ pub enum HttpError {
     #[error("the answer broke off: {0}")]
     Broken(String),
 }
+
+/// How long a head may say nothing. An older one says nothing before a whole answer.
+const SILENCE: Duration = Duration::from_secs(300);
 
 fn completion_path(body: &Value) -> &'static str {
     if body.get("messages").is_some() {

@@ -2,6 +2,8 @@
 
 /// Most bytes of one event; a server that sends more without an end is broken.
 const MAX_EVENT: usize = 16 << 20;
+/// Bytes of a comment that are kept.
+const MAX_COMMENT: usize = 256;
 
 /// Cuts a byte stream into events.
 #[derive(Debug, Default)]
@@ -9,6 +11,8 @@ pub struct SseParser {
     line: Vec<u8>,
     data: Vec<u8>,
     after_cr: bool,
+    /// The latest comment.
+    comment: Option<String>,
 }
 
 /// An event longer than 16 MiB.
@@ -41,6 +45,11 @@ impl SseParser {
         Ok(())
     }
 
+    /// The comment that came last, if it was not taken yet.
+    pub fn take_comment(&mut self) -> Option<String> {
+        self.comment.take()
+    }
+
     fn end_line(&mut self, events: &mut Vec<String>) {
         if self.line.is_empty() {
             if !self.data.is_empty() {
@@ -48,6 +57,12 @@ impl SseParser {
                 events.push(String::from_utf8_lossy(&self.data).into_owned());
                 self.data.clear();
             }
+        } else if let Some(comment) = self.line.strip_prefix(b":") {
+            let comment = &comment[..comment.len().min(MAX_COMMENT)];
+            let text = String::from_utf8_lossy(comment);
+            // It may be shown at a terminal.
+            let text = text.trim().chars().filter(|c| !c.is_control());
+            self.comment = Some(text.collect());
         } else if let Some(value) = self.line.strip_prefix(b"data:") {
             self.data
                 .extend_from_slice(value.strip_prefix(b" ").unwrap_or(value));
@@ -79,6 +94,16 @@ mod tests {
             let (left, right) = text.as_bytes().split_at(cut);
             assert_eq!(parse(&[left, right]), whole, "cut at {cut}");
         }
+    }
+
+    #[test]
+    fn the_latest_comment_is_kept_without_what_steers_a_terminal() {
+        let mut parser = SseParser::default();
+        let mut events = Vec::new();
+        let text = b": one\n\n: two\x1b[2J \n\ndata: x\n\n";
+        parser.push(text, &mut events).expect("short events");
+        assert_eq!(parser.take_comment().as_deref(), Some("two[2J"));
+        assert_eq!((parser.take_comment(), events.len()), (None, 1));
     }
 
     #[test]

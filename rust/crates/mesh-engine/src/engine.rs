@@ -10,6 +10,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use futures::channel::{mpsc as async_mpsc, oneshot};
 use futures::{Stream, StreamExt};
@@ -17,7 +18,7 @@ use futures::{Stream, StreamExt};
 use self::worker::{Command, STOPPED, Shared, Work, dead};
 use crate::request::{Event, Request, RequestError, TokenScore};
 use crate::runner::{Local, Runner};
-use crate::scheduler::{Load, RequestKey, Scheduler, SchedulerConfig};
+use crate::scheduler::{Load, RequestKey, RequestStatus, Scheduler, SchedulerConfig};
 use crate::{Stage, StageInfo, Vocabulary};
 
 /// A running engine: one thread with a scheduler and what runs its steps. Dropping it stops the thread; requests then fail.
@@ -146,6 +147,12 @@ impl EngineHandle {
         self.shared.load()
     }
 
+    /// How long ago the engine last completed a step while it had something to do; zero while it has nothing to do. A step that
+    /// hangs shows here, whatever the rest of the process does.
+    pub fn quiet(&self) -> Duration {
+        self.shared.quiet(Instant::now())
+    }
+
     /// Shape and limits of the stage.
     pub fn info(&self) -> &StageInfo {
         self.shared.info()
@@ -198,6 +205,18 @@ impl Waker {
         if !self.0.work_here() {
             self.wake();
         }
+    }
+}
+
+impl RequestStream {
+    /// Where the request is, as of the engine's last steps; `None` before the engine has looked at it.
+    pub fn status(&self) -> Option<RequestStatus> {
+        self.handle.shared.status(self.key)
+    }
+
+    /// [`EngineHandle::quiet`] of its engine.
+    pub fn quiet(&self) -> Duration {
+        self.handle.quiet()
     }
 }
 

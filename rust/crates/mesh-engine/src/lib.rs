@@ -27,7 +27,7 @@ pub use request::{
     Tokens,
 };
 pub use runner::{Outcome, Runner, apply};
-pub use scheduler::{Load, SchedulerConfig, Totals};
+pub use scheduler::{Load, RequestStatus, SchedulerConfig, Totals};
 pub use stage::{
     LogitRows, ModelShape, Segment, SlotId, Stage, StageError, StageInfo, StageInput, StageOutput,
 };

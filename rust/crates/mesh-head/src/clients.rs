@@ -1,5 +1,6 @@
 //! The clients' port, 7777/udp: Tasks in, Results, Partials and Errors out.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,10 +14,11 @@ use tracing::{debug, warn};
 
 use crate::chunk_sender::ChunkSender;
 use crate::core::dedup::{Dedup, Run, Seen, TaskKey};
+use crate::core::fair::{Ingress, Origin, Source};
 use crate::core::placement::Refusal;
 use crate::core::registry::Worker;
 use crate::core::request::AnswerError;
-use crate::drive::{Event, drive};
+use crate::drive::{Event, FOR_ROOM, drive, words};
 use crate::ids;
 use crate::mesh::{Mesh, timestamp_us};
 use crate::metrics::{DatagramCounters, Front};
@@ -31,6 +33,7 @@ pub async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: TaskTrack
         large: ChunkSender::new(socket.clone(), running.clone()),
         socket,
         dedup,
+        waits: Mutex::default(),
         running,
     });
     let mut intake = Intake {
@@ -65,6 +68,8 @@ struct Port {
     socket: Arc<BatchSocket>,
     large: Arc<ChunkSender>,
     dedup: Mutex<Dedup>,
+    /// What running tasks wait for, in words; nothing of those whose answer grows.
+    waits: Mutex<HashMap<TaskKey, String>>,
     running: TaskTracker,
 }
 
@@ -110,6 +115,13 @@ impl Intake {
                 self.task(from, header.sequence, Bytes::copy_from_slice(payload));
             }
             MsgType::CHUNK => self.chunk(from, header.sequence, Bytes::copy_from_slice(payload)),
+            // A shim asks after a task whose client does not.
+            MsgType::HEALTH if payload == ASK_AFTER_TASK => {
+                self.counters.accepted.inc();
+                if self.port.dedup().is_running((from, header.sequence)) {
+                    self.send_ack((from, header.sequence));
+                }
+            }
             MsgType::HEALTH => {
                 self.counters.accepted.inc();
                 let text = self
@@ -202,13 +214,20 @@ impl Intake {
         }
     }
 
-    fn acknowledge(&mut self, task: &DcfTask, (from, sequence): TaskKey) {
+    fn acknowledge(&mut self, task: &DcfTask, key: TaskKey) {
         if task.ack() {
-            self.reply(
-                from,
-                &Message::new(MsgType::ACK, sequence, timestamp_us(), Bytes::new()),
-            );
+            self.send_ack(key);
         }
+    }
+
+    /// Says that a task runs, and what it waits for.
+    fn send_ack(&mut self, key: TaskKey) {
+        let (from, sequence) = key;
+        let what = self.port.waits().get(&key).cloned().unwrap_or_default();
+        self.reply(
+            from,
+            &Message::new(MsgType::ACK, sequence, timestamp_us(), what),
+        );
     }
 
     fn reply(&mut self, to: SocketAddr, message: &Message) {
@@ -220,9 +239,10 @@ impl Port {
     /// Runs a task and sends its one answer.
     async fn answer(&self, key: TaskKey, run: Run, task: DcfTask, payload: Bytes) {
         let (client, sequence) = key;
+        let _waits = Waits { port: self, key };
         let result = match task {
             DcfTask::Generate(task) => self.generate(key, run, task, payload).await,
-            DcfTask::Embed(task) => self.embed(task).await,
+            DcfTask::Embed(task) => self.embed(task, Origin::of(client.ip())).await,
         };
         let (answer, keep) = match result {
             Err(failure) => {
@@ -262,10 +282,11 @@ impl Port {
     }
 
     /// Vectors as the body of `/v1/embeddings` has them.
-    async fn embed(&self, task: DcfEmbed) -> Result<Bytes, AnswerError> {
+    async fn embed(&self, task: DcfEmbed, origin: Origin) -> Result<Bytes, AnswerError> {
         let mut asked = task.asked;
         let mut task = std::mem::take(&mut asked.task);
         task.id = ids::fresh("dcf");
+        task.origin = origin;
         let embedded = crate::embed::embed(&self.mesh, Front::Dcf, task).await?;
         Ok(asked.answer(&embedded).into())
     }
@@ -292,6 +313,10 @@ impl Port {
             prompt: task.prompt,
             params: task.params,
             legacy: plain.then_some(payload),
+            source: Source {
+                ingress: Ingress::Dcf,
+                origin: Origin::of(client.ip()),
+            },
         };
         let mut text = String::new();
         let mut whole = None;
@@ -303,8 +328,15 @@ impl Port {
             text.push_str(piece);
         };
         let emit = |event| match event {
+            Event::Queued => drop(self.waits().insert(key, FOR_ROOM.to_owned())),
+            Event::Waits(progress) => drop(self.waits().insert(key, words(&progress))),
             Event::Placed(_) => {}
-            Event::Delta(delta) => grow(&mut text, &delta.text),
+            Event::Delta(delta) => {
+                if text.is_empty() {
+                    self.waits().remove(&key);
+                }
+                grow(&mut text, &delta.text);
+            }
             Event::Complete(complete) => grow(&mut text, &complete.done.text),
             Event::Whole(bytes) => whole = Some(bytes),
             Event::Failed(error) => failure = Some(error),
@@ -333,8 +365,24 @@ impl Port {
         }
     }
 
+    fn waits(&self) -> MutexGuard<'_, HashMap<TaskKey, String>> {
+        self.waits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn dedup(&self) -> MutexGuard<'_, Dedup> {
         self.dedup.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Forgets what a task waits for when it has ended.
+struct Waits<'a> {
+    port: &'a Port,
+    key: TaskKey,
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.port.waits().remove(&self.key);
     }
 }
 
@@ -358,12 +406,15 @@ fn code_of(failure: &AnswerError) -> (ErrorCode, bool) {
         ) => (ErrorCode::NO_WORKERS, false),
         AnswerError::Refused(Refusal::UnknownModel { .. }) => (ErrorCode::UNKNOWN_MODEL, false),
         AnswerError::Rejected { code, .. } => (*code, true),
-        AnswerError::Timeout(_) => (ErrorCode::TIMEOUT, true),
+        AnswerError::QueueTimeout(_) => (ErrorCode::WORKER_BUSY, false),
+        AnswerError::Timeout(_) | AnswerError::Stalled(_) => (ErrorCode::TIMEOUT, true),
         AnswerError::WorkersFailed { .. } => (ErrorCode::INFERENCE_FAILED, true),
         AnswerError::ShuttingDown => (ErrorCode::DRAINING, false),
     }
 }
 
+/// Payload of a Health that asks whether the task with its sequence runs; it is answered by an Ack if so.
+const ASK_AFTER_TASK: &[u8] = b"task";
 /// ASCII, so that any part of it is text.
 const NOT_TRUSTED: &str = "your address is not trusted here: see trusted_networks";
 /// Bytes of an Error's text; it may quote what the client sent.
@@ -384,7 +435,12 @@ mod tests {
     fn failures_that_pass_are_not_kept() {
         let refused = |refusal| code_of(&AnswerError::Refused(refusal));
         assert_eq!(
-            refused(Refusal::QueueFull { limit: 1 }),
+            refused(Refusal::QueueFull {
+                limit: 1,
+                whose: Source::default(),
+                yours: 1,
+                sources: 1
+            }),
             (ErrorCode::WORKER_BUSY, false)
         );
         assert_eq!(
@@ -399,6 +455,7 @@ mod tests {
         );
         let failed = AnswerError::WorkersFailed {
             attempts: 1,
+            workers: 1,
             last: String::new(),
         };
         assert_eq!(code_of(&failed), (ErrorCode::INFERENCE_FAILED, true));

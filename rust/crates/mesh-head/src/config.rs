@@ -24,9 +24,15 @@ pub struct Config {
     /// Silence after which a worker is pruned.
     #[serde(with = "units::duration")]
     pub worker_timeout: Duration,
-    /// From a request's arrival to its last token.
+    /// Most silence of a worker that has a request: neither a token nor a sign of life.
     #[serde(with = "units::duration")]
     pub request_timeout: Duration,
+    /// Most time that a request waits for a worker with room.
+    #[serde(with = "units::duration")]
+    pub queue_timeout: Duration,
+    /// From a request's arrival to its last token; 0 is without limit.
+    #[serde(with = "units::duration")]
+    pub answer_limit: Duration,
     /// Requests that may wait for a worker; more are refused.
     pub queue_limit: usize,
     /// How long running requests outlast the last worker for them.
@@ -86,6 +92,12 @@ pub struct HttpConfig {
     pub cors: Vec<Origin>,
     /// How long clients may take, and how many connections they may have.
     pub connections: Connections,
+    /// Pause after which a streamed answer says that it is alive.
+    #[serde(with = "units::duration")]
+    pub keep_alive: Duration,
+    /// A whole answer that takes longer sends its status and headers, and then blanks until it is there; 0 is never.
+    #[serde(with = "units::duration")]
+    pub early_headers: Duration,
 }
 
 /// DCF over UDP.
@@ -167,6 +179,8 @@ impl Default for Config {
             mesh_name: "hydramesh".into(),
             worker_timeout: Duration::from_secs(10),
             request_timeout: Duration::from_secs(300),
+            queue_timeout: Duration::from_secs(3600),
+            answer_limit: Duration::ZERO,
             queue_limit: 1024,
             rejoin_grace: Duration::from_secs(10),
             max_reruns: 4,
@@ -216,6 +230,8 @@ impl Default for HttpConfig {
             hosts: Vec::new(),
             cors: Vec::new(),
             connections: Connections::default(),
+            keep_alive: Duration::from_secs(5),
+            early_headers: Duration::from_secs(30),
         }
     }
 }
@@ -278,6 +294,8 @@ impl Config {
         let positive = [
             ("worker_timeout", self.worker_timeout),
             ("request_timeout", self.request_timeout),
+            ("queue_timeout", self.queue_timeout),
+            ("http.keep_alive", self.http.keep_alive),
             ("silence_limit", self.silence_limit),
             ("first_token_limit", self.first_token_limit),
             ("quic.probe_interval", self.quic.probe_interval),
@@ -304,10 +322,23 @@ impl Config {
     pub fn request_limits(&self) -> request::Limits {
         request::Limits {
             timeout: self.request_timeout,
+            queue: self.queue_timeout,
+            total: (!self.answer_limit.is_zero()).then_some(self.answer_limit),
             reruns: self.max_reruns,
             silence: self.silence_limit,
             first_token: self.first_token_limit,
         }
+    }
+
+    /// How often a worker is to say that a request lives: a few signs may be late before any limit on silence is reached.
+    pub fn progress_interval(&self) -> Duration {
+        let limits = [
+            self.silence_limit,
+            self.first_token_limit,
+            self.request_timeout,
+        ];
+        let shortest = limits.into_iter().min().unwrap_or_default();
+        (shortest / 4).clamp(Duration::from_millis(50), Duration::from_secs(1))
     }
 
     /// Limits of placement.

@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use dcf::{ErrorCode, Message, MsgType};
 use mesh_net::quic::{Link, MsgStream};
-use mesh_proto::{Done, Generate, ModelKind, Tokens};
+use mesh_proto::{Done, Generate, ModelKind, Progress, RequestPhase, Tokens};
 use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio::time::{Sleep, sleep_until};
 use tracing::{debug, info, warn};
 
-use crate::core::placement::{Ended, Refusal};
+use crate::core::placement::{self, Ended, Refusal};
 use crate::core::registry::WorkerId;
 use crate::core::request::{Answer, AnswerError, Complete, Delta, Failure, Resume, Step};
 use crate::core::router::Ask;
@@ -28,8 +28,12 @@ use crate::task::Task;
 /// What a front end is told of its task. [`Event::Complete`] and [`Event::Failed`] are last.
 #[derive(Debug)]
 pub enum Event {
+    /// It waits for a worker with room.
+    Queued,
     /// A worker has it; again after each rerun.
     Placed(Placed),
+    /// Its worker says what it waits for.
+    Waits(Progress),
     /// The next piece of the answer.
     Delta(Delta),
     /// The whole answer of a v5.0.0 worker, as it is.
@@ -226,6 +230,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
 
     /// Finds a worker before the deadline.
     async fn place(&mut self, rerun: bool) -> Result<Assignment, Step> {
+        (self.emit)(Event::Queued);
         let placing = self.mesh.place(self.ask.clone(), rerun);
         match tokio::time::timeout_at(self.answer.deadline().into(), placing).await {
             Ok(Ok(assignment)) => Ok(assignment),
@@ -279,7 +284,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         link: &Link,
         resume: Resume,
     ) -> Attempt {
-        let generate = self.generate(&assignment.placed.model, resume);
+        let generate = self.generate(&assignment.placed, resume);
         let mut timer = Timer::new(&self.answer);
         let mut changes = self.mesh.ring_changes();
         let ring = assignment.placed.ring;
@@ -311,7 +316,8 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                 biased;
                 received = stream.recv() => {
                     let lost = !matches!(received, Ok(Some(_)));
-                    (self.received(resume.attempt, received.map_err(|error| error.to_string())), lost)
+                    let received = received.map_err(|error| error.to_string());
+                    (self.received(assignment, resume.attempt, received), lost)
                 }
                 now = timer.fired(&self.answer) => (self.time_passed(assignment, resume.attempt, now), true),
                 _ = changes.changed(), if ring.is_some() => (self.ring_changed(assignment, resume.attempt), false),
@@ -325,7 +331,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                     self.mesh.metrics.ring_gap(&model, now - since);
                 }
             }
-            if prefilling && matches!(step, Step::Emit(_)) {
+            if prefilling && matches!(&step, Step::Emit(delta) if !delta.tokens.is_empty()) {
                 prefilling = false;
                 assignment.first_token();
             }
@@ -355,10 +361,21 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
             Err(error) => self
                 .answer
                 .failed(resume.attempt, Failure::Lost(error.to_string())),
-            Ok(()) => tokio::select! {
-                biased;
-                reply = &mut errand.reply => self.replied(resume.attempt, reply.ok()),
-                now = timer.fired(&self.answer) => self.answer.time_passed(now),
+            Ok(()) => loop {
+                tokio::select! {
+                    biased;
+                    reply = &mut errand.reply => break self.replied(resume.attempt, reply.ok()),
+                    now = timer.fired(&self.answer) => {
+                        // It works on one task after the other: while it answers others, this one waits its turn.
+                        if let Some(at) = self.mesh.exchange.last_answer(address) {
+                            self.answer.excused_until(at);
+                        }
+                        match self.answer.time_passed(now) {
+                            Step::Wait => {}
+                            step => break step,
+                        }
+                    }
+                }
             },
         };
         self.follow(step, true).unwrap_or(Attempt::LOST)
@@ -367,6 +384,9 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
     /// The answer's timer fired. While its ring recovers, silence is no sign of death.
     fn time_passed(&mut self, assignment: &Assignment, attempt: u32, now: Instant) -> Step {
         let placed = &assignment.placed;
+        if self.answer.waits_untold() && assignment.is_busy() {
+            self.answer.excused_until(now);
+        }
         match placed
             .ring
             .map(|ring| self.mesh.standing(placed.worker, ring))
@@ -398,7 +418,12 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         self.answer.failed(attempt, moved)
     }
 
-    fn received(&mut self, attempt: u32, received: Result<Option<Message>, String>) -> Step {
+    fn received(
+        &mut self,
+        assignment: &Assignment,
+        attempt: u32,
+        received: Result<Option<Message>, String>,
+    ) -> Step {
         let now = Instant::now();
         let message = match received {
             Ok(Some(message)) => message,
@@ -420,9 +445,24 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                 Err(_) => self.answer.failed(attempt, undecodable(MsgType::DONE)),
             },
             MsgType::ERROR => self.answer.failed(attempt, error_of(&message)),
-            other => self
-                .answer
-                .failed(attempt, Failure::Lost(format!("the worker sent a {other}"))),
+            MsgType::PROGRESS => match Progress::decode(message.payload) {
+                Ok(progress) => {
+                    self.answer.progressed(attempt, &progress, now);
+                    if gets_on(&progress) {
+                        assignment.gave_sign();
+                    }
+                    if progress.phase() != RequestPhase::Decoding {
+                        (self.emit)(Event::Waits(progress));
+                    }
+                    Step::Wait
+                }
+                Err(_) => self.answer.failed(attempt, undecodable(MsgType::PROGRESS)),
+            },
+            // A newer worker may say more than this head understands.
+            other => {
+                debug!(kind = %other, "unexpected on a request's stream");
+                Step::Wait
+            }
         }
     }
 
@@ -484,20 +524,21 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         outcome
     }
 
-    fn generate(&self, model: &str, resume: Resume) -> Message {
-        let left = self
-            .answer
-            .deadline()
-            .saturating_duration_since(Instant::now());
+    fn generate(&self, placed: &placement::Placed, resume: Resume) -> Message {
+        // A ring's silence is noticed sooner.
+        let progress_ms = match placed.ring {
+            Some(_) => progress_ms(self.mesh).min(RING_SILENCE.as_millis() as u32 / 4),
+            None => progress_ms(self.mesh),
+        };
         let generate = Generate {
             request_id: self.task.id.clone(),
-            model: model.to_owned(),
+            model: placed.model.clone(),
             prompt: Some(self.task.prompt.clone()),
             params: Some(self.task.params.clone()),
             generated: self.answer.tokens().to_vec(),
             text_sent: resume.text_sent,
-            // 0 would be no limit.
-            deadline_ms: u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1),
+            deadline_ms: deadline_ms(&self.answer),
+            progress_ms,
         };
         Message::new(
             MsgType::GENERATE,
@@ -505,6 +546,41 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
             timestamp_us(),
             generate.encode_to_vec(),
         )
+    }
+}
+
+/// Milliseconds that a worker may spend; 0 is without limit.
+pub(crate) fn deadline_ms(answer: &Answer) -> u64 {
+    let Some(last) = answer.last_moment() else {
+        return 0;
+    };
+    let left = last.saturating_duration_since(Instant::now());
+    u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1)
+}
+
+/// How often a worker is asked to say that a request lives.
+pub(crate) fn progress_ms(mesh: &Mesh) -> u32 {
+    u32::try_from(mesh.config.progress_interval().as_millis()).unwrap_or(u32::MAX)
+}
+
+/// Whether what a request waits for got on just now.
+pub(crate) fn gets_on(progress: &Progress) -> bool {
+    progress.quiet_ms < GETS_ON.as_millis() as u64
+}
+
+/// What a request waits for while no worker has room, in words that follow "waiting".
+pub(crate) const FOR_ROOM: &str = "for a worker with room";
+
+/// What a request waits for at its worker, in words that follow "waiting".
+pub(crate) fn words(progress: &Progress) -> String {
+    match progress.phase() {
+        RequestPhase::Preparing => "for its prompt to be tokenised".to_owned(),
+        RequestPhase::Queued => format!("for a slot, {} requests before it", progress.position),
+        RequestPhase::Prefilling => format!(
+            "for its prompt, {} of {} tokens computed",
+            progress.prompt_done, progress.prompt_tokens
+        ),
+        RequestPhase::Decoding | RequestPhase::Unspecified => "for its worker".to_owned(),
     }
 }
 
@@ -523,7 +599,9 @@ pub(crate) fn outcome_of(error: &AnswerError) -> Outcome {
             Outcome::Rejected
         }
         AnswerError::Refused(_) | AnswerError::ShuttingDown => Outcome::Refused,
-        AnswerError::Timeout(_) => Outcome::Timeout,
+        AnswerError::Timeout(_) | AnswerError::Stalled(_) | AnswerError::QueueTimeout(_) => {
+            Outcome::Timeout
+        }
         AnswerError::WorkersFailed { .. } => Outcome::Failed,
     }
 }
@@ -568,6 +646,9 @@ fn due(answer: &Answer) -> Instant {
         .next_timer()
         .unwrap_or_else(|| Instant::now() + Duration::from_secs(3600))
 }
+
+/// A step that came back so lately shows that the engine works.
+const GETS_ON: Duration = Duration::from_secs(5);
 
 /// Silence of a ring's driver that counts as its death: its standby goes on within milliseconds, so there is little to lose by
 /// an error. It is more than a driver needs to notice a silent member, whose loss is not the driver's.

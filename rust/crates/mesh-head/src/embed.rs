@@ -9,18 +9,19 @@ use std::time::Instant;
 use bytes::{Bytes, BytesMut};
 use dcf::{ErrorCode, Message, MsgType};
 use futures::{StreamExt, TryStreamExt, stream};
-use mesh_net::quic::Link;
-use mesh_proto::{Done, Embed, EmbedInput, EmbedText, Embeddings, ModelKind};
+use mesh_net::quic::{Link, MsgStream, StreamFailure};
+use mesh_proto::{Done, Embed, EmbedInput, EmbedText, Embeddings, ModelKind, Progress};
 use prost::Message as _;
 use tracing::{debug, info, warn};
 
 use crate::core::affinity::estimate_tokens;
 use crate::core::embedding::{Cut, check};
+use crate::core::fair::{Ingress, Origin, Source};
 use crate::core::placement::{Ended, Refusal};
 use crate::core::request::{Answer, AnswerError, Failure, Step};
 use crate::core::router::{Ask, Purpose};
-use crate::drive::{error_of, outcome_of};
-use crate::mesh::{Mesh, Route, timestamp_us};
+use crate::drive::{deadline_ms, error_of, gets_on, outcome_of, progress_ms};
+use crate::mesh::{Assignment, Mesh, Route, timestamp_us};
 use crate::metrics::{Front, Outcome};
 
 /// Texts to embed, whichever front end they came through.
@@ -36,6 +37,8 @@ pub struct EmbedTask {
     pub prompt_name: String,
     /// Length of the vectors; 0 is the model's own.
     pub dimensions: u32,
+    /// Whom it comes from.
+    pub origin: Origin,
 }
 
 /// All vectors of a request.
@@ -152,6 +155,10 @@ async fn run(mesh: &Arc<Mesh>, task: EmbedTask) -> Result<Embedded, AnswerError>
         purpose: Purpose::Embed,
         // Parts of one request must come from the same weights.
         fingerprint: replicas.fingerprint,
+        source: Source {
+            ingress: Ingress::Embeddings,
+            origin: task.origin,
+        },
         ..Ask::default()
     };
     let task = &task;
@@ -200,7 +207,13 @@ async fn part(
         let assignment = match tokio::time::timeout_at(answer.deadline().into(), placing).await {
             Ok(Ok(assignment)) => assignment,
             Ok(Err(refusal)) => return Err(refusal.into()),
-            Err(_) => return Err(AnswerError::Timeout(mesh.config.request_timeout)),
+            Err(_) => {
+                let late = Instant::now().max(answer.deadline());
+                return Err(match answer.time_passed(late) {
+                    Step::Fail(error, _) => error,
+                    _ => AnswerError::QueueTimeout(mesh.config.queue_timeout),
+                });
+            }
         };
         let placed = &assignment.placed;
         let resume = answer.placed(placed.worker, placed.estimate.finish, Instant::now());
@@ -211,20 +224,19 @@ async fn part(
             texts,
             "placed"
         );
-        let left = answer.deadline().saturating_duration_since(Instant::now());
         let embed = Embed {
             request_id: id.clone(),
             model: placed.model.clone(),
             inputs: task.inputs[range.clone()].to_vec(),
             prompt_name: task.prompt_name.clone(),
             dimensions: task.dimensions,
-            // 0 would be no limit.
-            deadline_ms: u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1),
+            deadline_ms: deadline_ms(&answer),
+            progress_ms: progress_ms(mesh),
         };
         let step = match &assignment.route {
             Route::Link(link) => {
-                let asking = ask_worker(link, embed, resume.attempt, task.dimensions);
-                match until_silent(&mut answer, asking).await {
+                let asking = ask_for_part(&mut answer, &assignment, link, embed, resume.attempt);
+                match asking.await {
                     Ok(Ok(embeddings)) => {
                         answer.done(resume.attempt, Done::default(), Instant::now());
                         assignment.end(Ended::Complete);
@@ -266,52 +278,114 @@ async fn part(
             }
             // Neither comes of a failure.
             Step::Wait | Step::Emit(_) | Step::Complete(_) => {
-                return Err(AnswerError::Timeout(mesh.config.request_timeout));
+                return Err(AnswerError::Stalled(mesh.config.request_timeout));
             }
         }
     }
 }
 
-/// The outcome of `asking`, or what the answer's core makes of the time that passed without one.
-async fn until_silent<T>(answer: &mut Answer, asking: impl Future<Output = T>) -> Result<T, Step> {
-    let mut asking = pin!(asking);
+/// Asks a worker for one part, for as long as it shows life; else what the answer's core makes of the time that passed.
+async fn ask_for_part(
+    answer: &mut Answer,
+    assignment: &Assignment,
+    link: &Link,
+    embed: Embed,
+    attempt: u32,
+) -> Result<Result<Embeddings, Failure>, Step> {
+    let (texts, dimensions) = (embed.inputs.len(), embed.dimensions);
+    let mut exchange = pin!(open(link, embed, attempt));
+    let mut stream = loop {
+        match timeout_at(answer.next_timer(), &mut exchange).await {
+            Some(Ok(stream)) => break stream,
+            Some(Err(failure)) => return Ok(Err(failure)),
+            None => time_passed(answer, assignment)?,
+        }
+    };
     loop {
-        let due = answer.next_timer().unwrap_or_else(Instant::now);
-        match tokio::time::timeout_at(due.into(), &mut asking).await {
-            Ok(outcome) => return Ok(outcome),
-            Err(_) => match answer.time_passed(Instant::now()) {
-                Step::Wait => {}
-                step => return Err(step),
-            },
+        match timeout_at(answer.next_timer(), next(&mut stream, texts, dimensions)).await {
+            Some(Ok(Said::Vectors(embeddings))) => {
+                let _ = stream.finish();
+                return Ok(Ok(embeddings));
+            }
+            Some(Ok(Said::Lives(progress))) => {
+                answer.progressed(attempt, &progress, Instant::now());
+                if gets_on(&progress) {
+                    assignment.gave_sign();
+                }
+            }
+            Some(Ok(Said::Other)) => {}
+            Some(Err(failure)) => return Ok(Err(failure)),
+            None => time_passed(answer, assignment)?,
         }
     }
 }
 
-/// One exchange with a worker. Dropped early it resets the stream, which cancels the request there.
-pub(crate) async fn ask_worker(
-    link: &Link,
-    embed: Embed,
-    attempt: u32,
-    dimensions: u32,
-) -> Result<Embeddings, Failure> {
-    let lost = |error: mesh_net::quic::StreamFailure| Failure::Lost(error.to_string());
-    let texts = embed.inputs.len();
+fn time_passed(answer: &mut Answer, assignment: &Assignment) -> Result<(), Step> {
+    let now = Instant::now();
+    if answer.waits_untold() && assignment.is_busy() {
+        answer.excused_until(now);
+    }
+    match answer.time_passed(now) {
+        Step::Wait => Ok(()),
+        step => Err(step),
+    }
+}
+
+/// What comes of `future` before `due`.
+async fn timeout_at<T>(due: Option<Instant>, future: impl Future<Output = T>) -> Option<T> {
+    let due = due.unwrap_or_else(Instant::now);
+    tokio::time::timeout_at(due.into(), future).await.ok()
+}
+
+/// What a worker says on the stream of an Embed.
+pub(crate) enum Said {
+    Vectors(Embeddings),
+    Lives(Progress),
+    /// Something that this version does not know.
+    Other,
+}
+
+/// Opens the stream of an Embed. Dropped early it is reset, which cancels the request there.
+pub(crate) async fn open(link: &Link, embed: Embed, attempt: u32) -> Result<MsgStream, Failure> {
     let body = embed.encode_to_vec();
     let message = Message::new(MsgType::EMBED, attempt, timestamp_us(), body);
     let mut stream = link.open().await.map_err(lost)?;
     stream.send(message).await.map_err(lost)?;
+    Ok(stream)
+}
+
+/// The next message on the stream of an Embed of so many texts.
+pub(crate) async fn next(
+    stream: &mut MsgStream,
+    texts: usize,
+    dimensions: u32,
+) -> Result<Said, Failure> {
     let Some(message) = stream.recv().await.map_err(lost)? else {
         let text = "the worker ended the stream without an answer";
         return Err(Failure::Lost(text.to_owned()));
     };
-    if message.kind != MsgType::EMBEDDINGS {
-        return Err(error_of(&message));
+    let unreadable =
+        |kind: MsgType| Failure::Lost(format!("the worker sent a {kind} that cannot be read"));
+    match message.kind {
+        MsgType::EMBEDDINGS => {
+            let embeddings =
+                Embeddings::decode(message.payload).map_err(|_| unreadable(MsgType::EMBEDDINGS))?;
+            check(&embeddings, texts, dimensions).map_err(Failure::Lost)?;
+            Ok(Said::Vectors(embeddings))
+        }
+        MsgType::PROGRESS => Progress::decode(message.payload)
+            .map(Said::Lives)
+            .map_err(|_| unreadable(MsgType::PROGRESS)),
+        MsgType::ERROR => Err(error_of(&message)),
+        other => {
+            debug!(kind = %other, "unexpected on a request's stream");
+            Ok(Said::Other)
+        }
     }
-    let embeddings = Embeddings::decode(message.payload)
-        .map_err(|_| Failure::Lost("the worker sent Embeddings that cannot be read".into()))?;
-    check(&embeddings, texts, dimensions).map_err(Failure::Lost)?;
-    let _ = stream.finish();
-    Ok(embeddings)
+}
+
+fn lost(error: StreamFailure) -> Failure {
+    Failure::Lost(error.to_string())
 }
 
 /// Tokens of a text, estimated.

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use dcf::Message;
 use tokio::sync::oneshot;
@@ -17,6 +18,8 @@ pub struct Exchange {
 struct Inner {
     next: u32,
     pending: HashMap<u32, Pending>,
+    /// When workers last answered something.
+    answered: HashMap<SocketAddr, Instant>,
 }
 
 #[derive(Debug)]
@@ -73,6 +76,7 @@ impl Exchange {
             return false;
         }
         let pending = inner.pending.remove(&message.sequence);
+        inner.answered.insert(source, Instant::now());
         drop(inner);
         pending.is_some_and(|pending| pending.reply.send(message).is_ok())
     }
@@ -85,11 +89,16 @@ impl Exchange {
             .is_some_and(|pending| pending.worker == source)
     }
 
+    /// When this worker last answered a task.
+    pub fn last_answer(&self, worker: SocketAddr) -> Option<Instant> {
+        self.lock().answered.get(&worker).copied()
+    }
+
     /// A worker is gone: its tasks fail.
     pub fn abandon(&self, worker: SocketAddr) {
-        self.lock()
-            .pending
-            .retain(|_, pending| pending.worker != worker);
+        let mut inner = self.lock();
+        inner.answered.remove(&worker);
+        inner.pending.retain(|_, pending| pending.worker != worker);
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

@@ -11,7 +11,7 @@ use mesh_net::seal::Opener;
 use mesh_net::trust::Role;
 use mesh_proto::{
     Embed, EmbedInput, EmbedText, Generate, GenerateParams, Hello, Load, ModelKind, Models, Offer,
-    PROTOCOL_VERSION, Prompt, RingState, Served, Welcome,
+    PROTOCOL_VERSION, Progress, Prompt, RequestPhase, RingState, Served, Welcome,
 };
 use prost::Message as _;
 use tokio::sync::mpsc;
@@ -20,6 +20,7 @@ use tracing::{debug, info, warn};
 
 use crate::core::registry::{ServedModel, WorkerId};
 use crate::core::request::Failure;
+use crate::drive::{gets_on, progress_ms};
 use crate::embed;
 use crate::ids;
 use crate::mesh::{Mesh, Standing, timestamp_us};
@@ -215,43 +216,229 @@ async fn answer_probes(link: Link) {
 async fn prove(mesh: Arc<Mesh>, id: WorkerId, link: Link) {
     loop {
         if let Some(models) = models_to_prove(&mesh, id) {
-            for (model, ring, kind) in &models {
-                let asked = Instant::now();
-                let probe = async {
-                    match kind {
-                        ModelKind::Chat => one_token(&link, model).await,
-                        ModelKind::Embed => one_vector(&link, model).await,
-                    }
-                };
-                let came = match timeout(mesh.config.first_token_limit, probe).await {
-                    Ok(Ok(())) => true,
-                    Ok(Err(reason)) => {
-                        info!(
-                            worker = link.node_name(),
-                            model, reason, "no token came back"
-                        );
-                        false
-                    }
-                    Err(_) => {
-                        warn!(
-                            worker = link.node_name(),
-                            model, "no token came back in time"
-                        );
-                        if let Some(ring) = *ring
-                            && matches!(mesh.standing(id, ring), Standing::Serves(since) if since <= asked)
-                        {
-                            mesh.suspect(id, ring, "a token that was asked of it did not come");
-                        }
-                        false
-                    }
-                };
-                mesh.with_worker(id, |worker| {
-                    worker.probed(model, came, asked, Instant::now())
-                });
-            }
+            // Side by side: one may wait in its model's queue for long.
+            let proofs = models
+                .iter()
+                .map(|(model, ring, kind)| prove_model(&mesh, id, &link, model, *ring, *kind));
+            futures::future::join_all(proofs).await;
             mesh.keep_house();
         }
         tokio::time::sleep(PROOF_PAUSE).await;
+    }
+}
+
+async fn prove_model(
+    mesh: &Mesh,
+    id: WorkerId,
+    link: &Link,
+    model: &str,
+    ring: Option<u64>,
+    kind: ModelKind,
+) {
+    let mut probe = Probe {
+        mesh,
+        id,
+        model,
+        asked: Instant::now(),
+        alive: Instant::now(),
+        tells: false,
+    };
+    let asked = probe.asked;
+    let proven = match kind {
+        ModelKind::Chat => probe.one_token(link).await,
+        ModelKind::Embed => probe.one_vector(link).await,
+    };
+    let came = match proven {
+        Ok(()) => true,
+        Err(Unproven::Failed(reason)) => {
+            info!(
+                worker = link.node_name(),
+                model, reason, "no token came back"
+            );
+            false
+        }
+        Err(Unproven::Silent) => {
+            warn!(
+                worker = link.node_name(),
+                model, "no token came back in time"
+            );
+            if let Some(ring) = ring
+                && matches!(mesh.standing(id, ring), Standing::Serves(since) if since <= asked)
+            {
+                mesh.suspect(id, ring, "a token that was asked of it did not come");
+            }
+            false
+        }
+        Err(Unproven::Needless) => return,
+    };
+    mesh.with_worker(id, |worker| {
+        worker.probed(model, came, asked, Instant::now());
+    });
+}
+
+/// A request that only is to show that a token comes back.
+struct Probe<'a> {
+    mesh: &'a Mesh,
+    id: WorkerId,
+    model: &'a str,
+    asked: Instant,
+    /// When the worker last gave a sign of life.
+    alive: Instant,
+    /// The worker says what the probe waits for.
+    tells: bool,
+}
+
+/// Why a probe brought no proof.
+enum Unproven {
+    Failed(String),
+    /// Neither a token nor a sign of life.
+    Silent,
+    /// A real answer's token came meanwhile, or the worker is busy with real requests, whose tokens will come.
+    Needless,
+}
+
+impl From<Failure> for Unproven {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(match failure {
+            Failure::Lost(text) => text,
+            Failure::Error { code, text } => format!("{code}: {text}"),
+        })
+    }
+}
+
+impl From<StreamFailure> for Unproven {
+    fn from(failure: StreamFailure) -> Self {
+        Self::Failed(failure.to_string())
+    }
+}
+
+impl Probe<'_> {
+    async fn one_token(&mut self, link: &Link) -> Result<(), Unproven> {
+        let params = GenerateParams {
+            max_tokens: Some(1),
+            temperature: Some(0.0),
+            seed: Some(0),
+            ..Default::default()
+        };
+        let generate = Generate {
+            request_id: ids::fresh("probe"),
+            model: self.model.to_owned(),
+            prompt: Some(Prompt::Text("Hello".into())),
+            params: Some(params),
+            progress_ms: progress_ms(self.mesh),
+            ..Default::default()
+        };
+        let message = Message::new(
+            MsgType::GENERATE,
+            0,
+            timestamp_us(),
+            Bytes::from(generate.encode_to_vec()),
+        );
+        let opening = async {
+            let mut stream = link.open().await?;
+            stream.send(message).await?;
+            Ok::<_, StreamFailure>(stream)
+        };
+        let mut stream = self.while_alive(opening).await??;
+        loop {
+            let received = self.while_alive(stream.recv()).await??;
+            match received {
+                Some(message) if message.kind == MsgType::DONE => {
+                    let _ = stream.finish();
+                    return Ok(());
+                }
+                Some(message) if message.kind == MsgType::PROGRESS => {
+                    if let Ok(progress) = Progress::decode(message.payload) {
+                        self.lives(&progress)?;
+                    }
+                }
+                Some(message) => {
+                    if let Some(body) = message.error_body() {
+                        let text = format!("{}: {}", body.code, body.text);
+                        return Err(Unproven::Failed(text));
+                    }
+                }
+                None => return Err(Unproven::Failed("it ended the stream".into())),
+            }
+        }
+    }
+
+    /// The same for an embedding model: one text becomes one vector.
+    async fn one_vector(&mut self, link: &Link) -> Result<(), Unproven> {
+        let embed = Embed {
+            request_id: ids::fresh("probe"),
+            model: self.model.to_owned(),
+            inputs: vec![EmbedInput {
+                text: Some(EmbedText::Text("Hello".into())),
+            }],
+            progress_ms: progress_ms(self.mesh),
+            ..Default::default()
+        };
+        let mut stream = self.while_alive(embed::open(link, embed, 0)).await??;
+        loop {
+            match self.while_alive(embed::next(&mut stream, 1, 0)).await?? {
+                embed::Said::Vectors(_) => {
+                    let _ = stream.finish();
+                    return Ok(());
+                }
+                embed::Said::Lives(progress) => self.lives(&progress)?,
+                embed::Said::Other => {}
+            }
+        }
+    }
+
+    /// What comes of `future`, as long as the worker shows life.
+    async fn while_alive<T>(&mut self, future: impl Future<Output = T>) -> Result<T, Unproven> {
+        let limit = self.mesh.config.first_token_limit;
+        let mut future = std::pin::pin!(future);
+        loop {
+            let due = self.alive + limit;
+            if let Ok(outcome) = tokio::time::timeout_at(due.into(), &mut future).await {
+                return Ok(outcome);
+            }
+            let now = Instant::now();
+            // An older worker does not say what a request waits for, but its reports say whether requests wait.
+            let busy = self.mesh.with_registry(|registry| {
+                let worker = registry.get(self.id);
+                worker.is_some_and(|worker| worker.is_busy(limit, now))
+            });
+            if self.tells || !busy {
+                return Err(Unproven::Silent);
+            }
+            self.alive = now;
+            self.is_needed(true)?;
+        }
+    }
+
+    fn lives(&mut self, progress: &Progress) -> Result<(), Unproven> {
+        self.tells = true;
+        let now = Instant::now();
+        if let Some(moment) = now.checked_sub(Duration::from_millis(progress.quiet_ms)) {
+            self.alive = self.alive.max(moment);
+        }
+        if gets_on(progress) {
+            self.mesh
+                .with_worker(self.id, |worker| worker.gave_sign(self.model, now));
+        }
+        self.is_needed(progress.phase() == RequestPhase::Queued)
+    }
+
+    /// Gives the probe up if real answers prove the same, or if it is `queued` behind them for long: other models of this worker
+    /// are not to wait for this one's queue.
+    fn is_needed(&self, queued: bool) -> Result<(), Unproven> {
+        let proven = self.mesh.with_registry(|registry| {
+            let worker = registry.get(self.id);
+            let models = worker.map(|worker| worker.models.as_slice());
+            let mut models = models.unwrap_or_default().iter();
+            models.any(|m| {
+                m.card.name == self.model && m.last_success.is_some_and(|at| at >= self.asked)
+            })
+        });
+        let waited = self.asked.elapsed() >= self.mesh.config.first_token_limit;
+        if proven || (queued && waited) {
+            return Err(Unproven::Needless);
+        }
+        Ok(())
     }
 }
 
@@ -273,67 +460,6 @@ fn models_to_prove(mesh: &Mesh, id: WorkerId) -> Option<Vec<(String, Option<u64>
             .map(|model| (model.card.name.clone(), model.ring, model.card.kind()))
             .collect();
         (!models.is_empty()).then_some(models)
-    })
-}
-
-async fn one_token(link: &Link, model: &str) -> Result<(), String> {
-    let params = GenerateParams {
-        max_tokens: Some(1),
-        temperature: Some(0.0),
-        seed: Some(0),
-        ..Default::default()
-    };
-    let generate = Generate {
-        request_id: ids::fresh("probe"),
-        model: model.to_owned(),
-        prompt: Some(Prompt::Text("Hello".into())),
-        params: Some(params),
-        ..Default::default()
-    };
-    let mut stream = link.open().await.map_err(|error| error.to_string())?;
-    let message = Message::new(
-        MsgType::GENERATE,
-        0,
-        timestamp_us(),
-        Bytes::from(generate.encode_to_vec()),
-    );
-    stream
-        .send(message)
-        .await
-        .map_err(|error| error.to_string())?;
-    loop {
-        let message = stream.recv().await.map_err(|error| error.to_string())?;
-        match message {
-            Some(message) if message.kind == MsgType::DONE => {
-                let _ = stream.finish();
-                return Ok(());
-            }
-            Some(message) if message.kind == MsgType::TOKENS => {}
-            Some(message) => {
-                return Err(message.error_body().map_or_else(
-                    || format!("it answered with {}", message.kind),
-                    |body| format!("{}: {}", body.code, body.text),
-                ));
-            }
-            None => return Err("it ended the stream".into()),
-        }
-    }
-}
-
-/// The same for an embedding model: one text becomes one vector.
-async fn one_vector(link: &Link, model: &str) -> Result<(), String> {
-    let embed = Embed {
-        request_id: ids::fresh("probe"),
-        model: model.to_owned(),
-        inputs: vec![EmbedInput {
-            text: Some(EmbedText::Text("Hello".into())),
-        }],
-        ..Default::default()
-    };
-    let answer = embed::ask_worker(link, embed, 0, 0).await;
-    answer.map(|_| ()).map_err(|failure| match failure {
-        Failure::Lost(text) => text,
-        Failure::Error { code, text } => format!("{code}: {text}"),
     })
 }
 

@@ -18,6 +18,7 @@ use mesh_service::shutdown::Shutdown;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::config::Config;
+use crate::core::fair::Ingress;
 use crate::core::placement::{Asked, Ended, Placed, Placement, Refusal, Ticket};
 use crate::core::registry::{Registry, ServedModel, Worker, WorkerId};
 use crate::core::rings::{Arrival, Prospect, Rings};
@@ -144,6 +145,15 @@ impl Mesh {
     /// # Errors
     /// [`Refusal`] says why there is none.
     pub async fn place(self: &Arc<Self>, ask: Ask, rerun: bool) -> Result<Assignment, Refusal> {
+        let ingress = ask.source.ingress;
+        let placed = self.place_or_wait(ask, rerun).await;
+        if let Err(Refusal::QueueFull { .. }) = placed {
+            self.metrics.queue_refused(ingress);
+        }
+        placed
+    }
+
+    async fn place_or_wait(self: &Arc<Self>, ask: Ask, rerun: bool) -> Result<Assignment, Refusal> {
         let (ticket, receiver) = {
             let mut state = self.lock();
             let ticket = Ticket(state.next_ticket);
@@ -154,6 +164,9 @@ impl Mesh {
                 Asked::Waiting => {
                     let (sender, receiver) = oneshot::channel();
                     state.waiting.insert(ticket, sender);
+                    if state.placement.has_displaced() {
+                        self.pump(&mut state, Instant::now());
+                    }
                     (ticket, receiver)
                 }
             }
@@ -390,6 +403,7 @@ impl Mesh {
         if self.shutdown.is_draining() {
             return Err("shutting down".into());
         }
+        let now = Instant::now();
         let registry = &state.placement.registry;
         let answers = |worker: &Worker| {
             let proven = |model: &ServedModel| {
@@ -400,7 +414,9 @@ impl Mesh {
                         state.rings.serves_since(ring, node).flatten().is_some()
                     }
                 };
-                model.proven && in_service && asked.is_none_or(|asked| asked == model.card.name)
+                model.answers(now)
+                    && in_service
+                    && asked.is_none_or(|asked| asked == model.card.name)
             };
             // A v5.0.0 worker cannot be asked for one token, so its heartbeat has to do.
             worker.models.iter().any(proven)
@@ -469,6 +485,13 @@ impl Mesh {
         self.metrics
             .running
             .set(i64::try_from(state.placement.running()).unwrap_or(i64::MAX));
+        for ingress in Ingress::ALL {
+            let (waiting, running) = state.placement.of_ingress(ingress);
+            self.metrics.ingress(ingress, waiting, running);
+        }
+        self.metrics
+            .queue_sources
+            .set(i64::try_from(state.placement.sources()).unwrap_or(i64::MAX));
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -513,7 +536,25 @@ pub struct Assignment {
 impl Assignment {
     /// The first token came.
     pub fn first_token(&self) {
-        self.mesh.lock().placement.first_token(self.ticket);
+        let now = Instant::now();
+        self.mesh.lock().placement.first_token(self.ticket, now);
+    }
+
+    /// The worker says that its engine gets on.
+    pub fn gave_sign(&self) {
+        let model = &self.placed.model;
+        self.mesh.with_worker(self.placed.worker, |worker| {
+            worker.gave_sign(model, Instant::now());
+        });
+    }
+
+    /// Whether the worker's reports explain that a request gets no token from it: it works, and requests wait there.
+    pub fn is_busy(&self) -> bool {
+        let within = self.mesh.config.first_token_limit;
+        self.mesh.with_registry(|registry| {
+            let worker = registry.get(self.placed.worker);
+            worker.is_some_and(|worker| worker.is_busy(within, Instant::now()))
+        })
     }
 
     /// Says how the attempt ended, and gives the worker free.

@@ -14,6 +14,7 @@ use mesh_service::metrics::prometheus_client::metrics::gauge::Gauge;
 use mesh_service::metrics::prometheus_client::metrics::histogram::Histogram;
 use mesh_service::metrics::prometheus_client::registry::{Registry, Unit};
 
+use crate::core::fair::Ingress;
 use crate::core::rings::RingView;
 
 /// Which front end a request came through.
@@ -55,6 +56,11 @@ pub struct RequestLabels {
 struct DatagramLabels {
     socket: &'static str,
     outcome: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct IngressLabel {
+    ingress: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -101,6 +107,11 @@ pub struct HeadMetrics {
     pub queued: Gauge,
     /// Requests that run on a worker.
     pub running: Gauge,
+    /// Sources that requests wait of.
+    pub queue_sources: Gauge,
+    ingress_queued: Family<IngressLabel, Gauge>,
+    ingress_running: Family<IngressLabel, Gauge>,
+    queue_refusals: Family<IngressLabel, Counter>,
     failovers: Family<ModelLabel, Counter>,
     gaps: Family<ModelLabel, Histogram, fn() -> Histogram>,
     rings: RingGauges,
@@ -123,6 +134,10 @@ impl HeadMetrics {
             workers: Family::default(),
             queued: Gauge::default(),
             running: Gauge::default(),
+            queue_sources: Gauge::default(),
+            ingress_queued: Family::default(),
+            ingress_running: Family::default(),
+            queue_refusals: Family::default(),
             failovers: Family::default(),
             gaps: Family::new_with_constructor(|| Histogram::new(DURATIONS)),
             rings: RingGauges::default(),
@@ -184,6 +199,26 @@ impl HeadMetrics {
             this.running.clone(),
         );
         registry.register(
+            "queue_sources",
+            "Sources with requests that wait for a worker",
+            this.queue_sources.clone(),
+        );
+        registry.register(
+            "ingress_queued_requests",
+            "Requests that wait for a worker, by ingress",
+            this.ingress_queued.clone(),
+        );
+        registry.register(
+            "ingress_running_requests",
+            "Requests that run on a worker, by ingress",
+            this.ingress_running.clone(),
+        );
+        registry.register(
+            "queue_refusals",
+            "Requests refused or displaced because their source had its share of a full queue, by ingress",
+            this.queue_refusals.clone(),
+        );
+        registry.register(
             "ring_failovers",
             "Changes of a ring's members because some were lost",
             this.failovers.clone(),
@@ -213,6 +248,27 @@ impl HeadMetrics {
     /// The first token of a complete answer took so long.
     pub fn first_token(&self, seconds: f64) {
         self.first_token.observe(seconds);
+    }
+
+    /// Requests that came through `ingress`: those that wait, and those that run.
+    pub fn ingress(&self, ingress: Ingress, waiting: usize, running: usize) {
+        let ingress = ingress.name();
+        for (family, count) in [
+            (&self.ingress_queued, waiting),
+            (&self.ingress_running, running),
+        ] {
+            family
+                .get_or_create(&IngressLabel { ingress })
+                .set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+    }
+
+    /// A request found no place in the queue, or lost it.
+    pub fn queue_refused(&self, ingress: Ingress) {
+        let ingress = ingress.name();
+        self.queue_refusals
+            .get_or_create(&IngressLabel { ingress })
+            .inc();
     }
 
     /// The registry's size.

@@ -5,6 +5,7 @@ use mesh_proto::{Chat, ChatMessage, GenerateParams, Prompt};
 use serde_json::Value;
 
 use crate::core::affinity::{estimate_tokens, prefixes};
+use crate::core::fair::Source;
 use crate::core::router::Ask;
 use crate::fields::{Fields, Invalid, conversation, sampling};
 use crate::http::embeddings::AskedEmbeddings;
@@ -23,6 +24,8 @@ pub struct Task {
     pub params: GenerateParams,
     /// The client's own payload, where a v5.0.0 worker may take it as it is.
     pub legacy: Option<Bytes>,
+    /// Whom it comes from.
+    pub source: Source,
 }
 
 impl Task {
@@ -48,6 +51,7 @@ impl Task {
             prefixes: prefixes(model, &self.prompt),
             legacy: self.legacy.is_some(),
             revision: self.params.revision().max(self.prompt.revision()),
+            source: self.source,
             ..Ask::default()
         }
     }

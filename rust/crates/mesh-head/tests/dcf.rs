@@ -229,6 +229,50 @@ async fn a_task_of_an_old_worker_that_falls_silent_runs_elsewhere() {
     client.nothing_comes().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tasks_that_wait_at_an_old_worker_outlast_the_limit_on_silence_while_it_answers_others() {
+    let head =
+        TestHead::start(|config| config.request_timeout = Duration::from_millis(1_500)).await;
+    let worker = OldWorker::start(&head).await;
+    eventually("ready", || async { head.get("/ready").await.0 == 200 }).await;
+    let client = head.dcf().await;
+    for sequence in 0..6 {
+        client.send(TASK, sequence, b"one of many").await;
+    }
+    for _ in 0..6 {
+        let (own, _) = worker.task().await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        worker.send(RESULT, own, b"done").await;
+        let (kind, _, payload) = client.receive().await;
+        assert_eq!((kind, payload), (RESULT, b"done".to_vec()));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_asks_after_a_task_hears_that_it_runs_and_what_it_waits_for() {
+    const ACK: u8 = 4;
+    const HEALTH: u8 = 8;
+    let head = TestHead::start(|_| {}).await;
+    let slow = Script {
+        prefill: Duration::from_secs(3),
+        ..Script::default()
+    };
+    let _worker = head.worker("w", slow).await;
+    let client = head.dcf().await;
+    client.send(TASK, 5, b"hello").await;
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    client.send(HEALTH, 5, b"task").await;
+    let (kind, sequence, text) = client.receive().await;
+    assert_eq!((kind, sequence), (ACK, 5));
+    let text = String::from_utf8(text).unwrap();
+    assert!(text.contains("1 of 10 tokens"), "{text}");
+    // Nobody runs this one.
+    client.send(HEALTH, 6, b"task").await;
+    assert_eq!(client.receive().await.0, RESULT);
+    client.send(HEALTH, 5, b"task").await;
+    client.nothing_comes().await;
+}
+
 /// Gives the next Task's answer in Chunks, a few at a time.
 async fn answer_in_chunks(worker: &OldWorker, text: &str) {
     let (own, _) = worker.task().await;

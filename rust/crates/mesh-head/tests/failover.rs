@@ -115,7 +115,7 @@ async fn a_request_that_kills_every_worker_is_given_up() {
         answer["error"]["message"]
             .as_str()
             .unwrap()
-            .contains("3 workers failed"),
+            .contains("3 attempts at this request failed on 2 workers"),
         "{answer}"
     );
 }

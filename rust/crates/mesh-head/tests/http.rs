@@ -345,7 +345,7 @@ async fn a_full_queue_is_503_and_a_greedy_client_429() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_deadline_is_504() {
-    let head = TestHead::start(|config| config.request_timeout = Duration::from_millis(400)).await;
+    let head = TestHead::start(|config| config.answer_limit = Duration::from_millis(400)).await;
     let _worker = head
         .worker(
             "w",

@@ -175,6 +175,46 @@ pub struct Generate {
     /// Milliseconds the worker may spend from now; 0 is without limit.
     #[prost(uint64, tag = "9")]
     pub deadline_ms: u64,
+    /// Send a [`Progress`] whenever nothing else was sent for this many milliseconds; 0 is never.
+    #[prost(uint32, tag = "15")]
+    pub progress_ms: u32,
+}
+
+/// A request is alive (DCF 0x26), worker to head, on the stream of a [`Generate`] or an [`Embed`] that asks for it.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Progress {
+    /// What the request waits for.
+    #[prost(enumeration = "RequestPhase", tag = "1")]
+    pub phase: i32,
+    /// While queued: requests that are before it.
+    #[prost(uint32, tag = "2")]
+    pub position: u32,
+    /// Tokens of the prompt; 0 is unknown.
+    #[prost(uint32, tag = "3")]
+    pub prompt_tokens: u32,
+    /// Tokens of the prompt whose KV rows are computed.
+    #[prost(uint32, tag = "4")]
+    pub prompt_done: u32,
+    /// Milliseconds since what the request waits for last got on: since the engine completed a step. The engine's own account,
+    /// so that a hung engine behind a live process shows.
+    #[prost(uint64, tag = "5")]
+    pub quiet_ms: u64,
+}
+
+/// What a request waits for at its worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum RequestPhase {
+    /// Not given.
+    Unspecified = 0,
+    /// The chat template and the tokenizer.
+    Preparing = 1,
+    /// A slot or KV memory.
+    Queued = 2,
+    /// The computation of its prompt.
+    Prefilling = 3,
+    /// Its next token.
+    Decoding = 4,
 }
 
 /// What to answer.
@@ -414,6 +454,9 @@ pub struct Embed {
     /// Milliseconds the worker may spend from now; 0 is without limit.
     #[prost(uint64, tag = "6")]
     pub deadline_ms: u64,
+    /// As in [`Generate::progress_ms`].
+    #[prost(uint32, tag = "7")]
+    pub progress_ms: u32,
 }
 
 /// One text to embed.

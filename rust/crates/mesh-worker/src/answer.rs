@@ -1,6 +1,7 @@
 //! Answers one request of the head: Generate in, Tokens and Done (or Error) out, on a stream of their own.
 
-use std::sync::Arc;
+use std::pin::pin;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, Message, MsgType};
@@ -16,6 +17,7 @@ use crate::config::SamplingDefaults;
 use crate::encoder;
 use crate::generate::{self, Refusal};
 use crate::host::Host;
+use crate::life::{self, Life};
 
 /// Reads the request from `stream` and answers it. Ends early when the head breaks the stream off, which cancels the
 /// request.
@@ -38,25 +40,38 @@ pub(crate) async fn serve(mut stream: MsgStream, host: Arc<Host>, defaults: Arc<
     };
     let span = tracing::info_span!("request", id = generate.request_id);
     let answering = async {
-        match start(&host, generate, defaults).await {
-            Ok((events, model)) => {
-                let (send, recv) = stream.split();
-                forward(events, &model, send, recv, sequence).await;
-            }
+        let (send, recv) = stream.split();
+        let mut exchange = Exchange {
+            send,
+            recv,
+            sequence,
+            may_cancel: true,
+            life: Life::new(generate.progress_ms),
+        };
+        let tokenising = OnceLock::new();
+        let starting = start(&host, generate, defaults, &tokenising);
+        let Some(started) = exchange.prepare(starting, &tokenising).await else {
+            return;
+        };
+        match started {
+            Ok((events, model)) => exchange.forward(events, &model).await,
             Err(refusal) => {
                 tracing::debug!(%refusal, "refused");
-                refuse(stream, sequence, refusal.code(), &refusal.to_string()).await;
+                let (code, text) = (refusal.code(), refusal.to_string());
+                refuse_on(exchange.send, sequence, code, &text).await;
             }
         }
     };
     answering.instrument(span).await;
 }
 
-/// Prepares a request and hands it to its model's engine.
+/// Prepares a request and hands it to its model's engine. `tokenising` is set when only the tokenizer is left to wait for: the
+/// chat template has a limit of its own.
 pub(crate) async fn start(
     host: &Arc<Host>,
     mut generate: Generate,
     defaults: Arc<SamplingDefaults>,
+    tokenising: &OnceLock<Instant>,
 ) -> Result<(RequestStream, Model), Refusal> {
     let now = Instant::now();
     let Some(hosted) = host.find(&generate.model) else {
@@ -66,6 +81,7 @@ pub(crate) async fn start(
     };
     let (model, engine) = (hosted.model, hosted.engine);
     let prompt = generate::write(&model, host.templates(), &mut generate).await?;
+    let _ = tokenising.set(Instant::now());
     // A long prompt takes milliseconds to tokenize; other streams go on meanwhile.
     let prepared = tokio::task::spawn_blocking(move || {
         let request = generate::request(&model, &defaults, generate, prompt, now)?;
@@ -77,49 +93,103 @@ pub(crate) async fn start(
     Ok((engine.submit(request), model))
 }
 
-/// Sends the events of an answer until its last one. Returns early, which cancels the request, when the head is gone or
-/// breaks off.
-async fn forward(
-    mut events: RequestStream,
-    model: &Model,
-    mut send: SendHalf,
-    mut recv: RecvHalf,
+/// One request's stream, from the time that the request was read.
+struct Exchange {
+    send: SendHalf,
+    recv: RecvHalf,
     sequence: u32,
-) {
-    let mut may_cancel = true;
-    loop {
-        tokio::select! {
-            biased;
-            received = recv.recv(), if may_cancel => match received {
-                // It has nothing more to say, and still listens.
-                Ok(None) => may_cancel = false,
-                Ok(Some(message)) => tracing::debug!(kind = %message.kind, "unexpected message"),
-                Err(failure) => {
-                    tracing::debug!(%failure, "cancelled");
-                    return;
+    /// The head has not ended its side yet.
+    may_cancel: bool,
+    life: Life,
+}
+
+impl Exchange {
+    /// Waits for the preparation of a request, and says meanwhile that it lives. `None` when the head is gone or breaks off.
+    async fn prepare<T>(
+        &mut self,
+        starting: impl Future<Output = T>,
+        tokenising: &OnceLock<Instant>,
+    ) -> Option<T> {
+        let mut starting = pin!(starting);
+        loop {
+            tokio::select! {
+                biased;
+                received = self.recv.recv(), if self.may_cancel => self.heard(received)?,
+                started = &mut starting => return Some(started),
+                () = self.life.due() => {
+                    let progress = life::preparing(tokenising.get().copied());
+                    self.say(life::message(self.sequence, progress)).await?;
                 }
-            },
-            event = events.next() => {
-                let Some(event) = event else { return };
-                let is_last = event.is_last();
-                let message = generate::message(event, model, sequence, timestamp_us());
-                if let Err(failure) = send.send(message).await {
-                    tracing::debug!(%failure, "the head is gone");
-                    return;
+            }
+        }
+    }
+
+    /// Sends the events of an answer until its last one, and signs of life where there are none. Returns early, which cancels the
+    /// request, when the head is gone or breaks off.
+    async fn forward(mut self, events: RequestStream, model: &Model) {
+        // What was sent must arrive before the stream's halves are dropped.
+        if self.forward_all(events, model).await.is_some() {
+            let _ = self.send.finish();
+            self.send.stopped().await;
+        }
+    }
+
+    async fn forward_all(&mut self, mut events: RequestStream, model: &Model) -> Option<()> {
+        let mut begun = false;
+        loop {
+            tokio::select! {
+                biased;
+                received = self.recv.recv(), if self.may_cancel => self.heard(received)?,
+                event = events.next() => {
+                    let event = event?;
+                    let is_last = event.is_last();
+                    begun = true;
+                    self.say(generate::message(event, model, self.sequence, timestamp_us())).await?;
+                    if is_last {
+                        return Some(());
+                    }
+                    self.life.sent();
                 }
-                if is_last {
-                    let _ = send.finish();
-                    // What was sent must arrive before the stream's halves are dropped.
-                    send.stopped().await;
-                    return;
+                () = self.life.due() => {
+                    let progress = life::of_stream(&events, begun);
+                    self.say(life::message(self.sequence, progress)).await?;
                 }
+            }
+        }
+    }
+
+    /// Takes in what the head says; `None` when it breaks off.
+    fn heard(&mut self, received: Result<Option<Message>, StreamFailure>) -> Option<()> {
+        match received {
+            // It has nothing more to say, and still listens.
+            Ok(None) => self.may_cancel = false,
+            Ok(Some(message)) => tracing::debug!(kind = %message.kind, "unexpected message"),
+            Err(failure) => {
+                tracing::debug!(%failure, "cancelled");
+                return None;
+            }
+        }
+        Some(())
+    }
+
+    /// Sends a message; `None` when the head is gone.
+    async fn say(&mut self, message: Message) -> Option<()> {
+        match self.send.send(message).await {
+            Ok(()) => Some(()),
+            Err(failure) => {
+                tracing::debug!(%failure, "the head is gone");
+                None
             }
         }
     }
 }
 
 pub(crate) async fn refuse(stream: MsgStream, sequence: u32, code: ErrorCode, text: &str) {
-    let (mut send, _recv) = stream.split();
+    let (send, _recv) = stream.split();
+    refuse_on(send, sequence, code, text).await;
+}
+
+async fn refuse_on(mut send: SendHalf, sequence: u32, code: ErrorCode, text: &str) {
     let error = Message::error(sequence, timestamp_us(), code, text);
     let sent: Result<(), StreamFailure> = async {
         send.send(error).await?;

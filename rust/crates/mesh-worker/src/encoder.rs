@@ -1,7 +1,7 @@
 //! The embedding models of this worker: loaded, warmed up, and asked by the head with Embed.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bytes::{BufMut, BytesMut};
@@ -22,6 +22,7 @@ use crate::config::Config;
 use crate::error::WorkerError;
 use crate::generate;
 use crate::host::{self, Host};
+use crate::life::{self, Life};
 
 /// One embedding model with its engine.
 pub(crate) struct HostedEncoder {
@@ -165,8 +166,10 @@ pub(crate) async fn serve(stream: MsgStream, first: Message, host: &Arc<Host>) {
     async {
         let (mut send, mut recv) = stream.split();
         let answer = {
-            let answering = std::pin::pin!(answer(host, embed, arrived));
-            let broken_off = std::pin::pin!(async {
+            let mut life = Life::new(embed.progress_ms);
+            let engine = OnceLock::new();
+            let mut answering = std::pin::pin!(answer(host, embed, arrived, &engine));
+            let mut broken_off = std::pin::pin!(async {
                 // Whatever else it says; only an end of its side is none.
                 while let Ok(message) = recv.recv().await {
                     if message.is_none() {
@@ -174,11 +177,24 @@ pub(crate) async fn serve(stream: MsgStream, first: Message, host: &Arc<Host>) {
                     }
                 }
             });
-            match futures::future::select(answering, broken_off).await {
-                futures::future::Either::Left((answer, _)) => answer,
-                futures::future::Either::Right(_) => {
-                    tracing::debug!("cancelled");
-                    return;
+            loop {
+                tokio::select! {
+                    biased;
+                    answer = &mut answering => break answer,
+                    () = &mut broken_off => {
+                        tracing::debug!("cancelled");
+                        return;
+                    }
+                    () = life.due() => {
+                        let progress = match engine.get() {
+                            Some(engine) => life::of_encoder(engine),
+                            None => life::preparing(Some(arrived)),
+                        };
+                        if let Err(failure) = send.send(life::message(sequence, progress)).await {
+                            tracing::debug!(%failure, "the head is gone");
+                            return;
+                        }
+                    }
                 }
             }
         };
@@ -237,7 +253,13 @@ impl Refusal {
     }
 }
 
-async fn answer(host: &Arc<Host>, embed: Embed, arrived: Instant) -> Result<Embeddings, Refusal> {
+/// The vectors of `embed`. `engine` is set when its engine has the texts.
+async fn answer(
+    host: &Arc<Host>,
+    embed: Embed,
+    arrived: Instant,
+    engine: &OnceLock<EmbedHandle>,
+) -> Result<Embeddings, Refusal> {
     let Some(hosted) = host.find_encoder(&embed.model) else {
         return Err(Refusal::UnknownModel { name: embed.model });
     };
@@ -278,7 +300,9 @@ async fn answer(host: &Arc<Host>, embed: Embed, arrived: Instant) -> Result<Embe
         sequences,
         deadline,
     };
-    let embedded = hosted.engine.submit(request).await?;
+    let reply = hosted.engine.submit(request);
+    let _ = engine.set(hosted.engine.clone());
+    let embedded = reply.await?;
     let mut vectors = BytesMut::with_capacity(embedded.vectors.len() * dimensions * 4);
     for mut vector in embedded.vectors {
         shorten(&mut vector, dimensions);

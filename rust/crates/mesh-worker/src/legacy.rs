@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -120,7 +120,7 @@ async fn run(task: Message, host: &Arc<Host>, defaults: Arc<SamplingDefaults>) -
         Ok(generate) => generate,
         Err(reason) => return vec![error(&task, ErrorCode::INVALID_PAYLOAD, &reason)],
     };
-    let mut events = match answer::start(host, generate, defaults).await {
+    let mut events = match answer::start(host, generate, defaults, &OnceLock::new()).await {
         Ok((events, _)) => events,
         Err(refusal) => return vec![error(&task, refusal.code(), &refusal.to_string())],
     };

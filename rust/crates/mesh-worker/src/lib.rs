@@ -1,7 +1,8 @@
 //! The worker: hosts engines, answers tasks.
 //!
 //! [`Worker::start`] loads the models (`host`), joins the mesh and keeps the link to the head up (`head`). Each request
-//! of the head is a stream of its own (`answer`, `generate`, `encoder`). Plain DCF tasks, as v5.0.0 heads send them, come over UDP
+//! of the head is a stream of its own (`answer`, `generate`, `encoder`), on which it says
+//! that it lives (`life`). Plain DCF tasks, as v5.0.0 heads send them, come over UDP
 //! (`legacy`).
 
 #![forbid(unsafe_code)]
@@ -16,6 +17,7 @@ mod head;
 mod host;
 mod lan;
 mod legacy;
+mod life;
 mod loading;
 mod metrics;
 mod models;

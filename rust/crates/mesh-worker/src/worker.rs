@@ -316,18 +316,28 @@ struct Progress {
 impl Progress {
     fn is_made(&mut self, host: &Host, now: Instant) -> bool {
         let (models, encoders) = (host.models(), host.encoders());
-        let engines = models.iter().map(|hosted| hosted.engine.load());
-        let encoders = encoders.iter().map(|hosted| hosted.engine.load());
+        let engines = models.iter().map(|hosted| {
+            let rows = hosted.engine.info().max_rows as usize;
+            (hosted.engine.load(), rows)
+        });
+        let encoders = encoders.iter().map(|hosted| {
+            let rows = hosted.engine.info().max_rows;
+            (hosted.engine.load(), rows)
+        });
         let loads: Vec<_> = engines.chain(encoders).collect();
-        let steps = loads.iter().map(|load| load.totals.steps).sum();
+        let limits = loads
+            .iter()
+            .map(|(load, rows)| step_limit(*rows, load.prefill_tps));
+        let limit = limits.max().unwrap_or(STEP_LIMIT);
+        let steps = loads.iter().map(|(load, _)| load.totals.steps).sum();
         let busy = loads
             .iter()
-            .any(|load| load.running > 0 || load.prefill_backlog > 0);
+            .any(|(load, _)| load.running > 0 || load.prefill_backlog > 0);
         if steps != self.steps || !busy {
             (self.steps, self.since) = (steps, Some(now));
         }
         self.since
-            .is_none_or(|since| now.duration_since(since) < STEP_LIMIT)
+            .is_none_or(|since| now.duration_since(since) < limit)
     }
 }
 
@@ -336,8 +346,33 @@ const HOUSEKEEPING: Duration = Duration::from_millis(500);
 /// Housekeeping that does not turn for this long is stuck.
 const STUCK: Duration = Duration::from_secs(10);
 
-/// No step takes this long, on the slowest machine.
+/// What a step of at most `rows` rows may take at this measured speed in rows per second: ten times what it should.
+fn step_limit(rows: usize, speed: f32) -> Duration {
+    let expected = if speed > 0.0 {
+        Duration::try_from_secs_f32(10.0 * rows as f32 / speed).unwrap_or_default()
+    } else {
+        Duration::ZERO
+    };
+    expected.clamp(STEP_LIMIT, LONGEST_STEP_LIMIT)
+}
+
+/// A step that takes this long is stuck, unless the machine is known to be that slow.
 const STEP_LIMIT: Duration = Duration::from_secs(60);
+const LONGEST_STEP_LIMIT: Duration = Duration::from_secs(3600);
 
 /// How long the link has for its goodbye.
 const GOODBYE: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slow_machine_has_longer_for_a_step_than_a_fast_one() {
+        assert_eq!(step_limit(512, 500.0), STEP_LIMIT);
+        assert_eq!(step_limit(512, 0.0), STEP_LIMIT);
+        assert_eq!(step_limit(512, 5.12), Duration::from_secs(1000));
+        assert_eq!(step_limit(512, f32::MIN_POSITIVE), STEP_LIMIT);
+        assert_eq!(step_limit(1 << 20, 0.001), LONGEST_STEP_LIMIT);
+    }
+}

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::task::{Context, Poll};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures::channel::oneshot;
 
@@ -42,6 +42,8 @@ struct Shared {
     info: EncoderInfo,
     next_key: AtomicU64,
     load: Mutex<Load>,
+    /// When a batch last came back, or the first request came; `None` while there is nothing to do.
+    advanced: Mutex<Option<Instant>>,
     death: Mutex<Option<RequestError>>,
 }
 
@@ -72,6 +74,7 @@ impl EmbedEngine {
             info: encoder.info().clone(),
             next_key: AtomicU64::new(0),
             load: Mutex::new(scheduler.load()),
+            advanced: Mutex::default(),
             death: Mutex::new(None),
         });
         let worker = Worker {
@@ -127,6 +130,12 @@ impl EmbedHandle {
     /// What the engine has to do and how fast it goes, as of its last batch.
     pub fn load(&self) -> Load {
         lock(&self.shared.load).clone()
+    }
+
+    /// How long ago the engine last completed a batch while it had something to do; zero while it has nothing to do.
+    pub fn quiet(&self) -> Duration {
+        let advanced = *lock(&self.shared.advanced);
+        advanced.map_or(Duration::ZERO, |at| at.elapsed())
     }
 
     /// Shape and limits of the encoder.
@@ -205,11 +214,14 @@ impl Worker {
                 return dead(STOPPED);
             }
             if let Some(batch) = self.scheduler.plan(Instant::now()) {
+                lock(&self.shared.advanced).get_or_insert_with(Instant::now);
                 // Whoever looks meanwhile sees that there is work.
                 *lock(&self.shared.load) = self.scheduler.load();
                 if let Err(fatal) = self.compute(&batch) {
                     return fatal;
                 }
+                let more = !self.scheduler.is_idle();
+                *lock(&self.shared.advanced) = more.then(Instant::now);
             }
             self.publish();
         }

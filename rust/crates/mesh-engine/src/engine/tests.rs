@@ -8,6 +8,7 @@ use futures::executor::{block_on, block_on_stream};
 use super::*;
 use crate::StageError;
 use crate::request::{Finish, RequestError};
+use crate::scheduler::RequestStatus;
 use crate::testing::{self, HashStage, Letters};
 
 const CONTEXT: u32 = 200;
@@ -307,4 +308,44 @@ fn an_engine_that_breaks_in_another_thread_ends_there_too() {
         failure(engine.handle().submit(request(2, 5))),
         RequestError::EngineDead { .. }
     ));
+}
+
+#[test]
+fn requests_say_what_they_wait_for_and_an_engine_that_hangs_is_not_vouched_for() {
+    let (open, ran_by) = (Arc::new(AtomicBool::new(false)), Arc::default());
+    let mut waker = None;
+    let engine = Engine::start_runner(
+        "test",
+        Arc::new(Letters),
+        SchedulerConfig::default(),
+        |wake| {
+            waker = Some(wake);
+            Box::new(Gated {
+                local: Local::new(Box::new(HashStage::new(1, CONTEXT, 32))),
+                open: Arc::clone(&open),
+                ran_by: Arc::clone(&ran_by),
+            })
+        },
+    )
+    .unwrap();
+    let waker = waker.unwrap();
+    let handle = engine.handle();
+    assert_eq!(handle.quiet(), Duration::ZERO);
+    let first = handle.submit(request(3, 50));
+    let second = handle.submit(request(5, 50));
+    wait_until(|| second.status() == Some(RequestStatus::Queued { ahead: 0 }));
+    wait_until(|| matches!(first.status(), Some(RequestStatus::Prefilling { .. })));
+    // The thread turns all the while, but no step comes back.
+    wait_until(|| handle.quiet() > Duration::from_millis(300));
+    let before = handle.quiet();
+    open.store(true, Ordering::SeqCst);
+    waker.wake();
+    wait_until(|| second.quiet() < before);
+    wait_until(|| {
+        open.store(true, Ordering::SeqCst);
+        waker.wake();
+        first.status() == Some(RequestStatus::Decoding)
+    });
+    drop((first, second));
+    wait_until(|| handle.quiet() == Duration::ZERO);
 }

@@ -15,18 +15,30 @@ use futures::channel::{mpsc as async_mpsc, oneshot};
 use crate::StageInfo;
 use crate::request::{Event, Request, RequestError};
 use crate::runner::{Outcome, Runner};
-use crate::scheduler::{Load, RequestKey, Scheduler, Step};
+use crate::scheduler::{Load, RequestKey, RequestStatus, Scheduler, Step};
 
 /// What an engine's handles and its thread have in common.
 pub(super) struct Shared {
     info: OnceLock<StageInfo>,
     next_key: AtomicU64,
     load: Mutex<Load>,
+    pulse: Mutex<Pulse>,
     death: Mutex<Option<RequestError>>,
     queue: Mutex<Queue>,
     filled: Condvar,
     /// `None` before it is started and when it has ended.
     worker: Mutex<Option<Worker>>,
+}
+
+/// What the thread last said of itself and of its requests.
+#[derive(Default)]
+struct Pulse {
+    /// When a step last came back, or the first request came; `None` while there is nothing to do.
+    advanced: Option<Instant>,
+    /// Where its requests are.
+    statuses: HashMap<RequestKey, RequestStatus>,
+    /// When those were noted.
+    noted: Option<Instant>,
 }
 
 #[derive(Default)]
@@ -57,6 +69,7 @@ impl Shared {
             info: OnceLock::new(),
             next_key: AtomicU64::new(0),
             load: Mutex::default(),
+            pulse: Mutex::default(),
             death: Mutex::default(),
             queue: Mutex::default(),
             filled: Condvar::new(),
@@ -90,6 +103,15 @@ impl Shared {
 
     pub(super) fn load(&self) -> Load {
         lock(&self.load).clone()
+    }
+
+    pub(super) fn status(&self, key: RequestKey) -> Option<RequestStatus> {
+        lock(&self.pulse).statuses.get(&key).copied()
+    }
+
+    pub(super) fn quiet(&self, now: Instant) -> Duration {
+        let advanced = lock(&self.pulse).advanced;
+        advanced.map_or(Duration::ZERO, |at| now.saturating_duration_since(at))
     }
 
     pub(super) fn death(&self) -> Option<RequestError> {
@@ -201,20 +223,35 @@ impl Worker {
     fn turn(&mut self, shared: &Shared) -> Option<RequestError> {
         loop {
             let commands = std::mem::take(&mut lock(&shared.queue).commands);
+            let mut news = false;
             for command in commands {
+                news |= matches!(command, Command::Submit(..));
                 if !self.obey(command) {
                     // A runner that has ended says why better than who drops the engine after it.
                     return Some(self.poll().err().unwrap_or_else(|| dead(STOPPED)));
                 }
+            }
+            if !self.scheduler.is_idle() {
+                // Seen by those who ask while the step below is computed.
+                lock(&shared.pulse)
+                    .advanced
+                    .get_or_insert_with(Instant::now);
             }
             let mut busy = false;
             while self.runner.has_room() && self.scheduler.plan(&mut self.step, Instant::now()) {
                 self.runner.begin(&mut self.step, Instant::now());
                 busy = true;
             }
+            if news {
+                // The step may take long.
+                self.note_statuses(shared, true);
+            }
             match self.poll() {
                 Ok(false) => {}
-                Ok(true) => busy = true,
+                Ok(true) => {
+                    busy = true;
+                    lock(&shared.pulse).advanced = Some(Instant::now());
+                }
                 Err(fatal) => return Some(fatal),
             }
             self.publish(shared);
@@ -295,6 +332,7 @@ impl Worker {
     /// Hands out events and the load.
     fn publish(&mut self, shared: &Shared) {
         *lock(&shared.load) = self.scheduler.load();
+        self.note_statuses(shared, false);
         while let Some((key, event)) = self.scheduler.next_event() {
             let is_last = event.is_last();
             if let Some(stream) = self.streams.get(&key) {
@@ -308,6 +346,28 @@ impl Worker {
         if self.scheduler.is_idle() {
             for done in self.drained.drain(..) {
                 let _ = done.send(());
+            }
+        }
+    }
+}
+
+impl Worker {
+    /// Notes where all requests are; now and then, because nobody asks more often, or `at_once`.
+    fn note_statuses(&self, shared: &Shared, at_once: bool) {
+        let now = Instant::now();
+        let mut pulse = lock(&shared.pulse);
+        if self.scheduler.is_idle() {
+            pulse.advanced = None;
+        }
+        let fresh = |at| now.saturating_duration_since(at) < STATUS_INTERVAL;
+        if !at_once && pulse.noted.is_some_and(fresh) {
+            return;
+        }
+        pulse.noted = Some(now);
+        pulse.statuses.clear();
+        for &key in self.streams.keys() {
+            if let Some(status) = self.scheduler.status(key) {
+                pulse.statuses.insert(key, status);
             }
         }
     }
@@ -334,6 +394,9 @@ pub(super) const STOPPED: &str = "it was shut down";
 
 /// Failed steps in a row after which an engine is given up.
 const FATAL_FAILURES: u32 = 3;
+
+/// How old the account of where requests are may be, while steps go on.
+const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How late a request's deadline may be noticed while steps are under way elsewhere.
 const DEADLINE_CHECK: Duration = Duration::from_millis(50);

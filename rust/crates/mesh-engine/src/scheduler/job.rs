@@ -20,6 +20,8 @@ pub(super) struct Job {
     pub(super) deadline: Option<Instant>,
     /// Tokens found in the KV cache.
     pub(super) reused: u32,
+    /// It ran before and gave its KV memory to older requests.
+    pub(super) preempted: bool,
     submitted: Instant,
     kind: Kind,
 }
@@ -103,6 +105,7 @@ impl Job {
             reserves: prompt_tokens + max_tokens,
             deadline: request.deadline,
             reused: 0,
+            preempted: false,
             submitted: now,
             kind: Kind::Generate(Box::new(Answer {
                 sampler,
@@ -144,6 +147,7 @@ impl Job {
             reserves: tokens.len() as u64,
             deadline: None,
             reused: 0,
+            preempted: false,
             submitted: now,
             kind: Kind::Score(Vec::with_capacity(tokens.len() - 1)),
             tokens,

@@ -146,6 +146,30 @@ pub struct Totals {
     pub cancelled: u64,
 }
 
+/// Where a request is on its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RequestStatus {
+    /// It waits for a slot or for KV memory.
+    Queued {
+        /// Requests that will start before it.
+        ahead: u32,
+    },
+    /// Its prompt, or after a preemption its prompt and the answer so far, is being computed.
+    Prefilling {
+        /// Tokens whose KV rows are computed or being computed.
+        done: u32,
+        /// Tokens that have to be.
+        total: u32,
+    },
+    /// Its answer grows.
+    Decoding,
+    /// It gave its KV memory to older requests and waits to go on.
+    Preempted {
+        /// Requests that will go on before it.
+        ahead: u32,
+    },
+}
+
 /// The batching scheduler of one stage.
 pub struct Scheduler {
     config: SchedulerConfig,
@@ -172,6 +196,8 @@ pub struct Scheduler {
 struct Running {
     job: Job,
     slot: SlotId,
+    /// A token of its answer was chosen since it took the slot.
+    decodes: bool,
 }
 
 impl Scheduler {
@@ -337,6 +363,27 @@ impl Scheduler {
         self.events.pop_front()
     }
 
+    /// Where a request is on its way; `None` if it has ended or was never there.
+    pub fn status(&self, key: RequestKey) -> Option<RequestStatus> {
+        if let Some(running) = self.running.iter().find(|r| r.job.key == key) {
+            let total = running.job.tokens.len() as u32;
+            return Some(if running.decodes {
+                RequestStatus::Decoding
+            } else {
+                let done = self.slots.cached_len(running.slot).min(total);
+                RequestStatus::Prefilling { done, total }
+            });
+        }
+        let ahead = self.queue.iter().position(|job| job.key == key)?;
+        let preempted = self.queue[ahead].preempted;
+        let ahead = u32::try_from(ahead).unwrap_or(u32::MAX);
+        Some(if preempted {
+            RequestStatus::Preempted { ahead }
+        } else {
+            RequestStatus::Queued { ahead }
+        })
+    }
+
     /// What there is to do, and how fast it goes.
     pub fn load(&self) -> Load {
         let running = self
@@ -448,7 +495,11 @@ impl Scheduler {
             self.slot_ops.push(SlotOp::Truncate { slot, len });
         }
         self.slots.claim(placement, &job.tokens, job.key);
-        self.running.push(Running { job, slot });
+        self.running.push(Running {
+            job,
+            slot,
+            decodes: false,
+        });
         self.evict();
     }
 
@@ -477,7 +528,7 @@ impl Scheduler {
 
     fn plan_decode(&self, step: &mut Step, decoding: u32) {
         let share = decoding.div_ceil(self.config.steps_under_way.max(1));
-        for Running { job, slot } in &self.running {
+        for Running { job, slot, .. } in &self.running {
             if step.segments.len() as u32 >= share {
                 break;
             }
@@ -494,7 +545,7 @@ impl Scheduler {
         let backlogs: Vec<u32> = self
             .running
             .iter()
-            .map(|Running { job, slot }| {
+            .map(|Running { job, slot, .. }| {
                 let pending = job.pending(self.slots.cached_len(*slot)).len() as u32;
                 if job.is_score() {
                     // One at a time: their logits take memory.
@@ -507,7 +558,7 @@ impl Scheduler {
             })
             .collect();
         let shares = share_rows(&backlogs, self.prefill_budget(step.decode_rows, decoding));
-        for (Running { job, slot }, &rows) in self.running.iter().zip(&shares) {
+        for (Running { job, slot, .. }, &rows) in self.running.iter().zip(&shares) {
             if rows > 0 {
                 step.push(job, *slot, self.slots.cached_len(*slot), rows);
             }
@@ -553,7 +604,10 @@ impl Scheduler {
             .job
             .take_logits(position, row, &*self.vocabulary, scratch, now);
         match taken {
-            Ok(Some(tokens)) => self.events.push_back((owner, Event::Tokens(tokens))),
+            Ok(Some(tokens)) => {
+                running.decodes = true;
+                self.events.push_back((owner, Event::Tokens(tokens)));
+            }
             Ok(None) => {}
             Err(error) => self.end(owner, error),
         }

@@ -278,6 +278,28 @@ fn the_queue_is_first_come_first_served_and_limited() {
 }
 
 #[test]
+fn where_a_request_is_on_its_way_is_known() {
+    let mut sim = Sim::new(1, 16, SchedulerConfig::default());
+    sim.submit(1, endless(prompt(1, 20), 5));
+    sim.submit(2, endless(prompt(2, 5), 5));
+    let status = |sim: &Sim, key| sim.scheduler.status(key);
+    let queued = |ahead| Some(RequestStatus::Queued { ahead });
+    assert_eq!((status(&sim, 1), status(&sim, 2)), (queued(0), queued(1)));
+    assert!(sim.plan());
+    let prefilling = Some(RequestStatus::Prefilling {
+        done: 16,
+        total: 20,
+    });
+    assert_eq!((status(&sim, 1), status(&sim, 2)), (prefilling, queued(0)));
+    sim.run();
+    assert!(sim.plan());
+    sim.run();
+    assert_eq!(status(&sim, 1), Some(RequestStatus::Decoding));
+    sim.run_until_idle();
+    assert_eq!((status(&sim, 1), status(&sim, 2)), (None, None));
+}
+
+#[test]
 fn a_deadline_ends_a_request_wherever_it_is() {
     let mut sim = Sim::new(1, 16, SchedulerConfig::default());
     let late = |prompt, ms| Request {

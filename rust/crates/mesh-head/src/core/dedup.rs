@@ -98,6 +98,13 @@ impl Dedup {
         Seen::New(run)
     }
 
+    /// Whether a task of that name runs.
+    pub fn is_running(&self, key: TaskKey) -> bool {
+        self.tasks
+            .get(&key)
+            .is_some_and(|task| task.answer.is_none())
+    }
+
     /// Whether this run is still what its client waits for.
     pub fn is_current(&self, key: TaskKey, run: Run) -> bool {
         self.tasks.get(&key).is_some_and(|task| task.run == run)

@@ -6,6 +6,7 @@
 //! - [`registry`]: which workers there are, what they serve, how loaded they are.
 //! - [`router`]: which of them answers a request soonest.
 //! - [`placement`]: registry, router and the bounded queue together.
+//! - [`fair`]: whose turn it is in that queue.
 //! - [`request`]: the life of one answer across worker deaths.
 //! - [`embedding`]: a request for embeddings cut into parts for several workers.
 //! - [`rings`]: models that no single worker serves: who holds which layers, and what happens when one is lost.
@@ -16,6 +17,7 @@
 pub mod affinity;
 pub mod dedup;
 pub mod embedding;
+pub mod fair;
 pub mod outbox;
 pub mod placement;
 pub mod registry;

@@ -1,9 +1,11 @@
-//! Registry, router and the bounded queue: gives every request a worker, at once or when one has room.
+//! Registry, router and the bounded, fair queue: gives every request a worker, at once or when one has room.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::{Duration, Instant};
 
-use super::registry::{Registry, Worker, WorkerId};
+use super::fair::{FairQueue, Full, Ingress, Source};
+use super::registry::{Registry, ServedModel, Worker, WorkerId};
 use super::rings::Prospect;
 use super::router::{Ask, Capacity, Choice, Estimate, Router};
 
@@ -42,11 +44,21 @@ pub struct Placed {
 /// A request gets no worker.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// Too many wait already.
-    #[error("all workers are busy and {limit} requests wait already; try again later")]
+    /// Its source has its share of the queue, or more, and the queue is full.
+    #[error(
+        "all workers are busy and {yours} requests of {} wait already: that is its share of the {limit} places in the queue among \
+         {sources} sources; wait for one of them to end, or add workers",
+        whose.origin
+    )]
     QueueFull {
         /// The queue's bound.
         limit: usize,
+        /// Whose request it is.
+        whose: Source,
+        /// Requests of that source that wait.
+        yours: usize,
+        /// Sources that share the queue.
+        sources: usize,
     },
     /// The model is known but nobody serves it now, or there is no worker at all.
     #[error(
@@ -113,7 +125,9 @@ pub struct Placement {
     pub registry: Registry,
     router: Router,
     limits: Limits,
-    waiting: VecDeque<Waiting>,
+    queue: FairQueue<Waiting>,
+    /// Requests that lost their places in the queue, and are to be told.
+    displaced: Vec<(Ticket, Refusal)>,
     running: BTreeMap<Ticket, Running>,
     /// Models that rings are to serve and do not serve now.
     prospects: BTreeMap<String, Prospect>,
@@ -123,6 +137,8 @@ pub struct Placement {
 struct Waiting {
     ticket: Ticket,
     ask: Ask,
+    /// Equal for requests that the same workers may take.
+    class: u64,
     /// Since when nobody serves it.
     nobody_since: Option<Instant>,
 }
@@ -130,6 +146,9 @@ struct Waiting {
 #[derive(Debug)]
 struct Running {
     worker: WorkerId,
+    source: Source,
+    /// Its first token came.
+    streams: bool,
     model: String,
     ring: Option<u64>,
     started: Instant,
@@ -145,7 +164,8 @@ impl Placement {
             registry,
             router,
             limits,
-            waiting: VecDeque::new(),
+            queue: FairQueue::new(limits.queue),
+            displaced: Vec::new(),
             running: BTreeMap::new(),
             prospects: BTreeMap::new(),
         }
@@ -154,7 +174,12 @@ impl Placement {
     /// Asks for a worker. A `rerun` has waited its turn already: it goes to the front of the queue, past its bound, and
     /// may wait for a worker to join. Any request waits for a ring that is being formed or recovers.
     pub fn ask(&mut self, ticket: Ticket, ask: Ask, rerun: bool, now: Instant) -> Asked {
+        let class = class_of(&ask);
         let nobody_since = match self.router.choose(&self.registry, &ask, now) {
+            // Whoever waits for the same comes first; `pump` gives that room away.
+            Choice::Worker(..) if !rerun && self.queue.any(|waiting| waiting.class == class) => {
+                None
+            }
             Choice::Worker(id, estimate) => {
                 return Asked::Placed(self.place(ticket, &ask, id, estimate, now));
             }
@@ -163,62 +188,118 @@ impl Placement {
             Choice::Nobody if rerun => Some(now),
             Choice::Nobody => return Asked::Refused(self.nobody(&ask)),
         };
+        let source = ask.source;
         let waiting = Waiting {
             ticket,
             ask,
+            class,
             nobody_since,
         };
         if rerun {
-            self.waiting.push_front(waiting);
-        } else if self.waiting.len() >= self.limits.queue {
-            return Asked::Refused(Refusal::QueueFull {
-                limit: self.limits.queue,
-            });
-        } else {
-            self.waiting.push_back(waiting);
+            self.queue.push_again(source, waiting);
+            return Asked::Waiting;
+        }
+        match self.queue.push(source, waiting) {
+            Ok(None) => {}
+            Ok(Some((victim, lost))) => {
+                let full = Full {
+                    yours: self.queue.waiting_of(victim),
+                    sources: self.queue.sources(),
+                };
+                let refusal = self.full(victim, full);
+                self.displaced.push((lost.ticket, refusal));
+            }
+            Err(full) => return Asked::Refused(self.full(source, full)),
         }
         Asked::Waiting
     }
 
-    /// Gives free room to those who wait, first come first served, and sends away whom nobody has been able to serve for
+    /// Gives free room to those who wait, in turns ([`super::fair`]), and sends away whom nobody has been able to serve for
     /// too long. To be called after every change and now and then.
     pub fn pump(&mut self, now: Instant) -> Vec<(Ticket, Result<Placed, Refusal>)> {
-        let mut decided = Vec::new();
-        let mut still = VecDeque::with_capacity(self.waiting.len());
-        while let Some(mut waiting) = self.waiting.pop_front() {
-            match self.router.choose(&self.registry, &waiting.ask, now) {
-                Choice::Worker(id, estimate) => {
-                    let placed = self.place(waiting.ticket, &waiting.ask, id, estimate, now);
-                    decided.push((waiting.ticket, Ok(placed)));
-                    continue;
-                }
-                Choice::Busy => waiting.nobody_since = None,
-                Choice::Nobody if self.is_coming(&waiting.ask.model) => {
+        let displaced = std::mem::take(&mut self.displaced).into_iter();
+        let mut decided: Vec<_> = displaced.map(|(t, refusal)| (t, Err(refusal))).collect();
+        if self.queue.is_empty() {
+            return decided;
+        }
+        let mut room: HashMap<u64, Room> = HashMap::new();
+        let mut expired = Vec::new();
+        {
+            let (router, registry) = (&self.router, &self.registry);
+            let (prospects, grace) = (&self.prospects, self.limits.rejoin_grace);
+            self.queue.retain(|waiting| {
+                let of_class = room.entry(waiting.class).or_insert_with(|| {
+                    match router.choose(registry, &waiting.ask, now) {
+                        Choice::Worker(..) => Room::Perhaps,
+                        Choice::Busy => Room::No,
+                        Choice::Nobody => match prospects.get(&waiting.ask.model) {
+                            Some(Prospect::Coming) => Room::No,
+                            _ => Room::Nobody,
+                        },
+                    }
+                });
+                if *of_class != Room::Nobody {
                     waiting.nobody_since = None;
+                    return true;
                 }
-                Choice::Nobody => {
-                    let since = *waiting.nobody_since.get_or_insert(now);
-                    if now.saturating_duration_since(since) >= self.limits.rejoin_grace {
-                        decided.push((waiting.ticket, Err(self.nobody(&waiting.ask))));
-                        continue;
+                let since = *waiting.nobody_since.get_or_insert(now);
+                let keep = now.saturating_duration_since(since) < grace;
+                if !keep {
+                    expired.push((waiting.ticket, waiting.ask.clone()));
+                }
+                keep
+            });
+        }
+        for (ticket, ask) in expired {
+            decided.push((ticket, Err(self.nobody(&ask))));
+        }
+        loop {
+            let mut found = None;
+            let (router, registry) = (&self.router, &self.registry);
+            let taken = self.queue.take_next(|waiting| {
+                if room.get(&waiting.class) != Some(&Room::Perhaps) {
+                    return false;
+                }
+                match router.choose(registry, &waiting.ask, now) {
+                    Choice::Worker(id, estimate) => {
+                        found = Some((id, estimate));
+                        true
+                    }
+                    Choice::Busy | Choice::Nobody => {
+                        room.insert(waiting.class, Room::No);
+                        false
                     }
                 }
-            }
-            still.push_back(waiting);
+            });
+            let (Some((_, waiting)), Some((id, estimate))) = (taken, found) else {
+                return decided;
+            };
+            let placed = self.place(waiting.ticket, &waiting.ask, id, estimate, now);
+            decided.push((waiting.ticket, Ok(placed)));
         }
-        self.waiting = still;
-        decided
     }
 
-    /// The first token of a request came: its prompt is prefilled.
-    pub fn first_token(&mut self, ticket: Ticket) {
+    /// Whether requests lost their places, so that [`Placement::pump`] has something to tell.
+    pub fn has_displaced(&self) -> bool {
+        !self.displaced.is_empty()
+    }
+
+    /// The first token of a request came: its prompt is prefilled, and its worker has proven that it answers.
+    pub fn first_token(&mut self, ticket: Ticket, now: Instant) {
         let Some(running) = self.running.get_mut(&ticket) else {
             return;
         };
+        running.streams = true;
         let prefilled = std::mem::take(&mut running.prefilling);
-        if let Some(worker) = self.registry.get_mut(running.worker) {
-            worker.prefilling = worker.prefilling.saturating_sub(prefilled);
+        let Some(worker) = self.registry.get_mut(running.worker) else {
+            return;
+        };
+        worker.prefilling = worker.prefilling.saturating_sub(prefilled);
+        worker.last_success = Some(now);
+        if let Some(model) = model_of(worker, &running.model) {
+            model.succeeded(now);
         }
+        worker.proven = worker.models.iter().all(|model| model.proven);
     }
 
     /// A request no longer runs on its worker.
@@ -226,21 +307,20 @@ impl Placement {
         let Some(running) = self.running.remove(&ticket) else {
             return;
         };
+        self.queue.ended(running.source);
+        let same = |other: &&Running| {
+            other.streams && other.worker == running.worker && other.model == running.model
+        };
+        let streams = self.running.values().any(|other| same(&other));
         let Some(worker) = self.registry.get_mut(running.worker) else {
             return;
         };
-        if let Some(model) = worker
-            .models
-            .iter_mut()
-            .find(|model| model.card.name == running.model)
-        {
+        if let Some(model) = model_of(worker, &running.model) {
             match ended {
-                Ended::Complete => {
-                    model.proven = true;
-                    model.last_success = Some(now);
-                }
-                Ended::Failed => model.proven = false,
-                Ended::Busy | Ended::Cancelled => {}
+                Ended::Complete => model.succeeded(now),
+                // While it answers others, it answers.
+                Ended::Failed if !streams => model.failed(),
+                Ended::Failed | Ended::Busy | Ended::Cancelled => {}
             }
         }
         worker.assigned = worker.assigned.saturating_sub(1);
@@ -249,7 +329,8 @@ impl Placement {
             Ended::Complete => {
                 worker.completed += 1;
                 worker.last_success = Some(now);
-                worker.proven = true;
+                // A v5.0.0 worker has no models of its own.
+                worker.proven = worker.models.iter().all(|model| model.proven);
                 let took = now.saturating_duration_since(running.started).as_secs_f64();
                 let before = if worker.task_seconds > 0.0 {
                     worker.task_seconds
@@ -260,7 +341,7 @@ impl Placement {
             }
             Ended::Failed => {
                 worker.failed += 1;
-                worker.proven = false;
+                worker.proven &= streams;
             }
             Ended::Busy => worker.busy_until = Some(now + BUSY_PAUSE),
             Ended::Cancelled => {}
@@ -269,7 +350,7 @@ impl Placement {
 
     /// A request that waits is given up.
     pub fn withdraw(&mut self, ticket: Ticket) {
-        self.waiting.retain(|waiting| waiting.ticket != ticket);
+        self.queue.retain(|waiting| waiting.ticket != ticket);
     }
 
     /// Removes a worker.
@@ -308,7 +389,17 @@ impl Placement {
 
     /// Number of requests that wait for a worker.
     pub fn queued(&self) -> usize {
-        self.waiting.len()
+        self.queue.len()
+    }
+
+    /// Requests that came through `ingress`: those that wait, and those that run.
+    pub fn of_ingress(&self, ingress: Ingress) -> (usize, usize) {
+        self.queue.of_ingress(ingress)
+    }
+
+    /// Sources that share the queue.
+    pub fn sources(&self) -> usize {
+        self.queue.sources()
     }
 
     /// Number of requests that run on a worker.
@@ -343,10 +434,13 @@ impl Placement {
             ring: served.and_then(|model| model.ring),
             estimate,
         };
+        self.queue.started(ask.source);
         self.running.insert(
             ticket,
             Running {
                 worker: id,
+                source: ask.source,
+                streams: false,
                 model: placed.model.clone(),
                 ring: placed.ring,
                 started: now,
@@ -354,6 +448,15 @@ impl Placement {
             },
         );
         placed
+    }
+
+    fn full(&self, source: Source, full: Full) -> Refusal {
+        Refusal::QueueFull {
+            limit: self.limits.queue,
+            whose: source,
+            yours: full.yours,
+            sources: full.sources,
+        }
     }
 
     fn is_coming(&self, model: &str) -> bool {
@@ -383,6 +486,27 @@ impl Placement {
     }
 }
 
+/// Whether there is room for a class of requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Room {
+    Perhaps,
+    No,
+    /// Nobody serves it at all.
+    Nobody,
+}
+
+/// Equal for requests that the same workers may take, which only a failure or the weights of an answer begun tell apart.
+fn class_of(ask: &Ask) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (&ask.model, ask.purpose, ask.legacy, ask.revision).hash(&mut hasher);
+    (&ask.fingerprint, &ask.avoid).hash(&mut hasher);
+    hasher.finish()
+}
+
+fn model_of<'a>(worker: &'a mut Worker, name: &str) -> Option<&'a mut ServedModel> {
+    worker.models.iter_mut().find(|m| m.card.name == name)
+}
+
 fn serving(model: &str) -> String {
     if model.is_empty() {
         String::new()
@@ -400,6 +524,7 @@ const BUSY_PAUSE: Duration = Duration::from_millis(100);
 mod tests {
     use mesh_proto::{Hello, ModelCard};
 
+    use super::super::fair::Origin;
     use super::*;
 
     const GRACE: Duration = Duration::from_secs(5);
@@ -516,9 +641,13 @@ mod tests {
         ));
         assert_eq!(placement.ask(Ticket(2), ask(), false, now), Asked::Waiting);
         assert_eq!(placement.ask(Ticket(3), ask(), false, now), Asked::Waiting);
+        let Asked::Refused(refusal) = placement.ask(Ticket(4), ask(), false, now) else {
+            panic!("it waits");
+        };
         assert_eq!(
-            placement.ask(Ticket(4), ask(), false, now),
-            Asked::Refused(Refusal::QueueFull { limit: 2 })
+            refusal.to_string(),
+            "all workers are busy and 2 requests of this source wait already: that is its share of the 2 places in the queue among \
+             1 sources; wait for one of them to end, or add workers"
         );
         assert!(placement.pump(now).is_empty());
         placement.release(Ticket(1), Ended::Complete, now);
@@ -587,10 +716,10 @@ mod tests {
             Asked::Waiting
         );
         assert_eq!(placement.ask(Ticket(2), ask(), true, start), Asked::Waiting);
-        assert_eq!(
+        assert!(matches!(
             placement.ask(Ticket(3), ask(), false, start),
-            Asked::Refused(Refusal::QueueFull { limit: 2 })
-        );
+            Asked::Refused(Refusal::QueueFull { limit: 2, .. })
+        ));
         assert!(
             placement.pump(start + 10 * GRACE).is_empty(),
             "only their own deadlines end the wait"
@@ -668,7 +797,7 @@ mod tests {
                 Asked::Placed(_)
             ));
             if index % 2 == 0 {
-                placement.first_token(Ticket(index as u64));
+                placement.first_token(Ticket(index as u64), later);
             }
             placement.release(Ticket(index as u64), ended, later);
             placement.release(Ticket(index as u64), ended, later);
@@ -688,5 +817,139 @@ mod tests {
         placement.release(Ticket(1), Ended::Busy, now);
         assert_eq!(placement.ask(Ticket(2), ask(), false, now), Asked::Waiting);
         assert_eq!(placement.pump(now + BUSY_PAUSE).len(), 1);
+    }
+
+    fn from(ingress: Ingress, last: u8) -> Ask {
+        let origin = Origin::of([10, 0, 0, last].into());
+        Ask {
+            source: Source { ingress, origin },
+            ..ask()
+        }
+    }
+
+    #[test]
+    fn a_flood_of_datagrams_delays_a_chat_by_what_runs_already_and_no_more() {
+        let now = Instant::now();
+        let mut placement = placement(1024);
+        join(&mut placement, "w", 8, now);
+        for number in 0..1024 {
+            placement.ask(Ticket(number), from(Ingress::Dcf, 1), false, now);
+        }
+        assert_eq!(placement.of_ingress(Ingress::Dcf), (1016, 8));
+        let chat = Ticket(5000);
+        assert_eq!(
+            placement.ask(chat, from(Ingress::Http, 2), false, now),
+            Asked::Waiting
+        );
+        placement.release(Ticket(0), Ended::Complete, now);
+        let decided = placement.pump(now);
+        assert!(
+            matches!(&decided[..], [(ticket, Ok(_))] if *ticket == chat),
+            "{decided:?}"
+        );
+        assert_eq!(placement.of_ingress(Ingress::Http), (0, 1));
+    }
+
+    #[test]
+    fn a_newcomer_finds_room_in_a_full_queue_and_the_one_displaced_hears_so() {
+        let now = Instant::now();
+        let mut placement = placement(3);
+        join(&mut placement, "w", 1, now);
+        for number in 0..4 {
+            placement.ask(Ticket(number), from(Ingress::Dcf, 1), false, now);
+        }
+        assert!(matches!(
+            placement.ask(Ticket(4), from(Ingress::Dcf, 1), false, now),
+            Asked::Refused(Refusal::QueueFull { yours: 3, .. })
+        ));
+        assert_eq!(
+            placement.ask(Ticket(5), from(Ingress::Http, 2), false, now),
+            Asked::Waiting
+        );
+        assert!(placement.has_displaced());
+        let decided = placement.pump(now);
+        let [(Ticket(3), Err(refusal))] = &decided[..] else {
+            panic!("{decided:?}");
+        };
+        assert!(refusal.to_string().contains("10.0.0.1"), "{refusal}");
+        assert_eq!(placement.queued(), 3);
+    }
+
+    #[test]
+    fn a_model_without_room_does_not_hold_up_another() {
+        let now = Instant::now();
+        let mut placement = placement(10);
+        join(&mut placement, "w", 1, now);
+        let other = join(&mut placement, "x", 1, now);
+        let worker = placement.registry.get_mut(other).unwrap();
+        worker.models[0].card.name = "n".into();
+        let n = || Ask {
+            model: "n".into(),
+            ..ask()
+        };
+        placement.ask(Ticket(1), ask(), false, now);
+        placement.ask(Ticket(2), n(), false, now);
+        placement.ask(Ticket(3), ask(), false, now);
+        placement.ask(Ticket(4), n(), false, now);
+        placement.release(Ticket(2), Ended::Complete, now);
+        assert_eq!(placement.pump(now)[0].0, Ticket(4));
+        placement.release(Ticket(1), Ended::Complete, now);
+        assert_eq!(placement.pump(now)[0].0, Ticket(3));
+    }
+
+    #[test]
+    fn the_first_token_is_a_proof_and_one_failure_beside_a_stream_is_no_disproof() {
+        let now = Instant::now();
+        let mut placement = placement(4);
+        let id = join(&mut placement, "w", 8, now);
+        let answers =
+            |placement: &Placement, now| placement.registry.get(id).unwrap().models[0].answers(now);
+        placement.ask(Ticket(1), ask(), false, now);
+        placement.ask(Ticket(2), ask(), false, now);
+        assert!(!answers(&placement, now));
+        placement.first_token(Ticket(1), now);
+        assert!(answers(&placement, now));
+        placement.release(Ticket(2), Ended::Failed, now);
+        assert!(answers(&placement, now), "the other one streams");
+        placement.release(Ticket(1), Ended::Failed, now);
+        assert!(!answers(&placement, now));
+        // Life signs are no proof after a failure, but they are before.
+        let worker = placement.registry.get_mut(id).unwrap();
+        worker.gave_sign("m", now);
+        assert!(!answers(&placement, now));
+        let fresh = join(&mut placement, "x", 1, now);
+        let worker = placement.registry.get_mut(fresh).unwrap();
+        worker.gave_sign("m", now);
+        let model = &worker.models[0];
+        assert!(model.answers(now) && !model.answers(now + Duration::from_secs(60)));
+    }
+
+    #[test]
+    fn a_worker_where_requests_wait_for_memory_gets_no_more_of_them() {
+        let start = Instant::now();
+        let mut placement = placement(4);
+        let id = join(&mut placement, "w", 8, start);
+        let load = |queued| mesh_proto::Load {
+            running: 2,
+            queued,
+            ..Default::default()
+        };
+        placement.registry.report(id, load(3), start);
+        let later = start + Duration::from_secs(1);
+        placement.registry.report(id, load(3), later);
+        assert_eq!(
+            placement.ask(Ticket(1), ask(), false, later),
+            Asked::Waiting
+        );
+        assert!(placement.registry.get(id).unwrap().is_busy(GRACE, later));
+        assert!(
+            !placement
+                .registry
+                .get(id)
+                .unwrap()
+                .is_busy(GRACE, later + GRACE)
+        );
+        placement.registry.report(id, load(0), later);
+        assert_eq!(placement.pump(later).len(), 1);
     }
 }

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use mesh_proto::{Hello, Load, ModelCard, ModelKind};
+use mesh_proto::{Hello, Load, ModelCard, ModelKind, ModelSpeed};
 
 /// Names a worker within this head's life; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -38,11 +38,32 @@ pub struct ServedModel {
     pub ring: Option<u64>,
     /// Whether the last attempt with this model, probes included, brought an answer.
     pub proven: bool,
-    /// When an answer with this model last came back complete.
+    /// Whether the last attempt failed, for reasons that are not the request's: then only a token proves the contrary.
+    pub failing: bool,
+    /// When a token of this model last came back.
     pub last_success: Option<Instant>,
+    /// When a request for it last showed that the worker's engine gets on.
+    pub last_sign: Option<Instant>,
 }
 
 impl ServedModel {
+    /// Whether it can be counted on: a token came back, or, before any did, its engine gets on with what it has to do.
+    pub fn answers(&self, now: Instant) -> bool {
+        let fresh = |at| now.saturating_duration_since(at) < SIGN_AGE;
+        self.proven || (!self.failing && self.last_sign.is_some_and(fresh))
+    }
+
+    /// A token came back.
+    pub fn succeeded(&mut self, now: Instant) {
+        (self.proven, self.failing) = (true, false);
+        self.last_success = Some(now);
+    }
+
+    /// An attempt failed.
+    pub fn failed(&mut self) {
+        (self.proven, self.failing) = (false, true);
+    }
+
     fn new(card: ModelCard, ring: Option<u64>) -> Self {
         Self {
             decode_tps: speed(card.decode_tps),
@@ -50,7 +71,9 @@ impl ServedModel {
             card,
             ring,
             proven: false,
+            failing: false,
             last_success: None,
+            last_sign: None,
         }
     }
 }
@@ -76,6 +99,10 @@ pub struct Worker {
     pub request_revision: u32,
     /// Its last load report.
     pub load: Load,
+    /// When a report last differed from the one before in what only a working engine changes.
+    pub load_changed: Instant,
+    /// Since when its reports say that requests wait there, without a break.
+    pub queues_since: Option<Instant>,
     /// It finishes what runs and takes nothing new: it says so, or an operator does.
     pub draining: bool,
     /// An operator does.
@@ -86,7 +113,7 @@ pub struct Worker {
     pub joined: Instant,
     /// Last sign of life.
     pub last_seen: Instant,
-    /// When an answer last came back from it complete.
+    /// When a token last came back from it.
     pub last_success: Option<Instant>,
     /// Whether the last attempt on it, probes included, brought an answer.
     pub proven: bool,
@@ -134,13 +161,32 @@ impl Worker {
         let Some(model) = self.models.iter_mut().find(|model| model.card.name == name) else {
             return;
         };
-        // A real answer meanwhile is a proof, too.
-        model.proven = came || model.last_success.is_some_and(|at| at >= asked);
         if came {
-            model.last_success = Some(now);
+            model.succeeded(now);
             self.last_success = Some(now);
+        } else if model.last_success.is_none_or(|at| at < asked) {
+            // A real answer meanwhile is a proof, too.
+            model.failed();
         }
         self.proven = self.models.iter().all(|model| model.proven);
+    }
+
+    /// Whether more requests than `ahead` wait there, and not just for the next step.
+    pub fn queues(&self, ahead: u32, now: Instant) -> bool {
+        let long = |since| now.saturating_duration_since(since) >= QUEUES_LONG;
+        self.load.queued > ahead && self.queues_since.is_some_and(long)
+    }
+
+    /// Whether its reports say that it works and that requests wait there: one without a token may be among those.
+    pub fn is_busy(&self, within: Duration, now: Instant) -> bool {
+        self.load.queued > 0 && now.saturating_duration_since(self.load_changed) < within
+    }
+
+    /// A request for this model showed that the engine gets on.
+    pub fn gave_sign(&mut self, name: &str, now: Instant) {
+        if let Some(model) = self.models.iter_mut().find(|m| m.card.name == name) {
+            model.last_sign = Some(now);
+        }
     }
 
     /// Its node id, unless it is a v5.0.0 worker.
@@ -291,6 +337,11 @@ impl Registry {
                 model.prefill_tps = prefill;
             }
         }
+        if works(&worker.load) != works(&load) {
+            worker.load_changed = now;
+        }
+        let queues = load.queued > 0;
+        worker.queues_since = queues.then(|| worker.queues_since.unwrap_or(now));
         worker.load = load;
         self.remember_models(id, now);
     }
@@ -457,6 +508,8 @@ impl Registry {
             reserved_for: Vec::new(),
             request_revision: 0,
             load: Load::default(),
+            load_changed: now,
+            queues_since: None,
             draining: false,
             drained: false,
             busy_until: None,
@@ -509,6 +562,21 @@ fn speed(reported: f32) -> f64 {
     }
 }
 
+/// What of a report only a working engine changes.
+fn works(load: &Load) -> (u32, u32, u64, u64, &[ModelSpeed]) {
+    (
+        load.running,
+        load.queued,
+        load.kv_tokens_used,
+        load.prefill_backlog,
+        &load.speeds,
+    )
+}
+
+/// How long a sign of life counts.
+const SIGN_AGE: Duration = Duration::from_secs(10);
+/// Requests that wait at a worker for so long do not just wait for its next step.
+const QUEUES_LONG: Duration = Duration::from_millis(500);
 const MODELS_PER_WORKER: usize = 64;
 const PURPOSES_PER_WORKER: usize = 16;
 const KNOWN_MODELS: usize = 1024;

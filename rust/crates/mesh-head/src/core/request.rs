@@ -4,12 +4,17 @@
 //! ([`Step`]). It keeps the tokens so far: when a worker dies, the next one continues after them ([`Resume`]), so that the
 //! client sees one stream without a lost, doubled or changed token.
 //!
+//! **Busy is not dead.** Limits are on silence. A worker that has the request says what it waits for ([`mesh_proto::Progress`]) and
+//! how long ago its engine got on; the silence limits count from there, so a request may wait for hours in a queue that moves. A
+//! worker of an older version says nothing: then the limits count from when it was given the request.
+//!
 //! Events name their attempt. Whatever still arrives from an attempt that was given up changes nothing.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use dcf::ErrorCode;
-use mesh_proto::{Done, TokenLogprob, Tokens};
+use mesh_proto::{Done, Progress, RequestPhase, TokenLogprob, Tokens};
 
 use super::placement::{Ended, Refusal};
 use super::registry::WorkerId;
@@ -17,8 +22,12 @@ use super::registry::WorkerId;
 /// What an answer may cost.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// From arrival to the last token.
+    /// Most silence of a worker that has the request: neither a token nor a sign of life.
     pub timeout: Duration,
+    /// Most time that it waits for a worker with room, before its first token or after a failure.
+    pub queue: Duration,
+    /// From arrival to the last token, if that is limited at all.
+    pub total: Option<Duration>,
     /// Attempts after the first.
     pub reruns: u32,
     /// Least silence between tokens that counts as death.
@@ -91,14 +100,32 @@ pub enum AnswerError {
         /// The worker's words.
         text: String,
     },
-    /// Time is up.
-    #[error("no complete answer within {} s; ask for fewer tokens, or raise request_timeout", .0.as_secs_f64())]
+    /// The operator's limit on whole answers.
+    #[error("no complete answer within {} s; ask for fewer tokens, or raise answer_limit", .0.as_secs_f64())]
     Timeout(Duration),
+    /// The worker that has it shows no life.
+    #[error(
+        "the worker gave neither a token nor a sign of life for {} s (request_timeout); ask again, or raise request_timeout if the \
+         worker is that slow",
+        .0.as_secs_f64()
+    )]
+    Stalled(Duration),
+    /// No worker had room for it.
+    #[error(
+        "no worker had room for this request within {} s (queue_timeout); ask again later, or add workers",
+        .0.as_secs_f64()
+    )]
+    QueueTimeout(Duration),
     /// It failed too often.
-    #[error("{attempts} workers failed on this request, the last one with: {last}")]
+    #[error(
+        "{attempts} attempts at this request failed on {workers} {}, the last one with: {last}",
+        if *workers == 1 { "worker" } else { "workers" }
+    )]
     WorkersFailed {
         /// Attempts made.
         attempts: u32,
+        /// Different workers that they were made on.
+        workers: usize,
         /// What the last one said.
         last: String,
     },
@@ -126,6 +153,8 @@ pub enum Failure {
 pub struct Answer {
     limits: Limits,
     started: Instant,
+    /// Since when it waits for a worker with room: what was gained before a failure starts this anew.
+    waiting_since: Instant,
     attempt: u32,
     phase: Phase,
     tokens: Vec<u32>,
@@ -143,7 +172,11 @@ enum Phase {
         worker: WorkerId,
         last_heard: Instant,
         allowance: Duration,
+        /// The allowance before the next token while it waits or is prefilled.
+        patience: Duration,
         decoding: bool,
+        /// The worker says what the request waits for.
+        tells: bool,
     },
     Ended,
 }
@@ -161,6 +194,7 @@ impl Answer {
         Self {
             limits,
             started: now,
+            waiting_since: now,
             attempt: 0,
             phase: Phase::Placing,
             tokens: Vec::new(),
@@ -192,9 +226,30 @@ impl Answer {
         self.failures
     }
 
-    /// Moment after which the answer is of no use.
+    /// Moment after which it is given up, unless something happens before.
     pub fn deadline(&self) -> Instant {
-        self.started + self.limits.timeout
+        let due = match self.phase {
+            Phase::Running { last_heard, .. } => last_heard + self.limits.timeout,
+            Phase::Placing | Phase::Ended => self.waiting_since + self.limits.queue,
+        };
+        self.last_moment().map_or(due, |last| last.min(due))
+    }
+
+    /// Moment after which an answer is of no use, if there is one.
+    pub fn last_moment(&self) -> Option<Instant> {
+        Some(self.started + self.limits.total?)
+    }
+
+    /// Whether the worker that has it has sent no token yet, and does not say what it waits for: it is of an older version.
+    pub fn waits_untold(&self) -> bool {
+        matches!(
+            self.phase,
+            Phase::Running {
+                decoding: false,
+                tells: false,
+                ..
+            }
+        )
     }
 
     /// When to call [`Answer::time_passed`], unless something else happens before.
@@ -218,7 +273,9 @@ impl Answer {
             worker,
             last_heard: now,
             allowance,
+            patience: allowance,
             decoding: false,
+            tells: false,
         };
         Resume {
             attempt: self.attempt,
@@ -229,6 +286,37 @@ impl Answer {
     /// No worker was found.
     pub fn refused(&mut self, refusal: Refusal) -> Step {
         self.fail(refusal.into(), Ended::Cancelled)
+    }
+
+    /// The worker says that the request lives, and what it waits for. Its engine's last step counts, not the message.
+    pub fn progressed(&mut self, attempt: u32, progress: &Progress, now: Instant) {
+        if self.worker_of(attempt).is_none() {
+            return;
+        }
+        let Phase::Running {
+            last_heard,
+            allowance,
+            patience,
+            decoding,
+            tells,
+            ..
+        } = &mut self.phase
+        else {
+            return;
+        };
+        *tells = true;
+        let quiet = Duration::from_millis(progress.quiet_ms);
+        if let Some(moment) = now.checked_sub(quiet) {
+            *last_heard = (*last_heard).max(moment);
+        }
+        if *decoding && progress.phase() != RequestPhase::Decoding {
+            // It gave its place to others and waits, or is prefilled again: the pace of its tokens says nothing about that.
+            *decoding = false;
+            *allowance = *patience;
+        }
+        if progress.prompt_done > 0 {
+            self.waiting_since = now;
+        }
     }
 
     /// Tokens came.
@@ -259,6 +347,7 @@ impl Answer {
 
         if !tokens.tokens.is_empty() {
             self.heard(now);
+            self.waiting_since = now;
             self.first_token.get_or_insert(now);
         }
         self.text_bytes += tokens.text.len() as u64;
@@ -311,7 +400,7 @@ impl Answer {
                 self.fail(AnswerError::Rejected { code, text }, Ended::Cancelled)
             }
             ErrorCode::WORKER_BUSY | ErrorCode::DRAINING => {
-                // Not a failure, and the worker's own pause keeps this from turning quickly; the deadline ends it.
+                // Not a failure, and the worker's own pause keeps this from turning quickly; the limit on waiting ends it.
                 self.phase = Phase::Placing;
                 Step::Again(Ended::Busy)
             }
@@ -336,9 +425,21 @@ impl Answer {
         if self.phase == Phase::Ended {
             return Step::Wait;
         }
-        if now >= self.deadline() {
+        if self.last_moment().is_some_and(|last| now >= last) {
             // A worker that let a whole deadline pass did not do well, but that need not be its fault.
-            return self.fail(AnswerError::Timeout(self.limits.timeout), Ended::Cancelled);
+            let total = self.limits.total.unwrap_or_default();
+            return self.fail(AnswerError::Timeout(total), Ended::Cancelled);
+        }
+        if now >= self.deadline() {
+            return match self.phase {
+                Phase::Running { .. } => {
+                    self.fail(AnswerError::Stalled(self.limits.timeout), Ended::Cancelled)
+                }
+                _ => self.fail(
+                    AnswerError::QueueTimeout(self.limits.queue),
+                    Ended::Cancelled,
+                ),
+            };
         }
         match self.phase {
             Phase::Running {
@@ -347,7 +448,8 @@ impl Answer {
                 allowance,
                 ..
             } if now >= last_heard + allowance => {
-                let text = format!("no token for {:.1} s", (now - last_heard).as_secs_f64());
+                let silent = (now - last_heard).as_secs_f64();
+                let text = format!("no token and no sign of life for {silent:.1} s");
                 self.again(worker, text, Ended::Failed)
             }
             _ => Step::Wait,
@@ -387,6 +489,7 @@ impl Answer {
             return self.fail(
                 AnswerError::WorkersFailed {
                     attempts: self.failures,
+                    workers: self.failed_on.iter().collect::<BTreeSet<_>>().len(),
                     last: text,
                 },
                 ended,

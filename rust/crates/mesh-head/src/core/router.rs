@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use mesh_proto::ModelKind;
 
 use super::affinity::{Affinity, Prefix};
+use super::fair::Source;
 use super::registry::{Registry, ServedModel, Worker, WorkerId, batch_gain};
 
 /// What a request needs of a worker.
@@ -32,10 +33,12 @@ pub struct Ask {
     pub avoid: Vec<WorkerId>,
     /// Only workers that act upon all of the request's fields: [`mesh_proto::Generate::revision`].
     pub revision: u32,
+    /// Whom it comes from.
+    pub source: Source,
 }
 
 /// What a request wants of a model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Purpose {
     /// Text.
     #[default]
@@ -159,6 +162,10 @@ impl Router {
 
     fn has_room(&self, worker: &Worker, ask: &Ask, now: Instant) -> bool {
         if worker.busy_until.is_some_and(|until| now < until) {
+            return false;
+        }
+        // Requests wait there though slots are free: memory is short. They had better wait here, where whoever has room takes them.
+        if worker.queues(self.capacity.ahead, now) {
             return false;
         }
         let capacity = match worker.model(&ask.model) {

@@ -193,7 +193,8 @@ fn describe(worker: &Worker, round_trip_ms: Option<f64>, offers: bool, now: Inst
         .collect();
     // Who holds only parts of models has nothing to prove by itself.
     let only_parts = worker.models.is_empty() && offers;
-    let answers = worker.proven || worker.is_legacy() || only_parts;
+    let counted_on = !worker.models.is_empty() && worker.models.iter().all(|m| m.answers(now));
+    let answers = worker.proven || counted_on || worker.is_legacy() || only_parts;
     let state = match (worker.draining, answers) {
         (true, _) => "draining",
         (false, true) => "ready",

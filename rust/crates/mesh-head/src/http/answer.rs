@@ -8,8 +8,9 @@ use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use futures::stream::{self, SelectAll, Stream, StreamExt};
-use mesh_proto::TokenLogprob;
+use mesh_proto::{RequestPhase, TokenLogprob};
 use serde::Serialize;
+use tokio::time::{Instant, timeout_at};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 
 use super::ask::{Api, Asked};
@@ -20,7 +21,7 @@ use super::wire::{
     TextLogprobs, Timings, Usage, finish_reason, system_fingerprint,
 };
 use crate::core::request::{Complete, Delta};
-use crate::drive::{Event, Placed};
+use crate::drive::{Event, FOR_ROOM, Placed, words};
 use crate::ids;
 
 /// The events of all choices of one request, each with its index.
@@ -36,6 +37,13 @@ pub(super) struct Answering {
     events: Events,
     choices: Vec<Choice>,
     usage: Usage,
+    /// What a choice waits for, in words.
+    waits: String,
+    /// The chunks that name the role were made.
+    has_roles: bool,
+    keep_alive: Duration,
+    /// When a frame was last sent.
+    sent: Instant,
     /// Counts against the client's limit until the answer is over.
     _pass: Pass,
 }
@@ -88,6 +96,10 @@ impl Answering {
             events: stream::select_all(numbered),
             choices,
             usage: Usage::default(),
+            waits: String::new(),
+            has_roles: false,
+            keep_alive: GRACE,
+            sent: Instant::now(),
             _pass: pass,
         }
     }
@@ -96,7 +108,7 @@ impl Answering {
     ///
     /// # Errors
     /// The first failure of any of them.
-    pub(super) async fn gather(mut self) -> Result<Response, ApiError> {
+    pub(super) async fn gather(mut self) -> Result<Vec<u8>, ApiError> {
         while let Some((index, event)) = self.next().await {
             if let Event::Delta(delta) = event? {
                 let choice = &mut self.choices[index];
@@ -120,7 +132,7 @@ impl Answering {
                     },
                 };
                 let choices = self.choices.into_iter().enumerate().map(choice).collect();
-                Ok(json_response(&self.head.envelope(
+                Ok(json(&self.head.envelope(
                     self.api.object(),
                     choices,
                     usage,
@@ -141,7 +153,7 @@ impl Answering {
                         text: &choice.text,
                     });
                 let choices = choices.collect();
-                Ok(json_response(&self.head.envelope(
+                Ok(json(&self.head.envelope(
                     self.api.object(),
                     choices,
                     usage,
@@ -151,22 +163,36 @@ impl Answering {
         }
     }
 
-    /// Waits for the first piece of any answer, then answers with a stream of server-sent events. Until then a failure
-    /// can still have its own HTTP status.
+    /// Answers with a stream of server-sent events, as soon as the request is accepted: a worker has taken it in, or nothing was
+    /// against it for a moment. Until then a failure has its own HTTP status. While nothing else is to be sent, a comment every
+    /// `keep_alive` says that the request lives, and what it waits for.
     ///
     /// # Errors
-    /// A failure that comes before the first piece.
-    pub(super) async fn stream(mut self) -> Result<Response, ApiError> {
-        let first = self.next().await;
+    /// A failure that is known at once.
+    pub(super) async fn stream(mut self, keep_alive: Duration) -> Result<Response, ApiError> {
         let mut frames = VecDeque::new();
-        if self.api == Api::Chat {
-            for index in 0..self.choices.len() {
-                frames.push_back(self.role_chunk(index));
+        let patience = Instant::now() + GRACE;
+        loop {
+            let Ok(first) = timeout_at(patience, self.next()).await else {
+                frames.push_back(self.comment());
+                break;
+            };
+            let Some((index, event)) = first else { break };
+            let event = event?;
+            let taken_in = match &event {
+                Event::Waits(progress) => progress.phase() > RequestPhase::Preparing,
+                Event::Queued | Event::Placed(_) => false,
+                _ => true,
+            };
+            self.frames_of(index, event, &mut frames);
+            if taken_in {
+                if frames.is_empty() {
+                    frames.push_back(self.comment());
+                }
+                break;
             }
         }
-        if let Some((index, event)) = first {
-            self.frames_of(index, event?, &mut frames);
-        }
+        self.keep_alive = keep_alive;
         let mut response = Body::from_stream(self.into_frames(frames)).into_response();
         let headers = response.headers_mut();
         headers.insert(
@@ -179,12 +205,20 @@ impl Answering {
         Ok(response)
     }
 
-    /// The next piece or end of an answer. After a failure nothing more comes.
+    /// The next piece or end of an answer, or that a worker has it. After a failure nothing more comes.
     async fn next(&mut self) -> Option<(usize, Result<Event, ApiError>)> {
         loop {
             let (index, event) = self.events.next().await?;
             match event {
-                Event::Placed(placed) => self.placed(index, placed),
+                Event::Placed(placed) => {
+                    self.placed(index, placed.clone());
+                    return Some((index, Ok(Event::Placed(placed))));
+                }
+                Event::Queued => self.waits = FOR_ROOM.to_owned(),
+                Event::Waits(progress) => {
+                    self.waits = words(&progress);
+                    return Some((index, Ok(Event::Waits(progress))));
+                }
                 Event::Failed(error) => {
                     // The other choices are of no use without this one.
                     self.events = stream::select_all(Vec::new());
@@ -230,15 +264,18 @@ impl Answering {
     ) -> impl Stream<Item = Result<Bytes, Infallible>> + Send + 'static {
         stream::unfold(
             (Some(self), first),
-            |(mut answering, mut frames)| async move {
+            |(mut answering, mut frames): (Option<Self>, VecDeque<Bytes>)| async move {
                 loop {
                     if let Some(frame) = frames.pop_front() {
+                        if let Some(this) = &mut answering {
+                            this.sent = Instant::now();
+                        }
                         return Some((Ok(frame), (answering, frames)));
                     }
                     let mut this = answering.take()?;
-                    match tokio::time::timeout(KEEP_ALIVE, this.next()).await {
-                        // A comment, which clients skip and proxies count as life.
-                        Err(_) => frames.push_back(Bytes::from_static(b": waiting\n\n")),
+                    let quiet = this.sent + this.keep_alive;
+                    match timeout_at(quiet, this.next()).await {
+                        Err(_) => frames.push_back(this.comment()),
                         Ok(Some((index, Ok(event)))) => this.frames_of(index, event, &mut frames),
                         Ok(Some((_, Err(error)))) => {
                             frames.push_back(event_frame(error.body().as_bytes()));
@@ -259,6 +296,12 @@ impl Answering {
     }
 
     fn frames_of(&mut self, index: usize, event: Event, frames: &mut VecDeque<Bytes>) {
+        let model_known = !matches!(event, Event::Queued | Event::Waits(_));
+        if model_known && self.api == Api::Chat && !std::mem::replace(&mut self.has_roles, true) {
+            for index in 0..self.choices.len() {
+                frames.push_back(self.role_chunk(index));
+            }
+        }
         match event {
             Event::Delta(delta) => {
                 if !delta.text.is_empty() || (self.wants_logprobs && !delta.logprobs.is_empty()) {
@@ -272,8 +315,17 @@ impl Answering {
                 frames.push_back(self.last_chunk(index, &complete));
             }
             // None of them comes from `next`.
-            Event::Whole(_) | Event::Placed(_) | Event::Failed(_) => {}
+            Event::Whole(_)
+            | Event::Queued
+            | Event::Placed(_)
+            | Event::Waits(_)
+            | Event::Failed(_) => {}
         }
+    }
+
+    /// A comment, which clients skip and proxies count as life.
+    fn comment(&self) -> Bytes {
+        format!(": waiting {}\n\n", self.waits).into()
     }
 
     fn role_chunk(&self, index: usize) -> Bytes {
@@ -421,17 +473,10 @@ fn event_frame(data: &[u8]) -> Bytes {
     [b"data: ", data, b"\n\n"].concat().into()
 }
 
-fn json_response(value: &impl Serialize) -> Response {
-    let body = serde_json::to_vec(value).expect("our own types are JSON");
-    (
-        [(
-            header::CONTENT_TYPE,
-            HeaderValue::from_static("application/json"),
-        )],
-        body,
-    )
-        .into_response()
+fn json(value: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(value).expect("our own types are JSON")
 }
 
 const TYPICAL_FRAME: usize = 320;
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// How long a streamed request may be refused with an HTTP status of its own.
+const GRACE: Duration = Duration::from_millis(400);

@@ -4,6 +4,7 @@ use bytes::Bytes;
 use mesh_proto::{GenerateParams, Prompt, TokenList};
 use serde_json::{Map, Value, json};
 
+use crate::core::fair::Source;
 use crate::fields::{self, Fields, Invalid, check, conversation, sampling, whole_number};
 use crate::task::Task;
 use crate::{ids, json};
@@ -136,6 +137,7 @@ impl Asked {
                     prompt: prompt.clone(),
                     params,
                     legacy: self.legacy.clone().filter(|_| old_workers),
+                    source: Source::default(),
                 });
             }
         }

@@ -6,6 +6,7 @@ use mesh_proto::{EmbedInput, EmbedText, TokenList};
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::core::fair::Origin;
 use crate::embed::{EmbedTask, Embedded};
 use crate::fields::{Api, Fields, Invalid, check, whole_number};
 use crate::json;
@@ -63,6 +64,7 @@ impl AskedEmbeddings {
                 inputs: inputs(fields)?,
                 prompt_name: prompt_name.unwrap_or_default().to_owned(),
                 dimensions: fields.whole("dimensions", 1..=u32::MAX)?.unwrap_or(0),
+                origin: Origin::Unknown,
             },
             base64,
             ignored: Vec::new(),

@@ -149,7 +149,13 @@ impl From<&AnswerError> for ApiError {
             AnswerError::Rejected { .. } => {
                 Self::new(StatusCode::BAD_REQUEST, "invalid_value", message)
             }
-            AnswerError::Timeout(_) => Self::new(StatusCode::GATEWAY_TIMEOUT, "timeout", message),
+            AnswerError::Timeout(_) | AnswerError::Stalled(_) => {
+                Self::new(StatusCode::GATEWAY_TIMEOUT, "timeout", message)
+            }
+            AnswerError::QueueTimeout(_) => Self {
+                retry_after: Some(5),
+                ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", message)
+            },
             AnswerError::WorkersFailed { .. } => {
                 Self::new(StatusCode::BAD_GATEWAY, "workers_failed", message)
             }
@@ -181,6 +187,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::core::fair::Source;
 
     #[test]
     fn every_failure_has_a_status_and_a_code() {
@@ -190,7 +197,12 @@ mod tests {
         };
         let cases = [
             (
-                AnswerError::Refused(Refusal::QueueFull { limit: 3 }),
+                AnswerError::Refused(Refusal::QueueFull {
+                    limit: 3,
+                    whose: Source::default(),
+                    yours: 3,
+                    sources: 1,
+                }),
                 503,
                 "overloaded",
             ),
@@ -219,9 +231,16 @@ mod tests {
             ),
             (rejected(ErrorCode::INVALID_PAYLOAD), 400, "invalid_value"),
             (AnswerError::Timeout(Duration::from_secs(1)), 504, "timeout"),
+            (AnswerError::Stalled(Duration::from_secs(1)), 504, "timeout"),
+            (
+                AnswerError::QueueTimeout(Duration::from_secs(1)),
+                503,
+                "overloaded",
+            ),
             (
                 AnswerError::WorkersFailed {
                     attempts: 2,
+                    workers: 2,
                     last: "x".into(),
                 },
                 502,

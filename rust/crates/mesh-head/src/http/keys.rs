@@ -11,6 +11,8 @@ use axum::http::{HeaderMap, header};
 use sha2::{Digest, Sha256};
 use subtle::{Choice, ConstantTimeEq};
 
+use crate::core::fair::Origin;
+
 /// The keys of one head. Only their hashes are held.
 #[derive(Clone)]
 pub struct Keys {
@@ -128,6 +130,18 @@ pub(super) struct Client {
     pub caller: Caller,
     /// By address, which counts where there are no keys.
     pub address: Option<IpAddr>,
+}
+
+impl Client {
+    /// Whom its requests can be traced to.
+    pub(super) fn origin(&self) -> Origin {
+        match (self.caller, self.address) {
+            (Caller::Admin, _) => Origin::Admin,
+            (Caller::Key(number), _) => Origin::Key(number + 1),
+            (Caller::Anyone, Some(address)) => Origin::of(address),
+            (Caller::Anyone, None) => Origin::Unknown,
+        }
+    }
 }
 
 /// Bounds the requests that one client has running.

@@ -8,6 +8,7 @@ mod answer;
 mod ask;
 pub mod embeddings;
 mod error;
+mod hold;
 mod ignored;
 mod keys;
 mod models;
@@ -38,14 +39,17 @@ use tower::ServiceExt as _;
 pub use error::ApiError;
 pub use keys::{Keys, KeysError};
 
+use crate::core::fair::{Ingress, Source};
 use crate::core::registry::Worker;
 use crate::drive::submit;
 use crate::ids;
 use crate::mesh::Mesh;
 use crate::metrics::Front;
+use crate::task::Task;
 use answer::Answering;
 use ask::Asked;
 use embeddings::AskedEmbeddings;
+use hold::Hold;
 use ignored::Ignored;
 use keys::{Caller, Client, Denied, Turnstile};
 
@@ -56,6 +60,16 @@ struct Api {
     keys: Arc<Keys>,
     authority: Arc<Authority>,
     turnstile: Arc<Turnstile>,
+}
+
+impl Api {
+    fn hold(&self) -> Hold {
+        let http = &self.mesh.config.http;
+        Hold {
+            after: http.early_headers,
+            every: http.keep_alive,
+        }
+    }
 }
 
 /// The id of a request in the logs of all services.
@@ -151,16 +165,23 @@ async fn answer(
     let only_old_workers = api
         .mesh
         .with_registry(|registry| registry.iter().all(Worker::is_legacy));
+    let source = Source {
+        ingress: Ingress::Http,
+        origin: client.origin(),
+    };
     let receivers = asked
         .tasks(&id.0, only_old_workers)
         .into_iter()
-        .map(|task| submit(&api.mesh, Front::Http, task))
+        .map(|task| {
+            let task = Task { source, ..task };
+            submit(&api.mesh, Front::Http, task)
+        })
         .collect();
     let answering = Answering::new(&asked, seconds_since_epoch(), receivers, pass);
     let answer = if asked.stream {
-        answering.stream().await
+        answering.stream(api.mesh.config.http.keep_alive).await
     } else {
-        answering.gather().await
+        hold::whole(answering.gather(), api.hold()).await
     };
     answer.map(|response| ignored.named_in(response))
 }
@@ -172,7 +193,7 @@ async fn embed(
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let body = body.map_err(|rejection| unreadable(&api, &rejection))?;
-    let _pass = api
+    let pass = api
         .turnstile
         .enter(client)
         .ok_or_else(|| ApiError::too_many(api.turnstile.limit()))?;
@@ -182,12 +203,17 @@ async fn embed(
     let mut task = std::mem::take(&mut asked.task);
     task.id = id.0;
     task.model = task.model.map(|name| models::served_as(&api.mesh, name));
-    let embedded = crate::embed::embed(&api.mesh, Front::Http, task)
-        .await
-        .map_err(|error| ApiError::from(&error))?;
-    let json = HeaderValue::from_static("application/json");
-    let response = ([(header::CONTENT_TYPE, json)], asked.answer(&embedded)).into_response();
-    Ok(ignored.named_in(response))
+    task.origin = client.origin();
+    let hold = api.hold();
+    let answer = async move {
+        let _pass = pass;
+        let embedded = crate::embed::embed(&api.mesh, Front::Http, task).await;
+        embedded
+            .map(|embedded| asked.answer(&embedded))
+            .map_err(|error| ApiError::from(&error))
+    };
+    let answer = hold::whole(answer, hold).await;
+    answer.map(|response| ignored.named_in(response))
 }
 
 /// What this API takes and answers, for programs.

@@ -16,8 +16,8 @@ use mesh_net::quic::{self, Connector, Link, LinkConfig, MsgStream};
 use mesh_net::seal::Sealer;
 use mesh_net::trust::{JoinToken, NodeIdentity, Role};
 use mesh_proto::{
-    Done, FinishReason, Generate, Hello, Load, ModelCard, PROTOCOL_VERSION, Prompt,
-    REQUEST_REVISION, TokenLogprob, Tokens, Welcome,
+    Done, FinishReason, Generate, Hello, Load, ModelCard, ModelSpeed, PROTOCOL_VERSION, Progress,
+    Prompt, REQUEST_REVISION, RequestPhase, TokenLogprob, Tokens, Welcome,
 };
 use prost::Message as _;
 use serde_json::{Value, json};
@@ -164,6 +164,12 @@ pub(crate) struct Script {
     pub(crate) fate: Fate,
     /// Of its requests' fields.
     pub(crate) revision: u32,
+    /// It works on one request at a time; the others wait there.
+    pub(crate) one_at_a_time: bool,
+    /// It is of a version that does not say what a request waits for.
+    pub(crate) old: bool,
+    /// How long a prompt takes.
+    pub(crate) prefill: Duration,
 }
 
 /// How a worker's answers end.
@@ -186,6 +192,9 @@ impl Default for Script {
             decode_tps: 100.0,
             fate: Fate::Finish,
             revision: REQUEST_REVISION,
+            one_at_a_time: false,
+            old: false,
+            prefill: Duration::ZERO,
         }
     }
 }
@@ -214,6 +223,11 @@ pub(crate) struct Seen {
     pub(crate) requests: AtomicUsize,
     pub(crate) cancelled: AtomicUsize,
     pub(crate) generates: Mutex<Vec<Generate>>,
+    /// Held by the request that is worked on.
+    turn: tokio::sync::Mutex<()>,
+    /// Requests that wait for it.
+    waiting: AtomicUsize,
+    tokens: AtomicUsize,
 }
 
 impl Worker {
@@ -337,7 +351,17 @@ async fn serve(
                 _ => return,
             },
             _ = beats.tick() => {
-                let load = Load { resident_bytes: 1234, ..Default::default() };
+                let speed = ModelSpeed {
+                    name: MODEL.to_owned(),
+                    decode_tps: 100.0 + seen.tokens.load(Ordering::SeqCst) as f32 / 100.0,
+                    ..Default::default()
+                };
+                let load = Load {
+                    resident_bytes: 1234,
+                    queued: u32::try_from(seen.waiting.load(Ordering::SeqCst)).unwrap(),
+                    speeds: if script.one_at_a_time { vec![speed] } else { Vec::new() },
+                    ..Default::default()
+                };
                 let sealed = sealer.seal(MsgType::SEALED_HEARTBEAT, 0, 0, &load.encode_to_vec()).unwrap();
                 udp.send_to(&sealed.encode_datagram(), target).await.unwrap();
             }
@@ -384,8 +408,25 @@ pub(crate) async fn answer(link: Link, mut stream: MsgStream, script: Script, se
             send.send(error).await.unwrap();
             return finish(send).await;
         }
+        let signs = (!script.old && generate.progress_ms > 0)
+            .then(|| Duration::from_millis(u64::from(generate.progress_ms)));
+        let _turn = if script.one_at_a_time {
+            seen.waiting.fetch_add(1, Ordering::SeqCst);
+            let waiting = Waiting(&seen.waiting);
+            let turn = seen.turn.lock();
+            let turn = meanwhile(&mut send, signs, RequestPhase::Queued, turn).await;
+            drop(waiting);
+            Some(turn)
+        } else {
+            None
+        };
+        if !is_probe {
+            let prefill = tokio::time::sleep(script.prefill);
+            meanwhile(&mut send, signs, RequestPhase::Prefilling, prefill).await;
+        }
         for index in done..total {
             tokio::time::sleep(script.pace).await;
+            seen.tokens.fetch_add(1, Ordering::SeqCst);
             match fate {
                 Fate::DiesAfter(limit) if index - done >= limit => {
                     link.close(ErrorCode::INTERNAL, "died");
@@ -452,6 +493,40 @@ pub(crate) async fn answer(link: Link, mut stream: MsgStream, script: Script, se
                 seen.cancelled.fetch_add(1, Ordering::SeqCst);
             }
         }
+    }
+}
+
+/// Counts a request that waits, until it is dropped.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Waits for `what` and says meanwhile that the request lives.
+async fn meanwhile<T>(
+    send: &mut quic::SendHalf,
+    every: Option<Duration>,
+    phase: RequestPhase,
+    what: impl Future<Output = T>,
+) -> T {
+    let mut what = std::pin::pin!(what);
+    let every = every.unwrap_or(Duration::from_secs(3600));
+    loop {
+        if let Ok(outcome) = tokio::time::timeout(every, &mut what).await {
+            return outcome;
+        }
+        let progress = Progress {
+            phase: phase.into(),
+            position: 1,
+            prompt_tokens: 10,
+            prompt_done: u32::from(phase == RequestPhase::Prefilling),
+            ..Default::default()
+        };
+        let body = progress.encode_to_vec();
+        let _ = send.send(Message::new(MsgType::PROGRESS, 0, 0, body)).await;
     }
 }
 

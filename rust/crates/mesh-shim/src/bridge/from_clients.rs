@@ -178,21 +178,26 @@ impl Bridge {
             timestamp_us: header.timestamp_us,
             head,
             epoch: self.heads.epoch(head),
-            deadline: now + self.config.request_timeout,
+            deadline: now + self.patience(),
             retained: Chain::EMPTY,
             complete: true,
             chunked_answer: false,
+            asked: false,
         })
+    }
+
+    /// How long a head may say nothing of a task before it is asked, and after that again.
+    pub(super) fn patience(&self) -> Duration {
+        self.config.request_timeout / 2
     }
 
     /// The client asks for an answer again that was given already.
     fn reopen(&mut self, now: Instant, id: TaskId) {
-        self.tasks
-            .set_state(id, State::Open, now + self.config.request_timeout);
+        self.tasks.set_state(id, State::Open, now + self.patience());
         let head = self.heads.current();
         let task = self.tasks.get_mut(id);
         (task.head, task.epoch) = (head, self.heads.epoch(head));
-        (task.complete, task.chunked_answer) = (true, false);
+        (task.complete, task.chunked_answer, task.asked) = (true, false, false);
     }
 
     /// Ack, Nack and ChunkAck are about a task that is known, or about nothing.

@@ -8,7 +8,7 @@ use super::{
     Bridge, Destination, Drain, FromHead, Resend, Transmit,
     heads::HeadState,
     tasks::{State, Task, TaskId},
-    wire::{is_last_chunk, set_sequence, write_error},
+    wire::{is_last_chunk, set_sequence, write_error, write_message},
 };
 
 impl Bridge {
@@ -78,6 +78,14 @@ impl Bridge {
             self.leave_to_another(now, head, id);
             return FromHead::Drop;
         }
+        let was_asked = task.asked;
+        if open && head == task.head {
+            self.lives(now, id);
+            if kind == MsgType::ACK && was_asked {
+                // The client did not ask.
+                return FromHead::Drop;
+            }
+        }
         let ends = is_whole || (kind == MsgType::CHUNK && is_last_chunk(payload));
         let task = self.tasks.get_mut(id);
         task.chunked_answer |= kind == MsgType::CHUNK;
@@ -96,6 +104,21 @@ impl Bridge {
             client,
             len: datagram.len(),
         }
+    }
+
+    /// The head of an open task said something of it: it works on it.
+    fn lives(&mut self, now: Instant, id: TaskId) {
+        self.tasks.get_mut(id).asked = false;
+        self.wait_on(now, id);
+    }
+
+    /// Gives the head of an open task more time.
+    fn wait_on(&mut self, now: Instant, id: TaskId) {
+        // The list of open tasks is in the order of their deadlines, and this one moves to its end.
+        if self.resend.is_some_and(|resend| resend.task == id) {
+            self.resend = self.tasks.next(id).map(|task| Resend { task, offset: 0 });
+        }
+        self.tasks.set_state(id, State::Open, now + self.patience());
     }
 
     /// `head` refused a task because it is shutting down; what it already runs it will still answer.
@@ -177,11 +200,24 @@ impl Bridge {
         if self.tasks.get(oldest).deadline > now {
             return None;
         }
+        let task = self.tasks.get(oldest);
+        let (head, asked) = (task.head, task.asked);
+        if !asked {
+            // It may be slow, or busy with others. A head of an older version takes this for a question after itself.
+            self.tasks.get_mut(oldest).asked = true;
+            self.wait_on(now, oldest);
+            let sequence = self.tasks.upstream_sequence(oldest);
+            let len = write_message(buffer, MsgType::HEALTH, sequence, 0, ASK_AFTER_TASK);
+            return Some(Transmit {
+                to: Destination::Head(head),
+                len,
+            });
+        }
         self.stats.drops.timed_out.count();
         Some(self.fail(
             oldest,
             ErrorCode::TIMEOUT,
-            "no head answered in time",
+            "the head said nothing of this task for too long",
             buffer,
         ))
     }
@@ -221,3 +257,6 @@ impl Bridge {
         }
     }
 }
+
+/// Payload of a Health that asks whether the task with its sequence runs; a head that works on it answers with an Ack.
+const ASK_AFTER_TASK: &[u8] = b"task";

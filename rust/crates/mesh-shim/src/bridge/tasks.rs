@@ -45,6 +45,8 @@ pub(super) struct Task {
     pub(super) complete: bool,
     /// The answer comes, or came, as Chunks.
     pub(super) chunked_answer: bool,
+    /// Its head was asked whether it still works on it, and has not said so yet.
+    pub(super) asked: bool,
 }
 
 /// Names a slot.
@@ -91,6 +93,7 @@ impl TaskTable {
             retained: Chain::EMPTY,
             complete: false,
             chunked_answer: false,
+            asked: false,
         };
         let slot = Slot {
             task: nobody,
@@ -287,6 +290,7 @@ mod tests {
             retained: Chain::EMPTY,
             complete: true,
             chunked_answer: false,
+            asked: false,
         }
     }
 

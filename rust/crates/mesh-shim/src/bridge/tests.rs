@@ -105,7 +105,7 @@ impl World {
         let mut sent = Vec::new();
         while let Some(Transmit { to, len }) = self.bridge.poll_transmit(self.now, &mut buffer) {
             let message = decode(&buffer[..len]);
-            if message.kind != MsgType::HEALTH {
+            if message.kind != MsgType::HEALTH || !message.payload.is_empty() {
                 sent.push((to, message));
             }
         }
@@ -429,7 +429,18 @@ fn a_task_that_nobody_answers_ends_in_an_error() {
         request_timeout: Duration::from_secs(5),
         ..two_heads()
     });
-    world.task(ALICE, 7, "q");
+    let task = world.task(ALICE, 7, "q");
+    world.at(2_499);
+    assert_eq!(world.transmits(), []);
+    world.at(2_500);
+    let asked = world.transmits();
+    assert_eq!(asked.len(), 1);
+    let (to, question) = &asked[0];
+    assert_eq!(*to, Destination::Head(0));
+    assert_eq!(
+        (question.kind, question.sequence, &question.payload[..]),
+        (MsgType::HEALTH, task.sequence, &b"task"[..])
+    );
     world.at(4_999);
     assert_eq!(world.transmits(), []);
     world.at(5_000);
@@ -438,6 +449,39 @@ fn a_task_that_nobody_answers_ends_in_an_error() {
     assert_eq!(sent[0].1.error_body().unwrap().code, ErrorCode::TIMEOUT);
     assert_eq!(world.bridge.open_tasks(), 0);
     assert_eq!(world.transmits(), []);
+}
+
+#[test]
+fn a_task_is_waited_for_as_long_as_its_head_says_that_it_works_on_it() {
+    let mut world = World::new(Config {
+        request_timeout: Duration::from_secs(5),
+        ..two_heads()
+    });
+    let task = world.task(ALICE, 7, "q");
+    let ack = message(MsgType::ACK, task.sequence, "");
+    for round in 1..100 {
+        world.at(round * 2_500);
+        assert_eq!(world.transmits().len(), 1, "round {round}");
+        // Who did not ask for it gets none: a v5.0.0 client reads one datagram.
+        assert_eq!(world.head(0, &ack), None, "round {round}");
+    }
+    assert!(world.head(0, &answer_to(&task, "late")).is_some());
+}
+
+#[test]
+fn pieces_of_an_answer_and_acks_that_a_client_asked_for_are_signs_of_life() {
+    let mut world = World::new(Config {
+        request_timeout: Duration::from_secs(5),
+        ..two_heads()
+    });
+    let task = world.task(ALICE, 7, "q");
+    for round in 1..20 {
+        world.at(round * 2_000);
+        assert_eq!(world.transmits(), [], "round {round}");
+        let ack = message(MsgType::ACK, task.sequence, "for a slot");
+        assert!(world.head(0, &ack).is_some());
+    }
+    assert_eq!(world.bridge.open_tasks(), 1);
 }
 
 #[test]
@@ -738,6 +782,7 @@ proptest! {
             }
             for (to, sent) in world.transmits() {
                 match to {
+                    Destination::Head(_) if sent.kind == MsgType::HEALTH => {}
                     Destination::Head(head) => at_heads[head].push(sent),
                     Destination::Client(client) => answers.push((client.to_string(), sent)),
                 }

@@ -9,6 +9,8 @@ use super::*;
 
 const LIMITS: Limits = Limits {
     timeout: Duration::from_secs(60),
+    queue: Duration::from_secs(60),
+    total: Some(Duration::from_secs(60)),
     reruns: 3,
     silence: Duration::from_secs(1),
     first_token: Duration::from_secs(5),
@@ -368,7 +370,7 @@ fn too_many_deaths_are_an_error_that_says_so() {
     let error = seen.end.unwrap_err();
     assert_eq!(
         error.to_string(),
-        "4 workers failed on this request, the last one with: connection lost"
+        "4 attempts at this request failed on 4 workers, the last one with: connection lost"
     );
     assert_eq!(seen.tokens, whole(&Truth { length: 4 }));
 }
@@ -380,8 +382,11 @@ fn the_deadline_ends_everything() {
         ..script(u32::MAX, Fate::Finish)
     };
     let seen = run(&Truth { length: 500 }, &[slow]);
-    assert_eq!(seen.end.unwrap_err(), AnswerError::Timeout(LIMITS.timeout));
-    assert_eq!(seen.took, LIMITS.timeout);
+    assert_eq!(
+        seen.end.unwrap_err(),
+        AnswerError::Timeout(LIMITS.total.unwrap())
+    );
+    assert_eq!(Some(seen.took), LIMITS.total);
 }
 
 #[test]
@@ -407,6 +412,133 @@ fn a_request_that_no_worker_can_answer_is_not_run_again() {
 fn busy_workers_do_not_use_up_the_reruns() {
     let seen = run(&Truth { length: 3 }, &vec![script(0, Fate::Busy); 20]);
     assert_eq!(seen.end.unwrap().reruns, 0);
+}
+
+/// A long-lived answer: no limit on the whole.
+const PATIENT: Limits = Limits {
+    total: None,
+    ..LIMITS
+};
+
+fn waits(phase: RequestPhase, quiet_ms: u64) -> Progress {
+    Progress {
+        phase: phase.into(),
+        quiet_ms,
+        ..Progress::default()
+    }
+}
+
+fn one_token(index: u32) -> Tokens {
+    Tokens {
+        index,
+        tokens: vec![1],
+        ..Default::default()
+    }
+}
+
+#[test]
+fn a_request_that_waits_in_a_queue_that_moves_is_not_given_up() {
+    let start = Instant::now();
+    let mut answer = Answer::new(PATIENT, start);
+    let attempt = answer.placed(WorkerId(1), Duration::ZERO, start).attempt;
+    let mut now = start;
+    for _ in 0..7200 {
+        now += Duration::from_secs(1);
+        assert_eq!(answer.time_passed(now), Step::Wait);
+        answer.progressed(attempt, &waits(RequestPhase::Queued, 40), now);
+    }
+    assert!(!answer.waits_untold());
+    // Then the signs stop: that is silence.
+    let due = answer.next_timer().unwrap();
+    assert!(due <= now + LIMITS.first_token);
+    assert_eq!(answer.time_passed(due), Step::Again(Ended::Failed));
+}
+
+#[test]
+fn signs_of_life_of_an_engine_that_hangs_are_none() {
+    let start = Instant::now();
+    let mut answer = Answer::new(PATIENT, start);
+    let attempt = answer.placed(WorkerId(1), Duration::ZERO, start).attempt;
+    for second in 1..5 {
+        let now = start + Duration::from_secs(second);
+        answer.progressed(
+            attempt,
+            &waits(RequestPhase::Prefilling, second * 1000),
+            now,
+        );
+    }
+    assert_eq!(answer.next_timer(), Some(start + LIMITS.first_token));
+    let now = start + LIMITS.first_token;
+    answer.progressed(attempt, &waits(RequestPhase::Prefilling, u64::MAX), now);
+    assert_eq!(answer.time_passed(now), Step::Again(Ended::Failed));
+}
+
+#[test]
+fn an_answer_that_gives_its_place_to_others_is_waited_for() {
+    let start = Instant::now();
+    let mut answer = Answer::new(PATIENT, start);
+    let attempt = answer.placed(WorkerId(1), Duration::ZERO, start).attempt;
+    let mut now = start;
+    for index in 0..10 {
+        now += Duration::from_millis(50);
+        answer.tokens_came(attempt, one_token(index), now);
+    }
+    assert_eq!(answer.next_timer(), Some(now + LIMITS.silence));
+    now += Duration::from_millis(900);
+    answer.progressed(attempt, &waits(RequestPhase::Queued, 10), now);
+    assert!(answer.next_timer() > Some(now + LIMITS.silence * 4));
+    // Its next token ends the wait, which says nothing about the pace.
+    now += Duration::from_secs(4);
+    answer.tokens_came(attempt, one_token(10), now);
+    assert_eq!(answer.next_timer(), Some(now + LIMITS.silence));
+}
+
+#[test]
+fn a_steady_answer_is_not_cut_however_long_it_takes() {
+    let start = Instant::now();
+    let mut answer = Answer::new(PATIENT, start);
+    let attempt = answer.placed(WorkerId(1), Duration::ZERO, start).attempt;
+    for index in 0..5000 {
+        let now = start + Duration::from_millis(900) * index;
+        assert_eq!(answer.time_passed(now), Step::Wait);
+        answer.tokens_came(attempt, one_token(index), now);
+    }
+}
+
+#[test]
+fn waiting_for_room_has_its_own_limit_that_busy_workers_do_not_renew() {
+    let start = Instant::now();
+    let mut answer = Answer::new(PATIENT, start);
+    let mut now = start;
+    let error = loop {
+        let attempt = answer.placed(WorkerId(1), Duration::ZERO, now).attempt;
+        now += Duration::from_secs(1);
+        answer.failed(attempt, error(ErrorCode::WORKER_BUSY));
+        if let Step::Fail(error, ended) = answer.time_passed(now) {
+            assert_eq!(ended, Ended::Cancelled);
+            break error;
+        }
+    };
+    assert_eq!(error, AnswerError::QueueTimeout(LIMITS.queue));
+    assert_eq!(now, start + LIMITS.queue);
+}
+
+#[test]
+fn one_worker_that_fails_often_is_one_worker() {
+    let now = Instant::now();
+    let mut answer = Answer::new(PATIENT, now);
+    for _ in 0..LIMITS.reruns {
+        let attempt = answer.placed(WorkerId(1), Duration::ZERO, now).attempt;
+        answer.failed(attempt, Failure::Lost("gone".into()));
+    }
+    let attempt = answer.placed(WorkerId(1), Duration::ZERO, now).attempt;
+    let Step::Fail(error, _) = answer.failed(attempt, Failure::Lost("gone".into())) else {
+        panic!("it goes on");
+    };
+    assert_eq!(
+        error.to_string(),
+        "4 attempts at this request failed on 1 worker, the last one with: gone"
+    );
 }
 
 fn any_script() -> impl Strategy<Value = Script> {

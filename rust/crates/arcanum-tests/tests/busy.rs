@@ -1,0 +1,60 @@
+//! A mesh whose only worker is busy: real processes, a real engine.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use arcanum_tests::alone;
+use mesh_testkit::Mesh;
+use serde_json::json;
+
+/// A second request waits in its worker's queue for three times the limit before the first token. It is answered when the first one ends;
+/// meanwhile the head is ready, and nothing counts as a failure.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_behind_a_long_answer_is_answered_and_the_head_stays_ready() -> Result<()> {
+    let _alone = alone();
+    let mut mesh = Mesh::builder()
+        .workers(1)
+        .head_config("first_token_limit = \"5s\"\n")
+        .worker_config("threads = 1\nslots = 1\n")
+        .start()
+        .await?;
+    let client = mesh.client()?;
+    let model = client
+        .models()
+        .await?
+        .into_iter()
+        .next()
+        .context("a model")?;
+    let long = json!({"model": model, "prompt": "Once upon a time", "max_tokens": 8000, "ignore_eos": true});
+    let mut stream = client.stream(long).await?;
+    stream.next().await?.context("a first piece")?;
+
+    let second = {
+        let client = client.clone();
+        let body = json!({"model": model, "prompt": "Why?", "max_tokens": 4, "ignore_eos": true});
+        tokio::spawn(async move { client.complete(&body).await })
+    };
+    let began = Instant::now();
+    let mut ended = false;
+    while began.elapsed() < Duration::from_secs(15) {
+        client.get("/ready").await.context("/ready says no")?;
+        let pause = tokio::time::Instant::now() + Duration::from_millis(100);
+        while !ended && let Ok(piece) = tokio::time::timeout_at(pause, stream.next()).await {
+            ended = piece?.is_none();
+        }
+        tokio::time::sleep_until(pause).await;
+    }
+    // Whether the long answer ended or not: it is given up now.
+    drop(stream);
+    let answer = tokio::time::timeout(Duration::from_secs(60), second).await???;
+    ensure!(
+        answer["usage"]["completion_tokens"] == 4,
+        "the second answer is {answer}"
+    );
+    let workers = mesh.registry().await?["workers"].clone();
+    ensure!(
+        workers[0]["failed"] == 0,
+        "a failure was counted: {workers}"
+    );
+    mesh.shutdown().await
+}

@@ -1,0 +1,439 @@
+//! The queue of requests that wait for a worker: fair between ingresses, and between the sources of each.
+//!
+//! A source is whoever a request can be traced to: an API key, else an address. Who is next: the ingress with the fewest requests
+//! on workers, in it the source with the fewest, in turns where they are equal, and of that source the oldest request. So a slot
+//! that becomes free goes to whoever holds least, and a flood of one source delays the others by what runs already, no more.
+//!
+//! The queue is bounded. When it is full, a newcomer takes the place of the newest request of the ingress and source with the most
+//! waiting, unless that would be the newcomer's own. There are never more sources than requests, so memory is bounded, too.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::net::{IpAddr, Ipv6Addr};
+
+/// Where requests enter.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Ingress {
+    /// The OpenAI API, for text.
+    #[default]
+    Http,
+    /// DCF over UDP, for text.
+    Dcf,
+    /// Parts of requests for embeddings, over either.
+    Embeddings,
+}
+
+impl Ingress {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Http, Self::Dcf, Self::Embeddings];
+
+    /// Its name in metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Http => "http",
+            Self::Dcf => "dcf",
+            Self::Embeddings => "embeddings",
+        }
+    }
+}
+
+/// Whom a request can be traced to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Origin {
+    /// Nobody in particular.
+    #[default]
+    Unknown,
+    /// The holder of the admin key.
+    Admin,
+    /// The holder of the API key with this number, counted from 1.
+    Key(usize),
+    /// An address: a client's, or that of the shim in front of it.
+    Address(IpAddr),
+}
+
+impl Origin {
+    /// The origin of what comes from this address. An IPv6 network of 64 bits is one origin, because its owner has all of it.
+    pub fn of(address: IpAddr) -> Self {
+        Self::Address(match address.to_canonical() {
+            IpAddr::V6(address) if !address.is_loopback() => {
+                IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() >> 64 << 64))
+            }
+            address => address,
+        })
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unknown => f.write_str("this source"),
+            Self::Admin => f.write_str("the admin key"),
+            Self::Key(number) => write!(f, "API key {number}"),
+            Self::Address(IpAddr::V6(address)) if !address.is_loopback() => {
+                write!(f, "{address}/64")
+            }
+            Self::Address(address) => write!(f, "{address}"),
+        }
+    }
+}
+
+/// A party that gets its share.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Source {
+    /// Where its requests enter.
+    pub ingress: Ingress,
+    /// Whom they can be traced to.
+    pub origin: Origin,
+}
+
+/// The queue is full, and the newcomer's source is the one with the most in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Full {
+    /// Requests of that source that wait.
+    pub yours: usize,
+    /// Sources that share the queue.
+    pub sources: usize,
+}
+
+/// See the module's page.
+#[derive(Debug)]
+pub struct FairQueue<T> {
+    limit: usize,
+    /// Whoever waited its turn already and lost its worker: first, and past the bound.
+    again: VecDeque<(Source, T)>,
+    shares: BTreeMap<Source, Share<T>>,
+    /// Requests in `shares`.
+    waiting: usize,
+    /// Counts the requests taken.
+    turn: u64,
+    /// When each ingress had its last turn.
+    turns: BTreeMap<Ingress, u64>,
+}
+
+#[derive(Debug)]
+struct Share<T> {
+    waiting: VecDeque<T>,
+    running: usize,
+    last_turn: u64,
+}
+
+impl<T> FairQueue<T> {
+    /// An empty queue for at most `limit` requests.
+    pub fn new(limit: usize) -> Self {
+        Self {
+            limit,
+            again: VecDeque::new(),
+            shares: BTreeMap::new(),
+            waiting: 0,
+            turn: 0,
+            turns: BTreeMap::new(),
+        }
+    }
+
+    /// Puts a request of `source` in. Returns the one that lost its place to it, if there was no room.
+    ///
+    /// # Errors
+    /// [`Full`] if nobody else has more than its share.
+    pub fn push(&mut self, source: Source, item: T) -> Result<Option<(Source, T)>, Full> {
+        let mut displaced = None;
+        if self.len() >= self.limit {
+            let victim = self.largest(source).ok_or_else(|| Full {
+                yours: self.waiting_of(source),
+                sources: self.sources(),
+            })?;
+            let share = self.shares.get_mut(&victim);
+            let newest = share.and_then(|share| share.waiting.pop_back());
+            displaced = newest.map(|newest| (victim, newest));
+            self.waiting -= usize::from(displaced.is_some());
+            self.tidy(victim);
+        }
+        self.share(source).waiting.push_back(item);
+        self.waiting += 1;
+        Ok(displaced)
+    }
+
+    /// Puts a request back that has waited its turn before.
+    pub fn push_again(&mut self, source: Source, item: T) {
+        self.again.push_front((source, item));
+    }
+
+    /// Takes the next request that `may` go, asked in the order of turns.
+    pub fn take_next(&mut self, mut may: impl FnMut(&T) -> bool) -> Option<(Source, T)> {
+        if let Some(index) = self.again.iter().position(|(_, item)| may(item)) {
+            return self.again.remove(index);
+        }
+        for source in self.order() {
+            let share = self.shares.get_mut(&source)?;
+            let Some(index) = share.waiting.iter().position(&mut may) else {
+                continue;
+            };
+            self.turn += 1;
+            share.last_turn = self.turn;
+            self.turns.insert(source.ingress, self.turn);
+            let item = share.waiting.remove(index)?;
+            self.waiting -= 1;
+            self.tidy(source);
+            return Some((source, item));
+        }
+        None
+    }
+
+    /// Keeps the requests that `keep` wants.
+    pub fn retain(&mut self, mut keep: impl FnMut(&mut T) -> bool) {
+        self.again.retain_mut(|(_, item)| keep(item));
+        for share in self.shares.values_mut() {
+            share.waiting.retain_mut(&mut keep);
+        }
+        self.shares
+            .retain(|_, share| !share.waiting.is_empty() || share.running > 0);
+        self.waiting = self.shares.values().map(|share| share.waiting.len()).sum();
+    }
+
+    /// Whether some request is like this.
+    pub fn any(&self, mut is: impl FnMut(&T) -> bool) -> bool {
+        let waiting = self.shares.values().flat_map(|share| &share.waiting);
+        self.again
+            .iter()
+            .map(|(_, item)| item)
+            .chain(waiting)
+            .any(|item| is(item))
+    }
+
+    /// A request of `source` runs on a worker now.
+    pub fn started(&mut self, source: Source) {
+        self.share(source).running += 1;
+    }
+
+    /// It does no longer.
+    pub fn ended(&mut self, source: Source) {
+        if let Some(share) = self.shares.get_mut(&source) {
+            share.running = share.running.saturating_sub(1);
+            self.tidy(source);
+        }
+    }
+
+    /// Requests that wait.
+    pub fn len(&self) -> usize {
+        self.waiting + self.again.len()
+    }
+
+    /// Whether none waits.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Requests that came through `ingress`: those that wait, and those that run.
+    pub fn of_ingress(&self, ingress: Ingress) -> (usize, usize) {
+        let again = self.again.iter().filter(|(s, _)| s.ingress == ingress);
+        let (mut waiting, mut running) = (again.count(), 0);
+        for (_, share) in self.shares.iter().filter(|(s, _)| s.ingress == ingress) {
+            waiting += share.waiting.len();
+            running += share.running;
+        }
+        (waiting, running)
+    }
+
+    /// Sources with requests that wait in turn.
+    pub fn sources(&self) -> usize {
+        let waiting = |share: &&Share<T>| !share.waiting.is_empty();
+        self.shares.values().filter(waiting).count()
+    }
+
+    /// Requests of `source` that wait in turn.
+    pub fn waiting_of(&self, source: Source) -> usize {
+        self.shares.get(&source).map_or(0, |s| s.waiting.len())
+    }
+
+    fn share(&mut self, source: Source) -> &mut Share<T> {
+        self.shares.entry(source).or_insert_with(|| Share {
+            waiting: VecDeque::new(),
+            running: 0,
+            last_turn: 0,
+        })
+    }
+
+    fn tidy(&mut self, source: Source) {
+        let done = |share: &Share<T>| share.waiting.is_empty() && share.running == 0;
+        if self.shares.get(&source).is_some_and(done) {
+            self.shares.remove(&source);
+        }
+    }
+
+    /// Sources with waiting requests, in the order of turns.
+    fn order(&self) -> Vec<Source> {
+        let mut running: BTreeMap<Ingress, usize> = BTreeMap::new();
+        for (source, share) in &self.shares {
+            *running.entry(source.ingress).or_default() += share.running;
+        }
+        let mut order: Vec<_> = self
+            .shares
+            .iter()
+            .filter(|(_, share)| !share.waiting.is_empty())
+            .map(|(source, share)| {
+                let ingress = source.ingress;
+                let first = (
+                    running.get(&ingress).copied().unwrap_or(0),
+                    self.turns.get(&ingress).copied().unwrap_or(0),
+                    ingress,
+                );
+                (first, share.running, share.last_turn, *source)
+            })
+            .collect();
+        order.sort_unstable();
+        order.into_iter().map(|(.., source)| source).collect()
+    }
+
+    /// Whose newest request makes room for one of `newcomer`: the largest source of the largest ingress, unless the newcomer would
+    /// have as many.
+    fn largest(&self, newcomer: Source) -> Option<Source> {
+        let waiting = |ingress: Ingress| -> usize {
+            let of = self.shares.iter().filter(|(s, _)| s.ingress == ingress);
+            of.map(|(_, share)| share.waiting.len()).sum()
+        };
+        let ingress = *Ingress::ALL.iter().max_by_key(|i| waiting(**i))?;
+        let of = self.shares.iter().filter(|(s, _)| s.ingress == ingress);
+        let (&largest, share) = of.max_by_key(|(_, share)| share.waiting.len())?;
+        let gains = if ingress == newcomer.ingress {
+            self.waiting_of(newcomer) + 1 < share.waiting.len()
+        } else {
+            waiting(newcomer.ingress) + 1 < waiting(ingress)
+        };
+        gains.then_some(largest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source(ingress: Ingress, last: u8) -> Source {
+        let origin = Origin::of(IpAddr::from([10, 0, 0, last]));
+        Source { ingress, origin }
+    }
+
+    /// Gives `slots` slots to requests that never end, and says whose they were.
+    fn serve(queue: &mut FairQueue<u32>, slots: usize) -> Vec<(Source, u32)> {
+        let take = |_| {
+            let (source, item) = queue.take_next(|_| true)?;
+            queue.started(source);
+            Some((source, item))
+        };
+        (0..slots).map_while(take).collect()
+    }
+
+    #[test]
+    fn a_flood_of_one_source_delays_others_by_what_runs_and_no_more() {
+        let (flood, person) = (source(Ingress::Dcf, 1), source(Ingress::Http, 2));
+        let mut queue = FairQueue::new(1024);
+        for number in 0..1016 {
+            assert_eq!(queue.push(flood, number), Ok(None));
+        }
+        assert_eq!(serve(&mut queue, 8).len(), 8);
+        assert_eq!(queue.push(person, 5000), Ok(None));
+        queue.ended(flood);
+        assert_eq!(serve(&mut queue, 1), [(person, 5000)]);
+        // The same within one ingress.
+        let other = source(Ingress::Dcf, 3);
+        assert_eq!(queue.push(other, 6000), Ok(None));
+        queue.ended(flood);
+        assert_eq!(serve(&mut queue, 1), [(other, 6000)]);
+    }
+
+    #[test]
+    fn slots_go_to_whoever_holds_least_and_each_source_is_served_in_order() {
+        let (a, b) = (source(Ingress::Http, 1), source(Ingress::Http, 2));
+        let mut queue = FairQueue::new(100);
+        for number in 0..10 {
+            queue.push(a, number).unwrap();
+        }
+        let first = serve(&mut queue, 4);
+        assert!(first.iter().all(|(s, _)| *s == a), "nobody else waits");
+        for number in 100..110 {
+            queue.push(b, number).unwrap();
+        }
+        let next: Vec<u32> = serve(&mut queue, 8).iter().map(|(_, n)| *n).collect();
+        // b catches up, then they take turns.
+        assert_eq!(next[..4], [100, 101, 102, 103]);
+        assert_eq!(next[4..], [4, 104, 5, 105]);
+    }
+
+    #[test]
+    fn ingresses_share_evenly_however_many_sources_each_has() {
+        let mut queue = FairQueue::new(1000);
+        for number in 0..100 {
+            queue.push(source(Ingress::Dcf, number), 0).unwrap();
+            queue.push(source(Ingress::Http, 200), 1).unwrap();
+        }
+        let served = serve(&mut queue, 20);
+        let of_http = served.iter().filter(|(_, n)| *n == 1).count();
+        assert_eq!(of_http, 10, "{served:?}");
+    }
+
+    #[test]
+    fn a_full_queue_has_room_for_a_newcomer_at_the_expense_of_the_largest_source() {
+        let (large, small) = (source(Ingress::Dcf, 1), source(Ingress::Dcf, 2));
+        let mut queue = FairQueue::new(4);
+        for number in 0..4 {
+            assert_eq!(queue.push(large, number), Ok(None));
+        }
+        let full = Full {
+            yours: 4,
+            sources: 1,
+        };
+        assert_eq!(queue.push(large, 9), Err(full));
+        assert_eq!(queue.push(small, 10), Ok(Some((large, 3))));
+        assert_eq!(queue.push(small, 11), Ok(Some((large, 2))));
+        // Both have their share now.
+        assert!(queue.push(small, 12).is_err() && queue.push(large, 13).is_err());
+        let http = source(Ingress::Http, 3);
+        assert!(matches!(queue.push(http, 20), Ok(Some(_))));
+        assert_eq!((queue.len(), queue.of_ingress(Ingress::Http)), (4, (1, 0)));
+    }
+
+    #[test]
+    fn many_sources_of_one_ingress_cannot_keep_another_out() {
+        let mut queue = FairQueue::new(50);
+        for number in 0..50 {
+            queue.push(source(Ingress::Dcf, number), 0).unwrap();
+        }
+        assert!(queue.push(source(Ingress::Dcf, 99), 0).is_err());
+        assert!(queue.push(source(Ingress::Http, 99), 0).is_ok());
+    }
+
+    #[test]
+    fn requests_that_cannot_go_now_do_not_hold_up_those_behind_them() {
+        let a = source(Ingress::Http, 1);
+        let mut queue = FairQueue::new(10);
+        for number in 0..4 {
+            queue.push(a, number).unwrap();
+        }
+        queue.push_again(a, 7);
+        assert_eq!(queue.take_next(|n| *n == 2), Some((a, 2)));
+        assert_eq!(queue.take_next(|_| true), Some((a, 7)));
+        assert_eq!(queue.take_next(|n| *n > 5), None);
+        assert_eq!(queue.take_next(|_| true), Some((a, 0)));
+        queue.retain(|n| *n != 1);
+        assert!(queue.any(|n| *n == 3) && queue.len() == 1);
+    }
+
+    #[test]
+    fn nothing_is_kept_of_sources_that_are_gone() {
+        let mut queue = FairQueue::new(10_000);
+        for number in 0..=255 {
+            queue.push(source(Ingress::Dcf, number), 0).unwrap();
+        }
+        for (source, _) in serve(&mut queue, 256) {
+            queue.ended(source);
+        }
+        assert!(queue.is_empty() && queue.shares.is_empty());
+    }
+
+    #[test]
+    fn a_network_of_64_bits_is_one_origin_and_a_mapped_address_is_its_ipv4_one() {
+        let origin = |text: &str| Origin::of(text.parse().unwrap());
+        assert_eq!(origin("2001:db8:1:2::1"), origin("2001:db8:1:2:ffff::9"));
+        assert_ne!(origin("2001:db8:1:2::1"), origin("2001:db8:1:3::1"));
+        assert_eq!(origin("::ffff:10.1.1.1"), origin("10.1.1.1"));
+        assert_eq!(origin("2001:db8:1:2::1").to_string(), "2001:db8:1:2::/64");
+    }
+}
