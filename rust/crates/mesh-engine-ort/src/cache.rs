@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
+use mesh_model::file::{Data, FileError};
 use mesh_model::gguf::Writer;
 use mesh_model::gguf::writer::OwnedValue;
 use mesh_model::{GgmlType, Gguf};
@@ -79,8 +80,12 @@ impl Entry {
             false => return None,
         };
         let checked = gguf.and_then(|gguf| match gguf.unsigned(CHECKSUM) {
-            Ok(Some(wanted)) if wanted == checksum_of(&gguf) => Ok(gguf),
-            Ok(_) => Err("its checksum is another".to_owned()),
+            Ok(Some(wanted)) => match checksum_of(&gguf) {
+                Ok(found) if found == wanted => Ok(gguf),
+                Ok(_) => Err("its checksum is another".to_owned()),
+                Err(error) => Err(error.to_string()),
+            },
+            Ok(None) => Err("it has no checksum".to_owned()),
             Err(error) => Err(error.to_string()),
         });
         match checked {
@@ -168,11 +173,17 @@ fn write_file(path: &Path, matrices: &[Quantised]) -> io::Result<()> {
     let mut writer = Writer::new();
     writer.key(
         CHECKSUM,
-        OwnedValue::U64(checksum(
-            matrices
-                .iter()
-                .map(|matrix| (&*matrix.name, matrix.ty, &*matrix.dims, &*matrix.data)),
-        )),
+        OwnedValue::U64(
+            checksum(matrices.iter().map(|matrix| {
+                (
+                    &*matrix.name,
+                    matrix.ty,
+                    &*matrix.dims,
+                    (&*matrix.data).into(),
+                )
+            }))
+            .map_err(io::Error::other)?,
+        ),
     );
     for matrix in matrices {
         writer.tensor(&matrix.name, matrix.ty, &matrix.dims);
@@ -185,22 +196,24 @@ fn write_file(path: &Path, matrices: &[Quantised]) -> io::Result<()> {
     out.into_inner()?.sync_all()
 }
 
-fn checksum_of(gguf: &Gguf) -> u64 {
+fn checksum_of(gguf: &Gguf) -> Result<u64, FileError> {
     checksum(
         gguf.tensors()
             .map(|tensor| (tensor.name, tensor.ty, tensor.dims, tensor.data)),
     )
 }
 
-fn checksum<'a>(matrices: impl Iterator<Item = (&'a str, GgmlType, &'a [u64], &'a [u8])>) -> u64 {
+fn checksum<'a>(
+    matrices: impl Iterator<Item = (&'a str, GgmlType, &'a [u64], Data<'a>)>,
+) -> Result<u64, FileError> {
     let mut hasher = XxHash3_64::new();
     for (name, ty, dims, data) in matrices {
         hasher.write(name.as_bytes());
         hasher.write(&ty.id().to_le_bytes());
         dims.iter().for_each(|dim| hasher.write(&dim.to_le_bytes()));
-        hasher.write(data);
+        data.each(|piece| hasher.write(piece))?;
     }
-    hasher.finish()
+    Ok(hasher.finish())
 }
 
 /// Bytes of the files in a folder. Temporary files that nobody writes any more are removed.
@@ -258,7 +271,7 @@ mod tests {
         assert!(entry.read("blk.0").is_none());
         entry.write("blk.0", &[matrix("a", 1), matrix("b", 2)]);
         let read = entry.read("blk.0").expect("whole");
-        assert_eq!(read.tensor("b").unwrap().data, [2; 68]);
+        assert_eq!(*read.tensor("b").unwrap().data.read().unwrap(), [2; 68]);
         assert_eq!(
             fs::read_dir(&entry.folder).unwrap().count(),
             1,
@@ -268,14 +281,18 @@ mod tests {
         let path = entry.path("blk.0");
         let whole = fs::read(&path).unwrap();
         // Every bit counts but those of the padding, which nobody reads.
-        let data =
-            read.tensor("a").unwrap().data.as_ptr() as usize - read.bytes().as_ptr() as usize;
+        let data = read.tensor("a").unwrap().data.offset() as usize;
         for at in [0, 8, 30, data - 60, data, data + 67, whole.len() - 1] {
             let mut damaged = whole.clone();
             damaged[at] ^= 4;
             fs::write(&path, damaged).unwrap();
             let read = entry.read("blk.0");
-            let same = read.is_some_and(|read| read.tensor("a").is_some_and(|a| a.data == [1; 68]));
+            let same = read.is_some_and(|read| {
+                let data = read
+                    .tensor("a")
+                    .map(|a| a.data.read().unwrap().into_owned());
+                data.is_some_and(|data| data == [1; 68])
+            });
             assert!(!same || (30..data).contains(&at), "byte {at}");
         }
         fs::write(&path, &whole[..whole.len() - 1]).unwrap();

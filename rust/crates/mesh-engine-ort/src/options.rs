@@ -165,6 +165,9 @@ pub enum LoadError {
     /// The model file changed while it was read.
     #[error("the model changed while its weights were read: {0}")]
     Model(String),
+    /// The file cannot be read, or was cut short.
+    #[error(transparent)]
+    File(#[from] mesh_model::file::FileError),
     /// A tensor that cannot be packed or read.
     #[error("tensor {name} of type {ty}: {message}")]
     Tensor {

@@ -4,6 +4,7 @@ use std::sync::{Mutex, PoisonError};
 
 use half::f16;
 use mesh_kernels::Pool;
+use mesh_model::file::FileError;
 use mesh_model::gguf::Tensor;
 use mesh_model::{GgmlType, dequantize};
 
@@ -17,29 +18,33 @@ pub(crate) fn requantise(
     tensor: &Tensor<'_>,
     inputs: usize,
     pool: &Pool,
-) -> Option<(GgmlType, Vec<u8>)> {
-    let four_bits = matches!(tensor.ty, GgmlType::Q4_0 | GgmlType::Q4_1 | GgmlType::Q4_K);
-    let floats = tensor.ty.block_size() == 1;
-    let ty = match format {
-        WeightFormat::Int8 if tensor.ty != GgmlType::Q8_0 => GgmlType::Q8_0,
-        WeightFormat::Int4 if in_layer && !four_bits => GgmlType::Q4_1,
-        WeightFormat::Int4 if !in_layer && floats => GgmlType::Q8_0,
-        _ => return None,
+) -> Result<Option<(GgmlType, Vec<u8>)>, FileError> {
+    let Some(ty) = changed_to(format, in_layer, tensor, inputs) else {
+        return Ok(None);
     };
-    if inputs == 0 || !inputs.is_multiple_of(BLOCK) {
-        return None;
-    }
+    let bytes = |ty: GgmlType| ty.bytes_for(inputs as u64).map(|bytes| bytes as usize);
     let rows = tensor.elements() as usize / inputs;
-    let row_bytes = ty.bytes_for(inputs as u64)? as usize;
-    let source_bytes = tensor.ty.bytes_for(inputs as u64)? as usize;
-    let mut out = vec![0; rows.checked_mul(row_bytes)?];
+    let (Some(row_bytes), Some(source_bytes)) = (bytes(ty), bytes(tensor.ty)) else {
+        return Ok(None);
+    };
+    let Some(total) = rows.checked_mul(row_bytes) else {
+        return Ok(None);
+    };
+    let mut out = vec![0; total];
     let tasks: Vec<Mutex<&mut [u8]>> = out
         .chunks_mut(row_bytes * ROWS_PER_TASK)
         .map(Mutex::new)
         .collect();
+    let failure = Mutex::new(None);
     pool.run(tasks.len(), &|task| {
         let mut out = tasks[task].lock().unwrap_or_else(PoisonError::into_inner);
-        let source = &tensor.data[task * ROWS_PER_TASK * source_bytes..];
+        let mut source = vec![0; out.len() / row_bytes * source_bytes];
+        if let Err(error) = (tensor.data).read_at(task * ROWS_PER_TASK * source_bytes, &mut source)
+        {
+            let mut failure = failure.lock().unwrap_or_else(PoisonError::into_inner);
+            failure.get_or_insert(error);
+            return;
+        }
         let mut row = vec![0.0; inputs];
         for (out, source) in out
             .chunks_mut(row_bytes)
@@ -56,7 +61,28 @@ pub(crate) fn requantise(
         }
     });
     drop(tasks);
-    Some((ty, out))
+    match failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(error) => Err(error),
+        None => Ok(Some((ty, out))),
+    }
+}
+
+/// The type that the matrix gets, if it gets another.
+fn changed_to(
+    format: WeightFormat,
+    in_layer: bool,
+    tensor: &Tensor<'_>,
+    inputs: usize,
+) -> Option<GgmlType> {
+    let four_bits = matches!(tensor.ty, GgmlType::Q4_0 | GgmlType::Q4_1 | GgmlType::Q4_K);
+    let floats = tensor.ty.block_size() == 1;
+    let ty = match format {
+        WeightFormat::Int8 if tensor.ty != GgmlType::Q8_0 => GgmlType::Q8_0,
+        WeightFormat::Int4 if in_layer && !four_bits => GgmlType::Q4_1,
+        WeightFormat::Int4 if !in_layer && floats => GgmlType::Q8_0,
+        _ => return None,
+    };
+    (inputs != 0 && inputs.is_multiple_of(BLOCK)).then_some(ty)
 }
 
 /// Scale, then signed bytes: the largest weight becomes 127 or -127.
@@ -121,7 +147,7 @@ mod tests {
             name: "blk.0.ffn_up.weight",
             ty,
             dims,
-            data,
+            data: data.into(),
         }
     }
 
@@ -138,7 +164,9 @@ mod tests {
             (WeightFormat::Int4, GgmlType::Q4_1, 1.0 / 15.0 * 0.52),
         ] {
             let pool = Pool::new(2);
-            let (_, packed) = requantise(format, true, &tensor, inputs, &pool).expect("changed");
+            let (_, packed) = requantise(format, true, &tensor, inputs, &pool)
+                .unwrap()
+                .expect("changed");
             let mut back = vec![0.0; rows * inputs];
             dequantize(ggml, &packed, &mut back).expect("whole blocks");
             let worst = weights.iter().zip(&back).map(|(a, b)| (a - b).abs());
@@ -156,19 +184,39 @@ mod tests {
         let pool = Pool::new(1);
         let file = vec![0; 34 * 2];
         let eight = tensor(GgmlType::Q8_0, &[32, 2], &file);
-        assert!(requantise(WeightFormat::Int8, true, &eight, 32, &pool).is_none());
-        assert!(requantise(WeightFormat::File, true, &eight, 32, &pool).is_none());
-        assert!(requantise(WeightFormat::Int4, false, &eight, 32, &pool).is_none());
-        let (ty, data) = requantise(WeightFormat::Int4, true, &eight, 32, &pool).expect("fewer");
+        assert!(
+            requantise(WeightFormat::Int8, true, &eight, 32, &pool)
+                .unwrap()
+                .is_none()
+        );
+        assert!(
+            requantise(WeightFormat::File, true, &eight, 32, &pool)
+                .unwrap()
+                .is_none()
+        );
+        assert!(
+            requantise(WeightFormat::Int4, false, &eight, 32, &pool)
+                .unwrap()
+                .is_none()
+        );
+        let (ty, data) = requantise(WeightFormat::Int4, true, &eight, 32, &pool)
+            .unwrap()
+            .expect("fewer");
         assert_eq!((ty, data), (GgmlType::Q4_1, vec![0; 40]));
         // Floats outside of the layers keep 8 bits.
         let floats = bytes(&weights(2, 32));
         let floats = tensor(GgmlType::F32, &[32, 2], &floats);
-        let (ty, _) = requantise(WeightFormat::Int4, false, &floats, 32, &pool).expect("fewer");
+        let (ty, _) = requantise(WeightFormat::Int4, false, &floats, 32, &pool)
+            .unwrap()
+            .expect("fewer");
         assert_eq!(ty, GgmlType::Q8_0);
         // Rows of 33 are not whole blocks.
         let odd = bytes(&weights(1, 66));
         let odd = tensor(GgmlType::F32, &[33, 2], &odd);
-        assert!(requantise(WeightFormat::Int8, true, &odd, 33, &pool).is_none());
+        assert!(
+            requantise(WeightFormat::Int8, true, &odd, 33, &pool)
+                .unwrap()
+                .is_none()
+        );
     }
 }

@@ -6,8 +6,9 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use mesh_kernels::{PackOptions, Pool, QMatrix, WeightType};
-use mesh_model::{GgmlType, Gguf, Model, ModelConfig, dequantize};
+use mesh_kernels::{KernelError, PackOptions, Pool, QMatrix, WeightType};
+use mesh_model::file::{Data, FileError};
+use mesh_model::{GgmlType, Gguf, Model, ModelConfig};
 
 use crate::cache::{Entry, Quantised, WeightCache};
 use crate::options::{LoadError, WeightFormat, has_floats};
@@ -47,7 +48,7 @@ pub(crate) struct HeadWeights {
 }
 
 impl Weights {
-    /// Packs the weights of `layers` and lets the system drop the file's pages, so that they do not count twice.
+    /// Reads and packs the weights of `layers`.
     pub(crate) fn load(
         model: &Model,
         layers: Range<u32>,
@@ -166,8 +167,6 @@ impl Loader<'_> {
             self.check_unchanged()?;
             entry.write(name, &fresh);
         }
-        // So that the file does not count twice.
-        self.gguf.release_pages();
         Ok(loaded)
     }
 
@@ -249,27 +248,34 @@ impl Loader<'_> {
             )));
         };
         let (outputs, inputs) = (outputs as usize, inputs as usize);
-        let pack = |ty, data: &[u8]| {
-            QMatrix::pack_with(
-                self.pool,
-                weight_type(ty),
-                outputs,
-                inputs,
-                data,
-                self.options,
-            )
-            .map_err(|error| failed(error.to_string()))
+        let read = |ty, data: Data<'_>| -> Result<QMatrix, PackError> {
+            let (pool, ty, options) = (self.pool, weight_type(ty), self.options);
+            QMatrix::pack_reading(pool, ty, outputs, inputs, options, |at, rows| {
+                Ok(data.read_at(at, rows)?)
+            })
         };
         let mut group = self.group.borrow_mut();
         let kept = group.kept.as_ref().and_then(|kept| kept.tensor(name));
         if let Some(kept) = kept.filter(|kept| kept.dims == tensor.dims) {
-            return pack(kept.ty, kept.data);
+            match read(kept.ty, kept.data) {
+                Ok(packed) => return Ok(packed),
+                // They can be made anew.
+                Err(error) => {
+                    tracing::warn!(tensor = name, %error, "quantised weights cannot be read");
+                }
+            }
         }
         let in_layer = name.starts_with("blk.");
-        let Some((ty, data)) = requantise(self.format, in_layer, &tensor, inputs, self.pool) else {
-            return pack(tensor.ty, tensor.data);
+        let changed = requantise(self.format, in_layer, &tensor, inputs, self.pool)?;
+        let Some((ty, data)) = changed else {
+            return read(tensor.ty, tensor.data).map_err(|error| match error {
+                PackError::File(error) => error.into(),
+                PackError::Kernel(error) => failed(error.to_string()),
+            });
         };
-        let packed = pack(ty, &data)?;
+        let (pool, options) = (self.pool, self.options);
+        let packed = QMatrix::pack_with(pool, weight_type(ty), outputs, inputs, &data, options)
+            .map_err(|error| failed(error.to_string()))?;
         if self.entry.is_some() {
             group.fresh.push(Quantised {
                 name: name.into(),
@@ -297,14 +303,21 @@ impl Loader<'_> {
             .gguf
             .tensor(name)
             .ok_or_else(|| LoadError::MissingTensor(name.into()))?;
-        let mut out = vec![0.0; tensor.elements() as usize];
-        dequantize(tensor.ty, tensor.data, &mut out).map_err(|error| LoadError::Tensor {
+        tensor.to_f32().map_err(|error| LoadError::Tensor {
             name: name.into(),
             ty: format!("{:?}", tensor.ty),
             message: error.to_string(),
-        })?;
-        Ok(out)
+        })
     }
+}
+
+/// Why a matrix could not be packed.
+#[derive(Debug, thiserror::Error)]
+enum PackError {
+    #[error(transparent)]
+    File(#[from] FileError),
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
 }
 
 /// The kernels' name of a type.

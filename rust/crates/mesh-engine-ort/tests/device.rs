@@ -112,7 +112,7 @@ fn rewritten(
         writer.tensor(tensor.name, pick(tensor.name).ty, tensor.dims);
     }
     let bytes = writer
-        .to_bytes(|name, _, _| pick(name).data.to_vec())
+        .to_bytes(|name, _, _| pick(name).data.read().unwrap().into_owned())
         .unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("rewritten.gguf");

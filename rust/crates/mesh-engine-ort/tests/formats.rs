@@ -135,10 +135,11 @@ fn unrounded(model: &Model, path: &std::path::Path) -> Model {
         .write(&mut file, |name, ty, _, out| {
             let tensor = gguf.tensor(name).unwrap();
             if ty == tensor.ty {
-                return out.write_all(tensor.data);
+                return out.write_all(&tensor.data.read().unwrap());
             }
-            let (blocks, _) = tensor.data.as_chunks::<20>();
-            let weights = tensor.to_f32();
+            let data = tensor.data.read().unwrap();
+            let (blocks, _) = data.as_chunks::<20>();
+            let weights = tensor.to_f32().unwrap();
             let (weights, _) = weights.as_chunks::<32>();
             let mut bytes = Vec::with_capacity(tensor.elements() as usize * 2);
             for (block, weights) in blocks.iter().zip(weights) {

@@ -73,6 +73,10 @@ pub struct SamplingParams {
     pub logit_bias: Vec<(u32, f32)>,
     /// Alternatives to report with each token's log probability; `None` reports no log probabilities.
     pub logprobs: Option<u32>,
+    /// Tokens that end the answer, besides those of the vocabulary. They count even where those are ignored.
+    pub stop_token_ids: Vec<u32>,
+    /// Tokens before which neither a token nor a stop text ends the answer.
+    pub min_tokens: u32,
 }
 
 impl SamplingParams {
@@ -99,6 +103,8 @@ impl Default for SamplingParams {
             seed: 0,
             logit_bias: Vec::new(),
             logprobs: None,
+            stop_token_ids: Vec::new(),
+            min_tokens: 0,
         }
     }
 }
@@ -210,7 +216,8 @@ pub enum RequestError {
     },
     /// The tokens leave no room for an answer.
     #[error(
-        "{tokens} tokens leave no room for an answer in the context of {context}; shorten the prompt"
+        "This model's maximum context length is {context} tokens. However, your prompt has {tokens} tokens and leaves no room for an \
+         answer. Shorten the prompt"
     )]
     ContextTooLong {
         /// Tokens of the prompt and of the answer so far.

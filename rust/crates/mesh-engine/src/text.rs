@@ -31,6 +31,12 @@ impl TextPipeline {
         pipeline
     }
 
+    /// Takes in the bytes of the next token without looking for stop texts.
+    pub fn push_unfiltered(&mut self, bytes: &[u8]) {
+        let text = self.characters.push(bytes);
+        self.emit(&text);
+    }
+
     /// Takes in the bytes of the next token. Returns whether a stop text is complete: then the answer ends before it.
     pub fn push(&mut self, bytes: &[u8]) -> bool {
         let text = self.characters.push(bytes);
@@ -201,6 +207,15 @@ mod tests {
         assert_eq!(text.take(), "The ");
         text.finish();
         assert_eq!(text.take(), "EN");
+    }
+
+    #[test]
+    fn text_before_the_least_length_holds_no_stop_text() {
+        let mut text = TextPipeline::new(stops(&["ab"]), "", 0);
+        text.push_unfiltered(b"xab");
+        assert_eq!(text.take(), "xab");
+        assert!(text.push(b"yab"));
+        assert_eq!(text.take(), "y");
     }
 
     #[test]

@@ -20,13 +20,13 @@ impl Vocabulary for Model {
     }
 
     fn text(&self, token: u32) -> &[u8] {
-        if self.tokenizer().is_special(token) {
+        if self.tokenizer().is_special(token) || Model::is_end(self, token) {
             return &[];
         }
         self.tokenizer().token_bytes(token)
     }
 
     fn is_end(&self, token: u32) -> bool {
-        self.tokenizer().eos_ids().contains(&token)
+        Model::is_end(self, token)
     }
 }

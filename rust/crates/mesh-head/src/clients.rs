@@ -353,9 +353,9 @@ fn error(sequence: u32, code: ErrorCode, text: &str) -> Message {
 fn code_of(failure: &AnswerError) -> (ErrorCode, bool) {
     match failure {
         AnswerError::Refused(Refusal::QueueFull { .. }) => (ErrorCode::WORKER_BUSY, false),
-        AnswerError::Refused(Refusal::NoWorker { .. } | Refusal::NoRing { .. }) => {
-            (ErrorCode::NO_WORKERS, false)
-        }
+        AnswerError::Refused(
+            Refusal::NoWorker { .. } | Refusal::NoRing { .. } | Refusal::TooOld { .. },
+        ) => (ErrorCode::NO_WORKERS, false),
         AnswerError::Refused(Refusal::UnknownModel { .. }) => (ErrorCode::UNKNOWN_MODEL, false),
         AnswerError::Rejected { code, .. } => (*code, true),
         AnswerError::Timeout(_) => (ErrorCode::TIMEOUT, true),

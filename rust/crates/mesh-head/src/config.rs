@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use mesh_service::config::units;
 use mesh_service::config::{CommonArgs, ConfigError, Loaded, Loader};
+use mesh_service::http::{Connections, Origin};
 use mesh_service::network::Network;
 use serde::{Deserialize, Serialize};
 
@@ -77,6 +78,14 @@ pub struct HttpConfig {
     pub concurrent_requests: usize,
     /// Largest `n`.
     pub choices_limit: u32,
+    /// Refuse requests with fields that nobody knows, instead of naming them in a header.
+    pub strict: bool,
+    /// Names, besides this machine's own, under which browsers may reach a head without API keys.
+    pub hosts: Vec<String>,
+    /// Origins of web pages that may use this head: `https://chat.example.org`, or `*` for all.
+    pub cors: Vec<Origin>,
+    /// How long clients may take, and how many connections they may have.
+    pub connections: Connections,
 }
 
 /// DCF over UDP.
@@ -203,6 +212,10 @@ impl Default for HttpConfig {
             body_limit: 8 << 20,
             concurrent_requests: 0,
             choices_limit: 16,
+            strict: false,
+            hosts: Vec::new(),
+            cors: Vec::new(),
+            connections: Connections::default(),
         }
     }
 }
@@ -270,6 +283,9 @@ impl Config {
             ("quic.probe_interval", self.quic.probe_interval),
         ];
         if let Some((key, _)) = positive.into_iter().find(|(_, value)| value.is_zero()) {
+            return Err(Unsound::Zero(key));
+        }
+        if let Some(key) = http.connections.zero() {
             return Err(Unsound::Zero(key));
         }
         if http.choices_limit == 0 {

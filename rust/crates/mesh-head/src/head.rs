@@ -129,7 +129,8 @@ impl Head {
         loops.spawn(clients::serve(mesh.clone(), client_socket, answers.clone()));
         let router = http::router(mesh.clone(), keys, authority, metrics);
         let limit = shutdown.limit();
-        let api = tokio::spawn(mesh_service::http::serve(
+        let api = tokio::spawn(mesh_service::http::serve_with(
+            mesh.config.http.connections.clone(),
             http_listener,
             router,
             shutdown.token(),

@@ -21,6 +21,7 @@ pub mod fields;
 mod head;
 pub mod http;
 pub mod ids;
+pub mod json;
 pub mod legacy;
 pub mod links;
 pub mod mesh;

@@ -6,8 +6,9 @@ use serde_json::Value;
 
 use crate::core::affinity::{estimate_tokens, prefixes};
 use crate::core::router::Ask;
-use crate::fields::{Fields, Invalid, messages, sampling};
+use crate::fields::{Fields, Invalid, conversation, sampling};
 use crate::http::embeddings::AskedEmbeddings;
+use crate::json;
 
 /// One answer to generate.
 #[derive(Debug, Clone)]
@@ -46,6 +47,7 @@ impl Task {
                 .min(USUAL_ANSWER),
             prefixes: prefixes(model, &self.prompt),
             legacy: self.legacy.is_some(),
+            revision: self.params.revision().max(self.prompt.revision()),
             ..Ask::default()
         }
     }
@@ -126,16 +128,14 @@ impl DcfTask {
     }
 
     fn parse_json(text: &str) -> Result<Self, Invalid> {
-        let wrong = |error| {
+        let wrong = |invalid: Invalid| {
             Invalid::new(
                 "payload",
-                format!("the payload begins as JSON but is none: {error}"),
+                format!("the payload begins as JSON but is none: {invalid}"),
             )
         };
-        let value: Value = serde_json::from_str(text).map_err(wrong)?;
-        let Some(fields) = value.as_object().map(Fields::new) else {
-            return Err(Invalid::new("payload", "the payload is JSON but no object"));
-        };
+        let map = json::object(text.as_bytes()).map_err(wrong)?;
+        let fields = Fields::new(&map);
         // Any other kind is a key that means nothing here.
         if fields.get("kind").and_then(Value::as_str) == Some("embed") {
             return Ok(Self::Embed(DcfEmbed {
@@ -144,7 +144,7 @@ impl DcfTask {
             }));
         }
         let prompt = match (fields.get("messages"), fields.text("prompt")?) {
-            (Some(list), _) => Prompt::Chat(messages(list)?),
+            (Some(_), _) => Prompt::Chat(conversation(fields)?),
             (None, Some(prompt)) => user_message(prompt),
             (None, None) => {
                 return Err(Invalid::new(
@@ -154,11 +154,11 @@ impl DcfTask {
             }
         };
         let params = GenerateParams {
-            max_tokens: fields.whole("max_tokens", 1..=u32::MAX)?,
+            max_tokens: fields.limit("max_tokens", 1)?,
             ..sampling(fields)?
         };
         Ok(Self::Generate(DcfGenerate {
-            model: fields.text("model")?.map(str::to_owned),
+            model: fields.name("model")?.map(str::to_owned),
             prompt,
             params,
             stream: fields.flag("stream")?,
@@ -174,6 +174,7 @@ fn user_message(text: &str) -> Prompt {
             role: "user".into(),
             content: text.into(),
         }],
+        ..Chat::default()
     })
 }
 

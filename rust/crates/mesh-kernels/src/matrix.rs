@@ -1,5 +1,10 @@
 //! A weight matrix in packed form.
 
+use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+
 use crate::layout::{Layout, PANEL};
 use crate::mem::{Buffer, Shared};
 use crate::{KernelError, Pool, WeightType, pack};
@@ -80,45 +85,41 @@ impl QMatrix {
         rows: &[u8],
         options: PackOptions,
     ) -> Result<QMatrix, KernelError> {
-        for (what, value) in [("number of outputs", n), ("number of inputs", k)] {
-            if value == 0 || value > LIMIT {
-                return Err(KernelError::Dimension {
-                    what,
-                    value,
-                    need: "it must be at least 1 and at most 2^28",
-                });
-            }
-        }
-        let row_bytes = ty.row_bytes(k)?;
-        let need = n.checked_mul(row_bytes).ok_or(KernelError::Dimension {
-            what: "matrix size",
-            value: n,
-            need: "it must fit the address space",
-        })?;
+        let need = matrix_bytes(ty, n, k)?;
         crate::error::expect_len("the weight rows (in bytes)", rows.len(), need)?;
-        let layout = layout_for(ty, options);
-        let panel_bytes = layout.panel_bytes(k);
-        let panels = n.div_ceil(PANEL);
-        let mut data = Buffer::zeroed("packed weights", panels * panel_bytes)?;
-        let start = Shared(data.as_mut_ptr());
-        pool.run(panels, &|panel| {
-            let first = panel * PANEL * row_bytes;
-            let last = (first + PANEL * row_bytes).min(rows.len());
-            // SAFETY: panel `panel` of `panels` within the buffer, written by this task alone.
-            let out = unsafe {
-                std::slice::from_raw_parts_mut(start.get().add(panel * panel_bytes), panel_bytes)
-            };
-            pack::panel(layout, ty, k, &rows[first..last], row_bytes, out);
-        });
-        Ok(QMatrix {
-            n,
-            k,
-            parts: vec![Part {
-                layout,
-                n,
-                panel_bytes,
-                data,
-            }],
+        pack_panels(pool, ty, n, k, options, |bytes, pack| {
+            pack(&rows[bytes]);
+            Ok(())
+        })
+    }
+
+    /// The same with rows that are read where and when they are packed: `read` fills its buffer with the matrix's bytes from the
+    /// given one on. It is called on all threads, for some rows at a time, so no copy of the whole matrix is ever held.
+    ///
+    /// # Errors
+    /// As [`QMatrix::pack`], and if `read` fails.
+    pub fn pack_reading<E>(
+        pool: &Pool,
+        ty: WeightType,
+        n: usize,
+        k: usize,
+        options: PackOptions,
+        read: impl Fn(usize, &mut [u8]) -> Result<(), E> + Sync,
+    ) -> Result<QMatrix, E>
+    where
+        E: From<KernelError> + Send,
+    {
+        thread_local! {
+            /// Bytes of the rows of a panel, so that memory is not asked for again for each.
+            static ROWS: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+        }
+        pack_panels(pool, ty, n, k, options, |bytes, pack| {
+            ROWS.with_borrow_mut(|rows| {
+                rows.resize(bytes.len(), 0);
+                read(bytes.start, rows)?;
+                pack(rows);
+                Ok(())
+            })
         })
     }
 
@@ -192,6 +193,81 @@ impl QMatrix {
     pub(crate) fn panels(&self) -> usize {
         self.parts.iter().map(Part::panels).sum()
     }
+}
+
+/// Bytes of `n` rows of `k` weights in a file.
+fn matrix_bytes(ty: WeightType, n: usize, k: usize) -> Result<usize, KernelError> {
+    for (what, value) in [("number of outputs", n), ("number of inputs", k)] {
+        if value == 0 || value > LIMIT {
+            return Err(KernelError::Dimension {
+                what,
+                value,
+                need: "it must be at least 1 and at most 2^28",
+            });
+        }
+    }
+    let bytes = n.checked_mul(ty.row_bytes(k)?);
+    bytes.ok_or(KernelError::Dimension {
+        what: "matrix size",
+        value: n,
+        need: "it must fit the address space",
+    })
+}
+
+/// Packs a matrix panel by panel: `rows` hands the bytes in a range of the matrix to a function that packs them.
+fn pack_panels<E>(
+    pool: &Pool,
+    ty: WeightType,
+    n: usize,
+    k: usize,
+    options: PackOptions,
+    rows: impl Fn(Range<usize>, &mut dyn FnMut(&[u8])) -> Result<(), E> + Sync,
+) -> Result<QMatrix, E>
+where
+    E: From<KernelError> + Send,
+{
+    let len = matrix_bytes(ty, n, k)?;
+    let row_bytes = ty.row_bytes(k)?;
+    let layout = layout_for(ty, options);
+    let panel_bytes = layout.panel_bytes(k);
+    let panels = n.div_ceil(PANEL);
+    let mut data = Buffer::zeroed("packed weights", panels * panel_bytes)?;
+    let start = Shared(data.as_mut_ptr());
+    let failure = Mutex::new(None);
+    let failed = AtomicBool::new(false);
+    pool.run(panels, &|panel| {
+        if failed.load(Ordering::Relaxed) {
+            return;
+        }
+        let first = panel * PANEL * row_bytes;
+        let last = (first + PANEL * row_bytes).min(len);
+        let packed = rows(first..last, &mut |rows| {
+            // SAFETY: panel `panel` of `panels` within the buffer, written by this task alone.
+            let out = unsafe {
+                std::slice::from_raw_parts_mut(start.get().add(panel * panel_bytes), panel_bytes)
+            };
+            pack::panel(layout, ty, k, rows, row_bytes, out);
+        });
+        if let Err(error) = packed {
+            failed.store(true, Ordering::Relaxed);
+            let mut failure = failure.lock().unwrap_or_else(PoisonError::into_inner);
+            failure.get_or_insert(error);
+        }
+    });
+    let failure = failure.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if let Some(error) = failure {
+        return Err(error);
+    }
+    Ok(QMatrix {
+        n,
+        k,
+        parts: vec![Part {
+            layout,
+            n,
+            panel_bytes,
+            data,
+        }],
+    })
 }
 
 fn layout_for(ty: WeightType, options: PackOptions) -> Layout {

@@ -1,6 +1,7 @@
 //! Chat templates: a conversation to the prompt text that a model was trained on.
 
 mod functions;
+mod guard;
 
 use std::sync::Arc;
 
@@ -9,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::gguf::{Gguf, GgufError};
 use crate::tokenizer::Tokenizer;
+use guard::Guard;
 
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,6 +31,49 @@ impl Message {
     }
 }
 
+/// A conversation, and how it is to be written.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RenderRequest {
+    /// The messages, the oldest first.
+    pub messages: Vec<Message>,
+    /// End where the assistant's answer begins.
+    pub add_generation_prompt: bool,
+    /// End inside the last message, so that the answer goes on with it. Excludes [`Self::add_generation_prompt`].
+    pub continue_final_message: bool,
+    /// Variables of the template beyond the conversation, such as `enable_thinking`.
+    pub kwargs: serde_json::Map<String, serde_json::Value>,
+}
+
+impl Default for RenderRequest {
+    fn default() -> Self {
+        RenderRequest {
+            messages: Vec::new(),
+            add_generation_prompt: true,
+            continue_final_message: false,
+            kwargs: serde_json::Map::new(),
+        }
+    }
+}
+
+/// A conversation as the text that a model reads.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Rendered {
+    /// The prompt.
+    pub text: String,
+    /// Byte positions in it, ascending, that no special token spans: there a client wrote the name of one.
+    pub barriers: Vec<usize>,
+}
+
+/// A conversation that was made ready for a template, and what [`ChatTemplate::unguarded`] needs to know behind it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Guarded {
+    /// With broken names of control tokens.
+    pub request: RenderRequest,
+    /// What breaks them.
+    pub mark: Option<char>,
+}
+
 /// Why a conversation could not be rendered.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -47,7 +92,9 @@ pub enum ChatError {
         limit: usize,
     },
     /// The template does not parse.
-    #[error("the model's chat template is invalid: {message}")]
+    #[error(
+        "the model's chat template is invalid, so it cannot chat (/v1/completions works): {message}"
+    )]
     Invalid {
         /// Where and why.
         message: String,
@@ -57,6 +104,12 @@ pub enum ChatError {
     Refused {
         /// The template's own words.
         message: String,
+    },
+    /// The last message cannot be continued.
+    #[error("the last message cannot be continued: {reason}")]
+    NotContinued {
+        /// Why.
+        reason: &'static str,
     },
     /// The template ran for too long.
     #[error(
@@ -93,9 +146,13 @@ const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['
 /// functions `raise_exception` and `strftime_now`. A template is part of the model file and is not trusted to end: it is
 /// stopped after a number of steps and bytes of output. A step may still take as much memory as the texts it puts together: who
 /// runs templates of strangers does so in a process that the system limits, as workers do.
+///
+/// Text of clients never becomes a control token, see [`ChatTemplate::write`].
 #[derive(Debug, Clone)]
 pub struct ChatTemplate {
-    environment: Arc<Environment<'static>>,
+    /// Why there is none, if the source does not parse.
+    environment: Result<Arc<Environment<'static>>, Arc<str>>,
+    guard: Arc<Guard>,
     source: Arc<str>,
     fallback: bool,
     bos: Arc<str>,
@@ -124,30 +181,66 @@ fn fallback(tokenizer: &Tokenizer) -> &'static str {
 
 impl ChatTemplate {
     /// The template in `tokenizer.chat_template`; if there is none, Gemma's format for a tokenizer with Gemma's turns, else
-    /// ChatML, see [`ChatTemplate::is_fallback`].
-    ///
-    /// # Errors
-    /// If the template does not parse.
-    pub fn from_gguf(gguf: &Gguf, tokenizer: &Tokenizer) -> Result<Self, ChatError> {
-        Self::of(gguf.string("tokenizer.chat_template")?, tokenizer)
+    /// ChatML, see [`ChatTemplate::is_fallback`]. One that does not parse refuses all conversations, see
+    /// [`ChatTemplate::problem`].
+    pub fn from_gguf(gguf: &Gguf, tokenizer: &Tokenizer) -> Self {
+        match gguf.string("tokenizer.chat_template") {
+            Ok(source) => Self::of(source, tokenizer),
+            Err(error) => Self::broken("", &error.to_string()),
+        }
     }
 
     /// The template with this source, ChatML if there is none, with the begin and end tokens of `tokenizer`.
-    ///
-    /// # Errors
-    /// If the template does not parse.
-    pub(crate) fn of(source: Option<&str>, tokenizer: &Tokenizer) -> Result<Self, ChatError> {
+    pub(crate) fn of(source: Option<&str>, tokenizer: &Tokenizer) -> Self {
         let text = |id: Option<u32>| match id {
             Some(id) => String::from_utf8_lossy(tokenizer.token_bytes(id)).into_owned(),
             None => String::new(),
         };
-        let mut template = Self::new(
-            source.unwrap_or_else(|| fallback(tokenizer)),
-            &text(tokenizer.bos()),
-            &text(tokenizer.eos()),
-        )?;
+        let written = source.unwrap_or_else(|| fallback(tokenizer));
+        let mut template = Self::new(written, &text(tokenizer.bos()), &text(tokenizer.eos()))
+            .unwrap_or_else(|error| Self::broken(written, &error.to_string()));
         template.fallback = source.is_none();
-        Ok(template)
+        template.guard = Arc::new(Guard::new(tokenizer.structural(written)));
+        template
+    }
+
+    /// One that refuses everything, and why.
+    fn broken(source: &str, problem: &str) -> Self {
+        ChatTemplate {
+            environment: Err(problem.into()),
+            guard: Arc::default(),
+            source: source.into(),
+            fallback: false,
+            bos: "".into(),
+            eos: "".into(),
+        }
+    }
+
+    /// The same with a clock that stands still, `seconds` after 1970 began.
+    ///
+    /// # Panics
+    /// If the template is in use already.
+    #[must_use]
+    pub fn at(mut self, seconds: u64) -> Self {
+        if let Ok(environment) = &mut self.environment {
+            let environment = Arc::get_mut(environment).expect("not in use yet");
+            environment.add_function("strftime_now", move |format: &str| {
+                functions::strftime(format, seconds)
+            });
+        }
+        self
+    }
+
+    /// Why no conversation can be rendered, if the template does not parse.
+    pub fn problem(&self) -> Option<&str> {
+        self.environment.as_ref().err().map(|problem| &**problem)
+    }
+
+    /// Names of control tokens that the text of clients must not become, beside those of the model's tokenizer.
+    #[must_use]
+    pub fn guarding<'a>(mut self, names: impl IntoIterator<Item = &'a str>) -> Self {
+        self.guard = Arc::new(Guard::new(names));
+        self
     }
 
     /// A template from its source and the texts of the model's begin and end tokens.
@@ -175,7 +268,8 @@ impl ChatTemplate {
                 message: error.to_string(),
             })?;
         Ok(ChatTemplate {
-            environment: Arc::new(environment),
+            environment: Ok(Arc::new(environment)),
+            guard: Arc::default(),
             source: source.into(),
             fallback: false,
             bos: bos.into(),
@@ -203,26 +297,74 @@ impl ChatTemplate {
         &self.eos
     }
 
-    /// Renders `messages` to a prompt. With `add_generation_prompt` it ends where the assistant's answer begins.
+    /// Renders a conversation to a prompt.
     ///
-    /// The template writes the begin token itself where the model wants one: encode the prompt with `parse_special` and
-    /// without `add_special`, or the begin token comes twice.
+    /// Names of control tokens in what clients wrote are told apart from those that the template writes: encode the prompt with
+    /// [`Tokenizer::encode_prompt`].
     ///
     /// # Errors
     /// If the template refuses the conversation (roles it does not know, turns out of order), fails or does not end.
+    pub fn write(&self, request: &RenderRequest) -> Result<Rendered, ChatError> {
+        let guarded = self.guarded(request.clone());
+        let text = self.render_raw(&guarded.request)?;
+        self.unguarded(text, &guarded)
+    }
+
+    /// The text alone of what [`write`](Self::write) gives.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
     pub fn render(
         &self,
         messages: &[Message],
         add_generation_prompt: bool,
     ) -> Result<String, ChatError> {
-        let template = self.environment.get_template(NAME).map_err(render_error)?;
-        let mut output = BoundedOutput::default();
-        let context = context! {
-            messages => Value::from_serialize(messages),
+        let request = RenderRequest {
+            messages: messages.to_vec(),
             add_generation_prompt,
+            ..RenderRequest::default()
+        };
+        Ok(self.write(&request)?.text)
+    }
+
+    /// The first step of [`write`](Self::write): makes a conversation ready for the template.
+    pub fn guarded(&self, mut request: RenderRequest) -> Guarded {
+        let mark = self.guard.mark(&mut request);
+        Guarded { request, mark }
+    }
+
+    /// The last step of [`write`](Self::write), for what the template made of `guarded`.
+    ///
+    /// # Errors
+    /// If the last message is to be continued and does not stand at the end.
+    pub fn unguarded(&self, mut text: String, guarded: &Guarded) -> Result<Rendered, ChatError> {
+        if guarded.request.continue_final_message {
+            let end = end_of_final_message(&text, &guarded.request)?;
+            text.truncate(end);
+        }
+        Ok(guard::unmark(text, guarded.mark))
+    }
+
+    /// The middle step of [`write`](Self::write): what the template makes of a conversation, marks and all.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub fn render_raw(&self, request: &RenderRequest) -> Result<String, ChatError> {
+        let environment = self.environment.as_ref();
+        let environment = environment.map_err(|problem| ChatError::Invalid {
+            message: problem.to_string(),
+        })?;
+        let template = environment.get_template(NAME).map_err(render_error)?;
+        let mut output = BoundedOutput::default();
+        let fixed = context! {
+            messages => Value::from_serialize(&request.messages),
+            add_generation_prompt => request.add_generation_prompt && !request.continue_final_message,
             bos_token => &*self.bos,
             eos_token => &*self.eos,
         };
+        // What is not given is none, which is not the same as undefined.
+        let absent = context! { tools => (), documents => () };
+        let context = context! { ..fixed, ..Value::from_serialize(&request.kwargs), ..absent };
         let rendered = template.render_captured_to(context, &mut output);
         if output.overflowed {
             return Err(ChatError::OutputTooLong { limit: MAX_OUTPUT });
@@ -232,6 +374,26 @@ impl ChatTemplate {
             message: error.to_string(),
         })
     }
+}
+
+/// Where the last message ends in what a template wrote: in front of what ends its turn.
+fn end_of_final_message(text: &str, request: &RenderRequest) -> Result<usize, ChatError> {
+    let failed = |reason| ChatError::NotContinued { reason };
+    let last = request
+        .messages
+        .last()
+        .ok_or(failed("there are no messages"))?;
+    // As in `transformers`: templates may trim a message, and then it ends there.
+    let content = last.content.trim();
+    let at = text
+        .rfind(content)
+        .ok_or(failed("the template changes it, or leaves it out"))?;
+    let end = at + content.len();
+    let trailing = &last.content[last.content.trim_end().len()..];
+    Ok(match text[end..].starts_with(trailing) {
+        true => end + trailing.len(),
+        false => end,
+    })
 }
 
 fn render_error(error: minijinja::Error) -> ChatError {

@@ -36,7 +36,7 @@ pub fn keys_of_config(json: &[u8]) -> Result<Gguf, HfError> {
 /// What a folder says about its network, and its tensors.
 pub(crate) fn open(folder: &Folder) -> Result<Gguf, HfError> {
     let (head, config) = config::head(&folder.config()?, &folder.name())?;
-    let mut maps = Vec::new();
+    let mut files = Vec::new();
     let mut tensors = Vec::new();
     for path in folder.shards()? {
         let file = Safetensors::open(&path).map_err(|source| HfError::Weights {
@@ -68,14 +68,14 @@ pub(crate) fn open(folder: &Folder) -> Result<Gguf, HfError> {
                 name,
                 ty,
                 dims: tensor.shape.iter().rev().copied().collect(),
-                file: maps.len(),
+                file: files.len(),
                 at: tensor.offset as usize,
                 len: tensor.data.len(),
             });
         }
-        maps.push(file.into_map());
+        files.push(file.into_file());
     }
-    Ok(Gguf::with_tensors(head, maps, tensors)?)
+    Ok(Gguf::with_tensors(head, files, tensors)?)
 }
 
 #[cfg(test)]

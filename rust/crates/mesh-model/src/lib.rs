@@ -3,24 +3,22 @@
 //! [`Model::open`] gives everything that lies in one GGUF file, or in a folder from Hugging Face ([`hf`]): the tensors
 //! ([`Gguf`]), the shape of the network ([`ModelConfig`]), the [`Tokenizer`] and the [`ChatTemplate`]. Nothing in a file is
 //! trusted: every count, length and offset is checked before it is used, and what is wrong is an error that names it.
-//!
-//! This crate contains `unsafe` in one place, the memory map of a file.
 
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
 pub mod chat;
 pub mod config;
 pub mod encoder;
+pub mod file;
 pub mod gguf;
 pub mod hf;
-mod map;
 pub mod model;
 pub mod safetensors;
 pub mod synth;
 pub mod text;
 pub mod tokenizer;
 
-pub use chat::{ChatError, ChatTemplate, Message};
+pub use chat::{ChatError, ChatTemplate, Message, RenderRequest, Rendered};
 pub use config::{
     Activation, Architecture, ConfigError, ModelConfig, Rope, RopeScaling, RopeStyle, SlidingWindow,
 };

@@ -1,14 +1,14 @@
 //! One model with everything that belongs to it: a GGUF file, or a folder in Hugging Face's form.
 
-use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use sha2::{Digest, Sha256};
 
-use crate::chat::{ChatError, ChatTemplate};
+use crate::chat::{ChatTemplate, Message, RenderRequest};
 use crate::config::{ConfigError, ModelConfig};
+use crate::file::open_regular;
 use crate::gguf::{Gguf, GgufError};
 use crate::hf::{self, HfError};
 use crate::tokenizer::{Tokenizer, TokenizerError};
@@ -26,6 +26,7 @@ struct Inner {
     config: ModelConfig,
     tokenizer: Tokenizer,
     template: ChatTemplate,
+    turn_end: OnceLock<u32>,
     fingerprint: OnceLock<String>,
 }
 
@@ -56,9 +57,6 @@ pub enum ModelErrorKind {
     /// The tokenizer.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    /// The chat template.
-    #[error(transparent)]
-    Chat(#[from] ChatError),
     /// The file could not be read to its end.
     #[error("cannot be read: {0}")]
     Read(#[from] std::io::Error),
@@ -85,7 +83,7 @@ impl Model {
         let gguf = Gguf::open(path)?;
         let config = ModelConfig::from_gguf(&gguf)?;
         let tokenizer = Tokenizer::from_gguf(&gguf)?;
-        let template = ChatTemplate::from_gguf(&gguf, &tokenizer)?;
+        let template = ChatTemplate::from_gguf(&gguf, &tokenizer);
         Ok(Self::of(path, gguf, config, tokenizer, template))
     }
 
@@ -95,7 +93,7 @@ impl Model {
         let config = ModelConfig::from_gguf(&gguf).map_err(hf::in_their_words)?;
         let special = hf::SpecialTokens::read(&folder)?;
         let tokenizer = Tokenizer::from_hugging_face(&folder.tokenizer()?, &special, config.vocab)?;
-        let template = ChatTemplate::of(special.template.as_deref(), &tokenizer)?;
+        let template = ChatTemplate::of(special.template.as_deref(), &tokenizer);
         Ok(Self::of(path, gguf, config, tokenizer, template))
     }
 
@@ -113,6 +111,7 @@ impl Model {
                 config,
                 tokenizer,
                 template,
+                turn_end: OnceLock::new(),
                 fingerprint: OnceLock::new(),
             }),
         }
@@ -146,6 +145,37 @@ impl Model {
     /// The chat template.
     pub fn template(&self) -> &ChatTemplate {
         &self.inner.template
+    }
+
+    /// A conversation that shows what the template writes behind an answer, for [`Model::learn_turn_end`].
+    pub fn turn_probe() -> RenderRequest {
+        RenderRequest {
+            messages: vec![
+                Message::new("user", "a question"),
+                Message::new("assistant", PROBE),
+            ],
+            add_generation_prompt: false,
+            ..RenderRequest::default()
+        }
+    }
+
+    /// Takes the special token that the template writes behind an answer for one that ends answers, too; gives its name if that
+    /// is news. `rendered` is the template's text of [`Model::turn_probe`]. Templates are programs of strangers, so the caller
+    /// says where they run.
+    pub fn learn_turn_end(&self, rendered: &str) -> Option<String> {
+        let (_, behind) = rendered.rsplit_once(PROBE)?;
+        let tokenizer = self.tokenizer();
+        let id = tokenizer.special_at(behind.trim_start())?;
+        if tokenizer.eos_ids().contains(&id) || tokenizer.bos() == Some(id) {
+            return None;
+        }
+        let news = self.inner.turn_end.set(id).is_ok();
+        news.then(|| String::from_utf8_lossy(tokenizer.token_bytes(id)).into_owned())
+    }
+
+    /// Whether this token ends an answer.
+    pub fn is_end(&self, token: u32) -> bool {
+        self.tokenizer().eos_ids().contains(&token) || self.inner.turn_end.get() == Some(&token)
     }
 
     /// SHA-256 of the file, or over the names and SHA-256 of all files of a folder, in hexadecimal: two workers with the same
@@ -188,6 +218,9 @@ impl Model {
     }
 }
 
+/// An answer that no template changes.
+const PROBE: &str = "PROBE42";
+
 /// The name that the model in the file at `path` goes by: the file's own without `.gguf` or `.safetensors`.
 pub fn model_name(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -205,7 +238,7 @@ pub fn model_name(path: &Path) -> String {
 
 /// SHA-256 of a file in hexadecimal.
 fn sha256_file(path: &Path) -> io::Result<String> {
-    let mut file = File::open(path)?;
+    let mut file = open_regular(path)?;
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {

@@ -1,4 +1,4 @@
-//! Safetensors files, read in place through a memory map.
+//! Safetensors files: the header is read when a file is opened, each tensor when it is asked for.
 //!
 //! Format: <https://github.com/huggingface/safetensors#format>. A file is a length of 8 bytes, a header of JSON with that
 //! length, and the tensors' bytes. Nothing in it is trusted: header, counts, names, shapes and ranges are checked before
@@ -17,7 +17,7 @@ pub use error::SafetensorsError;
 pub use header::Dtype;
 pub use write::{Planned, write};
 
-use crate::map::FileMap;
+use crate::file::{Data, ModelFile};
 use header::Entry;
 
 /// An open safetensors file.
@@ -26,7 +26,7 @@ use header::Entry;
 /// [`crate::Gguf::check_unchanged`] says what happens if somebody writes to the file meanwhile; it holds here too.
 #[derive(Debug)]
 pub struct Safetensors {
-    map: FileMap,
+    file: ModelFile,
     entries: Vec<Entry>,
     by_name: HashMap<Box<str>, usize>,
     metadata: Vec<(String, String)>,
@@ -43,8 +43,8 @@ pub struct TensorView<'a> {
     pub dtype: Dtype,
     /// Its dimensions in the order of the file: the last one is contiguous. A weight matrix is `[outputs, inputs]`.
     pub shape: &'a [u64],
-    /// Its elements, little-endian, without padding.
-    pub data: &'a [u8],
+    /// Its elements, unread: little-endian, without padding.
+    pub data: Data<'a>,
     /// Where its bytes begin in the file.
     pub offset: u64,
 }
@@ -55,7 +55,7 @@ impl Safetensors {
     /// # Errors
     /// If it cannot be opened, or is malformed in any way.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, SafetensorsError> {
-        Self::from_map(FileMap::open(path.as_ref())?)
+        Self::read(ModelFile::open(path.as_ref())?)
     }
 
     /// Reads a file that is already in memory.
@@ -63,22 +63,22 @@ impl Safetensors {
     /// # Errors
     /// As [`Safetensors::open`].
     pub fn from_bytes(bytes: Vec<u8>) -> Result<Self, SafetensorsError> {
-        Self::from_map(FileMap::from_bytes(bytes))
+        Self::read(ModelFile::from_bytes(bytes))
     }
 
-    fn from_map(map: FileMap) -> Result<Self, SafetensorsError> {
+    fn read(file: ModelFile) -> Result<Self, SafetensorsError> {
         let header::Header {
             entries,
             metadata,
             data_start,
-        } = header::parse(map.bytes())?;
+        } = header::parse(&header::read(&file)?, file.len())?;
         let by_name = entries
             .iter()
             .enumerate()
             .map(|(i, entry)| (entry.name.clone(), i))
             .collect();
         Ok(Safetensors {
-            map,
+            file,
             entries,
             by_name,
             metadata,
@@ -88,12 +88,12 @@ impl Safetensors {
 
     /// Where the file lies; `None` for one read from memory.
     pub fn path(&self) -> Option<&Path> {
-        self.map.path()
+        self.file.path()
     }
 
     /// Length of the file in bytes.
     pub fn file_len(&self) -> u64 {
-        self.map.len()
+        self.file.len()
     }
 
     /// All tensors, in the order of their data.
@@ -116,17 +116,12 @@ impl Safetensors {
     /// # Errors
     /// If it changed or cannot be looked at.
     pub fn check_unchanged(&self) -> Result<(), SafetensorsError> {
-        Ok(self.map.check_unchanged()?)
+        Ok(self.file.check_unchanged()?)
     }
 
-    /// Tells the system that the mapped pages are no longer needed in memory; they come back when touched.
-    pub fn release_pages(&self) {
-        self.map.release_pages();
-    }
-
-    /// The bytes behind it, for a model that takes its tensors from several files.
-    pub(crate) fn into_map(self) -> FileMap {
-        self.map
+    /// The file behind it, for a model that takes its tensors from several files.
+    pub(crate) fn into_file(self) -> ModelFile {
+        self.file
     }
 
     fn view<'a>(&'a self, entry: &'a Entry) -> TensorView<'a> {
@@ -136,7 +131,7 @@ impl Safetensors {
             name: &entry.name,
             dtype: entry.dtype,
             shape: &entry.shape,
-            data: &self.map.bytes()[at..at + entry.len],
+            data: self.file.data(at as u64, entry.len),
             offset: at as u64,
         }
     }
@@ -152,9 +147,9 @@ impl TensorView<'_> {
     /// All elements as f32.
     ///
     /// # Errors
-    /// If its type is not one of F64, F32, F16 and BF16.
+    /// If its type is not one of F64, F32, F16 and BF16, or the file cannot be read.
     pub fn to_f32(&self) -> Result<Vec<f32>, SafetensorsError> {
-        let data = self.data;
+        let data = &*self.data.read()?;
         // No more than the file's own bytes.
         let mut out = Vec::with_capacity(self.elements() as usize);
         match self.dtype {

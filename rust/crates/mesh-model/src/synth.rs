@@ -420,7 +420,11 @@ mod tests {
         let shape = Shape::tiny(Architecture::Llama);
         for ty in GgmlType::ALL {
             let gguf = Gguf::from_bytes(random_model_bytes(&shape, ty, Tokens::Bytes)).unwrap();
-            let values = gguf.require_tensor("blk.0.ffn_up.weight").unwrap().to_f32();
+            let values = gguf
+                .require_tensor("blk.0.ffn_up.weight")
+                .unwrap()
+                .to_f32()
+                .unwrap();
             let n = values.len() as f32;
             let mean = values.iter().sum::<f32>() / n;
             let deviation = (values.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / n).sqrt();

@@ -48,7 +48,13 @@ fn changed(change: Change<'_>) -> Gguf {
         Some((added, _, value)) if name == added => value
             .to_le_bytes()
             .repeat(dims.iter().product::<u64>() as usize),
-        _ => source.tensor(name).unwrap().data.to_vec(),
+        _ => source
+            .tensor(name)
+            .unwrap()
+            .data
+            .read()
+            .unwrap()
+            .into_owned(),
     });
     Gguf::from_bytes(bytes.unwrap()).unwrap()
 }

@@ -154,7 +154,6 @@ fn a_file_that_changes_while_open_is_noticed() {
     std::fs::write(&file, small()).unwrap();
     let gguf = Gguf::open(file.path()).unwrap();
     gguf.check_unchanged().unwrap();
-    gguf.release_pages();
     assert_eq!(
         gguf.unsigned("some.count").unwrap(),
         Some(7),
@@ -299,7 +298,7 @@ fn open_all(bytes: Vec<u8>) -> Result<(), String> {
     let gguf = parse(bytes).map_err(|e| e.to_string())?;
     let config = ModelConfig::from_gguf(&gguf).map_err(|e| e.to_string())?;
     let tokenizer = Tokenizer::from_gguf(&gguf).map_err(|e| e.to_string())?;
-    ChatTemplate::from_gguf(&gguf, &tokenizer).map_err(|e| e.to_string())?;
+    ChatTemplate::from_gguf(&gguf, &tokenizer);
     config.rope.frequencies();
     tokenizer
         .encode(
@@ -308,7 +307,7 @@ fn open_all(bytes: Vec<u8>) -> Result<(), String> {
         )
         .map_err(|e| e.to_string())?;
     for tensor in gguf.tensors() {
-        tensor.to_f32();
+        tensor.to_f32().unwrap();
     }
     Ok(())
 }
@@ -369,7 +368,7 @@ proptest! {
                 value.describe();
             }
             for tensor in gguf.tensors() {
-                tensor.to_f32();
+                tensor.to_f32().unwrap();
             }
         }
     }

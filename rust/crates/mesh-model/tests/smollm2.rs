@@ -35,7 +35,7 @@ fn weights_dequantise_to_sane_values() {
         .unwrap();
     assert_eq!(tensor.ty, GgmlType::Q4_1);
     assert_eq!(tensor.dims, [576, 1536]);
-    let values = tensor.to_f32();
+    let values = tensor.to_f32().unwrap();
     assert_eq!(values.len() as u64, tensor.elements());
     let deviation = (values.iter().map(|v| v * v).sum::<f32>() / values.len() as f32).sqrt();
     assert!((0.01..1.0).contains(&deviation), "{deviation}");

@@ -36,7 +36,15 @@ fn read(shape: &Shape, keys: &[(&str, OwnedValue)]) -> Result<ModelConfig, Strin
         writer.tensor(tensor.name, tensor.ty, tensor.dims);
     }
     let bytes = writer
-        .to_bytes(|name, _, _| source.tensor(name).unwrap().data.to_vec())
+        .to_bytes(|name, _, _| {
+            source
+                .tensor(name)
+                .unwrap()
+                .data
+                .read()
+                .unwrap()
+                .into_owned()
+        })
         .unwrap();
     ModelConfig::from_gguf(&Gguf::from_bytes(bytes).unwrap()).map_err(|error| error.to_string())
 }

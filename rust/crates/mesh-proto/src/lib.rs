@@ -29,6 +29,9 @@ pub struct Hello {
     /// What the node is kept for (`chat`, `embeddings`, `images`); empty is for anything.
     #[prost(string, repeated, tag = "5")]
     pub reserved_for: Vec<String>,
+    /// Which fields of [`Generate`] the worker acts upon; [`REQUEST_REVISION`] here, 0 in workers before it was counted.
+    #[prost(uint32, tag = "20")]
+    pub request_revision: u32,
 }
 
 /// One model that a worker serves.
@@ -194,6 +197,15 @@ pub struct Chat {
     /// The conversation.
     #[prost(message, repeated, tag = "1")]
     pub messages: Vec<ChatMessage>,
+    /// Go on where the last message ends, instead of beginning a new one. Revision 1.
+    #[prost(bool, tag = "20")]
+    pub continue_final_message: bool,
+    /// Leave out the beginning of the assistant's turn. Revision 1.
+    #[prost(bool, tag = "21")]
+    pub no_generation_prompt: bool,
+    /// More variables for the template: a JSON object, or empty. Revision 1.
+    #[prost(string, tag = "22")]
+    pub template_variables: String,
 }
 
 /// One message of a conversation.
@@ -260,6 +272,42 @@ pub struct GenerateParams {
     /// Put the prompt before the answer (`/v1/completions` with `echo`).
     #[prost(bool, tag = "14")]
     pub echo: bool,
+    /// Tokens that end the answer, besides the model's own. Revision 1.
+    #[prost(uint32, repeated, tag = "20")]
+    pub stop_token_ids: Vec<u32>,
+    /// No end of the answer before so many tokens. Revision 1.
+    #[prost(uint32, tag = "21")]
+    pub min_tokens: u32,
+}
+
+impl Generate {
+    /// The least [`Hello::request_revision`] of a worker that acts upon all that this asks for.
+    pub fn revision(&self) -> u32 {
+        let params = self.params.as_ref().map_or(0, GenerateParams::revision);
+        let prompt = self.prompt.as_ref().map_or(0, Prompt::revision);
+        params.max(prompt)
+    }
+}
+
+impl GenerateParams {
+    /// As [`Generate::revision`].
+    pub fn revision(&self) -> u32 {
+        u32::from(self.min_tokens > 0 || !self.stop_token_ids.is_empty())
+    }
+}
+
+impl Prompt {
+    /// As [`Generate::revision`].
+    pub fn revision(&self) -> u32 {
+        match self {
+            Prompt::Chat(chat) => u32::from(
+                chat.continue_final_message
+                    || chat.no_generation_prompt
+                    || !chat.template_variables.is_empty(),
+            ),
+            Prompt::Text(_) | Prompt::Tokens(_) => 0,
+        }
+    }
 }
 
 /// An addition to one token's logit.
@@ -442,3 +490,10 @@ pub struct RenewRequest {
 
 /// Version of the internal messages.
 pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Counts additions to [`Generate`] that change an answer: a worker that ignores them would give another one. 1 added the options of
+/// [`Chat`], [`GenerateParams::stop_token_ids`] and [`GenerateParams::min_tokens`].
+pub const REQUEST_REVISION: u32 = 1;
+
+/// The fields of revision 1, as clients call them.
+pub const REVISED_FIELDS: &str = "chat_template_kwargs, continue_final_message, add_generation_prompt, min_tokens and stop_token_ids";

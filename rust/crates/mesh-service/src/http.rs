@@ -1,14 +1,119 @@
 //! Serving an `axum` router until the drain, then letting open requests finish.
+//!
+//! [`Connections`] bounds what clients can take: time, and connections. [`Guard`] bounds who they are.
 
-use std::future::IntoFuture;
+mod guard;
+mod stream;
+mod table;
+
+use std::collections::HashMap;
+use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::serve::ListenerExt;
-use tokio::net::TcpListener;
+use axum::body::{Body, HttpBody};
+use axum::extract::{ConnectInfo, Request};
+use axum::http::{HeaderValue, StatusCode, Version, header};
+use axum::response::{IntoResponse, Response};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tower::ServiceExt as _;
+
+use crate::config::units;
+use stream::{Answer, Incoming, Outgoing, Watched};
+use table::{Admitted, Bounds, Id, Patience, Table};
+
+pub use guard::{Guard, NotAnOrigin, Origin};
+pub use stream::TooSlow;
+
+/// How long clients may take, and how many connections they may have.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Connections {
+    /// Connections at a time; 0 is as many as the system lets this process have, less what it needs itself.
+    pub total: usize,
+    /// Connections of one address, or of one IPv6 network of 64 bits; 0 is half of all. Loopback has all.
+    pub per_source: usize,
+    /// For the head of a request.
+    #[serde(with = "units::duration")]
+    pub header_timeout: Duration,
+    /// Between requests.
+    #[serde(with = "units::duration")]
+    pub idle_timeout: Duration,
+    /// Silence within the body of a request.
+    #[serde(with = "units::duration")]
+    pub body_timeout: Duration,
+    /// For which a client may take nothing of an answer that is there.
+    #[serde(with = "units::duration")]
+    pub write_timeout: Duration,
+}
+
+impl Default for Connections {
+    fn default() -> Self {
+        Self {
+            total: 0,
+            per_source: 0,
+            header_timeout: Duration::from_secs(15),
+            // Longer than proxies keep theirs, so that they close first and nothing is sent into a closing one.
+            idle_timeout: Duration::from_secs(120),
+            body_timeout: Duration::from_secs(30),
+            write_timeout: Duration::from_secs(60),
+        }
+    }
+}
+
+impl Connections {
+    /// The name and value of a time that is zero, which would close everything at once.
+    pub fn zero(&self) -> Option<&'static str> {
+        let times = [
+            ("http.connections.header_timeout", self.header_timeout),
+            ("http.connections.idle_timeout", self.idle_timeout),
+            ("http.connections.body_timeout", self.body_timeout),
+            ("http.connections.write_timeout", self.write_timeout),
+        ];
+        let zero = times.into_iter().find(|(_, time)| time.is_zero());
+        zero.map(|(name, _)| name)
+    }
+
+    fn bounds(&self, files: usize) -> Bounds {
+        let own = (files / 4).clamp(OWN_FILES.min(files / 2), MOST_OWN_FILES);
+        let most = files
+            .saturating_sub(own + RESERVE)
+            .clamp(1, MOST_CONNECTIONS);
+        let total = if self.total == 0 {
+            most
+        } else {
+            self.total.min(most)
+        };
+        let per_source = if self.per_source == 0 {
+            total.div_ceil(2)
+        } else {
+            self.per_source
+        };
+        Bounds {
+            total,
+            per_source,
+            reserve: RESERVE,
+        }
+    }
+
+    fn patience(&self) -> Patience {
+        Patience {
+            header: self.header_timeout,
+            idle: self.idle_timeout,
+        }
+    }
+}
 
 /// Binds a listener; the error names the address.
 pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
@@ -20,40 +125,307 @@ pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     })
 }
 
-/// Serves `router` until `draining`; then takes no new connection and gives open requests `limit` to finish.
-///
-/// Handlers find the peer's address as `ConnectInfo<SocketAddr>`.
+/// [`serve_with`] default [`Connections`].
 pub async fn serve(
     listener: TcpListener,
     router: Router,
     draining: CancellationToken,
     limit: Duration,
 ) -> io::Result<()> {
-    // A streamed token is a small write that must not wait for the previous one's acknowledgement.
-    let listener = listener.tap_io(|stream| {
+    serve_with(Connections::default(), listener, router, draining, limit).await
+}
+
+/// Serves `router` until `draining`; then takes no new connection and gives open requests `limit` to finish.
+///
+/// Handlers find the peer's address as `ConnectInfo<SocketAddr>`.
+pub async fn serve_with(
+    connections: Connections,
+    listener: TcpListener,
+    router: Router,
+    draining: CancellationToken,
+    limit: Duration,
+) -> io::Result<()> {
+    let bounds = connections.bounds(open_files());
+    let server = Server {
+        shared: Shared::new(bounds),
+        connections: Arc::new(connections),
+        router,
+        draining: draining.clone(),
+        cut: CancellationToken::new(),
+    };
+    let running = TaskTracker::new();
+    tokio::select! {
+        () = draining.cancelled() => {}
+        () = server.accept(&listener, &running) => {}
+    }
+    drop(listener);
+    running.close();
+    if tokio::time::timeout(limit, running.wait()).await.is_err() {
+        tracing::warn!(
+            limit_seconds = limit.as_secs_f64(),
+            "requests still open at the end of the drain are cut"
+        );
+        server.cut.cancel();
+    }
+    Ok(())
+}
+
+/// What all connections share.
+#[derive(Clone)]
+struct Shared(Arc<Mutex<Inner>>);
+
+struct Inner {
+    table: Table,
+    /// Ends a connection that has to go for another.
+    ends: HashMap<Id, CancellationToken>,
+}
+
+impl Shared {
+    fn new(bounds: Bounds) -> Self {
+        Self(Arc::new(Mutex::new(Inner {
+            table: Table::new(bounds),
+            ends: HashMap::new(),
+        })))
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn table(&self) -> impl std::ops::DerefMut<Target = Table> {
+        TableGuard(self.inner())
+    }
+
+    fn open(&self, address: SocketAddr) -> (Admitted, CancellationToken) {
+        let mut inner = self.inner();
+        let admitted = inner.table.open(address.ip(), Instant::now());
+        let end = CancellationToken::new();
+        inner.ends.insert(admitted.id, end.clone());
+        if let Some(evicted) = admitted.evicted.and_then(|id| inner.ends.remove(&id)) {
+            evicted.cancel();
+        }
+        (admitted, end)
+    }
+
+    /// Makes room where the system has none.
+    fn exhausted(&self) {
+        let mut inner = self.inner();
+        let evicted = inner.table.exhausted();
+        if let Some(evicted) = evicted.and_then(|id| inner.ends.remove(&id)) {
+            evicted.cancel();
+        }
+    }
+
+    fn closed(&self, id: Id) {
+        let mut inner = self.inner();
+        inner.table.closed(id);
+        inner.ends.remove(&id);
+    }
+}
+
+struct TableGuard<'a>(MutexGuard<'a, Inner>);
+
+impl std::ops::Deref for TableGuard<'_> {
+    type Target = Table;
+
+    fn deref(&self) -> &Table {
+        &self.0.table
+    }
+}
+
+impl std::ops::DerefMut for TableGuard<'_> {
+    fn deref_mut(&mut self) -> &mut Table {
+        &mut self.0.table
+    }
+}
+
+/// One listener's connections.
+#[derive(Clone)]
+struct Server {
+    shared: Shared,
+    connections: Arc<Connections>,
+    router: Router,
+    draining: CancellationToken,
+    cut: CancellationToken,
+}
+
+impl Server {
+    async fn accept(&self, listener: &TcpListener, running: &TaskTracker) {
+        let mut warned: Option<Instant> = None;
+        loop {
+            match listener.accept().await {
+                Ok((stream, address)) => {
+                    let (admitted, end) = self.shared.open(address);
+                    running.spawn(self.clone().connection(stream, address, admitted, end));
+                }
+                // The client's, not ours.
+                Err(error) if is_of_one_connection(&error) => {}
+                Err(error) => {
+                    let due = warned.is_none_or(|at| at.elapsed() > WARNING_PAUSE);
+                    if due {
+                        warned = Some(Instant::now());
+                        let connections = self.shared.table().len();
+                        tracing::warn!(%error, connections, "no connection can be accepted; raise the limit of open files (LimitNOFILE)");
+                    }
+                    self.shared.exhausted();
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    async fn connection(
+        self,
+        stream: TcpStream,
+        address: SocketAddr,
+        admitted: Admitted,
+        end: CancellationToken,
+    ) {
+        let id = admitted.id;
+        // A streamed token is a small write that must not wait for the previous one's acknowledgement.
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "TCP_NODELAY refused");
         }
-    });
-    let service = router.into_make_service_with_connect_info::<SocketAddr>();
-    let server =
-        axum::serve(listener, service).with_graceful_shutdown(draining.clone().cancelled_owned());
-    tokio::select! {
-        result = server.into_future() => result,
-        () = async { draining.cancelled().await; tokio::time::sleep(limit).await } => {
-            tracing::warn!(limit_seconds = limit.as_secs_f64(), "requests still open at the end of the drain are cut");
-            Ok(())
+        let limit = self.connections.write_timeout;
+        let io = TokioIo::new(Watched::new(stream, self.shared.clone(), id, limit));
+        let mut builder = auto::Builder::new(TokioExecutor::new());
+        builder
+            .http2()
+            .timer(TokioTimer::new())
+            .keep_alive_interval(self.connections.header_timeout)
+            .max_concurrent_streams(MOST_STREAMS);
+        let this = self.clone();
+        let service =
+            hyper::service::service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
+                this.clone()
+                    .answer(request.map(Body::new), address, id, admitted.restricted)
+            });
+        let mut connection = pin!(builder.serve_connection(io, service));
+        let patience = self.connections.patience();
+        let mut drained = false;
+        loop {
+            let now = Instant::now();
+            let due = self.shared.table().due(id, &patience);
+            if due.is_some_and(|due| due <= now) {
+                tracing::debug!(%address, "connection closed: nothing came in time");
+                break;
+            }
+            // What is due may change meanwhile, but never to anything sooner than this.
+            let look = due
+                .unwrap_or(now + patience.header)
+                .min(now + patience.header);
+            tokio::select! {
+                ended = connection.as_mut() => {
+                    if let Err(error) = ended {
+                        tracing::trace!(%error, %address, "connection ended");
+                    }
+                    break;
+                }
+                () = end.cancelled() => {
+                    tracing::debug!(%address, "connection closed: others need the room");
+                    break;
+                }
+                () = self.cut.cancelled() => break,
+                () = self.draining.cancelled(), if !drained => {
+                    drained = true;
+                    if self.shared.table().waits(id) {
+                        break;
+                    }
+                    connection.as_mut().graceful_shutdown();
+                }
+                () = tokio::time::sleep_until(look.into()) => {}
+            }
         }
+        self.shared.closed(id);
+    }
+
+    async fn answer(
+        self,
+        mut request: Request,
+        address: SocketAddr,
+        id: Id,
+        restricted: bool,
+    ) -> Result<Response, Infallible> {
+        let has_body = !request.body().is_end_stream();
+        let streams = request.version() == Version::HTTP_2;
+        self.shared
+            .table()
+            .asked(id, has_body, streams, Instant::now());
+        let answer = Answer {
+            shared: self.shared.clone(),
+            id,
+        };
+        let response = if restricted && !is_health(request.uri().path()) {
+            if has_body {
+                self.shared.table().read(id);
+            }
+            no_room()
+        } else {
+            request.extensions_mut().insert(ConnectInfo(address));
+            let limit = self.connections.body_timeout;
+            let shared = self.shared.clone();
+            let request = request.map(|body| Body::new(Incoming::new(body, shared, id, limit)));
+            self.router.oneshot(request).await?
+        };
+        Ok(response.map(|body| Body::new(Outgoing::new(body, answer))))
     }
 }
+
+/// What those are told who come while every connection there may be is in use.
+fn no_room() -> Response {
+    let error = json!({
+        "message": "all connections of this service are in use; try again later",
+        "type": "server_error", "param": null, "code": "overloaded",
+    });
+    let headers = [
+        (header::RETRY_AFTER, HeaderValue::from_static("1")),
+        (header::CONNECTION, HeaderValue::from_static("close")),
+    ];
+    let body = axum::Json(json!({ "error": error }));
+    (StatusCode::SERVICE_UNAVAILABLE, headers, body).into_response()
+}
+
+fn is_health(path: &str) -> bool {
+    matches!(path, "/health" | "/ready" | "/metrics")
+}
+
+fn is_of_one_connection(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::Interrupted
+    )
+}
+
+/// Files that this process may have open, after raising the number as far as it may.
+fn open_files() -> usize {
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
+        return USUAL_FILES;
+    };
+    let raised = soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok();
+    usize::try_from(if raised { hard } else { soft }).unwrap_or(usize::MAX)
+}
+
+/// Connections beyond the limit that may ask for health.
+const RESERVE: usize = 8;
+/// Files that are left to the rest of the process, at least and at most.
+const OWN_FILES: usize = 40;
+const MOST_OWN_FILES: usize = 512;
+const MOST_CONNECTIONS: usize = 16_384;
+const USUAL_FILES: usize = 1024;
+/// Requests at once on one connection.
+const MOST_STREAMS: u32 = 100;
+/// After an error that is not of one connection.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+const WARNING_PAUSE: Duration = Duration::from_secs(60);
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use axum::extract::ConnectInfo;
     use axum::routing::get;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    use tokio::net::TcpStream;
 
     async fn slow(ConnectInfo(peer): ConnectInfo<SocketAddr>) -> String {
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -111,6 +483,140 @@ mod tests {
             .expect("in time")
             .expect("join")
             .expect("served");
+    }
+
+    async fn until_closed(client: &mut TcpStream) -> (String, Duration) {
+        let started = Instant::now();
+        let mut answer = Vec::new();
+        let read = tokio::time::timeout(Duration::from_secs(20), client.read_to_end(&mut answer));
+        // A reset is a close, too.
+        let _ = read.await.expect("closed within 20 s");
+        (String::from_utf8(answer).expect("UTF-8"), started.elapsed())
+    }
+
+    /// A server that is impatient, and its address.
+    async fn impatient(change: impl FnOnce(&mut Connections)) -> (SocketAddr, CancellationToken) {
+        let listener = bind(([127, 0, 0, 1], 0).into()).await.expect("bind");
+        let address = listener.local_addr().expect("address");
+        let short = Duration::from_millis(400);
+        let mut connections = Connections {
+            header_timeout: short,
+            idle_timeout: 3 * short,
+            body_timeout: short,
+            write_timeout: short,
+            ..Connections::default()
+        };
+        change(&mut connections);
+        let draining = CancellationToken::new();
+        let big = || async { "x".repeat(64 << 20) };
+        let router = Router::new()
+            .route("/health", get(|| async { "alive" }))
+            .route("/slow", get(std::future::pending::<String>))
+            .route("/big", get(big))
+            .route(
+                "/body",
+                axum::routing::post(|body: String| async move { body.len().to_string() }),
+            );
+        let limit = Duration::from_secs(1);
+        tokio::spawn(serve_with(
+            connections,
+            listener,
+            router,
+            draining.clone(),
+            limit,
+        ));
+        (address, draining)
+    }
+
+    async fn send(address: SocketAddr, text: &str) -> TcpStream {
+        let mut client = TcpStream::connect(address).await.expect("connect");
+        client.write_all(text.as_bytes()).await.expect("send");
+        client
+    }
+
+    #[tokio::test]
+    async fn silence_ends_a_connection_wherever_it_begins() {
+        let (address, _draining) = impatient(|_| {}).await;
+        for (text, answer) in [
+            ("", ""),
+            ("GET /health HTTP/1.1\r\nhost: x\r\nx-half", ""),
+            ("PRI * HTTP/2.0\r\n", ""),
+            ("GET /health HTTP/1.1\r\nhost: x\r\n\r\n", "alive"),
+            ("GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET /hea", "alive"),
+            (
+                "POST /body HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\nabc",
+                "did not arrive in time",
+            ),
+        ] {
+            let mut client = send(address, text).await;
+            let (got, _) = until_closed(&mut client).await;
+            assert!(
+                got.contains(answer) && got.is_empty() == answer.is_empty(),
+                "{text:?}: {got:?}"
+            );
+        }
+        // Bytes that drop in one by one buy no time.
+        let mut client = send(address, "GET /health HTTP/1.1\r\n").await;
+        let started = Instant::now();
+        while client.write_all(b"x").await.is_ok() {
+            assert!(started.elapsed() < Duration::from_secs(10));
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_client_that_takes_nothing_is_cut_and_one_that_waits_is_not() {
+        let (address, _draining) = impatient(|_| {}).await;
+        let mut waiting = send(address, "GET /slow HTTP/1.1\r\nhost: x\r\n\r\n").await;
+        let mut client = send(address, "GET /big HTTP/1.1\r\nhost: x\r\n\r\n").await;
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let (got, _) = until_closed(&mut client).await;
+        assert!(got.len() < 64 << 20, "{}", got.len());
+        let quiet = tokio::time::timeout(Duration::from_millis(50), waiting.read_u8());
+        assert!(quiet.await.is_err(), "it still waits for its answer");
+    }
+
+    #[tokio::test]
+    async fn health_is_answered_whatever_others_hold() {
+        let (address, _draining) = impatient(|connections| {
+            connections.total = 4;
+            connections.header_timeout = Duration::from_secs(600);
+        })
+        .await;
+        let health = "GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+        let mut half = Vec::new();
+        for _ in 0..20 {
+            half.push(send(address, "GET / HTTP/1.1\r\nx-half").await);
+        }
+        let (got, _) = until_closed(&mut send(address, health).await).await;
+        assert!(got.ends_with("alive"), "{got}");
+        let mut running = Vec::new();
+        for _ in 0..4 {
+            running.push(send(address, "GET /slow HTTP/1.1\r\nhost: x\r\n\r\n").await);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let (got, _) = until_closed(&mut send(address, health).await).await;
+        assert!(got.ends_with("alive"), "{got}");
+        let other = "GET /big HTTP/1.1\r\nhost: x\r\n\r\n";
+        let (got, _) = until_closed(&mut send(address, other).await).await;
+        assert!(
+            got.starts_with("HTTP/1.1 503") && got.contains("retry-after"),
+            "{got}"
+        );
+    }
+
+    #[test]
+    fn as_many_connections_as_files_allow() {
+        let bounds = |files| Connections::default().bounds(files);
+        assert_eq!((bounds(128).total, bounds(128).per_source), (80, 40));
+        assert_eq!(bounds(1024).total, 760);
+        assert_eq!(bounds(1 << 20).total, 16_384);
+        assert!(bounds(10).total >= 1);
+        let few = Connections {
+            total: 5,
+            ..Connections::default()
+        };
+        assert_eq!(few.bounds(1024).total, 5);
     }
 
     #[tokio::test]

@@ -1,11 +1,11 @@
 //! SHA-256 digests, and computing them.
 
 use std::fmt;
-use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 use std::str::FromStr;
 
+use mesh_model::file::open_regular;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::{Digest as _, Sha256};
 
@@ -59,7 +59,7 @@ impl Digest {
     /// # Errors
     /// If it cannot be read.
     pub fn of_file(path: &Path) -> io::Result<Self> {
-        Self::of_reader(File::open(path)?)
+        Self::of_reader(open_regular(path)?)
     }
 
     /// The first 12 digits, for people.

@@ -5,11 +5,11 @@
 //! (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>, "Standardized tensor names") and those of
 //! Hugging Face's `transformers`.
 
-use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use mesh_model::file::open_regular;
 use mesh_model::safetensors::{Safetensors, SafetensorsError};
 use mesh_model::{Gguf, GgufError};
 
@@ -91,14 +91,9 @@ impl Layout {
             path: path.into(),
             source,
         };
-        // Looked at before it is opened: to open a named pipe would wait for its writer.
-        let metadata = std::fs::metadata(path).map_err(failed)?;
-        if !metadata.is_file() {
-            return Err(failed(io::Error::other("it is no regular file")));
-        }
-        let bytes = metadata.len();
+        let file = open_regular(path).map_err(failed)?;
+        let bytes = file.metadata().map_err(failed)?.len();
         let mut magic = Vec::new();
-        let file = File::open(path).map_err(failed)?;
         file.take(4).read_to_end(&mut magic).map_err(failed)?;
         let mut layout = if magic == b"GGUF" {
             Self::of_gguf(path)?
@@ -120,12 +115,11 @@ impl Layout {
             path: path.into(),
             source,
         })?;
-        let start = gguf.bytes().as_ptr() as usize;
         let tensors: Vec<TensorPlace> = gguf
             .tensors()
             .map(|tensor| TensorPlace {
                 name: tensor.name.to_owned(),
-                offset: (tensor.data.as_ptr() as usize - start) as u64,
+                offset: tensor.data.offset(),
                 bytes: tensor.data.len() as u64,
             })
             .collect();

@@ -4,7 +4,9 @@ use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, MsgType};
 use mesh_engine::{Event, Finish, Logprob, Request, RequestError, SamplingParams};
-use mesh_model::{EncodeOptions, Message as ChatMessage, Model, TokenizerError};
+use mesh_model::{
+    EncodeOptions, Message as ChatMessage, Model, RenderRequest, Rendered, TokenizerError,
+};
 use mesh_proto::{FinishReason, Generate, GenerateParams, Prompt};
 use prost::Message as _;
 
@@ -39,10 +41,11 @@ impl Refusal {
 
 /// A prompt as the model will read it.
 pub(crate) enum Written {
+    /// As the model is to read it, control tokens and all.
     Text(String),
     Tokens(Vec<u32>),
     /// What the model's template made of a conversation.
-    Chat(String),
+    Chat(Rendered),
 }
 
 /// Takes the prompt out of `generate` and writes it as the model's template says, if it is a conversation.
@@ -59,8 +62,11 @@ pub(crate) async fn write(
                 role: message.role,
                 content: message.content,
             });
-            let messages = messages.collect();
-            Written::Chat(templates.render(model.template(), messages).await?)
+            let request = RenderRequest {
+                messages: messages.collect(),
+                ..RenderRequest::default()
+            };
+            Written::Chat(templates.render(model.template(), request).await?)
         }
     })
 }
@@ -100,9 +106,9 @@ pub(crate) fn request(
 fn prompt_tokens(model: &Model, prompt: Written) -> Result<Vec<u32>, Refusal> {
     let tokenizer = model.tokenizer();
     Ok(match prompt {
-        Written::Text(text) => tokenizer.encode(&text, EncodeOptions::PLAIN)?,
+        Written::Text(text) => tokenizer.encode(&text, EncodeOptions::RAW_PROMPT)?,
         Written::Tokens(tokens) => tokens,
-        Written::Chat(text) => tokenizer.encode(&text, EncodeOptions::RENDERED_CHAT)?,
+        Written::Chat(prompt) => tokenizer.encode_prompt(&prompt)?,
     })
 }
 
@@ -124,6 +130,8 @@ fn sampling(params: GenerateParams, defaults: &SamplingDefaults) -> SamplingPara
             .map(|bias| (bias.token, bias.bias))
             .collect(),
         logprobs: params.logprobs,
+        stop_token_ids: params.stop_token_ids,
+        min_tokens: params.min_tokens,
     }
 }
 

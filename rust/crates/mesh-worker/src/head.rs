@@ -177,6 +177,7 @@ impl HeadLink {
             models,
             protocol: PROTOCOL_VERSION,
             reserved_for: self.config.reserved_for.clone(),
+            request_revision: mesh_proto::REQUEST_REVISION,
         };
         let exchange = async {
             let mut control = link.open().await?;

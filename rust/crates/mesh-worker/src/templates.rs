@@ -15,7 +15,7 @@ use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use mesh_model::chat::{ChatError, ChatTemplate, Message};
+use mesh_model::chat::{ChatError, ChatTemplate, RenderRequest, Rendered};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::alarm;
 use serde::{Deserialize, Serialize};
@@ -92,8 +92,7 @@ struct Job {
     source: String,
     bos: String,
     eos: String,
-    messages: Vec<Message>,
-    add_generation_prompt: bool,
+    request: RenderRequest,
 }
 
 impl Templates {
@@ -113,38 +112,52 @@ impl Templates {
         }
     }
 
-    /// `messages` as the prompt that the model knows, ending where the assistant's answer begins.
+    /// A conversation as the prompt that the model knows.
     ///
     /// # Errors
     /// When the template refuses or fails, or takes more than it may.
     pub async fn render(
         &self,
         template: &ChatTemplate,
-        messages: Vec<Message>,
-    ) -> Result<String, TemplateError> {
+        request: RenderRequest,
+    ) -> Result<Rendered, TemplateError> {
+        if let Some(problem) = template.problem() {
+            return Err(TemplateError::Refused(problem.to_owned()));
+        }
         let Some(program) = &self.program else {
             let template = template.clone();
-            let rendered = tokio::task::spawn_blocking(move || template.render(&messages, true));
+            let rendered = tokio::task::spawn_blocking(move || template.write(&request));
             return Ok(rendered.await.map_err(io::Error::other)??);
         };
+        let guarded = template.guarded(request);
         let job = serde_json::to_vec(&Job {
             source: template.source().to_owned(),
             bos: template.bos().to_owned(),
             eos: template.eos().to_owned(),
-            messages,
-            add_generation_prompt: true,
+            request: guarded.request.clone(),
         });
         let job = job.map_err(io::Error::other)?;
+        let text = self.render_apart(program, template, &job).await?;
+        Ok(template.unguarded(text, &guarded)?)
+    }
+
+    /// What the template makes of a job, in another process.
+    async fn render_apart(
+        &self,
+        program: &PathBuf,
+        template: &ChatTemplate,
+        job: &[u8],
+    ) -> Result<String, TemplateError> {
         let seat = self.seat(template.source());
         let mut kept = seat.process.lock().await;
         // One that waits for work may have been ended by somebody else, which is not this conversation's fault.
         if let Some(process) = kept.take()
-            && let Some(answer) = process.ask(&job, &mut kept).await?
+            && let Some(answer) = process.ask(job, &mut kept).await?
         {
             return answer;
         }
         let process = Process::start(program)?;
-        let answer = process.ask(&job, &mut kept).await?;
+        let answer = process.ask(job, &mut kept).await?;
         answer.unwrap_or(Err(TemplateError::TooLarge))
     }
 
@@ -275,7 +288,7 @@ pub fn serve(mut jobs: impl Read, mut answers: impl Write) -> io::Result<()> {
             None => ChatTemplate::new(&job.source, &job.bos, &job.eos),
         };
         let rendered = template.and_then(|template| {
-            let text = template.render(&job.messages, job.add_generation_prompt);
+            let text = template.render_raw(&job.request);
             last = Some((job, template));
             text
         });

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use mesh_model::chat::{ChatTemplate, Message};
+use mesh_model::chat::{ChatTemplate, Message, RenderRequest};
 use mesh_worker::templates::{TemplateError, Templates};
 
 fn apart() -> Templates {
@@ -14,8 +14,15 @@ fn template(source: &str) -> ChatTemplate {
     ChatTemplate::new(source, "<s>", "</s>").unwrap()
 }
 
-fn hello() -> Vec<Message> {
-    vec![Message::new("user", "Wie geht's? Grüße 🦆")]
+fn conversation(messages: Vec<Message>) -> RenderRequest {
+    RenderRequest {
+        messages,
+        ..RenderRequest::default()
+    }
+}
+
+fn hello() -> RenderRequest {
+    conversation(vec![Message::new("user", "Wie geht's? Grüße 🦆")])
 }
 
 const PLAIN: &str = "{{ bos_token }}{% for message in messages %}{% if message.role == 'system' %}\
@@ -26,13 +33,13 @@ async fn a_template_gives_the_same_prompt_and_the_same_refusal_as_in_this_proces
     let (apart, here, template) = (apart(), Templates::here(), template(PLAIN));
     for messages in [
         hello(),
-        vec![Message::new("user", "x".repeat(1 << 20))],
-        Vec::new(),
+        conversation(vec![Message::new("user", "x".repeat(1 << 20))]),
+        conversation(Vec::new()),
     ] {
         let prompt = apart.render(&template, messages.clone()).await.unwrap();
         assert_eq!(prompt, here.render(&template, messages).await.unwrap());
     }
-    let system = || vec![Message::new("system", "be brief")];
+    let system = || conversation(vec![Message::new("system", "be brief")]);
     let refused = apart.render(&template, system()).await.unwrap_err();
     assert_eq!(
         refused.to_string(),

@@ -21,7 +21,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use mesh_model::{Activation, Gguf, ModelConfig, Rope, RopeStyle, dequantize};
+use mesh_model::{Activation, Gguf, ModelConfig, Rope, RopeStyle};
 use ort::value::{DynTensor, Tensor};
 
 use super::matrix::{Constants, FileMatrix, Form};
@@ -281,6 +281,7 @@ impl Graph<'_> {
         let outputs: usize = matrices.iter().map(|matrix| matrix.outputs).sum();
         let name = names.join("+");
         let constants = Constants::read(&matrices, self.plan.threads);
+        drop(matrices);
         let Form::Blocks {
             bits,
             block,
@@ -512,7 +513,7 @@ impl Graph<'_> {
             ty: tensor.ty,
             inputs: inputs as usize,
             outputs: outputs as usize,
-            data: tensor.data,
+            data: tensor.data.read()?,
         })
     }
 
@@ -525,13 +526,11 @@ impl Graph<'_> {
 
     fn vector(&self, name: &str) -> Result<Vec<f32>, LoadError> {
         let tensor = self.tensor(name)?;
-        let mut out = vec![0.0; tensor.elements() as usize];
-        dequantize(tensor.ty, tensor.data, &mut out).map_err(|error| LoadError::Tensor {
+        tensor.to_f32().map_err(|error| LoadError::Tensor {
             name: name.into(),
             ty: tensor.ty.to_string(),
             message: error.to_string(),
-        })?;
-        Ok(out)
+        })
     }
 
     fn tensor(&self, name: &str) -> Result<mesh_model::Tensor<'_>, LoadError> {

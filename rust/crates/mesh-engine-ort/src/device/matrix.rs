@@ -15,6 +15,8 @@
 //!
 //! Matrices of floats stay matrices of floats.
 
+use std::borrow::Cow;
+
 use half::f16;
 use mesh_kernels::{Stretch, WeightType, stretch};
 use mesh_model::{GgmlType, dequantize};
@@ -53,12 +55,12 @@ impl Form {
 }
 
 /// A matrix of the file: rows of `inputs` weights, one row for each output.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(super) struct FileMatrix<'a> {
     pub(super) ty: GgmlType,
     pub(super) inputs: usize,
     pub(super) outputs: usize,
-    pub(super) data: &'a [u8],
+    pub(super) data: Cow<'a, [u8]>,
 }
 
 /// The constants of one or more matrices under each other.
@@ -89,7 +91,7 @@ impl Constants {
                 for matrix in matrices {
                     let out = &mut rows[at..][..matrix.outputs * inputs];
                     // The loader has checked that the data is as long as the dimensions say.
-                    let read = dequantize(matrix.ty, matrix.data, out);
+                    let read = dequantize(matrix.ty, &matrix.data, out);
                     debug_assert!(read.is_ok());
                     at += out.len();
                 }
@@ -115,7 +117,7 @@ impl Constants {
                     let with_minima = if minimum { take(row_blocks) } else { 0 };
                     let (minima, more_minima) = rest.2.split_at_mut(with_minima);
                     rest = (more_codes, more_scales, more_minima);
-                    read_rows(*matrix, bits, block, (codes, scales, minima), threads);
+                    read_rows(matrix, bits, block, (codes, scales, minima), threads);
                 }
                 Constants {
                     minima: match minimum {
@@ -133,7 +135,7 @@ impl Constants {
 
 /// Fills codes, scales and, if there are any, minima, row by row.
 fn read_rows(
-    matrix: FileMatrix<'_>,
+    matrix: &FileMatrix<'_>,
     bits: usize,
     block: usize,
     (codes, scales, minima): (&mut [u8], &mut [f32], &mut [f32]),
@@ -308,10 +310,10 @@ mod tests {
                 ty: tensor.ty,
                 inputs: tensor.dims[0] as usize,
                 outputs: tensor.dims[1] as usize,
-                data: tensor.data,
+                data: tensor.data.read().unwrap(),
             });
             let constants = Constants::read(&matrices, 3);
-            let expected = tensors.map(|tensor| tensor.to_f32()).concat();
+            let expected = tensors.map(|tensor| tensor.to_f32().unwrap()).concat();
             let inputs = matrices[0].inputs;
             let outputs = expected.len() / inputs;
             for (i, expected) in expected.iter().enumerate() {

@@ -116,7 +116,6 @@ impl DeviceStage {
         let embedding = (layers.start == 0)
             .then(|| Embedding::read(model))
             .transpose()?;
-        model.gguf().release_pages();
         let shape = Shape {
             layers: layers.len(),
             kv_heads: config.kv_heads,
@@ -246,10 +245,9 @@ impl Embedding {
             .gguf()
             .tensor(NAME)
             .ok_or_else(|| LoadError::MissingTensor(NAME.into()))?;
-        // Copied: the file may change while the stage lives.
         Ok(Embedding {
             ty: tensor.ty,
-            data: tensor.data.to_vec(),
+            data: tensor.data.read()?.into_owned(),
             scale: model.config().embedding_scale,
         })
     }

@@ -1,5 +1,7 @@
 //! The weights of an encoder, packed for the kernels.
 
+use std::borrow::Cow;
+
 use mesh_kernels::{PackOptions, Pool, QMatrix, WeightType};
 use mesh_model::EncoderModel;
 use mesh_model::encoder::EncoderConfig;
@@ -39,7 +41,7 @@ pub(crate) struct Layer {
 }
 
 impl Weights {
-    /// Packs the weights of `model`, and lets the system drop the file's pages, so that they do not count twice.
+    /// Reads and packs the weights of `model`.
     pub(crate) fn load(model: &EncoderModel, pool: &Pool) -> Result<Weights, LoadError> {
         let config = model.config();
         let loader = Loader {
@@ -66,7 +68,6 @@ impl Weights {
             .collect::<Result<_, _>>()?;
         let unchanged = model.tensors().check_unchanged();
         unchanged.map_err(|error| LoadError::Model(error.to_string()))?;
-        model.tensors().release_pages();
         Ok(Weights {
             words,
             positions,
@@ -138,20 +139,15 @@ impl Loader<'_> {
             Dtype::BF16 => WeightType::BF16,
             _ => WeightType::F32,
         };
-        let converted;
-        let data = match tensor.dtype {
-            Dtype::F32 | Dtype::F16 | Dtype::BF16 => tensor.data,
+        let data: Cow<'_, [u8]> = match tensor.dtype {
+            Dtype::F32 | Dtype::F16 | Dtype::BF16 => tensor.data.read()?,
             _ => {
                 let floats = tensor.to_f32().map_err(|error| failed(error.to_string()))?;
-                converted = floats
-                    .iter()
-                    .flat_map(|x| x.to_le_bytes())
-                    .collect::<Vec<u8>>();
-                &converted
+                floats.iter().flat_map(|x| x.to_le_bytes()).collect()
             }
         };
         let options = PackOptions::default();
-        let matrix = QMatrix::pack_with(self.pool, ty, outputs, inputs, data, options)
+        let matrix = QMatrix::pack_with(self.pool, ty, outputs, inputs, &data, options)
             .map_err(|error| failed(error.to_string()))?;
         let bias = self.floats(&format!("{name}.bias"), &[outputs])?;
         Ok(Dense { matrix, bias })

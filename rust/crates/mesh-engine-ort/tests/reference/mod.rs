@@ -16,7 +16,7 @@ pub(crate) fn last_row(model: &Model, tokens: &[u32]) -> Vec<f32> {
 
 fn rows_from(model: &Model, tokens: &[u32], first: usize) -> Vec<f32> {
     let c = model.config();
-    let tensor = |name: &str| model.gguf().tensor(name).unwrap().to_f32();
+    let tensor = |name: &str| model.gguf().tensor(name).unwrap().to_f32().unwrap();
     let norm_weight = |name: &str| -> Vec<f32> {
         let weight = tensor(name).into_iter();
         weight.map(|weight| weight + c.norm_offset).collect()
@@ -28,7 +28,7 @@ fn rows_from(model: &Model, tokens: &[u32], first: usize) -> Vec<f32> {
             let mut row = vec![0.0; c.hidden];
             dequantize(
                 embedding.ty,
-                file_rows(&embedding, token as usize, 1),
+                &file_rows(&embedding, token as usize, 1),
                 &mut row,
             )
             .unwrap();
@@ -130,7 +130,7 @@ fn rows_from(model: &Model, tokens: &[u32], first: usize) -> Vec<f32> {
     for start in (0..c.vocab).step_by(4096) {
         let count = (c.vocab - start).min(4096);
         let mut piece = vec![0.0; count * c.hidden];
-        dequantize(head.ty, file_rows(&head, start, count), &mut piece).unwrap();
+        dequantize(head.ty, &file_rows(&head, start, count), &mut piece).unwrap();
         for (logits, row) in logits.iter_mut().zip(&x) {
             logits.extend(times(&piece, row));
         }
@@ -139,9 +139,11 @@ fn rows_from(model: &Model, tokens: &[u32], first: usize) -> Vec<f32> {
 }
 
 /// The bytes of some rows of a matrix.
-fn file_rows<'a>(matrix: &Tensor<'a>, first: usize, count: usize) -> &'a [u8] {
+fn file_rows(matrix: &Tensor<'_>, first: usize, count: usize) -> Vec<u8> {
     let bytes = matrix.ty.bytes_for(matrix.dims[0]).unwrap() as usize;
-    &matrix.data[first * bytes..][..count * bytes]
+    let mut rows = vec![0; count * bytes];
+    matrix.data.read_at(first * bytes, &mut rows).unwrap();
+    rows
 }
 
 fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {

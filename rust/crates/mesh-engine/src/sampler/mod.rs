@@ -22,6 +22,8 @@ use crate::request::{Logprob, RequestError, SamplingParams, TokenLogprobs, Token
 pub struct Sampler {
     params: SamplingParams,
     history: History,
+    /// Tokens that are not chosen before [`SamplingParams::min_tokens`].
+    ends: Vec<u32>,
 }
 
 /// A chosen token.
@@ -49,11 +51,22 @@ impl Sampler {
         if params.repetition_penalty != 1.0 {
             history.add_prompt(prompt);
         }
-        let mut sampler = Sampler { params, history };
+        let mut sampler = Sampler {
+            params,
+            history,
+            ends: Vec::new(),
+        };
         for &token in generated {
             sampler.accept(token);
         }
         sampler
+    }
+
+    /// Never chooses these before the least length of the answer is reached.
+    #[must_use]
+    pub fn not_ending_with(mut self, ends: Vec<u32>) -> Self {
+        self.ends = ends;
+        self
     }
 
     /// Chooses token `index` of the answer; `None` if no logit is a number above minus infinity.
@@ -78,10 +91,18 @@ impl Sampler {
             raw_max = f32::MAX;
         }
 
-        let adjusted = if self.adjusts() {
+        let too_short = index < self.params.min_tokens && !self.ends.is_empty();
+        let adjusted = if self.adjusts() || too_short {
             row.clear();
             row.extend_from_slice(raw);
             self.adjust(row);
+            if too_short {
+                for &token in &self.ends {
+                    if let Some(logit) = row.get_mut(token as usize) {
+                        *logit = f32::NEG_INFINITY;
+                    }
+                }
+            }
             row
         } else {
             raw
@@ -252,6 +273,17 @@ pub fn validate(params: &SamplingParams, vocab: usize) -> Result<(), RequestErro
         }
         within("logit_bias", bias, bias.is_finite(), "a finite number")?;
     }
+    if let Some(&token) = p
+        .stop_token_ids
+        .iter()
+        .find(|&&token| token as usize >= vocab)
+    {
+        return Err(RequestError::NoSuchToken { token, vocab });
+    }
+    if p.stop_token_ids.len() > MAX_STOP_TOKENS {
+        let count = p.stop_token_ids.len();
+        within("stop_token_ids", count as f32, false, "at most 64 tokens")?;
+    }
     if let Some(n) = p.logprobs.filter(|&n| n > MAX_LOGPROBS) {
         within("top_logprobs", n as f32, false, "0 to 20")?;
     }
@@ -343,6 +375,9 @@ impl History {
 
 /// Most alternatives reported per token, as in the OpenAI API.
 pub const MAX_LOGPROBS: u32 = 20;
+
+/// Most token ids of a request that end its answer.
+pub const MAX_STOP_TOKENS: usize = 64;
 
 /// A temperature so low that its inverse would leave the range of numbers in use.
 const GREEDY_BELOW: f32 = 1e-5;

@@ -39,6 +39,8 @@ struct Answer {
     generated: u32,
     max_tokens: u32,
     ignore_eos: bool,
+    stop_token_ids: Vec<u32>,
+    min_tokens: u32,
     finish: Option<Finish>,
     first_token: Option<Instant>,
 }
@@ -72,15 +74,26 @@ impl Job {
 
         let mut text = TextPipeline::new(request.stop, &request.echo, request.text_sent);
         let mut stopped = false;
-        for &token in &request.generated {
-            stopped = stopped || text.push(vocabulary.text(token));
+        let min_tokens = request.params.min_tokens;
+        for (index, &token) in (0u32..).zip(&request.generated) {
+            if index < min_tokens {
+                text.push_unfiltered(vocabulary.text(token));
+            } else {
+                stopped = stopped || text.push(vocabulary.text(token));
+            }
         }
         let finish = if stopped {
             Some(Finish::Stop)
         } else {
             (generated >= max_tokens).then_some(Finish::Length)
         };
-        let sampler = Sampler::new(request.params, &request.prompt_tokens, &request.generated);
+        let stop_token_ids = request.params.stop_token_ids.clone();
+        let ends = match min_tokens {
+            0 => Vec::new(),
+            _ => ends(vocabulary, request.ignore_eos, &stop_token_ids),
+        };
+        let sampler = Sampler::new(request.params, &request.prompt_tokens, &request.generated)
+            .not_ending_with(ends);
         let mut tokens = request.prompt_tokens;
         tokens.extend_from_slice(&request.generated);
         Ok(Job {
@@ -98,6 +111,8 @@ impl Job {
                 generated: generated as u32,
                 max_tokens: max_tokens as u32,
                 ignore_eos: request.ignore_eos,
+                stop_token_ids,
+                min_tokens,
                 finish,
                 first_token: None,
             })),
@@ -236,15 +251,20 @@ impl Answer {
         let choice = self.sampler.choose(logits, index, scratch);
         let choice = choice.ok_or(RequestError::BadLogits { index })?;
         self.first_token.get_or_insert(now);
-        if !self.ignore_eos && vocabulary.is_end(choice.token) {
+        let is_end = !self.ignore_eos && vocabulary.is_end(choice.token);
+        if is_end || self.stop_token_ids.contains(&choice.token) {
             self.finish = Some(Finish::Stop);
             return Ok(None);
         }
         self.generated += 1;
         self.sampler.accept(choice.token);
-        if self.text.push(vocabulary.text(choice.token)) {
+        let text = vocabulary.text(choice.token);
+        if index < self.min_tokens {
+            self.text.push_unfiltered(text);
+        } else if self.text.push(text) {
             self.finish = Some(Finish::Stop);
-        } else if self.generated >= self.max_tokens {
+        }
+        if self.finish.is_none() && self.generated >= self.max_tokens {
             self.finish = Some(Finish::Length);
         }
         Ok(Some(Tokens {
@@ -254,6 +274,15 @@ impl Answer {
             logprobs: choice.logprobs.into_iter().collect(),
         }))
     }
+}
+
+/// The tokens that end an answer.
+fn ends(vocabulary: &dyn Vocabulary, ignore_eos: bool, stop_token_ids: &[u32]) -> Vec<u32> {
+    let mut ends = stop_token_ids.to_vec();
+    if !ignore_eos {
+        ends.extend((0..vocabulary.size() as u32).filter(|&token| vocabulary.is_end(token)));
+    }
+    ends
 }
 
 fn check_tokens(tokens: &[u32], vocabulary: &dyn Vocabulary) -> Result<(), RequestError> {

@@ -329,7 +329,8 @@ fn what_cannot_work_is_refused_before_any_work() {
     assert!(!sim.plan());
     assert_eq!(
         sim.error(1).to_string(),
-        "200 tokens leave no room for an answer in the context of 150; shorten the prompt"
+        "This model's maximum context length is 150 tokens. However, your prompt has 200 tokens and leaves no room for an answer. \
+         Shorten the prompt"
     );
     let context = 150;
     assert_eq!(
@@ -355,6 +356,28 @@ fn what_cannot_work_is_refused_before_any_work() {
         sim.error(6),
         RequestError::InvalidParameter { name: "top_p", .. }
     ));
+}
+
+#[test]
+fn tokens_that_end_an_answer_count_from_the_least_length_on() {
+    let ask = |stop_token_ids: &[u32], min_tokens| {
+        let mut request = endless(prompt(1, 20), 30);
+        request.params.stop_token_ids = stop_token_ids.to_vec();
+        request.params.min_tokens = min_tokens;
+        let mut sim = Sim::new(1, 64, SchedulerConfig::default());
+        sim.submit(1, request);
+        sim.run_until_idle();
+        (sim.answer(1).0, sim.done(1).finish)
+    };
+    let (free, finish) = ask(&[], 0);
+    assert_eq!((free.len(), finish), (30, Finish::Length));
+    let stop = free[4];
+    let first = free.iter().position(|&token| token == stop).unwrap();
+    let (cut, finish) = ask(&[stop], 0);
+    assert_eq!((&cut[..], finish), (&free[..first], Finish::Stop));
+    let (longer, _) = ask(&[stop], first as u32 + 6);
+    assert!(longer.len() >= first + 6, "{}", longer.len());
+    assert!(!longer.contains(&stop));
 }
 
 #[test]

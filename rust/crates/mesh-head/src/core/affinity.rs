@@ -126,6 +126,7 @@ mod tests {
         });
         Prompt::Chat(Chat {
             messages: messages.collect(),
+            ..Chat::default()
         })
     }
 

@@ -65,6 +65,15 @@ pub enum Refusal {
         /// What is missing.
         reason: String,
     },
+    /// Workers serve the model, and would ignore what the request asks for.
+    #[error(
+        "the workers that serve {model:?} are of an older version and would ignore {}; update them, or leave that out",
+        mesh_proto::REVISED_FIELDS
+    )]
+    TooOld {
+        /// The model asked for.
+        model: String,
+    },
     /// Nobody serves such a model.
     #[error("the model {model:?} does not exist; GET /v1/models lists those that do")]
     UnknownModel {
@@ -152,7 +161,7 @@ impl Placement {
             Choice::Busy => None,
             Choice::Nobody if self.is_coming(&ask.model) => None,
             Choice::Nobody if rerun => Some(now),
-            Choice::Nobody => return Asked::Refused(self.nobody(ask.model)),
+            Choice::Nobody => return Asked::Refused(self.nobody(&ask)),
         };
         let waiting = Waiting {
             ticket,
@@ -190,7 +199,7 @@ impl Placement {
                 Choice::Nobody => {
                     let since = *waiting.nobody_since.get_or_insert(now);
                     if now.saturating_duration_since(since) >= self.limits.rejoin_grace {
-                        decided.push((waiting.ticket, Err(self.nobody(waiting.ask.model))));
+                        decided.push((waiting.ticket, Err(self.nobody(&waiting.ask))));
                         continue;
                     }
                 }
@@ -351,7 +360,16 @@ impl Placement {
         self.prospects.get(model) == Some(&Prospect::Coming)
     }
 
-    fn nobody(&self, model: String) -> Refusal {
+    fn nobody(&self, ask: &Ask) -> Refusal {
+        let model = ask.model.clone();
+        let too_old = |worker: &Worker| {
+            !worker.is_legacy()
+                && worker.request_revision < ask.revision
+                && worker.model(&model).is_some()
+        };
+        if self.registry.iter().any(too_old) {
+            return Refusal::TooOld { model };
+        }
         if let Some(Prospect::Impossible(reason)) = self.prospects.get(&model) {
             let reason = reason.clone();
             return Refusal::NoRing { model, reason };
@@ -385,6 +403,44 @@ mod tests {
     use super::*;
 
     const GRACE: Duration = Duration::from_secs(5);
+
+    #[test]
+    fn workers_that_would_ignore_fields_are_not_asked_and_named() {
+        let mut placement = placement(4);
+        let now = Instant::now();
+        let hello = |name: &str, request_revision| {
+            let card = ModelCard {
+                name: "tiny".into(),
+                slots: 4,
+                ..Default::default()
+            };
+            Hello {
+                node_name: name.into(),
+                models: vec![card],
+                request_revision,
+                ..Default::default()
+            }
+        };
+        let ask = |revision| Ask {
+            model: "tiny".into(),
+            revision,
+            ..Ask::default()
+        };
+        let address = ([127, 0, 0, 1], 1).into();
+        placement.registry.join("aa", address, hello("old", 0), now);
+        let asked = placement.ask(Ticket(1), ask(1), false, now);
+        let Asked::Refused(refusal @ Refusal::TooOld { .. }) = asked else {
+            panic!("{asked:?}");
+        };
+        assert!(refusal.to_string().contains("min_tokens"), "{refusal}");
+        placement.registry.join("bb", address, hello("new", 1), now);
+        for ticket in 2..5 {
+            match placement.ask(Ticket(ticket), ask(1), false, now) {
+                Asked::Placed(placed) => assert_eq!(placed.name, "new"),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
 
     fn placement(queue: usize) -> Placement {
         let capacity = Capacity {

@@ -72,6 +72,8 @@ pub struct Worker {
     pub models: Vec<ServedModel>,
     /// What it is kept for; empty is for anything.
     pub reserved_for: Vec<String>,
+    /// Which fields of a request it acts upon: [`Hello::request_revision`].
+    pub request_revision: u32,
     /// Its last load report.
     pub load: Load,
     /// It finishes what runs and takes nothing new: it says so, or an operator does.
@@ -218,6 +220,7 @@ impl Registry {
         if let Some(worker) = self.workers.get_mut(&id) {
             let kept = hello.reserved_for.into_iter().take(PURPOSES_PER_WORKER);
             worker.reserved_for = kept.filter(|purpose| purpose.len() <= 64).collect();
+            worker.request_revision = hello.request_revision;
         }
         self.remember_models(id, now);
         (id, replaced)
@@ -452,6 +455,7 @@ impl Registry {
             version,
             models,
             reserved_for: Vec::new(),
+            request_revision: 0,
             load: Load::default(),
             draining: false,
             drained: false,

@@ -30,6 +30,8 @@ pub struct Ask {
     pub fingerprint: Option<String>,
     /// Workers on which this request failed: taken only when there is no other.
     pub avoid: Vec<WorkerId>,
+    /// Only workers that act upon all of the request's fields: [`mesh_proto::Generate::revision`].
+    pub revision: u32,
 }
 
 /// What a request wants of a model.
@@ -175,6 +177,9 @@ fn serves(worker: &Worker, ask: &Ask) -> bool {
     }
     if worker.is_legacy() {
         return ask.legacy;
+    }
+    if worker.request_revision < ask.revision {
+        return false;
     }
     // Whoever is kept for something else holds this model for other meshes, or by mistake.
     if !worker.is_for(ask.purpose.name()) {

@@ -16,10 +16,10 @@ use super::ask::{Api, Asked};
 use super::error::ApiError;
 use super::keys::Pass;
 use super::wire::{
-    ChatChoice, ChatChunk, ChatDelta, ChatLogprobs, ChatText, Envelope, TextChoice, TextLogprobs,
-    Timings, Usage, finish_reason, system_fingerprint,
+    ChatChoice, ChatChunk, ChatDelta, ChatLogprobs, ChatText, Envelope, Place, TextChoice,
+    TextLogprobs, Timings, Usage, finish_reason, system_fingerprint,
 };
-use crate::core::request::Complete;
+use crate::core::request::{Complete, Delta};
 use crate::drive::{Event, Placed};
 use crate::ids;
 
@@ -54,8 +54,8 @@ struct Choice {
     worker: String,
     text: String,
     logprobs: Vec<TokenLogprob>,
-    /// Characters of tokens so far.
-    offset: usize,
+    /// Behind the tokens so far.
+    place: Place,
     complete: Option<Complete>,
 }
 
@@ -137,7 +137,7 @@ impl Answering {
                         index,
                         finish_reason: Some(choice.finish_reason()),
                         logprobs: wants_logprobs
-                            .then(|| TextLogprobs::new(&choice.logprobs, &mut 0)),
+                            .then(|| TextLogprobs::new(&choice.logprobs, &mut Place::default())),
                         text: &choice.text,
                     });
                 let choices = choices.collect();
@@ -200,7 +200,16 @@ impl Answering {
                     complete.done.text = text;
                     return Some((index, Ok(Event::Complete(complete))));
                 }
-                event @ (Event::Delta(_) | Event::Whole(_)) => return Some((index, Ok(event))),
+                // A v5.0.0 worker answers in one piece.
+                Event::Whole(bytes) => {
+                    let text = String::from_utf8_lossy(&bytes).into_owned();
+                    let delta = Delta {
+                        text,
+                        ..Delta::default()
+                    };
+                    return Some((index, Ok(Event::Delta(delta))));
+                }
+                event @ Event::Delta(_) => return Some((index, Ok(event))),
             }
         }
     }
@@ -262,7 +271,7 @@ impl Answering {
                 }
                 frames.push_back(self.last_chunk(index, &complete));
             }
-            // Plain results come from v5.0.0 workers, which take no HTTP requests.
+            // None of them comes from `next`.
             Event::Whole(_) | Event::Placed(_) | Event::Failed(_) => {}
         }
     }
@@ -302,10 +311,10 @@ impl Answering {
                 )
             }
             Api::Completions => {
-                let offset = &mut self.choices[index].offset;
+                let place = &mut self.choices[index].place;
                 let logprobs = self
                     .wants_logprobs
-                    .then(|| TextLogprobs::new(logprobs, offset));
+                    .then(|| TextLogprobs::new(logprobs, place));
                 self.chunk(
                     TextChoice {
                         index,

@@ -1,11 +1,12 @@
 //! What a request body of `/v1/chat/completions` or `/v1/completions` asks for.
 
+use bytes::Bytes;
 use mesh_proto::{GenerateParams, Prompt, TokenList};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
-use crate::fields::{Fields, Invalid, messages, sampling};
-use crate::ids;
+use crate::fields::{self, Fields, Invalid, check, conversation, sampling, whole_number};
 use crate::task::Task;
+use crate::{ids, json};
 
 /// Which of the two APIs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,6 +15,15 @@ pub(super) enum Api {
     Chat,
     /// `/v1/completions`.
     Completions,
+}
+
+impl From<Api> for fields::Api {
+    fn from(api: Api) -> Self {
+        match api {
+            Api::Chat => fields::Api::Chat,
+            Api::Completions => fields::Api::Completions,
+        }
+    }
 }
 
 /// A request, checked.
@@ -33,6 +43,10 @@ pub(super) struct Asked {
     pub stream: bool,
     /// End the stream with a usage chunk.
     pub include_usage: bool,
+    /// Fields that mean nothing here.
+    pub ignored: Vec<String>,
+    /// What a v5.0.0 worker is sent, if it can answer this at all.
+    legacy: Option<Bytes>,
 }
 
 impl Asked {
@@ -41,21 +55,24 @@ impl Asked {
     /// # Errors
     /// [`Invalid`] names the field that is wrong or not supported.
     pub(super) fn parse(api: Api, body: &[u8], choices_limit: u32) -> Result<Self, Invalid> {
-        let map: Map<String, Value> = serde_json::from_slice(body).map_err(|error| {
-            Invalid::new("body", format!("The body is not a JSON object: {error}"))
-        })?;
+        let map = json::object(body)?;
         let fields = Fields::new(&map);
-        refuse_unsupported(api, fields)?;
-        let model = fields.text("model")?.map(str::to_owned);
-        let prompts = match api {
-            Api::Chat => vec![chat_prompt(fields)?],
-            Api::Completions => prompts(fields)?,
+        let ignored = check(api.into(), fields)?
+            .into_iter()
+            .map(str::to_owned)
+            .collect();
+        let model = fields.name("model")?.map(str::to_owned);
+        let (prompts, params) = match api {
+            Api::Chat => (
+                vec![Prompt::Chat(conversation(fields)?)],
+                chat_params(fields)?,
+            ),
+            Api::Completions => (prompts(fields)?, completion_params(fields)?),
         };
-        let params = match api {
-            Api::Chat => chat_params(fields)?,
-            Api::Completions => completion_params(fields)?,
-        };
+        check_lengths(&params)?;
+        check_penalty_window(fields, &params)?;
         let choices = fields.whole("n", 1..=choices_limit)?.unwrap_or(1);
+        check_best_of(fields, choices)?;
         let total = u64::from(choices) * prompts.len() as u64;
         if total > MOST_ANSWERS {
             let text = format!(
@@ -66,7 +83,7 @@ impl Asked {
         }
         let stream = fields.flag("stream")?;
         let include_usage = match fields.object("stream_options")? {
-            Some(_) if !stream => {
+            Some(options) if !stream && options.names().next().is_some() => {
                 return Err(Invalid::new(
                     "stream_options",
                     "'stream_options' is only allowed when 'stream' is true",
@@ -74,6 +91,10 @@ impl Asked {
             }
             Some(options) => options.flag("include_usage")?,
             None => false,
+        };
+        let legacy = match &prompts[..] {
+            [prompt] if choices == 1 => plain_task(prompt, &params, &map),
+            _ => None,
         };
         Ok(Self {
             api,
@@ -83,11 +104,13 @@ impl Asked {
             choices,
             stream,
             include_usage,
+            ignored,
+            legacy,
         })
     }
 
-    /// One task per answer, in the order of the choices' indices.
-    pub(super) fn tasks(&self, request_id: &str) -> Vec<Task> {
+    /// One task per answer, in the order of the choices' indices. `old_workers` may be asked, too.
+    pub(super) fn tasks(&self, request_id: &str, old_workers: bool) -> Vec<Task> {
         let seed = self.params.seed.unwrap_or_else(ids::unique);
         let mut tasks = Vec::with_capacity(self.prompts.len() * self.choices as usize);
         for prompt in &self.prompts {
@@ -106,7 +129,7 @@ impl Asked {
                     model: self.model.clone(),
                     prompt: prompt.clone(),
                     params,
-                    legacy: None,
+                    legacy: self.legacy.clone().filter(|_| old_workers),
                 });
             }
         }
@@ -114,87 +137,17 @@ impl Asked {
     }
 }
 
-/// Fields that change what the answer is and that nobody here acts upon. Ignoring them would be a wrong answer.
-fn refuse_unsupported(api: Api, fields: Fields<'_>) -> Result<(), Invalid> {
-    let lists: &[&str] = match api {
-        Api::Chat => &["tools", "functions"],
-        Api::Completions => &[],
-    };
-    for name in lists {
-        if fields
-            .get(name)
-            .is_some_and(|value| value.as_array().is_none_or(|list| !list.is_empty()))
-        {
-            return Err(Invalid::unsupported(*name, "ask for text only"));
-        }
-    }
-    for name in ["tool_choice", "function_call"] {
-        if fields
-            .get(name)
-            .is_some_and(|value| !matches!(value.as_str(), Some("none" | "auto")))
-        {
-            return Err(Invalid::unsupported(name, "ask for text only"));
-        }
-    }
-    for name in ["audio", "prediction", "web_search_options"] {
-        if fields.get(name).is_some() {
-            return Err(Invalid::unsupported(name, "leave it out"));
-        }
-    }
-    if let Some(modalities) = fields.get("modalities")
-        && modalities
-            .as_array()
-            .is_none_or(|list| list.iter().any(|modality| modality != "text"))
-    {
-        return Err(Invalid::unsupported("modalities", "only text is generated"));
-    }
-    if let Some(format) = fields.object("response_format")?
-        && format.text("type")? != Some("text")
-    {
-        return Err(Invalid::unsupported(
-            "response_format",
-            "only the type text is there",
-        ));
-    }
-    if api == Api::Completions {
-        if fields
-            .text("suffix")?
-            .is_some_and(|suffix| !suffix.is_empty())
-        {
-            return Err(Invalid::unsupported(
-                "suffix",
-                "put all text before the answer into 'prompt'",
-            ));
-        }
-        let choices = fields.get("n").and_then(Value::as_u64).unwrap_or(1);
-        if fields
-            .get("best_of")
-            .is_some_and(|best_of| best_of.as_u64() != Some(choices))
-        {
-            return Err(Invalid::unsupported(
-                "best_of",
-                "leave it out, or set it to the value of 'n'",
-            ));
-        }
-    }
-    Ok(())
-}
-
-fn chat_prompt(fields: Fields<'_>) -> Result<Prompt, Invalid> {
-    match fields.get("messages") {
-        Some(list) => Ok(Prompt::Chat(messages(list)?)),
-        None => Err(Invalid::new(
-            "messages",
-            "Missing required parameter: 'messages'",
-        )),
-    }
-}
-
 fn chat_params(fields: Fields<'_>) -> Result<GenerateParams, Invalid> {
-    let newer = fields.whole("max_completion_tokens", 1..=u32::MAX)?;
-    let older = fields.whole("max_tokens", 1..=u32::MAX)?;
+    let max_tokens = first_limit(
+        fields,
+        &["max_completion_tokens", "max_tokens", "n_predict"],
+    )?;
     let top_logprobs = fields.whole("top_logprobs", 0..=20)?;
-    let logprobs = match (fields.flag("logprobs")?, top_logprobs) {
+    let wanted = match fields.get("logprobs").map(whole_number) {
+        Some(Some(number @ (0 | 1))) => number == 1,
+        _ => fields.flag("logprobs")?,
+    };
+    let logprobs = match (wanted, top_logprobs) {
         (true, top) => Some(top.unwrap_or(0)),
         (false, None | Some(0)) => None,
         (false, Some(_)) => {
@@ -205,17 +158,18 @@ fn chat_params(fields: Fields<'_>) -> Result<GenerateParams, Invalid> {
         }
     };
     Ok(GenerateParams {
-        max_tokens: newer.or(older),
+        max_tokens: max_tokens.flatten(),
         logprobs,
         ..sampling(fields)?
     })
 }
 
 fn completion_params(fields: Fields<'_>) -> Result<GenerateParams, Invalid> {
-    let max_tokens = fields
-        .whole("max_tokens", 1..=u32::MAX)?
-        .unwrap_or(DEFAULT_COMPLETION);
-    let logprobs = fields.whole("logprobs", 0..=20)?;
+    let max_tokens = first_limit(fields, &["max_tokens", "n_predict"])?;
+    let logprobs = match fields.get("logprobs") {
+        Some(Value::Bool(wanted)) => wanted.then_some(1),
+        _ => fields.whole("logprobs", 0..=20)?,
+    };
     let echo = fields.flag("echo")?;
     if echo && logprobs.is_some() {
         return Err(Invalid::unsupported(
@@ -224,11 +178,104 @@ fn completion_params(fields: Fields<'_>) -> Result<GenerateParams, Invalid> {
         ));
     }
     Ok(GenerateParams {
-        max_tokens: Some(max_tokens),
+        max_tokens: max_tokens.unwrap_or(Some(DEFAULT_COMPLETION)),
         logprobs,
         echo,
         ..sampling(fields)?
     })
+}
+
+/// The first of these limits that is given; within it, `None` is without limit.
+fn first_limit(fields: Fields<'_>, names: &[&str]) -> Result<Option<Option<u32>>, Invalid> {
+    let mut found = None;
+    for name in names {
+        let limit = fields.limit(name, 1)?;
+        if fields.get(name).is_some() {
+            found.get_or_insert(limit);
+        }
+    }
+    Ok(found)
+}
+
+fn check_lengths(params: &GenerateParams) -> Result<(), Invalid> {
+    match params.max_tokens {
+        Some(most) if params.min_tokens > most => Err(Invalid::new(
+            "min_tokens",
+            format!(
+                "'min_tokens' is {}, more than the limit of {most} tokens ('max_tokens')",
+                params.min_tokens
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// llama.cpp's penalties look at the last `repeat_last_n` tokens, ours at the whole text.
+fn check_penalty_window(fields: Fields<'_>, params: &GenerateParams) -> Result<(), Invalid> {
+    let whole_text = fields
+        .get("repeat_last_n")
+        .is_none_or(|value| whole_number(value) == Some(-1));
+    let off = [
+        params.repetition_penalty.unwrap_or(1.0) == 1.0,
+        params.presence_penalty.unwrap_or(0.0) == 0.0,
+        params.frequency_penalty.unwrap_or(0.0) == 0.0,
+    ];
+    if whole_text || off == [true; 3] {
+        return Ok(());
+    }
+    Err(Invalid::unsupported(
+        "repeat_last_n",
+        "penalties look at the whole text; leave it out or set it to -1",
+    ))
+}
+
+fn check_best_of(fields: Fields<'_>, choices: u32) -> Result<(), Invalid> {
+    let fits = |value| whole_number(value) == Some(i64::from(choices));
+    if fields.get("best_of").is_none_or(fits) {
+        return Ok(());
+    }
+    Err(Invalid::unsupported(
+        "best_of",
+        "leave it out, or set it to the value of 'n'",
+    ))
+}
+
+/// What a v5.0.0 worker is sent for a single question: the question, with parameters where there are any. `None` where it could not
+/// be trusted to act upon all that is asked for.
+fn plain_task(
+    prompt: &Prompt,
+    params: &GenerateParams,
+    fields: &Map<String, Value>,
+) -> Option<Bytes> {
+    let Prompt::Chat(chat) = prompt else {
+        return None;
+    };
+    let [message] = &chat.messages[..] else {
+        return None;
+    };
+    let plain = message.role == "user"
+        && prompt.revision() == 0
+        && params.revision() == 0
+        && params.logprobs.is_none()
+        && params.logit_bias.is_empty()
+        && !params.ignore_eos;
+    if !plain {
+        return None;
+    }
+    let mut task = json!({ "prompt": message.content });
+    for name in PLAIN_PARAMETERS {
+        if let Some(value) = fields.get(*name).filter(|value| !value.is_null()) {
+            task[*name] = value.clone();
+        }
+    }
+    if let Some(most) = params.max_tokens {
+        task["max_tokens"] = most.into();
+    }
+    let payload = match task.as_object().map_or(0, Map::len) {
+        1 => Bytes::from(message.content.clone()),
+        _ => Bytes::from(task.to_string()),
+    };
+    (payload.len() <= dcf::MAX_DATAGRAM_PAYLOAD).then_some(payload)
 }
 
 /// The `prompt` of `/v1/completions`: a text, several texts, token ids, or several lists of them.
@@ -244,7 +291,7 @@ fn prompts(fields: Fields<'_>) -> Result<Vec<Prompt>, Invalid> {
         let ids = value
             .as_array()?
             .iter()
-            .map(|id| u32::try_from(id.as_u64()?).ok());
+            .map(|id| u32::try_from(whole_number(id)?).ok());
         Some(Prompt::Tokens(TokenList {
             tokens: ids.collect::<Option<Vec<u32>>>()?,
         }))
@@ -279,6 +326,8 @@ fn prompts(fields: Fields<'_>) -> Result<Vec<Prompt>, Invalid> {
 /// What the OpenAI API answers with where `/v1/completions` names no `max_tokens`.
 const DEFAULT_COMPLETION: u32 = 16;
 const MOST_ANSWERS: u64 = 128;
+/// What v5.0.0 workers know, besides `max_tokens`.
+const PLAIN_PARAMETERS: &[&str] = &["temperature", "top_p", "seed", "stop"];
 
 #[cfg(test)]
 mod tests {
@@ -323,11 +372,100 @@ mod tests {
 
     #[test]
     fn choices_have_different_seeds_and_their_own_ids() {
-        let tasks = chat(json!({"n": 3, "seed": 9})).unwrap().tasks("req-1");
+        let tasks = chat(json!({"n": 3, "seed": 9}))
+            .unwrap()
+            .tasks("req-1", false);
         let seeds: Vec<_> = tasks.iter().map(|task| task.params.seed.unwrap()).collect();
         let ids: Vec<_> = tasks.iter().map(|task| task.id.as_str()).collect();
         assert_eq!(seeds, [9, 10, 11]);
         assert_eq!(ids, ["req-1", "req-1.1", "req-1.2"]);
+    }
+
+    #[test]
+    fn limits_have_several_names_and_minus_one_is_none() {
+        let most = |extra: Value| chat(extra).map(|asked| asked.params.max_tokens);
+        assert_eq!(most(json!({"max_tokens": -1})), Ok(None));
+        assert_eq!(most(json!({"n_predict": 9.0})), Ok(Some(9)));
+        assert_eq!(
+            most(json!({"max_tokens": null, "n_predict": 9})),
+            Ok(Some(9))
+        );
+        let most = |extra: Value| {
+            let mut body = json!({"prompt": "x"});
+            body.as_object_mut()
+                .unwrap()
+                .extend(extra.as_object().unwrap().clone());
+            completion(body).map(|asked| asked.params.max_tokens)
+        };
+        assert_eq!(most(json!({"max_tokens": -1})), Ok(None));
+        assert_eq!(most(json!({"n_predict": -1})), Ok(None));
+        assert_eq!(most(json!({"max_tokens": null})), Ok(Some(16)));
+        assert_eq!(
+            most(json!({"min_tokens": 17})).unwrap_err().param,
+            "min_tokens"
+        );
+    }
+
+    #[test]
+    fn log_probabilities_are_asked_for_as_each_api_does() {
+        let chat = |extra: Value| chat(extra).map(|asked| asked.params.logprobs);
+        for (value, expected) in [
+            (json!(0), None),
+            (json!(false), None),
+            (Value::Null, None),
+            (json!(true), Some(0)),
+            (json!(1), Some(0)),
+        ] {
+            assert_eq!(chat(json!({"logprobs": value})), Ok(expected), "{value}");
+        }
+        let text = |value: &Value| {
+            completion(json!({"prompt": "x", "logprobs": value})).map(|asked| asked.params.logprobs)
+        };
+        for (value, expected) in [
+            (json!(0), Some(0)),
+            (json!(false), None),
+            (Value::Null, None),
+            (json!(true), Some(1)),
+            (json!(5.0), Some(5)),
+        ] {
+            assert_eq!(text(&value), Ok(expected), "{value}");
+        }
+    }
+
+    #[test]
+    fn an_empty_model_is_none_and_unknown_fields_are_noted() {
+        let asked = chat(json!({"model": "", "frobnicate": 1, "user": "u"})).unwrap();
+        assert_eq!(
+            (asked.model, asked.ignored),
+            (None, vec!["frobnicate".to_owned()])
+        );
+    }
+
+    #[test]
+    fn one_plain_question_may_go_to_a_v5_0_0_worker() {
+        let payload = |extra: Value| {
+            let asked = chat(extra).unwrap();
+            let tasks = asked.tasks("r", true);
+            assert!(asked.tasks("r", false)[0].legacy.is_none());
+            let payload = tasks[0].legacy.as_deref();
+            payload.map(|payload| String::from_utf8(payload.to_vec()).unwrap())
+        };
+        assert_eq!(payload(json!({})).as_deref(), Some("hi"));
+        let task = payload(json!({"temperature": 0, "max_completion_tokens": 9})).unwrap();
+        let task: Value = serde_json::from_str(&task).unwrap();
+        assert_eq!(
+            task,
+            json!({"prompt": "hi", "temperature": 0, "max_tokens": 9})
+        );
+        for extra in [
+            json!({"logprobs": true}),
+            json!({"n": 2}),
+            json!({"min_tokens": 3}),
+            json!({"enable_thinking": false}),
+            json!({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}),
+        ] {
+            assert_eq!(payload(extra.clone()), None, "{extra}");
+        }
     }
 
     #[test]
@@ -355,6 +493,7 @@ mod tests {
         chat(json!({
             "user": "u", "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"],
             "store": false, "metadata": {}, "parallel_tool_calls": true, "service_tier": "auto", "top_logprobs": 0,
+            "stream_options": {}, "n": 1.0, "stop": null, "best_of": null, "repeat_last_n": 64,
         }))
         .unwrap();
         completion(json!({"prompt": "x", "n": 2, "best_of": 2, "suffix": ""})).unwrap();
@@ -376,6 +515,11 @@ mod tests {
                 true,
             ),
             (chat(json!({"modalities": ["audio"]})), "modalities", true),
+            (
+                chat(json!({"repeat_penalty": 1.1, "repeat_last_n": 64})),
+                "repeat_last_n",
+                true,
+            ),
             (chat(json!({"n": 5})), "n", false),
             (chat(json!({"n": 0})), "n", false),
             (chat(json!({"max_tokens": 0})), "max_tokens", false),

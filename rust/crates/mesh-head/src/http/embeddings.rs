@@ -4,10 +4,11 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use mesh_proto::{EmbedInput, EmbedText, TokenList};
 use serde::Serialize;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::embed::{EmbedTask, Embedded};
-use crate::fields::{Fields, Invalid};
+use crate::fields::{Api, Fields, Invalid, check, whole_number};
+use crate::json;
 
 /// A request, checked.
 #[derive(Debug, Clone, PartialEq)]
@@ -16,6 +17,8 @@ pub struct AskedEmbeddings {
     pub task: EmbedTask,
     /// Vectors in base64 of little-endian f32, instead of as numbers.
     pub base64: bool,
+    /// Fields that mean nothing here.
+    pub ignored: Vec<String>,
 }
 
 impl AskedEmbeddings {
@@ -24,10 +27,14 @@ impl AskedEmbeddings {
     /// # Errors
     /// [`Invalid`] names the field that is wrong or not supported.
     pub fn parse(body: &[u8]) -> Result<Self, Invalid> {
-        let map: Map<String, Value> = serde_json::from_slice(body).map_err(|error| {
-            Invalid::new("body", format!("The body is not a JSON object: {error}"))
-        })?;
-        Self::of_fields(Fields::new(&map))
+        let map = json::object(body)?;
+        let fields = Fields::new(&map);
+        let ignored = check(Api::Embeddings, fields)?;
+        let ignored = ignored.into_iter().map(str::to_owned).collect();
+        Ok(Self {
+            ignored,
+            ..Self::of_fields(fields)?
+        })
     }
 
     /// Reads the fields of a body or of a DCF task.
@@ -47,16 +54,18 @@ impl AskedEmbeddings {
         };
         // Only names whom the client asks for.
         fields.text("user")?;
-        let prompt_name = fields.text("input_type")?.unwrap_or_default();
+        // sentence-transformers' name for the same.
+        let prompt_name = fields.name("input_type")?.or(fields.name("prompt_name")?);
         Ok(AskedEmbeddings {
             task: EmbedTask {
                 id: String::new(),
-                model: fields.text("model")?.map(str::to_owned),
+                model: fields.name("model")?.map(str::to_owned),
                 inputs: inputs(fields)?,
-                prompt_name: prompt_name.to_owned(),
+                prompt_name: prompt_name.unwrap_or_default().to_owned(),
                 dimensions: fields.whole("dimensions", 1..=u32::MAX)?.unwrap_or(0),
             },
             base64,
+            ignored: Vec::new(),
         })
     }
 
@@ -140,7 +149,7 @@ fn inputs(fields: Fields<'_>) -> Result<Vec<EmbedInput>, Invalid> {
     };
     let tokens = |value: &Value| {
         let list = value.as_array().ok_or_else(wrong)?;
-        let ids = list.iter().map(|id| u32::try_from(id.as_u64()?).ok());
+        let ids = list.iter().map(|id| u32::try_from(whole_number(id)?).ok());
         let tokens = ids.collect::<Option<Vec<u32>>>().ok_or_else(wrong)?;
         if tokens.is_empty() {
             return Err(empty());

@@ -130,6 +130,9 @@ impl From<&AnswerError> for ApiError {
                     retry_after: Some(5),
                     ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "no_worker", message)
                 },
+                Refusal::TooOld { .. } => {
+                    Self::new(StatusCode::SERVICE_UNAVAILABLE, "no_worker", message)
+                }
                 Refusal::UnknownModel { .. } => Self {
                     param: Some("model".into()),
                     ..Self::new(StatusCode::NOT_FOUND, "model_not_found", message)
@@ -138,7 +141,11 @@ impl From<&AnswerError> for ApiError {
             AnswerError::Rejected {
                 code: ErrorCode::CONTEXT_TOO_LONG,
                 ..
-            } => Self::new(StatusCode::BAD_REQUEST, "context_length_exceeded", message),
+            } => Self::new(
+                StatusCode::BAD_REQUEST,
+                "context_length_exceeded",
+                as_clients_search_it(message),
+            ),
             AnswerError::Rejected { .. } => {
                 Self::new(StatusCode::BAD_REQUEST, "invalid_value", message)
             }
@@ -153,6 +160,21 @@ impl From<&AnswerError> for ApiError {
         }
     }
 }
+
+/// Clients look for this phrase to shorten a conversation. Workers say it; older ones said where the limit is in words of their own.
+fn as_clients_search_it(message: String) -> String {
+    if message.contains(CONTEXT_PHRASE) {
+        return message;
+    }
+    let limit = message.rsplit("context of ").next().unwrap_or_default();
+    let digits: String = limit.chars().take_while(char::is_ascii_digit).collect();
+    if digits.is_empty() {
+        return format!("The prompt is over this model's maximum context length: {message}");
+    }
+    format!("This model's {CONTEXT_PHRASE} {digits} tokens: {message}")
+}
+
+const CONTEXT_PHRASE: &str = "maximum context length is";
 
 #[cfg(test)]
 mod tests {
@@ -210,7 +232,7 @@ mod tests {
         for (error, status, code) in cases {
             let api = ApiError::from(&error);
             assert_eq!((api.status.as_u16(), api.code), (status, code), "{error}");
-            assert_eq!(api.message, error.to_string());
+            assert!(api.message.ends_with(&error.to_string()));
             let retry = status == 503;
             assert_eq!(
                 api.into_response().headers().contains_key("retry-after"),
@@ -218,6 +240,26 @@ mod tests {
                 "{error}"
             );
         }
+    }
+
+    #[test]
+    fn a_full_context_is_told_in_the_words_that_clients_search() {
+        let told = |text: &str| {
+            let error = AnswerError::Rejected {
+                code: ErrorCode::CONTEXT_TOO_LONG,
+                text: text.into(),
+            };
+            ApiError::from(&error).message
+        };
+        let old = told(
+            "2001 tokens leave no room for an answer in the context of 2000; shorten the prompt",
+        );
+        assert!(
+            old.contains("maximum context length is 2000 tokens"),
+            "{old}"
+        );
+        let new = "This model's maximum context length is 150 tokens. However, ...";
+        assert_eq!(told(new), new);
     }
 
     #[test]

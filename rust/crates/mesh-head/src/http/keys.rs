@@ -83,6 +83,11 @@ impl Keys {
         Ok(Self { admin, api })
     }
 
+    /// Whether the API needs a key.
+    pub fn are_needed(&self) -> bool {
+        !self.api.is_empty()
+    }
+
     /// Whom these headers prove.
     ///
     /// # Errors

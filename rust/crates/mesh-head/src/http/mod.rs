@@ -1,14 +1,16 @@
 //! The OpenAI API, health and administration.
 //!
-//! Wire-compatible with the OpenAI clients: fields, errors and streams are theirs. Besides their parameters `top_k`,
-//! `min_p`, `repetition_penalty` and `ignore_eos` are read, and answers carry `timings`.
+//! Wire-compatible with the OpenAI clients: fields, errors and streams are theirs, and answers carry `timings`. Which fields of which
+//! servers are read, refused and ignored stands in `fields::known`, all of it for programs in openapi.json.
 
 mod admin;
 mod answer;
 mod ask;
 pub mod embeddings;
 mod error;
+mod ignored;
 mod keys;
+mod paths;
 mod ready;
 mod rings;
 mod wire;
@@ -29,12 +31,15 @@ use axum::{Extension, Json, Router};
 use mesh_net::trust::Authority;
 use mesh_proto::{ModelCard, ModelKind};
 use mesh_service::health;
+use mesh_service::http::{Guard, TooSlow};
 use mesh_service::metrics::Metrics;
 use serde_json::{Value, json};
+use tower::ServiceExt as _;
 
 pub use error::ApiError;
 pub use keys::{Keys, KeysError};
 
+use crate::core::registry::Worker;
 use crate::drive::submit;
 use crate::ids;
 use crate::mesh::Mesh;
@@ -42,6 +47,7 @@ use crate::metrics::Front;
 use answer::Answering;
 use ask::Asked;
 use embeddings::AskedEmbeddings;
+use ignored::Ignored;
 use keys::{Caller, Client, Denied, Turnstile};
 
 /// What the handlers share.
@@ -69,6 +75,12 @@ pub fn router(
     );
     let body_limit = usize::try_from(mesh.config.http.body_limit).unwrap_or(usize::MAX);
     let turnstile = Arc::new(Turnstile::new(mesh.config.http.concurrent_requests));
+    let guard = if keys.are_needed() {
+        Guard::of_any_name()
+    } else {
+        Guard::of_names(&mesh.config.http.hosts)
+    };
+    let guard = guard.with_origins(&mesh.config.http.cors);
     let api = Api {
         mesh,
         keys: Arc::new(keys),
@@ -82,7 +94,7 @@ pub fn router(
         .route("/v1/mesh/plan", get(rings::plan))
         .route("/v1/mesh/rebalance", post(rings::rebalance))
         .route_layer(middleware::from_fn(administrators_only));
-    Router::new()
+    let routes = Router::new()
         .route("/v1/models", get(list_models))
         .route("/v1/models/{*name}", get(show_model))
         .route("/v1/chat/completions", post(chat))
@@ -92,11 +104,14 @@ pub fn router(
         .merge(administration)
         .route_layer(middleware::from_fn_with_state(api.clone(), authenticate))
         .with_state(api)
+        .route("/openapi.json", get(openapi))
         .merge(health)
         .fallback(no_such_path)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(body_limit))
-        .layer(middleware::from_fn(with_request_id))
+        .layer(middleware::from_fn(with_request_id));
+    // Around the router, because what comes within is routed already.
+    guard.before(Router::new().fallback_service(routes.map_request(paths::as_meant)))
 }
 
 async fn chat(
@@ -131,17 +146,23 @@ async fn answer(
         .ok_or_else(|| ApiError::too_many(api.turnstile.limit()))?;
     let asked = Asked::parse(which, &body, api.mesh.config.http.choices_limit)?;
     drop(body);
+    let ignored = Ignored::new(&api, &asked.ignored)?;
+    // They cannot stream and know few parameters: where there is another, it answers.
+    let only_old_workers = api
+        .mesh
+        .with_registry(|registry| registry.iter().all(Worker::is_legacy));
     let receivers = asked
-        .tasks(&id.0)
+        .tasks(&id.0, only_old_workers)
         .into_iter()
         .map(|task| submit(&api.mesh, Front::Http, task))
         .collect();
     let answering = Answering::new(&asked, seconds_since_epoch(), receivers, pass);
-    if asked.stream {
+    let answer = if asked.stream {
         answering.stream().await
     } else {
         answering.gather().await
-    }
+    };
+    answer.map(|response| ignored.named_in(response))
 }
 
 async fn embed(
@@ -157,13 +178,21 @@ async fn embed(
         .ok_or_else(|| ApiError::too_many(api.turnstile.limit()))?;
     let mut asked = AskedEmbeddings::parse(&body)?;
     drop(body);
+    let ignored = Ignored::new(&api, &asked.ignored)?;
     let mut task = std::mem::take(&mut asked.task);
     task.id = id.0;
     let embedded = crate::embed::embed(&api.mesh, Front::Http, task)
         .await
         .map_err(|error| ApiError::from(&error))?;
     let json = HeaderValue::from_static("application/json");
-    Ok(([(header::CONTENT_TYPE, json)], asked.answer(&embedded)).into_response())
+    let response = ([(header::CONTENT_TYPE, json)], asked.answer(&embedded)).into_response();
+    Ok(ignored.named_in(response))
+}
+
+/// What this API takes and answers, for programs.
+async fn openapi() -> impl IntoResponse {
+    let json = HeaderValue::from_static("application/json");
+    ([(header::CONTENT_TYPE, json)], OPENAPI)
 }
 
 async fn list_models(State(api): State<Api>) -> Json<Value> {
@@ -311,6 +340,13 @@ fn unreadable(api: &Api, rejection: &BytesRejection) -> ApiError {
         );
         return ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "request_too_large", text);
     }
+    if let Some(slow) = TooSlow::cause_of(rejection) {
+        return ApiError::new(
+            StatusCode::REQUEST_TIMEOUT,
+            "request_timeout",
+            slow.to_string(),
+        );
+    }
     ApiError::new(
         StatusCode::BAD_REQUEST,
         "invalid_body",
@@ -326,3 +362,4 @@ fn seconds_since_epoch() -> u64 {
 }
 
 const REQUEST_ID: &str = "x-request-id";
+const OPENAPI: &str = include_str!("../../openapi.json");

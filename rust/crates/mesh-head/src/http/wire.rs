@@ -128,7 +128,7 @@ pub(super) struct TextLogprobs {
     pub tokens: Vec<String>,
     /// Their log probabilities.
     pub token_logprobs: Vec<f32>,
-    /// The likeliest tokens in each place.
+    /// The likeliest tokens in each place, and the one that was chosen.
     pub top_logprobs: Vec<Alternatives>,
     /// Where each token begins in the answer, in characters.
     pub text_offset: Vec<usize>,
@@ -224,22 +224,80 @@ impl LogprobToken {
 }
 
 impl TextLogprobs {
-    /// In this API's form; the first token begins at `offset` and `offset` is moved behind the last one.
-    pub(super) fn new(logprobs: &[TokenLogprob], offset: &mut usize) -> Self {
+    /// In this API's form; `place` is moved behind the last token.
+    pub(super) fn new(logprobs: &[TokenLogprob], place: &mut Place) -> Self {
         let mut these = Self::default();
         for logprob in logprobs {
-            let text = text_of(logprob);
-            these.text_offset.push(*offset);
-            *offset += text.chars().count();
-            these.tokens.push(text);
+            these.text_offset.push(place.after(&logprob.bytes));
+            these.tokens.push(name_of(logprob));
             these.token_logprobs.push(finite(logprob.logprob));
-            let top = logprob
-                .top
-                .iter()
-                .map(|top| (text_of(top), finite(top.logprob)));
-            these.top_logprobs.push(Alternatives(top.collect()));
+            these.top_logprobs.push(Alternatives::new(logprob));
         }
         these
+    }
+}
+
+/// A place in the text of an answer, as its tokens come in.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Place {
+    /// Whole characters so far.
+    characters: usize,
+    /// The beginning of a character whose end has not come.
+    open: Vec<u8>,
+}
+
+impl Place {
+    /// Where a token of these bytes begins, in characters; the place is behind it then. What ends a character begins where the
+    /// character does.
+    fn after(&mut self, bytes: &[u8]) -> usize {
+        let begin = self.characters;
+        self.open.extend_from_slice(bytes);
+        let mut rest = &self.open[..];
+        while !rest.is_empty() {
+            match std::str::from_utf8(rest) {
+                Ok(text) => {
+                    self.characters += text.chars().count();
+                    rest = &[];
+                }
+                Err(error) => {
+                    let (whole, broken) = rest.split_at(error.valid_up_to());
+                    self.characters += String::from_utf8_lossy(whole).chars().count();
+                    rest = broken;
+                    match error.error_len() {
+                        // It may yet become one.
+                        None => break,
+                        // The text has U+FFFD there.
+                        Some(len) => {
+                            self.characters += 1;
+                            rest = &rest[len..];
+                        }
+                    }
+                }
+            }
+        }
+        self.open = rest.to_vec();
+        begin
+    }
+}
+
+impl Alternatives {
+    /// The likeliest tokens and, always, the one chosen. Names are unique: of several tokens with one text the chosen one counts, then
+    /// the likeliest.
+    fn new(chosen: &TokenLogprob) -> Self {
+        let name = name_of(chosen);
+        let mut list: Vec<(String, f32)> = Vec::with_capacity(chosen.top.len() + 1);
+        for top in &chosen.top {
+            let other = name_of(top);
+            if list.iter().all(|(known, _)| *known != other) {
+                list.push((other, finite(top.logprob)));
+            }
+        }
+        let logprob = finite(chosen.logprob);
+        match list.iter_mut().find(|(known, _)| *known == name) {
+            Some(entry) => entry.1 = logprob,
+            None => list.push((name, logprob)),
+        }
+        Self(list)
     }
 }
 
@@ -305,6 +363,19 @@ pub(super) fn system_fingerprint(model_fingerprint: &str) -> Option<String> {
     (!start.is_empty()).then(|| format!("fp_{start}"))
 }
 
+/// A token's text, or its bytes where they are no text: names of tokens must differ where the tokens do.
+fn name_of(logprob: &TokenLogprob) -> String {
+    match std::str::from_utf8(&logprob.bytes) {
+        Ok(text) => text.to_owned(),
+        Err(_) => logprob
+            .bytes
+            .iter()
+            .fold("bytes:".to_owned(), |name, byte| {
+                name + &format!("\\x{byte:02x}")
+            }),
+    }
+}
+
 fn text_of(logprob: &TokenLogprob) -> String {
     String::from_utf8_lossy(&logprob.bytes).into_owned()
 }
@@ -347,14 +418,67 @@ mod tests {
                 {"token": "b", "logprob": -9999.0, "bytes": [98], "top_logprobs": []},
             ], "refusal": null})
         );
-        let mut offset = 3;
+        let mut place = Place {
+            characters: 3,
+            open: Vec::new(),
+        };
         assert_eq!(
-            serde_json::to_value(TextLogprobs::new(&list, &mut offset)).unwrap(),
+            serde_json::to_value(TextLogprobs::new(&list, &mut place)).unwrap(),
             json!({
-                "tokens": ["é", "b"], "token_logprobs": [-0.5, -9999.0], "top_logprobs": [{"é": -0.5}, {}],
+                "tokens": ["é", "b"], "token_logprobs": [-0.5, -9999.0], "top_logprobs": [{"é": -0.5}, {"b": -9999.0}],
                 "text_offset": [3, 4],
             })
         );
-        assert_eq!(offset, 5);
+        assert_eq!(place.characters, 5);
+    }
+
+    #[test]
+    fn names_of_tokens_are_unique_and_the_chosen_one_is_there() {
+        let byte = |byte: u8, value: f32, top| TokenLogprob {
+            token: 1,
+            bytes: vec![byte],
+            logprob: value,
+            top,
+        };
+        let top = vec![
+            byte(0xe2, -1.0, vec![]),
+            byte(0x82, -2.0, vec![]),
+            logprob("x", -3.0, vec![]),
+            logprob("x", -4.0, vec![]),
+        ];
+        let list = [byte(0x99, -5.0, top.clone()), logprob("x", -4.0, top)];
+        let text = serde_json::to_string(&TextLogprobs::new(&list, &mut Place::default())).unwrap();
+        let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(
+            value["top_logprobs"],
+            json!([
+                {"bytes:\\xe2": -1.0, "bytes:\\x82": -2.0, "x": -3.0, "bytes:\\x99": -5.0},
+                {"bytes:\\xe2": -1.0, "bytes:\\x82": -2.0, "x": -4.0},
+            ])
+        );
+        assert_eq!(value["tokens"], json!(["bytes:\\x99", "x"]));
+        assert_eq!(
+            text.matches("bytes:\\\\xe2").count(),
+            2,
+            "once in each place"
+        );
+    }
+
+    #[test]
+    fn offsets_count_characters_and_pieces_of_one_begin_where_it_does() {
+        let tokens: [&[u8]; 7] = [
+            b"a",
+            b"\xf0\x9f",
+            b"\x98",
+            b"\x80b",
+            b"\xff",
+            b"c\xc3",
+            b"d",
+        ];
+        let mut place = Place::default();
+        let offsets: Vec<usize> = tokens.iter().map(|bytes| place.after(bytes)).collect();
+        // "a😀b\u{fffd}c\u{fffd}d"
+        assert_eq!(offsets, [0, 1, 1, 1, 3, 4, 5]);
+        assert_eq!(place.characters, 7);
     }
 }

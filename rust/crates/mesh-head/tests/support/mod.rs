@@ -16,8 +16,8 @@ use mesh_net::quic::{self, Connector, Link, LinkConfig, MsgStream};
 use mesh_net::seal::Sealer;
 use mesh_net::trust::{JoinToken, NodeIdentity, Role};
 use mesh_proto::{
-    Done, FinishReason, Generate, Hello, Load, ModelCard, PROTOCOL_VERSION, Prompt, TokenLogprob,
-    Tokens, Welcome,
+    Done, FinishReason, Generate, Hello, Load, ModelCard, PROTOCOL_VERSION, Prompt,
+    REQUEST_REVISION, TokenLogprob, Tokens, Welcome,
 };
 use prost::Message as _;
 use serde_json::{Value, json};
@@ -162,6 +162,8 @@ pub(crate) struct Script {
     /// Decode speed it claims.
     pub(crate) decode_tps: f32,
     pub(crate) fate: Fate,
+    /// Of its requests' fields.
+    pub(crate) revision: u32,
 }
 
 /// How a worker's answers end.
@@ -183,6 +185,7 @@ impl Default for Script {
             slots: 4,
             decode_tps: 100.0,
             fate: Fate::Finish,
+            revision: REQUEST_REVISION,
         }
     }
 }
@@ -249,6 +252,7 @@ impl Worker {
             models: vec![card],
             protocol: PROTOCOL_VERSION,
             reserved_for: Vec::new(),
+            request_revision: script.revision,
         };
         control
             .send(Message::new(MsgType::HELLO, 0, 0, hello.encode_to_vec()))

@@ -241,7 +241,7 @@ fn freq_factors(keys: &Keys<'_>, pairs: usize) -> Result<Option<Vec<f32>>, Confi
             wanted: vec![pairs as u64],
         });
     }
-    let factors = tensor.to_f32();
+    let factors = tensor.to_f32()?;
     match factors
         .iter()
         .find(|factor| !(factor.is_finite() && **factor > 0.0))

@@ -1,13 +1,13 @@
 //! What the JSON files of an embedding model's folder say.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
 use serde::Deserialize;
 
 use super::error::EncoderError;
+use crate::file::open_regular;
 
 /// The shape of a BERT-family encoder.
 #[derive(Debug, Clone, PartialEq)]
@@ -86,7 +86,7 @@ pub(super) fn read(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, EncoderEr
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(failed(error)),
     }
-    let file = File::open(path).map_err(failed)?;
+    let file = open_regular(path).map_err(failed)?;
     let bytes = file.metadata().map_err(failed)?.len();
     if bytes > limit {
         return Err(EncoderError::TooLarge {

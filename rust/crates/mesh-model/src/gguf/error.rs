@@ -2,13 +2,13 @@
 
 use std::path::PathBuf;
 
-use crate::map::MapError;
+use crate::file::FileError;
 
 /// Why a GGUF file could not be read.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum GgufError {
-    /// The file could not be opened or mapped.
+    /// The file could not be opened.
     #[error("cannot open model file {}: {source}", path.display())]
     Open {
         /// The file.
@@ -177,19 +177,36 @@ pub enum GgufError {
         elements: usize,
     },
     /// The file was written to or replaced since it was opened.
-    #[error("{} changed while it was in use: restart the service to load it again", path.display())]
+    #[error(
+        "{} changed while it was read: write model files under another name and rename them when they are whole",
+        path.display()
+    )]
     Changed {
         /// The file.
         path: PathBuf,
     },
+    /// The file could not be read where it is.
+    #[error(transparent)]
+    Read(FileError),
+    /// Far more bytes than the tensors take.
+    #[error(
+        "the file has {bytes} bytes, but its tensors end at byte {end}: it is damaged or not whole, fetch it again"
+    )]
+    Surplus {
+        /// Length of the file.
+        bytes: u64,
+        /// Where the last tensor ends.
+        end: u64,
+    },
 }
 
-impl From<MapError> for GgufError {
-    fn from(error: MapError) -> Self {
+impl From<FileError> for GgufError {
+    fn from(error: FileError) -> Self {
         match error {
-            MapError::Open { path, source } => GgufError::Open { path, source },
-            MapError::NotAFile { path } => GgufError::NotAFile { path },
-            MapError::Changed { path } => GgufError::Changed { path },
+            FileError::Open { path, source } => GgufError::Open { path, source },
+            FileError::NotAFile { path } => GgufError::NotAFile { path },
+            FileError::Changed { path } => GgufError::Changed { path },
+            error => GgufError::Read(error),
         }
     }
 }

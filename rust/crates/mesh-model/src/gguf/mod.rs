@@ -1,4 +1,4 @@
-//! GGUF files, read in place through a memory map.
+//! GGUF files: keys and tensor list are read when a file is opened, each tensor when it is asked for.
 
 mod dequant;
 mod error;
@@ -15,7 +15,7 @@ pub use types::GgmlType;
 pub use value::{Array, Value, ValueType};
 pub use writer::Writer;
 
-use crate::map::FileMap;
+use crate::file::{Data, ModelFile};
 use parse::{Cursor, Index};
 
 /// An open GGUF file: its metadata and its tensors.
@@ -28,8 +28,10 @@ use parse::{Cursor, Index};
 #[derive(Debug)]
 pub struct Gguf {
     /// The file with the keys, and those that hold tensors of a model in Hugging Face's form.
-    map: FileMap,
-    others: Vec<FileMap>,
+    file: ModelFile,
+    others: Vec<ModelFile>,
+    /// The file's bytes before its tensors; empty where the whole file is in memory.
+    head: Vec<u8>,
     index: Index,
 }
 
@@ -56,8 +58,8 @@ pub struct Tensor<'a> {
     pub ty: GgmlType,
     /// Its dimensions in GGUF order: `dims[0]` is the contiguous one. A weight matrix is `[inputs, outputs]`.
     pub dims: &'a [u64],
-    /// Its bytes: `dims[1] * dims[2] * …` rows, each of `dims[0]` elements in whole blocks.
-    pub data: &'a [u8],
+    /// Its bytes, unread: `dims[1] * dims[2] * …` rows, each of `dims[0]` elements in whole blocks.
+    pub data: Data<'a>,
 }
 
 impl Gguf {
@@ -66,11 +68,12 @@ impl Gguf {
     /// # Errors
     /// If it cannot be opened, is no GGUF file of version 2 or 3, or is malformed in any way.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, GgufError> {
-        let map = FileMap::open(path.as_ref())?;
-        let index = Index::parse(map.bytes())?;
+        let file = ModelFile::open(path.as_ref())?;
+        let (head, index) = read_head(&file)?;
         Ok(Gguf {
-            map,
+            file,
             others: Vec::new(),
+            head,
             index,
         })
     }
@@ -80,10 +83,11 @@ impl Gguf {
     /// # Errors
     /// As [`Gguf::open`].
     pub fn from_bytes(bytes: Vec<u8>) -> Result<Self, GgufError> {
-        let index = Index::parse(&bytes)?;
+        let index = Index::parse(&bytes, bytes.len() as u64)?;
         Ok(Gguf {
-            map: FileMap::from_bytes(bytes),
+            file: ModelFile::from_bytes(bytes),
             others: Vec::new(),
+            head: Vec::new(),
             index,
         })
     }
@@ -95,7 +99,7 @@ impl Gguf {
     /// As [`Gguf::open`], and if two tensors have one name.
     pub(crate) fn with_tensors(
         head: Vec<u8>,
-        others: Vec<FileMap>,
+        others: Vec<ModelFile>,
         tensors: Vec<Elsewhere>,
     ) -> Result<Self, GgufError> {
         let mut gguf = Gguf {
@@ -136,20 +140,20 @@ impl Gguf {
 
     /// Where the file lies; `None` for one read from memory.
     pub fn path(&self) -> Option<&Path> {
-        self.map.path()
+        self.file.path()
     }
 
     /// Length in bytes of the file, or of all files that hold tensors.
     pub fn file_len(&self) -> u64 {
         match &*self.others {
-            [] => self.map.len(),
-            others => others.iter().map(FileMap::len).sum(),
+            [] => self.file.len(),
+            others => others.iter().map(ModelFile::len).sum(),
         }
     }
 
-    /// The whole file.
-    pub fn bytes(&self) -> &[u8] {
-        self.map.bytes()
+    /// The bytes with the keys.
+    fn head(&self) -> &[u8] {
+        self.file.in_memory().unwrap_or(&self.head)
     }
 
     /// Version of the format, 2 or 3.
@@ -173,7 +177,7 @@ impl Gguf {
     /// The value of a metadata key.
     pub fn metadata(&self, key: &str) -> Option<Value<'_>> {
         let entry = &self.index.keys[*self.index.key_by_name.get(key)?];
-        Value::read(&mut Cursor::at(self.map.bytes(), entry.at), entry.ty).ok()
+        Value::read(&mut Cursor::at(self.head(), entry.at), entry.ty).ok()
     }
 
     /// A non-negative integer of whatever width; `None` if the key is absent.
@@ -259,38 +263,27 @@ impl Gguf {
 
     /// Fails if the file is no longer the one that was opened: another length or another time of change.
     ///
-    /// A memory map shows what is in the file *now*. Nothing here breaks memory safety when the contents change, every
-    /// read is checked again; but weights read across a change are garbage, and a file cut short takes the process down
-    /// with SIGBUS. So a loader calls this after it has read all tensors, and model files are replaced by renaming a new
-    /// file over the old one, never by writing into it.
+    /// Weights read across a change are garbage. So a loader calls this after it has read all tensors, and model files are
+    /// replaced by renaming a new file over the old one, never by writing into it.
     ///
     /// # Errors
     /// If it changed or cannot be looked at.
     pub fn check_unchanged(&self) -> Result<(), GgufError> {
-        self.maps().try_for_each(FileMap::check_unchanged)?;
+        let mut files = std::iter::once(&self.file).chain(&self.others);
+        files.try_for_each(ModelFile::check_unchanged)?;
         Ok(())
     }
 
-    /// Tells the system that the mapped pages are no longer needed in memory; they come back when touched.
-    /// Once weights have been copied out this keeps them from counting twice in the process's resident memory.
-    pub fn release_pages(&self) {
-        self.maps().for_each(FileMap::release_pages);
-    }
-
-    fn maps(&self) -> impl Iterator<Item = &FileMap> {
-        std::iter::once(&self.map).chain(&self.others)
-    }
-
     fn tensor_at<'a>(&'a self, entry: &'a parse::TensorEntry) -> Tensor<'a> {
-        let map = match entry.file.checked_sub(1) {
+        let file = match entry.file.checked_sub(1) {
             Some(other) => &self.others[other],
-            None => &self.map,
+            None => &self.file,
         };
         Tensor {
             name: &entry.name,
             ty: entry.ty,
             dims: &entry.dims,
-            data: &map.bytes()[entry.at..entry.at + entry.len],
+            data: file.data(entry.at as u64, entry.len),
         }
     }
 
@@ -327,10 +320,67 @@ impl Tensor<'_> {
     }
 
     /// All elements as f32.
-    pub fn to_f32(&self) -> Vec<f32> {
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub fn to_f32(&self) -> Result<Vec<f32>, GgufError> {
+        let data = self.data.read()?;
         let mut out = vec![0.0; self.elements() as usize];
-        dequantize(self.ty, self.data, &mut out)
-            .expect("the data was checked to hold the elements");
-        out
+        dequantize(self.ty, &data, &mut out)?;
+        Ok(out)
     }
 }
+
+/// Reads as much of a file as its keys and its tensor list take.
+fn read_head(file: &ModelFile) -> Result<(Vec<u8>, Index), GgufError> {
+    let mut head = Vec::new();
+    let mut wanted = FIRST_READ;
+    loop {
+        let len = wanted.min(MAX_HEAD).min(file.len());
+        file.lengthen(&mut head, len as usize)?;
+        match Index::parse(&head, file.len()) {
+            Ok(index) => {
+                let end = index.data_start;
+                if file.len() > end_of_tensors(&index).saturating_add(MAX_SURPLUS) {
+                    return Err(GgufError::Surplus {
+                        bytes: file.len(),
+                        end: end_of_tensors(&index),
+                    });
+                }
+                head.truncate(end as usize);
+                head.shrink_to_fit();
+                return Ok((head, index));
+            }
+            Err(GgufError::Truncated {
+                what,
+                at,
+                needed,
+                length,
+            }) if length < file.len() => {
+                let end = at.saturating_add(needed);
+                if len == MAX_HEAD {
+                    return Err(GgufError::Limit {
+                        what: format!("the end of {what} in bytes"),
+                        value: end,
+                        limit: MAX_HEAD,
+                    });
+                }
+                wanted = end.max(2 * len);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn end_of_tensors(index: &Index) -> u64 {
+    let ends = index.tensors.iter();
+    let ends = ends.map(|tensor| (tensor.at + tensor.len) as u64);
+    ends.max().unwrap_or(index.data_start)
+}
+
+/// What most files' keys fit in.
+const FIRST_READ: u64 = 1 << 20;
+/// The largest known vocabularies take some 20 MB. It bounds the memory that a file's own counts can claim.
+const MAX_HEAD: u64 = 256 << 20;
+/// Padding is a few bytes. More is a file that was lengthened, which would take forever to read if it is a hole.
+const MAX_SURPLUS: u64 = 64 << 20;

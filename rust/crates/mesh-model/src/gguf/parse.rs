@@ -39,6 +39,8 @@ pub(super) struct Index {
     /// In the order of the file.
     pub(super) tensors: Vec<TensorEntry>,
     pub(super) tensor_by_name: Positions,
+    /// Byte position behind the keys and the tensor list.
+    pub(super) data_start: u64,
 }
 
 #[derive(Debug)]
@@ -62,9 +64,13 @@ pub(super) struct TensorEntry {
 }
 
 impl Index {
-    /// Reads everything but the tensors' data.
-    pub(super) fn parse(bytes: &[u8]) -> Result<Self, GgufError> {
-        let mut cursor = Cursor::new(bytes);
+    /// Reads everything but the tensors' data. `bytes` are the first ones of a file of `length` bytes. If they are too few, the
+    /// error is [`GgufError::Truncated`] with their number for a length.
+    pub(super) fn parse(bytes: &[u8], length: u64) -> Result<Self, GgufError> {
+        let mut cursor = Cursor {
+            length,
+            ..Cursor::new(bytes)
+        };
         let header = Header::parse(&mut cursor)?;
         let (keys, key_by_name) = parse_keys(&mut cursor, header.keys)?;
         let alignment = find_alignment(bytes, &keys, &key_by_name)?;
@@ -75,7 +81,7 @@ impl Index {
             true => cursor.position(),
             false => cursor.align(alignment)?,
         };
-        let (tensors, tensor_by_name) = place_tensors(listed, data_start, alignment, bytes.len())?;
+        let (tensors, tensor_by_name) = place_tensors(listed, data_start, alignment, length)?;
         Ok(Index {
             version: header.version,
             alignment,
@@ -83,6 +89,7 @@ impl Index {
             key_by_name,
             tensors,
             tensor_by_name,
+            data_start,
         })
     }
 }
@@ -236,7 +243,7 @@ fn place_tensors(
     listed: Vec<ListedTensor>,
     data_start: u64,
     alignment: u64,
-    file_len: usize,
+    file_len: u64,
 ) -> Result<(Vec<TensorEntry>, Positions), GgufError> {
     let mut tensors = Vec::with_capacity(listed.len());
     let mut by_name = HashMap::with_capacity(listed.len());
@@ -257,12 +264,12 @@ fn place_tensors(
             });
         }
         let at = data_start.saturating_add(offset);
-        if at.saturating_add(len) > file_len as u64 {
+        if at.saturating_add(len) > file_len {
             return Err(GgufError::Truncated {
                 what: format!("the data of tensor {name:?}"),
                 at,
                 needed: len,
-                length: file_len as u64,
+                length: file_len,
             });
         }
         if by_name.insert(name.clone(), tensors.len()).is_some() {
@@ -272,7 +279,7 @@ fn place_tensors(
                 name,
             });
         }
-        // Both lie within the file, whose length is a usize.
+        // Both lie within the file.
         let (at, len) = (at as usize, len as usize);
         tensors.push(TensorEntry {
             name,
@@ -315,6 +322,8 @@ fn check_limit(what: &str, value: u64, limit: u64) -> Result<(), GgufError> {
 /// A position in a byte slice, with the name of what is being read for the error.
 pub(super) struct Cursor<'a> {
     bytes: &'a [u8],
+    /// Of the file that the bytes begin.
+    length: u64,
     pos: usize,
     what: String,
 }
@@ -327,6 +336,7 @@ impl<'a> Cursor<'a> {
     pub(super) fn at(bytes: &'a [u8], pos: usize) -> Self {
         Cursor {
             bytes,
+            length: bytes.len() as u64,
             pos,
             what: String::new(),
         }
@@ -397,15 +407,19 @@ impl<'a> Cursor<'a> {
 
     /// Fails unless `len` more bytes are there.
     pub(super) fn require(&self, len: u64) -> Result<(), GgufError> {
-        if len > self.bytes.len().saturating_sub(self.pos) as u64 {
-            return Err(GgufError::Truncated {
-                what: self.what.clone(),
-                at: self.pos as u64,
-                needed: len,
-                length: self.bytes.len() as u64,
-            });
+        if len <= self.bytes.len().saturating_sub(self.pos) as u64 {
+            return Ok(());
         }
-        Ok(())
+        let in_file = len <= self.length.saturating_sub(self.pos as u64);
+        Err(GgufError::Truncated {
+            what: self.what.clone(),
+            at: self.pos as u64,
+            needed: len,
+            length: match in_file {
+                true => self.bytes.len() as u64,
+                false => self.length,
+            },
+        })
     }
 
     /// Steps to the next multiple of `alignment` and gives it.

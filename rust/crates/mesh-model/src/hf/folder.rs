@@ -1,7 +1,6 @@
 //! The files of a model folder: which there are, and reading them within limits.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Component, Path, PathBuf};
 
@@ -9,6 +8,7 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use super::HfError;
+use crate::file::open_regular;
 
 const CONFIG: &str = "config.json";
 const INDEX: &str = "model.safetensors.index.json";
@@ -200,7 +200,7 @@ impl Folder {
         }
         self.check_inside(&path)?;
         let mut bytes = Vec::new();
-        let file = File::open(&path).map_err(failed)?;
+        let file = open_regular(&path).map_err(failed)?;
         file.take(limit + 1)
             .read_to_end(&mut bytes)
             .map_err(failed)?;

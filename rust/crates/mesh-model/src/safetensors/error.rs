@@ -3,13 +3,13 @@
 use std::path::PathBuf;
 
 use super::Dtype;
-use crate::map::MapError;
+use crate::file::FileError;
 
 /// Why a safetensors file could not be read.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SafetensorsError {
-    /// The file could not be opened or mapped.
+    /// The file could not be opened.
     #[error("cannot open {}: {source}", path.display())]
     Open {
         /// The file.
@@ -24,11 +24,17 @@ pub enum SafetensorsError {
         path: PathBuf,
     },
     /// The file was written to or replaced since it was opened.
-    #[error("{} changed while it was in use: restart the service to load it again", path.display())]
+    #[error(
+        "{} changed while it was read: write model files under another name and rename them when they are whole",
+        path.display()
+    )]
     Changed {
         /// The file.
         path: PathBuf,
     },
+    /// The file could not be read where it is.
+    #[error(transparent)]
+    Read(FileError),
     /// The file is shorter than the length of a header.
     #[error("not a safetensors file: it has {length} bytes, and the header's length alone takes 8")]
     NoHeader {
@@ -158,12 +164,13 @@ pub enum SafetensorsError {
     },
 }
 
-impl From<MapError> for SafetensorsError {
-    fn from(error: MapError) -> Self {
+impl From<FileError> for SafetensorsError {
+    fn from(error: FileError) -> Self {
         match error {
-            MapError::Open { path, source } => SafetensorsError::Open { path, source },
-            MapError::NotAFile { path } => SafetensorsError::NotAFile { path },
-            MapError::Changed { path } => SafetensorsError::Changed { path },
+            FileError::Open { path, source } => SafetensorsError::Open { path, source },
+            FileError::NotAFile { path } => SafetensorsError::NotAFile { path },
+            FileError::Changed { path } => SafetensorsError::Changed { path },
+            error => SafetensorsError::Read(error),
         }
     }
 }

@@ -7,6 +7,7 @@ use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use super::SafetensorsError;
+use crate::file::ModelFile;
 
 /// Bytes of the header's length.
 pub(super) const LENGTH_SIZE: usize = 8;
@@ -82,21 +83,10 @@ pub(super) struct Entry {
     pub(super) len: usize,
 }
 
-pub(super) fn parse(bytes: &[u8]) -> Result<Header, SafetensorsError> {
-    let Some((length, rest)) = bytes.split_first_chunk::<LENGTH_SIZE>() else {
-        return Err(SafetensorsError::NoHeader {
-            length: bytes.len() as u64,
-        });
-    };
-    let length = u64::from_le_bytes(*length);
-    let limit = MAX_HEADER.min(rest.len() as u64);
-    if length > limit {
-        return Err(SafetensorsError::HeaderLength {
-            header: length,
-            limit,
-        });
-    }
-    let (json, data) = rest.split_at(length as usize);
+pub(super) fn parse(bytes: &[u8], file: u64) -> Result<Header, SafetensorsError> {
+    let length = length(bytes, file)?;
+    let json = &bytes[LENGTH_SIZE..][..length];
+    let data = file - (LENGTH_SIZE + length) as u64;
     let mut listed = Listed::default();
     let mut deserializer = serde_json::Deserializer::from_slice(json);
     let read = deserializer.deserialize_map(ListVisitor(&mut listed));
@@ -109,10 +99,35 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Header, SafetensorsError> {
         message: error.to_string(),
     })?;
     Ok(Header {
-        entries: place(listed.tensors, data.len() as u64)?,
+        entries: place(listed.tensors, data)?,
         metadata: listed.metadata,
-        data_start: LENGTH_SIZE + length as usize,
+        data_start: LENGTH_SIZE + length,
     })
+}
+
+/// As much of a file as its header takes.
+pub(super) fn read(file: &ModelFile) -> Result<Vec<u8>, SafetensorsError> {
+    let mut head = Vec::new();
+    file.lengthen(&mut head, file.len().min(LENGTH_SIZE as u64) as usize)?;
+    let length = length(&head, file.len())?;
+    file.lengthen(&mut head, LENGTH_SIZE + length)?;
+    Ok(head)
+}
+
+/// Length of the JSON in a file of `file` bytes that begins with `bytes`.
+fn length(bytes: &[u8], file: u64) -> Result<usize, SafetensorsError> {
+    let Some((length, _)) = bytes.split_first_chunk::<LENGTH_SIZE>() else {
+        return Err(SafetensorsError::NoHeader { length: file });
+    };
+    let length = u64::from_le_bytes(*length);
+    let limit = MAX_HEADER.min(file - LENGTH_SIZE as u64);
+    if length > limit {
+        return Err(SafetensorsError::HeaderLength {
+            header: length,
+            limit,
+        });
+    }
+    Ok(length as usize)
 }
 
 /// Checks every tensor by itself, then all of them together.

@@ -73,7 +73,10 @@ fn what_was_written_is_read_back() {
     assert!(file.tensor("other").is_none());
     for tensor in file.tensors() {
         let at = tensor.offset as usize;
-        assert_eq!(&bytes[at..at + tensor.data.len()], tensor.data);
+        assert_eq!(
+            bytes[at..at + tensor.data.len()],
+            *tensor.data.read().unwrap()
+        );
     }
     file.check_unchanged().unwrap();
     std::fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();

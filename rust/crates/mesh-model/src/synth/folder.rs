@@ -317,7 +317,7 @@ fn write_weights(
         safetensors::write(&mut out, &plans, |plan, out| {
             let tensor = shard.iter().find(|(other, _)| other.name == plan.name);
             let (_, tensor) = tensor.expect("one of those planned");
-            put(&values(config, tensor), plan.dtype, out)
+            put(&values(config, tensor)?, plan.dtype, out)
         })?;
     }
     if files > 1 {
@@ -329,8 +329,8 @@ fn write_weights(
 }
 
 /// The elements in the order and form of the folder.
-fn values(config: &ModelConfig, tensor: &Tensor<'_>) -> Vec<f32> {
-    let mut values = tensor.to_f32();
+fn values(config: &ModelConfig, tensor: &Tensor<'_>) -> io::Result<Vec<f32>> {
+    let mut values = tensor.to_f32().map_err(io::Error::other)?;
     let norm = tensor.name.ends_with("norm.weight");
     if config.architecture == Architecture::Gemma3 && norm {
         values.iter_mut().for_each(|value| *value -= 1.0);
@@ -340,7 +340,7 @@ fn values(config: &ModelConfig, tensor: &Tensor<'_>) -> Vec<f32> {
         || tensor.name.ends_with("attn_q.bias")
         || tensor.name.ends_with("attn_k.bias");
     if !turns || config.rope.style != RopeStyle::Interleaved {
-        return values;
+        return Ok(values);
     }
     // Rows 2i and 2i + 1 of a head turn together in the file; in the folder they are half a head apart.
     let row = match tensor.dims.len() {
@@ -357,7 +357,7 @@ fn values(config: &ModelConfig, tensor: &Tensor<'_>) -> Vec<f32> {
             })
             .collect()
     };
-    heads.flat_map(turned).collect()
+    Ok(heads.flat_map(turned).collect())
 }
 
 fn put(values: &[f32], dtype: Dtype, out: &mut dyn Write) -> io::Result<()> {

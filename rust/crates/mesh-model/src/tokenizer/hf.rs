@@ -16,7 +16,7 @@ use tokenizers::models::bpe::{BPE, Vocab as BpeVocab};
 use super::TokenizerError;
 use super::special::SpecialTokens as Finder;
 use super::vocab::{TokenType, Vocab, malformed};
-use super::{Algorithm, END_NAMES, Family, Tokenizer};
+use super::{Algorithm, Family, Tokenizer};
 use crate::hf::SpecialTokens;
 use json::{AddedToken, File};
 use steps::{Normalizer, PreTokenizer};
@@ -80,16 +80,7 @@ impl Tokenizer {
         let bos = by_text(&special.bos).or(special.bos_id.and_then(valid));
         let listed: Vec<u32> = special.eos_ids.iter().copied().filter_map(valid).collect();
         let eos = by_text(&special.eos).or(listed.first().copied());
-        let named = END_NAMES
-            .iter()
-            .filter_map(|name| vocab.find(name))
-            .filter(|&id| vocab.token_type(id) == TokenType::Control);
-        let mut end_ids: Vec<u32> = Vec::new();
-        for id in eos.into_iter().chain(listed).chain(named) {
-            if !end_ids.contains(&id) {
-                end_ids.push(id);
-            }
-        }
+        let end_ids = super::ends_of(&vocab, eos.into_iter().chain(listed));
         let around = |first: bool, id: Option<u32>| {
             let text = template_end(file.post_processor.as_ref()?, first)?;
             Some(id? == vocab.find(text)?)

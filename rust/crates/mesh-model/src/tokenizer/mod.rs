@@ -11,6 +11,7 @@ mod special;
 mod spm;
 mod vocab;
 
+use crate::chat::Rendered;
 use crate::gguf::{Gguf, GgufError};
 
 use bpe::Bpe;
@@ -56,10 +57,16 @@ impl EncodeOptions {
         add_special: false,
         parse_special: true,
     };
-    /// For plain text that begins a sequence.
+    /// For plain text that begins a sequence: data, in which nothing is a control token.
     pub const PLAIN: Self = EncodeOptions {
         add_special: true,
         parse_special: false,
+    };
+    /// For a prompt that a client wrote as the model is to read it, control tokens and all: turns of a format of its own, the
+    /// parts of a text to fill in.
+    pub const RAW_PROMPT: Self = EncodeOptions {
+        add_special: true,
+        parse_special: true,
     };
 }
 
@@ -114,8 +121,9 @@ pub enum TokenizerError {
     },
 }
 
-/// Control tokens that end an answer, by name: files often name only one of them as their end token.
-const END_NAMES: [&str; 14] = [
+/// Tokens that end an answer, by name: files often name only one of them as their end token, and some give them the type of
+/// ordinary text.
+const END_NAMES: [&str; 28] = [
     "<|im_end|>",
     "<|eot_id|>",
     "<|eom_id|>",
@@ -126,11 +134,64 @@ const END_NAMES: [&str; 14] = [
     "<end_of_utterance>",
     "<EOT>",
     "_<EOT>",
+    "[EOT]",
     "</s>",
+    "<\u{ff5c}end\u{2581}of\u{2581}sentence\u{ff5c}>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<|end_of_turn|>",
+    "<|endofturn|>",
+    "<turn|>",
+    "<|eot|>",
+    "<|eom|>",
+    "<|return|>",
+    "<|call|>",
+    "<|flush|>",
+    "<|calls|>",
+    "<|eos|>",
     "<|fim_pad|>",
     "<|repo_name|>",
     "<|file_sep|>",
+    "<|role_end|>",
 ];
+
+/// Tokens that begin turns and parts of a prompt, by name. They are control tokens whatever type a file gives them.
+const CONTROL_NAMES: [&str; 24] = [
+    "<|im_start|>",
+    "<|im_sep|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|begin_of_text|>",
+    "<start_of_turn>",
+    "<|turn>",
+    "<|start|>",
+    "<|message|>",
+    "<|channel|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|observation|>",
+    "<|START_OF_TURN_TOKEN|>",
+    "<|USER_TOKEN|>",
+    "<|CHATBOT_TOKEN|>",
+    "<|SYSTEM_TOKEN|>",
+    "<\u{ff5c}User\u{ff5c}>",
+    "<\u{ff5c}Assistant\u{ff5c}>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|startoftext|>",
+];
+
+/// What a token is, whose type may not fit its name; llama.cpp overrides types likewise.
+fn type_by_name(text: &str, ty: TokenType) -> TokenType {
+    let named = || END_NAMES.contains(&text) || CONTROL_NAMES.contains(&text);
+    match ty {
+        // As a word of a vocabulary this may be the end of a tag.
+        TokenType::Normal if text == "</s>" => ty,
+        TokenType::Normal | TokenType::UserDefined if named() => TokenType::Control,
+        _ => ty,
+    }
+}
 
 impl Tokenizer {
     /// Builds the tokenizer from the `tokenizer.ggml` keys.
@@ -184,14 +245,36 @@ impl Tokenizer {
     /// # Errors
     /// If the pre-tokenizer gives up on the text, which takes a text made for it.
     pub fn encode(&self, text: &str, options: EncodeOptions) -> Result<Vec<u32>, TokenizerError> {
+        self.encode_between(text, &[], options)
+    }
+
+    /// Turns what a chat template wrote to token ids: the template's names of special tokens are read, those in the text of
+    /// clients are not.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_prompt(&self, prompt: &Rendered) -> Result<Vec<u32>, TokenizerError> {
+        self.encode_between(&prompt.text, &prompt.barriers, EncodeOptions::RENDERED_CHAT)
+    }
+
+    fn encode_between(
+        &self,
+        text: &str,
+        barriers: &[usize],
+        options: EncodeOptions,
+    ) -> Result<Vec<u32>, TokenizerError> {
         let mut ids = Vec::with_capacity(text.len() / 4 + 2);
-        if options.add_special && self.add_bos {
-            ids.extend(self.bos);
+        let begin = self.bos.filter(|_| options.add_special && self.add_bos);
+        // Who writes it out wants it once.
+        let written =
+            options.parse_special && begin.is_some_and(|id| self.special.begins(text, id));
+        if !written {
+            ids.extend(begin);
         }
         // SentencePiece puts a space before text that begins a sequence or follows a special token.
         let mut after_special = true;
         let mut begins = true;
-        for fragment in self.special.split(text, options.parse_special) {
+        for fragment in self.special.split(text, options.parse_special, barriers) {
             match fragment {
                 Fragment::Token(id) => ids.push(id),
                 Fragment::Text(text) => match &self.algorithm {
@@ -222,6 +305,26 @@ impl Tokenizer {
             self.vocab.token_type(id),
             TokenType::Control | TokenType::Unknown
         )
+    }
+
+    /// The special token whose name `text` begins with, the longest one.
+    pub fn special_at(&self, text: &str) -> Option<u32> {
+        self.special.at(text)
+    }
+
+    /// Names of tokens that make up the structure of a prompt, which a client's text must not become: control tokens, and
+    /// those that the chat template `source` writes in the same way.
+    pub(crate) fn structural(&self, source: &str) -> impl Iterator<Item = &str> {
+        self.vocab
+            .special()
+            .filter(move |&(text, id)| match self.vocab.token_type(id) {
+                TokenType::UserDefined => {
+                    let dressed = text.starts_with("<|") || text.starts_with("<\u{ff5c}");
+                    dressed && source.contains(text) || self.end_ids.contains(&id)
+                }
+                _ => true,
+            })
+            .map(|(text, _)| text)
     }
 
     /// The token that begins a sequence.
@@ -314,23 +417,36 @@ impl SpecialIds {
     }
 
     fn ends(&self, vocab: &Vocab) -> Vec<u32> {
-        let by_name = END_NAMES
-            .iter()
-            .filter_map(|name| vocab.find(name))
-            .filter(|&id| vocab.token_type(id) == TokenType::Control);
-        let mut ends: Vec<u32> = Vec::new();
-        for id in self
-            .eos
-            .into_iter()
-            .chain(self.other_ends.iter().copied())
-            .chain(by_name)
-        {
-            if !ends.contains(&id) {
-                ends.push(id);
-            }
-        }
-        ends
+        let listed = self.eos.into_iter().chain(self.other_ends.iter().copied());
+        ends_of(vocab, listed)
     }
+}
+
+/// All tokens that end an answer: those that the files list, then those with a name for it.
+fn ends_of(vocab: &Vocab, listed: impl Iterator<Item = u32>) -> Vec<u32> {
+    // In this format it ends a message, of which an answer has several.
+    let several = ["<|return|>", "<|call|>"]
+        .iter()
+        .all(|name| vocab.find_special(name).is_some());
+    let named = END_NAMES
+        .iter()
+        .filter(|name| !(several && **name == "<|end|>"))
+        .filter_map(|name| vocab.find_special(name))
+        .filter(|&id| vocab.token_type(id) == TokenType::Control);
+    let mut ends: Vec<u32> = Vec::new();
+    for id in listed.chain(named) {
+        if !ends.contains(&id) {
+            ends.push(id);
+        }
+    }
+    let unlisted = vocab.overridden().filter(|(_, id)| ends.contains(id));
+    for (name, _) in unlisted {
+        tracing::warn!(
+            token = name,
+            "the file gives this token the type of ordinary text; by its name it ends answers, and does so here"
+        );
+    }
+    ends
 }
 
 #[cfg(test)]

@@ -50,9 +50,36 @@ impl SpecialTokens {
         SpecialTokens { tokens, by_first }
     }
 
-    /// Cuts `text` at special tokens: the longest token first wherever it stands, then the next longest in what is left.
-    pub(super) fn split<'t>(&self, text: &'t str, control: bool) -> Vec<Fragment<'t>> {
+    /// Whether `text` begins with the name of the token `id`.
+    pub(super) fn begins(&self, text: &str, id: u32) -> bool {
+        let mut tokens = self.tokens.iter().filter(|token| token.id == id);
+        tokens.any(|token| text.starts_with(&*token.text))
+    }
+
+    /// The token with the longest name that `text` begins with.
+    pub(super) fn at(&self, text: &str) -> Option<u32> {
+        let first = *text.as_bytes().first()?;
+        let tokens = self.tokens[self.by_first[first as usize].clone()].iter();
+        let found = tokens.filter(|token| text.starts_with(&*token.text));
+        found
+            .max_by_key(|token| token.text.len())
+            .map(|token| token.id)
+    }
+
+    /// Cuts `text` at special tokens: the longest token first wherever it stands, then the next longest in what is left. No token
+    /// spans one of the `barriers`, which are byte positions in ascending order.
+    pub(super) fn split<'t>(
+        &self,
+        text: &'t str,
+        control: bool,
+        barriers: &[usize],
+    ) -> Vec<Fragment<'t>> {
         let mut found = self.occurrences(text, control);
+        found.retain(|&(at, token)| {
+            let end = at + self.tokens[token].text.len();
+            let next = barriers.partition_point(|&barrier| barrier <= at);
+            barriers.get(next).is_none_or(|&barrier| barrier >= end)
+        });
         found.sort_unstable_by_key(|&(at, token)| {
             let special = &self.tokens[token];
             (usize::MAX - special.text.len(), special.id, at)

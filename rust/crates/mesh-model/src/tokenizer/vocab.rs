@@ -24,6 +24,8 @@ pub(super) struct Vocab {
     types: Vec<TokenType>,
     /// Control and user-defined tokens by text.
     special: HashMap<Box<str>, u32>,
+    /// Tokens that are control tokens by their names only.
+    overridden: Vec<u32>,
 }
 
 /// Far more than any model has; keeps ids well within a `u32`.
@@ -72,8 +74,13 @@ impl Vocab {
         let mut types = Vec::with_capacity(tokens.len());
         let mut special = HashMap::new();
         let mut piece = Vec::new();
-        for (id, (text, ty)) in tokens.enumerate() {
+        let mut overridden = Vec::new();
+        for (id, (text, told)) in tokens.enumerate() {
             piece.clear();
+            let ty = super::type_by_name(text, told);
+            if ty != told {
+                overridden.push(id as u32);
+            }
             match (family, ty) {
                 (_, TokenType::Control | TokenType::Unknown | TokenType::UserDefined) => {
                     piece.extend_from_slice(text.as_bytes());
@@ -99,6 +106,7 @@ impl Vocab {
             bytes,
             types,
             special,
+            overridden,
         })
     }
 
@@ -135,6 +143,16 @@ impl Vocab {
         (0..self.len() as u32)
             .rev()
             .find(|&id| self.text(id) == text)
+    }
+
+    /// The control or user-defined token with this text.
+    pub(super) fn find_special(&self, text: &str) -> Option<u32> {
+        self.special.get(text).copied()
+    }
+
+    /// Tokens that the file gives the type of ordinary text, and that are control tokens by their names.
+    pub(super) fn overridden(&self) -> impl Iterator<Item = (&str, u32)> {
+        self.overridden.iter().map(|&id| (self.text(id), id))
     }
 
     /// Control, unknown and user-defined tokens with their texts.

@@ -182,7 +182,7 @@ fn read_file(
         source,
     };
     let layout = Layout::read(&path)?;
-    let file = File::open(&path).map_err(failed)?;
+    let file = mesh_model::file::open_regular(&path).map_err(failed)?;
     let before = file.metadata().map_err(failed)?;
     let cuts = cuts(&layout);
     let digests = digest(&file, &cuts, &layout, progress).map_err(failed)?;

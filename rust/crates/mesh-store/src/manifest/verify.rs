@@ -1,6 +1,5 @@
 //! Files against their manifest.
 
-use std::fs::File;
 use std::io;
 use std::num::NonZero;
 use std::os::unix::fs::FileExt;
@@ -92,7 +91,7 @@ impl ManifestFile {
             path: path.into(),
             source,
         };
-        let file = File::open(path).map_err(failed)?;
+        let file = mesh_model::file::open_regular(path).map_err(failed)?;
         let found = file.metadata().map_err(failed)?.len();
         if found != self.bytes {
             return Err(VerifyError::Length {

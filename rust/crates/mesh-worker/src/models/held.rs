@@ -213,7 +213,7 @@ impl Held {
         let described = described.ok_or_else(missing)?;
         let presence = self.store.presence(&self.fingerprint, described);
         let path = presence.path.ok_or_else(missing)?;
-        let file = std::sync::Arc::new(File::open(&path)?);
+        let file = std::sync::Arc::new(mesh_model::file::open_regular(&path)?);
         open.insert(index, (path, file.clone()));
         Ok(file)
     }

@@ -1,0 +1,147 @@
+//! Reading JSON as real clients send it.
+//!
+//! Strings cut in the middle of an emoji hold half of a surrogate pair, as an escape or as bytes; JSON's own reader refuses them, and a
+//! conversation that holds one would be refused for ever. Half a pair is read as U+FFFD, a byte order mark is skipped.
+
+use std::borrow::Cow;
+
+use serde_json::{Map, Value};
+
+use crate::fields::Invalid;
+
+/// A JSON object.
+///
+/// # Errors
+/// [`Invalid`] says where the text stops being one.
+pub fn object(body: &[u8]) -> Result<Map<String, Value>, Invalid> {
+    let body = body.strip_prefix(BYTE_ORDER_MARK).unwrap_or(body);
+    if body.trim_ascii().is_empty() {
+        return Err(Invalid::new(
+            "body",
+            "The body is empty: send a JSON object",
+        ));
+    }
+    let strict = match serde_json::from_slice(body) {
+        Ok(map) => return Ok(map),
+        Err(error) => error,
+    };
+    // Only what is refused is looked at a second time.
+    match whole_characters(body) {
+        Cow::Owned(mended) => serde_json::from_slice(&mended).map_err(|error| refused(&error)),
+        Cow::Borrowed(_) => Err(refused(&strict)),
+    }
+}
+
+fn refused(error: &serde_json::Error) -> Invalid {
+    Invalid::new("body", format!("The body is not a JSON object: {error}"))
+}
+
+/// `body` with every half of a surrogate pair replaced; borrowed if there is none.
+fn whole_characters(body: &[u8]) -> Cow<'_, [u8]> {
+    let mut mended: Vec<u8> = Vec::new();
+    let mut copied = 0;
+    let mut at = 0;
+    while at < body.len() {
+        let rest = &body[at..];
+        let (len, replacement): (usize, &[u8]) = match rest {
+            [b'\\', b'u', ..] => match (escape(rest), rest.get(6..).and_then(escape)) {
+                (Some(0xd800..0xdc00), Some(0xdc00..0xe000)) => (12, b""),
+                (Some(0xd800..0xe000), _) => (6, b"\\ufffd"),
+                _ => (2, b""),
+            },
+            // Whatever is escaped, it begins no escape.
+            [b'\\', _, ..] => (2, b""),
+            // A surrogate in bytes, as UTF-8 does not allow it.
+            [0xed, 0xa0..=0xbf, 0x80..=0xbf, ..] => (3, b"\\ufffd"),
+            _ => (1, b""),
+        };
+        if !replacement.is_empty() {
+            mended.extend_from_slice(&body[copied..at]);
+            mended.extend_from_slice(replacement);
+            copied = at + len;
+        }
+        at += len;
+    }
+    if mended.is_empty() {
+        return Cow::Borrowed(body);
+    }
+    mended.extend_from_slice(&body[copied..]);
+    Cow::Owned(mended)
+}
+
+/// The code unit of an escape `\uXXXX` at the beginning.
+fn escape(text: &[u8]) -> Option<u16> {
+    let digits = text.strip_prefix(b"\\u")?.first_chunk::<4>()?;
+    let digits = std::str::from_utf8(digits).ok()?;
+    let all_hex = digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+    all_hex.then(|| u16::from_str_radix(digits, 16).ok())?
+}
+
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    fn text(body: &[u8]) -> Result<String, String> {
+        match object(body) {
+            Ok(map) => Ok(map["x"].as_str().unwrap().to_owned()),
+            Err(invalid) => Err(invalid.message),
+        }
+    }
+
+    #[test]
+    fn half_a_surrogate_pair_is_a_replacement_character() {
+        for (body, expected) in [
+            (&br#"{"x":"a\ud83db"}"#[..], "a\u{fffd}b"),
+            (br#"{"x":"a\uDE00"}"#, "a\u{fffd}"),
+            (br#"{"x":"\ud83d\ud83d\ude00"}"#, "\u{fffd}\u{1f600}"),
+            (br#"{"x":"\ud83d\n"}"#, "\u{fffd}\n"),
+            (br#"{"x":"\\ud83d \ude00"}"#, "\\ud83d \u{fffd}"),
+            (br#"{"x":"\ud83d\ude00"}"#, "\u{1f600}"),
+            (b"{\"x\":\"a\xed\xa0\xbdb\"}", "a\u{fffd}b"),
+            (b"\xef\xbb\xbf{\"x\":\"y\"}", "y"),
+        ] {
+            assert_eq!(text(body).as_deref(), Ok(expected));
+        }
+    }
+
+    #[test]
+    fn a_key_may_hold_half_a_pair_too() {
+        let map = object(br#"{"a\ud800":1}"#).unwrap();
+        assert_eq!(Value::Object(map), json!({"a\u{fffd}": 1}));
+    }
+
+    #[test]
+    fn what_is_no_json_is_refused_with_its_place() {
+        for (body, part) in [
+            (&b""[..], "empty"),
+            (b" \n", "empty"),
+            (b"{\"x\":", "EOF"),
+            (b"[]", "not a JSON object"),
+            (b"{\"x\":\"\xff\"}", "line 1"),
+            (b"{\"x\":\"\\ud8\"}", "line 1"),
+            (b"{\"x\":NaN}", "line 1"),
+        ] {
+            let message = text(body).unwrap_err();
+            assert!(message.contains(part), "{message}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_or_refused(body in prop::collection::vec(any::<u8>(), 0..60)) {
+            let _ = object(&body);
+        }
+
+        #[test]
+        fn escapes_of_any_code_units_are_read(units in prop::collection::vec(any::<u16>(), 0..12)) {
+            let escaped: String = units.iter().map(|unit| format!("\\u{unit:04x}")).collect();
+            let body = format!("{{\"x\":\"{escaped}\"}}");
+            prop_assert_eq!(text(body.as_bytes()), Ok(String::from_utf16_lossy(&units)));
+        }
+    }
+}

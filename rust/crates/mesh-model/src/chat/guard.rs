@@ -1,0 +1,162 @@
+//! Text of clients in a conversation is data: it must not become a control token.
+//!
+//! A template mixes its own text, which names control tokens, with the client's. Tokenised as one text, a message that holds
+//! `<|im_end|>` would end its turn and could forge the next one. So before a conversation is rendered, every name of a control
+//! token in it is broken by a *mark*, a private-use character that stands nowhere in the conversation, behind the name's first
+//! character. Templates may trim, cut, compare and repeat text; the mark travels with it. Behind the template the marks are taken
+//! out again, and their places are barriers that no special token spans ([`crate::Tokenizer::encode_prompt`]). Ordinary tokens
+//! are not touched by a barrier.
+
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+
+use super::{RenderRequest, Rendered};
+
+/// What must not be read as control tokens in the text of clients.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Guard {
+    /// Names of control tokens, or beginnings that all names with them have in common. Sorted.
+    names: Vec<Box<str>>,
+}
+
+/// Beginnings that only control tokens have: broken wherever they stand, so that no name can be put together from what a
+/// template leaves of a message.
+const OPENINGS: [&str; 2] = ["<|", "<\u{ff5c}"];
+
+/// Names that templates look for in earlier answers, in which they stand by right.
+const OF_ANSWERS: [&str; 10] = [
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_calls>",
+    "</tool_calls>",
+    "<tool_response>",
+    "</tool_response>",
+    "[THINK]",
+    "[/THINK]",
+];
+
+impl Guard {
+    pub(super) fn new<'a>(names: impl IntoIterator<Item = &'a str>) -> Self {
+        let mut set = BTreeSet::new();
+        for name in names {
+            let opening = OPENINGS.iter().find(|opening| name.starts_with(*opening));
+            match opening {
+                Some(opening) => set.insert(Box::from(*opening)),
+                // A single character cannot be broken.
+                None if name.chars().nth(1).is_some() => set.insert(name.into()),
+                None => false,
+            };
+        }
+        Guard {
+            names: set.into_iter().collect(),
+        }
+    }
+
+    /// Breaks the names in a conversation; gives the mark if there were any.
+    pub(super) fn mark(&self, request: &mut RenderRequest) -> Option<char> {
+        if !self.stands_in(request) {
+            return None;
+        }
+        let mut used = BTreeSet::new();
+        each_text(request, &mut |_, text| {
+            used.extend(text.chars().filter(|c| MARKS.contains(c)));
+        });
+        // Nobody sends all of them: that is a quarter of a megabyte of nothing else.
+        let mark = MARKS.clone().find(|mark| !used.contains(mark))?;
+        each_text(request, &mut |role, text| {
+            *text = self.broken(text, mark, role == "assistant");
+        });
+        Some(mark)
+    }
+
+    fn stands_in(&self, request: &mut RenderRequest) -> bool {
+        let mut found = false;
+        each_text(request, &mut |_, text| {
+            found |= (0..text.len()).any(|at| self.name_at(text, at).is_some());
+        });
+        found
+    }
+
+    /// The text with `mark` behind the first character of every name.
+    fn broken(&self, text: &str, mark: char, answer: bool) -> String {
+        let mut out = String::with_capacity(text.len() + 16);
+        for (at, c) in text.char_indices() {
+            out.push(c);
+            let name = self.name_at(text, at);
+            if name.is_some_and(|name| !(answer && OF_ANSWERS.contains(&name))) {
+                out.push(mark);
+            }
+        }
+        out
+    }
+
+    /// A name that stands at this byte.
+    fn name_at(&self, text: &str, at: usize) -> Option<&str> {
+        let bytes = &text.as_bytes()[at..];
+        let first = *bytes.first()?;
+        let from = self
+            .names
+            .partition_point(|name| name.as_bytes()[0] < first);
+        let mut names = self.names[from..].iter();
+        let mut names = names
+            .by_ref()
+            .take_while(|name| name.as_bytes()[0] == first);
+        names
+            .find(|name| bytes.starts_with(name.as_bytes()))
+            .map(|name| &**name)
+    }
+}
+
+/// Takes the marks out of what a template wrote.
+pub(super) fn unmark(text: String, mark: Option<char>) -> Rendered {
+    let Some(mark) = mark.filter(|mark| text.contains(*mark)) else {
+        return Rendered {
+            text,
+            barriers: Vec::new(),
+        };
+    };
+    let mut out = String::with_capacity(text.len());
+    let mut barriers = Vec::new();
+    for part in text.split(mark) {
+        out.push_str(part);
+        barriers.push(out.len());
+    }
+    // Behind the last part there is none.
+    barriers.pop();
+    Rendered {
+        text: out,
+        barriers,
+    }
+}
+
+/// Visits every text that a client wrote, with the role of the message that it is in.
+fn each_text(request: &mut RenderRequest, visit: &mut impl FnMut(&str, &mut String)) {
+    for message in &mut request.messages {
+        // The name of a role is the client's, too.
+        let role = message.role.clone();
+        visit(&role, &mut message.role);
+        visit(&role, &mut message.content);
+    }
+    for value in request.kwargs.values_mut() {
+        each_value("", value, visit);
+    }
+}
+
+fn each_value(role: &str, value: &mut Value, visit: &mut impl FnMut(&str, &mut String)) {
+    match value {
+        Value::String(text) => visit(role, text),
+        Value::Array(list) => list
+            .iter_mut()
+            .for_each(|value| each_value(role, value, visit)),
+        Value::Object(map) => map
+            .values_mut()
+            .for_each(|value| each_value(role, value, visit)),
+        _ => {}
+    }
+}
+
+/// The last plane is for private use. What [`super::functions`] writes as JSON leaves it as it is.
+pub(super) const MARKS: std::ops::RangeInclusive<char> = '\u{100000}'..='\u{10fffd}';

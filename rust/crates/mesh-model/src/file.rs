@@ -1,0 +1,320 @@
+//! Model files, read piece by piece.
+//!
+//! Files are never mapped into memory: where somebody cuts a mapped file short, or a disk or a server fails, the next look at
+//! the map ends the process with SIGBUS. A read fails with an error that belongs to this one file.
+
+use std::borrow::Cow;
+use std::fs::{File, Metadata, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+/// Why a file could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// It could not be opened.
+    #[error("cannot open model file {}: {source}", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A folder, a socket, a device.
+    #[error("{} is not a regular file", path.display())]
+    NotAFile {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The disk, the file system or a file server failed, or the file was cut short.
+    #[error(
+        "cannot read {len} bytes of {} at byte {at}: {source}; check the disk and whether somebody writes to the file, \
+         then fetch it again", path.display()
+    )]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Where the bytes begin.
+        at: u64,
+        /// How many bytes were asked for.
+        len: u64,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The file was written to or replaced since it was opened.
+    #[error(
+        "{} changed while it was read: write model files under another name and rename them when they are whole",
+        path.display()
+    )]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+/// Opens a file for reading, if it is a regular one. Does not wait for a writer where a named pipe lies at the path, whenever it
+/// came to lie there.
+///
+/// # Errors
+/// If it cannot be opened, or is a folder, a pipe, a device or a socket ([`io::ErrorKind::InvalidInput`]).
+pub fn open_regular(path: &Path) -> io::Result<File> {
+    let regular = |metadata: Metadata| match metadata.is_file() {
+        true => Ok(()),
+        false => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "it is not a regular file",
+        )),
+    };
+    // To open a device can do things; what is opened may be another file than the one that was looked at.
+    regular(std::fs::metadata(path)?)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
+    regular(file.metadata()?)?;
+    Ok(file)
+}
+
+/// An open file, or bytes in memory.
+#[derive(Debug)]
+pub(crate) enum ModelFile {
+    File {
+        path: PathBuf,
+        file: File,
+        stamp: Stamp,
+    },
+    Memory(Vec<u8>),
+}
+
+/// What shows that a file was written to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Stamp {
+    len: u64,
+    modified: Option<SystemTime>,
+}
+
+/// Bytes of a file that were not read yet, or bytes in memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Data<'a>(Place<'a>);
+
+#[derive(Debug, Clone, Copy)]
+enum Place<'a> {
+    File {
+        file: &'a ModelFile,
+        at: u64,
+        len: usize,
+    },
+    Memory(&'a [u8]),
+}
+
+impl ModelFile {
+    pub(crate) fn open(path: &Path) -> Result<Self, FileError> {
+        let failed = |source: io::Error| match source.kind() {
+            io::ErrorKind::InvalidInput => FileError::NotAFile { path: path.into() },
+            _ => FileError::Open {
+                path: path.into(),
+                source,
+            },
+        };
+        let file = open_regular(path).map_err(failed)?;
+        let stamp = Stamp::of(&file.metadata().map_err(failed)?);
+        Ok(ModelFile::File {
+            path: path.into(),
+            file,
+            stamp,
+        })
+    }
+
+    pub(crate) fn from_bytes(bytes: Vec<u8>) -> Self {
+        ModelFile::Memory(bytes)
+    }
+
+    /// All bytes, if they are in memory.
+    pub(crate) fn in_memory(&self) -> Option<&[u8]> {
+        match self {
+            ModelFile::File { .. } => None,
+            ModelFile::Memory(bytes) => Some(bytes),
+        }
+    }
+
+    /// Its length when it was opened.
+    pub(crate) fn len(&self) -> u64 {
+        match self {
+            ModelFile::File { stamp, .. } => stamp.len,
+            ModelFile::Memory(bytes) => bytes.len() as u64,
+        }
+    }
+
+    pub(crate) fn path(&self) -> Option<&Path> {
+        match self {
+            ModelFile::File { path, .. } => Some(path),
+            ModelFile::Memory(_) => None,
+        }
+    }
+
+    /// Fills `out` with what lies at byte `at`.
+    pub(crate) fn read_at(&self, at: u64, out: &mut [u8]) -> Result<(), FileError> {
+        match self {
+            ModelFile::File { path, file, .. } => {
+                file.read_exact_at(out, at)
+                    .map_err(|source| FileError::Read {
+                        path: path.clone(),
+                        at,
+                        len: out.len() as u64,
+                        source: match source.kind() {
+                            io::ErrorKind::UnexpectedEof => {
+                                io::Error::new(source.kind(), "the file ends before them")
+                            }
+                            _ => source,
+                        },
+                    })
+            }
+            ModelFile::Memory(bytes) => {
+                let start = usize::try_from(at).unwrap_or(usize::MAX);
+                let found = bytes.get(start..).and_then(|rest| rest.get(..out.len()));
+                let found = found.ok_or_else(|| FileError::Read {
+                    path: PathBuf::new(),
+                    at,
+                    len: out.len() as u64,
+                    source: io::ErrorKind::UnexpectedEof.into(),
+                })?;
+                out.copy_from_slice(found);
+                Ok(())
+            }
+        }
+    }
+
+    /// Makes `head`, the first bytes of the file, `len` bytes long.
+    pub(crate) fn lengthen(&self, head: &mut Vec<u8>, len: usize) -> Result<(), FileError> {
+        let from = head.len();
+        head.resize(len.max(from), 0);
+        self.read_at(from as u64, &mut head[from..])
+    }
+
+    /// The bytes at `at`, which were checked to lie within the file as it was when it was opened.
+    pub(crate) fn data(&self, at: u64, len: usize) -> Data<'_> {
+        Data(Place::File {
+            file: self,
+            at,
+            len,
+        })
+    }
+
+    /// Fails if the file is no longer the one that was opened, by its length and its time of change.
+    pub(crate) fn check_unchanged(&self) -> Result<(), FileError> {
+        let ModelFile::File { path, file, stamp } = self else {
+            return Ok(());
+        };
+        let metadata = file.metadata().map_err(|source| FileError::Open {
+            path: path.clone(),
+            source,
+        })?;
+        match Stamp::of(&metadata) == *stamp {
+            true => Ok(()),
+            false => Err(FileError::Changed { path: path.clone() }),
+        }
+    }
+}
+
+impl Stamp {
+    fn of(metadata: &Metadata) -> Self {
+        Stamp {
+            len: metadata.len(),
+            modified: metadata.modified().ok(),
+        }
+    }
+}
+
+impl<'a> Data<'a> {
+    /// How many bytes there are.
+    pub fn len(&self) -> usize {
+        match self.0 {
+            Place::File { len, .. } => len,
+            Place::Memory(bytes) => bytes.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Where they begin in their file.
+    pub fn offset(&self) -> u64 {
+        match self.0 {
+            Place::File { at, .. } => at,
+            Place::Memory(_) => 0,
+        }
+    }
+
+    /// All of them.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub fn read(&self) -> Result<Cow<'a, [u8]>, FileError> {
+        match self.0 {
+            Place::Memory(bytes) => Ok(Cow::Borrowed(bytes)),
+            Place::File { len, .. } => {
+                let mut out = vec![0; len];
+                self.read_at(0, &mut out)?;
+                Ok(Cow::Owned(out))
+            }
+        }
+    }
+
+    /// Fills `out` with those from `at` on.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or there are not so many.
+    pub fn read_at(&self, at: usize, out: &mut [u8]) -> Result<(), FileError> {
+        let within = at
+            .checked_add(out.len())
+            .is_some_and(|end| end <= self.len());
+        let outside = || FileError::Read {
+            path: PathBuf::new(),
+            at: at as u64,
+            len: out.len() as u64,
+            source: io::ErrorKind::UnexpectedEof.into(),
+        };
+        if !within {
+            return Err(outside());
+        }
+        match self.0 {
+            Place::File { file, at: from, .. } => file.read_at(from + at as u64, out),
+            Place::Memory(bytes) => {
+                out.copy_from_slice(&bytes[at..at + out.len()]);
+                Ok(())
+            }
+        }
+    }
+
+    /// Hands them to `visit` in order, a piece at a time.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub fn each(&self, mut visit: impl FnMut(&[u8])) -> Result<(), FileError> {
+        if let Place::Memory(bytes) = self.0 {
+            visit(bytes);
+            return Ok(());
+        }
+        let mut buffer = vec![0; PIECE.min(self.len())];
+        let mut at = 0;
+        while at < self.len() {
+            let piece = &mut buffer[..PIECE.min(self.len() - at)];
+            self.read_at(at, piece)?;
+            visit(piece);
+            at += piece.len();
+        }
+        Ok(())
+    }
+}
+
+impl<'a> From<&'a [u8]> for Data<'a> {
+    fn from(bytes: &'a [u8]) -> Self {
+        Data(Place::Memory(bytes))
+    }
+}
+
+/// Enough to make a system call cheap, little enough for a cache.
+const PIECE: usize = 1 << 20;

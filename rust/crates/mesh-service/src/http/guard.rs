@@ -1,0 +1,607 @@
+//! Keeps web pages away from a service that its user's browser can reach, and lets in those that are named.
+//!
+//! A browser sends what a page tells it to. Three things give a page away that it cannot change: the name in `Host`, under which it
+//! was made to look like ours (DNS rebinding); its `Origin`; and a content type that needs no permission. Programs that are no
+//! browsers send none of them, or our own.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::net::IpAddr;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::json;
+
+/// The origin of web pages that may use a service: `scheme://host[:port]`, or `*` for all pages.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Origin(String);
+
+/// Text that is no origin.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "`{0}` is not an origin; write it as https://chat.example.org, without a path, or * for all pages"
+)]
+pub struct NotAnOrigin(String);
+
+/// What a service lets through.
+#[derive(Debug, Clone, Default)]
+pub struct Guard {
+    /// Names in `Host` besides addresses and `localhost`; `None` lets all through.
+    hosts: Option<HashSet<String>>,
+    /// Pages of other origins.
+    origins: HashSet<String>,
+    /// All pages.
+    any_origin: bool,
+}
+
+/// Why a request is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+enum Refused {
+    #[error(
+        "this service does not go by the name {0:?}; use its address or this machine's host name, or add the name to http.hosts"
+    )]
+    Host(String),
+    #[error(
+        "web pages of {0:?} may not use this service; add that origin to http.cors to allow it"
+    )]
+    Origin(String),
+    #[error(
+        "the body has the content type {0:?}; send JSON, with the header `content-type: application/json`"
+    )]
+    ContentType(String),
+    #[error(
+        "a web page must say that its body is JSON, with the header `content-type: application/json`"
+    )]
+    NoContentType,
+    #[error("the body has the content encoding {0:?}; send it as it is")]
+    Encoding(String),
+}
+
+impl Guard {
+    /// Lets through what asks for an address, for `localhost`, for this machine's name or for one of `names`.
+    pub fn of_names(names: &[String]) -> Self {
+        let own = own_name();
+        let short = own.split('.').next().unwrap_or_default();
+        let mut hosts: HashSet<String> = names.iter().map(|name| plain_name(name)).collect();
+        for name in [own.as_str(), short] {
+            if !name.is_empty() {
+                hosts.insert(name.to_owned());
+                hosts.insert(format!("{name}.local"));
+            }
+        }
+        Self {
+            hosts: Some(hosts),
+            ..Self::default()
+        }
+    }
+
+    /// Lets through whatever name is asked for: where a key is needed, a page gains nothing by a name.
+    pub fn of_any_name() -> Self {
+        Self::default()
+    }
+
+    /// Also lets pages of these origins through, and tells browsers so.
+    #[must_use]
+    pub fn with_origins(mut self, origins: &[Origin]) -> Self {
+        self.any_origin |= origins.iter().any(|origin| origin.0 == "*");
+        self.origins
+            .extend(origins.iter().map(|origin| origin.0.clone()));
+        self
+    }
+
+    /// `router` behind this guard.
+    pub fn before(self, router: Router) -> Router {
+        Router::new()
+            .fallback_service(router)
+            .layer(middleware::from_fn_with_state(Arc::new(self), guard))
+    }
+
+    fn check(&self, method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<(), Refused> {
+        // What only says that it lives is for everybody: balancers ask under names of their own.
+        let is_health = matches!(uri.path(), "/health" | "/ready");
+        if !is_health {
+            self.check_host(uri, headers)?;
+        }
+        if let Some(origin) = headers.get(header::ORIGIN) {
+            let origin = text(origin);
+            if !self.allows(&origin) && !is_same_origin(&origin, uri, headers) {
+                return Err(Refused::Origin(origin));
+            }
+        }
+        if *method == Method::POST {
+            check_body(headers)?;
+        }
+        Ok(())
+    }
+
+    fn check_host(&self, uri: &Uri, headers: &HeaderMap) -> Result<(), Refused> {
+        let Some(known) = &self.hosts else {
+            return Ok(());
+        };
+        let in_headers = headers.get_all(header::HOST).iter().map(text);
+        let in_uri = uri
+            .authority()
+            .map(|authority| authority.as_str().to_owned());
+        for host in in_headers.chain(in_uri) {
+            let name = plain_name(&host);
+            let is_local = name == "localhost" || name.ends_with(".localhost");
+            if !is_local && !is_address(&name) && !known.contains(&name) {
+                return Err(Refused::Host(host));
+            }
+        }
+        Ok(())
+    }
+
+    fn allows(&self, origin: &str) -> bool {
+        self.any_origin || self.origins.contains(&origin.to_ascii_lowercase())
+    }
+
+    /// What tells a browser that pages of this origin may read the answer.
+    fn permission(&self, origin: Option<&HeaderValue>) -> Option<HeaderValue> {
+        if self.any_origin {
+            return Some(HeaderValue::from_static("*"));
+        }
+        origin.filter(|origin| self.allows(&text(origin))).cloned()
+    }
+}
+
+impl Refused {
+    fn answer(&self) -> Response {
+        let (status, code) = match self {
+            Refused::Host(_) => (StatusCode::FORBIDDEN, "host_not_allowed"),
+            Refused::Origin(_) => (StatusCode::FORBIDDEN, "origin_not_allowed"),
+            Refused::ContentType(_) | Refused::NoContentType | Refused::Encoding(_) => {
+                (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type")
+            }
+        };
+        let error = json!({
+            "message": self.to_string(), "type": "invalid_request_error", "param": null, "code": code,
+        });
+        (status, axum::Json(json!({ "error": error }))).into_response()
+    }
+}
+
+async fn guard(State(guard): State<Arc<Guard>>, request: Request, next: Next) -> Response {
+    let origin = request.headers().get(header::ORIGIN).cloned();
+    let permission = guard.permission(origin.as_ref());
+    let checked = guard.check(request.method(), request.uri(), request.headers());
+    let mut response = match checked {
+        Err(refused) => {
+            tracing::debug!(%refused, "request refused");
+            refused.answer()
+        }
+        Ok(()) if is_preflight(&request) => preflight(&request),
+        Ok(()) => next.run(request).await,
+    };
+    let headers = response.headers_mut();
+    if let Some(permission) = permission {
+        headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, permission);
+        headers.insert(
+            header::ACCESS_CONTROL_EXPOSE_HEADERS,
+            HeaderValue::from_static(EXPOSED),
+        );
+    }
+    if !guard.origins.is_empty() {
+        headers.append(header::VARY, HeaderValue::from_static("origin"));
+    }
+    response
+}
+
+fn is_preflight(request: &Request) -> bool {
+    let headers = request.headers();
+    *request.method() == Method::OPTIONS
+        && headers.contains_key(header::ORIGIN)
+        && headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD)
+}
+
+/// The answer to a browser that asks whether a page may ask. Which headers the page wants to send is its own affair.
+fn preflight(request: &Request) -> Response {
+    let mut response = StatusCode::NO_CONTENT.into_response();
+    let headers = response.headers_mut();
+    let mut set = |name: HeaderName, value: HeaderValue| headers.insert(name, value);
+    set(
+        header::ACCESS_CONTROL_ALLOW_METHODS,
+        HeaderValue::from_static("GET, HEAD, POST, OPTIONS"),
+    );
+    set(
+        header::ACCESS_CONTROL_MAX_AGE,
+        HeaderValue::from_static(MAX_AGE),
+    );
+    let asked = request.headers();
+    if let Some(wanted) = asked.get(header::ACCESS_CONTROL_REQUEST_HEADERS) {
+        set(header::ACCESS_CONTROL_ALLOW_HEADERS, wanted.clone());
+    }
+    if asked.contains_key(REQUEST_PRIVATE_NETWORK) {
+        set(ALLOW_PRIVATE_NETWORK, HeaderValue::from_static("true"));
+    }
+    response
+}
+
+/// A page can make a browser send text and forms without asking; JSON it cannot.
+fn check_body(headers: &HeaderMap) -> Result<(), Refused> {
+    let encoding = headers.get(header::CONTENT_ENCODING).map(text);
+    if let Some(encoding) = encoding.filter(|encoding| !encoding.eq_ignore_ascii_case("identity")) {
+        return Err(Refused::Encoding(encoding));
+    }
+    let Some(kind) = headers.get(header::CONTENT_TYPE).map(text) else {
+        let by_browser = [header::ORIGIN, header::REFERER]
+            .iter()
+            .any(|name| headers.contains_key(name))
+            || headers
+                .keys()
+                .any(|name| name.as_str().starts_with("sec-fetch-"));
+        let empty = headers
+            .get(header::CONTENT_LENGTH)
+            .is_some_and(|length| length == "0");
+        return match by_browser && !empty {
+            true => Err(Refused::NoContentType),
+            false => Ok(()),
+        };
+    };
+    let essence = kind
+        .split(';')
+        .next()
+        .unwrap_or_default()
+        .trim()
+        .to_ascii_lowercase();
+    let is_json = essence == "application/json"
+        || (essence.starts_with("application/") && essence.ends_with("+json"));
+    if is_json {
+        Ok(())
+    } else {
+        Err(Refused::ContentType(kind))
+    }
+}
+
+/// Whether the page came from this service, directly or through a proxy that has a name of its own.
+fn is_same_origin(origin: &str, uri: &Uri, headers: &HeaderMap) -> bool {
+    // A browser sets this itself, and knows better than names that a proxy has changed.
+    if headers
+        .get("sec-fetch-site")
+        .is_some_and(|site| site == "same-origin")
+    {
+        return true;
+    }
+    let Some((scheme, authority)) = origin.split_once("://") else {
+        return false;
+    };
+    let default_port = match scheme {
+        "http" => ":80",
+        "https" => ":443",
+        _ => return false,
+    };
+    let full = |authority: &str| {
+        authority
+            .strip_suffix(default_port)
+            .unwrap_or(authority)
+            .to_ascii_lowercase()
+    };
+    let theirs = full(authority);
+    let host = headers.get(header::HOST).map(text);
+    let host = host.or_else(|| uri.authority().map(ToString::to_string));
+    // A page needs permission to send this one, and gets none.
+    let forwarded = headers.get("x-forwarded-host").map(text);
+    host.into_iter()
+        .chain(forwarded)
+        .any(|ours| full(&ours) == theirs)
+}
+
+/// A name without port, brackets and final dot, in lower case.
+fn plain_name(host: &str) -> String {
+    let host = host.trim();
+    let name = match host.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or_default(),
+        None if host.matches(':').count() > 1 => host,
+        None => host.rsplit_once(':').map_or(host, |(name, _)| name),
+    };
+    name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase()
+}
+
+/// This machine's name.
+fn own_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    name.trim().to_ascii_lowercase()
+}
+
+fn is_address(name: &str) -> bool {
+    // A zone is a matter of the client's.
+    name.split('%')
+        .next()
+        .unwrap_or_default()
+        .parse::<IpAddr>()
+        .is_ok()
+}
+
+fn text(value: &HeaderValue) -> String {
+    String::from_utf8_lossy(value.as_bytes()).into_owned()
+}
+
+impl FromStr for Origin {
+    type Err = NotAnOrigin;
+
+    fn from_str(text: &str) -> Result<Self, NotAnOrigin> {
+        let origin = text.trim().trim_end_matches('/').to_ascii_lowercase();
+        let is_one = match origin.split_once("://") {
+            Some((scheme, host)) => {
+                !scheme.is_empty()
+                    && !host.is_empty()
+                    && host
+                        .bytes()
+                        .all(|byte| byte.is_ascii_graphic() && !b"/?#@*".contains(&byte))
+            }
+            None => origin == "*" || origin == "null",
+        };
+        if is_one {
+            Ok(Self(origin))
+        } else {
+            Err(NotAnOrigin(text.to_owned()))
+        }
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl Serialize for Origin {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Origin {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// Headers of answers that pages may read, besides those that they always may.
+const EXPOSED: &str = "x-request-id, x-hydramesh-ignored, retry-after";
+/// Seconds for which a browser need not ask again.
+const MAX_AGE: &str = "600";
+const REQUEST_PRIVATE_NETWORK: HeaderName =
+    HeaderName::from_static("access-control-request-private-network");
+const ALLOW_PRIVATE_NETWORK: HeaderName =
+    HeaderName::from_static("access-control-allow-private-network");
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use axum::routing::{get, post};
+    use tower::ServiceExt;
+
+    use super::*;
+
+    fn router(guard: Guard) -> Router {
+        guard.before(
+            Router::new()
+                .route("/health", get(|| async { "alive" }))
+                .route("/ask", get(|| async { "got" }).post(|| async { "asked" }))
+                .route("/other", post(|| async { "asked" })),
+        )
+    }
+
+    async fn ask(guard: &Guard, method: &str, path: &str, headers: &[(&str, &str)]) -> Response {
+        let mut request = Request::builder().method(method).uri(path);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let request = request.body(Body::from("{}")).unwrap();
+        router(guard.clone()).oneshot(request).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn only_own_names_are_answered_to() {
+        let guard = Guard::of_names(&["Mesh.example.org".to_owned()]);
+        let own = own_name();
+        let short = own.split('.').next().unwrap().to_owned();
+        for (host, status) in [
+            ("127.0.0.1:8080", 200),
+            ("192.168.1.5", 200),
+            ("[::1]:8080", 200),
+            ("[fe80::1]", 200),
+            ("localhost", 200),
+            ("LOCALHOST.:8080", 200),
+            ("app.localhost:3000", 200),
+            (&own, 200),
+            (&format!("{short}.local:8080"), 200),
+            ("mesh.example.org:8080", 200),
+            ("evil.example", 403),
+            ("127.0.0.1.evil.example:8080", 403),
+            ("localhost.evil.example", 403),
+            ("", 403),
+        ] {
+            for method in ["GET", "POST"] {
+                let answer = ask(&guard, method, "/ask", &[("host", host)]).await;
+                assert_eq!(answer.status(), status, "{method} {host:?}");
+            }
+        }
+        let hosts = [("host", "127.0.0.1"), ("host", "evil.example")];
+        assert_eq!(ask(&guard, "GET", "/ask", &hosts).await.status(), 403);
+        let absolute = ask(
+            &guard,
+            "GET",
+            "http://evil.example/ask",
+            &[("host", "127.0.0.1")],
+        )
+        .await;
+        assert_eq!(absolute.status(), 403);
+        assert_eq!(
+            ask(&guard, "GET", "/health", &[("host", "balancer.example")])
+                .await
+                .status(),
+            200
+        );
+        assert_eq!(
+            ask(
+                &Guard::of_any_name(),
+                "GET",
+                "/ask",
+                &[("host", "evil.example")]
+            )
+            .await
+            .status(),
+            200
+        );
+        assert_eq!(ask(&guard, "GET", "/ask", &[]).await.status(), 200);
+    }
+
+    #[tokio::test]
+    async fn pages_of_others_are_refused() {
+        let guard = Guard::of_names(&[]);
+        let json = ("content-type", "application/json");
+        for (origin, host, more, status) in [
+            ("http://127.0.0.1:8080", "127.0.0.1:8080", None, 200),
+            ("http://localhost", "localhost:80", None, 200),
+            ("https://evil.example", "127.0.0.1:8080", None, 403),
+            ("http://127.0.0.1:3000", "127.0.0.1:8080", None, 403),
+            ("null", "127.0.0.1:8080", None, 403),
+            ("file://", "127.0.0.1:8080", None, 403),
+            (
+                "https://chat.example",
+                "127.0.0.1:8080",
+                Some(("x-forwarded-host", "chat.example")),
+                200,
+            ),
+            (
+                "https://chat.example",
+                "127.0.0.1:8080",
+                Some(("sec-fetch-site", "same-origin")),
+                200,
+            ),
+            (
+                "https://chat.example",
+                "127.0.0.1:8080",
+                Some(("sec-fetch-site", "cross-site")),
+                403,
+            ),
+        ] {
+            let mut headers = vec![("origin", origin), ("host", host), json];
+            headers.extend(more);
+            for (method, path) in [("POST", "/ask"), ("GET", "/ask"), ("GET", "/health")] {
+                let answer = ask(&guard, method, path, &headers).await;
+                assert_eq!(answer.status(), status, "{method} {origin}");
+                assert!(!answer.headers().contains_key("access-control-allow-origin"));
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn bodies_are_json() {
+        let guard = Guard::of_any_name();
+        let cases: [(&[(&str, &str)], u16); 10] = [
+            (&[], 200),
+            (&[("content-type", "application/json; charset=utf-8")], 200),
+            (&[("content-type", "Application/JSON")], 200),
+            (&[("content-type", "application/vnd.api+json")], 200),
+            (&[("content-type", "text/plain")], 415),
+            (
+                &[("content-type", "application/x-www-form-urlencoded")],
+                415,
+            ),
+            (&[("content-type", "")], 415),
+            (&[("sec-fetch-mode", "no-cors")], 415),
+            (&[("referer", "http://x/")], 415),
+            (&[("content-encoding", "gzip")], 415),
+        ];
+        for (headers, status) in cases {
+            let answer = ask(&guard, "POST", "/ask", headers).await;
+            assert_eq!(answer.status(), status, "{headers:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn pages_that_are_named_may_ask_and_read() {
+        let origins = ["https://chat.example".parse().unwrap()];
+        let guard = Guard::of_names(&[]).with_origins(&origins);
+        let asking = [
+            ("origin", "https://chat.example"),
+            ("host", "127.0.0.1:8080"),
+            ("access-control-request-method", "POST"),
+            (
+                "access-control-request-headers",
+                "authorization, content-type",
+            ),
+            ("access-control-request-private-network", "true"),
+        ];
+        let answer = ask(&guard, "OPTIONS", "/ask", &asking).await;
+        let header = |name: &str| answer.headers()[name].to_str().unwrap();
+        assert_eq!(answer.status(), 204);
+        assert_eq!(
+            header("access-control-allow-origin"),
+            "https://chat.example"
+        );
+        assert_eq!(
+            header("access-control-allow-headers"),
+            "authorization, content-type"
+        );
+        assert_eq!(header("access-control-allow-private-network"), "true");
+        assert!(header("access-control-allow-methods").contains("POST"));
+        assert_eq!(
+            (header("access-control-max-age"), header("vary")),
+            ("600", "origin")
+        );
+        let posted = [asking[0], asking[1], ("content-type", "application/json")];
+        let answer = ask(&guard, "POST", "/ask", &posted).await;
+        assert_eq!(answer.status(), 200);
+        assert!(
+            answer.headers()["access-control-expose-headers"]
+                .to_str()
+                .unwrap()
+                .contains("x-request-id")
+        );
+        // A refusal can be read, too.
+        let plain = [asking[0], asking[1], ("content-type", "text/plain")];
+        let answer = ask(&guard, "POST", "/ask", &plain).await;
+        assert_eq!(
+            (
+                answer.status().as_u16(),
+                answer.headers().contains_key("access-control-allow-origin")
+            ),
+            (415, true)
+        );
+        let mut other = asking;
+        other[0].1 = "https://evil.example";
+        assert_eq!(ask(&guard, "OPTIONS", "/ask", &other).await.status(), 403);
+        let all = Guard::of_names(&[]).with_origins(&["*".parse().unwrap()]);
+        let answer = ask(&all, "OPTIONS", "/ask", &other).await;
+        assert_eq!(
+            (
+                answer.status().as_u16(),
+                &answer.headers()["access-control-allow-origin"]
+            ),
+            (204, &HeaderValue::from_static("*"))
+        );
+    }
+
+    #[test]
+    fn origins_are_read_and_anything_else_is_refused() {
+        for (text, origin) in [
+            ("https://Chat.Example.org/", "https://chat.example.org"),
+            ("http://localhost:3000", "http://localhost:3000"),
+            ("tauri://localhost", "tauri://localhost"),
+            ("*", "*"),
+        ] {
+            assert_eq!(text.parse::<Origin>().unwrap().to_string(), origin);
+        }
+        for wrong in [
+            "",
+            "chat.example.org",
+            "https://",
+            "https://a/b",
+            "https://*.example.org",
+            "://x",
+        ] {
+            assert!(wrong.parse::<Origin>().is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,353 @@
+//! Which connections there are, and which has to go when there are too many. Times go in, decisions come out.
+//!
+//! A connection that is answered is never taken from its client. One that only waits may be: the one that has waited longest, of the
+//! source that has the most of them. So neither silence nor a flood from one place keeps others out.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, Ipv6Addr};
+use std::time::{Duration, Instant};
+
+/// Names a connection; never reused.
+pub(super) type Id = u64;
+
+/// Numbers of connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Bounds {
+    /// All of them.
+    pub total: usize,
+    /// Those of one source.
+    pub per_source: usize,
+    /// More than that, which may ask for nothing but health.
+    pub reserve: usize,
+}
+
+/// How long a client may take.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Patience {
+    /// To send the head of a request.
+    pub header: Duration,
+    /// Between two requests.
+    pub idle: Duration,
+}
+
+/// A new connection's fate.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Admitted {
+    /// Its name.
+    pub id: Id,
+    /// It may ask for nothing but health.
+    pub restricted: bool,
+    /// One that has to go for it.
+    pub evicted: Option<Id>,
+}
+
+/// The connections.
+#[derive(Debug)]
+pub(super) struct Table {
+    bounds: Bounds,
+    entries: BTreeMap<Id, Entry>,
+    sources: HashMap<IpAddr, usize>,
+    restricted: usize,
+    next: Id,
+}
+
+#[derive(Debug)]
+struct Entry {
+    source: IpAddr,
+    restricted: bool,
+    /// Requests whose answers are not complete.
+    answering: usize,
+    /// Of them those whose bodies are not complete.
+    reading: usize,
+    /// When what it is waited for began.
+    since: Instant,
+    wait: Wait,
+}
+
+/// What is waited for while nothing is answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wait {
+    /// The rest of a request's head, or the first one.
+    Head,
+    /// Another request.
+    Next,
+    /// The same on a connection that carries many at once, where single bytes mean nothing.
+    Streams,
+}
+
+impl Table {
+    pub(super) fn new(bounds: Bounds) -> Self {
+        Self {
+            bounds,
+            entries: BTreeMap::new(),
+            sources: HashMap::new(),
+            restricted: 0,
+            next: 0,
+        }
+    }
+
+    /// Number of connections.
+    pub(super) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Enters a connection. The evicted one counts until it is [closed](Self::closed).
+    pub(super) fn open(&mut self, address: IpAddr, now: Instant) -> Admitted {
+        let source = source(address);
+        let of_source = self.sources.get(&source).copied().unwrap_or(0);
+        let (mut restricted, mut evicted) = (false, None);
+        // A proxy on this machine speaks for many.
+        if of_source >= self.bounds.per_source && !source.is_loopback() {
+            evicted = self.longest_waiting(|entry| entry.source == source);
+            restricted = evicted.is_none();
+        }
+        if !restricted && evicted.is_none() && self.len() - self.restricted >= self.bounds.total {
+            let most = self.most_waiting_source();
+            evicted = self.longest_waiting(|entry| Some(entry.source) == most);
+            restricted = evicted.is_none();
+        }
+        if restricted && self.restricted >= self.bounds.reserve {
+            let oldest = self.entries.iter().find(|(_, entry)| entry.restricted);
+            evicted = oldest.map(|(&id, _)| id);
+        }
+        let id = self.next;
+        self.next += 1;
+        self.restricted += usize::from(restricted);
+        *self.sources.entry(source).or_default() += 1;
+        let entry = Entry {
+            source,
+            restricted,
+            answering: 0,
+            reading: 0,
+            since: now,
+            wait: Wait::Head,
+        };
+        self.entries.insert(id, entry);
+        if let Some(evicted) = evicted {
+            self.closed(evicted);
+        }
+        Admitted {
+            id,
+            restricted,
+            evicted,
+        }
+    }
+
+    /// The system has no room for another connection: one that waits has to go.
+    pub(super) fn exhausted(&mut self) -> Option<Id> {
+        let most = self.most_waiting_source();
+        let evicted = self.longest_waiting(|entry| Some(entry.source) == most)?;
+        self.closed(evicted);
+        Some(evicted)
+    }
+
+    /// Bytes came.
+    pub(super) fn heard(&mut self, id: Id, now: Instant) {
+        if let Some(entry) = self.entries.get_mut(&id)
+            && entry.answering == 0
+            && entry.wait == Wait::Next
+        {
+            (entry.wait, entry.since) = (Wait::Head, now);
+        }
+    }
+
+    /// The head of a request is complete. Its body is not, if `body` says so.
+    pub(super) fn asked(&mut self, id: Id, body: bool, streams: bool, now: Instant) {
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.answering += 1;
+            entry.reading += usize::from(body);
+            entry.since = now;
+            entry.wait = if streams { Wait::Streams } else { Wait::Next };
+        }
+    }
+
+    /// The body of a request is complete or given up.
+    pub(super) fn read(&mut self, id: Id) {
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.reading = entry.reading.saturating_sub(1);
+        }
+    }
+
+    /// An answer is complete or given up.
+    pub(super) fn answered(&mut self, id: Id, now: Instant) {
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.answering = entry.answering.saturating_sub(1);
+            entry.since = now;
+        }
+    }
+
+    /// A connection is gone.
+    pub(super) fn closed(&mut self, id: Id) {
+        let Some(entry) = self.entries.remove(&id) else {
+            return;
+        };
+        self.restricted -= usize::from(entry.restricted);
+        if let Some(count) = self.sources.get_mut(&entry.source) {
+            *count -= 1;
+            if *count == 0 {
+                self.sources.remove(&entry.source);
+            }
+        }
+    }
+
+    /// Whether nothing is answered on it.
+    pub(super) fn waits(&self, id: Id) -> bool {
+        self.entries
+            .get(&id)
+            .is_none_or(|entry| entry.answering == 0)
+    }
+
+    /// When a connection has to be closed, unless something happens.
+    pub(super) fn due(&self, id: Id, patience: &Patience) -> Option<Instant> {
+        let entry = self.entries.get(&id).filter(|entry| entry.answering == 0)?;
+        let limit = match entry.wait {
+            Wait::Head => patience.header,
+            Wait::Next | Wait::Streams => patience.idle,
+        };
+        Some(entry.since + limit)
+    }
+
+    /// The connection of them that has waited longest: for a request or, if there is none such, for a body.
+    fn longest_waiting(&self, of: impl Fn(&Entry) -> bool) -> Option<Id> {
+        let candidates = self
+            .entries
+            .iter()
+            .filter(|(_, entry)| of(entry) && entry.is_evictable());
+        let longest = candidates.min_by_key(|(_, entry)| (entry.answering > 0, entry.since));
+        longest.map(|(&id, _)| id)
+    }
+
+    fn most_waiting_source(&self) -> Option<IpAddr> {
+        let mut counts: BTreeMap<IpAddr, usize> = BTreeMap::new();
+        for entry in self.entries.values().filter(|entry| entry.is_evictable()) {
+            *counts.entry(entry.source).or_default() += 1;
+        }
+        let most = counts.into_iter().max_by_key(|&(_, count)| count);
+        most.map(|(source, _)| source)
+    }
+}
+
+impl Entry {
+    /// Whether it has sent all that is answered on it.
+    fn is_evictable(&self) -> bool {
+        !self.restricted && self.answering == self.reading
+    }
+}
+
+/// Whom an address stands for: an IPv6 host has a whole /64.
+fn source(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) if !address.is_loopback() => {
+            IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() >> 64 << 64))
+        }
+        address => address,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATIENCE: Patience = Patience {
+        header: Duration::from_secs(10),
+        idle: Duration::from_secs(75),
+    };
+
+    fn table(total: usize, per_source: usize) -> Table {
+        Table::new(Bounds {
+            total,
+            per_source,
+            reserve: 2,
+        })
+    }
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn a_full_table_gives_up_what_waits_longest_of_whoever_waits_most() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut table = table(4, 4);
+        let honest = table.open(ip("10.0.0.1"), at(0)).id;
+        let flood: Vec<Id> = (1..4)
+            .map(|n| table.open(ip("10.0.0.2"), at(n)).id)
+            .collect();
+        let new = table.open(ip("10.0.0.3"), at(5));
+        assert_eq!((new.evicted, new.restricted), (Some(flood[0]), false));
+        table.asked(new.id, false, false, at(5));
+        table.asked(flood[1], false, false, at(6));
+        table.asked(flood[2], true, false, at(6));
+        table.asked(honest, false, false, at(6));
+        let new = table.open(ip("10.0.0.3"), at(7));
+        assert_eq!(new.evicted, Some(flood[2]), "its body never came");
+        assert_eq!(table.len(), 4);
+    }
+
+    #[test]
+    fn when_all_are_answered_only_health_can_be_asked_for() {
+        let now = Instant::now();
+        let mut table = table(2, 2);
+        for _ in 0..2 {
+            let id = table.open(ip("10.0.0.1"), now).id;
+            table.asked(id, false, false, now);
+        }
+        let first = table.open(ip("10.0.0.9"), now);
+        let second = table.open(ip("10.0.0.9"), now);
+        let third = table.open(ip("10.0.0.9"), now);
+        assert!(first.restricted && second.restricted && third.restricted);
+        assert_eq!(
+            (first.evicted, second.evicted, third.evicted),
+            (None, None, Some(first.id))
+        );
+        table.closed(0);
+        assert!(!table.open(ip("10.0.0.8"), now).restricted);
+    }
+
+    #[test]
+    fn one_source_has_its_limit_and_loopback_only_that_of_all() {
+        let now = Instant::now();
+        let mut table = table(100, 2);
+        for address in ["2001:db8::1", "2001:db8::2"] {
+            let id = table.open(ip(address), now).id;
+            table.asked(id, false, false, now);
+        }
+        assert!(table.open(ip("2001:db8::3"), now).restricted);
+        assert!(!table.open(ip("2001:db8:0:1::3"), now).restricted);
+        for _ in 0..10 {
+            let admitted = table.open(ip("::ffff:127.0.0.1"), now);
+            assert!(!admitted.restricted && admitted.evicted.is_none());
+        }
+    }
+
+    #[test]
+    fn a_head_has_less_time_than_a_pause() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut table = table(10, 10);
+        let id = table.open(ip("10.0.0.1"), at(0)).id;
+        assert_eq!(table.due(id, &PATIENCE), Some(at(10)));
+        table.heard(id, at(3));
+        assert_eq!(
+            table.due(id, &PATIENCE),
+            Some(at(10)),
+            "every byte buys no time"
+        );
+        table.asked(id, true, false, at(4));
+        table.read(id);
+        table.heard(id, at(5));
+        assert_eq!((table.due(id, &PATIENCE), table.waits(id)), (None, false));
+        table.answered(id, at(20));
+        assert_eq!(table.due(id, &PATIENCE), Some(at(95)));
+        table.heard(id, at(30));
+        assert_eq!(table.due(id, &PATIENCE), Some(at(40)));
+        let streams = table.open(ip("10.0.0.1"), at(0)).id;
+        table.asked(streams, false, true, at(1));
+        table.answered(streams, at(2));
+        table.heard(streams, at(3));
+        assert_eq!(table.due(streams, &PATIENCE), Some(at(77)));
+        table.closed(streams);
+        assert_eq!(table.due(streams, &PATIENCE), None);
+    }
+}
