@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use mesh_client::http::{HttpClient, HttpError};
 use serde_json::Value;
 
-use crate::args::AdminArgs;
+use crate::args::HeadArgs;
 use crate::failure::{Exit, Failure};
 use crate::input;
 
@@ -16,11 +16,8 @@ pub(crate) struct Admin {
 }
 
 impl Admin {
-    pub(crate) fn new(args: &AdminArgs) -> Result<Self, Failure> {
-        let path = args
-            .admin_key_file
-            .clone()
-            .unwrap_or_else(|| args.state_dir.join("admin.key"));
+    pub(crate) fn new(head: &HeadArgs) -> Result<Self, Failure> {
+        let path = head.admin_key();
         let key = input::key_file(&path).map_err(|failure| {
             Failure::new(Exit::Refused, failure.message).hint(
                 "Run this on the head's machine as the user it runs as, or name its key with --admin-key-file \
@@ -28,7 +25,7 @@ impl Admin {
             )
         })?;
         Ok(Self {
-            client: HttpClient::new(&args.url, Some(key))?,
+            client: HttpClient::new(head.url(), Some(key))?,
             key: path,
         })
     }

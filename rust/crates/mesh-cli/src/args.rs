@@ -3,7 +3,7 @@
 mod models;
 mod pull;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum, ValueHint};
@@ -37,6 +37,10 @@ pub struct Args {
     /// When to use colour
     #[arg(long, global = true, value_enum, default_value_t, value_name = "WHEN")]
     pub color: Color,
+
+    /// The head.
+    #[command(flatten)]
+    pub head: HeadArgs,
 
     /// What to do.
     #[command(subcommand)]
@@ -119,16 +123,43 @@ pub struct DemoArgs {
     pub model: Option<PathBuf>,
 }
 
-/// Where a head's HTTP API is, and the key to it.
-#[derive(Debug, Clone, clap::Args)]
+/// Where a head is and what it wants to see. These may stand before the command, too.
+#[derive(Debug, Clone, Default, clap::Args)]
+#[command(next_help_heading = "The head")]
 pub struct HeadArgs {
-    /// The head's HTTP address
-    #[arg(long, value_name = "URL", env = "HYDRAMESH_URL", default_value = "http://127.0.0.1:8080", value_hint = ValueHint::Url)]
-    pub url: String,
+    /// The head's HTTP address [default: http://127.0.0.1:8080]
+    #[arg(long, global = true, value_name = "URL", env = "HYDRAMESH_URL", value_hint = ValueHint::Url)]
+    pub url: Option<String>,
 
     /// File with an API key, where the head wants one
-    #[arg(long, value_name = "FILE", env = "HYDRAMESH_API_KEY_FILE", value_hint = ValueHint::FilePath)]
+    #[arg(long, global = true, value_name = "FILE", env = "HYDRAMESH_API_KEY_FILE", value_hint = ValueHint::FilePath)]
     pub api_key_file: Option<PathBuf>,
+
+    /// File with the head's admin key, for plan, drain, undrain, rebalance and token [default: admin.key in the head's state folder]
+    #[arg(long, global = true, value_name = "FILE", env = "HYDRAMESH_ADMIN_KEY_FILE", value_hint = ValueHint::FilePath)]
+    pub admin_key_file: Option<PathBuf>,
+
+    /// The head's state folder, where its admin key lies [default: /var/lib/hydramesh/head]
+    #[arg(long, global = true, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub state_dir: Option<PathBuf>,
+}
+
+impl HeadArgs {
+    /// The head's HTTP address.
+    pub fn url(&self) -> &str {
+        self.url.as_deref().unwrap_or("http://127.0.0.1:8080")
+    }
+
+    /// The head's admin key.
+    pub fn admin_key(&self) -> PathBuf {
+        let in_state_dir = || {
+            let folder = self.state_dir.as_deref();
+            folder
+                .unwrap_or(Path::new("/var/lib/hydramesh/head"))
+                .join("admin.key")
+        };
+        self.admin_key_file.clone().unwrap_or_else(in_state_dir)
+    }
 }
 
 /// How an answer is made.
@@ -158,14 +189,15 @@ pub struct SamplingArgs {
 /// `hydramesh ask`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-The question goes as one datagram to a shim (or a head); the answer is printed while it grows. With --http, or when no --to is \
+The question goes as one datagram to a shim (or a head); the answer is printed while it grows. With --http or --url, or when no --to is \
 given and this machine has no shim, it goes to the head's HTTP API instead.
 
 Examples:
   hydramesh ask \"Why is the sky blue?\"
   hydramesh ask --stats --max-tokens 64 Tell me a story
   git log -5 --oneline | hydramesh ask --system \"Summarise.\" -
-  hydramesh ask --json --http \"Name three rivers.\" | jq -r .text")]
+  hydramesh ask --json --http \"Name three rivers.\" | jq -r .text
+  hydramesh ask --url http://attic:8080 \"Name three rivers.\"")]
 pub struct AskArgs {
     /// The question; `-` or nothing reads it from standard input
     #[arg(value_name = "QUESTION")]
@@ -175,7 +207,7 @@ pub struct AskArgs {
     #[arg(long, value_name = "HOST:PORT", env = "HYDRAMESH_DCF")]
     pub to: Option<String>,
 
-    /// Ask over HTTP (see --url) instead of DCF/UDP
+    /// Ask over HTTP instead of DCF/UDP, as --url does
     #[arg(long)]
     pub http: bool,
 
@@ -202,10 +234,6 @@ pub struct AskArgs {
     /// How to answer.
     #[command(flatten)]
     pub sampling: SamplingArgs,
-
-    /// The head, with `--http`.
-    #[command(flatten)]
-    pub head: HeadArgs,
 }
 
 /// `hydramesh chat`
@@ -229,10 +257,6 @@ pub struct ChatArgs {
     /// How to answer.
     #[command(flatten)]
     pub sampling: SamplingArgs,
-
-    /// The head.
-    #[command(flatten)]
-    pub head: HeadArgs,
 }
 
 /// `hydramesh status`
@@ -248,26 +272,6 @@ pub struct StatusArgs {
     /// Show it again every TIME until Ctrl-C
     #[arg(long, value_name = "TIME", value_parser = parse_duration, num_args = 0..=1, default_missing_value = "2s")]
     pub watch: Option<Duration>,
-
-    /// The head.
-    #[command(flatten)]
-    pub head: HeadArgs,
-}
-
-/// Where a head's HTTP API is, and its admin key.
-#[derive(Debug, Clone, clap::Args)]
-pub struct AdminArgs {
-    /// The head's HTTP address
-    #[arg(long, value_name = "URL", env = "HYDRAMESH_URL", default_value = "http://127.0.0.1:8080", value_hint = ValueHint::Url)]
-    pub url: String,
-
-    /// File with the head's admin key [default: admin.key in the head's state folder]
-    #[arg(long, value_name = "FILE", env = "HYDRAMESH_ADMIN_KEY_FILE", value_hint = ValueHint::FilePath)]
-    pub admin_key_file: Option<PathBuf>,
-
-    /// The head's state folder, where its admin key lies
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/hydramesh/head", value_hint = ValueHint::DirPath)]
-    pub state_dir: PathBuf,
 }
 
 /// `hydramesh embed`
@@ -303,10 +307,6 @@ pub struct EmbedArgs {
     /// Print a JSON object per text
     #[arg(long)]
     pub json: bool,
-
-    /// The head.
-    #[command(flatten)]
-    pub head: HeadArgs,
 }
 
 /// `hydramesh plan`
@@ -325,10 +325,6 @@ pub struct PlanArgs {
     /// Print the head's own JSON
     #[arg(long)]
     pub json: bool,
-
-    /// The head.
-    #[command(flatten)]
-    pub admin: AdminArgs,
 }
 
 /// `hydramesh drain`
@@ -357,10 +353,6 @@ pub struct DrainArgs {
     /// Print the head's own JSON
     #[arg(long)]
     pub json: bool,
-
-    /// The head.
-    #[command(flatten)]
-    pub admin: AdminArgs,
 }
 
 /// `hydramesh undrain`
@@ -374,10 +366,6 @@ pub struct UndrainArgs {
     /// Print the head's own JSON
     #[arg(long)]
     pub json: bool,
-
-    /// The head.
-    #[command(flatten)]
-    pub admin: AdminArgs,
 }
 
 /// `hydramesh rebalance`
@@ -401,10 +389,6 @@ pub struct RebalanceArgs {
     /// Print the head's own JSON
     #[arg(long)]
     pub json: bool,
-
-    /// The head.
-    #[command(flatten)]
-    pub admin: AdminArgs,
 }
 
 /// `hydramesh token`
@@ -427,9 +411,6 @@ Examples:
   hydramesh token create > join-token          # on the head's machine, as its user
   mesh-worker --set join_token_file=join-token --set head=192.168.1.10:7780")]
     Create {
-        /// The head.
-        #[command(flatten)]
-        admin: AdminArgs,
         /// How long the token is good for, such as 30m, 12h [default: the head's]
         #[arg(long, value_name = "TIME", value_parser = parse_duration)]
         ttl: Option<Duration>,
@@ -483,10 +464,6 @@ pub struct BenchArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
-
-    /// The head, with `--mesh`.
-    #[command(flatten)]
-    pub head: HeadArgs,
 }
 
 /// `hydramesh probe`
@@ -621,6 +598,33 @@ mod tests {
     #[test]
     fn the_arguments_are_sound() {
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn flags_that_say_where_the_head_is_may_come_first() {
+        for words in [
+            "--url http://a status",
+            "status --url http://a",
+            "--url=http://a --color never status --json",
+            "--url http://a ask hi",
+            "--url http://a chat",
+            "--url http://a embed hi",
+            "--url http://a plan m",
+            "--url http://a drain n",
+            "--url http://a undrain n",
+            "--url http://a rebalance",
+            "--url http://a bench --mesh",
+            "--url http://a token create",
+            "--admin-key-file k --url http://a token create",
+            "token create --admin-key-file k --url http://a",
+            "--state-dir d --url http://a drain n",
+            "--api-key-file k --url http://a embed hi",
+        ] {
+            let words = words.split(' ');
+            let args = Args::try_parse_from(std::iter::once("hydramesh").chain(words.clone()));
+            let args = args.unwrap_or_else(|error| panic!("{words:?}: {error}"));
+            assert_eq!(args.head.url(), "http://a");
+        }
     }
 
     #[test]

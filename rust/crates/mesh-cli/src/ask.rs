@@ -11,11 +11,12 @@ use crate::failure::{Exit, Failure};
 use crate::input;
 use crate::output::{Stats, Terminal, print_now};
 
-pub(crate) async fn run(args: AskArgs, terminal: Terminal) -> Result<(), Failure> {
+pub(crate) async fn run(head: &HeadArgs, args: AskArgs, terminal: Terminal) -> Result<(), Failure> {
     let question = input::prompt(&args.question)?;
-    let body = task(&args, &question);
+    let over_http = goes_over_http(head, &args, |name| std::env::var(name).ok())?;
+    let body = task(&args, over_http, &question);
     let answer = tokio::select! {
-        answer = ask(&args, &body) => answer?,
+        answer = ask(head, &args, over_http, &body) => answer?,
         _ = tokio::signal::ctrl_c() => {
             print_now("\n");
             return Err(Failure::new(Exit::Interrupted, "interrupted"));
@@ -50,14 +51,41 @@ struct Outcome {
     more: Vec<(&'static str, Value)>,
 }
 
-async fn ask(args: &AskArgs, body: &Value) -> Result<Outcome, Failure> {
+/// Whether the question goes to the head's HTTP API. What is typed counts more than what the environment says.
+fn goes_over_http(
+    head: &HeadArgs,
+    args: &AskArgs,
+    environment: impl Fn(&str) -> Option<String>,
+) -> Result<bool, Failure> {
+    let typed = |value: &Option<String>, name| value.is_some() && *value != environment(name);
+    let url = typed(&head.url, "HYDRAMESH_URL");
+    let to = typed(&args.to, "HYDRAMESH_DCF");
+    if args.http {
+        return Ok(true);
+    }
+    if url && to {
+        return Err(Failure::new(
+            Exit::Usage,
+            "--to names a shim and --url a head: the question can go to one of them only",
+        )
+        .hint("Leave one of them out, or add --http to ask the head."));
+    }
+    Ok(url || (head.url.is_some() && args.to.is_none()))
+}
+
+async fn ask(
+    head: &HeadArgs,
+    args: &AskArgs,
+    over_http: bool,
+    body: &Value,
+) -> Result<Outcome, Failure> {
     let mut print = |text: &str| {
         if !args.json {
             print_now(text);
         }
     };
     let mut no_shim = None;
-    if !args.http {
+    if !over_http {
         match over_datagrams(args, body, &mut print).await {
             // A mesh needs no shim: the head may be there without one.
             Err(failure) if args.to.is_none() && failure.exit == Exit::Unreachable => {
@@ -66,7 +94,7 @@ async fn ask(args: &AskArgs, body: &Value) -> Result<Outcome, Failure> {
             outcome => return outcome,
         }
     }
-    match ask_http(args, body, &mut print).await {
+    match ask_http(head, args, body, &mut print).await {
         Err(failure) if failure.exit == Exit::Unreachable => Err(no_shim.unwrap_or(failure)),
         outcome => outcome,
     }
@@ -88,11 +116,12 @@ async fn over_datagrams(
 }
 
 async fn ask_http(
+    head: &HeadArgs,
     args: &AskArgs,
     body: &Value,
     print: &mut dyn FnMut(&str),
 ) -> Result<Outcome, Failure> {
-    let client = http_client(&args.head)?;
+    let client = http_client(head)?;
     match tokio::time::timeout(args.timeout, over_http(&client, body, print)).await {
         Ok(outcome) => outcome,
         Err(_) => Err(Failure::new(
@@ -176,7 +205,7 @@ pub(crate) fn http_client(head: &HeadArgs) -> Result<HttpClient, Failure> {
         Some(path) => Some(input::key_file(path)?),
         None => None,
     };
-    Ok(HttpClient::new(&head.url, key)?)
+    Ok(HttpClient::new(head.url(), key)?)
 }
 
 /// The sampling parameters that were given, under the names that both carriers know.
@@ -195,7 +224,7 @@ pub(crate) fn sampling(args: &SamplingArgs) -> Value {
     body
 }
 
-fn task(args: &AskArgs, question: &str) -> Value {
+fn task(args: &AskArgs, over_http: bool, question: &str) -> Value {
     let mut body = sampling(&args.sampling);
     let user = json!({"role": "user", "content": question});
     body["messages"] = match &args.system {
@@ -205,7 +234,7 @@ fn task(args: &AskArgs, question: &str) -> Value {
     if !args.stop.is_empty() {
         body["stop"] = json!(args.stop);
     }
-    if !args.http {
+    if !over_http {
         // With --json, too: the pieces tell when the first text came.
         body["stream"] = true.into();
     }
@@ -234,6 +263,37 @@ mod tests {
     }
 
     #[test]
+    fn a_question_goes_where_it_is_sent() {
+        let goes = |words: &str, environment: &[(&str, &str)]| {
+            let words = ["hydramesh", "ask", "hi"]
+                .into_iter()
+                .chain(words.split_whitespace());
+            let mut parsed = Args::try_parse_from(words).expect("sound");
+            let Command::Ask(mut args) = parsed.command else {
+                unreachable!("ask was asked for");
+            };
+            let value = |name: &str| {
+                let found = environment.iter().find(|(known, _)| *known == name);
+                found.map(|(_, value)| (*value).to_owned())
+            };
+            // As the parser would have found them there.
+            parsed.head.url = parsed.head.url.or(value("HYDRAMESH_URL"));
+            args.to = args.to.or(value("HYDRAMESH_DCF"));
+            goes_over_http(&parsed.head, &args, value).map_err(|failure| failure.exit)
+        };
+        assert_eq!(goes("", &[]), Ok(false));
+        assert_eq!(goes("--url http://a", &[]), Ok(true));
+        assert_eq!(goes("--to a:9999", &[]), Ok(false));
+        assert_eq!(goes("--http --to a:9999", &[]), Ok(true));
+        assert_eq!(goes("--to a:9999 --url http://a", &[]), Err(Exit::Usage));
+        let both = [("HYDRAMESH_URL", "http://e"), ("HYDRAMESH_DCF", "e:9999")];
+        assert_eq!(goes("", &both[..1]), Ok(true));
+        assert_eq!(goes("", &both), Ok(false));
+        assert_eq!(goes("--url http://a", &both), Ok(true));
+        assert_eq!(goes("--to a:9999", &both), Ok(false));
+    }
+
+    #[test]
     fn only_what_was_given_is_sent() {
         let args = parse(&[
             "Why?",
@@ -245,7 +305,7 @@ mod tests {
             "Be brief.",
         ]);
         assert_eq!(
-            task(&args, "Why?"),
+            task(&args, false, "Why?"),
             json!({
                 "messages": [
                     {"role": "system", "content": "Be brief."},

@@ -9,12 +9,12 @@ use mesh_engine_ort::{OrtOptions, OrtStage};
 use mesh_model::Model;
 use serde_json::json;
 
-use crate::args::BenchArgs;
+use crate::args::{BenchArgs, HeadArgs};
 use crate::ask::{http_client, name_the_model};
 use crate::failure::Failure;
 use crate::output::duration;
 
-pub(crate) async fn run(args: BenchArgs) -> Result<(), Failure> {
+pub(crate) async fn run(head: &HeadArgs, args: BenchArgs) -> Result<(), Failure> {
     let measured = match &args.file {
         Some(file) => {
             let file = file.clone();
@@ -29,7 +29,7 @@ pub(crate) async fn run(args: BenchArgs) -> Result<(), Failure> {
                 .await
                 .map_err(|error| Failure::failed(error.to_string()))??
         }
-        None => mesh(&args).await?,
+        None => mesh(head, &args).await?,
     };
     if args.json {
         println!(
@@ -203,8 +203,8 @@ fn arg_max(row: &[f32]) -> u32 {
     best as u32
 }
 
-async fn mesh(args: &BenchArgs) -> Result<Measured, Failure> {
-    let client = http_client(&args.head)?;
+async fn mesh(head: &HeadArgs, args: &BenchArgs) -> Result<Measured, Failure> {
+    let client = http_client(head)?;
     let mut body = json!({
         "max_tokens": args.tokens,
         "temperature": 0,

@@ -8,7 +8,7 @@ use mesh_client::http::HttpClient;
 use rustyline::error::ReadlineError;
 use serde_json::{Value, json};
 
-use crate::args::ChatArgs;
+use crate::args::{ChatArgs, HeadArgs};
 use crate::ask::{http_client, name_the_model, sampling};
 use crate::failure::{Exit, Failure};
 use crate::output::{Stats, Terminal, print_now};
@@ -20,8 +20,12 @@ const HELP: &str = "\
 /stats         show times and speed after each answer, or stop doing so
 /quit          end (Ctrl-D, too); Ctrl-C stops an answer";
 
-pub(crate) async fn run(args: ChatArgs, terminal: Terminal) -> Result<(), Failure> {
-    let client = http_client(&args.head)?;
+pub(crate) async fn run(
+    head: &HeadArgs,
+    args: ChatArgs,
+    terminal: Terminal,
+) -> Result<(), Failure> {
+    let client = http_client(head)?;
     let mut body = sampling(&args.sampling);
     name_the_model(&client, &mut body).await?;
     let person = io::stdin().is_terminal() && io::stdout().is_terminal();

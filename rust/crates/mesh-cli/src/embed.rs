@@ -5,14 +5,14 @@ use std::io::{self, BufRead, IsTerminal};
 use mesh_client::http::HttpClient;
 use serde_json::{Value, json};
 
-use crate::args::EmbedArgs;
+use crate::args::{EmbedArgs, HeadArgs};
 use crate::ask::http_client;
 use crate::failure::{Exit, Failure};
 use crate::output::print_now;
 
-pub(crate) async fn run(args: EmbedArgs) -> Result<(), Failure> {
+pub(crate) async fn run(head: &HeadArgs, args: EmbedArgs) -> Result<(), Failure> {
     let texts = texts(&args.text)?;
-    let client = http_client(&args.head)?;
+    let client = http_client(head)?;
     for texts in texts.chunks(MOST_TEXTS) {
         let answer = tokio::select! {
             answer = tokio::time::timeout(args.timeout, ask(&client, &args, texts)) => answer,

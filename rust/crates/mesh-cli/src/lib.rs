@@ -34,6 +34,7 @@ use output::Terminal;
 /// The [`Failure`] to be shown, with its exit code.
 pub fn run(args: Args) -> Result<(), Failure> {
     let terminal = Terminal::new(args.color);
+    let head = &args.head;
     if let Command::Completions(args) = args.command {
         let mut command = Args::command();
         clap_complete::generate(
@@ -59,17 +60,17 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let result = runtime.block_on(async {
         match args.command {
             Command::Demo(args) => demo::run(args, terminal).await,
-            Command::Ask(args) => ask::run(args, terminal).await,
-            Command::Embed(args) => embed::run(args).await,
-            Command::Chat(args) => chat::run(args, terminal).await,
-            Command::Status(args) => status::run(args, terminal).await,
-            Command::Plan(args) => rings::plan(args).await,
-            Command::Drain(args) => rings::drain(args).await,
-            Command::Undrain(args) => rings::undrain(args).await,
-            Command::Rebalance(args) => rings::rebalance(args).await,
+            Command::Ask(args) => ask::run(head, args, terminal).await,
+            Command::Embed(args) => embed::run(head, args).await,
+            Command::Chat(args) => chat::run(head, args, terminal).await,
+            Command::Status(args) => status::run(head, args, terminal).await,
+            Command::Plan(args) => rings::plan(head, args).await,
+            Command::Drain(args) => rings::drain(head, args).await,
+            Command::Undrain(args) => rings::undrain(head, args).await,
+            Command::Rebalance(args) => rings::rebalance(head, args).await,
             Command::Models(args) => models::run(args.command).await,
-            Command::Token(args) => token::run(args.command).await,
-            Command::Bench(args) => bench::run(args).await,
+            Command::Token(args) => token::run(head, args.command).await,
+            Command::Bench(args) => bench::run(head, args).await,
             Command::Probe(_)
             | Command::Profile(_)
             | Command::BootConfig(_)

@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::admin::Admin;
-use crate::args::{DrainArgs, PlanArgs, RebalanceArgs, UndrainArgs};
+use crate::args::{DrainArgs, HeadArgs, PlanArgs, RebalanceArgs, UndrainArgs};
 use crate::failure::{Exit, Failure};
 use crate::output::{Terminal, table};
 
-pub(crate) async fn plan(args: PlanArgs) -> Result<(), Failure> {
-    let admin = Admin::new(&args.admin)?;
+pub(crate) async fn plan(head: &HeadArgs, args: PlanArgs) -> Result<(), Failure> {
+    let admin = Admin::new(head)?;
     let path = format!("/v1/mesh/plan?model={}", escape(&args.model));
     let answer = admin.get(&path).await?;
     if args.json {
@@ -21,8 +21,8 @@ pub(crate) async fn plan(args: PlanArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-pub(crate) async fn drain(args: DrainArgs) -> Result<(), Failure> {
-    let admin = Admin::new(&args.admin)?;
+pub(crate) async fn drain(head: &HeadArgs, args: DrainArgs) -> Result<(), Failure> {
+    let admin = Admin::new(head)?;
     let body = json!({ "worker": args.node });
     let mut answer = admin.post("/v1/mesh/drain", &body).await?;
     if args.wait {
@@ -70,8 +70,8 @@ pub(crate) async fn drain(args: DrainArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-pub(crate) async fn undrain(args: UndrainArgs) -> Result<(), Failure> {
-    let admin = Admin::new(&args.admin)?;
+pub(crate) async fn undrain(head: &HeadArgs, args: UndrainArgs) -> Result<(), Failure> {
+    let admin = Admin::new(head)?;
     let body = json!({ "worker": args.node });
     let answer = admin.post("/v1/mesh/undrain", &body).await?;
     if args.json {
@@ -89,8 +89,8 @@ pub(crate) async fn undrain(args: UndrainArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-pub(crate) async fn rebalance(args: RebalanceArgs) -> Result<(), Failure> {
-    let admin = Admin::new(&args.admin)?;
+pub(crate) async fn rebalance(head: &HeadArgs, args: RebalanceArgs) -> Result<(), Failure> {
+    let admin = Admin::new(head)?;
     let mut body = json!({ "dry_run": args.dry_run });
     if let Some(model) = &args.model {
         body["model"] = model.as_str().into();

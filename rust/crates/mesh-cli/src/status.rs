@@ -2,14 +2,18 @@
 
 use serde_json::Value;
 
-use crate::args::StatusArgs;
+use crate::args::{HeadArgs, StatusArgs};
 use crate::ask::http_client;
 use crate::failure::Failure;
 use crate::output::{Terminal, bytes, table};
 use crate::rings;
 
-pub(crate) async fn run(args: StatusArgs, terminal: Terminal) -> Result<(), Failure> {
-    let client = http_client(&args.head)?;
+pub(crate) async fn run(
+    head: &HeadArgs,
+    args: StatusArgs,
+    terminal: Terminal,
+) -> Result<(), Failure> {
+    let client = http_client(head)?;
     loop {
         let registry = client.get("/v1/mesh").await?;
         if args.json {

@@ -3,16 +3,12 @@
 use serde_json::json;
 
 use crate::admin::Admin;
-use crate::args::TokenCommand;
+use crate::args::{HeadArgs, TokenCommand};
 use crate::failure::Failure;
 
-pub(crate) async fn run(command: TokenCommand) -> Result<(), Failure> {
-    let TokenCommand::Create {
-        admin,
-        ttl,
-        json: as_json,
-    } = command;
-    let admin = Admin::new(&admin)?;
+pub(crate) async fn run(head: &HeadArgs, command: TokenCommand) -> Result<(), Failure> {
+    let TokenCommand::Create { ttl, json: as_json } = command;
+    let admin = Admin::new(head)?;
     let mut body = json!({});
     if let Some(ttl) = ttl {
         body["ttl_seconds"] = ttl.as_secs().max(1).into();

@@ -207,7 +207,9 @@ pub enum RequestError {
     #[error("the prompt is empty; it needs at least one token")]
     EmptyPrompt,
     /// A token id outside the vocabulary.
-    #[error("token id {token} is outside the model's vocabulary of {vocab}")]
+    #[error(
+        "token id {token} is out of vocabulary: the model has {vocab} tokens. Token ids must be this model's own"
+    )]
     NoSuchToken {
         /// The id.
         token: u32,
@@ -216,8 +218,8 @@ pub enum RequestError {
     },
     /// The tokens leave no room for an answer.
     #[error(
-        "This model's maximum context length is {context} tokens. However, your prompt has {tokens} tokens and leaves no room for an \
-         answer. Shorten the prompt"
+        "This model's maximum context length is {context} tokens. However, your prompt has {tokens} tokens, which exceeds the available \
+         context size or leaves no room for an answer; shorten it"
     )]
     ContextTooLong {
         /// Tokens of the prompt and of the answer so far.

@@ -355,7 +355,7 @@ mod tests {
         head.workers(2, 1);
         head.failover("m");
         head.ring_gap("m", Duration::from_millis(300));
-        let text = metrics.encode();
+        let text = metrics.encode(mesh_service::metrics::Format::OpenMetrics);
         for line in [
             "hydramesh_head_requests_total{front=\"Dcf\",outcome=\"Complete\"} 1",
             "hydramesh_head_request_duration_seconds_count{front=\"Dcf\",outcome=\"Complete\"} 1",

@@ -18,8 +18,50 @@ use prometheus_client::registry::Registry;
 
 pub use prometheus_client;
 
-/// MIME type of [`Metrics::encode`]'s text.
-pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// How a scrape is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// The Prometheus text format, version 0.0.4.
+    Text,
+    /// OpenMetrics.
+    OpenMetrics,
+}
+
+impl Format {
+    /// The one that an `Accept` header likes best; the text format where it does not care.
+    pub fn accepted(accept: Option<&str>) -> Self {
+        let quality = |wanted: &dyn Fn(&str) -> bool| {
+            let ranges = accept.unwrap_or("*/*").split(',');
+            let qualities = ranges.filter_map(|range| {
+                let mut parts = range.split(';').map(str::trim);
+                let kind = parts.next().unwrap_or_default().to_ascii_lowercase();
+                let mut quality = 1.0;
+                for (name, value) in parts.filter_map(|part| part.split_once('=')) {
+                    if name.trim().eq_ignore_ascii_case("q") {
+                        quality = value.trim().parse().unwrap_or(0.0);
+                    }
+                }
+                wanted(&kind).then_some(quality)
+            });
+            qualities.fold(0.0_f32, f32::max)
+        };
+        let open = quality(&|kind| kind == "application/openmetrics-text");
+        let text = quality(&|kind| matches!(kind, "text/plain" | "text/*"));
+        if open > 0.0 && open >= text {
+            Self::OpenMetrics
+        } else {
+            Self::Text
+        }
+    }
+
+    /// Its MIME type.
+    pub fn content_type(self) -> &'static str {
+        match self {
+            Self::Text => "text/plain; version=0.0.4; charset=utf-8",
+            Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
+        }
+    }
+}
 
 /// The metrics of one service.
 pub struct Metrics {
@@ -55,14 +97,17 @@ impl Metrics {
         register(registry.sub_registry_with_prefix(&self.prefix))
     }
 
-    /// All metrics in the OpenMetrics text format.
-    pub fn encode(&self) -> String {
+    /// All metrics.
+    pub fn encode(&self, format: Format) -> String {
         let mut text = String::new();
         let registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = prometheus_client::encoding::text::encode(&mut text, &registry) {
             tracing::error!(%error, "metrics cannot be encoded");
         }
-        text
+        match format {
+            Format::Text => classic(&text),
+            Format::OpenMetrics => text,
+        }
     }
 }
 
@@ -72,6 +117,35 @@ impl fmt::Debug for Metrics {
             .field("prefix", &self.prefix)
             .finish_non_exhaustive()
     }
+}
+
+/// OpenMetrics in the older text format: there a family is called as its samples are, there are no units and no information, and
+/// nothing says that the end is reached.
+fn classic(text: &str) -> String {
+    let mut classic = String::with_capacity(text.len() + text.len() / 8);
+    let mut help = "";
+    for line in text.lines() {
+        if let Some(described) = line.strip_prefix("# HELP ") {
+            help = described;
+        } else if let Some(typed) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = typed.rsplit_once(' ').unwrap_or((typed, "untyped"));
+            let (suffix, kind) = match kind {
+                "counter" => ("_total", "counter"),
+                "info" => ("_info", "gauge"),
+                "unknown" => ("", "untyped"),
+                "stateset" => ("", "gauge"),
+                kind => ("", kind),
+            };
+            if let Some(help) = help.strip_prefix(name) {
+                classic += &format!("# HELP {name}{suffix}{help}\n");
+            }
+            classic += &format!("# TYPE {name}{suffix} {kind}\n");
+        } else if !line.starts_with('#') {
+            classic += line;
+            classic.push('\n');
+        }
+    }
+    classic
 }
 
 /// Resident memory of this process in bytes, where the system tells.
@@ -143,7 +217,7 @@ mod tests {
         metrics
             .register(|registry| registry.register("requests", "Requests taken", requests.clone()));
         requests.inc_by(7);
-        let text = metrics.encode();
+        let text = metrics.encode(Format::OpenMetrics);
         assert!(text.contains("hydramesh_head_requests_total 7"), "{text}");
         assert!(
             text.contains("hydramesh_build_info{service=\"head\",version=\"1.2.3\"} 1"),
@@ -165,6 +239,56 @@ mod tests {
             );
         }
         assert!(text.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn the_older_format_names_families_as_their_samples() {
+        let metrics = Metrics::new("head", "1.2.3");
+        let requests = Counter::<u64>::default();
+        metrics
+            .register(|registry| registry.register("requests", "Requests taken", requests.clone()));
+        let text = metrics.encode(Format::Text);
+        for line in [
+            "# HELP hydramesh_head_requests_total Requests taken.",
+            "# TYPE hydramesh_head_requests_total counter",
+            "hydramesh_head_requests_total 0",
+            "# TYPE hydramesh_build_info gauge",
+            "# TYPE process_cpu_seconds_total counter",
+            "# TYPE process_open_fds gauge",
+        ] {
+            assert!(text.lines().any(|there| there == line), "{line}\n{text}");
+        }
+        assert!(
+            !text.contains("# EOF") && !text.contains("# UNIT"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn open_metrics_is_for_those_who_ask_for_it() {
+        for (accept, format) in [
+            (None, Format::Text),
+            (Some("*/*"), Format::Text),
+            (Some("text/plain"), Format::Text),
+            (
+                Some("text/plain;version=0.0.4;q=0.5,*/*;q=0.1"),
+                Format::Text,
+            ),
+            (Some("application/openmetrics-text"), Format::OpenMetrics),
+            (
+                Some("application/openmetrics-text;q=0.2, text/plain"),
+                Format::Text,
+            ),
+            (Some("application/openmetrics-text;q=0"), Format::Text),
+            (
+                Some(
+                    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+                ),
+                Format::OpenMetrics,
+            ),
+        ] {
+            assert_eq!(Format::accepted(accept), format, "{accept:?}");
+        }
     }
 
     #[test]

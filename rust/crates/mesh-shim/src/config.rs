@@ -168,6 +168,8 @@ pub struct Http {
     /// Its address; absent is no listener.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub listen: Option<SocketAddr>,
+    /// Names, besides this machine's own, under which browsers may reach it on loopback.
+    pub hosts: Vec<String>,
 }
 
 /// What is wrong with a configuration.

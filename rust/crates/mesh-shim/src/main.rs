@@ -112,6 +112,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         let listener = http::bind(listen).await?;
         bound.insert("http".into(), listener.local_addr()?);
         let router = health::router(health.clone(), metrics);
+        let router = http::Guard::of_listener(listen.ip(), &config.http.hosts).before(router);
         tokio::spawn(http::serve(
             listener,
             router,

@@ -91,7 +91,7 @@ mod tests {
         stats.live_heads.set(2);
         let metrics = Metrics::new("shim", "0");
         metrics.register(|registry| registry.register_collector(Box::new(StatsCollector(stats))));
-        let text = metrics.encode();
+        let text = metrics.encode(mesh_service::metrics::Format::OpenMetrics);
         for line in [
             "hydramesh_shim_dropped_total{reason=\"truncated\"} 3",
             "hydramesh_shim_datagrams_total{kind=\"tasks\"} 5",

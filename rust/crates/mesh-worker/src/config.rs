@@ -90,6 +90,8 @@ pub struct Config {
 pub struct HttpConfig {
     /// Address and port.
     pub listen: SocketAddr,
+    /// Names, besides this machine's own, under which browsers may reach it on loopback.
+    pub hosts: Vec<String>,
 }
 
 /// Embedding models.
@@ -285,6 +287,7 @@ impl Default for HttpConfig {
     fn default() -> Self {
         HttpConfig {
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 8081)),
+            hosts: Vec::new(),
         }
     }
 }

@@ -24,6 +24,8 @@ pub(crate) enum Refusal {
     Template(#[from] TemplateError),
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    #[error("chat_template_kwargs cannot be read: {0}")]
+    Variables(serde_json::Error),
     #[error("the request could not be prepared: {0}")]
     Failed(String),
 }
@@ -62,9 +64,15 @@ pub(crate) async fn write(
                 role: message.role,
                 content: message.content,
             });
+            let kwargs = match chat.template_variables.as_str() {
+                "" => serde_json::Map::new(),
+                variables => serde_json::from_str(variables).map_err(Refusal::Variables)?,
+            };
             let request = RenderRequest {
                 messages: messages.collect(),
-                ..RenderRequest::default()
+                add_generation_prompt: !chat.no_generation_prompt && !chat.continue_final_message,
+                continue_final_message: chat.continue_final_message,
+                kwargs,
             };
             Written::Chat(templates.render(model.template(), request).await?)
         }

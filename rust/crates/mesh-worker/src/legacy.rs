@@ -157,6 +157,7 @@ fn parse(task: &Message) -> Result<Generate, String> {
             role: "user".to_owned(),
             content: text.to_owned(),
         }],
+        ..Chat::default()
     };
     let request_id = format!("task-{}", task.sequence);
     let Ok(Value::Object(fields)) = serde_json::from_str::<Value>(text) else {
@@ -198,7 +199,10 @@ fn conversation(messages: &Value) -> Result<Chat, String> {
         })
         .collect();
     match messages {
-        Some(messages) if !messages.is_empty() => Ok(Chat { messages }),
+        Some(messages) if !messages.is_empty() => Ok(Chat {
+            messages,
+            ..Chat::default()
+        }),
         _ => Err(
             "`messages` must be a list of {\"role\": ..., \"content\": ...} with text".to_owned(),
         ),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use mesh_net::trust::NodeIdentity;
 use mesh_service::addresses::{self, Addresses};
 use mesh_service::health::{self, Health};
-use mesh_service::http;
+use mesh_service::http::{self, Guard};
 use mesh_service::metrics::Metrics;
 use mesh_service::notify::{self, Heart, Watchdog};
 use mesh_service::shutdown::{Drained, Shutdown};
@@ -62,12 +62,14 @@ impl Worker {
         addresses::remove(&config.state_dir).map_err(state_dir)?;
 
         let sockets = Sockets::bind(&config).await?;
+        let bound_http = sockets.addresses["http"].ip();
         let watchdog = Watchdog::start();
         let health = Health::starting().watched_by(watchdog.clone());
         let metrics = Arc::new(Metrics::new("worker", env!("CARGO_PKG_VERSION")));
         let counters = Arc::new(Counters::default());
         metrics.register(|registry| counters.register(registry));
         let router = health::router(health.clone(), metrics.clone());
+        let router = Guard::of_listener(bound_http, &config.http.hosts).before(router);
         let stop = CancellationToken::new();
         let bound = sockets.addresses.clone();
         tokio::spawn(http::serve(

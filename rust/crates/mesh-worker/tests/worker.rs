@@ -121,6 +121,7 @@ fn question(max_tokens: u32) -> Generate {
                 role: "user".to_owned(),
                 content,
             }],
+            ..Chat::default()
         })),
         params: Some(GenerateParams {
             max_tokens: Some(max_tokens),

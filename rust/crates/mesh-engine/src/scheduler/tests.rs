@@ -329,8 +329,8 @@ fn what_cannot_work_is_refused_before_any_work() {
     assert!(!sim.plan());
     assert_eq!(
         sim.error(1).to_string(),
-        "This model's maximum context length is 150 tokens. However, your prompt has 200 tokens and leaves no room for an answer. \
-         Shorten the prompt"
+        "This model's maximum context length is 150 tokens. However, your prompt has 200 tokens, which exceeds the available \
+         context size or leaves no room for an answer; shorten it"
     );
     let context = 150;
     assert_eq!(

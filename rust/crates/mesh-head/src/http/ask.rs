@@ -89,6 +89,12 @@ impl Asked {
                     "'stream_options' is only allowed when 'stream' is true",
                 ));
             }
+            Some(options) if options.flag("continuous_usage_stats")? => {
+                return Err(Invalid::unsupported(
+                    "stream_options.continuous_usage_stats",
+                    "tokens are counted at the end, with include_usage",
+                ));
+            }
             Some(options) => options.flag("include_usage")?,
             None => false,
         };
