@@ -35,8 +35,8 @@ FOREIGN = CACHE / "foreign"
 PYTHON = FOREIGN / "python/bin/python"
 # Of the packages' own dependencies whatever fits; what shapes requests and verdicts is fixed.
 PACKAGES = [
-    "pytest==9.2.0", "pytest-asyncio==1.5.0", "pytest-timeout", "requests==2.34.2", "openai==2.54.0", "httpx==0.28.1", "regex", "jsonschema",
-    "numpy", "prometheus-client", "tokenizers", "gguf", "schemathesis==4.32.5", "litellm==1.110.2", "langchain-openai==1.4.3",
+    "pytest==9.2.0", "pytest-asyncio==1.5.0", "pytest-timeout", "requests==2.34.2", "openai==2.54.0", "httpx==0.28.1",
+    "regex", "jsonschema", "numpy", "prometheus-client", "tokenizers", "gguf", "schemathesis==4.32.5", "litellm==1.110.2", "langchain-openai==1.4.3",
 ]  # fmt: skip
 NODE_PACKAGES = [
     "openai@7.59.0", "ai@7.0.173", "@ai-sdk/openai-compatible@3.0.92", "@langchain/openai@1.6.0", "@langchain/core@1.4.0",
@@ -100,8 +100,9 @@ def fetch_node():
     return True
 
 
-BACKEND = '''"""Says only what pip wants to know before it keeps a source package: nothing of the package runs, nothing is built."""
-import os
+# pip wants to know a source package's name before it keeps it, and would build half of vLLM or llama.cpp to learn it. This
+# stands in for what builds them: nothing of the package runs.
+BACKEND = '''import os
 
 def get_requires_for_build_wheel(config_settings=None):
     return []
@@ -226,7 +227,7 @@ def clients(options):
     return lists.List.load(list_path).compare(results)
 
 
-def schemathesis(options):
+def schemathesis(asked):
     """Requests made from the head's own description: none may be answered with a server's error, or otherwise than it says."""
     with mesh.Mesh(mesh.Shape(models=("chat", "embed"), context=256)) as running:
         paths = running.ask("/openapi.json")["paths"]
@@ -235,18 +236,21 @@ def schemathesis(options):
         command = [
             FOREIGN / "python/bin/schemathesis", "--config-file", HERE / "schemathesis.toml", "run",
             f"http://{running.address}/openapi.json", "--max-examples",
-            str(-(-options.cases // operations)), "--header", f"authorization: Bearer {running.admin_key}",
+            str(-(-asked.cases // operations)), "--header", f"authorization: Bearer {running.admin_key}",
         ]  # fmt: skip
-        environment = os.environ | {"SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = os.environ | {
+            "SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"
+        }  # fmt: skip
         with open(FOREIGN / "schemathesis.log", "wb") as log:
-            code = subprocess.run(command, cwd=FOREIGN, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log).returncode
+            options = {"cwd": FOREIGN, "env": environment, "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            code = subprocess.run(command, **options).returncode
         wrong = [] if running.alive() else [f"a service died: {running.logs()}"]
     words = (FOREIGN / "schemathesis.log").read_text(errors="replace")
     if code:
         wrong.append(f"exit code {code}; see {FOREIGN / 'schemathesis.log'}:\n{words[-6000:]}")
     generated = re.search(r"(\d[\d,]*) generated", words)
     cases = int(generated[1].replace(",", "")) if generated else 0
-    if cases < options.cases:
+    if cases < asked.cases:
         wrong.append(f"only {cases} requests were made; see {FOREIGN / 'schemathesis.log'}")
     return {"passed": 0 if code else cases, "fault": len(wrong)}, wrong
 
@@ -291,7 +295,7 @@ def fetch_promtool():
     if found := shutil.which("promtool"):
         return Path(found)
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        raise Impossible("promtool is not here, and without apt-get and dpkg-deb it cannot be fetched; install Prometheus's tools")
+        raise Impossible("promtool is missing, and without apt-get and dpkg-deb it cannot be fetched: install it")
     say("promtool out of Debian's package prometheus")
     with tempfile.TemporaryDirectory(prefix="fetch-", dir=FOREIGN) as scratch:
         # Lists of its own: those of this machine may be old or missing, and stay as they are.

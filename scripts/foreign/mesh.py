@@ -1,4 +1,4 @@
-"""Meshes of real processes for suites that other projects wrote: a head and one worker on loopback, kept while they are asked for."""
+"""Meshes of real processes for suites that other projects wrote: a head and one worker on loopback."""
 
 import json
 import os

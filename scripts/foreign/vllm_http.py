@@ -4,7 +4,6 @@ The tests import vLLM itself, PyTorch and more. Of these only what a client of t
 reaches for raises `Internal`, so that it counts as a test of vLLM's own code.
 """
 
-import asyncio
 import functools
 import importlib.abc
 import importlib.machinery
@@ -91,12 +90,13 @@ class RemoteOpenAIServer:
         return self.url_root + "/" + "/".join(parts)
 
     def get_client(self, **kwargs):
-        return openai.OpenAI(base_url=self.url_for("v1"), api_key=self.DUMMY_API_KEY, max_retries=0, **{"timeout": 100} | kwargs)
+        return openai.OpenAI(**self.client_options(kwargs))
 
     def get_async_client(self, **kwargs):
-        return openai.AsyncOpenAI(
-            base_url=self.url_for("v1"), api_key=self.DUMMY_API_KEY, max_retries=0, **{"timeout": 100} | kwargs
-        )
+        return openai.AsyncOpenAI(**self.client_options(kwargs))
+
+    def client_options(self, more):
+        return {"base_url": self.url_for("v1"), "api_key": self.DUMMY_API_KEY, "max_retries": 0, "timeout": 100} | more
 
     def get_client_anthropic(self, **kwargs):
         raise Missing("the API of Anthropic is not served")
@@ -217,10 +217,4 @@ def nothing_from_the_hub():
     import huggingface_hub
 
     huggingface_hub.snapshot_download = no_download
-    yield
-
-
-@pytest.fixture(autouse=True)
-def an_end():
-    asyncio.set_event_loop_policy(None)
     yield
