@@ -56,7 +56,8 @@ async fn fields_reach_the_worker_or_are_refused_or_named() {
     let head = TestHead::start(|_| {}).await;
     let worker = head.worker("w", Script::default()).await;
     let mut body = chat("why?", 9);
-    body["messages"][1] = json!({"role": "assistant", "content": "Because"});
+    let begun = json!({"role": "assistant", "content": "Because"});
+    body["messages"].as_array_mut().unwrap().push(begun);
     body["continue_final_message"] = true.into();
     body["chat_template_kwargs"] = json!({"enable_thinking": false});
     body["stop_token_ids"] = json!([7]);
@@ -257,6 +258,15 @@ async fn what_real_clients_send_is_understood() {
         .await;
     let without = head.post("/v1/embeddings", json!({"input": "x"})).await;
     assert_eq!((status, answer), without);
+    for name in ["openai/tiny", "tiny:latest", "ollama/tiny:latest"] {
+        let mut named = chat("why?", 2);
+        named["model"] = name.into();
+        assert_eq!(
+            head.post("/v1/chat/completions", named).await.0,
+            200,
+            "{name}"
+        );
+    }
     let long = head
         .post("/v1/chat/completions", chat("why?", 100_000))
         .await;

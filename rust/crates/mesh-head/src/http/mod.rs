@@ -10,30 +10,29 @@ pub mod embeddings;
 mod error;
 mod ignored;
 mod keys;
+mod models;
 mod paths;
 mod ready;
 mod rings;
 mod wire;
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{ConnectInfo, DefaultBodyLimit, Path, Request, State};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::{Extension, Json, Router};
+use axum::{Extension, Router};
 use mesh_net::trust::Authority;
 use mesh_proto::{ModelCard, ModelKind};
 use mesh_service::health;
 use mesh_service::http::{Guard, TooSlow};
 use mesh_service::metrics::Metrics;
-use serde_json::{Value, json};
 use tower::ServiceExt as _;
 
 pub use error::ApiError;
@@ -95,8 +94,8 @@ pub fn router(
         .route("/v1/mesh/rebalance", post(rings::rebalance))
         .route_layer(middleware::from_fn(administrators_only));
     let routes = Router::new()
-        .route("/v1/models", get(list_models))
-        .route("/v1/models/{*name}", get(show_model))
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*name}", get(models::show))
         .route("/v1/chat/completions", post(chat))
         .route("/v1/completions", post(completions))
         .route("/v1/embeddings", post(embed))
@@ -144,9 +143,10 @@ async fn answer(
         .turnstile
         .enter(client)
         .ok_or_else(|| ApiError::too_many(api.turnstile.limit()))?;
-    let asked = Asked::parse(which, &body, api.mesh.config.http.choices_limit)?;
+    let mut asked = Asked::parse(which, &body, api.mesh.config.http.choices_limit)?;
     drop(body);
     let ignored = Ignored::new(&api, &asked.ignored)?;
+    asked.model = asked.model.map(|name| models::served_as(&api.mesh, name));
     // They cannot stream and know few parameters: where there is another, it answers.
     let only_old_workers = api
         .mesh
@@ -181,6 +181,7 @@ async fn embed(
     let ignored = Ignored::new(&api, &asked.ignored)?;
     let mut task = std::mem::take(&mut asked.task);
     task.id = id.0;
+    task.model = task.model.map(|name| models::served_as(&api.mesh, name));
     let embedded = crate::embed::embed(&api.mesh, Front::Http, task)
         .await
         .map_err(|error| ApiError::from(&error))?;
@@ -193,65 +194,6 @@ async fn embed(
 async fn openapi() -> impl IntoResponse {
     let json = HeaderValue::from_static("application/json");
     ([(header::CONTENT_TYPE, json)], OPENAPI)
-}
-
-async fn list_models(State(api): State<Api>) -> Json<Value> {
-    let data: Vec<Value> = models(&api)
-        .values()
-        .map(|card| model(&api, card))
-        .collect();
-    Json(json!({ "object": "list", "data": data }))
-}
-
-async fn show_model(
-    State(api): State<Api>,
-    Path(name): Path<String>,
-) -> Result<Json<Value>, ApiError> {
-    let found = models(&api).get(&name).map(|card| model(&api, card));
-    found.map(Json).ok_or_else(|| ApiError {
-        param: Some("model".into()),
-        ..ApiError::new(
-            StatusCode::NOT_FOUND,
-            "model_not_found",
-            format!("the model {name:?} does not exist; GET /v1/models lists those that do"),
-        )
-    })
-}
-
-/// Every model that requests can name: those served now, and those of rings that recover.
-fn models(api: &Api) -> BTreeMap<String, ModelCard> {
-    api.mesh.with_rings(|rings, registry| {
-        let of_rings = rings
-            .cards()
-            .into_iter()
-            .map(|card| (card.name.clone(), card));
-        let mut models: BTreeMap<String, ModelCard> = of_rings.collect();
-        for (name, card) in registry.models() {
-            models.insert(name.to_owned(), card.clone());
-        }
-        models
-    })
-}
-
-fn model(api: &Api, card: &ModelCard) -> Value {
-    let created = api
-        .mesh
-        .started
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs();
-    json!({
-        "id": card.name,
-        "object": "model",
-        "created": created,
-        "owned_by": "hydramesh",
-        "context_length": card.context,
-        "architecture": card.architecture,
-        "quantization": card.quantization,
-        "file_bytes": card.file_bytes,
-        "kind": kind_name(card),
-        "dimensions": (card.dimensions > 0).then_some(card.dimensions),
-    })
 }
 
 /// What a model makes, in a word.

@@ -107,6 +107,7 @@ impl Shard {
             models: Vec::new(),
             protocol: PROTOCOL_VERSION,
             reserved_for: Vec::new(),
+            ..Hello::default()
         };
         let send = |kind, body: Vec<u8>| Message::new(kind, 0, 0, body);
         control
