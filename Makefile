@@ -15,7 +15,7 @@ CACHE := $(if $(HYDRAMESH_CACHE),$(HYDRAMESH_CACHE),$(CURDIR)/.cache)
 export ORT_DYLIB_PATH ?= $(CACHE)/onnxruntime/libonnxruntime.so.1.24.4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-nix test-vm test-images test-gpu test-arm flood soak bench bench-peers fuzz fetch fmt clean
+.PHONY: help demo build test test-nix test-vm test-images test-gpu test-arm test-foreign flood soak bench bench-peers fuzz fetch fmt clean
 # Exit code 3 of a test script: this machine cannot run it, and why was said.
 WHERE_POSSIBLE := || [ $$? = 3 ]
 
@@ -43,6 +43,7 @@ test: fetch ## Formatting, clippy with warnings denied, every test
 # With the tests come the services, with the same dependencies: built by themselves they would have those compiled once more.
 	$(IN_RUST) $(CARGO) test --workspace --locked --no-run
 	HYDRAMESH_BIN=$(CURDIR)/rust/target/debug scripts/test_vm.sh nspawn $(WHERE_POSSIBLE)
+	HYDRAMESH_BIN_DIR=$(CURDIR)/rust/target/debug $(PYTHON) scripts/test_foreign.py promtool $(WHERE_POSSIBLE)
 	$(IN_RUST) HYDRAMESH_BIN_DIR=$(CURDIR)/rust/target/debug $(CARGO) test --workspace --locked --no-fail-fast
 
 test-nix: ## All that is Nix, by evaluation: it parses, is formatted, its tests pass, its units score well; ShellCheck over every script
@@ -65,6 +66,10 @@ test-gpu: fetch ## The graph for GPUs on this machine's GPU (GPU=cuda or migraph
 
 test-arm: ## The kernels' tests for aarch64, emulated
 	scripts/test_arm.sh
+
+test-foreign: fetch ## The server tests of llama.cpp and vLLM, client libraries, schemathesis and promtool against a mesh
+	$(IN_RUST) $(CARGO) build --locked --bins $(SERVICES)
+	HYDRAMESH_BIN_DIR=$(CURDIR)/rust/target/debug $(PYTHON) scripts/test_foreign.py $(FOREIGN)
 
 flood: fetch ## 10 million random and mutated datagrams at each UDP port, memory watched (the short run is in make test)
 	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES)

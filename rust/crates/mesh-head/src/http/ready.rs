@@ -29,6 +29,7 @@ pub(super) async fn of_model(
         return next.run(request).await;
     }
     let model = query.ok().and_then(|Query(asked)| asked.model);
+    let model = model.filter(|name| !name.is_empty());
     match mesh.ready(model.as_deref()) {
         Ok(()) => {
             let idle = mesh.with_rings(|rings, _| rings.not_serving());
