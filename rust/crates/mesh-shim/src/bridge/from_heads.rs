@@ -11,7 +11,8 @@ use super::{
     tasks::{State, Task, TaskId},
     translate::{Address, may_fit_one},
     wire::{
-        Frame, chunk_position, is_last_chunk, set_payload_len, set_sequence, write_error, write_message,
+        Frame, chunk_position, is_last_chunk, set_payload_len, set_sequence, write_error,
+        write_message,
     },
 };
 
