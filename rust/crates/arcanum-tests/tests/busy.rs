@@ -12,7 +12,7 @@ use serde_json::json;
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_request_behind_a_long_answer_is_answered_and_the_head_stays_ready() -> Result<()> {
     let _alone = alone();
-    let mut mesh = Mesh::builder()
+    let mesh = Mesh::builder()
         .workers(1)
         .head_config("first_token_limit = \"5s\"\n")
         .worker_config("threads = 1\nslots = 1\n")
