@@ -359,7 +359,9 @@ impl Host {
 }
 
 /// What the names of models in the configuration mean; those that come from elsewhere are left out.
-fn find(config: &Config) -> Result<Vec<(String, Result<PathBuf, WorkerError>)>, WorkerError> {
+pub(crate) fn find(
+    config: &Config,
+) -> Result<Vec<(String, Result<PathBuf, WorkerError>)>, WorkerError> {
     let mut found = Vec::new();
     let mut names = HashSet::new();
     for name in &config.models {
