@@ -336,3 +336,37 @@ pub(crate) fn weight_type(ty: GgmlType) -> WeightType {
         GgmlType::Q6_K => WeightType::Q6_K,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use mesh_model::Architecture;
+    use mesh_model::synth::{Shape, Tokens, random_model};
+
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_cut_short_while_its_weights_are_read_is_an_error() {
+        for (ty, format) in [
+            (GgmlType::Q4_0, WeightFormat::File),
+            (GgmlType::F16, WeightFormat::Int8),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("tiny.gguf");
+            random_model(&Shape::tiny(Architecture::Llama), ty, Tokens::Bytes, &path).unwrap();
+            let model = Model::open(&path).unwrap();
+            let layers = 0..model.config().layers;
+            let load = || {
+                let (pool, options) = (Pool::new(2), PackOptions::default());
+                Weights::load(&model, layers.clone(), &pool, options, format, None)
+            };
+            assert!(load().is_ok());
+            let file = std::fs::File::options().write(true).open(&path).unwrap();
+            file.set_len(model.gguf().file_len() / 2).unwrap();
+            let error = load().err().expect("cut short").to_string();
+            assert!(
+                error.contains("tiny.gguf") && error.contains("ends before"),
+                "{error}"
+            );
+        }
+    }
+}

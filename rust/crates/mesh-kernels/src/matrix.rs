@@ -61,6 +61,9 @@ impl Part {
     }
 }
 
+/// So many bytes of a matrix are read at once: enough to make a system call cheap, few enough for a cache.
+const READ_BYTES: usize = 64 << 10;
+
 /// Largest dimension taken; keeps every size computation within the address space.
 const LIMIT: usize = 1 << 28;
 
@@ -235,18 +238,29 @@ where
     let start = Shared(data.as_mut_ptr());
     let failure = Mutex::new(None);
     let failed = AtomicBool::new(false);
-    pool.run(panels, &|panel| {
+    // Panels of small rows are read several at a time.
+    let source_bytes = PANEL * row_bytes;
+    let group = (READ_BYTES / source_bytes).clamp(1, panels);
+    pool.run(panels.div_ceil(group), &|task| {
         if failed.load(Ordering::Relaxed) {
             return;
         }
-        let first = panel * PANEL * row_bytes;
-        let last = (first + PANEL * row_bytes).min(len);
+        let first = task * group * source_bytes;
+        let last = (first + group * source_bytes).min(len);
         let packed = rows(first..last, &mut |rows| {
-            // SAFETY: panel `panel` of `panels` within the buffer, written by this task alone.
-            let out = unsafe {
-                std::slice::from_raw_parts_mut(start.get().add(panel * panel_bytes), panel_bytes)
-            };
-            pack::panel(layout, ty, k, rows, row_bytes, out);
+            let mine = group.min(panels - task * group);
+            for (i, rows) in rows.chunks(source_bytes).take(mine).enumerate() {
+                let panel = task * group + i;
+                // SAFETY: panel `panel` of `panels` within the buffer, written by this task alone: the rows of a group make up
+                // no more panels than that.
+                let out = unsafe {
+                    std::slice::from_raw_parts_mut(
+                        start.get().add(panel * panel_bytes),
+                        panel_bytes,
+                    )
+                };
+                pack::panel(layout, ty, k, rows, row_bytes, out);
+            }
         });
         if let Err(error) = packed {
             failed.store(true, Ordering::Relaxed);

@@ -199,7 +199,10 @@ impl ChatTemplate {
         };
         let written = source.unwrap_or_else(|| fallback(tokenizer));
         let mut template = Self::new(written, &text(tokenizer.bos()), &text(tokenizer.eos()))
-            .unwrap_or_else(|error| Self::broken(written, &error.to_string()));
+            .unwrap_or_else(|error| match error {
+                ChatError::Invalid { message } => Self::broken(written, &message),
+                error => Self::broken(written, &error.to_string()),
+            });
         template.fallback = source.is_none();
         template.guard = Arc::new(Guard::new(tokenizer.structural(written)));
         template

@@ -233,6 +233,8 @@ fn load_tokenizer(bytes: &[u8]) -> Result<Tokenizer, EncoderError> {
     let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(|error| EncoderError::Tokenizer {
         message: error.to_string(),
     })?;
+    // A text to embed is data: the name of a control token in it is text, too.
+    tokenizer.set_encode_special_tokens(true);
     // Both are settings of whoever saved the file; sequences are cut here, and nothing is padded.
     tokenizer.with_padding(None);
     tokenizer

@@ -31,6 +31,8 @@ pub(crate) struct Host {
     templates: Templates,
     /// Models that are not served because something is wrong with them, each with what that is.
     failed: Mutex<BTreeMap<String, String>>,
+    /// Models offered in parts whose templates were looked at.
+    looked_at: Mutex<HashSet<String>>,
 }
 
 /// A model that is not served because something is wrong with it.
@@ -45,7 +47,7 @@ pub(crate) struct Failure {
 /// Where a model is loaded from.
 #[derive(Debug, Clone)]
 pub(crate) enum Source {
-    /// The file or folder that a name in the configuration means.
+    /// The file or folder that a name in the configuration means. What is loaded is [`Source::At`] a path.
     Named,
     /// The same, offered in parts.
     Shard,
@@ -115,7 +117,7 @@ impl Host {
                 reason: error.to_string(),
             };
             match path.and_then(|path| Loaded::load(&path, None, None, config, Some(&templates))) {
-                Ok(model) => loaded.push(model.from(Source::Named)),
+                Ok(model) => loaded.push(model),
                 Err(error) => failures.push(fail(error)),
             }
         }
@@ -129,10 +131,12 @@ impl Host {
             rings,
             templates,
             failed: Mutex::default(),
+            looked_at: Mutex::default(),
         };
         for model in loaded {
             host.add(model)?;
         }
+        host.look_at_shards();
         for failure in &failures {
             tracing::error!(
                 model = failure.name,
@@ -142,6 +146,20 @@ impl Host {
             host.set_failed(&failure.name, Some(failure.reason.clone()));
         }
         Ok((host, failures))
+    }
+
+    /// Looks at the templates of models that are offered in parts. Blocks.
+    pub(crate) fn look_at_shards(&self) {
+        for (name, model) in self.rings.shard_models() {
+            let mut looked_at = self
+                .looked_at
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            if looked_at.insert(name.clone()) {
+                drop(looked_at);
+                learn_turn_end(&model, &name, &self.templates);
+            }
+        }
     }
 
     /// What is wrong with models that are not served.
@@ -341,7 +359,9 @@ impl Host {
 }
 
 /// What the names of models in the configuration mean; those that come from elsewhere are left out.
-fn find(config: &Config) -> Result<Vec<(String, Result<PathBuf, WorkerError>)>, WorkerError> {
+pub(crate) fn find(
+    config: &Config,
+) -> Result<Vec<(String, Result<PathBuf, WorkerError>)>, WorkerError> {
     let mut found = Vec::new();
     let mut names = HashSet::new();
     for name in &config.models {

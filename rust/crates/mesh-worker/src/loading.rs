@@ -179,13 +179,17 @@ impl Loading {
         let (name, source) = (name.to_owned(), source.clone());
         let load = move || {
             let path = match &source {
-                Source::Shard => return host.rings().add_file(&name),
+                Source::Shard => {
+                    host.rings().add_file(&name)?;
+                    host.look_at_shards();
+                    return Ok(());
+                }
                 Source::At(path) => path.clone(),
                 Source::Named | Source::Store(_) => path_of(&name, &config)?,
             };
             let called = matches!(source, Source::At(_)).then_some(&*name);
             let loaded = Loaded::load(&path, called, None, &config, Some(host.templates()))?;
-            host.add(loaded.from(source))
+            host.add(loaded)
         };
         let loaded = tokio::task::spawn_blocking(load).await;
         loaded.map_err(|error| WorkerError::Internal(error.to_string()))?
@@ -268,10 +272,12 @@ impl Loading {
         let held = models.obtain(name).await.map_err(failed)?;
         models.fetch_headers(&held).await.map_err(failed)?;
         let path = models.path(&held).await.map_err(failed)?;
-        let rings = self.host.rings().clone();
+        let host = self.host.clone();
         let added = tokio::task::spawn_blocking(move || {
             let name = held.manifest().name.clone();
-            rings.add(&name, &path, &held)
+            host.rings().add(&name, &path, &held)?;
+            host.look_at_shards();
+            Ok(())
         });
         added
             .await

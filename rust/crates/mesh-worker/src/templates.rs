@@ -122,7 +122,8 @@ impl Templates {
         request: RenderRequest,
     ) -> Result<Rendered, TemplateError> {
         if let Some(problem) = template.problem() {
-            return Err(TemplateError::Refused(problem.to_owned()));
+            let message = problem.to_owned();
+            return Err(ChatError::Invalid { message }.into());
         }
         let Some(program) = &self.program else {
             let template = template.clone();

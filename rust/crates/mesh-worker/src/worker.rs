@@ -211,6 +211,7 @@ impl Live {
 
 /// What can be found out without reading a model, and would end the worker after it has read them.
 fn check_cheaply(config: &Config, models: &Models) -> Result<(), WorkerError> {
+    crate::host::find(config)?;
     mesh_engine_ort::load_library(config.ort_library.as_deref()).map_err(WorkerError::Runtime)?;
     if !config.shards.is_empty() || models.is_sharing() {
         let address = config.ring.listen;

@@ -250,6 +250,32 @@ async fn a_worker_joins_answers_resumes_cancels_comes_back_and_drains() {
     assert_eq!(rest.0, whole.0[cut..]);
     assert_eq!(sent + &rest.1, whole.1);
 
+    // A raw prompt is read with its control tokens, a conversation's text without.
+    let counted = |prompt: Prompt| Generate {
+        prompt: Some(prompt),
+        ..question(1)
+    };
+    let chat = |content: &str| {
+        let message = ChatMessage {
+            role: "user".to_owned(),
+            content: content.to_owned(),
+        };
+        counted(Prompt::Chat(Chat {
+            messages: vec![message],
+        }))
+    };
+    let mut lengths = Vec::new();
+    for generate in [
+        counted(Prompt::Text("<|im_start|>".to_owned())),
+        chat("a"),
+        chat("<|im_end|>"),
+    ] {
+        let (_, _, done) = read(&mut ask(&link, &generate).await, 0).await.unwrap();
+        lengths.push(done.prompt_tokens);
+    }
+    assert_eq!(lengths[0], 1);
+    assert!(lengths[2] > lengths[1] + 3, "{lengths:?}");
+
     // What cannot be answered is refused by name.
     let unknown = Generate {
         model: "gpt-9".to_owned(),
@@ -384,15 +410,6 @@ async fn what_keeps_a_worker_from_starting_is_one_sentence_with_a_remedy() {
     };
     assert!(start_error(missing).await.contains("/nowhere/m.gguf"));
 
-    let damaged = dir.path().join("damaged.gguf");
-    std::fs::write(&damaged, b"GGUF\x03\0\0\0").unwrap();
-    let error = start_error(Config {
-        models: vec![damaged.display().to_string()],
-        ..base()
-    })
-    .await;
-    assert!(error.contains("damaged.gguf"), "{error}");
-
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let listen = taken.local_addr().unwrap();
     let http = mesh_worker::config::HttpConfig {
@@ -415,6 +432,8 @@ async fn what_keeps_a_worker_from_starting_is_one_sentence_with_a_remedy() {
         Worker::start(no_token).await,
         Err(WorkerError::NoToken)
     ));
+    let unread = || !fresh.path().join("fingerprints.json").exists();
+    assert!(unread(), "no model was read before");
     let state_dir = fresh.path().to_owned();
     let garbled = Config {
         join_token: Some("hydra1.x".to_owned()),
@@ -422,6 +441,7 @@ async fn what_keeps_a_worker_from_starting_is_one_sentence_with_a_remedy() {
         ..base()
     };
     assert!(start_error(garbled).await.contains("join_token"));
+    assert!(unread(), "no model was read before");
 
     let elsewhere = Head::start().await;
     let state_dir = fresh.path().to_owned();
@@ -431,6 +451,147 @@ async fn what_keeps_a_worker_from_starting_is_one_sentence_with_a_remedy() {
         ..base()
     };
     assert!(start_error(foreign).await.contains("another mesh"));
+    let used = Config {
+        state_dir: fresh.path().to_owned(),
+        ..base()
+    };
+    let token: mesh_net::trust::JoinToken = used.join_token.clone().unwrap().parse().unwrap();
+    let spent = tempfile::tempdir().unwrap();
+    mesh_net::quic::load_or_join(head.address(), Some(&token), spent.path(), "thief")
+        .await
+        .unwrap();
+    assert!(start_error(used).await.contains("cannot join"));
+    assert!(
+        unread(),
+        "a refused token is found out before a model is read"
+    );
+}
+
+/// A small model of random weights.
+fn random(path: &Path) {
+    use mesh_model::synth::{Shape, Tokens, random_model};
+    let shape = Shape::tiny(mesh_model::Architecture::Llama);
+    random_model(&shape, mesh_model::GgmlType::Q4_0, Tokens::Bytes, path).unwrap();
+}
+
+/// Waits until `/ready` says this, whether or not the worker is ready.
+async fn ready_says(state: &Path, words: &[&str]) {
+    let mut last = String::new();
+    let said = async {
+        loop {
+            last = match ask::get(state, "/ready").await {
+                Ok(body) => body,
+                Err(error) => error.to_string(),
+            };
+            if words.iter().all(|word| last.contains(word)) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let said = timeout(PATIENCE, said).await;
+    assert!(said.is_ok(), "{words:?} in {last}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bad_file_is_a_failure_of_its_own_model_until_it_is_replaced() {
+    let head = Head::start().await;
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str| dir.path().join(format!("{name}.gguf"));
+    random(&file("good"));
+    let whole = std::fs::read(file("good")).unwrap();
+    std::fs::write(file("cut"), &whole[..whole.len() - 1000]).unwrap();
+    std::fs::create_dir(file("folder")).unwrap();
+    let made = std::process::Command::new("mkfifo")
+        .arg(file("pipe"))
+        .status();
+    assert!(made.unwrap().success());
+    let names = ["cut", "good", "folder", "pipe", "missing"];
+    let state = tempfile::tempdir().unwrap();
+    let config = Config {
+        models: names.map(|name| file(name).display().to_string()).to_vec(),
+        context: 0,
+        ..joining(state.path(), &head)
+    };
+    let worker = worker(config).await;
+    let (link, mut control, hello) = head.accept().await;
+    let served: Vec<&str> = hello.models.iter().map(|card| &*card.name).collect();
+    assert_eq!(served, ["good"]);
+    ready_says(
+        state.path(),
+        &[
+            "\"ready\"",
+            "cut.gguf",
+            "folder.gguf",
+            "pipe.gguf",
+            "missing.gguf",
+        ],
+    )
+    .await;
+    let metrics = ask::get(state.path(), "/metrics").await.unwrap();
+    assert!(
+        metrics.contains("model_failed") && metrics.contains("cut.gguf"),
+        "{metrics}"
+    );
+    let question = |model: &str| Generate {
+        model: model.to_owned(),
+        prompt: Some(Prompt::Text("Hi".to_owned())),
+        ..question(4)
+    };
+    read(&mut ask(&link, &question("good")).await, 0)
+        .await
+        .unwrap();
+    let refused = read(&mut ask(&link, &question("cut")).await, 0).await;
+    assert_eq!(refused.unwrap_err().0, ErrorCode::UNKNOWN_MODEL);
+
+    // Whole again, it is served, and the head hears so.
+    std::fs::write(dir.path().join("part"), &whole).unwrap();
+    std::fs::rename(dir.path().join("part"), file("cut")).unwrap();
+    loop {
+        let message = timeout(PATIENCE, control.recv())
+            .await
+            .unwrap()
+            .unwrap()
+            .unwrap();
+        if message.kind == MsgType::SERVED {
+            let served = mesh_proto::Served::decode(message.payload).unwrap();
+            assert_eq!(served.models.len(), 2);
+            break;
+        }
+    }
+    read(&mut ask(&link, &question("cut")).await, 0)
+        .await
+        .unwrap();
+    // What is loaded lies in memory.
+    std::fs::File::options()
+        .write(true)
+        .open(file("cut"))
+        .unwrap()
+        .set_len(100)
+        .unwrap();
+    read(&mut ask(&link, &question("cut")).await, 0)
+        .await
+        .unwrap();
+    worker.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_bad_files_only_a_worker_stays_up_and_says_what_is_wrong() {
+    let head = Head::start().await;
+    let dir = tempfile::tempdir().unwrap();
+    let damaged = dir.path().join("damaged.gguf");
+    std::fs::write(&damaged, b"GGUF\x03\0\0\0").unwrap();
+    let config = Config {
+        models: vec![damaged.display().to_string()],
+        ..joining(dir.path(), &head)
+    };
+    let worker = worker(config).await;
+    let (_link, _control, hello) = head.accept().await;
+    assert!(hello.models.is_empty());
+    ready_says(dir.path(), &["unready", "damaged.gguf", "fetch it again"]).await;
+    random(&damaged);
+    ready_says(dir.path(), &["\"ready\""]).await;
+    worker.shutdown().await.unwrap();
 }
 
 /// As a process: which library a process uses is decided once.

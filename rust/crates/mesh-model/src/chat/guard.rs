@@ -7,7 +7,7 @@
 //! out again, and their places are barriers that no special token spans ([`crate::Tokenizer::encode_prompt`]). Ordinary tokens
 //! are not touched by a barrier.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
@@ -16,8 +16,10 @@ use super::{RenderRequest, Rendered};
 /// What must not be read as control tokens in the text of clients.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Guard {
-    /// Names of control tokens, or beginnings that all names with them have in common. Sorted.
-    names: Vec<Box<str>>,
+    /// Names of control tokens, or beginnings that all names with them have in common.
+    names: BTreeSet<Box<str>>,
+    /// Their first bytes, each with the lengths of the names that begin with it: there may be thousands of names.
+    lengths: BTreeMap<u8, BTreeSet<usize>>,
 }
 
 /// Beginnings that only control tokens have: broken wherever they stand, so that no name can be put together from what a
@@ -40,7 +42,7 @@ const OF_ANSWERS: [&str; 10] = [
 
 impl Guard {
     pub(super) fn new<'a>(names: impl IntoIterator<Item = &'a str>) -> Self {
-        let mut set = BTreeSet::new();
+        let mut set: BTreeSet<Box<str>> = BTreeSet::new();
         for name in names {
             let opening = OPENINGS.iter().find(|opening| name.starts_with(*opening));
             match opening {
@@ -50,8 +52,14 @@ impl Guard {
                 None => false,
             };
         }
+        let mut lengths: BTreeMap<u8, BTreeSet<usize>> = BTreeMap::new();
+        for name in &set {
+            let first = lengths.entry(name.as_bytes()[0]).or_default();
+            first.insert(name.len());
+        }
         Guard {
-            names: set.into_iter().collect(),
+            names: set,
+            lengths,
         }
     }
 
@@ -94,19 +102,12 @@ impl Guard {
     }
 
     /// A name that stands at this byte.
-    fn name_at(&self, text: &str, at: usize) -> Option<&str> {
-        let bytes = &text.as_bytes()[at..];
-        let first = *bytes.first()?;
-        let from = self
-            .names
-            .partition_point(|name| name.as_bytes()[0] < first);
-        let mut names = self.names[from..].iter();
-        let mut names = names
-            .by_ref()
-            .take_while(|name| name.as_bytes()[0] == first);
-        names
-            .find(|name| bytes.starts_with(name.as_bytes()))
-            .map(|name| &**name)
+    fn name_at<'t>(&self, text: &'t str, at: usize) -> Option<&'t str> {
+        let lengths = self.lengths.get(text.as_bytes().get(at)?)?;
+        lengths
+            .iter()
+            .filter_map(|len| text.get(at..at + len))
+            .find(|name| self.names.contains(*name))
     }
 }
 

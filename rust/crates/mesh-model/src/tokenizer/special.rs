@@ -11,7 +11,12 @@ pub(super) struct SpecialTokens {
     tokens: Vec<Special>,
     /// For each first byte, the range of `tokens` that begin with it.
     by_first: Vec<std::ops::Range<usize>>,
+    /// For each first byte of many tokens, the lengths that those have: some vocabularies have thousands of reserved ones.
+    lengths: Vec<Vec<usize>>,
 }
+
+/// So many tokens with one first byte are looked for one by one.
+const FEW: usize = 64;
 
 #[derive(Debug)]
 struct Special {
@@ -40,14 +45,30 @@ impl SpecialTokens {
             })
             .collect();
         tokens.sort_unstable_by(|a, b| a.text.cmp(&b.text));
-        let by_first = (0..=255u8)
+        let by_first: Vec<std::ops::Range<usize>> = (0..=255u8)
             .map(|byte| {
                 let start = tokens.partition_point(|token| token.text.as_bytes()[0] < byte);
                 let end = tokens.partition_point(|token| token.text.as_bytes()[0] <= byte);
                 start..end
             })
             .collect();
-        SpecialTokens { tokens, by_first }
+        let lengths = by_first
+            .iter()
+            .map(|range| {
+                let mut lengths: Vec<usize> = match range.len() > FEW {
+                    true => tokens[range.clone()].iter().map(|t| t.text.len()).collect(),
+                    false => Vec::new(),
+                };
+                lengths.sort_unstable();
+                lengths.dedup();
+                lengths
+            })
+            .collect();
+        SpecialTokens {
+            tokens,
+            by_first,
+            lengths,
+        }
     }
 
     /// Whether `text` begins with the name of the token `id`.
@@ -113,7 +134,26 @@ impl SpecialTokens {
         let bytes = text.as_bytes();
         let mut found = Vec::new();
         for (at, &byte) in bytes.iter().enumerate() {
-            for i in self.by_first[byte as usize].clone() {
+            let range = self.by_first[byte as usize].clone();
+            for len in &self.lengths[byte as usize] {
+                let name = bytes.get(at..at + len);
+                let place = name.and_then(|name| {
+                    let tokens = &self.tokens[range.clone()];
+                    tokens
+                        .binary_search_by(|token| token.text.as_bytes().cmp(name))
+                        .ok()
+                });
+                if let Some(place) = place {
+                    let i = range.start + place;
+                    if control || self.tokens[i].user_defined {
+                        found.push((at, i));
+                    }
+                }
+            }
+            if range.len() > FEW {
+                continue;
+            }
+            for i in range {
                 let token = &self.tokens[i];
                 if (control || token.user_defined) && bytes[at..].starts_with(token.text.as_bytes())
                 {

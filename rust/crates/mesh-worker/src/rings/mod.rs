@@ -125,6 +125,15 @@ impl Rings {
         self.add_shard(shard, profile)
     }
 
+    /// What is offered, with its names.
+    pub(crate) fn shard_models(&self) -> Vec<(String, Model)> {
+        let shards = self.shards();
+        let models = shards
+            .iter()
+            .map(|shard| (shard.card.name.clone(), shard.model.clone()));
+        models.collect()
+    }
+
     /// Whether anything is offered.
     pub(crate) fn has_shards(&self) -> bool {
         !self.shards().is_empty()
