@@ -96,6 +96,7 @@ fn config(state_dir: &Path) -> Config {
         context: 512,
         http: mesh_worker::config::HttpConfig {
             listen: "127.0.0.1:0".parse().unwrap(),
+            hosts: Vec::new(),
         },
         dcf: mesh_worker::config::DcfConfig {
             listen: "127.0.0.1:0".parse().unwrap(),
@@ -394,7 +395,10 @@ async fn what_keeps_a_worker_from_starting_is_one_sentence_with_a_remedy() {
 
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let listen = taken.local_addr().unwrap();
-    let http = mesh_worker::config::HttpConfig { listen };
+    let http = mesh_worker::config::HttpConfig {
+        listen,
+        hosts: Vec::new(),
+    };
     let error = start_error(Config { http, ..base() }).await;
     assert!(
         error.contains(&listen.to_string()) && error.contains("http.listen"),

@@ -190,13 +190,13 @@ impl<T> FairQueue<T> {
     }
 
     /// Whether some request is like this.
-    pub fn any(&self, mut is: impl FnMut(&T) -> bool) -> bool {
+    pub fn any(&self, is: impl FnMut(&T) -> bool) -> bool {
         let waiting = self.shares.values().flat_map(|share| &share.waiting);
         self.again
             .iter()
             .map(|(_, item)| item)
             .chain(waiting)
-            .any(|item| is(item))
+            .any(is)
     }
 
     /// A request of `source` runs on a worker now.
