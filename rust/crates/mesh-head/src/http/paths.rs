@@ -23,11 +23,10 @@ fn meant(path: &str) -> Option<String> {
     while parts.starts_with(&["v1", "v1"]) {
         parts.remove(0);
     }
-    let short = match &parts[..] {
-        ["chat", "completions"] | ["completions" | "embeddings"] => true,
-        ["models", ..] => true,
-        _ => false,
-    };
+    let short = matches!(
+        &parts[..],
+        ["chat", "completions"] | ["completions" | "embeddings"] | ["models", ..]
+    );
     if short {
         parts.insert(0, "v1");
     }
