@@ -356,7 +356,7 @@ mod tests {
         #[test]
         fn any_payload_round_trips(text: Vec<u8>, sequence: u32, timestamp: u64) {
             let (mut sealer, mut opener) = pair();
-            let message = sealer.seal(MsgType::LOAD, sequence, timestamp, &text).expect("sealed");
+            let message = sealer.seal(MsgType::SEALED_HEARTBEAT, sequence, timestamp, &text).expect("sealed");
             let datagram = Message::decode_datagram(message.encode_datagram()).expect("a DCF message");
             prop_assert_eq!(opener.open(&datagram).expect("authentic"), text);
         }
