@@ -262,6 +262,7 @@ async fn a_worker_joins_answers_resumes_cancels_comes_back_and_drains() {
         };
         counted(Prompt::Chat(Chat {
             messages: vec![message],
+            ..Chat::default()
         }))
     };
     let mut lengths = Vec::new();
@@ -457,7 +458,7 @@ async fn what_keeps_a_worker_from_starting_is_one_sentence_with_a_remedy() {
     };
     let token: mesh_net::trust::JoinToken = used.join_token.clone().unwrap().parse().unwrap();
     let spent = tempfile::tempdir().unwrap();
-    mesh_net::quic::load_or_join(head.address(), Some(&token), spent.path(), "thief")
+    mesh_net::quic::load_or_join(&[head.address()], Some(&token), spent.path(), "thief")
         .await
         .unwrap();
     assert!(start_error(used).await.contains("cannot join"));
