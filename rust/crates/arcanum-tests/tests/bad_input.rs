@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::alone;
@@ -379,21 +379,41 @@ fn a_damaged_model_file_is_named_with_what_is_wrong() -> Result<()> {
         );
         says_what_is_wrong(path, &words)?;
 
-        let started = Command::new(bin.join("mesh-worker"))
+        // It stays up for the model to be mended, unless there is nothing that could be.
+        let log = dir.path().join("log");
+        let output = fs::File::create(&log)?;
+        let mut worker = Command::new(bin.join("mesh-worker"))
             .arg("--model")
             .arg(path)
             .args(["--set", "legacy.head=127.0.0.1:9", "--state-dir"])
             .arg(dir.path().join("state"))
             .args(["--http", "127.0.0.1:0", "--dcf", "127.0.0.1:0"])
             .env("ORT_DYLIB_PATH", paths::ort_library()?)
-            .output()?;
-        let words = String::from_utf8_lossy(&started.stderr).into_owned()
-            + &String::from_utf8_lossy(&started.stdout);
+            .stdout(output.try_clone()?)
+            .stderr(output)
+            .spawn()?;
+        let name = path.file_stem().and_then(|name| name.to_str());
+        let name = name.context("a name")?;
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let status = loop {
+            let said = fs::read_to_string(&log)?.contains(name);
+            match worker.try_wait()? {
+                None if said || Instant::now() > deadline => {
+                    worker.kill()?;
+                    worker.wait()?;
+                    break None;
+                }
+                None => std::thread::sleep(Duration::from_millis(50)),
+                ended => break ended,
+            }
+        };
+        let missing = *path == missing;
         ensure!(
-            !started.status.success(),
-            "a worker starts with {}",
+            missing == status.is_some_and(|status| !status.success()),
+            "{}: {status:?}",
             path.display()
         );
+        let words = fs::read_to_string(&log)?;
         says_what_is_wrong(path, &words)?;
     }
     Ok(())
