@@ -265,7 +265,9 @@ async fn connected(address: SocketAddr) -> std::io::Result<UdpSocket> {
 async fn first_to_answer(
     mut sockets: Vec<(SocketAddr, UdpSocket)>,
 ) -> Option<(SocketAddr, UdpSocket)> {
-    let question = Message::new(MsgType::HEALTH, 0, now_us(), Bytes::new()).encode_datagram();
+    let question = Message::new(MsgType::HEALTH, 0, now_us(), Bytes::new());
+    // It is not known yet which version the peer speaks.
+    let questions = [Version::V5_0, Version::V5_1].map(|version| question.encode_as(version));
     let deadline = tokio::time::Instant::now() + PROBE_TIME;
     let refused = |result: std::io::Result<usize>| {
         result.is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
@@ -276,11 +278,12 @@ async fn first_to_answer(
         let mut answered = None;
         let mut buffer = [0; 64];
         let ask_again = asked % PROBES_BETWEEN == 0;
+        let question = &questions[(asked / PROBES_BETWEEN) as usize % questions.len()];
         asked += 1;
         let mut index = 0;
         while index < sockets.len() && answered.is_none() {
             let socket = &sockets[index].1;
-            let lost = ask_again && refused(socket.send(&question).await);
+            let lost = ask_again && refused(socket.send(question).await);
             let received = socket.try_recv(&mut buffer);
             if received.is_ok() {
                 answered = Some(index);

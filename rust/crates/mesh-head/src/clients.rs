@@ -370,12 +370,19 @@ impl Port {
             }
             text.push_str(piece);
         };
+        let mut waits = false;
         let emit = |event| match event {
-            Event::Queued => drop(self.waits().insert(key, FOR_ROOM.to_owned())),
-            Event::Waits(progress) => drop(self.waits().insert(key, words(&progress))),
+            Event::Queued => {
+                waits = true;
+                self.waits().insert(key, FOR_ROOM.to_owned());
+            }
+            Event::Waits(progress) => {
+                waits = true;
+                self.waits().insert(key, words(&progress));
+            }
             Event::Placed(_) => {}
             Event::Delta(delta) => {
-                if text.is_empty() {
+                if std::mem::take(&mut waits) {
                     self.waits().remove(&key);
                 }
                 grow(&mut text, &delta.text);

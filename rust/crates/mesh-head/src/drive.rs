@@ -106,8 +106,6 @@ struct Drive<'a, E> {
     emit: E,
     /// When the last token came.
     last_token: Option<Instant>,
-    /// Up to when the silence of a ring's driver was put down to slowness.
-    excused: Option<Instant>,
     /// The attempt before this one failed on a ring of this model, whose last token came then.
     broke_off: Option<(String, Instant)>,
     /// Workers that are not to be avoided though this request failed on them: not they failed but their ring.
@@ -149,7 +147,6 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
             answer,
             emit,
             last_token: None,
-            excused: None,
             broke_off: None,
             forgiven: Vec::new(),
         }
@@ -180,9 +177,11 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                 Route::Legacy(_) => self.mesh.config.request_timeout,
                 _ => placed.estimate.first_token,
             };
-            if placed.ring.is_some() {
-                self.answer.hasten(RING_SILENCE);
-            }
+            let least = self.mesh.config.silence_limit;
+            self.answer.set_least_silence(match placed.ring {
+                Some(_) => least.min(RING_SILENCE),
+                None => least,
+            });
             let resume = self.answer.placed(placed.worker, expected, Instant::now());
             debug!(
                 request = self.task.id,
@@ -386,7 +385,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
     /// The answer's timer fired. While its ring recovers, silence is no sign of death.
     fn time_passed(&mut self, assignment: &Assignment, attempt: u32, now: Instant) -> Step {
         let placed = &assignment.placed;
-        if self.answer.waits_untold() && assignment.is_busy() {
+        if self.answer.waits_untold(now) && assignment.is_busy() {
             self.answer.excused_until(now);
         }
         match placed
@@ -399,13 +398,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                 let lately = |at| now.saturating_duration_since(at) < limit;
                 // A driver that is heard is slow, and gets the time that any worker gets.
                 if self.last_token.is_some_and(lately) && self.mesh.hears(placed.worker) {
-                    let due = self.answer.next_timer().unwrap_or(now);
-                    let counted_from = [Some(since), self.last_token, self.excused];
-                    if let Some(from) = counted_from.into_iter().flatten().max() {
-                        let moment = from + now.saturating_duration_since(due) + RING_LOOK;
-                        self.excused = Some(moment);
-                        self.answer.excused_until(moment);
-                    }
+                    self.answer.look_again_at(now + RING_LOOK);
                 }
             }
             Some(Standing::Recovers) => self.answer.excused_until(now),
@@ -590,7 +583,7 @@ pub(crate) const FOR_ROOM: &str = "for a worker with room";
 /// What a request waits for at its worker, in words that follow "waiting".
 pub(crate) fn words(progress: &Progress) -> String {
     match progress.phase() {
-        RequestPhase::Preparing => "for its prompt to be tokenised".to_owned(),
+        RequestPhase::Preparing => "for its worker to take it in".to_owned(),
         RequestPhase::Queued => format!("for a slot, {} requests before it", progress.position),
         RequestPhase::Prefilling => format!(
             "for its prompt, {} of {} tokens computed",

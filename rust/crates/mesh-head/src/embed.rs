@@ -322,7 +322,7 @@ async fn ask_for_part(
 
 fn time_passed(answer: &mut Answer, assignment: &Assignment) -> Result<(), Step> {
     let now = Instant::now();
-    if answer.waits_untold() && assignment.is_busy() {
+    if answer.waits_untold(now) && assignment.is_busy() {
         answer.excused_until(now);
     }
     match answer.time_passed(now) {

@@ -62,7 +62,19 @@ impl Live {
     pub fn reload(&self, fresh: &Config, report: &mut Report) {
         let state_dir = &self.mesh.config.state_dir;
         let file = fresh.http.api_keys_file.as_deref();
-        report.step("API keys", self.keys.reload(state_dir, file));
+        // Where it listens was judged together with the keys that it had at its start.
+        let running = &self.mesh.config.http;
+        let guarded =
+            running.listen.ip().to_canonical().is_loopback() || running.allow_unauthenticated;
+        if file.is_none() && !guarded {
+            report.applied.retain(|key| key != "http.api_keys_file");
+            report.failed.push(format!(
+                "http.api_keys_file: this head listens at {}, beyond loopback, and does without keys only after a restart",
+                running.listen
+            ));
+        } else {
+            report.step("API keys", self.keys.reload(state_dir, file));
+        }
         report.step("certificate", self.identity.reload());
         self.mesh.reconfigure(fresh.clone());
     }

@@ -1,7 +1,8 @@
 //! Reading JSON as real clients send it.
 //!
 //! Strings cut in the middle of an emoji hold half of a surrogate pair, as an escape or as bytes; JSON's own reader refuses them, and a
-//! conversation that holds one would be refused for ever. Half a pair is read as U+FFFD, a byte order mark is skipped.
+//! conversation that holds one would be refused for ever. Half a pair is read as U+FFFD, a whole pair in bytes (CESU-8) as its character.
+//! A byte order mark is skipped.
 
 use std::borrow::Cow;
 
@@ -36,13 +37,14 @@ fn refused(error: &serde_json::Error) -> Invalid {
     Invalid::new("body", format!("The body is not a JSON object: {error}"))
 }
 
-/// `body` with every half of a surrogate pair replaced; borrowed if there is none.
+/// `body` with every half of a surrogate pair and every pair in bytes replaced; borrowed if there is none.
 fn whole_characters(body: &[u8]) -> Cow<'_, [u8]> {
     let mut mended: Vec<u8> = Vec::new();
     let mut copied = 0;
     let mut at = 0;
     while at < body.len() {
         let rest = &body[at..];
+        let mut utf8 = [0; 4];
         let (len, replacement): (usize, &[u8]) = match rest {
             [b'\\', b'u', ..] => match (escape(rest), rest.get(6..).and_then(escape)) {
                 (Some(0xd800..0xdc00), Some(0xdc00..0xe000)) => (12, b""),
@@ -51,8 +53,11 @@ fn whole_characters(body: &[u8]) -> Cow<'_, [u8]> {
             },
             // Whatever is escaped, it begins no escape.
             [b'\\', _, ..] => (2, b""),
-            // A surrogate in bytes, as UTF-8 does not allow it.
-            [0xed, 0xa0..=0xbf, 0x80..=0xbf, ..] => (3, b"\\ufffd"),
+            // Surrogates in bytes, as UTF-8 does not allow them.
+            [0xed, 0xa0..=0xbf, 0x80..=0xbf, ..] => match pair(rest) {
+                Some(character) => (6, character.encode_utf8(&mut utf8).as_bytes()),
+                None => (3, b"\\ufffd"),
+            },
             _ => (1, b""),
         };
         if !replacement.is_empty() {
@@ -75,6 +80,22 @@ fn escape(text: &[u8]) -> Option<u16> {
     let digits = std::str::from_utf8(digits).ok()?;
     let all_hex = digits.bytes().all(|byte| byte.is_ascii_hexdigit());
     all_hex.then(|| u16::from_str_radix(digits, 16).ok())?
+}
+
+/// The character of two surrogates of three bytes each at the beginning.
+fn pair(text: &[u8]) -> Option<char> {
+    let unit = |bytes: &[u8]| match *bytes {
+        [0xed, second, third] if third & 0xc0 == 0x80 => {
+            Some(0xd000 | u16::from(second & 0x3f) << 6 | u16::from(third & 0x3f))
+        }
+        _ => None,
+    };
+    let (high, low) = text.first_chunk::<6>()?.split_at(3);
+    let mut characters = char::decode_utf16([unit(high)?, unit(low)?]);
+    characters
+        .next()?
+        .ok()
+        .filter(|&character| character > '\u{ffff}')
 }
 
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
@@ -103,6 +124,16 @@ mod tests {
             (br#"{"x":"\\ud83d \ude00"}"#, "\\ud83d \u{fffd}"),
             (br#"{"x":"\ud83d\ude00"}"#, "\u{1f600}"),
             (b"{\"x\":\"a\xed\xa0\xbdb\"}", "a\u{fffd}b"),
+            (b"{\"x\":\"a\xed\xa0\xbd\xed\xb8\x80b\"}", "a\u{1f600}b"),
+            (
+                b"{\"x\":\"\xed\xa0\xbd\xed\xa0\xbd\xed\xb8\x80\"}",
+                "\u{fffd}\u{1f600}",
+            ),
+            (
+                b"{\"x\":\"\xed\xb8\x80\xed\xa0\xbd\"}",
+                "\u{fffd}\u{fffd}",
+            ),
+            (b"{\"x\":\"\xed\xa0\xbd\xed\x9f\xbf\"}", "\u{fffd}\u{d7ff}"),
             (b"\xef\xbb\xbf{\"x\":\"y\"}", "y"),
         ] {
             assert_eq!(text(body).as_deref(), Ok(expected));
@@ -142,6 +173,17 @@ mod tests {
             let escaped: String = units.iter().map(|unit| format!("\\u{unit:04x}")).collect();
             let body = format!("{{\"x\":\"{escaped}\"}}");
             prop_assert_eq!(text(body.as_bytes()), Ok(String::from_utf16_lossy(&units)));
+        }
+
+        #[test]
+        fn surrogates_in_bytes_are_read(units in prop::collection::vec(0xd7f0..0xe010_u16, 0..12)) {
+            let mut body = b"{\"x\":\"".to_vec();
+            for unit in &units {
+                let [high, low] = unit.to_be_bytes();
+                body.extend([0xe0 | high >> 4, 0x80 | (high & 0xf) << 2 | low >> 6, 0x80 | low & 0x3f]);
+            }
+            body.extend(b"\"}");
+            prop_assert_eq!(text(&body), Ok(String::from_utf16_lossy(&units)));
         }
     }
 }

@@ -346,7 +346,8 @@ impl Mesh {
         let same = instance != 0 && peer.instance == instance;
         (!same && peer.link.close_reason().is_none()).then(|| Rival {
             link: peer.link.clone(),
-            draining: worker.draining,
+            // A drain by an operator lasts; one of its own ends soon.
+            draining: worker.load.draining,
             name: worker.name.clone(),
             host: peer.host.clone(),
             orders: peer.orders.clone(),
@@ -473,6 +474,18 @@ impl Mesh {
     /// Puts the reloadable keys of another configuration into effect.
     pub fn reconfigure(&self, fresh: Config) {
         *self.live.write().unwrap_or_else(PoisonError::into_inner) = fresh;
+        let now = Instant::now();
+        let mut state = self.lock();
+        let workers = state.placement.registry.iter();
+        let gone: Vec<(WorkerId, SocketAddr)> = workers
+            .filter(|worker| worker.is_legacy() && !self.admits_legacy_worker(worker.address.ip()))
+            .map(|worker| (worker.id, worker.address))
+            .collect();
+        for (id, address) in gone {
+            state.placement.leave(id, now);
+            self.exchange.abandon(address);
+        }
+        self.turn(&mut state, now);
     }
 
     /// A worker without an identity is alive. True means that it is new.

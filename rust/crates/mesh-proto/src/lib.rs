@@ -159,6 +159,9 @@ pub struct ModelSpeed {
     /// Prefill, tokens per second.
     #[prost(float, tag = "3")]
     pub prefill_tps: f32,
+    /// Requests for this model that wait for a slot or for memory; older workers do not say.
+    #[prost(uint32, optional, tag = "4")]
+    pub queued: Option<u32>,
 }
 
 /// A request for text (DCF 0x20), head to worker, first message of its stream.

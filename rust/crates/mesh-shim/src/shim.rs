@@ -549,7 +549,8 @@ fn send_to_head<'a>(
 
 /// Whether a datagram asks whether a head lives.
 fn is_probe(datagram: &[u8]) -> bool {
-    dcf::Header::decode(datagram).is_ok_and(|header| header.kind() == dcf::MsgType::HEALTH)
+    dcf::Header::decode_datagram(datagram)
+        .is_ok_and(|(_, header)| header.kind() == dcf::MsgType::HEALTH)
 }
 
 fn report(what: &str, error: &io::Error) {

@@ -315,6 +315,7 @@ impl Host {
                 name,
                 decode_tps: load.decode_tps,
                 prefill_tps: load.prefill_tps,
+                queued: Some(load.queued),
             });
         }
         report

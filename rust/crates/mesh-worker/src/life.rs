@@ -85,7 +85,7 @@ pub(crate) fn of_stream(stream: &RequestStream, begun: bool) -> Progress {
         Some(RequestStatus::Decoding) => progress(RequestPhase::Decoding, quiet),
         None if begun => progress(RequestPhase::Decoding, quiet),
         // The engine is in the middle of a step and has not looked at it yet.
-        None => progress(RequestPhase::Queued, quiet),
+        None => progress(RequestPhase::Preparing, quiet),
     }
 }
 

@@ -283,22 +283,24 @@ impl<T> FairQueue<T> {
         order.into_iter().map(|(.., source)| source).collect()
     }
 
-    /// Whose newest request makes room for one of `newcomer`: the largest source of the largest ingress, unless the newcomer would
-    /// have as many.
+    /// Whose newest request makes room for one of `newcomer`: the largest source of the largest ingress, or of the newcomer's own
+    /// where that has as many, unless the newcomer would then have as many.
     fn largest(&self, newcomer: Source) -> Option<Source> {
         let waiting = |ingress: Ingress| -> usize {
             let of = self.shares.iter().filter(|(s, _)| s.ingress == ingress);
             of.map(|(_, share)| share.waiting.len()).sum()
         };
-        let ingress = *Ingress::ALL.iter().max_by_key(|i| waiting(**i))?;
-        let of = self.shares.iter().filter(|(s, _)| s.ingress == ingress);
-        let (&largest, share) = of.max_by_key(|(_, share)| share.waiting.len())?;
-        let gains = if ingress == newcomer.ingress {
-            self.waiting_of(newcomer) + 1 < share.waiting.len()
-        } else {
-            waiting(newcomer.ingress) + 1 < waiting(ingress)
+        let largest = |ingress: Ingress| {
+            let of = self.shares.iter().filter(|(s, _)| s.ingress == ingress);
+            of.max_by_key(|(_, share)| share.waiting.len())
+                .map(|(source, share)| (*source, share.waiting.len()))
         };
-        gains.then_some(largest)
+        let ingress = *Ingress::ALL.iter().max_by_key(|i| waiting(**i))?;
+        if ingress != newcomer.ingress && waiting(newcomer.ingress) + 1 < waiting(ingress) {
+            return largest(ingress).map(|(source, _)| source);
+        }
+        let (source, share) = largest(newcomer.ingress)?;
+        (self.waiting_of(newcomer) + 1 < share).then_some(source)
     }
 }
 
@@ -319,6 +321,18 @@ mod tests {
             Some((source, item))
         };
         (0..slots).map_while(take).collect()
+    }
+
+    #[test]
+    fn a_newcomer_gets_a_place_of_its_own_ingress_where_another_has_as_many() {
+        let mut queue = FairQueue::new(4);
+        let (large, flood) = (source(Ingress::Http, 1), source(Ingress::Dcf, 2));
+        for number in 0..2 {
+            assert!(queue.push(large, number).unwrap().is_none());
+            assert!(queue.push(flood, number).unwrap().is_none());
+        }
+        let displaced = queue.push(source(Ingress::Http, 3), 9).unwrap();
+        assert_eq!(displaced, Some((large, 1)));
     }
 
     #[test]

@@ -467,9 +467,11 @@ impl Placement {
     fn nobody(&self, ask: &Ask) -> Refusal {
         let model = ask.model.clone();
         let too_old = |worker: &Worker| {
-            !worker.is_legacy()
-                && worker.request_revision < ask.revision
-                && worker.model(&model).is_some()
+            let meant = match worker.is_legacy() {
+                true => ask.legacy,
+                false => worker.model(&model).is_some(),
+            };
+            meant && worker.request_revision < ask.revision
         };
         if self.registry.iter().any(too_old) {
             return Refusal::TooOld { model };

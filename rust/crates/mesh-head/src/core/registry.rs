@@ -177,10 +177,19 @@ impl Worker {
         self.proven = self.models.iter().all(|model| model.proven);
     }
 
-    /// Whether more requests than `ahead` wait there, and not just for the next step.
-    pub fn queues(&self, ahead: u32, now: Instant) -> bool {
+    /// Whether more requests for this model than `ahead` wait there, and not just for the next step.
+    pub fn queues(&self, model: &str, ahead: u32, now: Instant) -> bool {
+        let meant = self.model(model);
+        // What waits at an encoder waits for its turn, not for memory.
+        if meant.is_some_and(|model| model.card.kind() == ModelKind::Embed) {
+            return false;
+        }
+        let own = meant.and_then(|model| {
+            let mut speeds = self.load.speeds.iter();
+            speeds.find(|speed| speed.name == model.card.name)?.queued
+        });
         let long = |since| now.saturating_duration_since(since) >= QUEUES_LONG;
-        self.load.queued > ahead && self.queues_since.is_some_and(long)
+        own.unwrap_or(self.load.queued) > ahead && self.queues_since.is_some_and(long)
     }
 
     /// Whether its reports say that it works and that requests wait there: one without a token may be among those.
@@ -723,6 +732,7 @@ mod tests {
             name: "tiny".into(),
             decode_tps: 300.0,
             prefill_tps: f32::NAN,
+            queued: None,
         }];
         registry.report(
             id,

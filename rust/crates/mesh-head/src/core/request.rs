@@ -155,6 +155,8 @@ pub struct Answer {
     started: Instant,
     /// Since when it waits for a worker with room: what was gained before a failure starts this anew.
     waiting_since: Instant,
+    /// When this attempt's worker was found.
+    placed_at: Instant,
     attempt: u32,
     phase: Phase,
     tokens: Vec<u32>,
@@ -195,6 +197,7 @@ impl Answer {
             limits,
             started: now,
             waiting_since: now,
+            placed_at: now,
             attempt: 0,
             phase: Phase::Placing,
             tokens: Vec::new(),
@@ -240,16 +243,18 @@ impl Answer {
         Some(self.started + self.limits.total?)
     }
 
-    /// Whether the worker that has it has sent no token yet, and does not say what it waits for: it is of an older version.
-    pub fn waits_untold(&self) -> bool {
-        matches!(
+    /// Whether the worker that has it, not for longer than silence may last, has sent no token yet and does not say what it
+    /// waits for: it is of an older version.
+    pub fn waits_untold(&self, now: Instant) -> bool {
+        let silent = matches!(
             self.phase,
             Phase::Running {
                 decoding: false,
                 tells: false,
                 ..
             }
-        )
+        );
+        silent && now.saturating_duration_since(self.placed_at) < self.limits.timeout
     }
 
     /// When to call [`Answer::time_passed`], unless something else happens before.
@@ -268,6 +273,7 @@ impl Answer {
     /// A worker was found, which the router expects to send its first token after `expected`.
     pub fn placed(&mut self, worker: WorkerId, expected: Duration, now: Instant) -> Resume {
         self.attempt += 1;
+        self.placed_at = now;
         let allowance = self.limits.first_token + expected.saturating_mul(10);
         self.phase = Phase::Running {
             worker,
@@ -408,9 +414,22 @@ impl Answer {
         }
     }
 
-    /// From now on silence of `least` is enough to count as death, if it is out of proportion to the pace so far.
-    pub fn hasten(&mut self, least: Duration) {
-        self.limits.silence = self.limits.silence.min(least);
+    /// From the next attempt on silence of `least` is enough to count as death, if it is out of proportion to the pace so far.
+    pub fn set_least_silence(&mut self, least: Duration) {
+        self.limits.silence = least;
+    }
+
+    /// The silence so far is excused, and what comes of it is looked at again at `moment`.
+    pub fn look_again_at(&mut self, moment: Instant) {
+        if let Phase::Running {
+            last_heard,
+            allowance,
+            ..
+        } = &mut self.phase
+            && let Some(heard) = moment.checked_sub(*allowance)
+        {
+            *last_heard = (*last_heard).max(heard);
+        }
     }
 
     /// The silence up to this moment has a known cause that is not the worker's death: its ring recovered.

@@ -171,7 +171,7 @@ impl Router {
             return false;
         }
         // Requests wait there though slots are free: memory is short. They had better wait here, where whoever has room takes them.
-        if worker.queues(self.capacity.ahead, now) {
+        if worker.queues(&ask.model, self.capacity.ahead, now) {
             return false;
         }
         let capacity = match worker.model(&ask.model) {
@@ -188,11 +188,11 @@ fn serves(worker: &Worker, ask: &Ask) -> bool {
     if worker.draining && !worker.model(&ask.model).is_some_and(moves) {
         return false;
     }
-    if worker.is_legacy() {
-        return ask.legacy;
-    }
     if worker.request_revision < ask.revision {
         return false;
+    }
+    if worker.is_legacy() {
+        return ask.legacy;
     }
     // Whoever is kept for something else holds this model for other meshes, or by mistake.
     if !worker.is_for(ask.purpose.name()) {

@@ -238,7 +238,6 @@ const HARMLESS: &[&str] = &[
     "keep_alive",
     "ttl",
     "draft_model",
-    "truncation_length",
     "prompt_lookup_num_tokens",
     "tool_prompt",
 ];
@@ -335,6 +334,7 @@ const REFUSED: &[Rule] = &[
     refuse("grammar_lazy", UNCONSTRAINED),
     refuse("grammar_triggers", UNCONSTRAINED),
     refuse("json_schema", UNCONSTRAINED),
+    unless("truncation_length", zero, "shorten the prompt yourself"),
     unless("n_probs", zero, "use logprobs"),
     unless("min_keep", at_most_one, OTHER_SAMPLERS),
     unless("dynatemp_range", zero, OTHER_SAMPLERS),

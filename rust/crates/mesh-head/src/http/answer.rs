@@ -243,7 +243,11 @@ impl Answering {
                     };
                     return Some((index, Ok(Event::Delta(delta))));
                 }
-                event @ Event::Delta(_) => return Some((index, Ok(event))),
+                event @ Event::Delta(_) => {
+                    self.waits.clear();
+                    self.waits.push_str("for the next token");
+                    return Some((index, Ok(event)));
+                }
             }
         }
     }

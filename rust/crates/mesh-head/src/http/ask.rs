@@ -283,7 +283,7 @@ fn plain_task(
         1 => Bytes::from(message.content.clone()),
         _ => Bytes::from(task.to_string()),
     };
-    (payload.len() <= dcf::MAX_DATAGRAM_PAYLOAD).then_some(payload)
+    (payload.len() <= dcf::Version::V5_1.max_payload()).then_some(payload)
 }
 
 /// The `prompt` of `/v1/completions`: a text, several texts, token ids, or several lists of them.

@@ -88,12 +88,11 @@ pub fn router(
     );
     let body_limit = usize::try_from(mesh.config.http.body_limit).unwrap_or(usize::MAX);
     let turnstile = Arc::new(Turnstile::new(mesh.config.http.concurrent_requests));
-    let guard = if keys.are_needed() {
-        Guard::of_any_name()
-    } else {
-        Guard::of_names(&mesh.config.http.hosts)
-    };
-    let guard = guard.with_origins(&mesh.config.http.cors);
+    // A reload may bring keys or take them away.
+    let known_keys = keys.clone();
+    let guard = Guard::of_names(&mesh.config.http.hosts)
+        .only_while(move || !known_keys.are_needed())
+        .with_origins(&mesh.config.http.cors);
     let api = Api {
         mesh,
         keys: Arc::new(keys),

@@ -38,6 +38,23 @@ pub struct Guard {
     origins: HashSet<String>,
     /// All pages.
     any_origin: bool,
+    /// Whether names count at the moment.
+    names_count: NamesCount,
+}
+
+#[derive(Clone)]
+struct NamesCount(Arc<dyn Fn() -> bool + Send + Sync>);
+
+impl Default for NamesCount {
+    fn default() -> Self {
+        Self(Arc::new(|| true))
+    }
+}
+
+impl fmt::Debug for NamesCount {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", (self.0)())
+    }
 }
 
 /// Why a request is refused.
@@ -91,6 +108,13 @@ impl Guard {
         }
     }
 
+    /// Looks at names only while `names_count`. It is asked for every request.
+    #[must_use]
+    pub fn only_while(mut self, names_count: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        self.names_count = NamesCount(Arc::new(names_count));
+        self
+    }
+
     /// Lets through whatever name is asked for: where a key is needed, a page gains nothing by a name.
     pub fn of_any_name() -> Self {
         Self::default()
@@ -131,7 +155,7 @@ impl Guard {
     }
 
     fn check_host(&self, uri: &Uri, headers: &HeaderMap) -> Result<(), Refused> {
-        let Some(known) = &self.hosts else {
+        let Some(known) = self.hosts.as_ref().filter(|_| (self.names_count.0)()) else {
             return Ok(());
         };
         let in_headers = headers.get_all(header::HOST).iter().map(text);
@@ -405,6 +429,18 @@ mod tests {
         }
         let request = request.body(Body::from("{}")).unwrap();
         router(guard.clone()).oneshot(request).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn names_count_while_they_are_said_to() {
+        let keyless = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let now = keyless.clone();
+        let guard =
+            Guard::of_names(&[]).only_while(move || now.load(std::sync::atomic::Ordering::Relaxed));
+        let foreign = [("host", "evil.example")];
+        assert_eq!(ask(&guard, "GET", "/ask", &foreign).await.status(), 200);
+        keyless.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(ask(&guard, "GET", "/ask", &foreign).await.status(), 403);
     }
 
     #[tokio::test]

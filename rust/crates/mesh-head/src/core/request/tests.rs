@@ -447,7 +447,7 @@ fn a_request_that_waits_in_a_queue_that_moves_is_not_given_up() {
         assert_eq!(answer.time_passed(now), Step::Wait);
         answer.progressed(attempt, &waits(RequestPhase::Queued, 40), now);
     }
-    assert!(!answer.waits_untold());
+    assert!(!answer.waits_untold(start));
     // Then the signs stop: that is silence.
     let due = answer.next_timer().unwrap();
     assert!(due <= now + LIMITS.first_token);
@@ -587,4 +587,19 @@ proptest! {
             Err(other) => prop_assert!(false, "unexpected error {}", other),
         }
     }
+}
+
+#[test]
+fn what_is_excused_is_looked_at_again_whatever_was_heard_meanwhile() {
+    let start = Instant::now();
+    let mut answer = Answer::new(PATIENT, start);
+    let attempt = answer.placed(WorkerId(1), Duration::ZERO, start).attempt;
+    let heard = start + Duration::from_secs(2);
+    answer.progressed(attempt, &waits(RequestPhase::Queued, 1), heard);
+    let due = answer.next_timer().unwrap();
+    let again = due + Duration::from_millis(300);
+    answer.look_again_at(again);
+    assert_eq!(answer.time_passed(due), Step::Wait);
+    assert_eq!(answer.next_timer(), Some(again));
+    assert!(!matches!(answer.time_passed(again), Step::Wait));
 }
