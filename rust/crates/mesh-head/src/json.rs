@@ -129,10 +129,7 @@ mod tests {
                 b"{\"x\":\"\xed\xa0\xbd\xed\xa0\xbd\xed\xb8\x80\"}",
                 "\u{fffd}\u{1f600}",
             ),
-            (
-                b"{\"x\":\"\xed\xb8\x80\xed\xa0\xbd\"}",
-                "\u{fffd}\u{fffd}",
-            ),
+            (b"{\"x\":\"\xed\xb8\x80\xed\xa0\xbd\"}", "\u{fffd}\u{fffd}"),
             (b"{\"x\":\"\xed\xa0\xbd\xed\x9f\xbf\"}", "\u{fffd}\u{d7ff}"),
             (b"\xef\xbb\xbf{\"x\":\"y\"}", "y"),
         ] {

@@ -111,6 +111,7 @@ impl Connections {
         Patience {
             header: self.header_timeout,
             idle: self.idle_timeout,
+            write: self.write_timeout,
         }
     }
 }
@@ -289,8 +290,10 @@ impl Server {
         let limit = self.connections.write_timeout;
         let io = TokioIo::new(Watched::new(stream, self.shared.clone(), id, limit));
         let mut builder = auto::Builder::new(TokioExecutor::new());
+        builder.http1().max_buf_size(MOST_BUFFER);
         builder
             .http2()
+            .max_header_list_size(MOST_HEADERS)
             .timer(TokioTimer::new())
             .keep_alive_interval(self.connections.header_timeout)
             .max_concurrent_streams(MOST_STREAMS);
@@ -307,13 +310,12 @@ impl Server {
             let now = Instant::now();
             let due = self.shared.table().due(id, &patience);
             if due.is_some_and(|due| due <= now) {
-                tracing::debug!(%address, "connection closed: nothing came in time");
+                tracing::debug!(%address, "connection closed: nothing came or was taken in time");
                 break;
             }
             // What is due may change meanwhile, but never to anything sooner than this.
-            let look = due
-                .unwrap_or(now + patience.header)
-                .min(now + patience.header);
+            let soonest = now + patience.least();
+            let look = due.map_or(soonest, |due| due.min(soonest));
             tokio::select! {
                 ended = connection.as_mut() => {
                     if let Err(error) = ended {
@@ -417,6 +419,9 @@ const MOST_CONNECTIONS: usize = 16_384;
 const USUAL_FILES: usize = 1024;
 /// Requests at once on one connection.
 const MOST_STREAMS: u32 = 100;
+/// Bytes of a connection's buffer, so of a head, and of the headers of one request among many.
+const MOST_BUFFER: usize = 64 << 10;
+const MOST_HEADERS: u32 = 32 << 10;
 /// After an error that is not of one connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const WARNING_PAUSE: Duration = Duration::from_secs(60);
@@ -516,7 +521,8 @@ mod tests {
             .route(
                 "/body",
                 axum::routing::post(|body: String| async move { body.len().to_string() }),
-            );
+            )
+            .layer(axum::extract::DefaultBodyLimit::disable());
         let limit = Duration::from_secs(1);
         tokio::spawn(serve_with(
             connections,
@@ -574,6 +580,130 @@ mod tests {
         assert!(got.len() < 64 << 20, "{}", got.len());
         let quiet = tokio::time::timeout(Duration::from_millis(50), waiting.read_u8());
         assert!(quiet.await.is_err(), "it still waits for its answer");
+    }
+
+    /// A client that speaks HTTP/2 by hand: its streams have no window, and it has asked for `path`.
+    async fn without_window(address: SocketAddr, path: &str) -> TcpStream {
+        let mut sent = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+        // SETTINGS_INITIAL_WINDOW_SIZE = 0
+        sent.extend(frame(4, 0, 0, &[0, 4, 0, 0, 0, 0]));
+        // :method GET, :scheme http, :authority and :path as literals.
+        let len = u8::try_from(path.len()).expect("a short path");
+        let mut head = vec![0x82, 0x86, 0x41, 1, b'x', 0x04, len];
+        head.extend(path.as_bytes());
+        sent.extend(frame(1, 0x5, 1, &head));
+        let mut client = TcpStream::connect(address).await.expect("connect");
+        client.write_all(&sent).await.expect("send");
+        client
+    }
+
+    fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+        let len = u32::try_from(payload.len()).expect("a short frame");
+        let mut frame = len.to_be_bytes()[1..].to_vec();
+        frame.extend([kind, flags]);
+        frame.extend(stream.to_be_bytes());
+        frame.extend(payload);
+        frame
+    }
+
+    /// Answers SETTINGS and PING until the connection ends, or for `limit`: bytes of data, PINGs, and whether it ended.
+    ///
+    /// Grants `window` every 100 ms.
+    async fn answer_pings(client: TcpStream, window: u32, limit: Duration) -> (usize, usize, bool) {
+        let (mut reader, mut writer) = client.into_split();
+        let (mut data, mut pings) = (0, 0);
+        let (acknowledge, mut acknowledged) = tokio::sync::mpsc::channel(64);
+        let read = async {
+            loop {
+                let mut head = [0; 9];
+                if reader.read_exact(&mut head).await.is_err() {
+                    return;
+                }
+                let len = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+                let mut payload = vec![0; len];
+                if reader.read_exact(&mut payload).await.is_err() {
+                    return;
+                }
+                match (head[3], head[4]) {
+                    (0, _) => data += len,
+                    (4, 0) => acknowledge.send(frame(4, 1, 0, &[])).await.expect("send"),
+                    (6, 0) => {
+                        pings += 1;
+                        let pong = frame(6, 1, 0, &payload);
+                        acknowledge.send(pong).await.expect("send");
+                    }
+                    _ => {}
+                }
+            }
+        };
+        let write = async {
+            let mut grants = tokio::time::interval(Duration::from_millis(100));
+            loop {
+                let frames = tokio::select! {
+                    Some(frame) = acknowledged.recv() => frame,
+                    _ = grants.tick(), if window > 0 => {
+                        let window = window.to_be_bytes();
+                        [frame(8, 0, 0, &window), frame(8, 0, 1, &window)].concat()
+                    }
+                };
+                if writer.write_all(&frames).await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            }
+        };
+        let ended = tokio::select! {
+            () = read => true,
+            () = write => unreachable!(),
+            () = tokio::time::sleep(limit) => false,
+        };
+        (data, pings, ended)
+    }
+
+    #[tokio::test]
+    async fn a_client_without_a_window_is_cut_and_slow_ones_are_not() {
+        let (address, _draining) = impatient(|connections| {
+            connections.header_timeout = Duration::from_millis(200);
+            connections.write_timeout = Duration::from_secs(2);
+            connections.idle_timeout = Duration::from_secs(2);
+        })
+        .await;
+        let run = |path, window, seconds| async move {
+            let client = without_window(address, path).await;
+            answer_pings(client, window, Duration::from_secs(seconds)).await
+        };
+        let (stuck, waiting, slow) = tokio::join!(
+            run("/health", 0, 20),
+            run("/slow", 0, 6),
+            run("/big", 4096, 6)
+        );
+        let (data, pings, ended) = stuck;
+        assert!(ended && data == 0 && pings > 0, "{stuck:?}");
+        let (_, pings, ended) = waiting;
+        assert!(!ended && pings > 0, "{waiting:?}");
+        let (data, _, ended) = slow;
+        assert!(!ended && data > 40_000, "{slow:?}");
+    }
+
+    #[tokio::test]
+    async fn a_head_has_a_bound_and_bodies_do_not_share_it() {
+        let (address, _draining) = impatient(|_| {}).await;
+        let mut head = "GET /health HTTP/1.1\r\nhost: x\r\nx: ".to_owned();
+        // No more than is read, since a close with more to read is a reset.
+        head.push_str(&"y".repeat(MOST_BUFFER - head.len()));
+        let (got, _) = until_closed(&mut send(address, &head).await).await;
+        assert!(got.starts_with("HTTP/1.1 431"), "{got}");
+        let len = 8 << 20;
+        let mut post = format!(
+            "POST /body HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len}\r\n\r\n"
+        );
+        post.push_str(&"z".repeat(len));
+        let (got, _) = until_closed(&mut send(address, &post).await).await;
+        assert!(got.ends_with("8388608"), "{got}");
+        let big = "GET /big HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+        let (got, _) = until_closed(&mut send(address, big).await).await;
+        let (head, body) = got.split_once("\r\n\r\n").expect("a head");
+        assert!(head.contains("content-length: 67108864"), "{head}");
+        assert_eq!(body.len(), 64 << 20);
     }
 
     #[tokio::test]

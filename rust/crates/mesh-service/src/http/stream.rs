@@ -8,6 +8,7 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes, HttpBody};
+use http_body::Frame;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Sleep;
 
@@ -173,7 +174,7 @@ impl HttpBody for Incoming {
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<http_body::Frame<Bytes>, axum::Error>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else {
             ready!(self.timer.as_mut().poll(cx));
             self.end();
@@ -213,10 +214,17 @@ impl Drop for Incoming {
     }
 }
 
-/// An answer on its way.
+/// An answer on its way, in pieces of at most [`PIECE`] bytes.
+///
+/// The server asks for a piece when it has room for it. Where a client's window has none, nothing is asked for, and no write waits
+/// that could time out: so the table knows since when a piece waits.
 pub(super) struct Outgoing {
     body: Body,
-    _answer: Answer,
+    /// What is left of the body's last frame.
+    rest: Bytes,
+    /// When the last piece was handed over, if no other has been asked for since.
+    offered: Option<Instant>,
+    answer: Answer,
 }
 
 /// An answer counts as under way until this is dropped.
@@ -229,8 +237,34 @@ impl Outgoing {
     pub(super) fn new(body: Body, answer: Answer) -> Self {
         Self {
             body,
-            _answer: answer,
+            rest: Bytes::new(),
+            offered: None,
+            answer,
         }
+    }
+
+    fn taken(&mut self) {
+        if let Some(offered) = self.offered.take() {
+            self.answer.shared.table().taken(self.answer.id, offered);
+        }
+    }
+
+    fn poll_piece(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        if self.rest.is_empty() {
+            let frame = match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
+                Some(Ok(frame)) => frame,
+                other => return Poll::Ready(other),
+            };
+            match frame.into_data() {
+                Ok(data) => self.rest = data,
+                Err(frame) => return Poll::Ready(Some(Ok(frame))),
+            }
+        }
+        let piece = self.rest.split_to(self.rest.len().min(PIECE));
+        Poll::Ready(Some(Ok(Frame::data(piece))))
     }
 }
 
@@ -241,16 +275,34 @@ impl HttpBody for Outgoing {
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<http_body::Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        self.taken();
+        let piece = ready!(self.poll_piece(cx));
+        let now = Instant::now();
+        self.offered = Some(now);
+        self.answer.shared.table().offered(self.answer.id, now);
+        Poll::Ready(piece)
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.rest.is_empty() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> http_body::SizeHint {
-        self.body.size_hint()
+        let rest = self.rest.len() as u64;
+        let body = self.body.size_hint();
+        let mut hint = http_body::SizeHint::new();
+        hint.set_lower(body.lower() + rest);
+        if let Some(upper) = body.upper() {
+            hint.set_upper(upper + rest);
+        }
+        hint
+    }
+}
+
+impl Drop for Outgoing {
+    fn drop(&mut self) {
+        self.taken();
     }
 }
 
@@ -262,3 +314,5 @@ impl Drop for Answer {
 
 /// Bytes of a body for each of which nobody waits longer than a second.
 const LEAST_RATE: u64 = 1024;
+/// Bytes of an answer that a client takes at once: few enough that a slow one takes them in time.
+const PIECE: usize = 16 << 10;

@@ -28,6 +28,15 @@ pub(super) struct Patience {
     pub header: Duration,
     /// Between two requests.
     pub idle: Duration,
+    /// To take a piece of an answer.
+    pub write: Duration,
+}
+
+impl Patience {
+    /// The shortest of them: nothing new is due sooner.
+    pub(super) fn least(&self) -> Duration {
+        self.header.min(self.idle).min(self.write)
+    }
 }
 
 /// A new connection's fate.
@@ -59,6 +68,8 @@ struct Entry {
     answering: usize,
     /// Of them those whose bodies are not complete.
     reading: usize,
+    /// Since when pieces of answers wait to be taken, one per answer at most.
+    offers: Vec<Instant>,
     /// When what it is waited for began.
     since: Instant,
     wait: Wait,
@@ -119,6 +130,7 @@ impl Table {
             restricted,
             answering: 0,
             reading: 0,
+            offers: Vec::new(),
             since: now,
             wait: Wait::Head,
         };
@@ -168,6 +180,22 @@ impl Table {
         }
     }
 
+    /// A piece of an answer is there for the client to take.
+    pub(super) fn offered(&mut self, id: Id, now: Instant) {
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.offers.push(now);
+        }
+    }
+
+    /// The piece that was [offered](Self::offered) at that time has room on its way, or its answer is given up.
+    pub(super) fn taken(&mut self, id: Id, offered: Instant) {
+        if let Some(entry) = self.entries.get_mut(&id)
+            && let Some(place) = entry.offers.iter().position(|&at| at == offered)
+        {
+            entry.offers.swap_remove(place);
+        }
+    }
+
     /// An answer is complete or given up.
     pub(super) fn answered(&mut self, id: Id, now: Instant) {
         if let Some(entry) = self.entries.get_mut(&id) {
@@ -199,7 +227,13 @@ impl Table {
 
     /// When a connection has to be closed, unless something happens.
     pub(super) fn due(&self, id: Id, patience: &Patience) -> Option<Instant> {
-        let entry = self.entries.get(&id).filter(|entry| entry.answering == 0)?;
+        let entry = self.entries.get(&id)?;
+        if let Some(&oldest) = entry.offers.iter().min() {
+            return Some(oldest + patience.write);
+        }
+        if entry.answering > 0 {
+            return None;
+        }
         let limit = match entry.wait {
             Wait::Head => patience.header,
             Wait::Next | Wait::Streams => patience.idle,
@@ -251,6 +285,7 @@ mod tests {
     const PATIENCE: Patience = Patience {
         header: Duration::from_secs(10),
         idle: Duration::from_secs(75),
+        write: Duration::from_secs(60),
     };
 
     fn table(total: usize, per_source: usize) -> Table {
@@ -349,5 +384,30 @@ mod tests {
         assert_eq!(table.due(streams, &PATIENCE), Some(at(77)));
         table.closed(streams);
         assert_eq!(table.due(streams, &PATIENCE), None);
+    }
+
+    #[test]
+    fn an_answer_that_nobody_takes_has_its_time() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut table = table(10, 10);
+        let id = table.open(ip("10.0.0.1"), at(0)).id;
+        table.asked(id, false, true, at(1));
+        table.asked(id, false, true, at(1));
+        assert_eq!(table.due(id, &PATIENCE), None, "the service is at work");
+        table.offered(id, at(5));
+        table.offered(id, at(7));
+        table.heard(id, at(20));
+        assert_eq!(table.due(id, &PATIENCE), Some(at(65)), "bytes buy no time");
+        table.taken(id, at(5));
+        assert_eq!(table.due(id, &PATIENCE), Some(at(67)));
+        table.offered(id, at(30));
+        table.taken(id, at(7));
+        assert_eq!(table.due(id, &PATIENCE), Some(at(90)));
+        table.taken(id, at(30));
+        assert_eq!((table.due(id, &PATIENCE), table.waits(id)), (None, false));
+        table.answered(id, at(40));
+        table.answered(id, at(41));
+        assert_eq!(table.due(id, &PATIENCE), Some(at(116)));
     }
 }
