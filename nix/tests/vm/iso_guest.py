@@ -215,11 +215,11 @@ def test():
         f"systemd-run --unit offer --property StandardOutput=file:/run/code {there} "
         "/opt/hydramesh/bin/hydramesh token offer --state-dir /root/other-head"
     )
-    wait("a code", lambda: Path("/run/code").exists() and len(Path("/run/code").read_text()) > 8)
+    wait("a code", lambda: Path("/run/code").exists() and len(Path("/run/code").read_text()) > 10)
     menu()
     press("c")
     shows("The code that the head shows")
-    press("2222-2222\n")
+    press("22222-22222\n")
     shows("the code is wrong")
     press("\n")
     menu()

@@ -5,7 +5,7 @@
 //! The code takes the certificate's place: both sides derive a key from it and from the TLS session's exporter (RFC 8446, section
 //! 7.5) by PBKDF2, the taker proves first that it has the key, then the offerer. Somebody in the middle has two sessions with
 //! two exporters, and so no use for what one side proves to the other. To guess the code from a proof, it would have to try some
-//! 2^39 codes at 600,000 hashes each before the offer ends. Guessing at the offer itself ends it after three wrong codes.
+//! 2^49 codes at 600,000 hashes each before the offer ends. Guessing at the offer itself ends it after three wrong codes.
 //!
 //! | bytes | from the taker | bytes | from the offerer |
 //! |---|---|---|---|
@@ -16,7 +16,8 @@
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::num::NonZeroU32;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use aws_lc_rs::{hmac, pbkdf2, rand};
@@ -58,7 +59,7 @@ pub(crate) enum PairError {
     )]
     NotFound,
     /// The code is not one.
-    #[error("a code has {CODE_LENGTH} letters and digits, such as K7QX-M4TR")]
+    #[error("a code has {CODE_LENGTH} letters and digits, such as K7QXM-4TR9H")]
     NoCode,
     /// What came is no gift.
     #[error("the offer makes no sense: {0}")]
@@ -74,7 +75,7 @@ pub(crate) enum PairError {
     Mdns(#[from] mdns_sd::Error),
 }
 
-/// A code: 40 bits, in letters and digits that are hard to mistake for each other.
+/// A code: 50 bits, in letters and digits that are hard to mistake for each other.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Code([u8; CODE_LENGTH]);
 
@@ -137,8 +138,11 @@ pub(crate) struct Announced(ServiceDaemon);
 impl Announced {
     pub(crate) fn start(port: u16) -> Result<Self, PairError> {
         let daemon = ServiceDaemon::new()?;
-        // Names nothing but the moment: who offers is not everybody's business.
-        let name = format!("offer-{:08x}", std::process::id());
+        // The name says nothing about the machine. It is random because a taker tells offers apart by it.
+        let mut random = [0; 4];
+        rand::fill(&mut random)
+            .map_err(|_| io::Error::other("this system gives no random numbers"))?;
+        let name = format!("offer-{:08x}", u32::from_be_bytes(random));
         let host = format!("hydramesh-{name}.local.");
         let service = ServiceInfo::new(SERVICE, &name, &host, "", port, None)?.enable_addr_auto();
         daemon.register(service)?;
@@ -153,73 +157,147 @@ impl Drop for Announced {
 }
 
 /// Waits until somebody who has the code has taken `gift`, and returns who that was.
+///
+/// Each conversation has its own thread, so that a silent connection holds up nobody else.
 pub(crate) fn offer(
     listener: &TcpListener,
     code: &Code,
     gift: &Gift,
     patience: Duration,
 ) -> Result<IpAddr, PairError> {
-    let config = server_config()?;
-    let end = Instant::now() + patience;
+    let offer = Arc::new(Offer {
+        config: server_config()?,
+        code: code.clone(),
+        gift: gift.clone(),
+        end: Instant::now() + patience,
+        state: Mutex::new(State::Open { misses: 0 }),
+    });
     listener.set_nonblocking(true)?;
-    let mut misses = 0;
-    while Instant::now() < end {
-        let (stream, peer) = match listener.accept() {
-            Ok(accepted) => accepted,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                std::thread::sleep(Duration::from_millis(100));
-                continue;
-            }
-            Err(error) => return Err(error.into()),
-        };
-        match hand_over(stream, &config, code, gift) {
-            Ok(()) => return Ok(peer.ip().to_canonical()),
-            Err(PairError::WrongCode) => {
-                misses += 1;
-                if misses == MOST_MISSES {
-                    return Err(PairError::TooManyMisses);
-                }
-            }
-            // Somebody who does not speak TLS, or went away.
-            Err(_) => {}
+    while Instant::now() < offer.end {
+        match *offer.state() {
+            State::Open { .. } => {}
+            State::Taken(taker) => return Ok(taker),
+            State::TooManyMisses => return Err(PairError::TooManyMisses),
+            State::Expired => break,
+        }
+        // Every conversation holds the offer.
+        let conversations = Arc::strong_count(&offer) - 1;
+        // An error here concerns one connection, or passes: files may be short for a moment.
+        let accepted = (conversations < MOST_CONVERSATIONS).then(|| listener.accept());
+        if let Some(Ok((stream, peer))) = accepted {
+            let offer = Arc::clone(&offer);
+            // A connection that gets no thread is closed.
+            let _ = thread::Builder::new()
+                .name("offer".to_owned())
+                .spawn(move || hand_over(stream, peer.ip().to_canonical(), &offer));
+        } else {
+            thread::sleep(POLL);
         }
     }
-    Err(PairError::Expired)
+    match std::mem::replace(&mut *offer.state(), State::Expired) {
+        State::Taken(taker) => Ok(taker),
+        State::TooManyMisses => Err(PairError::TooManyMisses),
+        State::Open { .. } | State::Expired => Err(PairError::Expired),
+    }
 }
 
-fn hand_over(
-    stream: TcpStream,
-    config: &Arc<ServerConfig>,
-    code: &Code,
-    gift: &Gift,
-) -> Result<(), PairError> {
-    let mut tls = StreamOwned::new(
-        ServerConnection::new(Arc::clone(config))?,
-        Limited::new(stream)?,
-    );
+/// An offer, shared by its conversations.
+struct Offer {
+    config: Arc<ServerConfig>,
+    code: Code,
+    gift: Gift,
+    end: Instant,
+    state: Mutex<State>,
+}
+
+impl Offer {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum State {
+    Open { misses: u32 },
+    Taken(IpAddr),
+    TooManyMisses,
+    Expired,
+}
+
+impl State {
+    /// Checks a taker's proof and counts it if it is wrong. Only an open offer looks at proofs.
+    fn check(&mut self, key: &hmac::Key, proof: &[u8]) -> Result<(), PairError> {
+        let misses = match self {
+            Self::Open { misses } => misses,
+            Self::TooManyMisses => return Err(PairError::TooManyMisses),
+            Self::Taken(_) | Self::Expired => return Err(PairError::Expired),
+        };
+        // In constant time.
+        if hmac::verify(key, TAKER, proof).is_ok() {
+            return Ok(());
+        }
+        *misses += 1;
+        if *misses == MOST_MISSES {
+            *self = Self::TooManyMisses;
+        }
+        Err(PairError::WrongCode)
+    }
+}
+
+fn hand_over(stream: TcpStream, peer: IpAddr, offer: &Offer) -> Result<(), PairError> {
+    let limited = Limited::new(stream, SILENCE, offer.end)?;
+    let session = ServerConnection::new(Arc::clone(&offer.config))?;
+    let mut tls = StreamOwned::new(session, limited);
     let mut proof = [0; PROOF];
     tls.read_exact(&mut proof)?;
-    let key = code.key(&tls.conn)?;
-    // In constant time.
-    hmac::verify(&key, TAKER, &proof).map_err(|_| PairError::WrongCode)?;
+    let key = offer.code.key(&tls.conn)?;
     let content =
-        serde_json::to_vec(gift).map_err(|error| PairError::Malformed(error.to_string()))?;
+        serde_json::to_vec(&offer.gift).map_err(|error| PairError::Malformed(error.to_string()))?;
     let length =
         u16::try_from(content.len()).map_err(|_| PairError::Malformed("too long".to_owned()))?;
+    // Locked until the token is sent: of two takers at once, one gets it.
+    let mut state = offer.state();
+    state.check(&key, &proof)?;
     tls.write_all(hmac::sign(&key, OFFERER).as_ref())?;
     tls.write_all(&length.to_be_bytes())?;
     tls.write_all(&content)?;
     tls.conn.send_close_notify();
     tls.flush()?;
+    *state = State::Taken(peer);
     Ok(())
 }
 
+/// Takes the token from the first of these offers that has the code. Each offer is a list of addresses.
+pub(crate) fn fetch_any(
+    offers: &[Vec<SocketAddr>],
+    code: &Code,
+) -> Result<(SocketAddr, Gift), PairError> {
+    let mut reason = PairError::NotFound;
+    for addresses in offers {
+        for &address in addresses {
+            match fetch(address, code) {
+                Ok(gift) => return Ok((address, gift)),
+                // Another address of this offer would only use up its tries.
+                Err(PairError::WrongCode) => {
+                    reason = PairError::WrongCode;
+                    break;
+                }
+                Err(_) if matches!(reason, PairError::WrongCode) => {}
+                Err(error) => reason = error,
+            }
+        }
+    }
+    Err(reason)
+}
+
 /// Takes what is offered at `address`.
-pub(crate) fn fetch(address: SocketAddr, code: &Code) -> Result<Gift, PairError> {
+fn fetch(address: SocketAddr, code: &Code) -> Result<Gift, PairError> {
     let stream = TcpStream::connect_timeout(&address, CONNECT)?;
     let name = ServerName::IpAddress(address.ip().into());
     let connection = ClientConnection::new(client_config()?, name)?;
-    let mut tls = StreamOwned::new(connection, Limited::new(stream)?);
+    // The offerer may be slow, and compute keys for others, too.
+    let limited = Limited::new(stream, CONVERSATION, Instant::now() + CONVERSATION)?;
+    let mut tls = StreamOwned::new(connection, limited);
     while tls.conn.is_handshaking() {
         tls.conn.complete_io(&mut tls.sock)?;
     }
@@ -242,52 +320,88 @@ pub(crate) fn fetch(address: SocketAddr, code: &Code) -> Result<Gift, PairError>
     serde_json::from_slice(&content).map_err(|error| PairError::Malformed(error.to_string()))
 }
 
-/// Offers on the LAN, for at most `patience`: the first one's addresses.
-pub(crate) fn find(patience: Duration) -> Result<Vec<SocketAddr>, PairError> {
+/// Looks for offers on the LAN, for at most `patience`, and returns the addresses of each.
+///
+/// Anybody can announce one, so the search goes on for a moment after the first.
+pub(crate) fn find(patience: Duration) -> Result<Vec<Vec<SocketAddr>>, PairError> {
     let daemon = ServiceDaemon::new()?;
     let events = daemon.browse(SERVICE)?;
-    let end = Instant::now() + patience;
-    let mut found = Vec::new();
-    while found.is_empty() {
-        let Some(left) = end.checked_duration_since(Instant::now()) else {
-            break;
-        };
-        if let Ok(ServiceEvent::ServiceResolved(service)) = events.recv_timeout(left) {
-            found = service
-                .addresses
-                .iter()
-                .map(|ip| SocketAddr::new(ip.to_ip_addr(), service.port))
-                // One of a link means nothing without the link.
-                .filter(
-                    |address| !matches!(address.ip(), IpAddr::V6(ip) if ip.is_unicast_link_local()),
-                )
-                .collect();
+    let mut end = Instant::now() + patience;
+    let mut found = Found::default();
+    while let Some(left) = end.checked_duration_since(Instant::now()) {
+        match events.recv_timeout(left) {
+            Ok(ServiceEvent::ServiceResolved(service)) => {
+                let addresses = service.addresses.iter();
+                found.add(
+                    &service.fullname,
+                    addresses.map(|ip| SocketAddr::new(ip.to_ip_addr(), service.port)),
+                );
+                if !found.0.is_empty() {
+                    end = end.min(Instant::now() + GATHER);
+                }
+            }
+            Ok(ServiceEvent::ServiceRemoved(_, name)) => found.0.retain(|offer| offer.0 != name),
+            Ok(_) => {}
+            // Not even an idle daemon ends by itself.
+            Err(_) => break,
         }
     }
     let _ = daemon.shutdown();
-    found.sort_by_key(|address| (address.ip().is_loopback(), address.is_ipv6(), *address));
-    found.truncate(8);
-    Ok(found)
+    Ok(found.into_addresses())
 }
 
-/// A connection that ends after some seconds, however slowly the other side sends.
+/// The name and the addresses of each offer that was found, in the order of the finds.
+#[derive(Default)]
+struct Found(Vec<(String, Vec<SocketAddr>)>);
+
+impl Found {
+    fn add(&mut self, name: &str, addresses: impl Iterator<Item = SocketAddr>) {
+        // A link-local address needs the link's name.
+        let addresses: Vec<SocketAddr> = addresses
+            .filter(|address| !matches!(address.ip(), IpAddr::V6(ip) if ip.is_unicast_link_local()))
+            .collect();
+        match self.0.iter().position(|offer| offer.0 == name) {
+            Some(index) => self.0[index].1.extend(addresses),
+            None if addresses.is_empty() || self.0.len() == MOST_OFFERS => {}
+            None => self.0.push((name.to_owned(), addresses)),
+        }
+    }
+
+    fn into_addresses(self) -> Vec<Vec<SocketAddr>> {
+        let mut offers: Vec<Vec<SocketAddr>> = self.0.into_iter().map(|offer| offer.1).collect();
+        for addresses in &mut offers {
+            addresses
+                .sort_by_key(|address| (address.ip().is_loopback(), address.is_ipv6(), *address));
+            addresses.dedup();
+            addresses.truncate(MOST_ADDRESSES);
+        }
+        offers
+    }
+}
+
+/// A connection that ends after `CONVERSATION`, at `end` or when the other side is silent, however slowly it sends.
 struct Limited {
     stream: TcpStream,
+    silence: Duration,
     end: Instant,
 }
 
 impl Limited {
-    fn new(stream: TcpStream) -> io::Result<Self> {
+    fn new(stream: TcpStream, silence: Duration, end: Instant) -> io::Result<Self> {
         stream.set_nonblocking(false)?;
-        let end = Instant::now() + CONVERSATION;
-        Ok(Self { stream, end })
+        let end = end.min(Instant::now() + CONVERSATION);
+        Ok(Self {
+            stream,
+            silence,
+            end,
+        })
     }
 
     fn left(&self) -> io::Result<Duration> {
         let left = self.end.saturating_duration_since(Instant::now());
         match left.is_zero() {
             true => Err(io::ErrorKind::TimedOut.into()),
-            false => Ok(left),
+            false => Ok(left.min(self.silence)),
         }
     }
 }
@@ -374,7 +488,7 @@ impl ServerCertVerifier for AnyCertificate {
 
 const SERVICE: &str = "_hydramesh-offer._tcp.local.";
 const ALPHABET: &[u8; 32] = b"23456789ABCDEFGHJKLMNPQRSTUVWXYZ";
-const CODE_LENGTH: usize = 8;
+const CODE_LENGTH: usize = 10;
 const EXPORTER: &[u8] = b"EXPORTER-hydramesh-offer-1";
 const TAKER: &[u8] = b"taker";
 const OFFERER: &[u8] = b"offerer";
@@ -383,14 +497,27 @@ const ROUNDS: NonZeroU32 = NonZeroU32::new(600_000).expect("more than none");
 const MOST_MISSES: u32 = 3;
 const MOST_CONTENT: usize = 1024;
 const CONNECT: Duration = Duration::from_secs(5);
-/// A slow machine needs seconds for its key.
+const MOST_CONVERSATIONS: usize = 8;
 const CONVERSATION: Duration = Duration::from_secs(60);
+/// A slow machine needs seconds for its key.
+const SILENCE: Duration = Duration::from_secs(10);
+const POLL: Duration = Duration::from_millis(100);
+/// How long further offers are waited for after the first.
+const GATHER: Duration = Duration::from_secs(2);
+const MOST_OFFERS: usize = 16;
+const MOST_ADDRESSES: usize = 8;
 
 #[cfg(test)]
 mod tests {
-    use std::thread;
-
     use super::*;
+
+    fn code(text: &[u8; CODE_LENGTH]) -> Code {
+        Code(*text)
+    }
+
+    fn limited(stream: TcpStream) -> Limited {
+        Limited::new(stream, CONVERSATION, Instant::now() + CONVERSATION).expect("a stream")
+    }
 
     fn gift() -> Gift {
         Gift {
@@ -426,15 +553,111 @@ mod tests {
     }
 
     #[test]
+    fn silent_connections_hold_up_nobody() {
+        let code = Code::random().expect("a code");
+        let (address, outcome) = offered(&code);
+        let silent: Vec<TcpStream> = (0..MOST_CONVERSATIONS - 1)
+            .map(|_| TcpStream::connect(address).expect("a connection"))
+            .collect();
+        let begin = Instant::now();
+        assert_eq!(fetch(address, &code).expect("a token"), gift());
+        assert!(outcome.join().expect("no panic").is_ok());
+        assert!(begin.elapsed() < CONVERSATION, "{:?}", begin.elapsed());
+        drop(silent);
+    }
+
+    #[test]
+    fn an_offer_ends_in_time_whoever_is_silent() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let _silent = TcpStream::connect(listener.local_addr().expect("an address"));
+        let begin = Instant::now();
+        let code = Code::random().expect("a code");
+        let error = offer(&listener, &code, &gift(), Duration::from_secs(1)).expect_err("nobody");
+        assert!(matches!(error, PairError::Expired), "{error}");
+        assert!(begin.elapsed() < SILENCE, "{:?}", begin.elapsed());
+    }
+
+    #[test]
     fn three_wrong_codes_end_the_offer() {
-        let (address, outcome) = offered(&Code(*b"AAAAAAAA"));
-        for wrong in [*b"AAAAAAAB", *b"BAAAAAAA", *b"22222222"] {
-            let error = fetch(address, &Code(wrong)).expect_err("wrong");
+        let (address, outcome) = offered(&code(b"AAAAAAAAAA"));
+        for wrong in [b"AAAAAAAAAB", b"BAAAAAAAAA", b"2222222222"] {
+            let error = fetch(address, &code(wrong)).expect_err("wrong");
             assert!(matches!(error, PairError::WrongCode), "{error}");
         }
         let error = outcome.join().expect("no panic").expect_err("over");
         assert!(matches!(error, PairError::TooManyMisses), "{error}");
-        assert!(fetch(address, &Code(*b"AAAAAAAA")).is_err());
+        assert!(fetch(address, &code(b"AAAAAAAAAA")).is_err());
+    }
+
+    #[test]
+    fn wrong_codes_at_once_end_the_offer_too() {
+        let (address, outcome) = offered(&code(b"AAAAAAAAAA"));
+        let guesses: Vec<_> = (0..5)
+            .map(|_| thread::spawn(move || fetch(address, &code(b"BBBBBBBBBB"))))
+            .collect();
+        for guess in guesses {
+            assert!(guess.join().expect("no panic").is_err());
+        }
+        let error = outcome.join().expect("no panic").expect_err("over");
+        assert!(matches!(error, PairError::TooManyMisses), "{error}");
+    }
+
+    #[test]
+    fn after_three_misses_no_proof_is_looked_at() {
+        let key = hmac::Key::new(hmac::HMAC_SHA256, &[7; 32]);
+        let right = hmac::sign(&key, TAKER);
+        let mut state = State::Open { misses: 0 };
+        for _ in 1..MOST_MISSES {
+            let missed = state.check(&key, &[0; PROOF]);
+            assert!(matches!(missed, Err(PairError::WrongCode)));
+            assert!(state.check(&key, right.as_ref()).is_ok());
+        }
+        let last = state.check(&key, &[0; PROOF]);
+        assert!(matches!(last, Err(PairError::WrongCode)));
+        let late = state.check(&key, right.as_ref());
+        assert!(matches!(late, Err(PairError::TooManyMisses)));
+        let mut taken = State::Taken(IpAddr::from([192, 0, 2, 1]));
+        assert!(taken.check(&key, right.as_ref()).is_err());
+    }
+
+    #[test]
+    fn an_offer_with_another_code_does_not_hide_the_right_one() {
+        let ours = Code::random().expect("a code");
+        let (right, outcome) = offered(&ours);
+        let (other, _) = offered(&code(b"AAAAAAAAAA"));
+        // Nobody listens at the first address; a second proof at `other` would be a second miss.
+        let closed = SocketAddr::from(([127, 0, 0, 1], 1));
+        let offers = [vec![closed, other, other], vec![right]];
+        assert_eq!(fetch_any(&offers, &ours).expect("a token"), (right, gift()));
+        assert!(outcome.join().expect("no panic").is_ok());
+        let error = fetch_any(&[vec![other], vec![closed]], &ours).expect_err("wrong");
+        assert!(matches!(error, PairError::WrongCode), "{error}");
+        let error = fetch_any(&[], &ours).expect_err("nothing");
+        assert!(matches!(error, PairError::NotFound), "{error}");
+        // Two misses so far: the offer still stands.
+        assert!(fetch(other, &code(b"AAAAAAAAAA")).is_ok());
+    }
+
+    #[test]
+    fn addresses_are_grouped_by_offer() {
+        let at = |text: &str| text.parse::<SocketAddr>().expect("an address");
+        let mut found = Found::default();
+        found.add("link", [at("[fe80::1]:1")].into_iter());
+        assert!(found.0.is_empty());
+        found.add("a", [at("[2001:db8::1]:1")].into_iter());
+        found.add("b", [at("192.0.2.2:2")].into_iter());
+        found.add("a", [at("127.0.0.1:1"), at("192.0.2.1:1")].into_iter());
+        found.add("a", [at("192.0.2.1:1")].into_iter());
+        let a = ["192.0.2.1:1", "[2001:db8::1]:1", "127.0.0.1:1"].map(at);
+        assert_eq!(
+            found.into_addresses(),
+            [a.to_vec(), vec![at("192.0.2.2:2")]]
+        );
+        let mut many = Found::default();
+        for index in 0..1000 {
+            many.add(&index.to_string(), [at("192.0.2.1:1")].into_iter());
+        }
+        assert_eq!(many.into_addresses().len(), MOST_OFFERS);
     }
 
     #[test]
@@ -448,16 +671,13 @@ mod tests {
             let (stream, _) = middle.accept().expect("the taker");
             let config = server_config().expect("a certificate");
             let session = ServerConnection::new(config).expect("a session");
-            let mut taker = StreamOwned::new(session, Limited::new(stream).expect("a stream"));
+            let mut taker = StreamOwned::new(session, limited(stream));
             let mut proof = [0; PROOF];
             taker.read_exact(&mut proof).expect("the taker's proof");
             let stream = TcpStream::connect(head).expect("the head");
             let name = ServerName::IpAddress(head.ip().into());
             let session = ClientConnection::new(client_config().expect("a config"), name);
-            let mut offerer = StreamOwned::new(
-                session.expect("a session"),
-                Limited::new(stream).expect("a stream"),
-            );
+            let mut offerer = StreamOwned::new(session.expect("a session"), limited(stream));
             offerer.write_all(&proof).expect("passed on");
             offerer.read_exact(&mut [0; 1])
         });
@@ -474,9 +694,9 @@ mod tests {
 
     #[test]
     fn a_code_is_read_as_people_type_it() {
-        let code = Code(*b"K7QXM4TR");
-        assert_eq!(code.to_string(), "K7QX-M4TR");
-        for text in ["K7QX-M4TR", "k7qxm4tr", " k7qx m4tr\n"] {
+        let code = code(b"K7QXM4TR9H");
+        assert_eq!(code.to_string(), "K7QXM-4TR9H");
+        for text in ["K7QXM-4TR9H", "k7qxm4tr9h", " k7qxm 4tr9h\n"] {
             assert!(
                 Code::parse(text).is_ok_and(|parsed| parsed == code),
                 "{text}"
@@ -484,10 +704,11 @@ mod tests {
         }
         for text in [
             "",
-            "K7QX",
-            "K7QX-M4TRR",
-            "K7QX-M4T1",
-            "K7QX-M4TÄ",
+            "K7QXM",
+            "K7QXM-4TR9",
+            "K7QXM-4TR9HH",
+            "K7QXM-4TR91",
+            "K7QXM-4TR9Ä",
             &"A".repeat(100_000),
         ] {
             assert!(Code::parse(text).is_err(), "{text:.20}");

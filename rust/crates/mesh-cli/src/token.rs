@@ -89,27 +89,17 @@ fn fetch(code: Option<String>, at: Option<SocketAddr>) -> Result<(), PairError> 
             Code::parse(&typed)?
         }
     };
-    let addresses = match at {
-        Some(address) => vec![address],
+    let offers = match at {
+        Some(address) => vec![vec![address]],
         None => pair::find(LONGEST_SEARCH)?,
     };
-    let mut outcome = Err(PairError::NotFound);
-    for address in addresses {
-        match pair::fetch(address, &code) {
-            Ok(gift) => {
-                let head = HeadAddress {
-                    host: address.ip().to_canonical().to_string(),
-                    port: gift.port,
-                };
-                println!("head={head}\ntoken={}", gift.token);
-                return Ok(());
-            }
-            // Another address of the same offer would only use up its patience.
-            Err(PairError::WrongCode) => return Err(PairError::WrongCode),
-            Err(error) => outcome = Err(error),
-        }
-    }
-    outcome
+    let (address, gift) = pair::fetch_any(&offers, &code)?;
+    let head = HeadAddress {
+        host: address.ip().to_canonical().to_string(),
+        port: gift.port,
+    };
+    println!("head={head}\ntoken={}", gift.token);
+    Ok(())
 }
 
 async fn blocking(
