@@ -5,17 +5,24 @@
 
 read -r -a units <<<"$HYDRAMESH_UNITS"
 applied=/run/hydramesh-applied
+state_label=/dev/disk/by-label/HYDRASTATE
+state=/var/lib/private/hydramesh
 
 exec 9>/run/hydramesh-apply.lock
 flock 9
 
-# What the services were told, as one text that changes with it.
+# What the services were told and where their state lies, as one text that changes with it.
 told() {
   (cd /run/hydramesh && sha256sum role-* service.env join-token) 2>/dev/null || true
+  findmnt --noheadings --output SOURCE --mountpoint "$state" || true
 }
 
 # Kept in a file, since a second stick may end this run half-way and start the next.
 [ -e "$applied" ] || told >"$applied"
+# A service keeps the folder that it started in: hydramesh-boot mounts HYDRASTATE only when none runs.
+if [ -e "$state_label" ] && ! mountpoint --quiet "$state"; then
+  systemctl stop "${units[@]}" || true
+fi
 systemctl restart hydramesh-boot.service || true
 if [ "$(told)" != "$(cat "$applied")" ]; then
   systemctl stop "${units[@]}" || true

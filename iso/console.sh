@@ -11,6 +11,14 @@ addresses() {
   ip -brief address show scope global up | awk '{ for (i = 3; i <= NF; i++) if (sub("/.*", "", $i)) print $i }'
 }
 
+# As it stands before a port.
+host() {
+  case $1 in
+    *:*) echo "[$1]" ;;
+    *) echo "$1" ;;
+  esac
+}
+
 role() {
   local file
   for file in /run/hydramesh/role-*; do
@@ -46,7 +54,7 @@ screen() {
     echo "Address: ${found//$'\n'/, }"
   fi
   if [ "$(role)" = head ] && [ -n "$found" ]; then
-    echo "Workers join with hydramesh.head=${found%%$'\n'*}:7780 and a token; key t makes one."
+    echo "Workers join with hydramesh.head=$(host "${found%%$'\n'*}"):7780 and a token; key t makes one."
   fi
   state
   echo
@@ -157,7 +165,7 @@ stick() {
       echo "No partition labelled HYDRAMESH is here. Attach a stick that has one; docs/iso.md says how to make it."
     elif made=$(new_token); then
       address=$(addresses | head -n 1)
-      case $address in *:*) address="[$address]" ;; esac
+      [ -z "$address" ] || address=$(host "$address")
       if mount -o remount,rw,nosuid,nodev,noexec "$partition" && put "$address" "$made"; then
         echo "Done. Plug the stick into one machine that boots from this image: it joins by itself."
       else

@@ -7,7 +7,7 @@
   backends,
 }:
 let
-  # hydramesh-console and hydramesh-apply start and stop these; a unit that the image does not have is passed over.
+  # hydramesh-console and hydramesh-apply start and stop these, hydramesh-boot looks whether one runs; a unit that the image does not have is passed over.
   units = [
     "hydramesh-head.service"
     "hydramesh-shim.service"
@@ -35,7 +35,10 @@ in
       pkgs.systemd
       pkgs.util-linux
     ];
-    runtimeEnv.HYDRAMESH_BACKENDS = lib.concatStringsSep "," backends;
+    runtimeEnv = {
+      HYDRAMESH_BACKENDS = lib.concatStringsSep "," backends;
+      HYDRAMESH_UNITS = lib.concatStringsSep " " units;
+    };
     text = builtins.readFile ./boot.sh;
   };
 

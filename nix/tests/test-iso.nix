@@ -167,6 +167,16 @@ in
     ];
   };
 
+  "hydramesh-boot looks for running services before it mounts their state" = {
+    expr =
+      hasLine
+        "HYDRAMESH_UNITS='hydramesh-head.service hydramesh-shim.service hydramesh-worker-cpu.service'"
+        (evaluate [
+          "cpu"
+        ]).scripts.boot.script;
+    expected = true;
+  };
+
   "a partition that is attached counts at once" = {
     expr = {
       rule = hasInfix "--no-block restart hydramesh-plugged.service" config.services.udev.extraRules;
