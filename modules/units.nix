@@ -171,6 +171,10 @@ in
     (mkIf (hasRole "head") {
       hydramesh-head = unit "head" {
         description = "HydraMesh head: gives requests to workers";
+        # Without it, a service sees the API keys of its start, also after `systemctl reload`. Older ones complain about the key.
+        serviceConfig = lib.optionalAttrs (
+          credentials.head != { } && lib.versionAtLeast (config.systemd.package.version or "0") "260"
+        ) { RefreshOnReload = "credentials"; };
       };
     })
     (mkIf (hasRole "worker") {

@@ -94,7 +94,21 @@ let
         "reservedFor"
         "rocmOverrideGfx"
         "shards"
-      ] same;
+      ] same
+      # One token of a worker's own takes the place of the machine's, whichever way each is given.
+      // {
+        hfToken = same "hfToken" // {
+          default = if machine.hfToken != null && config.hfTokenFile == null then machine.hfToken else null;
+        };
+        hfTokenFile = same "hfTokenFile" // {
+          # A machine with both is refused, and must not make the two defaults ask for each other.
+          default =
+            if machine.hfTokenFile != null && (machine.hfToken != null || config.hfToken == null) then
+              machine.hfTokenFile
+            else
+              null;
+        };
+      };
 
       config.settings = lib.mkIf machine.enable plan.settings.worker;
     };

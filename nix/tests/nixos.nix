@@ -100,6 +100,11 @@ let
           "fbdev"
         ];
       };
+      # Debian 12's, which judges the units (scripts/test_nix.sh).
+      systemd.package = mkOption {
+        type = types.raw;
+        default.version = "252.38";
+      };
       systemd.services = mkOption {
         type = types.attrsOf (types.attrsOf types.anything);
         default = { };

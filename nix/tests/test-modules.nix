@@ -529,6 +529,79 @@ in
         services.hydramesh.workers.third.gpus = [ 2 ];
       }).config.services.hydramesh.workers.third.ports.ring
       7801;
+  "a worker's own token for the hub takes the place of the machine's" =
+    is
+      (map
+        (
+          both:
+          let
+            m = {
+              imports = [ (twoCards both.worker) ];
+              services.hydramesh = both.machine;
+            };
+            inherit ((evaluate m).config.services.hydramesh.workers) second;
+          in
+          [
+            (complaints m).failed
+            second.hfToken
+            second.hfTokenFile
+          ]
+        )
+        [
+          {
+            machine.hfToken = "x";
+            worker.hfTokenFile = "/run/secrets/hf";
+          }
+          {
+            machine.hfTokenFile = "/run/secrets/hf";
+            worker.hfToken = "y";
+          }
+          {
+            machine.hfToken = "x";
+            worker = { };
+          }
+          {
+            machine.hfTokenFile = "/run/secrets/hf";
+            worker = { };
+          }
+          {
+            machine = { };
+            worker = { };
+          }
+        ]
+      )
+      [
+        [
+          [ ]
+          null
+          "/run/secrets/hf"
+        ]
+        [
+          [ ]
+          "y"
+          null
+        ]
+        [
+          [ ]
+          "x"
+          null
+        ]
+        [
+          [ ]
+          null
+          "/run/secrets/hf"
+        ]
+        [
+          [ ]
+          null
+          null
+        ]
+      ];
+  "a machine with two tokens for the hub is told so, also beside a worker" = fails "not both" {
+    imports = [ (twoCards { }) ];
+    services.hydramesh.hfToken = "x";
+    services.hydramesh.hfTokenFile = "/run/secrets/hf";
+  };
   "a machine may have named workers alone" =
     is
       (builtins.attrNames (
@@ -645,6 +718,24 @@ in
         WatchdogSec = 30;
         ExecReload = "/bin/sh -c 'kill -HUP $MAINPID'";
       };
+  "a reload brings new API keys, where systemd can do that" =
+    is
+      (map (module: (headUnit module).serviceConfig.RefreshOnReload or null) [
+        {
+          imports = [ (head { apiKeysFile = "/run/secrets/keys"; }) ];
+          systemd.package.version = "260.1";
+        }
+        {
+          imports = [ (head { }) ];
+          systemd.package.version = "260.1";
+        }
+        (head { apiKeysFile = "/run/secrets/keys"; })
+      ])
+      [
+        "credentials"
+        null
+        null
+      ];
   "old workers are admitted only where the option says so" =
     is
       (map (s: (evaluate (head s)).config.services.hydramesh.settings.head.dcf.legacy_workers or false) [
@@ -1010,9 +1101,12 @@ in
   "multicast DNS needs to list interfaces" =
     is
       (map
-        (mdns: (services (head {
-          settings.head.mdns = mdns;
-        })).hydramesh-head.serviceConfig.RestrictAddressFamilies)
+        (
+          mdns:
+          (services (head {
+            settings.head.mdns = mdns;
+          })).hydramesh-head.serviceConfig.RestrictAddressFamilies
+        )
         [
           false
           true
