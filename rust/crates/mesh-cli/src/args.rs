@@ -444,7 +444,7 @@ Prints head=HOST:PORT and token=TOKEN. The code is read from standard input wher
 processes.
 
 Example:
-  hydramesh token fetch K7QX-M4TR")]
+  hydramesh token fetch K7QXM-4TR9H")]
     Fetch {
         /// What the head shows
         code: Option<String>,

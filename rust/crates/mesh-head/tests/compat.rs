@@ -279,7 +279,7 @@ async fn what_real_clients_send_is_understood() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_v5_0_0_worker_alone_answers_a_plain_chat() {
-    let head = TestHead::start(|_| {}).await;
+    let head = TestHead::start(|config| config.dcf.legacy_workers = true).await;
     let worker = DcfPeer::toward(head.address("dcf.workers")).await;
     let port = worker.socket.local_addr().unwrap().port();
     worker.send(0x01, 0, port.to_string().as_bytes()).await;

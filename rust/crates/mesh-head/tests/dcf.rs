@@ -250,8 +250,11 @@ async fn a_task_of_an_old_worker_that_falls_silent_runs_elsewhere() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tasks_that_wait_at_an_old_worker_outlast_the_limit_on_silence_while_it_answers_others() {
-    let head =
-        TestHead::start(|config| config.request_timeout = Duration::from_millis(1_500)).await;
+    let head = TestHead::start(|config| {
+        config.request_timeout = Duration::from_millis(1_500);
+        config.dcf.legacy_workers = true;
+    })
+    .await;
     let worker = OldWorker::start(&head).await;
     eventually("ready", || async { head.get("/ready").await.0 == 200 }).await;
     let client = head.dcf().await;

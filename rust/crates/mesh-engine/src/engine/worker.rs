@@ -401,7 +401,7 @@ pub(super) const STOPPED: &str = "it was shut down";
 const FATAL_FAILURES: u32 = 3;
 
 /// How old the account of where requests are may be, while steps go on.
-const STATUS_INTERVAL: Duration = Duration::from_millis(100);
+pub(super) const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How late a request's deadline may be noticed while steps are under way elsewhere.
 const DEADLINE_CHECK: Duration = Duration::from_millis(50);

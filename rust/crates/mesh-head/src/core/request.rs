@@ -243,7 +243,7 @@ impl Answer {
         Some(self.started + self.limits.total?)
     }
 
-    /// Whether the worker that has it, not for longer than silence may last, has sent no token yet and does not say what it
+    /// Whether the worker that has it, for less time than a request may wait, has sent no token yet and does not say what it
     /// waits for: it is of an older version.
     pub fn waits_untold(&self, now: Instant) -> bool {
         let silent = matches!(
@@ -254,7 +254,7 @@ impl Answer {
                 ..
             }
         );
-        silent && now.saturating_duration_since(self.placed_at) < self.limits.timeout
+        silent && now.saturating_duration_since(self.placed_at) < self.limits.queue
     }
 
     /// When to call [`Answer::time_passed`], unless something else happens before.
