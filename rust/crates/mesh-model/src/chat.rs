@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::gguf::{Gguf, GgufError};
 use crate::tokenizer::Tokenizer;
-use guard::Guard;
+use guard::{Guard, SENTINELS};
 
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,6 +73,8 @@ pub struct Guarded {
     pub request: RenderRequest,
     /// What breaks them.
     pub mark: Option<char>,
+    /// Where the last message ends, if it is to be continued: a character that nothing else in the conversation holds.
+    pub sentinel: Option<char>,
 }
 
 /// Why a conversation could not be rendered.
@@ -321,7 +323,7 @@ impl ChatTemplate {
     /// # Errors
     /// If the template refuses the conversation (roles it does not know, turns out of order), fails or does not end.
     pub fn write(&self, request: &RenderRequest) -> Result<Rendered, ChatError> {
-        let guarded = self.guarded(request.clone());
+        let guarded = self.guarded(request.clone())?;
         let text = self.render_raw(&guarded.request)?;
         self.unguarded(text, &guarded)
     }
@@ -344,19 +346,30 @@ impl ChatTemplate {
     }
 
     /// The first step of [`write`](Self::write): makes a conversation ready for the template.
-    pub fn guarded(&self, mut request: RenderRequest) -> Guarded {
-        let mark = self.guard.mark(&mut request);
-        Guarded { request, mark }
+    ///
+    /// # Errors
+    /// If it holds so many private-use characters that none is left to mark it with, and if there is no last message to
+    /// continue.
+    pub fn guarded(&self, mut request: RenderRequest) -> Result<Guarded, ChatError> {
+        let mark = self.guard.mark(&mut request)?;
+        let sentinel = match request.continue_final_message {
+            true => Some(mark_end(&mut request)?),
+            false => None,
+        };
+        Ok(Guarded {
+            request,
+            mark,
+            sentinel,
+        })
     }
 
     /// The last step of [`write`](Self::write), for what the template made of `guarded`.
     ///
     /// # Errors
-    /// If the last message is to be continued and does not stand at the end.
+    /// If the last message is to be continued and the template leaves its end out.
     pub fn unguarded(&self, mut text: String, guarded: &Guarded) -> Result<Rendered, ChatError> {
-        if guarded.request.continue_final_message {
-            let end = end_of_final_message(&text, &guarded.request)?;
-            text.truncate(end);
+        if let Some(sentinel) = guarded.sentinel {
+            text = up_to_end(&text, sentinel, &guarded.request)?;
         }
         Ok(guard::unmark(text, guarded.mark))
     }
@@ -392,24 +405,32 @@ impl ChatTemplate {
     }
 }
 
-/// Where the last message ends in what a template wrote: in front of what ends its turn.
-fn end_of_final_message(text: &str, request: &RenderRequest) -> Result<usize, ChatError> {
-    let failed = |reason| ChatError::NotContinued { reason };
-    let last = request
-        .messages
-        .last()
-        .ok_or(failed("there are no messages"))?;
-    // As in `transformers`: templates may trim a message, and then it ends there.
-    let content = last.content.trim();
-    let at = text
-        .rfind(content)
-        .ok_or(failed("the template changes it, or leaves it out"))?;
-    let end = at + content.len();
-    let trailing = &last.content[last.content.trim_end().len()..];
-    Ok(match text[end..].starts_with(trailing) {
-        true => end + trailing.len(),
-        false => end,
-    })
+/// Puts a sentinel at the end of the last message, by which [`up_to_end`] finds it. A blank follows it, as in `transformers`: a
+/// template that trims messages takes it away.
+fn mark_end(request: &mut RenderRequest) -> Result<char, ChatError> {
+    let sentinel = guard::unused(request, SENTINELS)?;
+    let last = request.messages.last_mut().ok_or(ChatError::NotContinued {
+        reason: "there are no messages",
+    })?;
+    last.content.extend([sentinel, ' ']);
+    Ok(sentinel)
+}
+
+/// What a template wrote, up to the end of the last message: without what ends its turn.
+fn up_to_end(text: &str, sentinel: char, request: &RenderRequest) -> Result<String, ChatError> {
+    let (before, behind) = text.rsplit_once(sentinel).ok_or(ChatError::NotContinued {
+        reason: "the model's chat template leaves it out, or its end",
+    })?;
+    let content = request.messages.last().map_or("", |last| &last.content);
+    let blank = content.chars().all(|c| c == sentinel || c.is_whitespace());
+    // A template that trims the blank would have trimmed the message, as `transformers` does then. Before a message that is blank
+    // stand the template's own line breaks, which stay.
+    let trimmed = !behind.starts_with(' ') && !blank;
+    let before = if trimmed { before.trim_end() } else { before };
+    // A template may write a message more than once.
+    let mut out = before.replace(&format!("{sentinel} "), "");
+    out.retain(|c| c != sentinel);
+    Ok(out)
 }
 
 fn render_error(error: minijinja::Error) -> ChatError {

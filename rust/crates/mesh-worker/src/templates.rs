@@ -130,7 +130,7 @@ impl Templates {
             let rendered = tokio::task::spawn_blocking(move || template.write(&request));
             return Ok(rendered.await.map_err(io::Error::other)??);
         };
-        let guarded = template.guarded(request);
+        let guarded = template.guarded(request)?;
         let job = serde_json::to_vec(&Job {
             source: template.source().to_owned(),
             bos: template.bos().to_owned(),
@@ -280,28 +280,70 @@ pub fn serve(mut jobs: impl Read, mut answers: impl Write) -> io::Result<()> {
         jobs.by_ref().take(wanted).read_to_end(&mut job)?;
         // Should nobody be left to end it.
         alarm::set(2 * TIME.as_secs() as u32);
-        let job: Job = serde_json::from_slice(&job)?;
-        let fits = |known: &&(Job, ChatTemplate)| {
-            (&known.0.source, &known.0.bos, &known.0.eos) == (&job.source, &job.bos, &job.eos)
-        };
-        let template = match last.as_ref().filter(fits) {
-            Some((_, template)) => Ok(template.clone()),
-            None => ChatTemplate::new(&job.source, &job.bos, &job.eos),
-        };
-        let rendered = template.and_then(|template| {
-            let text = template.render_raw(&job.request);
-            last = Some((job, template));
-            text
-        });
-        alarm::cancel();
-        let (kind, text) = match rendered {
+        let (kind, text) = match render_job(&job, &mut last) {
             Ok(text) => (PROMPT, text),
-            Err(error) => (REFUSED, error.to_string()),
+            Err(reason) => (REFUSED, reason),
         };
+        alarm::cancel();
         let len = u32::try_from(text.len() + 1).map_err(|_| io::ErrorKind::InvalidData)?;
         answers.write_all(&len.to_be_bytes())?;
         answers.write_all(&[kind])?;
         answers.write_all(text.as_bytes())?;
         answers.flush()?;
+    }
+}
+
+/// The prompt, or why there is none. The last job's template is kept.
+fn render_job(job: &[u8], last: &mut Option<(Job, ChatTemplate)>) -> Result<String, String> {
+    // What was read once need not be readable as a part of something larger: there is a limit to how deep it goes.
+    let job: Job = serde_json::from_slice(job).map_err(|error| {
+        format!("the chat template cannot be given this conversation: {error}; is chat_template_kwargs nested too deep?")
+    })?;
+    let fits = |known: &&(Job, ChatTemplate)| {
+        (&known.0.source, &known.0.bos, &known.0.eos) == (&job.source, &job.bos, &job.eos)
+    };
+    let template = match last.as_ref().filter(fits) {
+        Some((_, template)) => Ok(template.clone()),
+        None => ChatTemplate::new(&job.source, &job.bos, &job.eos),
+    };
+    let rendered = template.and_then(|template| {
+        let text = template.render_raw(&job.request);
+        *last = Some((job, template));
+        text
+    });
+    rendered.map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A job as it is written for another process, with a variable that is a list in lists.
+    fn job(depth: usize) -> Vec<u8> {
+        let nested = format!("{{\"x\":{}{}}}", "[".repeat(depth), "]".repeat(depth));
+        let job = Job {
+            source: "{{ x | length }}".into(),
+            bos: String::new(),
+            eos: String::new(),
+            request: RenderRequest {
+                kwargs: serde_json::from_str(&nested).unwrap(),
+                ..RenderRequest::default()
+            },
+        };
+        serde_json::to_vec(&job).unwrap()
+    }
+
+    #[test]
+    fn a_job_that_is_nested_too_deep_is_refused_and_the_next_one_is_not() {
+        let mut last = None;
+        // As deep as what comes from the head can be.
+        for depth in [125, 126] {
+            let refused = render_job(&job(depth), &mut last).unwrap_err();
+            assert!(refused.contains("recursion limit"), "{depth}: {refused}");
+        }
+        for depth in [2, 124] {
+            assert_eq!(render_job(&job(depth), &mut last).unwrap(), "1");
+        }
+        assert!(render_job(b"{", &mut last).is_err());
     }
 }

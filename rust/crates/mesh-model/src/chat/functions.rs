@@ -7,7 +7,7 @@ use minijinja::{Environment, Error, ErrorKind, Value};
 use serde::Serialize;
 use serde_json::ser::{Formatter, Serializer};
 
-use super::guard::MARKS;
+use super::guard::{MARKS, SENTINELS};
 use super::python;
 
 pub(super) fn install(environment: &mut Environment<'static>) {
@@ -200,8 +200,8 @@ impl Formatter for Style {
             return writer.write_all(fragment.as_bytes());
         }
         for c in fragment.chars() {
-            // A mark has to be found again.
-            if c.is_ascii() || MARKS.contains(&c) {
+            // Marks and sentinels have to be found again.
+            if c.is_ascii() || MARKS.contains(&c) || SENTINELS.contains(&c) {
                 writer.write_all(c.encode_utf8(&mut [0; 4]).as_bytes())?;
                 continue;
             }

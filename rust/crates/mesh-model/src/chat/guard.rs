@@ -8,10 +8,11 @@
 //! are not touched by a barrier.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::RangeInclusive;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use super::{RenderRequest, Rendered};
+use super::{ChatError, RenderRequest, Rendered};
 
 /// What must not be read as control tokens in the text of clients.
 #[derive(Debug, Clone, Default)]
@@ -64,20 +65,18 @@ impl Guard {
     }
 
     /// Breaks the names in a conversation; gives the mark if there were any.
-    pub(super) fn mark(&self, request: &mut RenderRequest) -> Option<char> {
+    ///
+    /// # Errors
+    /// If there are names and no mark is left to break them with.
+    pub(super) fn mark(&self, request: &mut RenderRequest) -> Result<Option<char>, ChatError> {
         if !self.stands_in(request) {
-            return None;
+            return Ok(None);
         }
-        let mut used = BTreeSet::new();
-        each_text(request, &mut |_, text| {
-            used.extend(text.chars().filter(|c| MARKS.contains(c)));
-        });
-        // Nobody sends all of them: that is a quarter of a megabyte of nothing else.
-        let mark = MARKS.clone().find(|mark| !used.contains(mark))?;
+        let mark = unused(request, MARKS)?;
         each_text(request, &mut |role, text| {
             *text = self.broken(text, mark, role == "assistant");
         });
-        Some(mark)
+        Ok(Some(mark))
     }
 
     fn stands_in(&self, request: &mut RenderRequest) -> bool {
@@ -111,6 +110,28 @@ impl Guard {
     }
 }
 
+/// A character of `range` that no text of the conversation holds.
+///
+/// # Errors
+/// If they hold all of them: that is a quarter of a megabyte of nothing else.
+pub(super) fn unused(
+    request: &mut RenderRequest,
+    range: RangeInclusive<char>,
+) -> Result<char, ChatError> {
+    let mut used = BTreeSet::new();
+    each_text(request, &mut |_, text| {
+        used.extend(text.chars().filter(|c| range.contains(c)));
+    });
+    let found = range.clone().find(|c| !used.contains(c));
+    found.ok_or_else(|| ChatError::Refused {
+        message: format!(
+            "it uses every private-use character from U+{:X} to U+{:X}: leave out one of them",
+            u32::from(*range.start()),
+            u32::from(*range.end())
+        ),
+    })
+}
+
 /// Takes the marks out of what a template wrote.
 pub(super) fn unmark(text: String, mark: Option<char>) -> Rendered {
     let Some(mark) = mark.filter(|mark| text.contains(*mark)) else {
@@ -141,9 +162,19 @@ fn each_text(request: &mut RenderRequest, visit: &mut impl FnMut(&str, &mut Stri
         visit(&role, &mut message.role);
         visit(&role, &mut message.content);
     }
-    for value in request.kwargs.values_mut() {
-        each_value("", value, visit);
-    }
+    each_entry("", &mut request.kwargs, visit);
+}
+
+/// The names in an object are the client's as its values are: templates write both.
+fn each_entry(role: &str, map: &mut Map<String, Value>, visit: &mut impl FnMut(&str, &mut String)) {
+    let entries = std::mem::take(map).into_iter();
+    *map = entries
+        .map(|(mut name, mut value)| {
+            visit(role, &mut name);
+            each_value(role, &mut value, visit);
+            (name, value)
+        })
+        .collect();
 }
 
 fn each_value(role: &str, value: &mut Value, visit: &mut impl FnMut(&str, &mut String)) {
@@ -152,12 +183,12 @@ fn each_value(role: &str, value: &mut Value, visit: &mut impl FnMut(&str, &mut S
         Value::Array(list) => list
             .iter_mut()
             .for_each(|value| each_value(role, value, visit)),
-        Value::Object(map) => map
-            .values_mut()
-            .for_each(|value| each_value(role, value, visit)),
+        Value::Object(map) => each_entry(role, map, visit),
         _ => {}
     }
 }
 
-/// The last plane is for private use. What [`super::functions`] writes as JSON leaves it as it is.
-pub(super) const MARKS: std::ops::RangeInclusive<char> = '\u{100000}'..='\u{10fffd}';
+/// The last two planes are for private use. What [`super::functions`] writes as JSON leaves them as they are.
+pub(super) const MARKS: RangeInclusive<char> = '\u{100000}'..='\u{10fffd}';
+/// What the end of a message is found by that is to be continued.
+pub(super) const SENTINELS: RangeInclusive<char> = '\u{f0000}'..='\u{ffffd}';
