@@ -1,7 +1,7 @@
 //! Models that come while the worker is up: those that are fetched, and those that somebody puts into a folder.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -22,6 +22,8 @@ pub(crate) struct Loading {
     state: Mutex<State>,
     /// How often somebody asked to look again; see [`Loading::look_again`].
     looks: watch::Sender<u64>,
+    /// Held while a model of the watched folder is loaded: one at a time.
+    local: tokio::sync::Mutex<()>,
 }
 
 #[derive(Default)]
@@ -31,6 +33,49 @@ struct State {
     pending: BTreeMap<String, Option<String>>,
     /// How often the engine of a model died.
     deaths: BTreeMap<String, u32>,
+    watched: Watched,
+}
+
+/// Models that [`Loading::watch_folder`] serves, which withdraws and loads them as their files change. When an engine dies,
+/// [`Loading::again`] may load the same file only as long as its model is still the same one here.
+#[derive(Default)]
+struct Watched {
+    loads: u64,
+    /// By path, each with the number of its load.
+    served: BTreeMap<PathBuf, u64>,
+}
+
+/// One load of a model in the watched folder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct WatchedLoad {
+    path: PathBuf,
+    number: u64,
+}
+
+impl Watched {
+    fn appeared(&mut self, path: &Path) {
+        self.loads += 1;
+        self.served.insert(path.to_owned(), self.loads);
+    }
+
+    fn vanished(&mut self, path: &Path) {
+        self.served.remove(path);
+    }
+
+    /// The load that a failed model came from, if it lies in the folder and the configuration does not name it.
+    fn load_of(&self, source: &Source) -> Option<WatchedLoad> {
+        let Source::At(path) = source else {
+            return None;
+        };
+        let number = *self.served.get(path)?;
+        let path = path.clone();
+        Some(WatchedLoad { path, number })
+    }
+
+    /// Whether the folder's watcher has withdrawn that load, and does what else there is to do.
+    fn took_over(&self, load: Option<&WatchedLoad>) -> bool {
+        load.is_some_and(|load| self.served.get(&load.path) != Some(&load.number))
+    }
 }
 
 impl Loading {
@@ -56,9 +101,13 @@ impl Loading {
                 ..State::default()
             }),
             looks: watch::Sender::new(0),
+            local: tokio::sync::Mutex::default(),
         });
         for failure in failures {
-            tokio::spawn(loading.clone().again(failure, config.clone(), TRY_AGAIN));
+            let again = loading
+                .clone()
+                .again(failure, None, config.clone(), TRY_AGAIN);
+            tokio::spawn(again);
         }
         for name in models {
             tokio::spawn(loading.clone().load(name, config.clone(), false));
@@ -80,13 +129,8 @@ impl Loading {
             }
         });
         if let Some(folder) = &config.local_models {
-            let looks = loading.looks.subscribe();
-            tokio::spawn(watch_folder(
-                folder.clone(),
-                config.clone(),
-                host.clone(),
-                looks,
-            ));
+            let watch = loading.clone().watch_folder(folder.clone(), config.clone());
+            tokio::spawn(watch);
         }
         if !loading.lock().pending.is_empty() {
             tokio::spawn(loading.clone().tell());
@@ -111,7 +155,16 @@ impl Loading {
 
     /// Takes models out of service whose engines are gone, and loads them again later.
     pub(crate) fn look_after(self: &Arc<Self>, config: &Arc<Config>) {
-        for failure in self.host.bury() {
+        let failures: Vec<(Failure, Option<WatchedLoad>)> = {
+            // What the folder's watcher withdraws meanwhile is not a failure.
+            let state = self.lock();
+            let with_load = |failure: Failure| {
+                let load = state.watched.load_of(&failure.source);
+                (failure, load)
+            };
+            self.host.bury().into_iter().map(with_load).collect()
+        };
+        for (failure, load) in failures {
             tracing::error!(
                 model = failure.name,
                 error = failure.reason,
@@ -125,57 +178,83 @@ impl Loading {
             };
             // What dies each time is not to keep the machine busy.
             let pause = (TRY_AGAIN * 2u32.pow(deaths - 1)).min(TRY_LATER);
-            tokio::spawn(self.clone().again(failure, config.clone(), pause));
+            let again = self.clone().again(failure, load, config.clone(), pause);
+            tokio::spawn(again);
             self.show();
         }
     }
 
-    /// Loads a model that failed when its file has changed, or after a while.
-    async fn again(self: Arc<Self>, failure: Failure, config: Arc<Config>, mut pause: Duration) {
+    /// Loads a model that failed when its file has changed, or after a while. One that the folder's watcher served is loaded
+    /// after a while alone: when its file changes or vanishes, the watcher does what there is to do.
+    async fn again(
+        self: Arc<Self>,
+        failure: Failure,
+        watched: Option<WatchedLoad>,
+        config: Arc<Config>,
+        mut pause: Duration,
+    ) {
         let Failure {
             name,
             source,
             mut reason,
         } = failure;
         loop {
-            wait_for_change(&name, &source, &config, pause).await;
-            match self.load_again(&name, &source, &config).await {
+            let changed = wait_for_change(&name, &source, &config, pause).await;
+            let loaded = match &watched {
+                None => self.load_again(&name, &source, None, &config).await,
+                Some(load) => {
+                    let _one = self.local.lock().await;
+                    if self.lock().watched.took_over(Some(load)) {
+                        return;
+                    }
+                    if changed {
+                        continue;
+                    }
+                    let load = watched.clone();
+                    self.load_again(&name, &source, load, &config).await
+                }
+            };
+            let (failed, done) = match loaded {
                 Ok(()) => {
                     tracing::info!(model = name, "the model is served now");
-                    self.host.set_failed(&name, None);
-                    self.show();
-                    return;
+                    (None, true)
                 }
                 // Somebody else loaded it.
                 Err(WorkerError::SameName { .. }) if matches!(source, Source::At(_)) => {
-                    self.host.set_failed(&name, None);
-                    self.show();
+                    (None, true)
+                }
+                Err(error) => (Some(error.to_string()), false),
+            };
+            {
+                let state = self.lock();
+                if state.watched.took_over(watched.as_ref()) {
                     return;
                 }
-                Err(error) => {
-                    let text = error.to_string();
-                    if text != reason {
-                        tracing::error!(model = name, error = text, "model still not served");
-                        reason.clone_from(&text);
-                    }
-                    self.host.set_failed(&name, Some(text));
-                    self.show();
-                    pause = (pause * 2).min(READ_AGAIN);
-                }
+                self.host.set_failed(&name, failed.clone());
             }
+            self.show();
+            if done {
+                return;
+            }
+            if let Some(text) = failed.filter(|text| *text != reason) {
+                tracing::error!(model = name, error = text, "model still not served");
+                reason = text;
+            }
+            pause = (pause * 2).min(READ_AGAIN);
         }
     }
 
     async fn load_again(
-        &self,
+        self: &Arc<Self>,
         name: &str,
         source: &Source,
+        watched: Option<WatchedLoad>,
         config: &Arc<Config>,
     ) -> Result<(), WorkerError> {
         if let Source::Store(name) = source {
             return self.whole(name, config).await;
         }
-        let (host, config) = (self.host.clone(), config.clone());
+        let (loading, host, config) = (self.clone(), self.host.clone(), config.clone());
         let (name, source) = (name.to_owned(), source.clone());
         let load = move || {
             let path = match &source {
@@ -189,7 +268,11 @@ impl Loading {
             };
             let called = matches!(source, Source::At(_)).then_some(&*name);
             let loaded = Loaded::load(&path, called, None, &config, Some(host.templates()))?;
-            host.add(loaded)
+            let state = loading.lock();
+            match state.watched.took_over(watched.as_ref()) {
+                true => Ok(()),
+                false => host.add(loaded),
+            }
         };
         let loaded = tokio::task::spawn_blocking(load).await;
         loaded.map_err(|error| WorkerError::Internal(error.to_string()))?
@@ -284,6 +367,162 @@ impl Loading {
             .map_err(|error| WorkerError::Internal(error.to_string()))?
     }
 
+    /// Serves what lies in the folder, and no longer what vanishes from it.
+    async fn watch_folder(self: Arc<Self>, folder: PathBuf, config: Arc<Config>) {
+        let host = &self.host;
+        let mut looks = self.looks.subscribe();
+        // By path: the stamp at the last look, and the name that it is served by.
+        let mut known: BTreeMap<PathBuf, (Stamp, Option<String>)> = BTreeMap::new();
+        let mut refused: BTreeMap<PathBuf, Stamp> = BTreeMap::new();
+        let named: Vec<PathBuf> = config
+            .models
+            .iter()
+            .chain(&config.shards)
+            .filter_map(|name| {
+                let encoder = mesh_model::encoder::find(name, &config.folders());
+                encoder.or_else(|| local::resolve(name, &config.folders()).ok())
+            })
+            .collect();
+        let mut complaint = String::new();
+        loop {
+            let listed = {
+                let folder = folder.clone();
+                tokio::task::spawn_blocking(move || local::list(&[folder])).await
+            };
+            let models = match listed {
+                Ok(Ok(models)) => models,
+                Ok(Err(error)) => {
+                    let text = error.to_string();
+                    if text != complaint {
+                        tracing::warn!(
+                            error = text,
+                            "the folder of local models cannot be watched"
+                        );
+                        complaint = text;
+                    }
+                    tokio::time::sleep(WATCH).await;
+                    continue;
+                }
+                Err(_) => return,
+            };
+            let mut seen = BTreeMap::new();
+            for model in models {
+                // What the configuration names is there already.
+                if named.contains(&model.path) {
+                    continue;
+                }
+                let changed = std::fs::metadata(&model.path).and_then(|found| found.modified());
+                let stamp = (model.bytes, changed.ok());
+                let before = known.get(&model.path).cloned();
+                let (settled, served) = match before {
+                    Some((old, served)) => (old == stamp, served),
+                    None => (false, None),
+                };
+                let served = match served {
+                    Some(name) if settled => Some(name),
+                    Some(name) => {
+                        tracing::info!(model = name, "a local model changed, it is loaded anew");
+                        self.withdraw(&model.path, &name);
+                        // What was wrong with it was the old file's, if anything was.
+                        host.set_failed(&name, None);
+                        self.show();
+                        None
+                    }
+                    None if settled && refused.get(&model.path) != Some(&stamp) => {
+                        let _one = self.local.lock().await;
+                        let appeared = self.appear(&model, &config).await;
+                        let served = match appeared {
+                            Ok(name) => {
+                                host.set_failed(&name, None);
+                                Some(name)
+                            }
+                            Err(error) => {
+                                tracing::error!(path = %model.path.display(), %error, "local model not served");
+                                host.set_failed(&model.name, Some(error.to_string()));
+                                refused.insert(model.path.clone(), stamp);
+                                None
+                            }
+                        };
+                        self.show();
+                        served
+                    }
+                    None => None,
+                };
+                seen.insert(model.path, (stamp, served));
+            }
+            for (path, (_, served)) in known {
+                if !seen.contains_key(&path)
+                    && let Some(name) = served
+                {
+                    tracing::info!(model = name, "a local model is gone");
+                    self.withdraw(&path, &name);
+                    // Of one whose engine had died.
+                    host.set_failed(&name, None);
+                    self.show();
+                }
+            }
+            refused.retain(|path, _| {
+                let there = seen.contains_key(path);
+                if !there {
+                    host.set_failed(&mesh_model::model::model_name(path), None);
+                    self.show();
+                }
+                there
+            });
+            known = seen;
+            tokio::select! {
+                () = tokio::time::sleep(WATCH) => {}
+                Ok(()) = looks.changed() => refused.clear(),
+            }
+        }
+    }
+
+    async fn appear(
+        &self,
+        model: &local::LocalModel,
+        config: &Arc<Config>,
+    ) -> Result<String, WorkerError> {
+        let refuse = |reason: String| WorkerError::Fetch {
+            name: model.name.clone(),
+            reason,
+        };
+        if let Some(free) = crate::host::available_memory()
+            && model.bytes.saturating_mul(5) / 4 > free
+        {
+            return Err(refuse(format!(
+                "it takes {} bytes and more, and {free} bytes of memory are free",
+                model.bytes
+            )));
+        }
+        let (path, name, config) = (model.path.clone(), model.name.clone(), config.clone());
+        let (called, templates) = (name.clone(), self.host.clone());
+        let loaded = tokio::task::spawn_blocking(move || {
+            let templates = Some(templates.templates());
+            Loaded::load(&path, Some(&called), None, &config, templates)
+        });
+        let loaded = loaded
+            .await
+            .map_err(|error| WorkerError::Internal(error.to_string()))??;
+        {
+            let mut state = self.lock();
+            self.host.add(loaded)?;
+            state.watched.appeared(&model.path);
+        }
+        tracing::info!(model = name, "a local model appeared and is served");
+        let (host, path, called) = (self.host.clone(), model.path.clone(), name.clone());
+        tokio::spawn(async move { host.stored().adopt(&called, &path).await });
+        Ok(name)
+    }
+
+    /// Takes a model of the folder out of service; what runs on it finishes.
+    fn withdraw(&self, path: &Path, name: &str) {
+        let mut state = self.lock();
+        state.watched.vanished(path);
+        if let Some(removed) = self.host.remove(name) {
+            tokio::spawn(async move { removed.drain().await });
+        }
+    }
+
     /// Keeps what is said about it true.
     async fn tell(self: Arc<Self>) {
         while !self.lock().pending.is_empty() {
@@ -356,8 +595,14 @@ async fn look(name: &str, source: &Source, config: &Arc<Config>) -> Option<Stamp
     tokio::task::spawn_blocking(look).await.ok().flatten()
 }
 
-/// Returns when what lies at the model's path has changed and is no longer written to, or when time is up.
-async fn wait_for_change(name: &str, source: &Source, config: &Arc<Config>, pause: Duration) {
+/// Returns when what lies at the model's path has changed and is no longer written to, or when time is up; and whether it is
+/// another than it was.
+async fn wait_for_change(
+    name: &str,
+    source: &Source,
+    config: &Arc<Config>,
+    pause: Duration,
+) -> bool {
     let until = Instant::now() + pause;
     let first = look(name, source, config).await;
     let mut last = first;
@@ -365,149 +610,11 @@ async fn wait_for_change(name: &str, source: &Source, config: &Arc<Config>, paus
         tokio::time::sleep(WATCH).await;
         let now = look(name, source, config).await;
         if now != first && now == last && now.is_some() {
-            return;
+            return true;
         }
         last = now;
     }
-}
-
-/// Serves what lies in the folder, and no longer what vanishes from it.
-async fn watch_folder(
-    folder: PathBuf,
-    config: Arc<Config>,
-    host: Arc<Host>,
-    mut looks: watch::Receiver<u64>,
-) {
-    // By path: the stamp at the last look, and the name that it is served by.
-    let mut known: BTreeMap<PathBuf, (Stamp, Option<String>)> = BTreeMap::new();
-    let mut refused: BTreeMap<PathBuf, Stamp> = BTreeMap::new();
-    let named: Vec<PathBuf> = config
-        .models
-        .iter()
-        .chain(&config.shards)
-        .filter_map(|name| {
-            let encoder = mesh_model::encoder::find(name, &config.folders());
-            encoder.or_else(|| local::resolve(name, &config.folders()).ok())
-        })
-        .collect();
-    let mut complaint = String::new();
-    loop {
-        let listed = {
-            let folder = folder.clone();
-            tokio::task::spawn_blocking(move || local::list(&[folder])).await
-        };
-        let models = match listed {
-            Ok(Ok(models)) => models,
-            Ok(Err(error)) => {
-                let text = error.to_string();
-                if text != complaint {
-                    tracing::warn!(error = text, "the folder of local models cannot be watched");
-                    complaint = text;
-                }
-                tokio::time::sleep(WATCH).await;
-                continue;
-            }
-            Err(_) => return,
-        };
-        let mut seen = BTreeMap::new();
-        for model in models {
-            // What the configuration names is there already.
-            if named.contains(&model.path) {
-                continue;
-            }
-            let changed = std::fs::metadata(&model.path).and_then(|found| found.modified());
-            let stamp = (model.bytes, changed.ok());
-            let before = known.get(&model.path).cloned();
-            let (settled, served) = match before {
-                Some((old, served)) => (old == stamp, served),
-                None => (false, None),
-            };
-            let served = match served {
-                Some(name) if settled => Some(name),
-                Some(name) => {
-                    tracing::info!(model = name, "a local model changed, it is loaded anew");
-                    withdraw(&host, &name);
-                    None
-                }
-                None if settled && refused.get(&model.path) != Some(&stamp) => {
-                    match appear(&model, &config, &host).await {
-                        Ok(name) => {
-                            host.set_failed(&name, None);
-                            Some(name)
-                        }
-                        Err(error) => {
-                            tracing::error!(path = %model.path.display(), %error, "local model not served");
-                            host.set_failed(&model.name, Some(error.to_string()));
-                            refused.insert(model.path.clone(), stamp);
-                            None
-                        }
-                    }
-                }
-                None => None,
-            };
-            seen.insert(model.path, (stamp, served));
-        }
-        for (path, (_, served)) in known {
-            if !seen.contains_key(&path)
-                && let Some(name) = served
-            {
-                tracing::info!(model = name, "a local model is gone");
-                withdraw(&host, &name);
-            }
-        }
-        refused.retain(|path, _| {
-            let there = seen.contains_key(path);
-            if !there {
-                host.set_failed(&mesh_model::model::model_name(path), None);
-            }
-            there
-        });
-        known = seen;
-        tokio::select! {
-            () = tokio::time::sleep(WATCH) => {}
-            Ok(()) = looks.changed() => refused.clear(),
-        }
-    }
-}
-
-async fn appear(
-    model: &local::LocalModel,
-    config: &Arc<Config>,
-    host: &Arc<Host>,
-) -> Result<String, WorkerError> {
-    let refuse = |reason: String| WorkerError::Fetch {
-        name: model.name.clone(),
-        reason,
-    };
-    if let Some(free) = crate::host::available_memory()
-        && model.bytes.saturating_mul(5) / 4 > free
-    {
-        return Err(refuse(format!(
-            "it takes {} bytes and more, and {free} bytes of memory are free",
-            model.bytes
-        )));
-    }
-    let (path, name, config) = (model.path.clone(), model.name.clone(), config.clone());
-    let (called, templates) = (name.clone(), host.clone());
-    let loaded = tokio::task::spawn_blocking(move || {
-        let templates = Some(templates.templates());
-        Loaded::load(&path, Some(&called), None, &config, templates)
-    });
-    let loaded = loaded
-        .await
-        .map_err(|error| WorkerError::Internal(error.to_string()))??;
-    host.add(loaded)?;
-    tracing::info!(model = name, "a local model appeared and is served");
-    let (host, path, called) = (host.clone(), model.path.clone(), name.clone());
-    tokio::spawn(async move { host.stored().adopt(&called, &path).await });
-    Ok(name)
-}
-
-/// Takes a model out of service; what runs on it finishes.
-fn withdraw(host: &Arc<Host>, name: &str) {
-    if let Some(removed) = host.remove(name) {
-        tokio::spawn(async move { removed.drain().await });
-    }
+    last != first
 }
 
 /// What does not load now may load when something else has ended, or a disk was cleared.
@@ -518,3 +625,55 @@ const READ_AGAIN: Duration = Duration::from_secs(1800);
 const SHOW: Duration = Duration::from_millis(250);
 /// A look at a folder costs next to nothing, and works on every file system.
 const WATCH: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_that_the_watcher_took_over_is_not_loaded_by_others() {
+        let mut watched = Watched::default();
+        let path = PathBuf::from("/models/a.gguf");
+        let source = Source::At(path.clone());
+        // Such as one that the configuration names.
+        assert_eq!(watched.load_of(&source), None);
+        assert!(!watched.took_over(None));
+
+        watched.appeared(&path);
+        assert_eq!(watched.load_of(&Source::Named), None);
+        let load = watched.load_of(&source);
+        assert!(load.is_some() && !watched.took_over(load.as_ref()));
+        watched.vanished(&path);
+        assert!(watched.took_over(load.as_ref()));
+        // Loaded anew: it is another one.
+        watched.appeared(&path);
+        assert!(watched.took_over(load.as_ref()));
+        assert!(!watched.took_over(watched.load_of(&source).as_ref()));
+    }
+
+    #[tokio::test]
+    async fn a_wait_tells_whether_the_file_changed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.gguf");
+        let config = Arc::new(Config::default());
+        let wait = |path: &Path, pause| {
+            let (source, config) = (Source::At(path.into()), config.clone());
+            tokio::spawn(async move { wait_for_change("a", &source, &config, pause).await })
+        };
+        std::fs::write(&path, "as it was").unwrap();
+        let (same, long) = (Duration::from_millis(10), Duration::from_secs(60));
+        assert!(!wait(&path, same).await.unwrap());
+
+        let begun = Instant::now();
+        let changes = wait(&path, long);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        std::fs::write(&path, "damaged").unwrap();
+        assert!(changes.await.unwrap() && begun.elapsed() < long);
+
+        // It may come back until time is up.
+        let vanishes = wait(&path, Duration::from_secs(3));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        std::fs::remove_file(&path).unwrap();
+        assert!(vanishes.await.unwrap());
+    }
+}
