@@ -359,10 +359,11 @@ impl Host {
     }
 }
 
+/// A model's name in the configuration, and where it lies or why it cannot be found.
+pub(crate) type Resolved = (String, Result<PathBuf, WorkerError>);
+
 /// What the names of models in the configuration mean; those that come from elsewhere are left out.
-pub(crate) fn find(
-    config: &Config,
-) -> Result<Vec<(String, Result<PathBuf, WorkerError>)>, WorkerError> {
+pub(crate) fn find(config: &Config) -> Result<Vec<Resolved>, WorkerError> {
     let mut found = Vec::new();
     let mut names = HashSet::new();
     for name in &config.models {
