@@ -47,7 +47,7 @@
       overlay = import ./nix/overlay.nix { inherit crane; };
       # The overlay comes with the module, so that its default package is found in whatever nixpkgs the machine uses.
       module = {
-        # What messages call it, and what makes two imports of it one.
+        # The name in messages, and the key that makes two imports of it one.
         _file = "hydramesh, nixosModules.hydramesh";
         key = "hydramesh-nixos-module";
         imports = [ ./modules ];

@@ -11,7 +11,7 @@ state=/var/lib/private/hydramesh
 exec 9>/run/hydramesh-apply.lock
 flock 9
 
-# What the services were told and where their state lies, as one text that changes with it.
+# The services' files and the place of their state, as one text that changes with them.
 told() {
   (cd /run/hydramesh && sha256sum role-* service.env join-token) 2>/dev/null || true
   findmnt --noheadings --output SOURCE --mountpoint "$state" || true

@@ -63,7 +63,7 @@ screen() {
   echo "  l look again   g log   f forget what was typed   r restart   o power off"
 }
 
-# What was scrolled out goes, too: a token may be among it.
+# Clears the scrollback, too: a token may be in it.
 clear_screen() {
   printf '\033[H\033[2J\033[3J'
 }
@@ -86,7 +86,7 @@ keep() {
   (umask 077 && cat >"$typed")
 }
 
-# Whether a text has the form of a token; whether the head knows it turns out later.
+# True if a text has the form of a token; only the head can tell later if it is known.
 is_token() {
   [[ $1 =~ ^hydra1\.[A-Za-z0-9_-]{80}$ ]]
 }

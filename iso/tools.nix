@@ -1,5 +1,5 @@
-# What a person finds on the machine: Rust, Python and, on images for NVIDIA cards, CUDA's compiler; the project's source with that
-# of all its dependencies; and what shows the hardware.
+# Tools for a person on the machine: Rust, Python and, on images for NVIDIA cards, CUDA's compiler;
+# the project's source with that of all its dependencies; and programs that show the hardware.
 {
   config,
   lib,

@@ -149,7 +149,7 @@ let
     memoryHigh = "85%";
     memoryMax = "95%";
   };
-  # What is set for workers is the default of those with a name, but for `settings.worker`.
+  # Settings for workers are the defaults of those with a name, except `settings.worker`.
   isDefault = use: use.role == "worker" && machine.workers != { } && use.name != "settings.worker";
   useless = filter (use: !(hasRole use.role) && !(isDefault use)) (
     forRole "worker" (

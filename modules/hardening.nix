@@ -43,7 +43,7 @@ in
     "AF_INET6"
     "AF_UNIX"
   ]
-  # How interfaces and their addresses are listed.
+  # For listing interfaces and their addresses.
   ++ optional netlink "AF_NETLINK";
   RestrictNamespaces = true;
   RestrictRealtime = true;

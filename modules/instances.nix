@@ -1,4 +1,5 @@
-# What runs on this machine: what services.hydramesh says itself (its name is null), and a worker for each name below `workers`.
+# The instances on this machine: the one of services.hydramesh itself (its name is null), and a
+# worker for each name below `workers`.
 # Each has options of the same shape, so that plan.nix, units.nix and checks.nix know of one instance alone.
 { config, lib }:
 let

@@ -74,7 +74,7 @@ let
   head = split (if cfg.headAddress == null then "" else cfg.headAddress);
   headIsHere = cfg.enable && elem "head" machine.role;
 
-  # Names of models that other workers are asked for: all that are no path.
+  # Names of models that other workers are asked for: all but paths.
   sharesModels =
     (cfg.settings.worker.store.peers or true)
     && builtins.any (model: !(lib.hasPrefix "/" (toString model))) (

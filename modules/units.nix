@@ -1,4 +1,5 @@
-# What one instance is on its machine: a systemd unit a role, their configuration files, the folder for models, and open ports.
+# The parts of one instance on its machine: a systemd unit a role, their configuration files, the
+# folder for models, and open ports.
 {
   config,
   lib,

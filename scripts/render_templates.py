@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers.utils import chat_template_utils
 
-# What the tests' templates see as the model's tokens.
+# The model's tokens in the tests' templates.
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
@@ -50,7 +50,8 @@ KWARGS = [
 ]
 
 
-# What templates are made of, one at a time. Known to be missing are tuples, which are printed as lists, and the operator % of strings.
+# Features of templates, one at a time. Tuples, which are printed as lists, and the operator % of strings
+# are known to be missing.
 FEATURES = {
     "slices": "{{ [1, 2, 3][::-1] }}{% for m in messages[1:] %}{{ m.role[:2] }}{{ m.content[-3:] }}{% endfor %}",
     "loops": "{% for m in messages %}{{ loop.index }}{{ loop.index0 }}{{ loop.revindex }}{{ loop.first }}{{ loop.last }}{{ loop.length }}"

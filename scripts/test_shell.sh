@@ -43,11 +43,11 @@ if [ "$declared" != "$wrapped" ]; then
     failed=1
 fi
 
-# What iso/ holds has no first line by itself and was checked above.
+# The files in iso/ have no first line of their own and were checked above.
 mapfile -t files < <(find . -name '*.sh' -not -path './iso/*' -not -path './rust/target/*' -not -path './.cache/*' -not -path './.git/*' | sort)
 shellcheck "${files[@]}" || failed=1
 
-# What it lays out can be changed and run: the store's files are read-only, and some of them programs.
+# The files that it lays out can be changed and run: the store's files are read-only, and some are programs.
 store=$temporary/store
 mkdir -p "$store/source/rust" "$store/vendor"
 echo 'echo it runs' >"$store/source/script.sh"

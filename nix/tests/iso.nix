@@ -2,10 +2,10 @@
 {
   lib,
   backends ? [ "cpu" ],
-  # Where a package lies, by its name.
+  # The path of a package, by its name.
   place ? name: "/${name}",
   etc ? "/etc/hydramesh",
-  # Where the project's source lies.
+  # The path of the project's source.
   source ? "/source",
 }:
 let

@@ -2,9 +2,9 @@
 # line for line, so that ShellCheck and a guest get what a NixOS machine has.
 { lib }:
 {
-  # Where a package lies, by its name.
+  # The path of a package, by its name.
   place,
-  # What the first line names.
+  # The interpreter in the first line.
   bash ? "/bin/bash",
 }:
 {

@@ -4,7 +4,7 @@ let
   template = import ../templates/cluster/flake.nix;
   nixos = import ./nixos.nix { inherit lib; };
   any = lib.mkOption { type = lib.types.anything; };
-  # What the machines set beside what our modules touch.
+  # Options that the machines set besides those of our modules.
   stubs.options = {
     boot = any;
     fileSystems = any;

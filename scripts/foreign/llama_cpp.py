@@ -20,9 +20,9 @@ PATHS = {
     "/embeddings": "/v1/embeddings",
     "/embedding": "/v1/embeddings",
 }
-# Where the two APIs call the same thing by other names.
+# Fields with different names in the two APIs.
 RENAMED = {"n_predict": "max_tokens", "repeat_penalty": "repetition_penalty", "n_probs": "logprobs"}
-# How llama.cpp goes about it, not what it answers.
+# Fields that change llama.cpp's procedure but not its answer.
 DROPPED = {"cache_prompt", "id_slot", "n_keep", "return_tokens", "timings_per_token", "response_fields"}
 # Options of the launcher that no key of ours answers to.
 WITHOUT_COUNTERPART = {

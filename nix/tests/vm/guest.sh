@@ -29,8 +29,9 @@ answers() {
     answer=$(hydramesh ask --to 127.0.0.1:9999 --timeout "${patience}s" --temperature 0 --max-tokens 8 "What is the capital of France?") && [ -n "$answer" ]
 }
 
-# How long anything may take here, in seconds: this machine's own first start of a worker, several times over. A machine without KVM
-# can need minutes for what takes a second elsewhere, and a fixed number is wrong on one of them.
+# Time limit for every step here, in seconds: this machine's own first start of a worker, several times over.
+# A machine without KVM can need minutes for a step that takes a second elsewhere, so a fixed number is wrong
+# on one of them.
 patience=60
 
 step "the head reaches READY"

@@ -1,4 +1,4 @@
-//! Streams on a machine that has something else to do: nothing fails, and nobody is taken for dead.
+//! Streams on a machine that has something else to do: nothing fails, and no worker counts as dead.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -54,12 +54,12 @@ impl Drop for Burn {
     }
 }
 
-/// What came of the streams.
+/// The outcome of the streams.
 #[derive(Debug, Default)]
 pub struct Outcome {
     /// Answers that are as they are without load.
     pub good: usize,
-    /// What was wrong with the others.
+    /// Errors of the others.
     pub failures: Vec<String>,
     /// The longest pause of each good answer.
     pub gaps: Gaps,
@@ -68,7 +68,7 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// Whether nothing failed and nobody was suspected.
+    /// True if nothing failed and no worker was suspected.
     pub fn is_clean(&self) -> bool {
         self.failures.is_empty() && self.alarms.iter().all(|(_, count)| *count == 0.0)
     }

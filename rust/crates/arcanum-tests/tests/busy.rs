@@ -44,7 +44,7 @@ async fn a_request_behind_a_long_answer_is_answered_and_the_head_stays_ready() -
         }
         tokio::time::sleep_until(pause).await;
     }
-    // Whether the long answer ended or not: it is given up now.
+    // The long answer is given up now, even if it has not ended.
     drop(stream);
     let answer = tokio::time::timeout(Duration::from_secs(60), second).await???;
     ensure!(

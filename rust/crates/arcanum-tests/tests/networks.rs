@@ -238,7 +238,7 @@ async fn of_two_machines_with_one_identity_the_first_stays_and_both_hear_of_it()
     mesh.workers[1].restart(None).await?;
     registry_until(&mesh, "both are there", |r| workers(r) == 2).await?;
 
-    // A worker that is killed and comes back is no duplicate.
+    // A worker that is killed and comes back does not count as a duplicate.
     let times = mesh.registry().await?["duplicates"][0]["times"].clone();
     mesh.workers[0].crash()?;
     mesh.workers[0].restart(None).await?;

@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 const LIMIT: Duration = Duration::from_secs(60);
-/// What would kill a process that does not catch it.
+/// Signals that would kill a process that does not catch them.
 const WITHOUT_EFFECT: [Signal; 8] = [
     Signal::SIGUSR1,
     Signal::SIGUSR2,
@@ -269,7 +269,7 @@ async fn a_head_outlives_its_terminal_and_can_still_log_and_drain() -> Result<()
     }
     signal(Signal::SIGTERM)?;
     let started = Instant::now();
-    // Somebody else's child now: it is gone, or waits to be reaped, when it has no memory any more.
+    // The orphan has another parent now: it is gone, or waits to be reaped once it has no memory any more.
     while fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty()) {
         ensure!(started.elapsed() < LIMIT, "it does not end");
         tokio::time::sleep(Duration::from_millis(20)).await;

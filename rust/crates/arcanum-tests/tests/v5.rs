@@ -228,7 +228,7 @@ async fn our_worker_serves_a_v5_head() -> Result<()> {
     Ok(())
 }
 
-/// An image: bytes that are no text, in more than one datagram of v5.1.
+/// An image: binary data, in more than one datagram of v5.1.
 fn image() -> Vec<u8> {
     let noise = (0..40_000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8);
     b"\x89PNG\r\n\x1a\n".iter().copied().chain(noise).collect()
@@ -299,7 +299,7 @@ async fn our_worker_finds_out_that_its_head_speaks_v5_1_and_obeys_its_shutdown()
         answer.kind == RESULT && !answer.text().trim().is_empty(),
         "{answer:?}"
     );
-    // From somewhere else it is nobody's order, even from a source that may ask.
+    // An order from another source is refused, even if that source may ask.
     let order = Datagram::new(SHUTDOWN, 0, "").on(Wire::V5_1);
     let stranger = std::net::UdpSocket::bind("127.0.0.2:0")?;
     stranger.send_to(&order.encode(), announced)?;

@@ -134,8 +134,8 @@ impl Header {
     }
 }
 
-/// Whether a datagram looks like v5.1 but for its first byte: a known type follows, and the length there fits. It is not
-/// read as such; this only serves the message about it.
+/// True if a datagram looks like v5.1 but for its first byte: a known type follows, and the length there
+/// fits. It is not read as such; this only serves the message about it.
 const fn is_other_version(datagram: &[u8]) -> bool {
     let Some((_, message)) = datagram.split_first() else {
         return false;

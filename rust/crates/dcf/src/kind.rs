@@ -139,8 +139,8 @@ impl MsgType {
         self.name().is_some()
     }
 
-    /// Whether the type travels in datagrams. The others are for streams only, so that 0x51 can be the first byte of a v5.1
-    /// datagram; see [`crate::Version`].
+    /// True if the type travels in datagrams. The others are for streams only, so that 0x51 can be the first
+    /// byte of a v5.1 datagram; see [`crate::Version`].
     #[inline]
     #[must_use]
     pub const fn is_datagram(self) -> bool {

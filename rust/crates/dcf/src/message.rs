@@ -102,13 +102,13 @@ impl Message {
         HEADER_LEN + self.payload.len()
     }
 
-    /// Whether the message goes into one v5.0.0 datagram.
+    /// True if the message fits one v5.0.0 datagram.
     #[must_use]
     pub fn fits_datagram(&self) -> bool {
         self.payload.len() <= MAX_DATAGRAM_PAYLOAD
     }
 
-    /// Whether an answer goes to a client of this version as one datagram rather than as Chunks.
+    /// True if an answer goes to a client of this version as one datagram rather than as Chunks.
     #[must_use]
     pub fn is_single_answer(&self, version: Version) -> bool {
         self.payload.len() <= version.max_answer()

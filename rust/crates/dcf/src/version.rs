@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::{HEADER_LEN, MAX_DATAGRAM, chunk};
 
-/// How a datagram is framed. Streams carry messages without it.
+/// The framing of a datagram. Streams carry messages without it.
 ///
 /// A v5.1 datagram is [`Version::BYTE`], then what v5.0.0 sends: the 17-byte header and the payload. No message type that
 /// travels in datagrams has that number, so the first byte tells the two apart. A peer is answered in its own version.
@@ -31,7 +31,7 @@ impl Version {
         }
     }
 
-    /// What people call it.
+    /// The version's name in text.
     #[inline]
     #[must_use]
     pub const fn name(self) -> &'static str {

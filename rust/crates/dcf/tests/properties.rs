@@ -88,7 +88,7 @@ proptest! {
         (version, message) in any_datagram(), at: prop::sample::Index, bit in 0u8..8,
     ) {
         let mut datagram = message.encode_as(version).to_vec();
-        // The version byte is no field: without it the rest means something else.
+        // The version byte is not a field: without it the rest means something else.
         let start = version.prefix().len();
         let at = start + at.index(datagram.len() - start);
         datagram[at] ^= 1 << bit;

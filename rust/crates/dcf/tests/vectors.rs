@@ -157,7 +157,7 @@ fn types_for_streams_are_refused_in_datagrams_of_either_version() {
         let message = Message::new(*kind, 1, 2, "x");
         for version in [Version::V5_0, Version::V5_1] {
             let datagram = message.encode_as(version);
-            // What begins with 0x51 is v5.1, and what follows there is short of its header.
+            // A datagram that begins with 0x51 is v5.1, and this one is shorter than its header.
             if *kind == MsgType::SOURCES && version == Version::V5_0 {
                 let error = dcf::decode_datagram(datagram).unwrap_err();
                 assert!(!matches!(error, DecodeError::UnknownType(_)), "{error}");

@@ -17,7 +17,7 @@ pub fn utc(time: SystemTime) -> String {
     )
 }
 
-/// How far a clock is off: `3 minutes ahead`, `56.9 years behind`.
+/// A clock's error in words: `3 minutes ahead`, `56.9 years behind`.
 pub fn offset(seconds: f64) -> String {
     let size = seconds.abs();
     let units = [
@@ -36,7 +36,7 @@ pub fn offset(seconds: f64) -> String {
     format!("{amount} {unit} {direction}")
 }
 
-/// Whether this date is before any release of this program: such a clock is wrong.
+/// True if this date is before any release of this program: such a clock is wrong.
 pub fn is_implausible(time: SystemTime) -> bool {
     time < UNIX_EPOCH + EARLIEST
 }

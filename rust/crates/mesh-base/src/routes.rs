@@ -1,4 +1,4 @@
-//! From which of this machine's addresses a peer is answered.
+//! The addresses of this machine from which peers are answered.
 //!
 //! A UDP socket on every address answers from whichever one the routing table prefers, which need not be the one that the
 //! peer asked: IPv6 prefers temporary addresses, and a machine may have several interfaces. A peer with a connected socket
@@ -24,7 +24,7 @@ impl Routes {
     /// A datagram from `peer` came to `local`.
     pub fn note(&mut self, peer: SocketAddr, local: IpAddr) {
         let local = local.to_canonical();
-        // What was sent to many cannot be answered from there.
+        // A broadcast or multicast address cannot be the source of an answer.
         let broadcast = matches!(local, IpAddr::V4(ip) if ip.is_broadcast());
         if local.is_unspecified() || local.is_multicast() || broadcast {
             return;
@@ -32,7 +32,7 @@ impl Routes {
         self.places[place(peer)] = Some((peer, local));
     }
 
-    /// Where answers to `peer` leave from.
+    /// The local address that answers to `peer` leave from.
     pub fn get(&self, peer: SocketAddr) -> Option<IpAddr> {
         let (known, local) = self.places[place(peer)]?;
         (known == peer).then_some(local)

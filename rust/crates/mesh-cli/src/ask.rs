@@ -52,7 +52,7 @@ struct Outcome {
     more: Vec<(&'static str, Value)>,
 }
 
-/// Whether the question goes to the head's HTTP API. What is typed counts more than what the environment says.
+/// True if the question goes to the head's HTTP API. Arguments override environment variables.
 fn goes_over_http(
     head: &HeadArgs,
     args: &AskArgs,
@@ -268,7 +268,7 @@ fn task(args: &AskArgs, over_http: bool, question: &str) -> Value {
 /// Where a shim listens by default.
 const LOCAL_SHIM: &str = "127.0.0.1:9999";
 
-/// How long nothing at all may come over UDP. A mesh that works on a task says so every few seconds.
+/// Longest silence over UDP. A mesh that works on a task says so every few seconds.
 const SILENCE: Duration = Duration::from_secs(60);
 
 fn millis(duration: std::time::Duration) -> f64 {

@@ -31,7 +31,7 @@ use rustls::{
 };
 use serde::{Deserialize, Serialize};
 
-/// What is handed over.
+/// The token and the port that are handed over.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Gift {
     /// The join token.
@@ -40,7 +40,7 @@ pub(crate) struct Gift {
     pub(crate) port: u16,
 }
 
-/// Why a token was not handed over.
+/// Reasons why a token was not handed over.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PairError {
     /// The other side did not prove that it has the code.
@@ -61,7 +61,7 @@ pub(crate) enum PairError {
     /// The code is not one.
     #[error("a code has {CODE_LENGTH} letters and digits, such as K7QXM-4TR9H")]
     NoCode,
-    /// What came is no gift.
+    /// The message is not a valid gift.
     #[error("the offer makes no sense: {0}")]
     Malformed(String),
     /// The network.
@@ -156,7 +156,7 @@ impl Drop for Announced {
     }
 }
 
-/// Waits until somebody who has the code has taken `gift`, and returns who that was.
+/// Waits until a machine that has the code has taken `gift`, and returns that machine.
 ///
 /// Each conversation has its own thread, so that a silent connection holds up nobody else.
 pub(crate) fn offer(
@@ -424,7 +424,7 @@ impl Write for Limited {
     }
 }
 
-/// For one offer: a key that nobody has seen before and nobody will again.
+/// The configuration for one offer, with a new key that is never used again.
 fn server_config() -> Result<Arc<ServerConfig>, PairError> {
     let made = rcgen::generate_simple_self_signed(vec!["hydramesh-offer".to_owned()])
         .map_err(|error| io::Error::other(format!("making a certificate: {error}")))?;
@@ -446,7 +446,7 @@ fn client_config() -> Result<Arc<ClientConfig>, PairError> {
     Ok(Arc::new(config))
 }
 
-/// Takes any certificate whose key signed the handshake: who is behind it shows by the code.
+/// Takes any certificate whose key signed the handshake: the code proves the identity.
 #[derive(Debug)]
 struct AnyCertificate(Arc<CryptoProvider>);
 
@@ -502,7 +502,7 @@ const CONVERSATION: Duration = Duration::from_secs(60);
 /// A slow machine needs seconds for its key.
 const SILENCE: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(100);
-/// How long further offers are waited for after the first.
+/// Time to wait for further offers after the first.
 const GATHER: Duration = Duration::from_secs(2);
 const MOST_OFFERS: usize = 16;
 const MOST_ADDRESSES: usize = 8;
@@ -540,7 +540,7 @@ mod tests {
     fn who_has_the_code_gets_the_token() {
         let code = Code::random().expect("a code");
         let (address, outcome) = offered(&code);
-        // Somebody who speaks no TLS, and one who says nothing, cost the offer nothing.
+        // A client that speaks no TLS, and one that says nothing, cost the offer nothing.
         drop(TcpStream::connect(address).expect("a connection"));
         let mut noise = TcpStream::connect(address).expect("a connection");
         noise.write_all(&[0xff; 64]).expect("sent");

@@ -121,6 +121,6 @@ async fn blocking(
 }
 
 const LONGEST_OFFER: Duration = Duration::from_secs(15 * 60);
-/// What is left of a token's time when it is taken at the last moment.
+/// Remaining life of a token that is taken at the last moment.
 const TIME_TO_JOIN: Duration = Duration::from_secs(60 * 60);
 const LONGEST_SEARCH: Duration = Duration::from_secs(30);

@@ -567,7 +567,7 @@ const FIRST_REPEAT: Duration = Duration::from_millis(500);
 const LONGEST_REPEAT: Duration = Duration::from_secs(5);
 const RECV_BUFFER: usize = 4 << 20;
 
-/// How long several addresses may take to answer.
+/// Time limit for the answers of several addresses.
 const PROBE_TIME: Duration = Duration::from_millis(500);
 const PROBE_PAUSE: Duration = Duration::from_millis(5);
 /// Looks between two questions.

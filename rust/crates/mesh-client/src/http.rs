@@ -148,7 +148,7 @@ impl HttpClient {
     }
 }
 
-/// What comes on a stream.
+/// An event of a stream.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Heard {
     /// A piece of the answer.
@@ -270,7 +270,7 @@ pub enum HttpError {
     Broken(String),
 }
 
-/// How long a head may say nothing. An older one says nothing before a whole answer.
+/// Longest silence of a head. An older one says nothing before a whole answer.
 const SILENCE: Duration = Duration::from_secs(300);
 
 fn completion_path(body: &Value) -> &'static str {

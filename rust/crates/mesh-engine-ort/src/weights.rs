@@ -311,7 +311,7 @@ impl Loader<'_> {
     }
 }
 
-/// Why a matrix could not be packed.
+/// Reasons why a matrix could not be packed.
 #[derive(Debug, thiserror::Error)]
 enum PackError {
     #[error(transparent)]

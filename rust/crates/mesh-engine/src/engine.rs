@@ -147,8 +147,8 @@ impl EngineHandle {
         self.shared.load()
     }
 
-    /// How long ago the engine last completed a step while it had something to do; zero while it has nothing to do. A step that
-    /// hangs shows here, whatever the rest of the process does.
+    /// Time since the engine last completed a step while it had something to do; zero while it has nothing to
+    /// do. A step that hangs shows here, whatever the rest of the process does.
     pub fn quiet(&self) -> Duration {
         self.shared.quiet(Instant::now())
     }
@@ -209,7 +209,7 @@ impl Waker {
 }
 
 impl RequestStream {
-    /// Where the request is, as of the engine's last steps; `None` before the engine has looked at it.
+    /// The state of the request as of the engine's last steps; `None` before the engine has looked at it.
     pub fn status(&self) -> Option<RequestStatus> {
         self.handle.shared.status(self.key)
     }

@@ -69,7 +69,7 @@ struct Port {
     socket: Arc<BatchSocket>,
     large: Arc<ChunkSender>,
     dedup: Mutex<Dedup>,
-    /// What running tasks wait for, in words; nothing of those whose answer grows.
+    /// Causes of the waits of running tasks, in words; no entry for a task whose answer grows.
     waits: Mutex<HashMap<TaskKey, String>>,
     running: TaskTracker,
 }
@@ -82,7 +82,7 @@ struct Intake {
     replies: SendBatch,
     /// When a stranger was last warned about.
     warned: Option<Instant>,
-    /// When a sender of an unknown version was.
+    /// Time of the last warning about a sender of an unknown version.
     warned_of_version: Option<Instant>,
 }
 
@@ -342,7 +342,8 @@ impl Port {
         task: DcfGenerate,
         payload: Bytes,
     ) -> Result<Bytes, AnswerError> {
-        // A worker of DCF v5 cannot stream; where there is no other, the whole answer at once is better than none.
+        // A worker of DCF v5 cannot stream; without any other worker, the whole answer at once is better than
+        // none.
         let old_workers_only = || {
             self.mesh
                 .with_registry(|registry| registry.iter().all(Worker::is_legacy))
@@ -449,7 +450,7 @@ fn error(version: Version, sequence: u32, code: ErrorCode, text: &str) -> Messag
     Message::error(sequence, timestamp_us(), code, text)
 }
 
-/// Whether it is time for another warning; if so, that is noted.
+/// True if it is time for another warning; if so, that is noted.
 fn is_due(warned: &mut Option<Instant>) -> bool {
     let now = Instant::now();
     let due = warned.is_none_or(|at| now - at >= WARN_EVERY);
@@ -483,7 +484,7 @@ const NOT_TRUSTED: &str = "your address is not trusted here: see trusted_network
 /// Bytes of an Error's text; it may quote what the client sent.
 const LONGEST_ERROR: usize = 4096;
 const WARN_EVERY: Duration = Duration::from_secs(60);
-/// How long Chunks of a Task wait for the others.
+/// Time that Chunks of a Task wait for the others.
 const CHUNKS_KEPT: Duration = Duration::from_secs(60);
 
 #[cfg(test)]

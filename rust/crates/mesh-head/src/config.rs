@@ -65,7 +65,7 @@ pub struct Config {
     pub sharding: ShardingConfig,
     /// Let workers on the LAN find this head by multicast DNS.
     pub mdns: bool,
-    /// What to log, where neither `--log-level` nor RUST_LOG is set: a level or a filter.
+    /// Log level or filter, used if neither `--log-level` nor RUST_LOG is set.
     pub log_level: Option<String>,
 }
 
@@ -98,7 +98,7 @@ pub struct HttpConfig {
     pub hosts: Vec<String>,
     /// Origins of web pages that may use this head: `https://chat.example.org`, or `*` for all.
     pub cors: Vec<Origin>,
-    /// How long clients may take, and how many connections they may have.
+    /// Time limits for clients, and the number of connections that they may have.
     pub connections: Connections,
 }
 
@@ -108,7 +108,8 @@ pub struct HttpConfig {
 pub struct DcfConfig {
     /// Where clients send Tasks.
     pub clients: SocketAddr,
-    /// Where workers send heartbeats, and workers without an identity (DCF v5.0.0 and v5.1) Results.
+    /// Address to which workers send heartbeats, and workers without an identity (DCF v5.0.0 and v5.1)
+    /// Results.
     pub workers: SocketAddr,
     /// Admit workers without an identity: from this machine, and from `legacy_worker_networks`.
     pub legacy_workers: bool,
@@ -342,7 +343,8 @@ impl Config {
         }
     }
 
-    /// How often a worker is to say that a request lives: a few signs may be late before any limit on silence is reached.
+    /// Interval at which a worker says that a request lives: a few signs may be late before any limit on
+    /// silence is reached.
     pub fn progress_interval(&self) -> Duration {
         let limits = [
             self.silence_limit,
@@ -397,8 +399,8 @@ impl Config {
         }
     }
 
-    /// Whether a worker without an identity may register from there. That a network's clients are served says nothing about
-    /// its workers.
+    /// True if a worker without an identity may register from there. Serving a network's clients does not
+    /// admit its workers.
     pub fn admits_legacy_worker(&self, source: IpAddr) -> bool {
         let source = source.to_canonical();
         let networks = &self.dcf.legacy_worker_networks;
@@ -406,7 +408,7 @@ impl Config {
             && (source.is_loopback() || networks.iter().any(|network| network.contains(source)))
     }
 
-    /// Whether plain DCF clients there are served.
+    /// True if plain DCF clients there are served.
     pub fn trusts(&self, source: IpAddr) -> bool {
         let source = source.to_canonical();
         source.is_loopback()

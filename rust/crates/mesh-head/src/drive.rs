@@ -567,20 +567,20 @@ pub(crate) fn deadline_ms(answer: &Answer) -> u64 {
     u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1)
 }
 
-/// How often a worker is asked to say that a request lives.
+/// Interval at which a worker is asked to say that a request lives, in milliseconds.
 pub(crate) fn progress_ms(mesh: &Mesh) -> u32 {
     u32::try_from(mesh.config.progress_interval().as_millis()).unwrap_or(u32::MAX)
 }
 
-/// Whether what a request waits for got on just now.
+/// True if the work that a request waits for made progress just now.
 pub(crate) fn gets_on(progress: &Progress) -> bool {
     progress.quiet_ms < GETS_ON.as_millis() as u64
 }
 
-/// What a request waits for while no worker has room, in words that follow "waiting".
+/// The cause of a wait while no worker has room, in words that follow "waiting".
 pub(crate) const FOR_ROOM: &str = "for a worker with room";
 
-/// What a request waits for at its worker, in words that follow "waiting".
+/// The cause of a request's wait at its worker, in words that follow "waiting".
 pub(crate) fn words(progress: &Progress) -> String {
     match progress.phase() {
         RequestPhase::Preparing => "for its worker to take it in".to_owned(),
@@ -659,7 +659,7 @@ fn due(answer: &Answer) -> Instant {
 /// A step that came back so lately shows that the engine works.
 const GETS_ON: Duration = Duration::from_secs(5);
 
-/// How soon a driver that is heard and sends no tokens is looked at again.
+/// Time until the head looks again at a driver that is heard and sends no tokens.
 const RING_LOOK: Duration = Duration::from_millis(300);
 
 /// Silence of a ring's driver that counts as its death, if its link is silent, too: its standby goes on within milliseconds. It is

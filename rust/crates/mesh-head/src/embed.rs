@@ -37,7 +37,7 @@ pub struct EmbedTask {
     pub prompt_name: String,
     /// Length of the vectors; 0 is the model's own.
     pub dimensions: u32,
-    /// Whom it comes from.
+    /// The client that it comes from.
     pub origin: Origin,
 }
 
@@ -331,13 +331,13 @@ fn time_passed(answer: &mut Answer, assignment: &Assignment) -> Result<(), Step>
     }
 }
 
-/// What comes of `future` before `due`.
+/// The output of `future`, or `None` if it is not ready before `due`.
 async fn timeout_at<T>(due: Option<Instant>, future: impl Future<Output = T>) -> Option<T> {
     let due = due.unwrap_or_else(Instant::now);
     tokio::time::timeout_at(due.into(), future).await.ok()
 }
 
-/// What a worker says on the stream of an Embed.
+/// A worker's message on the stream of an Embed.
 pub(crate) enum Said {
     Vectors(Embeddings),
     Lives(Progress),

@@ -79,7 +79,7 @@ impl<'a> Fields<'a> {
         self.0.keys().map(String::as_str)
     }
 
-    /// A name that somebody has: text, and absent where it is empty.
+    /// A name: text, and absent if it is empty.
     pub fn name(self, name: &str) -> Result<Option<&'a str>, Invalid> {
         Ok(self.text(name)?.filter(|text| !text.is_empty()))
     }
@@ -168,7 +168,7 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// Whether a value asks for nothing: `null`, `false`, and what is empty.
+/// True if a value asks for nothing: `null`, `false`, or an empty one.
 pub(crate) fn is_empty(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,

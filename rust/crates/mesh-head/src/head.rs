@@ -40,7 +40,7 @@ pub struct HeadHandle {
     running: JoinHandle<Drained>,
 }
 
-/// What a running head can change without a restart.
+/// The settings that a running head can change without a restart.
 #[derive(Debug, Clone)]
 pub struct Live {
     mesh: Arc<Mesh>,
@@ -62,7 +62,7 @@ impl Live {
     pub fn reload(&self, fresh: &Config, report: &mut Report) {
         let state_dir = &self.mesh.config.state_dir;
         let file = fresh.http.api_keys_file.as_deref();
-        // Where it listens was judged together with the keys that it had at its start.
+        // The listening address was judged together with the keys at the start.
         let running = &self.mesh.config.http;
         let guarded =
             running.listen.ip().to_canonical().is_loopback() || running.allow_unauthenticated;
@@ -215,7 +215,7 @@ impl HeadHandle {
         &self.addresses
     }
 
-    /// What can be changed while it runs.
+    /// The settings that can be changed while it runs.
     pub fn live(&self) -> &Live {
         &self.live
     }

@@ -37,7 +37,8 @@ fn refused(error: &serde_json::Error) -> Invalid {
     Invalid::new("body", format!("The body is not a JSON object: {error}"))
 }
 
-/// `body` with every half of a surrogate pair and every pair in bytes replaced; borrowed if there is none.
+/// `body` with every half of a surrogate pair and every pair in bytes replaced; borrowed if nothing is
+/// replaced.
 fn whole_characters(body: &[u8]) -> Cow<'_, [u8]> {
     let mut mended: Vec<u8> = Vec::new();
     let mut copied = 0;

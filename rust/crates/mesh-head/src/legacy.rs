@@ -11,7 +11,7 @@ use tokio::sync::oneshot;
 /// A worker without an identity, as it is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LegacyWorker {
-    /// Where it takes tasks.
+    /// The address at which it takes tasks.
     pub address: SocketAddr,
     /// The version of DCF that it speaks.
     pub version: Version,
@@ -27,7 +27,7 @@ pub struct Exchange {
 struct Inner {
     next: u32,
     pending: HashMap<u32, Pending>,
-    /// When workers last answered something.
+    /// Time of the last answer of each worker.
     answered: HashMap<SocketAddr, Instant>,
 }
 
@@ -74,8 +74,8 @@ impl Exchange {
         }
     }
 
-    /// A worker's answer came; false means that nobody waits for it, or that it came from somebody else. An answer in another
-    /// version than the task is somebody else's.
+    /// A worker's answer came; false if no task waits for it, or if it came from another worker. An answer in
+    /// another version than the task belongs to another task.
     pub fn deliver(&self, source: LegacyWorker, message: Message) -> bool {
         let mut inner = self.lock();
         if inner
@@ -99,7 +99,7 @@ impl Exchange {
             .is_some_and(|pending| pending.worker == source)
     }
 
-    /// When this worker last answered a task.
+    /// Time of the last answer of this worker to a task.
     pub fn last_answer(&self, worker: SocketAddr) -> Option<Instant> {
         self.lock().answered.get(&worker).copied()
     }

@@ -324,13 +324,13 @@ struct Probe<'a> {
     id: WorkerId,
     model: &'a str,
     asked: Instant,
-    /// When the worker last gave a sign of life.
+    /// Time of the worker's last sign of life.
     alive: Instant,
     /// The worker says what the probe waits for.
     tells: bool,
 }
 
-/// Why a probe brought no proof.
+/// Reasons why a probe brought no proof.
 enum Unproven {
     Failed(String),
     /// Neither a token nor a sign of life.
@@ -429,7 +429,7 @@ impl Probe<'_> {
         }
     }
 
-    /// What comes of `future`, as long as the worker shows life.
+    /// The output of `future`, as long as the worker shows life.
     async fn while_alive<T>(&mut self, future: impl Future<Output = T>) -> Result<T, Unproven> {
         let limit = self.mesh.config.first_token_limit;
         let mut future = std::pin::pin!(future);
@@ -512,9 +512,9 @@ pub const HEARTBEAT_LABEL: &str = "hydramesh heartbeat";
 fn heartbeat(worker_timeout: Duration) -> Duration {
     Duration::from_secs(2).min(worker_timeout / 4)
 }
-/// How often a worker is told this head's time.
+/// Interval at which a worker is told this head's time.
 const CLOCK_INTERVAL: Duration = Duration::from_secs(10);
-/// How long the worker that is connected may take to show that it lives, when another one comes with its identity.
+/// Time that the connected worker has to show that it lives, when another one comes with its identity.
 const RIVAL_TIMEOUT: Duration = Duration::from_secs(1);
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(2);
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);

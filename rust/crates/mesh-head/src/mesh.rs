@@ -70,11 +70,11 @@ struct State {
     rings: Rings,
     tracker: Tracker,
     duplicates: Duplicates,
-    /// When links were last looked at.
+    /// Time of the last check of the links.
     links_seen: Option<Instant>,
     /// When the gauges of rings were last set.
     gauged: Option<Instant>,
-    /// When it was last looked who had been heard.
+    /// Time of the last check for workers that had been heard.
     listened: Option<Instant>,
     peers: BTreeMap<WorkerId, Peer>,
     waiting: HashMap<Ticket, oneshot::Sender<Result<Placed, Refusal>>>,
@@ -385,7 +385,7 @@ impl Mesh {
         self.lock().duplicates.view(Instant::now())
     }
 
-    /// What an operator should know and mend, in words.
+    /// Problems that an operator should know and mend, in words.
     pub fn warnings(&self) -> Vec<String> {
         let mut state = self.lock();
         let duplicates = state.duplicates.view(Instant::now());
@@ -456,12 +456,12 @@ impl Mesh {
         self.turn(state, now);
     }
 
-    /// Whether plain DCF clients at this address are served.
+    /// True if plain DCF clients at this address are served.
     pub fn trusts(&self, source: IpAddr) -> bool {
         self.live().trusts(source)
     }
 
-    /// Whether a worker without an identity may register from this address.
+    /// True if a worker without an identity may register from this address.
     pub fn admits_legacy_worker(&self, source: IpAddr) -> bool {
         self.live().admits_legacy_worker(source)
     }
@@ -551,7 +551,7 @@ impl Mesh {
         }
     }
 
-    /// Whether anything was heard from a worker in the last moments.
+    /// True if anything was heard from a worker in the last moments.
     pub fn hears(&self, id: WorkerId) -> bool {
         let state = self.lock();
         let peer = state.peers.get(&id);
@@ -745,7 +745,7 @@ impl State {
     }
 }
 
-/// How long a worker that was heard counts as alive. Links carry something at least every half second.
+/// Time for which a worker that was heard counts as alive. Links carry something at least every half second.
 const HEARD: Duration = Duration::from_secs(1);
 /// A longer pause between two looks at who was heard means that this head had no processor.
 const LISTENS: Duration = Duration::from_millis(300);
@@ -799,7 +799,8 @@ impl Assignment {
         });
     }
 
-    /// Whether the worker's reports explain that a request gets no token from it: it works, and requests wait there.
+    /// True if the worker's reports explain that a request gets no token from it: it works, and requests wait
+    /// there.
     pub fn is_busy(&self) -> bool {
         let within = self.mesh.config.first_token_limit;
         self.mesh.with_registry(|registry| {
@@ -852,7 +853,7 @@ fn other_addresses(said: &[String], seen: IpAddr) -> Vec<IpAddr> {
 /// Other addresses of one worker that are passed on.
 const MOST_ADDRESSES: usize = 7;
 
-/// How often links are asked for signs of life and addresses.
+/// Interval at which links are asked for signs of life and addresses.
 const LINK_LOOK: Duration = Duration::from_millis(500);
 
 /// Clocks that are further apart, in seconds, are reported.

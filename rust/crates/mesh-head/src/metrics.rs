@@ -44,14 +44,14 @@ pub enum Outcome {
     Failed,
 }
 
-/// What became of a member of a ring that another one did not reach.
+/// The verdict on a member of a ring that another one did not reach.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 pub enum Verdict {
     /// The head hears it: nothing is decided yet.
     Doubted,
     /// The link between the two was made anew.
     Relinked,
-    /// Nobody hears it, or it cannot be linked to: it is taken for lost.
+    /// Nobody hears it, or it cannot be linked to: it counts as lost.
     Lost,
 }
 
@@ -329,7 +329,7 @@ impl HeadMetrics {
         self.duplicates.get_or_create(&WorkerLabel { worker }).inc();
     }
 
-    /// How far the clocks of all workers are ahead of this head's, in seconds.
+    /// Sets the lead of every worker's clock over this head's, in seconds.
     pub fn clocks(&self, offsets: impl Iterator<Item = (String, f64)>) {
         let fresh = ClockFamily::default();
         for (worker, offset) in offsets {

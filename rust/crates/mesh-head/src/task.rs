@@ -24,7 +24,7 @@ pub struct Task {
     pub params: GenerateParams,
     /// The client's own payload, where a v5.0.0 worker may take it as it is.
     pub legacy: Option<Bytes>,
-    /// Whom it comes from.
+    /// The source of the task.
     pub source: Source,
 }
 

@@ -107,7 +107,7 @@ struct WorkerBus {
     replies: SendBatch,
 }
 
-/// Which worker sends pieces of an answer, and to which task.
+/// The worker that sends pieces of an answer, their version, and the task that they belong to.
 type PieceKey = (SocketAddr, Version, u32);
 
 fn reassembler() -> Reassembler<PieceKey> {
@@ -121,12 +121,12 @@ fn reassembler() -> Reassembler<PieceKey> {
 /// The sources whose heartbeats were refused, so that each is named in the log now and then, and no flood of them fills it.
 #[derive(Debug, Default)]
 struct Refused {
-    /// When each was last named.
+    /// Time at which each was last named.
     named: HashMap<IpAddr, Instant>,
 }
 
 impl Refused {
-    /// Whether to name this source now.
+    /// True if this source is named in the log now.
     fn is_news(&mut self, source: IpAddr, now: Instant) -> bool {
         let is_old = |at: &Instant| now.saturating_duration_since(*at) >= NAME_EVERY;
         if self.named.get(&source).is_some_and(|at| !is_old(at)) {
@@ -279,9 +279,9 @@ impl WorkerBus {
 
 type Counter = mesh_service::metrics::prometheus_client::metrics::counter::Counter;
 
-/// How long Chunks of a Result wait for the others, as DCF v5.1 does it.
+/// Time that Chunks of a Result wait for the others, as DCF v5.1 does it.
 const CHUNKS_KEPT: Duration = Duration::from_secs(60);
-/// How often one source of refused heartbeats is named.
+/// Interval at which one source of refused heartbeats is named.
 const NAME_EVERY: Duration = Duration::from_secs(3_600);
 /// Sources that are named within that time.
 const NAMED_SOURCES: usize = 64;

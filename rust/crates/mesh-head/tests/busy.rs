@@ -1,4 +1,4 @@
-//! A busy worker is not a dead one, and a slow answer is no missing one.
+//! A busy worker does not count as dead, and a slow answer does not count as missing.
 
 mod support;
 

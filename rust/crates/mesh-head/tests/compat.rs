@@ -1,4 +1,4 @@
-//! What clients of other servers, browsers and old peers meet at the HTTP port.
+//! Behaviour of the HTTP port towards clients of other servers, browsers and old peers.
 
 mod support;
 

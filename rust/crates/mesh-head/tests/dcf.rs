@@ -20,7 +20,7 @@ const ERROR: u8 = 0xFF;
 struct OldWorker {
     socket: UdpSocket,
     bus: std::net::SocketAddr,
-    /// What stands before its headers.
+    /// The bytes before its headers.
     prefix: &'static [u8],
 }
 

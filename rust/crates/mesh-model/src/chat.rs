@@ -71,9 +71,10 @@ pub struct Rendered {
 pub struct Guarded {
     /// With broken names of control tokens.
     pub request: RenderRequest,
-    /// What breaks them.
+    /// The character that breaks them.
     pub mark: Option<char>,
-    /// Where the last message ends, if it is to be continued: a character that nothing else in the conversation holds.
+    /// A character that marks the end of the last message, if it is to be continued; the rest of the
+    /// conversation does not contain it.
     pub sentinel: Option<char>,
 }
 
@@ -111,7 +112,7 @@ pub enum ChatError {
     /// The last message cannot be continued.
     #[error("the last message cannot be continued: {reason}")]
     NotContinued {
-        /// Why.
+        /// The reason.
         reason: &'static str,
     },
     /// The template ran for too long.
@@ -153,7 +154,7 @@ const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['
 /// Text of clients never becomes a control token, see [`ChatTemplate::write`].
 #[derive(Debug, Clone)]
 pub struct ChatTemplate {
-    /// Why there is none, if the source does not parse.
+    /// The error instead, if the source does not parse.
     environment: Result<Arc<Environment<'static>>, Arc<str>>,
     guard: Arc<Guard>,
     source: Arc<str>,
@@ -237,7 +238,7 @@ impl ChatTemplate {
         self
     }
 
-    /// Why no conversation can be rendered, if the template does not parse.
+    /// The reason why no conversation can be rendered, if the template does not parse.
     pub fn problem(&self) -> Option<&str> {
         self.environment.as_ref().err().map(|problem| &**problem)
     }
@@ -291,7 +292,7 @@ impl ChatTemplate {
         self.fallback
     }
 
-    /// What the format is called where the model brings none.
+    /// The format's name, used if the model brings none.
     pub fn name(&self) -> &'static str {
         match &*self.source {
             CHATML => "ChatML",
@@ -374,7 +375,7 @@ impl ChatTemplate {
         Ok(guard::unmark(text, guarded.mark))
     }
 
-    /// The middle step of [`write`](Self::write): what the template makes of a conversation, marks and all.
+    /// The middle step of [`write`](Self::write): the template's output for a conversation, including marks.
     ///
     /// # Errors
     /// As [`write`](Self::write).
@@ -391,7 +392,7 @@ impl ChatTemplate {
             bos_token => &*self.bos,
             eos_token => &*self.eos,
         };
-        // What is not given is none, which is not the same as undefined.
+        // Values that are not given are `none`, which differs from undefined.
         let absent = context! { tools => (), documents => () };
         let context = context! { ..fixed, ..Value::from_serialize(&request.kwargs), ..absent };
         let rendered = template.render_captured_to(context, &mut output);
@@ -416,7 +417,7 @@ fn mark_end(request: &mut RenderRequest) -> Result<char, ChatError> {
     Ok(sentinel)
 }
 
-/// What a template wrote, up to the end of the last message: without what ends its turn.
+/// The template's output up to the end of the last message, without the end of its turn.
 fn up_to_end(text: &str, sentinel: char, request: &RenderRequest) -> Result<String, ChatError> {
     let (before, behind) = text.rsplit_once(sentinel).ok_or(ChatError::NotContinued {
         reason: "the model's chat template leaves it out, or its end",

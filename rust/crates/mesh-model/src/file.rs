@@ -10,7 +10,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-/// Why a file could not be read.
+/// Reasons why a file could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
     /// It could not be opened.
@@ -18,7 +18,7 @@ pub enum FileError {
     Open {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
     /// A folder, a socket, a device.
@@ -35,11 +35,11 @@ pub enum FileError {
     Read {
         /// The file.
         path: PathBuf,
-        /// Where the bytes begin.
+        /// The offset of the first byte.
         at: u64,
-        /// How many bytes were asked for.
+        /// Number of bytes that were asked for.
         len: u64,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
     /// The file was written to or replaced since it was opened.
@@ -87,7 +87,7 @@ pub(crate) enum ModelFile {
     Memory(Vec<u8>),
 }
 
-/// What shows that a file was written to.
+/// Metadata that shows that a file was written to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Stamp {
     len: u64,
@@ -227,7 +227,7 @@ impl Stamp {
 }
 
 impl<'a> Data<'a> {
-    /// How many bytes there are.
+    /// Number of bytes.
     pub fn len(&self) -> usize {
         match self.0 {
             Place::File { len, .. } => len,
@@ -235,12 +235,12 @@ impl<'a> Data<'a> {
         }
     }
 
-    /// Whether there are none.
+    /// True if it is empty.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Where they begin in their file.
+    /// Offset of the first byte in the file.
     pub fn offset(&self) -> u64 {
         match self.0 {
             Place::File { at, .. } => at,

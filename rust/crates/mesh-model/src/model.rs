@@ -173,7 +173,7 @@ impl Model {
         news.then(|| String::from_utf8_lossy(tokenizer.token_bytes(id)).into_owned())
     }
 
-    /// Whether this token ends an answer.
+    /// True if this token ends an answer.
     pub fn is_end(&self, token: u32) -> bool {
         self.tokenizer().eos_ids().contains(&token) || self.inner.turn_end.get() == Some(&token)
     }

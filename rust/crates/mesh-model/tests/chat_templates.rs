@@ -9,7 +9,7 @@ use serde::Deserialize;
 #[derive(Deserialize)]
 struct Golden {
     template: String,
-    /// Of those that are no files.
+    /// The template's text, if it is not a file.
     source: Option<String>,
     request: Option<RenderRequest>,
     text: Option<String>,
@@ -52,7 +52,7 @@ fn public_templates_render_as_in_transformers() {
         let same = match (&ours, &one.text) {
             (Ok(ours), Some(theirs)) => ours == theirs,
             (Err(_), None) => true,
-            // Some templates take it ill that there are no tools; that they can be written nevertheless does no harm.
+            // Some templates fail without tools; writing such a prompt anyway does no harm.
             (Ok(_), None) => !one
                 .error
                 .as_ref()

@@ -290,7 +290,7 @@ fn hex(bytes: &[u8; 32]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Why multicast DNS finds nothing, in the order of likelihood.
+/// Reasons why multicast DNS finds nothing, in the order of likelihood.
 pub const LIKELY_CAUSES: &str = "likely causes: the other node does not run with `mdns = true`, a firewall here or there drops \
      5353/udp, the service may not use AF_NETLINK (systemd's RestrictAddressFamilies), no interface multicasts, or the other \
      node is in another network segment";

@@ -652,7 +652,7 @@ impl Runner for RingRunner {
     }
 
     fn poll(&mut self, now: Instant) -> Option<Outcome<'_>> {
-        // What comes below was not yet here in the time that has passed since the last look.
+        // Messages that arrive below were not yet here in the time that has passed since the last look.
         self.pulse.look(self.pulse.due_since(), now);
         // Before anything goes out: where it goes may have changed.
         while let Ok(event) = self.events.try_recv() {

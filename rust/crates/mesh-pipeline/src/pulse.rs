@@ -6,8 +6,8 @@
 //! - **Silence is counted on a clock that stands still while the driver itself does not run.** A gap between two looks counts for
 //!   no more than two pings take; and while the driver's own network thread has not echoed a ping, the answers of others may be
 //!   waiting behind it.
-//! - **The deadline follows the answers.** It is at least a second, four times the slowest step of late, and four times the
-//!   slowest answer of late.
+//! - **The deadline follows the answers.** It is at least a second, four times the slowest recent step, and
+//!   four times the slowest recent answer.
 //! - **A suspicion is not a verdict.** It is taken back when the member is heard again, and the head asks another witness first.
 //!
 //! If everybody answers but nothing of what one member passed on arrives at the next, the link between the two is broken.
@@ -25,7 +25,7 @@ pub(crate) struct Pulse {
     links: Vec<LinkPulse>,
     /// Something has been due since then.
     due_since: Option<Instant>,
-    /// What the clock showed when the oldest step that is due became the oldest.
+    /// The clock's value when the oldest step that is due became the oldest.
     due_mark: Duration,
     /// The clock on which silence is counted, and when it was last looked at.
     watched: Duration,
@@ -34,7 +34,7 @@ pub(crate) struct Pulse {
     nonce: u64,
     /// The last ping that this worker's own network thread echoed.
     echoed: u64,
-    /// Pings of late with what the clock showed when they were sent.
+    /// Recent pings with the clock's value when they were sent.
     sent: VecDeque<(u64, Duration)>,
     /// The slowest steps of a few rows, and of any number.
     slowest: Duration,
@@ -47,9 +47,9 @@ pub(crate) struct Pulse {
 
 #[derive(Debug, Clone, Default)]
 struct MemberPulse {
-    /// What the clock showed when it was last heard.
+    /// The clock's value when it was last heard.
     heard: Duration,
-    /// The slowest answer of late.
+    /// The slowest recent answer.
     slowest: Duration,
     received: u64,
     sent: u64,
@@ -58,12 +58,12 @@ struct MemberPulse {
 
 #[derive(Debug, Clone, Default)]
 struct LinkPulse {
-    /// Since when something is under way on it without anything arriving, and how much had arrived by then.
+    /// Time since which data is under way on it without any arrival, and the amount that had arrived by then.
     stalled: Option<(Duration, u64)>,
     suspected: bool,
 }
 
-/// Why a member is suspected.
+/// The reason why a member is suspected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Suspicion {
     /// Its stage.
@@ -126,12 +126,12 @@ impl Pulse {
         self.due_since
     }
 
-    /// The driver looks: whether anything is due, and since when at the earliest.
+    /// The driver looks: `since` is the earliest time since which anything is due.
     pub(crate) fn look(&mut self, since: Option<Instant>, now: Instant) {
         match (self.due_since, since) {
             (Some(_), _) => self.advance(now),
             (None, Some(_)) => {
-                // Nobody was asked before, so nobody can have been silent.
+                // No member was asked before, so none can have been silent.
                 for member in &mut self.members {
                     member.heard = self.watched;
                 }
@@ -271,7 +271,8 @@ impl Pulse {
     }
 }
 
-/// Who is named for a broken link: the later one of the two. The last one's successor is the driver itself.
+/// The member that is named for a broken link: the later one of the two. The last one's successor is the
+/// driver itself.
 fn victim(link: usize, members: usize) -> u32 {
     (link + 1).min(members.saturating_sub(1)) as u32
 }
@@ -402,7 +403,7 @@ mod tests {
             watch.look(all);
         }
         assert_eq!(watch.suspicions, []);
-        // Who is dead is found nevertheless.
+        // A dead member is found nevertheless.
         watch.run(3.0, all_but_one);
         assert_eq!(watch.suspicions.len(), 1);
     }

@@ -46,7 +46,7 @@ impl Generation {
             .map_or(Self::Unknown, |&(_, _, generation)| generation)
     }
 
-    /// Whether the image's driver drives it: branch 595, or with `legacy` branch 580.
+    /// Support by the image's driver: branch 595, or with `legacy` branch 580.
     pub fn support(self, legacy: bool) -> Support {
         match self {
             Self::TuringOrNewer => Support::Yes,

@@ -39,7 +39,8 @@ pub struct Hello {
     /// IP addresses of the machine, at which other workers may reach it.
     #[prost(string, repeated, tag = "8")]
     pub addresses: Vec<String>,
-    /// Which fields of [`Generate`] the worker acts upon; [`REQUEST_REVISION`] here, 0 in workers before it was counted.
+    /// The fields of [`Generate`] that the worker acts upon; [`REQUEST_REVISION`] here, 0 in workers before
+    /// it was counted.
     #[prost(uint32, tag = "20")]
     pub request_revision: u32,
 }
@@ -196,7 +197,7 @@ pub struct Generate {
 /// A request is alive (DCF 0x26), worker to head, on the stream of a [`Generate`] or an [`Embed`] that asks for it.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
 pub struct Progress {
-    /// What the request waits for.
+    /// The cause of the request's wait.
     #[prost(enumeration = "RequestPhase", tag = "1")]
     pub phase: i32,
     /// While queued: requests that are before it.
@@ -214,7 +215,7 @@ pub struct Progress {
     pub quiet_ms: u64,
 }
 
-/// What a request waits for at its worker.
+/// The cause of a request's wait at its worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
 #[repr(i32)]
 pub enum RequestPhase {

@@ -268,7 +268,7 @@ pub struct PartState {
     /// Bytes of outputs that it keeps in case the next stage has to be sent them again.
     #[prost(uint64, tag = "11")]
     pub kept_bytes: u64,
-    /// How far loading is, in a unit of the worker's own that only grows. 0 is not known.
+    /// Progress of loading, in a unit of the worker's own that only grows; 0 if unknown.
     #[prost(uint64, tag = "12")]
     pub progress: u64,
 }

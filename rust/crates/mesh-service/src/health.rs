@@ -17,7 +17,7 @@ use crate::notify::Watchdog;
 pub struct Health {
     /// Why the service is not ready; `None` is ready.
     unready: Arc<Mutex<Option<String>>>,
-    /// What does not work although the service is ready.
+    /// A problem that leaves the service ready.
     note: Arc<Mutex<Option<String>>>,
     watchdog: Option<Watchdog>,
 }
@@ -44,7 +44,7 @@ impl Health {
         *self.lock() = None;
     }
 
-    /// What does not work although requests can be served; `/ready` tells it beside its answer.
+    /// Sets a problem that leaves the service able to serve requests; `/ready` tells it beside its answer.
     pub fn set_note(&self, note: Option<String>) {
         *self.note.lock().unwrap_or_else(PoisonError::into_inner) = note;
     }

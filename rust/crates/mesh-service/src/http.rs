@@ -36,7 +36,7 @@ use table::{Admitted, Bounds, Id, Patience, Table};
 pub use guard::{Guard, NotAnOrigin, Origin};
 pub use stream::TooSlow;
 
-/// How long clients may take, and how many connections they may have.
+/// Time limits for clients, and the number of connections that they may have.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Connections {
@@ -53,7 +53,7 @@ pub struct Connections {
     /// Silence within the body of a request.
     #[serde(with = "units::duration")]
     pub body_timeout: Duration,
-    /// For which a client may take nothing of an answer that is there.
+    /// Time for which a client may take nothing of an answer that is there.
     #[serde(with = "units::duration")]
     pub write_timeout: Duration,
 }
@@ -171,7 +171,7 @@ pub async fn serve_with(
     Ok(())
 }
 
-/// What all connections share.
+/// The state that all connections share.
 #[derive(Clone)]
 struct Shared(Arc<Mutex<Inner>>);
 
@@ -313,7 +313,7 @@ impl Server {
                 tracing::debug!(%address, "connection closed: nothing came or was taken in time");
                 break;
             }
-            // What is due may change meanwhile, but never to anything sooner than this.
+            // The due time may change meanwhile, but never to anything sooner than this.
             let soonest = now + patience.least();
             let look = due.map_or(soonest, |due| due.min(soonest));
             tokio::select! {
@@ -373,7 +373,7 @@ impl Server {
     }
 }
 
-/// What those are told who come while every connection there may be is in use.
+/// The answer to clients that come while all permitted connections are in use.
 fn no_room() -> Response {
     let error = json!({
         "message": "all connections of this service are in use; try again later",

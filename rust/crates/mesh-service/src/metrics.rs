@@ -18,7 +18,7 @@ use prometheus_client::registry::Registry;
 
 pub use prometheus_client;
 
-/// How a scrape is written.
+/// The text format of a scrape.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     /// The Prometheus text format, version 0.0.4.
@@ -119,8 +119,8 @@ impl fmt::Debug for Metrics {
     }
 }
 
-/// OpenMetrics in the older text format: there a family is called as its samples are, there are no units and no information, and
-/// nothing says that the end is reached.
+/// OpenMetrics in the older text format: there a family has the name of its samples, and units, information
+/// and the mark of the end are absent.
 fn classic(text: &str) -> String {
     let mut classic = String::with_capacity(text.len() + text.len() / 8);
     let mut help = "";

@@ -97,14 +97,14 @@ impl<T: Serialize> Reloader<T> {
     }
 }
 
-/// What a reload did, for the log.
+/// The result of a reload, for the log.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
-    /// What is as it is configured now.
+    /// Keys that now have their configured values.
     pub applied: Vec<String>,
     /// Keys that have changed and need a restart.
     pub restart: Vec<String>,
-    /// What could not be applied, and why: it stays as it was.
+    /// Keys that could not be applied, with the reason: they stay as they were.
     pub failed: Vec<String>,
 }
 
@@ -134,7 +134,7 @@ impl Report {
     }
 }
 
-/// Reloads whenever it is asked for, for ever, and tells systemd and the log.
+/// Reloads on every request, without end, and tells systemd and the log.
 pub async fn follow(shutdown: Shutdown, mut reload: impl FnMut() -> Report) {
     loop {
         shutdown.reload_asked().await;
@@ -243,7 +243,7 @@ mod tests {
         assert_eq!(fresh.changed, ["http.keys", "level"]);
         assert_eq!(fresh.restart, ["http.port"]);
         reloader.applied(&fresh);
-        // What was applied is not news; what needs a restart is said again.
+        // A change that was applied is not reported again; one that needs a restart is.
         let again = reloader.read(&LIVE).unwrap();
         assert_eq!((again.changed.len(), again.restart.len()), (0, 1));
         *file.lock().unwrap() = Some(Config::default());

@@ -1,4 +1,4 @@
-//! What the signals of a process do.
+//! The effects of a process's signals.
 //!
 //! | signal | effect |
 //! |---|---|
@@ -137,8 +137,8 @@ fn kind_of(signal: Signal) -> SignalKind {
     SignalKind::from_raw(signal as i32)
 }
 
-/// What ends a service. SIGQUIT is Ctrl-\\ in a terminal, SIGPWR a machine that loses its power, SIGXCPU a limit on processor
-/// time, whose hard limit kills.
+/// Signals that end a service. SIGQUIT is Ctrl-\\ in a terminal, SIGPWR a machine that loses its power,
+/// SIGXCPU a limit on processor time, whose hard limit kills.
 const ENDING: [Signal; 5] = [
     Signal::SIGTERM,
     Signal::SIGINT,
@@ -146,8 +146,8 @@ const ENDING: [Signal; 5] = [
     Signal::SIGPWR,
     Signal::SIGXCPU,
 ];
-/// What would kill the process if nobody caught it. With SIGXFSZ caught, a file that grows over its limit is an error of that
-/// write.
+/// Signals that would kill the process if nobody caught them. With SIGXFSZ caught, a file that grows over its
+/// limit is an error of that write.
 const WITHOUT_EFFECT: [Signal; 7] = [
     Signal::SIGUSR1,
     Signal::SIGUSR2,

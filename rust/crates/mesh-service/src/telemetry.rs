@@ -86,7 +86,7 @@ pub fn reload(args: &CommonArgs, configured: Option<&str>) -> Result<(), Telemet
     }
 }
 
-/// Whether a filter in a configuration is one.
+/// Checks that the filter in a configuration is valid.
 pub fn check(configured: Option<&str>) -> Result<(), TelemetryError> {
     filter(None, None, configured).map(|_| ())
 }

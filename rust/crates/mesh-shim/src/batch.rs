@@ -34,7 +34,7 @@ impl RecvBatch {
     #[must_use]
     pub fn new() -> Self {
         let mut bytes = vec![0; BATCH * STRIDE];
-        // What is sent on with a version byte before it has one already.
+        // Datagrams that are sent on with a version byte have one in front already.
         for datagram in bytes.chunks_exact_mut(STRIDE) {
             datagram[0] = Version::BYTE;
         }
@@ -325,7 +325,7 @@ fn wait_for_room(socket: BorrowedFd<'_>) -> bool {
 #[repr(C, align(8))]
 struct Control([u8; CONTROL]);
 
-/// Where a datagram was sent to, by the control messages of [`tell_destinations`].
+/// The destination of a datagram, by the control messages of [`tell_destinations`].
 fn destination(header: &libc::msghdr) -> Option<IpAddr> {
     let mut found = None;
     // SAFETY: `msg_control` and `msg_controllen` describe a control block that the kernel filled.

@@ -63,14 +63,14 @@ impl Candidates {
         self.all.get(candidate).map(|candidate| &candidate.socket)
     }
 
-    /// Where tasks go: to what answered, else to the first that does not refuse.
+    /// The head that tasks go to: the one that answered, else the first that does not refuse.
     pub(crate) fn for_tasks(&self) -> Option<(usize, &UdpSocket)> {
         let willing = || self.all.iter().position(|candidate| !candidate.refused);
         let index = self.chosen.or_else(willing).unwrap_or(0);
         self.socket(index).map(|socket| (index, socket))
     }
 
-    /// Where probes go.
+    /// The heads that probes go to.
     pub(crate) fn for_probes(&self) -> Vec<usize> {
         match self.chosen {
             Some(chosen) => vec![chosen],

@@ -53,7 +53,7 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// The HTTP listener for `/health`, `/ready` and `/metrics`.
     pub http: Http,
-    /// What to log, where neither `--log-level` nor RUST_LOG is set: a level or a filter.
+    /// Log level or filter, used if neither `--log-level` nor RUST_LOG is set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub log_level: Option<String>,
 }

@@ -65,7 +65,7 @@ impl HeadAddresses {
                 }
             };
             let known = self.get(head);
-            // They may come in another order each time, which is no change.
+            // They may come in another order each time, which does not count as a change.
             let same = known.len() == found.len() && found.iter().all(|one| known.contains(one));
             if !same && !found.is_empty() {
                 self.lock()[head] = found;

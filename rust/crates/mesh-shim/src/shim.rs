@@ -161,7 +161,7 @@ impl ShimHandle {
             .is_some_and(|thread| !thread.is_finished())
     }
 
-    /// What takes a new configuration over while the shim runs.
+    /// The handle that applies a new configuration while the shim runs.
     #[must_use]
     pub fn live(&self) -> Live {
         Live(Arc::clone(&self.control))
@@ -196,7 +196,7 @@ impl Drop for ShimHandle {
     }
 }
 
-/// What a running shim can change without a restart.
+/// The settings that a running shim can change without a restart.
 #[derive(Clone, Debug)]
 pub struct Live(Arc<Control>);
 
@@ -239,7 +239,7 @@ impl Control {
 struct Loop<F> {
     bridge: Bridge,
     ingress: UdpSocket,
-    /// From which of this machine's addresses clients are answered.
+    /// The addresses of this machine from which clients are answered.
     routes: Routes,
     /// Empty while no address is known.
     heads: Box<[Candidates]>,
@@ -406,7 +406,8 @@ impl<F: FnMut()> Loop<F> {
                 Err(error) => return report("receive from a head", &error),
             };
             if count > 0 && self.heads[head].answered(candidate) {
-                // What was sent to another address may not have arrived: it is sent again once the head is heard.
+                // Datagrams sent to another address may not have arrived: they are sent again once the head
+                // is heard.
                 self.bridge.on_head_refused(now, head);
             }
             for index in 0..count {
@@ -547,7 +548,7 @@ fn send_to_head<'a>(
     }
 }
 
-/// Whether a datagram asks whether a head lives.
+/// True if a datagram asks if a head lives.
 fn is_probe(datagram: &[u8]) -> bool {
     dcf::Header::decode_datagram(datagram)
         .is_ok_and(|(_, header)| header.kind() == dcf::MsgType::HEALTH)

@@ -31,7 +31,7 @@ const HEADER: usize = 17;
 const LARGEST: usize = 65_507;
 /// The byte that every v5.1 datagram begins with.
 const V5_1: u8 = 0x51;
-/// What a v5.1 peer sends in one datagram at the most, and in one piece of what is longer.
+/// Maximum size of one datagram of a v5.1 peer, and of one piece of a longer payload.
 const SINGLE: usize = 1_454;
 const PIECE: usize = 1_400;
 

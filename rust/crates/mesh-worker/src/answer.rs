@@ -124,10 +124,10 @@ impl Exchange {
         }
     }
 
-    /// Sends the events of an answer until its last one, and signs of life where there are none. Returns early, which cancels the
-    /// request, when the head is gone or breaks off.
+    /// Sends the events of an answer until its last one, and signs of life in the absence of events. Returns
+    /// early, which cancels the request, when the head is gone or breaks off.
     async fn forward(mut self, events: RequestStream, model: &Model) {
-        // What was sent must arrive before the stream's halves are dropped.
+        // Sent data must arrive before the stream's halves are dropped.
         if self.forward_all(events, model).await.is_some() {
             let _ = self.send.finish();
             self.send.stopped().await;

@@ -82,7 +82,7 @@ pub struct Config {
     pub legacy: LegacyConfig,
     /// What requests get that do not say.
     pub sampling: SamplingDefaults,
-    /// What to log, where neither `--log-level` nor RUST_LOG is set: a level or a filter.
+    /// Log level or filter, used if neither `--log-level` nor RUST_LOG is set.
     pub log_level: Option<String>,
 }
 

@@ -44,7 +44,7 @@ pub(crate) struct HeadLink {
     pub(crate) instance: u64,
     /// Ends the link, when nothing is left to say.
     pub(crate) stop: CancellationToken,
-    /// Where others find the identity, once there is one.
+    /// The identity for other parts of the worker, once there is one.
     pub(crate) known: Arc<OnceLock<NodeIdentity>>,
 }
 
@@ -362,7 +362,7 @@ fn is_news(reported: Option<&(Load, Instant)>, load: &Load) -> bool {
     load.draining != last.draining || (same != *last && at.elapsed() >= LOAD_INTERVAL)
 }
 
-/// Why there is no link, or no longer one.
+/// The reason why there is no link, or no longer one.
 struct Ended {
     reason: String,
     /// Another machine has this worker's identity.
@@ -378,7 +378,8 @@ impl<T: Into<String>> From<T> for Ended {
     }
 }
 
-/// Why the exchange of Hello and Welcome failed. A stream that was cancelled is often followed by the reason of the link.
+/// The reason why the exchange of Hello and Welcome failed. A stream that was cancelled is often followed by
+/// the reason of the link.
 async fn why(link: &Link, failure: StreamFailure) -> Ended {
     let text = failure.to_string();
     let closed = match failure {
@@ -396,7 +397,7 @@ async fn why(link: &Link, failure: StreamFailure) -> Ended {
     }
 }
 
-/// How long a worker whose identity is in use elsewhere waits before it asks again, the `times`th time.
+/// The wait of a worker whose identity is in use elsewhere before it asks again, the `times`th time.
 fn duplicate_pause(times: u32) -> Duration {
     DUPLICATE_PAUSE
         .saturating_mul(1 << (times.clamp(1, 8) - 1))

@@ -38,13 +38,13 @@ pub(crate) struct Host {
 /// A model that is not served because something is wrong with it.
 #[derive(Debug, Clone)]
 pub(crate) struct Failure {
-    /// What the configuration calls it, or what it was served as.
+    /// The model's name in the configuration, or the one that it was served under.
     pub(crate) name: String,
     pub(crate) source: Source,
     pub(crate) reason: String,
 }
 
-/// Where a model is loaded from.
+/// The source that a model is loaded from.
 #[derive(Debug, Clone)]
 pub(crate) enum Source {
     /// The file or folder that a name in the configuration means. What is loaded is [`Source::At`] a path.
@@ -101,7 +101,7 @@ impl Host {
     /// speed. Blocks for as long as that takes. What is wrong with one model is a failure of that one.
     ///
     /// # Errors
-    /// If names in the configuration contradict each other, or none of them means anything.
+    /// If names in the configuration contradict each other, or none of them stands for a model.
     pub(crate) fn load(
         config: &Arc<Config>,
         models: Arc<Models>,
@@ -162,7 +162,7 @@ impl Host {
         }
     }
 
-    /// What is wrong with models that are not served.
+    /// Problems of the models that are not served.
     pub(crate) fn failed(&self) -> BTreeMap<String, String> {
         let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
         failed.clone()
@@ -177,7 +177,7 @@ impl Host {
         };
     }
 
-    /// Whether anything is served or offered here.
+    /// True if anything is served or offered here.
     pub(crate) fn serves(&self) -> bool {
         !self.models().is_empty() || !self.encoders().is_empty() || self.rings.has_shards()
     }
@@ -362,7 +362,7 @@ impl Host {
 /// A model's name in the configuration, and where it lies or why it cannot be found.
 pub(crate) type Resolved = (String, Result<PathBuf, WorkerError>);
 
-/// What the names of models in the configuration mean; those that come from elsewhere are left out.
+/// The models that the names in the configuration stand for; those that come from elsewhere are left out.
 pub(crate) fn find(config: &Config) -> Result<Vec<Resolved>, WorkerError> {
     let mut found = Vec::new();
     let mut names = HashSet::new();
@@ -385,7 +385,8 @@ pub(crate) fn find(config: &Config) -> Result<Vec<Resolved>, WorkerError> {
             Err(error) => found.push((name.clone(), Err(error.into()))),
         }
     }
-    // Where nothing else is to be had, a mistake in the configuration is best seen at once; and to try again costs nothing.
+    // If no other model is available, a mistake in the configuration is best seen at once; and another try
+    // costs nothing.
     let all_missing =
         found.len() == config.models.len() && found.iter().all(|(_, path)| path.is_err());
     let alone = config.shards.is_empty() && config.local_models.is_none();

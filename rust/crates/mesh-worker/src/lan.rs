@@ -79,7 +79,7 @@ impl HeadPlace {
     /// All its addresses, in the order to try them. Waits a moment for a head to be found.
     ///
     /// # Errors
-    /// Why it has none.
+    /// The reason why it has no address.
     pub(crate) async fn resolve(&self) -> Result<Vec<SocketAddr>, String> {
         match self {
             HeadPlace::At(head, preferred) => {

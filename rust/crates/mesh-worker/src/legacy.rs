@@ -183,17 +183,18 @@ impl PlainDcf {
     }
 }
 
-/// Who is answered, and how.
+/// A peer that is answered, and the version for it.
 #[derive(Debug, Clone, Copy)]
 struct Peer {
     reply_to: SocketAddr,
     version: Version,
 }
 
-/// In which version the head gets heartbeats, and with which sequence.
+/// The version of the heartbeats to the head, and their sequence.
 ///
-/// Where that is to be found out: v5.0.0 at first, as ever. If nothing has come from the head after a few of those, heartbeats
-/// of v5.1 go beside them, which a v5.0.0 head ignores. What the head sends tells its version, for a while.
+/// If the version is unknown, it is v5.0.0 at first, as ever. If nothing has come from the head after a few
+/// of those, heartbeats of v5.1 go beside them, which a v5.0.0 head ignores. A datagram from the head tells
+/// its version, for a while.
 #[derive(Debug)]
 struct Speech {
     version: HeadVersion,
@@ -412,7 +413,7 @@ impl Drop for Claim {
 const HEARTBEAT: Duration = Duration::from_secs(2);
 /// Heartbeats of v5.0.0 alone, before those of v5.1 go beside them.
 const FIRST_BEATS: u32 = 2;
-/// How long a head is believed to speak the version that it spoke.
+/// Time for which a head is believed to speak the version that it spoke.
 const HEARD_FOR: Duration = Duration::from_secs(600);
 /// Chunks that are sent at once, and the pause after them.
 const BURST: usize = 16;

@@ -1,4 +1,5 @@
-//! Signs of life of a request: what it waits for, told to a head that asks for it, while nothing else is told.
+//! Signs of life of a request: the cause of its wait, sent to a head that asks for it, while no other message
+//! is sent.
 //!
 //! The timer only decides when to look. What is told comes from the engine, together with the time since the engine last
 //! completed a step, so that an engine that hangs is not vouched for.
@@ -13,11 +14,11 @@ use mesh_proto::{Progress, RequestPhase};
 use prost::Message as _;
 use tokio::time::{Sleep, sleep};
 
-/// When the next sign of life is due on one stream.
+/// The next sign of life on one stream.
 pub(crate) struct Life {
     /// `None` if the head does not want any.
     every: Option<Duration>,
-    /// When something must have been sent.
+    /// Time at which something must have been sent.
     due: Instant,
     sleep: Pin<Box<Sleep>>,
 }

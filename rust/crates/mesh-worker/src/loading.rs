@@ -20,7 +20,7 @@ pub(crate) struct Loading {
     host: Arc<Host>,
     health: Health,
     state: Mutex<State>,
-    /// How often somebody asked to look again; see [`Loading::look_again`].
+    /// Number of requests to look again; see [`Loading::look_again`].
     looks: watch::Sender<u64>,
     /// Held while a model of the watched folder is loaded: one at a time.
     local: tokio::sync::Mutex<()>,
@@ -31,7 +31,7 @@ struct State {
     linked: bool,
     /// What is to come, each with what is in the way, if that is known.
     pending: BTreeMap<String, Option<String>>,
-    /// How often the engine of a model died.
+    /// Number of deaths of each model's engine.
     deaths: BTreeMap<String, u32>,
     watched: Watched,
 }
@@ -72,7 +72,7 @@ impl Watched {
         Some(WatchedLoad { path, number })
     }
 
-    /// Whether the folder's watcher has withdrawn that load, and does what else there is to do.
+    /// True if the folder's watcher has withdrawn that load, and does the rest of the work.
     fn took_over(&self, load: Option<&WatchedLoad>) -> bool {
         load.is_some_and(|load| self.served.get(&load.path) != Some(&load.number))
     }
@@ -156,7 +156,7 @@ impl Loading {
     /// Takes models out of service whose engines are gone, and loads them again later.
     pub(crate) fn look_after(self: &Arc<Self>, config: &Arc<Config>) {
         let failures: Vec<(Failure, Option<WatchedLoad>)> = {
-            // What the folder's watcher withdraws meanwhile is not a failure.
+            // A model that the folder's watcher withdraws meanwhile does not count as a failure.
             let state = self.lock();
             let with_load = |failure: Failure| {
                 let load = state.watched.load_of(&failure.source);
@@ -176,7 +176,7 @@ impl Loading {
                 *deaths = (*deaths + 1).min(8);
                 *deaths
             };
-            // What dies each time is not to keep the machine busy.
+            // An engine that dies each time must not keep the machine busy.
             let pause = (TRY_AGAIN * 2u32.pow(deaths - 1)).min(TRY_LATER);
             let again = self.clone().again(failure, load, config.clone(), pause);
             tokio::spawn(again);
@@ -407,7 +407,7 @@ impl Loading {
             };
             let mut seen = BTreeMap::new();
             for model in models {
-                // What the configuration names is there already.
+                // Models that the configuration names are there already.
                 if named.contains(&model.path) {
                     continue;
                 }
@@ -423,7 +423,7 @@ impl Loading {
                     Some(name) => {
                         tracing::info!(model = name, "a local model changed, it is loaded anew");
                         self.withdraw(&model.path, &name);
-                        // What was wrong with it was the old file's, if anything was.
+                        // An earlier problem was the old file's.
                         host.set_failed(&name, None);
                         self.show();
                         None
@@ -514,7 +514,7 @@ impl Loading {
         Ok(name)
     }
 
-    /// Takes a model of the folder out of service; what runs on it finishes.
+    /// Takes a model of the folder out of service; requests that run on it finish.
     fn withdraw(&self, path: &Path, name: &str) {
         let mut state = self.lock();
         state.watched.vanished(path);
@@ -581,7 +581,7 @@ fn path_of(name: &str, config: &Config) -> Result<PathBuf, WorkerError> {
     }
 }
 
-/// What shows that something at a path changed.
+/// Metadata that shows that something at a path changed.
 async fn look(name: &str, source: &Source, config: &Arc<Config>) -> Option<Stamp> {
     let (name, source, config) = (name.to_owned(), source.clone(), config.clone());
     let look = move || {
@@ -595,8 +595,8 @@ async fn look(name: &str, source: &Source, config: &Arc<Config>) -> Option<Stamp
     tokio::task::spawn_blocking(look).await.ok().flatten()
 }
 
-/// Returns when what lies at the model's path has changed and is no longer written to, or when time is up; and whether it is
-/// another than it was.
+/// Returns when the file at the model's path has changed and is no longer written to, or when time is up;
+/// true if the file is another one than before.
 async fn wait_for_change(
     name: &str,
     source: &Source,

@@ -142,7 +142,7 @@ impl Templates {
         Ok(template.unguarded(text, &guarded)?)
     }
 
-    /// What the template makes of a job, in another process.
+    /// Renders a job in another process.
     async fn render_apart(
         &self,
         program: &PathBuf,
@@ -293,9 +293,9 @@ pub fn serve(mut jobs: impl Read, mut answers: impl Write) -> io::Result<()> {
     }
 }
 
-/// The prompt, or why there is none. The last job's template is kept.
+/// The prompt, or the reason why it cannot be rendered. The last job's template is kept.
 fn render_job(job: &[u8], last: &mut Option<(Job, ChatTemplate)>) -> Result<String, String> {
-    // What was read once need not be readable as a part of something larger: there is a limit to how deep it goes.
+    // A job that was read once may not be readable inside a larger value: the depth of nesting is limited.
     let job: Job = serde_json::from_slice(job).map_err(|error| {
         format!("the chat template cannot be given this conversation: {error}; is chat_template_kwargs nested too deep?")
     })?;

@@ -165,7 +165,7 @@ impl WorkerHandle {
         &self.addresses
     }
 
-    /// What can be changed while it runs.
+    /// The settings that can be changed while it runs.
     pub fn live(&self) -> &Live {
         &self.live
     }
@@ -184,7 +184,7 @@ impl WorkerHandle {
     }
 }
 
-/// What a running worker can change without a restart.
+/// The settings that a running worker can change without a restart.
 #[derive(Clone)]
 pub struct Live {
     /// The configuration whose reloadable keys are in effect.
@@ -209,7 +209,7 @@ impl Live {
     }
 }
 
-/// What can be found out without reading a model, and would end the worker after it has read them.
+/// Checks that need no model to be read, for mistakes that would end the worker after it has read them.
 fn check_cheaply(config: &Config, models: &Models) -> Result<(), WorkerError> {
     crate::host::find(config)?;
     mesh_engine_ort::load_library(config.ort_library.as_deref()).map_err(WorkerError::Runtime)?;
@@ -414,7 +414,7 @@ impl Progress {
     }
 }
 
-/// How long a start waits for the head's answer to a join before it reads models meanwhile.
+/// Time for which a start waits for the head's answer to a join before it reads models meanwhile.
 const JOIN_FIRST: Duration = Duration::from_secs(5);
 
 const HOUSEKEEPING: Duration = Duration::from_millis(500);
@@ -422,7 +422,8 @@ const HOUSEKEEPING: Duration = Duration::from_millis(500);
 /// Housekeeping that does not turn for this long is stuck.
 const STUCK: Duration = Duration::from_secs(10);
 
-/// What a step of at most `rows` rows may take at this measured speed in rows per second: ten times what it should.
+/// Time limit for a step of at most `rows` rows at this measured speed in rows per second: ten times the
+/// expected time.
 fn step_limit(rows: usize, speed: f32) -> Duration {
     let expected = if speed > 0.0 {
         Duration::try_from_secs_f32(10.0 * rows as f32 / speed).unwrap_or_default()

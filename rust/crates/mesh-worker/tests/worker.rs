@@ -563,7 +563,7 @@ async fn a_bad_file_is_a_failure_of_its_own_model_until_it_is_replaced() {
     read(&mut ask(&link, &question("cut")).await, 0)
         .await
         .unwrap();
-    // What is loaded lies in memory.
+    // The loaded model lies in memory.
     std::fs::File::options()
         .write(true)
         .open(file("cut"))

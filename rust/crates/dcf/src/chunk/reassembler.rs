@@ -54,14 +54,14 @@ pub struct Reassembler<K> {
     evicted: u64,
 }
 
-/// Who sent what, and how much of it may be held.
+/// The source of each payload, and the bounds for one source.
 #[derive(Debug)]
 struct Sources<K> {
     of: fn(&K) -> IpAddr,
     share: Share,
 }
 
-/// What unfinished payloads of one source may take of a [`Reassembler`].
+/// Bounds on the unfinished payloads of one source in a [`Reassembler`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Share {
     /// Unfinished payloads at once.
@@ -237,7 +237,8 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
         }
     }
 
-    /// Drops the stalest payload but that of `key`, among those of one source where it is given; false if there is none.
+    /// Drops the stalest payload but that of `key`, among those of one source if it is given; false if no
+    /// payload is left.
     fn evict(&mut self, key: &K, source: Option<IpAddr>) -> bool {
         let stalest = self
             .pending
@@ -254,7 +255,7 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
         true
     }
 
-    /// Where a payload comes from, if this reassembler knows sources.
+    /// The source of a payload, if this reassembler knows sources.
     fn source_of(&self, key: &K) -> Option<IpAddr> {
         let sources = self.sources.as_ref()?;
         Some(network_of((sources.of)(key)))

@@ -42,7 +42,7 @@ struct Shared {
     info: EncoderInfo,
     next_key: AtomicU64,
     load: Mutex<Load>,
-    /// When a batch last came back, or the first request came; `None` while there is nothing to do.
+    /// Time at which a batch last came back, or the first request came; `None` while there is nothing to do.
     advanced: Mutex<Option<Instant>>,
     death: Mutex<Option<RequestError>>,
 }
@@ -132,7 +132,8 @@ impl EmbedHandle {
         lock(&self.shared.load).clone()
     }
 
-    /// How long ago the engine last completed a batch while it had something to do; zero while it has nothing to do.
+    /// Time since the engine last completed a batch while it had something to do; zero while it has nothing
+    /// to do.
     pub fn quiet(&self) -> Duration {
         let advanced = *lock(&self.shared.advanced);
         advanced.map_or(Duration::ZERO, |at| at.elapsed())

@@ -30,14 +30,14 @@ pub(super) struct Shared {
     worker: Mutex<Option<Worker>>,
 }
 
-/// What the thread last said of itself and of its requests.
+/// The last report of the thread on itself and on its requests.
 #[derive(Default)]
 struct Pulse {
-    /// When a step last came back, or the first request came; `None` while there is nothing to do.
+    /// Time at which a step last came back, or the first request came; `None` while there is nothing to do.
     advanced: Option<Instant>,
-    /// Where its requests are.
+    /// The states of its requests.
     statuses: HashMap<RequestKey, RequestStatus>,
-    /// When those were noted.
+    /// Time at which those were noted.
     noted: Option<Instant>,
 }
 
@@ -400,7 +400,7 @@ pub(super) const STOPPED: &str = "it was shut down";
 /// Failed steps in a row after which an engine is given up.
 const FATAL_FAILURES: u32 = 3;
 
-/// How old the account of where requests are may be, while steps go on.
+/// Maximum age of the states of requests while steps go on.
 pub(super) const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How late a request's deadline may be noticed while steps are under way elsewhere.

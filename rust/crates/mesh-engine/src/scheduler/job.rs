@@ -22,7 +22,7 @@ pub(super) struct Job {
     pub(super) reused: u32,
     /// It waits because it gave its KV memory to older requests.
     pub(super) preempted: bool,
-    /// How often it was given a slot.
+    /// Number of times that it was given a slot.
     pub(super) run: u32,
     submitted: Instant,
     kind: Kind,

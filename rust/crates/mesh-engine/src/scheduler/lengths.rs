@@ -1,4 +1,4 @@
-//! How long answers are expected to become.
+//! Expected lengths of answers.
 
 use crate::request::Finish;
 

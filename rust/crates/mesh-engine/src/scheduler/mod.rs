@@ -161,11 +161,11 @@ pub struct Totals {
     pub failed: u64,
     /// Requests that were cancelled.
     pub cancelled: u64,
-    /// How often a request gave its KV memory to older ones.
+    /// Number of times that a request gave its KV memory to older ones.
     pub preempted: u64,
 }
 
-/// Where a request is on its way.
+/// The state of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RequestStatus {
     /// It waits for a slot or for KV memory.
@@ -348,7 +348,8 @@ impl Scheduler {
                 self.end(owner.key, RequestError::Stage(error.clone()));
             }
         }
-        // Nobody knows what those slots hold now. Whoever has one without being in the step computes its rows again.
+        // The contents of those slots are unknown now. A request that has one without being in the step
+        // computes its rows again.
         let changed = step.slot_ops.iter().map(|op| match *op {
             SlotOp::Truncate { slot, .. } | SlotOp::CopyPrefix { to: slot, .. } => slot,
         });
@@ -390,7 +391,7 @@ impl Scheduler {
         self.events.pop_front()
     }
 
-    /// Where a request is on its way; `None` if it has ended or was never there.
+    /// The state of a request; `None` if it has ended or was never there.
     pub fn status(&self, key: RequestKey) -> Option<RequestStatus> {
         if let Some(running) = self.running.iter().find(|r| r.job.key == key) {
             let total = running.job.tokens.len() as u32;

@@ -514,7 +514,7 @@ fn when_memory_runs_out_the_youngest_gives_way_and_goes_on_where_it_was() {
     }
     let ends = [1, 2, 3, 4].map(|key| sim.events[&key].last().unwrap().0);
     assert!(ends[0] < ends[2] && sim.pace(4).0 > ends[0], "{ends:?}");
-    // What it had of its prompt before is not what a cache saved.
+    // Rows of its prompt that it computed before do not count as cached.
     assert_eq!(sim.done(3).cached_tokens, 0);
     let totals = sim.scheduler.load().totals;
     assert!((1..8).contains(&totals.preempted), "{totals:?}");

@@ -15,9 +15,9 @@ use dcf::{Message, Version};
 /// Names a task. The same sequence in another version is another task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TaskKey {
-    /// Where it came from.
+    /// The client that sent it.
     pub client: SocketAddr,
-    /// In which version it came, and in which it is answered.
+    /// The version that it came in and is answered in.
     pub version: Version,
     /// Its sequence there.
     pub sequence: u32,
@@ -106,7 +106,7 @@ impl Dedup {
         Seen::New(run)
     }
 
-    /// Whether a task of that name runs.
+    /// True if a task of that name runs.
     pub fn is_running(&self, key: TaskKey) -> bool {
         self.tasks
             .get(&key)

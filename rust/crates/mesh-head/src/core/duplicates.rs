@@ -35,14 +35,14 @@ pub struct Duplicate {
     pub kept: Machine,
     /// The one that was refused last.
     pub refused: Machine,
-    /// How often one was refused.
+    /// Number of refusals.
     pub times: u64,
     #[serde(skip)]
     last: Instant,
 }
 
 impl Duplicate {
-    /// What to do about it, in words.
+    /// Advice to the operator.
     pub fn advice(&self) -> String {
         format!(
             "worker `{}` runs on two machines with the same identity: {} is connected, {} is refused. Its state directory was \
@@ -52,7 +52,8 @@ impl Duplicate {
     }
 }
 
-/// All of them, by node id. Only members of the mesh get here, so there are no more than those.
+/// All of them, by node id. Only members of the mesh get here, so the map never has more entries than the
+/// mesh has members.
 #[derive(Debug, Clone, Default)]
 pub struct Duplicates(BTreeMap<String, Duplicate>);
 
@@ -80,7 +81,7 @@ impl Duplicates {
         news
     }
 
-    /// What to do about a node, if it is one of them.
+    /// Advice about a node, if it is one of them.
     pub fn advice(&self, node: &str) -> Option<String> {
         self.0.get(node).map(Duplicate::advice)
     }

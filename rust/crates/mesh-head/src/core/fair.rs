@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
 
-/// Where requests enter.
+/// The interface through which requests enter.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Ingress {
     /// The OpenAI API, for text.
@@ -37,7 +37,7 @@ impl Ingress {
     }
 }
 
-/// Whom a request can be traced to.
+/// The client that a request can be traced to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Origin {
     /// Nobody in particular.
@@ -80,9 +80,9 @@ impl fmt::Display for Origin {
 /// A party that gets its share.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Source {
-    /// Where its requests enter.
+    /// The interface through which its requests enter.
     pub ingress: Ingress,
-    /// Whom they can be traced to.
+    /// The client that they can be traced to.
     pub origin: Origin,
 }
 
@@ -99,14 +99,14 @@ pub struct Full {
 #[derive(Debug)]
 pub struct FairQueue<T> {
     limit: usize,
-    /// Whoever waited its turn already and lost its worker: first, and past the bound.
+    /// Requests that waited their turn already and lost their worker: first, and past the bound.
     again: VecDeque<(Source, T)>,
     shares: BTreeMap<Source, Share<T>>,
     /// Requests in `shares`.
     waiting: usize,
     /// Counts the requests taken.
     turn: u64,
-    /// When each ingress had its last turn.
+    /// The last turn of each ingress.
     turns: BTreeMap<Ingress, u64>,
 }
 
@@ -130,7 +130,7 @@ impl<T> FairQueue<T> {
         }
     }
 
-    /// Puts a request of `source` in. Returns the one that lost its place to it, if there was no room.
+    /// Puts a request of `source` in. Returns the one that lost its place to it, if the queue was full.
     ///
     /// # Errors
     /// [`Full`] if nobody else has more than its share.
@@ -189,7 +189,7 @@ impl<T> FairQueue<T> {
         self.waiting = self.shares.values().map(|share| share.waiting.len()).sum();
     }
 
-    /// Whether some request is like this.
+    /// True if some request is like this.
     pub fn any(&self, is: impl FnMut(&T) -> bool) -> bool {
         let waiting = self.shares.values().flat_map(|share| &share.waiting);
         self.again
@@ -217,7 +217,7 @@ impl<T> FairQueue<T> {
         self.waiting + self.again.len()
     }
 
-    /// Whether none waits.
+    /// True if no request waits.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -283,8 +283,8 @@ impl<T> FairQueue<T> {
         order.into_iter().map(|(.., source)| source).collect()
     }
 
-    /// Whose newest request makes room for one of `newcomer`: the largest source of the largest ingress, or of the newcomer's own
-    /// where that has as many, unless the newcomer would then have as many.
+    /// The source whose newest request makes room for one of `newcomer`: the largest source of the largest
+    /// ingress, or of the newcomer's own where that has as many, unless the newcomer would then have as many.
     fn largest(&self, newcomer: Source) -> Option<Source> {
         let waiting = |ingress: Ingress| -> usize {
             let of = self.shares.iter().filter(|(s, _)| s.ingress == ingress);

@@ -155,7 +155,7 @@ impl Outbox {
 }
 
 impl Sending {
-    /// Whether it is an answer to this task of its receiver.
+    /// True if it is an answer to this task of its receiver.
     fn answers(&self, key: TaskKey) -> bool {
         (self.version, self.sequence) == (key.version, key.sequence)
     }

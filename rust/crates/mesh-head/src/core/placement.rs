@@ -54,7 +54,7 @@ pub enum Refusal {
     QueueFull {
         /// The queue's bound.
         limit: usize,
-        /// Whose request it is.
+        /// The source of the request.
         whose: Source,
         /// Requests of that source that wait.
         yours: usize,
@@ -177,7 +177,7 @@ impl Placement {
     pub fn ask(&mut self, ticket: Ticket, ask: Ask, rerun: bool, now: Instant) -> Asked {
         let class = class_of(&ask);
         let nobody_since = match self.router.choose(&self.registry, &ask, now) {
-            // Whoever waits for the same comes first; `pump` gives that room away.
+            // Requests that wait for the same come first; `pump` gives that room away.
             Choice::Worker(..) if !rerun && self.queue.any(|waiting| waiting.class == class) => {
                 None
             }
@@ -280,7 +280,7 @@ impl Placement {
         }
     }
 
-    /// Whether requests lost their places, so that [`Placement::pump`] has something to tell.
+    /// True if requests lost their places, so that [`Placement::pump`] has something to tell.
     pub fn has_displaced(&self) -> bool {
         !self.displaced.is_empty()
     }
@@ -489,7 +489,7 @@ impl Placement {
     }
 }
 
-/// Whether there is room for a class of requests.
+/// Room for a class of requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Room {
     Perhaps,
@@ -916,7 +916,7 @@ mod tests {
         assert!(answers(&placement, now), "the other one streams");
         placement.release(Ticket(1), Ended::Failed, now);
         assert!(!answers(&placement, now));
-        // Life signs are no proof after a failure, but they are before.
+        // Signs of life prove nothing after a failure, but they do before one.
         let worker = placement.registry.get_mut(id).unwrap();
         worker.gave_sign("m", now);
         assert!(!answers(&placement, now));

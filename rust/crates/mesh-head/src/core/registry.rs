@@ -42,16 +42,18 @@ pub struct ServedModel {
     pub ring: Option<u64>,
     /// Whether the last attempt with this model, probes included, brought an answer.
     pub proven: bool,
-    /// Whether the last attempt failed, for reasons that are not the request's: then only a token proves the contrary.
+    /// True if the last attempt failed, for reasons that are not the request's: then only a token proves the
+    /// contrary.
     pub failing: bool,
-    /// When a token of this model last came back.
+    /// Time at which a token of this model last came back.
     pub last_success: Option<Instant>,
-    /// When a request for it last showed that the worker's engine gets on.
+    /// Time at which a request for it last showed that the worker's engine makes progress.
     pub last_sign: Option<Instant>,
 }
 
 impl ServedModel {
-    /// Whether it can be counted on: a token came back, or, before any did, its engine gets on with what it has to do.
+    /// True if it is reliable: a token came back, or, before any did, its engine makes progress with its
+    /// work.
     pub fn answers(&self, now: Instant) -> bool {
         let fresh = |at| now.saturating_duration_since(at) < SIGN_AGE;
         self.proven || (!self.failing && self.last_sign.is_some_and(fresh))
@@ -93,7 +95,8 @@ pub struct Worker {
     pub carrier: Carrier,
     /// Where it is: remote address of the link, or where a v5.0.0 worker takes tasks.
     pub address: SocketAddr,
-    /// How far its clock is ahead of this head's, in seconds, by the timestamps of its messages; 0 while that is unknown.
+    /// The lead of its clock over this head's, in seconds, by the timestamps of its messages; 0 while that is
+    /// unknown.
     pub clock_offset: f64,
     /// Program version, empty for v5.0.0.
     pub version: String,
@@ -101,13 +104,14 @@ pub struct Worker {
     pub models: Vec<ServedModel>,
     /// What it is kept for; empty is for anything.
     pub reserved_for: Vec<String>,
-    /// Which fields of a request it acts upon: [`Hello::request_revision`].
+    /// The fields of a request that it acts upon: [`Hello::request_revision`].
     pub request_revision: u32,
     /// Its last load report.
     pub load: Load,
-    /// When a report last differed from the one before in what only a working engine changes.
+    /// Time at which a report last differed from the one before in a field that only a working engine
+    /// changes.
     pub load_changed: Instant,
-    /// Since when its reports say that requests wait there, without a break.
+    /// Time since which its reports say that requests wait there, without a break.
     pub queues_since: Option<Instant>,
     /// It finishes what runs and takes nothing new: it says so, or an operator does.
     pub draining: bool,
@@ -119,7 +123,7 @@ pub struct Worker {
     pub joined: Instant,
     /// Last sign of life.
     pub last_seen: Instant,
-    /// When a token last came back from it.
+    /// Time at which a token last came back from it.
     pub last_success: Option<Instant>,
     /// Whether the last attempt on it, probes included, brought an answer.
     pub proven: bool,
@@ -177,10 +181,10 @@ impl Worker {
         self.proven = self.models.iter().all(|model| model.proven);
     }
 
-    /// Whether more requests for this model than `ahead` wait there, and not just for the next step.
+    /// True if more requests for this model than `ahead` wait there, and not just for the next step.
     pub fn queues(&self, model: &str, ahead: u32, now: Instant) -> bool {
         let meant = self.model(model);
-        // What waits at an encoder waits for its turn, not for memory.
+        // Requests at an encoder wait for their turn, not for memory.
         if meant.is_some_and(|model| model.card.kind() == ModelKind::Embed) {
             return false;
         }
@@ -192,7 +196,8 @@ impl Worker {
         own.unwrap_or(self.load.queued) > ahead && self.queues_since.is_some_and(long)
     }
 
-    /// Whether its reports say that it works and that requests wait there: one without a token may be among those.
+    /// True if its reports say that it works and that requests wait there: one without a token may be among
+    /// those.
     pub fn is_busy(&self, within: Duration, now: Instant) -> bool {
         self.load.queued > 0 && now.saturating_duration_since(self.load_changed) < within
     }
@@ -212,7 +217,7 @@ impl Worker {
         }
     }
 
-    /// Whether it is a worker without an identity: one of DCF v5.0.0 or v5.1.
+    /// True if it is a worker without an identity: one of DCF v5.0.0 or v5.1.
     pub fn is_legacy(&self) -> bool {
         self.legacy_version().is_some()
     }
@@ -339,7 +344,7 @@ impl Registry {
         }
     }
 
-    /// This head itself did not run for `stall`: what came in that time could not be heard.
+    /// This head itself did not run for `stall` and could hear nothing in that time.
     pub fn stalled(&mut self, stall: Duration, now: Instant) {
         for worker in self.workers.values_mut() {
             worker.last_seen = (worker.last_seen + stall).min(now);
@@ -601,7 +606,7 @@ fn speed(reported: f32) -> f64 {
     }
 }
 
-/// What of a report only a working engine changes.
+/// Fields of a report that only a working engine changes.
 fn works(load: &Load) -> (u32, u32, u64, u64, &[ModelSpeed]) {
     (
         load.running,
@@ -612,7 +617,7 @@ fn works(load: &Load) -> (u32, u32, u64, u64, &[ModelSpeed]) {
     )
 }
 
-/// How long a sign of life counts.
+/// Time for which a sign of life counts.
 const SIGN_AGE: Duration = Duration::from_secs(10);
 /// Requests that wait at a worker for so long do not just wait for its next step.
 const QUEUES_LONG: Duration = Duration::from_millis(500);

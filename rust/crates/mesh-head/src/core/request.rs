@@ -153,9 +153,9 @@ pub enum Failure {
 pub struct Answer {
     limits: Limits,
     started: Instant,
-    /// Since when it waits for a worker with room: what was gained before a failure starts this anew.
+    /// Time since which it waits for a worker with room: progress before a failure starts this anew.
     waiting_since: Instant,
-    /// When this attempt's worker was found.
+    /// Time at which this attempt's worker was found.
     placed_at: Instant,
     attempt: u32,
     phase: Phase,
@@ -243,8 +243,8 @@ impl Answer {
         Some(self.started + self.limits.total?)
     }
 
-    /// Whether the worker that has it, for less time than a request may wait, has sent no token yet and does not say what it
-    /// waits for: it is of an older version.
+    /// True if the worker that has it, for less time than a request may wait, has sent no token yet and does
+    /// not report the cause of the wait: that worker is of an older version.
     pub fn waits_untold(&self, now: Instant) -> bool {
         let silent = matches!(
             self.phase,

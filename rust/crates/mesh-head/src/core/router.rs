@@ -33,7 +33,7 @@ pub struct Ask {
     pub avoid: Vec<WorkerId>,
     /// Only workers that act upon all of the request's fields: [`mesh_proto::Generate::revision`].
     pub revision: u32,
-    /// Whom it comes from.
+    /// The source of the request.
     pub source: Source,
 }
 
@@ -122,7 +122,8 @@ impl Router {
         let untried = |worker: &&&Worker| !ask.avoid.contains(&worker.id);
         let any_untried = serving.iter().any(|worker| untried(&worker));
         let candidate = |worker: &&&Worker| !any_untried || untried(worker);
-        // A worker without an identity is nobody's first choice, however fast it looks: a worker of the mesh is waited for.
+        // A worker without an identity is never the first choice, however fast it looks: a worker of the mesh
+        // is waited for.
         let any_mesh = serving
             .iter()
             .any(|worker| candidate(&worker) && !worker.is_legacy());

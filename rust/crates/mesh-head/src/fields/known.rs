@@ -1,7 +1,7 @@
-//! What is done with every field that a well-known server has.
+//! The handling of every field that a well-known server has.
 //!
-//! A field is acted upon, or it changes nothing here, or it is refused unless its value asks for nothing. What stands in no table is
-//! ignored, and named in the answer's headers.
+//! A field is acted upon, or it changes nothing here, or it is refused unless its value asks for nothing. A
+//! field that stands in no table is ignored, and named in the answer's headers.
 
 use serde_json::Value;
 
@@ -138,7 +138,7 @@ const OTHER_PENALTIES: &str =
     "use repetition_penalty, presence_penalty and frequency_penalty, which look at the whole text";
 const THINKING: &str = "use chat_template_kwargs, such as {\"enable_thinking\": false}";
 
-/// What both APIs that generate text act upon.
+/// Fields that both APIs that generate text act upon.
 const GENERATION_READ: &[&str] = &[
     "model",
     "temperature",
@@ -186,7 +186,8 @@ const EMBEDDINGS_READ: &[&str] = &[
     "prompt_name",
 ];
 
-/// What changes nothing in an answer: who asks and why, hints on speed and caching, and switches of what there is not.
+/// Fields that change nothing in an answer: the asker and the reason, hints on speed and caching, and
+/// switches of features that do not exist here.
 const HARMLESS: &[&str] = &[
     // OpenAI
     "user",
@@ -254,7 +255,7 @@ const EMBEDDINGS_HARMLESS: &[&str] = &[
     "rid",
 ];
 
-/// What both APIs that generate text refuse.
+/// Fields that both APIs that generate text refuse.
 const REFUSED: &[Rule] = &[
     // OpenAI
     unless("response_format", text_format, UNCONSTRAINED),

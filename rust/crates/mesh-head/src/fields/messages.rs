@@ -192,7 +192,7 @@ fn content_parts(path: &str, parts: &[Value]) -> Result<String, Invalid> {
                     }
                 }
             }
-            // What an assistant said besides its answer; templates leave it out of later turns.
+            // Parts of an assistant's message besides its answer; templates leave them out of later turns.
             Some("refusal" | "thinking" | "reasoning") => {}
             Some(_) => {
                 return Err(Invalid::unsupported(

@@ -98,7 +98,7 @@ fn stop(fields: Fields<'_>) -> Result<Vec<String>, Invalid> {
             ));
         }
     };
-    // An empty text would end every answer at once: who sends one has none.
+    // An empty text would end every answer at once, so it counts as absent.
     texts.retain(|text| !text.is_empty());
     if texts.len() > STOP_TEXTS {
         return Err(Invalid::new(

@@ -37,12 +37,12 @@ pub(super) struct Answering {
     events: Events,
     choices: Vec<Choice>,
     usage: Usage,
-    /// What a choice waits for, in words.
+    /// The cause of a choice's wait, in words.
     waits: String,
     /// The chunks that name the role were made.
     has_roles: bool,
     keep_alive: Duration,
-    /// When a frame was last sent.
+    /// Time at which a frame was last sent.
     sent: Instant,
     /// Counts against the client's limit until the answer is over.
     _pass: Pass,
@@ -482,5 +482,5 @@ fn json(value: &impl Serialize) -> Vec<u8> {
 }
 
 const TYPICAL_FRAME: usize = 320;
-/// How long a streamed request may be refused with an HTTP status of its own.
+/// Time for which a streamed request may be refused with an HTTP status of its own.
 const GRACE: Duration = Duration::from_millis(400);

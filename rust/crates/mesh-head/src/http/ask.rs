@@ -46,7 +46,7 @@ pub(super) struct Asked {
     pub include_usage: bool,
     /// Fields that mean nothing here.
     pub ignored: Vec<String>,
-    /// What a v5.0.0 worker is sent, if it can answer this at all.
+    /// The task for a v5.0.0 worker, if such a worker can answer this at all.
     legacy: Option<Bytes>,
 }
 
@@ -248,8 +248,8 @@ fn check_best_of(fields: Fields<'_>, choices: u32) -> Result<(), Invalid> {
     ))
 }
 
-/// What a v5.0.0 worker is sent for a single question: the question, with parameters where there are any. `None` where it could not
-/// be trusted to act upon all that is asked for.
+/// The task for a v5.0.0 worker with a single question: the question, with parameters if there are any.
+/// `None` if the worker could not be trusted to act upon all that is asked for.
 fn plain_task(
     prompt: &Prompt,
     params: &GenerateParams,
@@ -334,7 +334,7 @@ fn prompts(fields: Fields<'_>) -> Result<Vec<Prompt>, Invalid> {
 /// What the OpenAI API answers with where `/v1/completions` names no `max_tokens`.
 const DEFAULT_COMPLETION: u32 = 16;
 const MOST_ANSWERS: u64 = 128;
-/// What v5.0.0 workers know, besides `max_tokens`.
+/// Parameters that v5.0.0 workers know, besides `max_tokens`.
 const PLAIN_PARAMETERS: &[&str] = &["temperature", "top_p", "seed", "stop"];
 
 #[cfg(test)]

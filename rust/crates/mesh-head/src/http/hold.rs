@@ -1,5 +1,5 @@
-//! Whole answers that are long in coming: after a while the status, the headers and then blanks, so that clients and proxies that
-//! limit silence see that somebody works on it.
+//! Whole answers that take long: after a while the status, the headers and then blanks are sent, so that
+//! clients and proxies that limit silence see that work goes on.
 //!
 //! JSON may begin with blanks. A failure after that can only be the error's body under the status 200; the operator chooses how
 //! late that may be (`http.early_headers`).
@@ -15,7 +15,7 @@ use futures::{StreamExt, stream};
 
 use super::error::ApiError;
 
-/// When a whole answer begins to be sent though it is not there.
+/// Times at which a whole answer begins to be sent before it is complete.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Hold {
     /// After this time; 0 is never.

@@ -14,7 +14,7 @@ const LONGEST: usize = 512;
 /// Most characters of one name.
 const LONGEST_NAME: usize = 64;
 
-/// The names as the header has them; `None` if there is none.
+/// The names in the form of the header; `None` without any.
 pub(super) struct Ignored(Option<HeaderValue>);
 
 impl Ignored {
@@ -61,7 +61,7 @@ fn joined(names: &[String]) -> String {
     list
 }
 
-/// A name of visible ASCII characters that are no comma.
+/// The name in visible ASCII characters without commas.
 fn printable(name: &str) -> String {
     let visible = |character: char| match character {
         ',' => '?',

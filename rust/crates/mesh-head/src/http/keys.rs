@@ -92,7 +92,7 @@ impl Keys {
         self.0.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the API needs a key.
+    /// True if the API needs a key.
     pub fn are_needed(&self) -> bool {
         !self.known().api.is_empty()
     }
@@ -176,7 +176,7 @@ pub(super) struct Client {
 }
 
 impl Client {
-    /// Whom its requests can be traced to.
+    /// The client that its requests can be traced to.
     pub(super) fn origin(&self) -> Origin {
         match (self.caller, self.address) {
             (Caller::Admin, _) => Origin::Admin,

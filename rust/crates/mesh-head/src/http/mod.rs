@@ -215,7 +215,7 @@ async fn embed(
     answer.map(|response| ignored.named_in(response))
 }
 
-/// What this API takes and answers, for programs.
+/// The machine-readable description of this API.
 async fn openapi() -> impl IntoResponse {
     let json = HeaderValue::from_static("application/json");
     ([(header::CONTENT_TYPE, json)], OPENAPI)

@@ -17,7 +17,7 @@ pub(super) fn as_meant(mut request: Request) -> Request {
     request
 }
 
-/// What a path stands for, if it is not that already.
+/// The canonical form of a path; `None` if the path has that form already.
 fn meant(path: &str) -> Option<String> {
     let mut parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
     while parts.starts_with(&["v1", "v1"]) {

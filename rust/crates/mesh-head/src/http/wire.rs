@@ -247,8 +247,8 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// Where a token of these bytes begins, in characters; the place is behind it then. What ends a character begins where the
-    /// character does.
+    /// The position at which a token of these bytes begins, in characters; the place is behind it then. A
+    /// token that ends a character begins where the character does.
     fn after(&mut self, bytes: &[u8]) -> usize {
         let begin = self.characters;
         self.open.extend_from_slice(bytes);
@@ -363,7 +363,7 @@ pub(super) fn system_fingerprint(model_fingerprint: &str) -> Option<String> {
     (!start.is_empty()).then(|| format!("fp_{start}"))
 }
 
-/// A token's text, or its bytes where they are no text: names of tokens must differ where the tokens do.
+/// A token's text, or its bytes if they are not text: names of tokens must differ where the tokens do.
 fn name_of(logprob: &TokenLogprob) -> String {
     match std::str::from_utf8(&logprob.bytes) {
         Ok(text) => text.to_owned(),

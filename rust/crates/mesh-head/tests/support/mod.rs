@@ -166,7 +166,7 @@ pub(crate) struct Script {
     pub(crate) queues: bool,
     /// It is of a version that does not say what a request waits for.
     pub(crate) old: bool,
-    /// How long a prompt takes.
+    /// Time that a prompt takes.
     pub(crate) prefill: Duration,
     /// Of its requests' fields.
     pub(crate) revision: u32,

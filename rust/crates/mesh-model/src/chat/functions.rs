@@ -19,7 +19,7 @@ pub(super) fn install(environment: &mut Environment<'static>) {
         strftime(format, now.as_secs())
     });
     environment.add_filter("tojson", to_json);
-    // What Python can iterate over, and what has a length and elements.
+    // Values that Python can iterate over, and values that have a length and elements.
     let has_elements = |value: &Value| {
         let kind = value.kind();
         matches!(kind, ValueKind::Seq | ValueKind::Map | ValueKind::String) || value.is_undefined()
@@ -95,7 +95,7 @@ fn to_json(value: &Value, kwargs: Kwargs) -> Result<String, Error> {
     String::from_utf8(bytes).map_err(|error| failed(&error))
 }
 
-/// How JSON looks.
+/// The style of JSON.
 struct Style {
     item: String,
     key: String,

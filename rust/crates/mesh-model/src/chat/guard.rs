@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 
 use super::{ChatError, RenderRequest, Rendered};
 
-/// What must not be read as control tokens in the text of clients.
+/// Texts that must not be read as control tokens in the messages of clients.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Guard {
     /// Names of control tokens, or beginnings that all names with them have in common.
@@ -146,7 +146,7 @@ pub(super) fn unmark(text: String, mark: Option<char>) -> Rendered {
         out.push_str(part);
         barriers.push(out.len());
     }
-    // Behind the last part there is none.
+    // The last part is followed by no barrier.
     barriers.pop();
     Rendered {
         text: out,
@@ -190,5 +190,5 @@ fn each_value(role: &str, value: &mut Value, visit: &mut impl FnMut(&str, &mut S
 
 /// The last two planes are for private use. What [`super::functions`] writes as JSON leaves them as they are.
 pub(super) const MARKS: RangeInclusive<char> = '\u{100000}'..='\u{10fffd}';
-/// What the end of a message is found by that is to be continued.
+/// Characters that mark the end of a message that is to be continued.
 pub(super) const SENTINELS: RangeInclusive<char> = '\u{f0000}'..='\u{ffffd}';

@@ -1,4 +1,5 @@
-//! Where Python differs from the template engine: how values are printed, methods that it lacks, tags of `transformers`.
+//! Differences of Python from the template engine: how values are printed, methods that it lacks, tags of
+//! `transformers`.
 
 use std::fmt::Write as _;
 
@@ -46,7 +47,7 @@ pub(super) fn prepared(source: &str) -> String {
     out
 }
 
-/// Where code that begins here ends; `closing` in a string does not end it.
+/// The end of the code that begins here; `closing` in a string does not end it.
 fn code_end(text: &str, closing: &str) -> Option<usize> {
     let bytes = text.as_bytes();
     let mut quote = None;
@@ -72,7 +73,7 @@ fn tag_name(code: &str) -> Option<&str> {
     Some(inner.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+'))
 }
 
-/// Where `{% endraw %}` begins.
+/// The position of `{% endraw %}`.
 fn raw_end(text: &str) -> usize {
     let mut from = 0;
     while let Some(at) = text[from..].find("{%") {

@@ -296,7 +296,7 @@ fn a_conversation_that_leaves_no_mark_is_refused() {
     request.kwargs.insert("x".into(), all(guard::MARKS));
     let error = template.write(&request).unwrap_err();
     assert!(matches!(error, ChatError::Refused { .. }), "{error}");
-    // Where nothing needs a mark they may be sent, and one that is left is enough.
+    // Clients may send all of them if no mark is needed, and one unused character is enough for a mark.
     let mut harmless = request.clone();
     harmless.messages[0].content = "a".into();
     template.write(&harmless).unwrap();

@@ -195,7 +195,7 @@ pub enum GgufError {
     Surplus {
         /// Length of the file.
         bytes: u64,
-        /// Where the last tensor ends.
+        /// The end of the last tensor.
         end: u64,
     },
 }

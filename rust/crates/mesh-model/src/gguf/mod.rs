@@ -378,7 +378,7 @@ fn end_of_tensors(index: &Index) -> u64 {
     ends.max().unwrap_or(index.data_start)
 }
 
-/// What most files' keys fit in.
+/// Size of a first read that holds the keys of most files.
 const FIRST_READ: u64 = 1 << 20;
 /// The largest known vocabularies take some 20 MB. It bounds the memory that a file's own counts can claim.
 const MAX_HEAD: u64 = 256 << 20;

@@ -182,7 +182,7 @@ const CONTROL_NAMES: [&str; 24] = [
     "<|startoftext|>",
 ];
 
-/// What a token is, whose type may not fit its name; llama.cpp overrides types likewise.
+/// The type of a token, corrected by its name; llama.cpp overrides types likewise.
 fn type_by_name(text: &str, ty: TokenType) -> TokenType {
     let named = || END_NAMES.contains(&text) || CONTROL_NAMES.contains(&text);
     match ty {
@@ -265,7 +265,7 @@ impl Tokenizer {
     ) -> Result<Vec<u32>, TokenizerError> {
         let mut ids = Vec::with_capacity(text.len() / 4 + 2);
         let begin = self.bos.filter(|_| options.add_special && self.add_bos);
-        // Who writes it out wants it once.
+        // A client that writes the token out wants it once.
         let written =
             options.parse_special && begin.is_some_and(|id| self.special.begins(text, id));
         if !written {

@@ -71,7 +71,7 @@ impl SpecialTokens {
         }
     }
 
-    /// Whether `text` begins with the name of the token `id`.
+    /// True if `text` begins with the name of the token `id`.
     pub(super) fn begins(&self, text: &str, id: u32) -> bool {
         let mut tokens = self.tokens.iter().filter(|token| token.id == id);
         tokens.any(|token| text.starts_with(&*token.text))

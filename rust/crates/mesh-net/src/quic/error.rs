@@ -99,7 +99,7 @@ impl ConnectError {
         }
     }
 
-    /// Whether nobody answered, so that another address or a later attempt may help.
+    /// True if nobody answered, so that another address or a later attempt may help.
     pub fn is_transient(&self) -> bool {
         matches!(
             self,
@@ -325,8 +325,8 @@ pub(super) fn error_code(code: VarInt) -> ErrorCode {
     u8::try_from(code.into_inner()).map_or(ErrorCode::INTERNAL, ErrorCode)
 }
 
-/// Whether the peer's TLS says that our certificate has expired or is not valid yet: rustls sends certificate_expired
-/// (RFC 8446, section 6.2) for both.
+/// True if the peer's TLS says that our certificate has expired or is not valid yet: rustls sends
+/// certificate_expired (RFC 8446, section 6.2) for both.
 pub(super) fn is_date_alert(error: &ConnectionError) -> bool {
     let ConnectionError::ConnectionClosed(close) = error else {
         return false;

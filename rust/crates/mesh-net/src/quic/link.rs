@@ -92,10 +92,10 @@ impl Link {
         self.inner.connection.stats().udp_rx.datagrams
     }
 
-    /// Whether the peer answers within `limit`. What it sent before the question does not count.
+    /// True if the peer answers within `limit`. Packets that it sent before the question do not count.
     pub async fn answers(&self, limit: Duration) -> bool {
         let connection = &self.inner.connection;
-        // What is under way when its process ends arrives within this time.
+        // Packets that are under way when its process ends arrive within this time.
         tokio::time::sleep(self.rtt().max(SUSPICION)).await;
         let before = self.packets_received();
         let deadline = tokio::time::Instant::now() + limit;
@@ -199,11 +199,12 @@ impl Link {
         let limit = (rtt * 3).max(SUSPICION);
         let mut silent = Duration::ZERO;
         while silent < limit {
-            // Whoever lives acknowledges it. Where it cannot be sent, silence has to do.
+            // A live peer acknowledges it. If it cannot be sent, silence is the only evidence.
             let _ = connection.send_datagram(Bytes::from_static(&[0]));
             let asked = Instant::now();
             tokio::time::sleep(soon).await;
-            // Whoever sleeps longer than it wanted to had no processor, and an answer may be waiting for one, too.
+            // A process that sleeps longer than it wanted to had no processor, and an answer may be waiting
+            // for one, too.
             if asked.elapsed() < soon + OVERSLEPT {
                 silent += soon;
             } else {
@@ -225,7 +226,7 @@ impl Link {
     /// Asks the peer for a sign of life: if it lives, [`packets_received`](Self::packets_received) grows; if its port is closed, the
     /// link ends soon.
     pub fn ask(&self) {
-        // Where it cannot be sent, the next keep-alive asks.
+        // If it cannot be sent, the next keep-alive asks.
         let _ = self
             .inner
             .connection
@@ -285,7 +286,8 @@ pub(super) fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-/// How long a suspected peer may be silent where no further report of a closed port came, in time that this process ran.
+/// Time for which a suspected peer may be silent if no further report of a closed port came, counted while
+/// this process ran.
 const SUSPICION: Duration = Duration::from_millis(200);
 /// A sleep that is so much longer than wanted was a wait for a processor.
 const OVERSLEPT: Duration = Duration::from_millis(20);

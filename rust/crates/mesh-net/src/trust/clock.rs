@@ -23,7 +23,7 @@ impl MeshClock {
         *self.lock() = Some((time, Instant::now()));
     }
 
-    /// How far this machine's own clock is ahead of the mesh's, in seconds; 0 while that is unknown.
+    /// The lead of this machine's own clock over the mesh's, in seconds; 0 while that is unknown.
     pub fn offset(&self) -> f64 {
         let (own, mesh) = (SystemTime::now(), self.now());
         match own.duration_since(mesh) {

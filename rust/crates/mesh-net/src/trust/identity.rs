@@ -131,8 +131,8 @@ impl NodeIdentity {
         member.not_before + life * 2 / 3
     }
 
-    /// Whether the certificate should be renewed: most of its life is over, or it begins after `now`, because the clock of
-    /// who issued it was wrong then.
+    /// True if the certificate should be renewed: most of its life is over, or it begins after `now`, because
+    /// the issuer's clock was wrong then.
     pub fn is_renewal_due(&self, now: SystemTime) -> bool {
         now >= self.renew_at() || now < self.member().not_before
     }

@@ -49,7 +49,7 @@ pub struct BatchSocket {
     local: SocketAddr,
     /// Cleared when the kernel or the device turns out to have no GSO.
     gso: AtomicBool,
-    /// Where peers are answered from, for a socket on every address.
+    /// Local addresses that peers are answered from, for a socket on every address.
     routes: Option<Mutex<Routes>>,
     counts: Counts,
 }

@@ -339,7 +339,7 @@ fn control_messages(header: &msghdr) -> impl Iterator<Item = (c_int, c_int, &[u8
     })
 }
 
-/// Where a datagram was sent to, by the control messages of [`enable_packet_info`].
+/// The destination of a datagram, by the control messages of [`enable_packet_info`].
 fn destination(header: &msghdr) -> Option<IpAddr> {
     let mut found = None;
     for (level, kind, data) in control_messages(header) {

@@ -204,7 +204,7 @@ impl World {
         self.workers[node].rows
     }
 
-    /// How often the present driver has preempted a request.
+    /// Number of times that the present driver has preempted a request.
     pub(super) fn preempted(&self) -> u64 {
         let driver = self.ring.members.last().map(|&node| &self.workers[node]);
         let driver = driver.and_then(|worker| worker.driver.as_ref());

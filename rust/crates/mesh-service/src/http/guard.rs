@@ -1,8 +1,8 @@
 //! Keeps web pages away from a service that its user's browser can reach, and lets in those that are named.
 //!
-//! A browser sends what a page tells it to. Three things give a page away that it cannot change: the name in `Host`, under which it
-//! was made to look like ours (DNS rebinding); its `Origin`; and a content type that needs no permission. Programs that are no
-//! browsers send none of them, or our own.
+//! A browser sends what a page tells it to. Three things give a page away that it cannot change: the name in
+//! `Host`, under which it was made to look like ours (DNS rebinding); its `Origin`; and a content type that
+//! needs no permission. Programs other than browsers send none of them, or our own.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -22,14 +22,14 @@ use serde_json::json;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Origin(String);
 
-/// Text that is no origin.
+/// Text that is not an origin.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "`{0}` is not an origin; write it as https://chat.example.org, without a path, or * for all pages"
 )]
 pub struct NotAnOrigin(String);
 
-/// What a service lets through.
+/// The rules by which a service lets requests through.
 #[derive(Debug, Clone, Default)]
 pub struct Guard {
     /// Names in `Host` besides addresses and `localhost`; `None` lets all through.
@@ -38,7 +38,7 @@ pub struct Guard {
     origins: HashSet<String>,
     /// All pages.
     any_origin: bool,
-    /// Whether names count at the moment.
+    /// Decides if names count at the moment.
     names_count: NamesCount,
 }
 
@@ -57,7 +57,7 @@ impl fmt::Debug for NamesCount {
     }
 }
 
-/// Why a request is refused.
+/// Reasons why a request is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 enum Refused {
     #[error(
@@ -137,7 +137,7 @@ impl Guard {
     }
 
     fn check(&self, method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<(), Refused> {
-        // What only says that it lives is for everybody: balancers ask under names of their own.
+        // Paths that only report health are for everybody: balancers ask under names of their own.
         let is_health = matches!(uri.path(), "/health" | "/ready");
         if !is_health {
             self.check_host(uri, headers)?;
@@ -176,7 +176,7 @@ impl Guard {
         self.any_origin || self.origins.contains(&origin.to_ascii_lowercase())
     }
 
-    /// What tells a browser that pages of this origin may read the answer.
+    /// The header value that tells a browser that pages of this origin may read the answer.
     fn permission(&self, origin: Option<&HeaderValue>) -> Option<HeaderValue> {
         origin.filter(|origin| self.allows(&text(origin))).cloned()
     }
@@ -291,7 +291,7 @@ fn check_body(headers: &HeaderMap) -> Result<(), Refused> {
     }
 }
 
-/// Whether the page came from this service, directly or through a proxy that has a name of its own.
+/// True if the page came from this service, directly or through a proxy that has a name of its own.
 fn is_same_origin(origin: &str, uri: &Uri, headers: &HeaderMap) -> bool {
     // A browser sets this itself, and knows better than names that a proxy has changed.
     if headers

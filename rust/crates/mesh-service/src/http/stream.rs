@@ -20,7 +20,7 @@ pub(super) struct Watched<S> {
     stream: S,
     shared: Shared,
     id: Id,
-    /// How long nothing may be taken of what is written.
+    /// Time limit for a client that takes nothing of the written data.
     limit: Duration,
     stalled: Option<Pin<Box<Sleep>>>,
 }
@@ -220,9 +220,9 @@ impl Drop for Incoming {
 /// that could time out: so the table knows since when a piece waits.
 pub(super) struct Outgoing {
     body: Body,
-    /// What is left of the body's last frame.
+    /// The rest of the body's last frame.
     rest: Bytes,
-    /// When the last piece was handed over, if no other has been asked for since.
+    /// Time at which the last piece was handed over, if no other has been asked for since.
     offered: Option<Instant>,
     answer: Answer,
 }

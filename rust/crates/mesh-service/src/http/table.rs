@@ -1,4 +1,5 @@
-//! Which connections there are, and which has to go when there are too many. Times go in, decisions come out.
+//! The open connections, and the choice of the one to close when there are too many. Times go in, decisions
+//! come out.
 //!
 //! A connection that is answered is never taken from its client. One that only waits may be: the one that has waited longest, of the
 //! source that has the most of them. So neither silence nor a flood from one place keeps others out.
@@ -21,7 +22,7 @@ pub(super) struct Bounds {
     pub reserve: usize,
 }
 
-/// How long a client may take.
+/// Time limits for a client.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Patience {
     /// To send the head of a request.
@@ -66,16 +67,16 @@ struct Entry {
     restricted: bool,
     /// Requests whose answers are not complete.
     answering: usize,
-    /// Of them those whose bodies are not complete.
+    /// Those of them whose bodies are not complete.
     reading: usize,
-    /// Since when pieces of answers wait to be taken, one per answer at most.
+    /// Times since which pieces of answers wait to be taken, one per answer at most.
     offers: Vec<Instant>,
-    /// When what it is waited for began.
+    /// The beginning of the present wait.
     since: Instant,
     wait: Wait,
 }
 
-/// What is waited for while nothing is answered.
+/// The expected input while nothing is answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wait {
     /// The rest of a request's head, or the first one.
@@ -218,14 +219,14 @@ impl Table {
         }
     }
 
-    /// Whether nothing is answered on it.
+    /// True if nothing is answered on it.
     pub(super) fn waits(&self, id: Id) -> bool {
         self.entries
             .get(&id)
             .is_none_or(|entry| entry.answering == 0)
     }
 
-    /// When a connection has to be closed, unless something happens.
+    /// Time at which a connection has to be closed, unless something happens.
     pub(super) fn due(&self, id: Id, patience: &Patience) -> Option<Instant> {
         let entry = self.entries.get(&id)?;
         if let Some(&oldest) = entry.offers.iter().min() {
@@ -241,7 +242,7 @@ impl Table {
         Some(entry.since + limit)
     }
 
-    /// The connection of them that has waited longest: for a request or, if there is none such, for a body.
+    /// The connection of them that has waited longest: for a request or, if none waits for one, for a body.
     fn longest_waiting(&self, of: impl Fn(&Entry) -> bool) -> Option<Id> {
         let candidates = self
             .entries
@@ -262,13 +263,13 @@ impl Table {
 }
 
 impl Entry {
-    /// Whether it has sent all that is answered on it.
+    /// True if it has sent all that is answered on it.
     fn is_evictable(&self) -> bool {
         !self.restricted && self.answering == self.reading
     }
 }
 
-/// Whom an address stands for: an IPv6 host has a whole /64.
+/// The source that an address stands for: an IPv6 host has a whole /64.
 fn source(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) if !address.is_loopback() => {

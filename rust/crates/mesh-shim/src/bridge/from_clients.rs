@@ -223,7 +223,7 @@ impl Bridge {
         })
     }
 
-    /// How long a head may say nothing of a task before it is asked, and after that again.
+    /// Time for which a head may say nothing of a task before it is asked, and between further questions.
     pub(super) fn patience(&self) -> Duration {
         self.config.request_timeout / 2
     }
@@ -293,5 +293,5 @@ fn check_client_datagram<'a>(
 const NO_HEAD: &str = "no head is reachable; ask again in a moment";
 /// How long a source counts as verified.
 const VERIFIED_FOR: Duration = Duration::from_secs(600);
-/// How often a source of an unknown version is named in the log.
+/// Interval at which a source of an unknown version is named in the log.
 const WARN_EVERY: Duration = Duration::from_secs(60);

@@ -38,7 +38,7 @@ struct Head {
     lost: bool,
     /// Counts each loss and each return.
     epoch: u32,
-    /// When it last sent a datagram of each version.
+    /// Time at which it last sent a datagram of each version.
     spoke: [Option<Instant>; 2],
 }
 
@@ -178,8 +178,9 @@ impl Heads {
         self.state(self.current, now) != HeadState::Refused
     }
 
-    /// In which version `head` is spoken to for a client of version `wanted`: the client's own if the head speaks it, so
-    /// that nothing has to be translated. A head of which nothing is known may be one of v5.0.0, which answers no probes.
+    /// The version in which `head` is spoken to for a client of version `wanted`: the client's own if the
+    /// head speaks it, so that nothing has to be translated. A head of which nothing is known may be one of
+    /// v5.0.0, which answers no probes.
     pub(super) fn version_for(&self, head: usize, wanted: Version, now: Instant) -> Version {
         let speaks = |version| self.speaks(head, version, now);
         match other(wanted) {
@@ -189,7 +190,7 @@ impl Heads {
         }
     }
 
-    /// Whether `head` understands this version, as far as is known.
+    /// True if `head` understands this version, as far as is known.
     pub(super) fn may_speak(&self, head: usize, version: Version, now: Instant) -> bool {
         self.speaks(head, version, now) || !self.speaks(head, other(version), now)
     }
@@ -244,7 +245,7 @@ fn other(version: Version) -> Version {
     }
 }
 
-/// How long a head is believed to speak a version that it spoke, at least.
+/// Minimum time for which a head is believed to speak a version that it spoke.
 const VERSION_MEMORY: Duration = Duration::from_secs(60);
 /// Of so many rounds of probes, one asks also in the version that a head is not known to speak.
 const SELDOM: u32 = 20;

@@ -59,7 +59,7 @@ pub struct Bridge {
     resend: Option<Resend>,
     translator: Translator,
     drain: Drain,
-    /// When a source of an unknown version was last warned about.
+    /// Time of the last warning about a source of an unknown version.
     warned: Option<Instant>,
     stats: Arc<Stats>,
 }
@@ -75,7 +75,7 @@ pub enum FromClient {
         head: usize,
         /// Bytes.
         len: usize,
-        /// In which version it gets them; see [`reframed`].
+        /// The version in which it gets them; see [`reframed`].
         version: Version,
     },
     /// The client gets the [`Reply`].
@@ -93,13 +93,13 @@ pub enum FromHead {
         client: SocketAddr,
         /// Bytes.
         len: usize,
-        /// In which version it gets them; see [`reframed`].
+        /// The version in which it gets them; see [`reframed`].
         version: Version,
     },
 }
 
-/// Where a datagram that was received begins if it is sent on in `version`: at its first byte, behind it, or one byte before
-/// it, where [`Version::BYTE`] has to be.
+/// The offset at which a received datagram begins if it is sent on in `version`: its first byte, the one
+/// behind it, or one byte before it, where [`Version::BYTE`] has to be.
 #[must_use]
 pub fn reframed(datagram: &[u8], version: Version) -> isize {
     match (Version::of(datagram), version) {

@@ -31,7 +31,7 @@ pub(super) struct TaskTable {
 pub(super) struct Task {
     /// Who asked.
     pub(super) client: SocketAddr,
-    /// In which version, and in which the answer goes back. The same sequence in another version is another task.
+    /// The version of the question and of the answer. The same sequence in another version is another task.
     pub(super) version: Version,
     /// Under which sequence.
     pub(super) sequence: u32,
@@ -39,7 +39,7 @@ pub(super) struct Task {
     pub(super) timestamp_us: u64,
     /// The head that it was last sent to.
     pub(super) head: usize,
-    /// In which version that head was asked.
+    /// The version in which that head was asked.
     pub(super) upstream: Version,
     /// That head's epoch then.
     pub(super) epoch: u32,

@@ -210,7 +210,7 @@ fn decode(bytes: &[u8]) -> Message {
     Message::decode_datagram(Bytes::copy_from_slice(bytes)).expect("the bridge sends messages")
 }
 
-/// What the receiver decodes of a datagram that is sent on in `version`.
+/// The message that the receiver decodes from a datagram that is sent on in `version`.
 fn framed(datagram: &[u8], version: Version) -> Message {
     let bytes = match reframed(datagram, version) {
         -1 => [version.prefix(), datagram].concat(),
@@ -540,7 +540,7 @@ fn a_task_is_waited_for_as_long_as_its_head_says_that_it_works_on_it() {
     for round in 1..100 {
         world.at(round * 2_500);
         assert_eq!(world.transmits().len(), 1, "round {round}");
-        // Who did not ask for it gets none: a v5.0.0 client reads one datagram.
+        // A client that did not ask for it gets none: a v5.0.0 client reads one datagram.
         assert_eq!(world.head(0, &ack), None, "round {round}");
     }
     assert!(world.head(0, &answer_to(&task, "late")).is_some());

@@ -39,7 +39,7 @@ enum Form {
     Pieces(Split),
 }
 
-/// For whom an answer is, and what its header says.
+/// The receiver of an answer, and the fields of its header.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Address {
     pub(super) client: SocketAddr,
@@ -57,7 +57,7 @@ impl Translator {
         }
     }
 
-    /// Queues a Result in the form that its client takes; false if there is no room.
+    /// Queues a Result in the form that its client takes; false without room for it.
     pub(super) fn answer(&mut self, to: Address, payload: Bytes) -> bool {
         let bytes = payload.len();
         if self.outgoing_bytes + bytes > OUTGOING_BYTES {
@@ -135,7 +135,8 @@ impl Translator {
     }
 }
 
-/// Whether an answer of so many Chunks may fit one v5.0.0 datagram. Longer ones pass as the Chunks that they are.
+/// True if an answer of so many Chunks may fit one v5.0.0 datagram. Longer ones pass as the Chunks that they
+/// are.
 pub(super) fn may_fit_one(total: u16) -> bool {
     (usize::from(total) - 1) * chunk::MAX_DATA < Version::V5_0.max_payload()
 }

@@ -5,10 +5,10 @@ use dcf::{
     chunk::{self, CHUNK_HEADER_LEN},
 };
 
-/// What stands before the payload of a datagram.
+/// The fields before the payload of a datagram.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Frame {
-    /// How it is framed, and how its sender is answered.
+    /// Its framing, and the version in which its sender is answered.
     pub(super) version: Version,
     pub(super) header: Header,
 }
@@ -37,7 +37,7 @@ impl Frame {
         &datagram[self.version.header_len()..self.datagram_len()]
     }
 
-    /// The header and what follows it: what the message is in v5.0.0.
+    /// The header and the payload: the message in the form of v5.0.0.
     pub(super) fn message<'a>(&self, datagram: &'a mut [u8]) -> &'a mut [u8] {
         &mut datagram[self.version.prefix().len()..]
     }

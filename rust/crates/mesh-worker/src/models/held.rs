@@ -114,7 +114,7 @@ impl Held {
             .clone()
     }
 
-    /// How many pieces are here.
+    /// Number of pieces that are here.
     pub(crate) fn pieces_here(&self) -> u64 {
         u64::from(self.here().len())
     }

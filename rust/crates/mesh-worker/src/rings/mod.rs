@@ -125,7 +125,7 @@ impl Rings {
         self.add_shard(shard, profile)
     }
 
-    /// What is offered, with its names.
+    /// The offered models, with their names.
     pub(crate) fn shard_models(&self) -> Vec<(String, Model)> {
         let shards = self.shards();
         let models = shards
@@ -134,7 +134,7 @@ impl Rings {
         models.collect()
     }
 
-    /// Whether anything is offered.
+    /// True if anything is offered.
     pub(crate) fn has_shards(&self) -> bool {
         !self.shards().is_empty()
     }
@@ -536,7 +536,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Rings that nobody asks anything for so long are idle.
 const IDLE: Duration = Duration::from_secs(3);
 
-/// How often it is noted how much of a part has been fetched.
+/// Interval at which the fetched size of a part is noted.
 const FETCH_LOOK: Duration = Duration::from_secs(1);
 
 /// How long a stream waits for its ring to be named here.

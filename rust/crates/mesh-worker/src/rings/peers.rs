@@ -194,5 +194,5 @@ pub(super) fn path(node_id: &str, rtt: Duration, bandwidth: f64) -> PathProfile 
 /// machine that does much else may begin late.
 const DIAL_TIMEOUT: Duration = Duration::from_millis(1500);
 
-/// How long a worker that goes by another address now may take to answer at the one before.
+/// Time that a worker with a new address has to answer at its old one.
 const MOVED: Duration = Duration::from_millis(500);

@@ -1,22 +1,22 @@
-//! How far the loading of a part is: a number that grows as long as something happens.
+//! Progress of loading a part: a number that grows as long as something happens.
 //!
-//! How long loading may take nobody can say: it depends on the disk, the network and the size. Whether it gets on can be said:
-//! pieces arrive, and then the thread that loads computes or faults pages of the file in.
+//! The time that loading takes is unknown: it depends on the disk, the network and the size. Its progress is
+//! known: pieces arrive, and then the thread that loads computes or faults pages of the file in.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// How far the loading of a part is.
+/// Progress of loading a part.
 #[derive(Debug, Default)]
 pub(super) struct Progress {
     /// Pieces that arrived.
     fetched: AtomicU64,
-    /// Where the system says what the thread that loads has done.
+    /// The `stat` file of the thread that loads.
     thread: Mutex<Option<PathBuf>>,
 }
 
-/// The thread is no longer at it when this is dropped.
+/// The thread counts as loading until this is dropped.
 pub(super) struct Working<'a>(&'a Progress);
 
 impl Progress {

@@ -1,4 +1,4 @@
-//! Doubts: what a ring does about a member that another one does not reach, before anybody is taken for dead.
+//! Doubts: the steps of a ring when one member does not reach another, before any counts as dead.
 //!
 //! A member that does not answer is lost only if a second witness, the head itself, has not heard it lately either. If the head
 //! still hears it, the link between the two is at fault, or one of them is slow: the ring begins a new epoch with the same
@@ -14,15 +14,15 @@ use super::{Action, Note, Rings};
 /// One member does not reach another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Doubt {
-    /// Since when the head knows of it.
+    /// Time since which the head knows of it.
     pub(super) since: Instant,
-    /// When the head last asked for a sign of life.
+    /// Time at which the head last asked for a sign of life.
     asked: Instant,
     /// Their link is closed, or nothing passes it: this is not a matter of waiting.
     pub(super) link: bool,
 }
 
-/// What has become of a doubt.
+/// The outcome of a doubt.
 enum Verdict {
     /// Not known yet.
     Wait,
@@ -33,27 +33,27 @@ enum Verdict {
 }
 
 impl Rings {
-    /// The head heard something from this worker at that moment, whatever it was.
+    /// The head heard anything from this worker at that moment.
     pub fn heard(&mut self, node: &str, at: Instant) {
         if let Some(entry) = self.nodes.get_mut(node).filter(|node| node.connected) {
             entry.heard = entry.heard.max(Some(at));
         }
     }
 
-    /// This head itself did not run for `stall`: what came in that time could not be heard.
+    /// This head itself did not run for `stall` and could hear nothing in that time.
     pub fn stalled(&mut self, stall: Duration, now: Instant) {
         for node in self.nodes.values_mut() {
             node.heard = node.heard.map(|at| (at + stall).min(now));
         }
     }
 
-    /// Whether the head itself hears a worker that others do not.
+    /// True if the head itself hears a worker that others do not.
     pub(super) fn hears(&self, node: &str, now: Instant) -> bool {
         let heard = self.nodes.get(node).and_then(|node| node.heard);
         heard.is_some_and(|at| now.saturating_duration_since(at) < SILENCE)
     }
 
-    /// Which others `by` does not reach now.
+    /// Notes the other members that `by` does not reach now.
     pub(super) fn note_doubts(
         &mut self,
         ring: u64,
@@ -139,13 +139,13 @@ impl Rings {
     fn verdict(&self, by: &str, about: &str, doubt: &Doubt, now: Instant) -> Verdict {
         let waited = now.saturating_duration_since(doubt.since);
         let heard = self.nodes.get(about).and_then(|node| node.heard);
-        // What it sent before its end may be noted a moment later.
+        // Datagrams that it sent before its end may be noted a moment later.
         let answered = heard.is_some_and(|at| at >= doubt.since + SETTLED);
         if !self.hears(about, now) || (doubt.link && !answered && waited >= ANSWER_LIMIT) {
             let name = self.name(by);
             return Verdict::Lost(format!("it answers neither {name} nor the head"));
         }
-        // Whoever is slow gets time to be heard again by the other, too.
+        // A slow worker gets time to be heard again by the other, too.
         if answered && (doubt.link || waited >= PATIENCE) {
             return Verdict::Relink;
         }
@@ -182,8 +182,8 @@ impl Rings {
         self.broadcast(id, &BTreeSet::new());
     }
 
-    /// These two do not reach each other over a new link either: one of them has to go, the one that reaches nobody rather
-    /// than one that somebody else reaches.
+    /// These two do not reach each other over a new link either: one of them has to go, the one that reaches
+    /// no other member rather than one that another reaches.
     fn give_up(&mut self, id: u64, (by, about): &(String, String), now: Instant) {
         let Some(ring) = self.rings.get(&id) else {
             return;
@@ -209,7 +209,7 @@ impl Rings {
     }
 }
 
-/// When a ring's doubts are to be looked at again.
+/// Time at which a ring's doubts are due for another check.
 pub(super) fn next_timer(ring: &Ring) -> Option<Instant> {
     let since = ring.doubts.values().map(|doubt| doubt.since).min()?;
     Some(since + LOOK)
@@ -218,14 +218,14 @@ pub(super) fn next_timer(ring: &Ring) -> Option<Instant> {
 /// The head has not heard a worker for so long that it is a second witness for its death. Links carry something at least
 /// every half second.
 pub(super) const SILENCE: Duration = Duration::from_secs(1);
-/// How often a doubted worker is asked for a sign of life.
+/// Interval at which a doubted worker is asked for a sign of life.
 const ASK_INTERVAL: Duration = Duration::from_millis(200);
 /// Packets that were on their way or not noted yet when a doubt came up are noted by then.
 const SETTLED: Duration = Duration::from_millis(100);
-/// How long a worker whose link to another one is closed has to answer the head.
+/// Time that a worker whose link to another one is closed has to answer the head.
 const ANSWER_LIMIT: Duration = Duration::from_millis(500);
-/// How long a worker that the head hears may be silent for another member before their link is made anew.
+/// Time that a worker that the head hears may be silent for another member before their link is made anew.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// How long it is remembered that a link was made anew.
+/// Time for which a new link is remembered.
 const RELINK_MEMORY: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(50);

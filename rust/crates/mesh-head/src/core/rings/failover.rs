@@ -274,7 +274,7 @@ impl Rings {
         }));
     }
 
-    /// Whether everybody that a ring loses leaves it by plan: they are there and drained.
+    /// True if all members that a ring loses leave it by plan: they are present and drained.
     fn gives_up_by_plan(&self, ring: &Ring) -> bool {
         ring.lost.keys().all(|node| {
             let node = self.nodes.get(node);

@@ -15,7 +15,7 @@ pub(super) struct Node {
     pub(super) name: String,
     /// Its link is up.
     pub(super) connected: bool,
-    /// When the head last heard anything on its link; `None` if that is not known.
+    /// Time at which the head last heard anything on its link; `None` if that is not known.
     pub(super) heard: Option<Instant>,
     /// Where other workers reach it; `None` before its first offer.
     pub(super) address: Option<SocketAddr>,

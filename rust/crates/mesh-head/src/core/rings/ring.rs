@@ -42,9 +42,9 @@ pub(super) struct Ring {
     pub(super) lost: BTreeMap<String, String>,
     /// Members that others do not reach: who, and whom.
     pub(super) doubts: BTreeMap<(String, String), Doubt>,
-    /// When the link between two was last made anew.
+    /// Time at which the link between two members was last made anew.
     pub(super) relinked: BTreeMap<(String, String), Instant>,
-    /// When a part of it last reported something new: that it loads, or computes.
+    /// Time at which a part of it last reported progress in loading or in computing.
     pub(super) progressed: Instant,
     /// Another ring serves in its place since then.
     pub(super) retiring: Option<Instant>,
@@ -92,9 +92,9 @@ pub(super) struct Part {
     pub(super) weight_bytes: u64,
     pub(super) kv_bytes: u64,
     pub(super) kept_bytes: u64,
-    /// How far loading is, in a unit that only grows; 0 where the worker does not say.
+    /// Progress of loading, in a unit that only grows; 0 if the worker does not report it.
     pub(super) progress: u64,
-    /// When it last reported something new.
+    /// Time at which it last reported progress.
     pub(super) progressed: Option<Instant>,
 }
 
@@ -121,7 +121,7 @@ impl Part {
         self.phase == PartPhase::Ready
     }
 
-    /// Takes a report in; whether there is anything new in it.
+    /// Takes a report in; true if there is anything new in it.
     fn report(&mut self, report: &PartState, now: Instant) -> bool {
         let news = self.phase as i32 != report.phase
             || self.progress != report.progress
@@ -230,7 +230,7 @@ impl Ring {
         }
     }
 
-    /// Whether its parts got on lately.
+    /// True if its parts made progress recently.
     pub(super) fn goes_on(&self, now: Instant) -> bool {
         now.saturating_duration_since(self.progressed) < STANDSTILL
     }
@@ -380,11 +380,11 @@ fn sound(value: f32) -> f32 {
 const MOST_SLOTS: u32 = 4096;
 /// Bytes of reasons after which the next one starts anew.
 const LONGEST_REASON: usize = 512;
-/// How long loading a stage may stand still. The whole may take as long as a slow disk takes.
+/// Time for which the loading of a stage may stand still. The whole may take as long as a slow disk takes.
 const LOAD_SILENCE: Duration = Duration::from_secs(300);
-/// How long loading may take where the worker does not say how far it is.
+/// Time limit for loading if the worker reports no progress.
 const LOAD_LIMIT: Duration = Duration::from_secs(900);
-/// How long a driver may take to bring a token through stages that are all loaded, since a part last reported something new.
+/// Time that a driver has to bring a token through loaded stages, counted from the last progress of any part.
 const SERVE_LIMIT: Duration = Duration::from_secs(300);
 /// Parts that report nothing new for so long compute nothing; they report four times a second at most.
 const STANDSTILL: Duration = Duration::from_secs(2);

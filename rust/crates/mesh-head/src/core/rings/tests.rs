@@ -29,7 +29,7 @@ struct Mesh {
     /// Model and ring by the worker that serves them.
     serving: BTreeMap<(String, String), u64>,
     notes: Vec<Note>,
-    /// Whom the head asked for a sign of life.
+    /// Workers that the head asked for a sign of life.
     asked: Vec<String>,
     /// All members ever sent, by ring and epoch.
     sent: BTreeMap<(u64, u32), Vec<String>>,

@@ -54,7 +54,7 @@ fn a_slow_member_that_the_head_hears_is_not_blamed() {
     assert_eq!(mesh.asked[0], members[0], "the head asks for itself");
     mesh.pass_hearing(2.5, &ALL);
     assert_eq!((mesh.ring().epoch, mesh.members()), (1, members.clone()));
-    // The member answers again; what was is forgotten.
+    // The member answers again; the earlier doubt is forgotten.
     mesh.complain(&members[2], &[]);
     mesh.pass_hearing(10.0, &ALL);
     assert_eq!((mesh.ring().epoch, mesh.members()), (1, members));
@@ -118,7 +118,7 @@ fn a_broken_link_is_made_anew_and_only_then_somebody_is_replaced() {
 
 #[test]
 fn a_worker_whose_address_changed_gets_its_neighbour_into_no_trouble() {
-    // Whoever the links are closed to complains: here the healthy neighbour is named, there all others are.
+    // The members whose links are closed complain: here the healthy neighbour is named, there all others are.
     for whom in [&["b"][..], &["a", "b", "s"], &["b", "s"]] {
         let mut mesh = heard_ring();
         let members = mesh.members();

@@ -8,7 +8,7 @@ enum Happening {
     Join(usize, u64),
     Offer(usize, u64),
     Leave(Vec<usize>),
-    /// Who, about whom, and whether their links are closed.
+    /// The complaining member, the members that it does not reach, and true if their links are closed.
     Complain(usize, Vec<usize>, bool),
     Hear(Vec<usize>),
     Ready(usize),
