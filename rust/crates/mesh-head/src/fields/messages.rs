@@ -178,8 +178,18 @@ fn content_parts(path: &str, parts: &[Value]) -> Result<String, Invalid> {
             texts.push(text);
             continue;
         }
-        let kind = part.get("type").and_then(Value::as_str);
-        match kind.or(part.get("text").map(|_| "text")) {
+        let kind = match part.get("type") {
+            Some(Value::String(kind)) => Some(kind.as_str()),
+            Some(Value::Null) | None => part.get("text").map(|_| "text"),
+            Some(other) => {
+                return Err(Invalid::wrong_type(
+                    &format!("{path}.type"),
+                    "a string",
+                    other,
+                ));
+            }
+        };
+        match kind {
             // The Responses API's names mean the same.
             Some("text" | "input_text" | "output_text") => {
                 match part.get("text").and_then(Value::as_str) {
@@ -278,6 +288,11 @@ mod tests {
                 json!([{"role": "user", "content": [{"type": "image_url"}]}]),
                 "messages[0].content[0].type",
                 true,
+            ),
+            (
+                json!([{"role": "user", "content": [{"type": 5, "text": "b"}]}]),
+                "messages[0].content[0].type",
+                false,
             ),
             (
                 json!([{"role": "user", "content": [{"type": "text"}]}]),
