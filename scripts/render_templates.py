@@ -42,6 +42,16 @@ CONVERSATIONS = {
     "answer first": [ANSWER, HELLO],
     "nothing": [],
 }
+# Their last message is to be continued, whoever wrote it.
+CONTINUED = {
+    "an answer": [HELLO, message("assistant", "Hi the")],
+    "an answer that ends in white space": [SYSTEM, HELLO, message("assistant", "Hi\nthe re \n ")],
+    "a user's message": [HELLO, ANSWER, MORE],
+    "thoughts": [HELLO, THOUGHT, MORE, message("assistant", "<think>\nLet me")],
+    # Not the same object, which would be marked twice.
+    "an answer twice the same": [HELLO, ANSWER, MORE, dict(ANSWER)],
+    "system": [SYSTEM],
+}
 KWARGS = [
     {},
     {"enable_thinking": False},
@@ -100,6 +110,19 @@ def cases():
         for add_generation_prompt in (True, False):
             for kwargs in KWARGS:
                 yield {"messages": messages, "add_generation_prompt": add_generation_prompt, "kwargs": kwargs}
+    for messages in CONTINUED.values():
+        for kwargs in KWARGS:
+            yield {"messages": messages, "add_generation_prompt": False, "kwargs": kwargs, "continue_final_message": True}
+
+
+def render(source, case):
+    """What `transformers` makes of a case. What it gives a template that is not in a case is None."""
+    rendered, _ = chat_template_utils.render_jinja_template(
+        [case["messages"]], tools=None, documents=None, chat_template=source,
+        add_generation_prompt=case["add_generation_prompt"],
+        continue_final_message=case.get("continue_final_message", False), **TOKENS, **case["kwargs"],
+    )  # fmt: skip
+    return rendered[0]
 
 
 def main(folder):
@@ -115,29 +138,23 @@ def main(folder):
         source = path.read_text()
         name = str(path.relative_to(folder))
         try:
-            template = chat_template_utils._compile_jinja_template(source)
+            chat_template_utils._compile_jinja_template(source)
         except Exception as error:
             golden.append({"template": name, "error": f"does not parse: {error}"})
             continue
         for case in cases():
             entry = {"template": name, "request": case}
             try:
-                entry["text"] = template.render(
-                    messages=case["messages"], tools=None, documents=None,
-                    add_generation_prompt=case["add_generation_prompt"], **TOKENS, **case["kwargs"],
-                )  # fmt: skip
+                entry["text"] = render(source, case)
             except Exception as error:
                 entry["error"] = f"{type(error).__name__}: {error}"
             golden.append(entry)
     for name, source in FEATURES.items():
-        template = chat_template_utils._compile_jinja_template(source)
         for messages in (CONVERSATIONS["system and turns"], []):
             case = {"messages": messages, "add_generation_prompt": True, "kwargs": {}}
             entry = {"template": f"feature: {name}", "source": source, "request": case}
             try:
-                entry["text"] = template.render(
-                    messages=messages, tools=None, documents=None, add_generation_prompt=True, **TOKENS
-                )
+                entry["text"] = render(source, case)
             except Exception as error:
                 entry["error"] = f"{type(error).__name__}: {error}"
             golden.append(entry)
