@@ -204,8 +204,8 @@ pub struct AskArgs {
     #[arg(value_name = "QUESTION")]
     pub question: Vec<String>,
 
-    /// UDP address of a shim or head [default: 127.0.0.1:9999]
-    #[arg(long, value_name = "HOST:PORT", env = "HYDRAMESH_DCF")]
+    /// UDP address of a shim or head; port 9999 if none is given [default: 127.0.0.1:9999]
+    #[arg(long, value_name = "HOST[:PORT]", env = "HYDRAMESH_DCF")]
     pub to: Option<String>,
 
     /// Ask over HTTP instead of DCF/UDP, as --url does
