@@ -5,8 +5,10 @@
 //! source that has the most of them. So neither silence nor a flood from one place keeps others out.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
+
+use mesh_base::addresses::source;
 
 /// Names a connection; never reused.
 pub(super) type Id = u64;
@@ -266,16 +268,6 @@ impl Entry {
     /// True if it has sent all that is answered on it.
     fn is_evictable(&self) -> bool {
         !self.restricted && self.answering == self.reading
-    }
-}
-
-/// The source that an address stands for: an IPv6 host has a whole /64.
-fn source(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(address) if !address.is_loopback() => {
-            IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() >> 64 << 64))
-        }
-        address => address,
     }
 }
 
