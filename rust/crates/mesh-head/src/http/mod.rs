@@ -32,7 +32,7 @@ use axum::{Extension, Router};
 use mesh_net::trust::Authority;
 use mesh_proto::{ModelCard, ModelKind};
 use mesh_service::health;
-use mesh_service::http::{Guard, TooSlow};
+use mesh_service::http::{Guard, NoRoom, TooSlow};
 use mesh_service::metrics::Metrics;
 use tower::ServiceExt as _;
 
@@ -313,6 +313,9 @@ fn unreadable(api: &Api, rejection: &BytesRejection) -> ApiError {
             "request_timeout",
             slow.to_string(),
         );
+    }
+    if let Some(full) = NoRoom::cause_of(rejection) {
+        return ApiError::overloaded(full.to_string());
     }
     ApiError::new(
         StatusCode::BAD_REQUEST,

@@ -8,6 +8,7 @@ use std::time::SystemTime;
 use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, Message, MsgType};
+use mesh_base::places::GivenUp;
 use mesh_base::{addresses, clock};
 use quinn::{Connection, Incoming, ServerConfig, VarInt};
 use tokio::sync::{Mutex, mpsc};
@@ -15,7 +16,7 @@ use tokio::sync::{Mutex, mpsc};
 use super::endpoint::Carrier;
 use super::error::{ConnectError, StreamFailure};
 use super::link::{Link, canonical, handshake_data, peer_certificate};
-use super::rooms::{GivenUp, Rooms};
+use super::rooms::Rooms;
 use super::stream::SendHalf;
 use super::{JOIN_PROTOCOL, LINK_PROTOCOL, LinkConfig, join, timestamp_us, tls};
 use crate::trust::{Admission, CERTIFICATE_DATES, Member, MeshClock, NodeIdentity, TrustError};

@@ -166,6 +166,12 @@ impl Table {
         }
     }
 
+    /// The source of a connection of which the head of a request is awaited, and nothing else.
+    pub(super) fn head_from(&self, id: Id) -> Option<IpAddr> {
+        let entry = self.entries.get(&id)?;
+        (entry.answering == 0 && entry.wait == Wait::Head).then_some(entry.source)
+    }
+
     /// The head of a request is complete. Its body is not, if `body` says so.
     pub(super) fn asked(&mut self, id: Id, body: bool, streams: bool, now: Instant) {
         if let Some(entry) = self.entries.get_mut(&id) {
