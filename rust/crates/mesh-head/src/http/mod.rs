@@ -52,6 +52,7 @@ use embeddings::AskedEmbeddings;
 use hold::Hold;
 use ignored::Ignored;
 use keys::{Caller, Client, Denied, Turnstile};
+use ready::Told;
 
 /// What the handlers share.
 #[derive(Clone)]
@@ -83,9 +84,12 @@ pub fn router(
     authority: Arc<Authority>,
     metrics: Arc<Metrics>,
 ) -> Router {
-    let health = health::router(mesh.health.clone(), metrics).route_layer(
-        middleware::from_fn_with_state(mesh.clone(), ready::of_model),
-    );
+    let told = Told {
+        mesh: mesh.clone(),
+        keys: keys.clone(),
+    };
+    let health = health::router(mesh.health.clone(), metrics)
+        .route_layer(middleware::from_fn_with_state(told, ready::of_model));
     let body_limit = usize::try_from(mesh.config.http.body_limit).unwrap_or(usize::MAX);
     let turnstile = Arc::new(Turnstile::new(mesh.config.http.concurrent_requests));
     // A reload may bring keys or take them away.
