@@ -43,7 +43,7 @@ pub use stream::{NoRoom, TooSlow};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Connections {
-    /// Connections at a time; 0 is as many as the system lets this process have, less what it needs itself.
+    /// Connections at a time; 0 is 2048, or as many as the system lets this process have, less what it needs itself.
     pub total: usize,
     /// Connections of one address, or of one IPv6 network of 64 bits; 0 is half of all. Loopback has all.
     pub per_source: usize,
@@ -98,7 +98,7 @@ impl Connections {
             .saturating_sub(own + RESERVE)
             .clamp(1, MOST_CONNECTIONS);
         let total = if self.total == 0 {
-            most
+            most.min(USUAL_CONNECTIONS)
         } else {
             self.total.min(most)
         };
@@ -478,6 +478,8 @@ const RESERVE: usize = 8;
 const OWN_FILES: usize = 40;
 const MOST_OWN_FILES: usize = 512;
 const MOST_CONNECTIONS: usize = 16_384;
+/// As many as one wants that do not say: each takes some 20 kB.
+const USUAL_CONNECTIONS: usize = 2048;
 /// Requests at once on one connection.
 const MOST_STREAMS: u32 = 100;
 /// Bytes of a connection's buffer, so of a head, and of the headers of one request among many.
@@ -908,13 +910,18 @@ mod tests {
         let bounds = |files| Connections::default().bounds(files);
         assert_eq!((bounds(128).total, bounds(128).per_source), (80, 40));
         assert_eq!(bounds(1024).total, 760);
-        assert_eq!(bounds(1 << 20).total, 16_384);
+        assert_eq!(bounds(1 << 20).total, 2048);
         assert!(bounds(10).total >= 1);
         let few = Connections {
             total: 5,
             ..Connections::default()
         };
         assert_eq!(few.bounds(1024).total, 5);
+        let many = Connections {
+            total: 100_000,
+            ..Connections::default()
+        };
+        assert_eq!(many.bounds(1 << 20).total, 16_384);
     }
 
     #[tokio::test]

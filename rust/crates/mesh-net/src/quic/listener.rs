@@ -1,7 +1,7 @@
 //! The side that accepts.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, PoisonError};
 #[cfg(test)]
 use std::time::SystemTime;
@@ -122,10 +122,15 @@ impl Gate {
                 }
                 continue;
             }
+            let source = addresses::source(incoming.remote_address().ip());
+            if !self.rooms.may_begin(source, Instant::now()) {
+                incoming.ignore();
+                continue;
+            }
             let gate = self.clone();
             tokio::spawn(async move {
                 let address = canonical(incoming.remote_address());
-                if let Err(reason) = gate.enter(incoming).await {
+                if let Err(reason) = gate.enter(incoming, source).await {
                     if gate.news.is_due(Instant::now()) {
                         tracing::info!(%address, reason, "connection not admitted");
                     } else {
@@ -137,8 +142,7 @@ impl Gate {
     }
 
     /// The error is for our log; the peer has been told already.
-    async fn enter(&self, incoming: Incoming) -> Result<(), String> {
-        let source = addresses::source(incoming.remote_address().ip());
+    async fn enter(&self, incoming: Incoming, source: IpAddr) -> Result<(), String> {
         let limit = self.config.handshake_timeout;
         let handshake = async { incoming.accept()?.await };
         let connection = self
