@@ -15,7 +15,7 @@ CACHE := $(if $(HYDRAMESH_CACHE),$(HYDRAMESH_CACHE),$(CURDIR)/.cache)
 export ORT_DYLIB_PATH ?= $(CACHE)/onnxruntime/libonnxruntime.so.1.24.4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-nix test-vm test-images test-gpu test-arm test-foreign flood soak bench bench-peers fuzz fetch fmt clean
+.PHONY: help demo build test test-nix test-vm test-images test-gpu test-arm test-foreign flood soak bench bench-peers fuzz fetch fetch-deny fmt clean
 # Exit code 3 of a test script: this machine cannot run it, and why was said.
 WHERE_POSSIBLE := || [ $$? = 3 ]
 
@@ -36,6 +36,7 @@ test: fetch ## Formatting, clippy with warnings denied, every test
 	scripts/fetch_nix_tools.sh
 	scripts/test_nix.sh $(WHERE_POSSIBLE)
 	scripts/test_shell.sh $(WHERE_POSSIBLE)
+	$(PYTHON) scripts/check_dependencies.py
 	$(IN_RUST) $(CARGO) fmt --all --check
 	$(IN_RUST) $(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	$(IN_RUST) $(CARGO) clippy --workspace --features $(PROVIDERS) --all-targets --locked -- -D warnings
@@ -95,6 +96,9 @@ fuzz: ## Every fuzz target for FUZZ_SECONDS (60) seconds
 
 fetch: ## Fetch what is missing into the cache: ONNX Runtime, the model, test data
 	@$(PYTHON) scripts/fetch.py
+
+fetch-deny: ## Build cargo-deny into the cache, for make test and for advisories (some minutes, once)
+	$(CARGO) install --quiet --locked --root "$(CACHE)/cargo-deny" --version 0.20.2 cargo-deny
 
 fmt: ## Format the code
 	$(IN_RUST) $(CARGO) fmt --all

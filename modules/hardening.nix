@@ -37,6 +37,8 @@ in
   ProtectKernelTunables = true;
   ProtectProc = "invisible";
   ProtectSystem = "strict";
+  # Each connection of a client is one; the services raise their soft limit to this.
+  LimitNOFILE = 65536;
   RemoveIPC = true;
   RestrictAddressFamilies = [
     "AF_INET"

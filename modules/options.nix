@@ -192,6 +192,25 @@ in
       '';
     };
 
+    httpOpen = mkOption {
+      type = types.listOf (
+        types.enum [
+          "ready"
+          "metrics"
+        ]
+      );
+      default = [
+        "ready"
+        "metrics"
+      ];
+      example = [ ];
+      description = ''
+        What the head tells without a key where `apiKeysFile` is set: `/ready` with its reasons and for one model, and `/metrics`.
+        Whoever is left out of the list needs a key; Prometheus sends one by `authorization.credentials_file`. `/health`, and
+        whether the mesh is ready at all, need none.
+      '';
+    };
+
     ports = {
       head = {
         http = mkPort 8080 "TCP port of the head's OpenAI API, health and metrics.";

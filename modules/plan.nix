@@ -145,6 +145,8 @@ in
   settings = {
     head = mkIf (hasRole "head") {
       http.listen = mkDefault (join cfg.httpAddress cfg.ports.head.http);
+      # The head's default is both; an older head of `package` does not know the key.
+      http.open = mkIf (lib.length cfg.httpOpen < 2) (mkDefault cfg.httpOpen);
       dcf.clients = mkDefault (join "::" cfg.ports.head.clients);
       dcf.workers = mkDefault (join "::" cfg.ports.head.workers);
       quic.listen = mkDefault (join "::" cfg.ports.head.quic);

@@ -7,6 +7,8 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cache=${HYDRAMESH_CACHE:-$root/.cache}
 seconds=${FUZZ_SECONDS:-60}
+# Inputs grow up to this: what is wrong with large ones alone, such as recursion without a bound, hides from small ones.
+length=${FUZZ_LENGTH:-262144}
 version=0.13.2
 tool=$cache/cargo-fuzz/bin/cargo-fuzz
 
@@ -25,6 +27,6 @@ targets=("$@")
 for target in "${targets[@]}"; do
     echo "fuzz: $target for $seconds s"
     mkdir -p "fuzz/corpus/$target"
-    "$tool" run "$target" -- -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 -verbosity=0
+    "$tool" run "$target" -- -max_total_time="$seconds" -max_len="$length" -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 -verbosity=0
 done
 echo "fuzz: ${#targets[@]} targets, $seconds s each, nothing found"

@@ -797,6 +797,21 @@ in
       "shim"
     ]
   ) [ ];
+  "every service may have as many files open as clients may have connections" = is (lib.unique (
+    map (unit: unit.serviceConfig.LimitNOFILE) (builtins.attrValues (services everything))
+  )) [ 65536 ];
+  "metrics can be kept from those without a key" =
+    is
+      (map (s: (evaluate (head s)).config.services.hydramesh.settings.head.http.open or null) [
+        { }
+        { httpOpen = [ ]; }
+        { httpOpen = [ "ready" ]; }
+      ])
+      [
+        null
+        [ ]
+        [ "ready" ]
+      ];
   "when memory runs out, others go before a worker" =
     is (map (unit: unit.serviceConfig.OOMScoreAdjust or 0) (builtins.attrValues (services everything)))
       [

@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -55,6 +55,16 @@ pub fn canonical(address: SocketAddr) -> SocketAddr {
         // Keeps flow and scope of IPv6.
         ip if ip == address.ip() => address,
         ip => SocketAddr::new(ip, address.port()),
+    }
+}
+
+/// The source that an address stands for where sources have shares: an IPv6 host has a whole /64.
+pub fn source(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) if !address.is_loopback() => {
+            IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() >> 64 << 64))
+        }
+        address => address,
     }
 }
 

@@ -14,7 +14,7 @@
 //! | | | ≤ 1024 | JSON: `token`, and `port`, the head's for workers |
 
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 
 use aws_lc_rs::{hmac, pbkdf2, rand};
 use mdns_sd::{ServiceDaemon, ServiceEvent, ServiceInfo};
+use mesh_base::addresses::source;
+use mesh_base::places::Places;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs as provider, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
@@ -171,6 +173,8 @@ pub(crate) fn offer(
         gift: gift.clone(),
         end: Instant::now() + patience,
         state: Mutex::new(State::Open { misses: 0 }),
+        silent: Mutex::new(Places::new(MOST_SILENT, MOST_SILENT / 2)),
+        turn: Mutex::new(()),
     });
     listener.set_nonblocking(true)?;
     while Instant::now() < offer.end {
@@ -180,16 +184,29 @@ pub(crate) fn offer(
             State::TooManyMisses => return Err(PairError::TooManyMisses),
             State::Expired => break,
         }
-        // Every conversation holds the offer.
+        // Every conversation holds the offer. Those that have sent their proof are few: three wrong ones are the end.
         let conversations = Arc::strong_count(&offer) - 1;
         // An error here concerns one connection, or passes: files may be short for a moment.
         let accepted = (conversations < MOST_CONVERSATIONS).then(|| listener.accept());
         if let Some(Ok((stream, peer))) = accepted {
-            let offer = Arc::clone(&offer);
-            // A connection that gets no thread is closed.
-            let _ = thread::Builder::new()
-                .name("offer".to_owned())
-                .spawn(move || hand_over(stream, peer.ip().to_canonical(), &offer));
+            let peer = peer.ip().to_canonical();
+            // A connection that cannot be closed later, or that gets no thread, is closed.
+            if let Ok(handle) = stream.try_clone() {
+                let (place, silent) = lock(&offer.silent).enter(source(peer), handle);
+                if let Some(silent) = silent {
+                    let _ = silent.shutdown(Shutdown::Both);
+                }
+                let conversation = Arc::clone(&offer);
+                let started = thread::Builder::new()
+                    .name("offer".to_owned())
+                    .spawn(move || {
+                        let _ = hand_over(stream, peer, place, &conversation);
+                        lock(&conversation.silent).leave(place);
+                    });
+                if started.is_err() {
+                    lock(&offer.silent).leave(place);
+                }
+            }
         } else {
             thread::sleep(POLL);
         }
@@ -208,12 +225,20 @@ struct Offer {
     gift: Gift,
     end: Instant,
     state: Mutex<State>,
+    /// Connections without a proof so far. One of them makes room for a newcomer.
+    silent: Mutex<Places<IpAddr, TcpStream>>,
+    /// Keys are computed one after the other, so that no more are than proofs count.
+    turn: Mutex<()>,
 }
 
 impl Offer {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -225,13 +250,17 @@ enum State {
 }
 
 impl State {
+    fn is_open(&mut self) -> Result<&mut u32, PairError> {
+        match self {
+            Self::Open { misses } => Ok(misses),
+            Self::TooManyMisses => Err(PairError::TooManyMisses),
+            Self::Taken(_) | Self::Expired => Err(PairError::Expired),
+        }
+    }
+
     /// Checks a taker's proof and counts it if it is wrong. Only an open offer looks at proofs.
     fn check(&mut self, key: &hmac::Key, proof: &[u8]) -> Result<(), PairError> {
-        let misses = match self {
-            Self::Open { misses } => misses,
-            Self::TooManyMisses => return Err(PairError::TooManyMisses),
-            Self::Taken(_) | Self::Expired => return Err(PairError::Expired),
-        };
+        let misses = self.is_open()?;
         // In constant time.
         if hmac::verify(key, TAKER, proof).is_ok() {
             return Ok(());
@@ -244,12 +273,18 @@ impl State {
     }
 }
 
-fn hand_over(stream: TcpStream, peer: IpAddr, offer: &Offer) -> Result<(), PairError> {
+fn hand_over(stream: TcpStream, peer: IpAddr, place: u64, offer: &Offer) -> Result<(), PairError> {
     let limited = Limited::new(stream, SILENCE, offer.end)?;
     let session = ServerConnection::new(Arc::clone(&offer.config))?;
     let mut tls = StreamOwned::new(session, limited);
     let mut proof = [0; PROOF];
     tls.read_exact(&mut proof)?;
+    // From here on it cannot be sent away, so that a wrong proof always counts.
+    if lock(&offer.silent).leave(place).is_none() {
+        return Err(io::Error::from(io::ErrorKind::ConnectionAborted).into());
+    }
+    let _turn = lock(&offer.turn);
+    offer.state().is_open()?;
     let key = offer.code.key(&tls.conn)?;
     let content =
         serde_json::to_vec(&offer.gift).map_err(|error| PairError::Malformed(error.to_string()))?;
@@ -497,7 +532,9 @@ const ROUNDS: NonZeroU32 = NonZeroU32::new(600_000).expect("more than none");
 const MOST_MISSES: u32 = 3;
 const MOST_CONTENT: usize = 1024;
 const CONNECT: Duration = Duration::from_secs(5);
-const MOST_CONVERSATIONS: usize = 8;
+/// Connections that have not sent their proof, and all of them.
+const MOST_SILENT: usize = 16;
+const MOST_CONVERSATIONS: usize = 2 * MOST_SILENT;
 const CONVERSATION: Duration = Duration::from_secs(60);
 /// A slow machine needs seconds for its key.
 const SILENCE: Duration = Duration::from_secs(10);
@@ -556,13 +593,13 @@ mod tests {
     fn silent_connections_hold_up_nobody() {
         let code = Code::random().expect("a code");
         let (address, outcome) = offered(&code);
-        let silent: Vec<TcpStream> = (0..MOST_CONVERSATIONS - 1)
+        let silent: Vec<TcpStream> = (0..5 * MOST_SILENT)
             .map(|_| TcpStream::connect(address).expect("a connection"))
             .collect();
         let begin = Instant::now();
         assert_eq!(fetch(address, &code).expect("a token"), gift());
         assert!(outcome.join().expect("no panic").is_ok());
-        assert!(begin.elapsed() < CONVERSATION, "{:?}", begin.elapsed());
+        assert!(begin.elapsed() < SILENCE, "{:?}", begin.elapsed());
         drop(silent);
     }
 

@@ -100,6 +100,18 @@ pub struct HttpConfig {
     pub cors: Vec<Origin>,
     /// Time limits for clients, and the number of connections that they may have.
     pub connections: Connections,
+    /// What is told without a key where keys are in use. `/health` always is, and whether the mesh is ready, in a word.
+    pub open: Vec<Open>,
+}
+
+/// Something that tells of the mesh without using it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Open {
+    /// `/ready` with its reasons, and for one model.
+    Ready,
+    /// `/metrics`.
+    Metrics,
 }
 
 /// DCF over UDP.
@@ -240,6 +252,7 @@ impl Default for HttpConfig {
             hosts: Vec::new(),
             cors: Vec::new(),
             connections: Connections::default(),
+            open: vec![Open::Ready, Open::Metrics],
         }
     }
 }

@@ -75,6 +75,7 @@ fn start() -> Result<ExitCode> {
     match args.command {
         None => {
             telemetry::init("head", &args.common, loaded.value.log_level.as_deref())?;
+            mesh_service::files::raise_open_files();
             runtime.block_on(serve(loaded.value, args.common, args.listen))
         }
         Some(Command::Health) => runtime.block_on(health(&loaded.value.state_dir)),

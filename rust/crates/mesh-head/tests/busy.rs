@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use serde_json::json;
-use support::{MODEL, Script, TestHead, chat, eventually, streamed, truth};
+use support::{MODEL, Script, TestHead, VECTORS, chat, eventually, streamed, truth};
 
 /// Far less than the requests here wait.
 const LIMIT: Duration = Duration::from_millis(600);
@@ -65,6 +65,35 @@ async fn a_second_request_waits_its_turn(old: bool) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_request_that_waits_in_its_workers_queue_is_answered_and_the_head_stays_ready() {
     a_second_request_waits_its_turn(false).await;
+}
+
+/// Texts wait in their worker's queue far longer than any limit on silence: signs of life keep the worker in its place.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn texts_that_wait_in_their_workers_queue_are_embedded_there_and_once() {
+    let head = TestHead::start(|config| {
+        config.first_token_limit = LIMIT;
+        config.silence_limit = LIMIT;
+        config.request_timeout = Duration::from_secs(2);
+        config.worker_timeout = Duration::from_secs(2);
+    })
+    .await;
+    let waits = Script {
+        embeds: true,
+        prefill: 6 * LIMIT,
+        ..Script::default()
+    };
+    let first = head.worker("first", waits.clone()).await;
+    let second = head.worker("second", waits).await;
+    let asked = json!({ "model": VECTORS, "input": "why?" });
+    let (status, answer) = head.post("/v1/embeddings", asked).await;
+    assert_eq!(status, 200, "{answer}");
+    assert_eq!(answer["data"][0]["embedding"].as_array().unwrap().len(), 4);
+    assert_eq!(first.requests() + second.requests(), 1, "asked once");
+    let failed = head
+        .handle
+        .mesh()
+        .with_registry(|registry| registry.iter().map(|worker| worker.failed).sum::<u64>());
+    assert_eq!(failed, 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

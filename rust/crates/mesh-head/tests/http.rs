@@ -5,6 +5,7 @@ mod support;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use mesh_head::config::Open;
 use serde_json::{Value, json};
 use support::{
     Fate, MODEL, Script, TestHead, chat, eventually, script, streamed, streamed_text, truth,
@@ -274,6 +275,36 @@ async fn keys_are_wanted_where_they_are_configured() {
         .await
         .unwrap();
     assert_eq!(token.status(), 401, "an API key does not administer");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_not_open_is_told_to_those_with_a_key() {
+    let keys = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(keys.path(), "sk-one\n").unwrap();
+    let paths = ["/metrics", "/ready?model=tiny"];
+    for open in [vec![Open::Ready, Open::Metrics], vec![]] {
+        let head = TestHead::start(|config| {
+            config.http.api_keys_file = Some(keys.path().to_owned());
+            config.http.open = open.clone();
+        })
+        .await;
+        assert_eq!(head.get("/health").await.0, 200);
+        let (status, body) = head.get("/ready").await;
+        assert_eq!((status, &body["status"]), (503, &json!("unready")));
+        assert_eq!(body["reason"].is_null(), open.is_empty(), "{body}");
+        for path in paths {
+            let without = head.get(path).await.0;
+            assert_eq!(without == 401, open.is_empty(), "{path}: {without}");
+            let with = head.http.get(head.url(path)).bearer_auth("sk-one").send();
+            assert_ne!(with.await.unwrap().status(), 401, "{path}");
+        }
+    }
+    let head = TestHead::start(|config| config.http.open = vec![]).await;
+    assert_eq!(
+        head.get("/metrics").await.0,
+        200,
+        "without keys all is open"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,9 +1,11 @@
-//! Files in the state directory: written whole or not at all, secrets readable by their owner only.
+//! Files in the state directory: written whole or not at all, secrets readable by their owner only. And how many may be open.
 
 use std::fs::{DirBuilder, File, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// Creates `dir` and its parents; `dir` itself is for its owner only when it is new.
 pub fn create_private_dir(dir: &Path) -> io::Result<()> {
@@ -12,6 +14,15 @@ pub fn create_private_dir(dir: &Path) -> io::Result<()> {
         .mode(0o700)
         .create(dir)
         .map_err(|error| named(error, "create directory", dir))
+}
+
+/// Raises the number of files that this process may have open as far as it may, and returns it.
+pub fn raise_open_files() -> usize {
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
+        return USUAL_FILES;
+    };
+    let raised = soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok();
+    usize::try_from(if raised { hard } else { soft }).unwrap_or(usize::MAX)
 }
 
 /// Replaces `path` with a file that only its owner can read (mode 0600). After a crash the file is the old or the new
@@ -52,6 +63,9 @@ fn named(error: io::Error, action: &str, path: &Path) -> io::Error {
         format!("cannot {action} {}: {error}", path.display()),
     )
 }
+
+/// What systems allow that do not say it.
+const USUAL_FILES: usize = 1024;
 
 #[cfg(test)]
 mod tests {

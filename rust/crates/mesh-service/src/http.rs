@@ -2,6 +2,7 @@
 //!
 //! [`Connections`] bounds what clients can take: time, and connections. [`Guard`] bounds who they are.
 
+mod budget;
 mod guard;
 mod stream;
 mod table;
@@ -9,7 +10,7 @@ mod table;
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -19,9 +20,9 @@ use axum::body::{Body, HttpBody};
 use axum::extract::{ConnectInfo, Request};
 use axum::http::{HeaderValue, StatusCode, Version, header};
 use axum::response::{IntoResponse, Response};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use mesh_base::addresses::source;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::net::{TcpListener, TcpStream};
@@ -30,17 +31,19 @@ use tokio_util::task::TaskTracker;
 use tower::ServiceExt as _;
 
 use crate::config::units;
-use stream::{Answer, Incoming, Outgoing, Watched};
+use crate::files::raise_open_files;
+use budget::Budget;
+use stream::{Answer, Incoming, Outgoing, Streams, Watched};
 use table::{Admitted, Bounds, Id, Patience, Table};
 
 pub use guard::{Guard, NotAnOrigin, Origin};
-pub use stream::TooSlow;
+pub use stream::{NoRoom, TooSlow};
 
 /// Time limits for clients, and the number of connections that they may have.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Connections {
-    /// Connections at a time; 0 is as many as the system lets this process have, less what it needs itself.
+    /// Connections at a time; 0 is 2048, or as many as the system lets this process have, less what it needs itself.
     pub total: usize,
     /// Connections of one address, or of one IPv6 network of 64 bits; 0 is half of all. Loopback has all.
     pub per_source: usize,
@@ -56,6 +59,9 @@ pub struct Connections {
     /// Time for which a client may take nothing of an answer that is there.
     #[serde(with = "units::duration")]
     pub write_timeout: Duration,
+    /// Bytes of requests that are not complete, over all connections. One request may have more if no other has any.
+    #[serde(with = "units::bytes")]
+    pub unfinished: u64,
 }
 
 impl Default for Connections {
@@ -68,6 +74,7 @@ impl Default for Connections {
             idle_timeout: Duration::from_secs(120),
             body_timeout: Duration::from_secs(30),
             write_timeout: Duration::from_secs(60),
+            unfinished: 24 << 20,
         }
     }
 }
@@ -91,7 +98,7 @@ impl Connections {
             .saturating_sub(own + RESERVE)
             .clamp(1, MOST_CONNECTIONS);
         let total = if self.total == 0 {
-            most
+            most.min(USUAL_CONNECTIONS)
         } else {
             self.total.min(most)
         };
@@ -146,9 +153,9 @@ pub async fn serve_with(
     draining: CancellationToken,
     limit: Duration,
 ) -> io::Result<()> {
-    let bounds = connections.bounds(open_files());
+    let bounds = connections.bounds(raise_open_files());
     let server = Server {
-        shared: Shared::new(bounds),
+        shared: Shared::new(bounds, connections.unfinished),
         connections: Arc::new(connections),
         router,
         draining: draining.clone(),
@@ -179,13 +186,19 @@ struct Inner {
     table: Table,
     /// Ends a connection that has to go for another.
     ends: HashMap<Id, CancellationToken>,
+    /// Requests that are not complete.
+    unfinished: Budget<CancellationToken>,
+    /// Those of them of which not even the head is.
+    heads: HashMap<Id, u64>,
 }
 
 impl Shared {
-    fn new(bounds: Bounds) -> Self {
+    fn new(bounds: Bounds, unfinished: u64) -> Self {
         Self(Arc::new(Mutex::new(Inner {
             table: Table::new(bounds),
             ends: HashMap::new(),
+            unfinished: Budget::new(unfinished),
+            heads: HashMap::new(),
         })))
     }
 
@@ -221,6 +234,63 @@ impl Shared {
         let mut inner = self.inner();
         inner.table.closed(id);
         inner.ends.remove(&id);
+        inner.head_is_over(id);
+    }
+
+    /// Bytes came.
+    fn heard(&self, id: Id, bytes: u64) {
+        let mut inner = self.inner();
+        let inner = &mut *inner;
+        inner.table.heard(id, Instant::now());
+        let Some(source) = inner.table.head_from(id) else {
+            return;
+        };
+        let place = match inner.heads.get(&id) {
+            Some(&place) => place,
+            None => {
+                let Some(end) = inner.ends.get(&id) else {
+                    return;
+                };
+                let place = inner.unfinished.enter(source, end.clone());
+                inner.heads.insert(id, place);
+                place
+            }
+        };
+        for end in inner.unfinished.grow(place, bytes) {
+            end.cancel();
+        }
+    }
+
+    /// The head of a request is complete.
+    fn asked(&self, id: Id, body: bool, streams: bool) {
+        let mut inner = self.inner();
+        inner.table.asked(id, body, streams, Instant::now());
+        inner.head_is_over(id);
+    }
+
+    /// A body begins, which `given_up` ends.
+    fn unfinished(&self, source: IpAddr, given_up: CancellationToken) -> u64 {
+        self.inner().unfinished.enter(source, given_up)
+    }
+
+    /// More of it came.
+    fn grows(&self, place: u64, bytes: u64) {
+        for given_up in self.inner().unfinished.grow(place, bytes) {
+            given_up.cancel();
+        }
+    }
+
+    /// It is complete, or nobody wants it any more.
+    fn finished(&self, place: u64) {
+        self.inner().unfinished.leave(place);
+    }
+}
+
+impl Inner {
+    fn head_is_over(&mut self, id: Id) {
+        if let Some(place) = self.heads.remove(&id) {
+            self.unfinished.leave(place);
+        }
     }
 }
 
@@ -289,13 +359,14 @@ impl Server {
         }
         let limit = self.connections.write_timeout;
         let io = TokioIo::new(Watched::new(stream, self.shared.clone(), id, limit));
-        let mut builder = auto::Builder::new(TokioExecutor::new());
+        let mut builder = auto::Builder::new(Streams { limit });
         builder.http1().max_buf_size(MOST_BUFFER);
         builder
             .http2()
             .max_header_list_size(MOST_HEADERS)
             .timer(TokioTimer::new())
             .keep_alive_interval(self.connections.header_timeout)
+            .max_send_buf_size(MOST_BUFFER)
             .max_concurrent_streams(MOST_STREAMS);
         let this = self.clone();
         let service =
@@ -350,9 +421,7 @@ impl Server {
     ) -> Result<Response, Infallible> {
         let has_body = !request.body().is_end_stream();
         let streams = request.version() == Version::HTTP_2;
-        self.shared
-            .table()
-            .asked(id, has_body, streams, Instant::now());
+        self.shared.asked(id, has_body, streams);
         let answer = Answer {
             shared: self.shared.clone(),
             id,
@@ -366,7 +435,9 @@ impl Server {
             request.extensions_mut().insert(ConnectInfo(address));
             let limit = self.connections.body_timeout;
             let shared = self.shared.clone();
-            let request = request.map(|body| Body::new(Incoming::new(body, shared, id, limit)));
+            let source = source(address.ip());
+            let request =
+                request.map(|body| Body::new(Incoming::new(body, shared, id, source, limit)));
             self.router.oneshot(request).await?
         };
         Ok(response.map(|body| Body::new(Outgoing::new(body, answer))))
@@ -401,22 +472,14 @@ fn is_of_one_connection(error: &io::Error) -> bool {
     )
 }
 
-/// Files that this process may have open, after raising the number as far as it may.
-fn open_files() -> usize {
-    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
-        return USUAL_FILES;
-    };
-    let raised = soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok();
-    usize::try_from(if raised { hard } else { soft }).unwrap_or(usize::MAX)
-}
-
 /// Connections beyond the limit that may ask for health.
 const RESERVE: usize = 8;
 /// Files that are left to the rest of the process, at least and at most.
 const OWN_FILES: usize = 40;
 const MOST_OWN_FILES: usize = 512;
 const MOST_CONNECTIONS: usize = 16_384;
-const USUAL_FILES: usize = 1024;
+/// As many as one wants that do not say: each takes some 20 kB.
+const USUAL_CONNECTIONS: usize = 2048;
 /// Requests at once on one connection.
 const MOST_STREAMS: u32 = 100;
 /// Bytes of a connection's buffer, so of a head, and of the headers of one request among many.
@@ -685,6 +748,113 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_stuck_stream_ends_alone() {
+        let (address, _draining) = impatient(|connections| {
+            connections.write_timeout = Duration::from_secs(1);
+            connections.idle_timeout = Duration::from_secs(30);
+            connections.header_timeout = Duration::from_secs(30);
+        })
+        .await;
+        let mut client = without_window(address, "/health").await;
+        // Another request, of which the answer is still being made.
+        let mut head = vec![0x82, 0x86, 0x41, 1, b'x', 0x04, 5];
+        head.extend(b"/slow");
+        client
+            .write_all(&frame(1, 0x5, 3, &head))
+            .await
+            .expect("send");
+        let mut resets = Vec::new();
+        let limit = Duration::from_secs(20);
+        let reset = tokio::time::timeout(limit, next_of(&mut client, 3, &mut resets)).await;
+        assert_eq!(reset.expect("a reset in time").expect("open"), 1);
+        // The connection and its other streams go on.
+        let mut head = vec![0x82, 0x86, 0x41, 1, b'x', 0x04, 7];
+        head.extend(b"/health");
+        client
+            .write_all(&frame(1, 0x5, 5, &head))
+            .await
+            .expect("send");
+        client
+            .write_all(&frame(8, 0, 5, &1000u32.to_be_bytes()))
+            .await
+            .expect("send");
+        let data = tokio::time::timeout(limit, next_of(&mut client, 0, &mut resets)).await;
+        assert_eq!(data.expect("data in time").expect("open"), 5);
+        assert_eq!(resets, [1]);
+    }
+
+    /// Reads up to a frame of this kind: its stream. Collects the streams that were reset.
+    async fn next_of(client: &mut TcpStream, kind: u8, resets: &mut Vec<u32>) -> io::Result<u32> {
+        loop {
+            let mut head = [0; 9];
+            client.read_exact(&mut head).await?;
+            let len = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+            let mut payload = vec![0; len];
+            client.read_exact(&mut payload).await?;
+            let stream = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
+            if head[3] == 3 {
+                resets.push(stream);
+            }
+            if (head[3], head[4] & 1) == (4, 0) {
+                client.write_all(&frame(4, 1, 0, &[])).await?;
+            }
+            if head[3] == kind {
+                return Ok(stream);
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn unfinished_requests_make_room_for_finished_ones() {
+        let (address, _draining) = impatient(|connections| {
+            connections.unfinished = 1 << 20;
+            connections.header_timeout = Duration::from_secs(600);
+            connections.body_timeout = Duration::from_secs(600);
+        })
+        .await;
+        let mut half = Vec::new();
+        for _ in 0..40 {
+            let mut post =
+                "POST /body HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n".to_owned();
+            post.push_str(&"z".repeat(100_000));
+            half.push(send(address, &post).await);
+        }
+        let len = 500_000;
+        let mut post = format!(
+            "POST /body HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len}\r\n\r\n"
+        );
+        post.push_str(&"z".repeat(len));
+        let (got, _) = until_closed(&mut send(address, &post).await).await;
+        assert!(got.ends_with("500000"), "{got}");
+        let mut oldest = half.swap_remove(0);
+        let mut said = [0; 1000];
+        let len = tokio::time::timeout(Duration::from_secs(10), oldest.read(&mut said))
+            .await
+            .expect("an answer")
+            .expect("a byte");
+        let said = String::from_utf8_lossy(&said[..len]);
+        assert!(
+            said.contains("too many requests are on their way"),
+            "{said}"
+        );
+
+        // Heads count, too.
+        let mut heads = Vec::new();
+        for _ in 0..40 {
+            let head = format!(
+                "GET /health HTTP/1.1\r\nhost: x\r\nx: {}",
+                "y".repeat(50_000)
+            );
+            heads.push(send(address, &head).await);
+        }
+        let (got, _) = until_closed(&mut heads[0]).await;
+        assert!(got.is_empty(), "{got}");
+        let health = "GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+        let (got, _) = until_closed(&mut send(address, health).await).await;
+        assert!(got.ends_with("alive"), "{got}");
+    }
+
+    #[tokio::test]
     async fn a_head_has_a_bound_and_bodies_do_not_share_it() {
         let (address, _draining) = impatient(|_| {}).await;
         let mut head = "GET /health HTTP/1.1\r\nhost: x\r\nx: ".to_owned();
@@ -740,13 +910,18 @@ mod tests {
         let bounds = |files| Connections::default().bounds(files);
         assert_eq!((bounds(128).total, bounds(128).per_source), (80, 40));
         assert_eq!(bounds(1024).total, 760);
-        assert_eq!(bounds(1 << 20).total, 16_384);
+        assert_eq!(bounds(1 << 20).total, 2048);
         assert!(bounds(10).total >= 1);
         let few = Connections {
             total: 5,
             ..Connections::default()
         };
         assert_eq!(few.bounds(1024).total, 5);
+        let many = Connections {
+            total: 100_000,
+            ..Connections::default()
+        };
+        assert_eq!(many.bounds(1 << 20).total, 16_384);
     }
 
     #[tokio::test]

@@ -81,6 +81,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
         return Ok(());
     }
     telemetry::init("shim", &args.common, loaded.value.log_level.as_deref())?;
+    mesh_service::files::raise_open_files();
     serve(loaded.value, args).await
 }
 

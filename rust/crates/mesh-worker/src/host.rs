@@ -520,8 +520,11 @@ impl Hosted {
             name: name.clone(),
             source,
         };
-        let engine = Engine::start(&name, opened.stage, Arc::new(model.clone()), scheduler)
-            .map_err(start)?;
+        let stage = opened.stage;
+        #[cfg(test)]
+        let stage = crate::engine_death::stage_of(&name, stage);
+        let engine =
+            Engine::start(&name, stage, Arc::new(model.clone()), scheduler).map_err(start)?;
         let handle = engine.handle();
         warm_up(&handle, &name, model.tokenizer())?;
         let measured = handle.load();

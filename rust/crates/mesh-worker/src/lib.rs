@@ -11,6 +11,8 @@ mod answer;
 mod backoff;
 pub mod config;
 mod encoder;
+#[cfg(test)]
+mod engine_death;
 mod error;
 mod generate;
 mod head;

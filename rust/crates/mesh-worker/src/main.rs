@@ -98,6 +98,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         return Ok(());
     }
     telemetry::init("worker", &args.common, loaded.value.log_level.as_deref())?;
+    mesh_service::files::raise_open_files();
     let worked = runtime.block_on(async {
         let shutdown = Shutdown::on_signals(loaded.value.drain_limit)?;
         let templates = Templates::apart(std::env::current_exe()?);

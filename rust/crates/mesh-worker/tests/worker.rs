@@ -10,7 +10,8 @@ use mesh_net::quic::{Link, LinkConfig, Listener, MsgStream, timestamp_us};
 use mesh_net::seal::Opener;
 use mesh_net::trust::{Authority, Validity};
 use mesh_proto::{
-    Chat, ChatMessage, Done, Generate, GenerateParams, Hello, Load, Prompt, Tokens, Welcome,
+    Chat, ChatMessage, Done, Embed, EmbedInput, EmbedText, Embeddings, Generate, GenerateParams,
+    Hello, Load, Progress, Prompt, RequestPhase, Tokens, Welcome,
 };
 use mesh_service::ask;
 use mesh_testkit::paths;
@@ -322,6 +323,60 @@ async fn a_worker_joins_answers_resumes_cancels_comes_back_and_drains() {
     assert!(read(&mut running, 1).await.is_ok());
     timeout(PATIENCE, stopping).await.unwrap().unwrap().unwrap();
     assert!(ask::get(state.path(), "/health").await.is_err());
+}
+
+/// Sends an Embed of so many texts; returns how it is answered, with the signs of life before that.
+async fn embed(link: &Link, model: &str, texts: usize) -> (Vec<Progress>, Embeddings) {
+    let text = "The quick brown fox jumps over the lazy dog and goes on. ".repeat(12);
+    let input = EmbedInput {
+        text: Some(EmbedText::Text(text)),
+    };
+    let embed = Embed {
+        request_id: format!("{texts} texts"),
+        model: model.to_owned(),
+        inputs: vec![input; texts],
+        progress_ms: 100,
+        ..Embed::default()
+    };
+    let mut stream = link.open().await.unwrap();
+    let message = Message::new(MsgType::EMBED, 5, timestamp_us(), embed.encode_to_vec());
+    stream.send(message).await.unwrap();
+    let mut signs = Vec::new();
+    loop {
+        let message = timeout(PATIENCE, stream.recv()).await.unwrap();
+        let message = message.unwrap().expect("an answer");
+        match message.kind {
+            MsgType::PROGRESS => signs.push(Progress::decode(message.payload).unwrap()),
+            MsgType::EMBEDDINGS => return (signs, Embeddings::decode(message.payload).unwrap()),
+            kind => panic!("{kind}: {:?}", message.error_body()),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn texts_that_wait_for_others_show_life_until_they_are_embedded() {
+    let head = Head::start().await;
+    let state = tempfile::tempdir().unwrap();
+    let mut config = joining(state.path(), &head);
+    config.models = vec![paths::minilm().unwrap().display().to_string()];
+    let starting = worker(config);
+    let (worker, (link, _control, hello)) = tokio::join!(starting, head.accept());
+    let name = &hello.models[0].name;
+    let begun = std::time::Instant::now();
+    let (long, second) = tokio::join!(embed(&link, name, 40), async {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        embed(&link, name, 40).await
+    });
+    let took = begun.elapsed();
+    for (signs, embeddings) in [&long, &second] {
+        assert_eq!(embeddings.tokens.len(), 40);
+        // One per 100 ms; a machine with other work may send fewer.
+        let least = usize::try_from(took.as_millis() / 1000).unwrap().max(1);
+        assert!(signs.len() >= least, "{} in {took:?}", signs.len());
+        let queued = i32::from(RequestPhase::Queued);
+        assert!(signs.iter().any(|sign| sign.phase == queued), "{signs:?}");
+    }
+    worker.shutdown().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

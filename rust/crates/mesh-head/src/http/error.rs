@@ -55,6 +55,14 @@ impl ApiError {
         }
     }
 
+    /// No room at the moment, whoever asks.
+    pub fn overloaded(message: String) -> Self {
+        Self {
+            retry_after: Some(1),
+            ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", message)
+        }
+    }
+
     /// The body as JSON; also the data of an SSE error event.
     pub fn body(&self) -> String {
         #[derive(Serialize)]
@@ -122,10 +130,7 @@ impl From<&AnswerError> for ApiError {
         let message = error.to_string();
         match error {
             AnswerError::Refused(refusal) => match refusal {
-                Refusal::QueueFull { .. } => Self {
-                    retry_after: Some(1),
-                    ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", message)
-                },
+                Refusal::QueueFull { .. } => Self::overloaded(message),
                 Refusal::NoWorker { .. } | Refusal::NoRing { .. } => Self {
                     retry_after: Some(5),
                     ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "no_worker", message)

@@ -32,7 +32,7 @@ use axum::{Extension, Router};
 use mesh_net::trust::Authority;
 use mesh_proto::{ModelCard, ModelKind};
 use mesh_service::health;
-use mesh_service::http::{Guard, TooSlow};
+use mesh_service::http::{Guard, NoRoom, TooSlow};
 use mesh_service::metrics::Metrics;
 use tower::ServiceExt as _;
 
@@ -52,6 +52,7 @@ use embeddings::AskedEmbeddings;
 use hold::Hold;
 use ignored::Ignored;
 use keys::{Caller, Client, Denied, Turnstile};
+use ready::Told;
 
 /// What the handlers share.
 #[derive(Clone)]
@@ -83,9 +84,12 @@ pub fn router(
     authority: Arc<Authority>,
     metrics: Arc<Metrics>,
 ) -> Router {
-    let health = health::router(mesh.health.clone(), metrics).route_layer(
-        middleware::from_fn_with_state(mesh.clone(), ready::of_model),
-    );
+    let told = Told {
+        mesh: mesh.clone(),
+        keys: keys.clone(),
+    };
+    let health = health::router(mesh.health.clone(), metrics)
+        .route_layer(middleware::from_fn_with_state(told, ready::of_model));
     let body_limit = usize::try_from(mesh.config.http.body_limit).unwrap_or(usize::MAX);
     let turnstile = Arc::new(Turnstile::new(mesh.config.http.concurrent_requests));
     // A reload may bring keys or take them away.
@@ -313,6 +317,9 @@ fn unreadable(api: &Api, rejection: &BytesRejection) -> ApiError {
             "request_timeout",
             slow.to_string(),
         );
+    }
+    if let Some(full) = NoRoom::cause_of(rejection) {
+        return ApiError::overloaded(full.to_string());
     }
     ApiError::new(
         StatusCode::BAD_REQUEST,

@@ -1,4 +1,4 @@
-//! `/ready`: what the service's own answer does not know about models.
+//! `/ready`: what the service's own answer does not know about models. And who is told it, and `/metrics`.
 
 use std::sync::Arc;
 
@@ -10,6 +10,9 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::json;
 
+use super::error::ApiError;
+use super::keys::Keys;
+use crate::config::Open;
 use crate::mesh::Mesh;
 
 #[derive(Deserialize)]
@@ -17,19 +20,58 @@ pub(super) struct Asked {
     model: Option<String>,
 }
 
+/// What the endpoints of health need.
+#[derive(Clone)]
+pub(super) struct Told {
+    pub(super) mesh: Arc<Mesh>,
+    pub(super) keys: Keys,
+}
+
+impl Told {
+    fn may_know(&self, what: Open, request: &Request) -> Result<(), ApiError> {
+        if self.mesh.config.http.open.contains(&what) {
+            return Ok(());
+        }
+        self.keys
+            .caller(request.headers())
+            .map(drop)
+            .map_err(|_| {
+                ApiError::unauthorized(
+                    "this needs an API key here, as `Authorization: Bearer <key>`; the operator can open it to all (http.open)",
+                )
+            })
+    }
+}
+
 /// `GET /ready?model=NAME` answers for one model. Without a name the mesh is ready if any model answers, and rings that do not
-/// serve are named all the same.
+/// serve are named all the same. Whoever may not know more gets the status alone.
 pub(super) async fn of_model(
-    State(mesh): State<Arc<Mesh>>,
+    State(told): State<Told>,
     query: Result<Query<Asked>, axum::extract::rejection::QueryRejection>,
     request: Request,
     next: Next,
 ) -> Response {
+    if request.uri().path() == "/metrics"
+        && let Err(denied) = told.may_know(Open::Metrics, &request)
+    {
+        return denied.into_response();
+    }
     if request.uri().path() != "/ready" {
         return next.run(request).await;
     }
+    let mesh = &told.mesh;
     let model = query.ok().and_then(|Query(asked)| asked.model);
     let model = model.filter(|name| !name.is_empty());
+    if let Err(denied) = told.may_know(Open::Ready, &request) {
+        return match (model, mesh.ready(None)) {
+            (Some(_), _) => denied.into_response(),
+            (None, Ok(())) => Json(json!({ "status": "ready" })).into_response(),
+            (None, Err(_)) => {
+                let body = Json(json!({ "status": "unready" }));
+                (StatusCode::SERVICE_UNAVAILABLE, body).into_response()
+            }
+        };
+    }
     match mesh.ready(model.as_deref()) {
         Ok(()) => {
             let idle = mesh.with_rings(|rings, _| rings.not_serving());

@@ -16,8 +16,9 @@ use mesh_net::quic::{self, Connector, Link, LinkConfig, MsgStream};
 use mesh_net::seal::Sealer;
 use mesh_net::trust::{JoinToken, NodeIdentity, Role};
 use mesh_proto::{
-    Done, FinishReason, Generate, Hello, Load, ModelCard, ModelSpeed, PROTOCOL_VERSION, Progress,
-    Prompt, REQUEST_REVISION, RequestPhase, TokenLogprob, Tokens, Welcome,
+    Done, Embed, Embeddings, FinishReason, Generate, Hello, Load, ModelCard, ModelKind, ModelSpeed,
+    PROTOCOL_VERSION, Progress, Prompt, REQUEST_REVISION, RequestPhase, TokenLogprob, Tokens,
+    Welcome,
 };
 use prost::Message as _;
 use serde_json::{Value, json};
@@ -26,6 +27,7 @@ use tokio::net::UdpSocket;
 use tokio::task::AbortHandle;
 
 pub(crate) const MODEL: &str = "tiny";
+pub(crate) const VECTORS: &str = "tiny-vectors";
 pub(crate) const FINGERPRINT: &str =
     "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
@@ -170,6 +172,8 @@ pub(crate) struct Script {
     pub(crate) prefill: Duration,
     /// Of its requests' fields.
     pub(crate) revision: u32,
+    /// It embeds as well, after as much time as a prompt takes, in which it says that the texts wait.
+    pub(crate) embeds: bool,
 }
 
 /// How a worker's answers end.
@@ -195,6 +199,7 @@ impl Default for Script {
             old: false,
             prefill: Duration::ZERO,
             revision: REQUEST_REVISION,
+            embeds: false,
         }
     }
 }
@@ -260,10 +265,19 @@ impl Worker {
             prefill_tps: 1000.0,
             ..Default::default()
         };
+        let mut models = vec![card];
+        if script.embeds {
+            models.push(ModelCard {
+                name: VECTORS.into(),
+                kind: ModelKind::Embed.into(),
+                dimensions: 4,
+                ..models[0].clone()
+            });
+        }
         let hello = Hello {
             node_name: name.into(),
             version: "test".into(),
-            models: vec![card],
+            models,
             protocol: PROTOCOL_VERSION,
             reserved_for: Vec::new(),
             request_revision: script.revision,
@@ -374,6 +388,9 @@ pub(crate) async fn answer(link: Link, mut stream: MsgStream, script: Script, se
     let Ok(Some(message)) = stream.recv().await else {
         return;
     };
+    if message.kind == MsgType::EMBED {
+        return embed(stream, message, &script, &seen).await;
+    }
     let generate = Generate::decode(message.payload).unwrap();
     let is_probe = generate.request_id.starts_with("probe-");
     if !is_probe {
@@ -498,6 +515,33 @@ pub(crate) async fn answer(link: Link, mut stream: MsgStream, script: Script, se
                 seen.cancelled.fetch_add(1, Ordering::SeqCst);
             }
         }
+    }
+}
+
+async fn embed(stream: MsgStream, message: Message, script: &Script, seen: &Seen) {
+    let embed = Embed::decode(message.payload).unwrap();
+    let (mut send, _recv) = stream.split();
+    if !embed.request_id.starts_with("probe-") {
+        seen.requests.fetch_add(1, Ordering::SeqCst);
+        let signs = (!script.old && embed.progress_ms > 0)
+            .then(|| Duration::from_millis(u64::from(embed.progress_ms)));
+        let waits = tokio::time::sleep(script.prefill);
+        meanwhile(&mut send, signs, RequestPhase::Queued, waits).await;
+    }
+    let texts = embed.inputs.len();
+    let one: Vec<u8> = [1.0f32, 0.0, 0.0, 0.0]
+        .iter()
+        .flat_map(|x| x.to_le_bytes())
+        .collect();
+    let embeddings = Embeddings {
+        dimensions: 4,
+        vectors: one.repeat(texts).into(),
+        tokens: vec![3; texts],
+        ..Default::default()
+    };
+    let message = Message::new(MsgType::EMBEDDINGS, 0, 0, embeddings.encode_to_vec());
+    if send.send(message).await.is_ok() {
+        finish(send).await;
     }
 }
 

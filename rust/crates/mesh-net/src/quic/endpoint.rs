@@ -42,6 +42,18 @@ impl Carrier {
         Ok(Self { endpoint, links })
     }
 
+    /// Number of links that this node has here.
+    pub(super) fn links_of(&self, node_id: &str) -> usize {
+        let links = self
+            .links
+            .all
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let open = links.iter().filter_map(WeakLink::upgrade);
+        open.filter(|link| link.node_id() == node_id && link.close_reason().is_none())
+            .count()
+    }
+
     /// Has the link end soon after its peer's port is closed.
     pub(super) fn watch(&self, link: &Link) {
         let mut links = self

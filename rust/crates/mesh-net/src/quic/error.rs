@@ -108,6 +108,10 @@ impl ConnectError {
                 | Self::Socket { .. }
                 | Self::Address { .. }
                 | Self::Nowhere { .. }
+                | Self::Refused {
+                    code: ErrorCode::RATE_LIMITED,
+                    ..
+                }
         )
     }
 
@@ -208,7 +212,12 @@ impl JoinError {
         match self {
             Self::Connect(error) => error.is_transient(),
             Self::Broken(_) => true,
-            Self::Refused { code, .. } => [ErrorCode::INTERNAL, ErrorCode::DRAINING].contains(code),
+            Self::Refused { code, .. } => [
+                ErrorCode::INTERNAL,
+                ErrorCode::DRAINING,
+                ErrorCode::RATE_LIMITED,
+            ]
+            .contains(code),
             _ => false,
         }
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use dcf::{Message, MsgType};
+use dcf::{ErrorCode, Message, MsgType};
 use mesh_base::addresses::race;
 use mesh_base::listen;
 use mesh_proto::{JoinRequest, JoinResponse, RenewRequest};
@@ -17,7 +17,6 @@ use rustls::pki_types::CertificateDer;
 use super::connector::{dial, peer_member, within};
 use super::endpoint::Carrier;
 use super::error::{ConnectError, JoinError, StreamFailure};
-use super::link::peer_certificate;
 use super::stream::MsgStream;
 use super::tls::PinVerifier;
 use super::{JOIN_PROTOCOL, LinkConfig, timestamp_us, tls};
@@ -213,37 +212,49 @@ async fn exchange(
     }
 }
 
-/// The head's side of the exchange. The error is for the log.
-pub(super) async fn serve(
-    connection: Connection,
-    admission: Arc<dyn Admission>,
-) -> Result<(), String> {
-    let answered = tokio::time::timeout(ANSWER_TIMEOUT, answer(&connection, admission)).await;
-    let result = match answered {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(reason)) => Err(reason),
-        Err(_) => Err("no request in time".to_owned()),
+/// The head's side of the exchange, first half. The whole request has its time, however many pieces it comes in. The
+/// error is for the log.
+pub(super) async fn request(connection: &Connection) -> Result<(MsgStream, Message), String> {
+    let received = async {
+        let halves = connection
+            .accept_bi()
+            .await
+            .map_err(|error| error.to_string())?;
+        let mut stream = MsgStream::new(halves, MAX_EXCHANGE);
+        let received = stream.recv().await.map_err(|error| error.to_string())?;
+        Ok((stream, received.ok_or("no request")?))
     };
+    match tokio::time::timeout(REQUEST_TIMEOUT, received).await {
+        Ok(received) => received,
+        Err(_) => {
+            let text = "no request in time";
+            connection.close(u32::from(ErrorCode::TIMEOUT.0).into(), text.as_bytes());
+            Err(text.to_owned())
+        }
+    }
+}
+
+/// The head's side of the exchange, second half. The error is for the log.
+pub(super) async fn answer(
+    connection: &Connection,
+    (stream, request): (MsgStream, Message),
+    admission: Arc<dyn Admission>,
+    member: Option<Member>,
+) -> Result<(), String> {
+    let result = decide_and_send(stream, request, admission, member).await;
     // The answer must arrive before the connection goes: the other side closes.
-    let _ = tokio::time::timeout(ANSWER_TIMEOUT, connection.closed()).await;
+    let _ = tokio::time::timeout(GOODBYE_TIMEOUT, connection.closed()).await;
     connection.close(0u32.into(), b"");
     result
 }
 
-async fn answer(connection: &Connection, admission: Arc<dyn Admission>) -> Result<(), String> {
-    let halves = connection
-        .accept_bi()
-        .await
-        .map_err(|error| error.to_string())?;
-    let mut stream = MsgStream::new(halves, MAX_EXCHANGE);
-    let request = stream
-        .recv()
-        .await
-        .map_err(|error| error.to_string())?
-        .ok_or("no request")?;
+async fn decide_and_send(
+    mut stream: MsgStream,
+    request: Message,
+    admission: Arc<dyn Admission>,
+    member: Option<Member>,
+) -> Result<(), String> {
     let sequence = request.sequence;
-    let member =
-        peer_certificate(connection).map(|certificate| Member::from_certificate(&certificate));
     let mesh = admission.mesh();
     let decided = tokio::task::spawn_blocking(move || decide(&*admission, request, member));
     let decided = decided
@@ -269,9 +280,9 @@ async fn answer(connection: &Connection, admission: Arc<dyn Admission>) -> Resul
             )
         }
     };
-    stream
-        .send(answer)
-        .await
+    // A peer that takes nothing is not waited for.
+    let sent = tokio::time::timeout(GOODBYE_TIMEOUT, stream.send(answer)).await;
+    sent.map_err(|_| "the answer was not taken".to_owned())?
         .map_err(|error| error.to_string())?;
     stream.finish().map_err(|error| error.to_string())?;
     result
@@ -281,7 +292,7 @@ async fn answer(connection: &Connection, admission: Arc<dyn Admission>) -> Resul
 fn decide(
     admission: &dyn Admission,
     request: Message,
-    member: Option<Result<Member, TrustError>>,
+    member: Option<Member>,
 ) -> Result<Vec<CertificateDer<'static>>, Refusal> {
     let now = SystemTime::now();
     let unreadable =
@@ -310,7 +321,7 @@ fn decide(
                     "a renewal needs the certificate that is to be renewed".to_owned(),
                 )
             })?;
-            admission.renew(&member?, &body.csr, now)
+            admission.renew(&member, &body.csr, now)
         }
         kind => Err(Refusal::Invalid(format!("{kind} is no request to join"))),
     }
@@ -319,8 +330,14 @@ fn decide(
 /// Requests and answers are a few hundred bytes; certificates of later algorithms take a few thousand.
 const MAX_EXCHANGE: usize = 64 << 10;
 
-/// How long each side waits for the other's next step.
+/// How long a node waits for the head's answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a node may take for its request once the connection is made. It has the request at hand.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How long a node may take to read the answer and to close.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// How often the date is looked at.
 const RENEWAL_CHECK: Duration = Duration::from_secs(60);

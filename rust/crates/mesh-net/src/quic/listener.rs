@@ -1,20 +1,22 @@
 //! The side that accepts.
 
 use std::io;
-use std::net::SocketAddr;
-use std::sync::Arc;
-use std::time::Duration;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, PoisonError};
 #[cfg(test)]
 use std::time::SystemTime;
+use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, Message, MsgType};
-use mesh_base::clock;
+use mesh_base::places::GivenUp;
+use mesh_base::{addresses, clock};
 use quinn::{Connection, Incoming, ServerConfig, VarInt};
-use tokio::sync::{Mutex, Semaphore, mpsc};
+use tokio::sync::{Mutex, mpsc};
 
 use super::endpoint::Carrier;
 use super::error::{ConnectError, StreamFailure};
 use super::link::{Link, canonical, handshake_data, peer_certificate};
+use super::rooms::Rooms;
 use super::stream::SendHalf;
 use super::{JOIN_PROTOCOL, LINK_PROTOCOL, LinkConfig, join, timestamp_us, tls};
 use crate::trust::{Admission, CERTIFICATE_DATES, Member, MeshClock, NodeIdentity, TrustError};
@@ -38,7 +40,11 @@ impl Listener {
         config: LinkConfig,
     ) -> Result<Self, ConnectError> {
         let mut server = ServerConfig::with_crypto(Arc::new(tls::server(&identity)?));
-        server.transport_config(config.transport());
+        server
+            .transport_config(config.transport_for_strangers())
+            .max_incoming(MAX_INCOMING)
+            .incoming_buffer_size(INCOMING_BUFFER)
+            .incoming_buffer_size_total(INCOMING_BUFFERS);
         let carrier = Carrier::bind(address, Some(server))
             .map_err(|source| ConnectError::Socket { address, source })?;
         let (sender, links) = mpsc::channel(BACKLOG);
@@ -49,6 +55,8 @@ impl Listener {
             links: sender,
             clock: identity.clock().clone(),
             own: identity.clone(),
+            rooms: Rooms::new(),
+            news: Arc::default(),
         };
         tokio::spawn(gate.clone().run());
         if let Some(admission) = gate.admission {
@@ -95,11 +103,12 @@ struct Gate {
     links: mpsc::Sender<Link>,
     clock: MeshClock,
     own: NodeIdentity,
+    rooms: Rooms,
+    news: Arc<News>,
 }
 
 impl Gate {
     async fn run(self) {
-        let permits = Arc::new(Semaphore::new(MAX_HANDSHAKES));
         loop {
             let incoming = tokio::select! {
                 incoming = self.carrier.endpoint.accept() => incoming,
@@ -113,35 +122,81 @@ impl Gate {
                 }
                 continue;
             }
-            let Ok(permit) = permits.clone().try_acquire_owned() else {
-                incoming.refuse();
+            let source = addresses::source(incoming.remote_address().ip());
+            if !self.rooms.may_begin(source, Instant::now()) {
+                incoming.ignore();
                 continue;
-            };
+            }
             let gate = self.clone();
             tokio::spawn(async move {
                 let address = canonical(incoming.remote_address());
-                if let Err(reason) = gate.enter(incoming).await {
-                    tracing::info!(%address, reason, "connection not admitted");
+                if let Err(reason) = gate.enter(incoming, source).await {
+                    if gate.news.is_due(Instant::now()) {
+                        tracing::info!(%address, reason, "connection not admitted");
+                    } else {
+                        tracing::debug!(%address, reason, "connection not admitted");
+                    }
                 }
-                drop(permit);
             });
         }
     }
 
     /// The error is for our log; the peer has been told already.
-    async fn enter(&self, incoming: Incoming) -> Result<(), String> {
+    async fn enter(&self, incoming: Incoming, source: IpAddr) -> Result<(), String> {
+        let limit = self.config.handshake_timeout;
         let handshake = async { incoming.accept()?.await };
-        let connection = tokio::time::timeout(self.config.handshake_timeout, handshake)
+        let connection = self
+            .rooms
+            .for_handshake(source)
+            .hold(source, tokio::time::timeout(limit, handshake))
             .await
+            .map_err(|GivenUp| "its handshake took longer than those of others".to_owned())?
             .map_err(|_| "handshake took too long".to_owned())?
             .map_err(|error| self.handshake_failed(&error))?;
         let protocol = handshake_data(&connection)
             .and_then(|data| data.protocol)
             .unwrap_or_default();
-        match (protocol.as_slice(), &self.admission) {
-            (LINK_PROTOCOL, _) => self.admit(connection).await,
-            (JOIN_PROTOCOL, Some(admission)) => join::serve(connection, admission.clone()).await,
-            (JOIN_PROTOCOL, None) => Err(refuse(
+        let member = peer_certificate(&connection)
+            .map(|certificate| Member::from_certificate(&certificate))
+            .transpose()
+            .map_err(|error| refuse(&connection, &error.to_string()))?;
+        match (protocol.as_slice(), &self.admission, member) {
+            (LINK_PROTOCOL, _, Some(member)) => {
+                let node = member.node_id.clone();
+                let admitted = tokio::time::timeout(limit, self.admit(&connection, member));
+                let held = self.rooms.entering.hold(node, admitted).await;
+                let link = held
+                    .map_err(|GivenUp| crowded(&connection))?
+                    .map_err(|_| refuse(&connection, "admission took too long"))??;
+                self.rooms.came_in(source, Instant::now());
+                self.links
+                    .send(link)
+                    .await
+                    .map_err(|_| refuse(&connection, "shutting down"))
+            }
+            (LINK_PROTOCOL, _, None) => Err(refuse(
+                &connection,
+                "a node needs a certificate of this mesh; join with a token first",
+            )),
+            (JOIN_PROTOCOL, Some(admission), None) => {
+                let request = join::request(&connection);
+                let held = self.rooms.joining.hold(source, request).await;
+                let request = held.map_err(|GivenUp| crowded(&connection))??;
+                // What it asks for happens once: those that have asked are not in the way of those that have not.
+                let answer = join::answer(&connection, request, admission.clone(), None);
+                let held = self.rooms.answering.hold(source, answer).await;
+                held.map_err(|GivenUp| crowded(&connection))?
+            }
+            (JOIN_PROTOCOL, Some(admission), Some(member)) => {
+                let (node, admission) = (member.node_id.clone(), admission.clone());
+                let exchange = async {
+                    let request = join::request(&connection).await?;
+                    join::answer(&connection, request, admission, Some(member)).await
+                };
+                let held = self.rooms.renewing.hold(node, exchange).await;
+                held.map_err(|GivenUp| crowded(&connection))?
+            }
+            (JOIN_PROTOCOL, None, _) => Err(refuse(
                 &connection,
                 "this node admits nobody; join at the head",
             )),
@@ -161,16 +216,9 @@ impl Gate {
         error.to_string()
     }
 
-    async fn admit(&self, connection: Connection) -> Result<(), String> {
+    /// A link, if the node may have one. The peer has been told then.
+    async fn admit(&self, connection: &Connection, member: Member) -> Result<Link, String> {
         let now = self.clock.now();
-        let Some(certificate) = peer_certificate(&connection) else {
-            return Err(refuse(
-                &connection,
-                "a node needs a certificate of this mesh; join with a token first",
-            ));
-        };
-        let member = Member::from_certificate(&certificate)
-            .map_err(|error| refuse(&connection, &error.to_string()))?;
         if !member.is_valid_at(now) {
             let text = format!(
                 "the certificate of `{}` is {}, and the clock here says {}: it has to be renewed at the head; if that date is wrong, set the clock of this machine",
@@ -186,21 +234,23 @@ impl Gate {
             let verdict = tokio::task::spawn_blocking(move || admission.connect(&asked, now)).await;
             match verdict {
                 Ok(Ok(())) => {}
-                Ok(Err(refusal)) => return Err(refuse(&connection, &refusal.to_string())),
+                Ok(Err(refusal)) => return Err(refuse(connection, &refusal.to_string())),
                 Err(error) => {
-                    return Err(refuse(&connection, &format!("admission failed: {error}")));
+                    return Err(refuse(connection, &format!("admission failed: {error}")));
                 }
             }
         }
         let link = Link::new(connection.clone(), member, self.config.max_message);
-        self.welcome(&connection)
+        if self.carrier.links_of(link.node_id()) >= MAX_LINKS {
+            let text = format!("{MAX_LINKS} links of this node are open here; close some first");
+            return Err(busy(connection, &text));
+        }
+        self.config.open_windows(connection);
+        self.welcome(connection)
             .await
             .map_err(|error| error.to_string())?;
         self.carrier.watch(&link);
-        self.links
-            .send(link)
-            .await
-            .map_err(|_| refuse(&connection, "shutting down"))
+        Ok(link)
     }
 
     async fn welcome(&self, connection: &Connection) -> Result<(), StreamFailure> {
@@ -215,6 +265,39 @@ impl Gate {
 fn refuse(connection: &Connection, text: &str) -> String {
     connection.close(u32::from(ErrorCode::UNAUTHORIZED.0).into(), text.as_bytes());
     text.to_owned()
+}
+
+/// Keeps a flood of strangers from filling the log.
+#[derive(Default)]
+struct News(std::sync::Mutex<Option<(Instant, u32)>>);
+
+impl News {
+    /// True for the first [`NEWS`] of each second.
+    fn is_due(&self, now: Instant) -> bool {
+        let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *told {
+            Some((since, count)) if now.duration_since(*since) < Duration::from_secs(1) => {
+                *count += 1;
+                *count <= NEWS
+            }
+            told => {
+                *told = Some((now, 1));
+                true
+            }
+        }
+    }
+}
+
+fn busy(connection: &Connection, text: &str) -> String {
+    connection.close(u32::from(ErrorCode::RATE_LIMITED.0).into(), text.as_bytes());
+    text.to_owned()
+}
+
+fn crowded(connection: &Connection) -> String {
+    busy(
+        connection,
+        "others need the room: too many connections wait here; try again",
+    )
 }
 
 /// Keeps the certificate of the listening node itself fresh; it has the admission at hand.
@@ -255,8 +338,17 @@ async fn renew_own(
 /// Admitted links that wait for [`Listener::accept`].
 const BACKLOG: usize = 64;
 
-/// Connections in handshake or admission at once.
-const MAX_HANDSHAKES: usize = 256;
+/// Links of one node at once. A worker has one to its head and a few to each of its neighbours; those of an earlier process end within
+/// [`LinkConfig::idle_timeout`].
+const MAX_LINKS: usize = 64;
+
+/// Lines of log about connections that were not admitted, in each second.
+const NEWS: u32 = 5;
+
+/// Connections whose first packet waits to be looked at, and bytes that may come for one and for all of them meanwhile.
+const MAX_INCOMING: usize = 1024;
+const INCOMING_BUFFER: u64 = 16 << 10;
+const INCOMING_BUFFERS: u64 = 2 << 20;
 
 /// A clock that was set is noticed after this time.
 const OWN_RENEWAL_CHECK: Duration = Duration::from_secs(10);

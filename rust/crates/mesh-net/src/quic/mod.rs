@@ -13,6 +13,9 @@
 //! TLS is 1.3 only, with X25519MLKEM768 preferred; X25519 alone is there for peers without ML-KEM. New connections
 //! from unverified addresses are answered with a Retry packet, which is smaller than what they sent.
 //!
+//! Connections that are not links yet have little time, a small window, one stream and a bounded [room](rooms) for each kind. Peers that
+//! take their time lose their place to those that do not.
+//!
 //! A peer that vanishes is noticed in three ways: a process that ends closes its links; one that was killed leaves a
 //! closed port, whose ICMP answers end the link once the peer is asked for a sign of life and stays silent; a machine that is gone is silent for
 //! [`LinkConfig::idle_timeout`].
@@ -24,6 +27,7 @@ mod join;
 mod link;
 mod listener;
 pub mod probe;
+mod rooms;
 mod stream;
 pub(crate) mod tls;
 
@@ -39,7 +43,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use quinn::congestion::CubicConfig;
-use quinn::{AckFrequencyConfig, IdleTimeout, TransportConfig, VarInt};
+use quinn::{AckFrequencyConfig, Connection, IdleTimeout, TransportConfig, VarInt};
 
 /// Limits and times of links.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,6 +80,24 @@ impl Default for LinkConfig {
 }
 
 impl LinkConfig {
+    /// For connections of which nothing is known yet: one stream, and little that can be sent ahead.
+    fn transport_for_strangers(&self) -> Arc<TransportConfig> {
+        let mut transport = self.transport();
+        if let Some(transport) = Arc::get_mut(&mut transport) {
+            transport
+                .max_concurrent_bidi_streams(1u32.into())
+                .max_concurrent_uni_streams(0u32.into())
+                .receive_window(self.link_window.min(STRANGERS_WINDOW).into());
+        }
+        transport
+    }
+
+    /// What a link may have, once the peer is a member that was admitted.
+    fn open_windows(&self, connection: &Connection) {
+        connection.set_max_concurrent_bi_streams(self.max_streams.into());
+        connection.set_receive_window(self.link_window.into());
+    }
+
     fn transport(&self) -> Arc<TransportConfig> {
         let mut acks = AckFrequencyConfig::default();
         acks.ack_eliciting_threshold(ACK_PACKETS.into())
@@ -113,6 +135,9 @@ const JOIN_PROTOCOL: &[u8] = b"hydramesh-join/1";
 
 /// The accepting side opens exactly one unidirectional stream, for its word of admission.
 const ADMISSION_STREAMS: u32 = 1;
+
+/// Bytes that a peer may send ahead before it is admitted: one exchange of a join.
+const STRANGERS_WINDOW: u32 = 96 << 10;
 
 /// Packets after which they are acknowledged at once. A row of a small model is two packets, and an acknowledgement for each would be
 /// sent before the row is looked at.

@@ -3,3 +3,4 @@
 mod common;
 mod joining;
 mod links;
+mod strangers;

@@ -1,16 +1,22 @@
 //! Connections, bodies and answers that a [`Table`](super::table::Table) is told about, and that end when the other side does nothing.
+//!
+//! On HTTP/1 that is the end of the connection, on HTTP/2 that of a stream.
 
 use std::error::Error;
 use std::fmt;
 use std::io;
+use std::net::IpAddr;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes, HttpBody};
 use http_body::Frame;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::watch;
 use tokio::time::Sleep;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use super::Shared;
 use super::table::Id;
@@ -62,8 +68,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let result = ready!(Pin::new(&mut self.stream).poll_read(cx, buffer));
-        if buffer.filled().len() > before {
-            self.shared.table().heard(self.id, Instant::now());
+        let len = buffer.filled().len() - before;
+        if len > 0 {
+            self.shared.heard(self.id, len as u64);
         }
         Poll::Ready(result)
     }
@@ -123,15 +130,40 @@ impl Error for TooSlow {}
 impl TooSlow {
     /// This failure among the causes of another.
     pub fn cause_of<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
-        let mut cause = Some(error);
-        while let Some(error) = cause {
-            if let Some(slow) = error.downcast_ref() {
-                return Some(slow);
-            }
-            cause = error.source();
-        }
-        None
+        cause_of(error)
     }
+}
+
+/// A body that was given up because unfinished requests held too much memory.
+#[derive(Debug)]
+pub struct NoRoom;
+
+impl fmt::Display for NoRoom {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(
+            "too many requests are on their way to this service at once; try again later (http.connections.unfinished)",
+        )
+    }
+}
+
+impl Error for NoRoom {}
+
+impl NoRoom {
+    /// This failure among the causes of another.
+    pub fn cause_of<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
+        cause_of(error)
+    }
+}
+
+fn cause_of<'a, E: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a E> {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(found) = error.downcast_ref() {
+            return Some(found);
+        }
+        cause = error.source();
+    }
+    None
 }
 
 /// The body of a request, for which is not waited longer than it deserves.
@@ -144,11 +176,21 @@ pub(super) struct Incoming {
     received: u64,
     timer: Pin<Box<Sleep>>,
     over: bool,
+    source: IpAddr,
+    /// Its place among the unfinished requests, once anything has come.
+    place: Option<Place>,
+}
+
+struct Place {
+    id: u64,
+    given_up: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
 impl Incoming {
-    pub(super) fn new(body: Body, shared: Shared, id: Id, limit: Duration) -> Self {
+    pub(super) fn new(body: Body, shared: Shared, id: Id, source: IpAddr, limit: Duration) -> Self {
         Self {
+            source,
+            place: None,
             over: body.is_end_stream(),
             body,
             shared,
@@ -158,6 +200,18 @@ impl Incoming {
             received: 0,
             timer: Box::pin(tokio::time::sleep(limit)),
         }
+    }
+
+    /// Accounts for bytes that have come.
+    fn grow(&mut self, bytes: u64) {
+        let place = self.place.get_or_insert_with(|| {
+            let given_up = CancellationToken::new();
+            Place {
+                id: self.shared.unfinished(self.source, given_up.clone()),
+                given_up: Box::pin(given_up.cancelled_owned()),
+            }
+        });
+        self.shared.grows(place.id, bytes);
     }
 
     fn end(&mut self) {
@@ -175,6 +229,12 @@ impl HttpBody for Incoming {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        if let Some(place) = &mut self.place
+            && place.given_up.as_mut().poll(cx).is_ready()
+        {
+            self.end();
+            return Poll::Ready(Some(Err(axum::Error::new(NoRoom))));
+        }
         let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else {
             ready!(self.timer.as_mut().poll(cx));
             self.end();
@@ -185,6 +245,9 @@ impl HttpBody for Incoming {
             Some(Ok(frame)) => {
                 let len = frame.data_ref().map_or(0, Bytes::len);
                 self.received += len as u64;
+                if len > 0 {
+                    self.grow(len as u64);
+                }
                 // Silence has a limit, and what comes drop by drop has one, too.
                 let earned = Duration::from_secs(self.received / LEAST_RATE);
                 let silence = tokio::time::Instant::now() + self.limit;
@@ -211,20 +274,76 @@ impl HttpBody for Incoming {
 impl Drop for Incoming {
     fn drop(&mut self) {
         self.end();
+        if let Some(place) = &self.place {
+            self.shared.finished(place.id);
+        }
     }
 }
 
 /// An answer on its way, in pieces of at most [`PIECE`] bytes.
 ///
 /// The server asks for a piece when it has room for it. Where a client's window has none, nothing is asked for, and no write waits
-/// that could time out: so the table knows since when a piece waits.
+/// that could time out: so the table knows since when a piece waits, or the stream does.
 pub(super) struct Outgoing {
     body: Body,
     /// The rest of the body's last frame.
     rest: Bytes,
     /// Time at which the last piece was handed over, if no other has been asked for since.
     offered: Option<Instant>,
+    /// Present on HTTP/2, where only the stream ends.
+    stream: Option<Arc<Offer>>,
     answer: Answer,
+}
+
+/// Runs the streams of an HTTP/2 connection, and gives one up of whose answer the client takes nothing.
+#[derive(Clone)]
+pub(super) struct Streams {
+    /// Time limit for that.
+    pub(super) limit: Duration,
+}
+
+impl<F> hyper::rt::Executor<F> for Streams
+where
+    F: Future + Send + 'static,
+    F::Output: Send,
+{
+    fn execute(&self, stream: F) {
+        let limit = self.limit;
+        let offer = Arc::new(Offer(watch::Sender::new(None)));
+        tokio::spawn(OFFER.scope(offer.clone(), async move {
+            tokio::select! {
+                _ = stream => {}
+                () = offer.is_ignored_for(limit) => {
+                    tracing::debug!("a stream was given up: nothing of its answer was taken in time");
+                }
+            }
+        }));
+    }
+}
+
+/// The time since which a piece of a stream's answer waits to be taken.
+struct Offer(watch::Sender<Option<Instant>>);
+
+impl Offer {
+    async fn is_ignored_for(&self, limit: Duration) {
+        let mut offers = self.0.subscribe();
+        loop {
+            let Ok(offered) = offers.wait_for(Option::is_some).await.map(|offer| *offer) else {
+                return std::future::pending().await;
+            };
+            if let Some(offered) = offered {
+                tokio::time::sleep_until((offered + limit).into()).await;
+            }
+            if *self.0.borrow() == offered {
+                return;
+            }
+        }
+    }
+}
+
+tokio::task_local! {
+    /// That of the stream whose task this is.
+    static OFFER: Arc<Offer>;
 }
 
 /// An answer counts as under way until this is dropped.
@@ -239,13 +358,27 @@ impl Outgoing {
             body,
             rest: Bytes::new(),
             offered: None,
+            stream: OFFER.try_with(Arc::clone).ok(),
             answer,
         }
     }
 
     fn taken(&mut self) {
-        if let Some(offered) = self.offered.take() {
-            self.answer.shared.table().taken(self.answer.id, offered);
+        let Some(offered) = self.offered.take() else {
+            return;
+        };
+        match &self.stream {
+            Some(stream) => drop(stream.0.send_replace(None)),
+            None => self.answer.shared.table().taken(self.answer.id, offered),
+        }
+    }
+
+    fn offer(&mut self) {
+        let now = Instant::now();
+        self.offered = Some(now);
+        match &self.stream {
+            Some(stream) => drop(stream.0.send_replace(Some(now))),
+            None => self.answer.shared.table().offered(self.answer.id, now),
         }
     }
 
@@ -278,9 +411,7 @@ impl HttpBody for Outgoing {
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         self.taken();
         let piece = ready!(self.poll_piece(cx));
-        let now = Instant::now();
-        self.offered = Some(now);
-        self.answer.shared.table().offered(self.answer.id, now);
+        self.offer();
         Poll::Ready(piece)
     }
 

@@ -5,8 +5,10 @@
 //! source that has the most of them. So neither silence nor a flood from one place keeps others out.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
+
+use mesh_base::addresses::source;
 
 /// Names a connection; never reused.
 pub(super) type Id = u64;
@@ -164,6 +166,12 @@ impl Table {
         }
     }
 
+    /// The source of a connection of which the head of a request is awaited, and nothing else.
+    pub(super) fn head_from(&self, id: Id) -> Option<IpAddr> {
+        let entry = self.entries.get(&id)?;
+        (entry.answering == 0 && entry.wait == Wait::Head).then_some(entry.source)
+    }
+
     /// The head of a request is complete. Its body is not, if `body` says so.
     pub(super) fn asked(&mut self, id: Id, body: bool, streams: bool, now: Instant) {
         if let Some(entry) = self.entries.get_mut(&id) {
@@ -266,16 +274,6 @@ impl Entry {
     /// True if it has sent all that is answered on it.
     fn is_evictable(&self) -> bool {
         !self.restricted && self.answering == self.reading
-    }
-}
-
-/// The source that an address stands for: an IPv6 host has a whole /64.
-fn source(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(address) if !address.is_loopback() => {
-            IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() >> 64 << 64))
-        }
-        address => address,
     }
 }
 

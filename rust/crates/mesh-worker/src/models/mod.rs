@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dcf::{Message, MsgType};
+use mesh_base::places::Room;
 use mesh_net::discovery::Found;
 use mesh_net::quic::timestamp_us;
 use mesh_net::trust::Role;
@@ -48,6 +49,8 @@ pub(crate) struct Models {
     policy: Policy,
     /// Pieces that are read for others at once.
     reading: Semaphore,
+    /// Streams of other workers, by their ids, that get pieces or a manifest.
+    takers: Room<String>,
     counters: Counters,
     held: Mutex<BTreeMap<Digest, Arc<Held>>>,
     /// A task for each model that is fetched. Wants are sent with the lock held, so that none is lost when a task ends.
@@ -127,6 +130,7 @@ impl Models {
             store,
             policy,
             reading: Semaphore::new(READERS),
+            takers: Room::new(TAKERS, TAKERS_OF_ONE),
             counters: Counters::default(),
             held: Mutex::new(held),
             fetches: Mutex::default(),
@@ -461,6 +465,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 const READERS: usize = 4;
+
+/// Streams that take pieces or manifests, and those of one worker. Each may have a piece in memory.
+const TAKERS: usize = 64;
+const TAKERS_OF_ONE: usize = 16;
 const MOST_BAD: usize = 64;
 
 #[cfg(test)]

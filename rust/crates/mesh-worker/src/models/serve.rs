@@ -18,8 +18,17 @@ pub(crate) fn is_ours(kind: MsgType) -> bool {
     matches!(kind, MsgType::MANIFEST_REQUEST | MsgType::PIECES_HELLO)
 }
 
-/// Serves a stream that another worker opened, of which `first` was the first message.
-pub(crate) async fn serve(models: Arc<Models>, first: Message, mut stream: MsgStream) {
+/// Serves a stream that the worker `node_id` opened, of which `first` was the first message.
+pub(crate) async fn serve(models: Arc<Models>, node_id: String, first: Message, stream: MsgStream) {
+    let served = models
+        .takers
+        .hold(node_id, serve_one(models.clone(), first, stream));
+    if served.await.is_err() {
+        tracing::debug!("a worker's stream was given up for another");
+    }
+}
+
+async fn serve_one(models: Arc<Models>, first: Message, mut stream: MsgStream) {
     let served = match first.kind {
         MsgType::MANIFEST_REQUEST => manifest(&models, first, &mut stream).await,
         _ => return pieces(&models, first, stream).await,
@@ -45,7 +54,13 @@ async fn manifest(
         ),
         None => unknown(&asked.fingerprint),
     };
-    stream.send(reply).await?;
+    match tokio::time::timeout(STUCK, stream.send(reply)).await {
+        Ok(sent) => sent?,
+        Err(_) => {
+            tracing::debug!("a worker takes nothing of the manifest that it asked for");
+            return Ok(());
+        }
+    }
     stream.finish()?;
     // Both halves end by themselves once the other side has read the answer.
     let _ = tokio::time::timeout(GOODBYE, stream.recv()).await;
@@ -101,7 +116,7 @@ async fn pieces(models: &Arc<Models>, first: Message, mut stream: MsgStream) {
             }
             () = std::future::ready(()), if busy => {
                 if let Some(piece) = queue.pop_front()
-                    && piece_out(models, &held, piece, &mut send).await.is_err()
+                    && !piece_out(models, &held, piece, &mut send).await.unwrap_or(false)
                 {
                     return;
                 }
@@ -110,12 +125,13 @@ async fn pieces(models: &Arc<Models>, first: Message, mut stream: MsgStream) {
     }
 }
 
+/// Sends a piece, or says that it is not here. False if the other side takes nothing of it.
 async fn piece_out(
     models: &Arc<Models>,
     held: &Arc<Held>,
     piece: u32,
     send: &mut SendHalf,
-) -> Result<(), StreamFailure> {
+) -> Result<bool, StreamFailure> {
     let read = {
         // Few at once: many disks are slow at doing many things, and a piece takes memory.
         let _turn = models.reading.acquire().await;
@@ -124,14 +140,14 @@ async fn piece_out(
     };
     let data = match read {
         Ok(Ok(Some(data))) => data,
-        Ok(Ok(None)) => return refuse(piece, send).await,
+        Ok(Ok(None)) => return refuse(piece, send).await.map(|()| true),
         Ok(Err(error)) => {
             tracing::warn!(model = held.manifest().name, piece, %error, "piece not sent");
-            return refuse(piece, send).await;
+            return refuse(piece, send).await.map(|()| true);
         }
         Err(error) => {
             tracing::warn!(%error, "piece not sent");
-            return refuse(piece, send).await;
+            return refuse(piece, send).await.map(|()| true);
         }
     };
     models.counters.sent.inc_by(data.len() as u64);
@@ -144,10 +160,20 @@ async fn piece_out(
             data: data.slice(offset..end),
             refused: false,
         };
-        send.send(message(MsgType::PIECE_DATA, &block)).await?;
+        let sent = send.send(message(MsgType::PIECE_DATA, &block));
+        match tokio::time::timeout(STUCK, sent).await {
+            Ok(sent) => sent?,
+            Err(_) => {
+                tracing::debug!(
+                    piece,
+                    "a worker takes nothing of the piece that it asked for"
+                );
+                return Ok(false);
+            }
+        }
         offset = end;
     }
-    Ok(())
+    Ok(true)
 }
 
 async fn refuse(piece: u32, send: &mut SendHalf) -> Result<(), StreamFailure> {
@@ -169,4 +195,6 @@ fn unknown(fingerprint: &str) -> Message {
 const MOST_QUEUED: usize = 256;
 /// How often others hear of new pieces, at most.
 const NEWS: Duration = Duration::from_millis(100);
+/// For which a worker may take nothing of what it asked for: a block is a quarter of a megabyte.
+const STUCK: Duration = Duration::from_secs(60);
 const GOODBYE: Duration = Duration::from_secs(5);

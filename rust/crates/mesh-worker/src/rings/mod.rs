@@ -497,7 +497,8 @@ async fn accept_streams(rings: Arc<Rings>, link: Link, main: Handle) {
         tokio::spawn(async move {
             let hello = match streams::first(&mut stream).await {
                 Ok(first) if models::is_ours(first.kind) => {
-                    main.spawn(models::serve(rings.models.clone(), first, stream));
+                    let node = link.node_id().to_owned();
+                    main.spawn(models::serve(rings.models.clone(), node, first, stream));
                     return;
                 }
                 Ok(first) if first.kind == MsgType::PROBE => {

@@ -1,0 +1,175 @@
+//! Room for connections that are not links yet. Each kind of them has its own, so that none can take another's.
+//!
+//! A newcomer always gets in, and whoever has waited longest of the source that has the most is given up for it
+//! ([`mesh_base::places`]). Honest peers are here for a few round trips; what stays for longer is what goes.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use mesh_base::places::Room;
+
+/// The rooms of one listener.
+#[derive(Clone)]
+pub(super) struct Rooms {
+    /// Handshakes of addresses from which no link has come lately.
+    pub(super) strangers: Room<IpAddr>,
+    /// Handshakes of addresses that have or had a link.
+    pub(super) known: Room<IpAddr>,
+    /// Nodes without a certificate, which want to join. The first request is awaited here.
+    pub(super) joining: Room<IpAddr>,
+    /// The same whose request has come. It is decided and answered here.
+    pub(super) answering: Room<IpAddr>,
+    /// Nodes with a certificate, by their id, which want another one.
+    pub(super) renewing: Room<String>,
+    /// Nodes with a certificate, by their id, on their way to becoming a link.
+    pub(super) entering: Room<String>,
+    addresses: Arc<Mutex<Known>>,
+    pace: Arc<Mutex<Pace>>,
+}
+
+impl Rooms {
+    pub(super) fn new() -> Self {
+        Self {
+            strangers: Room::new(256, 128),
+            known: Room::new(256, 128),
+            joining: Room::new(64, 32),
+            answering: Room::new(64, 32),
+            renewing: Room::new(64, 4),
+            entering: Room::new(256, 16),
+            addresses: Arc::default(),
+            pace: Arc::default(),
+        }
+    }
+
+    /// The room for a handshake of this source.
+    pub(super) fn for_handshake(&self, source: IpAddr) -> &Room<IpAddr> {
+        match self.is_known(source) {
+            true => &self.known,
+            false => &self.strangers,
+        }
+    }
+
+    /// True if the source may begin a handshake now: each takes a millisecond of the processor. Whoever is told nothing tries again.
+    pub(super) fn may_begin(&self, source: IpAddr, now: Instant) -> bool {
+        let share = if self.is_known(source) { 4.0 } else { 1.0 };
+        // Whoever is on this machine has its processor anyway.
+        source.is_loopback() || lock(&self.pace).take(source, share, now)
+    }
+
+    fn is_known(&self, source: IpAddr) -> bool {
+        lock(&self.addresses).0.contains_key(&source)
+    }
+
+    /// A link came from this source.
+    pub(super) fn came_in(&self, source: IpAddr, now: Instant) {
+        lock(&self.addresses).note(source, now);
+    }
+}
+
+/// Sources of links, the latest [`MOST_KNOWN`] of them.
+#[derive(Default)]
+struct Known(HashMap<IpAddr, Instant>);
+
+impl Known {
+    fn note(&mut self, source: IpAddr, now: Instant) {
+        self.0.insert(source, now);
+        if self.0.len() > MOST_KNOWN {
+            let oldest = self.0.iter().min_by_key(|&(_, &at)| at);
+            if let Some(oldest) = oldest.map(|(&source, _)| source) {
+                self.0.remove(&oldest);
+            }
+        }
+    }
+}
+
+/// How many handshakes each source may begin: a bucket of [`BURST`], filled by [`PER_SECOND`].
+#[derive(Default)]
+struct Pace(HashMap<IpAddr, Bucket>);
+
+struct Bucket {
+    left: f64,
+    filled: Instant,
+}
+
+impl Pace {
+    /// `share` times as much for this source.
+    fn take(&mut self, source: IpAddr, share: f64, now: Instant) -> bool {
+        if self.0.len() >= MOST_KNOWN && !self.0.contains_key(&source) {
+            let full = |bucket: &Bucket| {
+                let age = now.saturating_duration_since(bucket.filled).as_secs_f64();
+                bucket.left + age * PER_SECOND >= BURST
+            };
+            self.0.retain(|_, bucket| !full(bucket));
+            // So many sources at once are held back by the rooms alone.
+            if self.0.len() >= MOST_KNOWN {
+                return true;
+            }
+        }
+        let bucket = self.0.entry(source).or_insert(Bucket {
+            left: BURST * share,
+            filled: now,
+        });
+        let age = now.saturating_duration_since(bucket.filled).as_secs_f64();
+        bucket.left = (bucket.left + age * PER_SECOND * share).min(BURST * share);
+        bucket.filled = now;
+        if bucket.left < 1.0 {
+            return false;
+        }
+        bucket.left -= 1.0;
+        true
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+const MOST_KNOWN: usize = 1024;
+const BURST: f64 = 64.0;
+const PER_SECOND: f64 = 20.0;
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_source_begins_so_many_handshakes_a_second_and_one_with_links_more() {
+        let rooms = Rooms::new();
+        let address = |n: u32| IpAddr::from(n.to_be_bytes());
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let begun = |source, now| (0..1000).filter(|_| rooms.may_begin(source, now)).count();
+        assert_eq!(begun(address(1), at(0)), 64);
+        assert_eq!(begun(address(1), at(1)), 20);
+        assert_eq!(begun(address(2), at(1)), 64);
+        rooms.came_in(address(3), at(0));
+        assert_eq!(
+            (begun(address(3), at(0)), begun(address(3), at(1))),
+            (256, 80)
+        );
+        assert_eq!(begun(IpAddr::from([127, 0, 0, 1]), at(0)), 1000);
+        for n in 10..5000 {
+            assert!(rooms.may_begin(address(n), at(2)));
+        }
+        assert!(lock(&rooms.pace).0.len() <= MOST_KNOWN);
+    }
+
+    #[test]
+    fn addresses_of_links_have_a_room_of_their_own_and_are_forgotten_in_their_order() {
+        let rooms = Rooms::new();
+        let address = |n: u32| IpAddr::from(n.to_be_bytes());
+        let start = Instant::now();
+        let is_known = |n| rooms.for_handshake(address(n)).is(&rooms.known);
+        for n in 0..2000 {
+            assert!(!is_known(n));
+            rooms.came_in(address(n), start + Duration::from_secs(n.into()));
+            assert!(is_known(n));
+        }
+        assert!(!is_known(0) && is_known(1999));
+        assert_eq!(lock(&rooms.addresses).0.len(), MOST_KNOWN);
+    }
+}

@@ -1,0 +1,240 @@
+//! Connections of those that have no certificate and mean harm: they hold up nobody.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mesh_net::quic::join;
+use quinn::crypto::rustls::QuicClientConfig;
+use quinn::{ClientConfig, Connection, Endpoint, TransportConfig};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::aws_lc_rs;
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{DigitallySignedStruct, SignatureScheme};
+use tokio::net::UdpSocket;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use super::common::{Head, LOOPBACK};
+use mesh_net::quic::LinkConfig;
+
+const JOIN: &[u8] = b"hydramesh-join/1";
+const LINK: &[u8] = b"hydramesh/1";
+
+/// More than there is room for.
+const MANY: usize = 300;
+
+/// Far less than those that are silent may stay, and enough for a busy machine.
+const SOON: Duration = Duration::from_secs(5);
+
+#[derive(Debug)]
+struct TakesAnything;
+
+impl ServerCertVerifier for TakesAnything {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        aws_lc_rs::default_provider()
+            .signature_verification_algorithms
+            .supported_schemes()
+    }
+}
+
+/// Somebody who knows nothing of the mesh.
+fn stranger(protocol: &[u8]) -> Endpoint {
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let mut tls = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .expect("TLS 1.3")
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(TakesAnything))
+        .with_no_client_auth();
+    tls.alpn_protocols = vec![protocol.to_vec()];
+    let mut config =
+        ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls).expect("a config")));
+    let mut transport = TransportConfig::default();
+    transport.keep_alive_interval(Some(Duration::from_secs(1)));
+    config.transport_config(Arc::new(transport));
+    let mut endpoint = Endpoint::client(LOOPBACK).expect("a socket");
+    endpoint.set_default_client_config(config);
+    endpoint
+}
+
+async fn connect(endpoint: &Endpoint, address: SocketAddr) -> Connection {
+    let connecting = endpoint.connect(address, "x").expect("an attempt");
+    timeout(Duration::from_secs(20), connecting)
+        .await
+        .expect("in time")
+        .expect("a connection")
+}
+
+async fn connections(endpoint: &Endpoint, address: SocketAddr, count: usize) -> Vec<Connection> {
+    let mut all = Vec::new();
+    for _ in 0..count {
+        all.push(connect(endpoint, address).await);
+    }
+    all
+}
+
+/// A new node joins, and one that was here before comes back.
+async fn honest_nodes_get_in(head: &Head, before: &super::common::Worker) {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let (address, token) = ([head.address], head.token());
+    let joined = timeout(SOON, join(&address, &token, dir.path(), "new"));
+    joined.await.expect("joins in time").expect("joins");
+    let linked = timeout(SOON, head.link(before, LinkConfig::default()));
+    let (near, _far) = linked.await.expect("links in time");
+    assert!(near.open().await.is_ok(), "a link has streams");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn silent_connections_of_strangers_keep_nobody_out() {
+    let head = Head::start("attic");
+    let worker = head.worker("before").await;
+    let silent = stranger(JOIN);
+    let held = connections(&silent, head.address, MANY).await;
+    honest_nodes_get_in(&head, &worker).await;
+    let open = held.iter().filter(|held| held.close_reason().is_none());
+    let open = open.count();
+    assert!(
+        open <= 64,
+        "{open} wait, which is more than there is room for"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn handshakes_that_stop_half_way_keep_nobody_out() {
+    let head = Head::start("attic");
+    let worker = head.worker("before").await;
+    let (first, _far) = head.link(&worker, LinkConfig::default()).await;
+    let mut relays = JoinSet::new();
+    let client = stranger(JOIN);
+    let mut attempts = Vec::new();
+    for _ in 0..MANY {
+        let relay = UdpSocket::bind(LOOPBACK).await.expect("a socket");
+        let here = relay.local_addr().expect("an address");
+        let there = head.address;
+        relays.spawn(async move {
+            let (mut buffer, mut passed, mut from) = ([0; 2048], 0, None);
+            while let Ok((len, address)) = relay.recv_from(&mut buffer).await {
+                if address == there {
+                    if let Some(client) = from {
+                        let _ = relay.send_to(&buffer[..len], client).await;
+                    }
+                // A first flight, and the one with the token of the Retry packet; never the end of the handshake.
+                } else if passed < 4 {
+                    (passed, from) = (passed + 1, Some(address));
+                    let _ = relay.send_to(&buffer[..len], there).await;
+                }
+            }
+        });
+        attempts.push(client.connect(here, "x").expect("an attempt"));
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    honest_nodes_get_in(&head, &worker).await;
+    assert!(first.close_reason().is_none(), "links notice nothing");
+    drop(attempts);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_asks_for_nothing_in_time_is_cut_off() {
+    let head = Head::start("attic");
+    let client = stranger(JOIN);
+    let silent = connect(&client, head.address).await;
+    let opened = connect(&client, head.address).await;
+    let (mut send, _recv) = opened.open_bi().await.expect("a stream");
+    send.write_all(&[5]).await.expect("sent");
+    let empty = connect(&client, head.address).await;
+    let (mut nothing, _nothing) = empty.open_bi().await.expect("a stream");
+    nothing.finish().expect("finished");
+    let slow = connect(&client, head.address).await;
+    let dripping = tokio::spawn({
+        let slow = slow.clone();
+        async move {
+            let (mut send, _recv) = slow.open_bi().await.expect("a stream");
+            while send.write_all(&[5]).await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    });
+    let begun = Instant::now();
+    for connection in [&silent, &opened, &empty, &slow] {
+        let closed = timeout(Duration::from_secs(10), connection.closed()).await;
+        assert!(closed.is_ok(), "{:?}", begun.elapsed());
+    }
+    dripping.await.expect("no panic");
+    let refused = connect(&stranger(LINK), head.address).await;
+    let closed = timeout(SOON, refused.closed()).await;
+    assert!(closed.is_ok(), "no link without a certificate");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stranger_has_one_stream_and_a_small_window() {
+    let head = Head::start("attic");
+    let client = stranger(JOIN);
+    let connection = connect(&client, head.address).await;
+    let (mut send, _recv) = connection.open_bi().await.expect("one stream");
+    let moment = Duration::from_millis(500);
+    assert!(timeout(moment, connection.open_bi()).await.is_err());
+    assert!(timeout(moment, connection.open_uni()).await.is_err());
+    // A message that is as large as a join may be, of which the last byte never comes.
+    let mut header = [0; 17];
+    header[0] = 5;
+    header[13..].copy_from_slice(&(60u32 << 10).to_be_bytes());
+    send.write_all(&header).await.expect("sent");
+    let mut sent = 0;
+    while let Ok(Ok(len)) = timeout(moment, send.write(&[0; 4096])).await {
+        sent += len;
+        assert!(sent < 1 << 20, "{sent} bytes were taken ahead");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_node_has_only_so_many_links() {
+    let head = Head::start("attic");
+    let (greedy, other) = (head.worker("greedy").await, head.worker("other").await);
+    let mut links = Vec::new();
+    for _ in 0..64 {
+        links.push(head.link(&greedy, LinkConfig::default()).await);
+    }
+    let connector =
+        mesh_net::quic::Connector::bind(LOOPBACK, greedy.identity.clone(), LinkConfig::default())
+            .expect("connector");
+    let error = connector
+        .connect(head.address, mesh_net::trust::Role::Head)
+        .await
+        .expect_err("too many");
+    assert!(
+        error.to_string().contains("64 links of this node"),
+        "{error}"
+    );
+    assert!(error.is_transient());
+    head.link(&other, LinkConfig::default()).await;
+}
