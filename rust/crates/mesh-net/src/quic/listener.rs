@@ -17,7 +17,9 @@ use super::error::{ConnectError, StreamFailure};
 use super::link::{Link, canonical, handshake_data, peer_certificate};
 use super::stream::SendHalf;
 use super::{JOIN_PROTOCOL, LINK_PROTOCOL, LinkConfig, join, timestamp_us, tls};
-use crate::trust::{Admission, CERTIFICATE_DATES, Member, MeshClock, NodeIdentity, TrustError};
+use crate::trust::{
+    Admission, CERTIFICATE_DATES, Member, MeshClock, NodeIdentity, Refusal, TrustError,
+};
 
 /// Accepts links, and lets new nodes join when it has an [`Admission`].
 #[derive(Debug)]
@@ -171,6 +173,9 @@ impl Gate {
         };
         let member = Member::from_certificate(&certificate)
             .map_err(|error| refuse(&connection, &error.to_string()))?;
+        if let Some(refusal) = self.own.deny_list().refusal(&member.node_id) {
+            return Err(refuse_with(&connection, &refusal));
+        }
         if !member.is_valid_at(now) {
             let text = format!(
                 "the certificate of `{}` is {}, and the clock here says {}: it has to be renewed at the head; if that date is wrong, set the clock of this machine",
@@ -186,7 +191,7 @@ impl Gate {
             let verdict = tokio::task::spawn_blocking(move || admission.connect(&asked, now)).await;
             match verdict {
                 Ok(Ok(())) => {}
-                Ok(Err(refusal)) => return Err(refuse(&connection, &refusal.to_string())),
+                Ok(Err(refusal)) => return Err(refuse_with(&connection, &refusal)),
                 Err(error) => {
                     return Err(refuse(&connection, &format!("admission failed: {error}")));
                 }
@@ -197,6 +202,7 @@ impl Gate {
             .await
             .map_err(|error| error.to_string())?;
         self.carrier.watch(&link);
+        self.own.deny_list().guard(&link);
         self.links
             .send(link)
             .await
@@ -215,6 +221,12 @@ impl Gate {
 fn refuse(connection: &Connection, text: &str) -> String {
     connection.close(u32::from(ErrorCode::UNAUTHORIZED.0).into(), text.as_bytes());
     text.to_owned()
+}
+
+fn refuse_with(connection: &Connection, refusal: &Refusal) -> String {
+    let text = refusal.to_string();
+    connection.close(u32::from(refusal.code().0).into(), text.as_bytes());
+    text
 }
 
 /// Keeps the certificate of the listening node itself fresh; it has the admission at hand.

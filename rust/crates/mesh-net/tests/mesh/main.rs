@@ -1,5 +1,6 @@
 //! Nodes on real sockets: how they join, and the links between them.
 
 mod common;
+mod expulsion;
 mod joining;
 mod links;
