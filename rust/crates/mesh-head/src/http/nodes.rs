@@ -92,6 +92,9 @@ pub(super) async fn expel(State(api): State<Api>, body: Bytes) -> Result<Json<Va
             text,
         ));
     }
+    let connected = api
+        .mesh
+        .with_registry(|registry| registry.of_node(&node_id).is_some());
     // A task of its own, which whoever asked cannot break off by going away.
     let (task_api, id, called, reason) = (
         api.clone(),
@@ -105,17 +108,16 @@ pub(super) async fn expel(State(api): State<Api>, body: Bytes) -> Result<Json<Va
         let kept =
             blocking(move || authority.expel(&to_expel, &named, &why, SystemTime::now())).await;
         let text = task_api.authority.deny_list().refusal(&id);
-        let mut connected = false;
         if let Some(text) = text {
             task_api
                 .mesh
                 .note_admission("node expelled", &id, &called, &reason);
-            connected = task_api.mesh.expel(&id, &text.to_string());
+            task_api.mesh.expel(&id, &text.to_string());
             task_api.mesh.tell_expelled();
         }
-        kept.map(|kept| (kept, connected))
+        kept
     });
-    let (kept, connected) = expelling
+    let kept = expelling
         .await
         .map_err(|error| internal(error.to_string()))??;
     kept.map_err(|error| match error {

@@ -13,14 +13,14 @@ use crate::core::registry::WorkerId;
 
 impl Mesh {
     /// Removes a node at once, as if its link had ended, and closes that: its requests run again elsewhere, its parts of rings
-    /// go to standbys. Whether it may come back is for the deny list to say. True if it was connected.
-    pub fn expel(&self, node: &str, reason: &str) -> bool {
+    /// go to standbys. Whether it may come back is for the deny list to say.
+    pub fn expel(&self, node: &str, reason: &str) {
         let now = Instant::now();
         let mut guard = self.lock();
         let state = &mut *guard;
         let worker = state.placement.registry.of_node(node);
         let Some(id) = worker.map(|worker| worker.id) else {
-            return false;
+            return;
         };
         if let Some(peer) = state.peers.remove(&id) {
             peer.link.close(EXPELLED, reason);
@@ -29,7 +29,6 @@ impl Mesh {
         state.rings.left(node, reason, now);
         state.tracker.left(node);
         self.turn(state, now);
-        true
     }
 
     /// Tells all workers which nodes are expelled now.
