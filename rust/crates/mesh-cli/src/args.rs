@@ -20,7 +20,7 @@ Exit codes:
     1  failed
     2  the arguments or the request make no sense
     3  the mesh cannot be reached
-    4  no worker, all workers busy, or no such model
+    4  no worker, all workers busy, or no such model, node or token
     5  no answer in time
     6  a key is missing or not good enough
   130  interrupted with Ctrl-C";

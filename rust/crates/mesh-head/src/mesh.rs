@@ -303,9 +303,10 @@ impl Mesh {
         // Not what it calls itself.
         let hello = Hello {
             node_name: link.node_name().to_owned(),
+            version: plain(&hello.version),
             ..hello
         };
-        let (instance, host) = (hello.instance, hello.host.chars().take(64).collect());
+        let (instance, host) = (hello.instance, plain(&hello.host));
         let others = other_addresses(&hello.addresses, link.remote_addr().ip());
         let mut state = self.lock();
         let whole = hello.models.iter().map(|card| card.name.clone()).collect();
@@ -842,6 +843,12 @@ pub fn timestamp_us() -> u64 {
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// What a worker says of itself, as far as it is shown.
+fn plain(said: &str) -> String {
+    let shown = said.chars().filter(|c| !c.is_control());
+    shown.take(64).collect()
 }
 
 /// Addresses that a worker says it has, but for the one that it is seen at and those that lead to nobody or to everybody. One

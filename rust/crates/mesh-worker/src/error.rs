@@ -162,3 +162,10 @@ pub enum WorkerError {
     #[error("internal error: {0}")]
     Internal(String),
 }
+
+impl WorkerError {
+    /// True if the head says that this worker was expelled.
+    pub(crate) fn is_expulsion(&self) -> bool {
+        matches!(self, Self::Join { source, .. } if source.is_expulsion())
+    }
+}

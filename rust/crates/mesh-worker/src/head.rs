@@ -127,7 +127,16 @@ impl HeadLink {
         while !self.stop.is_cancelled() {
             let mut pause = Duration::ZERO;
             if identity.is_none() {
-                identity = identify(&self.config, &self.head).await?;
+                identity = match identify(&self.config, &self.head).await {
+                    Err(error) if error.is_expulsion() => {
+                        refusals += 1;
+                        pause = refusal_pause(refusals);
+                        self.health.set_unready(error.to_string());
+                        self.explain(&Standing::Expelled, pause);
+                        None
+                    }
+                    identified => identified?,
+                };
             }
             if let Some(identity) = &identity {
                 let _ = self.known.set(identity.clone());
@@ -274,7 +283,8 @@ impl HeadLink {
                 refusal: Some(Standing::Expelled),
             });
         }
-        if not_renewed.is_transient() {
+        // Where this machine or the way to the head fails, a token would be used up for nothing.
+        if not_renewed.is_transient() || !matches!(not_renewed, JoinError::Refused { .. }) {
             return Err(text.into());
         }
         let token = match read_token(&self.config) {
@@ -286,6 +296,7 @@ impl HeadLink {
             let foreign = "the join token is for another mesh: restart the worker to join that one";
             return Err(format!("{text}; {foreign}").into());
         }
+        look_at_token_file(&self.config);
         let (state_dir, name) = (&self.config.state_dir, self.config.node_name());
         let joined = quic::join_again(addresses, &token, state_dir, &name).await;
         let joined = joined.and_then(|_| Ok(identity.reload()?));

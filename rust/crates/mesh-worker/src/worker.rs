@@ -65,6 +65,7 @@ impl Worker {
             source,
         };
         files::open_state_dir(&config.state_dir, &SECRETS).map_err(state_dir)?;
+        mesh_net::quic::settle(&config.state_dir).map_err(WorkerError::Identity)?;
         sweep_weights(&config.state_dir.join("weights"));
         addresses::remove(&config.state_dir).map_err(state_dir)?;
 
@@ -103,7 +104,14 @@ impl Worker {
         let ((host, failures), identity) = {
             let identity = async {
                 match &head {
-                    Some(head) => identify(&config, head).await,
+                    Some(head) => match identify(&config, head).await {
+                        // It asks again, rarely: a process that is started again and again would ask often.
+                        Err(error) if error.is_expulsion() => {
+                            tracing::error!(%error, "this worker works for nobody");
+                            Ok(None)
+                        }
+                        identified => identified,
+                    },
                     None => Ok(None),
                 }
             };

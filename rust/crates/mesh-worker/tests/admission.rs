@@ -190,6 +190,17 @@ async fn an_expelled_worker_says_so_and_asks_rarely() {
         said.contains("expelled") && said.contains("sold") && said.contains("nodes readmit"),
         "{said}"
     );
+    // One that has lost its certificate and comes with a new token is the same node.
+    let copy = tempfile::tempdir().unwrap();
+    std::fs::copy(state.path().join("node.key"), copy.path().join("node.key")).unwrap();
+    let mut config = config(copy.path(), &head);
+    config.join_token = Some(head.token());
+    let started = timeout(PATIENCE, Worker::start(config)).await.unwrap();
+    let second = started.expect("it stays up and asks rarely");
+    let open = head.authority.token_records();
+    assert!(open.iter().any(|record| record.used.is_none()));
+    second.shutdown().await.unwrap();
+
     head.authority.readmit(&identity.node_id()).unwrap();
     let again = timeout(Duration::from_secs(7), head.listener.accept()).await;
     assert!(again.is_err(), "it used to ask every five seconds");

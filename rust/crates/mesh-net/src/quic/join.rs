@@ -125,17 +125,40 @@ pub async fn join_again(
     let joining = state_dir.join(names::JOINING);
     files::create_private_dir(&joining)?;
     let joined = join(head, token, &joining, node_name).await?;
-    if let Some(folder) = set_aside(state_dir)? {
-        tracing::warn!(
-            old = %folder.display(),
-            node = joined.node_id(),
-            "this node's key was missing or damaged: it has joined as another node, and the old files are set aside"
-        );
+    let said_at = joined.clock().clone();
+    settle(state_dir)?;
+    let identity = NodeIdentity::load(state_dir)?;
+    identity.clock().adopt(&said_at);
+    Ok(identity)
+}
+
+/// Ends a join as another node that broke off when the head had admitted it, and removes what is left of one that is not
+/// needed any more. For the start of a node.
+///
+/// # Errors
+/// If a file cannot be moved.
+pub fn settle(state_dir: &Path) -> Result<(), TrustError> {
+    let joining = state_dir.join(names::JOINING);
+    if !joining.is_dir() {
+        return Ok(());
     }
-    move_identity(&joining, state_dir)?;
-    // Nothing but what was moved is in it.
-    let _ = std::fs::remove_dir(&joining);
-    Ok(NodeIdentity::load(state_dir)?)
+    let has = |name| joining.join(name).exists();
+    if has(names::NODE_CERTIFICATE) {
+        // While the new key is still there, the old files may be, too.
+        if has(names::NODE_KEY)
+            && let Some(folder) = set_aside(state_dir)?
+        {
+            tracing::warn!(
+                old = %folder.display(),
+                "this node's key was missing or damaged: it has joined as another node, and the old files are set aside"
+            );
+        }
+        move_identity(&joining, state_dir)?;
+    } else if NodeIdentity::load(state_dir).is_err() {
+        // The key of a join that is tried again.
+        return Ok(());
+    }
+    std::fs::remove_dir_all(&joining).map_err(|error| TrustError::io("remove", &joining, error))
 }
 
 /// Exchanges the node's certificate for a fresh one, and takes it into use.

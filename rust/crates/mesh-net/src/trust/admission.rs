@@ -264,8 +264,8 @@ impl Authority {
         now: SystemTime,
     ) -> Result<(), TrustError> {
         let expelled = self.deny_list.expel(node_id, name, reason, now);
-        if self.deny_list.contains(node_id) {
-            self.roster().forget(node_id);
+        if expelled.is_ok() {
+            self.roster().expelled(node_id);
         }
         expelled
     }

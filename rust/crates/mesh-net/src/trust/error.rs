@@ -129,8 +129,8 @@ fn remedy(path: &Path) -> &'static str {
             "restore it from a backup, or remove it: then no token that was made before is good any more"
         }
         Some(names::EXPELLED) => {
-            "restore it from a backup. If it is removed at the head, all expelled nodes may come back; a worker gets it again from \
-             its head"
+            "restore it from a backup. At the head, {\"expelled\": {}} in it lets all expelled nodes in again; a worker gets it again \
+             from its head when it is removed"
         }
         Some(names::MEMBERS) => {
             "restore it from a backup, or remove it: members are noted again when they connect"

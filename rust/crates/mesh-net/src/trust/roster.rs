@@ -15,6 +15,8 @@ use crate::files;
 pub(super) struct Roster {
     path: PathBuf,
     members: BTreeMap<String, KnownMember>,
+    /// There is a list of expelled nodes: if its file is gone, it was lost.
+    has_deny_list: bool,
 }
 
 /// What the head remembers of a member. Times are seconds since the Unix epoch.
@@ -31,21 +33,32 @@ pub struct KnownMember {
 #[derive(Default, Serialize, Deserialize)]
 struct Kept {
     members: BTreeMap<String, KnownMember>,
+    #[serde(default)]
+    has_deny_list: bool,
 }
 
 impl Roster {
     /// Reads the roster in a state directory. Without a file it is empty: members are noted when they connect.
     pub(super) fn open(dir: &Path) -> Result<Self, TrustError> {
         let path = dir.join(names::MEMBERS);
-        let members = match files::read(&path)? {
+        let kept = match files::read(&path)? {
             Some(text) => {
-                let kept: Kept = serde_json::from_str(&text)
-                    .map_err(|error| TrustError::damaged(&path, error))?;
-                kept.members
+                serde_json::from_str(&text).map_err(|error| TrustError::damaged(&path, error))?
             }
-            None => BTreeMap::new(),
+            None => Kept::default(),
         };
-        Ok(Self { path, members })
+        let deny_list = dir.join(names::EXPELLED);
+        if kept.has_deny_list && !deny_list.exists() {
+            return Err(TrustError::Missing {
+                path: deny_list,
+                beside: path,
+            });
+        }
+        Ok(Self {
+            path,
+            members: kept.members,
+            has_deny_list: kept.has_deny_list,
+        })
     }
 
     /// The name that a joining node gets: the one that it asks for, with a number if another node has that.
@@ -93,9 +106,11 @@ impl Roster {
         self.save();
     }
 
-    /// Forgets a node: its name is free again.
-    pub(super) fn forget(&mut self, node_id: &str) {
-        if self.members.remove(node_id).is_some() {
+    /// A node is on the list of expelled nodes: its name is free again.
+    pub(super) fn expelled(&mut self, node_id: &str) {
+        let known = self.members.remove(node_id).is_some();
+        if known || !self.has_deny_list {
+            self.has_deny_list = true;
             self.save();
         }
     }
@@ -108,6 +123,7 @@ impl Roster {
     fn save(&self) {
         let kept = Kept {
             members: self.members.clone(),
+            has_deny_list: self.has_deny_list,
         };
         let written = serde_json::to_vec_pretty(&kept)
             .map_err(|error| TrustError::damaged(&self.path, error))
@@ -159,9 +175,12 @@ mod tests {
         assert!(numbered.ends_with("x-2"), "{numbered}");
         let mut roster = Roster::open(dir.path()).expect("read again");
         assert_eq!(roster.assign("cc", "attic"), "attic-3");
-        roster.forget("aa");
+        roster.expelled("aa");
         assert_eq!(roster.assign("cc", "attic"), "attic");
         assert_eq!(roster.members()["bb"].since, 5);
+        // From now on the list of expelled nodes is missed when it is gone.
+        let error = Roster::open(dir.path()).expect_err("lost").to_string();
+        assert!(error.contains("expelled.json is missing"), "{error}");
     }
 
     #[test]

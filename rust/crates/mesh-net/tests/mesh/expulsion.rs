@@ -218,6 +218,48 @@ async fn incomplete_identities_are_refused_by_name_and_a_new_token_mends_them() 
 }
 
 #[tokio::test]
+async fn a_change_of_identity_that_was_cut_off_is_ended_at_the_next_start() {
+    let head = Head::start("attic");
+    // Cut off before each of the files was moved.
+    for moved in 0..=3 {
+        let worker = head.worker("old").await;
+        let dir = worker.dir.path();
+        let new = head.worker("new").await;
+        let joining = dir.join("joining");
+        std::fs::create_dir(&joining).expect("created");
+        if moved > 0 {
+            mesh_net::trust::set_aside(dir).expect("moved");
+        }
+        let names = ["node.key", "root.crt", "node.crt"];
+        for (index, name) in names.into_iter().enumerate() {
+            let to = match index < moved {
+                true => dir.join(name),
+                false => joining.join(name),
+            };
+            std::fs::copy(new.dir.path().join(name), to).expect("copied");
+        }
+        mesh_net::quic::settle(dir).expect("settled");
+        let loaded = NodeIdentity::load(dir).expect("whole");
+        assert_eq!(loaded.node_id(), new.identity.node_id(), "{moved}");
+        assert!(!joining.exists());
+        assert!(dir.join("old-identity-1/node.key").exists());
+    }
+    // A key that no head has admitted is kept as long as it may be needed.
+    let worker = head.worker("other").await;
+    let joining = worker.dir.path().join("joining");
+    std::fs::create_dir(&joining).expect("created");
+    std::fs::write(joining.join("node.key"), "x").expect("written");
+    let key = worker.dir.path().join("node.key");
+    let text = std::fs::read(&key).expect("there");
+    std::fs::remove_file(&key).expect("removed");
+    mesh_net::quic::settle(worker.dir.path()).expect("nothing to do");
+    assert!(joining.exists());
+    std::fs::write(&key, text).expect("restored from a backup");
+    mesh_net::quic::settle(worker.dir.path()).expect("removed");
+    assert!(!joining.exists());
+}
+
+#[tokio::test]
 async fn files_of_two_meshes_are_told_apart_and_a_token_decides() {
     let (attic, cellar) = (Head::start("attic"), Head::start("cellar"));
     let worker = attic.worker("laptop").await;
@@ -263,9 +305,11 @@ async fn a_head_whose_files_are_not_whole_does_not_begin_another_mesh() {
         ("tokens.json", Some("junk"), false),
         ("members.json", Some("junk"), false),
         ("expelled.json", Some("junk"), false),
+        ("expelled.json", None, false),
     ] {
         let head = Head::start("attic");
-        let worker = head.worker("laptop").await;
+        let (worker, other) = (head.worker("laptop").await, head.worker("sold").await);
+        expel(&head, &other);
         let root = head.authority.root().sha256();
         let Head {
             dir,
