@@ -273,6 +273,26 @@ async fn a_mesh_is_asked_talked_to_and_shown() -> Result<()> {
     ])?;
     expect_exit(&token, 0)?;
     ensure!(stdout(&token).starts_with("hydra1."), "{}", stdout(&token));
+    let admin = |words: &[&str]| {
+        let place = ["--url", &*url, "--admin-key-file", key];
+        hydramesh(&[words, &place[..]].concat())
+    };
+    let listed = admin(&["token", "list", "--json"])?;
+    expect_exit(&listed, 0)?;
+    let tokens: Value = serde_json::from_str(&stdout(&listed))?;
+    let tokens = tokens["tokens"].as_array().context("a list")?;
+    let open = tokens.iter().find(|token| token["state"] == "open");
+    let id = open
+        .and_then(|token| token["id"].as_str())
+        .context("an open token")?;
+    ensure!(stdout(&admin(&["token", "list"])?).contains(id));
+    expect_exit(&admin(&["token", "revoke", id])?, 0)?;
+    expect_exit(&admin(&["token", "revoke", id])?, 4)?;
+    let nodes = admin(&["nodes", "list"])?;
+    expect_exit(&nodes, 0)?;
+    ensure!(stdout(&nodes).contains("worker-1"), "{}", stdout(&nodes));
+    expect_exit(&admin(&["nodes", "expel", "nobody"])?, 4)?;
+    expect_exit(&admin(&["nodes", "readmit", "worker-1"])?, 4)?;
     let wrong = tempfile::NamedTempFile::new()?;
     std::fs::write(&wrong, "wrong\n")?;
     let wrong = wrong.path().to_str().context("UTF-8")?;

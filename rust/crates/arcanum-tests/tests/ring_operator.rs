@@ -1,9 +1,10 @@
 //! What an operator sees of rings: readiness, `/v1/mesh`, metrics, and the commands.
 
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use arcanum_tests::{Ask, Cluster, RingView, Running, alone, question};
+use arcanum_tests::{Ask, Cluster, RingView, Running, alone, assert_same_tokens, question};
 use mesh_testkit::paths;
 
 /// Runs `hydramesh` against the cluster; what it prints.
@@ -143,5 +144,57 @@ async fn readiness_metrics_and_commands_tell_of_rings() -> Result<()> {
         ensure!(begun.elapsed().as_secs() < 20, "ready without workers");
         tokio::time::sleep(std::time::Duration::from_millis(100)).await;
     }
+    cluster.shutdown().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_is_expelled_is_replaced_in_mid_answer_and_its_peers_drop_it() -> Result<()> {
+    let _alone = alone();
+    let mut cluster = Cluster::builder().shards(3).stages(2).start().await?;
+    let ring = cluster.wait_for_whole_ring().await?;
+    let client = cluster.client()?;
+    let ask = Ask::greedy(question(7), 100);
+    let undisturbed = ask.ask(&client).await?;
+
+    let rogue = ring.stages[0].member.worker.clone();
+    let peer = ring.stages[1].member.worker.clone();
+    let running = Running::start(&client, &[ask]);
+    running.wait_for_tokens(20).await?;
+    let at = Instant::now();
+    hydramesh(&cluster, &["nodes", "expel", &rogue, "--reason", "it lies"])?;
+    let told = |log: String| log.contains("link closed: the node is expelled");
+    while !told(cluster.worker(&peer)?.log()) {
+        ensure!(
+            at.elapsed() < Duration::from_secs(5),
+            "{peer} still has links to {rogue}"
+        );
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    for answer in running.answers().await? {
+        assert_same_tokens(&undisturbed.transcript, &answer.transcript)?;
+    }
+    let after = cluster.wait_for_ring(RingView::serves).await?;
+    ensure!(!after.seats(&rogue), "{}", after.layout());
+    let listed = hydramesh(&cluster, &["nodes", "list"])?;
+    println!("{listed}");
+    ensure_all(&listed, &[&rogue, "expelled", "it lies"])?;
+    // Its process goes on, says why it is out, and is not let in after a restart either.
+    let service = cluster.worker(&rogue)?;
+    service.crash()?;
+    service.restart(None).await?;
+    while !service
+        .log()
+        .contains("this worker was expelled from its mesh")
+    {
+        ensure!(
+            at.elapsed() < Duration::from_secs(60),
+            "{}",
+            service.log_end()
+        );
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let mesh = cluster.mesh.registry().await?;
+    let workers = mesh["workers"].as_array().context("workers")?;
+    ensure!(workers.len() == 2, "{mesh}");
     cluster.shutdown().await
 }

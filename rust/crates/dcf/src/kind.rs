@@ -59,6 +59,8 @@ message_types! {
     SEALED_HEARTBEAT = 0x13, "SealedHeartbeat";
     /// The receiver is to finish what runs and take nothing new.
     DRAIN = 0x14, "Drain";
+    /// The nodes that an operator has expelled, all of them; head to worker.
+    EXPELLED = 0x15, "Expelled";
     /// A request for text, first message of its stream; head to worker.
     GENERATE = 0x20, "Generate";
     /// New tokens of an answer.

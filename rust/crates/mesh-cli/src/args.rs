@@ -20,7 +20,7 @@ Exit codes:
     1  failed
     2  the arguments or the request make no sense
     3  the mesh cannot be reached
-    4  no worker, all workers busy, or no such model
+    4  no worker, all workers busy, or no such model, node or token
     5  no answer in time
     6  a key is missing or not good enough
   130  interrupted with Ctrl-C";
@@ -83,7 +83,9 @@ pub enum Command {
     Rebalance(RebalanceArgs),
     /// Models on this machine: what there is, whether it is whole and signed, what may go
     Models(ModelsArgs),
-    /// Make join tokens for new workers
+    /// Show the mesh's nodes, throw one out, let it in again
+    Nodes(NodesArgs),
+    /// Make, show and withdraw join tokens for new workers
     Token(TokenArgs),
     /// Measure: a model file on this machine, or a running mesh
     Bench(BenchArgs),
@@ -136,7 +138,7 @@ pub struct HeadArgs {
     #[arg(long, global = true, value_name = "FILE", env = "HYDRAMESH_API_KEY_FILE", value_hint = ValueHint::FilePath)]
     pub api_key_file: Option<PathBuf>,
 
-    /// File with the head's admin key, for plan, drain, undrain, rebalance and token [default: admin.key in the head's state folder]
+    /// File with the head's admin key, for plan, drain, undrain, rebalance, nodes and token [default: admin.key in the head's state folder]
     #[arg(long, global = true, value_name = "FILE", env = "HYDRAMESH_ADMIN_KEY_FILE", value_hint = ValueHint::FilePath)]
     pub admin_key_file: Option<PathBuf>,
 
@@ -392,6 +394,65 @@ pub struct RebalanceArgs {
     pub json: bool,
 }
 
+/// `hydramesh nodes`
+#[derive(Debug, clap::Args)]
+pub struct NodesArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: NodesCommand,
+}
+
+/// What to do with nodes.
+#[derive(Debug, Subcommand)]
+pub enum NodesCommand {
+    /// Show all nodes that joined: connected, absent, expelled
+    #[command(after_help = "\
+Names and ids are those of the nodes' certificates, which the head issued.
+
+Examples:
+  hydramesh nodes list
+  hydramesh nodes list --json | jq -r '.nodes[] | select(.state == \"expelled\") | .name'")]
+    List {
+        /// Print the head's own JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Throw a node out of the mesh, now and for good
+    #[command(after_help = "\
+Its links end, at the head and at other workers; requests that run on it go on elsewhere. Neither its certificate nor a new join \
+token lets it in again before `hydramesh nodes readmit`. It need not be connected.
+
+Examples:
+  hydramesh nodes expel attic --reason \"sold\"
+  hydramesh nodes expel 3f9ac1d2")]
+    Expel {
+        /// Name or id of a node, as `hydramesh nodes list` shows them
+        #[arg(value_name = "NODE")]
+        node: String,
+        /// Why, for the log and for the node itself: one line
+        #[arg(long, value_name = "TEXT", default_value = "")]
+        reason: String,
+        /// Print the head's own JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Let an expelled node in again
+    #[command(after_help = "\
+The node connects by itself within five minutes, or when it is restarted. One that was away for more than 37 days needs a new \
+token as well.
+
+Example:
+  hydramesh nodes readmit attic")]
+    Readmit {
+        /// Name or id of an expelled node, as `hydramesh nodes list` shows them
+        #[arg(value_name = "NODE")]
+        node: String,
+        /// Print the head's own JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
 /// `hydramesh token`
 #[derive(Debug, clap::Args)]
 pub struct TokenArgs {
@@ -415,6 +476,35 @@ Examples:
         /// How long the token is good for, such as 30m, 12h [default: the head's]
         #[arg(long, value_name = "TIME", value_parser = parse_duration)]
         ttl: Option<Duration>,
+        /// Print the head's own JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show the open tokens: id, age, end, note; never the secret
+    #[command(after_help = "\
+Tokens that `token offer` hands over by a code are among them.
+
+Examples:
+  hydramesh token list
+  hydramesh token list --all --json | jq '.tokens[].used_by'")]
+    List {
+        /// Also those that were used or have expired
+        #[arg(long)]
+        all: bool,
+        /// Print the head's own JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Withdraw an open token: nobody can join with it any more
+    #[command(after_help = "\
+A node that has joined with it stays a member: see `hydramesh nodes expel`.
+
+Example:
+  hydramesh token revoke 8f0c1a7be2d43956")]
+    Revoke {
+        /// Its id, as `hydramesh token list` shows it
+        #[arg(value_name = "ID")]
+        id: String,
         /// Print the head's own JSON
         #[arg(long)]
         json: bool,
@@ -653,6 +743,11 @@ mod tests {
             "--url http://a rebalance",
             "--url http://a bench --mesh",
             "--url http://a token create",
+            "--url http://a token list --all",
+            "--url http://a token revoke 1",
+            "--url http://a nodes list",
+            "nodes expel n --reason r --url http://a",
+            "nodes readmit n --url http://a",
             "--admin-key-file k --url http://a token create",
             "token create --admin-key-file k --url http://a",
             "--state-dir d --url http://a drain n",

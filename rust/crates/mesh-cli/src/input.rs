@@ -3,6 +3,8 @@
 use std::io::{self, IsTerminal, Read};
 use std::path::Path;
 
+use mesh_base::files::{Readers, exposure};
+
 use crate::failure::Failure;
 
 /// The prompt: the words of the command line, or standard input where there are none or only `-`.
@@ -30,6 +32,9 @@ pub(crate) fn prompt(words: &[String]) -> Result<String, Failure> {
 pub(crate) fn key_file(path: &Path) -> Result<String, Failure> {
     let text = std::fs::read_to_string(path)
         .map_err(|error| Failure::usage(format!("key file {}: {error}", path.display())))?;
+    if let Some(exposed) = exposure(path, Readers::Group) {
+        eprintln!("hydramesh: warning: {exposed}");
+    }
     let key = text.trim();
     if key.is_empty() || key.contains(char::is_whitespace) {
         return Err(Failure::usage(format!(

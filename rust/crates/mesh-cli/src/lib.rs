@@ -15,6 +15,7 @@ mod demo;
 mod embed;
 mod input;
 mod models;
+mod nodes;
 mod output;
 mod pair;
 mod probe;
@@ -70,6 +71,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             Command::Undrain(args) => rings::undrain(head, args).await,
             Command::Rebalance(args) => rings::rebalance(head, args).await,
             Command::Models(args) => models::run(args.command).await,
+            Command::Nodes(args) => nodes::run(head, args.command).await,
             Command::Token(args) => token::run(head, args.command).await,
             Command::Bench(args) => bench::run(head, args).await,
             Command::Probe(_)

@@ -99,6 +99,11 @@ impl Drop for WaitLine {
     }
 }
 
+/// Text from other machines: nothing of it may steer a terminal.
+pub(crate) fn plain(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).collect()
+}
+
 /// Rows under headings, as wide as their widest cell.
 pub(crate) fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
     let width = |column: usize| {

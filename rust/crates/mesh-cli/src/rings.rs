@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::admin::Admin;
 use crate::args::{DrainArgs, HeadArgs, PlanArgs, RebalanceArgs, UndrainArgs};
 use crate::failure::{Exit, Failure};
-use crate::output::{Terminal, table};
+use crate::output::{Terminal, plain, table};
 
 pub(crate) async fn plan(head: &HeadArgs, args: PlanArgs) -> Result<(), Failure> {
     let admin = Admin::new(head)?;
@@ -274,7 +274,7 @@ fn list(value: &Value) -> &[Value] {
 /// Names and reasons come from other machines: nothing of them may steer a terminal.
 fn text(value: &Value) -> String {
     match value.as_str() {
-        Some(text) => text.chars().filter(|c| !c.is_control()).collect(),
+        Some(text) => plain(text),
         None => "-".to_owned(),
     }
 }

@@ -10,16 +10,36 @@ use serde_json::{Value, json};
 use crate::admin::Admin;
 use crate::args::{HeadArgs, TokenCommand};
 use crate::failure::{Exit, Failure};
+use crate::nodes::date;
+use crate::output::{plain, table};
 use crate::pair::{self, Announced, Code, Gift, PairError};
 
 pub(crate) async fn run(head: &HeadArgs, command: TokenCommand) -> Result<(), Failure> {
     match command {
         TokenCommand::Create { ttl, json: as_json } => {
-            let answer = create(head, ttl).await?;
+            let answer = create(head, ttl, "").await?;
             if as_json {
                 println!("{answer}");
             } else {
                 println!("{}", text(&answer)?);
+            }
+            Ok(())
+        }
+        TokenCommand::List { all, json: as_json } => {
+            let answer = Admin::new(head)?.get("/v1/mesh/tokens").await?;
+            if as_json {
+                println!("{answer}");
+            } else {
+                print!("{}", listed(&answer, all));
+            }
+            Ok(())
+        }
+        TokenCommand::Revoke { id, json: as_json } => {
+            let answer = revoke(head, &id).await?;
+            if as_json {
+                println!("{answer}");
+            } else {
+                println!("The token {} is withdrawn.", plain(&id));
             }
             Ok(())
         }
@@ -32,13 +52,64 @@ pub(crate) async fn run(head: &HeadArgs, command: TokenCommand) -> Result<(), Fa
     }
 }
 
-async fn create(head: &HeadArgs, ttl: Option<Duration>) -> Result<Value, Failure> {
+async fn create(head: &HeadArgs, ttl: Option<Duration>, note: &str) -> Result<Value, Failure> {
     let admin = Admin::new(head)?;
-    let mut body = json!({});
+    let mut body = json!({ "note": note });
     if let Some(ttl) = ttl {
         body["ttl_seconds"] = ttl.as_secs().max(1).into();
     }
     admin.post("/v1/mesh/tokens", &body).await
+}
+
+async fn revoke(head: &HeadArgs, id: &str) -> Result<Value, Failure> {
+    let admin = Admin::new(head)?;
+    admin
+        .post("/v1/mesh/tokens/revoke", &json!({ "id": id }))
+        .await
+}
+
+/// The tokens as a table: the open ones, or all that the head remembers.
+fn listed(answer: &Value, all: bool) -> String {
+    let tokens = answer["tokens"].as_array().into_iter().flatten();
+    let rows: Vec<Vec<String>> = tokens
+        .filter(|token| all || token["state"] == "open")
+        .map(|token| {
+            let age = token["age_seconds"].as_u64().unwrap_or(0);
+            let used_by = token["used_by"]["name"].as_str();
+            let state = plain(token["state"].as_str().unwrap_or("-"));
+            vec![
+                plain(token["id"].as_str().unwrap_or("-")),
+                match used_by {
+                    Some(name) => format!("{state} by {}", plain(name)),
+                    None => state,
+                },
+                span(age),
+                match token["state"] == "open" {
+                    true => format!(
+                        "in {}",
+                        span(token["expires_in_seconds"].as_u64().unwrap_or(0))
+                    ),
+                    false => date(&token["expires_at"]),
+                },
+                token["uses_left"].to_string(),
+                plain(token["note"].as_str().unwrap_or_default()),
+            ]
+        })
+        .collect();
+    if rows.is_empty() {
+        return "No token is open. `hydramesh token create` makes one.\n".to_owned();
+    }
+    table(&["ID", "STATE", "AGE", "ENDS", "USES LEFT", "NOTE"], &rows)
+}
+
+/// A span of time in its largest unit.
+fn span(seconds: u64) -> String {
+    match seconds {
+        0..120 => format!("{seconds} s"),
+        120..7_200 => format!("{} min", seconds / 60),
+        7_200..172_800 => format!("{} h", seconds / 3_600),
+        _ => format!("{} d", seconds / 86_400),
+    }
 }
 
 fn text(answer: &Value) -> Result<&str, Failure> {
@@ -61,12 +132,12 @@ async fn offer(
         Failure::failed(format!("listening on {listen}: {error}"))
             .hint("Another offer may be open; --listen takes another address.")
     })?;
-    let answer = create(head, Some(patience + TIME_TO_JOIN)).await?;
+    let answer = create(head, Some(patience + TIME_TO_JOIN), "offered by a code").await?;
     let gift = Gift {
         token: text(&answer)?.to_owned(),
         port: head_port,
     };
-    blocking(move || {
+    let offered = blocking(move || {
         let code = Code::random()?;
         let _announced = Announced::start(listener.local_addr()?.port())?;
         println!("{code}");
@@ -77,7 +148,14 @@ async fn offer(
         eprintln!("{who} has taken the token.");
         Ok(())
     })
-    .await
+    .await;
+    // Nobody has a token that was not taken, so nobody misses it. An older head keeps it until it ends.
+    if offered.is_err()
+        && let Some(id) = answer["id"].as_str()
+    {
+        let _ = revoke(head, id).await;
+    }
+    offered
 }
 
 fn fetch(code: Option<String>, at: Option<SocketAddr>) -> Result<(), PairError> {
@@ -124,3 +202,31 @@ const LONGEST_OFFER: Duration = Duration::from_secs(15 * 60);
 /// Remaining life of a token that is taken at the last moment.
 const TIME_TO_JOIN: Duration = Duration::from_secs(60 * 60);
 const LONGEST_SEARCH: Duration = Duration::from_secs(30);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn open_tokens_are_listed_with_age_and_end_and_without_a_secret() {
+        let token = |id: &str, state: &str, used_by: Value| {
+            json!({"id": id, "note": "for the barn", "state": state, "age_seconds": 7_300, "expires_in_seconds": 90,
+                "expires_at": 1_795_910_400, "uses_left": u32::from(state == "open"), "used_by": used_by})
+        };
+        let answer = json!({"tokens": [
+            token("aa11", "open", Value::Null),
+            token("bb22", "used", json!({"name": "attic"})),
+            token("cc33", "expired", Value::Null),
+        ]});
+        let open = listed(&answer, false);
+        for part in ["aa11", "2 h", "in 90 s", "for the barn", "USES LEFT"] {
+            assert!(open.contains(part), "{part} is not in\n{open}");
+        }
+        assert!(!open.contains("bb22") && !open.contains("cc33"), "{open}");
+        let all = listed(&answer, true);
+        for part in ["aa11", "used by attic", "cc33", "2026-11-29"] {
+            assert!(all.contains(part), "{part} is not in\n{all}");
+        }
+        assert!(listed(&json!({"tokens": []}), true).contains("token create"));
+    }
+}

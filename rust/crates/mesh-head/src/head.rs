@@ -122,7 +122,7 @@ impl Head {
     ) -> Result<HeadHandle, StartError> {
         config.check()?;
         let state_dir = config.state_dir.clone();
-        mesh_service::files::create_private_dir(&state_dir)?;
+        mesh_service::files::open_state_dir(&state_dir, &SECRETS)?;
         addresses::remove(&state_dir)?;
         let keys = Keys::load(&state_dir, config.http.api_keys_file.as_deref())?;
         let authority = Arc::new(Authority::open(
@@ -155,7 +155,15 @@ impl Head {
         let head_metrics = metrics.register(HeadMetrics::register);
         let health = Health::starting().watched_by(watchdog.clone());
         let bus = BusSender::new(worker_socket.clone());
-        let mesh = Mesh::new(config, head_metrics, health, shutdown.clone(), bus);
+        let deny_list = authority.deny_list().clone();
+        let mesh = Mesh::new(
+            config,
+            head_metrics,
+            health,
+            shutdown.clone(),
+            bus,
+            deny_list,
+        );
         mesh.keep_house();
 
         let answers = TaskTracker::new();
@@ -174,7 +182,8 @@ impl Head {
             keys: keys.clone(),
             identity: announced.clone(),
         };
-        let router = http::router(mesh.clone(), keys, authority, metrics);
+        let own_id = announced.node_id();
+        let router = http::router(mesh.clone(), keys, authority, own_id, metrics);
         let limit = shutdown.limit();
         let api = tokio::spawn(mesh_service::http::serve_with(
             mesh.config.http.connections.clone(),
@@ -320,6 +329,8 @@ async fn keep_house(mesh: Arc<Mesh>, heart: Heart) {
     }
 }
 
+/// Files of the state directory that nobody else may read.
+const SECRETS: [&str; 4] = ["root.key", "node.key", "tokens.json", "admin.key"];
 const HOUSEKEEPING: Duration = Duration::from_millis(50);
 const HOUSEKEEPING_LIMIT: Duration = Duration::from_secs(10);
 const GOODBYE: Duration = Duration::from_secs(2);

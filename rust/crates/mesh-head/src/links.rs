@@ -128,7 +128,7 @@ async fn serve_link(
         .iter()
         .map(|model| model.name.as_str())
         .collect();
-    info!(worker = hello.node_name, node = link.node_id(), address = %link.remote_addr(), ?models, "worker joined");
+    info!(worker = link.node_name(), node = link.node_id(), address = %link.remote_addr(), ?models, "worker joined");
     let (sender, orders) = mpsc::channel(ORDERS);
     let id = mesh.join(link, hello, sender);
     mesh.clock_heard(id, said_at);

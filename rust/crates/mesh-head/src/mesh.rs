@@ -3,6 +3,7 @@
 //! The lock is held for a decision, never across an await. Per token nothing is locked.
 
 mod models;
+mod nodes;
 mod rings;
 
 use std::collections::{BTreeMap, HashMap};
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use dcf::{ErrorCode, Message, Version};
 use mesh_base::clock;
 use mesh_net::quic::Link;
-use mesh_net::trust::DUPLICATE_IDENTITY;
+use mesh_net::trust::{DUPLICATE_IDENTITY, DenyList};
 use mesh_proto::{Hello, Load, ModelKind};
 use mesh_service::health::Health;
 use mesh_service::shutdown::Shutdown;
@@ -53,6 +54,8 @@ pub struct Mesh {
     pub bus: BusSender,
     /// Keys of sealed heartbeats.
     pub sessions: Sessions,
+    /// Nodes that are no longer part of the mesh.
+    pub deny_list: DenyList,
     /// When the head started.
     pub started: SystemTime,
     /// The same by a clock that nobody sets.
@@ -140,6 +143,7 @@ impl Mesh {
         health: Health,
         shutdown: Shutdown,
         bus: BusSender,
+        deny_list: DenyList,
     ) -> Arc<Self> {
         let placement = Placement::new(
             Registry::new(config.worker_timeout),
@@ -168,6 +172,7 @@ impl Mesh {
             exchange: Exchange::default(),
             bus,
             sessions: Sessions::default(),
+            deny_list,
             started: SystemTime::now(),
             running_since: Instant::now(),
             state: Mutex::new(state),
@@ -295,7 +300,13 @@ impl Mesh {
     /// Enters a worker that said Hello on this link.
     pub fn join(&self, link: &Link, hello: Hello, orders: mpsc::Sender<Message>) -> WorkerId {
         let now = Instant::now();
-        let (instance, host) = (hello.instance, hello.host.chars().take(64).collect());
+        // Not what it calls itself.
+        let hello = Hello {
+            node_name: link.node_name().to_owned(),
+            version: plain(&hello.version),
+            ..hello
+        };
+        let (instance, host) = (hello.instance, plain(&hello.host));
         let others = other_addresses(&hello.addresses, link.remote_addr().ip());
         let mut state = self.lock();
         let whole = hello.models.iter().map(|card| card.name.clone()).collect();
@@ -334,6 +345,8 @@ impl Mesh {
                 host,
             },
         );
+        let list = self.expelled_message();
+        self.order(&mut state, id, link.node_id(), list, now);
         self.turn(&mut state, now);
         id
     }
@@ -830,6 +843,12 @@ pub fn timestamp_us() -> u64 {
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// What a worker says of itself, as far as it is shown.
+fn plain(said: &str) -> String {
+    let shown = said.chars().filter(|c| !c.is_control());
+    shown.take(64).collect()
 }
 
 /// Addresses that a worker says it has, but for the one that it is seen at and those that lead to nobody or to everybody. One

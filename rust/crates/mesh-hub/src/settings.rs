@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use hf_hub::Cache;
+use mesh_base::files::{Readers, exposure};
 use reqwest::Url;
 use zeroize::Zeroizing;
 
@@ -208,6 +209,9 @@ fn read_token(path: &Path) -> std::io::Result<String> {
     std::fs::File::open(path)?
         .take(MAX_TOKEN)
         .read_to_string(&mut text)?;
+    if let Some(exposed) = exposure(path, Readers::Group) {
+        tracing::warn!("{exposed}");
+    }
     Ok(text)
 }
 

@@ -1,7 +1,7 @@
 //! Files of the state directory: replaced whole, secrets for their owner only.
 
 use std::fs::{DirBuilder, File, Permissions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
 
@@ -40,9 +40,24 @@ pub(crate) fn replace(path: &Path, contents: &[u8], mode: u32) -> Result<(), Tru
 
 /// `None` when there is no such file.
 pub(crate) fn read(path: &Path) -> Result<Option<String>, TrustError> {
-    match std::fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(TrustError::io("read", path, source)),
+    let failed = |source| TrustError::io("read", path, source);
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(failed(source)),
+    };
+    let mut bytes = Vec::new();
+    file.take(MOST_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .map_err(failed)?;
+    if bytes.len() as u64 > MOST_BYTES {
+        let reason = format!("it has more than {MOST_BYTES} bytes");
+        return Err(TrustError::damaged(path, reason));
     }
+    String::from_utf8(bytes)
+        .map(Some)
+        .map_err(|_| TrustError::damaged(path, "it is not text"))
 }
+
+/// No file of ours is larger.
+const MOST_BYTES: u64 = 16 << 20;

@@ -14,7 +14,7 @@ pub use share::*;
 /// What a worker says first on its control stream (DCF 0x10).
 #[derive(Clone, PartialEq, Message)]
 pub struct Hello {
-    /// Name a person knows the node by; the host name by default.
+    /// Name that the node's configuration gives it. Heads take the name in its certificate instead; older ones show this one.
     #[prost(string, tag = "1")]
     pub node_name: String,
     /// Program version.
@@ -43,6 +43,29 @@ pub struct Hello {
     /// it was counted.
     #[prost(uint32, tag = "20")]
     pub request_revision: u32,
+}
+
+/// The nodes that an operator has expelled: all of them, in place of those that were named before. Sent after Welcome and
+/// whenever the list changes.
+#[derive(Clone, PartialEq, Message)]
+pub struct Expelled {
+    /// The nodes.
+    #[prost(message, repeated, tag = "1")]
+    pub nodes: Vec<ExpelledNode>,
+}
+
+/// A node that is no longer part of the mesh.
+#[derive(Clone, PartialEq, Message)]
+pub struct ExpelledNode {
+    /// SHA-256 of its public key, lower-case hex.
+    #[prost(string, tag = "1")]
+    pub node_id: String,
+    /// Its name, for messages.
+    #[prost(string, tag = "2")]
+    pub name: String,
+    /// Time of the expulsion, seconds since the Unix epoch.
+    #[prost(uint64, tag = "3")]
+    pub since: u64,
 }
 
 /// One model that a worker serves.

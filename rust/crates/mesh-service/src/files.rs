@@ -5,7 +5,39 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
 
+use mesh_base::files;
+pub use mesh_base::files::Readers;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+/// Makes a service's state directory ready at its start: creates it, removes what a process that was killed left in it, and
+/// tells in the log of the files called `secrets`, and of the directory, where others may do more than they should.
+pub fn open_state_dir(dir: &Path, secrets: &[&str]) -> io::Result<()> {
+    create_private_dir(dir)?;
+    sweep(dir);
+    if let Some(text) = files::writable_by_others(dir) {
+        tracing::warn!("{text}");
+    }
+    for name in secrets {
+        warn_if_exposed(&dir.join(name), Readers::Owner);
+    }
+    Ok(())
+}
+
+/// Tells in the log of a file with a secret that others can read.
+pub fn warn_if_exposed(path: &Path, readers: Readers) {
+    if let Some(text) = files::exposure(path, readers) {
+        tracing::warn!("{text}");
+    }
+}
+
+/// Removes temporary files of a process that was killed. What cannot be removed stays: it does no harm.
+pub fn sweep(dir: &Path) {
+    match files::remove_leftovers(dir) {
+        Ok(removed) if removed.is_empty() => {}
+        Ok(removed) => tracing::info!(?removed, "removed what a killed process left"),
+        Err(error) => tracing::debug!(dir = %dir.display(), %error, "leftovers not removed"),
+    }
+}
 
 /// Creates `dir` and its parents; `dir` itself is for its owner only when it is new.
 pub fn create_private_dir(dir: &Path) -> io::Result<()> {

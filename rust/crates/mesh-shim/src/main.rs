@@ -107,7 +107,7 @@ async fn serve(config: Config, args: Args) -> anyhow::Result<()> {
     let heart = watchdog.register("bridge", 5 * BEAT_INTERVAL);
     let health = Health::starting().watched_by(watchdog);
     if let Some(dir) = &config.state_dir {
-        std::fs::create_dir_all(dir)
+        mesh_service::files::open_state_dir(dir, &[])
             .with_context(|| format!("cannot create the state directory {}", dir.display()))?;
         addresses::remove(dir)?;
     }

@@ -7,6 +7,7 @@ use mesh_engine::StartError;
 use mesh_engine_ort::LoadError;
 use mesh_model::{EncoderError, ModelError};
 use mesh_net::quic::JoinError;
+use mesh_net::trust::TrustError;
 use mesh_store::LocalError;
 
 use crate::config::Unsound;
@@ -138,6 +139,9 @@ pub enum WorkerError {
         "this worker has not joined a mesh yet, and there is no join token: run `hydramesh token create` at the head and set `join_token_file`"
     )]
     NoToken,
+    /// The files of the worker's identity are not whole.
+    #[error(transparent)]
+    Identity(TrustError),
     /// The head does not let this worker in.
     #[error("cannot join the mesh at {head}: {source}")]
     Join {
@@ -157,4 +161,11 @@ pub enum WorkerError {
     /// A task of the program itself failed.
     #[error("internal error: {0}")]
     Internal(String),
+}
+
+impl WorkerError {
+    /// True if the head says that this worker was expelled.
+    pub(crate) fn is_expulsion(&self) -> bool {
+        matches!(self, Self::Join { source, .. } if source.is_expulsion())
+    }
 }

@@ -1,17 +1,25 @@
 //! The link to the head: joins, connects, says Hello, reports load, takes requests; connects again when the head is gone.
 
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, Message, MsgType};
 use mesh_base::{clock, listen};
 use mesh_net::quic::{
-    self, Closed, ConnectError, Connector, Link, LinkConfig, MsgStream, StreamFailure, timestamp_us,
+    self, Closed, ConnectError, Connector, JoinError, Link, LinkConfig, MsgStream, StreamFailure,
+    timestamp_us,
 };
 use mesh_net::seal::Sealer;
-use mesh_net::trust::{CERTIFICATE_DATES, DUPLICATE_IDENTITY, JoinToken, NodeIdentity, Role};
-use mesh_proto::{Hello, Load, ModelCard, PROTOCOL_VERSION, Ring, Served, Sources, Welcome};
+use mesh_net::trust::{
+    CERTIFICATE_DATES, DUPLICATE_IDENTITY, EXPELLED, Expulsion, JoinToken, NodeIdentity, Role,
+    TrustError,
+};
+use mesh_proto::{
+    Expelled, Hello, Load, ModelCard, PROTOCOL_VERSION, Ring, Served, Sources, Welcome,
+};
+use mesh_service::files::{self, Readers};
 use mesh_service::health::Health;
 use mesh_service::shutdown::Shutdown;
 use prost::Message as _;
@@ -49,25 +57,31 @@ pub(crate) struct HeadLink {
 }
 
 /// Loads the identity in the state directory, or joins with the token. `None` means that the head does not answer yet.
+///
+/// # Errors
+/// If there is neither; if the identity's files are not whole and the token does not mend that; if the head refuses.
 pub(crate) async fn identify(
     config: &Config,
     head: &HeadPlace,
 ) -> Result<Option<NodeIdentity>, WorkerError> {
     let token = read_token(config)?;
     let loaded = NodeIdentity::load(&config.state_dir);
-    if loaded.is_err() && token.is_none() {
-        return Err(WorkerError::NoToken);
+    match (loaded, &token) {
+        (Ok(identity), token)
+            if token
+                .as_ref()
+                .is_none_or(|token| identity.root_sha256() == *token.root_sha256()) =>
+        {
+            return Ok(Some(identity));
+        }
+        (Ok(_), _) => {}
+        (Err(error), None) => return Err(unusable(error)),
+        (Err(TrustError::NoIdentity { .. }), _) => {}
+        (Err(error), Some(_)) => {
+            tracing::warn!(%error, "this worker's identity cannot be used; it tries to join again with its token");
+        }
     }
-    let same_mesh = |identity: &NodeIdentity| {
-        token
-            .as_ref()
-            .is_none_or(|token| identity.root_sha256() == *token.root_sha256())
-    };
-    if let Ok(identity) = loaded
-        && same_mesh(&identity)
-    {
-        return Ok(Some(identity));
-    }
+    look_at_token_file(config);
     let addresses = match head.resolve().await {
         Ok(addresses) => addresses,
         Err(reason) => {
@@ -78,7 +92,11 @@ pub(crate) async fn identify(
     let name = config.node_name();
     match quic::load_or_join(&addresses, token.as_ref(), &config.state_dir, &name).await {
         Ok(identity) => {
-            tracing::info!(node = identity.node_id(), "joined the mesh");
+            tracing::info!(
+                node = identity.node_id(),
+                name = identity.member().name,
+                "joined the mesh"
+            );
             Ok(Some(identity))
         }
         Err(error) if error.is_transient() => {
@@ -92,22 +110,40 @@ pub(crate) async fn identify(
     }
 }
 
+/// Why a worker without a token does not start.
+pub(crate) fn unusable(error: TrustError) -> WorkerError {
+    match error {
+        TrustError::NoIdentity { .. } => WorkerError::NoToken,
+        error => WorkerError::Identity(error),
+    }
+}
+
 impl HeadLink {
     /// Keeps the link up until it is to stop, or until an error that trying again does not help.
     pub(crate) async fn run(self, mut identity: Option<NodeIdentity>) -> Result<(), WorkerError> {
         let mut backoff = Backoff::new();
-        let mut duplicates = 0;
+        // Refusals that trying again soon does not end.
+        let mut refusals = 0;
         while !self.stop.is_cancelled() {
             let mut pause = Duration::ZERO;
             if identity.is_none() {
-                identity = identify(&self.config, &self.head).await?;
+                identity = match identify(&self.config, &self.head).await {
+                    Err(error) if error.is_expulsion() => {
+                        refusals += 1;
+                        pause = refusal_pause(refusals);
+                        self.health.set_unready(error.to_string());
+                        self.explain(&Standing::Expelled, pause);
+                        None
+                    }
+                    identified => identified?,
+                };
             }
             if let Some(identity) = &identity {
                 let _ = self.known.set(identity.clone());
                 if let Some(port) = self.host.rings().listen(identity)?
                     && let Some(lan) = &self.lan
                 {
-                    lan.announce(identity, &self.config.node_name(), port);
+                    lan.announce(identity, port);
                 }
                 let started = Instant::now();
                 let ended = match self.session(identity).await {
@@ -131,16 +167,13 @@ impl HeadLink {
                 if started.elapsed() > STEADY {
                     backoff.reset();
                 }
-                if ended.duplicate {
-                    duplicates += 1;
-                    pause = duplicate_pause(duplicates);
-                    tracing::error!(
-                        state_dir = %self.config.state_dir.display(),
-                        "this worker's identity is in use on another machine: its state directory is a copy. On one of the two run \
-                         `mesh-worker new-identity` and restart it with a new token (`hydramesh token create`)"
-                    );
-                } else {
-                    duplicates = 0;
+                match ended.refusal {
+                    Some(refusal) => {
+                        refusals += 1;
+                        pause = refusal_pause(refusals);
+                        self.explain(&refusal, pause);
+                    }
+                    None => refusals = 0,
                 }
             }
             pause = pause.max(backoff.next(random()));
@@ -150,6 +183,23 @@ impl HeadLink {
             }
         }
         Ok(())
+    }
+
+    /// Tells the operator what ends a refusal.
+    fn explain(&self, refusal: &Standing, pause: Duration) {
+        let state_dir = self.config.state_dir.display();
+        match refusal {
+            Standing::Duplicate => tracing::error!(
+                %state_dir,
+                "this worker's identity is in use on another machine: its state directory is a copy. On one of the two run \
+                 `mesh-worker new-identity` and restart it with a new token (`hydramesh token create`)"
+            ),
+            Standing::Expelled => tracing::error!(
+                %state_dir,
+                next_try_seconds = pause.as_secs(),
+                "this worker was expelled from its mesh: it works for nobody until `hydramesh nodes readmit` at the head"
+            ),
+        }
     }
 
     /// One link from its making to its end, with the reason of that.
@@ -165,6 +215,7 @@ impl HeadLink {
             address = %address,
             mesh = welcome.mesh,
             version = welcome.version,
+            name = identity.member().name,
             "linked to the head"
         );
         self.counters.set_connected(true);
@@ -187,7 +238,7 @@ impl HeadLink {
     async fn connect(
         &self,
         identity: &NodeIdentity,
-    ) -> Result<(SocketAddr, Connector, Link), String> {
+    ) -> Result<(SocketAddr, Connector, Link), Ended> {
         let addresses = self.head.resolve().await?;
         let config = LinkConfig::default();
         let connect = || Connector::to_any(&addresses, Role::Head, identity, &config);
@@ -198,13 +249,70 @@ impl HeadLink {
             {
                 tracing::info!(reason = text, "renewing the certificate");
                 if let Err(error) = quic::renew(&addresses, identity).await {
-                    return Err(format!("{text}; certificate not renewed: {error}"));
+                    self.join_again(&addresses, identity, &text, error).await?;
                 }
                 connect().await
             }
             connected => connected,
         }
-        .map_err(|error| error.to_string())
+        .map_err(|error| {
+            let refusal = match error {
+                ConnectError::Refused { code: EXPELLED, .. } => Some(Standing::Expelled),
+                _ => None,
+            };
+            Ended {
+                reason: error.to_string(),
+                refusal,
+            }
+        })
+    }
+
+    /// The certificate is of no use and cannot be renewed: a token that the configuration names by now can mend that. It is
+    /// read each time, so that a worker which waits takes a new one.
+    async fn join_again(
+        &self,
+        addresses: &[SocketAddr],
+        identity: &NodeIdentity,
+        refused: &str,
+        not_renewed: JoinError,
+    ) -> Result<(), Ended> {
+        let text = format!("{refused}; certificate not renewed: {not_renewed}");
+        if not_renewed.is_expulsion() {
+            return Err(Ended {
+                reason: not_renewed.to_string(),
+                refusal: Some(Standing::Expelled),
+            });
+        }
+        // Where this machine or the way to the head fails, a token would be used up for nothing.
+        if not_renewed.is_transient() || !matches!(not_renewed, JoinError::Refused { .. }) {
+            return Err(text.into());
+        }
+        let token = match read_token(&self.config) {
+            Ok(Some(token)) => token,
+            Ok(None) => return Err(text.into()),
+            Err(error) => return Err(format!("{text}; {error}").into()),
+        };
+        if *token.root_sha256() != identity.root_sha256() {
+            let foreign = "the join token is for another mesh: restart the worker to join that one";
+            return Err(format!("{text}; {foreign}").into());
+        }
+        look_at_token_file(&self.config);
+        let (state_dir, name) = (&self.config.state_dir, self.config.node_name());
+        let joined = quic::join_again(addresses, &token, state_dir, &name).await;
+        let joined = joined.and_then(|_| Ok(identity.reload()?));
+        match joined {
+            Ok(_) => {
+                tracing::info!(
+                    node = identity.node_id(),
+                    "joined again with a new token: the old certificate could not be renewed"
+                );
+                Ok(())
+            }
+            Err(error) => Err(Ended {
+                refusal: error.is_expulsion().then_some(Standing::Expelled),
+                reason: format!("{text}; its join token does not help: {error}"),
+            }),
+        }
     }
 
     async fn hello(
@@ -249,7 +357,7 @@ impl HeadLink {
             }
             (_, Some(error)) => Err(Ended {
                 reason: format!("it refused: {}", error.text),
-                duplicate: error.code == DUPLICATE_IDENTITY,
+                refusal: Standing::of(error.code),
             }),
             (kind, None) => Err(format!("it answered Hello with a {kind}").into()),
         }
@@ -309,6 +417,10 @@ impl HeadLink {
                         Ok(sources) => self.host.stored().sources(sources),
                         Err(error) => tracing::warn!(%error, "Sources that cannot be read"),
                     },
+                    Ok(Some(message)) if message.kind == MsgType::EXPELLED => match Expelled::decode(message.payload) {
+                        Ok(list) => take_expelled(identity, list),
+                        Err(error) => tracing::warn!(%error, "a list of expelled nodes that cannot be read"),
+                    },
                     Ok(Some(message)) if message.kind == MsgType::ERROR => {
                         let text = message.error_body().map(|error| error.text.into_owned());
                         tracing::error!(text, "the head reports a problem with this worker");
@@ -362,18 +474,68 @@ fn is_news(reported: Option<&(Load, Instant)>, load: &Load) -> bool {
     load.draining != last.draining || (same != *last && at.elapsed() >= LOAD_INTERVAL)
 }
 
+/// The head names the expelled nodes. Their links end at once; the list is written beside.
+fn take_expelled(identity: &NodeIdentity, list: Expelled) {
+    let usable = list
+        .nodes
+        .into_iter()
+        .filter(|node| node.node_id.len() <= 64);
+    let nodes = usable.map(|node| {
+        let plain = node.name.chars().filter(|c| !c.is_control());
+        let expulsion = Expulsion {
+            name: plain.take(64).collect(),
+            reason: String::new(),
+            since: node.since,
+        };
+        (node.node_id, expulsion)
+    });
+    if !identity.deny_list().replace(nodes) {
+        return;
+    }
+    let identity = identity.clone();
+    tokio::task::spawn_blocking(move || {
+        let list = identity.deny_list();
+        match list.save() {
+            Ok(()) => tracing::info!(
+                nodes = list.list().len(),
+                "the list of expelled nodes has changed"
+            ),
+            Err(error) => {
+                tracing::warn!(%error, "expelled nodes are forgotten at the next start, until the head names them again")
+            }
+        }
+    });
+}
+
+/// A refusal that lasts until an operator does something.
+enum Standing {
+    /// Another machine has this worker's identity.
+    Duplicate,
+    /// This worker is no longer part of the mesh.
+    Expelled,
+}
+
+impl Standing {
+    fn of(code: ErrorCode) -> Option<Self> {
+        match code {
+            DUPLICATE_IDENTITY => Some(Self::Duplicate),
+            EXPELLED => Some(Self::Expelled),
+            _ => None,
+        }
+    }
+}
+
 /// The reason why there is no link, or no longer one.
 struct Ended {
     reason: String,
-    /// Another machine has this worker's identity.
-    duplicate: bool,
+    refusal: Option<Standing>,
 }
 
 impl<T: Into<String>> From<T> for Ended {
     fn from(reason: T) -> Self {
         Ended {
             reason: reason.into(),
-            duplicate: false,
+            refusal: None,
         }
     }
 }
@@ -390,18 +552,18 @@ async fn why(link: &Link, failure: StreamFailure) -> Ended {
     match closed {
         Some(Closed::ByPeer { code, text }) => Ended {
             reason: text,
-            duplicate: code == DUPLICATE_IDENTITY,
+            refusal: Standing::of(code),
         },
         Some(closed) => closed.to_string().into(),
         None => text.into(),
     }
 }
 
-/// The wait of a worker whose identity is in use elsewhere before it asks again, the `times`th time.
-fn duplicate_pause(times: u32) -> Duration {
-    DUPLICATE_PAUSE
+/// The wait of a worker before it asks again after a refusal that lasts, the `times`th time.
+fn refusal_pause(times: u32) -> Duration {
+    REFUSAL_PAUSE
         .saturating_mul(1 << (times.clamp(1, 8) - 1))
-        .min(LONGEST_DUPLICATE_PAUSE)
+        .min(LONGEST_REFUSAL_PAUSE)
 }
 
 /// Says so if this machine's clock and the head's are far apart. The mesh works nevertheless.
@@ -513,13 +675,25 @@ fn unconnected_socket(target: SocketAddr) -> std::io::Result<UdpSocket> {
     UdpSocket::from_std(socket)
 }
 
+fn has_never_joined(state_dir: &Path) -> bool {
+    let loaded = NodeIdentity::load(state_dir);
+    matches!(loaded, Err(TrustError::NoIdentity { .. }))
+}
+
+/// Tells of a token that is still to be used and that others can read.
+fn look_at_token_file(config: &Config) {
+    if let Some(path) = &config.join_token_file {
+        files::warn_if_exposed(path, Readers::Group);
+    }
+}
+
 pub(crate) fn read_token(config: &Config) -> Result<Option<JoinToken>, WorkerError> {
     let (text, origin) = match (&config.join_token, &config.join_token_file) {
         (Some(text), _) => (text.clone(), "`join_token`".to_owned()),
         (None, Some(path)) => match std::fs::read_to_string(path) {
             Ok(text) => (text, path.display().to_string()),
-            // Tokens are used once; who has joined may have thrown the file away.
-            Err(_) if NodeIdentity::load(&config.state_dir).is_ok() => return Ok(None),
+            // Tokens are used once; who has joined may have thrown the file away. Whoever cannot use its identity hears of that.
+            Err(_) if !has_never_joined(&config.state_dir) => return Ok(None),
             Err(source) => {
                 return Err(WorkerError::TokenFile {
                     path: path.clone(),
@@ -541,9 +715,9 @@ pub(crate) fn read_token(config: &Config) -> Result<Option<JoinToken>, WorkerErr
 /// Clocks that are further apart are reported.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(60);
 
-/// A worker whose identity is in use elsewhere asks again after this time, and then more rarely.
-const DUPLICATE_PAUSE: Duration = Duration::from_secs(30);
-const LONGEST_DUPLICATE_PAUSE: Duration = Duration::from_secs(300);
+/// A worker that an operator has to help asks again after this time, and then more rarely.
+const REFUSAL_PAUSE: Duration = Duration::from_secs(30);
+const LONGEST_REFUSAL_PAUSE: Duration = Duration::from_secs(300);
 
 const MOST_ADDRESSES: usize = 8;
 
@@ -564,9 +738,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_duplicate_asks_rarely() {
+    fn who_is_refused_for_good_asks_rarely() {
         let pauses: Vec<u64> = (1..=6)
-            .map(|times| duplicate_pause(times).as_secs())
+            .map(|times| refusal_pause(times).as_secs())
             .collect();
         assert_eq!(pauses, [30, 60, 120, 240, 300, 300]);
     }

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 use crate::config::Config;
 use crate::error::WorkerError;
-use crate::head::read_token;
+use crate::head::{read_token, unusable};
 
 /// Where the head is.
 #[derive(Clone)]
@@ -40,7 +40,7 @@ impl Lan {
         let root = match (read_token(config)?, NodeIdentity::load(&config.state_dir)) {
             (Some(token), _) => *token.root_sha256(),
             (None, Ok(identity)) => identity.root_sha256(),
-            (None, Err(_)) => return Err(WorkerError::NoToken),
+            (None, Err(error)) => return Err(unusable(error)),
         };
         match Discovery::start(&root) {
             Ok(discovery) => Ok(Some(Lan {
@@ -56,11 +56,11 @@ impl Lan {
     }
 
     /// Says where this worker listens for others.
-    pub(crate) fn announce(&self, identity: &NodeIdentity, name: &str, port: u16) {
+    pub(crate) fn announce(&self, identity: &NodeIdentity, port: u16) {
         let announcement = Announcement {
             role: Role::Worker,
             node_id: identity.node_id(),
-            name: name.to_owned(),
+            name: identity.member().name.clone(),
             root: identity.root_sha256(),
             port,
         };

@@ -1,6 +1,7 @@
 //! The running worker: its sockets, its models, its tasks, and how all of it ends.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -8,6 +9,7 @@ use mesh_base::addresses::Preferred;
 use mesh_base::listen;
 use mesh_net::trust::NodeIdentity;
 use mesh_service::addresses::{self, Addresses};
+use mesh_service::files;
 use mesh_service::health::{self, Health};
 use mesh_service::http::{self, Guard};
 use mesh_service::metrics::Metrics;
@@ -62,7 +64,9 @@ impl Worker {
             path: config.state_dir.clone(),
             source,
         };
-        std::fs::create_dir_all(&config.state_dir).map_err(state_dir)?;
+        files::open_state_dir(&config.state_dir, &SECRETS).map_err(state_dir)?;
+        mesh_net::quic::settle(&config.state_dir).map_err(WorkerError::Identity)?;
+        sweep_weights(&config.state_dir.join("weights"));
         addresses::remove(&config.state_dir).map_err(state_dir)?;
 
         let sockets = Sockets::bind(&config)?;
@@ -100,7 +104,14 @@ impl Worker {
         let ((host, failures), identity) = {
             let identity = async {
                 match &head {
-                    Some(head) => identify(&config, head).await,
+                    Some(head) => match identify(&config, head).await {
+                        // It asks again, rarely: a process that is started again and again would ask often.
+                        Err(error) if error.is_expulsion() => {
+                            tracing::error!(%error, "this worker works for nobody");
+                            Ok(None)
+                        }
+                        identified => identified,
+                    },
                     None => Ok(None),
                 }
             };
@@ -207,6 +218,19 @@ impl Live {
         *self.config.write().unwrap_or_else(PoisonError::into_inner) = fresh.clone();
         self.loading.look_again();
     }
+}
+
+/// Removes weights that a killed process had half written. Each model has a folder.
+fn sweep_weights(cache: &Path) {
+    // Without the folder there is nothing to remove.
+    let Ok(models) = std::fs::read_dir(cache) else {
+        return;
+    };
+    let folders = models.flatten().filter(|entry| {
+        let kind = entry.file_type();
+        kind.is_ok_and(|kind| kind.is_dir())
+    });
+    folders.for_each(|folder| files::sweep(&folder.path()));
 }
 
 /// Checks that need no model to be read, for mistakes that would end the worker after it has read them.
@@ -416,6 +440,9 @@ impl Progress {
 
 /// Time for which a start waits for the head's answer to a join before it reads models meanwhile.
 const JOIN_FIRST: Duration = Duration::from_secs(5);
+
+/// Files of the state directory that nobody else may read.
+const SECRETS: [&str; 1] = ["node.key"];
 
 const HOUSEKEEPING: Duration = Duration::from_millis(500);
 

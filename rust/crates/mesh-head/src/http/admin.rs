@@ -1,9 +1,8 @@
 //! What the head tells about the mesh, and what an administrator can do to it.
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::StatusCode;
 use dcf::Version;
@@ -82,66 +81,6 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
         "duplicates": mesh.duplicates(),
         "warnings": mesh.warnings(),
     }))
-}
-
-/// `POST /v1/mesh/tokens`: makes a join token. The body may hold `ttl_seconds` and `note`.
-pub(super) async fn create_token(
-    State(api): State<Api>,
-    body: Bytes,
-) -> Result<Json<Value>, ApiError> {
-    #[derive(Deserialize)]
-    #[serde(default, deny_unknown_fields)]
-    struct Ask {
-        ttl_seconds: u64,
-        note: String,
-    }
-    impl Default for Ask {
-        fn default() -> Self {
-            Self {
-                ttl_seconds: TOKEN_LIFE.as_secs(),
-                note: String::new(),
-            }
-        }
-    }
-    let ask: Ask = read(&body)?;
-    let life = Duration::from_secs(ask.ttl_seconds);
-    if life.is_zero() || life > LONGEST_TOKEN_LIFE || ask.note.len() > LONGEST_NOTE {
-        let text = format!(
-            "'ttl_seconds' must be from 1 to {}, 'note' at most {LONGEST_NOTE} bytes",
-            LONGEST_TOKEN_LIFE.as_secs()
-        );
-        return Err(ApiError::new(
-            StatusCode::BAD_REQUEST,
-            "invalid_value",
-            text,
-        ));
-    }
-    let now = SystemTime::now();
-    let authority = api.authority.clone();
-    let created =
-        tokio::task::spawn_blocking(move || authority.create_token(life, &ask.note, now)).await;
-    let token = created
-        .map_err(|error| error.to_string())
-        .and_then(|token| token.map_err(|error| error.to_string()))
-        .map_err(|error| {
-            ApiError::new(
-                StatusCode::INTERNAL_SERVER_ERROR,
-                "token_failed",
-                format!("no token was made: {error}"),
-            )
-        })?;
-    let expires = (now + life)
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs();
-    tracing::info!(
-        token = token.id(),
-        life_seconds = life.as_secs(),
-        "join token created"
-    );
-    Ok(Json(
-        json!({ "token": token.to_string(), "id": token.id(), "expires_at": expires }),
-    ))
 }
 
 /// A body in JSON; an empty one is an empty object.
@@ -229,7 +168,3 @@ fn describe(worker: &Worker, round_trip_ms: Option<f64>, offers: bool, now: Inst
         "clock_offset_seconds": worker.clock_offset,
     })
 }
-
-const TOKEN_LIFE: Duration = Duration::from_secs(24 * 3600);
-const LONGEST_TOKEN_LIFE: Duration = Duration::from_secs(365 * 24 * 3600);
-const LONGEST_NOTE: usize = 256;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use axum::http::{HeaderMap, header};
+use mesh_service::files::Readers;
 use sha2::{Digest, Sha256};
 use subtle::{Choice, ConstantTimeEq};
 
@@ -60,6 +61,11 @@ pub enum KeysError {
     /// A file without keys would lock everyone out, or let everyone in.
     #[error("{0} holds no API key; write one per line, or leave http.api_keys_file out")]
     Empty(PathBuf),
+    /// It is not made anew beside a damaged file: whoever holds the key would be locked out without a word.
+    #[error(
+        "{0} is damaged: it holds no key; restore it from a backup, or remove it, and the head makes another at its next start"
+    )]
+    NoAdminKey(PathBuf),
 }
 
 impl Keys {
@@ -145,6 +151,7 @@ impl Known {
                 path: path.into(),
                 error,
             })?;
+            mesh_service::files::warn_if_exposed(path, Readers::Group);
             let lines = text.lines().map(str::trim);
             let keys = lines.filter(|line| !line.is_empty() && !line.starts_with('#'));
             let mut next = before
@@ -279,7 +286,7 @@ fn load_or_create_admin_key(path: &Path) -> Result<String, KeysError> {
     };
     match std::fs::read_to_string(path) {
         Ok(key) if !key.trim().is_empty() => return Ok(key.trim().to_owned()),
-        Ok(_) => {}
+        Ok(_) => return Err(KeysError::NoAdminKey(path.into())),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(file_error(error)),
     }
@@ -364,6 +371,16 @@ mod tests {
         );
         Keys::load(dir.path(), None).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), key);
+    }
+
+    #[test]
+    fn a_damaged_admin_key_is_not_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(ADMIN_KEY_FILE);
+        std::fs::write(&path, "\n").unwrap();
+        let error = Keys::load(dir.path(), None).unwrap_err().to_string();
+        assert!(error.contains("admin.key is damaged"), "{error}");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "\n");
     }
 
     #[test]

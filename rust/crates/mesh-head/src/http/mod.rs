@@ -12,9 +12,11 @@ mod hold;
 mod ignored;
 mod keys;
 mod models;
+mod nodes;
 mod paths;
 mod ready;
 mod rings;
+mod tokens;
 mod wire;
 
 use std::net::SocketAddr;
@@ -60,6 +62,8 @@ struct Api {
     mesh: Arc<Mesh>,
     keys: Arc<Keys>,
     authority: Arc<Authority>,
+    /// The head's own node id.
+    own_id: Arc<str>,
     turnstile: Arc<Turnstile>,
 }
 
@@ -82,6 +86,7 @@ pub fn router(
     mesh: Arc<Mesh>,
     keys: Keys,
     authority: Arc<Authority>,
+    own_id: String,
     metrics: Arc<Metrics>,
 ) -> Router {
     let told = Told {
@@ -101,10 +106,15 @@ pub fn router(
         mesh,
         keys: Arc::new(keys),
         authority,
+        own_id: own_id.into(),
         turnstile,
     };
     let administration = Router::new()
-        .route("/v1/mesh/tokens", post(admin::create_token))
+        .route("/v1/mesh/tokens", get(tokens::list).post(tokens::create))
+        .route("/v1/mesh/tokens/revoke", post(tokens::revoke))
+        .route("/v1/mesh/nodes", get(nodes::list))
+        .route("/v1/mesh/nodes/expel", post(nodes::expel))
+        .route("/v1/mesh/nodes/readmit", post(nodes::readmit))
         .route("/v1/mesh/drain", post(rings::drain))
         .route("/v1/mesh/undrain", post(rings::undrain))
         .route("/v1/mesh/plan", get(rings::plan))

@@ -15,7 +15,7 @@ use super::error::{Closed, ConnectError};
 use super::link::{Link, peer_certificate};
 use super::stream::RecvHalf;
 use super::{LINK_PROTOCOL, LinkConfig, tls};
-use crate::trust::{Member, NodeIdentity, Role, TrustError};
+use crate::trust::{EXPELLED, Member, NodeIdentity, Role, TrustError};
 
 /// Makes links from one UDP socket.
 #[derive(Clone, Debug)]
@@ -75,6 +75,11 @@ impl Connector {
         let make = async {
             let connection = dial(&self.carrier, client, address, &self.config).await?;
             let peer = peer_member(&connection, address, role)?;
+            if let Some(refusal) = self.identity.deny_list().refusal(&peer.node_id) {
+                let text = refusal.to_string();
+                connection.close(u32::from(EXPELLED.0).into(), text.as_bytes());
+                return Err(ConnectError::Expelled { address, text });
+            }
             let link = Link::new(connection.clone(), peer, self.config.max_message);
             let said_at = wait_for_admission(connection, address, &self.config).await?;
             if link.role() == Role::Head {
@@ -84,6 +89,7 @@ impl Connector {
         };
         let link = within(self.config.handshake_timeout, address, make).await?;
         self.carrier.watch(&link);
+        self.identity.deny_list().guard(&link);
         Ok(link)
     }
 

@@ -7,7 +7,7 @@ use dcf::{ErrorCode, StreamError};
 use quinn::{ConnectionError, VarInt};
 
 use crate::trust::{
-    CERTIFICATE_DATES, Role, TOKEN_EXPIRED, TOKEN_UNKNOWN, TOKEN_USED, TrustError, hex,
+    CERTIFICATE_DATES, EXPELLED, Role, TOKEN_EXPIRED, TOKEN_UNKNOWN, TOKEN_USED, TrustError, hex,
 };
 
 /// Why a link could not be made.
@@ -59,6 +59,14 @@ pub enum ConnectError {
         expected: Role,
         /// What it is.
         found: Role,
+    },
+    /// The peer is of our mesh no more.
+    #[error("{address} is not called: {text}")]
+    Expelled {
+        /// Whom we called.
+        address: SocketAddr,
+        /// Who that is, and since when.
+        text: String,
     },
     /// The peer does not admit us.
     #[error("{address} refused the connection: {text}")]
@@ -195,6 +203,14 @@ pub enum JoinError {
     /// Our own keys or certificates.
     #[error(transparent)]
     Trust(#[from] TrustError),
+    /// The identity in the state directory cannot be used, and the token brings no other.
+    #[error("{identity}. Its join token does not help: {source}")]
+    Unusable {
+        /// What is wrong with the identity.
+        identity: TrustError,
+        /// Why the node could not join again.
+        source: Box<JoinError>,
+    },
 }
 
 impl JoinError {
@@ -218,6 +234,17 @@ impl JoinError {
                 ErrorCode::RATE_LIMITED,
             ]
             .contains(code),
+            Self::Unusable { source, .. } => source.is_transient(),
+            _ => false,
+        }
+    }
+
+    /// True if the head says that this node was expelled.
+    pub fn is_expulsion(&self) -> bool {
+        match self {
+            Self::Refused { code, .. } => *code == EXPELLED,
+            Self::Connect(ConnectError::Refused { code, .. }) => *code == EXPELLED,
+            Self::Unusable { source, .. } => source.is_expulsion(),
             _ => false,
         }
     }

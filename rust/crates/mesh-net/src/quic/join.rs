@@ -20,8 +20,10 @@ use super::error::{ConnectError, JoinError, StreamFailure};
 use super::stream::MsgStream;
 use super::tls::PinVerifier;
 use super::{JOIN_PROTOCOL, LinkConfig, timestamp_us, tls};
+use crate::files;
 use crate::trust::{
-    Admission, JoinAsk, JoinToken, Member, NodeIdentity, NodeKey, Refusal, Role, TrustError, sha256,
+    Admission, DenyList, JoinAsk, JoinToken, Member, NodeIdentity, NodeKey, Refusal, Role,
+    TrustError, move_identity, names, set_aside, sha256,
 };
 
 /// Joins the mesh of the token at its head, and stores the identity in the state directory.
@@ -34,6 +36,8 @@ pub async fn join(
     state_dir: &Path,
     node_name: &str,
 ) -> Result<NodeIdentity, JoinError> {
+    // What cannot be read is found out before the token is used.
+    let deny_list = DenyList::open(state_dir)?;
     let key = NodeKey::load_or_create(state_dir)?;
     let request = JoinRequest {
         token_id: token.id(),
@@ -66,13 +70,18 @@ pub async fn join(
             "the root in it is not the token's".to_owned(),
         ));
     }
-    let identity = NodeIdentity::store(state_dir, key, chain)?;
+    let identity = NodeIdentity::store(state_dir, key, chain, deny_list)?;
     identity.clock().heard(said_at);
     Ok(identity)
 }
 
-/// The identity in the state directory; joins first when there is none, or when the token is for another mesh than the
-/// identity's. A token that was used for this very directory is not needed again.
+/// The identity in the state directory; joins first when there is none that can be used, or when the token is for another mesh
+/// than the identity's. A token that was used for this very directory is not needed again. Whether a certificate still holds
+/// is for the head to say: see [`join_again`].
+///
+/// # Errors
+/// Files that are not whole are replaced by a join alone: without a token, or with one that the head refuses, the error names
+/// them.
 pub async fn load_or_join(
     head: &[SocketAddr],
     token: Option<&JoinToken>,
@@ -88,8 +97,67 @@ pub async fn load_or_join(
         (Ok(_) | Err(TrustError::NoIdentity { .. }), Some(token)) => {
             join(head, token, state_dir, node_name).await
         }
-        (Err(error), _) => Err(error.into()),
+        (Err(identity), Some(token)) => join_again(head, token, state_dir, node_name)
+            .await
+            .map_err(|source| JoinError::Unusable {
+                identity,
+                source: Box::new(source),
+            }),
+        (Err(error), None) => Err(error.into()),
     }
+}
+
+/// Joins with a new token where the certificate cannot be used any more. The node stays the same one if its key is whole. If
+/// not, it becomes another one once the head has admitted it, and the old files are set aside.
+pub async fn join_again(
+    head: &[SocketAddr],
+    token: &JoinToken,
+    state_dir: &Path,
+    node_name: &str,
+) -> Result<NodeIdentity, JoinError> {
+    match NodeKey::load(state_dir) {
+        Ok(Some(_)) => return join(head, token, state_dir, node_name).await,
+        Ok(None) | Err(TrustError::Damaged { .. }) => {}
+        Err(error) => return Err(error.into()),
+    }
+    DenyList::open(state_dir)?;
+    let joining = state_dir.join(names::JOINING);
+    files::create_private_dir(&joining)?;
+    let joined = join(head, token, &joining, node_name).await?;
+    let said_at = joined.clock().clone();
+    settle(state_dir)?;
+    let identity = NodeIdentity::load(state_dir)?;
+    identity.clock().adopt(&said_at);
+    Ok(identity)
+}
+
+/// Ends a join as another node that broke off when the head had admitted it, and removes what is left of one that is not
+/// needed any more. For the start of a node.
+///
+/// # Errors
+/// If a file cannot be moved.
+pub fn settle(state_dir: &Path) -> Result<(), TrustError> {
+    let joining = state_dir.join(names::JOINING);
+    if !joining.is_dir() {
+        return Ok(());
+    }
+    let has = |name| joining.join(name).exists();
+    if has(names::NODE_CERTIFICATE) {
+        // While the new key is still there, the old files may be, too.
+        if has(names::NODE_KEY)
+            && let Some(folder) = set_aside(state_dir)?
+        {
+            tracing::warn!(
+                old = %folder.display(),
+                "this node's key was missing or damaged: it has joined as another node, and the old files are set aside"
+            );
+        }
+        move_identity(&joining, state_dir)?;
+    } else if NodeIdentity::load(state_dir).is_err() {
+        // The key of a join that is tried again.
+        return Ok(());
+    }
+    std::fs::remove_dir_all(&joining).map_err(|error| TrustError::io("remove", &joining, error))
 }
 
 /// Exchanges the node's certificate for a fresh one, and takes it into use.
@@ -306,13 +374,7 @@ fn decide(
                 request: &body.csr,
                 node_name: &body.node_name,
             };
-            let chain = admission.join(&ask, now)?;
-            tracing::info!(
-                node = body.node_name,
-                token = body.token_id,
-                "a node joined"
-            );
-            Ok(chain)
+            admission.join(&ask, now)
         }
         MsgType::RENEW_REQUEST => {
             let body = RenewRequest::decode(request.payload).map_err(unreadable)?;

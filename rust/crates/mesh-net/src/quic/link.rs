@@ -172,7 +172,7 @@ impl Link {
         Ok(key)
     }
 
-    pub(super) fn downgrade(&self) -> WeakLink {
+    pub(crate) fn downgrade(&self) -> WeakLink {
         WeakLink(Arc::downgrade(&self.inner))
     }
 
@@ -256,10 +256,10 @@ impl fmt::Debug for Link {
 }
 
 /// A link that is not kept open by this handle.
-pub(super) struct WeakLink(Weak<Inner>);
+pub(crate) struct WeakLink(Weak<Inner>);
 
 impl WeakLink {
-    pub(super) fn upgrade(&self) -> Option<Link> {
+    pub(crate) fn upgrade(&self) -> Option<Link> {
         self.0.upgrade().map(|inner| Link { inner })
     }
 }

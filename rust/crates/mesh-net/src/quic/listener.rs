@@ -19,7 +19,9 @@ use super::link::{Link, canonical, handshake_data, peer_certificate};
 use super::rooms::Rooms;
 use super::stream::SendHalf;
 use super::{JOIN_PROTOCOL, LINK_PROTOCOL, LinkConfig, join, timestamp_us, tls};
-use crate::trust::{Admission, CERTIFICATE_DATES, Member, MeshClock, NodeIdentity, TrustError};
+use crate::trust::{
+    Admission, CERTIFICATE_DATES, Member, MeshClock, NodeIdentity, Refusal, TrustError,
+};
 
 /// Accepts links, and lets new nodes join when it has an [`Admission`].
 #[derive(Debug)]
@@ -219,6 +221,9 @@ impl Gate {
     /// A link, if the node may have one. The peer has been told then.
     async fn admit(&self, connection: &Connection, member: Member) -> Result<Link, String> {
         let now = self.clock.now();
+        if let Some(refusal) = self.own.deny_list().refusal(&member.node_id) {
+            return Err(refuse_with(connection, &refusal));
+        }
         if !member.is_valid_at(now) {
             let text = format!(
                 "the certificate of `{}` is {}, and the clock here says {}: it has to be renewed at the head; if that date is wrong, set the clock of this machine",
@@ -234,7 +239,7 @@ impl Gate {
             let verdict = tokio::task::spawn_blocking(move || admission.connect(&asked, now)).await;
             match verdict {
                 Ok(Ok(())) => {}
-                Ok(Err(refusal)) => return Err(refuse(connection, &refusal.to_string())),
+                Ok(Err(refusal)) => return Err(refuse_with(connection, &refusal)),
                 Err(error) => {
                     return Err(refuse(connection, &format!("admission failed: {error}")));
                 }
@@ -250,6 +255,7 @@ impl Gate {
             .await
             .map_err(|error| error.to_string())?;
         self.carrier.watch(&link);
+        self.own.deny_list().guard(&link);
         Ok(link)
     }
 
@@ -265,6 +271,12 @@ impl Gate {
 fn refuse(connection: &Connection, text: &str) -> String {
     connection.close(u32::from(ErrorCode::UNAUTHORIZED.0).into(), text.as_bytes());
     text.to_owned()
+}
+
+fn refuse_with(connection: &Connection, refusal: &Refusal) -> String {
+    let text = refusal.to_string();
+    connection.close(u32::from(refusal.code().0).into(), text.as_bytes());
+    text
 }
 
 /// Keeps a flood of strangers from filling the log.

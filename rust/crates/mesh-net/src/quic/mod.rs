@@ -33,8 +33,9 @@ pub(crate) mod tls;
 
 pub use connector::{Connector, connect};
 pub use error::{Closed, ConnectError, JoinError, StreamFailure};
-pub use join::{join, keep_renewed, load_or_join, renew};
+pub use join::{join, join_again, keep_renewed, load_or_join, renew, settle};
 pub use link::Link;
+pub(crate) use link::WeakLink;
 pub use listener::Listener;
 pub use rustls::NamedGroup;
 pub use stream::{MsgStream, RecvHalf, SendHalf};

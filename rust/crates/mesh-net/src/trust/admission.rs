@@ -1,6 +1,6 @@
 //! Who may become and remain a member: the seam for stricter policies, and today's one.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -11,8 +11,10 @@ use rustls::pki_types::CertificateDer;
 
 use super::identity::NodeKey;
 use super::root::requested_node_id;
+use super::roster::Roster;
 use super::{
-    JoinToken, Member, MeshRoot, NodeIdentity, Role, TokenRecord, TokenStore, TrustError, Validity,
+    DenyList, Expulsion, JoinToken, KnownMember, Member, MeshRoot, NodeIdentity, Revocation, Role,
+    TokenRecord, TokenStore, TrustError, Validity, names,
 };
 
 /// Decides who becomes a member and who remains one. A [`quic::Listener`](crate::quic::Listener) asks it.
@@ -97,6 +99,9 @@ pub enum Refusal {
     /// Not, or no longer, a member.
     #[error("{0}")]
     NotAdmitted(String),
+    /// An operator has expelled the node.
+    #[error("{0}")]
+    Expelled(String),
     /// The head failed.
     #[error("the head could not do it: {0}")]
     Internal(String),
@@ -112,6 +117,7 @@ impl Refusal {
             Self::Dates(_) => CERTIFICATE_DATES,
             Self::Invalid(_) => ErrorCode::INVALID_PAYLOAD,
             Self::NotAdmitted(_) => ErrorCode::UNAUTHORIZED,
+            Self::Expelled(_) => EXPELLED,
             Self::Internal(_) => ErrorCode::INTERNAL,
         }
     }
@@ -136,12 +142,18 @@ pub const TOKEN_EXPIRED: ErrorCode = ErrorCode(0x52);
 pub const CERTIFICATE_DATES: ErrorCode = ErrorCode(0x53);
 /// Another machine is connected with the same identity.
 pub const DUPLICATE_IDENTITY: ErrorCode = ErrorCode(0x54);
+/// The node was expelled from the mesh.
+pub const EXPELLED: ErrorCode = ErrorCode(0x55);
 
-/// Today's policy: whoever brings an unused token of this mesh is a worker, and stays one.
+/// Today's policy: whoever brings an unused token of this mesh is a worker, and stays one until it is expelled. The names
+/// that it gives are unique.
 #[derive(Debug)]
 pub struct Authority {
     root: MeshRoot,
     tokens: Mutex<TokenStore>,
+    /// Locked before the tokens.
+    roster: Mutex<Roster>,
+    deny_list: DenyList,
     validity: Validity,
     /// Nodes that were members in this process's life, and when that was last seen. Its clock cannot be set.
     seen: Mutex<HashMap<String, Instant>>,
@@ -152,9 +164,12 @@ impl Authority {
     pub fn open(dir: &Path, mesh: &str, validity: Validity) -> Result<Self, TrustError> {
         let root = MeshRoot::load_or_create(dir, mesh)?;
         let tokens = Mutex::new(TokenStore::open(dir, root.sha256())?);
+        let roster = Mutex::new(Roster::open(dir)?);
         Ok(Self {
             root,
             tokens,
+            roster,
+            deny_list: DenyList::open(dir)?,
             validity,
             seen: Mutex::default(),
         })
@@ -167,6 +182,10 @@ impl Authority {
 
     /// The head's own identity, kept in `dir`: loaded when it is of this mesh and holds now, else issued. One whose dates lie
     /// in the future was issued while the clock was wrong.
+    ///
+    /// # Errors
+    /// If its key is missing or damaged, or its certificate belongs to another root or key: that is not mended by making
+    /// another one.
     pub fn head_identity(
         &self,
         dir: &Path,
@@ -179,31 +198,84 @@ impl Authority {
                 "this head's clock is wrong; set it, for example with `timedatectl set-ntp true`"
             );
         }
-        let loaded = NodeIdentity::load(dir);
-        match loaded {
-            Ok(identity)
-                if identity.root() == self.root.certificate() && !identity.is_renewal_due(now) =>
-            {
-                Ok(identity)
+        match NodeIdentity::load_with(dir, self.deny_list.clone()) {
+            Ok(identity) if identity.root() != self.root.certificate() => {
+                Err(TrustError::MixedUp {
+                    path: dir.join(names::NODE_CERTIFICATE),
+                    reason: "it is of another root than root.key".to_owned(),
+                })
             }
-            // A missing, foreign or ending certificate is replaced: the root is here.
-            loaded => {
-                if let Ok(old) = loaded
-                    && !old.member().is_valid_at(now)
-                {
+            Ok(identity) if !identity.is_renewal_due(now) => Ok(identity),
+            Ok(old) => {
+                if !old.member().is_valid_at(now) {
                     tracing::warn!(
                         certificate = old.member().dates(),
                         clock = clock::utc(now),
                         "this head's certificate does not hold now, so a new one is issued; if the date is wrong, set the clock"
                     );
                 }
-                let key = NodeKey::load_or_create(dir)?;
-                let chain =
-                    self.root
-                        .issue(&key.request()?, name, Role::Head, self.validity.life, now)?;
-                NodeIdentity::store(dir, key, chain)
+                self.issue_own(dir, name, now)
             }
+            Err(TrustError::NoIdentity { .. }) => self.issue_own(dir, name, now),
+            // The root is here, so a certificate for the same key is as good as the lost one.
+            Err(error @ (TrustError::Missing { .. } | TrustError::Damaged { .. }))
+                if error.is_about(names::NODE_CERTIFICATE) =>
+            {
+                tracing::warn!(%error, "this head's own certificate is issued anew");
+                self.issue_own(dir, name, now)
+            }
+            Err(error) => Err(error),
         }
+    }
+
+    fn issue_own(
+        &self,
+        dir: &Path,
+        name: &str,
+        now: SystemTime,
+    ) -> Result<NodeIdentity, TrustError> {
+        let key = NodeKey::load_or_create(dir)?;
+        let request = key.request()?;
+        let life = self.validity.life;
+        let chain = self.root.issue(&request, name, Role::Head, life, now)?;
+        NodeIdentity::store(dir, key, chain, self.deny_list.clone())
+    }
+
+    /// The nodes that are expelled.
+    pub fn deny_list(&self) -> &DenyList {
+        &self.deny_list
+    }
+
+    /// The nodes that have joined and were not expelled, by node id.
+    pub fn members(&self) -> BTreeMap<String, KnownMember> {
+        self.roster().members().clone()
+    }
+
+    /// Expels a node: its links end, and it gets no link and no certificate any more, whatever token it brings. Its name is
+    /// free. Blocks on the disk.
+    ///
+    /// # Errors
+    /// As [`DenyList::expel`].
+    pub fn expel(
+        &self,
+        node_id: &str,
+        name: &str,
+        reason: &str,
+        now: SystemTime,
+    ) -> Result<(), TrustError> {
+        let expelled = self.deny_list.expel(node_id, name, reason, now);
+        if expelled.is_ok() {
+            self.roster().expelled(node_id);
+        }
+        expelled
+    }
+
+    /// Lets an expelled node in again. `None` if it was not expelled. Blocks on the disk.
+    ///
+    /// # Errors
+    /// As [`DenyList::readmit`].
+    pub fn readmit(&self, node_id: &str) -> Result<Option<Expulsion>, TrustError> {
+        self.deny_list.readmit(node_id)
     }
 
     /// Creates a join token; its text form goes to the operator and nowhere else.
@@ -216,9 +288,12 @@ impl Authority {
         self.tokens().create(lifetime, note, now)
     }
 
-    /// Withdraws an unused token; true if there was one.
-    pub fn revoke_token(&self, id: &str) -> Result<bool, TrustError> {
-        self.tokens().revoke(id)
+    /// Withdraws an open token.
+    ///
+    /// # Errors
+    /// As [`TokenStore::revoke`].
+    pub fn revoke_token(&self, id: &str, now: SystemTime) -> Result<(), Revocation> {
+        self.tokens().revoke(id, now)
     }
 
     /// The tokens that are remembered.
@@ -243,6 +318,14 @@ impl Authority {
         last.is_some_and(|at| at.elapsed() <= self.validity.life + self.validity.renewal_grace)
     }
 
+    fn refuse_expelled(&self, node_id: &str) -> Result<(), Refusal> {
+        self.deny_list.refusal(node_id).map_or(Ok(()), Err)
+    }
+
+    fn roster(&self) -> MutexGuard<'_, Roster> {
+        self.roster.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn tokens(&self) -> MutexGuard<'_, TokenStore> {
         // The store changes only after the file did, in one assignment.
         self.tokens.lock().unwrap_or_else(PoisonError::into_inner)
@@ -255,18 +338,21 @@ impl Admission for Authority {
         ask: &JoinAsk<'_>,
         now: SystemTime,
     ) -> Result<Vec<CertificateDer<'static>>, Refusal> {
-        // The certificate is made before the token is used up, so that a bad request costs no token; it goes out after.
-        let chain = self.root.issue(
-            ask.request,
-            ask.node_name,
-            Role::Worker,
-            self.validity.life,
-            now,
-        )?;
         let node_id = requested_node_id(ask.request)?;
+        self.refuse_expelled(&node_id)?;
+        let mut roster = self.roster();
+        let name = roster.assign(&node_id, ask.node_name);
+        // The certificate is made before the token is used up, so that a bad request costs no token; it goes out after.
+        let life = self.validity.life;
+        let chain = self
+            .root
+            .issue(ask.request, &name, Role::Worker, life, now)?;
         self.tokens()
-            .redeem(ask.token_id, ask.token_secret, &node_id, ask.node_name, now)?;
+            .redeem(ask.token_id, ask.token_secret, &node_id, &name, now)?;
+        roster.note(&Member::from_certificate(&chain[0])?, now);
+        drop(roster);
         self.note_seen(&node_id);
+        tracing::info!(node = node_id, name, token = ask.token_id, "a node joined");
         Ok(chain)
     }
 
@@ -276,6 +362,7 @@ impl Admission for Authority {
         request: &[u8],
         now: SystemTime,
     ) -> Result<Vec<CertificateDer<'static>>, Refusal> {
+        self.refuse_expelled(&member.node_id)?;
         // The grace bounds how long a node may have been away. It says nothing where the certificate was issued while this
         // clock was wrong: before any release of this program, or to a node that was here a short while ago; and the head
         // renews its own whenever it likes.
@@ -299,11 +386,20 @@ impl Admission for Authority {
         let chain = self
             .root
             .issue(request, &member.name, member.role, self.validity.life, now)?;
+        if member.role == Role::Worker {
+            self.roster()
+                .note(&Member::from_certificate(&chain[0])?, now);
+        }
         self.note_seen(&member.node_id);
         Ok(chain)
     }
 
-    fn connect(&self, member: &Member, _: SystemTime) -> Result<(), Refusal> {
+    fn connect(&self, member: &Member, now: SystemTime) -> Result<(), Refusal> {
+        self.refuse_expelled(&member.node_id)?;
+        // Nodes that joined before there was a roster.
+        if member.role == Role::Worker {
+            self.roster().note(member, now);
+        }
         self.note_seen(&member.node_id);
         Ok(())
     }
@@ -345,7 +441,8 @@ mod tests {
             node_name: "laptop",
         };
         let chain = authority.join(&ask, then).expect("joined");
-        NodeIdentity::store(dir, key, chain).expect("stored")
+        let deny_list = DenyList::open(dir).expect("empty");
+        NodeIdentity::store(dir, key, chain, deny_list).expect("stored")
     }
 
     fn renew(authority: &Authority, worker: &NodeIdentity, now: SystemTime) -> Result<(), Refusal> {

@@ -23,6 +23,12 @@ impl MeshClock {
         *self.lock() = Some((time, Instant::now()));
     }
 
+    /// Takes over what another one knows.
+    pub(crate) fn adopt(&self, other: &Self) {
+        let known = *other.lock();
+        *self.lock() = known;
+    }
+
     /// The lead of this machine's own clock over the mesh's, in seconds; 0 while that is unknown.
     pub fn offset(&self) -> f64 {
         let (own, mesh) = (SystemTime::now(), self.now());

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::names;
+
 /// Why a root, an identity or a token store cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -18,12 +20,44 @@ pub enum TrustError {
         source: io::Error,
     },
     /// A file that is there and makes no sense.
-    #[error("{} is damaged: {reason}; restore it from a backup", path.display())]
+    #[error("{} is damaged: {reason}; {}", path.display(), remedy(path))]
     Damaged {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
         reason: String,
+    },
+    /// A file that is not there, while others of its set are.
+    #[error("{} is missing, while {} is there; {}", path.display(), beside.display(), remedy(path))]
+    Missing {
+        /// The file.
+        path: PathBuf,
+        /// One of the others.
+        beside: PathBuf,
+    },
+    /// Files that are sound and do not belong together.
+    #[error("{} does not belong to the files beside it: {reason}; {}", path.display(), remedy(path))]
+    MixedUp {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
+    /// The list of expelled nodes takes no more.
+    #[error("{} holds {most} expelled nodes, and takes no more; readmit some that are gone for good (`hydramesh nodes readmit`)", path.display())]
+    ListFull {
+        /// The file.
+        path: PathBuf,
+        /// Its limit.
+        most: usize,
+    },
+    /// There are too many open join tokens.
+    #[error(
+        "there are {most} open join tokens, and no more are made; `hydramesh token list` shows them, `hydramesh token revoke ID` withdraws one"
+    )]
+    TooManyTokens {
+        /// The limit.
+        most: usize,
     },
     /// The node has not joined.
     #[error("{} holds no certificate: this node has not joined a mesh; give it a token from `hydramesh token create`", dir.display())]
@@ -54,11 +88,54 @@ impl TrustError {
         }
     }
 
-    pub(super) fn damaged(path: &Path, reason: impl ToString) -> Self {
+    /// True if the file that it names has this name.
+    pub(super) fn is_about(&self, name: &str) -> bool {
+        match self {
+            Self::Damaged { path, .. }
+            | Self::Missing { path, .. }
+            | Self::MixedUp { path, .. } => path.file_name().is_some_and(|found| found == name),
+            _ => false,
+        }
+    }
+
+    pub(crate) fn damaged(path: &Path, reason: impl ToString) -> Self {
         Self::Damaged {
             path: path.to_owned(),
             reason: reason.to_string(),
         }
+    }
+}
+
+/// What to do about a file of the state directory that cannot be used.
+fn remedy(path: &Path) -> &'static str {
+    match path.file_name().and_then(|name| name.to_str()) {
+        Some(names::ROOT_KEY) => {
+            "restore it from a backup. Without it this mesh cannot be kept: to found another, move the state directory away and \
+             let every worker join again"
+        }
+        Some(names::ROOT_CERTIFICATE) => {
+            "restore it from a backup, or copy root.crt from the state directory of the head or of any worker of this mesh: it is \
+             the same file on all of them"
+        }
+        Some(names::NODE_KEY) => {
+            "restore it from a backup. Without it a worker becomes another node with a new token (`hydramesh token create`), and a \
+             head gives itself a new identity when node.crt is removed"
+        }
+        Some(names::NODE_CERTIFICATE) => {
+            "restore it from a backup, or give this worker a new token (`hydramesh token create`); a head issues itself another \
+             when the file is removed"
+        }
+        Some(names::TOKENS) => {
+            "restore it from a backup, or remove it: then no token that was made before is good any more"
+        }
+        Some(names::EXPELLED) => {
+            "restore it from a backup. At the head, {\"expelled\": {}} in it lets all expelled nodes in again; a worker gets it again \
+             from its head when it is removed"
+        }
+        Some(names::MEMBERS) => {
+            "restore it from a backup, or remove it: members are noted again when they connect"
+        }
+        _ => "restore it from a backup",
     }
 }
 

@@ -13,7 +13,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 
-use super::{Member, MeshClock, TrustError, names, sha256};
+use super::{DenyList, Member, MeshClock, TrustError, names, sha256};
 use crate::files;
 
 /// A node's key, its certificate and the root of its mesh. Clones share them, so that a renewed certificate is used by
@@ -28,6 +28,7 @@ struct Inner {
     key: NodeKey,
     root: CertificateDer<'static>,
     clock: MeshClock,
+    deny_list: DenyList,
     current: RwLock<Current>,
 }
 
@@ -39,14 +40,35 @@ struct Current {
 
 impl NodeIdentity {
     /// Reads the identity in a state directory.
+    ///
+    /// # Errors
+    /// [`TrustError::NoIdentity`] if the node has not joined; another one, which names the file, if its files are not whole.
     pub fn load(dir: &Path) -> Result<Self, TrustError> {
+        Self::load_with(dir, DenyList::open(dir)?)
+    }
+
+    /// As [`load`](Self::load), with a list of expelled nodes that is open already.
+    pub(super) fn load_with(dir: &Path, deny_list: DenyList) -> Result<Self, TrustError> {
         let root_path = dir.join(names::ROOT_CERTIFICATE);
         let chain_path = dir.join(names::NODE_CERTIFICATE);
-        let (Some(root), Some(certificate)) = (files::read(&root_path)?, files::read(&chain_path)?)
-        else {
-            return Err(TrustError::NoIdentity {
-                dir: dir.to_owned(),
-            });
+        let key_path = dir.join(names::NODE_KEY);
+        let missing = |path: &Path, beside: &Path| TrustError::Missing {
+            path: path.to_owned(),
+            beside: beside.to_owned(),
+        };
+        let (root, certificate) = (files::read(&root_path)?, files::read(&chain_path)?);
+        let key = NodeKey::load(dir)?;
+        let (root, certificate, key) = match (root, certificate, key) {
+            (Some(root), Some(certificate), Some(key)) => (root, certificate, key),
+            (_, Some(_), None) => return Err(missing(&key_path, &chain_path)),
+            (None, Some(_), Some(_)) => return Err(missing(&root_path, &chain_path)),
+            (Some(_), None, Some(_)) => return Err(missing(&chain_path, &key_path)),
+            // A key alone is that of a join which broke off.
+            (_, None, _) => {
+                return Err(TrustError::NoIdentity {
+                    dir: dir.to_owned(),
+                });
+            }
         };
         let parse = |path: &Path, pem: &str| {
             CertificateDer::from_pem_slice(pem.as_bytes())
@@ -54,10 +76,15 @@ impl NodeIdentity {
         };
         let root = parse(&root_path, &root)?;
         let certificate = parse(&chain_path, &certificate)?;
-        let key = NodeKey::load(dir)?.ok_or_else(|| TrustError::NoIdentity {
-            dir: dir.to_owned(),
-        })?;
-        Self::assemble(dir, key, certificate, root)
+        Member::from_certificate(&certificate)
+            .map_err(|error| TrustError::damaged(&chain_path, error))?;
+        Self::assemble(dir, key, certificate, root, deny_list).map_err(|error| match error {
+            TrustError::Mismatch(reason) => TrustError::MixedUp {
+                path: chain_path,
+                reason,
+            },
+            error => error,
+        })
     }
 
     /// Stores what the mesh issued for `key`; the key is in `dir` already.
@@ -65,6 +92,7 @@ impl NodeIdentity {
         dir: &Path,
         key: NodeKey,
         chain: Vec<CertificateDer<'static>>,
+        deny_list: DenyList,
     ) -> Result<Self, TrustError> {
         let [certificate, root] = <[_; 2]>::try_from(chain).map_err(|chain| {
             TrustError::Mismatch(format!(
@@ -72,7 +100,7 @@ impl NodeIdentity {
                 chain.len()
             ))
         })?;
-        let identity = Self::assemble(dir, key, certificate, root)?;
+        let identity = Self::assemble(dir, key, certificate, root, deny_list)?;
         // The node's certificate comes last: while it is missing, the node has not joined.
         files::replace(
             &dir.join(names::ROOT_CERTIFICATE),
@@ -88,6 +116,7 @@ impl NodeIdentity {
         key: NodeKey,
         certificate: CertificateDer<'static>,
         root: CertificateDer<'static>,
+        deny_list: DenyList,
     ) -> Result<Self, TrustError> {
         let current = RwLock::new(Current::new(&key, certificate, &root)?);
         Ok(Self {
@@ -96,6 +125,7 @@ impl NodeIdentity {
                 key,
                 root,
                 clock: MeshClock::default(),
+                deny_list,
                 current,
             }),
         })
@@ -142,6 +172,11 @@ impl NodeIdentity {
         &self.inner.clock
     }
 
+    /// The nodes that get no link from this one and to it.
+    pub fn deny_list(&self) -> &DenyList {
+        &self.inner.deny_list
+    }
+
     /// A request (PKCS#10, DER) for a certificate for the same key.
     pub fn request(&self) -> Result<Vec<u8>, TrustError> {
         self.inner.key.request()
@@ -175,7 +210,7 @@ impl NodeIdentity {
     /// Takes the certificate in the state directory into use, if another one lies there now. It must be for this node's key,
     /// of the same root, mesh and role; anything else needs a restart. True if it was another one.
     pub fn reload(&self) -> Result<bool, TrustError> {
-        let stored = Self::load(&self.inner.dir)?;
+        let stored = Self::load_with(&self.inner.dir, self.inner.deny_list.clone())?;
         let (old, new) = (self.current(), stored.current());
         if old.certified.cert[0] == new.certified.cert[0] {
             return Ok(false);
@@ -273,12 +308,7 @@ impl Current {
 /// # Errors
 /// If a file cannot be moved.
 pub fn set_aside(dir: &Path) -> Result<Option<PathBuf>, TrustError> {
-    let names = [
-        names::NODE_CERTIFICATE,
-        names::NODE_KEY,
-        names::ROOT_CERTIFICATE,
-    ];
-    if !names.iter().any(|name| dir.join(name).exists()) {
+    if !IDENTITY_FILES.iter().any(|name| dir.join(name).exists()) {
         return Ok(None);
     }
     let free = (1..)
@@ -286,15 +316,28 @@ pub fn set_aside(dir: &Path) -> Result<Option<PathBuf>, TrustError> {
         .find(|folder| !folder.exists());
     let folder = free.expect("some number is free");
     files::create_private_dir(&folder)?;
-    for name in names {
-        let (from, to) = (dir.join(name), folder.join(name));
-        match std::fs::rename(&from, to) {
+    move_identity(dir, &folder)?;
+    Ok(Some(folder))
+}
+
+/// Moves the files of an identity, as far as they are there, to another folder of the same disk.
+pub(crate) fn move_identity(from: &Path, to: &Path) -> Result<(), TrustError> {
+    for name in IDENTITY_FILES {
+        let (from, to) = (from.join(name), to.join(name));
+        match std::fs::rename(&from, &to) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             moved => moved.map_err(|error| TrustError::io("move", &from, error))?,
         }
     }
-    Ok(Some(folder))
+    Ok(())
 }
+
+/// The certificate comes last: while it is missing, the node has not joined.
+const IDENTITY_FILES: [&str; 3] = [
+    names::NODE_KEY,
+    names::ROOT_CERTIFICATE,
+    names::NODE_CERTIFICATE,
+];
 
 /// A node's private key. It never leaves the state directory.
 pub(crate) struct NodeKey {
@@ -317,7 +360,7 @@ impl NodeKey {
         Ok(Self { pair })
     }
 
-    fn load(dir: &Path) -> Result<Option<Self>, TrustError> {
+    pub(crate) fn load(dir: &Path) -> Result<Option<Self>, TrustError> {
         let path = dir.join(names::NODE_KEY);
         let Some(pem) = files::read(&path)? else {
             return Ok(None);
@@ -337,7 +380,7 @@ impl NodeKey {
 }
 
 /// RFC 7468 text of a certificate.
-fn pem(certificate: &CertificateDer<'_>) -> String {
+pub(super) fn pem(certificate: &CertificateDer<'_>) -> String {
     use base64::Engine as _;
     let body = base64::engine::general_purpose::STANDARD.encode(certificate);
     let lines = body

@@ -14,41 +14,55 @@
 //!
 //! | file | holds | readable by |
 //! |---|---|---|
-//! | `root.key` | the root's private key (head only) | owner |
+//! | `root.key` | the root's private key, and a copy of its certificate (head only) | owner |
 //! | `root.crt` | the root's certificate | all |
 //! | `node.key` | the node's private key | owner |
 //! | `node.crt` | the node's certificate | all |
 //! | `tokens.json` | hashes of join tokens (head only) | owner |
+//! | `members.json` | names and certificates' ends of the nodes that joined (head only) | owner |
+//! | `expelled.json` | nodes that were expelled; at workers a copy of the head's | owner |
+//!
+//! None of these is made anew while others of its set are there, unless the result is the same: a mesh whose root is
+//! replaced is lost, and a list of expelled nodes that begins anew lets all of them in.
 
 mod admission;
 mod clock;
+mod deny;
 mod error;
 mod identity;
 mod root;
+mod roster;
 mod store;
 mod token;
 
 pub use admission::{
-    Admission, Authority, CERTIFICATE_DATES, DUPLICATE_IDENTITY, JoinAsk, Refusal, TOKEN_EXPIRED,
-    TOKEN_UNKNOWN, TOKEN_USED,
+    Admission, Authority, CERTIFICATE_DATES, DUPLICATE_IDENTITY, EXPELLED, JoinAsk, Refusal,
+    TOKEN_EXPIRED, TOKEN_UNKNOWN, TOKEN_USED,
 };
 pub use clock::MeshClock;
+pub use deny::{DenyList, Expulsion, MOST_EXPELLED};
 pub use error::TrustError;
 pub(crate) use identity::NodeKey;
+pub(crate) use identity::move_identity;
 pub use identity::{NodeIdentity, set_aside};
 pub use root::{Member, MeshRoot, Role, Validity};
-pub use store::{RETRY_WINDOW, TokenRecord, TokenStore, Use};
+pub use roster::KnownMember;
+pub use store::{RETRY_WINDOW, Revocation, TokenRecord, TokenStore, Use};
 pub use token::{JoinToken, ParseTokenError};
 
 use sha2::{Digest, Sha256};
 
 /// File names in the state directory.
-mod names {
-    pub(super) const ROOT_KEY: &str = "root.key";
-    pub(super) const ROOT_CERTIFICATE: &str = "root.crt";
-    pub(super) const NODE_KEY: &str = "node.key";
-    pub(super) const NODE_CERTIFICATE: &str = "node.crt";
-    pub(super) const TOKENS: &str = "tokens.json";
+pub(crate) mod names {
+    pub(crate) const ROOT_KEY: &str = "root.key";
+    pub(crate) const ROOT_CERTIFICATE: &str = "root.crt";
+    pub(crate) const NODE_KEY: &str = "node.key";
+    pub(crate) const NODE_CERTIFICATE: &str = "node.crt";
+    pub(crate) const TOKENS: &str = "tokens.json";
+    pub(crate) const MEMBERS: &str = "members.json";
+    pub(crate) const EXPELLED: &str = "expelled.json";
+    /// A folder: a node whose own files cannot be used joins in it.
+    pub(crate) const JOINING: &str = "joining";
 }
 
 pub(crate) fn sha256(bytes: &[u8]) -> [u8; 32] {

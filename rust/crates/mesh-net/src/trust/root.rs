@@ -82,26 +82,70 @@ impl std::fmt::Debug for MeshRoot {
 }
 
 impl MeshRoot {
-    /// Reads the root in `dir`, or makes one for a mesh of this name if there is none. An existing root keeps its name.
+    /// Reads the root in `dir`, or makes one for a mesh of this name if nothing of a mesh is there. An existing root keeps its
+    /// name.
+    ///
+    /// # Errors
+    /// If its files are not whole. A root is never made anew beside what is left of another one: tokens and certificates
+    /// of all workers pin the old one.
     pub fn load_or_create(dir: &Path, mesh: &str) -> Result<Self, TrustError> {
         let key_path = dir.join(names::ROOT_KEY);
         let certificate_path = dir.join(names::ROOT_CERTIFICATE);
+        let missing = |path: &Path, beside: &Path| TrustError::Missing {
+            path: path.to_owned(),
+            beside: beside.to_owned(),
+        };
         match (files::read(&key_path)?, files::read(&certificate_path)?) {
             (Some(key), Some(certificate)) => {
-                let key = KeyPair::from_pem(&key)
-                    .map_err(|error| TrustError::damaged(&key_path, error))?;
                 let certificate = CertificateDer::from_pem_slice(certificate.as_bytes())
                     .map_err(|error| TrustError::damaged(&certificate_path, error))?;
-                Self::assemble(certificate, key)
-                    .map_err(|reason| TrustError::damaged(&certificate_path, reason))
+                Self::read(&key_path, &key, certificate, &certificate_path)
             }
-            // A root key without certificate is a first start that was cut off: nothing was signed with it yet.
-            (_, None) => Self::create(dir, mesh),
-            (None, Some(_)) => Err(TrustError::damaged(
-                &key_path,
-                "it is missing, while its certificate is there",
-            )),
+            // The certificate cannot be made anew: it would be another one than that which tokens and workers pin. Keys of
+            // this version have a copy of it.
+            (Some(key), None) => {
+                let certificate = CertificateDer::from_pem_slice(key.as_bytes())
+                    .map_err(|_| missing(&certificate_path, &key_path))?;
+                let root = Self::read(&key_path, &key, certificate, &key_path)?;
+                files::replace(
+                    &certificate_path,
+                    super::identity::pem(&root.certificate).as_bytes(),
+                    files::PUBLIC,
+                )?;
+                tracing::warn!(
+                    path = %certificate_path.display(),
+                    root = hex(&root.sha256()),
+                    "the mesh root's certificate was missing; it is restored from the copy in root.key"
+                );
+                Ok(root)
+            }
+            (None, Some(_)) => Err(missing(&key_path, &certificate_path)),
+            (None, None) => {
+                let others = [
+                    names::NODE_KEY,
+                    names::NODE_CERTIFICATE,
+                    names::TOKENS,
+                    names::MEMBERS,
+                    names::EXPELLED,
+                ];
+                let mut others = others.iter().map(|name| dir.join(name));
+                match others.find(|path| path.exists()) {
+                    Some(other) => Err(missing(&key_path, &other)),
+                    None => Self::create(dir, mesh),
+                }
+            }
         }
+    }
+
+    /// A root with this key. `origin` is the file that the certificate comes from.
+    fn read(
+        key_path: &Path,
+        key: &str,
+        certificate: CertificateDer<'static>,
+        origin: &Path,
+    ) -> Result<Self, TrustError> {
+        let key = KeyPair::from_pem(key).map_err(|error| TrustError::damaged(key_path, error))?;
+        Self::assemble(certificate, key).map_err(|reason| TrustError::damaged(origin, reason))
     }
 
     fn create(dir: &Path, mesh: &str) -> Result<Self, TrustError> {
@@ -119,9 +163,11 @@ impl MeshRoot {
             KeyUsagePurpose::DigitalSignature,
         ];
         let certificate = params.self_signed(&key)?;
+        // The copy behind the key is for the day on which the certificate is lost, and for a first start that is cut off
+        // here. Readers take the first block, which is the key.
         files::replace(
             &dir.join(names::ROOT_KEY),
-            key.serialize_pem().as_bytes(),
+            format!("{}{}", key.serialize_pem(), certificate.pem()).as_bytes(),
             files::PRIVATE,
         )?;
         files::replace(
@@ -365,6 +411,68 @@ mod tests {
             MeshRoot::load_or_create(&a, "a").is_err(),
             "a lost key must not be replaced silently"
         );
+    }
+
+    #[test]
+    fn a_lost_root_certificate_is_restored_as_it_was_or_not_at_all() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let made = MeshRoot::load_or_create(dir.path(), "a").expect("created");
+        let (key, certificate) = (
+            dir.path().join(names::ROOT_KEY),
+            dir.path().join(names::ROOT_CERTIFICATE),
+        );
+        let (key_text, certificate_text) = (
+            std::fs::read_to_string(&key).expect("there"),
+            std::fs::read_to_string(&certificate).expect("there"),
+        );
+        std::fs::remove_file(&certificate).expect("removed");
+        let restored = MeshRoot::load_or_create(dir.path(), "a").expect("restored");
+        assert_eq!(restored.sha256(), made.sha256(), "tokens pin it");
+        let again = MeshRoot::load_or_create(dir.path(), "a").expect("loaded");
+        assert_eq!(again.sha256(), made.sha256());
+
+        // A key of an earlier version has no copy of the certificate.
+        let old = KeyPair::from_pem(&key_text).expect("a key").serialize_pem();
+        std::fs::write(&key, &old).expect("written");
+        std::fs::write(&certificate, certificate_text).expect("written");
+        let loaded = MeshRoot::load_or_create(dir.path(), "a").expect("as before");
+        assert_eq!(loaded.sha256(), made.sha256());
+        std::fs::remove_file(&certificate).expect("removed");
+        let error = MeshRoot::load_or_create(dir.path(), "a")
+            .expect_err("refused")
+            .to_string();
+        for part in ["root.crt is missing", "root.key is there", "of any worker"] {
+            assert!(error.contains(part), "{part} is not in {error}");
+        }
+        assert!(!certificate.exists(), "nothing is made");
+        assert_eq!(std::fs::read_to_string(&key).expect("there"), old);
+    }
+
+    #[test]
+    fn no_root_is_made_beside_what_is_left_of_a_mesh() {
+        for left in [
+            names::NODE_KEY,
+            names::NODE_CERTIFICATE,
+            names::TOKENS,
+            names::MEMBERS,
+            names::EXPELLED,
+        ] {
+            let dir = tempfile::tempdir().expect("temporary directory");
+            std::fs::write(dir.path().join(left), "x").expect("written");
+            let error = MeshRoot::load_or_create(dir.path(), "a")
+                .expect_err("refused")
+                .to_string();
+            assert!(
+                error.contains("root.key is missing") && error.contains(left),
+                "{error}"
+            );
+            let files = std::fs::read_dir(dir.path()).expect("listed").count();
+            assert_eq!(files, 1, "nothing is made");
+        }
+        let dir = tempfile::tempdir().expect("temporary directory");
+        std::fs::write(dir.path().join(names::ROOT_KEY), "").expect("written");
+        let error = MeshRoot::load_or_create(dir.path(), "a").expect_err("refused");
+        assert!(error.to_string().contains("root."), "{error}");
     }
 
     #[test]

@@ -48,8 +48,40 @@ pub struct Use {
     pub at: u64,
 }
 
+impl TokenRecord {
+    /// True if a node can still join with it, by a clock that says `now`.
+    pub fn is_open(&self, now: u64) -> bool {
+        self.used.is_none() && now < self.expires
+    }
+}
+
+/// Why a token cannot be withdrawn.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Revocation {
+    /// No such token.
+    #[error("no join token has the id {0:?}; `hydramesh token list` shows them")]
+    Unknown(String),
+    /// A node has joined with it.
+    #[error(
+        "the token {id} was used by `{node_name}`, so there is nothing to withdraw; to remove that node: `hydramesh nodes expel {node_name}`"
+    )]
+    Used {
+        /// The token.
+        id: String,
+        /// The node.
+        node_name: String,
+    },
+    /// The list cannot be written.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
+}
+
 impl TokenStore {
     /// Reads the tokens in `dir`; none is a good number.
+    ///
+    /// # Errors
+    /// If the file cannot be read; it is not replaced.
     pub fn open(dir: &Path, root_sha256: [u8; 32]) -> Result<Self, TrustError> {
         let path = dir.join(names::TOKENS);
         let records = match files::read(&path)? {
@@ -75,6 +107,11 @@ impl TokenStore {
         let token = JoinToken::generate(self.root_sha256);
         let created = unix_seconds(now);
         self.correct_dates(now)?;
+        let mut records = self.remembered(created);
+        let open = records.iter().filter(|record| record.is_open(created));
+        if open.count() >= MOST_OPEN {
+            return Err(TrustError::TooManyTokens { most: MOST_OPEN });
+        }
         let record = TokenRecord {
             id: token.id(),
             secret_sha256: hex(&sha256(token.secret())),
@@ -83,7 +120,6 @@ impl TokenStore {
             expires: created.saturating_add(lifetime.as_secs()),
             used: None,
         };
-        let mut records = self.remembered(created);
         records.push(record);
         self.persist(records)?;
         Ok(token)
@@ -140,12 +176,14 @@ impl TokenStore {
                 now: date,
             });
         }
-        let mut records = self.records.clone();
-        records[index].used = Some(Use {
+        let used = Use {
             node_id: node_id.to_owned(),
             node_name: node_name.to_owned(),
             at: now,
-        });
+        };
+        let mut records = self.remembered(now);
+        let record = records.iter_mut().find(|record| record.id == id);
+        record.expect("it is open").used = Some(used);
         self.persist(records)
             .map_err(|error| Refusal::Internal(error.to_string()))
     }
@@ -177,15 +215,23 @@ impl TokenStore {
         self.persist(records)
     }
 
-    /// Withdraws an unused token; true if there was one.
-    pub fn revoke(&mut self, id: &str) -> Result<bool, TrustError> {
-        let keeps = |record: &&TokenRecord| record.id != id || record.used.is_some();
-        let kept: Vec<_> = self.records.iter().filter(keeps).cloned().collect();
-        let found = kept.len() < self.records.len();
-        if found {
-            self.persist(kept)?;
+    /// Withdraws an open token.
+    ///
+    /// # Errors
+    /// [`Revocation`] says why there is none of this id; or the file cannot be written.
+    pub fn revoke(&mut self, id: &str, now: SystemTime) -> Result<(), Revocation> {
+        let record = self.records.iter().find(|record| record.id == id);
+        let record = record.ok_or_else(|| Revocation::Unknown(id.chars().take(64).collect()))?;
+        if let Some(used) = &record.used {
+            return Err(Revocation::Used {
+                id: record.id.clone(),
+                node_name: used.node_name.clone(),
+            });
         }
-        Ok(found)
+        let mut kept = self.remembered(unix_seconds(now));
+        kept.retain(|record| record.id != id);
+        self.persist(kept)?;
+        Ok(())
     }
 
     /// All tokens that are remembered, used and expired ones included.
@@ -193,10 +239,20 @@ impl TokenStore {
         &self.records
     }
 
-    /// The records without those whose end lies so far back that nobody asks why they are refused.
+    /// The records without those whose end lies so far back that nobody asks why they are refused, and without the oldest of
+    /// the closed ones where there are many.
     fn remembered(&self, now: u64) -> Vec<TokenRecord> {
         let recent = |record: &&TokenRecord| record.expires.saturating_add(MEMORY.as_secs()) > now;
-        self.records.iter().filter(recent).cloned().collect()
+        let mut kept: Vec<_> = self.records.iter().filter(recent).cloned().collect();
+        let closed = kept.iter().filter(|record| !record.is_open(now)).count();
+        let mut surplus = closed.saturating_sub(MOST_CLOSED);
+        // They stand in the order of their making.
+        kept.retain(|record| {
+            let goes = surplus > 0 && !record.is_open(now);
+            surplus -= usize::from(goes);
+            !goes
+        });
+        kept
     }
 
     fn persist(&mut self, records: Vec<TokenRecord>) -> Result<(), TrustError> {
@@ -222,6 +278,11 @@ const CLOCK_STEP: Duration = Duration::from_secs(300);
 
 /// How long after its end a token is remembered, to tell "expired" and "used" from "unknown".
 const MEMORY: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// Open tokens, at most.
+const MOST_OPEN: usize = 1024;
+/// Used and expired tokens that are remembered, at most.
+const MOST_CLOSED: usize = 1024;
 
 #[cfg(test)]
 mod tests {
@@ -343,8 +404,9 @@ mod tests {
         let dir = tempfile::tempdir().expect("temporary directory");
         let mut store = store(dir.path());
         let token = store.create(HOUR, "", now()).expect("created");
-        assert!(store.revoke(&token.id()).expect("persisted"));
-        assert!(!store.revoke(&token.id()).expect("persisted"));
+        store.revoke(&token.id(), now()).expect("withdrawn");
+        let error = store.revoke(&token.id(), now()).expect_err("unknown");
+        assert!(error.to_string().contains("token list"), "{error}");
         assert_eq!(
             store.redeem(&token.id(), token.secret(), "n", "n", now()),
             Err(Refusal::TokenUnknown)
@@ -354,6 +416,46 @@ mod tests {
             .create(HOUR, "", now() + MEMORY + HOUR * 2)
             .expect("created");
         assert_eq!(store.records().len(), 1);
+    }
+
+    #[test]
+    fn a_used_token_is_not_withdrawn_and_the_refusal_names_the_node() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut store = store(dir.path());
+        let token = store.create(HOUR, "", now()).expect("created");
+        store
+            .redeem(&token.id(), token.secret(), "node-a", "attic", now())
+            .expect("used");
+        let error = store.revoke(&token.id(), now()).expect_err("used");
+        assert!(error.to_string().contains("nodes expel attic"), "{error}");
+    }
+
+    #[test]
+    fn the_tokens_are_bounded_and_closed_ones_go_first() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut store = store(dir.path());
+        let record = |number: usize, expires: Duration| TokenRecord {
+            id: format!("{number:016x}"),
+            secret_sha256: String::new(),
+            note: String::new(),
+            created: unix_seconds(now()),
+            expires: unix_seconds(now() + expires),
+            used: None,
+        };
+        store.records = (0..3 * MOST_CLOSED)
+            .map(|number| record(number, Duration::ZERO))
+            .collect();
+        let first = store.create(HOUR, "", now()).expect("created");
+        assert_eq!(store.records().len(), MOST_CLOSED + 1);
+        let newest = format!("{:016x}", 3 * MOST_CLOSED - 1);
+        assert!(store.records().iter().any(|record| record.id == newest));
+        store
+            .records
+            .extend((1..MOST_OPEN).map(|number| record(number, HOUR)));
+        let error = store.create(HOUR, "", now()).expect_err("full");
+        assert!(error.to_string().contains("token revoke"), "{error}");
+        store.revoke(&first.id(), now()).expect("withdrawn");
+        store.create(HOUR, "", now()).expect("there is room again");
     }
 
     #[test]

@@ -109,11 +109,9 @@ async fn an_unknown_or_withdrawn_token_is_refused() {
     let head = Head::start("attic");
     let made_up = JoinToken::generate(head.authority.root().sha256());
     let withdrawn = head.token();
-    assert!(
-        head.authority
-            .revoke_token(&withdrawn.id())
-            .expect("persisted")
-    );
+    head.authority
+        .revoke_token(&withdrawn.id(), SystemTime::now())
+        .expect("withdrawn");
     for token in [made_up, withdrawn] {
         let dir = tempfile::tempdir().expect("temporary directory");
         let error = join(&[head.address], &token, dir.path(), "guess")

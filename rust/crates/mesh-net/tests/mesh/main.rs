@@ -1,6 +1,7 @@
 //! Nodes on real sockets: how they join, and the links between them.
 
 mod common;
+mod expulsion;
 mod joining;
 mod links;
 mod strangers;

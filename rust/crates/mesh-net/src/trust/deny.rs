@@ -1,0 +1,287 @@
+//! Nodes that an operator has expelled: the head's list, and its copies at the workers.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use mesh_base::clock;
+use serde::{Deserialize, Serialize};
+
+use super::store::unix_seconds;
+use super::{EXPELLED, Refusal, TrustError, names};
+use crate::files;
+use crate::quic::{Link, WeakLink};
+
+/// The expelled nodes, persisted in `expelled.json`. Clones share them. A node on the list gets no link, and loses those that
+/// it has.
+#[derive(Clone)]
+pub struct DenyList(Arc<Inner>);
+
+struct Inner {
+    path: PathBuf,
+    nodes: Mutex<BTreeMap<String, Expulsion>>,
+    /// Held while the file is written.
+    saving: Mutex<()>,
+    /// Links that end when their peer is expelled.
+    links: Mutex<Vec<WeakLink>>,
+}
+
+/// When and why a node was expelled.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Expulsion {
+    /// Name of the node.
+    #[serde(default)]
+    pub name: String,
+    /// The operator's words; workers do not get them.
+    #[serde(default)]
+    pub reason: String,
+    /// Seconds since the Unix epoch.
+    pub since: u64,
+}
+
+#[derive(Default, Serialize, Deserialize)]
+struct Kept {
+    expelled: BTreeMap<String, Expulsion>,
+}
+
+impl DenyList {
+    /// Reads the list in a state directory; without a file nobody is expelled.
+    ///
+    /// # Errors
+    /// If the file cannot be read. It is not replaced: that would let everybody in again.
+    pub fn open(dir: &Path) -> Result<Self, TrustError> {
+        let path = dir.join(names::EXPELLED);
+        let nodes = match files::read(&path)? {
+            Some(text) => {
+                let kept: Kept = serde_json::from_str(&text)
+                    .map_err(|error| TrustError::damaged(&path, error))?;
+                kept.expelled
+            }
+            None => BTreeMap::new(),
+        };
+        Ok(Self(Arc::new(Inner {
+            path,
+            nodes: Mutex::new(nodes),
+            saving: Mutex::default(),
+            links: Mutex::default(),
+        })))
+    }
+
+    /// Expels a node: its links end now, and it gets no more. One that is on the list already stays there with the earlier
+    /// reason. Blocks on the disk.
+    ///
+    /// # Errors
+    /// If the list is full; or if it cannot be written, when the node is expelled until this process ends.
+    pub fn expel(
+        &self,
+        node_id: &str,
+        name: &str,
+        reason: &str,
+        now: SystemTime,
+    ) -> Result<(), TrustError> {
+        let mut nodes = self.nodes();
+        if nodes.len() >= MOST_EXPELLED && !nodes.contains_key(node_id) {
+            return Err(TrustError::ListFull {
+                path: self.0.path.clone(),
+                most: MOST_EXPELLED,
+            });
+        }
+        let expulsion = || Expulsion {
+            name: name.to_owned(),
+            reason: reason.to_owned(),
+            since: unix_seconds(now),
+        };
+        nodes.entry(node_id.to_owned()).or_insert_with(expulsion);
+        drop(nodes);
+        self.end_links();
+        self.save()
+    }
+
+    /// Takes a node off the list, and gives what was noted. `None` if it was not there. Blocks on the disk.
+    ///
+    /// # Errors
+    /// If the list cannot be written: then the node stays expelled.
+    pub fn readmit(&self, node_id: &str) -> Result<Option<Expulsion>, TrustError> {
+        let Some(expulsion) = self.nodes().remove(node_id) else {
+            return Ok(None);
+        };
+        if let Err(error) = self.save() {
+            self.nodes().insert(node_id.to_owned(), expulsion);
+            return Err(error);
+        }
+        Ok(Some(expulsion))
+    }
+
+    /// Takes over the head's list. Links of nodes that are on it end. [`save`](Self::save) keeps it. True if it is another
+    /// one than before.
+    pub fn replace(&self, nodes: impl IntoIterator<Item = (String, Expulsion)>) -> bool {
+        let fresh = nodes.into_iter().take(MOST_EXPELLED).collect();
+        let mut nodes = self.nodes();
+        if *nodes == fresh {
+            return false;
+        }
+        *nodes = fresh;
+        drop(nodes);
+        self.end_links();
+        true
+    }
+
+    /// Writes the list down. Blocks on the disk.
+    ///
+    /// # Errors
+    /// If it cannot be written; the file before is still there then.
+    pub fn save(&self) -> Result<(), TrustError> {
+        // The later list must not be overtaken by the earlier one.
+        let _alone = self.0.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = Kept {
+            expelled: self.nodes().clone(),
+        };
+        let text = serde_json::to_vec_pretty(&kept)
+            .map_err(|error| TrustError::damaged(&self.0.path, error))?;
+        files::replace(&self.0.path, &text, files::PRIVATE)
+    }
+
+    /// Why this node is refused; `None` if it is not on the list.
+    pub fn refusal(&self, node_id: &str) -> Option<Refusal> {
+        let nodes = self.nodes();
+        let expulsion = nodes.get(node_id)?;
+        let since = UNIX_EPOCH + Duration::from_secs(expulsion.since.min(LAST_SECOND));
+        let reason = match expulsion.reason.as_str() {
+            "" => String::new(),
+            reason => format!(" ({reason})"),
+        };
+        let name = match expulsion.name.as_str() {
+            "" => node_id,
+            name => name,
+        };
+        Some(Refusal::Expelled(format!(
+            "`{name}` was expelled from this mesh on {}{reason}; `hydramesh nodes readmit {name}` at the head lets it in again",
+            clock::utc(since)
+        )))
+    }
+
+    /// Whether this node is on the list.
+    pub fn contains(&self, node_id: &str) -> bool {
+        self.nodes().contains_key(node_id)
+    }
+
+    /// The list, by node id.
+    pub fn list(&self) -> BTreeMap<String, Expulsion> {
+        self.nodes().clone()
+    }
+
+    /// Has this link end as soon as its peer is expelled.
+    pub(crate) fn guard(&self, link: &Link) {
+        let mut links = self.links();
+        links.retain(|link| {
+            link.upgrade()
+                .is_some_and(|link| link.close_reason().is_none())
+        });
+        links.push(link.downgrade());
+        drop(links);
+        // It may have been expelled while the link was made.
+        self.end_link(link);
+    }
+
+    fn end_links(&self) {
+        let links: Vec<Link> = self.links().iter().filter_map(WeakLink::upgrade).collect();
+        links.iter().for_each(|link| self.end_link(link));
+    }
+
+    fn end_link(&self, link: &Link) {
+        if let Some(refusal) = self.refusal(link.node_id())
+            && link.close_reason().is_none()
+        {
+            tracing::info!(
+                peer = link.node_name(),
+                node = link.node_id(),
+                "link closed: the node is expelled"
+            );
+            link.close(EXPELLED, &refusal.to_string());
+        }
+    }
+
+    fn nodes(&self) -> MutexGuard<'_, BTreeMap<String, Expulsion>> {
+        self.0.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn links(&self) -> MutexGuard<'_, Vec<WeakLink>> {
+        self.0.links.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for DenyList {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_map().entries(self.nodes().iter()).finish()
+    }
+}
+
+/// Nodes on the list, at most. Each entry stands for a token that an operator once gave away.
+pub const MOST_EXPELLED: usize = 4096;
+
+/// 9999-12-31 23:59:59.
+const LAST_SECOND: u64 = 253_402_300_799;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn now() -> SystemTime {
+        UNIX_EPOCH + Duration::from_secs(1_795_910_400)
+    }
+
+    #[test]
+    fn the_list_is_kept_and_says_who_was_expelled_when_and_why() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let list = DenyList::open(dir.path()).expect("empty");
+        list.expel("aa", "attic", "sold", now()).expect("kept");
+        list.expel("aa", "attic", "again", now() + Duration::from_secs(9))
+            .expect("kept");
+        let list = DenyList::open(dir.path()).expect("read again");
+        let text = list.refusal("aa").expect("refused").to_string();
+        for part in ["`attic`", "2026-11-29", "(sold)", "nodes readmit attic"] {
+            assert!(text.contains(part), "{part} is not in {text}");
+        }
+        assert!(list.refusal("bb").is_none());
+        let mode = std::fs::metadata(dir.path().join(names::EXPELLED)).expect("there");
+        assert_eq!(mode.permissions().mode() & 0o777, 0o600);
+        assert_eq!(list.readmit("bb").expect("nothing to do"), None);
+        list.readmit("aa").expect("kept").expect("it was there");
+        let list = DenyList::open(dir.path()).expect("read again");
+        assert!(!list.contains("aa"));
+    }
+
+    #[test]
+    fn a_damaged_list_is_named_and_not_replaced() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join(names::EXPELLED);
+        for damaged in ["", "{", "{\"expelled\": []}"] {
+            std::fs::write(&path, damaged).expect("written");
+            let error = DenyList::open(dir.path()).expect_err("damaged").to_string();
+            assert!(error.contains("expelled.json is damaged"), "{error}");
+            assert_eq!(std::fs::read_to_string(&path).expect("there"), damaged);
+        }
+    }
+
+    #[test]
+    fn the_list_is_bounded() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let list = DenyList::open(dir.path()).expect("empty");
+        let entry = |number: usize| {
+            let expulsion = Expulsion {
+                name: String::new(),
+                reason: String::new(),
+                since: 0,
+            };
+            (format!("{number:064x}"), expulsion)
+        };
+        assert!(list.replace((0..2 * MOST_EXPELLED).map(entry)));
+        assert!(!list.replace((0..MOST_EXPELLED).map(entry)));
+        let error = list.expel("ff", "", "", now()).expect_err("full");
+        assert!(error.to_string().contains("readmit"), "{error}");
+        assert_eq!(list.list().len(), MOST_EXPELLED);
+    }
+}

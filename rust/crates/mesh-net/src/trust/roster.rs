@@ -1,0 +1,204 @@
+//! The nodes that have joined a mesh: which names are taken, and who can be expelled while it is not connected.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+
+use super::store::unix_seconds;
+use super::{Member, TrustError, names};
+use crate::files;
+
+/// The members of a mesh by node id, persisted in `members.json`.
+#[derive(Debug)]
+pub(super) struct Roster {
+    path: PathBuf,
+    members: BTreeMap<String, KnownMember>,
+    /// There is a list of expelled nodes: if its file is gone, it was lost.
+    has_deny_list: bool,
+}
+
+/// What the head remembers of a member. Times are seconds since the Unix epoch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KnownMember {
+    /// The name in its certificate.
+    pub name: String,
+    /// When it joined or was first seen.
+    pub since: u64,
+    /// The end of its certificate.
+    pub until: u64,
+}
+
+#[derive(Default, Serialize, Deserialize)]
+struct Kept {
+    members: BTreeMap<String, KnownMember>,
+    #[serde(default)]
+    has_deny_list: bool,
+}
+
+impl Roster {
+    /// Reads the roster in a state directory. Without a file it is empty: members are noted when they connect.
+    pub(super) fn open(dir: &Path) -> Result<Self, TrustError> {
+        let path = dir.join(names::MEMBERS);
+        let kept = match files::read(&path)? {
+            Some(text) => {
+                serde_json::from_str(&text).map_err(|error| TrustError::damaged(&path, error))?
+            }
+            None => Kept::default(),
+        };
+        let deny_list = dir.join(names::EXPELLED);
+        if kept.has_deny_list && !deny_list.exists() {
+            return Err(TrustError::Missing {
+                path: deny_list,
+                beside: path,
+            });
+        }
+        Ok(Self {
+            path,
+            members: kept.members,
+            has_deny_list: kept.has_deny_list,
+        })
+    }
+
+    /// The name that a joining node gets: the one that it asks for, with a number if another node has that.
+    pub(super) fn assign(&self, node_id: &str, wanted: &str) -> String {
+        let is_taken = |name: &str| {
+            self.members
+                .iter()
+                .any(|(id, member)| id != node_id && member.name.eq_ignore_ascii_case(name))
+        };
+        if !is_taken(wanted) {
+            return wanted.to_owned();
+        }
+        // Taken names are valid ones, so they are ASCII.
+        let numbered = (2..).map(|number| {
+            let suffix = format!("-{number}");
+            let base = wanted.get(..LONGEST_NAME - suffix.len()).unwrap_or(wanted);
+            format!("{base}{suffix}")
+        });
+        let mut free = numbered.filter(|name| !is_taken(name));
+        free.next().expect("a number is free")
+    }
+
+    /// Notes that this node is a member with this certificate. A roster that cannot be written is told of: the mesh works
+    /// without.
+    pub(super) fn note(&mut self, member: &Member, now: SystemTime) {
+        let until = unix_seconds(member.not_after);
+        let known = self.members.get(&member.node_id);
+        if known.is_some_and(|known| known.name == member.name && known.until == until) {
+            return;
+        }
+        let since = known.map_or_else(|| unix_seconds(now), |known| known.since);
+        let entry = KnownMember {
+            name: member.name.clone(),
+            since,
+            until,
+        };
+        self.members.insert(member.node_id.clone(), entry);
+        while self.members.len() > MOST_MEMBERS {
+            let oldest = self.members.iter().min_by_key(|(_, known)| known.until);
+            let Some(oldest) = oldest.map(|(id, _)| id.clone()) else {
+                break;
+            };
+            self.members.remove(&oldest);
+        }
+        self.save();
+    }
+
+    /// A node is on the list of expelled nodes: its name is free again.
+    pub(super) fn expelled(&mut self, node_id: &str) {
+        let known = self.members.remove(node_id).is_some();
+        if known || !self.has_deny_list {
+            self.has_deny_list = true;
+            self.save();
+        }
+    }
+
+    /// All members, by node id.
+    pub(super) fn members(&self) -> &BTreeMap<String, KnownMember> {
+        &self.members
+    }
+
+    fn save(&self) {
+        let kept = Kept {
+            members: self.members.clone(),
+            has_deny_list: self.has_deny_list,
+        };
+        let written = serde_json::to_vec_pretty(&kept)
+            .map_err(|error| TrustError::damaged(&self.path, error))
+            .and_then(|text| files::replace(&self.path, &text, files::PRIVATE));
+        if let Err(error) = written {
+            tracing::warn!(%error, "the members of the mesh are not written down");
+        }
+    }
+}
+
+/// Members that are remembered. Beyond, those whose certificates ended first are forgotten.
+const MOST_MEMBERS: usize = 4096;
+
+/// As `root::check_name` has it.
+const LONGEST_NAME: usize = 63;
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
+    use super::*;
+    use crate::trust::Role;
+
+    fn member(node_id: &str, name: &str, until: u64) -> Member {
+        Member {
+            node_id: node_id.to_owned(),
+            name: name.to_owned(),
+            role: Role::Worker,
+            mesh: "test".to_owned(),
+            not_before: UNIX_EPOCH,
+            not_after: UNIX_EPOCH + Duration::from_secs(until),
+        }
+    }
+
+    #[test]
+    fn no_two_nodes_get_one_name() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut roster = Roster::open(dir.path()).expect("empty");
+        let now = UNIX_EPOCH + Duration::from_secs(5);
+        roster.note(&member("aa", "attic", 9), now);
+        assert_eq!(roster.assign("aa", "attic"), "attic", "its own");
+        assert_eq!(roster.assign("bb", "Attic"), "Attic-2");
+        roster.note(&member("bb", "attic-2", 9), now);
+        assert_eq!(roster.assign("cc", "attic"), "attic-3");
+        let long = "x".repeat(LONGEST_NAME);
+        roster.note(&member("dd", &long, 9), now);
+        let numbered = roster.assign("ee", &long);
+        assert_eq!(numbered.len(), LONGEST_NAME);
+        assert!(numbered.ends_with("x-2"), "{numbered}");
+        let mut roster = Roster::open(dir.path()).expect("read again");
+        assert_eq!(roster.assign("cc", "attic"), "attic-3");
+        roster.expelled("aa");
+        assert_eq!(roster.assign("cc", "attic"), "attic");
+        assert_eq!(roster.members()["bb"].since, 5);
+        // From now on the list of expelled nodes is missed when it is gone.
+        let error = Roster::open(dir.path()).expect_err("lost").to_string();
+        assert!(error.contains("expelled.json is missing"), "{error}");
+    }
+
+    #[test]
+    fn the_roster_is_bounded_and_forgets_who_left_first() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut roster = Roster::open(dir.path()).expect("empty");
+        for number in 0..MOST_MEMBERS as u64 {
+            let known = KnownMember {
+                name: format!("n{number}"),
+                since: 0,
+                until: 10 + number,
+            };
+            roster.members.insert(format!("{number:064x}"), known);
+        }
+        roster.note(&member("aa", "attic", 99_999), UNIX_EPOCH);
+        assert_eq!(roster.members().len(), MOST_MEMBERS);
+        assert!(roster.members().contains_key("aa"));
+        assert_eq!(roster.assign("bb", "n0"), "n0", "the oldest is forgotten");
+        assert_eq!(roster.assign("bb", "n1"), "n1-2");
+    }
+}
