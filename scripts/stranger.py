@@ -300,7 +300,7 @@ class Stranger:
                         break
                     try:
                         peer.stream(b"\x0a" * 1_000, stream=stream)
-                    except RuntimeError:
+                    except (RuntimeError, ValueError):
                         # The head has stopped this stream.
                         break
                 counts["sent"] += 1
@@ -320,7 +320,7 @@ class Stranger:
                         break
                     try:
                         peer.stream(bytes([byte]), stream=stream)
-                    except RuntimeError:
+                    except (RuntimeError, ValueError):
                         break
                 held = time.monotonic() - begun
                 counts["held for up to 10 s" if held < 10 else "held for longer"] += 1

@@ -111,7 +111,8 @@ impl Served {
     pub(crate) fn wrong_by_kind(&self) -> Vec<(usize, f64, String)> {
         let mut kinds: Vec<(usize, f64, String)> = Vec::new();
         for (at, words) in &self.wrong {
-            // Numbers differ from case to case.
+            // Numbers and the right answer differ from case to case.
+            let (words, _) = words.split_once(", undisturbed").unwrap_or((words, ""));
             let kind: String = words
                 .chars()
                 .map(|c| if c.is_ascii_digit() { '#' } else { c })

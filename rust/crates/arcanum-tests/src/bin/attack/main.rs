@@ -14,9 +14,9 @@ mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use arcanum_tests::rogue::{Claim, Event, Lie, Rogue};
 use clap::{Parser, Subcommand};
 
@@ -120,11 +120,21 @@ async fn rogue(
         context: targets.context,
     };
     let name = name.unwrap_or_else(|| format!("liar-{}", lie.name()));
-    let head = targets.quic;
-    let _rogue = Rogue::join_at(head, token, &name, lie, claim, tell)
-        .await
-        .with_context(|| format!("{name} cannot join at {head}"))?;
-    tokio::time::sleep(Duration::from_secs(seconds)).await;
+    let begun = Instant::now();
+    let lasts = Duration::from_secs(seconds);
+    // Strangers may keep newcomers out: a liar has patience.
+    let _rogue = loop {
+        let joined = Rogue::join_at(targets.quic, token, &name, lie, claim.clone(), tell).await;
+        match joined {
+            Ok(rogue) => break rogue,
+            Err(error) => tell(&Event::Ended(format!("cannot join: {error:#}"))),
+        }
+        if begun.elapsed() > lasts {
+            return Ok(ExitCode::FAILURE);
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    };
+    tokio::time::sleep(lasts.saturating_sub(begun.elapsed())).await;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -60,6 +60,9 @@ pub(crate) struct Args {
     /// Most memory of a worker, MiB: that of a machine that would be dead with more
     #[arg(long, default_value_t = 1_536)]
     worker_memory: u64,
+    /// How far attackers' processes stand behind the mesh's, as nice(1) has it: 19 is last
+    #[arg(long, default_value_t = 10)]
+    nice: u8,
     /// Everybody on the loopback address, without network namespaces
     #[arg(long)]
     loopback: bool,
@@ -276,6 +279,7 @@ impl Stand {
                     start.token.as_deref(),
                     rest,
                     &self.logs,
+                    args.nice,
                 )?;
                 if let Source::Rogue(lie) = start.source {
                     liars.push(Watched::new(lie, start.source.to_string()));
@@ -286,18 +290,7 @@ impl Stand {
                 join = Some(self.join_one().await?);
             }
             peaks.look(self.services());
-            for service in self.services_mut() {
-                let name = service.name().to_owned();
-                if !service.is_running() && !deaths.iter().any(|death| death.starts_with(&name)) {
-                    let at = begun.elapsed().as_secs_f64();
-                    let log = service.log();
-                    let last = log.lines().last().unwrap_or_default();
-                    deaths.push(format!(
-                        "{name} died after {at:.1} s; its last word: {last}"
-                    ));
-                    println!("DEAD: {}", deaths.last().map_or("", String::as_str));
-                }
-            }
+            self.look_for_deaths(begun, &mut deaths);
             if looked.elapsed() > Duration::from_secs(1) {
                 looked = Instant::now();
                 services_cpu.look(self.services().map(Service::pid).collect::<Vec<_>>());
@@ -322,6 +315,8 @@ impl Stand {
         for attack in running {
             said.push((attack.source, attack.end().await));
         }
+        // What was asked for last may kill last.
+        self.look_for_deaths(begun, &mut deaths);
         let join = match join {
             Some(join) => Some(join.await?),
             None => None,
@@ -340,6 +335,20 @@ impl Stand {
             services_cpu: services_cpu.used(),
             attackers_cpu: attackers_cpu.used(),
         })
+    }
+
+    fn look_for_deaths(&mut self, begun: Instant, deaths: &mut Vec<String>) {
+        for service in self.services_mut() {
+            let known = format!("{} died", service.name());
+            if !service.is_running() && !deaths.iter().any(|death| death.starts_with(&known)) {
+                let at = begun.elapsed().as_secs_f64();
+                let log = service.log();
+                let last = log.lines().last().unwrap_or_default();
+                let death = format!("{known} after {at:.1} s; its last word: {last}");
+                println!("DEAD: {death}");
+                deaths.push(death);
+            }
+        }
     }
 
     /// When each attack begins: all at once, but liars one after the other, each early enough to be judged.

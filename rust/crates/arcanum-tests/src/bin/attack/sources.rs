@@ -105,7 +105,7 @@ pub(crate) struct Attack {
 pub(crate) struct Said {
     /// Its counts, or why there are none.
     pub(crate) summary: String,
-    /// Questions of clients that reached a liar, with the seconds since its start at which its log was longer.
+    /// All of its words that are JSON.
     pub(crate) lines: Vec<Value>,
 }
 
@@ -118,6 +118,7 @@ impl Attack {
         token: Option<&str>,
         lasts: Duration,
         folder: &Path,
+        nice: u8,
     ) -> Result<Self> {
         let seconds = lasts.as_secs().to_string();
         let program = std::env::current_exe()?.display().to_string();
@@ -169,8 +170,9 @@ impl Attack {
         };
         let words = folder.join(format!("{source}.log"));
         let file = File::create(&words).with_context(|| words.display().to_string())?;
-        // Attackers have machines of their own: on this one they get what the mesh leaves.
-        let nice = ["nice", "-n", "19"].map(str::to_owned);
+        // Attackers would have machines of their own: on this one the mesh comes first.
+        let nice = nice.to_string();
+        let nice = ["nice", "-n", &nice].map(str::to_owned);
         let line: Vec<String> = machine.iter().cloned().chain(nice).chain(own).collect();
         let (program, arguments) = line.split_first().context("a command")?;
         let child = Command::new(program)
@@ -202,7 +204,7 @@ impl Attack {
 
     /// Waits for its end, which comes by itself, and ends it if it does not.
     pub(crate) async fn end(mut self) -> Said {
-        for _ in 0..100 {
+        for _ in 0..200 {
             if !matches!(self.child.try_wait(), Ok(None)) {
                 break;
             }
