@@ -17,6 +17,15 @@ pub struct Brain {
     stage: OrtStage,
 }
 
+/// What the model answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RightAnswer {
+    /// Id and bytes of each token.
+    pub tokens: Vec<(u32, Vec<u8>)>,
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+}
+
 impl fmt::Debug for Brain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Brain")
@@ -41,12 +50,11 @@ impl Brain {
         Ok(Self { model, stage })
     }
 
-    /// The greedy answer to a request: ids and bytes of its tokens, those in [`Generate::generated`] not among them, and
-    /// how many tokens the prompt has.
+    /// The greedy answer to a request, without what is in [`Generate::generated`].
     ///
     /// # Errors
     /// If the prompt cannot be read, or is longer than the model's context.
-    pub fn answer(&mut self, asked: &Generate, most: usize) -> Result<(Vec<(u32, Vec<u8>)>, u32)> {
+    pub fn answer(&mut self, asked: &Generate, most: usize) -> Result<RightAnswer> {
         let model = self.model.clone();
         let tokenizer = model.tokenizer();
         let prompt = self.prompt(asked)?;
@@ -91,7 +99,10 @@ impl Brain {
             answer.push((next, tokenizer.token_bytes(next).to_vec()));
             rows = vec![next];
         }
-        Ok((answer, prompt.len() as u32))
+        Ok(RightAnswer {
+            tokens: answer,
+            prompt_tokens: prompt.len() as u32,
+        })
     }
 
     fn prompt(&self, asked: &Generate) -> Result<Vec<u32>> {

@@ -186,8 +186,8 @@ fn asks() -> Vec<Ask> {
 /// Asks all of them at once; what is wrong with each answer.
 async fn ask_all(http: &HttpClient, asks: &[Ask], undisturbed: &Undisturbed) -> Vec<Result<()>> {
     let mut tasks = Vec::new();
-    for ask in asks.iter().cloned() {
-        let http = http.clone();
+    for ask in asks {
+        let (http, ask) = (http.clone(), ask.clone());
         tasks.push(tokio::spawn(async move {
             let limit = Duration::from_secs(60);
             tokio::time::timeout(limit, ask.ask(&http)).await

@@ -12,7 +12,7 @@ use mesh_proto::{
 use prost::Message as _;
 
 use super::{Claim, Lie, lock, message};
-use crate::brain::Brain;
+use crate::brain::{Brain, RightAnswer};
 
 /// Answers requests in a lie's way.
 #[derive(Debug)]
@@ -108,7 +108,10 @@ impl Answerer {
 
     /// The model's own answer.
     async fn right(&self, asked: &Generate, mut stream: MsgStream, pause: Duration) -> Result<()> {
-        let (answer, prompt_tokens) = self.model_answer(asked).await?;
+        let RightAnswer {
+            tokens: answer,
+            prompt_tokens,
+        } = self.model_answer(asked).await?;
         let begin = asked.generated.len() as u32;
         let mut writer = Writer::new(asked);
         for (index, (id, bytes)) in answer.iter().enumerate() {
@@ -127,7 +130,7 @@ impl Answerer {
 
     /// Says the first tokens again, then other ones in their place.
     async fn replay(&self, asked: &Generate, mut stream: MsgStream) -> Result<()> {
-        let (answer, _) = self.model_answer(asked).await?;
+        let answer = self.model_answer(asked).await?.tokens;
         let begin = asked.generated.len() as u32;
         let mut writer = Writer::new(asked);
         for round in 0..50 {
@@ -157,7 +160,7 @@ impl Answerer {
         ended(stream).await
     }
 
-    async fn model_answer(&self, asked: &Generate) -> Result<(Vec<(u32, Vec<u8>)>, u32)> {
+    async fn model_answer(&self, asked: &Generate) -> Result<RightAnswer> {
         let brain = self.brain.clone().context("this lie has a model")?;
         let (asked, most) = (asked.clone(), most(asked));
         tokio::task::spawn_blocking(move || lock(&brain).answer(&asked, most)).await?

@@ -40,7 +40,7 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 3)]
     workers: usize,
     /// Milliseconds for which an honest client pauses between two requests
-    #[arg(long, default_value_t = 250)]
+    #[arg(long, default_value_t = 0)]
     think: u64,
     /// Only these attacks
     #[arg(long, value_delimiter = ',')]
@@ -405,24 +405,7 @@ impl Stand {
     async fn restore(&mut self) -> Result<()> {
         if !self.cluster.mesh.head.is_running() {
             println!("the head is started again");
-            let config = fs::read_to_string(self.cluster.mesh.head.config_path())?;
-            let mut config: toml::Table = config.parse()?;
-            let ports = format!(
-                "[http]\nlisten = \"{}\"\n[dcf]\nclients = \"{}\"\nworkers = \"{}\"\n[quic]\nlisten = \"{}\"\n",
-                self.targets.http, self.targets.clients, self.targets.bus, self.targets.quic
-            );
-            let ports: toml::Table = ports.parse()?;
-            for (key, value) in ports {
-                match (config.get_mut(&key), value) {
-                    (Some(toml::Value::Table(under)), toml::Value::Table(over)) => {
-                        under.extend(over)
-                    }
-                    (_, value) => {
-                        config.insert(key, value);
-                    }
-                }
-            }
-            self.cluster.mesh.head.restart(Some(&config)).await?;
+            self.cluster.mesh.restart_head(Duration::ZERO).await?;
         }
         for entry in fs::read_dir(&self.targets.models_dir)?.flatten() {
             let _ = fs::remove_file(entry.path());
@@ -729,7 +712,7 @@ struct Polled {
 
 impl Polled {
     async fn poll(&mut self, cluster: &Cluster) -> Option<Value> {
-        let asked = tokio::time::timeout(Duration::from_millis(500), cluster.mesh.registry()).await;
+        let asked = tokio::time::timeout(Duration::from_secs(1), cluster.mesh.registry()).await;
         match asked {
             Ok(Ok(registry)) => Some(registry),
             _ => {

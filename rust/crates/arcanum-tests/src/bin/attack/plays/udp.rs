@@ -57,7 +57,9 @@ pub(super) async fn bombs(target: SocketAddr, targets: Arc<Targets>, tally: Tall
 
 /// Asks for nothing, and echoes the cookie of a shim that wants one.
 async fn prove_address(socket: &UdpSocket, target: SocketAddr) -> bool {
-    let task = Datagram::new(TASK, 1, b"hi".to_vec()).encode();
+    // A shim answers with no more bytes than came: the task is as long as a challenge.
+    let task = format!("hi{}", " ".repeat(200));
+    let task = Datagram::new(TASK, 1, task).encode();
     if socket.send_to(&task, target).await.is_err() {
         return false;
     }
