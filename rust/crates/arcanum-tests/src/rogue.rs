@@ -253,13 +253,6 @@ impl Rogue {
         lock(&self.shared.seen).clone()
     }
 
-    /// What clients asked and reached it, probes left out.
-    pub fn questions(&self) -> Vec<Seen> {
-        let mut seen = self.seen();
-        seen.retain(|seen| !seen.looks_like_a_probe());
-        seen
-    }
-
     /// Why its links ended, or could not be made.
     pub fn ends(&self) -> Vec<String> {
         lock(&self.shared.ends).clone()
