@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use mesh_engine::{LogitRows, Segment, Stage, StageInput, StageOutput};
 use mesh_engine_ort::{OrtOptions, OrtStage};
 use mesh_model::{EncodeOptions, Message, Model};
@@ -53,11 +53,12 @@ impl Brain {
     /// The greedy answer to a request, without what is in [`Generate::generated`].
     ///
     /// # Errors
-    /// If the prompt cannot be read, or is longer than the model's context.
+    /// If the prompt cannot be read, or is longer than 1,024 tokens.
     pub fn answer(&mut self, asked: &Generate, most: usize) -> Result<RightAnswer> {
         let model = self.model.clone();
         let tokenizer = model.tokenizer();
         let prompt = self.prompt(asked)?;
+        ensure!(prompt.len() <= LONGEST, "{} tokens", prompt.len());
         let vocab = self.stage.info().shape.vocab;
         let max_rows = self.stage.info().max_rows as usize;
         let ignores_end = asked
@@ -121,3 +122,6 @@ impl Brain {
         })
     }
 }
+
+/// The longest prompt that it reads: beyond that it only takes time.
+const LONGEST: usize = 1_024;

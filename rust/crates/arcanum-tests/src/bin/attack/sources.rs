@@ -55,20 +55,31 @@ pub(crate) fn usual() -> Vec<Source> {
     sources
 }
 
-/// The sources called so.
+/// The sources called so; `liars` and `strangers` are all of those.
 pub(crate) fn named(names: &[String]) -> Result<Vec<Source>> {
     let known = all();
-    let find = |name: &String| {
-        let found = known.iter().find(|source| source.to_string() == *name);
-        found.copied().with_context(|| {
-            let known: Vec<String> = known.iter().map(Source::to_string).collect();
-            format!(
-                "no attack is called {name:?}; there are {}",
-                known.join(", ")
-            )
-        })
-    };
-    names.iter().map(find).collect()
+    let mut found = Vec::new();
+    for name in names {
+        let group: fn(&Source) -> bool = match name.as_str() {
+            "liars" => |source| matches!(source, Source::Rogue(_)),
+            "strangers" => |source| matches!(source, Source::Stranger(_)),
+            _ => {
+                found.push(one(name, &known)?);
+                continue;
+            }
+        };
+        found.extend(known.iter().copied().filter(group));
+    }
+    Ok(found)
+}
+
+fn one(name: &str, known: &[Source]) -> Result<Source> {
+    let found = known.iter().find(|source| source.to_string() == name);
+    found.copied().with_context(|| {
+        let known: Vec<String> = known.iter().map(Source::to_string).collect();
+        let known = known.join(", ");
+        format!("no attack is called {name:?}; there are liars, strangers, {known}")
+    })
 }
 
 impl fmt::Display for Source {
