@@ -15,7 +15,7 @@ CACHE := $(if $(HYDRAMESH_CACHE),$(HYDRAMESH_CACHE),$(CURDIR)/.cache)
 export ORT_DYLIB_PATH ?= $(CACHE)/onnxruntime/libonnxruntime.so.1.24.4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-nix test-vm test-images test-gpu test-arm test-foreign flood soak bench bench-peers fuzz fetch fetch-deny fmt clean
+.PHONY: help demo build test test-nix test-vm test-images test-gpu test-arm test-foreign flood soak attack bench bench-peers fuzz fetch fetch-deny fmt clean
 # Exit code 3 of a test script: this machine cannot run it, and why was said.
 WHERE_POSSIBLE := || [ $$? = 3 ]
 
@@ -37,6 +37,7 @@ test: fetch ## Formatting, clippy with warnings denied, every test
 	scripts/test_nix.sh $(WHERE_POSSIBLE)
 	scripts/test_shell.sh $(WHERE_POSSIBLE)
 	$(PYTHON) scripts/check_dependencies.py
+	$(PYTHON) scripts/check_security.py
 	$(IN_RUST) $(CARGO) fmt --all --check
 	$(IN_RUST) $(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	$(IN_RUST) $(CARGO) clippy --workspace --features $(PROVIDERS) --all-targets --locked -- -D warnings
@@ -79,6 +80,10 @@ flood: fetch ## 10 million random and mutated datagrams at each UDP port, memory
 soak: fetch ## Rings: workers lost by the hundred, a storm of faults, how long clients wait (SOAK='--kills 20 --storm 60' shortens it)
 	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES) -p arcanum-tests
 	$(IN_RUST) target/release/arcanum-soak $(SOAK)
+
+attack: fetch ## All attacks at once for 5 minutes beside 8 honest clients (ATTACK='--each 40' shows which one it is)
+	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES) -p arcanum-tests
+	$(IN_RUST) target/release/arcanum-attack $(ATTACK)
 
 bench: ## Benchmarks of our own, each a ratio measured in one run
 	@$(PYTHON) scripts/fetch.py runtime model

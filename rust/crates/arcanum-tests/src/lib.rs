@@ -8,18 +8,22 @@
 //! - [`rescore`] checks a stream against the model itself;
 //! - [`flood`] makes datagrams that mean harm;
 //! - [`load`] keeps streams open beside threads that burn processor time;
-//! - [`liar`] is a member that sends something else than it says;
+//! - [`liar`] is a member that gives away other models than it says, [`rogue`] a worker with one lie of its own;
+//! - [`report`] is the table of a long run;
 //! - [`Seed`] makes every random choice of a test repeatable.
 
 #![forbid(unsafe_code)]
 
+pub mod brain;
 pub mod clients;
 pub mod cluster;
 pub mod flood;
 pub mod gaps;
 pub mod liar;
 pub mod load;
+pub mod report;
 pub mod rescore;
+pub mod rogue;
 pub mod undisturbed;
 pub mod view;
 

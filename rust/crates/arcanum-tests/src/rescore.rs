@@ -223,7 +223,7 @@ fn segment(position: usize, rows: usize, logits: LogitRows) -> Segment {
 }
 
 /// The largest logit, the lowest id among equals: greedy sampling.
-fn arg_max(row: &[f32]) -> u32 {
+pub(crate) fn arg_max(row: &[f32]) -> u32 {
     let mut best = 0;
     for (index, value) in row.iter().enumerate() {
         if *value > row[best] {

@@ -1,7 +1,9 @@
 //! Committed benchmarks; each prints a ratio against its anchor.
 //!
 //! Shared here: [`Ours`], our engine under the same exercises as [`Anchor`], llama.cpp kept loaded by a small program of
-//! ours, so that both can take turns within seconds.
+//! ours, so that both can take turns within seconds; [`round_trips`] loads what relays datagrams.
+
+pub mod round_trips;
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};

@@ -159,10 +159,10 @@ impl Mesh {
         }
     }
 
-    /// Kills the head and starts it again after `pause`, on the same ports.
+    /// Kills the head, if it has not died already, and starts it again after `pause`, on the same ports.
     ///
     /// # Errors
-    /// If it does not run, or does not start again.
+    /// If it does not start again.
     pub async fn restart_head(&mut self, pause: Duration) -> Result<()> {
         let path = self.head.config_path();
         let mut config: Table = fs::read_to_string(&path)
@@ -177,7 +177,9 @@ impl Mesh {
             address("quic")?,
         );
         overlay(&mut config, ports.parse()?);
-        self.head.crash()?;
+        if self.head.is_running() {
+            self.head.crash()?;
+        }
         tokio::time::sleep(pause).await;
         self.head.restart(Some(&config)).await?;
         self.head.wait_for("/health").await

@@ -83,7 +83,14 @@ impl Namespaces {
 
     /// Starts services on `machine`.
     pub fn launcher(&self, launcher: &Launcher, machine: Machine) -> Launcher {
-        launcher.wrapped(&["ip", "netns", "exec", &self.namespace(machine)])
+        let wrapper = self.wrapper(machine);
+        launcher.wrapped(&wrapper.each_ref().map(String::as_str))
+    }
+
+    /// What is put before a command so that it runs on `machine`.
+    pub fn wrapper(&self, machine: Machine) -> [String; 4] {
+        let words = ["ip", "netns", "exec", &self.namespace(machine)];
+        words.map(str::to_owned)
     }
 
     /// Gives the machine another address in place of the one it has, as a DHCP server may.

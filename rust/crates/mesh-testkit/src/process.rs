@@ -36,8 +36,16 @@ impl Launcher {
     /// # Errors
     /// If they cannot be built, or if ONNX Runtime was not fetched.
     pub fn for_tests() -> Result<Self> {
+        Self::from_folder(&paths::bin_dir()?)
+    }
+
+    /// The services in a folder, of another build than the running program's, say.
+    ///
+    /// # Errors
+    /// If ONNX Runtime was not fetched.
+    pub fn from_folder(bin_dir: &Path) -> Result<Self> {
         Ok(Self {
-            bin_dir: paths::bin_dir()?,
+            bin_dir: bin_dir.to_owned(),
             environment: vec![("ORT_DYLIB_PATH".to_owned(), text(&paths::ort_library()?)?)],
             own_group: false,
             wrapper: Vec::new(),

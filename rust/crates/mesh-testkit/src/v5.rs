@@ -119,23 +119,28 @@ impl Datagram {
     }
 }
 
-/// A result as a v5.1 peer sends it: one datagram, or pieces of total u16, index u16, MD5 and data.
+/// A result as a v5.1 peer sends it: one datagram, or pieces.
 fn result_of(wire: Wire, sequence: u32, result: Vec<u8>) -> Vec<Datagram> {
     if wire == Wire::V5_0 || result.len() <= SINGLE {
         return vec![Datagram::new(RESULT, sequence, result).on(wire)];
     }
-    let sum = Md5::digest(&result);
-    let pieces: Vec<&[u8]> = result.chunks(PIECE).collect();
+    // In any order: the last one first.
+    let mut datagrams = pieces(wire, sequence, &result);
+    datagrams.reverse();
+    datagrams
+}
+
+/// A payload in pieces of total u16, index u16, MD5 and data.
+pub fn pieces(wire: Wire, sequence: u32, payload: &[u8]) -> Vec<Datagram> {
+    let sum = Md5::digest(payload);
+    let pieces: Vec<&[u8]> = payload.chunks(PIECE).collect();
     let total = pieces.len() as u16;
     let datagrams = pieces.iter().zip(0_u16..).map(|(piece, index)| {
         let head = [total.to_be_bytes(), index.to_be_bytes()].concat();
         let payload = [head.as_slice(), sum.as_slice(), piece].concat();
         Datagram::new(CHUNK, sequence, payload).on(wire)
     });
-    // In any order: the last one first.
-    let mut datagrams: Vec<Datagram> = datagrams.collect();
-    datagrams.reverse();
-    datagrams
+    datagrams.collect()
 }
 
 /// A client: one Task out, one datagram back; of v5.1 also pieces.

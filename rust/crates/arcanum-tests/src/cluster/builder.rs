@@ -19,6 +19,7 @@ pub struct ClusterBuilder {
     standbys: bool,
     shim: bool,
     network: Option<Namespaces>,
+    clients_on_network: bool,
 }
 
 impl ClusterBuilder {
@@ -32,6 +33,7 @@ impl ClusterBuilder {
             standbys: true,
             shim: false,
             network: None,
+            clients_on_network: false,
         }
     }
 
@@ -116,6 +118,13 @@ impl ClusterBuilder {
         Ok(self)
     }
 
+    /// Lets the head listen for clients, too, where the workers' network reaches it; it needs API keys then.
+    #[must_use]
+    pub fn clients_on_network(mut self) -> Self {
+        self.clients_on_network = true;
+        self
+    }
+
     /// Starts everything; workers may still be joining and rings forming when it returns.
     ///
     /// # Errors
@@ -131,6 +140,11 @@ impl ClusterBuilder {
             builder = builder.head_config(&format!(
                 "[quic]\nlisten = \"{own}:0\"\n[dcf]\nworkers = \"{own}:0\"\n"
             ));
+            if self.clients_on_network {
+                builder = builder.head_config(&format!(
+                    "[http]\nlisten = \"{own}:0\"\n[dcf]\nclients = \"{own}:0\"\n"
+                ));
+            }
         }
         for toml in &self.head {
             builder = builder.head_config(toml);

@@ -115,6 +115,25 @@ impl Cluster {
         Ok(name)
     }
 
+    /// One more machine on the workers' network, for somebody who is no worker: what to put before a command that runs there.
+    /// Nothing where the workers are not in network namespaces: then it runs on this machine.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn add_machine(&mut self) -> Result<Vec<String>> {
+        let Some(network) = &mut self.network else {
+            return Ok(Vec::new());
+        };
+        let machine = network.add()?;
+        Ok(network.wrapper(machine).to_vec())
+    }
+
+    /// The address of this machine on the workers' network.
+    pub fn own_address(&self) -> String {
+        let network = self.network.as_ref();
+        network.map_or_else(|| "127.0.0.1".to_owned(), Namespaces::own_address)
+    }
+
     /// A worker by its name.
     ///
     /// # Errors

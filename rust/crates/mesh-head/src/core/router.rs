@@ -231,8 +231,9 @@ fn estimate_mesh(
     let cached = holder
         .filter(|(id, _)| *id == worker.id)
         .map_or(0, |(_, tokens)| tokens);
-    let to_prefill = worker.prefilling.max(worker.load.prefill_backlog)
-        + u64::from(ask.prompt_tokens.saturating_sub(cached));
+    let own = u64::from(ask.prompt_tokens.saturating_sub(cached));
+    let to_prefill = worker.prefilling.max(worker.load.prefill_backlog);
+    let to_prefill = to_prefill.saturating_add(own);
 
     let total_tps = known(model.decode_tps, ASSUMED_DECODE_TPS) * batch_gain(batch);
     let answer = f64::from(ask.answer_tokens) * f64::from(batch) / total_tps;
@@ -386,6 +387,18 @@ mod tests {
             },
             fleet.now,
         );
+        assert_eq!(fleet.worker(&ask()), 2);
+    }
+
+    #[test]
+    fn a_backlog_that_cannot_be_is_only_a_bad_choice() {
+        let mut fleet = Fleet::new(&[100.0, 90.0]);
+        let load = Load {
+            prefill_backlog: u64::MAX,
+            kv_tokens_used: u64::MAX,
+            ..Default::default()
+        };
+        fleet.registry.report(WorkerId(1), load, fleet.now);
         assert_eq!(fleet.worker(&ask()), 2);
     }
 

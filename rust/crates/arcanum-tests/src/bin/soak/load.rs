@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use anyhow::Result;
 use arcanum_tests::load::under_load;
+use arcanum_tests::report::Report;
 use arcanum_tests::{Ask, Cluster, Undisturbed, question};
 
 use crate::Args;
-use crate::report::Report;
 
 const STREAMS: usize = 16;
 

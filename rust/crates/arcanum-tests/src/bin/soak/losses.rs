@@ -4,9 +4,9 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use arcanum_tests::gaps::Gaps;
+use arcanum_tests::report::Report;
 use arcanum_tests::{Ask, Cluster, Fault, Running, Seed, Undisturbed, question};
 
-use crate::report::Report;
 use crate::{Args, spread_ring, where_cut_off};
 
 const TOKENS: u32 = 96;

@@ -2,7 +2,6 @@
 
 mod load;
 mod losses;
-mod report;
 mod speed;
 mod storm;
 
@@ -12,10 +11,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use arcanum_tests::clients::ANSWER_LIMIT;
+use arcanum_tests::report::Report;
 use arcanum_tests::{Cluster, ClusterBuilder, RingView, alone};
 use clap::Parser;
-
-use report::Report;
 
 /// Loses workers of rings by the hundred and compares every answer with the undisturbed one.
 #[derive(Debug, Parser)]
@@ -55,7 +53,7 @@ async fn main() -> Result<ExitCode> {
     let _alone = alone();
     println!("seed {} (--seed sets another)", args.seed);
     let started = Instant::now();
-    let mut report = Report::new(args.seed);
+    let mut report = Report::new("Soak of rings", args.seed);
     losses::kills(&args, &mut report).await?;
     losses::silences(&args, &mut report).await?;
     storm::storm(&args, &mut report).await?;

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::clients::long_question;
 use arcanum_tests::gaps::Gaps;
+use arcanum_tests::report::Report;
 use arcanum_tests::{Ask, Cluster, Fault, Running, Seed, Undisturbed};
 
-use crate::report::Report;
 use crate::{Args, spread_ring};
 
 /// Tokens of context when a worker is lost, about.

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use arcanum_tests::gaps::Gaps;
+use arcanum_tests::report::Report;
 use arcanum_tests::{Answer, Ask, Cluster, Fault, RingView, Running, Seed, Undisturbed, question};
 use mesh_testkit::client::http::HttpClient;
 
-use crate::report::Report;
 use crate::{Args, CALM, where_cut_off};
 
 const CLIENTS: usize = 4;

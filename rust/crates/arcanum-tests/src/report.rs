@@ -1,4 +1,4 @@
-//! What a soak found, as a table.
+//! What a long run found, as a table.
 
 use std::fmt;
 use std::fs;
@@ -8,15 +8,18 @@ use anyhow::{Context, Result};
 
 /// Rows of a table, and what went wrong.
 #[derive(Debug)]
-pub(crate) struct Report {
+pub struct Report {
+    title: String,
     seed: u64,
     rows: Vec<(String, String, Option<bool>)>,
     failures: Vec<String>,
 }
 
 impl Report {
-    pub(crate) fn new(seed: u64) -> Self {
+    /// An empty one.
+    pub fn new(title: &str, seed: u64) -> Self {
         Self {
+            title: title.to_owned(),
             seed,
             rows: Vec::new(),
             failures: Vec::new(),
@@ -24,26 +27,32 @@ impl Report {
     }
 
     /// Something found; `good` is whether it is as it should be, where that can be said.
-    pub(crate) fn row(&mut self, what: &str, found: String, good: Option<bool>) {
+    pub fn row(&mut self, what: &str, found: String, good: Option<bool>) {
         println!("{what}: {found}");
         self.rows.push((what.to_owned(), found, good));
     }
 
     /// One run did not end as it should.
-    pub(crate) fn failure(&mut self, what: String) {
+    pub fn failure(&mut self, what: String) {
         println!("FAILED: {what}");
         self.failures.push(what);
     }
 
-    pub(crate) fn failures(&self) -> usize {
+    /// How many runs did not.
+    pub fn failures(&self) -> usize {
         self.failures.len()
     }
 
-    pub(crate) fn failed(&self) -> bool {
+    /// Whether anything is not as it should be.
+    pub fn failed(&self) -> bool {
         !self.failures.is_empty() || self.rows.iter().any(|(_, _, good)| *good == Some(false))
     }
 
-    pub(crate) fn write(&self, path: &Path) -> Result<()> {
+    /// Writes the table.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn write(&self, path: &Path) -> Result<()> {
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
         }
@@ -59,10 +68,10 @@ impl fmt::Display for Report {
         } else {
             "release"
         };
-        writeln!(f, "# Soak of rings\n")?;
+        writeln!(f, "# {}\n", self.title)?;
         writeln!(
             f,
-            "Seed {}, {build} build, all workers on one machine with {cores} cores, SmolLM2-135M.\n",
+            "Seed {}, {build} build, everything on one machine with {cores} cores, SmolLM2-135M.\n",
             self.seed
         )?;
         writeln!(f, "| what | found | |\n|---|---|---|")?;

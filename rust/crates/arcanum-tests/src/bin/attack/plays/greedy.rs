@@ -1,0 +1,43 @@
+//! One key that wants all of it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_testkit::client::http::{HttpClient, HttpError};
+use serde_json::json;
+use tokio::task::JoinSet;
+
+use super::Tally;
+use crate::targets::Targets;
+
+const CONNECTIONS: usize = 80;
+
+/// 80 connections, 16 answers each, one request after the other.
+pub(super) async fn greedy(targets: Arc<Targets>, tally: Tally) {
+    let mut tasks = JoinSet::new();
+    for number in 0..CONNECTIONS {
+        let (targets, tally) = (targets.clone(), tally.clone());
+        tasks.spawn(async move {
+            let address = targets.http.to_string();
+            let Ok(http) = HttpClient::new(&address, Some(targets.key.clone())) else {
+                return;
+            };
+            for round in 0.. {
+                let body = json!({
+                    "model": targets.model, "n": 16, "max_tokens": 64, "ignore_eos": true,
+                    "messages": [{"role": "user", "content": format!("Number {number}, time {round}: tell me more.")}],
+                });
+                match http.complete(&body).await {
+                    Ok(answer) => {
+                        let choices = answer["choices"].as_array().map_or(0, Vec::len);
+                        tally.add("choices", choices as u64);
+                    }
+                    Err(HttpError::Api { status, .. }) => tally.count(format!("status {status}")),
+                    Err(error) => tally.count(error),
+                }
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        });
+    }
+    while tasks.join_next().await.is_some() {}
+}

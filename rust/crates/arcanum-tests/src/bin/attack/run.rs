@@ -1,0 +1,727 @@
+//! The run: a mesh, a phase without attacks, one with all of them, and one after.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use arcanum_tests::report::Report;
+use arcanum_tests::{Cluster, Undisturbed, alone};
+use clap::Args as ClapArgs;
+use mesh_testkit::{Namespaces, Service, paths};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use serde_json::Value;
+use tokio::task::JoinHandle;
+
+use crate::honest::{Honest, Served, asks};
+use crate::sources::{self, Attack, Machines, Said, Source};
+use crate::targets::Targets;
+use crate::verdict::{LIMIT, Watched};
+use crate::watch::{Asked, Health, Processors};
+
+/// How the run goes.
+#[derive(Debug, Clone, ClapArgs)]
+pub(crate) struct Args {
+    /// Seconds of all attacks at once
+    #[arg(long, default_value_t = 300)]
+    seconds: u64,
+    /// Seconds without attacks, before
+    #[arg(long, default_value_t = 60)]
+    calm: u64,
+    /// Seconds without attacks, afterwards
+    #[arg(long, default_value_t = 20)]
+    after: u64,
+    /// Honest clients
+    #[arg(long, default_value_t = 8)]
+    clients: usize,
+    /// Workers
+    #[arg(long, default_value_t = 3)]
+    workers: usize,
+    /// Milliseconds for which an honest client pauses between two requests
+    #[arg(long, default_value_t = 0)]
+    think: u64,
+    /// Only these attacks
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// All attacks but these
+    #[arg(long, value_delimiter = ',')]
+    without: Vec<String>,
+    /// Each attack by itself, for so many seconds, instead of all at once: which one is it?
+    #[arg(long)]
+    each: Option<u64>,
+    /// Most of p95 of the time to the first token, as a multiple of the undisturbed one
+    #[arg(long, default_value_t = 3.0)]
+    ratio: f64,
+    /// Most memory of the head, MiB
+    #[arg(long, default_value_t = 64)]
+    head_memory: u64,
+    /// Most memory of a worker, MiB: that of a machine that would be dead with more
+    #[arg(long, default_value_t = 1_536)]
+    worker_memory: u64,
+    /// How far attackers' processes stand behind the mesh's, as nice(1) has it: 19 is last
+    #[arg(long, default_value_t = 10)]
+    nice: u8,
+    /// Everybody on the loopback address, without network namespaces
+    #[arg(long)]
+    loopback: bool,
+    /// Where the table is written; logs go beside it
+    #[arg(long, default_value = "target/attack.md")]
+    out: PathBuf,
+}
+
+pub(crate) async fn run(args: Args) -> Result<ExitCode> {
+    let mut attacks = if args.only.is_empty() {
+        sources::usual()
+    } else {
+        sources::named(&args.only)?
+    };
+    let without = sources::named(&args.without)?;
+    attacks.retain(|source| !without.contains(source));
+    if let Err(error) = sources::strangers_are_to_be_had() {
+        println!("SKIPPED: strangers over QUIC: {error:#}");
+        attacks.retain(|source| !matches!(source, Source::Stranger(_)));
+    }
+    let _alone = alone();
+    let mut report = Report::new("Attacks beside honest clients", 0);
+    let mut stand = Stand::start(&args, &mut report).await?;
+    let calm = stand.phase("calm", &[], args.calm, &args).await?;
+    stand.judge_calm("undisturbed", &calm, &mut report);
+    match args.each {
+        Some(seconds) => {
+            for attack in &attacks {
+                let name = attack.to_string();
+                let found = stand.phase(&name, &[*attack], seconds, &args).await?;
+                stand.judge(&name, &found, &calm, &args, &mut report);
+                stand.restore().await?;
+            }
+        }
+        None => {
+            let found = stand
+                .phase("attacked", &attacks, args.seconds, &args)
+                .await?;
+            stand.judge("", &found, &calm, &args, &mut report);
+            if args.after > 0 && found.deaths.is_empty() {
+                let after = stand.phase("after", &[], args.after, &args).await?;
+                stand.judge_calm("afterwards", &after, &mut report);
+                compare(&after, &calm, &mut report);
+            }
+        }
+    }
+    report.write(&args.out)?;
+    println!(
+        "\n{report}\nwritten to {}, logs in {}",
+        args.out.display(),
+        stand.logs.display()
+    );
+    Ok(if report.failed() {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+/// The mesh, and what is needed to attack it.
+struct Stand {
+    cluster: Cluster,
+    targets: Targets,
+    targets_file: PathBuf,
+    machines: Machines,
+    undisturbed: Undisturbed,
+    honest_key: String,
+    /// Logs of services and attacks.
+    logs: PathBuf,
+    _folder: tempfile::TempDir,
+}
+
+/// What was found in a phase.
+#[derive(Debug)]
+struct Phase {
+    lasted: f64,
+    served: Served,
+    health: Asked,
+    head_peak: u64,
+    worker_peaks: Vec<(String, u64)>,
+    deaths: Vec<String>,
+    said: Vec<(Source, Said)>,
+    liars: Vec<Watched>,
+    join: Option<Result<Duration>>,
+    services_cpu: f64,
+    attackers_cpu: f64,
+}
+
+impl Stand {
+    async fn start(args: &Args, report: &mut Report) -> Result<Self> {
+        // What a service of systemd gets; whoever needs more has to ask for it.
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        setrlimit(Resource::RLIMIT_NOFILE, soft.min(1_024), hard)?;
+        let folder = tempfile::Builder::new()
+            .prefix("hydramesh-attack-")
+            .tempdir()?;
+        let keys = folder.path().join("keys");
+        fs::write(&keys, "honest-key\nattackers-key\n")?;
+        let models_dir = folder.path().join("models");
+        fs::create_dir(&models_dir)?;
+
+        let mut undisturbed = Undisturbed::new();
+        undisturbed.learn(&asks()).await?;
+
+        let mut builder = Cluster::builder().head_config(&format!(
+            "trusted_networks = [\"10.213.0.0/16\"]\n[http]\napi_keys_file = {keys:?}\n"
+        ));
+        let namespaces = if args.loopback {
+            Err(anyhow::anyhow!("--loopback"))
+        } else {
+            Namespaces::new()
+        };
+        let place = match namespaces {
+            Ok(_) => {
+                builder = builder.in_namespaces()?.clients_on_network();
+                "attackers on machines of their own (network namespaces)".to_owned()
+            }
+            Err(error) => format!("ATTACKERS SHARE THE LOOPBACK ADDRESS: {error:#}"),
+        };
+        report.row("where", place, None);
+        let mut cluster = builder.start().await?;
+        for number in 0..args.workers {
+            let watched = format!("local_models = {models_dir:?}\n");
+            let toml = if number == 0 { watched.as_str() } else { "" };
+            cluster.add_worker(toml).await?;
+        }
+        cluster.mesh.wait_for_workers(args.workers).await?;
+        let own = cluster.own_address();
+        let shim = format!("listen = \"{own}:0\"\nadmit = \"verified\"\ntrust_loopback = false\n");
+        cluster.mesh.start_shim(shim.parse()?).await?;
+        let machines = Machines {
+            clients: cluster.add_machine()?,
+            strangers: cluster.add_machine()?,
+            rogues: cluster.add_machine()?,
+        };
+
+        let registry = cluster.mesh.registry().await?;
+        let card = &registry["workers"][0]["models"][0];
+        let text = |key: &str| card[key].as_str().unwrap_or_default().to_owned();
+        let head = &cluster.mesh.head;
+        let shim = cluster.mesh.shim.as_ref().context("a shim")?;
+        let targets = Targets {
+            http: head.address("http")?,
+            quic: head.address("quic")?,
+            clients: head.address("dcf.clients")?,
+            bus: head.address("dcf.workers")?,
+            shim: shim.address("ingress")?,
+            key: "attackers-key".to_owned(),
+            model: text("name"),
+            fingerprint: text("fingerprint"),
+            context: card["context"].as_u64().unwrap_or(2_048) as u32,
+            models_dir,
+            model_file: paths::smollm2()?,
+        };
+        ensure!(!targets.model.is_empty(), "no model in {registry}");
+        let targets_file = folder.path().join("targets.json");
+        targets.write(&targets_file)?;
+        let logs = args.out.with_extension("logs");
+        fs::create_dir_all(&logs).with_context(|| logs.display().to_string())?;
+        Ok(Self {
+            cluster,
+            targets,
+            targets_file,
+            machines,
+            undisturbed,
+            honest_key: "honest-key".to_owned(),
+            logs,
+            _folder: folder,
+        })
+    }
+
+    async fn phase(
+        &mut self,
+        name: &str,
+        attacks: &[Source],
+        seconds: u64,
+        args: &Args,
+    ) -> Result<Phase> {
+        println!("-- {name}, {seconds} s");
+        let lasts = Duration::from_secs(seconds);
+        let begun = Instant::now();
+        for service in self.services() {
+            forget_peak(service.pid());
+        }
+        let honest = Honest::start(
+            args.clients,
+            &self.targets.http.to_string(),
+            &self.honest_key,
+            &self.targets.model,
+            Duration::from_millis(args.think),
+        )?;
+        let health = Health::start(self.targets.http);
+        let questions: HashSet<String> = asks().into_iter().map(|ask| ask.question).collect();
+        let mut starts = self.starts(attacks, lasts).await?;
+        let mut running: Vec<Attack> = Vec::new();
+        let mut liars: Vec<Watched> = Vec::new();
+        let mut deaths: Vec<String> = Vec::new();
+        let mut peaks = Peaks::default();
+        let (mut services_cpu, mut attackers_cpu) = (Processors::default(), Processors::default());
+        let mut registry = Polled::default();
+        let mut join: Option<JoinHandle<Result<Duration>>> = None;
+        let mut looked = Instant::now();
+        while begun.elapsed() < lasts {
+            while starts
+                .first()
+                .is_some_and(|start| start.at <= begun.elapsed())
+            {
+                let start = starts.remove(0);
+                let rest = lasts.saturating_sub(begun.elapsed());
+                let attack = Attack::start(
+                    start.source,
+                    &self.machines,
+                    &self.targets_file,
+                    start.token.as_deref(),
+                    rest,
+                    &self.logs,
+                    args.nice,
+                )?;
+                if let Source::Rogue(lie) = start.source {
+                    liars.push(Watched::new(lie, start.source.to_string()));
+                }
+                running.push(attack);
+            }
+            if join.is_none() && !attacks.is_empty() && begun.elapsed() > lasts / 2 {
+                join = Some(self.join_one().await?);
+            }
+            peaks.look(self.services());
+            self.look_for_deaths(begun, &mut deaths);
+            if looked.elapsed() > Duration::from_secs(1) {
+                looked = Instant::now();
+                services_cpu.look(self.services().map(Service::pid).collect::<Vec<_>>());
+                attackers_cpu.look(running.iter().map(Attack::pid).collect::<Vec<_>>());
+                let now = registry.poll(&self.cluster).await;
+                for liar in &mut liars {
+                    let name = &liar.name;
+                    let attack = running
+                        .iter()
+                        .find(|attack| attack.source.to_string() == *name);
+                    if let Some(attack) = attack {
+                        liar.look(attack, now.as_ref(), &questions);
+                    }
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        let lasted = begun.elapsed().as_secs_f64();
+        let health = health.end().await;
+        let served = honest.end(begun, &self.undisturbed).await?;
+        let mut said = Vec::new();
+        for attack in running {
+            said.push((attack.source, attack.end().await));
+        }
+        // What was asked for last may kill last.
+        self.look_for_deaths(begun, &mut deaths);
+        let join = match join {
+            Some(join) => Some(join.await?),
+            None => None,
+        };
+        self.keep_logs(name)?;
+        Ok(Phase {
+            lasted,
+            served,
+            health,
+            head_peak: peaks.of("head"),
+            worker_peaks: peaks.workers(),
+            deaths,
+            said,
+            liars,
+            join,
+            services_cpu: services_cpu.used(),
+            attackers_cpu: attackers_cpu.used(),
+        })
+    }
+
+    fn look_for_deaths(&mut self, begun: Instant, deaths: &mut Vec<String>) {
+        for service in self.services_mut() {
+            let known = format!("{} died", service.name());
+            if !service.is_running() && !deaths.iter().any(|death| death.starts_with(&known)) {
+                let at = begun.elapsed().as_secs_f64();
+                let log = service.log();
+                let last = log.lines().last().unwrap_or_default();
+                let death = format!("{known} after {at:.1} s; its last word: {last}");
+                println!("DEAD: {death}");
+                deaths.push(death);
+            }
+        }
+    }
+
+    /// When each attack begins: all at once, but liars one after the other, each early enough to be judged.
+    async fn starts(&self, attacks: &[Source], lasts: Duration) -> Result<Vec<Start>> {
+        let liars = attacks
+            .iter()
+            .filter(|source| matches!(source, Source::Rogue(_)));
+        let liars = liars.count().max(1) as u32;
+        let room = lasts.saturating_sub(LIMIT + Duration::from_secs(5));
+        let spacing = (room / liars).min(Duration::from_secs(30));
+        let mut starts = Vec::new();
+        let mut liar = 0;
+        for source in attacks {
+            let (at, token) = match source {
+                Source::Rogue(_) => {
+                    liar += 1;
+                    (
+                        spacing * (liar - 1),
+                        Some(self.cluster.mesh.join_token().await?),
+                    )
+                }
+                _ => (Duration::ZERO, None),
+            };
+            starts.push(Start {
+                at,
+                source: *source,
+                token,
+            });
+        }
+        starts.sort_by_key(|start| start.at);
+        Ok(starts)
+    }
+
+    /// Joins as a machine that is new would, and leaves it at that.
+    async fn join_one(&self) -> Result<JoinHandle<Result<Duration>>> {
+        let admin = self.cluster.mesh.join_token();
+        let token = tokio::time::timeout(Duration::from_secs(10), admin).await;
+        let head = self.targets.quic;
+        Ok(tokio::spawn(async move {
+            let token = token.context("no token within 10 s")??;
+            let token = token.parse().map_err(|error| anyhow::anyhow!("{error}"))?;
+            let folder = tempfile::tempdir()?;
+            let begun = Instant::now();
+            let heads = [head];
+            let join = mesh_net::quic::join(&heads, &token, folder.path(), "newcomer");
+            tokio::time::timeout(JOIN_LIMIT * 3, join)
+                .await
+                .with_context(|| format!("not within {:?}", JOIN_LIMIT * 3))??;
+            Ok(begun.elapsed())
+        }))
+    }
+
+    /// Starts again what died, and waits until all of it serves.
+    async fn restore(&mut self) -> Result<()> {
+        if !self.cluster.mesh.head.is_running() {
+            println!("the head is started again");
+            self.cluster.mesh.restart_head(Duration::ZERO).await?;
+        }
+        for entry in fs::read_dir(&self.targets.models_dir)?.flatten() {
+            let _ = fs::remove_file(entry.path());
+        }
+        for worker in &mut self.cluster.mesh.workers {
+            if !worker.is_running() {
+                println!("{} is started again", worker.name());
+                worker.restart(None).await?;
+            }
+        }
+        let started = Instant::now();
+        while started.elapsed() < Duration::from_secs(60) {
+            if let Ok(ready) = self.cluster.mesh.usable_workers().await
+                && ready.len() >= self.cluster.mesh.workers.len()
+            {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        Ok(())
+    }
+
+    fn services(&self) -> impl Iterator<Item = &Service> {
+        let mesh = &self.cluster.mesh;
+        std::iter::once(&mesh.head)
+            .chain(&mesh.workers)
+            .chain(&mesh.shim)
+    }
+
+    fn services_mut(&mut self) -> impl Iterator<Item = &mut Service> {
+        let mesh = &mut self.cluster.mesh;
+        std::iter::once(&mut mesh.head)
+            .chain(&mut mesh.workers)
+            .chain(&mut mesh.shim)
+    }
+
+    fn keep_logs(&self, phase: &str) -> Result<()> {
+        for service in self.services() {
+            let path = self.logs.join(format!("{phase}-{}.log", service.name()));
+            fs::write(&path, service.log()).with_context(|| path.display().to_string())?;
+        }
+        Ok(())
+    }
+
+    fn judge_calm(&self, name: &str, found: &Phase, report: &mut Report) {
+        report.row(
+            &format!("{name}: right answers"),
+            format!("{} of {}", found.served.right, found.served.all()),
+            Some(found.served.wrong.is_empty() && found.served.right > 0),
+        );
+        report.row(
+            &format!("{name}: time to the first token"),
+            found.served.first_token.to_string(),
+            None,
+        );
+        for failure in kinds(&found.served) {
+            report.failure(format!("{name}: {failure}"));
+        }
+        report.row(
+            &format!("{name}: head's memory at most"),
+            mib(found.head_peak),
+            None,
+        );
+    }
+
+    fn judge(&self, name: &str, found: &Phase, calm: &Phase, args: &Args, report: &mut Report) {
+        let called = |what: &str| {
+            if name.is_empty() {
+                what.to_owned()
+            } else {
+                format!("{name}: {what}")
+            }
+        };
+        let served = &found.served;
+        report.row(
+            &called("right answers to honest clients"),
+            format!(
+                "{} of {} ({} reruns)",
+                served.right,
+                served.all(),
+                served.reruns
+            ),
+            Some(served.wrong.is_empty() && served.right > 0),
+        );
+        for failure in kinds(served) {
+            report.failure(called(&failure));
+        }
+        let p95 = |phase: &Phase| phase.served.first_token.percentile(95).as_secs_f64();
+        let ratio = p95(found) / p95(calm).max(0.001);
+        report.row(
+            &called("p95 of the time to the first token / undisturbed"),
+            format!(
+                "{ratio:.2} (at most {}); {}",
+                args.ratio, served.first_token
+            ),
+            Some(served.right > 0 && ratio <= args.ratio),
+        );
+        report.row(
+            &called("head's memory at most"),
+            format!(
+                "{} (at most {} MiB)",
+                mib(found.head_peak),
+                args.head_memory
+            ),
+            Some(found.head_peak <= args.head_memory << 20),
+        );
+        let peaks: Vec<String> = found
+            .worker_peaks
+            .iter()
+            .map(|(name, peak)| format!("{name} {}", mib(*peak)))
+            .collect();
+        let worst = found
+            .worker_peaks
+            .iter()
+            .map(|(_, peak)| *peak)
+            .max()
+            .unwrap_or_default();
+        report.row(
+            &called("workers' memory at most"),
+            format!("{} (at most {} MiB)", peaks.join(", "), args.worker_memory),
+            Some(worst <= args.worker_memory << 20),
+        );
+        report.row(
+            &called("processes that died"),
+            found.deaths.len().to_string(),
+            Some(found.deaths.is_empty()),
+        );
+        for death in &found.deaths {
+            report.failure(called(death));
+        }
+        let failures = &found.health.failures;
+        report.row(
+            &called("/health, asked once a second"),
+            format!(
+                "{}; {} without an answer in time",
+                found.health.times,
+                failures.len()
+            ),
+            Some(failures.is_empty()),
+        );
+        if let Some((at, why)) = failures.first() {
+            report.failure(called(&format!("/health, first after {at:.0} s: {why}")));
+        }
+        match &found.join {
+            Some(Ok(took)) => report.row(
+                &called("a new machine joins meanwhile"),
+                format!("in {} ms (at most {JOIN_LIMIT:?})", took.as_millis()),
+                Some(*took <= JOIN_LIMIT),
+            ),
+            Some(Err(error)) => report.row(
+                &called("a new machine joins meanwhile"),
+                format!("{error:#}"),
+                Some(false),
+            ),
+            None => {}
+        }
+        for liar in &found.liars {
+            let good = liar
+                .can_be_judged()
+                .then(|| liar.lie.answers_right() || liar.is_out());
+            report.row(
+                &called(&format!("{} is out within {LIMIT:?}", liar.name)),
+                liar.describe(),
+                good,
+            );
+        }
+        for (source, said) in &found.said {
+            // Words in capitals are what must not happen.
+            let bad = ["TASKS OF CLIENTS", "JOINED", "WELCOMED"];
+            let good = !bad.iter().any(|word| said.summary.contains(word));
+            let summary = match source {
+                Source::Rogue(_) => liar_summary(said),
+                _ => said.summary.clone(),
+            };
+            if said.lines.is_empty() && !said.summary.starts_with("SKIPPED") {
+                report.failure(format!(
+                    "{source} said nothing: it did not run ({})",
+                    said.summary
+                ));
+            }
+            report.row(
+                &called(&format!("attack {source}")),
+                summary,
+                (!good).then_some(false),
+            );
+        }
+        report.row(
+            &called("processors used by services, by attackers"),
+            format!(
+                "{:.2}, {:.2} of {}",
+                found.services_cpu / found.lasted,
+                found.attackers_cpu / found.lasted,
+                std::thread::available_parallelism().map_or(0, usize::from)
+            ),
+            None,
+        );
+    }
+}
+
+fn compare(after: &Phase, calm: &Phase, report: &mut Report) {
+    let p95 = |phase: &Phase| phase.served.first_token.percentile(95).as_secs_f64();
+    let ratio = p95(after) / p95(calm).max(0.001);
+    let quiet = if (0.5..2.0).contains(&ratio) {
+        ""
+    } else {
+        ": this machine was not quiet, or something stayed behind"
+    };
+    report.row(
+        "p95 of the time to the first token, afterwards / before",
+        format!("{ratio:.2}{quiet}"),
+        None,
+    );
+}
+
+fn kinds(served: &Served) -> Vec<String> {
+    let kinds = served.wrong_by_kind().into_iter();
+    kinds
+        .map(|(count, first, words)| {
+            format!("{count} answers, the first after {first:.1} s: {words}")
+        })
+        .collect()
+}
+
+fn liar_summary(said: &Said) -> String {
+    let count = |event: &str| {
+        said.lines
+            .iter()
+            .filter(|line| line["event"] == event)
+            .count()
+    };
+    let ended = said
+        .lines
+        .iter()
+        .rev()
+        .find(|line| line["event"] == "ended");
+    let ended = ended
+        .and_then(|line| line["reason"].as_str())
+        .unwrap_or("none");
+    format!(
+        "welcomed {} times, asked {} times; the last end of a link: {ended}",
+        count("welcomed"),
+        count("asked")
+    )
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{} MiB", bytes.div_ceil(1 << 20))
+}
+
+/// When an attack begins.
+struct Start {
+    at: Duration,
+    source: Source,
+    token: Option<String>,
+}
+
+/// Most memory of each process, as the system counts it.
+#[derive(Debug, Default)]
+struct Peaks(Vec<(String, u64)>);
+
+impl Peaks {
+    fn look<'a>(&mut self, services: impl Iterator<Item = &'a Service>) {
+        for service in services {
+            let peak = peak(service.pid());
+            match self.0.iter_mut().find(|(name, _)| name == service.name()) {
+                Some((_, most)) => *most = peak.max(*most),
+                None => self.0.push((service.name().to_owned(), peak)),
+            }
+        }
+    }
+
+    fn of(&self, name: &str) -> u64 {
+        let found = self.0.iter().find(|(known, _)| known == name);
+        found.map_or(0, |(_, peak)| *peak)
+    }
+
+    fn workers(&self) -> Vec<(String, u64)> {
+        let workers = self.0.iter().filter(|(name, _)| name.starts_with("worker"));
+        workers.cloned().collect()
+    }
+}
+
+/// Most bytes that a process held since [`forget_peak`].
+fn peak(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kilobytes = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    kilobytes.unwrap_or_default() * 1024
+}
+
+fn forget_peak(pid: u32) {
+    // Where it cannot be forgotten, the start counts, too.
+    let _ = fs::write(
+        Path::new("/proc").join(pid.to_string()).join("clear_refs"),
+        "5",
+    );
+}
+
+/// The registry, asked for without waiting long.
+#[derive(Debug, Default)]
+struct Polled {
+    failures: usize,
+}
+
+impl Polled {
+    async fn poll(&mut self, cluster: &Cluster) -> Option<Value> {
+        let asked = tokio::time::timeout(Duration::from_secs(1), cluster.mesh.registry()).await;
+        match asked {
+            Ok(Ok(registry)) => Some(registry),
+            _ => {
+                self.failures += 1;
+                None
+            }
+        }
+    }
+}
+
+/// How long joining may take.
+const JOIN_LIMIT: Duration = Duration::from_secs(5);

@@ -1,0 +1,102 @@
+//! Whether a liar is out, as seen from the head and from the liar.
+
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+use arcanum_tests::rogue::Lie;
+use serde_json::Value;
+
+use crate::sources::Attack;
+
+/// How soon a liar must be out.
+pub(crate) const LIMIT: Duration = Duration::from_secs(30);
+
+/// What is known of one liar.
+#[derive(Debug)]
+pub(crate) struct Watched {
+    pub(crate) lie: Lie,
+    /// Its name in its certificate.
+    pub(crate) name: String,
+    started: Instant,
+    /// Questions of honest clients that had reached it when it was last looked at.
+    asked: usize,
+    last_asked: Option<Duration>,
+    /// When the head last counted on it.
+    last_ready: Option<Duration>,
+    /// As the head calls it now.
+    state: String,
+}
+
+impl Watched {
+    pub(crate) fn new(lie: Lie, name: String) -> Self {
+        Self {
+            lie,
+            name,
+            started: Instant::now(),
+            asked: 0,
+            last_asked: None,
+            last_ready: None,
+            state: "never seen".to_owned(),
+        }
+    }
+
+    /// Looks at what reached it, and at what the head says.
+    pub(crate) fn look(
+        &mut self,
+        attack: &Attack,
+        registry: Option<&Value>,
+        honest: &HashSet<String>,
+    ) {
+        let now = self.started.elapsed();
+        let lines = attack.lines();
+        let asked = lines.iter().filter(|line| {
+            let question = line["question"].as_str().unwrap_or_default();
+            line["event"] == "asked" && honest.contains(question)
+        });
+        let asked = asked.count();
+        if asked > self.asked {
+            self.asked = asked;
+            self.last_asked = Some(now);
+        }
+        let Some(registry) = registry else { return };
+        let mut workers = registry["workers"].as_array().into_iter().flatten();
+        let found = workers.find(|worker| worker["name"] == self.name.as_str());
+        match found.and_then(|worker| worker["state"].as_str()) {
+            Some(state) => {
+                state.clone_into(&mut self.state);
+                if state == "ready" {
+                    self.last_ready = Some(now);
+                }
+            }
+            None if self.state != "never seen" => "gone".clone_into(&mut self.state),
+            None => {}
+        }
+    }
+
+    /// Whether it was watched for long enough to say.
+    pub(crate) fn can_be_judged(&self) -> bool {
+        self.started.elapsed() > LIMIT + Duration::from_secs(2)
+    }
+
+    /// Whether neither a question reached it nor the head counted on it after the limit.
+    pub(crate) fn is_out(&self) -> bool {
+        let early = |moment: Option<Duration>| moment.is_none_or(|moment| moment <= LIMIT);
+        early(self.last_asked) && early(self.last_ready)
+    }
+
+    pub(crate) fn describe(&self) -> String {
+        let after = |moment: Option<Duration>| {
+            moment.map_or_else(
+                || "never".to_owned(),
+                |moment| format!("{:.0} s", moment.as_secs_f64()),
+            )
+        };
+        format!(
+            "{} honest questions, the last after {}; counted on until {}; now {}",
+            self.asked,
+            after(self.last_asked),
+            after(self.last_ready),
+            self.state
+        )
+    }
+}

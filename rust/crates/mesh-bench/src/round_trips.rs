@@ -1,0 +1,128 @@
+//! Datagrams there and back, as many as it goes: what a relay between a client and a head does.
+
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use dcf::{Message, MsgType};
+use mesh_shim::batch::{self, BATCH, RecvBatch};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+/// Sends tasks to `target`, a window of them at a time, and counts their answers.
+///
+/// # Errors
+/// If nothing comes back.
+pub fn round_trips_per_second(
+    target: SocketAddr,
+    window: usize,
+    payload: usize,
+    time: Duration,
+) -> anyhow::Result<f64> {
+    let socket = UdpSocket::bind(LOOPBACK)?;
+    socket.connect(target)?;
+    let window = window.clamp(1, 1_024);
+    let task = Message::new(MsgType::TASK, 0, 0, vec![b'q'; payload.min(1_400)]).encode_datagram();
+    let mut tasks = vec![task.to_vec(); BATCH];
+    let mut received = RecvBatch::new();
+    let (mut under_way, mut sequence, mut answered) = (0, 0u32, 0u64);
+    let start = Instant::now();
+    while start.elapsed() < time {
+        let count = (window - under_way).min(BATCH);
+        for task in &mut tasks[..count] {
+            task[1..5].copy_from_slice(&sequence.to_be_bytes());
+            sequence += 1;
+        }
+        under_way += batch::send(&socket, tasks[..count].iter().map(|task| (&task[..], None))).sent;
+        if !readable(&socket, Duration::from_millis(100)) {
+            // What was lost does not come any more.
+            under_way = 0;
+            continue;
+        }
+        let count = received.recv(&socket).unwrap_or(0);
+        under_way = under_way.saturating_sub(count);
+        answered += count as u64;
+    }
+    anyhow::ensure!(answered > 0, "nothing came back from {target}");
+    Ok(answered as f64 / start.elapsed().as_secs_f64())
+}
+
+/// Answers every Task with the same bytes as a Result, and leaves all else as it is.
+pub fn echo_head(socket: UdpSocket, stop: &AtomicBool) {
+    let mut received = RecvBatch::new();
+    while !stop.load(Ordering::Relaxed) {
+        if !readable(&socket, Duration::from_millis(50)) {
+            continue;
+        }
+        let count = received.recv(&socket).unwrap_or(0);
+        for index in 0..count {
+            let (bytes, _) = received.get_mut(index);
+            if bytes.first() == Some(&MsgType::TASK.0) {
+                bytes[0] = MsgType::RESULT.0;
+            }
+        }
+        batch::send(
+            &socket,
+            (0..count)
+                .map(|index| received.get(index))
+                .map(|(bytes, from)| (bytes, Some(from))),
+        );
+    }
+}
+
+/// A thread with a socket, stopped when dropped.
+#[derive(Debug)]
+pub struct Running {
+    /// Its socket's.
+    pub address: SocketAddr,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Running {
+    /// Starts it on a free port of the loopback address.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn start(
+        name: &str,
+        run: impl FnOnce(UdpSocket, &AtomicBool) + Send + 'static,
+    ) -> anyhow::Result<Self> {
+        let socket = UdpSocket::bind(LOOPBACK).context("no free port on loopback")?;
+        let address = socket.local_addr()?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = thread::Builder::new()
+            .name(name.into())
+            .spawn(move || run(socket, &stopped))?;
+        Ok(Self {
+            address,
+            stop,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn readable(socket: &UdpSocket, timeout: Duration) -> bool {
+    let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, timeout_of(timeout)).is_ok_and(|ready| ready > 0)
+}
+
+fn timeout_of(timeout: Duration) -> PollTimeout {
+    PollTimeout::from(u16::try_from(timeout.as_millis()).unwrap_or(u16::MAX))
+}
+
+/// A free port of the loopback address.
+pub const LOOPBACK: &str = "127.0.0.1:0";
