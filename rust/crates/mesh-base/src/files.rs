@@ -76,8 +76,8 @@ fn is_temporary(name: &str) -> bool {
             .and_then(|(_, last)| last.split_once('-'));
         return numbers.is_some_and(|(pid, number)| digits(pid) && digits(number));
     }
-    name.rsplit_once(".json.")
-        .is_some_and(|(stem, pid)| !stem.is_empty() && digits(pid))
+    // Other numbered files may be somebody's copies.
+    name.strip_prefix("profile.json.").is_some_and(digits)
 }
 
 #[cfg(test)]
@@ -146,7 +146,8 @@ mod tests {
             "a-b.tmp",
             "tokens.json",
             "tokens.json.bak",
-            ".json.1",
+            "tokens.json.1",
+            "profile.json.old",
         ];
         for name in ours.iter().chain(&others) {
             fs::write(folder.0.join(name), "x").expect("written");

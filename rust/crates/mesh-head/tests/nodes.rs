@@ -164,7 +164,7 @@ async fn an_expelled_worker_is_out_at_once_and_its_answers_go_on_elsewhere() {
     assert_eq!(status, 200, "{answer}");
     assert_eq!(answer["was_connected"], true);
     let id = answer["node_id"].as_str().unwrap().to_owned();
-    assert_eq!(witness.told().await, [id.clone()]);
+    assert_eq!(witness.told().await, [&*id]);
     let (_, mesh) = head.get("/v1/mesh").await;
     assert!(!mesh.to_string().contains(&id), "{mesh}");
     assert!(at.elapsed() < Duration::from_secs(5), "{:?}", at.elapsed());
@@ -201,7 +201,7 @@ async fn an_expelled_worker_is_out_at_once_and_its_answers_go_on_elsewhere() {
 
     let (status, _) = admin(&head, "/v1/mesh/nodes/readmit", Some(json!({ "node": id }))).await;
     assert_eq!(status, 200);
-    assert_eq!(witness.told().await, [id.clone()], "of the second time");
+    assert_eq!(witness.told().await, [&*id], "of the second time");
     assert!(witness.told().await.is_empty());
     let (status, answer) =
         admin(&head, "/v1/mesh/nodes/readmit", Some(json!({ "node": id }))).await;
