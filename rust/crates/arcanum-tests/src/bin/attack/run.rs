@@ -19,7 +19,7 @@ use crate::honest::{Honest, Served, asks};
 use crate::sources::{self, Attack, Machines, Said, Source};
 use crate::targets::Targets;
 use crate::verdict::{LIMIT, Watched};
-use crate::watch::{Asked, Health, Processors};
+use crate::watch::{Asked, Health, Processors, machine_seconds, processor_seconds};
 
 /// How the run goes.
 #[derive(Debug, Clone, ClapArgs)]
@@ -149,6 +149,25 @@ struct Phase {
     join: Option<Result<Duration>>,
     services_cpu: f64,
     attackers_cpu: f64,
+    /// Of all that is neither services, nor attackers, nor this program.
+    others_cpu: f64,
+}
+
+impl Phase {
+    fn processors(&self) -> String {
+        let cores = std::thread::available_parallelism().map_or(0, usize::from);
+        let [services, attackers, others] =
+            [self.services_cpu, self.attackers_cpu, self.others_cpu].map(|used| used / self.lasted);
+        // Times that were measured beside other work say little.
+        let busy = if others > 0.3 {
+            ": THIS MACHINE IS BUSY WITH SOMETHING ELSE"
+        } else {
+            ""
+        };
+        format!(
+            "by services {services:.2}, by attackers {attackers:.2}, by others {others:.2} of {cores}{busy}"
+        )
+    }
 }
 
 impl Stand {
@@ -265,6 +284,8 @@ impl Stand {
         let mut registry = Polled::default();
         let mut join: Option<JoinHandle<Result<Duration>>> = None;
         let mut looked = Instant::now();
+        let own = || machine_seconds() - processor_seconds(std::process::id());
+        let others = own();
         while begun.elapsed() < lasts {
             while starts
                 .first()
@@ -309,6 +330,8 @@ impl Stand {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
         let lasted = begun.elapsed().as_secs_f64();
+        let (services_cpu, attackers_cpu) = (services_cpu.used(), attackers_cpu.used());
+        let others_cpu = own() - others - services_cpu - attackers_cpu;
         let health = health.end().await;
         let served = honest.end(begun, &self.undisturbed).await?;
         let mut said = Vec::new();
@@ -332,8 +355,9 @@ impl Stand {
             said,
             liars,
             join,
-            services_cpu: services_cpu.used(),
-            attackers_cpu: attackers_cpu.used(),
+            services_cpu,
+            attackers_cpu,
+            others_cpu,
         })
     }
 
@@ -401,12 +425,9 @@ impl Stand {
         }))
     }
 
-    /// Starts again what died, and waits until all of it serves.
+    /// Starts again what died, and the head in any case, so that the next attack meets a fresh one; waits until all of it serves.
     async fn restore(&mut self) -> Result<()> {
-        if !self.cluster.mesh.head.is_running() {
-            println!("the head is started again");
-            self.cluster.mesh.restart_head(Duration::ZERO).await?;
-        }
+        self.cluster.mesh.restart_head(Duration::ZERO).await?;
         for entry in fs::read_dir(&self.targets.models_dir)?.flatten() {
             let _ = fs::remove_file(entry.path());
         }
@@ -459,6 +480,11 @@ impl Stand {
         report.row(
             &format!("{name}: time to the first token"),
             found.served.first_token.to_string(),
+            None,
+        );
+        report.row(
+            &format!("{name}: processors used"),
+            found.processors(),
             None,
         );
         for failure in kinds(&found.served) {
@@ -592,16 +618,7 @@ impl Stand {
                 (!good).then_some(false),
             );
         }
-        report.row(
-            &called("processors used by services, by attackers"),
-            format!(
-                "{:.2}, {:.2} of {}",
-                found.services_cpu / found.lasted,
-                found.attackers_cpu / found.lasted,
-                std::thread::available_parallelism().map_or(0, usize::from)
-            ),
-            None,
-        );
+        report.row(&called("processors used"), found.processors(), None);
     }
 }
 

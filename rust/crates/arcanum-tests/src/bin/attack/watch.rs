@@ -25,6 +25,22 @@ pub(crate) fn processor_seconds(pid: u32) -> f64 {
     (user + system) / 100.0
 }
 
+/// Processor time that everything on this machine used so far, seconds.
+pub(crate) fn machine_seconds() -> f64 {
+    let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
+    let line = stat.lines().next().unwrap_or_default();
+    let ticks: Vec<f64> = line
+        .split_whitespace()
+        .skip(1)
+        .filter_map(|field| field.parse().ok())
+        .collect();
+    // user, nice, system, idle, iowait, irq, softirq, steal
+    let busy = [0, 1, 2, 5, 6, 7]
+        .iter()
+        .filter_map(|&index| ticks.get(index));
+    busy.sum::<f64>() / 100.0
+}
+
 /// Processor time of groups of processes over a phase.
 #[derive(Debug, Default)]
 pub(crate) struct Processors {
@@ -47,8 +63,9 @@ impl Processors {
     /// Seconds that they used between the first and the last look.
     pub(crate) fn used(&self) -> f64 {
         let used = self.latest.iter();
-        used.map(|(pid, now)| now - self.before.get(pid).unwrap_or(now))
-            .sum()
+        used.fold(0.0, |sum, (pid, now)| {
+            sum + now - self.before.get(pid).unwrap_or(now)
+        })
     }
 }
 
