@@ -1,6 +1,6 @@
 //! The clients' port, 7777/udp: Tasks in, Results, Partials and Errors out.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -19,8 +19,9 @@ use crate::core::placement::Refusal;
 use crate::core::registry::Worker;
 use crate::core::request::AnswerError;
 use crate::drive::{Event, FOR_ROOM, drive, words};
+use crate::http::intake;
 use crate::ids;
-use crate::mesh::{Mesh, timestamp_us};
+use crate::mesh::{Lease, Mesh, timestamp_us};
 use crate::metrics::{DatagramCounters, Front};
 use crate::task::{DcfEmbed, DcfGenerate, DcfTask, Task};
 
@@ -34,6 +35,7 @@ pub async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: TaskTrack
         socket,
         dedup,
         waits: Mutex::default(),
+        acks: Mutex::default(),
         running,
     });
     let mut intake = Intake {
@@ -71,6 +73,8 @@ struct Port {
     dedup: Mutex<Dedup>,
     /// Causes of the waits of running tasks, in words; no entry for a task whose answer grows.
     waits: Mutex<HashMap<TaskKey, String>>,
+    /// Running tasks that asked for Acks.
+    acks: Mutex<HashSet<TaskKey>>,
     running: TaskTracker,
 }
 
@@ -224,44 +228,42 @@ impl Intake {
         }
     }
 
+    /// Nothing of the payload is looked at here, where all clients wait.
     fn task(&mut self, peer: Peer, sequence: u32, payload: Bytes) {
         let key = peer.task(sequence);
-        let task = match DcfTask::parse(&payload) {
-            Ok(task) => task,
-            Err(invalid) => {
-                let code = ErrorCode::INVALID_PAYLOAD;
-                return self.refuse(peer, sequence, code, &invalid.message);
-            }
-        };
         let seen = self.port.dedup().task(key, &payload, Instant::now());
         match seen {
             Seen::Answered(answer) if answer.is_single_answer(peer.version) => {
                 self.reply(peer, &answer);
             }
             Seen::Answered(answer) => self.port.large.send_again(key, &answer),
-            Seen::Running => self.acknowledge(&task, key),
+            Seen::Running if self.port.wants_acks(key) => self.send_ack(key),
+            Seen::Running => {}
             Seen::New(run) => {
+                // Its payload and what it says, as long as it runs.
+                let bytes = 2 * payload.len() as u64 + PER_TASK;
+                let origin = Origin::of(peer.address.ip());
+                let lease = match self.port.mesh.lease(origin, bytes) {
+                    Ok(lease) => lease,
+                    Err(error) => {
+                        self.port.dedup().forget(key, run);
+                        let code = ErrorCode::WORKER_BUSY;
+                        return self.refuse(peer, sequence, code, &error.to_string());
+                    }
+                };
                 // What is left of the answer to an earlier task of that name is nothing to this one.
                 self.port.large.stop(key);
-                self.acknowledge(&task, key);
                 let port = self.port.clone();
                 self.port
                     .running
-                    .spawn(async move { port.answer(key, run, task, payload).await });
+                    .spawn(async move { port.answer(key, run, payload, lease).await });
             }
-        }
-    }
-
-    fn acknowledge(&mut self, task: &DcfTask, key: TaskKey) {
-        if task.ack() {
-            self.send_ack(key);
         }
     }
 
     /// Says that a task runs, and what it waits for.
     fn send_ack(&mut self, key: TaskKey) {
-        let what = self.port.waits().get(&key).cloned().unwrap_or_default();
-        let ack = Message::new(MsgType::ACK, key.sequence, timestamp_us(), what);
+        let ack = self.port.ack(key);
         queue(&mut self.replies, (key.client, key.version), &ack);
     }
 
@@ -276,16 +278,17 @@ impl Intake {
 
 impl Port {
     /// Runs a task and sends its one answer.
-    async fn answer(&self, key: TaskKey, run: Run, task: DcfTask, payload: Bytes) {
+    async fn answer(&self, key: TaskKey, run: Run, payload: Bytes, _lease: Lease) {
         let TaskKey {
             client,
             version,
             sequence,
         } = key;
         let _waits = Waits { port: self, key };
-        let result = match task {
-            DcfTask::Generate(task) => self.generate(key, run, task, payload).await,
-            DcfTask::Embed(task) => self.embed(task, Origin::of(client.ip())).await,
+        let result = match self.read(key, payload.clone()).await {
+            Ok(DcfTask::Generate(task)) => self.generate(key, run, task, payload).await,
+            Ok(DcfTask::Embed(task)) => self.embed(task, Origin::of(client.ip())).await,
+            Err(failure) => Err(failure),
         };
         let (answer, keep) = match result {
             Err(failure) => {
@@ -324,6 +327,40 @@ impl Port {
         }
     }
 
+    /// What a payload asks for. Acknowledges it, if it asks for that.
+    async fn read(&self, key: TaskKey, payload: Bytes) -> Result<DcfTask, AnswerError> {
+        let rejected = |text: String| AnswerError::Rejected {
+            code: ErrorCode::INVALID_PAYLOAD,
+            text,
+        };
+        let parsed = intake::parsed(&self.mesh, payload, DcfTask::parse).await;
+        let task = parsed.map_err(|error| rejected(error.message))?;
+        let task = task.map_err(|invalid| rejected(invalid.message))?;
+        if task.ack() {
+            self.acks().insert(key);
+            let mut batch = SendBatch::new();
+            queue(&mut batch, (key.client, key.version), &self.ack(key));
+            if let Err(error) = self.socket.try_send(&mut batch) {
+                debug!(%error, client = %key.client, "ack not sent");
+            }
+        }
+        Ok(task)
+    }
+
+    /// Whether a task that runs asked for Acks.
+    fn wants_acks(&self, key: TaskKey) -> bool {
+        self.acks().contains(&key)
+    }
+
+    fn ack(&self, key: TaskKey) -> Message {
+        let what = self.waits().get(&key).cloned().unwrap_or_default();
+        Message::new(MsgType::ACK, key.sequence, timestamp_us(), what)
+    }
+
+    fn acks(&self) -> MutexGuard<'_, HashSet<TaskKey>> {
+        self.acks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Vectors as the body of `/v1/embeddings` has them.
     async fn embed(&self, task: DcfEmbed, origin: Origin) -> Result<Bytes, AnswerError> {
         let mut asked = task.asked;
@@ -354,8 +391,10 @@ impl Port {
         let task = Task {
             id: ids::fresh("dcf"),
             model: task.model,
-            prompt: task.prompt,
+            prompt: Arc::new(task.prompt),
             params: task.params,
+            // Clients here have no keys.
+            salt: 0,
             legacy: plain.then_some(payload),
             source: Source {
                 ingress: Ingress::Dcf,
@@ -435,6 +474,7 @@ struct Waits<'a> {
 impl Drop for Waits<'_> {
     fn drop(&mut self) {
         self.port.waits().remove(&self.key);
+        self.port.acks().remove(&self.key);
     }
 }
 
@@ -469,10 +509,13 @@ fn code_of(failure: &AnswerError) -> (ErrorCode, bool) {
             Refusal::NoWorker { .. } | Refusal::NoRing { .. } | Refusal::TooOld { .. },
         ) => (ErrorCode::NO_WORKERS, false),
         AnswerError::Refused(Refusal::UnknownModel { .. }) => (ErrorCode::UNKNOWN_MODEL, false),
+        AnswerError::Refused(Refusal::TooLong { .. }) => (ErrorCode::CONTEXT_TOO_LONG, true),
         AnswerError::Rejected { code, .. } => (*code, true),
         AnswerError::QueueTimeout(_) => (ErrorCode::WORKER_BUSY, false),
         AnswerError::Timeout(_) | AnswerError::Stalled(_) => (ErrorCode::TIMEOUT, true),
-        AnswerError::WorkersFailed { .. } => (ErrorCode::INFERENCE_FAILED, true),
+        AnswerError::WorkersFailed { .. } | AnswerError::WorkersDied { .. } => {
+            (ErrorCode::INFERENCE_FAILED, true)
+        }
         AnswerError::ShuttingDown => (ErrorCode::DRAINING, false),
     }
 }
@@ -481,6 +524,8 @@ fn code_of(failure: &AnswerError) -> (ErrorCode, bool) {
 const ASK_AFTER_TASK: &[u8] = b"task";
 /// ASCII, so that any part of it is text.
 const NOT_TRUSTED: &str = "your address is not trusted here: see trusted_networks";
+/// What a task takes besides its payload: the answer that it may become.
+const PER_TASK: u64 = 16 << 10;
 /// Bytes of an Error's text; it may quote what the client sent.
 const LONGEST_ERROR: usize = 4096;
 const WARN_EVERY: Duration = Duration::from_secs(60);

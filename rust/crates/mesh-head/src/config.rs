@@ -35,6 +35,10 @@ pub struct Config {
     pub answer_limit: Duration,
     /// Requests that may wait for a worker; more are refused.
     pub queue_limit: usize,
+    /// Memory that requests may take here: their bodies, prompts and answers. One client gets two thirds of it at most; 0 is without
+    /// limit.
+    #[serde(with = "units::bytes")]
+    pub request_memory: u64,
     /// How long running requests outlast the last worker for them.
     #[serde(with = "units::duration")]
     pub rejoin_grace: Duration,
@@ -189,6 +193,7 @@ impl Default for Config {
             queue_timeout: Duration::from_secs(3600),
             answer_limit: Duration::ZERO,
             queue_limit: 1024,
+            request_memory: 48 << 20,
             rejoin_grace: Duration::from_secs(10),
             max_reruns: 4,
             silence_limit: Duration::from_secs(3),

@@ -73,9 +73,9 @@ fn a_text_of_8_mib_costs_little_and_a_text_that_fits_is_tokenised() {
         assert!(grown < 100, "{unit:?}: {grown} MiB");
     }
     for (name, tokenizer) in &tokenizers {
-        let spans = tokenizer
-            .spans()
-            .unwrap_or_else(|| panic!("{name} has spans"));
+        // Falcon's vocabulary lacks some bytes, which are lost on their way.
+        let spans = tokenizer.spans();
+        assert_eq!(spans.is_some(), *name != "falcon", "{name}");
         for unit in [
             "1",
             " ",
@@ -92,7 +92,7 @@ fn a_text_of_8_mib_costs_little_and_a_text_that_fits_is_tokenised() {
         ] {
             let text = unit.repeat(3000);
             let ids = tokenizer.encode(&text, EncodeOptions::RAW_PROMPT).unwrap();
-            let least = spans.least_tokens(&ByteCounts::of(&text));
+            let least = spans.map_or(0, |spans| spans.least_tokens(&ByteCounts::of(&text)));
             assert!(
                 least <= ids.len() as u64,
                 "{name}: {unit:?}: {least} > {}",

@@ -19,6 +19,8 @@ pub mod dedup;
 pub mod duplicates;
 pub mod embedding;
 pub mod fair;
+pub mod length;
+pub mod memory;
 pub mod outbox;
 pub mod placement;
 pub mod registry;

@@ -1,6 +1,6 @@
 //! Registry, router and the bounded, fair queue: gives every request a worker, at once or when one has room.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::{Duration, Instant};
 
@@ -87,6 +87,16 @@ pub enum Refusal {
         /// The model asked for.
         model: String,
     },
+    /// No worker that serves the model has a context for so long a prompt.
+    #[error(
+        "This model's maximum context length is {context} tokens. However, your prompt has at least {least} tokens; shorten it"
+    )]
+    TooLong {
+        /// The largest context among them.
+        context: u32,
+        /// Tokens that the prompt has at least.
+        least: u64,
+    },
     /// Nobody serves such a model.
     #[error("the model {model:?} does not exist; GET /v1/models lists those that do")]
     UnknownModel {
@@ -150,6 +160,8 @@ struct Running {
     source: Source,
     /// Its first token came.
     streams: bool,
+    /// It has its worker for itself until then.
+    alone: bool,
     model: String,
     ring: Option<u64>,
     started: Instant,
@@ -175,12 +187,20 @@ impl Placement {
     /// Asks for a worker. A `rerun` has waited its turn already: it goes to the front of the queue, past its bound, and
     /// may wait for a worker to join. Any request waits for a ring that is being formed or recovers.
     pub fn ask(&mut self, ticket: Ticket, ask: Ask, rerun: bool, now: Instant) -> Asked {
+        if !rerun
+            && !self.is_coming(&ask.model)
+            && let Some((context, least)) = self.router.too_long(&self.registry, &ask)
+        {
+            return Asked::Refused(Refusal::TooLong { context, least });
+        }
         let class = class_of(&ask);
+        // Those come first that wait for the same, or to be alone with a worker.
+        let first = |waiting: &Waiting| {
+            waiting.class == class || waiting.ask.alone && waiting.ask.model == ask.model
+        };
         let nobody_since = match self.router.choose(&self.registry, &ask, now) {
-            // Requests that wait for the same come first; `pump` gives that room away.
-            Choice::Worker(..) if !rerun && self.queue.any(|waiting| waiting.class == class) => {
-                None
-            }
+            // `pump` gives that room away.
+            Choice::Worker(..) if !rerun && self.queue.any(first) => None,
             Choice::Worker(id, estimate) => {
                 return Asked::Placed(self.place(ticket, &ask, id, estimate, now));
             }
@@ -257,8 +277,17 @@ impl Placement {
         loop {
             let mut found = None;
             let (router, registry) = (&self.router, &self.registry);
+            // Models for which a request waits to be alone with a worker: others would keep it waiting for ever.
+            let mut held: BTreeSet<String> = BTreeSet::new();
             let taken = self.queue.take_next(|waiting| {
-                if room.get(&waiting.class) != Some(&Room::Perhaps) {
+                if held.contains(&waiting.ask.model) {
+                    return false;
+                }
+                let of_class = room.get(&waiting.class);
+                if of_class != Some(&Room::Perhaps) {
+                    if waiting.ask.alone && of_class == Some(&Room::No) {
+                        held.insert(waiting.ask.model.clone());
+                    }
                     return false;
                 }
                 match router.choose(registry, &waiting.ask, now) {
@@ -268,6 +297,9 @@ impl Placement {
                     }
                     Choice::Busy | Choice::Nobody => {
                         room.insert(waiting.class, Room::No);
+                        if waiting.ask.alone {
+                            held.insert(waiting.ask.model.clone());
+                        }
                         false
                     }
                 }
@@ -290,11 +322,14 @@ impl Placement {
         let Some(running) = self.running.get_mut(&ticket) else {
             return;
         };
-        running.streams = true;
+        let started = !std::mem::replace(&mut running.streams, true);
+        let alone = std::mem::take(&mut running.alone);
         let prefilled = std::mem::take(&mut running.prefilling);
         let Some(worker) = self.registry.get_mut(running.worker) else {
             return;
         };
+        worker.unstarted = worker.unstarted.saturating_sub(u32::from(started));
+        worker.alone &= !alone;
         worker.prefilling = worker.prefilling.saturating_sub(prefilled);
         worker.last_success = Some(now);
         if let Some(model) = model_of(worker, &running.model) {
@@ -325,6 +360,8 @@ impl Placement {
             }
         }
         worker.assigned = worker.assigned.saturating_sub(1);
+        worker.unstarted = worker.unstarted.saturating_sub(u32::from(!running.streams));
+        worker.alone &= !running.alone;
         worker.prefilling = worker.prefilling.saturating_sub(running.prefilling);
         match ended {
             Ended::Complete => {
@@ -423,6 +460,8 @@ impl Placement {
             .get_mut(id)
             .expect("the router chooses from this registry");
         worker.assigned += 1;
+        worker.unstarted += 1;
+        worker.alone |= ask.alone;
         worker.prefilling += prefilling;
         let served = worker.model(&ask.model);
         let placed = Placed {
@@ -442,6 +481,7 @@ impl Placement {
                 worker: id,
                 source: ask.source,
                 streams: false,
+                alone: ask.alone,
                 model: placed.model.clone(),
                 ring: placed.ring,
                 started: now,
@@ -502,7 +542,7 @@ enum Room {
 fn class_of(ask: &Ask) -> u64 {
     let mut hasher = DefaultHasher::new();
     (&ask.model, ask.purpose, ask.legacy, ask.revision).hash(&mut hasher);
-    (&ask.fingerprint, &ask.avoid).hash(&mut hasher);
+    (&ask.fingerprint, &ask.avoid, ask.alone).hash(&mut hasher);
     hasher.finish()
 }
 
