@@ -9,6 +9,8 @@ use bytes::Bytes;
 use dcf::chunk::{self, Chunk, ChunkError, MAX_PAYLOAD, Reassembler};
 use dcf::{DecodeError, ErrorCode, HEADER_LEN, Header, Message, MsgType, Version};
 use mesh_net::udp::{BatchSocket, Datagram, RecvBatch, SendBatch};
+use mesh_service::cookie::{COOKIE_LEN, Cookies};
+use sha2::{Digest, Sha256};
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
@@ -43,6 +45,9 @@ pub async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: TaskTrack
         counters,
         chunks: reassembler(),
         replies: SendBatch::new(),
+        cookies: Cookies::new(&cookie_key()),
+        started: Instant::now(),
+        verified: HashMap::new(),
         warned: None,
         warned_of_version: None,
     };
@@ -84,6 +89,10 @@ struct Intake {
     counters: DatagramCounters,
     chunks: Reassembler<TaskKey>,
     replies: SendBatch,
+    cookies: Cookies,
+    started: Instant,
+    /// Addresses that have echoed a cookie, and when.
+    verified: HashMap<SocketAddr, Instant>,
     /// When a stranger was last warned about.
     warned: Option<Instant>,
     /// Time of the last warning about a sender of an unknown version.
@@ -143,6 +152,10 @@ impl Intake {
             self.turn_away(peer, header);
             return;
         }
+        if !self.port.mesh.live().knows(peer.address.ip()) && !self.is_verified(peer.address) {
+            let payload = Bytes::copy_from_slice(payload);
+            return self.verify(peer, header, &payload, data.len());
+        }
         if !header.kind().is_assigned() {
             self.counters.unexpected.inc();
             let text = format!("message type {:#04x} is not known here", header.msg_type);
@@ -178,9 +191,56 @@ impl Intake {
                     &Message::new(MsgType::HEALTH, header.sequence, timestamp_us(), text),
                 );
             }
+            MsgType::CHALLENGE_REPLY => self.reply(peer, &verified(header.sequence)),
             // Nothing that may itself be an answer is answered: two ends would never stop.
             _ => {
                 self.counters.unexpected.inc();
+            }
+        }
+    }
+
+    fn is_verified(&mut self, address: SocketAddr) -> bool {
+        let now = Instant::now();
+        let since = self.verified.get(&address);
+        since.is_some_and(|since| now.saturating_duration_since(*since) < VERIFIED_FOR)
+    }
+
+    /// Wants to see that a client has the address that it sends from, in no more bytes than it sent: an answer may have hundreds of
+    /// times as many.
+    fn verify(&mut self, peer: Peer, header: Header, payload: &[u8], len: usize) {
+        let uptime = self.started.elapsed();
+        match header.kind() {
+            MsgType::CHALLENGE_REPLY => {
+                if !self.cookies.check(payload, peer.address, uptime) {
+                    self.counters.untrusted.inc();
+                    return;
+                }
+                if self.verified.len() >= MOST_VERIFIED {
+                    let now = Instant::now();
+                    self.verified
+                        .retain(|_, since| now.saturating_duration_since(*since) < VERIFIED_FOR);
+                }
+                if self.verified.len() < MOST_VERIFIED {
+                    self.verified.insert(peer.address, Instant::now());
+                }
+                self.counters.accepted.inc();
+                self.reply(peer, &verified(header.sequence));
+            }
+            MsgType::TASK | MsgType::CHUNK | MsgType::HEALTH
+                if len >= peer.version.prefix().len() + HEADER_LEN + COOKIE_LEN =>
+            {
+                let cookie = self.cookies.make(peer.address, uptime).to_vec();
+                let challenge =
+                    Message::new(MsgType::CHALLENGE, header.sequence, timestamp_us(), cookie);
+                self.reply(peer, &challenge);
+            }
+            // An old shim sees by it that a head is here.
+            MsgType::HEALTH => {
+                let health = Message::new(MsgType::HEALTH, header.sequence, timestamp_us(), "");
+                self.reply(peer, &health);
+            }
+            _ => {
+                self.counters.untrusted.inc();
             }
         }
     }
@@ -478,6 +538,17 @@ impl Drop for Waits<'_> {
     }
 }
 
+/// The key of this process's cookies.
+fn cookie_key() -> [u8; 32] {
+    let secret = ids::secret().unwrap_or_else(|_| ids::fresh("cookies"));
+    Sha256::digest(secret).into()
+}
+
+/// Tells a client that its cookie was right.
+fn verified(sequence: u32) -> Message {
+    Message::new(MsgType::ACK, sequence, timestamp_us(), "")
+}
+
 fn queue(batch: &mut SendBatch, (to, version): (SocketAddr, Version), message: &Message) {
     let header = message.header().encode();
     batch.push_parts(to, &[version.prefix(), &header, &message.payload]);
@@ -524,6 +595,10 @@ fn code_of(failure: &AnswerError) -> (ErrorCode, bool) {
 const ASK_AFTER_TASK: &[u8] = b"task";
 /// ASCII, so that any part of it is text.
 const NOT_TRUSTED: &str = "your address is not trusted here: see trusted_networks";
+/// Time for which an echoed cookie counts.
+const VERIFIED_FOR: Duration = Duration::from_secs(3600);
+/// Addresses that are known to have echoed one.
+const MOST_VERIFIED: usize = 1 << 14;
 /// What a task takes besides its payload: the answer that it may become.
 const PER_TASK: u64 = 16 << 10;
 /// Bytes of an Error's text; it may quote what the client sent.

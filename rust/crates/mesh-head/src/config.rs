@@ -121,6 +121,9 @@ pub struct DcfConfig {
     pub legacy_worker_networks: Vec<Network>,
     /// Tasks given to one of them at a time.
     pub legacy_concurrency: u32,
+    /// Those of `trusted_networks` whose clients need not show that they have the address that they send from: clients of DCF v5.0.0
+    /// cannot. Who can forge an address there can have answers sent to it.
+    pub unverified_networks: Vec<Network>,
     /// Answers kept for clients that repeat their Task.
     pub answers_kept: usize,
     /// Bytes of them; the newest is kept even if it alone has more.
@@ -257,6 +260,7 @@ impl Default for DcfConfig {
             legacy_workers: false,
             legacy_worker_networks: Vec::new(),
             legacy_concurrency: 64,
+            unverified_networks: Vec::new(),
             answers_kept: 4096,
             answers_kept_bytes: 16 << 20,
             answers_kept_for: Duration::from_secs(60),
@@ -413,7 +417,16 @@ impl Config {
             && (source.is_loopback() || networks.iter().any(|network| network.contains(source)))
     }
 
-    /// True if plain DCF clients there are served.
+    /// True if plain DCF clients there are served without proof that they are there. A loopback address cannot be forged from
+    /// elsewhere: the system drops such datagrams.
+    pub fn knows(&self, source: IpAddr) -> bool {
+        let canonical = source.to_canonical();
+        let unverified = &self.dcf.unverified_networks;
+        self.trusts(source)
+            && (canonical.is_loopback() || unverified.iter().any(|n| n.contains(canonical)))
+    }
+
+    /// True if plain DCF clients there are served, once they have shown that they are there.
     pub fn trusts(&self, source: IpAddr) -> bool {
         let source = source.to_canonical();
         source.is_loopback()

@@ -568,6 +568,7 @@ mod tests {
     use mesh_proto::{Hello, ModelCard};
 
     use super::super::fair::Origin;
+    use super::super::length::Length;
     use super::*;
 
     const GRACE: Duration = Duration::from_secs(5);
@@ -649,6 +650,94 @@ mod tests {
             answer_tokens: 10,
             ..Default::default()
         }
+    }
+
+    #[test]
+    fn a_suspect_is_alone_with_a_worker_until_its_first_token() {
+        let now = Instant::now();
+        let mut placement = placement(8);
+        let only = join(&mut placement, "a", 4, now);
+        let suspect = || Ask {
+            alone: true,
+            ..ask()
+        };
+        // Another request waits for its first token there.
+        assert!(matches!(
+            placement.ask(Ticket(1), ask(), false, now),
+            Asked::Placed(_)
+        ));
+        assert_eq!(
+            placement.ask(Ticket(2), suspect(), true, now),
+            Asked::Waiting
+        );
+        assert_eq!(
+            placement.ask(Ticket(3), suspect(), true, now),
+            Asked::Waiting
+        );
+        // Newcomers do not keep it waiting.
+        assert_eq!(placement.ask(Ticket(4), ask(), false, now), Asked::Waiting);
+        assert!(placement.pump(now).is_empty());
+        let placed = |placement: &mut Placement| -> Vec<u64> {
+            let decided = placement.pump(now).into_iter();
+            decided
+                .map(|(ticket, placed)| placed.map(|_| ticket.0).unwrap())
+                .collect()
+        };
+        placement.first_token(Ticket(1), now);
+        assert_eq!(placed(&mut placement), [3], "one of them, alone");
+        assert!(placed(&mut placement).is_empty());
+        placement.first_token(Ticket(3), now);
+        assert_eq!(placed(&mut placement), [2]);
+        // The worker of one that gave up is everybody's again.
+        placement.release(Ticket(2), Ended::Cancelled, now);
+        assert_eq!(placed(&mut placement), [4]);
+        let worker = placement.registry.get(only).unwrap();
+        assert_eq!(
+            (worker.unstarted, worker.alone, worker.assigned),
+            (1, false, 3)
+        );
+    }
+
+    #[test]
+    fn a_prompt_that_is_too_long_for_all_is_refused_before_anybody_gets_it() {
+        let now = Instant::now();
+        let mut placement = placement(8);
+        let card = ModelCard {
+            name: "m".into(),
+            slots: 4,
+            context: 8192,
+            byte_spans: vec![16; 256],
+            keeps_text: true,
+            ..Default::default()
+        };
+        let hello = |card: &ModelCard| Hello {
+            models: vec![card.clone()],
+            ..Default::default()
+        };
+        let address = ([127, 0, 0, 1], 1).into();
+        placement.registry.join("a", address, hello(&card), now);
+        let long = Ask {
+            length: Length::of(&mesh_proto::Prompt::Text("1".repeat(8 << 20))),
+            ..ask()
+        };
+        let refused = Refusal::TooLong {
+            context: 8192,
+            least: (8 << 20) / 16,
+        };
+        assert_eq!(
+            placement.ask(Ticket(1), long.clone(), false, now),
+            Asked::Refused(refused)
+        );
+        // A worker that cannot tell how long it is may serve it.
+        let unknown = ModelCard {
+            byte_spans: Vec::new(),
+            ..card
+        };
+        placement.registry.join("b", address, hello(&unknown), now);
+        assert!(matches!(
+            placement.ask(Ticket(2), long, false, now),
+            Asked::Placed(_)
+        ));
     }
 
     #[test]

@@ -394,6 +394,53 @@ mod tests {
     }
 
     #[test]
+    fn every_key_has_a_salt_of_its_own_that_another_head_does_not_have() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("keys");
+        std::fs::write(&file, "sk-one\nsk-two\n").unwrap();
+        let keys = Keys::load(dir.path(), Some(&file)).unwrap();
+        let callers = [
+            Caller::Key(0),
+            Caller::Key(1),
+            Caller::Admin,
+            Caller::Anyone,
+        ];
+        let salts = callers.map(|caller| keys.salt(caller));
+        for (i, salt) in salts.iter().enumerate() {
+            assert!(!salts[..i].contains(salt), "{salts:?}");
+        }
+        assert_eq!(salts[3], 0);
+        assert_eq!(keys.clone().salt(Caller::Key(1)), salts[1]);
+        // A key that comes in the place of another has another salt.
+        std::fs::write(&file, "sk-one\n").unwrap();
+        assert!(keys.reload(dir.path(), Some(&file)).unwrap());
+        std::fs::write(&file, "sk-one\nsk-three\n").unwrap();
+        assert!(keys.reload(dir.path(), Some(&file)).unwrap());
+        assert_eq!(keys.salt(Caller::Key(0)), salts[0]);
+        assert_ne!(keys.salt(Caller::Key(1)), salts[1]);
+        let other = Keys::load(dir.path(), Some(&file)).unwrap();
+        assert_ne!(other.salt(Caller::Key(0)), salts[0]);
+    }
+
+    #[test]
+    fn answers_count_and_not_requests() {
+        let turnstile = Arc::new(Turnstile::new(8));
+        let client = Client {
+            caller: Caller::Key(1),
+            address: None,
+            salt: 0,
+        };
+        let many = turnstile
+            .enter(client, 16)
+            .expect("alone it may have more than the limit");
+        assert!(turnstile.enter(client, 1).is_none());
+        drop(many);
+        let _some = turnstile.enter(client, 5).unwrap();
+        assert!(turnstile.enter(client, 4).is_none());
+        assert!(turnstile.enter(client, 3).is_some());
+    }
+
+    #[test]
     fn without_api_keys_anyone_may_ask_and_only_the_admin_key_administers() {
         let dir = tempfile::tempdir().unwrap();
         let keys = Keys::load(dir.path(), None).unwrap();
