@@ -9,7 +9,6 @@ use bytes::Bytes;
 use dcf::chunk::{self, Chunk, ChunkError, MAX_PAYLOAD, Reassembler};
 use dcf::{DecodeError, ErrorCode, HEADER_LEN, Header, Message, MsgType, Version};
 use mesh_net::udp::{BatchSocket, Datagram, RecvBatch, SendBatch};
-use mesh_service::cookie::{COOKIE_LEN, Cookies};
 use sha2::{Digest, Sha256};
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
@@ -18,6 +17,7 @@ use crate::chunk_sender::ChunkSender;
 use crate::core::dedup::{Dedup, Run, Seen, TaskKey};
 use crate::core::fair::{Ingress, Origin, Source};
 use crate::core::placement::Refusal;
+use crate::core::proof::{Proofs, Verdict};
 use crate::core::registry::Worker;
 use crate::core::request::AnswerError;
 use crate::drive::{Event, FOR_ROOM, drive, words};
@@ -45,9 +45,7 @@ pub async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: TaskTrack
         counters,
         chunks: reassembler(),
         replies: SendBatch::new(),
-        cookies: Cookies::new(&cookie_key()),
-        started: Instant::now(),
-        verified: HashMap::new(),
+        proofs: Proofs::new(&cookie_key(), Instant::now()),
         warned: None,
         warned_of_version: None,
     };
@@ -89,10 +87,7 @@ struct Intake {
     counters: DatagramCounters,
     chunks: Reassembler<TaskKey>,
     replies: SendBatch,
-    cookies: Cookies,
-    started: Instant,
-    /// Addresses that have echoed a cookie, and when.
-    verified: HashMap<SocketAddr, Instant>,
+    proofs: Proofs,
     /// When a stranger was last warned about.
     warned: Option<Instant>,
     /// Time of the last warning about a sender of an unknown version.
@@ -152,9 +147,11 @@ impl Intake {
             self.turn_away(peer, header);
             return;
         }
-        if !self.port.mesh.live().knows(peer.address.ip()) && !self.is_verified(peer.address) {
-            let payload = Bytes::copy_from_slice(payload);
-            return self.verify(peer, header, &payload, data.len());
+        if !self.port.mesh.live().knows(peer.address.ip())
+            && !self.proofs.knows(peer.address, Instant::now())
+        {
+            let room = message.len() - HEADER_LEN;
+            return self.verify(peer, header, payload, room);
         }
         if !header.kind().is_assigned() {
             self.counters.unexpected.inc();
@@ -191,7 +188,10 @@ impl Intake {
                     &Message::new(MsgType::HEALTH, header.sequence, timestamp_us(), text),
                 );
             }
-            MsgType::CHALLENGE_REPLY => self.reply(peer, &verified(header.sequence)),
+            MsgType::CHALLENGE_REPLY => {
+                let ack = Message::new(MsgType::ACK, header.sequence, timestamp_us(), "");
+                self.reply(peer, &ack);
+            }
             // Nothing that may itself be an answer is answered: two ends would never stop.
             _ => {
                 self.counters.unexpected.inc();
@@ -199,50 +199,21 @@ impl Intake {
         }
     }
 
-    fn is_verified(&mut self, address: SocketAddr) -> bool {
-        let now = Instant::now();
-        let since = self.verified.get(&address);
-        since.is_some_and(|since| now.saturating_duration_since(*since) < VERIFIED_FOR)
-    }
-
-    /// Wants to see that a client has the address that it sends from, in no more bytes than it sent: an answer may have hundreds of
-    /// times as many.
-    fn verify(&mut self, peer: Peer, header: Header, payload: &[u8], len: usize) {
-        let uptime = self.started.elapsed();
-        match header.kind() {
-            MsgType::CHALLENGE_REPLY => {
-                if !self.cookies.check(payload, peer.address, uptime) {
-                    self.counters.untrusted.inc();
-                    return;
-                }
-                if self.verified.len() >= MOST_VERIFIED {
-                    let now = Instant::now();
-                    self.verified
-                        .retain(|_, since| now.saturating_duration_since(*since) < VERIFIED_FOR);
-                }
-                if self.verified.len() < MOST_VERIFIED {
-                    self.verified.insert(peer.address, Instant::now());
-                }
-                self.counters.accepted.inc();
-                self.reply(peer, &verified(header.sequence));
-            }
-            MsgType::TASK | MsgType::CHUNK | MsgType::HEALTH
-                if len >= peer.version.prefix().len() + HEADER_LEN + COOKIE_LEN =>
-            {
-                let cookie = self.cookies.make(peer.address, uptime).to_vec();
-                let challenge =
-                    Message::new(MsgType::CHALLENGE, header.sequence, timestamp_us(), cookie);
-                self.reply(peer, &challenge);
-            }
-            // An old shim sees by it that a head is here.
-            MsgType::HEALTH => {
-                let health = Message::new(MsgType::HEALTH, header.sequence, timestamp_us(), "");
-                self.reply(peer, &health);
-            }
-            _ => {
+    /// Answers a client that has not shown yet that it has the address that it sends from.
+    fn verify(&mut self, peer: Peer, header: Header, payload: &[u8], room: usize) {
+        let message = (header.kind(), payload);
+        let verdict = self.proofs.ask(peer.address, message, room, Instant::now());
+        let (kind, payload) = match verdict {
+            Verdict::Challenge(cookie) => (MsgType::CHALLENGE, Bytes::copy_from_slice(&cookie)),
+            Verdict::Verified => (MsgType::ACK, Bytes::new()),
+            Verdict::Health => (MsgType::HEALTH, Bytes::new()),
+            Verdict::Silence => {
                 self.counters.untrusted.inc();
+                return;
             }
-        }
+        };
+        let answer = Message::new(kind, header.sequence, timestamp_us(), payload);
+        self.reply(peer, &answer);
     }
 
     /// Tells a stranger why there is no answer, in no more bytes than the stranger sent.
@@ -544,11 +515,6 @@ fn cookie_key() -> [u8; 32] {
     Sha256::digest(secret).into()
 }
 
-/// Tells a client that its cookie was right.
-fn verified(sequence: u32) -> Message {
-    Message::new(MsgType::ACK, sequence, timestamp_us(), "")
-}
-
 fn queue(batch: &mut SendBatch, (to, version): (SocketAddr, Version), message: &Message) {
     let header = message.header().encode();
     batch.push_parts(to, &[version.prefix(), &header, &message.payload]);
@@ -595,10 +561,6 @@ fn code_of(failure: &AnswerError) -> (ErrorCode, bool) {
 const ASK_AFTER_TASK: &[u8] = b"task";
 /// ASCII, so that any part of it is text.
 const NOT_TRUSTED: &str = "your address is not trusted here: see trusted_networks";
-/// Time for which an echoed cookie counts.
-const VERIFIED_FOR: Duration = Duration::from_secs(3600);
-/// Addresses that are known to have echoed one.
-const MOST_VERIFIED: usize = 1 << 14;
 /// What a task takes besides its payload: the answer that it may become.
 const PER_TASK: u64 = 16 << 10;
 /// Bytes of an Error's text; it may quote what the client sent.

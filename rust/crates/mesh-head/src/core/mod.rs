@@ -23,6 +23,7 @@ pub mod length;
 pub mod memory;
 pub mod outbox;
 pub mod placement;
+pub mod proof;
 pub mod registry;
 pub mod request;
 pub mod rings;

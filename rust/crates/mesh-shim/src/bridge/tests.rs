@@ -711,7 +711,8 @@ fn an_untrusted_source_hears_nothing_by_default() {
     assert_eq!(world.stats().drops.untrusted.get(), 1);
     let networks = vec!["203.0.113.0/24".parse().unwrap()];
     let mut world = World::new(Config {
-        trusted_networks: networks,
+        trusted_networks: networks.clone(),
+        unverified_networks: networks,
         ..two_heads()
     });
     assert!(matches!(world.client(STRANGER, &task), Sent::ToHead(0, _)));
