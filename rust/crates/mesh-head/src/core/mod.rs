@@ -28,4 +28,5 @@ pub mod registry;
 pub mod request;
 pub mod rings;
 pub mod router;
+pub mod share;
 pub mod tracker;

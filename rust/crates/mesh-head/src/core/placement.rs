@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use super::fair::{FairQueue, Full, Ingress, Source};
 use super::registry::{Registry, ServedModel, Worker, WorkerId};
 use super::rings::Prospect;
-use super::router::{Ask, Capacity, Choice, Estimate, Router};
+use super::router::{Ask, Capacity, Choice, Estimate, Purpose, Router};
+use super::share::Shares;
 
 /// Names a request within placement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -140,6 +141,7 @@ pub struct Placement {
     /// Requests that lost their places in the queue, and are to be told.
     displaced: Vec<(Ticket, Refusal)>,
     running: BTreeMap<Ticket, Running>,
+    shares: Shares,
     /// Models that rings are to serve and do not serve now.
     prospects: BTreeMap<String, Prospect>,
 }
@@ -180,6 +182,7 @@ impl Placement {
             queue: FairQueue::new(limits.queue),
             displaced: Vec::new(),
             running: BTreeMap::new(),
+            shares: Shares::default(),
             prospects: BTreeMap::new(),
         }
     }
@@ -193,14 +196,20 @@ impl Placement {
         {
             return Asked::Refused(Refusal::TooLong { context, least });
         }
+        let held = held(&self.running, ask.source, &ask.model);
+        let requests = held + self.queue.waiting_of(ask.source) + 1;
+        self.shares.note(&ask.model, ask.source, requests, now);
+        let has_share = rerun || has_share(&self.shares, &self.registry, &ask, held, now);
         let class = class_of(&ask);
-        // Those come first that wait for the same, or to be alone with a worker.
+        // Those come first that wait for the same and are due, or to be alone with a worker.
+        let mut due = Due::new(self);
         let first = |waiting: &Waiting| {
-            waiting.class == class || waiting.ask.alone && waiting.ask.model == ask.model
+            waiting.ask.alone && waiting.ask.model == ask.model
+                || waiting.class == class && due.is(waiting, now)
         };
         let nobody_since = match self.router.choose(&self.registry, &ask, now) {
             // `pump` gives that room away.
-            Choice::Worker(..) if !rerun && self.queue.any(first) => None,
+            Choice::Worker(..) if !has_share || !rerun && self.queue.any(first) => None,
             Choice::Worker(id, estimate) => {
                 return Asked::Placed(self.place(ticket, &ask, id, estimate, now));
             }
@@ -271,16 +280,23 @@ impl Placement {
                 keep
             });
         }
+        self.shares.expire(now);
         for (ticket, ask) in expired {
             decided.push((ticket, Err(self.nobody(&ask))));
         }
         loop {
             let mut found = None;
             let (router, registry) = (&self.router, &self.registry);
+            let mut due = Due {
+                shares: &self.shares,
+                registry,
+                running: &self.running,
+                known: HashMap::new(),
+            };
             // Models for which a request waits to be alone with a worker: others would keep it waiting for ever.
             let mut held: BTreeSet<String> = BTreeSet::new();
             let taken = self.queue.take_next(|waiting| {
-                if held.contains(&waiting.ask.model) {
+                if held.contains(&waiting.ask.model) || !due.is(waiting, now) {
                     return false;
                 }
                 let of_class = room.get(&waiting.class);
@@ -529,6 +545,58 @@ impl Placement {
     }
 }
 
+/// Which waiting requests are due, as far as the shares of their sources go.
+struct Due<'a> {
+    shares: &'a Shares,
+    registry: &'a Registry,
+    running: &'a BTreeMap<Ticket, Running>,
+    /// What was found out, by source and class.
+    known: HashMap<(Source, u64), bool>,
+}
+
+impl<'a> Due<'a> {
+    fn new(of: &'a Placement) -> Self {
+        Self {
+            shares: &of.shares,
+            registry: &of.registry,
+            running: &of.running,
+            known: HashMap::new(),
+        }
+    }
+
+    fn is(&mut self, waiting: &Waiting, now: Instant) -> bool {
+        let ask = &waiting.ask;
+        let (shares, registry, running) = (self.shares, self.registry, self.running);
+        *self
+            .known
+            .entry((ask.source, waiting.class))
+            .or_insert_with(|| {
+                let held = held(running, ask.source, &ask.model);
+                has_share(shares, registry, ask, held, now)
+            })
+    }
+}
+
+/// Requests of `source` that run on `model`.
+fn held(running: &BTreeMap<Ticket, Running>, source: Source, model: &str) -> usize {
+    let same = |running: &&Running| running.source == source && running.model == model;
+    running.values().filter(same).count()
+}
+
+/// Whether the source of a request may have one more slot of its model.
+fn has_share(shares: &Shares, registry: &Registry, ask: &Ask, held: usize, now: Instant) -> bool {
+    // Embeddings have slots for parts, which end soon. What has failed elsewhere has waited its turn.
+    if ask.purpose != Purpose::Chat || !ask.avoid.is_empty() {
+        return true;
+    }
+    let serving = registry
+        .iter()
+        .filter_map(|worker| worker.model(&ask.model));
+    let slots: usize = serving.map(|model| model.card.slots.max(1) as usize).sum();
+    // Of workers without an identity nobody knows how many they have.
+    slots == 0 || held < shares.most(&ask.model, ask.source, slots, now)
+}
+
 /// Room for a class of requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Room {
@@ -650,6 +718,39 @@ mod tests {
             answer_tokens: 10,
             ..Default::default()
         }
+    }
+
+    #[test]
+    fn one_source_with_many_answers_leaves_slots_to_another_that_asks_now_and_then() {
+        let now = Instant::now();
+        let mut placement = placement(2048);
+        join(&mut placement, "a", 8, now);
+        let of = |number| Ask {
+            source: Source {
+                ingress: Ingress::Http,
+                origin: Origin::Key(number),
+            },
+            ..ask()
+        };
+        let placed = |asked| matches!(asked, Asked::Placed(_));
+        assert!(placed(placement.ask(Ticket(0), of(2), false, now)));
+        placement.release(Ticket(0), Ended::Complete, now);
+        // 80 connections, 16 answers each.
+        let greedy = (1..1281).filter(|&t| placed(placement.ask(Ticket(t), of(1), false, now)));
+        assert_eq!(greedy.count(), 7);
+        assert!(placement.pump(now).is_empty());
+        assert!(
+            placed(placement.ask(Ticket(9000), of(2), false, now)),
+            "at once"
+        );
+        placement.release(Ticket(9000), Ended::Complete, now);
+        assert!(
+            placement.pump(now).is_empty(),
+            "it stays free for the next one"
+        );
+        // Nobody else has asked for long: all of it.
+        let later = now + Duration::from_secs(60);
+        assert_eq!(placement.pump(later).len(), 1);
     }
 
     #[test]
