@@ -5,7 +5,8 @@
 //! - [`files`]: modes of files with secrets, and what killed processes leave behind;
 //! - [`listen`]: sockets that accept IPv4 and IPv6;
 //! - [`places`]: a bounded number of places, shared among sources;
-//! - [`routes`]: from which of this machine's addresses a UDP peer is answered.
+//! - [`routes`]: from which of this machine's addresses a UDP peer is answered;
+//! - [`tokens`]: how many tokens a text has at least.
 
 pub mod addresses;
 pub mod clock;
@@ -13,3 +14,4 @@ pub mod files;
 pub mod listen;
 pub mod places;
 pub mod routes;
+pub mod tokens;

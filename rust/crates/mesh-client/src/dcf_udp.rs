@@ -240,7 +240,10 @@ impl DcfClient {
     }
 
     async fn send(&self, message: &Message, version: Version) -> Result<(), DcfError> {
-        match self.socket.send(&message.encode_as(version)).await {
+        let mut datagram = message.encode_as(version).to_vec();
+        // Who wants to see first that this address is ours answers with no more bytes than came. What is behind a payload is ignored.
+        datagram.resize(datagram.len().max(LEAST_DATAGRAM), 0);
+        match self.socket.send(&datagram).await {
             Ok(_) => Ok(()),
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
                 Err(DcfError::Unreachable {
@@ -252,6 +255,9 @@ impl DcfClient {
         }
     }
 }
+
+/// Bytes of the shortest datagram that is sent: those of a Challenge.
+const LEAST_DATAGRAM: usize = 64;
 
 /// Connected, so that the system tells us when nothing listens there, and drops what others send.
 async fn connected(address: SocketAddr) -> std::io::Result<UdpSocket> {

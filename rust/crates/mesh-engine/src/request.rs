@@ -27,6 +27,8 @@ pub struct Request {
     pub echo: String,
     /// Go on past tokens that end an answer.
     pub ignore_eos: bool,
+    /// Cached rows are shared only between requests with the same salt.
+    pub cache_salt: u64,
 }
 
 impl Request {
@@ -43,6 +45,7 @@ impl Request {
             deadline: None,
             echo: String::new(),
             ignore_eos: false,
+            cache_salt: 0,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The clients' port, 7777/udp: Tasks in, Results, Partials and Errors out.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -9,6 +9,7 @@ use bytes::Bytes;
 use dcf::chunk::{self, Chunk, ChunkError, MAX_PAYLOAD, Reassembler};
 use dcf::{DecodeError, ErrorCode, HEADER_LEN, Header, Message, MsgType, Version};
 use mesh_net::udp::{BatchSocket, Datagram, RecvBatch, SendBatch};
+use sha2::{Digest, Sha256};
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
@@ -16,11 +17,13 @@ use crate::chunk_sender::ChunkSender;
 use crate::core::dedup::{Dedup, Run, Seen, TaskKey};
 use crate::core::fair::{Ingress, Origin, Source};
 use crate::core::placement::Refusal;
+use crate::core::proof::{Proofs, Verdict};
 use crate::core::registry::Worker;
 use crate::core::request::AnswerError;
 use crate::drive::{Event, FOR_ROOM, drive, words};
+use crate::http::intake;
 use crate::ids;
-use crate::mesh::{Mesh, timestamp_us};
+use crate::mesh::{Lease, Mesh, timestamp_us};
 use crate::metrics::{DatagramCounters, Front};
 use crate::task::{DcfEmbed, DcfGenerate, DcfTask, Task};
 
@@ -34,6 +37,7 @@ pub async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: TaskTrack
         socket,
         dedup,
         waits: Mutex::default(),
+        acks: Mutex::default(),
         running,
     });
     let mut intake = Intake {
@@ -41,6 +45,7 @@ pub async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: TaskTrack
         counters,
         chunks: reassembler(),
         replies: SendBatch::new(),
+        proofs: Proofs::new(&cookie_key(), Instant::now()),
         warned: None,
         warned_of_version: None,
     };
@@ -71,6 +76,8 @@ struct Port {
     dedup: Mutex<Dedup>,
     /// Causes of the waits of running tasks, in words; no entry for a task whose answer grows.
     waits: Mutex<HashMap<TaskKey, String>>,
+    /// Running tasks that asked for Acks.
+    acks: Mutex<HashSet<TaskKey>>,
     running: TaskTracker,
 }
 
@@ -80,6 +87,7 @@ struct Intake {
     counters: DatagramCounters,
     chunks: Reassembler<TaskKey>,
     replies: SendBatch,
+    proofs: Proofs,
     /// When a stranger was last warned about.
     warned: Option<Instant>,
     /// Time of the last warning about a sender of an unknown version.
@@ -139,6 +147,12 @@ impl Intake {
             self.turn_away(peer, header);
             return;
         }
+        if !self.port.mesh.live().knows(peer.address.ip())
+            && !self.proofs.knows(peer.address, Instant::now())
+        {
+            let room = message.len() - HEADER_LEN;
+            return self.verify(peer, header, payload, room);
+        }
         if !header.kind().is_assigned() {
             self.counters.unexpected.inc();
             let text = format!("message type {:#04x} is not known here", header.msg_type);
@@ -174,11 +188,32 @@ impl Intake {
                     &Message::new(MsgType::HEALTH, header.sequence, timestamp_us(), text),
                 );
             }
+            MsgType::CHALLENGE_REPLY => {
+                let ack = Message::new(MsgType::ACK, header.sequence, timestamp_us(), "");
+                self.reply(peer, &ack);
+            }
             // Nothing that may itself be an answer is answered: two ends would never stop.
             _ => {
                 self.counters.unexpected.inc();
             }
         }
+    }
+
+    /// Answers a client that has not shown yet that it has the address that it sends from.
+    fn verify(&mut self, peer: Peer, header: Header, payload: &[u8], room: usize) {
+        let message = (header.kind(), payload);
+        let verdict = self.proofs.ask(peer.address, message, room, Instant::now());
+        let (kind, payload) = match verdict {
+            Verdict::Challenge(cookie) => (MsgType::CHALLENGE, Bytes::copy_from_slice(&cookie)),
+            Verdict::Verified => (MsgType::ACK, Bytes::new()),
+            Verdict::Health => (MsgType::HEALTH, Bytes::new()),
+            Verdict::Silence => {
+                self.counters.untrusted.inc();
+                return;
+            }
+        };
+        let answer = Message::new(kind, header.sequence, timestamp_us(), payload);
+        self.reply(peer, &answer);
     }
 
     /// Tells a stranger why there is no answer, in no more bytes than the stranger sent.
@@ -224,44 +259,42 @@ impl Intake {
         }
     }
 
+    /// Nothing of the payload is looked at here, where all clients wait.
     fn task(&mut self, peer: Peer, sequence: u32, payload: Bytes) {
         let key = peer.task(sequence);
-        let task = match DcfTask::parse(&payload) {
-            Ok(task) => task,
-            Err(invalid) => {
-                let code = ErrorCode::INVALID_PAYLOAD;
-                return self.refuse(peer, sequence, code, &invalid.message);
-            }
-        };
         let seen = self.port.dedup().task(key, &payload, Instant::now());
         match seen {
             Seen::Answered(answer) if answer.is_single_answer(peer.version) => {
                 self.reply(peer, &answer);
             }
             Seen::Answered(answer) => self.port.large.send_again(key, &answer),
-            Seen::Running => self.acknowledge(&task, key),
+            Seen::Running if self.port.wants_acks(key) => self.send_ack(key),
+            Seen::Running => {}
             Seen::New(run) => {
+                // Its payload and what it says, as long as it runs.
+                let bytes = 2 * payload.len() as u64 + PER_TASK;
+                let origin = Origin::of(peer.address.ip());
+                let lease = match self.port.mesh.lease(origin, bytes) {
+                    Ok(lease) => lease,
+                    Err(error) => {
+                        self.port.dedup().forget(key, run);
+                        let code = ErrorCode::WORKER_BUSY;
+                        return self.refuse(peer, sequence, code, &error.to_string());
+                    }
+                };
                 // What is left of the answer to an earlier task of that name is nothing to this one.
                 self.port.large.stop(key);
-                self.acknowledge(&task, key);
                 let port = self.port.clone();
                 self.port
                     .running
-                    .spawn(async move { port.answer(key, run, task, payload).await });
+                    .spawn(async move { port.answer(key, run, payload, lease).await });
             }
-        }
-    }
-
-    fn acknowledge(&mut self, task: &DcfTask, key: TaskKey) {
-        if task.ack() {
-            self.send_ack(key);
         }
     }
 
     /// Says that a task runs, and what it waits for.
     fn send_ack(&mut self, key: TaskKey) {
-        let what = self.port.waits().get(&key).cloned().unwrap_or_default();
-        let ack = Message::new(MsgType::ACK, key.sequence, timestamp_us(), what);
+        let ack = self.port.ack(key);
         queue(&mut self.replies, (key.client, key.version), &ack);
     }
 
@@ -276,16 +309,17 @@ impl Intake {
 
 impl Port {
     /// Runs a task and sends its one answer.
-    async fn answer(&self, key: TaskKey, run: Run, task: DcfTask, payload: Bytes) {
+    async fn answer(&self, key: TaskKey, run: Run, payload: Bytes, _lease: Lease) {
         let TaskKey {
             client,
             version,
             sequence,
         } = key;
         let _waits = Waits { port: self, key };
-        let result = match task {
-            DcfTask::Generate(task) => self.generate(key, run, task, payload).await,
-            DcfTask::Embed(task) => self.embed(task, Origin::of(client.ip())).await,
+        let result = match self.read(key, payload.clone()).await {
+            Ok(DcfTask::Generate(task)) => self.generate(key, run, task, payload).await,
+            Ok(DcfTask::Embed(task)) => self.embed(task, Origin::of(client.ip())).await,
+            Err(failure) => Err(failure),
         };
         let (answer, keep) = match result {
             Err(failure) => {
@@ -324,6 +358,40 @@ impl Port {
         }
     }
 
+    /// What a payload asks for. Acknowledges it, if it asks for that.
+    async fn read(&self, key: TaskKey, payload: Bytes) -> Result<DcfTask, AnswerError> {
+        let rejected = |text: String| AnswerError::Rejected {
+            code: ErrorCode::INVALID_PAYLOAD,
+            text,
+        };
+        let parsed = intake::parsed(&self.mesh, payload, DcfTask::parse).await;
+        let task = parsed.map_err(|error| rejected(error.message))?;
+        let task = task.map_err(|invalid| rejected(invalid.message))?;
+        if task.ack() {
+            self.acks().insert(key);
+            let mut batch = SendBatch::new();
+            queue(&mut batch, (key.client, key.version), &self.ack(key));
+            if let Err(error) = self.socket.try_send(&mut batch) {
+                debug!(%error, client = %key.client, "ack not sent");
+            }
+        }
+        Ok(task)
+    }
+
+    /// Whether a task that runs asked for Acks.
+    fn wants_acks(&self, key: TaskKey) -> bool {
+        self.acks().contains(&key)
+    }
+
+    fn ack(&self, key: TaskKey) -> Message {
+        let what = self.waits().get(&key).cloned().unwrap_or_default();
+        Message::new(MsgType::ACK, key.sequence, timestamp_us(), what)
+    }
+
+    fn acks(&self) -> MutexGuard<'_, HashSet<TaskKey>> {
+        self.acks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Vectors as the body of `/v1/embeddings` has them.
     async fn embed(&self, task: DcfEmbed, origin: Origin) -> Result<Bytes, AnswerError> {
         let mut asked = task.asked;
@@ -354,8 +422,10 @@ impl Port {
         let task = Task {
             id: ids::fresh("dcf"),
             model: task.model,
-            prompt: task.prompt,
+            prompt: Arc::new(task.prompt),
             params: task.params,
+            // Clients here have no keys.
+            salt: 0,
             legacy: plain.then_some(payload),
             source: Source {
                 ingress: Ingress::Dcf,
@@ -435,7 +505,14 @@ struct Waits<'a> {
 impl Drop for Waits<'_> {
     fn drop(&mut self) {
         self.port.waits().remove(&self.key);
+        self.port.acks().remove(&self.key);
     }
+}
+
+/// The key of this process's cookies.
+fn cookie_key() -> [u8; 32] {
+    let secret = ids::secret().unwrap_or_else(|_| ids::fresh("cookies"));
+    Sha256::digest(secret).into()
 }
 
 fn queue(batch: &mut SendBatch, (to, version): (SocketAddr, Version), message: &Message) {
@@ -469,10 +546,13 @@ fn code_of(failure: &AnswerError) -> (ErrorCode, bool) {
             Refusal::NoWorker { .. } | Refusal::NoRing { .. } | Refusal::TooOld { .. },
         ) => (ErrorCode::NO_WORKERS, false),
         AnswerError::Refused(Refusal::UnknownModel { .. }) => (ErrorCode::UNKNOWN_MODEL, false),
+        AnswerError::Refused(Refusal::TooLong { .. }) => (ErrorCode::CONTEXT_TOO_LONG, true),
         AnswerError::Rejected { code, .. } => (*code, true),
         AnswerError::QueueTimeout(_) => (ErrorCode::WORKER_BUSY, false),
         AnswerError::Timeout(_) | AnswerError::Stalled(_) => (ErrorCode::TIMEOUT, true),
-        AnswerError::WorkersFailed { .. } => (ErrorCode::INFERENCE_FAILED, true),
+        AnswerError::WorkersFailed { .. } | AnswerError::WorkersDied { .. } => {
+            (ErrorCode::INFERENCE_FAILED, true)
+        }
         AnswerError::ShuttingDown => (ErrorCode::DRAINING, false),
     }
 }
@@ -481,6 +561,8 @@ fn code_of(failure: &AnswerError) -> (ErrorCode, bool) {
 const ASK_AFTER_TASK: &[u8] = b"task";
 /// ASCII, so that any part of it is text.
 const NOT_TRUSTED: &str = "your address is not trusted here: see trusted_networks";
+/// What a task takes besides its payload: the answer that it may become.
+const PER_TASK: u64 = 16 << 10;
 /// Bytes of an Error's text; it may quote what the client sent.
 const LONGEST_ERROR: usize = 4096;
 const WARN_EVERY: Duration = Duration::from_secs(60);

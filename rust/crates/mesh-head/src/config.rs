@@ -35,6 +35,10 @@ pub struct Config {
     pub answer_limit: Duration,
     /// Requests that may wait for a worker; more are refused.
     pub queue_limit: usize,
+    /// Memory that requests may take here: their bodies, prompts and answers. One client gets two thirds of it at most; 0 is without
+    /// limit.
+    #[serde(with = "units::bytes")]
+    pub request_memory: u64,
     /// How long running requests outlast the last worker for them.
     #[serde(with = "units::duration")]
     pub rejoin_grace: Duration,
@@ -129,6 +133,9 @@ pub struct DcfConfig {
     pub legacy_worker_networks: Vec<Network>,
     /// Tasks given to one of them at a time.
     pub legacy_concurrency: u32,
+    /// Those of `trusted_networks` whose clients need not show that they have the address that they send from: clients of DCF v5.0.0
+    /// cannot. Who can forge an address there can have answers sent to it.
+    pub unverified_networks: Vec<Network>,
     /// Answers kept for clients that repeat their Task.
     pub answers_kept: usize,
     /// Bytes of them; the newest is kept even if it alone has more.
@@ -201,6 +208,7 @@ impl Default for Config {
             queue_timeout: Duration::from_secs(3600),
             answer_limit: Duration::ZERO,
             queue_limit: 1024,
+            request_memory: 48 << 20,
             rejoin_grace: Duration::from_secs(10),
             max_reruns: 4,
             silence_limit: Duration::from_secs(3),
@@ -265,6 +273,7 @@ impl Default for DcfConfig {
             legacy_workers: false,
             legacy_worker_networks: Vec::new(),
             legacy_concurrency: 64,
+            unverified_networks: Vec::new(),
             answers_kept: 4096,
             answers_kept_bytes: 16 << 20,
             answers_kept_for: Duration::from_secs(60),
@@ -421,7 +430,16 @@ impl Config {
             && (source.is_loopback() || networks.iter().any(|network| network.contains(source)))
     }
 
-    /// True if plain DCF clients there are served.
+    /// True if plain DCF clients there are served without proof that they are there. A loopback address cannot be forged from
+    /// elsewhere: the system drops such datagrams.
+    pub fn knows(&self, source: IpAddr) -> bool {
+        let canonical = source.to_canonical();
+        let unverified = &self.dcf.unverified_networks;
+        self.trusts(source)
+            && (canonical.is_loopback() || unverified.iter().any(|n| n.contains(canonical)))
+    }
+
+    /// True if plain DCF clients there are served, once they have shown that they are there.
     pub fn trusts(&self, source: IpAddr) -> bool {
         let source = source.to_canonical();
         source.is_loopback()

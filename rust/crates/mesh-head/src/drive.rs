@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use dcf::{ErrorCode, Message, MsgType};
 use mesh_net::quic::{Link, MsgStream};
-use mesh_proto::{Done, Generate, ModelKind, Progress, RequestPhase, Tokens};
+use mesh_proto::{Done, Generate, ModelKind, Progress, Prompt, RequestPhase, Tokens};
 use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio::time::{Sleep, sleep_until};
@@ -271,6 +271,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         self.ask.avoid = failed_on
             .filter(|worker| !self.forgiven.contains(worker))
             .collect();
+        self.ask.alone = self.answer.is_suspect();
         if self.answer.has_begun() {
             self.ask.legacy = false;
             self.ask.model.clone_from(&assignment.placed.model);
@@ -298,6 +299,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                     opened = &mut opening => match opened {
                         Ok(stream) => break stream,
                         Err(failure) => {
+                            let failure = if_died(failure, assignment);
                             let step = self.answer.failed(resume.attempt, failure);
                             return self.follow(step, true).unwrap_or(Attempt::LOST);
                         }
@@ -438,9 +440,13 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
             Ok(Some(message)) => message,
             Ok(None) => {
                 let text = "the worker ended the stream before the answer was complete";
-                return self.answer.failed(attempt, Failure::Lost(text.to_owned()));
+                let failure = if_died(Failure::Lost(text.to_owned()), assignment);
+                return self.answer.failed(attempt, failure);
             }
-            Err(error) => return self.answer.failed(attempt, Failure::Lost(error)),
+            Err(error) => {
+                let failure = if_died(Failure::Lost(error), assignment);
+                return self.answer.failed(attempt, failure);
+            }
         };
         let undecodable =
             |kind| Failure::Lost(format!("the worker sent a {kind} that cannot be read"));
@@ -542,12 +548,13 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         let generate = Generate {
             request_id: self.task.id.clone(),
             model: placed.model.clone(),
-            prompt: Some(self.task.prompt.clone()),
+            prompt: Some(Prompt::clone(&self.task.prompt)),
             params: Some(self.task.params.clone()),
             generated: self.answer.tokens().to_vec(),
             text_sent: resume.text_sent,
             deadline_ms: deadline_ms(&self.answer),
             progress_ms,
+            cache_salt: self.task.salt,
         };
         Message::new(
             MsgType::GENERATE,
@@ -593,6 +600,16 @@ pub(crate) fn words(progress: &Progress) -> String {
     }
 }
 
+/// A stream that broke with its link: the worker is gone.
+pub(crate) fn if_died(failure: Failure, assignment: &Assignment) -> Failure {
+    match (failure, &assignment.route) {
+        (Failure::Lost(text), Route::Link(link)) if link.close_reason().is_some() => {
+            Failure::Died(text)
+        }
+        (failure, _) => failure,
+    }
+}
+
 /// Opens a request stream.
 async fn open(link: &Link, generate: Message) -> Result<MsgStream, Failure> {
     let lost = |error: mesh_net::quic::StreamFailure| Failure::Lost(error.to_string());
@@ -604,14 +621,13 @@ async fn open(link: &Link, generate: Message) -> Result<MsgStream, Failure> {
 /// How a request that ends with this error is booked.
 pub(crate) fn outcome_of(error: &AnswerError) -> Outcome {
     match error {
-        AnswerError::Refused(Refusal::UnknownModel { .. }) | AnswerError::Rejected { .. } => {
-            Outcome::Rejected
-        }
+        AnswerError::Refused(Refusal::UnknownModel { .. } | Refusal::TooLong { .. })
+        | AnswerError::Rejected { .. } => Outcome::Rejected,
         AnswerError::Refused(_) | AnswerError::ShuttingDown => Outcome::Refused,
         AnswerError::Timeout(_) | AnswerError::Stalled(_) | AnswerError::QueueTimeout(_) => {
             Outcome::Timeout
         }
-        AnswerError::WorkersFailed { .. } => Outcome::Failed,
+        AnswerError::WorkersFailed { .. } | AnswerError::WorkersDied { .. } => Outcome::Failed,
     }
 }
 

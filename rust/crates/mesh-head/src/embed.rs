@@ -20,7 +20,7 @@ use crate::core::fair::{Ingress, Origin, Source};
 use crate::core::placement::{Ended, Refusal};
 use crate::core::request::{Answer, AnswerError, Failure, Step};
 use crate::core::router::{Ask, Purpose};
-use crate::drive::{deadline_ms, error_of, gets_on, outcome_of, progress_ms};
+use crate::drive::{deadline_ms, error_of, gets_on, if_died, outcome_of, progress_ms};
 use crate::mesh::{Assignment, Mesh, Route, timestamp_us};
 use crate::metrics::{Front, Outcome};
 
@@ -243,6 +243,7 @@ async fn part(
                         return Ok(embeddings);
                     }
                     Ok(Err(failure)) => {
+                        let failure = if_died(failure, &assignment);
                         if link.close_reason().is_some() {
                             // The link's own task will notice, too, but the next attempt must not find the worker there.
                             mesh.leave(placed.worker);
@@ -270,6 +271,7 @@ async fn part(
                 }
                 assignment.end(ended);
                 ask.avoid = answer.failed_on().to_vec();
+                ask.alone = answer.is_suspect();
                 rerun = true;
             }
             Step::Fail(error, ended) => {

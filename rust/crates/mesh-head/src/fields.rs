@@ -2,6 +2,7 @@
 //!
 //! DCF tasks and the OpenAI API share their parameters; both read them here.
 
+use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
 mod known;
@@ -9,6 +10,8 @@ mod messages;
 mod sampling;
 
 use serde_json::{Map, Value};
+
+use crate::json::{Lists, Object};
 
 pub use known::{Api, check};
 pub use messages::{conversation, messages};
@@ -61,22 +64,38 @@ impl Invalid {
 
 /// The fields of a JSON object. A `null` is an absent field.
 #[derive(Debug, Clone, Copy)]
-pub struct Fields<'a>(&'a Map<String, Value>);
+pub struct Fields<'a> {
+    map: &'a Map<String, Value>,
+    lists: Option<&'a BTreeMap<String, Lists>>,
+}
 
 impl<'a> Fields<'a> {
     /// The fields of this object.
     pub fn new(map: &'a Map<String, Value>) -> Self {
-        Self(map)
+        Self { map, lists: None }
+    }
+
+    /// The fields of a body.
+    pub fn of(object: &'a Object) -> Self {
+        Self {
+            map: &object.map,
+            lists: Some(&object.lists),
+        }
+    }
+
+    /// Token ids that a field of a body consists of.
+    pub fn lists(self, name: &str) -> Option<&'a Lists> {
+        self.lists?.get(name)
     }
 
     /// The raw value of a field.
     pub fn get(self, name: &str) -> Option<&'a Value> {
-        self.0.get(name).filter(|value| !value.is_null())
+        self.map.get(name).filter(|value| !value.is_null())
     }
 
     /// The names of all fields, those that are `null` included.
     pub fn names(self) -> impl Iterator<Item = &'a str> {
-        self.0.keys().map(String::as_str)
+        self.map.keys().map(String::as_str)
     }
 
     /// A name: text, and absent if it is empty.
@@ -103,7 +122,9 @@ impl<'a> Fields<'a> {
 
     /// An object.
     pub fn object(self, name: &str) -> Result<Option<Fields<'a>>, Invalid> {
-        Ok(self.typed(name, "an object", Value::as_object)?.map(Fields))
+        Ok(self
+            .typed(name, "an object", Value::as_object)?
+            .map(Fields::new))
     }
 
     /// A number within a range.
@@ -136,7 +157,7 @@ impl<'a> Fields<'a> {
 
     /// The object itself.
     pub fn map(self) -> &'a Map<String, Value> {
-        self.0
+        self.map
     }
 
     /// A whole number within a range.

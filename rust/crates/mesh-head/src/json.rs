@@ -3,18 +3,25 @@
 //! Strings cut in the middle of an emoji hold half of a surrogate pair, as an escape or as bytes; JSON's own reader refuses them, and a
 //! conversation that holds one would be refused for ever. Half a pair is read as U+FFFD, a whole pair in bytes (CESU-8) as its character.
 //! A byte order mark is skipped.
+//!
+//! What is read is bounded in number and depth, see `bounded`.
+
+mod bounded;
 
 use std::borrow::Cow;
 
-use serde_json::{Map, Value};
+use serde::de::DeserializeSeed;
 
 use crate::fields::Invalid;
+
+use bounded::{Body, Budget};
+pub use bounded::{Lists, Object};
 
 /// A JSON object.
 ///
 /// # Errors
 /// [`Invalid`] says where the text stops being one.
-pub fn object(body: &[u8]) -> Result<Map<String, Value>, Invalid> {
+pub fn object(body: &[u8]) -> Result<Object, Invalid> {
     let body = body.strip_prefix(BYTE_ORDER_MARK).unwrap_or(body);
     if body.trim_ascii().is_empty() {
         return Err(Invalid::new(
@@ -22,19 +29,48 @@ pub fn object(body: &[u8]) -> Result<Map<String, Value>, Invalid> {
             "The body is empty: send a JSON object",
         ));
     }
-    let strict = match serde_json::from_slice(body) {
-        Ok(map) => return Ok(map),
-        Err(error) => error,
+    let strict = match read(body) {
+        Err(Refused::Json(error)) => error,
+        Err(Refused::TooMuch(text)) => return Err(too_much(&text)),
+        Ok(object) => return Ok(object),
     };
     // Only what is refused is looked at a second time.
-    match whole_characters(body) {
-        Cow::Owned(mended) => serde_json::from_slice(&mended).map_err(|error| refused(&error)),
-        Cow::Borrowed(_) => Err(refused(&strict)),
-    }
+    let error = match whole_characters(body) {
+        Cow::Owned(mended) => match read(&mended) {
+            Err(Refused::Json(error)) => error,
+            Err(Refused::TooMuch(text)) => return Err(too_much(&text)),
+            Ok(object) => return Ok(object),
+        },
+        Cow::Borrowed(_) => strict,
+    };
+    Err(Invalid::new(
+        "body",
+        format!("The body is not a JSON object: {error}"),
+    ))
 }
 
-fn refused(error: &serde_json::Error) -> Invalid {
-    Invalid::new("body", format!("The body is not a JSON object: {error}"))
+/// Why a body is not read.
+enum Refused {
+    Json(serde_json::Error),
+    TooMuch(String),
+}
+
+fn read(body: &[u8]) -> Result<Object, Refused> {
+    let mut budget = Budget::default();
+    let mut json = serde_json::Deserializer::from_slice(body);
+    let object = Body(&mut budget).deserialize(&mut json);
+    let object = object.and_then(|object| json.end().map(|()| object));
+    object.map_err(|error| match budget.exceeded {
+        Some(text) => Refused::TooMuch(text),
+        None => Refused::Json(error),
+    })
+}
+
+fn too_much(text: &str) -> Invalid {
+    Invalid::new(
+        "body",
+        format!("The body is too large for one request: {text}; send less at a time"),
+    )
 }
 
 /// `body` with every half of a surrogate pair and every pair in bytes replaced; borrowed if nothing is
@@ -110,7 +146,7 @@ mod tests {
 
     fn text(body: &[u8]) -> Result<String, String> {
         match object(body) {
-            Ok(map) => Ok(map["x"].as_str().unwrap().to_owned()),
+            Ok(object) => Ok(object.map["x"].as_str().unwrap().to_owned()),
             Err(invalid) => Err(invalid.message),
         }
     }
@@ -140,8 +176,74 @@ mod tests {
 
     #[test]
     fn a_key_may_hold_half_a_pair_too() {
-        let map = object(br#"{"a\ud800":1}"#).unwrap();
-        assert_eq!(Value::Object(map), json!({"a\u{fffd}": 1}));
+        let object = object(br#"{"a\ud800":1}"#).unwrap();
+        assert_eq!(
+            serde_json::Value::Object(object.map),
+            json!({"a\u{fffd}": 1})
+        );
+    }
+
+    #[test]
+    fn small_values_cannot_take_a_multiple_of_the_body() {
+        let many = |unit: &str| {
+            let units = vec![unit; 1 << 18].join(",");
+            [format!("[{units}]"), format!("{{\"a\":[{units}]}}")]
+        };
+        for unit in ["{}", "[]", "0", "\"\"", "null", "{\"a\":1}", "[{}]"] {
+            for value in many(unit) {
+                for name in ["messages", "tools", "prompt", "input", "logit_bias", "x"] {
+                    let of_ids = unit == "0"
+                        && value.starts_with("[0")
+                        && ["prompt", "input"].contains(&name);
+                    let body = format!("{{\"{name}\":{value}}}");
+                    match object(body.as_bytes()) {
+                        Ok(object) => assert!(of_ids && object.lists.len() == 1, "{name}: {unit}"),
+                        Err(invalid) => assert!(
+                            !of_ids && invalid.message.contains("holds over"),
+                            "{}",
+                            invalid.message
+                        ),
+                    }
+                }
+            }
+        }
+        let keys: Vec<String> = (0..1 << 18).map(|key| format!("\"{key}\":1")).collect();
+        let body = format!("{{\"logit_bias\":{{{}}}}}", keys.join(","));
+        assert!(object(body.as_bytes()).is_err());
+        let deep = format!("{{\"x\":{}1{}}}", "{\"a\":".repeat(200), "}".repeat(200));
+        assert!(object(deep.as_bytes()).is_err());
+    }
+
+    #[test]
+    fn token_ids_are_kept_as_numbers_and_mixed_lists_as_their_kinds() {
+        let of = |input: &str| object(format!("{{\"input\":{input}}}").as_bytes()).unwrap();
+        let lists = |input: &str| of(input).lists.remove("input");
+        assert_eq!(
+            lists("[1,2.0,4294967295]"),
+            Some(Lists::One(vec![1, 2, u32::MAX]))
+        );
+        assert_eq!(
+            lists("[[1],[],[2,3]]"),
+            Some(Lists::Many(vec![vec![1], vec![], vec![2, 3]]))
+        );
+        for mixed in [
+            "[1,\"a\"]",
+            "[1,-1]",
+            "[1,[2]]",
+            "[[1],2]",
+            "[[1],\"a\"]",
+            "[]",
+            "[[1.5]]",
+            "[[1,\"a\"]]",
+            "\"a\"",
+            "5",
+        ] {
+            assert_eq!(lists(mixed), None, "{mixed}");
+        }
+        assert_eq!(of("[\"a\",\"b\"]").map["input"], json!(["a", "b"]));
+        // The last of two counts.
+        let twice = object(b"{\"input\":[1],\"input\":\"x\"}").unwrap();
+        assert_eq!((twice.lists.len(), &twice.map["input"]), (0, &json!("x")));
     }
 
     #[test]

@@ -342,7 +342,7 @@ enum Unproven {
 impl From<Failure> for Unproven {
     fn from(failure: Failure) -> Self {
         Self::Failed(match failure {
-            Failure::Lost(text) => text,
+            Failure::Lost(text) | Failure::Died(text) => text,
             Failure::Error { code, text } => format!("{code}: {text}"),
         })
     }

@@ -18,11 +18,12 @@ use mesh_net::trust::{DUPLICATE_IDENTITY, DenyList};
 use mesh_proto::{Hello, Load, ModelKind};
 use mesh_service::health::Health;
 use mesh_service::shutdown::Shutdown;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
 use crate::config::Config;
 use crate::core::duplicates::{Duplicate, Duplicates, Machine};
-use crate::core::fair::Ingress;
+use crate::core::fair::{Ingress, Origin};
+use crate::core::memory::{Memory, TooMuch};
 use crate::core::placement::{Asked, Ended, Placed, Placement, Refusal, Ticket};
 use crate::core::registry::{Registry, ServedModel, Worker, WorkerId};
 use crate::core::rings::{Arrival, Prospect, Rings};
@@ -61,6 +62,10 @@ pub struct Mesh {
     /// The same by a clock that nobody sets.
     pub running_since: Instant,
     state: Mutex<State>,
+    /// What requests take of this head's memory.
+    memory: Mutex<Memory>,
+    /// Large requests are read one at a time: until it is known what they are, they take a multiple of their bytes.
+    pub reading: Semaphore,
     /// Told whenever a ring's members or driver changed.
     ring_changes: watch::Sender<()>,
     /// Held while the list of drained workers is written.
@@ -164,6 +169,8 @@ impl Mesh {
             next_ticket: 0,
         };
         Arc::new(Self {
+            memory: Mutex::new(Memory::new(config.request_memory)),
+            reading: Semaphore::new(1),
             live: RwLock::new(config.clone()),
             config,
             metrics,
@@ -179,6 +186,29 @@ impl Mesh {
             ring_changes: watch::Sender::new(()),
             saving: tokio::sync::Mutex::default(),
         })
+    }
+
+    /// Takes memory for a request of `origin`.
+    ///
+    /// # Errors
+    /// [`TooMuch`] if there is not as much left, or not for that client.
+    pub fn lease(self: &Arc<Self>, origin: Origin, bytes: u64) -> Result<Lease, TooMuch> {
+        let mut lease = Lease {
+            mesh: self.clone(),
+            origin,
+            bytes: 0,
+        };
+        lease.add(bytes)?;
+        Ok(lease)
+    }
+
+    /// Bytes of memory that requests have taken.
+    pub fn leased(&self) -> u64 {
+        self.memory().used()
+    }
+
+    fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Finds a worker, waiting for one where all are busy. A `rerun` waits even if there is none.
@@ -782,6 +812,42 @@ impl Drop for PlaceInQueue<'_> {
         // It may have been given a worker in this very moment.
         state.placement.release(self.ticket, Ended::Cancelled, now);
         self.mesh.pump(&mut state, now);
+    }
+}
+
+/// Memory of one request; dropping it gives it back.
+#[derive(Debug)]
+pub struct Lease {
+    mesh: Arc<Mesh>,
+    origin: Origin,
+    bytes: u64,
+}
+
+impl Lease {
+    /// Takes more.
+    ///
+    /// # Errors
+    /// As [`Mesh::lease`].
+    pub fn add(&mut self, bytes: u64) -> Result<(), TooMuch> {
+        self.bytes += self.mesh.memory().take(self.origin, bytes)?;
+        Ok(())
+    }
+
+    /// Exchanges what it has for `bytes`.
+    ///
+    /// # Errors
+    /// As [`Mesh::lease`].
+    pub fn set(&mut self, bytes: u64) -> Result<(), TooMuch> {
+        let mut memory = self.mesh.memory();
+        memory.give(self.origin, std::mem::take(&mut self.bytes));
+        self.bytes = memory.take(self.origin, bytes)?;
+        Ok(())
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.mesh.memory().give(self.origin, self.bytes);
     }
 }
 

@@ -1,11 +1,14 @@
 //! A task: one answer that is to be generated, whichever front end it came through.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use mesh_proto::{Chat, ChatMessage, GenerateParams, Prompt};
 use serde_json::Value;
 
 use crate::core::affinity::{estimate_tokens, prefixes};
 use crate::core::fair::Source;
+use crate::core::length::Length;
 use crate::core::router::Ask;
 use crate::fields::{Fields, Invalid, conversation, sampling};
 use crate::http::embeddings::AskedEmbeddings;
@@ -18,20 +21,22 @@ pub struct Task {
     pub id: String,
     /// Model name; the head's default where there is none.
     pub model: Option<String>,
-    /// What to answer.
-    pub prompt: Prompt,
+    /// What to answer. Several answers to it share it.
+    pub prompt: Arc<Prompt>,
     /// How to answer.
     pub params: GenerateParams,
     /// The client's own payload, where a v5.0.0 worker may take it as it is.
     pub legacy: Option<Bytes>,
     /// The source of the task.
     pub source: Source,
+    /// Prefixes of prompts are cached for tasks of the same salt only.
+    pub salt: u64,
 }
 
 impl Task {
     /// What the router needs to know, for this model.
     pub fn ask(&self, model: &str) -> Ask {
-        let prompt_tokens = estimate_tokens(match &self.prompt {
+        let prompt_tokens = estimate_tokens(match &*self.prompt {
             Prompt::Text(text) => text.len(),
             Prompt::Chat(chat) => chat
                 .messages
@@ -48,7 +53,8 @@ impl Task {
                 .max_tokens
                 .unwrap_or(USUAL_ANSWER)
                 .min(USUAL_ANSWER),
-            prefixes: prefixes(model, &self.prompt),
+            prefixes: prefixes(model, self.salt, &self.prompt),
+            length: Length::of(&self.prompt),
             legacy: self.legacy.is_some(),
             revision: self.params.revision().max(self.prompt.revision()),
             source: self.source,
@@ -138,8 +144,8 @@ impl DcfTask {
                 format!("the payload begins as JSON but is none: {invalid}"),
             )
         };
-        let map = json::object(text.as_bytes()).map_err(wrong)?;
-        let fields = Fields::new(&map);
+        let object = json::object(text.as_bytes()).map_err(wrong)?;
+        let fields = Fields::of(&object);
         // Any other kind is a key that means nothing here.
         if fields.get("kind").and_then(Value::as_str) == Some("embed") {
             return Ok(Self::Embed(DcfEmbed {

@@ -156,6 +156,26 @@ impl EncoderModel {
                 limit: TEXT_LIMIT,
             });
         }
+        let mut beginning = BYTES_A_TOKEN * self.sentences.max_tokens;
+        // What is behind the last token that the model takes is not tokenised: as much of the text as holds enough tokens.
+        loop {
+            let begins = beginning_of(text, beginning);
+            let tokens = self.tokens(prefix, begins)?;
+            if begins.len() == text.len() {
+                return Ok(self.wrap(&tokens));
+            }
+            // Where it was cut, the last tokens may not be those of the whole.
+            if tokens.len() >= self.sentences.max_tokens + MARGIN {
+                return Ok(Tokenised {
+                    truncated: true,
+                    ..self.wrap(&tokens)
+                });
+            }
+            beginning = 4 * begins.len();
+        }
+    }
+
+    fn tokens(&self, prefix: &str, text: &str) -> Result<Vec<u32>, EncoderError> {
         let mut whole;
         let mut text = text;
         if !prefix.is_empty() {
@@ -172,7 +192,7 @@ impl EncoderModel {
                 .map_err(|error| EncoderError::Tokenizer {
                     message: error.to_string(),
                 })?;
-        Ok(self.wrap(encoding.get_ids()))
+        Ok(encoding.get_ids().to_vec())
     }
 
     /// A sequence of the client's own token ids. Those that begin and end a sequence are added unless they are there.
@@ -202,6 +222,17 @@ impl EncoderModel {
             tokens: [&self.begin, kept, &self.end].concat(),
             truncated: kept.len() < inner.len(),
         }
+    }
+}
+
+/// The first `bytes` bytes of `text` and the rest of the word there; all of it, if there is no blank behind them.
+fn beginning_of(text: &str, bytes: usize) -> &str {
+    let Some(behind) = text.get(text.floor_char_boundary(bytes)..) else {
+        return text;
+    };
+    match behind.find(char::is_whitespace) {
+        Some(blank) => &text[..text.len() - behind.len() + blank],
+        None => text,
     }
 }
 
@@ -275,6 +306,11 @@ fn hex(digest: Sha256) -> String {
 const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
 const WEIGHTS: &str = "model.safetensors";
+
+/// More than most tokens have.
+const BYTES_A_TOKEN: usize = 8;
+/// Tokens at the end of a part of a text that may be others than in the whole.
+const MARGIN: usize = 64;
 
 /// The largest tokenizer known to us, of 250,000 tokens, takes 17 MB.
 const TOKENIZER_LIMIT: u64 = 64 << 20;

@@ -27,6 +27,7 @@ struct Inner {
     tokenizer: Tokenizer,
     template: ChatTemplate,
     turn_end: OnceLock<u32>,
+    keeps_text: OnceLock<bool>,
     fingerprint: OnceLock<String>,
 }
 
@@ -112,6 +113,7 @@ impl Model {
                 tokenizer,
                 template,
                 turn_end: OnceLock::new(),
+                keeps_text: OnceLock::new(),
                 fingerprint: OnceLock::new(),
             }),
         }
@@ -173,6 +175,35 @@ impl Model {
         news.then(|| String::from_utf8_lossy(tokenizer.token_bytes(id)).into_owned())
     }
 
+    /// A conversation that shows whether the template writes all that users say, for [`Model::learn_keeps_text`]. It is long, in
+    /// turns and in its messages, and holds what templates are known to look for.
+    pub fn text_probe() -> RenderRequest {
+        let turns = 0..PROBE_TURNS;
+        let messages = turns.flat_map(|turn| {
+            [
+                Message::new("user", probe_text(turn)),
+                Message::new("assistant", "ok"),
+            ]
+        });
+        RenderRequest {
+            messages: messages.take(2 * PROBE_TURNS - 1).collect(),
+            add_generation_prompt: true,
+            ..RenderRequest::default()
+        }
+    }
+
+    /// Notes whether `rendered`, the template's text of [`Model::text_probe`], holds all of it.
+    pub fn learn_keeps_text(&self, rendered: &str) {
+        let all = (0..PROBE_TURNS).all(|turn| rendered.contains(&probe_text(turn)));
+        let _ = self.inner.keeps_text.set(all);
+    }
+
+    /// Whether all that users say in a conversation becomes part of the prompt, but for blanks around it. False until the template
+    /// was tried.
+    pub fn keeps_text(&self) -> bool {
+        self.inner.keeps_text.get() == Some(&true)
+    }
+
     /// True if this token ends an answer.
     pub fn is_end(&self, token: u32) -> bool {
         self.tokenizer().eos_ids().contains(&token) || self.inner.turn_end.get() == Some(&token)
@@ -219,6 +250,17 @@ impl Model {
 }
 
 /// An answer that no template changes.
+/// Turns of [`Model::text_probe`].
+const PROBE_TURNS: usize = 24;
+
+/// What the user says in a turn of it.
+fn probe_text(turn: usize) -> String {
+    let line = format!(
+        "turn {turn}: a  b\t(c) [d] {{e}} <think>f</think> g | h\n\n  \"i\" 1234567890 \u{e9}\u{1f600}\n"
+    );
+    format!("{}end {turn}", line.repeat(40))
+}
+
 const PROBE: &str = "PROBE42";
 
 /// The name that the model in the file at `path` goes by: the file's own without `.gguf` or `.safetensors`.

@@ -110,6 +110,13 @@ pub struct ModelCard {
     /// Length of a vector, of a model that makes embeddings.
     #[prost(uint32, tag = "13")]
     pub dimensions: u32,
+    /// For each byte, the length of the longest token that covers it: 256 numbers of a byte each, 0 where nothing is claimed. Empty
+    /// where the tokenizer may lose text. So a head can tell that a text is far too long.
+    #[prost(bytes = "vec", tag = "24")]
+    pub byte_spans: Vec<u8>,
+    /// The chat template writes all that users say, but for blanks around a message.
+    #[prost(bool, tag = "25")]
+    pub keeps_text: bool,
 }
 
 /// What a model makes.
@@ -215,6 +222,10 @@ pub struct Generate {
     /// Send a [`Progress`] whenever nothing else was sent for this many milliseconds; 0 is never.
     #[prost(uint32, tag = "15")]
     pub progress_ms: u32,
+    /// Requests share cached rows of prompts only with those of the same salt. It says nothing about its owner. 0 is that of all
+    /// requests whose head sends none.
+    #[prost(fixed64, tag = "24")]
+    pub cache_salt: u64,
 }
 
 /// A request is alive (DCF 0x26), worker to head, on the stream of a [`Generate`] or an [`Embed`] that asks for it.
@@ -283,6 +294,17 @@ pub struct Chat {
     /// More variables for the template: a JSON object, or empty. Revision 1.
     #[prost(string, tag = "22")]
     pub template_variables: String,
+}
+
+impl Chat {
+    /// The texts that a template which keeps text ([`ModelCard::keeps_text`]) writes whole: what users say, without blanks around it.
+    pub fn kept_texts(&self) -> impl Iterator<Item = &str> {
+        let of_users = self
+            .messages
+            .iter()
+            .filter(|message| message.role == "user");
+        of_users.map(|message| message.content.trim())
+    }
 }
 
 /// One message of a conversation.

@@ -13,6 +13,7 @@
 pub mod addresses;
 pub mod ask;
 pub mod config;
+pub mod cookie;
 pub mod failure;
 pub mod files;
 pub mod health;

@@ -29,6 +29,9 @@ pub struct Config {
     pub trust_loopback: bool,
     /// Networks that are trusted to hold clients, such as `10.0.0.0/8`.
     pub trusted_networks: Vec<Network>,
+    /// Those of them whose clients need not show that they have the address that they send from: clients of DCF v5.0.0 cannot. Who can
+    /// forge an address there can have answers sent to it.
+    pub unverified_networks: Vec<Network>,
     /// Limit per source.
     pub rate_limit: RateLimit,
     /// Most tasks at once, those answered within `answer_linger` included. Rounded up to a power of two.
@@ -68,6 +71,7 @@ impl Default for Config {
             admit: Admit::Trusted,
             trust_loopback: true,
             trusted_networks: Vec::new(),
+            unverified_networks: Vec::new(),
             rate_limit: RateLimit::default(),
             max_tasks: 32_768,
             retain_bytes: 32 << 20,
@@ -120,7 +124,17 @@ impl Config {
         )
     }
 
-    /// Whether datagrams from `source` are served without further proof.
+    /// Whether datagrams from `source` are served without proof that they are from there. A loopback address cannot be forged from
+    /// elsewhere: the system drops such datagrams.
+    #[must_use]
+    pub fn knows(&self, source: IpAddr) -> bool {
+        let canonical = source.to_canonical();
+        let unverified = &self.unverified_networks;
+        self.trusts(source)
+            && (canonical.is_loopback() || unverified.iter().any(|n| n.contains(canonical)))
+    }
+
+    /// Whether clients at `source` are served, once they have shown that they are there.
     #[must_use]
     pub fn trusts(&self, source: IpAddr) -> bool {
         let source = source.to_canonical();

@@ -202,7 +202,7 @@ pub struct Live(Arc<Control>);
 
 impl Live {
     /// The keys of the configuration that [`Live::reload`] applies.
-    pub const KEYS: [&str; 4] = Bridge::LIVE_KEYS;
+    pub const KEYS: [&str; 5] = Bridge::LIVE_KEYS;
 
     /// Puts the reloadable keys of `fresh` into effect, with the loop's next turn.
     pub fn reload(&self, fresh: Config) {

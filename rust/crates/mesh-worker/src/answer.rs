@@ -18,6 +18,7 @@ use crate::encoder;
 use crate::generate::{self, Refusal};
 use crate::host::Host;
 use crate::life::{self, Life};
+use crate::preparations;
 
 /// Reads the request from `stream` and answers it. Ends early when the head breaks the stream off, which cancels the
 /// request.
@@ -80,11 +81,15 @@ pub(crate) async fn start(
         });
     };
     let (model, engine) = (hosted.model, hosted.engine);
+    let context = engine.info().context;
+    generate::check_length(&model, generate.prompt.as_ref(), context)?;
+    let bytes = generate.prompt.as_ref().map_or(0, preparations::bytes_of);
+    let _place = host.preparations().enter(bytes).await?;
     let prompt = generate::write(&model, host.templates(), &mut generate).await?;
     let _ = tokenising.set(Instant::now());
     // A long prompt takes milliseconds to tokenize; other streams go on meanwhile.
     let prepared = tokio::task::spawn_blocking(move || {
-        let request = generate::request(&model, &defaults, generate, prompt, now)?;
+        let request = generate::request(&model, &defaults, generate, prompt, context, now)?;
         Ok::<_, Refusal>((request, model))
     });
     let (request, model) = prepared

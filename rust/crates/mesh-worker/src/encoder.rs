@@ -23,6 +23,7 @@ use crate::error::WorkerError;
 use crate::generate;
 use crate::host::{self, Host};
 use crate::life::{self, Life};
+use crate::preparations;
 
 /// One embedding model with its engine.
 pub(crate) struct HostedEncoder {
@@ -240,6 +241,8 @@ enum Refusal {
     Text { index: usize, source: EncoderError },
     #[error(transparent)]
     Engine(#[from] RequestError),
+    #[error(transparent)]
+    Full(#[from] preparations::Full),
     #[error("the texts could not be prepared: {0}")]
     Failed(String),
 }
@@ -249,6 +252,7 @@ impl Refusal {
         match self {
             Refusal::UnknownModel { .. } => ErrorCode::UNKNOWN_MODEL,
             Refusal::Engine(error) => generate::code(error),
+            Refusal::Full(_) => ErrorCode::WORKER_BUSY,
             Refusal::Failed(_) => ErrorCode::INTERNAL,
             _ => ErrorCode::INVALID_PAYLOAD,
         }
@@ -288,6 +292,11 @@ async fn answer(
         dimensions => dimensions as usize,
     };
     let id = embed.request_id.clone();
+    let texts = embed.inputs.iter().map(|input| input.text.as_ref());
+    let _place = host
+        .preparations()
+        .enter(preparations::bytes_to_embed(texts))
+        .await?;
     let tokenising = {
         let hosted = hosted.clone();
         // Many texts take milliseconds to tokenise; other streams go on meanwhile.

@@ -10,7 +10,10 @@ use mesh_model::{
 use mesh_proto::{FinishReason, Generate, GenerateParams, Prompt};
 use prost::Message as _;
 
+use mesh_base::tokens::ByteCounts;
+
 use crate::config::SamplingDefaults;
+use crate::preparations;
 use crate::templates::{TemplateError, Templates};
 
 /// Why a Generate message is refused before it reaches an engine.
@@ -23,7 +26,13 @@ pub(crate) enum Refusal {
     #[error(transparent)]
     Template(#[from] TemplateError),
     #[error(transparent)]
-    Tokenizer(#[from] TokenizerError),
+    Tokenizer(TokenizerError),
+    #[error(
+        "This model's maximum context length is {context} tokens. However, your prompt has more than {context} tokens; shorten it"
+    )]
+    TooLong { context: u32 },
+    #[error(transparent)]
+    Full(#[from] preparations::Full),
     #[error("chat_template_kwargs cannot be read: {0}")]
     Variables(serde_json::Error),
     #[error("the request could not be prepared: {0}")]
@@ -35,9 +44,34 @@ impl Refusal {
         match self {
             Refusal::UnknownModel { .. } => ErrorCode::UNKNOWN_MODEL,
             Refusal::Failed(_) => ErrorCode::INTERNAL,
+            Refusal::TooLong { .. } => ErrorCode::CONTEXT_TOO_LONG,
+            Refusal::Full(_) => ErrorCode::WORKER_BUSY,
             Refusal::Template(error) if error.is_internal() => ErrorCode::INTERNAL,
             _ => ErrorCode::INVALID_PAYLOAD,
         }
+    }
+}
+
+/// Refuses a prompt that is too long by its bytes, whatever its tokens are: before anything is made of it.
+pub(crate) fn check_length(
+    model: &Model,
+    prompt: Option<&Prompt>,
+    context: u32,
+) -> Result<(), Refusal> {
+    let Some(spans) = model.tokenizer().spans() else {
+        return Ok(());
+    };
+    let counts = match prompt {
+        Some(Prompt::Tokens(list)) if list.tokens.len() > context as usize => {
+            return Err(Refusal::TooLong { context });
+        }
+        Some(Prompt::Text(text)) => ByteCounts::of(text),
+        Some(Prompt::Chat(chat)) if model.keeps_text() => chat.kept_texts().collect(),
+        _ => return Ok(()),
+    };
+    match spans.least_tokens(&counts) > u64::from(context) {
+        true => Err(Refusal::TooLong { context }),
+        false => Ok(()),
     }
 }
 
@@ -79,12 +113,14 @@ pub(crate) async fn write(
     })
 }
 
-/// Turns `generate` into a request for the engine of `model`. Tokenizes: milliseconds for a long prompt.
+/// Turns `generate` into a request for the engine of `model`, whose context holds so many tokens. Tokenizes: milliseconds for a
+/// long prompt.
 pub(crate) fn request(
     model: &Model,
     defaults: &SamplingDefaults,
     generate: Generate,
     prompt: Written,
+    context: u32,
     now: Instant,
 ) -> Result<Request, Refusal> {
     let params = generate.params.unwrap_or_default();
@@ -99,7 +135,7 @@ pub(crate) fn request(
     let default_max = (defaults.max_tokens > 0).then_some(defaults.max_tokens);
     Ok(Request {
         id: generate.request_id,
-        prompt_tokens: prompt_tokens(model, prompt)?,
+        prompt_tokens: prompt_tokens(model, prompt, context)?,
         generated: generate.generated,
         text_sent: generate.text_sent,
         stop: params.stop.clone(),
@@ -107,16 +143,22 @@ pub(crate) fn request(
         deadline,
         echo,
         ignore_eos: params.ignore_eos,
+        cache_salt: generate.cache_salt,
         params: sampling(params, defaults),
     })
 }
 
-fn prompt_tokens(model: &Model, prompt: Written) -> Result<Vec<u32>, Refusal> {
+fn prompt_tokens(model: &Model, prompt: Written, context: u32) -> Result<Vec<u32>, Refusal> {
     let tokenizer = model.tokenizer();
-    Ok(match prompt {
-        Written::Text(text) => tokenizer.encode(&text, EncodeOptions::RAW_PROMPT)?,
-        Written::Tokens(tokens) => tokens,
-        Written::Chat(prompt) => tokenizer.encode_prompt(&prompt)?,
+    let most = context as usize;
+    let encoded = match prompt {
+        Written::Text(text) => tokenizer.encode_within(&text, EncodeOptions::RAW_PROMPT, most),
+        Written::Tokens(tokens) => Ok(tokens),
+        Written::Chat(prompt) => tokenizer.encode_prompt_within(&prompt, most),
+    };
+    encoded.map_err(|error| match error {
+        TokenizerError::TooLong { .. } => Refusal::TooLong { context },
+        error => Refusal::Tokenizer(error),
     })
 }
 

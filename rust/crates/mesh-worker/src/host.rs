@@ -19,6 +19,7 @@ use crate::config::Config;
 use crate::encoder::HostedEncoder;
 use crate::error::WorkerError;
 use crate::models::{Models, may_be_fetched};
+use crate::preparations::Preparations;
 use crate::rings::Rings;
 use crate::templates::Templates;
 
@@ -29,6 +30,7 @@ pub(crate) struct Host {
     models: Arc<Models>,
     rings: Arc<Rings>,
     templates: Templates,
+    preparations: Preparations,
     /// Models that are not served because something is wrong with them, each with what that is.
     failed: Mutex<BTreeMap<String, String>>,
     /// Models offered in parts whose templates were looked at.
@@ -130,6 +132,7 @@ impl Host {
             models,
             rings,
             templates,
+            preparations: Preparations::default(),
             failed: Mutex::default(),
             looked_at: Mutex::default(),
         };
@@ -226,6 +229,11 @@ impl Host {
     /// What writes conversations as prompts.
     pub(crate) fn templates(&self) -> &Templates {
         &self.templates
+    }
+
+    /// Bounds what is prepared at once.
+    pub(crate) fn preparations(&self) -> &Preparations {
+        &self.preparations
     }
 
     /// Its parts in rings.
@@ -590,10 +598,17 @@ pub(crate) fn learn_turn_end(model: &Model, name: &str, templates: &Templates) {
         }
         Err(error) => tracing::debug!(model = name, %error, "the chat template has no answers"),
     }
+    match futures::executor::block_on(templates.render(template, Model::text_probe())) {
+        Ok(rendered) => model.learn_keeps_text(&rendered.text),
+        Err(error) => {
+            tracing::debug!(model = name, %error, "the chat template takes no long conversation")
+        }
+    }
 }
 
 /// What can be told of a model without loading it.
 pub(crate) fn card(name: &str, path: &Path, model: &Model, fingerprint: &str) -> ModelCard {
+    let spans = model.tokenizer().spans();
     ModelCard {
         name: name.to_owned(),
         architecture: model
@@ -611,6 +626,8 @@ pub(crate) fn card(name: &str, path: &Path, model: &Model, fingerprint: &str) ->
             false => model.gguf().file_len(),
         },
         quantization: quantization(model),
+        byte_spans: spans.map_or_else(Vec::new, |spans| spans.as_bytes().to_vec()),
+        keeps_text: model.keeps_text(),
         ..ModelCard::default()
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! [`Worker::start`] loads the models (`host`), joins the mesh and keeps the link to the head up (`head`). Each request
 //! of the head is a stream of its own (`answer`, `generate`, `encoder`), on which it says
-//! that it lives (`life`). Plain DCF tasks, as v5.0.0 heads send them, come over UDP
+//! that it lives (`life`). How much is prepared for engines at once is bounded (`preparations`). Plain DCF tasks, as v5.0.0 heads send them, come over UDP
 //! (`legacy`).
 
 #![forbid(unsafe_code)]
@@ -23,6 +23,7 @@ mod life;
 mod loading;
 mod metrics;
 mod models;
+mod preparations;
 mod rings;
 pub mod templates;
 mod worker;

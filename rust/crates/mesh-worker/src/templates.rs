@@ -15,6 +15,7 @@ use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use crate::preparations;
 use mesh_model::chat::{ChatError, ChatTemplate, RenderRequest, Rendered};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::alarm;
@@ -84,6 +85,8 @@ pub struct Templates {
 #[derive(Debug)]
 struct Seat {
     source: String,
+    /// For long conversations, so that they hold up each other only.
+    long: bool,
     process: tokio::sync::Mutex<Option<Process>>,
 }
 
@@ -149,7 +152,7 @@ impl Templates {
         template: &ChatTemplate,
         job: &[u8],
     ) -> Result<String, TemplateError> {
-        let seat = self.seat(template.source());
+        let seat = self.seat(template.source(), preparations::is_long(job.len()));
         let mut kept = seat.process.lock().await;
         // One that waits for work may have been ended by somebody else, which is not this conversation's fault.
         if let Some(process) = kept.take()
@@ -162,13 +165,15 @@ impl Templates {
         answer.unwrap_or(Err(TemplateError::TooLarge))
     }
 
-    fn seat(&self, source: &str) -> Arc<Seat> {
+    fn seat(&self, source: &str, long: bool) -> Arc<Seat> {
         let mut seats = self.seats.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = seats.iter().position(|seat| seat.source == source);
+        let same = |seat: &Arc<Seat>| seat.source == source && seat.long == long;
+        let found = seats.iter().position(same);
         let seat = match found.and_then(|index| seats.remove(index)) {
             Some(seat) => seat,
             None => Arc::new(Seat {
                 source: source.to_owned(),
+                long,
                 process: tokio::sync::Mutex::default(),
             }),
         };

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use super::slots::Salt;
 use super::{Owner, RequestKey};
 use crate::request::{Done, Event, Finish, Request, RequestError, TokenScore, Tokens};
 use crate::sampler::{self, Sampler, Scratch};
@@ -15,6 +16,8 @@ pub(super) struct Job {
     pub(super) id: String,
     /// Prompt and answer so far: what the KV cache has to hold to go on.
     pub(super) tokens: Vec<u32>,
+    /// Whose cached rows it may use.
+    pub(super) salt: Salt,
     /// KV rows that it may need at most.
     limit: u64,
     pub(super) deadline: Option<Instant>,
@@ -104,6 +107,10 @@ impl Job {
             key,
             id: request.id,
             tokens,
+            salt: Salt {
+                value: request.cache_salt,
+                goes_on: generated > 0,
+            },
             limit: prompt_tokens + max_tokens,
             deadline: request.deadline,
             reused: 0,
@@ -153,6 +160,11 @@ impl Job {
             preempted: false,
             run: 0,
             submitted: now,
+            // It reuses no rows.
+            salt: Salt {
+                value: 0,
+                goes_on: false,
+            },
             kind: Kind::Score(Vec::with_capacity(tokens.len() - 1)),
             tokens,
         })

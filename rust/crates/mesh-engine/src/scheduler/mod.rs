@@ -514,7 +514,7 @@ impl Scheduler {
             let placement = if job.is_score() {
                 self.slots.place_afresh()
             } else {
-                self.slots.place(&job.tokens)
+                self.slots.place(&job.tokens, job.salt)
             };
             let Some(placement) = placement else {
                 return;
@@ -548,7 +548,7 @@ impl Scheduler {
         } else if self.slots.cached_len(slot) > len {
             self.slot_ops.push(SlotOp::Truncate { slot, len });
         }
-        self.slots.claim(placement, &job.tokens, job.key);
+        self.slots.claim(placement, &job.tokens, job.salt, job.key);
         self.running.push(Running {
             job,
             slot,

@@ -15,8 +15,24 @@ struct Slot {
     /// Tokens whose KV rows the slot holds.
     cached: Vec<u32>,
     owner: Option<RequestKey>,
+    /// The salt of the request that the rows are of; `None` where rows are held that no request here left.
+    salt: Option<u64>,
     /// When it was last given up, in releases.
     released: u64,
+}
+
+/// Whose cached rows a request may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Salt {
+    pub(super) value: u64,
+    /// It goes on with an answer that was begun elsewhere: rows of unknown owners, mirrored from a lost stage, may be its own.
+    pub(super) goes_on: bool,
+}
+
+impl Salt {
+    fn fits(self, rows: Option<u64>) -> bool {
+        rows.map_or(self.goes_on, |salt| salt == self.value)
+    }
 }
 
 /// Where a request goes.
@@ -55,10 +71,17 @@ impl Slots {
     ///
     /// The longest common prefix wins. It is used in place if its slot is idle and little else is lost; otherwise it is
     /// copied, if that saves enough, to an empty slot or the one idle for the longest time.
-    pub(super) fn place(&self, tokens: &[u32]) -> Option<Placement> {
+    /// Rows of another salt are as good as none: how long a prefix of theirs is must not show.
+    pub(super) fn place(&self, tokens: &[u32], salt: Salt) -> Option<Placement> {
         let victim = self.victim()?;
         let reusable = &tokens[..tokens.len().saturating_sub(1)];
-        let common = |slot: SlotId| common_prefix(&self.slots[slot as usize].cached, reusable);
+        let common = |slot: SlotId| {
+            let slot = &self.slots[slot as usize];
+            match salt.fits(slot.salt) {
+                true => common_prefix(&slot.cached, reusable),
+                false => 0,
+            }
+        };
         let is_idle = |slot: SlotId| self.slots[slot as usize].owner.is_none();
 
         let source = (0..self.slots.len() as SlotId)
@@ -94,10 +117,17 @@ impl Slots {
     }
 
     /// Gives the slot of `placement` to `owner`; it then holds the reused rows only.
-    pub(super) fn claim(&mut self, placement: Placement, tokens: &[u32], owner: RequestKey) {
+    pub(super) fn claim(
+        &mut self,
+        placement: Placement,
+        tokens: &[u32],
+        salt: Salt,
+        owner: RequestKey,
+    ) {
         let slot = &mut self.slots[placement.slot as usize];
         debug_assert!(slot.owner.is_none());
         slot.owner = Some(owner);
+        slot.salt = Some(salt.value);
         slot.cached.clear();
         slot.cached
             .extend_from_slice(&tokens[..placement.reused as usize]);
@@ -117,6 +147,9 @@ impl Slots {
                 .cached
                 .truncate(common_prefix(&slot.cached, held).min(settled) as usize),
             None => {
+                if slot.cached.len() < held.len() || slot.cached[..held.len()] != *held {
+                    slot.salt = None;
+                }
                 slot.cached.clear();
                 slot.cached.extend_from_slice(held);
             }
@@ -174,10 +207,20 @@ const WORTH_COPYING: u32 = 16;
 mod tests {
     use super::*;
 
+    const MINE: Salt = Salt {
+        value: 1,
+        goes_on: false,
+    };
+    const THEIRS: Salt = Salt {
+        value: 2,
+        goes_on: false,
+    };
+
     fn slots(contents: &[(&[u32], bool)]) -> Slots {
         let mut slots = Slots::new(contents.len() as u32);
         for (i, (tokens, busy)) in contents.iter().enumerate() {
             slots.extend(i as SlotId, tokens);
+            slots.slots[i].salt = Some(MINE.value);
             if *busy {
                 slots.slots[i].owner = Some(i as RequestKey);
             } else {
@@ -194,16 +237,16 @@ mod tests {
     #[test]
     fn the_next_turn_takes_the_slot_of_its_conversation() {
         let slots = slots(&[(&[], false), (&range(0..50), false), (&[], false)]);
-        let place = slots.place(&range(0..80)).unwrap();
+        let place = slots.place(&range(0..80), MINE).unwrap();
         assert_eq!((place.slot, place.reused, place.copy_from), (1, 50, None));
     }
 
     #[test]
     fn the_last_token_is_always_left_to_compute() {
         let slots = slots(&[(&range(0..50), false)]);
-        assert_eq!(slots.place(&range(0..50)).unwrap().reused, 49);
-        assert_eq!(slots.place(&range(0..10)).unwrap().reused, 9);
-        assert_eq!(slots.place(&[0]).unwrap().reused, 0);
+        assert_eq!(slots.place(&range(0..50), MINE).unwrap().reused, 49);
+        assert_eq!(slots.place(&range(0..10), MINE).unwrap().reused, 9);
+        assert_eq!(slots.place(&[0], MINE).unwrap().reused, 0);
     }
 
     #[test]
@@ -212,28 +255,28 @@ mod tests {
         request.extend(500..520);
         let long = range(0..200);
         let place = slots(&[(&long, false), (&[], false)])
-            .place(&request)
+            .place(&request, MINE)
             .unwrap();
         assert_eq!(
             (place.slot, place.reused, place.copy_from),
             (1, 30, Some(0))
         );
         // With no other slot to go to, the conversation has to give way.
-        let place = slots(&[(&long, false)]).place(&request).unwrap();
+        let place = slots(&[(&long, false)]).place(&request, MINE).unwrap();
         assert_eq!((place.slot, place.reused, place.copy_from), (0, 30, None));
     }
 
     #[test]
     fn a_busy_slot_lends_its_rows_if_enough_of_them_match() {
         let slots = slots(&[(&range(0..40), true), (&[], false)]);
-        let place = slots.place(&range(0..60)).unwrap();
+        let place = slots.place(&range(0..60), MINE).unwrap();
         assert_eq!(
             (place.slot, place.reused, place.copy_from),
             (1, 40, Some(0))
         );
         let mut little = range(0..10);
         little.extend(900..950);
-        let place = slots.place(&little).unwrap();
+        let place = slots.place(&little, MINE).unwrap();
         assert_eq!((place.slot, place.reused, place.copy_from), (1, 0, None));
     }
 
@@ -241,8 +284,43 @@ mod tests {
     fn a_stranger_takes_an_empty_slot_then_the_one_idle_longest() {
         let stranger = [900, 901];
         let old_new_empty = [(&[1u32, 2][..], false), (&[3, 4], false), (&[], false)];
-        assert_eq!(slots(&old_new_empty).place(&stranger).unwrap().slot, 2);
-        assert_eq!(slots(&old_new_empty[..2]).place(&stranger).unwrap().slot, 0);
-        assert_eq!(slots(&[(&[1], true)]).place(&stranger), None);
+        assert_eq!(
+            slots(&old_new_empty).place(&stranger, MINE).unwrap().slot,
+            2
+        );
+        assert_eq!(
+            slots(&old_new_empty[..2])
+                .place(&stranger, MINE)
+                .unwrap()
+                .slot,
+            0
+        );
+        assert_eq!(slots(&[(&[1], true)]).place(&stranger, MINE), None);
+    }
+
+    #[test]
+    fn rows_of_another_salt_are_as_good_as_none() {
+        let prompt = range(0..80);
+        let mut slots = slots(&[(&range(0..50), false), (&[], false)]);
+        assert_eq!(slots.place(&prompt, MINE).unwrap().reused, 50);
+        let place = slots.place(&prompt, THEIRS).unwrap();
+        assert_eq!((place.slot, place.reused, place.copy_from), (1, 0, None));
+        slots.claim(place, &prompt, THEIRS, 7);
+        slots.extend(1, &prompt);
+        assert_eq!(slots.place(&prompt, THEIRS).unwrap().copy_from, Some(1));
+        assert_eq!(slots.place(&prompt, MINE).unwrap().reused, 50);
+    }
+
+    #[test]
+    fn rows_of_unknown_owners_are_for_answers_that_go_on() {
+        let prompt = range(0..80);
+        let mut slots = slots(&[(&[], false)]);
+        assert_eq!(slots.resume(0, &prompt[..60], u32::MAX), 60);
+        assert_eq!(slots.place(&prompt, MINE).unwrap().reused, 0);
+        let goes_on = Salt {
+            goes_on: true,
+            ..MINE
+        };
+        assert_eq!(slots.place(&prompt, goes_on).unwrap().reused, 60);
     }
 }

@@ -19,11 +19,12 @@ pub struct Prefix {
     pub tokens: u32,
 }
 
-/// Cuts a prompt into prefixes, shortest first, at most 256 of them.
-pub fn prefixes(model: &str, prompt: &Prompt) -> Vec<Prefix> {
+/// Cuts a prompt into prefixes, shortest first, at most 256 of them. Those of another salt are others.
+pub fn prefixes(model: &str, salt: u64, prompt: &Prompt) -> Vec<Prefix> {
     // Fixed keys: the same prompt has the same hash in every run. A forged collision costs a cache miss, nothing else.
     let mut hasher = DefaultHasher::new();
     hasher.write(model.as_bytes());
+    hasher.write_u64(salt);
     let mut bytes = 0;
     let mut found = Vec::new();
     let mut note = |hasher: &DefaultHasher, bytes: usize| {
@@ -134,11 +135,12 @@ mod tests {
     fn the_next_turn_finds_the_worker_of_the_one_before() {
         let mut affinity = Affinity::default();
         affinity.note(
-            &prefixes("m", &chat(&[("system", "be kind"), ("user", "hello")])),
+            &prefixes("m", 0, &chat(&[("system", "be kind"), ("user", "hello")])),
             WorkerId(7),
         );
         let next = prefixes(
             "m",
+            0,
             &chat(&[
                 ("system", "be kind"),
                 ("user", "hello"),
@@ -147,7 +149,11 @@ mod tests {
             ]),
         );
         assert_eq!(affinity.find(&next), Some((WorkerId(7), next[1].tokens)));
-        let other = prefixes("other", &chat(&[("system", "be kind"), ("user", "hello")]));
+        let other = prefixes(
+            "other",
+            0,
+            &chat(&[("system", "be kind"), ("user", "hello")]),
+        );
         assert_eq!(affinity.find(&other), None);
         affinity.forget(WorkerId(7));
         assert_eq!(affinity.find(&next), None);
@@ -156,8 +162,8 @@ mod tests {
 
     #[test]
     fn moving_text_between_messages_is_another_conversation() {
-        let one = prefixes("m", &chat(&[("user", "ab"), ("user", "c")]));
-        let two = prefixes("m", &chat(&[("user", "a"), ("user", "bc")]));
+        let one = prefixes("m", 0, &chat(&[("user", "ab"), ("user", "c")]));
+        let two = prefixes("m", 0, &chat(&[("user", "a"), ("user", "bc")]));
         assert_ne!(one.last().unwrap().hash, two.last().unwrap().hash);
     }
 

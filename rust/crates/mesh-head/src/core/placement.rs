@@ -1,13 +1,14 @@
 //! Registry, router and the bounded, fair queue: gives every request a worker, at once or when one has room.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::{Duration, Instant};
 
 use super::fair::{FairQueue, Full, Ingress, Source};
 use super::registry::{Registry, ServedModel, Worker, WorkerId};
 use super::rings::Prospect;
-use super::router::{Ask, Capacity, Choice, Estimate, Router};
+use super::router::{Ask, Capacity, Choice, Estimate, Purpose, Router};
+use super::share::Shares;
 
 /// Names a request within placement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -87,6 +88,16 @@ pub enum Refusal {
         /// The model asked for.
         model: String,
     },
+    /// No worker that serves the model has a context for so long a prompt.
+    #[error(
+        "This model's maximum context length is {context} tokens. However, your prompt has at least {least} tokens; shorten it"
+    )]
+    TooLong {
+        /// The largest context among them.
+        context: u32,
+        /// Tokens that the prompt has at least.
+        least: u64,
+    },
     /// Nobody serves such a model.
     #[error("the model {model:?} does not exist; GET /v1/models lists those that do")]
     UnknownModel {
@@ -130,6 +141,7 @@ pub struct Placement {
     /// Requests that lost their places in the queue, and are to be told.
     displaced: Vec<(Ticket, Refusal)>,
     running: BTreeMap<Ticket, Running>,
+    shares: Shares,
     /// Models that rings are to serve and do not serve now.
     prospects: BTreeMap<String, Prospect>,
 }
@@ -150,6 +162,8 @@ struct Running {
     source: Source,
     /// Its first token came.
     streams: bool,
+    /// It has its worker for itself until then.
+    alone: bool,
     model: String,
     ring: Option<u64>,
     started: Instant,
@@ -168,6 +182,7 @@ impl Placement {
             queue: FairQueue::new(limits.queue),
             displaced: Vec::new(),
             running: BTreeMap::new(),
+            shares: Shares::default(),
             prospects: BTreeMap::new(),
         }
     }
@@ -175,12 +190,26 @@ impl Placement {
     /// Asks for a worker. A `rerun` has waited its turn already: it goes to the front of the queue, past its bound, and
     /// may wait for a worker to join. Any request waits for a ring that is being formed or recovers.
     pub fn ask(&mut self, ticket: Ticket, ask: Ask, rerun: bool, now: Instant) -> Asked {
+        if !rerun
+            && !self.is_coming(&ask.model)
+            && let Some((context, least)) = self.router.too_long(&self.registry, &ask)
+        {
+            return Asked::Refused(Refusal::TooLong { context, least });
+        }
+        let held = held(&self.running, ask.source, &ask.model);
+        let requests = held + self.queue.waiting_of(ask.source) + 1;
+        self.shares.note(&ask.model, ask.source, requests, now);
+        let has_share = rerun || has_share(&self.shares, &self.registry, &ask, held, now);
         let class = class_of(&ask);
+        // Those come first that wait for the same and are due, or to be alone with a worker.
+        let mut due = Due::new(self);
+        let first = |waiting: &Waiting| {
+            waiting.ask.alone && waiting.ask.model == ask.model
+                || waiting.class == class && due.is(waiting, now)
+        };
         let nobody_since = match self.router.choose(&self.registry, &ask, now) {
-            // Requests that wait for the same come first; `pump` gives that room away.
-            Choice::Worker(..) if !rerun && self.queue.any(|waiting| waiting.class == class) => {
-                None
-            }
+            // `pump` gives that room away.
+            Choice::Worker(..) if !has_share || !rerun && self.queue.any(first) => None,
             Choice::Worker(id, estimate) => {
                 return Asked::Placed(self.place(ticket, &ask, id, estimate, now));
             }
@@ -251,14 +280,30 @@ impl Placement {
                 keep
             });
         }
+        self.shares.expire(now);
         for (ticket, ask) in expired {
             decided.push((ticket, Err(self.nobody(&ask))));
         }
         loop {
             let mut found = None;
             let (router, registry) = (&self.router, &self.registry);
+            let mut due = Due {
+                shares: &self.shares,
+                registry,
+                running: &self.running,
+                known: HashMap::new(),
+            };
+            // Models for which a request waits to be alone with a worker: others would keep it waiting for ever.
+            let mut held: BTreeSet<String> = BTreeSet::new();
             let taken = self.queue.take_next(|waiting| {
-                if room.get(&waiting.class) != Some(&Room::Perhaps) {
+                if held.contains(&waiting.ask.model) || !due.is(waiting, now) {
+                    return false;
+                }
+                let of_class = room.get(&waiting.class);
+                if of_class != Some(&Room::Perhaps) {
+                    if waiting.ask.alone && of_class == Some(&Room::No) {
+                        held.insert(waiting.ask.model.clone());
+                    }
                     return false;
                 }
                 match router.choose(registry, &waiting.ask, now) {
@@ -268,6 +313,9 @@ impl Placement {
                     }
                     Choice::Busy | Choice::Nobody => {
                         room.insert(waiting.class, Room::No);
+                        if waiting.ask.alone {
+                            held.insert(waiting.ask.model.clone());
+                        }
                         false
                     }
                 }
@@ -290,11 +338,14 @@ impl Placement {
         let Some(running) = self.running.get_mut(&ticket) else {
             return;
         };
-        running.streams = true;
+        let started = !std::mem::replace(&mut running.streams, true);
+        let alone = std::mem::take(&mut running.alone);
         let prefilled = std::mem::take(&mut running.prefilling);
         let Some(worker) = self.registry.get_mut(running.worker) else {
             return;
         };
+        worker.unstarted = worker.unstarted.saturating_sub(u32::from(started));
+        worker.alone &= !alone;
         worker.prefilling = worker.prefilling.saturating_sub(prefilled);
         worker.last_success = Some(now);
         if let Some(model) = model_of(worker, &running.model) {
@@ -325,6 +376,8 @@ impl Placement {
             }
         }
         worker.assigned = worker.assigned.saturating_sub(1);
+        worker.unstarted = worker.unstarted.saturating_sub(u32::from(!running.streams));
+        worker.alone &= !running.alone;
         worker.prefilling = worker.prefilling.saturating_sub(running.prefilling);
         match ended {
             Ended::Complete => {
@@ -423,6 +476,8 @@ impl Placement {
             .get_mut(id)
             .expect("the router chooses from this registry");
         worker.assigned += 1;
+        worker.unstarted += 1;
+        worker.alone |= ask.alone;
         worker.prefilling += prefilling;
         let served = worker.model(&ask.model);
         let placed = Placed {
@@ -442,6 +497,7 @@ impl Placement {
                 worker: id,
                 source: ask.source,
                 streams: false,
+                alone: ask.alone,
                 model: placed.model.clone(),
                 ring: placed.ring,
                 started: now,
@@ -489,6 +545,58 @@ impl Placement {
     }
 }
 
+/// Which waiting requests are due, as far as the shares of their sources go.
+struct Due<'a> {
+    shares: &'a Shares,
+    registry: &'a Registry,
+    running: &'a BTreeMap<Ticket, Running>,
+    /// What was found out, by source and class.
+    known: HashMap<(Source, u64), bool>,
+}
+
+impl<'a> Due<'a> {
+    fn new(of: &'a Placement) -> Self {
+        Self {
+            shares: &of.shares,
+            registry: &of.registry,
+            running: &of.running,
+            known: HashMap::new(),
+        }
+    }
+
+    fn is(&mut self, waiting: &Waiting, now: Instant) -> bool {
+        let ask = &waiting.ask;
+        let (shares, registry, running) = (self.shares, self.registry, self.running);
+        *self
+            .known
+            .entry((ask.source, waiting.class))
+            .or_insert_with(|| {
+                let held = held(running, ask.source, &ask.model);
+                has_share(shares, registry, ask, held, now)
+            })
+    }
+}
+
+/// Requests of `source` that run on `model`.
+fn held(running: &BTreeMap<Ticket, Running>, source: Source, model: &str) -> usize {
+    let same = |running: &&Running| running.source == source && running.model == model;
+    running.values().filter(same).count()
+}
+
+/// Whether the source of a request may have one more slot of its model.
+fn has_share(shares: &Shares, registry: &Registry, ask: &Ask, held: usize, now: Instant) -> bool {
+    // Embeddings have slots for parts, which end soon. What has failed elsewhere has waited its turn.
+    if ask.purpose != Purpose::Chat || !ask.avoid.is_empty() {
+        return true;
+    }
+    let serving = registry
+        .iter()
+        .filter_map(|worker| worker.model(&ask.model));
+    let slots: usize = serving.map(|model| model.card.slots.max(1) as usize).sum();
+    // Of workers without an identity nobody knows how many they have.
+    slots == 0 || held < shares.most(&ask.model, ask.source, slots, now)
+}
+
 /// Room for a class of requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Room {
@@ -502,7 +610,7 @@ enum Room {
 fn class_of(ask: &Ask) -> u64 {
     let mut hasher = DefaultHasher::new();
     (&ask.model, ask.purpose, ask.legacy, ask.revision).hash(&mut hasher);
-    (&ask.fingerprint, &ask.avoid).hash(&mut hasher);
+    (&ask.fingerprint, &ask.avoid, ask.alone).hash(&mut hasher);
     hasher.finish()
 }
 
@@ -528,6 +636,7 @@ mod tests {
     use mesh_proto::{Hello, ModelCard};
 
     use super::super::fair::Origin;
+    use super::super::length::Length;
     use super::*;
 
     const GRACE: Duration = Duration::from_secs(5);
@@ -609,6 +718,127 @@ mod tests {
             answer_tokens: 10,
             ..Default::default()
         }
+    }
+
+    #[test]
+    fn one_source_with_many_answers_leaves_slots_to_another_that_asks_now_and_then() {
+        let now = Instant::now();
+        let mut placement = placement(2048);
+        join(&mut placement, "a", 8, now);
+        let of = |number| Ask {
+            source: Source {
+                ingress: Ingress::Http,
+                origin: Origin::Key(number),
+            },
+            ..ask()
+        };
+        let placed = |asked| matches!(asked, Asked::Placed(_));
+        assert!(placed(placement.ask(Ticket(0), of(2), false, now)));
+        placement.release(Ticket(0), Ended::Complete, now);
+        // 80 connections, 16 answers each.
+        let greedy = (1..1281).filter(|&t| placed(placement.ask(Ticket(t), of(1), false, now)));
+        assert_eq!(greedy.count(), 7);
+        assert!(placement.pump(now).is_empty());
+        assert!(
+            placed(placement.ask(Ticket(9000), of(2), false, now)),
+            "at once"
+        );
+        placement.release(Ticket(9000), Ended::Complete, now);
+        assert!(
+            placement.pump(now).is_empty(),
+            "it stays free for the next one"
+        );
+        // Nobody else has asked for long: all of it.
+        let later = now + Duration::from_secs(60);
+        assert_eq!(placement.pump(later).len(), 1);
+    }
+
+    #[test]
+    fn a_suspect_is_alone_with_a_worker_until_its_first_token() {
+        let now = Instant::now();
+        let mut placement = placement(8);
+        let only = join(&mut placement, "a", 4, now);
+        let suspect = || Ask {
+            alone: true,
+            ..ask()
+        };
+        // Another request waits for its first token there.
+        assert!(matches!(
+            placement.ask(Ticket(1), ask(), false, now),
+            Asked::Placed(_)
+        ));
+        assert_eq!(
+            placement.ask(Ticket(2), suspect(), true, now),
+            Asked::Waiting
+        );
+        assert_eq!(
+            placement.ask(Ticket(3), suspect(), true, now),
+            Asked::Waiting
+        );
+        // Newcomers do not keep it waiting.
+        assert_eq!(placement.ask(Ticket(4), ask(), false, now), Asked::Waiting);
+        assert!(placement.pump(now).is_empty());
+        let placed = |placement: &mut Placement| -> Vec<u64> {
+            let decided = placement.pump(now).into_iter();
+            decided
+                .map(|(ticket, placed)| placed.map(|_| ticket.0).unwrap())
+                .collect()
+        };
+        placement.first_token(Ticket(1), now);
+        assert_eq!(placed(&mut placement), [3], "one of them, alone");
+        assert!(placed(&mut placement).is_empty());
+        placement.first_token(Ticket(3), now);
+        assert_eq!(placed(&mut placement), [2]);
+        // The worker of one that gave up is everybody's again.
+        placement.release(Ticket(2), Ended::Cancelled, now);
+        assert_eq!(placed(&mut placement), [4]);
+        let worker = placement.registry.get(only).unwrap();
+        assert_eq!(
+            (worker.unstarted, worker.alone, worker.assigned),
+            (1, false, 3)
+        );
+    }
+
+    #[test]
+    fn a_prompt_that_is_too_long_for_all_is_refused_before_anybody_gets_it() {
+        let now = Instant::now();
+        let mut placement = placement(8);
+        let card = ModelCard {
+            name: "m".into(),
+            slots: 4,
+            context: 8192,
+            byte_spans: vec![16; 256],
+            keeps_text: true,
+            ..Default::default()
+        };
+        let hello = |card: &ModelCard| Hello {
+            models: vec![card.clone()],
+            ..Default::default()
+        };
+        let address = ([127, 0, 0, 1], 1).into();
+        placement.registry.join("a", address, hello(&card), now);
+        let long = Ask {
+            length: Length::of(&mesh_proto::Prompt::Text("1".repeat(8 << 20))),
+            ..ask()
+        };
+        let refused = Refusal::TooLong {
+            context: 8192,
+            least: (8 << 20) / 16,
+        };
+        assert_eq!(
+            placement.ask(Ticket(1), long.clone(), false, now),
+            Asked::Refused(refused)
+        );
+        // A worker that cannot tell how long it is may serve it.
+        let unknown = ModelCard {
+            byte_spans: Vec::new(),
+            ..card
+        };
+        placement.registry.join("b", address, hello(&unknown), now);
+        assert!(matches!(
+            placement.ask(Ticket(2), long, false, now),
+            Asked::Placed(_)
+        ));
     }
 
     #[test]

@@ -129,6 +129,10 @@ pub struct Worker {
     pub proven: bool,
     /// Requests of this head that run on it.
     pub assigned: u32,
+    /// Those of them whose first token has not come yet.
+    pub unstarted: u32,
+    /// One of those is suspected of the death of another worker and has this one for itself.
+    pub alone: bool,
     /// Prompt tokens of those whose first token has not come yet.
     pub prefilling: u64,
     /// Answers it completed.
@@ -562,6 +566,8 @@ impl Registry {
             last_success: None,
             proven: false,
             assigned: 0,
+            unstarted: 0,
+            alone: false,
             prefilling: 0,
             completed: 0,
             failed: 0,

@@ -129,6 +129,20 @@ pub enum AnswerError {
         /// What the last one said.
         last: String,
     },
+    /// Workers died that had it.
+    #[error(
+        "{deaths} workers died while they had this request{}, so it is not tried again; change it, or ask again if they died of \
+         something else: {last}",
+        if *silent { " and had not begun to answer it" } else { "" }
+    )]
+    WorkersDied {
+        /// Workers that died.
+        deaths: u32,
+        /// Before its first token.
+        silent: bool,
+        /// What was seen of the last one.
+        last: String,
+    },
     /// The head is shutting down.
     #[error("this head is shutting down; ask again in a moment, or ask another head")]
     ShuttingDown,
@@ -137,8 +151,10 @@ pub enum AnswerError {
 /// How an attempt failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Failure {
-    /// The link or the stream broke.
+    /// The stream broke.
     Lost(String),
+    /// The worker is gone: its link broke.
+    Died(String),
     /// The worker answered with an Error.
     Error {
         /// Its code.
@@ -165,6 +181,12 @@ pub struct Answer {
     pace: Pace,
     failures: u32,
     failed_on: Vec<WorkerId>,
+    /// Workers that died while they had it.
+    deaths: u32,
+    /// A token came in this attempt.
+    answered: bool,
+    /// Those of them from which no token had come.
+    silent_deaths: u32,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -206,6 +228,9 @@ impl Answer {
             pace: Pace::default(),
             failures: 0,
             failed_on: Vec::new(),
+            deaths: 0,
+            answered: false,
+            silent_deaths: 0,
         }
     }
 
@@ -222,6 +247,11 @@ impl Answer {
     /// Workers that failed on it.
     pub fn failed_on(&self) -> &[WorkerId] {
         &self.failed_on
+    }
+
+    /// True if a worker died of it, perhaps: the next one had better have nothing else to begin.
+    pub fn is_suspect(&self) -> bool {
+        self.silent_deaths > 0 || self.deaths >= SUSPECT_AFTER
     }
 
     /// Attempts that failed so far.
@@ -273,6 +303,7 @@ impl Answer {
     /// A worker was found, which the router expects to send its first token after `expected`.
     pub fn placed(&mut self, worker: WorkerId, expected: Duration, now: Instant) -> Resume {
         self.attempt += 1;
+        self.answered = false;
         self.placed_at = now;
         let allowance = self.limits.first_token + expected.saturating_mul(10);
         self.phase = Phase::Running {
@@ -352,6 +383,7 @@ impl Answer {
         }
 
         if !tokens.tokens.is_empty() {
+            self.answered = true;
             self.heard(now);
             self.waiting_since = now;
             self.first_token.get_or_insert(now);
@@ -398,6 +430,7 @@ impl Answer {
         };
         let (code, text) = match failure {
             Failure::Lost(text) => return self.again(worker, text, Ended::Failed),
+            Failure::Died(text) => return self.died(worker, text),
             Failure::Error { code, text } => (code, text),
         };
         match code {
@@ -501,6 +534,22 @@ impl Answer {
         *allowance = self.pace.allowance(self.limits.silence);
     }
 
+    /// A worker died. Perhaps of this request: then it must not go on to kill one after the other.
+    fn died(&mut self, worker: WorkerId, text: String) -> Step {
+        self.deaths += 1;
+        self.silent_deaths += u32::from(!self.answered);
+        if self.silent_deaths < MOST_SILENT_DEATHS && self.deaths < MOST_DEATHS {
+            return self.again(worker, text, Ended::Failed);
+        }
+        self.failures += 1;
+        let error = AnswerError::WorkersDied {
+            deaths: self.deaths,
+            silent: self.silent_deaths == self.deaths,
+            last: text,
+        };
+        self.fail(error, Ended::Failed)
+    }
+
     fn again(&mut self, worker: WorkerId, text: String, ended: Ended) -> Step {
         self.failures += 1;
         self.failed_on.push(worker);
@@ -540,6 +589,14 @@ impl Pace {
 }
 
 const PACE_WEIGHT: f64 = 0.1;
+
+/// Deaths of workers before a request's first token that end it: the first may be chance, and the second worker had nothing else
+/// to begin.
+const MOST_SILENT_DEATHS: u32 = 2;
+/// Deaths at any time that end it.
+const MOST_DEATHS: u32 = 4;
+/// Deaths at any time after which it is given a worker for itself.
+const SUSPECT_AFTER: u32 = 2;
 
 #[cfg(test)]
 mod tests;

@@ -10,6 +10,7 @@ use mesh_proto::ModelKind;
 
 use super::affinity::{Affinity, Prefix};
 use super::fair::Source;
+use super::length::Length;
 use super::registry::{Registry, ServedModel, Worker, WorkerId, batch_gain};
 
 /// What a request needs of a worker.
@@ -35,6 +36,10 @@ pub struct Ask {
     pub revision: u32,
     /// The source of the request.
     pub source: Source,
+    /// What can be told of the prompt's length.
+    pub length: Length,
+    /// Workers died that had this request before its first token: no other may share its fate.
+    pub alone: bool,
 }
 
 /// What a request wants of a model.
@@ -151,6 +156,15 @@ impl Router {
             })
     }
 
+    /// The largest context for a request and the tokens that it has at least, if it is too long for every worker that serves it.
+    pub fn too_long(&self, registry: &Registry, ask: &Ask) -> Option<(u32, u64)> {
+        let serving = registry.iter().filter(|worker| serves(worker, ask));
+        let cards = serving.map(|worker| worker.model(&ask.model).map(|model| &model.card));
+        // A worker without an identity says nothing of what it serves.
+        let cards: Option<Vec<_>> = cards.collect();
+        ask.length.exceeds(cards?)
+    }
+
     /// Notes that `worker` was given this request.
     pub fn assigned(&mut self, registry: &mut Registry, worker: WorkerId, ask: &Ask) {
         self.turn += 1;
@@ -171,6 +185,9 @@ impl Router {
         if worker.busy_until.is_some_and(|until| now < until) {
             return false;
         }
+        if worker.alone {
+            return false;
+        }
         // Requests wait there though slots are free: memory is short. They had better wait here, where whoever has room takes them.
         if worker.queues(&ask.model, self.capacity.ahead, now) {
             return false;
@@ -179,7 +196,12 @@ impl Router {
             Some(model) => model.card.slots.max(1).saturating_add(self.capacity.ahead),
             None => self.capacity.legacy,
         };
-        worker.assigned < capacity
+        // The cause of another death must be plain: so at once, and where nobody else waits for a first token.
+        if ask.alone && worker.unstarted > 0 {
+            return false;
+        }
+        let ahead = if ask.alone { self.capacity.ahead } else { 0 };
+        worker.assigned < capacity.saturating_sub(ahead).max(1)
     }
 }
 

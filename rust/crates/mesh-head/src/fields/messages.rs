@@ -19,6 +19,13 @@ pub fn messages(value: &Value) -> Result<Chat, Invalid> {
             "'messages' is empty: give at least one message",
         ));
     }
+    if list.len() > MOST_MESSAGES {
+        let text = format!(
+            "'messages' has {} messages, at most {MOST_MESSAGES} are allowed",
+            list.len()
+        );
+        return Err(Invalid::new("messages", text));
+    }
     let messages = list
         .iter()
         .enumerate()
@@ -95,6 +102,9 @@ fn variables(fields: Fields<'_>) -> Result<Map<String, Value>, Invalid> {
     Ok(variables)
 }
 
+/// No context holds more.
+const MOST_MESSAGES: usize = 4096;
+
 /// Variables of a template that are not the client's to set.
 const RESERVED: &[&str] = &["messages", "bos_token", "eos_token"];
 
@@ -102,7 +112,7 @@ fn message(path: &str, value: &Value) -> Result<ChatMessage, Invalid> {
     let Some(map) = value.as_object() else {
         return Err(Invalid::wrong_type(path, "an object", value));
     };
-    let fields = Fields(map);
+    let fields = Fields::new(map);
     for name in ["tool_calls", "function_call", "audio"] {
         if fields
             .get(name)

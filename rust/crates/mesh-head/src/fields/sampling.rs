@@ -80,6 +80,8 @@ fn stop(fields: Fields<'_>) -> Result<Vec<String>, Invalid> {
         Some(Value::String(text)) => vec![text.clone()],
         Some(Value::Array(list)) => list
             .iter()
+            // Whatever is behind those, there are too many.
+            .take(64 * STOP_TEXTS)
             .enumerate()
             .map(|(index, value)| match value {
                 Value::String(text) => Ok(text.clone()),
@@ -144,6 +146,15 @@ fn logit_bias(fields: Fields<'_>) -> Result<Vec<LogitBias>, Invalid> {
         Some([token, bias]) => entry(&token.to_string(), bias.as_f64()),
         _ => Err(wrong(&pair.to_string())),
     };
+    let entries = match fields.get("logit_bias") {
+        Some(Value::Object(biases)) => biases.len(),
+        Some(Value::Array(pairs)) => pairs.len(),
+        _ => 0,
+    };
+    if entries > MOST_BIASES {
+        let text = format!("'logit_bias' has {entries} entries, at most {MOST_BIASES} are allowed");
+        return Err(Invalid::new("logit_bias", text));
+    }
     match fields.get("logit_bias") {
         None => Ok(Vec::new()),
         Some(Value::Object(biases)) => biases
@@ -155,6 +166,8 @@ fn logit_bias(fields: Fields<'_>) -> Result<Vec<LogitBias>, Invalid> {
     }
 }
 
+/// More than anybody names; every one is looked at for every token.
+const MOST_BIASES: usize = 4096;
 /// The OpenAI API allows 4; more do no harm.
 const STOP_TEXTS: usize = 16;
 /// As many as workers take.

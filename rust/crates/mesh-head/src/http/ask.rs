@@ -1,13 +1,16 @@
 //! What a request body of `/v1/chat/completions` or `/v1/completions` asks for.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use mesh_proto::{GenerateParams, Prompt, TokenList};
 use serde_json::{Map, Value, json};
 
 use crate::core::fair::Source;
 use crate::fields::{self, Fields, Invalid, check, conversation, sampling, whole_number};
+use crate::ids;
+use crate::json::{self, Lists};
 use crate::task::Task;
-use crate::{ids, json};
 
 /// Which of the two APIs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,7 +38,7 @@ pub(super) struct Asked {
     /// Model named in it.
     pub model: Option<String>,
     /// What to answer, several only in `/v1/completions`.
-    pub prompts: Vec<Prompt>,
+    pub prompts: Vec<Arc<Prompt>>,
     /// How to answer.
     pub params: GenerateParams,
     /// Answers per prompt.
@@ -56,8 +59,8 @@ impl Asked {
     /// # Errors
     /// [`Invalid`] names the field that is wrong or not supported.
     pub(super) fn parse(api: Api, body: &[u8], choices_limit: u32) -> Result<Self, Invalid> {
-        let map = json::object(body)?;
-        let fields = Fields::new(&map);
+        let object = json::object(body)?;
+        let fields = Fields::of(&object);
         let ignored = check(api.into(), fields)?
             .into_iter()
             .map(str::to_owned)
@@ -100,9 +103,10 @@ impl Asked {
             None => false,
         };
         let legacy = match &prompts[..] {
-            [prompt] if choices == 1 => plain_task(prompt, &params, &map),
+            [prompt] if choices == 1 => plain_task(prompt, &params, fields.map()),
             _ => None,
         };
+        let prompts = prompts.into_iter().map(Arc::new).collect();
         Ok(Self {
             api,
             model,
@@ -114,6 +118,23 @@ impl Asked {
             ignored,
             legacy,
         })
+    }
+
+    /// Answers that it asks for.
+    pub(super) fn answers(&self) -> usize {
+        self.prompts.len() * self.choices as usize
+    }
+
+    /// Bytes of memory that it may need from now on: its prompts, each once as it is and once on its way to a worker, and its answers.
+    pub(super) fn memory(&self) -> u64 {
+        let prompts: usize = self.prompts.iter().map(|prompt| bytes_of(prompt)).sum();
+        let tokens = self
+            .params
+            .max_tokens
+            .unwrap_or(USUAL_TOKENS)
+            .min(MOST_TOKENS);
+        let answer = PER_ANSWER + BYTES_A_TOKEN * u64::from(tokens);
+        2 * prompts as u64 + self.answers() as u64 * answer
     }
 
     /// One task per answer, in the order of the choices' indices. `old_workers` may be asked, too.
@@ -138,6 +159,7 @@ impl Asked {
                     params,
                     legacy: self.legacy.clone().filter(|_| old_workers),
                     source: Source::default(),
+                    salt: 0,
                 });
             }
         }
@@ -304,6 +326,25 @@ fn prompts(fields: Fields<'_>) -> Result<Vec<Prompt>, Invalid> {
             tokens: ids.collect::<Option<Vec<u32>>>()?,
         }))
     };
+    let of_ids = |tokens: &Vec<u32>| {
+        Prompt::Tokens(TokenList {
+            tokens: tokens.clone(),
+        })
+    };
+    match fields.lists("prompt") {
+        Some(Lists::One(tokens)) => return Ok(vec![of_ids(tokens)]),
+        Some(Lists::Many(lists)) if lists.len() as u64 <= MOST_ANSWERS => {
+            return Ok(lists.iter().map(of_ids).collect());
+        }
+        Some(Lists::Many(lists)) => {
+            let text = format!(
+                "{} prompts are over the limit of {MOST_ANSWERS} answers",
+                lists.len()
+            );
+            return Err(Invalid::new("prompt", text));
+        }
+        None => {}
+    }
     let prompts = match fields.get("prompt") {
         None => {
             return Err(Invalid::new(
@@ -330,6 +371,27 @@ fn prompts(fields: Fields<'_>) -> Result<Vec<Prompt>, Invalid> {
     };
     Ok(prompts)
 }
+
+/// Bytes of a prompt as it is held.
+fn bytes_of(prompt: &Prompt) -> usize {
+    match prompt {
+        Prompt::Text(text) => text.len(),
+        Prompt::Tokens(list) => list.tokens.len() * size_of::<u32>(),
+        Prompt::Chat(chat) => {
+            let messages = chat.messages.iter();
+            let texts = messages.map(|m| m.content.len() + m.role.len() + size_of_val(m));
+            texts.sum::<usize>() + chat.template_variables.len()
+        }
+    }
+}
+
+/// What a running answer takes besides its tokens.
+const PER_ANSWER: u64 = 8 << 10;
+/// A token with its text.
+const BYTES_A_TOKEN: u64 = 16;
+/// Tokens of an answer that is not limited, and of one that is limited far away: more memory is taken only by what really came.
+const USUAL_TOKENS: u32 = 512;
+const MOST_TOKENS: u32 = 4096;
 
 /// What the OpenAI API answers with where `/v1/completions` names no `max_tokens`.
 const DEFAULT_COMPLETION: u32 = 16;

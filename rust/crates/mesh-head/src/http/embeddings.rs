@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::core::fair::Origin;
 use crate::embed::{EmbedTask, Embedded};
 use crate::fields::{Api, Fields, Invalid, check, whole_number};
-use crate::json;
+use crate::json::{self, Lists};
 
 /// A request, checked.
 #[derive(Debug, Clone, PartialEq)]
@@ -28,8 +28,8 @@ impl AskedEmbeddings {
     /// # Errors
     /// [`Invalid`] names the field that is wrong or not supported.
     pub fn parse(body: &[u8]) -> Result<Self, Invalid> {
-        let map = json::object(body)?;
-        let fields = Fields::new(&map);
+        let object = json::object(body)?;
+        let fields = Fields::of(&object);
         let ignored = check(Api::Embeddings, fields)?;
         let ignored = ignored.into_iter().map(str::to_owned).collect();
         Ok(Self {
@@ -158,6 +158,22 @@ fn inputs(fields: Fields<'_>) -> Result<Vec<EmbedInput>, Invalid> {
         }
         Ok(input(EmbedText::Tokens(TokenList { tokens })))
     };
+    let of_ids = |tokens: &Vec<u32>| match tokens.is_empty() {
+        true => Err(empty()),
+        false => Ok(input(EmbedText::Tokens(TokenList {
+            tokens: tokens.clone(),
+        }))),
+    };
+    let too_many = |count| {
+        let text = format!("{count} inputs are more than the limit of {MOST_INPUTS}");
+        Invalid::new("input", text)
+    };
+    match fields.lists("input") {
+        Some(Lists::One(tokens)) => return Ok(vec![of_ids(tokens)?]),
+        Some(Lists::Many(lists)) if lists.len() > MOST_INPUTS => return Err(too_many(lists.len())),
+        Some(Lists::Many(lists)) => return lists.iter().map(of_ids).collect(),
+        None => {}
+    }
     let list = match fields.get("input") {
         None => return Err(Invalid::new("input", "Missing required parameter: 'input'")),
         Some(value @ Value::String(_)) => return Ok(vec![text(value)?]),
@@ -169,11 +185,7 @@ fn inputs(fields: Fields<'_>) -> Result<Vec<EmbedInput>, Invalid> {
         Some(_) => return Err(wrong()),
     };
     if list.len() > MOST_INPUTS {
-        let text = format!(
-            "{} inputs are more than the limit of {MOST_INPUTS}",
-            list.len()
-        );
-        return Err(Invalid::new("input", text));
+        return Err(too_many(list.len()));
     }
     match list.first() {
         Some(Value::String(_)) => list.iter().map(text).collect(),

@@ -5,6 +5,7 @@ use axum::response::{IntoResponse, Response};
 use dcf::ErrorCode;
 use serde::Serialize;
 
+use crate::core::memory::TooMuch;
 use crate::core::placement::Refusal;
 use crate::core::request::AnswerError;
 use crate::fields::Invalid;
@@ -43,8 +44,10 @@ impl ApiError {
 
     /// Too many requests of one client.
     pub fn too_many(limit: usize) -> Self {
-        let message =
-            format!("{limit} requests of yours are running already; wait for one to finish");
+        let message = format!(
+            "{limit} answers to you, as many as one client may have (http.concurrent_requests), are running already, or would be; wait \
+             for one to finish, or ask for fewer"
+        );
         Self {
             retry_after: Some(1),
             ..Self::new(
@@ -125,6 +128,19 @@ impl From<Invalid> for ApiError {
     }
 }
 
+impl From<TooMuch> for ApiError {
+    fn from(error: TooMuch) -> Self {
+        let (status, code) = match error {
+            TooMuch::Yours { .. } => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_exceeded"),
+            TooMuch::All { .. } => (StatusCode::SERVICE_UNAVAILABLE, "overloaded"),
+        };
+        Self {
+            retry_after: Some(1),
+            ..Self::new(status, code, error.to_string())
+        }
+    }
+}
+
 impl From<&AnswerError> for ApiError {
     fn from(error: &AnswerError) -> Self {
         let message = error.to_string();
@@ -135,6 +151,9 @@ impl From<&AnswerError> for ApiError {
                     retry_after: Some(5),
                     ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "no_worker", message)
                 },
+                Refusal::TooLong { .. } => {
+                    Self::new(StatusCode::BAD_REQUEST, "context_length_exceeded", message)
+                }
                 Refusal::TooOld { .. } => {
                     Self::new(StatusCode::SERVICE_UNAVAILABLE, "no_worker", message)
                 }
@@ -161,7 +180,7 @@ impl From<&AnswerError> for ApiError {
                 retry_after: Some(5),
                 ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", message)
             },
-            AnswerError::WorkersFailed { .. } => {
+            AnswerError::WorkersFailed { .. } | AnswerError::WorkersDied { .. } => {
                 Self::new(StatusCode::BAD_GATEWAY, "workers_failed", message)
             }
             AnswerError::ShuttingDown => Self {

@@ -13,10 +13,12 @@ use sha2::{Digest, Sha256};
 use subtle::{Choice, ConstantTimeEq};
 
 use crate::core::fair::Origin;
+use crate::ids;
+use crate::mesh::Lease;
 
 /// The keys of one head. Only their hashes are held. Clones share them, so that keys that are read again count everywhere.
 #[derive(Clone)]
-pub struct Keys(Arc<RwLock<Known>>);
+pub struct Keys(Arc<RwLock<Known>>, Salts);
 
 #[derive(PartialEq)]
 struct Known {
@@ -26,6 +28,30 @@ struct Known {
 }
 
 type KeyHash = [u8; 32];
+
+/// Makes of each key what workers tell requests of different keys apart by. It says nothing about the key: it is made with a secret
+/// that this process alone has.
+#[derive(Clone, Copy)]
+struct Salts(KeyHash);
+
+impl Salts {
+    fn new() -> Self {
+        // Were there no secret, requests of different keys would still be told apart.
+        Self(hash(&ids::secret().unwrap_or_default()))
+    }
+
+    /// Never 0, which is for requests without keys.
+    fn of(self, key: &KeyHash) -> u64 {
+        let digest = Sha256::new()
+            .chain_update(self.0)
+            .chain_update(key)
+            .finalize();
+        let first = digest
+            .first_chunk()
+            .map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        first.max(1)
+    }
+}
 
 /// Whom a request comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -76,7 +102,7 @@ impl Keys {
     /// [`KeysError`] names the file.
     pub fn load(state_dir: &Path, api_keys_file: Option<&Path>) -> Result<Self, KeysError> {
         let known = Known::read(state_dir, api_keys_file, &[])?;
-        Ok(Self(Arc::new(RwLock::new(known))))
+        Ok(Self(Arc::new(RwLock::new(known)), Salts::new()))
     }
 
     /// Reads them again; true if they have changed. Requests under way are not touched.
@@ -101,6 +127,20 @@ impl Keys {
     /// True if the API needs a key.
     pub fn are_needed(&self) -> bool {
         !self.known().api.is_empty()
+    }
+
+    /// What requests of `caller` share cached prompts by; 0 for all that have no key.
+    pub fn salt(&self, caller: Caller) -> u64 {
+        let known = self.known();
+        match caller {
+            Caller::Anyone => 0,
+            Caller::Admin => self.1.of(&known.admin),
+            Caller::Key(number) => {
+                let found = known.api.iter().find(|(_, known)| *known == number);
+                // A key that was taken away in this moment shares with nobody.
+                found.map_or_else(ids::unique, |(hash, _)| self.1.of(hash))
+            }
+        }
     }
 
     /// Whom these headers prove.
@@ -180,6 +220,8 @@ pub(super) struct Client {
     pub caller: Caller,
     /// By address, which counts where there are no keys.
     pub address: Option<IpAddr>,
+    /// See [`Keys::salt`].
+    pub salt: u64,
 }
 
 impl Client {
@@ -194,7 +236,7 @@ impl Client {
     }
 }
 
-/// Bounds the requests that one client has running.
+/// Bounds the answers that one client has running: a request for several counts as several.
 #[derive(Debug)]
 pub(super) struct Turnstile {
     limit: usize,
@@ -204,7 +246,7 @@ pub(super) struct Turnstile {
 type Name = (Caller, Option<IpAddr>);
 
 impl Turnstile {
-    /// Lets `limit` requests of each client through at a time; 0 lets all through.
+    /// Lets requests for `limit` answers of each client through at a time; 0 lets all through.
     pub(super) fn new(limit: usize) -> Self {
         Self {
             limit,
@@ -217,10 +259,10 @@ impl Turnstile {
         self.limit
     }
 
-    /// Lets one request in, if there is room.
-    pub(super) fn enter(self: &Arc<Self>, client: Client) -> Option<Pass> {
+    /// Lets a request for so many answers in, if there is room. One with more answers than the limit has to be alone.
+    pub(super) fn enter(self: &Arc<Self>, client: Client, answers: usize) -> Option<Pass> {
         if self.limit == 0 {
-            return Some(Pass(None));
+            return Some(Pass(None, None));
         }
         let name = (
             client.caller,
@@ -228,11 +270,11 @@ impl Turnstile {
         );
         let mut inside = self.lock();
         let count = inside.entry(name).or_default();
-        if *count >= self.limit {
+        if *count > 0 && *count + answers > self.limit {
             return None;
         }
-        *count += 1;
-        Some(Pass(Some((self.clone(), name))))
+        *count += answers;
+        Some(Pass(Some((self.clone(), name, answers)), None))
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Name, usize>> {
@@ -240,18 +282,26 @@ impl Turnstile {
     }
 }
 
-/// One request inside; dropping it makes room.
+/// The answers of one request inside; dropping it makes room.
 #[derive(Debug)]
-pub(super) struct Pass(Option<(Arc<Turnstile>, Name)>);
+pub(super) struct Pass(Option<(Arc<Turnstile>, Name, usize)>, Option<Lease>);
+
+impl Pass {
+    /// The same, with the memory of the request.
+    pub(super) fn holding(mut self, lease: Lease) -> Self {
+        self.1 = Some(lease);
+        self
+    }
+}
 
 impl Drop for Pass {
     fn drop(&mut self) {
-        let Some((turnstile, name)) = self.0.take() else {
+        let Some((turnstile, name, answers)) = self.0.take() else {
             return;
         };
         let mut inside = turnstile.lock();
         if let Some(count) = inside.get_mut(&name) {
-            *count -= 1;
+            *count -= answers;
             if *count == 0 {
                 inside.remove(&name);
             }
@@ -351,6 +401,53 @@ mod tests {
     }
 
     #[test]
+    fn every_key_has_a_salt_of_its_own_that_another_head_does_not_have() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("keys");
+        std::fs::write(&file, "sk-one\nsk-two\n").unwrap();
+        let keys = Keys::load(dir.path(), Some(&file)).unwrap();
+        let callers = [
+            Caller::Key(0),
+            Caller::Key(1),
+            Caller::Admin,
+            Caller::Anyone,
+        ];
+        let salts = callers.map(|caller| keys.salt(caller));
+        for (i, salt) in salts.iter().enumerate() {
+            assert!(!salts[..i].contains(salt), "{salts:?}");
+        }
+        assert_eq!(salts[3], 0);
+        assert_eq!(keys.clone().salt(Caller::Key(1)), salts[1]);
+        // A key that comes in the place of another has another salt.
+        std::fs::write(&file, "sk-one\n").unwrap();
+        assert!(keys.reload(dir.path(), Some(&file)).unwrap());
+        std::fs::write(&file, "sk-one\nsk-three\n").unwrap();
+        assert!(keys.reload(dir.path(), Some(&file)).unwrap());
+        assert_eq!(keys.salt(Caller::Key(0)), salts[0]);
+        assert_ne!(keys.salt(Caller::Key(1)), salts[1]);
+        let other = Keys::load(dir.path(), Some(&file)).unwrap();
+        assert_ne!(other.salt(Caller::Key(0)), salts[0]);
+    }
+
+    #[test]
+    fn answers_count_and_not_requests() {
+        let turnstile = Arc::new(Turnstile::new(8));
+        let client = Client {
+            caller: Caller::Key(1),
+            address: None,
+            salt: 0,
+        };
+        let many = turnstile
+            .enter(client, 16)
+            .expect("alone it may have more than the limit");
+        assert!(turnstile.enter(client, 1).is_none());
+        drop(many);
+        let _some = turnstile.enter(client, 5).unwrap();
+        assert!(turnstile.enter(client, 4).is_none());
+        assert!(turnstile.enter(client, 3).is_some());
+    }
+
+    #[test]
     fn without_api_keys_anyone_may_ask_and_only_the_admin_key_administers() {
         let dir = tempfile::tempdir().unwrap();
         let keys = Keys::load(dir.path(), None).unwrap();
@@ -389,15 +486,16 @@ mod tests {
         let client = |number| Client {
             caller: Caller::Key(number),
             address: None,
+            salt: 0,
         };
-        let one = turnstile.enter(client(1)).unwrap();
-        let _two = turnstile.enter(client(1)).unwrap();
-        assert!(turnstile.enter(client(1)).is_none());
-        assert!(turnstile.enter(client(2)).is_some());
+        let one = turnstile.enter(client(1), 1).unwrap();
+        let _two = turnstile.enter(client(1), 1).unwrap();
+        assert!(turnstile.enter(client(1), 1).is_none());
+        assert!(turnstile.enter(client(2), 1).is_some());
         drop(one);
-        assert!(turnstile.enter(client(1)).is_some());
+        assert!(turnstile.enter(client(1), 1).is_some());
         assert_eq!(turnstile.lock().len(), 1);
-        assert!(Arc::new(Turnstile::new(0)).enter(client(1)).is_some());
+        assert!(Arc::new(Turnstile::new(0)).enter(client(1), 1).is_some());
     }
 
     #[test]

@@ -10,6 +10,7 @@ pub mod embeddings;
 mod error;
 mod hold;
 mod ignored;
+pub mod intake;
 mod keys;
 mod models;
 mod nodes;
@@ -23,8 +24,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
+use axum::body::Body;
 use axum::extract::{ConnectInfo, DefaultBodyLimit, Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
@@ -34,7 +34,7 @@ use axum::{Extension, Router};
 use mesh_net::trust::Authority;
 use mesh_proto::{ModelCard, ModelKind};
 use mesh_service::health;
-use mesh_service::http::{Guard, NoRoom, TooSlow};
+use mesh_service::http::Guard;
 use mesh_service::metrics::Metrics;
 use tower::ServiceExt as _;
 
@@ -144,7 +144,7 @@ async fn chat(
     state: State<Api>,
     client: Extension<Client>,
     id: Extension<RequestId>,
-    body: Result<Bytes, BytesRejection>,
+    body: Body,
 ) -> Result<Response, ApiError> {
     answer(ask::Api::Chat, state, client, id, body).await
 }
@@ -153,7 +153,7 @@ async fn completions(
     state: State<Api>,
     client: Extension<Client>,
     id: Extension<RequestId>,
-    body: Result<Bytes, BytesRejection>,
+    body: Body,
 ) -> Result<Response, ApiError> {
     answer(ask::Api::Completions, state, client, id, body).await
 }
@@ -163,15 +163,18 @@ async fn answer(
     State(api): State<Api>,
     Extension(client): Extension<Client>,
     Extension(id): Extension<RequestId>,
-    body: Result<Bytes, BytesRejection>,
+    body: Body,
 ) -> Result<Response, ApiError> {
-    let body = body.map_err(|rejection| unreadable(&api, &rejection))?;
+    let (body, mut lease) = intake::body(&api, client, body).await?;
+    let choices_limit = api.mesh.config.http.choices_limit;
+    let parse = move |body: &[u8]| Asked::parse(which, body, choices_limit);
+    let mut asked = intake::parsed(&api.mesh, body, parse).await??;
+    lease.set(asked.memory())?;
     let pass = api
         .turnstile
-        .enter(client)
-        .ok_or_else(|| ApiError::too_many(api.turnstile.limit()))?;
-    let mut asked = Asked::parse(which, &body, api.mesh.config.http.choices_limit)?;
-    drop(body);
+        .enter(client, asked.answers())
+        .ok_or_else(|| ApiError::too_many(api.turnstile.limit()))?
+        .holding(lease);
     let ignored = Ignored::new(&api, &asked.ignored)?;
     asked.model = asked.model.map(|name| models::served_as(&api.mesh, name));
     // They cannot stream and know few parameters: where there is another, it answers.
@@ -186,7 +189,12 @@ async fn answer(
         .tasks(&id.0, only_old_workers)
         .into_iter()
         .map(|task| {
-            let task = Task { source, ..task };
+            let salt = client.salt;
+            let task = Task {
+                source,
+                salt,
+                ..task
+            };
             submit(&api.mesh, Front::Http, task)
         })
         .collect();
@@ -203,15 +211,16 @@ async fn embed(
     State(api): State<Api>,
     Extension(client): Extension<Client>,
     Extension(id): Extension<RequestId>,
-    body: Result<Bytes, BytesRejection>,
+    body: Body,
 ) -> Result<Response, ApiError> {
-    let body = body.map_err(|rejection| unreadable(&api, &rejection))?;
+    // Its texts are held for as long as it runs, and once more on their way to workers: what the body was counted as.
+    let (body, lease) = intake::body(&api, client, body).await?;
+    let mut asked = intake::parsed(&api.mesh, body, AskedEmbeddings::parse).await??;
     let pass = api
         .turnstile
-        .enter(client)
-        .ok_or_else(|| ApiError::too_many(api.turnstile.limit()))?;
-    let mut asked = AskedEmbeddings::parse(&body)?;
-    drop(body);
+        .enter(client, 1)
+        .ok_or_else(|| ApiError::too_many(api.turnstile.limit()))?
+        .holding(lease);
     let ignored = Ignored::new(&api, &asked.ignored)?;
     let mut task = std::mem::take(&mut asked.task);
     task.id = id.0;
@@ -259,7 +268,12 @@ async fn authenticate(
         .extensions()
         .get::<ConnectInfo<SocketAddr>>()
         .map(|info| info.0.ip().to_canonical());
-    request.extensions_mut().insert(Client { caller, address });
+    let client = Client {
+        caller,
+        address,
+        salt: api.keys.salt(caller),
+    };
+    request.extensions_mut().insert(client);
     Ok(next.run(request).await)
 }
 
@@ -311,31 +325,6 @@ async fn wrong_method(request: Request) -> Response {
         request.uri().path()
     );
     ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", text).into_response()
-}
-
-fn unreadable(api: &Api, rejection: &BytesRejection) -> ApiError {
-    if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
-        let text = format!(
-            "the body is over the limit of {} bytes (http.body_limit)",
-            api.mesh.config.http.body_limit
-        );
-        return ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "request_too_large", text);
-    }
-    if let Some(slow) = TooSlow::cause_of(rejection) {
-        return ApiError::new(
-            StatusCode::REQUEST_TIMEOUT,
-            "request_timeout",
-            slow.to_string(),
-        );
-    }
-    if let Some(full) = NoRoom::cause_of(rejection) {
-        return ApiError::overloaded(full.to_string());
-    }
-    ApiError::new(
-        StatusCode::BAD_REQUEST,
-        "invalid_body",
-        rejection.body_text(),
-    )
 }
 
 fn seconds_since_epoch() -> u64 {

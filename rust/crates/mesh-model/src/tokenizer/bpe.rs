@@ -8,15 +8,17 @@ use std::sync::LazyLock;
 use tokenizers::Model;
 use tokenizers::models::bpe::{BPE, Vocab as BpeVocab};
 
-use super::TokenizerError;
+use super::merge::{LongWords, Unknown};
 use super::pre::PreTokenizer;
 use super::vocab::{Vocab, malformed};
+use super::{Limit, TokenizerError};
 use crate::gguf::{Gguf, GgufError};
 
 #[derive(Debug)]
 pub(super) struct Bpe {
     pre: PreTokenizer,
     model: BPE,
+    long: LongWords,
 }
 
 impl Bpe {
@@ -32,12 +34,13 @@ impl Bpe {
             ids.insert(text.to_owned(), id as u32);
         }
         let merges = read_merges(gguf, &ids)?;
+        let long = LongWords::new(&ids, &merges, Unknown::default());
         let model = BPE::builder()
             .vocab_and_merges(ids, merges)
             .ignore_merges(pre.whole_words_first())
             .build()
             .map_err(|error| malformed(error.to_string()))?;
-        Ok(Bpe { pre, model })
+        Ok(Bpe { pre, model, long })
     }
 
     /// Whether plain text begins with the begin token unless the file says otherwise.
@@ -45,11 +48,26 @@ impl Bpe {
         self.pre.adds_bos()
     }
 
-    pub(super) fn encode(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
+    /// Whether bytes may be lost, because the vocabulary has nothing for them.
+    pub(super) fn drops(&self) -> bool {
+        text_bytes().any(|byte| !self.long.knows(byte_char(byte)))
+    }
+
+    pub(super) fn encode(
+        &self,
+        text: &str,
+        ids: &mut Vec<u32>,
+        limit: Limit,
+    ) -> Result<(), TokenizerError> {
         let mut word = String::new();
-        for piece in self.pre.split(text)? {
+        self.pre.each_word(text, &mut |piece| {
+            let spelled = piece.bytes().map(|byte| ALPHABET.chars[byte as usize]);
+            if self.long.takes(piece) {
+                self.long.encode(spelled, ids);
+                return limit.check(ids);
+            }
             word.clear();
-            word.extend(piece.bytes().map(|byte| ALPHABET.chars[byte as usize]));
+            word.extend(spelled);
             let tokens = self
                 .model
                 .tokenize(&word)
@@ -57,8 +75,8 @@ impl Bpe {
                     reason: error.to_string(),
                 })?;
             ids.extend(tokens.iter().map(|token| token.id));
-        }
-        Ok(())
+            limit.check(ids)
+        })
     }
 }
 
@@ -107,6 +125,11 @@ pub(super) fn push_bytes(text: &str, out: &mut Vec<u8>) {
             None => out.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes()),
         }
     }
+}
+
+/// The bytes that occur in UTF-8. Some vocabularies lack the others.
+pub(super) fn text_bytes() -> impl Iterator<Item = u8> {
+    (0..=0xf4).filter(|byte| !matches!(byte, 0xc0 | 0xc1))
 }
 
 /// The character that a byte is written as.

@@ -9,17 +9,18 @@
 mod json;
 mod steps;
 
+use mesh_base::tokens::ByteSpans;
 use serde_json::Value;
 use tokenizers::Model;
 use tokenizers::models::bpe::{BPE, Vocab as BpeVocab};
 
-use super::TokenizerError;
+use super::merge::{LongWords, Unknown};
 use super::special::SpecialTokens as Finder;
 use super::vocab::{TokenType, Vocab, malformed};
-use super::{Algorithm, Family, Tokenizer};
+use super::{Algorithm, Family, Limit, Tokenizer, TokenizerError};
 use crate::hf::SpecialTokens;
 use json::{AddedToken, File};
-use steps::{Normalizer, PreTokenizer};
+use steps::{Changes, Normalizer, PreTokenizer};
 
 /// How text becomes words, and words become tokens.
 #[derive(Debug)]
@@ -27,6 +28,9 @@ pub(super) struct Hf {
     normalizers: Vec<Normalizer>,
     pre: Vec<PreTokenizer>,
     model: BPE,
+    long: LongWords,
+    /// Of the text behind the normalizers; `None` where it may lose bytes.
+    spans: Option<ByteSpans>,
 }
 
 impl Hf {
@@ -36,9 +40,23 @@ impl Hf {
         text: &str,
         begins: bool,
         ids: &mut Vec<u32>,
+        limit: Limit,
     ) -> Result<(), TokenizerError> {
         let normal = steps::normalize(&self.normalizers, text)?;
-        for word in steps::split(&self.pre, &normal, begins)? {
+        if let Some(spans) = &self.spans {
+            limit.check_text(&normal, spans)?;
+        }
+        // Where characters are lost, a word need not become a token.
+        let words = match self.spans {
+            Some(_) => limit,
+            None => Limit(usize::MAX),
+        };
+        for word in steps::split(&self.pre, &normal, begins, words)? {
+            if self.long.takes(&word) {
+                self.long.encode(word.chars(), ids);
+                limit.check(ids)?;
+                continue;
+            }
             let tokens = self
                 .model
                 .tokenize(&word)
@@ -46,8 +64,22 @@ impl Hf {
                     reason: error.to_string(),
                 })?;
             ids.extend(tokens.iter().map(|token| token.id));
+            limit.check(ids)?;
         }
         Ok(())
+    }
+
+    /// Spans of the text before the normalizers.
+    fn spans_before(&self) -> Option<ByteSpans> {
+        let mut spans = self.spans.clone()?;
+        for step in &self.normalizers {
+            match step.changes() {
+                Changes::Nothing => {}
+                Changes::BeyondAscii => spans.forget_beyond_ascii(),
+                Changes::Anything => return None,
+            }
+        }
+        Some(spans)
     }
 }
 
@@ -65,11 +97,21 @@ impl Tokenizer {
         let file = File::parse(json)?;
         let family = family(&file)?;
         let vocab = vocab(&file, family, rows)?;
-        let model = bpe(&file, &vocab)?;
+        let (model, long) = bpe(&file, &vocab)?;
+        let pre = steps::pre_tokenizers(file.pre_tokenizer.as_ref())?;
+        let known = |byte| long.knows(super::byte_char(byte));
+        let all_bytes = || super::bpe::text_bytes().all(known);
+        let drops = match family {
+            Family::Bpe => !all_bytes(),
+            Family::Spm => long.drops(),
+        };
+        let drops = drops || pre.iter().any(PreTokenizer::drops);
         let hf = Hf {
             normalizers: steps::normalizers(file.normalizer.as_ref())?,
-            pre: steps::pre_tokenizers(file.pre_tokenizer.as_ref())?,
+            pre,
             model,
+            long,
+            spans: (!drops).then(|| super::spans(&vocab, family)),
         };
         let by_text = |text: &Option<String>| text.as_deref().and_then(|text| vocab.find(text));
         let valid = |id: u64| {
@@ -87,6 +129,7 @@ impl Tokenizer {
         };
         Ok(Tokenizer {
             special: Finder::new(&vocab),
+            spans: hf.spans_before(),
             add_bos: special.add_bos.or(around(true, bos)).unwrap_or(false),
             add_eos: special.add_eos.or(around(false, eos)).unwrap_or(false),
             bos,
@@ -217,7 +260,7 @@ fn vocab(file: &File, family: Family, rows: usize) -> Result<Vocab, TokenizerErr
     )
 }
 
-fn bpe(file: &File, vocab: &Vocab) -> Result<BPE, TokenizerError> {
+fn bpe(file: &File, vocab: &Vocab) -> Result<(BPE, LongWords), TokenizerError> {
     let model = &file.model;
     let mut ids = BpeVocab::with_capacity_and_hasher(model.vocab.len(), Default::default());
     for (text, id) in &model.vocab {
@@ -233,22 +276,28 @@ fn bpe(file: &File, vocab: &Vocab) -> Result<BPE, TokenizerError> {
         merged.push_str(right);
         ids.contains_key(left) && ids.contains_key(right) && ids.contains_key(&merged)
     };
-    let merges = model.merges.iter().filter(usable).cloned().collect();
+    let merges: Vec<_> = model.merges.iter().filter(usable).cloned().collect();
     let mut builder = BPE::builder()
         .fuse_unk(model.fuse_unk)
         .byte_fallback(model.byte_fallback)
         .ignore_merges(model.ignore_merges);
-    if let Some(unknown) = model
-        .unk_token
-        .as_ref()
-        .filter(|text| ids.contains_key(*text))
-    {
+    let unknown = model.unk_token.as_ref();
+    let unknown = unknown.filter(|text| ids.contains_key(*text));
+    if let Some(unknown) = unknown {
         builder = builder.unk_token(unknown.clone());
     }
-    builder
-        .vocab_and_merges(ids, merges)
-        .build()
-        .map_err(|error| malformed(error.to_string()))
+    let long = LongWords::new(
+        &ids,
+        &merges,
+        Unknown {
+            token: unknown.and_then(|text| ids.get(text)).copied(),
+            fuse: model.fuse_unk,
+            byte_fallback: model.byte_fallback,
+        },
+    );
+    let built = builder.vocab_and_merges(ids, merges).build();
+    let built = built.map_err(|error| malformed(error.to_string()))?;
+    Ok((built, long))
 }
 
 /// The special token that the post-processor's template puts first, or last.

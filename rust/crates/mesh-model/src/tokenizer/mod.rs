@@ -6,6 +6,7 @@
 
 mod bpe;
 mod hf;
+mod merge;
 mod pre;
 mod special;
 mod spm;
@@ -13,6 +14,8 @@ mod vocab;
 
 use crate::chat::Rendered;
 use crate::gguf::{Gguf, GgufError};
+
+use mesh_base::tokens::{ByteCounts, ByteSpans};
 
 use bpe::Bpe;
 pub(crate) use bpe::byte_char;
@@ -27,6 +30,7 @@ pub struct Tokenizer {
     vocab: Vocab,
     algorithm: Algorithm,
     special: SpecialTokens,
+    spans: Option<ByteSpans>,
     bos: Option<u32>,
     eos: Option<u32>,
     end_ids: Vec<u32>,
@@ -112,6 +116,12 @@ pub enum TokenizerError {
     Tables {
         /// What is wrong.
         reason: String,
+    },
+    /// More tokens than were asked for.
+    #[error("the text has more than {most} tokens; shorten it")]
+    TooLong {
+        /// The most that were asked for.
+        most: usize,
     },
     /// A pre-tokenizer gave up on a text.
     #[error("the text cannot be tokenized: {reason}")]
@@ -226,8 +236,14 @@ impl Tokenizer {
                 true,
             ),
         };
+        let drops = match &algorithm {
+            Algorithm::Bpe(bpe) => bpe.drops(),
+            Algorithm::Spm(spm) => spm.drops(),
+            Algorithm::Hf(_) => true,
+        };
         Ok(Tokenizer {
             special: SpecialTokens::new(&vocab),
+            spans: (!drops).then(|| spans(&vocab, family)),
             end_ids: ids.ends(&vocab),
             bos: ids.bos,
             eos: ids.eos,
@@ -245,7 +261,20 @@ impl Tokenizer {
     /// # Errors
     /// If the pre-tokenizer gives up on the text, which takes a text made for it.
     pub fn encode(&self, text: &str, options: EncodeOptions) -> Result<Vec<u32>, TokenizerError> {
-        self.encode_between(text, &[], options)
+        self.encode_between(text, &[], options, usize::MAX)
+    }
+
+    /// The same for at most so many tokens. Time and memory are bounded by that number, not by the text.
+    ///
+    /// # Errors
+    /// [`TokenizerError::TooLong`] if there are more; else as [`Tokenizer::encode`].
+    pub fn encode_within(
+        &self,
+        text: &str,
+        options: EncodeOptions,
+        most: usize,
+    ) -> Result<Vec<u32>, TokenizerError> {
+        self.encode_between(text, &[], options, most)
     }
 
     /// Turns what a chat template wrote to token ids: the template's names of special tokens are read, those in the text of
@@ -254,7 +283,25 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_prompt(&self, prompt: &Rendered) -> Result<Vec<u32>, TokenizerError> {
-        self.encode_between(&prompt.text, &prompt.barriers, EncodeOptions::RENDERED_CHAT)
+        self.encode_prompt_within(prompt, usize::MAX)
+    }
+
+    /// The same for at most so many tokens, see [`Tokenizer::encode_within`].
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode_within`].
+    pub fn encode_prompt_within(
+        &self,
+        prompt: &Rendered,
+        most: usize,
+    ) -> Result<Vec<u32>, TokenizerError> {
+        let options = EncodeOptions::RENDERED_CHAT;
+        self.encode_between(&prompt.text, &prompt.barriers, options, most)
+    }
+
+    /// How long a token over each byte of a text can be; `None` where a text may lose bytes on its way to tokens.
+    pub fn spans(&self) -> Option<&ByteSpans> {
+        self.spans.as_ref()
     }
 
     fn encode_between(
@@ -262,8 +309,13 @@ impl Tokenizer {
         text: &str,
         barriers: &[usize],
         options: EncodeOptions,
+        most: usize,
     ) -> Result<Vec<u32>, TokenizerError> {
-        let mut ids = Vec::with_capacity(text.len() / 4 + 2);
+        let limit = Limit(most);
+        if let Some(spans) = &self.spans {
+            limit.check_text(text, spans)?;
+        }
+        let mut ids = Vec::with_capacity((text.len() / 4).min(most) + 2);
         let begin = self.bos.filter(|_| options.add_special && self.add_bos);
         // A client that writes the token out wants it once.
         let written =
@@ -274,20 +326,25 @@ impl Tokenizer {
         // SentencePiece puts a space before text that begins a sequence or follows a special token.
         let mut after_special = true;
         let mut begins = true;
-        for fragment in self.special.split(text, options.parse_special, barriers) {
+        let fragments = self
+            .special
+            .split(text, options.parse_special, barriers, most);
+        for fragment in fragments.ok_or(TokenizerError::TooLong { most })? {
             match fragment {
                 Fragment::Token(id) => ids.push(id),
                 Fragment::Text(text) => match &self.algorithm {
-                    Algorithm::Bpe(bpe) => bpe.encode(text, &mut ids)?,
-                    Algorithm::Spm(spm) => spm.encode(text, after_special, &mut ids),
-                    Algorithm::Hf(hf) => hf.encode(text, begins, &mut ids)?,
+                    Algorithm::Bpe(bpe) => bpe.encode(text, &mut ids, limit)?,
+                    Algorithm::Spm(spm) => spm.encode(text, after_special, &mut ids, limit)?,
+                    Algorithm::Hf(hf) => hf.encode(text, begins, &mut ids, limit)?,
                 },
             }
+            limit.check(&ids)?;
             begins = false;
             after_special = matches!(fragment, Fragment::Token(_));
         }
         if options.add_special && self.add_eos {
             ids.extend(self.eos);
+            limit.check(&ids)?;
         }
         Ok(ids)
     }
@@ -367,6 +424,60 @@ impl Tokenizer {
             .collect();
         String::from_utf8_lossy(&bytes).into_owned()
     }
+}
+
+/// The most tokens that a text may become.
+#[derive(Debug, Clone, Copy)]
+struct Limit(usize);
+
+impl Limit {
+    fn check(self, ids: &[u32]) -> Result<(), TokenizerError> {
+        match ids.len() > self.0 {
+            true => Err(TokenizerError::TooLong { most: self.0 }),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether a text is too long by its bytes, before anything is made of it.
+    fn check_text(self, text: &str, spans: &ByteSpans) -> Result<(), TokenizerError> {
+        if text.len() <= self.0 {
+            return Ok(());
+        }
+        match spans.least_tokens(&ByteCounts::of(text)) > self.0 as u64 {
+            true => Err(TokenizerError::TooLong { most: self.0 }),
+            false => Ok(()),
+        }
+    }
+}
+
+/// The longest token over each byte of a text that becomes tokens of `vocab`, all of it.
+fn spans(vocab: &Vocab, family: Family) -> ByteSpans {
+    let mut spans = ByteSpans::of_characters();
+    for id in 0..vocab.len() as u32 {
+        let (written, bytes) = (vocab.text(id).as_bytes(), vocab.bytes(id));
+        let len = written.len().max(bytes.len());
+        match (family, vocab.token_type(id)) {
+            // Spelled in an alphabet of its own, whose characters are longer.
+            (Family::Bpe, TokenType::Normal | TokenType::Unused) => {
+                spans.cover(bytes, bytes.len());
+            }
+            (Family::Bpe, _) => {
+                let mut plain = Vec::new();
+                bpe::push_bytes(vocab.text(id), &mut plain);
+                spans.cover(&plain, len);
+                spans.cover(written, len);
+            }
+            // A "▁" covers a space, or itself.
+            (Family::Spm, _) => {
+                let mut plain = Vec::new();
+                spm::push_bytes(vocab.text(id), &mut plain);
+                spans.cover(&plain, len);
+                spans.cover(bytes, len);
+                spans.cover(written, len);
+            }
+        }
+    }
+    spans
 }
 
 /// How a file's token texts are to be read.

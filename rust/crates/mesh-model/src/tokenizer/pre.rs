@@ -86,16 +86,23 @@ impl PreTokenizer {
     }
 
     /// Cuts `text` into words that together are the text.
+    #[cfg(test)]
     pub(super) fn split<'t>(&self, text: &'t str) -> Result<Vec<&'t str>, TokenizerError> {
-        let mut pieces = vec![text];
-        for pattern in &self.patterns {
-            let mut cut = Vec::with_capacity(pieces.len() + text.len() / 4);
-            for piece in pieces {
-                cut_at_matches(pattern, piece, &mut cut)?;
-            }
-            pieces = cut;
-        }
-        Ok(pieces)
+        let mut words = Vec::new();
+        self.each_word(text, &mut |word| {
+            words.push(word);
+            Ok(())
+        })?;
+        Ok(words)
+    }
+
+    /// Visits the words of `text` in order, until a visit fails. Nothing is kept of the words before.
+    pub(super) fn each_word<'t>(
+        &self,
+        text: &'t str,
+        visit: &mut Visit<'_, 't>,
+    ) -> Result<(), TokenizerError> {
+        each_piece(&self.patterns, text, visit)
     }
 
     /// Whether a word that is a token becomes that token whatever the merges say.
@@ -179,27 +186,32 @@ impl Kind {
 /// Runs without space or sentence punctuation, with the one space before them.
 const BLOOM: &str = r" ?[^(\s|.,!?…。，、।۔،)]+";
 
-/// Appends the matches in `piece` and what lies between them.
-fn cut_at_matches<'t>(
-    pattern: &Regex,
+type Visit<'v, 't> = dyn FnMut(&'t str) -> Result<(), TokenizerError> + 'v;
+
+/// Visits the matches of the first pattern in `piece` and what lies between them, each cut by the other patterns.
+fn each_piece<'t>(
+    patterns: &[Regex],
     piece: &'t str,
-    out: &mut Vec<&'t str>,
+    visit: &mut Visit<'_, 't>,
 ) -> Result<(), TokenizerError> {
+    let Some((pattern, others)) = patterns.split_first() else {
+        return visit(piece);
+    };
     let mut end = 0;
     for found in pattern.find_iter(piece) {
         let found = found.map_err(|error| TokenizerError::Encode {
             reason: error.to_string(),
         })?;
         if found.start() > end {
-            out.push(&piece[end..found.start()]);
+            each_piece(others, &piece[end..found.start()], visit)?;
         }
         if found.end() > found.start() {
-            out.push(found.as_str());
+            each_piece(others, found.as_str(), visit)?;
         }
         end = found.end();
     }
     if end < piece.len() {
-        out.push(&piece[end..]);
+        each_piece(others, &piece[end..], visit)?;
     }
     Ok(())
 }

@@ -11,12 +11,9 @@ pub(super) struct SpecialTokens {
     tokens: Vec<Special>,
     /// For each first byte, the range of `tokens` that begin with it.
     by_first: Vec<std::ops::Range<usize>>,
-    /// For each first byte of many tokens, the lengths that those have: some vocabularies have thousands of reserved ones.
+    /// For each first byte, the lengths of the tokens with it: some vocabularies have thousands of reserved ones.
     lengths: Vec<Vec<usize>>,
 }
-
-/// So many tokens with one first byte are looked for one by one.
-const FEW: usize = 64;
 
 #[derive(Debug)]
 struct Special {
@@ -55,10 +52,8 @@ impl SpecialTokens {
         let lengths = by_first
             .iter()
             .map(|range| {
-                let mut lengths: Vec<usize> = match range.len() > FEW {
-                    true => tokens[range.clone()].iter().map(|t| t.text.len()).collect(),
-                    false => Vec::new(),
-                };
+                let mut lengths: Vec<usize> =
+                    tokens[range.clone()].iter().map(|t| t.text.len()).collect();
                 lengths.sort_unstable();
                 lengths.dedup();
                 lengths
@@ -88,35 +83,56 @@ impl SpecialTokens {
     }
 
     /// Cuts `text` at special tokens: the longest token first wherever it stands, then the next longest in what is left. No token
-    /// spans one of the `barriers`, which are byte positions in ascending order.
+    /// spans one of the `barriers`, which are byte positions in ascending order. `None` if there are more than `most`, or if the
+    /// text is longer than 4 GiB.
     pub(super) fn split<'t>(
         &self,
         text: &'t str,
         control: bool,
         barriers: &[usize],
-    ) -> Vec<Fragment<'t>> {
-        let mut found = self.occurrences(text, control);
-        found.retain(|&(at, token)| {
-            let end = at + self.tokens[token].text.len();
-            let next = barriers.partition_point(|&barrier| barrier <= at);
-            barriers.get(next).is_none_or(|&barrier| barrier >= end)
-        });
-        found.sort_unstable_by_key(|&(at, token)| {
-            let special = &self.tokens[token];
-            (usize::MAX - special.text.len(), special.id, at)
-        });
+        most: usize,
+    ) -> Option<Vec<Fragment<'t>>> {
+        u32::try_from(text.len()).ok()?;
+        let mut places = self.places(text, control);
         // The tokens that were taken, by where they begin.
-        let mut taken: BTreeMap<usize, &Special> = BTreeMap::new();
-        for (at, token) in found {
-            let special = &self.tokens[token];
-            let before = taken.range(..at + special.text.len()).next_back();
-            if before.is_none_or(|(start, other)| start + other.text.len() <= at) {
-                taken.insert(at, special);
+        let mut taken: BTreeMap<u32, &Special> = BTreeMap::new();
+        let free = |taken: &BTreeMap<u32, &Special>, at: u32, len: usize| {
+            let before = taken.range(..at + len as u32).next_back();
+            before.is_none_or(|(start, other)| start + other.text.len() as u32 <= at)
+        };
+        let mut same: Vec<(u32, u32)> = Vec::new();
+        // One length at a time, so that what is held is bounded by the text and not by the tokens that overlap in it.
+        while let Some(len) = places.iter().map(|place| place.len).max() {
+            let len = len as usize;
+            same.clear();
+            for place in places.iter_mut().filter(|place| place.len as usize == len) {
+                let at = place.at as usize;
+                let next = barriers.partition_point(|&barrier| barrier <= at);
+                let spans = barriers
+                    .get(next)
+                    .is_some_and(|&barrier| barrier < at + len);
+                if let (Some(token), false) =
+                    (self.find(&text.as_bytes()[at..], len, control), spans)
+                {
+                    same.push((token as u32, place.at));
+                }
+                place.len = self.longest(&text.as_bytes()[at..], control, len) as u32;
             }
+            same.sort_unstable_by_key(|&(token, at)| (self.tokens[token as usize].id, at));
+            for &(token, at) in &same {
+                if free(&taken, at, len) {
+                    taken.insert(at, &self.tokens[token as usize]);
+                    if taken.len() > most {
+                        return None;
+                    }
+                }
+            }
+            places.retain(|place| place.len > 0 && free(&taken, place.at, 1));
         }
         let mut fragments = Vec::with_capacity(2 * taken.len() + 1);
         let mut end = 0;
         for (at, special) in taken {
+            let at = at as usize;
             if at > end {
                 fragments.push(Fragment::Text(&text[end..at]));
             }
@@ -126,41 +142,49 @@ impl SpecialTokens {
         if end < text.len() {
             fragments.push(Fragment::Text(&text[end..]));
         }
-        fragments
+        Some(fragments)
     }
 
-    /// Every place where a special token stands, overlapping ones too.
-    fn occurrences(&self, text: &str, control: bool) -> Vec<(usize, usize)> {
+    /// Every place where a special token stands, with the length of the longest one there.
+    fn places(&self, text: &str, control: bool) -> Vec<Place> {
         let bytes = text.as_bytes();
-        let mut found = Vec::new();
+        let mut places = Vec::new();
         for (at, &byte) in bytes.iter().enumerate() {
-            let range = self.by_first[byte as usize].clone();
-            for len in &self.lengths[byte as usize] {
-                let name = bytes.get(at..at + len);
-                let place = name.and_then(|name| {
-                    let tokens = &self.tokens[range.clone()];
-                    tokens
-                        .binary_search_by(|token| token.text.as_bytes().cmp(name))
-                        .ok()
-                });
-                if let Some(place) = place {
-                    let i = range.start + place;
-                    if control || self.tokens[i].user_defined {
-                        found.push((at, i));
-                    }
-                }
-            }
-            if range.len() > FEW {
+            if self.by_first[byte as usize].is_empty() {
                 continue;
             }
-            for i in range {
-                let token = &self.tokens[i];
-                if (control || token.user_defined) && bytes[at..].starts_with(token.text.as_bytes())
-                {
-                    found.push((at, i));
-                }
+            let len = self.longest(&bytes[at..], control, usize::MAX) as u32;
+            if len > 0 {
+                places.push(Place { at: at as u32, len });
             }
         }
-        found
+        places
     }
+
+    /// The length of the longest special token below `below` bytes that `text` begins with; 0 if there is none.
+    fn longest(&self, text: &[u8], control: bool, below: usize) -> usize {
+        let Some(&first) = text.first() else { return 0 };
+        let lengths = self.lengths[first as usize].iter().rev();
+        let shorter = lengths.copied().filter(|&len| len < below);
+        let mut fitting = shorter.filter(|&len| self.find(text, len, control).is_some());
+        fitting.next().unwrap_or(0)
+    }
+
+    /// The special token of `len` bytes that `text` begins with.
+    fn find(&self, text: &[u8], len: usize, control: bool) -> Option<usize> {
+        let name = text.get(..len)?;
+        let range = self.by_first[*name.first()? as usize].clone();
+        let tokens = &self.tokens[range.clone()];
+        let found = tokens.binary_search_by(|token| token.text.as_bytes().cmp(name));
+        let found = range.start + found.ok()?;
+        (control || self.tokens[found].user_defined).then_some(found)
+    }
+}
+
+/// A place in a text where a special token stands.
+#[derive(Clone, Copy)]
+struct Place {
+    at: u32,
+    /// Bytes of the longest one there that was not looked at yet.
+    len: u32,
 }

@@ -8,8 +8,8 @@
 use std::cmp::Ordering;
 use std::collections::{BinaryHeap, HashMap};
 
-use super::TokenizerError;
 use super::vocab::{TokenType, Vocab, malformed};
+use super::{Limit, TokenizerError};
 use crate::gguf::{Gguf, GgufError};
 
 const SPACE: &str = "\u{2581}";
@@ -18,6 +18,8 @@ const SPACE: &str = "\u{2581}";
 pub(super) struct Spm {
     ids: HashMap<Box<str>, u32>,
     scores: Vec<f32>,
+    /// Bytes of the longest token: of nothing longer a hash needs to be made.
+    longest: usize,
     /// The token of each byte.
     bytes: [Option<u32>; 256],
     unknown: Option<u32>,
@@ -30,8 +32,10 @@ impl Spm {
         let mut ids = HashMap::with_capacity(vocab.len());
         let mut bytes = [None; 256];
         let mut unknown = None;
+        let mut longest = 0;
         for (id, text) in (0..).zip(vocab.texts()) {
             ids.insert(text.into(), id);
+            longest = longest.max(text.len());
             match vocab.token_type(id) {
                 TokenType::Byte => {
                     if let Some(byte) = byte_of(text) {
@@ -45,6 +49,7 @@ impl Spm {
         Ok(Spm {
             ids,
             scores,
+            longest,
             bytes,
             unknown,
             add_space_prefix: gguf
@@ -54,7 +59,16 @@ impl Spm {
     }
 
     /// Appends the tokens of `text`, which `begins` a sequence or follows a special token.
-    pub(super) fn encode(&self, text: &str, begins: bool, ids: &mut Vec<u32>) {
+    ///
+    /// # Errors
+    /// Over the limit, or with over 4 GiB of text.
+    pub(super) fn encode(
+        &self,
+        text: &str,
+        begins: bool,
+        ids: &mut Vec<u32>,
+        limit: Limit,
+    ) -> Result<(), TokenizerError> {
         let mut spelled = String::with_capacity(text.len() + 8);
         if begins && self.add_space_prefix {
             spelled.push_str(SPACE);
@@ -65,11 +79,24 @@ impl Spm {
                 c => spelled.push(c),
             }
         }
+        if u32::try_from(spelled.len()).is_err() {
+            return Err(TokenizerError::Encode {
+                reason: format!("it has {} bytes, more than 4 GiB", spelled.len()),
+            });
+        }
         let mut merging = Merging::new(self, &spelled);
         merging.run();
         for piece in merging.pieces() {
             self.push_piece(piece, ids);
+            limit.check(ids)?;
         }
+        Ok(())
+    }
+
+    /// Whether bytes may be lost, because the vocabulary has nothing for them.
+    pub(super) fn drops(&self) -> bool {
+        let missing = |byte: u8| self.bytes[usize::from(byte)].is_none();
+        self.unknown.is_none() && super::bpe::text_bytes().any(missing)
     }
 
     /// A piece is a token, or one character that is none.
@@ -93,37 +120,41 @@ struct Merging<'a> {
 }
 
 /// A stretch of the text. One that was joined to its left neighbour is empty.
+/// There is one for every character, so places are kept in 32 bits.
 #[derive(Clone, Copy)]
 struct Piece {
-    start: usize,
-    len: usize,
-    prev: Option<usize>,
-    next: Option<usize>,
+    start: u32,
+    len: u32,
+    /// Neighbours; [`NONE`] at the ends.
+    prev: u32,
+    next: u32,
 }
+
+const NONE: u32 = u32::MAX;
 
 /// Two neighbours whose joined text is a token.
 struct Pair {
     score: f32,
-    left: usize,
-    right: usize,
+    left: u32,
+    right: u32,
     /// Length of both together when the pair was found: if it is no longer that, one of them was joined otherwise.
-    len: usize,
+    len: u32,
 }
 
 impl<'a> Merging<'a> {
     fn new(spm: &'a Spm, text: &'a str) -> Self {
         let mut pieces: Vec<Piece> = text
             .char_indices()
-            .enumerate()
-            .map(|(i, (start, c))| Piece {
-                start,
-                len: c.len_utf8(),
-                prev: i.checked_sub(1),
-                next: Some(i + 1),
+            .zip(0u32..)
+            .map(|((start, c), i)| Piece {
+                start: start as u32,
+                len: c.len_utf8() as u32,
+                prev: i.checked_sub(1).unwrap_or(NONE),
+                next: i + 1,
             })
             .collect();
         if let Some(last) = pieces.last_mut() {
-            last.next = None;
+            last.next = NONE;
         }
         Merging {
             spm,
@@ -134,36 +165,39 @@ impl<'a> Merging<'a> {
     }
 
     fn run(&mut self) {
-        for right in 1..self.pieces.len() {
-            self.consider(Some(right - 1), Some(right));
+        for right in 1..self.pieces.len() as u32 {
+            self.consider(right - 1, right);
         }
         while let Some(Pair {
             left, right, len, ..
         }) = self.queue.pop()
         {
-            let (l, r) = (self.pieces[left], self.pieces[right]);
+            let (l, r) = (self.pieces[left as usize], self.pieces[right as usize]);
             if l.len == 0 || r.len == 0 || l.len + r.len != len {
                 continue;
             }
-            self.pieces[left].len = len;
-            self.pieces[left].next = r.next;
-            self.pieces[right].len = 0;
-            if let Some(next) = r.next {
-                self.pieces[next].prev = Some(left);
+            self.pieces[left as usize].len = len;
+            self.pieces[left as usize].next = r.next;
+            self.pieces[right as usize].len = 0;
+            if r.next != NONE {
+                self.pieces[r.next as usize].prev = left;
             }
-            self.consider(l.prev, Some(left));
-            self.consider(Some(left), r.next);
+            self.consider(l.prev, left);
+            self.consider(left, r.next);
         }
     }
 
     /// Queues two neighbours if together they are a token.
-    fn consider(&mut self, left: Option<usize>, right: Option<usize>) {
-        let (Some(left), Some(right)) = (left, right) else {
+    fn consider(&mut self, left: u32, right: u32) {
+        if left == NONE || right == NONE {
             return;
-        };
-        let start = self.pieces[left].start;
-        let len = self.pieces[left].len + self.pieces[right].len;
-        if let Some(&id) = self.spm.ids.get(&self.text[start..start + len]) {
+        }
+        let start = self.pieces[left as usize].start as usize;
+        let len = self.pieces[left as usize].len + self.pieces[right as usize].len;
+        if len as usize > self.spm.longest {
+            return;
+        }
+        if let Some(&id) = self.spm.ids.get(&self.text[start..start + len as usize]) {
             let score = self.spm.scores[id as usize];
             self.queue.push(Pair {
                 score,
@@ -178,7 +212,7 @@ impl<'a> Merging<'a> {
         self.pieces
             .iter()
             .filter(|piece| piece.len > 0)
-            .map(|piece| &self.text[piece.start..piece.start + piece.len])
+            .map(|piece| &self.text[piece.start as usize..(piece.start + piece.len) as usize])
     }
 }
 

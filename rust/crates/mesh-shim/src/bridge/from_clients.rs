@@ -7,10 +7,10 @@ use std::{
 };
 
 use dcf::{DecodeError, ErrorCode, MsgType, Version};
+use mesh_service::cookie::COOKIE_LEN;
 
 use super::{
     Bridge, Drain, FromClient, Reply,
-    cookie::COOKIE_LEN,
     limiter::Verdict,
     retain::Chain,
     tasks::{State, Task, TaskId},
@@ -40,10 +40,9 @@ impl Bridge {
                 return FromClient::Drop;
             }
         };
-        let trusted = self.config.trusts(client.ip());
         if let Verdict::Limited { tell } = self.limiter.check(client.ip(), now) {
             stats.drops.rate_limited.count();
-            return if tell && (trusted || self.is_verified(client, now)) {
+            return if tell && (self.config.knows(client.ip()) || self.is_verified(client, now)) {
                 reply.error(
                     &frame,
                     ErrorCode::RATE_LIMITED,
@@ -53,7 +52,9 @@ impl Bridge {
                 FromClient::Drop
             };
         }
-        if !trusted && let Some(outcome) = self.admit(now, client, &frame, datagram, reply) {
+        if !self.config.knows(client.ip())
+            && let Some(outcome) = self.admit(now, client, &frame, datagram, reply)
+        {
             return outcome;
         }
         let datagram = &mut datagram[..frame.datagram_len()];
@@ -77,7 +78,7 @@ impl Bridge {
         }
     }
 
-    /// What an untrusted source gets; `None` if it has verified its address and is served like a trusted one.
+    /// What a source gets whose address proves nothing; `None` if it has verified its address and is served like a trusted one.
     fn admit(
         &mut self,
         now: Instant,
@@ -87,7 +88,7 @@ impl Bridge {
         reply: &mut Reply,
     ) -> Option<FromClient> {
         let drops = &self.stats.drops;
-        if self.config.admit == Admit::Trusted {
+        if self.config.admit == Admit::Trusted && !self.config.trusts(client.ip()) {
             drops.untrusted.count();
             return Some(FromClient::Drop);
         }
@@ -115,7 +116,7 @@ impl Bridge {
     }
 
     fn is_verified(&mut self, client: SocketAddr, now: Instant) -> bool {
-        self.config.admit == Admit::Verified
+        (self.config.admit == Admit::Verified || self.config.trusts(client.ip()))
             && self
                 .verified
                 .get(&client, now)

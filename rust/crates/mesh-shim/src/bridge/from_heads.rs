@@ -6,7 +6,7 @@ use bytes::Bytes;
 use dcf::{ErrorCode, MsgType, Version};
 
 use super::{
-    Bridge, Destination, Drain, FromHead, Resend, Transmit,
+    Bridge, Destination, Drain, Echo, FromHead, Resend, Transmit,
     heads::HeadState,
     tasks::{State, Task, TaskId},
     translate::{Address, may_fit_one},
@@ -33,6 +33,10 @@ impl Bridge {
         let datagram = &mut datagram[..frame.datagram_len()];
         match frame.kind() {
             MsgType::HEALTH => FromHead::Drop,
+            MsgType::CHALLENGE => {
+                self.on_challenge(head, &frame, datagram);
+                FromHead::Drop
+            }
             // What a v5.0.0 head answers with.
             MsgType::TASK
             | MsgType::RESULT
@@ -46,6 +50,29 @@ impl Bridge {
                 self.stats.drops.head_unexpected.count();
                 FromHead::Drop
             }
+        }
+    }
+
+    /// A head does not know this address yet, or no longer: shows it that its datagrams arrive here, and sends the task again
+    /// that was challenged.
+    fn on_challenge(&mut self, head: usize, frame: &Frame, datagram: &[u8]) {
+        let Ok(cookie) = frame.payload(datagram).try_into() else {
+            return self.stats.drops.head_unexpected.count();
+        };
+        let sequence = frame.header.sequence;
+        self.echo = Some(Echo {
+            head,
+            version: frame.version,
+            sequence,
+            cookie,
+        });
+        // A probe was challenged, if no task was.
+        let task = self.tasks.find_upstream(sequence);
+        if let Some(id) = task
+            .filter(|&id| self.tasks.state(id) == State::Open && self.tasks.get(id).head == head)
+        {
+            self.tasks.get_mut(id).epoch = self.heads.epoch(head).wrapping_sub(1);
+            self.restart_resend();
         }
     }
 

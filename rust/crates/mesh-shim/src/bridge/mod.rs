@@ -11,7 +11,6 @@
 //! Client and head may speak different versions of DCF. A datagram then gets or loses its first byte when it is sent on; what
 //! else differs is in `translate`.
 
-mod cookie;
 mod from_clients;
 mod from_heads;
 mod heads;
@@ -26,11 +25,11 @@ use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use dcf::{ErrorCode, MsgType, Version};
 
-pub use cookie::COOKIE_LEN;
 pub use heads::HeadState;
+pub use mesh_service::cookie::COOKIE_LEN;
+use mesh_service::cookie::Cookies;
 
 use self::{
-    cookie::Cookies,
     heads::{Heads, Timing},
     limiter::RateLimiter,
     retain::Arena,
@@ -57,6 +56,8 @@ pub struct Bridge {
     started: Instant,
     probes_sent: u32,
     resend: Option<Resend>,
+    /// The last challenge of a head, which is echoed.
+    echo: Option<Echo>,
     translator: Translator,
     drain: Drain,
     /// Time of the last warning about a source of an unknown version.
@@ -107,6 +108,15 @@ pub fn reframed(datagram: &[u8], version: Version) -> isize {
         (Version::V5_1, Version::V5_0) => 1,
         _ => 0,
     }
+}
+
+/// A head's challenge: it wants to see that what it sends here arrives.
+#[derive(Debug)]
+struct Echo {
+    head: usize,
+    version: Version,
+    sequence: u32,
+    cookie: [u8; COOKIE_LEN],
 }
 
 /// A datagram that the bridge sends of its own accord.
@@ -179,6 +189,7 @@ impl Bridge {
             started: now,
             probes_sent: 0,
             resend: None,
+            echo: None,
             translator: Translator::new(),
             drain: Drain::Serving,
             warned: None,
@@ -234,11 +245,27 @@ impl Bridge {
             self.probes_sent = self.probes_sent.wrapping_add(1);
             self.stats.traffic.probes.count();
             let kind = (version, MsgType::HEALTH);
+            // A head that does not know this address yet answers with a cookie, and never with more bytes than came.
             let len = write_message(buffer, kind, self.probes_sent, 0, &[]);
+            let padded = len.max(PROBE_LEN).min(buffer.len());
+            buffer[len..padded].fill(0);
+            let len = padded;
             return Some(Transmit {
                 to: Destination::Head(head),
                 len,
             });
+        }
+        if let Some(Echo {
+            head,
+            version,
+            sequence,
+            cookie,
+        }) = self.echo.take()
+        {
+            let kind = (version, MsgType::CHALLENGE_REPLY);
+            let len = write_message(buffer, kind, sequence, 0, &cookie);
+            let to = Destination::Head(head);
+            return Some(Transmit { to, len });
         }
         self.forget_answered(now);
         self.translator.expire(now);
@@ -269,6 +296,7 @@ impl Bridge {
         self.config = Config {
             trust_loopback: config.trust_loopback,
             trusted_networks: config.trusted_networks,
+            unverified_networks: config.unverified_networks,
             request_timeout: config.request_timeout,
             answer_linger: config.answer_linger,
             ..std::mem::take(&mut self.config)
@@ -276,9 +304,10 @@ impl Bridge {
     }
 
     /// The keys of the configuration that [`Bridge::reconfigure`] puts into effect.
-    pub const LIVE_KEYS: [&str; 4] = [
+    pub const LIVE_KEYS: [&str; 5] = [
         "trust_loopback",
         "trusted_networks",
+        "unverified_networks",
         "request_timeout",
         "answer_linger",
     ];
@@ -354,6 +383,8 @@ impl Reply {
 
 /// Holds every answer that the bridge gives by itself.
 const REPLY_LEN: usize = 128;
+/// Bytes of a probe: behind its header nothing that means anything.
+const PROBE_LEN: usize = 40;
 /// Sources outside of the trusted networks that are remembered to have answered a challenge.
 const VERIFIED_SOURCES: usize = 16_384;
 /// Most tasks that a bridge can be told to hold.

@@ -711,7 +711,8 @@ fn an_untrusted_source_hears_nothing_by_default() {
     assert_eq!(world.stats().drops.untrusted.get(), 1);
     let networks = vec!["203.0.113.0/24".parse().unwrap()];
     let mut world = World::new(Config {
-        trusted_networks: networks,
+        trusted_networks: networks.clone(),
+        unverified_networks: networks,
         ..two_heads()
     });
     assert!(matches!(world.client(STRANGER, &task), Sent::ToHead(0, _)));
@@ -724,10 +725,56 @@ fn a_network_that_is_trusted_later_is_served_then() {
     assert_eq!(world.client(STRANGER, &task), Sent::Nothing);
     world.bridge.reconfigure(Config {
         trusted_networks: vec!["203.0.113.0/24".parse().unwrap()],
+        unverified_networks: vec!["203.0.113.0/24".parse().unwrap()],
         heads: Vec::new(),
         ..two_heads()
     });
     assert!(matches!(world.client(STRANGER, &task), Sent::ToHead(0, _)));
+}
+
+#[test]
+fn a_client_of_a_trusted_network_is_served_when_it_has_shown_that_it_is_there() {
+    let mut world = World::new(Config {
+        trusted_networks: vec!["203.0.113.0/24".parse().unwrap()],
+        ..two_heads()
+    });
+    let task = message(MsgType::TASK, 1, vec![b'x'; 100]);
+    let Sent::Back(challenge) = world.client(STRANGER, &task) else {
+        panic!("no challenge")
+    };
+    assert_eq!(challenge.kind, MsgType::CHALLENGE);
+    let short = message(MsgType::TASK, 2, "q");
+    assert_eq!(world.client(STRANGER, &short), Sent::Nothing);
+    let echo = message(MsgType::CHALLENGE_REPLY, 1, challenge.payload.clone());
+    assert!(matches!(world.client(STRANGER, &echo), Sent::Back(ack) if ack.kind == MsgType::ACK));
+    assert!(matches!(world.client(STRANGER, &task), Sent::ToHead(0, _)));
+}
+
+#[test]
+fn a_heads_challenge_is_echoed_and_the_task_sent_again() {
+    let mut world = World::new(two_heads());
+    let Sent::ToHead(0, task) = world.client("127.0.0.1:5000", &message(MsgType::TASK, 1, "q"))
+    else {
+        panic!("no task")
+    };
+    let cookie = vec![7; COOKIE_LEN];
+    let challenge = message(MsgType::CHALLENGE, task.sequence, cookie.clone());
+    assert_eq!(world.head(0, &challenge), None);
+    let sent = world.transmits();
+    let to_head: Vec<_> = sent
+        .iter()
+        .map(|(to, message)| {
+            assert_eq!(*to, Destination::Head(0));
+            (message.kind, message.sequence, message.payload.to_vec())
+        })
+        .collect();
+    assert_eq!(
+        to_head,
+        [
+            (MsgType::CHALLENGE_REPLY, task.sequence, cookie),
+            (MsgType::TASK, task.sequence, b"q".to_vec()),
+        ]
+    );
 }
 
 #[test]

@@ -693,6 +693,7 @@ impl Deployment {
             prefill_tps: load.prefill_tps,
             layer_start: 0,
             layer_end: driver.engine().info().shape.layers,
+            keeps_text: self.shard.model.keeps_text(),
             ..self.shard.card.clone()
         }
     }

@@ -541,6 +541,50 @@ fn one_worker_that_fails_often_is_one_worker() {
     );
 }
 
+/// Dies on one worker after the other; each time after so many tokens. The error at last, and the deaths before it.
+fn deaths(tokens_before: &[u32]) -> (AnswerError, u32) {
+    let now = Instant::now();
+    let mut answer = Answer::new(PATIENT, now);
+    let mut have = 0;
+    for (deaths, &tokens) in (1..).zip(tokens_before) {
+        let worker = WorkerId(u64::from(deaths));
+        let attempt = answer.placed(worker, Duration::ZERO, now).attempt;
+        for _ in 0..tokens {
+            let came = Tokens {
+                index: have,
+                tokens: vec![Truth::token(have)],
+                ..Tokens::default()
+            };
+            assert!(matches!(
+                answer.tokens_came(attempt, came, now),
+                Step::Emit(_)
+            ));
+            have += 1;
+        }
+        match answer.failed(attempt, Failure::Died("link closed".into())) {
+            Step::Fail(error, Ended::Failed) => return (error, deaths),
+            Step::Again(Ended::Failed) => {}
+            other => panic!("{other:?}"),
+        }
+        // After the first death that it may have caused it gets a worker where nothing else begins.
+        assert_eq!(answer.is_suspect(), tokens == 0 || deaths > 1);
+    }
+    panic!("it goes on for ever")
+}
+
+#[test]
+fn a_request_that_kills_workers_is_not_handed_from_one_to_the_next() {
+    let (error, after) = deaths(&[0; 10]);
+    assert_eq!(after, 2);
+    assert_eq!(
+        error.to_string(),
+        "2 workers died while they had this request and had not begun to answer it, so it is not tried again; change it, or ask again \
+         if they died of something else: link closed"
+    );
+    assert_eq!(deaths(&[3, 0, 0, 0]).1, 3, "also of an answer that goes on");
+    assert_eq!(deaths(&[1; 10]).1, 4, "also after its first token");
+}
+
 fn any_script() -> impl Strategy<Value = Script> {
     let fate = prop_oneof![
         2 => Just(Fate::Finish),

@@ -10,10 +10,10 @@ use fancy_regex::Regex;
 use serde_json::Value;
 use tokenizers::NormalizedString;
 
-use super::super::TokenizerError;
 use super::super::bpe::byte_char;
 use super::super::pre::GPT2;
 use super::super::vocab::malformed;
+use super::super::{Limit, TokenizerError};
 use super::unsupported;
 
 /// More steps than any tokenizer has.
@@ -82,6 +82,15 @@ pub(super) enum Prepend {
     Never,
 }
 
+/// What a normalizer does to the bytes of a text, besides adding some.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Changes {
+    Nothing,
+    /// A text in ASCII stays as it is.
+    BeyondAscii,
+    Anything,
+}
+
 /// Runs the normalizers one after the other.
 pub(super) fn normalize<'t>(
     steps: &[Normalizer],
@@ -108,20 +117,41 @@ fn too_long() -> TokenizerError {
 }
 
 impl Normalizer {
+    /// What it does to a text's bytes. Spaces as marks are no change: tokens with marks are known to cover spaces.
+    pub(super) fn changes(&self) -> Changes {
+        match self {
+            Normalizer::Prepend(_) => Changes::Nothing,
+            Normalizer::Replace(Pattern::Text(from), to) if from == " " && to == "\u{2581}" => {
+                Changes::Nothing
+            }
+            Normalizer::Unicode(_) => Changes::BeyondAscii,
+            Normalizer::Lowercase | Normalizer::Replace(..) | Normalizer::Strip { .. } => {
+                Changes::Anything
+            }
+        }
+    }
+
     /// The text after this step; `None` if it stays as it is.
     fn run(&self, text: &str, limit: usize) -> Result<Option<String>, TokenizerError> {
         match self {
             // ASCII is the same in every form.
             Normalizer::Unicode(_) if text.is_ascii() => Ok(None),
             Normalizer::Unicode(form) => {
-                let mut normalized = NormalizedString::from(text);
-                match form {
-                    Form::Nfc => normalized.nfc(),
-                    Form::Nfd => normalized.nfd(),
-                    Form::Nfkc => normalized.nfkc(),
-                    Form::Nfkd => normalized.nfkd(),
-                };
-                Ok(Some(normalized.get().to_owned()))
+                let mut out = String::with_capacity(text.len());
+                for part in parts(text) {
+                    let mut normalized = NormalizedString::from(part);
+                    match form {
+                        Form::Nfc => normalized.nfc(),
+                        Form::Nfd => normalized.nfd(),
+                        Form::Nfkc => normalized.nfkc(),
+                        Form::Nfkd => normalized.nfkd(),
+                    };
+                    out.push_str(normalized.get());
+                    if out.len() > limit {
+                        return Err(too_long());
+                    }
+                }
+                Ok(Some(out))
             }
             Normalizer::Lowercase => Ok(Some(text.to_lowercase())),
             Normalizer::Prepend(_) if text.is_empty() => Ok(None),
@@ -149,17 +179,59 @@ impl Normalizer {
     }
 }
 
+/// Cuts a text into parts that are normalized as they are in the whole: the `tokenizers` crate takes some 50 bytes for each byte of
+/// what it normalizes at once.
+fn parts(text: &str) -> impl Iterator<Item = &str> {
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let mut cuts = rest.char_indices().skip_while(|(at, _)| *at < PART);
+        // A run of combining marks this long is no text; it is cut anywhere.
+        let cut = cuts.find(|&(at, c)| begins_anew(c) || at >= 4 * PART);
+        let (part, behind) = rest.split_at(cut.map_or(rest.len(), |(at, _)| at));
+        rest = behind;
+        Some(part)
+    })
+}
+
+/// Whether `c` has no part in any composition with what stands before it. Most of what texts consist of.
+fn begins_anew(c: char) -> bool {
+    matches!(c,
+        '\0'..='\x7f'
+        | '\u{391}'..='\u{3c9}'
+        | '\u{410}'..='\u{44f}'
+        | '\u{621}'..='\u{64a}'
+        | '\u{2010}'..='\u{2027}'
+        | '\u{3041}'..='\u{3096}'
+        | '\u{30a1}'..='\u{30fa}'
+        | '\u{4e00}'..='\u{9fff}'
+        | '\u{ac00}'..='\u{d7a3}'
+        | '\u{1f300}'..='\u{1f64f}'
+    )
+}
+
+/// Bytes that are normalized at once, at least.
+const PART: usize = 16 << 10;
+
 /// Cuts a text into words, each spelled as the tokens are. `begins` says whether it begins the whole text.
 pub(super) fn split<'t>(
     steps: &[PreTokenizer],
     text: &'t str,
     begins: bool,
+    limit: Limit,
 ) -> Result<Vec<Cow<'t, str>>, TokenizerError> {
     let mut words = vec![Cow::Borrowed(text)];
+    // Every word becomes a token at least, unless words are taken out.
+    let counted = !steps.iter().any(PreTokenizer::drops);
     for step in steps {
         let mut next = Vec::with_capacity(words.len());
         for (i, word) in words.into_iter().enumerate() {
             step.run(word, begins && i == 0, &mut next)?;
+            if counted && next.len() > limit.0 {
+                return Err(TokenizerError::TooLong { most: limit.0 });
+            }
         }
         words = next;
     }
@@ -168,6 +240,11 @@ pub(super) fn split<'t>(
 }
 
 impl PreTokenizer {
+    /// Whether it takes out a part of the text.
+    pub(super) fn drops(&self) -> bool {
+        matches!(self, PreTokenizer::Split(_, Behavior::Removed, _))
+    }
+
     fn run<'t>(
         &self,
         word: Cow<'t, str>,

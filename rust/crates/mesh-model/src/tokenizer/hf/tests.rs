@@ -103,7 +103,7 @@ fn every_behavior_of_a_split_is_the_crates() {
                         "type": "Split", "pattern": {key: text_of}, "behavior": name, "invert": invert
                     });
                     let steps = steps::pre_tokenizers(Some(&ours)).unwrap();
-                    let ours = steps::split(&steps, text, true).unwrap();
+                    let ours = steps::split(&steps, text, true, Limit(usize::MAX)).unwrap();
                     let mut their = PreTokenizedString::from(text);
                     Split::new(pattern, theirs, invert)
                         .unwrap()
@@ -131,8 +131,14 @@ fn a_mark_is_put_where_the_scheme_says() {
     ] {
         let part = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": true});
         let steps = steps::pre_tokenizers(Some(&part)).unwrap();
-        assert_eq!(steps::split(&steps, "a b", true).unwrap(), [first, "▁b"]);
-        assert_eq!(steps::split(&steps, "a b", false).unwrap(), [later, "▁b"]);
+        assert_eq!(
+            steps::split(&steps, "a b", true, Limit(usize::MAX)).unwrap(),
+            [first, "▁b"]
+        );
+        assert_eq!(
+            steps::split(&steps, "a b", false, Limit(usize::MAX)).unwrap(),
+            [later, "▁b"]
+        );
     }
 }
 

@@ -12,19 +12,22 @@ use aws_lc_rs::{constant_time, hmac};
 pub const COOKIE_LEN: usize = 4 + MAC_LEN;
 
 /// Makes and checks cookies.
-pub(super) struct Cookies {
+pub struct Cookies {
     key: hmac::Key,
 }
 
 impl Cookies {
-    pub(super) fn new(key: &[u8; 32]) -> Self {
+    /// With this key, which nobody else has.
+    #[must_use]
+    pub fn new(key: &[u8; 32]) -> Self {
         Self {
             key: hmac::Key::new(hmac::HMAC_SHA256, key),
         }
     }
 
     /// A cookie for `source`; `uptime` is the time since some fixed moment.
-    pub(super) fn make(&self, source: SocketAddr, uptime: Duration) -> [u8; COOKIE_LEN] {
+    #[must_use]
+    pub fn make(&self, source: SocketAddr, uptime: Duration) -> [u8; COOKIE_LEN] {
         let made = (uptime.as_secs() as u32).to_be_bytes();
         let mut cookie = [0; COOKIE_LEN];
         cookie[..4].copy_from_slice(&made);
@@ -33,7 +36,8 @@ impl Cookies {
     }
 
     /// Whether `cookie` was made for `source` no longer than [`LIFETIME_S`] seconds ago.
-    pub(super) fn check(&self, cookie: &[u8], source: SocketAddr, uptime: Duration) -> bool {
+    #[must_use]
+    pub fn check(&self, cookie: &[u8], source: SocketAddr, uptime: Duration) -> bool {
         let Ok(cookie) = <&[u8; COOKIE_LEN]>::try_from(cookie) else {
             return false;
         };

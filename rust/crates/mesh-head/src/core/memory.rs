@@ -1,0 +1,136 @@
+//! What requests may take of this head's memory, known before it is taken: in all, and by one client.
+
+use std::collections::HashMap;
+
+use super::fair::Origin;
+
+/// The account.
+#[derive(Debug)]
+pub struct Memory {
+    /// Bytes for all requests; 0 is without limit.
+    limit: u64,
+    used: u64,
+    by: HashMap<Origin, u64>,
+}
+
+/// A request that may need more than there is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum TooMuch {
+    /// More than its client's share has left.
+    #[error(
+        "your requests hold {used} of the {limit} bytes of memory that one client may have; wait for one of them to end"
+    )]
+    Yours {
+        /// What the client has.
+        used: u64,
+        /// Its share.
+        limit: u64,
+    },
+    /// More than is left.
+    #[error(
+        "requests hold {used} of {limit} bytes of memory (request_memory); ask again in a moment"
+    )]
+    All {
+        /// What all clients have.
+        used: u64,
+        /// The limit.
+        limit: u64,
+    },
+}
+
+impl Memory {
+    /// Of `limit` bytes; 0 is without limit.
+    pub fn new(limit: u64) -> Self {
+        Self {
+            limit,
+            used: 0,
+            by: HashMap::new(),
+        }
+    }
+
+    /// One client's share. It is more than half, so that one may send the longest request where nobody else does much.
+    fn share(&self) -> u64 {
+        self.limit / 3 * 2
+    }
+
+    /// Takes `bytes` more for a request of `origin`. A request of one that has nothing counts as no more than the share, so that
+    /// none is refused for ever; returns what was taken.
+    ///
+    /// # Errors
+    /// [`TooMuch`] says whose they are; then nothing is taken.
+    pub fn take(&mut self, origin: Origin, mut bytes: u64) -> Result<u64, TooMuch> {
+        let yours = self.by.get(&origin).copied().unwrap_or(0);
+        if self.limit > 0 {
+            let (used, limit) = (self.used, self.limit);
+            if yours == 0 {
+                bytes = bytes.min(self.share());
+            }
+            if yours.saturating_add(bytes) > self.share() {
+                let (used, limit) = (yours, self.share());
+                return Err(TooMuch::Yours { used, limit });
+            }
+            if used.saturating_add(bytes) > limit {
+                return Err(TooMuch::All { used, limit });
+            }
+        }
+        self.used = self.used.saturating_add(bytes);
+        self.by.insert(origin, yours.saturating_add(bytes));
+        Ok(bytes)
+    }
+
+    /// Gives them back.
+    pub fn give(&mut self, origin: Origin, bytes: u64) {
+        self.used = self.used.saturating_sub(bytes);
+        if let Some(yours) = self.by.get_mut(&origin) {
+            *yours = yours.saturating_sub(bytes);
+            if *yours == 0 {
+                self.by.remove(&origin);
+            }
+        }
+    }
+
+    /// Bytes that are taken.
+    pub fn used(&self) -> u64 {
+        self.used
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_client_has_a_share_and_all_have_a_limit() {
+        let mut memory = Memory::new(300);
+        let (a, b, c) = (Origin::Key(1), Origin::Key(2), Origin::Unknown);
+        assert_eq!(memory.take(a, 201), Ok(200));
+        memory.give(a, 200);
+        assert_eq!(memory.take(a, 150), Ok(150));
+        assert_eq!(
+            memory.take(a, 51),
+            Err(TooMuch::Yours {
+                used: 150,
+                limit: 200
+            })
+        );
+        assert_eq!(memory.take(b, 100), Ok(100));
+        assert_eq!(
+            memory.take(c, 51),
+            Err(TooMuch::All {
+                used: 250,
+                limit: 300
+            })
+        );
+        memory.give(a, 150);
+        assert_eq!(memory.take(c, 51), Ok(51));
+        memory.give(b, 100);
+        memory.give(c, 51);
+        assert_eq!((memory.used(), memory.by.len()), (0, 0));
+    }
+
+    #[test]
+    fn without_a_limit_all_is_given() {
+        let mut memory = Memory::new(0);
+        assert_eq!(memory.take(Origin::Admin, u64::MAX / 2), Ok(u64::MAX / 2));
+    }
+}

@@ -1,0 +1,119 @@
+//! How many of a model's slots one source may hold while others use the model, too.
+//!
+//! The queue gives what becomes free to whoever has least, but answers are long: one source that holds all slots makes everybody
+//! else wait for the end of one of its answers. So each source that used the model lately is left as many slots as it had
+//! requests at once, up to an even share and up to half of all. A source alone gets all of them.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use super::fair::Source;
+
+/// Who used which model lately.
+#[derive(Debug, Default)]
+pub struct Shares {
+    of: BTreeMap<String, BTreeMap<Source, Use>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Use {
+    /// Most requests at once, not long ago.
+    most: usize,
+    last: Instant,
+}
+
+impl Shares {
+    /// A request of `source` for `model` came, which has `requests` then, waiting or running.
+    pub fn note(&mut self, model: &str, source: Source, requests: usize, now: Instant) {
+        if !self.of.contains_key(model) {
+            self.of.insert(model.to_owned(), BTreeMap::new());
+        }
+        let Some(sources) = self.of.get_mut(model) else {
+            return;
+        };
+        if sources.len() >= MOST_SOURCES && !sources.contains_key(&source) {
+            return;
+        }
+        let last = sources.entry(source).or_insert(Use {
+            most: requests,
+            last: now,
+        });
+        let most = match now.saturating_duration_since(last.last) < LATELY {
+            true => last.most.max(requests),
+            false => requests,
+        };
+        *last = Use { most, last: now };
+    }
+
+    /// How many of `slots` that serve `model` may be held by `source`.
+    pub fn most(&self, model: &str, source: Source, slots: usize, now: Instant) -> usize {
+        let Some(sources) = self.of.get(model) else {
+            return slots;
+        };
+        let lately = |used: &&Use| now.saturating_duration_since(used.last) < LATELY;
+        let others = sources.iter().filter(|(other, _)| **other != source);
+        let others: Vec<usize> = others
+            .map(|(_, used)| used)
+            .filter(lately)
+            .map(|used| used.most)
+            .collect();
+        let even = (slots / (others.len() + 1)).max(1);
+        let left: usize = others.iter().map(|most| (*most).min(even)).sum();
+        (slots - left.min(slots / 2)).max(1)
+    }
+
+    /// Forgets what was long ago.
+    pub fn expire(&mut self, now: Instant) {
+        for sources in self.of.values_mut() {
+            sources.retain(|_, used| now.saturating_duration_since(used.last) < LATELY);
+        }
+        self.of.retain(|_, sources| !sources.is_empty());
+    }
+}
+
+/// Time after which a source that asked for nothing needs no slots.
+const LATELY: Duration = Duration::from_secs(30);
+/// Sources that are noted for a model.
+const MOST_SOURCES: usize = 1024;
+
+#[cfg(test)]
+mod tests {
+    use super::super::fair::{Ingress, Origin};
+    use super::*;
+
+    fn key(number: usize) -> Source {
+        Source {
+            ingress: Ingress::Http,
+            origin: Origin::Key(number),
+        }
+    }
+
+    #[test]
+    fn a_source_alone_gets_all_and_leaves_others_what_they_use() {
+        let now = Instant::now();
+        let mut shares = Shares::default();
+        shares.note("m", key(1), 1280, now);
+        assert_eq!(shares.most("m", key(1), 12, now), 12);
+        shares.note("m", key(2), 1, now);
+        assert_eq!(shares.most("m", key(1), 12, now), 11);
+        shares.note("m", key(2), 8, now);
+        assert_eq!(shares.most("m", key(1), 12, now), 6);
+        assert_eq!(shares.most("m", key(2), 12, now), 6);
+        assert_eq!(shares.most("other", key(1), 12, now), 12);
+        assert_eq!(shares.most("m", key(1), 1, now), 1);
+        let later = now + LATELY;
+        assert_eq!(shares.most("m", key(1), 12, later), 12);
+        shares.expire(later);
+        assert!(shares.of.is_empty());
+    }
+
+    #[test]
+    fn many_small_sources_leave_one_half_at_least() {
+        let now = Instant::now();
+        let mut shares = Shares::default();
+        for number in 0..50 {
+            shares.note("m", key(number), 1, now);
+        }
+        assert_eq!(shares.most("m", key(7), 12, now), 6);
+    }
+}

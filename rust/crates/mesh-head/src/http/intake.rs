@@ -1,0 +1,77 @@
+//! Bodies of requests: read within what their client may take of this head's memory, and parsed where they hold up nobody.
+
+use std::sync::Arc;
+
+use axum::body::{Body, Bytes};
+use axum::http::StatusCode;
+use futures::StreamExt;
+use mesh_service::http::{NoRoom, TooSlow};
+
+use super::error::ApiError;
+use super::keys::Client;
+use crate::mesh::{Lease, Mesh};
+
+/// Reads a body. Its memory is taken as it comes.
+pub(super) async fn body(
+    api: &super::Api,
+    client: Client,
+    body: Body,
+) -> Result<(Bytes, Lease), ApiError> {
+    let limit = api.mesh.config.http.body_limit;
+    let mut lease = api.mesh.lease(client.origin(), LEAST)?;
+    let mut parts = body.into_data_stream();
+    let mut read = Vec::new();
+    let mut leased = LEAST;
+    while let Some(part) = parts.next().await {
+        let part = part.map_err(|error| unreadable(&error))?;
+        let bytes = (read.len() + part.len()) as u64;
+        if bytes > limit {
+            let text = format!("the body is over the limit of {limit} bytes (http.body_limit)");
+            let code = "request_too_large";
+            return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, code, text));
+        }
+        // Behind the body comes what it says, which has as many bytes.
+        if 2 * bytes > leased {
+            let more = (2 * bytes - leased).max(leased);
+            lease.add(more)?;
+            leased += more;
+        }
+        read.extend_from_slice(&part);
+    }
+    lease.set((2 * read.len() as u64).max(LEAST))?;
+    Ok((read.into(), lease))
+}
+
+/// What `parse` makes of a body. A large one is parsed on another thread, one at a time.
+pub(crate) async fn parsed<T: Send + 'static>(
+    mesh: &Arc<Mesh>,
+    body: Bytes,
+    parse: impl FnOnce(&[u8]) -> T + Send + 'static,
+) -> Result<T, ApiError> {
+    if body.len() <= SMALL {
+        return Ok(parse(&body));
+    }
+    let _turn = mesh.reading.acquire().await;
+    let parsing = tokio::task::spawn_blocking(move || parse(&body));
+    parsing.await.map_err(|_| {
+        let text = "the request could not be read";
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", text)
+    })
+}
+
+fn unreadable(error: &(dyn std::error::Error + 'static)) -> ApiError {
+    if let Some(slow) = TooSlow::cause_of(error) {
+        let text = slow.to_string();
+        return ApiError::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", text);
+    }
+    if let Some(full) = NoRoom::cause_of(error) {
+        return ApiError::overloaded(full.to_string());
+    }
+    let text = format!("the body cannot be read: {error}");
+    ApiError::new(StatusCode::BAD_REQUEST, "invalid_body", text)
+}
+
+/// What any request is counted as.
+const LEAST: u64 = 4 << 10;
+/// Bodies up to this length are parsed in less time than it takes to hand them over.
+const SMALL: usize = 16 << 10;

@@ -1,0 +1,142 @@
+//! Bounds the requests that are prepared for an engine at once: rendered and tokenised.
+//!
+//! Preparation takes a multiple of a request's bytes. Short requests have places of their own, so that long ones hold up each other
+//! only; of those, one is prepared at a time and a few may wait with what they hold.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use mesh_proto::{EmbedText, Prompt};
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+/// The places.
+#[derive(Debug)]
+pub(crate) struct Preparations {
+    short: Semaphore,
+    long: Semaphore,
+    /// Long requests here, waiting or being prepared.
+    held: AtomicUsize,
+}
+
+/// A request's place; dropped, it is free.
+#[derive(Debug)]
+pub(crate) struct Place<'a> {
+    _permit: SemaphorePermit<'a>,
+    _held: Option<Held<'a>>,
+}
+
+/// Too many long requests wait.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{MOST_LONG} requests of over {LONG} bytes wait to be prepared; ask again in a moment")]
+pub(crate) struct Full;
+
+#[derive(Debug)]
+struct Held<'a>(&'a AtomicUsize);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Default for Preparations {
+    fn default() -> Self {
+        Self {
+            short: Semaphore::new(SHORT_AT_ONCE),
+            long: Semaphore::new(1),
+            held: AtomicUsize::new(0),
+        }
+    }
+}
+
+impl Preparations {
+    /// Waits for a place for a request of so many bytes.
+    pub(crate) async fn enter(&self, bytes: usize) -> Result<Place<'_>, Full> {
+        let (places, held) = match is_long(bytes) {
+            false => (&self.short, None),
+            true => {
+                let held = Held(&self.held);
+                if self.held.fetch_add(1, Ordering::Relaxed) >= MOST_LONG {
+                    return Err(Full);
+                }
+                (&self.long, Some(held))
+            }
+        };
+        let permit = places.acquire().await.map_err(|_| Full)?;
+        Ok(Place {
+            _permit: permit,
+            _held: held,
+        })
+    }
+}
+
+/// Whether a request of so many bytes is a long one.
+pub(crate) fn is_long(bytes: usize) -> bool {
+    bytes > LONG
+}
+
+/// Bytes of what a prompt was written as.
+pub(crate) fn bytes_of(prompt: &Prompt) -> usize {
+    match prompt {
+        Prompt::Text(text) => text.len(),
+        Prompt::Tokens(list) => list.tokens.len() * size_of::<u32>(),
+        Prompt::Chat(chat) => {
+            let messages = chat.messages.iter();
+            let texts =
+                messages.map(|message| message.content.len() + message.role.len() + PER_MESSAGE);
+            texts.sum::<usize>() + chat.template_variables.len()
+        }
+    }
+}
+
+/// The same of the texts to embed.
+pub(crate) fn bytes_to_embed<'a>(texts: impl Iterator<Item = Option<&'a EmbedText>>) -> usize {
+    let bytes = texts.map(|text| match text {
+        Some(EmbedText::Text(text)) => text.len(),
+        Some(EmbedText::Tokens(list)) => list.tokens.len() * size_of::<u32>(),
+        None => 0,
+    });
+    bytes.sum()
+}
+
+/// Requests of more bytes are long.
+const LONG: usize = 256 << 10;
+const SHORT_AT_ONCE: usize = 8;
+/// Long requests that may be here at once.
+const MOST_LONG: usize = 4;
+/// What a message takes besides its text.
+const PER_MESSAGE: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+
+    use super::*;
+
+    #[test]
+    fn long_requests_wait_for_each_other_and_short_ones_do_not_wait_for_them() {
+        let places = Preparations::default();
+        let first = places.enter(8 << 20).now_or_never().unwrap().unwrap();
+        let mut waiting: Vec<_> = (1..MOST_LONG)
+            .map(|_| Box::pin(places.enter(8 << 20)))
+            .collect();
+        for other in &mut waiting {
+            assert!(other.now_or_never().is_none());
+        }
+        assert_eq!(
+            places.enter(8 << 20).now_or_never().unwrap().unwrap_err(),
+            Full
+        );
+        let short: Vec<_> = (0..SHORT_AT_ONCE)
+            .map(|_| places.enter(1000).now_or_never().unwrap())
+            .collect();
+        assert!(
+            places.enter(1000).now_or_never().is_none(),
+            "they are bounded, too"
+        );
+        drop((first, short));
+        assert!((&mut waiting[0]).now_or_never().is_some());
+        // Whoever gives up waiting makes room.
+        waiting.clear();
+        assert!(places.enter(8 << 20).now_or_never().unwrap().is_ok());
+    }
+}
