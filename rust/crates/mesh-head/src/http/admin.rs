@@ -23,12 +23,16 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
         mesh.link(worker.id)
             .map(|link| link.rtt().as_secs_f64() * 1e3)
     };
-    let (workers, rings) = mesh.with_rings(|rings, registry| {
+    let (workers, rings, quarantined) = mesh.with_rings(|rings, registry| {
         let workers = registry.iter().map(|worker| {
             let node = worker.node_id().unwrap_or_default();
             let paths = json!(rings.paths(node));
             let (holdings, offers) = (rings.holdings(node), rings.has_offer(node));
-            (worker.clone(), holdings, offers, paths)
+            let out = registry.why_out(node, now);
+            let models = worker.models.iter();
+            let why_not = models.map(|model| registry.why_not(worker, model, now));
+            let why_not: Vec<Option<String>> = why_not.collect();
+            (worker.clone(), holdings, offers, paths, (out, why_not))
         });
         let workers: Vec<_> = workers.collect();
         let recoveries = rings.recoveries().map(|recovery| {
@@ -43,12 +47,29 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
             "unformed": rings.unformed(),
             "drained": rings.drained(),
         });
-        (workers, rings)
+        (workers, rings, registry.reputation.view(now))
     });
     let workers: Vec<Value> = workers
         .into_iter()
-        .map(|(worker, holdings, offers, paths)| {
+        .map(|(worker, holdings, offers, paths, (out, why_not))| {
             let mut shown = describe(&worker, round_trip(&worker), offers, now);
+            // Checked beside whether it answers, so that nobody takes it for ready.
+            let barred = why_not.iter().all(Option::is_some) && !why_not.is_empty();
+            match (&out, shown["state"].as_str()) {
+                (Some(_), _) => shown["state"] = json!("quarantined"),
+                (None, Some("ready")) if barred => shown["state"] = json!("held"),
+                _ => {}
+            }
+            let reason = out.or_else(|| why_not.iter().flatten().next().cloned());
+            shown["not_used"] = json!(reason);
+            for (model, why) in shown["models"]
+                .as_array_mut()
+                .into_iter()
+                .flatten()
+                .zip(why_not)
+            {
+                model["not_used"] = json!(why);
+            }
             shown["holds"] = json!(holdings);
             shown["paths"] = paths;
             shown
@@ -79,6 +100,7 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
         "recoveries": rings["recoveries"],
         "unformed": rings["unformed"],
         "drained": rings["drained"],
+        "quarantined": quarantined,
         "duplicates": mesh.duplicates(),
         "warnings": mesh.warnings(),
     }))

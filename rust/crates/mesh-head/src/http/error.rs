@@ -126,10 +126,12 @@ impl From<&AnswerError> for ApiError {
                     retry_after: Some(1),
                     ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", message)
                 },
-                Refusal::NoWorker { .. } | Refusal::NoRing { .. } => Self {
-                    retry_after: Some(5),
-                    ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "no_worker", message)
-                },
+                Refusal::NoWorker { .. } | Refusal::NoRing { .. } | Refusal::NoneAnswers { .. } => {
+                    Self {
+                        retry_after: Some(5),
+                        ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "no_worker", message)
+                    }
+                }
                 Refusal::TooOld { .. } => {
                     Self::new(StatusCode::SERVICE_UNAVAILABLE, "no_worker", message)
                 }
