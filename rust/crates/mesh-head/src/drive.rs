@@ -121,6 +121,7 @@ struct Drive<'a, E> {
 /// An attempt, as the head's opinion of its worker needs it.
 struct Attempted {
     key: String,
+    name: String,
     model: String,
     began: Instant,
 }
@@ -273,12 +274,13 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
     /// Notes whose fault it is that an attempt failed.
     fn blame(&mut self, assignment: &Assignment, began: Instant) {
         let placed = &assignment.placed;
-        // A ring's driver is not to blame for its members: see `Mesh::suspect`.
-        if placed.ring.is_some() && self.answer.fault() != Fault::Perhaps {
+        // A ring's driver is not to blame for the silence of its members: see `Mesh::suspect`.
+        if placed.ring.is_some() && self.answer.fault() == Fault::Silence {
             return;
         }
         let attempted = Attempted {
             key: placed.key.clone(),
+            name: placed.name.clone(),
             model: match assignment.route {
                 Route::Legacy(_) => String::new(),
                 _ => placed.model.clone(),
@@ -288,7 +290,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         match self.answer.fault() {
             Fault::Unknown => {}
             Fault::Perhaps => self.suspects.push(attempted),
-            Fault::Worker => {
+            Fault::Silence | Fault::Worker => {
                 self.mesh
                     .at_fault(&attempted.key, &placed.name, &attempted.model, began);
             }
@@ -299,8 +301,13 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
     fn exonerate(&mut self, by: &Assignment) {
         for attempted in std::mem::take(&mut self.suspects) {
             if attempted.key != by.placed.key {
-                let Attempted { key, model, began } = attempted;
-                self.mesh.at_fault(&key, &key, &model, began);
+                let Attempted {
+                    key,
+                    name,
+                    model,
+                    began,
+                } = attempted;
+                self.mesh.at_fault(&key, &name, &model, began);
             }
         }
     }

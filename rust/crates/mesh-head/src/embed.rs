@@ -279,7 +279,7 @@ async fn part(
         match step {
             Step::Again(ended) => {
                 if ended == Ended::Failed {
-                    if answer.fault() == Fault::Worker {
+                    if matches!(answer.fault(), Fault::Silence | Fault::Worker) {
                         mesh.at_fault(&placed.key, &placed.name, &placed.model, began);
                     }
                     mesh.metrics.reruns.inc();

@@ -330,9 +330,11 @@ impl Placement {
         worker.last_success = Some(now);
         if let Some(model) = model_of(worker, &running.model) {
             model.succeeded(now);
+            let took = now.saturating_duration_since(running.started);
             if running.backlog >= LEAST_PREFILL {
-                let took = now.saturating_duration_since(running.started);
                 model.prefilled(running.backlog, took);
+            } else if running.backlog > 0 {
+                model.waited(running.backlog, took, now);
             }
         }
         worker.proven = worker.models.iter().all(|model| model.proven);

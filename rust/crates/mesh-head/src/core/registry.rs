@@ -61,6 +61,8 @@ pub struct ServedModel {
     pub last_sign: Option<Instant>,
     /// Result of comparing its answers with those of others.
     pub standing: Standing,
+    /// Seconds to a first token that its prompt does not explain, smoothed, and when one was last measured.
+    delay: (f64, Option<Instant>),
     /// Time since which it is to prove itself: it is new, or failed.
     trial_since: Instant,
     /// Questions of the head that it did not answer, since it last answered one.
@@ -125,6 +127,25 @@ impl ServedModel {
         }
     }
 
+    /// A first token came after `took`, of which the prompt explains a part.
+    pub fn waited(&mut self, prompt: u64, took: Duration, now: Instant) {
+        let explained = match self.prefill_tps > 0.0 {
+            true => prompt as f64 / self.prefill_tps,
+            false => 0.0,
+        };
+        let more = (took.as_secs_f64() - explained).max(0.0);
+        let before = self.delay.1.map_or(more, |_| self.delay(now));
+        self.delay = (before + (more - before) * DELAY_WEIGHT, Some(now));
+    }
+
+    /// Seconds to a first token besides those that its prompt takes: a worker may be busy with what this head does not see. What is long
+    /// ago counts for less.
+    pub fn delay(&self, now: Instant) -> f64 {
+        let (delay, at) = self.delay;
+        let age = at.map_or(0.0, |at| now.saturating_duration_since(at).as_secs_f64());
+        delay * (-age / DELAY_FADES).exp2()
+    }
+
     /// Its name in spot checks.
     fn subject(&self, node: &str) -> String {
         match self.ring {
@@ -160,6 +181,7 @@ impl ServedModel {
             last_success: None,
             last_sign: None,
             standing: Standing::New,
+            delay: (0.0, None),
             trial_since: now,
             unanswered: 0,
             retry_at: None,
@@ -1284,6 +1306,10 @@ fn works(load: &Load) -> (u32, u32, u64, u64, &[ModelSpeed]) {
 const SIGN_AGE: Duration = Duration::from_secs(10);
 /// Requests that wait at a worker for so long do not just wait for its next step.
 const QUEUES_LONG: Duration = Duration::from_millis(500);
+/// Weight of the newest delay of a first token.
+const DELAY_WEIGHT: f64 = 0.3;
+/// Seconds after which a delay counts half.
+const DELAY_FADES: f64 = 60.0;
 /// Time to the second question after one that was not answered; doubled with every other one.
 const RETRY: Duration = Duration::from_secs(1);
 const LONGEST_RETRY: Duration = Duration::from_secs(30);

@@ -84,7 +84,9 @@ pub enum Fault {
     Unknown,
     /// The worker's, if another one can do what it could not.
     Perhaps,
-    /// The worker's: it was silent, or sent what no request asks for.
+    /// The worker's: it was silent.
+    Silence,
+    /// The worker's: it sent what no request asks for.
     Worker,
 }
 
@@ -630,7 +632,7 @@ impl Answer {
         if now >= self.deadline() {
             return match self.phase {
                 Phase::Running { .. } => {
-                    self.fault = Fault::Worker;
+                    self.fault = Fault::Silence;
                     self.fail(AnswerError::Stalled(self.limits.timeout), Ended::Failed)
                 }
                 _ => self.fail(
@@ -648,7 +650,8 @@ impl Answer {
             } if now >= last_heard + allowance => {
                 let silent = (now - last_heard).as_secs_f64();
                 let text = format!("no token and no sign of life for {silent:.1} s");
-                self.blame(worker, text)
+                self.fault = Fault::Silence;
+                self.again_as(worker, text, Ended::Failed)
             }
             _ => Step::Wait,
         }

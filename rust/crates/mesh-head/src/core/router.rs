@@ -146,7 +146,7 @@ impl Router {
             .filter(|worker| !any_untried || untried(worker))
             .filter(|worker| !any_mesh || !worker.is_legacy())
             .filter(|worker| self.has_room(worker, ask, now))
-            .map(|worker| (*worker, estimate(worker, ask, holder, best)))
+            .map(|worker| (*worker, estimate(worker, ask, holder, best, now)))
             .collect();
 
         let Some(soonest) = open.iter().map(|(_, estimate)| estimate.finish).min() else {
@@ -264,9 +264,15 @@ fn holds(worker: &Worker, holder: Option<(WorkerId, u32)>) -> bool {
     holder.is_some_and(|(id, _)| id == worker.id)
 }
 
-fn estimate(worker: &Worker, ask: &Ask, holder: Option<(WorkerId, u32)>, best: Best) -> Estimate {
+fn estimate(
+    worker: &Worker,
+    ask: &Ask,
+    holder: Option<(WorkerId, u32)>,
+    best: Best,
+    now: Instant,
+) -> Estimate {
     match worker.model(&ask.model) {
-        Some(model) => estimate_mesh(worker, model, ask, holder, best),
+        Some(model) => estimate_mesh(worker, model, ask, holder, best, now),
         None => estimate_legacy(worker),
     }
 }
@@ -277,6 +283,7 @@ fn estimate_mesh(
     ask: &Ask,
     holder: Option<(WorkerId, u32)>,
     best: Best,
+    now: Instant,
 ) -> Estimate {
     let slots = model.card.slots.max(1);
     let batch = worker.active().saturating_add(1).min(slots);
@@ -290,7 +297,7 @@ fn estimate_mesh(
     let prefill_tps = model.prefill.believed(model.prefill_tps, best.prefill);
     let total_tps = known(decode_tps, ASSUMED_DECODE_TPS) * batch_gain(batch);
     let answer = f64::from(ask.answer_tokens) * f64::from(batch) / total_tps;
-    let prefill = to_prefill as f64 / known(prefill_tps, ASSUMED_PREFILL_TPS);
+    let prefill = to_prefill as f64 / known(prefill_tps, ASSUMED_PREFILL_TPS) + model.delay(now);
     // Requests that must end before a slot is free; each takes about as long as this answer, `slots` end in parallel.
     let ahead = worker.active().saturating_sub(slots - 1);
     let wait = f64::from(ahead) * answer / f64::from(slots);
@@ -628,6 +635,20 @@ mod tests {
     }
 
     #[test]
+    fn one_that_says_it_is_idle_and_answers_late_is_slow() {
+        let mut fleet = Fleet::new(&[50.0, 100.0]);
+        assert_eq!(fleet.worker(&ask()), 2);
+        let late = &mut fleet.registry.get_mut(WorkerId(2)).unwrap().models[0];
+        late.waited(50, Duration::from_secs(8), fleet.now);
+        for _ in 0..3 {
+            assert_eq!(fleet.worker(&ask()), 1);
+        }
+        fleet.registry.get_mut(WorkerId(1)).unwrap().assigned = 0;
+        fleet.now += Duration::from_secs(600);
+        assert_eq!(fleet.worker(&ask()), 2, "that was long ago");
+    }
+
+    #[test]
     fn nothing_goes_to_one_that_has_not_answered_or_is_out() {
         let mut fleet = Fleet::new(&[10.0, 100.0]);
         let fast = WorkerId(2);
@@ -734,6 +755,47 @@ mod tests {
             .legacy_heartbeat(([127, 0, 0, 1], 4000).into(), Version::V5_1, fleet.now)
             .unwrap();
         assert!(!another(&fleet));
+    }
+
+    #[test]
+    fn a_legacy_worker_waits_until_a_mesh_workers_trial_is_over() {
+        let mut fleet = Fleet::new(&[]);
+        let (legacy, _) = fleet
+            .registry
+            .legacy_heartbeat(([127, 0, 0, 1], 4000).into(), Version::V5_0, fleet.now)
+            .unwrap();
+        let plain = Ask {
+            legacy: true,
+            ..ask()
+        };
+        let card = ModelCard {
+            name: "m".into(),
+            ..Default::default()
+        };
+        let hello = Hello {
+            models: vec![card],
+            ..Default::default()
+        };
+        let address = ([127, 0, 0, 1], 9000).into();
+        let (mesh, _) = fleet.registry.join("a", address, hello, fleet.now);
+        assert_eq!(fleet.place(&plain), Choice::Busy);
+        fleet.now += Duration::from_secs(30);
+        assert_eq!(fleet.worker(&plain), legacy.0, "it never answered");
+        fleet.registry.prove_all(mesh, fleet.now);
+        assert_eq!(fleet.worker(&plain), mesh.0);
+        // One that keeps failing is left alone for a while, too.
+        fleet.registry.leave(mesh, fleet.now);
+        let key = fleet.registry.get(legacy).unwrap().key();
+        let mut pause = Duration::ZERO;
+        for _ in 0..5 {
+            fleet.now += Duration::from_secs(1);
+            let now = fleet.now;
+            let faults = &mut fleet.registry.reputation;
+            pause = faults.at_fault(&key, "", now, now).unwrap();
+        }
+        assert_eq!(fleet.place(&plain), Choice::Nobody);
+        fleet.now += pause;
+        assert_eq!(fleet.worker(&plain), legacy.0);
     }
 
     #[test]

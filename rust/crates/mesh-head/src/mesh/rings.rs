@@ -47,6 +47,9 @@ impl Mesh {
             );
             return;
         };
+        if state.placement.registry.is_out(node, now) {
+            return;
+        }
         if let (Some(peer), Some(profile)) = (state.peers.get(&id), offer.profile.as_mut()) {
             // A worker need not measure what its link knows, and is not believed about it.
             let rtt = u32::try_from(peer.link.rtt().as_micros()).unwrap_or(u32::MAX);

@@ -171,6 +171,8 @@ pub(crate) struct Script {
     pub(crate) prefill: Duration,
     /// Of its requests' fields.
     pub(crate) revision: u32,
+    /// Other tokens than the model's.
+    pub(crate) lies: bool,
 }
 
 /// How a worker's answers end.
@@ -183,6 +185,12 @@ pub(crate) enum Fate {
     SilentAfter(u32),
     /// Answers with this error after so many tokens.
     FailsAfter(u32, ErrorCode),
+    /// Goes on after the last token that was asked for.
+    Endless,
+    /// Sends megabytes of text with its first token.
+    Huge,
+    /// Says that the request lives, thousands of times.
+    Floods,
 }
 
 impl Default for Script {
@@ -196,6 +204,7 @@ impl Default for Script {
             old: false,
             prefill: Duration::ZERO,
             revision: REQUEST_REVISION,
+            lies: false,
         }
     }
 }
@@ -398,10 +407,17 @@ pub(crate) async fn answer(link: Link, mut stream: MsgStream, script: Script, se
             .params
             .as_ref()
             .is_some_and(|params| params.logprobs.is_some());
-        let question = question(&generate);
+        let mut question = question(&generate);
+        if script.lies {
+            question += " (a lie)";
+        }
+        let total = match fate {
+            Fate::Endless => u32::MAX,
+            _ => total,
+        };
         let done = generate.generated.len() as u32;
         let mut sent = generate.text_sent as usize;
-        if total > 2000 {
+        if total > 2000 && fate != Fate::Endless {
             let error = Message::error(
                 0,
                 0,
@@ -455,8 +471,20 @@ pub(crate) async fn answer(link: Link, mut stream: MsgStream, script: Script, se
                 }
                 _ => {}
             }
-            let text = text_after(&question, index + 1).split_off(sent);
+            if fate == Fate::Floods {
+                let body = Progress::default().encode_to_vec();
+                for _ in 0..20_000 {
+                    let sign = Message::new(MsgType::PROGRESS, 0, 0, body.clone());
+                    if send.send(sign).await.is_err() {
+                        return;
+                    }
+                }
+            }
+            let mut text = text_after(&question, index + 1).split_off(sent);
             sent += text.len();
+            if fate == Fate::Huge {
+                text = "x".repeat(200_000);
+            }
             let token = token(&question, index);
             let logprob = TokenLogprob {
                 token,

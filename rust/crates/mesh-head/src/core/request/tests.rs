@@ -628,7 +628,7 @@ fn signs_of_life_that_nothing_bears_out_are_believed_for_as_long_as_a_silence_ma
     };
     assert_eq!(
         (ended, answer.fault()),
-        (Step::Again(Ended::Failed), Fault::Worker)
+        (Step::Again(Ended::Failed), Fault::Silence)
     );
     let lasted = now - start;
     assert!(lasted >= LIMITS.timeout && lasted <= LIMITS.timeout + LIMITS.first_token * 2);
