@@ -173,7 +173,7 @@ async fn receive_hello(link: &Link) -> Result<(MsgStream, Hello, u64), LinkError
     let mut control = link.accept().await?;
     control.limit(CONTROL_MESSAGE);
     let message = control.recv().await?.ok_or(LinkError::Silent)?;
-    if message.kind != MsgType::HELLO {
+    if message.kind != MsgType::HELLO || fields_of(&message.payload) > MOST_FIELDS {
         return Err(LinkError::NoHello(message.kind));
     }
     let hello = Hello::decode(message.payload).map_err(|_| LinkError::NoHello(MsgType::HELLO))?;
@@ -201,6 +201,10 @@ async fn follow_control(
             received = recv.recv(), if credit > 0 => {
                 let Some(message) = received? else { return Ok(()) };
                 credit -= 1;
+                if fields_of(&message.payload) > MOST_FIELDS {
+                    debug!(kind = %message.kind, "dropped: it has more parts than such a message can have");
+                    continue;
+                }
                 match message.kind {
                     MsgType::LOAD => match Load::decode(message.payload) {
                         Ok(load) => mesh.report(id, load),
@@ -247,6 +251,34 @@ async fn follow_control(
             },
         }
     }
+}
+
+/// Fields at the top of a protobuf message, counted without reading them: an empty part is two bytes there and hundreds in memory.
+fn fields_of(mut body: &[u8]) -> usize {
+    let mut fields = 0;
+    while let Some((key, rest)) = varint(body) {
+        fields += 1;
+        body = match key & 7 {
+            0 => varint(rest).map(|(_, rest)| rest),
+            1 => rest.get(8..),
+            2 => varint(rest).and_then(|(length, rest)| rest.get(usize::try_from(length).ok()?..)),
+            5 => rest.get(4..),
+            _ => None,
+        }
+        .unwrap_or_default();
+    }
+    fields
+}
+
+fn varint(body: &[u8]) -> Option<(u64, &[u8])> {
+    let mut value = 0;
+    for (index, byte) in body.iter().enumerate().take(10) {
+        value |= u64::from(byte & 0x7F) << (7 * index).min(63);
+        if byte & 0x80 == 0 {
+            return Some((value, &body[index + 1..]));
+        }
+    }
+    None
 }
 
 /// Lets the worker measure its bandwidth to here; nothing else comes on streams of its own. One after the other, so that what a
@@ -626,6 +658,8 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 const CONTROL_MESSAGE: usize = 1 << 20;
 /// The same on a stream by which a worker measures its bandwidth.
 const PROBE_MESSAGE: usize = 1 << 20;
+/// Fields at the top of a message on a control stream.
+const MOST_FIELDS: usize = 1024;
 /// Messages that are read of a control stream in [`CONTROL_WINDOW`]. A busy worker sends about ten a second.
 const CONTROL_BURST: u32 = 100;
 const CONTROL_WINDOW: Duration = Duration::from_secs(1);
@@ -638,3 +672,27 @@ const LEAST_MEASURED: u32 = 4;
 /// Orders that wait to be sent to a worker. They come with decisions, not with requests.
 const ORDERS: usize = 64;
 const ORDER_TIMEOUT: Duration = Duration::from_secs(10);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mesh_proto::ModelCard;
+
+    #[test]
+    fn fields_are_counted_before_they_take_memory() {
+        let hello = Hello {
+            node_name: "w".into(),
+            models: vec![ModelCard::default(); 5],
+            protocol: PROTOCOL_VERSION,
+            instance: 7,
+            ..Default::default()
+        };
+        assert_eq!(fields_of(&hello.encode_to_vec()), 8);
+        // Two bytes each, which would be hundreds.
+        let bomb = [0x1A, 0].repeat(100_000);
+        assert_eq!(fields_of(&bomb), 100_000);
+        for junk in [&[0xFF; 64][..], &[0x0A, 0xFF, 0xFF, 3], &[7, 1, 2], &[]] {
+            assert!(fields_of(junk) <= 2, "{junk:?}");
+        }
+    }
+}

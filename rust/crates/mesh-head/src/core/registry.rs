@@ -14,7 +14,7 @@ use mesh_proto::{Hello, Load, ModelCard, ModelKind, ModelSpeed};
 
 use super::reputation::{Out, Reputation};
 use super::speed::Measured;
-use super::spotcheck::{Peer, Question, Sample, SpotChecks, Standing, Verdict, Weights};
+use super::spotcheck::{Peer, Question, Sample, Schedule, SpotChecks, Standing, Verdict, Weights};
 
 /// Names a worker within this head's life; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -972,9 +972,10 @@ impl Registry {
         // Checks cost a hundredth of a slow worker's time at most.
         let took = now.saturating_duration_since(asked);
         let every = self.check_interval.max(took.saturating_mul(100));
+        let schedule = Schedule { every, seed };
         let verdicts = self
             .checks
-            .answered(&weights, &subject, answer, &peers, every, seed, now);
+            .answered(&weights, &subject, answer, &peers, schedule, now);
         let findings = verdicts
             .into_iter()
             .filter_map(|verdict| self.found(&weights, verdict, now));
@@ -1584,7 +1585,7 @@ mod tests {
             panic!("{findings:?}");
         };
         assert!(text.contains("`attic`") && text.contains("`cellar`"));
-        assert_eq!(registry.disagreements(now), [text.clone()]);
+        assert_eq!(registry.disagreements(now), std::slice::from_ref(text));
         let worker = registry.get(junior).unwrap();
         let model = &worker.models[0];
         assert_eq!(registry.service(worker, model, now), Service::Out);

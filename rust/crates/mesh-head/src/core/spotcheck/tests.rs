@@ -2,6 +2,10 @@ use super::*;
 
 const SECOND: Duration = Duration::from_secs(1);
 const EVERY: Duration = Duration::from_secs(300);
+const SCHEDULE: Schedule = Schedule {
+    every: EVERY,
+    seed: 9,
+};
 
 /// A model with these logits at each position, on a machine whose rounding moves them.
 fn answer_of(logits: &[[f32; 4]], noise: f32, seed: u64) -> Sample {
@@ -43,7 +47,7 @@ const LOGITS: [[f32; 4]; 8] = [
 ];
 
 fn honest(seed: u64) -> Sample {
-    answer_of(&LOGITS, 0.3, seed)
+    answer_of(&LOGITS, 0.6, seed)
 }
 
 fn forged() -> Sample {
@@ -166,8 +170,10 @@ impl Group {
                     name,
                     (question.round, sample),
                     &peers,
-                    EVERY,
-                    self.seed,
+                    Schedule {
+                        every: EVERY,
+                        seed: self.seed,
+                    },
                     self.now,
                 );
                 for verdict in &verdicts {
@@ -307,8 +313,7 @@ fn one_whose_comparators_do_not_answer_is_not_kept_waiting_for_ever() {
         "a",
         (question.round, honest(1)),
         &peers,
-        EVERY,
-        1,
+        SCHEDULE,
         now,
     );
     now += ROUND_LIFE * 2;
@@ -319,8 +324,7 @@ fn one_whose_comparators_do_not_answer_is_not_kept_waiting_for_ever() {
         "b",
         (question.round, honest(1)),
         &peers,
-        EVERY,
-        2,
+        SCHEDULE,
         now,
     );
     assert!(
