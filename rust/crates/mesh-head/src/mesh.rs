@@ -632,7 +632,12 @@ impl Mesh {
                         state.rings.serves_since(ring, node).flatten().is_some()
                     }
                 };
+                let out = worker
+                    .node_id()
+                    .is_some_and(|node| registry.is_out(node, now));
                 model.answers(now)
+                    && !out
+                    && model.standing != Checked::Held
                     && in_service
                     && asked.is_none_or(|asked| asked == model.card.name)
             };

@@ -322,7 +322,13 @@ impl Placement {
         running.streams = true;
         running.first_token.get_or_insert(now);
         let prefilled = std::mem::take(&mut running.prefilling);
-        let Some(worker) = self.registry.get_mut(running.worker) else {
+        let (on, model) = (running.worker, running.model.clone());
+        let same = |other: &&Running| other.streams && other.worker == on && other.model == model;
+        let streams = self.running.values().filter(same).count();
+        let Some(running) = self.running.get_mut(&ticket) else {
+            return;
+        };
+        let Some(worker) = self.registry.get_mut(on) else {
             return;
         };
         running.batch = worker.assigned;
@@ -330,6 +336,9 @@ impl Placement {
         worker.last_success = Some(now);
         if let Some(model) = model_of(worker, &running.model) {
             model.succeeded(now);
+            model.streams = model
+                .streams
+                .max(u32::try_from(streams).unwrap_or(u32::MAX));
             let took = now.saturating_duration_since(running.started);
             if running.backlog >= LEAST_PREFILL {
                 model.prefilled(running.backlog, took);
@@ -1025,6 +1034,25 @@ mod tests {
         }
         assert_eq!(asked[..6], [0, 1, 3, 7, 15, 31]);
         assert!(asked.len() <= 15, "{asked:?}");
+    }
+
+    #[test]
+    fn slots_are_believed_as_they_are_seen_in_use() {
+        let now = Instant::now();
+        let mut placement = placement(400);
+        let id = join(&mut placement, "w", u32::MAX, now);
+        let placed = |placement: &Placement| placement.registry.get(id).unwrap().assigned;
+        for ticket in 0..300 {
+            placement.ask(Ticket(ticket), ask(), false, now);
+        }
+        assert_eq!(placed(&placement), 8, "as many as anybody might have");
+        for expected in [16, 32, 64, 128, 256, 256] {
+            for ticket in 0..u64::from(placed(&placement)) {
+                placement.first_token(Ticket(ticket), now);
+            }
+            placement.pump(now);
+            assert_eq!(placed(&placement), expected);
+        }
     }
 
     #[test]

@@ -61,6 +61,8 @@ pub struct ServedModel {
     pub last_sign: Option<Instant>,
     /// Result of comparing its answers with those of others.
     pub standing: Standing,
+    /// Answers that it was seen to stream at the same time.
+    pub streams: u32,
     /// Seconds to a first token that its prompt does not explain, smoothed, and when one was last measured.
     delay: (f64, Option<Instant>),
     /// Time since which it is to prove itself: it is new, or failed.
@@ -146,6 +148,16 @@ impl ServedModel {
         delay * (-age / DELAY_FADES).exp2()
     }
 
+    /// The slots to count on: as many as it claims, and at most twice as many as it was seen to use, or a few at the beginning.
+    pub fn slots(&self) -> u32 {
+        let claimed = self.card.slots.max(1);
+        match self.card.kind() {
+            ModelKind::Chat => claimed.min(self.streams.saturating_mul(2).max(FIRST_SLOTS)),
+            // An encoder's answers do not stream.
+            ModelKind::Embed => claimed,
+        }
+    }
+
     /// Its name in spot checks.
     fn subject(&self, node: &str) -> String {
         match self.ring {
@@ -181,6 +193,7 @@ impl ServedModel {
             last_success: None,
             last_sign: None,
             standing: Standing::New,
+            streams: 0,
             delay: (0.0, None),
             trial_since: now,
             unanswered: 0,
@@ -916,7 +929,13 @@ impl Registry {
             let old = |at| now.saturating_duration_since(at) >= self.check_interval;
             let stale = model.last_success.is_none_or(old);
             let subject = model.subject(node);
-            let checked = self.checks.is_due(&model.weights(), &subject, now);
+            let purpose = match model.card.kind() {
+                ModelKind::Chat => "chat",
+                ModelKind::Embed => "embeddings",
+            };
+            // One that it is not kept for is shown to answer, and no more.
+            let checked =
+                worker.is_for(purpose) && self.checks.is_due(&model.weights(), &subject, now);
             let wanted = match model.proven {
                 true => checked || (stale && idle),
                 false => model.may_be_asked(now),
@@ -1307,6 +1326,8 @@ fn works(load: &Load) -> (u32, u32, u64, u64, &[ModelSpeed]) {
 const SIGN_AGE: Duration = Duration::from_secs(10);
 /// Requests that wait at a worker for so long do not just wait for its next step.
 const QUEUES_LONG: Duration = Duration::from_millis(500);
+/// Slots that are believed in before they were seen in use.
+const FIRST_SLOTS: u32 = 8;
 /// Weight of the newest delay of a first token.
 const DELAY_WEIGHT: f64 = 0.3;
 /// Seconds after which a delay counts half.

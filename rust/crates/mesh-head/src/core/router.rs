@@ -202,7 +202,7 @@ impl Router {
             return false;
         }
         let capacity = match worker.model(&ask.model) {
-            Some(model) => model.card.slots.max(1).saturating_add(self.capacity.ahead),
+            Some(model) => model.slots().saturating_add(self.capacity.ahead),
             None => self.capacity.legacy,
         };
         worker.assigned < capacity
@@ -285,7 +285,7 @@ fn estimate_mesh(
     best: Best,
     now: Instant,
 ) -> Estimate {
-    let slots = model.card.slots.max(1);
+    let slots = model.slots();
     let batch = worker.active().saturating_add(1).min(slots);
     let cached = holder
         .filter(|(id, _)| *id == worker.id)

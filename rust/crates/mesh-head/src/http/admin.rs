@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::Api;
 use super::error::ApiError;
-use crate::core::registry::Worker;
+use crate::core::registry::{ServedModel, Service, Worker};
 
 /// `GET /v1/mesh`: the registry as JSON.
 pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
@@ -32,7 +32,17 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
             let models = worker.models.iter();
             let why_not = models.map(|model| registry.why_not(worker, model, now));
             let why_not: Vec<Option<String>> = why_not.collect();
-            (worker.clone(), holdings, offers, paths, (out, why_not))
+            let bars = |model: &ServedModel| {
+                model.proven && registry.service(worker, model, now) == Service::Out
+            };
+            let held = worker.models.iter().any(bars);
+            (
+                worker.clone(),
+                holdings,
+                offers,
+                paths,
+                (out, held, why_not),
+            )
         });
         let workers: Vec<_> = workers.collect();
         let recoveries = rings.recoveries().map(|recovery| {
@@ -51,13 +61,15 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
     });
     let workers: Vec<Value> = workers
         .into_iter()
-        .map(|(worker, holdings, offers, paths, (out, why_not))| {
+        .map(|(worker, holdings, offers, paths, (out, held, why_not))| {
             let mut shown = describe(&worker, round_trip(&worker), offers, now);
-            // Checked beside whether it answers, so that nobody takes it for ready.
+            // It may answer and get no requests all the same.
             let barred = why_not.iter().all(Option::is_some) && !why_not.is_empty();
             match (&out, shown["state"].as_str()) {
                 (Some(_), _) => shown["state"] = json!("quarantined"),
-                (None, Some("ready")) if barred => shown["state"] = json!("held"),
+                (None, Some("ready")) if barred => {
+                    shown["state"] = json!(if held { "held" } else { "joining" });
+                }
                 _ => {}
             }
             let reason = out.or_else(|| why_not.iter().flatten().next().cloned());
