@@ -54,9 +54,9 @@ async fn one_mesh_chats_and_embeds_and_a_reserved_worker_does_nothing_else() -> 
     let metrics = mesh.workers[1].http()?.get_text("/metrics").await?;
     let decoded = format!("hydramesh_worker_decode_tokens_total{{model=\"{CHAT}\"}}");
     let chat_rows = figure(&metrics, &decoded)?;
-    // Its warm-up, and the head's proofs that a token comes out.
+    // Its warm-up, and the head's question that shows that tokens come out: eight of them.
     ensure!(
-        chat_rows < 16.0,
+        chat_rows < 20.0,
         "{chat_rows} rows of chat on a worker kept for embeddings"
     );
     let embedded = figure(

@@ -72,10 +72,23 @@ fn show(registry: &Value, terminal: Terminal) -> String {
         ],
         &rows,
     );
+    text += &unused(registry);
     text += &absent(registry);
     text += &rings::show(registry, terminal);
     text += &models(registry);
     text
+}
+
+/// Workers that are connected and get no requests, and why. Warnings name those in quarantine.
+fn unused(registry: &Value) -> String {
+    let workers = registry["workers"].as_array().into_iter().flatten();
+    let held = workers.filter(|worker| worker["state"] == "held");
+    let lines = held.filter_map(|worker| {
+        let reason = worker["not_used"].as_str()?.replace(char::is_control, " ");
+        let name = worker["name"].as_str().unwrap_or("-");
+        Some(format!("{name} gets no requests: {reason}\n"))
+    });
+    lines.collect()
 }
 
 /// Workers that are drained and not connected: they would get nothing when they come.
@@ -217,6 +230,29 @@ mod tests {
     use super::*;
     use crate::args::Color;
     use serde_json::json;
+
+    #[test]
+    fn a_worker_that_gets_no_requests_is_named_with_the_reason() {
+        let registry = json!({
+            "mesh": "attic",
+            "warnings": ["worker `b` is in quarantine for another 60 s: its answers differ"],
+            "workers": [
+                {"name": "a", "state": "held", "not_used": "its answers\u{1b} differ from those of other workers"},
+                {"name": "b", "state": "quarantined", "not_used": "in quarantine"},
+                {"name": "c", "state": "ready", "not_used": null},
+            ],
+        });
+        let shown = show(&registry, Terminal::new(Color::Never));
+        assert!(
+            shown.contains("a gets no requests: its answers  differ"),
+            "{shown}"
+        );
+        assert!(
+            shown.contains("quarantined") && shown.contains("warning: worker `b`"),
+            "{shown}"
+        );
+        assert!(!shown.contains("c gets no requests"), "{shown}");
+    }
 
     #[test]
     fn who_has_a_model_and_who_waits_for_it_is_shown() {

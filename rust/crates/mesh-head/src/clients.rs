@@ -543,7 +543,10 @@ fn code_of(failure: &AnswerError) -> (ErrorCode, bool) {
     match failure {
         AnswerError::Refused(Refusal::QueueFull { .. }) => (ErrorCode::WORKER_BUSY, false),
         AnswerError::Refused(
-            Refusal::NoWorker { .. } | Refusal::NoRing { .. } | Refusal::TooOld { .. },
+            Refusal::NoWorker { .. }
+            | Refusal::NoRing { .. }
+            | Refusal::NoneAnswers { .. }
+            | Refusal::TooOld { .. },
         ) => (ErrorCode::NO_WORKERS, false),
         AnswerError::Refused(Refusal::UnknownModel { .. }) => (ErrorCode::UNKNOWN_MODEL, false),
         AnswerError::Refused(Refusal::TooLong { .. }) => (ErrorCode::CONTEXT_TOO_LONG, true),

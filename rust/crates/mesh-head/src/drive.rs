@@ -16,7 +16,7 @@ use tracing::{debug, info, warn};
 
 use crate::core::placement::{self, Ended, Refusal};
 use crate::core::registry::WorkerId;
-use crate::core::request::{Answer, AnswerError, Complete, Delta, Failure, Resume, Step};
+use crate::core::request::{Answer, AnswerError, Complete, Delta, Failure, Fault, Resume, Step};
 use crate::core::router::Ask;
 use crate::ids;
 use crate::legacy::{Errand, LegacyWorker};
@@ -110,6 +110,20 @@ struct Drive<'a, E> {
     broke_off: Option<(String, Instant)>,
     /// Workers that are not to be avoided though this request failed on them: not they failed but their ring.
     forgiven: Vec<WorkerId>,
+    /// Workers that are to blame if another one can do it.
+    suspects: Vec<Attempted>,
+    /// The context that the worker claims whose rejection of this request is looked into.
+    rejected_in: u32,
+    /// When the client last heard what the request waits for.
+    told: Option<Instant>,
+}
+
+/// An attempt, as the head's opinion of its worker needs it.
+struct Attempted {
+    key: String,
+    name: String,
+    model: String,
+    began: Instant,
 }
 
 /// How one attempt ended.
@@ -139,7 +153,8 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         let mut ask = task.ask(&model);
         // Nobody knows what a v5.0.0 worker serves; whoever names a model of the mesh means that one.
         ask.legacy &= !known;
-        let answer = Answer::new(mesh.config.request_limits(), Instant::now());
+        let answer =
+            Answer::new(mesh.config.request_limits(), Instant::now()).within(task.bounds());
         Self {
             mesh,
             task,
@@ -149,6 +164,9 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
             last_token: None,
             broke_off: None,
             forgiven: Vec::new(),
+            suspects: Vec::new(),
+            rejected_in: 0,
+            told: None,
         }
     }
 
@@ -182,7 +200,9 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                 Some(_) => least.min(RING_SILENCE),
                 None => least,
             });
-            let resume = self.answer.placed(placed.worker, expected, Instant::now());
+            self.answer.set_context(placed.context);
+            let began = Instant::now();
+            let resume = self.answer.placed(placed.worker, expected, began);
             debug!(
                 request = self.task.id,
                 worker = placed.name,
@@ -217,10 +237,19 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
             };
             match attempt {
                 Attempt::Over(ended, outcome) => {
+                    if ended == Ended::Failed {
+                        self.blame(&assignment, began);
+                    }
+                    if ended == Ended::Complete {
+                        self.exonerate(&assignment);
+                    }
                     assignment.end(ended);
                     return outcome;
                 }
                 Attempt::Again { ended, lost } => {
+                    if ended == Ended::Failed {
+                        self.blame(&assignment, began);
+                    }
                     self.prepare_rerun(&assignment, ended, lost);
                     assignment.end(ended);
                     rerun = true;
@@ -239,6 +268,71 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
             Err(_) => Err(self
                 .answer
                 .time_passed(Instant::now().max(self.answer.deadline()))),
+        }
+    }
+
+    /// Notes whose fault it is that an attempt failed.
+    fn blame(&mut self, assignment: &Assignment, began: Instant) {
+        let placed = &assignment.placed;
+        // A ring's driver is not to blame for the silence of its members: see `Mesh::suspect`.
+        if placed.ring.is_some() && self.answer.fault() == Fault::Silence {
+            return;
+        }
+        let attempted = Attempted {
+            key: placed.key.clone(),
+            name: placed.name.clone(),
+            model: match assignment.route {
+                Route::Legacy(_) => String::new(),
+                _ => placed.model.clone(),
+            },
+            began,
+        };
+        match self.answer.fault() {
+            Fault::Unknown => {}
+            Fault::Perhaps => self.suspects.push(attempted),
+            Fault::Silence | Fault::Worker => {
+                self.mesh
+                    .at_fault(&attempted.key, &placed.name, &attempted.model, began);
+            }
+        }
+    }
+
+    /// The request was answered: those that could not were at fault, and not the request.
+    fn exonerate(&mut self, by: &Assignment) {
+        for attempted in std::mem::take(&mut self.suspects) {
+            if attempted.key != by.placed.key {
+                let Attempted {
+                    key,
+                    name,
+                    model,
+                    began,
+                } = attempted;
+                self.mesh.at_fault(&key, &name, &model, began);
+            }
+        }
+    }
+
+    /// A worker says that the request itself is at fault: notes whether another one can be asked, and what that would prove.
+    fn ask_another(&mut self, assignment: &Assignment) {
+        let another = self.mesh.another(&self.ask, assignment.placed.worker);
+        self.answer.set_second_opinion(another);
+        self.rejected_in = self
+            .mesh
+            .context_on(assignment.placed.worker, &assignment.placed.model);
+    }
+
+    /// A worker answers. If another one rejected the request before, that one was wrong, unless its context is smaller.
+    fn contradict(&mut self, assignment: &Assignment) {
+        let Some(rejected) = self.answer.contradicted() else {
+            return;
+        };
+        let context = self
+            .mesh
+            .context_on(assignment.placed.worker, &assignment.placed.model);
+        let excused = rejected.code == ErrorCode::CONTEXT_TOO_LONG && self.rejected_in < context;
+        if !excused {
+            self.mesh
+                .contradicted(rejected.worker, &assignment.placed, &rejected.text);
         }
     }
 
@@ -267,8 +361,8 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                 "run again elsewhere after the tokens so far"
             );
         }
-        let failed_on = self.answer.failed_on().iter().copied();
-        self.ask.avoid = failed_on
+        let avoided = self.answer.avoided().into_iter();
+        self.ask.avoid = avoided
             .filter(|worker| !self.forgiven.contains(worker))
             .collect();
         self.ask.alone = self.answer.is_suspect();
@@ -313,6 +407,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                 }
             }
         };
+        stream.limit(self.answer.bounds().message());
         let mut prefilling = true;
         loop {
             let (step, lost) = tokio::select! {
@@ -330,6 +425,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
             {
                 let now = Instant::now();
                 self.last_token = Some(now);
+                assignment.received(delta.tokens.len(), prefilling, now);
                 if let Some((model, since)) = self.broke_off.take() {
                     self.mesh.metrics.ring_gap(&model, now - since);
                 }
@@ -337,6 +433,10 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
             if prefilling && matches!(&step, Step::Emit(delta) if !delta.tokens.is_empty()) {
                 prefilling = false;
                 assignment.first_token();
+                self.contradict(assignment);
+            }
+            if matches!(&step, Step::Complete(_)) {
+                self.contradict(assignment);
             }
             if let Some(attempt) = self.follow(step, lost) {
                 if !matches!(attempt, Attempt::Over(Ended::Complete, _)) {
@@ -449,7 +549,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
             }
         };
         let undecodable =
-            |kind| Failure::Lost(format!("the worker sent a {kind} that cannot be read"));
+            |kind| Failure::Nonsense(format!("the worker sent a {kind} that cannot be read"));
         match message.kind {
             MsgType::TOKENS => match Tokens::decode(message.payload) {
                 Ok(tokens) => self.answer.tokens_came(attempt, tokens, now),
@@ -459,24 +559,40 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                 Ok(done) => self.answer.done(attempt, done, now),
                 Err(_) => self.answer.failed(attempt, undecodable(MsgType::DONE)),
             },
-            MsgType::ERROR => self.answer.failed(attempt, error_of(&message)),
+            MsgType::ERROR => {
+                let failure = error_of(&message);
+                if matches!(
+                    failure,
+                    Failure::Error {
+                        code: ErrorCode::INVALID_PAYLOAD | ErrorCode::CONTEXT_TOO_LONG,
+                        ..
+                    }
+                ) {
+                    self.ask_another(assignment);
+                }
+                self.answer.failed(attempt, failure)
+            }
             MsgType::PROGRESS => match Progress::decode(message.payload) {
                 Ok(progress) => {
-                    self.answer.progressed(attempt, &progress, now);
+                    let seen = assignment.last_token_of_worker();
+                    let step = self.answer.progressed(attempt, &progress, seen, now);
                     if gets_on(&progress) {
                         assignment.gave_sign();
                     }
-                    if progress.phase() != RequestPhase::Decoding {
+                    // A client that does not read must not pile them up.
+                    let is_news = self.told.is_none_or(|at| now - at >= TELL_EVERY);
+                    if step == Step::Wait && progress.phase() != RequestPhase::Decoding && is_news {
+                        self.told = Some(now);
                         (self.emit)(Event::Waits(progress));
                     }
-                    Step::Wait
+                    step
                 }
                 Err(_) => self.answer.failed(attempt, undecodable(MsgType::PROGRESS)),
             },
             // A newer worker may say more than this head understands.
             other => {
                 debug!(kind = %other, "unexpected on a request's stream");
-                Step::Wait
+                self.answer.idled(attempt, now)
             }
         }
     }
@@ -489,6 +605,10 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         };
         if message.kind != MsgType::RESULT {
             return self.answer.failed(attempt, error_of(&message));
+        }
+        if message.payload.len() > MOST_WHOLE {
+            let text = format!("its Result has {} bytes", message.payload.len());
+            return self.answer.failed(attempt, Failure::Nonsense(text));
         }
         (self.emit)(Event::Whole(message.payload));
         self.answer.done(attempt, Done::default(), Instant::now())
@@ -671,6 +791,12 @@ fn due(answer: &Answer) -> Instant {
         .next_timer()
         .unwrap_or_else(|| Instant::now() + Duration::from_secs(3600))
 }
+
+/// Bytes of a whole answer of a worker without an identity.
+const MOST_WHOLE: usize = 8 << 20;
+
+/// Least time between two words to a client about what its request waits for.
+const TELL_EVERY: Duration = Duration::from_millis(100);
 
 /// A step that came back so lately shows that the engine works.
 const GETS_ON: Duration = Duration::from_secs(5);

@@ -18,7 +18,7 @@ use crate::core::affinity::estimate_tokens;
 use crate::core::embedding::{Cut, check};
 use crate::core::fair::{Ingress, Origin, Source};
 use crate::core::placement::{Ended, Refusal};
-use crate::core::request::{Answer, AnswerError, Failure, Step};
+use crate::core::request::{Answer, AnswerError, Failure, Fault, Step};
 use crate::core::router::{Ask, Purpose};
 use crate::drive::{deadline_ms, error_of, gets_on, if_died, outcome_of, progress_ms};
 use crate::mesh::{Assignment, Mesh, Route, timestamp_us};
@@ -162,6 +162,11 @@ async fn run(mesh: &Arc<Mesh>, task: EmbedTask) -> Result<Embedded, AnswerError>
         ..Ask::default()
     };
     let task = &task;
+    // All parts have vectors of one length, whatever a worker says of its own.
+    let dimensions = match task.dimensions {
+        0 => replicas.dimensions,
+        asked => asked,
+    };
     let answers: Vec<Embeddings> = stream::iter(parts.into_iter().enumerate())
         .map(|(index, range)| {
             let tokens: u64 = weights[range.clone()].iter().sum();
@@ -169,7 +174,7 @@ async fn run(mesh: &Arc<Mesh>, task: EmbedTask) -> Result<Embedded, AnswerError>
                 prompt_tokens: u32::try_from(tokens).unwrap_or(u32::MAX),
                 ..ask.clone()
             };
-            part(mesh, task, index, range, ask)
+            part(mesh, task, index, range, ask, dimensions)
         })
         .buffered(at_once)
         .try_collect()
@@ -194,6 +199,7 @@ async fn part(
     index: usize,
     range: Range<usize>,
     mut ask: Ask,
+    dimensions: u32,
 ) -> Result<Embeddings, AnswerError> {
     let id = match index {
         0 => task.id.clone(),
@@ -216,7 +222,9 @@ async fn part(
             }
         };
         let placed = &assignment.placed;
-        let resume = answer.placed(placed.worker, placed.estimate.finish, Instant::now());
+        let began = Instant::now();
+        let resume = answer.placed(placed.worker, placed.estimate.finish, began);
+        answer.set_second_opinion(mesh.another(&ask, placed.worker));
         debug!(
             request = id,
             worker = placed.name,
@@ -235,10 +243,21 @@ async fn part(
         };
         let step = match &assignment.route {
             Route::Link(link) => {
-                let asking = ask_for_part(&mut answer, &assignment, link, embed, resume.attempt);
+                let asking = ask_for_part(
+                    &mut answer,
+                    &assignment,
+                    link,
+                    embed,
+                    resume.attempt,
+                    dimensions,
+                );
                 match asking.await {
                     Ok(Ok(embeddings)) => {
                         answer.done(resume.attempt, Done::default(), Instant::now());
+                        if let Some(rejected) = answer.contradicted() {
+                            mesh.contradicted(rejected.worker, placed, &rejected.text);
+                        }
+                        assignment.prefilled();
                         assignment.end(Ended::Complete);
                         return Ok(embeddings);
                     }
@@ -261,6 +280,9 @@ async fn part(
         match step {
             Step::Again(ended) => {
                 if ended == Ended::Failed {
+                    if matches!(answer.fault(), Fault::Silence | Fault::Worker) {
+                        mesh.at_fault(&placed.key, &placed.name, &placed.model, began);
+                    }
                     mesh.metrics.reruns.inc();
                     info!(
                         request = id,
@@ -270,7 +292,7 @@ async fn part(
                     );
                 }
                 assignment.end(ended);
-                ask.avoid = answer.failed_on().to_vec();
+                ask.avoid = answer.avoided();
                 ask.alone = answer.is_suspect();
                 rerun = true;
             }
@@ -293,8 +315,9 @@ async fn ask_for_part(
     link: &Link,
     embed: Embed,
     attempt: u32,
+    dimensions: u32,
 ) -> Result<Result<Embeddings, Failure>, Step> {
-    let (texts, dimensions) = (embed.inputs.len(), embed.dimensions);
+    let texts = embed.inputs.len();
     let mut exchange = pin!(open(link, embed, attempt));
     let mut stream = loop {
         match timeout_at(answer.next_timer(), &mut exchange).await {
@@ -303,6 +326,7 @@ async fn ask_for_part(
             None => time_passed(answer, assignment)?,
         }
     };
+    stream.limit(bytes_of(texts, dimensions));
     loop {
         match timeout_at(answer.next_timer(), next(&mut stream, texts, dimensions)).await {
             Some(Ok(Said::Vectors(embeddings))) => {
@@ -310,12 +334,19 @@ async fn ask_for_part(
                 return Ok(Ok(embeddings));
             }
             Some(Ok(Said::Lives(progress))) => {
-                answer.progressed(attempt, &progress, Instant::now());
+                let seen = assignment.last_token_of_worker();
+                match answer.progressed(attempt, &progress, seen, Instant::now()) {
+                    Step::Wait => {}
+                    step => return Err(step),
+                }
                 if gets_on(&progress) {
                     assignment.gave_sign();
                 }
             }
-            Some(Ok(Said::Other)) => {}
+            Some(Ok(Said::Other)) => match answer.idled(attempt, Instant::now()) {
+                Step::Wait => {}
+                step => return Err(step),
+            },
             Some(Err(failure)) => return Ok(Err(failure)),
             None => time_passed(answer, assignment)?,
         }
@@ -337,6 +368,18 @@ fn time_passed(answer: &mut Answer, assignment: &Assignment) -> Result<(), Step>
 async fn timeout_at<T>(due: Option<Instant>, future: impl Future<Output = T>) -> Option<T> {
     let due = due.unwrap_or_else(Instant::now);
     tokio::time::timeout_at(due.into(), future).await.ok()
+}
+
+/// Bytes of an answer with so many vectors; 0 is of an unknown length.
+pub(crate) fn bytes_of(texts: usize, dimensions: u32) -> usize {
+    let dimensions = match dimensions {
+        0 => LONGEST_VECTOR,
+        known => known as usize,
+    };
+    // A vector, and the number of its tokens.
+    texts
+        .saturating_mul(dimensions * 4 + 8)
+        .saturating_add(64 << 10)
 }
 
 /// A worker's message on the stream of an Embed.
@@ -367,12 +410,12 @@ pub(crate) async fn next(
         return Err(Failure::Lost(text.to_owned()));
     };
     let unreadable =
-        |kind: MsgType| Failure::Lost(format!("the worker sent a {kind} that cannot be read"));
+        |kind: MsgType| Failure::Nonsense(format!("the worker sent a {kind} that cannot be read"));
     match message.kind {
         MsgType::EMBEDDINGS => {
             let embeddings =
                 Embeddings::decode(message.payload).map_err(|_| unreadable(MsgType::EMBEDDINGS))?;
-            check(&embeddings, texts, dimensions).map_err(Failure::Lost)?;
+            check(&embeddings, texts, dimensions).map_err(Failure::Nonsense)?;
             Ok(Said::Vectors(embeddings))
         }
         MsgType::PROGRESS => Progress::decode(message.payload)
@@ -399,5 +442,7 @@ fn weight(input: &EmbedInput) -> u64 {
     }
 }
 
+/// Numbers of a vector whose length nobody knows.
+const LONGEST_VECTOR: usize = 8192;
 /// Parts of one request that are under way at once.
 const MOST_AT_ONCE: usize = 32;

@@ -1,26 +1,31 @@
 //! Workers on their QUIC links: Hello and Welcome, load reports, what they offer to rings and how their parts in them are, and
 //! the proof that a token comes back.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use dcf::{ErrorCode, Message, MsgType};
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use mesh_net::quic::{Link, Listener, MsgStream, StreamFailure, probe};
 use mesh_net::seal::Opener;
 use mesh_net::trust::{DUPLICATE_IDENTITY, Role};
 use mesh_proto::{
-    Embed, EmbedInput, EmbedText, Generate, GenerateParams, Hello, Load, ModelKind, Models, Offer,
-    PROTOCOL_VERSION, Progress, Prompt, RequestPhase, RingState, Served, Welcome,
+    Chat, ChatMessage, Done, Embed, EmbedInput, EmbedText, Generate, GenerateParams, Hello, Load,
+    ModelKind, Models, Offer, PROTOCOL_VERSION, Progress, Prompt, RequestPhase, RingState, Served,
+    Tokens, Welcome,
 };
 use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
-use crate::core::registry::{ServedModel, WorkerId};
-use crate::core::request::Failure;
-use crate::drive::{gets_on, progress_ms};
+use crate::core::registry::{Proof, WorkerId};
+use crate::core::request::{Answer, Bounds, Delta, Failure, Step};
+use crate::core::spotcheck::{self, Position, Sample};
+use crate::drive::{error_of, gets_on, progress_ms};
 use crate::embed;
 use crate::ids;
 use crate::mesh::{Mesh, Standing, timestamp_us};
@@ -166,8 +171,9 @@ async fn admit_one(mesh: &Mesh, link: &Link, hello: &Hello) -> Result<(), LinkEr
 
 async fn receive_hello(link: &Link) -> Result<(MsgStream, Hello, u64), LinkError> {
     let mut control = link.accept().await?;
+    control.limit(CONTROL_MESSAGE);
     let message = control.recv().await?.ok_or(LinkError::Silent)?;
-    if message.kind != MsgType::HELLO {
+    if message.kind != MsgType::HELLO || fields_of(&message.payload) > MOST_FIELDS {
         return Err(LinkError::NoHello(message.kind));
     }
     let hello = Hello::decode(message.payload).map_err(|_| LinkError::NoHello(MsgType::HELLO))?;
@@ -181,13 +187,24 @@ async fn follow_control(
     mut orders: mpsc::Receiver<Message>,
 ) -> Result<(), StreamFailure> {
     let (mut send, mut recv) = control.split();
+    recv.limit(CONTROL_MESSAGE);
+    // What a worker may say in a while; more waits, and in the end the worker itself.
+    let mut credit = CONTROL_BURST;
+    let mut refill = tokio::time::interval(CONTROL_WINDOW);
+    refill.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let first = tokio::time::Instant::now() + CLOCK_INTERVAL;
     let mut clock = tokio::time::interval_at(first, CLOCK_INTERVAL);
     clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
-            received = recv.recv() => {
+            _ = refill.tick() => credit = CONTROL_BURST,
+            received = recv.recv(), if credit > 0 => {
                 let Some(message) = received? else { return Ok(()) };
+                credit -= 1;
+                if fields_of(&message.payload) > MOST_FIELDS {
+                    debug!(kind = %message.kind, "dropped: it has more parts than such a message can have");
+                    continue;
+                }
                 match message.kind {
                     MsgType::LOAD => match Load::decode(message.payload) {
                         Ok(load) => mesh.report(id, load),
@@ -236,10 +253,39 @@ async fn follow_control(
     }
 }
 
+/// Fields at the top of a protobuf message, counted without reading them: an empty part is two bytes there and hundreds in memory.
+fn fields_of(mut body: &[u8]) -> usize {
+    let mut fields = 0;
+    while let Some((key, rest)) = varint(body) {
+        fields += 1;
+        body = match key & 7 {
+            0 => varint(rest).map(|(_, rest)| rest),
+            1 => rest.get(8..),
+            2 => varint(rest).and_then(|(length, rest)| rest.get(usize::try_from(length).ok()?..)),
+            5 => rest.get(4..),
+            _ => None,
+        }
+        .unwrap_or_default();
+    }
+    fields
+}
+
+fn varint(body: &[u8]) -> Option<(u64, &[u8])> {
+    let mut value = 0;
+    for (index, byte) in body.iter().enumerate().take(10) {
+        value |= u64::from(byte & 0x7F) << (7 * index).min(63);
+        if byte & 0x80 == 0 {
+            return Some((value, &body[index + 1..]));
+        }
+    }
+    None
+}
+
 /// Lets the worker measure its bandwidth to here; nothing else comes on streams of its own. One after the other, so that what a
 /// worker sends in vain is bounded.
 async fn answer_probes(link: Link) {
     while let Ok(mut stream) = link.accept().await {
+        stream.limit(PROBE_MESSAGE);
         let first = match timeout(HELLO_TIMEOUT, stream.recv()).await {
             Ok(Ok(Some(first))) if first.kind == MsgType::PROBE => first,
             _ => {
@@ -253,76 +299,77 @@ async fn answer_probes(link: Link) {
     }
 }
 
-/// Keeps the proof fresh that this worker answers: asks for one token when it joins, after a failure, and when it has
-/// been idle for long.
+/// Keeps the proof fresh that this worker answers, and that its answers are those of the others: asks it a question when it joins,
+/// after a failure, when it has been idle for long, and now and then.
 async fn prove(mesh: Arc<Mesh>, id: WorkerId, link: Link) {
+    // Side by side: one may wait in its model's queue for long.
+    let mut running = FuturesUnordered::new();
+    let mut under_way = BTreeSet::new();
     loop {
-        if let Some(models) = models_to_prove(&mesh, id) {
-            // Side by side: one may wait in its model's queue for long.
-            let proofs = models
-                .iter()
-                .map(|(model, ring, kind)| prove_model(&mesh, id, &link, model, *ring, *kind));
-            futures::future::join_all(proofs).await;
-            mesh.keep_house();
+        for proof in mesh.proofs_due(id, &under_way) {
+            under_way.insert(proof.model.clone());
+            let (mesh, link) = (&mesh, &link);
+            running.push(async move {
+                prove_model(mesh, id, link, &proof).await;
+                proof.model
+            });
         }
-        tokio::time::sleep(PROOF_PAUSE).await;
+        tokio::select! {
+            Some(model) = running.next(), if !running.is_empty() => {
+                under_way.remove(&model);
+                mesh.keep_house();
+            }
+            () = tokio::time::sleep(PROOF_PAUSE) => {}
+        }
     }
 }
 
-async fn prove_model(
-    mesh: &Mesh,
-    id: WorkerId,
-    link: &Link,
-    model: &str,
-    ring: Option<u64>,
-    kind: ModelKind,
-) {
+async fn prove_model(mesh: &Mesh, id: WorkerId, link: &Link, proof: &Proof) {
     let mut probe = Probe {
         mesh,
         id,
-        model,
+        proof,
         asked: Instant::now(),
         alive: Instant::now(),
         tells: false,
     };
     let asked = probe.asked;
-    let proven = match kind {
-        ModelKind::Chat => probe.one_token(link).await,
+    let model = proof.model.as_str();
+    let proven = match proof.kind {
+        ModelKind::Chat => probe.tokens(link).await,
         ModelKind::Embed => probe.one_vector(link).await,
     };
-    let came = match proven {
-        Ok(()) => true,
+    let sample = match proven {
+        Ok(sample) => Some(sample),
         Err(Unproven::Failed(reason)) => {
             info!(
                 worker = link.node_name(),
                 model, reason, "no token came back"
             );
-            false
+            None
         }
         Err(Unproven::Silent) => {
             warn!(
                 worker = link.node_name(),
                 model, "no token came back in time"
             );
-            if let Some(ring) = ring
+            if let Some(ring) = proof.ring
                 && matches!(mesh.standing(id, ring), Standing::Serves(since) if since <= asked)
             {
                 mesh.suspect(id, ring, "a token that was asked of it did not come");
             }
-            false
+            None
         }
         Err(Unproven::Needless) => return,
     };
-    mesh.with_worker(id, |worker| {
-        worker.probed(model, came, asked, Instant::now());
-    });
+    mesh.proved(id, proof, sample, asked);
 }
 
-/// A request that only is to show that a token comes back.
+/// A request that only is to show that a token comes back, and which.
 struct Probe<'a> {
     mesh: &'a Mesh,
     id: WorkerId,
-    model: &'a str,
+    proof: &'a Proof,
     asked: Instant,
     /// Time of the worker's last sign of life.
     alive: Instant,
@@ -342,7 +389,7 @@ enum Unproven {
 impl From<Failure> for Unproven {
     fn from(failure: Failure) -> Self {
         Self::Failed(match failure {
-            Failure::Lost(text) | Failure::Died(text) => text,
+            Failure::Lost(text) | Failure::Died(text) | Failure::Nonsense(text) => text,
             Failure::Error { code, text } => format!("{code}: {text}"),
         })
     }
@@ -355,24 +402,34 @@ impl From<StreamFailure> for Unproven {
 }
 
 impl Probe<'_> {
-    async fn one_token(&mut self, link: &Link) -> Result<(), Unproven> {
+    /// A few tokens, with what the worker thinks of others in their place. The question looks like a client's: a worker that knew it for
+    /// the head's could answer it alone honestly.
+    async fn tokens(&mut self, link: &Link) -> Result<Sample, Unproven> {
         let params = GenerateParams {
-            max_tokens: Some(1),
+            max_tokens: Some(spotcheck::TOKENS),
             temperature: Some(0.0),
-            seed: Some(0),
+            seed: Some(ids::unique()),
+            logprobs: Some(spotcheck::ALTERNATIVES),
             ..Default::default()
         };
+        let message = ChatMessage {
+            role: "user".into(),
+            content: self.proof.question.text.clone(),
+        };
         let generate = Generate {
-            request_id: ids::fresh("probe"),
-            model: self.model.to_owned(),
-            prompt: Some(Prompt::Text("Hello".into())),
+            request_id: ids::fresh("req"),
+            model: self.proof.model.clone(),
+            prompt: Some(Prompt::Chat(Chat {
+                messages: vec![message],
+                ..Chat::default()
+            })),
             params: Some(params),
             progress_ms: progress_ms(self.mesh),
             ..Default::default()
         };
         let message = Message::new(
             MsgType::GENERATE,
-            0,
+            1,
             timestamp_us(),
             Bytes::from(generate.encode_to_vec()),
         );
@@ -382,46 +439,116 @@ impl Probe<'_> {
             Ok::<_, StreamFailure>(stream)
         };
         let mut stream = self.while_alive(opening).await??;
+        let bounds = Bounds {
+            tokens: spotcheck::TOKENS,
+            alternatives: Some(spotcheck::ALTERNATIVES),
+            ..Bounds::default()
+        };
+        stream.limit(bounds.message());
+        // Checks what comes as any answer is checked.
+        let mut answer = Answer::new(self.mesh.config.request_limits(), self.asked).within(bounds);
+        let attempt = answer
+            .placed(self.id, Duration::ZERO, Instant::now())
+            .attempt;
+        let mut positions = Vec::new();
+        let (mut first, mut last) = (None, Instant::now());
+        let mut after_first = 0;
         loop {
             let received = self.while_alive(stream.recv()).await??;
-            match received {
-                Some(message) if message.kind == MsgType::DONE => {
-                    let _ = stream.finish();
-                    return Ok(());
+            let now = Instant::now();
+            let Some(message) = received else {
+                return Err(Unproven::Failed("it ended the stream".into()));
+            };
+            let unreadable =
+                |kind| Unproven::Failed(format!("it sent a {kind} that cannot be read"));
+            let step = match message.kind {
+                MsgType::TOKENS => {
+                    let tokens =
+                        Tokens::decode(message.payload).map_err(|_| unreadable(MsgType::TOKENS))?;
+                    if !tokens.tokens.is_empty() {
+                        match first {
+                            None => first = Some(now),
+                            Some(_) => after_first += tokens.tokens.len() as u32,
+                        }
+                        last = now;
+                    }
+                    answer.tokens_came(attempt, tokens, now)
                 }
-                Some(message) if message.kind == MsgType::PROGRESS => {
+                MsgType::DONE => {
+                    let done =
+                        Done::decode(message.payload).map_err(|_| unreadable(MsgType::DONE))?;
+                    answer.done(attempt, done, now)
+                }
+                MsgType::PROGRESS => {
                     if let Ok(progress) = Progress::decode(message.payload) {
                         self.lives(&progress)?;
                     }
+                    answer.idled(attempt, now)
                 }
-                Some(message) => {
-                    if let Some(body) = message.error_body() {
-                        let text = format!("{}: {}", body.code, body.text);
-                        return Err(Unproven::Failed(text));
+                _ => match message.error_body() {
+                    Some(_) => return Err(error_of(&message).into()),
+                    None => answer.idled(attempt, now),
+                },
+            };
+            match step {
+                Step::Wait => {}
+                Step::Emit(delta) => positions.extend(positions_of(&delta)),
+                Step::Complete(_) => {
+                    let _ = stream.finish();
+                    if let Some(first) = first {
+                        self.measured(after_first, last - first);
                     }
+                    if positions.is_empty() {
+                        return Err(Unproven::Failed("its answer is empty".into()));
+                    }
+                    return Ok(Sample::Text(positions));
                 }
-                None => return Err(Unproven::Failed("it ended the stream".into())),
+                Step::Again(_) | Step::Fail(..) => {
+                    stream.reset(ErrorCode::CANCELLED);
+                    let text = "it sent what was not asked for";
+                    return Err(Unproven::Failed(text.into()));
+                }
             }
         }
     }
 
+    fn measured(&self, tokens: u32, took: Duration) {
+        if tokens < LEAST_MEASURED {
+            return;
+        }
+        self.mesh.with_worker(self.id, |worker| {
+            let batch = worker.assigned.saturating_add(1);
+            let mut models = worker.models.iter_mut();
+            if let Some(model) = models.find(|model| model.card.name == self.proof.model) {
+                model.decoded(tokens, took, batch.min(model.card.slots.max(1)));
+            }
+        });
+    }
+
     /// The same for an embedding model: one text becomes one vector.
-    async fn one_vector(&mut self, link: &Link) -> Result<(), Unproven> {
+    async fn one_vector(&mut self, link: &Link) -> Result<Sample, Unproven> {
         let embed = Embed {
-            request_id: ids::fresh("probe"),
-            model: self.model.to_owned(),
+            request_id: ids::fresh("req"),
+            model: self.proof.model.clone(),
             inputs: vec![EmbedInput {
-                text: Some(EmbedText::Text("Hello".into())),
+                text: Some(EmbedText::Text(self.proof.question.text.clone())),
             }],
             progress_ms: progress_ms(self.mesh),
             ..Default::default()
         };
+        let dimensions = self.proof.dimensions;
         let mut stream = self.while_alive(embed::open(link, embed, 0)).await??;
+        stream.limit(embed::bytes_of(1, dimensions));
         loop {
-            match self.while_alive(embed::next(&mut stream, 1, 0)).await?? {
-                embed::Said::Vectors(_) => {
+            match self
+                .while_alive(embed::next(&mut stream, 1, dimensions))
+                .await??
+            {
+                embed::Said::Vectors(answer) => {
                     let _ = stream.finish();
-                    return Ok(());
+                    let numbers = answer.vectors.chunks_exact(4);
+                    let numbers = numbers.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+                    return Ok(Sample::Vector(numbers.collect()));
                 }
                 embed::Said::Lives(progress) => self.lives(&progress)?,
                 embed::Said::Other => {}
@@ -442,7 +569,8 @@ impl Probe<'_> {
             // An older worker does not say what a request waits for, but its reports say whether requests wait.
             let busy = self.mesh.with_registry(|registry| {
                 let worker = registry.get(self.id);
-                worker.is_some_and(|worker| worker.is_busy(limit, now))
+                let proof = self.mesh.config.request_timeout;
+                worker.is_some_and(|worker| worker.is_busy(limit, proof, now))
             });
             if self.tells || !busy {
                 return Err(Unproven::Silent);
@@ -460,49 +588,57 @@ impl Probe<'_> {
         }
         if gets_on(progress) {
             self.mesh
-                .with_worker(self.id, |worker| worker.gave_sign(self.model, now));
+                .with_worker(self.id, |worker| worker.gave_sign(&self.proof.model, now));
         }
         self.is_needed(progress.phase() == RequestPhase::Queued)
     }
 
-    /// Gives the probe up if real answers prove the same, or if it is `queued` behind them for long: other models of this worker
-    /// are not to wait for this one's queue.
+    /// Gives the probe up if it waited for long and real answers prove that tokens come, or if it is `queued` behind them.
     fn is_needed(&self, queued: bool) -> Result<(), Unproven> {
+        let limit = self.mesh.config.first_token_limit;
+        let waited = self.asked.elapsed();
+        if waited < limit {
+            return Ok(());
+        }
         let proven = self.mesh.with_registry(|registry| {
             let worker = registry.get(self.id);
             let models = worker.map(|worker| worker.models.as_slice());
             let mut models = models.unwrap_or_default().iter();
             models.any(|m| {
-                m.card.name == self.model && m.last_success.is_some_and(|at| at >= self.asked)
+                m.card.name == self.proof.model && m.last_success.is_some_and(|at| at >= self.asked)
             })
         });
-        let waited = self.asked.elapsed() >= self.mesh.config.first_token_limit;
-        if proven || (queued && waited) {
+        if proven || queued {
             return Err(Unproven::Needless);
+        }
+        // Signs of life are words only. A few tokens do not take so long.
+        if waited >= limit.saturating_mul(SIGNS_FOR) {
+            return Err(Unproven::Silent);
         }
         Ok(())
     }
 }
 
-/// Models that are to prove that a token comes back, each with its ring.
-fn models_to_prove(mesh: &Mesh, id: WorkerId) -> Option<Vec<(String, Option<u64>, ModelKind)>> {
-    mesh.with_registry(|registry| {
-        let worker = registry.get(id)?;
-        let idle = worker.active() == 0;
-        let due = |model: &&ServedModel| {
-            let interval = mesh.config.quic.probe_interval;
-            let stale = model.last_success.is_none_or(|at| at.elapsed() >= interval);
-            // For a ring the token goes through every stage. Its driver answers until the ring has moved away.
-            (!worker.draining || model.ring.is_some()) && (!model.proven || (stale && idle))
-        };
-        let models: Vec<(String, Option<u64>, ModelKind)> = worker
-            .models
-            .iter()
-            .filter(due)
-            .map(|model| (model.card.name.clone(), model.ring, model.card.kind()))
-            .collect();
-        (!models.is_empty()).then_some(models)
-    })
+/// The tokens of a piece of an answer, with the alternatives that came with them.
+fn positions_of(delta: &Delta) -> Vec<Position> {
+    let tokens = delta.tokens.iter().enumerate();
+    let positions = tokens.map(|(index, token)| match delta.logprobs.get(index) {
+        Some(said) => Position {
+            token: *token,
+            logprob: said.logprob,
+            top: said
+                .top
+                .iter()
+                .map(|top| (top.token, top.logprob))
+                .collect(),
+        },
+        None => Position {
+            token: *token,
+            logprob: 0.0,
+            top: Vec::new(),
+        },
+    });
+    positions.collect()
 }
 
 /// What the key of a session's heartbeats is exported for; the context is the session, big-endian.
@@ -518,7 +654,45 @@ const CLOCK_INTERVAL: Duration = Duration::from_secs(10);
 const RIVAL_TIMEOUT: Duration = Duration::from_secs(1);
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(2);
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
-const PROOF_PAUSE: Duration = Duration::from_secs(1);
+/// Payload bytes of a message on a control stream: the pieces of 64 large models fit.
+const CONTROL_MESSAGE: usize = 1 << 20;
+/// The same on a stream by which a worker measures its bandwidth.
+const PROBE_MESSAGE: usize = 1 << 20;
+/// Fields at the top of a message on a control stream.
+const MOST_FIELDS: usize = 1024;
+/// Messages that are read of a control stream in [`CONTROL_WINDOW`]. A busy worker sends about ten a second.
+const CONTROL_BURST: u32 = 100;
+const CONTROL_WINDOW: Duration = Duration::from_secs(1);
+/// Interval at which it is looked who is to prove itself.
+const PROOF_PAUSE: Duration = Duration::from_millis(250);
+/// Multiples of `first_token_limit` for which signs of life alone keep a probe going.
+const SIGNS_FOR: u32 = 4;
+/// Tokens of a probe whose time says something.
+const LEAST_MEASURED: u32 = 4;
 /// Orders that wait to be sent to a worker. They come with decisions, not with requests.
 const ORDERS: usize = 64;
 const ORDER_TIMEOUT: Duration = Duration::from_secs(10);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mesh_proto::ModelCard;
+
+    #[test]
+    fn fields_are_counted_before_they_take_memory() {
+        let hello = Hello {
+            node_name: "w".into(),
+            models: vec![ModelCard::default(); 5],
+            protocol: PROTOCOL_VERSION,
+            instance: 7,
+            ..Default::default()
+        };
+        assert_eq!(fields_of(&hello.encode_to_vec()), 8);
+        // Two bytes each, which would be hundreds.
+        let bomb = [0x1A, 0].repeat(100_000);
+        assert_eq!(fields_of(&bomb), 100_000);
+        for junk in [&[0xFF; 64][..], &[0x0A, 0xFF, 0xFF, 3], &[7, 1, 2], &[]] {
+            assert!(fields_of(junk) <= 2, "{junk:?}");
+        }
+    }
+}

@@ -6,7 +6,7 @@ mod models;
 mod nodes;
 mod rings;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -24,12 +24,14 @@ use crate::config::Config;
 use crate::core::duplicates::{Duplicate, Duplicates, Machine};
 use crate::core::fair::{Ingress, Origin};
 use crate::core::memory::{Memory, TooMuch};
-use crate::core::placement::{Asked, Ended, Placed, Placement, Refusal, Ticket};
-use crate::core::registry::{Registry, ServedModel, Worker, WorkerId};
+use crate::core::placement::{Asked, Ended, Placed, Placement, Received, Refusal, Ticket};
+use crate::core::registry::{Finding, Proof, Registry, ServedModel, TokenClock, Worker, WorkerId};
 use crate::core::rings::{Arrival, Prospect, Rings};
 use crate::core::router::Ask;
+use crate::core::spotcheck::{Sample, Standing as Checked};
 use crate::core::tracker::Tracker;
 use crate::drains;
+use crate::ids;
 use crate::legacy::{Exchange, LegacyWorker};
 use crate::metrics::HeadMetrics;
 use crate::worker_bus::{BusSender, Sessions};
@@ -151,7 +153,8 @@ impl Mesh {
         deny_list: DenyList,
     ) -> Arc<Self> {
         let placement = Placement::new(
-            Registry::new(config.worker_timeout),
+            Registry::new(config.worker_timeout)
+                .with_proofs(config.first_token_limit, config.quic.probe_interval),
             config.placement_limits(),
         );
         let mut rings = Rings::new(config.ring_settings(), rings::first_ring());
@@ -261,32 +264,27 @@ impl Mesh {
     /// The model of a request that names none.
     pub fn default_model(&self) -> Option<String> {
         let first = || {
-            let state = self.lock();
-            let placement = &state.placement;
-            let models = placement.registry.models();
-            let mut chat = models
-                .iter()
-                .filter(|(_, card)| card.kind() == ModelKind::Chat);
-            let served = chat.next().map(|(name, _)| *name);
+            let mut state = self.lock();
+            let placement = &mut state.placement;
+            let served = placement
+                .registry
+                .default_model(ModelKind::Chat, Instant::now());
             // A mesh whose only model is a ring that recovers has a model all the same.
             let coming = || {
                 let coming = |(_, prospect): &(&String, &Prospect)| **prospect == Prospect::Coming;
                 let mut models = placement.prospects().iter().filter(coming);
-                models.next().map(|(name, _)| name.as_str())
+                models.next().map(|(name, _)| name.clone())
             };
-            served.or_else(coming).map(str::to_owned)
+            served.or_else(coming)
         };
         self.config.default_model.clone().or_else(first)
     }
 
     /// The embedding model of a request that names none.
     pub fn first_encoder(&self) -> Option<String> {
-        let state = self.lock();
-        let models = state.placement.registry.models();
-        let mut encoders = models
-            .iter()
-            .filter(|(_, card)| card.kind() == ModelKind::Embed);
-        encoders.next().map(|(name, _)| (*name).to_owned())
+        let mut state = self.lock();
+        let registry = &mut state.placement.registry;
+        registry.default_model(ModelKind::Embed, Instant::now())
     }
 
     /// Who serves this model: how many, and which of several weights of that name most of them have.
@@ -295,8 +293,14 @@ impl Mesh {
         let mut found = Replicas::default();
         let mut by_weights = BTreeMap::<&str, usize>::new();
         let workers = || state.placement.registry.iter();
+        let answers = |model: &ServedModel| {
+            model.card.name == name && model.proven && model.standing == Checked::Cleared
+        };
+        let any_answers = workers().flat_map(|worker| &worker.models).any(answers);
+        let counts =
+            |model: &&ServedModel| model.card.name == name && (!any_answers || answers(model));
         for worker in workers() {
-            let served = worker.models.iter().find(|model| model.card.name == name);
+            let served = worker.models.iter().find(counts);
             let Some(card) = served.map(|model| &model.card) else {
                 continue;
             };
@@ -311,7 +315,7 @@ impl Mesh {
             found.fingerprint = Some(fingerprint.to_owned());
         }
         let same = |model: &&ServedModel| {
-            model.card.name == name
+            counts(model)
                 && found
                     .fingerprint
                     .as_ref()
@@ -439,6 +443,7 @@ impl Mesh {
                 clock::utc(SystemTime::now())
             ));
         }
+        warnings.extend(state.placement.registry.disagreements(Instant::now()));
         for worker in state.placement.registry.iter() {
             if worker.clock_offset.abs() > CLOCK_TOLERANCE {
                 warnings.push(format!(
@@ -670,7 +675,12 @@ impl Mesh {
                         state.rings.serves_since(ring, node).flatten().is_some()
                     }
                 };
+                let out = worker
+                    .node_id()
+                    .is_some_and(|node| registry.is_out(node, now));
                 model.answers(now)
+                    && !out
+                    && model.standing != Checked::Held
                     && in_service
                     && asked.is_none_or(|asked| asked == model.card.name)
             };
@@ -721,10 +731,132 @@ impl Mesh {
         Assignment {
             mesh: self.clone(),
             ticket,
+            tokens_seen: worker.map(|worker| worker.tokens_seen.clone()),
             placed,
             route,
             ended: Ended::Cancelled,
+            received: Mutex::default(),
         }
+    }
+
+    /// The proofs that a worker is to give now, besides those of the models that are being asked.
+    pub fn proofs_due(&self, id: WorkerId, under_way: &BTreeSet<String>) -> Vec<Proof> {
+        let mut state = self.lock();
+        let registry = &mut state.placement.registry;
+        registry.proofs_due(id, under_way, ids::unique(), Instant::now())
+    }
+
+    /// A worker answered the head's question with this, or gave no answer to what was asked at `asked`.
+    pub fn proved(&self, id: WorkerId, proof: &Proof, sample: Option<Sample>, asked: Instant) {
+        let now = Instant::now();
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let seed = ids::unique();
+        let registry = &mut state.placement.registry;
+        let findings = registry.proved(id, proof, sample, asked, seed, now);
+        for finding in findings {
+            self.follow_finding(state, finding, now);
+        }
+        self.turn(state, now);
+    }
+
+    fn follow_finding(&self, state: &mut State, finding: Finding, now: Instant) {
+        match finding {
+            Finding::Disputed { text } => {
+                tracing::warn!(model_answers = "differ", "{text}");
+            }
+            Finding::Settled { name } => {
+                tracing::info!(
+                    worker = name,
+                    "the worker's answers agree with those of others again"
+                );
+            }
+            Finding::Quarantined {
+                node,
+                name,
+                ring: Some(ring),
+                reason,
+                ..
+            } => {
+                tracing::warn!(driver = name, node, ring, reason, "ring given up");
+                self.metrics.quarantined(&name);
+                state.rings.distrust(ring, &reason, now);
+            }
+            Finding::Quarantined {
+                node,
+                name,
+                ring: None,
+                length,
+                reason,
+            } => {
+                tracing::warn!(
+                    worker = name,
+                    node,
+                    seconds = length.as_secs(),
+                    reason,
+                    "worker in quarantine: it gets no requests and holds no part of a ring"
+                );
+                self.metrics.quarantined(&name);
+                state.rings.quarantine(&node, &reason, length, now);
+                let worker = state.placement.registry.of_node(&node);
+                // What it answers now had better come from another one.
+                if let Some(peer) = worker.and_then(|worker| state.peers.get(&worker.id)) {
+                    peer.link
+                        .close(ErrorCode::CANCELLED, &format!("in quarantine: {reason}"));
+                }
+            }
+        }
+    }
+
+    /// An attempt that began at `began` failed, and that was this worker's own fault.
+    pub fn at_fault(&self, key: &str, name: &str, model: &str, began: Instant) {
+        let now = Instant::now();
+        let pause = self.lock().placement.at_fault(key, model, began, now);
+        let Some(pause) = pause else { return };
+        self.metrics.at_fault(name);
+        if !pause.is_zero() {
+            tracing::warn!(
+                worker = name,
+                model,
+                pause_seconds = pause.as_secs(),
+                "the worker failed again and gets no requests for a while"
+            );
+        }
+    }
+
+    /// A worker rejected a request that this one answers.
+    pub fn contradicted(&self, worker: WorkerId, by: &Placed, text: &str) {
+        let now = Instant::now();
+        let mut state = self.lock();
+        let registry = &mut state.placement.registry;
+        let Some(wrong) = registry.get_mut(worker) else {
+            return;
+        };
+        wrong.failed += 1;
+        let (key, name) = (wrong.key(), wrong.name.clone());
+        let pause = state.placement.at_fault(&key, &by.model, now, now);
+        drop(state);
+        tracing::warn!(
+            worker = name,
+            by = by.name,
+            said = text,
+            pause_seconds = pause.map(|pause| pause.as_secs()),
+            "the worker rejected a request that another one answers"
+        );
+        self.metrics.at_fault(&name);
+    }
+
+    /// Whether another worker than this one answers such requests.
+    pub fn another(&self, ask: &Ask, than: WorkerId) -> bool {
+        self.lock().placement.another(ask, than, Instant::now())
+    }
+
+    /// The context that a worker claims for a model; 0 if it is not known.
+    pub fn context_on(&self, worker: WorkerId, model: &str) -> u32 {
+        self.with_registry(|registry| {
+            let served = registry.get(worker).and_then(|worker| worker.model(model));
+            served.map_or(0, |model| model.card.context)
+        })
     }
 
     fn pump(&self, state: &mut State, now: Instant) {
@@ -861,6 +993,8 @@ pub struct Assignment {
     /// How to reach it.
     pub route: Route,
     ended: Ended,
+    received: Mutex<Received>,
+    tokens_seen: Option<TokenClock>,
 }
 
 impl Assignment {
@@ -868,6 +1002,32 @@ impl Assignment {
     pub fn first_token(&self) {
         let now = Instant::now();
         self.mesh.lock().placement.first_token(self.ticket, now);
+    }
+
+    /// Tokens came.
+    pub fn received(&self, tokens: usize, first: bool, now: Instant) {
+        if let Some(seen) = &self.tokens_seen {
+            seen.note(now);
+        }
+        let mut received = self.received.lock().unwrap_or_else(PoisonError::into_inner);
+        received.last = Some(now);
+        if !first {
+            let more = u32::try_from(tokens).unwrap_or(u32::MAX);
+            received.tokens = received.tokens.saturating_add(more);
+        }
+    }
+
+    /// All of a request without tokens was computed.
+    pub fn prefilled(&self) {
+        if let Some(seen) = &self.tokens_seen {
+            seen.note(Instant::now());
+        }
+        self.first_token();
+    }
+
+    /// When a token last came from this worker, whichever request it was for.
+    pub fn last_token_of_worker(&self) -> Option<Instant> {
+        self.tokens_seen.as_ref()?.last()
     }
 
     /// The worker says that its engine gets on.
@@ -884,7 +1044,8 @@ impl Assignment {
         let within = self.mesh.config.first_token_limit;
         self.mesh.with_registry(|registry| {
             let worker = registry.get(self.placed.worker);
-            worker.is_some_and(|worker| worker.is_busy(within, Instant::now()))
+            let proof = self.mesh.config.request_timeout;
+            worker.is_some_and(|worker| worker.is_busy(within, proof, Instant::now()))
         })
     }
 
@@ -898,7 +1059,10 @@ impl Drop for Assignment {
     fn drop(&mut self) {
         let now = Instant::now();
         let mut state = self.mesh.lock();
-        state.placement.release(self.ticket, self.ended, now);
+        let received = *self.received.lock().unwrap_or_else(PoisonError::into_inner);
+        state
+            .placement
+            .release_after(self.ticket, self.ended, received, now);
         self.mesh.pump(&mut state, now);
     }
 }

@@ -135,6 +135,8 @@ pub struct HeadMetrics {
     rings: RingGauges,
     bad_sources: Family<WorkerLabel, Counter>,
     duplicates: Family<WorkerLabel, Counter>,
+    faults: Family<WorkerLabel, Counter>,
+    quarantines: Family<WorkerLabel, Counter>,
     clocks: ClockGauges,
 }
 
@@ -164,6 +166,8 @@ impl HeadMetrics {
             rings: RingGauges::default(),
             bad_sources: Family::default(),
             duplicates: Family::default(),
+            faults: Family::default(),
+            quarantines: Family::default(),
             clocks: ClockGauges::default(),
         };
         let this = &metrics;
@@ -268,6 +272,16 @@ impl HeadMetrics {
             "Connections refused because another machine is connected with the same identity, by worker",
             this.duplicates.clone(),
         );
+        registry.register(
+            "worker_faults",
+            "Attempts that failed by the worker's own fault, by worker",
+            this.faults.clone(),
+        );
+        registry.register(
+            "worker_quarantines",
+            "Quarantines of workers whose answers differ from those of others, by worker",
+            this.quarantines.clone(),
+        );
         registry.register_collector(Box::new(this.clocks.clone()));
         metrics
     }
@@ -319,6 +333,20 @@ impl HeadMetrics {
     pub fn bad_source(&self, worker: &str) {
         let worker = worker.to_owned();
         self.bad_sources
+            .get_or_create(&WorkerLabel { worker })
+            .inc();
+    }
+
+    /// An attempt failed, by this worker's own fault.
+    pub fn at_fault(&self, worker: &str) {
+        let worker = worker.to_owned();
+        self.faults.get_or_create(&WorkerLabel { worker }).inc();
+    }
+
+    /// A worker is in quarantine.
+    pub fn quarantined(&self, worker: &str) {
+        let worker = worker.to_owned();
+        self.quarantines
             .get_or_create(&WorkerLabel { worker })
             .inc();
     }

@@ -9,6 +9,7 @@ use serde_json::Value;
 use crate::core::affinity::{estimate_tokens, prefixes};
 use crate::core::fair::Source;
 use crate::core::length::Length;
+use crate::core::request::Bounds;
 use crate::core::router::Ask;
 use crate::fields::{Fields, Invalid, conversation, sampling};
 use crate::http::embeddings::AskedEmbeddings;
@@ -34,6 +35,37 @@ pub struct Task {
 }
 
 impl Task {
+    /// What a worker may send as its answer.
+    pub fn bounds(&self) -> Bounds {
+        let (bytes, messages) = match &*self.prompt {
+            Prompt::Text(text) => (text.len(), 0),
+            // More than any token stands for, where it is echoed as text.
+            Prompt::Tokens(list) => (list.tokens.len(), 0),
+            Prompt::Chat(chat) => {
+                let of = |message: &ChatMessage| message.content.len() + message.role.len();
+                let bytes: usize = chat.messages.iter().map(of).sum();
+                (bytes + chat.template_variables.len(), chat.messages.len())
+            }
+        };
+        // No token is shorter than a byte; templates put something around every message.
+        let around = TEMPLATE_TOKENS + messages * MESSAGE_TOKENS;
+        let echoed = match (&*self.prompt, self.params.echo) {
+            (_, false) => 0,
+            (Prompt::Tokens(_), true) => bytes * ECHOED_TOKEN_BYTES,
+            (_, true) => bytes + around,
+        };
+        Bounds {
+            tokens: self
+                .params
+                .max_tokens
+                .unwrap_or(u32::MAX)
+                .min(Bounds::default().tokens),
+            more_text: echoed as u64,
+            alternatives: self.params.logprobs,
+            prompt_tokens: u32::try_from(bytes.saturating_add(around)).unwrap_or(u32::MAX),
+        }
+    }
+
     /// What the router needs to know, for this model.
     pub fn ask(&self, model: &str) -> Ask {
         let prompt_tokens = estimate_tokens(match &*self.prompt {
@@ -188,6 +220,11 @@ fn user_message(text: &str) -> Prompt {
     })
 }
 
+/// Tokens that a template puts into any prompt, and around each message, at most.
+const TEMPLATE_TOKENS: usize = 4096;
+const MESSAGE_TOKENS: usize = 64;
+/// Bytes of an echoed token.
+const ECHOED_TOKEN_BYTES: usize = 64;
 /// Tokens of an answer whose length nobody knows, for estimates.
 const USUAL_ANSWER: u32 = 256;
 

@@ -54,7 +54,7 @@ async fn a_stream_goes_on_where_a_failing_worker_left_it() {
             Fate::DiesAfter(tokens) | Fate::SilentAfter(tokens) | Fate::FailsAfter(tokens, _) => {
                 tokens
             }
-            Fate::Finish => unreachable!(),
+            Fate::Finish | Fate::Endless | Fate::Huge | Fate::Floods => unreachable!(),
         };
         if !matches!(fate, Fate::DiesAfter(_)) {
             assert_eq!(resumed[0].generated.len(), before as usize, "{fate:?}");

@@ -9,6 +9,9 @@
 //! - [`fair`]: whose turn it is in that queue.
 //! - [`request`]: the life of one answer across worker deaths.
 //! - [`embedding`]: a request for embeddings cut into parts for several workers.
+//! - [`reputation`]: which nodes failed, gave wrong answers or are expelled, and for how long they get nothing.
+//! - [`spotcheck`]: the same question to several workers, and what follows from their answers.
+//! - [`speed`]: speeds as the head measures them.
 //! - [`rings`]: models that no single worker serves: who holds which layers, and what happens when one is lost.
 //! - [`tracker`]: which worker has which pieces of which model, and who goes outside the mesh for one.
 //! - [`dedup`]: a repeated DCF task does not run twice.
@@ -25,8 +28,11 @@ pub mod outbox;
 pub mod placement;
 pub mod proof;
 pub mod registry;
+pub mod reputation;
 pub mod request;
 pub mod rings;
 pub mod router;
 pub mod share;
+pub mod speed;
+pub mod spotcheck;
 pub mod tracker;

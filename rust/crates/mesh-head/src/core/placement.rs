@@ -34,8 +34,12 @@ pub struct Placed {
     pub name: String,
     /// The model that answers; the worker's own choice if none was named.
     pub model: String,
+    /// Its name in the head's opinion of it: [`Worker::key`].
+    pub key: String,
     /// SHA-256 of its model file; empty for a v5.0.0 worker.
     pub fingerprint: String,
+    /// Most tokens that an answer can have; 0 is unknown.
+    pub context: u32,
     /// The ring that it answers for.
     pub ring: Option<u64>,
     /// When to expect the answer.
@@ -97,6 +101,16 @@ pub enum Refusal {
         context: u32,
         /// Tokens that the prompt has at least.
         least: u64,
+    },
+    /// Workers claim to serve the model, and none of them has shown that it does.
+    #[error(
+        "no worker answers for {model:?} now: {why}; ask again in a moment, and see `hydramesh status`"
+    )]
+    NoneAnswers {
+        /// The model asked for.
+        model: String,
+        /// Who claims to serve it, and what is the matter with each.
+        why: String,
     },
     /// Nobody serves such a model.
     #[error("the model {model:?} does not exist; GET /v1/models lists those that do")]
@@ -169,6 +183,21 @@ struct Running {
     started: Instant,
     /// Prompt tokens that count as not yet prefilled.
     prefilling: u64,
+    /// Prompt tokens that were not prefilled on this worker when the request began, its own included; 0 if it had to wait for a slot
+    /// or its prompt was in the worker's cache, so that the time to its first token says nothing about speed.
+    backlog: u64,
+    first_token: Option<Instant>,
+    /// Requests on the worker when the first token came.
+    batch: u32,
+}
+
+/// What was received of an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Received {
+    /// Tokens after those that came first.
+    pub tokens: u32,
+    /// When the last of them came.
+    pub last: Option<Instant>,
 }
 
 impl Placement {
@@ -192,7 +221,7 @@ impl Placement {
     pub fn ask(&mut self, ticket: Ticket, ask: Ask, rerun: bool, now: Instant) -> Asked {
         if !rerun
             && !self.is_coming(&ask.model)
-            && let Some((context, least)) = self.router.too_long(&self.registry, &ask)
+            && let Some((context, least)) = self.router.too_long(&self.registry, &ask, now)
         {
             return Asked::Refused(Refusal::TooLong { context, least });
         }
@@ -216,7 +245,7 @@ impl Placement {
             Choice::Busy => None,
             Choice::Nobody if self.is_coming(&ask.model) => None,
             Choice::Nobody if rerun => Some(now),
-            Choice::Nobody => return Asked::Refused(self.nobody(&ask)),
+            Choice::Nobody => return Asked::Refused(self.nobody(&ask, now)),
         };
         let source = ask.source;
         let waiting = Waiting {
@@ -282,7 +311,7 @@ impl Placement {
         }
         self.shares.expire(now);
         for (ticket, ask) in expired {
-            decided.push((ticket, Err(self.nobody(&ask))));
+            decided.push((ticket, Err(self.nobody(&ask, now))));
         }
         loop {
             let mut found = None;
@@ -340,22 +369,50 @@ impl Placement {
         };
         let started = !std::mem::replace(&mut running.streams, true);
         let alone = std::mem::take(&mut running.alone);
+        running.first_token.get_or_insert(now);
         let prefilled = std::mem::take(&mut running.prefilling);
-        let Some(worker) = self.registry.get_mut(running.worker) else {
+        let (on, model) = (running.worker, running.model.clone());
+        let same = |other: &&Running| other.streams && other.worker == on && other.model == model;
+        let streams = self.running.values().filter(same).count();
+        let Some(running) = self.running.get_mut(&ticket) else {
             return;
         };
+        let Some(worker) = self.registry.get_mut(on) else {
+            return;
+        };
+        running.batch = worker.assigned;
         worker.unstarted = worker.unstarted.saturating_sub(u32::from(started));
         worker.alone &= !alone;
         worker.prefilling = worker.prefilling.saturating_sub(prefilled);
         worker.last_success = Some(now);
         if let Some(model) = model_of(worker, &running.model) {
             model.succeeded(now);
+            model.streams = model
+                .streams
+                .max(u32::try_from(streams).unwrap_or(u32::MAX));
+            let took = now.saturating_duration_since(running.started);
+            if running.backlog >= LEAST_PREFILL {
+                model.prefilled(running.backlog, took);
+            } else if running.backlog > 0 {
+                model.waited(running.backlog, took, now);
+            }
         }
         worker.proven = worker.models.iter().all(|model| model.proven);
     }
 
     /// A request no longer runs on its worker.
     pub fn release(&mut self, ticket: Ticket, ended: Ended, now: Instant) {
+        self.release_after(ticket, ended, Received::default(), now);
+    }
+
+    /// The same, with what was received of its answer: that is how fast the worker is.
+    pub fn release_after(
+        &mut self,
+        ticket: Ticket,
+        ended: Ended,
+        received: Received,
+        now: Instant,
+    ) {
         let Some(running) = self.running.remove(&ticket) else {
             return;
         };
@@ -367,11 +424,18 @@ impl Placement {
         let Some(worker) = self.registry.get_mut(running.worker) else {
             return;
         };
+        let batch = (running.batch.max(1) + worker.assigned.max(1)).div_ceil(2);
         if let Some(model) = model_of(worker, &running.model) {
+            if let (Some(first), Some(last)) = (running.first_token, received.last)
+                && received.tokens >= LEAST_DECODE
+            {
+                let took = last.saturating_duration_since(first);
+                model.decoded(received.tokens, took, batch.min(model.card.slots.max(1)));
+            }
             match ended {
                 Ended::Complete => model.succeeded(now),
                 // While it answers others, it answers.
-                Ended::Failed if !streams => model.failed(),
+                Ended::Failed if !streams => model.failed(now),
                 Ended::Failed | Ended::Busy | Ended::Cancelled => {}
             }
         }
@@ -400,6 +464,28 @@ impl Placement {
             Ended::Busy => worker.busy_until = Some(now + BUSY_PAUSE),
             Ended::Cancelled => {}
         }
+        if ended == Ended::Complete {
+            let key = worker.key();
+            self.registry.reputation.answered(&key, &running.model);
+        }
+    }
+
+    /// An attempt that began at `began` failed, and that was the worker's own fault: it was silent, or sent what it must not send, or
+    /// another worker did what it could not. Returns for how long it is left alone.
+    pub fn at_fault(
+        &mut self,
+        key: &str,
+        model: &str,
+        began: Instant,
+        now: Instant,
+    ) -> Option<Duration> {
+        let reputation = &mut self.registry.reputation;
+        reputation.at_fault(key, model, began, now)
+    }
+
+    /// Whether another worker than `than` answers requests like this one.
+    pub fn another(&self, ask: &Ask, than: WorkerId, now: Instant) -> bool {
+        Router::another(&self.registry, ask, than, now)
     }
 
     /// A request that waits is given up.
@@ -469,6 +555,7 @@ impl Placement {
         estimate: Estimate,
         now: Instant,
     ) -> Placed {
+        let cached = self.router.is_cached(ask, id);
         self.router.assigned(&mut self.registry, id, ask);
         let prefilling = u64::from(ask.prompt_tokens);
         let worker = self
@@ -480,8 +567,15 @@ impl Placement {
         worker.alone |= ask.alone;
         worker.prefilling += prefilling;
         let served = worker.model(&ask.model);
-        let placed = Placed {
+        let has_slot = served.is_some_and(|model| worker.active() <= model.card.slots);
+        let backlog = match has_slot && !cached {
+            true => worker.prefilling,
+            false => 0,
+        };
+        let mut placed = Placed {
             worker: id,
+            key: worker.key(),
+            context: 0,
             name: worker.name.clone(),
             model: served.map_or_else(|| ask.model.clone(), |model| model.card.name.clone()),
             fingerprint: served
@@ -490,6 +584,7 @@ impl Placement {
             ring: served.and_then(|model| model.ring),
             estimate,
         };
+        placed.context = self.registry.context_of(&placed.model).unwrap_or(0);
         self.queue.started(ask.source);
         self.running.insert(
             ticket,
@@ -502,6 +597,9 @@ impl Placement {
                 ring: placed.ring,
                 started: now,
                 prefilling,
+                backlog,
+                first_token: None,
+                batch: 0,
             },
         );
         placed
@@ -520,7 +618,29 @@ impl Placement {
         self.prospects.get(model) == Some(&Prospect::Coming)
     }
 
-    fn nobody(&self, ask: &Ask) -> Refusal {
+    /// What is the matter with the workers that claim to serve a model; `None` if there is none.
+    fn why_none_answers(&self, ask: &Ask, now: Instant) -> Option<String> {
+        let mut reasons = Vec::new();
+        for worker in self.registry.iter().filter(|worker| !worker.draining) {
+            let Some(model) = worker.model(&ask.model) else {
+                continue;
+            };
+            if model.card.kind() != ask.purpose.kind() {
+                continue;
+            }
+            if let Some(why) = self.registry.why_not(worker, model, now) {
+                reasons.push(format!("worker `{}`: {why}", worker.name));
+            }
+        }
+        let more = reasons.len().saturating_sub(REASONS);
+        reasons.truncate(REASONS);
+        if more > 0 {
+            reasons.push(format!("and {more} more"));
+        }
+        (!reasons.is_empty()).then(|| reasons.join("; "))
+    }
+
+    fn nobody(&self, ask: &Ask, now: Instant) -> Refusal {
         let model = ask.model.clone();
         let too_old = |worker: &Worker| {
             let meant = match worker.is_legacy() {
@@ -531,6 +651,9 @@ impl Placement {
         };
         if self.registry.iter().any(too_old) {
             return Refusal::TooOld { model };
+        }
+        if let Some(why) = self.why_none_answers(ask, now) {
+            return Refusal::NoneAnswers { model, why };
         }
         if let Some(Prospect::Impossible(reason)) = self.prospects.get(&model) {
             let reason = reason.clone();
@@ -626,6 +749,12 @@ fn serving(model: &str) -> String {
     }
 }
 
+/// Reasons that a refusal names.
+const REASONS: usize = 3;
+/// Tokens of a prompt, estimated, whose time says something about prefill speed and not about round trips only.
+const LEAST_PREFILL: u64 = 64;
+/// Tokens whose time says something about decode speed.
+const LEAST_DECODE: u32 = 4;
 /// Weight of the newest task in a v5.0.0 worker's smoothed duration.
 const SMOOTHING: f64 = 0.25;
 /// How long a worker that said busy is left alone.
@@ -664,13 +793,15 @@ mod tests {
             ..Ask::default()
         };
         let address = ([127, 0, 0, 1], 1).into();
-        placement.registry.join("aa", address, hello("old", 0), now);
+        let (old, _) = placement.registry.join("aa", address, hello("old", 0), now);
+        placement.registry.prove_all(old, now);
         let asked = placement.ask(Ticket(1), ask(1), false, now);
         let Asked::Refused(refusal @ Refusal::TooOld { .. }) = asked else {
             panic!("{asked:?}");
         };
         assert!(refusal.to_string().contains("min_tokens"), "{refusal}");
-        placement.registry.join("bb", address, hello("new", 1), now);
+        let (new, _) = placement.registry.join("bb", address, hello("new", 1), now);
+        placement.registry.prove_all(new, now);
         for ticket in 2..5 {
             match placement.ask(Ticket(ticket), ask(1), false, now) {
                 Asked::Placed(placed) => assert_eq!(placed.name, "new"),
@@ -705,10 +836,10 @@ mod tests {
             models: vec![card],
             ..Default::default()
         };
-        placement
-            .registry
-            .join(node, ([127, 0, 0, 1], 1).into(), hello, now)
-            .0
+        let address = ([127, 0, 0, 1], 1).into();
+        let (id, _) = placement.registry.join(node, address, hello, now);
+        placement.registry.prove_all(id, now);
+        id
     }
 
     fn ask() -> Ask {
@@ -893,11 +1024,16 @@ mod tests {
     fn a_rerun_goes_before_those_who_wait() {
         let now = Instant::now();
         let mut placement = placement(1);
-        join(&mut placement, "w", 1, now);
+        let worker = join(&mut placement, "w", 1, now);
         placement.ask(Ticket(1), ask(), false, now);
         placement.ask(Ticket(2), ask(), false, now);
         assert_eq!(placement.ask(Ticket(3), ask(), true, now), Asked::Waiting);
         placement.release(Ticket(1), Ended::Failed, now);
+        assert!(
+            placement.pump(now).is_empty(),
+            "it has to prove itself first"
+        );
+        placement.registry.prove_all(worker, now);
         assert_eq!(placement.pump(now)[0].0, Ticket(3));
     }
 
@@ -989,6 +1125,7 @@ mod tests {
             ..Default::default()
         };
         placement.registry.serve(worker, 7, card, now);
+        placement.registry.prove_all(worker, now);
         placement.registry.get_mut(worker).unwrap().draining = true;
         let Asked::Placed(placed) = placement.ask(Ticket(1), ask(), false, now) else {
             panic!("refused");
@@ -1034,6 +1171,7 @@ mod tests {
             }
             placement.release(Ticket(index as u64), ended, later);
             placement.release(Ticket(index as u64), ended, later);
+            placement.registry.prove_all(worker, later);
         }
         let worker = placement.registry.get(worker).unwrap();
         assert_eq!((worker.assigned, worker.prefilling), (0, 0));
@@ -1050,6 +1188,138 @@ mod tests {
         placement.release(Ticket(1), Ended::Busy, now);
         assert_eq!(placement.ask(Ticket(2), ask(), false, now), Asked::Waiting);
         assert_eq!(placement.pump(now + BUSY_PAUSE).len(), 1);
+    }
+
+    fn unproven(placement: &mut Placement, node: &str, now: Instant) -> WorkerId {
+        let card = ModelCard {
+            name: "m".into(),
+            slots: 4,
+            decode_tps: 1e6,
+            ..Default::default()
+        };
+        let hello = Hello {
+            node_name: node.into(),
+            models: vec![card],
+            ..Default::default()
+        };
+        let address = ([127, 0, 0, 1], 1).into();
+        placement.registry.join(node, address, hello, now).0
+    }
+
+    #[test]
+    fn requests_wait_for_a_newcomers_first_answer_and_not_for_one_that_gives_none() {
+        let start = Instant::now();
+        let mut placement = placement(4);
+        let mute = unproven(&mut placement, "mute", start);
+        assert_eq!(
+            placement.ask(Ticket(1), ask(), false, start),
+            Asked::Waiting
+        );
+        assert!(placement.pump(start).is_empty());
+        let [proof] = &placement
+            .registry
+            .proofs_due(mute, &Default::default(), 1, start)[..]
+        else {
+            panic!("it is not asked");
+        };
+        let late = start + Duration::from_secs(30);
+        placement.registry.proved(mute, proof, None, start, 2, late);
+        let asked = placement.ask(Ticket(2), ask(), false, late);
+        let Asked::Refused(refusal @ Refusal::NoneAnswers { .. }) = asked else {
+            panic!("{asked:?}");
+        };
+        assert!(
+            refusal.to_string().contains("`mute`: it does not answer"),
+            "{refusal}"
+        );
+        // Whoever answers gets everything, whatever the other claims.
+        let good = join(&mut placement, "good", 8, late);
+        let decided = placement.pump(late);
+        assert!(matches!(&decided[..], [(Ticket(1), Ok(placed))] if placed.worker == good));
+        for ticket in 3..8 {
+            match placement.ask(Ticket(ticket), ask(), false, late) {
+                Asked::Placed(placed) => assert_eq!(placed.worker, good),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn one_that_does_not_answer_is_asked_less_and_less_often() {
+        let start = Instant::now();
+        let mut placement = placement(4);
+        let mute = unproven(&mut placement, "mute", start);
+        let mut asked = Vec::new();
+        for second in 0..300 {
+            let now = start + Duration::from_secs(second);
+            let due = placement
+                .registry
+                .proofs_due(mute, &Default::default(), second, now);
+            for proof in due {
+                asked.push(second);
+                placement
+                    .registry
+                    .proved(mute, &proof, None, now, second, now);
+            }
+        }
+        assert_eq!(asked[..6], [0, 1, 3, 7, 15, 31]);
+        assert!(asked.len() <= 15, "{asked:?}");
+    }
+
+    #[test]
+    fn slots_are_believed_as_they_are_seen_in_use() {
+        let now = Instant::now();
+        let mut placement = placement(400);
+        let id = join(&mut placement, "w", u32::MAX, now);
+        let placed = |placement: &Placement| placement.registry.get(id).unwrap().assigned;
+        for ticket in 0..300 {
+            placement.ask(Ticket(ticket), ask(), false, now);
+        }
+        assert_eq!(placed(&placement), 8, "as many as anybody might have");
+        for expected in [16, 32, 64, 128, 256, 256] {
+            for ticket in 0..u64::from(placed(&placement)) {
+                placement.first_token(Ticket(ticket), now);
+            }
+            placement.pump(now);
+            assert_eq!(placed(&placement), expected);
+        }
+    }
+
+    #[test]
+    fn speed_is_what_came_in_what_time() {
+        let start = Instant::now();
+        let mut placement = placement(4);
+        let id = join(&mut placement, "w", 4, start);
+        let long = Ask {
+            prompt_tokens: 400,
+            ..ask()
+        };
+        placement.ask(Ticket(1), long, false, start);
+        let first = start + Duration::from_secs(2);
+        placement.first_token(Ticket(1), first);
+        let received = Received {
+            tokens: 50,
+            last: Some(first + Duration::from_secs(5)),
+        };
+        let end = first + Duration::from_secs(60);
+        placement.release_after(Ticket(1), Ended::Complete, received, end);
+        let model = &placement.registry.get(id).unwrap().models[0];
+        assert!((model.decode_tps - 10.0).abs() < 0.01, "{model:?}");
+        assert!((model.prefill_tps - 200.0).abs() < 0.01, "{model:?}");
+        // From then on the worker's own word is nothing.
+        let speeds = vec![mesh_proto::ModelSpeed {
+            name: "m".into(),
+            decode_tps: 1e6,
+            prefill_tps: 1e6,
+            queued: None,
+        }];
+        let load = mesh_proto::Load {
+            speeds,
+            ..Default::default()
+        };
+        placement.registry.report(id, load, end);
+        let model = &placement.registry.get(id).unwrap().models[0];
+        assert!(model.decode_tps < 11.0 && model.prefill_tps < 201.0);
     }
 
     fn from(ingress: Ingress, last: u8) -> Ask {
@@ -1139,6 +1409,7 @@ mod tests {
             |placement: &Placement, now| placement.registry.get(id).unwrap().models[0].answers(now);
         placement.ask(Ticket(1), ask(), false, now);
         placement.ask(Ticket(2), ask(), false, now);
+        placement.registry.get_mut(id).unwrap().models[0].failed(now);
         assert!(!answers(&placement, now));
         placement.first_token(Ticket(1), now);
         assert!(answers(&placement, now));
@@ -1150,7 +1421,16 @@ mod tests {
         let worker = placement.registry.get_mut(id).unwrap();
         worker.gave_sign("m", now);
         assert!(!answers(&placement, now));
-        let fresh = join(&mut placement, "x", 1, now);
+        let card = ModelCard {
+            name: "m".into(),
+            ..Default::default()
+        };
+        let hello = Hello {
+            models: vec![card],
+            ..Default::default()
+        };
+        let address = ([127, 0, 0, 1], 1).into();
+        let (fresh, _) = placement.registry.join("x", address, hello, now);
         let worker = placement.registry.get_mut(fresh).unwrap();
         worker.gave_sign("m", now);
         let model = &worker.models[0];
@@ -1174,14 +1454,14 @@ mod tests {
             placement.ask(Ticket(1), ask(), false, later),
             Asked::Waiting
         );
-        assert!(placement.registry.get(id).unwrap().is_busy(GRACE, later));
-        assert!(
-            !placement
-                .registry
-                .get(id)
-                .unwrap()
-                .is_busy(GRACE, later + GRACE)
-        );
+        let busy = |placement: &Placement, now| {
+            let worker = placement.registry.get(id).unwrap();
+            worker.is_busy(GRACE, GRACE * 2, now)
+        };
+        assert!(!busy(&placement, later), "no token bears its words out");
+        placement.registry.get(id).unwrap().tokens_seen.note(later);
+        assert!(busy(&placement, later));
+        assert!(!busy(&placement, later + GRACE));
         placement.registry.report(id, load(0), later);
         assert_eq!(placement.pump(later).len(), 1);
     }

@@ -3,12 +3,18 @@
 //! A mesh worker enters with its Hello and leaves when its link closes; a v5.0.0 worker enters with a heartbeat. Either is
 //! pruned after [`Registry::timeout`] without a sign of life.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use dcf::Version;
 use mesh_proto::{Hello, Load, ModelCard, ModelKind, ModelSpeed};
+
+use super::reputation::{Out, Reputation};
+use super::speed::Measured;
+use super::spotcheck::{Peer, Question, Sample, Schedule, SpotChecks, Standing, Verdict, Weights};
 
 /// Names a worker within this head's life; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -34,10 +40,14 @@ pub enum Carrier {
 pub struct ServedModel {
     /// As the worker announced it.
     pub card: ModelCard,
-    /// Decode speed of a single stream, tokens per second; 0 is unknown.
+    /// Decode speed of a single stream, tokens per second: as measured here, else as the worker claims; 0 is unknown.
     pub decode_tps: f64,
-    /// Prefill speed, tokens per second; 0 is unknown.
+    /// Prefill speed, tokens per second, in the same way.
     pub prefill_tps: f64,
+    /// Decode speed as measured here.
+    pub decode: Measured,
+    /// Prefill speed as measured here, in tokens as the head estimates them.
+    pub prefill: Measured,
     /// The ring that it answers for as its driver; `None` where the worker holds the whole model.
     pub ring: Option<u64>,
     /// Whether the last attempt with this model, probes included, brought an answer.
@@ -49,6 +59,29 @@ pub struct ServedModel {
     pub last_success: Option<Instant>,
     /// Time at which a request for it last showed that the worker's engine makes progress.
     pub last_sign: Option<Instant>,
+    /// Result of comparing its answers with those of others.
+    pub standing: Standing,
+    /// Answers that it was seen to stream at the same time.
+    pub streams: u32,
+    /// Seconds to a first token that its prompt does not explain, smoothed, and when one was last measured.
+    delay: (f64, Option<Instant>),
+    /// Time since which it is to prove itself: it is new, or failed.
+    trial_since: Instant,
+    /// Questions of the head that it did not answer, since it last answered one.
+    unanswered: u32,
+    /// Time before which it is not asked again.
+    retry_at: Option<Instant>,
+}
+
+/// Whether a worker gets requests for a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Service {
+    /// It answers.
+    Serves,
+    /// It is about to be asked for a proof: requests may wait for that.
+    Soon,
+    /// It gets none.
+    Out,
 }
 
 impl ServedModel {
@@ -63,23 +96,108 @@ impl ServedModel {
     pub fn succeeded(&mut self, now: Instant) {
         (self.proven, self.failing) = (true, false);
         self.last_success = Some(now);
+        (self.unanswered, self.retry_at) = (0, None);
     }
 
-    /// An attempt failed.
-    pub fn failed(&mut self) {
+    /// An attempt failed: it is to prove anew that it answers.
+    pub fn failed(&mut self, now: Instant) {
+        if self.proven {
+            self.trial_since = now;
+        }
         (self.proven, self.failing) = (false, true);
     }
 
-    fn new(card: ModelCard, ring: Option<u64>) -> Self {
+    /// Whether it is to be asked for a proof, unless it is known to answer.
+    pub fn may_be_asked(&self, now: Instant) -> bool {
+        self.retry_at.is_none_or(|at| now >= at)
+    }
+
+    /// So many tokens came in that time, while `batch` requests ran there.
+    pub fn decoded(&mut self, tokens: u32, took: Duration, batch: u32) {
+        self.decode
+            .add(f64::from(tokens), took.div_f64(batch_gain(batch)));
+        if let Some(rate) = self.decode.rate() {
+            self.decode_tps = rate;
+        }
+    }
+
+    /// A prompt of so many tokens, estimated, took that time.
+    pub fn prefilled(&mut self, tokens: u64, took: Duration) {
+        self.prefill.add(tokens as f64, took);
+        if let Some(rate) = self.prefill.rate() {
+            self.prefill_tps = rate;
+        }
+    }
+
+    /// A first token came after `took`, of which the prompt explains a part.
+    pub fn waited(&mut self, prompt: u64, took: Duration, now: Instant) {
+        let explained = match self.prefill_tps > 0.0 {
+            true => prompt as f64 / self.prefill_tps,
+            false => 0.0,
+        };
+        let more = (took.as_secs_f64() - explained).max(0.0);
+        let before = self.delay.1.map_or(more, |_| self.delay(now));
+        self.delay = (before + (more - before) * DELAY_WEIGHT, Some(now));
+    }
+
+    /// Seconds to a first token besides those that its prompt takes: a worker may be busy with what this head does not see. What is long
+    /// ago counts for less.
+    pub fn delay(&self, now: Instant) -> f64 {
+        let (delay, at) = self.delay;
+        let age = at.map_or(0.0, |at| now.saturating_duration_since(at).as_secs_f64());
+        delay * (-age / DELAY_FADES).exp2()
+    }
+
+    /// The slots to count on: as many as it claims, and at most twice as many as it was seen to use, or a few at the beginning.
+    pub fn slots(&self) -> u32 {
+        let claimed = self.card.slots.max(1);
+        match self.card.kind() {
+            ModelKind::Chat => claimed.min(self.streams.saturating_mul(2).max(FIRST_SLOTS)),
+            // An encoder's answers do not stream.
+            ModelKind::Embed => claimed,
+        }
+    }
+
+    /// Its name in spot checks.
+    fn subject(&self, node: &str) -> String {
+        match self.ring {
+            Some(ring) => subject_of_ring(ring),
+            None => node.to_owned(),
+        }
+    }
+
+    fn weights(&self) -> Weights {
+        (self.card.name.clone(), self.card.fingerprint.clone())
+    }
+
+    /// Speeds that its worker claims. They count until the first measurement.
+    fn claims(&mut self, decode: f64, prefill: f64) {
+        if decode > 0.0 && self.decode.rate().is_none() {
+            self.decode_tps = decode;
+        }
+        if prefill > 0.0 && self.prefill.rate().is_none() {
+            self.prefill_tps = prefill;
+        }
+    }
+
+    fn new(card: ModelCard, ring: Option<u64>, now: Instant) -> Self {
         Self {
             decode_tps: speed(card.decode_tps),
             prefill_tps: speed(card.prefill_tps),
-            card,
+            card: plausible(card),
             ring,
+            decode: Measured::default(),
+            prefill: Measured::default(),
             proven: false,
             failing: false,
             last_success: None,
             last_sign: None,
+            standing: Standing::New,
+            streams: 0,
+            delay: (0.0, None),
+            trial_since: now,
+            unanswered: 0,
+            retry_at: None,
         }
     }
 }
@@ -143,6 +261,38 @@ pub struct Worker {
     pub task_seconds: f64,
     /// Value of the router's counter at the last assignment: the tie break.
     pub last_turn: u64,
+    /// Time of the last token from it.
+    pub tokens_seen: TokenClock,
+}
+
+/// Time of the last token from a worker. Shared with what follows its answers, so that no lock is taken per token.
+#[derive(Debug, Clone)]
+pub struct TokenClock {
+    origin: Instant,
+    /// Microseconds since `origin`, plus 1; 0 is never.
+    at: Arc<AtomicU64>,
+}
+
+impl TokenClock {
+    fn new(origin: Instant) -> Self {
+        Self {
+            origin,
+            at: Arc::default(),
+        }
+    }
+
+    /// A token came.
+    pub fn note(&self, now: Instant) {
+        let since = now.saturating_duration_since(self.origin).as_micros();
+        let since = u64::try_from(since).unwrap_or(u64::MAX - 1);
+        self.at.fetch_max(since + 1, Ordering::Relaxed);
+    }
+
+    /// When the last one came.
+    pub fn last(&self) -> Option<Instant> {
+        let since = self.at.load(Ordering::Relaxed).checked_sub(1)?;
+        self.origin.checked_add(Duration::from_micros(since))
+    }
 }
 
 impl Worker {
@@ -180,9 +330,26 @@ impl Worker {
             self.last_success = Some(now);
         } else if model.last_success.is_none_or(|at| at < asked) {
             // A real answer meanwhile is a proof, too.
-            model.failed();
+            model.failed(now);
+            let wait = RETRY.saturating_mul(1 << model.unanswered.min(16));
+            model.unanswered = model.unanswered.saturating_add(1);
+            model.retry_at = Some(now + wait.min(LONGEST_RETRY));
         }
         self.proven = self.models.iter().all(|model| model.proven);
+    }
+
+    /// The name under which its faults are kept: its node id, or its address if it has none.
+    pub fn key(&self) -> String {
+        match &self.carrier {
+            Carrier::Mesh { node_id } => node_id.clone(),
+            Carrier::Legacy { .. } => self.address.to_string(),
+        }
+    }
+
+    /// True if a token came from it so lately, for whichever request of this head.
+    pub fn made_a_token(&self, within: Duration, now: Instant) -> bool {
+        let last = self.tokens_seen.last();
+        last.is_some_and(|at| now.saturating_duration_since(at) < within)
     }
 
     /// True if more requests for this model than `ahead` wait there, and not just for the next step.
@@ -201,9 +368,11 @@ impl Worker {
     }
 
     /// True if its reports say that it works and that requests wait there: one without a token may be among
-    /// those.
-    pub fn is_busy(&self, within: Duration, now: Instant) -> bool {
-        self.load.queued > 0 && now.saturating_duration_since(self.load_changed) < within
+    /// those. Reports alone are not believed for longer than `proof`: tokens must come from it, whoever they are for.
+    pub fn is_busy(&self, within: Duration, proof: Duration, now: Instant) -> bool {
+        self.load.queued > 0
+            && now.saturating_duration_since(self.load_changed) < within
+            && self.made_a_token(proof, now)
     }
 
     /// A request for this model showed that the engine gets on.
@@ -244,7 +413,63 @@ pub struct Registry {
     workers: BTreeMap<WorkerId, Worker>,
     /// Model names and when a worker last served them.
     known_models: BTreeMap<String, Instant>,
+    /// The weights that a model's name stands for, and when a worker last served those.
+    names: BTreeMap<String, (String, Instant)>,
+    /// The models of requests that name none, by kind: once chosen they stay while they are served.
+    defaults: BTreeMap<i32, String>,
+    /// What is thought of nodes.
+    pub reputation: Reputation,
+    checks: SpotChecks,
+    /// Warnings about workers that differ, by the one that is held back.
+    disputes: BTreeMap<String, String>,
+    /// Rings that have answered: their next driver is believed to answer, too.
+    proven_rings: BTreeMap<u64, Instant>,
+    trial: Duration,
+    check_interval: Duration,
     next_id: u64,
+}
+
+/// A proof that a worker is to give.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Proof {
+    /// Model.
+    pub model: String,
+    /// The ring that it drives.
+    pub ring: Option<u64>,
+    /// What the model makes.
+    pub kind: ModelKind,
+    /// Length of its vectors.
+    pub dimensions: u32,
+    /// What is asked.
+    pub question: Question,
+}
+
+/// A node was found out, or is suspected.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Finding {
+    /// It is in quarantine for so long.
+    Quarantined {
+        /// Node id; the driver's if it is a ring.
+        node: String,
+        /// Its name.
+        name: String,
+        /// The ring that is given up.
+        ring: Option<u64>,
+        /// How long.
+        length: Duration,
+        /// How it was found out.
+        reason: String,
+    },
+    /// Two differ and nobody can say who is right.
+    Disputed {
+        /// Both of them, and which one is held back.
+        text: String,
+    },
+    /// The one that was held back agrees now.
+    Settled {
+        /// Its name.
+        name: String,
+    },
 }
 
 impl Registry {
@@ -254,7 +479,25 @@ impl Registry {
             timeout,
             workers: BTreeMap::new(),
             known_models: BTreeMap::new(),
+            names: BTreeMap::new(),
+            defaults: BTreeMap::new(),
+            reputation: Reputation::default(),
+            checks: SpotChecks::default(),
+            disputes: BTreeMap::new(),
+            proven_rings: BTreeMap::new(),
+            trial: Duration::from_secs(30),
+            check_interval: Duration::from_secs(300),
             next_id: 1,
+        }
+    }
+
+    /// How long requests wait for a worker that is to prove itself, and how often one that serves is checked.
+    #[must_use]
+    pub fn with_proofs(self, trial: Duration, check_interval: Duration) -> Self {
+        Self {
+            trial,
+            check_interval,
+            ..self
         }
     }
 
@@ -286,8 +529,9 @@ impl Registry {
         let models = hello
             .models
             .into_iter()
+            .filter(is_sound)
             .take(MODELS_PER_WORKER)
-            .map(|card| ServedModel::new(card, None))
+            .map(|card| ServedModel::new(card, None, now))
             .collect();
         let name = if hello.node_name.is_empty() {
             short(node_id).to_owned()
@@ -300,6 +544,7 @@ impl Registry {
             worker.reserved_for = kept.filter(|purpose| purpose.len() <= 64).collect();
             worker.request_revision = hello.request_revision;
         }
+        self.refresh(id, now);
         self.remember_models(id, now);
         (id, replaced)
     }
@@ -361,7 +606,7 @@ impl Registry {
         (worker.address != address).then(|| std::mem::replace(&mut worker.address, address))
     }
 
-    /// A load report. Speeds in it replace what is believed so far.
+    /// A load report. Speeds in it count until this head has measured them.
     pub fn report(&mut self, id: WorkerId, load: Load, now: Instant) {
         let Some(worker) = self.workers.get_mut(&id) else {
             return;
@@ -377,12 +622,7 @@ impl Registry {
                 continue;
             };
             let (decode, prefill) = (speed(measured.decode_tps), speed(measured.prefill_tps));
-            if decode > 0.0 {
-                model.decode_tps = decode / batch_gain(load.running.max(1));
-            }
-            if prefill > 0.0 {
-                model.prefill_tps = prefill;
-            }
+            model.claims(decode / batch_gain(load.running.max(1)), prefill);
         }
         if works(&worker.load) != works(&load) {
             worker.load_changed = now;
@@ -398,7 +638,17 @@ impl Registry {
         let Some(worker) = self.workers.get_mut(&id) else {
             return;
         };
+        if !is_sound(&card) {
+            return;
+        }
         let full = worker.models.len() >= MODELS_PER_WORKER;
+        // Its last driver answered, and the ring says that a token came through every stage of this epoch.
+        let proven = self.proven_rings.contains_key(&ring);
+        let fresh = |card| {
+            let mut model = ServedModel::new(card, Some(ring), now);
+            model.proven = proven;
+            model
+        };
         let known = worker
             .models
             .iter_mut()
@@ -406,18 +656,14 @@ impl Registry {
         match known {
             Some(model) if model.ring.is_none() => return,
             Some(model) if model.ring == Some(ring) => {
-                if card.decode_tps > 0.0 {
-                    model.decode_tps = speed(card.decode_tps);
-                }
-                if card.prefill_tps > 0.0 {
-                    model.prefill_tps = speed(card.prefill_tps);
-                }
-                model.card = card;
+                model.claims(speed(card.decode_tps), speed(card.prefill_tps));
+                model.card = plausible(card);
             }
-            Some(model) => *model = ServedModel::new(card, Some(ring)),
+            Some(model) => *model = fresh(card),
             None if full => return,
-            None => worker.models.push(ServedModel::new(card, Some(ring))),
+            None => worker.models.push(fresh(card)),
         }
+        self.refresh(id, now);
         self.remember_models(id, now);
     }
 
@@ -432,6 +678,7 @@ impl Registry {
             before.into_iter().partition(|model| model.ring.is_none());
         let mut models: Vec<ServedModel> = cards
             .into_iter()
+            .filter(is_sound)
             .take(MODELS_PER_WORKER)
             .map(|card| {
                 let same = |old: &&ServedModel| {
@@ -441,7 +688,7 @@ impl Registry {
                     .iter()
                     .find(same)
                     .cloned()
-                    .unwrap_or_else(|| ServedModel::new(card, None))
+                    .unwrap_or_else(|| ServedModel::new(card, None, now))
             })
             .collect();
         let others = of_rings
@@ -452,6 +699,7 @@ impl Registry {
         models.truncate(MODELS_PER_WORKER);
         worker.proven = models.iter().all(|model| model.proven);
         worker.models = models;
+        self.refresh(id, now);
         self.remember_models(id, now);
     }
 
@@ -484,6 +732,7 @@ impl Registry {
             .collect();
         self.known_models
             .retain(|_, seen| now.saturating_duration_since(*seen) < MODEL_MEMORY);
+        self.settle(now);
         silent
             .into_iter()
             .filter_map(|id| self.leave(id, now))
@@ -521,17 +770,446 @@ impl Registry {
             || self.iter().any(|worker| worker.model(name).is_some())
     }
 
-    /// Every model served now, by name, each with the card of the worker that joined first.
+    /// Every model served now, by name, each with the card of the worker that joined first among those that answer, or among all
+    /// where none does.
     pub fn models(&self) -> BTreeMap<&str, &ModelCard> {
         let mut models = BTreeMap::new();
-        for worker in self.iter() {
-            for model in &worker.models {
-                models
-                    .entry(model.card.name.as_str())
-                    .or_insert(&model.card);
+        let answers = |model: &&ServedModel| model.proven && model.standing == Standing::Cleared;
+        for answering in [true, false] {
+            for worker in self.iter() {
+                let these = worker.models.iter();
+                for model in these.filter(|model| !answering || answers(model)) {
+                    models
+                        .entry(model.card.name.as_str())
+                        .or_insert(&model.card);
+                }
             }
         }
         models
+    }
+
+    /// Whether this worker gets requests for this model of its own.
+    pub fn service(&self, worker: &Worker, model: &ServedModel, now: Instant) -> Service {
+        let Some(node) = worker.node_id() else {
+            return Service::Out;
+        };
+        let name = model.card.name.as_str();
+        if self.is_out(node, now) || model.standing == Standing::Held {
+            return Service::Out;
+        }
+        if let Some(until) = self.reputation.paused_until(node, name, now) {
+            return match until - now <= SHORT_PAUSE {
+                true => Service::Soon,
+                false => Service::Out,
+            };
+        }
+        let on_trial = now.saturating_duration_since(model.trial_since) < self.trial;
+        match (model.proven, model.standing) {
+            (true, Standing::Cleared) => Service::Serves,
+            (true, _) => Service::Soon,
+            (false, _) if model.unanswered == 0 && on_trial => Service::Soon,
+            (false, _) => Service::Out,
+        }
+    }
+
+    /// The same for a worker without an identity, which serves plain tasks.
+    pub fn legacy_service(&self, worker: &Worker, now: Instant) -> Service {
+        match self.reputation.paused_until(&worker.key(), "", now) {
+            None => Service::Serves,
+            Some(until) if until - now <= SHORT_PAUSE => Service::Soon,
+            Some(_) => Service::Out,
+        }
+    }
+
+    /// Whether this node is out: in quarantine or expelled. It gets no requests, holds no part of a ring and gives nobody a model.
+    pub fn is_out(&self, node_id: &str, now: Instant) -> bool {
+        self.reputation.out(node_id, now).is_some()
+    }
+
+    /// Why this node is out, in words.
+    pub fn why_out(&self, node_id: &str, now: Instant) -> Option<String> {
+        Some(match self.reputation.out(node_id, now)? {
+            Out::Expelled(reason) => format!("expelled: {reason}"),
+            Out::Quarantined { until, reason } => {
+                let left = (until - now).as_secs();
+                format!("in quarantine for another {left} s: {reason}")
+            }
+        })
+    }
+
+    /// Why a worker gets no requests for one of its models now, in words.
+    pub fn why_not(&self, worker: &Worker, model: &ServedModel, now: Instant) -> Option<String> {
+        if self.service(worker, model, now) == Service::Serves {
+            return None;
+        }
+        let node = worker.node_id().unwrap_or_default();
+        if let Some(out) = self.why_out(node, now) {
+            return Some(out);
+        }
+        let paused = self.reputation.paused_until(node, &model.card.name, now);
+        Some(match (model.standing, paused) {
+            (Standing::Held, _) => "its answers differ from those of other workers".to_owned(),
+            (_, Some(until)) => format!(
+                "paused for {} s after it failed requests",
+                (until - now).as_secs() + 1
+            ),
+            _ if model.proven => "its answers are being compared".to_owned(),
+            _ if model.unanswered > 0 => "it does not answer".to_owned(),
+            _ => "it has yet to answer".to_owned(),
+        })
+    }
+
+    /// The fingerprint of the weights that this name stands for. Other weights under the name get no requests while they are served.
+    pub fn weights_of(&self, name: &str) -> Option<&str> {
+        self.names.get(name).map(|(weights, _)| weights.as_str())
+    }
+
+    /// The largest context of a model that answers, or of any worker where none does: no answer is longer.
+    pub fn context_of(&self, name: &str) -> Option<u32> {
+        let cards = |answering: bool| {
+            let models = self.iter().flat_map(|worker| &worker.models);
+            models
+                .filter(move |model| {
+                    !answering || (model.proven && model.standing == Standing::Cleared)
+                })
+                .filter(|model| model.card.name == name)
+                .map(|model| model.card.context)
+                .filter(|context| *context > 0)
+                .max()
+        };
+        cards(true).or_else(|| cards(false))
+    }
+
+    /// The model of requests that name none: the first by name, and from then on the same one as long as it is served.
+    pub fn default_model(&mut self, kind: ModelKind, now: Instant) -> Option<String> {
+        let this = &*self;
+        let served = |wanted: Service| {
+            let mut names = BTreeSet::new();
+            for worker in this.iter() {
+                let of_kind = worker.models.iter().filter(|m| m.card.kind() == kind);
+                let these = of_kind.filter(|m| this.service(worker, m, now) == wanted);
+                names.extend(these.map(|model| model.card.name.as_str()));
+            }
+            names
+        };
+        let serving = served(Service::Serves);
+        let chosen = self.defaults.get(&(kind as i32)).map(String::as_str);
+        if let Some(name) = chosen.filter(|name| serving.contains(name)) {
+            return Some(name.to_owned());
+        }
+        let Some(first) = serving.first() else {
+            let soon = served(Service::Soon);
+            let chosen = chosen.filter(|name| soon.contains(name));
+            return chosen.or(soon.first().copied()).map(str::to_owned);
+        };
+        let first = (*first).to_owned();
+        self.defaults.insert(kind as i32, first.clone());
+        Some(first)
+    }
+
+    /// The proofs that this worker is to give now. `seed` makes questions that nobody knows in advance.
+    /// Models that are `under_way` are being asked.
+    pub fn proofs_due(
+        &mut self,
+        id: WorkerId,
+        under_way: &BTreeSet<String>,
+        seed: u64,
+        now: Instant,
+    ) -> Vec<Proof> {
+        let Some(worker) = self.workers.get(&id) else {
+            return Vec::new();
+        };
+        let Some(node) = worker.node_id() else {
+            return Vec::new();
+        };
+        if self.is_out(node, now) {
+            return Vec::new();
+        }
+        let idle = worker.active() == 0;
+        let due = |model: &&ServedModel| {
+            if under_way.contains(&model.card.name) {
+                return false;
+            }
+            let old = |at| now.saturating_duration_since(at) >= self.check_interval;
+            let stale = model.last_success.is_none_or(old);
+            let subject = model.subject(node);
+            let purpose = match model.card.kind() {
+                ModelKind::Chat => "chat",
+                ModelKind::Embed => "embeddings",
+            };
+            // One that it is not kept for is shown to answer, and no more.
+            let checked =
+                worker.is_for(purpose) && self.checks.is_due(&model.weights(), &subject, now);
+            let wanted = match model.proven {
+                true => checked || (stale && idle),
+                false => model.may_be_asked(now),
+            };
+            // For a ring the token goes through every stage. Its driver answers until the ring has moved away.
+            (!worker.draining || model.ring.is_some()) && wanted
+        };
+        let due: Vec<(Weights, String, ServedModel)> = worker
+            .models
+            .iter()
+            .filter(due)
+            .map(|model| (model.weights(), model.subject(node), model.clone()))
+            .collect();
+        let proofs = due.into_iter().map(|(weights, subject, model)| Proof {
+            ring: model.ring,
+            kind: model.card.kind(),
+            dimensions: model.card.dimensions,
+            question: self.checks.question(&weights, &subject, seed, now),
+            model: model.card.name,
+        });
+        proofs.collect()
+    }
+
+    /// A worker answered a question with this, or did not answer what was asked at `asked`.
+    pub fn proved(
+        &mut self,
+        id: WorkerId,
+        proof: &Proof,
+        sample: Option<Sample>,
+        asked: Instant,
+        seed: u64,
+        now: Instant,
+    ) -> Vec<Finding> {
+        let Some(worker) = self.workers.get_mut(&id) else {
+            return Vec::new();
+        };
+        worker.probed(&proof.model, sample.is_some(), asked, now);
+        let Some(node) = worker.node_id().map(str::to_owned) else {
+            return Vec::new();
+        };
+        let meant = |model: &&ServedModel| model.card.name == proof.model;
+        let Some(model) = worker.models.iter().find(meant) else {
+            return Vec::new();
+        };
+        let (weights, subject) = (model.weights(), model.subject(&node));
+        let Some(sample) = sample else {
+            self.checks.gave_none(&weights, &subject);
+            return Vec::new();
+        };
+        let peers = self.peers(&weights, now);
+        let peers: Vec<Peer<'_>> = peers.iter().map(|subject| Peer { subject }).collect();
+        let answer = (proof.question.round, sample);
+        // Checks cost a hundredth of a slow worker's time at most.
+        let took = now.saturating_duration_since(asked);
+        let every = self.check_interval.max(took.saturating_mul(100));
+        let schedule = Schedule { every, seed };
+        let verdicts = self
+            .checks
+            .answered(&weights, &subject, answer, &peers, schedule, now);
+        let findings = verdicts
+            .into_iter()
+            .filter_map(|verdict| self.found(&weights, verdict, now));
+        let findings = findings.collect();
+        self.refresh_all(now);
+        findings
+    }
+
+    /// A client's request shows that this worker answers for the ring that it drives.
+    pub fn ring_answered(&mut self, ring: u64, now: Instant) {
+        if self.proven_rings.len() >= RINGS && !self.proven_rings.contains_key(&ring) {
+            self.proven_rings.pop_first();
+        }
+        self.proven_rings.insert(ring, now);
+    }
+
+    /// Workers that differ from one another with nobody to decide, and models whose name stands for other weights, in words.
+    pub fn disagreements(&self, now: Instant) -> Vec<String> {
+        let mut texts: Vec<String> = self.disputes.values().cloned().collect();
+        for quarantined in self.reputation.view(now) {
+            texts.push(format!(
+                "worker `{}` is in quarantine for another {:.0} s: {}; find out what it runs, or expel it",
+                quarantined.name, quarantined.seconds_left, quarantined.reason
+            ));
+        }
+        for worker in self.iter() {
+            for model in &worker.models {
+                let (name, weights) = (&model.card.name, &model.card.fingerprint);
+                if let Some(used) = self.weights_of(name).filter(|used| used != weights) {
+                    texts.push(format!(
+                        "worker `{}` serves other weights under the name {name:?} ({}) than those in use ({}), and gets no requests for \
+                         it; give its model another name, or stop the workers with the others",
+                        worker.name,
+                        short(weights),
+                        short(used)
+                    ));
+                }
+            }
+        }
+        texts
+    }
+
+    /// Those that answer with these weights now, the senior ones first.
+    fn peers(&self, weights: &Weights, now: Instant) -> Vec<String> {
+        let mut peers: Vec<(Option<Instant>, WorkerId, String)> = Vec::new();
+        for worker in self.iter() {
+            let Some(node) = worker.node_id() else {
+                continue;
+            };
+            if self.is_out(node, now) {
+                continue;
+            }
+            let same = worker.models.iter().filter(|model| {
+                model.proven && model.card.name == weights.0 && model.card.fingerprint == weights.1
+            });
+            for model in same {
+                let since = match model.ring {
+                    Some(ring) => self.proven_rings.get(&ring).copied(),
+                    None => self.reputation.serves_since(node),
+                };
+                peers.push((since, worker.id, model.subject(node)));
+            }
+        }
+        // Those that never served come last.
+        peers.sort_by_key(|(since, id, _)| (since.is_none(), *since, *id));
+        peers.into_iter().map(|(_, _, subject)| subject).collect()
+    }
+
+    fn found(&mut self, weights: &Weights, verdict: Verdict, now: Instant) -> Option<Finding> {
+        let named = |this: &Self, subject: &str| {
+            let found = this.iter().find(|worker| {
+                let node = worker.node_id().unwrap_or_default();
+                worker.models.iter().any(|m| m.subject(node) == *subject)
+            });
+            let name = found.map(|worker| worker.name.clone());
+            (
+                found.and_then(Worker::node_id).map(str::to_owned),
+                name.unwrap_or_else(|| short(subject).to_owned()),
+            )
+        };
+        match verdict {
+            Verdict::Outvoted { subject, by } => {
+                let (node, name) = named(self, &subject);
+                let others: Vec<String> = by.iter().map(|other| named(self, other).1).collect();
+                let reason = format!(
+                    "its answers for {:?} differ from those of {}",
+                    weights.0,
+                    others.join(", ")
+                );
+                let ring = ring_of_subject(&subject);
+                let length = match ring {
+                    // Any of its members may be the cause.
+                    Some(_) => Duration::ZERO,
+                    None => self.reputation.quarantine(&subject, &name, &reason, now),
+                };
+                self.checks.forget(&subject);
+                self.disputes.remove(&subject);
+                Some(Finding::Quarantined {
+                    node: node.unwrap_or(subject),
+                    name,
+                    ring,
+                    length,
+                    reason,
+                })
+            }
+            Verdict::Disputed { senior, junior } => {
+                let (one, two) = (named(self, &senior).1, named(self, &junior).1);
+                let text = format!(
+                    "workers `{one}` and `{two}` give different answers for {:?} though both claim the same weights, and no third one can say \
+                     which is right: `{one}`, which serves longer, goes on, and `{two}` gets no requests; add a worker with that model, or \
+                     remove the wrong one",
+                    weights.0
+                );
+                if self.disputes.len() < DISPUTES {
+                    self.disputes.insert(junior, text.clone());
+                }
+                Some(Finding::Disputed { text })
+            }
+            Verdict::Settled { subject } => {
+                self.disputes.remove(&subject);
+                let (_, name) = named(self, &subject);
+                Some(Finding::Settled { name })
+            }
+        }
+    }
+
+    /// The worker answers all questions that it is asked now, as honest ones do.
+    #[cfg(test)]
+    pub(crate) fn prove_all(&mut self, id: WorkerId, now: Instant) {
+        let position = super::spotcheck::Position {
+            token: 1,
+            logprob: -0.1,
+            top: vec![(1, -0.1), (2, -3.0)],
+        };
+        for proof in self.proofs_due(id, &BTreeSet::new(), 1, now) {
+            let sample = match proof.kind {
+                ModelKind::Chat => Sample::Text(vec![position.clone(); 4]),
+                ModelKind::Embed => Sample::Vector(vec![1.0, 2.0]),
+            };
+            self.proved(id, &proof, Some(sample), now, 2, now);
+        }
+    }
+
+    /// Takes over what is thought of the models of one worker.
+    fn refresh(&mut self, id: WorkerId, now: Instant) {
+        let (checks, reputation) = (&self.checks, &mut self.reputation);
+        let Some(worker) = self.workers.get_mut(&id) else {
+            return;
+        };
+        let Some(node) = worker.node_id().map(str::to_owned) else {
+            return;
+        };
+        for model in &mut worker.models {
+            let subject = model.subject(&node);
+            let known = checks.standing(&model.weights(), &subject, now);
+            model.standing = match model.ring {
+                // Of a ring that answered before, under whichever driver.
+                Some(_) if known == Standing::New && model.proven => Standing::Cleared,
+                _ => known,
+            };
+            if model.proven && model.standing == Standing::Cleared {
+                match model.ring {
+                    None => reputation.proven(&node, now),
+                    Some(ring) => {
+                        self.proven_rings.entry(ring).or_insert(now);
+                    }
+                }
+            }
+        }
+    }
+
+    fn refresh_all(&mut self, now: Instant) {
+        let ids: Vec<WorkerId> = self.workers.keys().copied().collect();
+        for id in ids {
+            self.refresh(id, now);
+        }
+    }
+
+    /// What changes with time alone.
+    fn settle(&mut self, now: Instant) {
+        let waits: Vec<WorkerId> = self
+            .workers
+            .values()
+            .filter(|worker| worker.models.iter().any(|m| m.standing == Standing::New))
+            .map(|worker| worker.id)
+            .collect();
+        for id in waits {
+            self.refresh(id, now);
+        }
+        for worker in self.workers.values() {
+            for model in &worker.models {
+                if self.service(worker, model, now) != Service::Serves {
+                    continue;
+                }
+                let (name, weights) = (&model.card.name, &model.card.fingerprint);
+                if let Some((used, seen)) = self.names.get_mut(name) {
+                    if used == weights {
+                        *seen = now;
+                    }
+                } else if self.names.len() < KNOWN_MODELS {
+                    self.names.insert(name.clone(), (weights.clone(), now));
+                }
+            }
+        }
+        self.names
+            .retain(|_, (_, seen)| now.saturating_duration_since(*seen) < NAME_MEMORY);
+        let connected = |subject: &String| {
+            ring_of_subject(subject).is_some()
+                || self.workers.values().any(|w| w.node_id() == Some(subject))
+        };
+        self.disputes.retain(|subject, _| connected(subject));
     }
 
     fn insert(
@@ -573,6 +1251,7 @@ impl Registry {
             failed: 0,
             task_seconds: 0.0,
             last_turn: 0,
+            tokens_seen: TokenClock::new(now),
         };
         self.workers.insert(id, worker);
         id
@@ -612,6 +1291,32 @@ fn speed(reported: f32) -> f64 {
     }
 }
 
+/// Whether a card can be one of a model. Names go into logs, tables and maps.
+fn is_sound(card: &ModelCard) -> bool {
+    let fits = |text: &str, limit: usize| text.len() <= limit && !text.contains(char::is_control);
+    !card.name.is_empty() && fits(&card.name, NAME_BYTES) && fits(&card.fingerprint, NAME_BYTES)
+}
+
+/// A card with numbers that a model can have.
+fn plausible(mut card: ModelCard) -> ModelCard {
+    card.slots = card.slots.clamp(1, MOST_SLOTS);
+    card.context = card.context.min(MOST_CONTEXT);
+    card.dimensions = card.dimensions.min(MOST_DIMENSIONS);
+    for text in [&mut card.architecture, &mut card.quantization] {
+        text.retain(|c| !c.is_control());
+        text.truncate(text.floor_char_boundary(NAME_BYTES));
+    }
+    card
+}
+
+fn subject_of_ring(ring: u64) -> String {
+    format!("ring {ring:016x}")
+}
+
+fn ring_of_subject(subject: &str) -> Option<u64> {
+    u64::from_str_radix(subject.strip_prefix("ring ")?, 16).ok()
+}
+
 /// Fields of a report that only a working engine changes.
 fn works(load: &Load) -> (u32, u32, u64, u64, &[ModelSpeed]) {
     (
@@ -627,6 +1332,25 @@ fn works(load: &Load) -> (u32, u32, u64, u64, &[ModelSpeed]) {
 const SIGN_AGE: Duration = Duration::from_secs(10);
 /// Requests that wait at a worker for so long do not just wait for its next step.
 const QUEUES_LONG: Duration = Duration::from_millis(500);
+/// Slots that are believed in before they were seen in use.
+const FIRST_SLOTS: u32 = 8;
+/// Weight of the newest delay of a first token.
+const DELAY_WEIGHT: f64 = 0.3;
+/// Seconds after which a delay counts half.
+const DELAY_FADES: f64 = 60.0;
+/// Time to the second question after one that was not answered; doubled with every other one.
+const RETRY: Duration = Duration::from_secs(1);
+const LONGEST_RETRY: Duration = Duration::from_secs(30);
+/// Requests wait for the end of a pause that is no longer.
+const SHORT_PAUSE: Duration = Duration::from_secs(5);
+/// Time for which a name stands for weights that nobody serves any more.
+const NAME_MEMORY: Duration = Duration::from_secs(30);
+const NAME_BYTES: usize = 256;
+const MOST_SLOTS: u32 = 256;
+const MOST_CONTEXT: u32 = 1 << 24;
+const MOST_DIMENSIONS: u32 = 1 << 16;
+const RINGS: usize = 1024;
+const DISPUTES: usize = 64;
 const MODELS_PER_WORKER: usize = 64;
 const PURPOSES_PER_WORKER: usize = 16;
 const KNOWN_MODELS: usize = 1024;
@@ -792,6 +1516,165 @@ mod tests {
         registry.withdraw(id, 7, start);
         assert!(registry.get(id).unwrap().model("large").is_none());
         assert!(registry.knows_model("large"), "it was served a moment ago");
+    }
+
+    fn serving(registry: &mut Registry, node: &str, now: Instant) -> WorkerId {
+        let mut hello = hello(node);
+        hello.models[0].fingerprint = "f".into();
+        registry.join(node, address(1), hello, now).0
+    }
+
+    /// The answer of one that gives these tokens.
+    fn tokens(first: u32) -> Sample {
+        let positions = (first..first + 8).map(|token| super::super::spotcheck::Position {
+            token,
+            logprob: -0.1,
+            top: vec![(token, -0.1), (9999, -4.0)],
+        });
+        Sample::Text(positions.collect())
+    }
+
+    /// Asks whoever is due for so many seconds. Liars give other tokens.
+    fn run(
+        registry: &mut Registry,
+        ids: &[(WorkerId, bool)],
+        now: &mut Instant,
+        seconds: u64,
+    ) -> Vec<Finding> {
+        let mut findings = Vec::new();
+        for _ in 0..seconds {
+            *now += Duration::from_secs(1);
+            for (id, honest) in ids {
+                registry.seen(*id, *now);
+                for proof in registry.proofs_due(*id, &BTreeSet::new(), 7, *now) {
+                    let sample = tokens(if *honest { 1 } else { 500 });
+                    findings.extend(registry.proved(*id, &proof, Some(sample), *now, 8, *now));
+                }
+            }
+            registry.prune(*now);
+        }
+        findings
+    }
+
+    #[test]
+    fn a_liar_never_serves_and_is_in_quarantine_within_30_s_and_comes_back_to_the_same() {
+        let mut now = Instant::now();
+        let mut registry = Registry::new(Duration::from_secs(10));
+        let (a, b) = (
+            serving(&mut registry, "a", now),
+            serving(&mut registry, "b", now),
+        );
+        run(&mut registry, &[(a, true), (b, true)], &mut now, 60);
+        let liar = serving(&mut registry, "liar", now);
+        let service = |registry: &Registry, id, now| {
+            let worker = registry.get(id).unwrap();
+            registry.service(worker, &worker.models[0], now)
+        };
+        let mut findings = Vec::new();
+        for _ in 0..30 {
+            assert_ne!(service(&registry, liar, now), Service::Serves);
+            let all = [(a, true), (b, true), (liar, false)];
+            findings.extend(run(&mut registry, &all, &mut now, 1));
+        }
+        let [Finding::Quarantined { node, reason, .. }] = &findings[..] else {
+            panic!("{findings:?}");
+        };
+        assert_eq!(node, "liar");
+        assert!(reason.contains("differ from those of a, b"), "{reason}");
+        assert_eq!(service(&registry, a, now), Service::Serves);
+        assert!(registry.is_out("liar", now));
+        assert!(registry.disagreements(now)[0].contains("in quarantine"));
+        // Another connection is no other node.
+        let again = serving(&mut registry, "liar", now);
+        assert_eq!(service(&registry, again, now), Service::Out);
+        assert!(
+            registry
+                .proofs_due(again, &BTreeSet::new(), 9, now)
+                .is_empty()
+        );
+        // When the quarantine ends it has to agree first, as at the beginning.
+        let all = [(a, true), (b, true), (again, false)];
+        let findings = run(&mut registry, &all, &mut now, 120);
+        assert_eq!(findings.len(), 1, "{findings:?}");
+        assert!(registry.is_out("liar", now + Duration::from_secs(120)));
+    }
+
+    #[test]
+    fn two_that_differ_are_both_named_and_the_junior_one_waits() {
+        let mut now = Instant::now();
+        let mut registry = Registry::new(Duration::from_secs(10));
+        let senior = serving(&mut registry, "attic", now);
+        run(&mut registry, &[(senior, true)], &mut now, 10);
+        let junior = serving(&mut registry, "cellar", now);
+        let both = [(senior, true), (junior, false)];
+        let findings = run(&mut registry, &both, &mut now, 20);
+        let [Finding::Disputed { text }] = &findings[..] else {
+            panic!("{findings:?}");
+        };
+        assert!(text.contains("`attic`") && text.contains("`cellar`"));
+        assert_eq!(registry.disagreements(now), std::slice::from_ref(text));
+        let worker = registry.get(junior).unwrap();
+        let model = &worker.models[0];
+        assert_eq!(registry.service(worker, model, now), Service::Out);
+        assert!(registry.why_not(worker, model, now).is_some());
+    }
+
+    #[test]
+    fn the_next_driver_of_a_ring_that_answered_needs_no_new_proof() {
+        let now = Instant::now();
+        let mut registry = Registry::new(Duration::from_secs(10));
+        let card = || ModelCard {
+            name: "large".into(),
+            ..Default::default()
+        };
+        let bare = |registry: &mut Registry, node: &str| {
+            registry.join(node, address(1), Hello::default(), now).0
+        };
+        let (one, two) = (bare(&mut registry, "a"), bare(&mut registry, "b"));
+        let service = |registry: &Registry, id| {
+            let worker = registry.get(id).unwrap();
+            registry.service(worker, worker.model("large").unwrap(), now)
+        };
+        registry.serve(one, 7, card(), now);
+        assert_eq!(service(&registry, one), Service::Soon);
+        registry.prove_all(one, now);
+        assert_eq!(service(&registry, one), Service::Serves);
+        registry.withdraw(one, 7, now);
+        registry.serve(two, 7, card(), now);
+        assert_eq!(service(&registry, two), Service::Serves);
+        registry.serve(one, 8, card(), now);
+        assert_eq!(service(&registry, one), Service::Soon, "another ring");
+    }
+
+    #[test]
+    fn claims_that_no_model_can_have_are_cut_or_left_out() {
+        let now = Instant::now();
+        let mut registry = Registry::new(Duration::from_secs(10));
+        let card = |name: &str| ModelCard {
+            name: name.into(),
+            slots: u32::MAX,
+            context: u32::MAX,
+            dimensions: u32::MAX,
+            architecture: "x\u{1b}".repeat(10_000),
+            ..Default::default()
+        };
+        let names = [
+            "good".to_owned(),
+            String::new(),
+            "a\nb".into(),
+            "x".repeat(9999),
+        ];
+        let hello = Hello {
+            models: names.iter().map(|name| card(name)).collect(),
+            ..Default::default()
+        };
+        let (id, _) = registry.join("a", address(1), hello, now);
+        let models = &registry.get(id).unwrap().models;
+        assert_eq!(models.len(), 1);
+        let card = &models[0].card;
+        assert!(card.slots <= MOST_SLOTS && card.context <= MOST_CONTEXT);
+        assert!(card.dimensions <= MOST_DIMENSIONS && card.architecture.len() <= NAME_BYTES);
+        assert!(!card.architecture.contains(char::is_control));
     }
 
     #[test]

@@ -36,6 +36,60 @@ pub struct Limits {
     pub first_token: Duration,
 }
 
+/// How much of an answer a worker may send. More ends the attempt as that worker's fault, so that memory stays bounded whatever it
+/// sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bounds {
+    /// Tokens, whoever made them.
+    pub tokens: u32,
+    /// Bytes of text besides those that the tokens may have.
+    pub more_text: u64,
+    /// Alternatives of each token; `None` where no probabilities were asked for.
+    pub alternatives: Option<u32>,
+    /// Tokens that the prompt can have at most.
+    pub prompt_tokens: u32,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self {
+            tokens: MOST_TOKENS,
+            more_text: 0,
+            alternatives: None,
+            prompt_tokens: u32::MAX,
+        }
+    }
+}
+
+impl Bounds {
+    /// Bytes of text that this many tokens may have.
+    fn text(&self, tokens: u32) -> u64 {
+        let of_tokens = u64::from(tokens).saturating_mul(TOKEN_BYTES as u64);
+        let all = of_tokens.saturating_add(self.more_text);
+        all.saturating_add(TOKEN_BYTES as u64)
+            .min(MOST_TEXT.saturating_add(self.more_text))
+    }
+
+    /// Payload bytes of one message of an answer.
+    pub fn message(&self) -> usize {
+        MESSAGE_BYTES.saturating_add(usize::try_from(self.more_text).unwrap_or(usize::MAX))
+    }
+}
+
+/// Whose fault the last failure of an attempt is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Fault {
+    /// Nobody's, or nobody knows: a link broke.
+    #[default]
+    Unknown,
+    /// The worker's, if another one can do what it could not.
+    Perhaps,
+    /// The worker's: it was silent.
+    Silence,
+    /// The worker's: it sent what no request asks for.
+    Worker,
+}
+
 /// What to do next.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Step {
@@ -155,6 +209,8 @@ pub enum Failure {
     Lost(String),
     /// The worker is gone: its link broke.
     Died(String),
+    /// The worker sent what no worker sends.
+    Nonsense(String),
     /// The worker answered with an Error.
     Error {
         /// Its code.
@@ -187,6 +243,28 @@ pub struct Answer {
     answered: bool,
     /// Those of them from which no token had come.
     silent_deaths: u32,
+    bounds: Bounds,
+    fault: Fault,
+    /// Messages of this attempt that brought nothing, since this moment.
+    idle: (u32, Instant),
+    /// Time at which the worker last showed something that the head can see for itself: a token, or a wait that gets shorter.
+    advanced: Instant,
+    /// The wait that it reported then.
+    reported: Option<Progress>,
+    /// The worker that says that the request itself is at fault, and what it says; another one is asked whether that is so.
+    rejected: Option<Rejection>,
+    second_opinion: bool,
+}
+
+/// A worker's word that a request cannot be answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rejection {
+    /// The worker.
+    pub worker: WorkerId,
+    /// Its code.
+    pub code: ErrorCode,
+    /// Its words.
+    pub text: String,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -231,7 +309,58 @@ impl Answer {
             deaths: 0,
             answered: false,
             silent_deaths: 0,
+            bounds: Bounds::default(),
+            fault: Fault::Unknown,
+            idle: (0, now),
+            advanced: now,
+            reported: None,
+            rejected: None,
+            second_opinion: false,
         }
+    }
+
+    /// The same, with bounds for what a worker may send.
+    #[must_use]
+    pub fn within(self, bounds: Bounds) -> Self {
+        Self { bounds, ..self }
+    }
+
+    /// The model has a context of so many tokens: no answer is longer. 0 is unknown.
+    pub fn set_context(&mut self, context: u32) {
+        if context > 0 {
+            self.bounds.tokens = self.bounds.tokens.min(context);
+        }
+    }
+
+    /// What a worker may send.
+    pub fn bounds(&self) -> Bounds {
+        self.bounds
+    }
+
+    /// Whose fault the last failure was.
+    pub fn fault(&self) -> Fault {
+        self.fault
+    }
+
+    /// Another worker can be asked whether a request is at fault, if one says so.
+    pub fn set_second_opinion(&mut self, possible: bool) {
+        self.second_opinion = possible;
+    }
+
+    /// The worker whose rejection another one is asked about.
+    pub fn rejected(&self) -> Option<&Rejection> {
+        self.rejected.as_ref()
+    }
+
+    /// Another worker answers what that one rejected. To be asked when an answer begins or is complete.
+    pub fn contradicted(&mut self) -> Option<Rejection> {
+        self.rejected.take()
+    }
+
+    /// Workers that are not to be asked again while there are others.
+    pub fn avoided(&self) -> Vec<WorkerId> {
+        let rejected = self.rejected.iter().map(|rejected| rejected.worker);
+        self.failed_on.iter().copied().chain(rejected).collect()
     }
 
     /// The answer so far, for [`mesh_proto::Generate::generated`].
@@ -305,6 +434,8 @@ impl Answer {
         self.attempt += 1;
         self.answered = false;
         self.placed_at = now;
+        self.fault = Fault::Unknown;
+        (self.idle, self.advanced, self.reported) = ((0, now), now, None);
         let allowance = self.limits.first_token + expected.saturating_mul(10);
         self.phase = Phase::Running {
             worker,
@@ -325,11 +456,23 @@ impl Answer {
         self.fail(refusal.into(), Ended::Cancelled)
     }
 
-    /// The worker says that the request lives, and what it waits for. Its engine's last step counts, not the message.
-    pub fn progressed(&mut self, attempt: u32, progress: &Progress, now: Instant) {
-        if self.worker_of(attempt).is_none() {
-            return;
+    /// The worker says that the request lives, and what it waits for. Its engine's last step counts, not the message. `seen` is when a
+    /// token last came from that worker, whoever it was for: a wait that never gets shorter is believed for as long as a silence may
+    /// last, counted from there.
+    pub fn progressed(
+        &mut self,
+        attempt: u32,
+        progress: &Progress,
+        seen: Option<Instant>,
+        now: Instant,
+    ) -> Step {
+        let Some(worker) = self.worker_of(attempt) else {
+            return Step::Wait;
+        };
+        if let Some(step) = self.idles(worker, now) {
+            return step;
         }
+        self.advances(progress, seen, now);
         let Phase::Running {
             last_heard,
             allowance,
@@ -339,11 +482,14 @@ impl Answer {
             ..
         } = &mut self.phase
         else {
-            return;
+            return Step::Wait;
         };
         *tells = true;
         let quiet = Duration::from_millis(progress.quiet_ms);
-        if let Some(moment) = now.checked_sub(quiet) {
+        let limit = self.advanced + self.limits.timeout.max(*patience);
+        if let Some(moment) = now.checked_sub(quiet)
+            && now < limit
+        {
             *last_heard = (*last_heard).max(moment);
         }
         if *decoding && progress.phase() != RequestPhase::Decoding {
@@ -354,6 +500,15 @@ impl Answer {
         if progress.prompt_done > 0 {
             self.waiting_since = now;
         }
+        Step::Wait
+    }
+
+    /// A message came that means nothing to this head. A few of them do no harm.
+    pub fn idled(&mut self, attempt: u32, now: Instant) -> Step {
+        let Some(worker) = self.worker_of(attempt) else {
+            return Step::Wait;
+        };
+        self.idles(worker, now).unwrap_or(Step::Wait)
     }
 
     /// Tokens came.
@@ -368,24 +523,31 @@ impl Answer {
             // All of it is here already; a repeat that says something else is no repeat.
             let known = &self.tokens[first as usize..end as usize];
             return if known == tokens.tokens {
-                Step::Wait
+                self.idles(worker, now).unwrap_or(Step::Wait)
             } else {
-                self.again(
+                self.blame(
                     worker,
                     "the worker changed tokens that it had sent".to_owned(),
-                    Ended::Failed,
                 )
             };
         }
         if first != have {
             let text = format!("the worker sent tokens {first}..{end} where token {have} was next");
-            return self.again(worker, text, Ended::Failed);
+            return self.blame(worker, text);
+        }
+        if let Some(text) = self.excess(&tokens) {
+            return self.blame(worker, text);
+        }
+        if tokens.tokens.is_empty() && tokens.text.is_empty() {
+            return self.idles(worker, now).unwrap_or(Step::Wait);
         }
 
         if !tokens.tokens.is_empty() {
             self.answered = true;
             self.heard(now);
             self.waiting_since = now;
+            self.advanced = now;
+            self.idle = (0, now);
             self.first_token.get_or_insert(now);
         }
         self.text_bytes += tokens.text.len() as u64;
@@ -399,7 +561,7 @@ impl Answer {
     }
 
     /// The worker says that the answer is complete.
-    pub fn done(&mut self, attempt: u32, done: Done, now: Instant) -> Step {
+    pub fn done(&mut self, attempt: u32, mut done: Done, now: Instant) -> Step {
         let Some(worker) = self.worker_of(attempt) else {
             return Step::Wait;
         };
@@ -409,8 +571,16 @@ impl Answer {
                 "the worker counts {} tokens of which {have} came",
                 done.completion_tokens
             );
-            return self.again(worker, text, Ended::Failed);
+            return self.blame(worker, text);
         }
+        let text_bytes = self.text_bytes.saturating_add(done.text.len() as u64);
+        if text_bytes > self.bounds.text(have as u32) {
+            let text = format!("the worker sent {text_bytes} bytes of text for {have} tokens");
+            return self.blame(worker, text);
+        }
+        // The head cannot count these, but it knows what they cannot exceed.
+        done.prompt_tokens = done.prompt_tokens.min(self.bounds.prompt_tokens);
+        done.cached_tokens = done.cached_tokens.min(done.prompt_tokens);
         self.text_bytes += done.text.len() as u64;
         self.phase = Phase::Ended;
         Step::Complete(Complete {
@@ -431,19 +601,29 @@ impl Answer {
         let (code, text) = match failure {
             Failure::Lost(text) => return self.again(worker, text, Ended::Failed),
             Failure::Died(text) => return self.died(worker, text),
-            Failure::Error { code, text } => (code, text),
+            Failure::Nonsense(text) => return self.blame(worker, text),
+            Failure::Error { code, text } => (code, readable(&text)),
         };
         match code {
-            // The request's fault: the same everywhere.
+            // A request that is at fault is so from the beginning.
+            ErrorCode::INVALID_PAYLOAD | ErrorCode::CONTEXT_TOO_LONG if self.came_from_it() => self
+                .blame(
+                    worker,
+                    format!("{code} in the middle of its answer: {text}"),
+                ),
             ErrorCode::INVALID_PAYLOAD | ErrorCode::CONTEXT_TOO_LONG => {
-                self.fail(AnswerError::Rejected { code, text }, Ended::Cancelled)
+                self.rejects(worker, code, text)
             }
             ErrorCode::WORKER_BUSY | ErrorCode::DRAINING => {
                 // Not a failure, and the worker's own pause keeps this from turning quickly; the limit on waiting ends it.
                 self.phase = Phase::Placing;
                 Step::Again(Ended::Busy)
             }
-            _ => self.again(worker, format!("{code}: {text}"), Ended::Failed),
+            _ => {
+                self.fault = Fault::Perhaps;
+                let text = format!("{code}: {text}");
+                self.again_as(worker, text, Ended::Failed)
+            }
         }
     }
 
@@ -485,7 +665,8 @@ impl Answer {
         if now >= self.deadline() {
             return match self.phase {
                 Phase::Running { .. } => {
-                    self.fail(AnswerError::Stalled(self.limits.timeout), Ended::Cancelled)
+                    self.fault = Fault::Silence;
+                    self.fail(AnswerError::Stalled(self.limits.timeout), Ended::Failed)
                 }
                 _ => self.fail(
                     AnswerError::QueueTimeout(self.limits.queue),
@@ -502,7 +683,8 @@ impl Answer {
             } if now >= last_heard + allowance => {
                 let silent = (now - last_heard).as_secs_f64();
                 let text = format!("no token and no sign of life for {silent:.1} s");
-                self.again(worker, text, Ended::Failed)
+                self.fault = Fault::Silence;
+                self.again_as(worker, text, Ended::Failed)
             }
             _ => Step::Wait,
         }
@@ -550,7 +732,108 @@ impl Answer {
         self.fail(error, Ended::Failed)
     }
 
+    /// The request itself is at fault, as this worker says. If another one can be asked, it decides.
+    fn rejects(&mut self, worker: WorkerId, code: ErrorCode, text: String) -> Step {
+        match self.rejected.take() {
+            Some(first) if first.worker != worker => {
+                let (code, text) = (first.code, first.text);
+                self.fail(AnswerError::Rejected { code, text }, Ended::Cancelled)
+            }
+            None if self.second_opinion => {
+                self.rejected = Some(Rejection { worker, code, text });
+                self.phase = Phase::Placing;
+                Step::Again(Ended::Cancelled)
+            }
+            _ => self.fail(AnswerError::Rejected { code, text }, Ended::Cancelled),
+        }
+    }
+
+    /// Whether the worker of this attempt sent a token.
+    fn came_from_it(&self) -> bool {
+        matches!(self.phase, Phase::Running { decoding: true, .. })
+    }
+
+    /// What this message has too much of.
+    fn excess(&self, tokens: &Tokens) -> Option<String> {
+        let bounds = &self.bounds;
+        let have = self.tokens.len() + tokens.tokens.len();
+        if have > bounds.tokens as usize {
+            let most = bounds.tokens;
+            return Some(format!(
+                "the worker sent {have} tokens where {most} were asked for"
+            ));
+        }
+        let text = self.text_bytes.saturating_add(tokens.text.len() as u64);
+        if text > bounds.text(have as u32) {
+            return Some(format!(
+                "the worker sent {text} bytes of text for {have} tokens"
+            ));
+        }
+        let alternatives = match (bounds.alternatives, tokens.logprobs.is_empty()) {
+            (_, true) => return None,
+            (None, false) => return Some("the worker sent probabilities unasked".to_owned()),
+            (Some(alternatives), false) => alternatives.max(1) as usize + 1,
+        };
+        let each = |logprob: &TokenLogprob| {
+            logprob.top.len() > alternatives
+                || logprob.bytes.len() > TOKEN_BYTES
+                || logprob
+                    .top
+                    .iter()
+                    .any(|top| !top.top.is_empty() || top.bytes.len() > TOKEN_BYTES)
+        };
+        let many = tokens.logprobs.len() > tokens.tokens.len();
+        (many || tokens.logprobs.iter().any(each))
+            .then(|| "the worker sent more probabilities than were asked for".to_owned())
+    }
+
+    /// Notes what the head itself can see of the progress that a worker reports.
+    fn advances(&mut self, progress: &Progress, seen: Option<Instant>, now: Instant) {
+        let shorter = self.reported.is_none_or(|before| {
+            let later_phase = progress.phase > before.phase;
+            let ahead = progress.phase == before.phase
+                && ((progress.position < before.position && before.position <= POSITIONS)
+                    || progress.prompt_done > before.prompt_done);
+            later_phase || ahead
+        });
+        let known = self.bounds.prompt_tokens;
+        if shorter && progress.prompt_done <= known {
+            self.reported = Some(*progress);
+            self.advanced = now;
+        }
+        if let Some(seen) = seen {
+            self.advanced = self.advanced.max(seen);
+        }
+    }
+
+    /// A message came that brings nothing. Too many of them in a short time are no honest worker's.
+    fn idles(&mut self, worker: WorkerId, now: Instant) -> Option<Step> {
+        let (count, since) = &mut self.idle;
+        if now.saturating_duration_since(*since) >= IDLE_WINDOW {
+            (*count, *since) = (0, now);
+        }
+        *count += 1;
+        (*count > IDLE_MESSAGES).then(|| {
+            let text = format!(
+                "the worker sent more than {IDLE_MESSAGES} messages without a token within {} s",
+                IDLE_WINDOW.as_secs()
+            );
+            self.blame(worker, text)
+        })
+    }
+
+    /// The attempt failed, and that is the worker's fault.
+    fn blame(&mut self, worker: WorkerId, text: String) -> Step {
+        self.fault = Fault::Worker;
+        self.again_as(worker, text, Ended::Failed)
+    }
+
     fn again(&mut self, worker: WorkerId, text: String, ended: Ended) -> Step {
+        self.fault = Fault::Unknown;
+        self.again_as(worker, text, ended)
+    }
+
+    fn again_as(&mut self, worker: WorkerId, text: String, ended: Ended) -> Step {
         self.failures += 1;
         self.failed_on.push(worker);
         if self.failures > self.limits.reruns {
@@ -569,8 +852,24 @@ impl Answer {
 
     fn fail(&mut self, error: AnswerError, ended: Ended) -> Step {
         self.phase = Phase::Ended;
+        // The only verdict on the request that there is.
+        let error = match (self.rejected.take(), error) {
+            (Some(rejected), AnswerError::Refused(_) | AnswerError::WorkersFailed { .. }) => {
+                AnswerError::Rejected {
+                    code: rejected.code,
+                    text: rejected.text,
+                }
+            }
+            (_, error) => error,
+        };
         Step::Fail(error, ended)
     }
+}
+
+/// A worker's words as they may be shown: short, and on one line.
+fn readable(text: &str) -> String {
+    let short = &text[..text.floor_char_boundary(ERROR_BYTES)];
+    short.replace(char::is_control, " ")
 }
 
 impl Pace {
@@ -589,6 +888,21 @@ impl Pace {
 }
 
 const PACE_WEIGHT: f64 = 0.1;
+/// Bytes that one token may stand for. The longest ones of real vocabularies are runs of 256 blanks.
+const TOKEN_BYTES: usize = 512;
+/// Tokens of any answer.
+const MOST_TOKENS: u32 = 1 << 20;
+/// Bytes of any answer's text.
+const MOST_TEXT: u64 = 8 << 20;
+/// Payload bytes of one message of an answer, besides the text of an echoed prompt.
+const MESSAGE_BYTES: usize = 256 << 10;
+/// Bytes of a worker's error that anybody is shown.
+const ERROR_BYTES: usize = 1024;
+/// Messages without news that a worker may send within [`IDLE_WINDOW`]. It is asked for one a second at most.
+const IDLE_MESSAGES: u32 = 400;
+/// Places in a worker's queue whose loss counts as progress. Others are known by the tokens of those before them.
+const POSITIONS: u32 = 64;
+const IDLE_WINDOW: Duration = Duration::from_secs(10);
 
 /// Deaths of workers before a request's first token that end it: the first may be chance, and the second worker had nothing else
 /// to begin.

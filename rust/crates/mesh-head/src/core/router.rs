@@ -1,7 +1,7 @@
 //! Which worker answers a request soonest.
 //!
-//! For every worker that serves the model the router estimates the time to the last token from measured speed, load and
-//! queue; a conversation whose KV cache a worker holds is cheaper there by the prefill it saves. Workers whose estimates are
+//! Only workers that have answered the head's own question get requests ([`Registry::service`]). For each of them the router estimates
+//! the time to the last token from measured speed, load and queue; a conversation whose KV cache a worker holds is cheaper there by the prefill it saves. Workers whose estimates are
 //! within 5 % of the best take turns.
 
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use mesh_proto::ModelKind;
 use super::affinity::{Affinity, Prefix};
 use super::fair::Source;
 use super::length::Length;
-use super::registry::{Registry, ServedModel, Worker, WorkerId, batch_gain};
+use super::registry::{Registry, ServedModel, Service, Worker, WorkerId, batch_gain};
 
 /// What a request needs of a worker.
 #[derive(Debug, Clone, Default)]
@@ -120,34 +120,44 @@ impl Router {
     /// Picks a worker. It changes nothing: see [`Router::assigned`].
     pub fn choose(&self, registry: &Registry, ask: &Ask, now: Instant) -> Choice {
         let holder = self.affinity.find(&ask.prefixes);
-        let serving: Vec<&Worker> = registry
+        let known: Vec<(&Worker, Service)> = registry
             .iter()
-            .filter(|worker| serves(worker, ask))
+            .map(|worker| (worker, serves(registry, worker, ask, now)))
+            .filter(|(_, service)| *service != Service::Out)
+            .collect();
+        if known.is_empty() {
+            return Choice::Nobody;
+        }
+        // A worker without an identity is never the first choice, however fast it looks: a worker of the mesh
+        // is waited for.
+        let any_untried_mesh = known
+            .iter()
+            .any(|(worker, _)| !worker.is_legacy() && !ask.avoid.contains(&worker.id));
+        let serving: Vec<&Worker> = known
+            .iter()
+            .filter(|(worker, service)| {
+                *service == Service::Serves && !(any_untried_mesh && worker.is_legacy())
+            })
+            .map(|(worker, _)| *worker)
             .collect();
         let untried = |worker: &&&Worker| !ask.avoid.contains(&worker.id);
         let any_untried = serving.iter().any(|worker| untried(&worker));
-        let candidate = |worker: &&&Worker| !any_untried || untried(worker);
-        // A worker without an identity is never the first choice, however fast it looks: a worker of the mesh
-        // is waited for.
         let any_mesh = serving
             .iter()
-            .any(|worker| candidate(&worker) && !worker.is_legacy());
+            .any(|worker| !worker.is_legacy() && (!any_untried || untried(&worker)));
+        let best = Best::of(&serving, ask);
         let open: Vec<(&Worker, Estimate)> = serving
             .iter()
-            .filter(candidate)
+            .filter(|worker| !any_untried || untried(worker))
             .filter(|worker| !any_mesh || !worker.is_legacy())
             .filter(|worker| self.has_room(worker, ask, now))
-            .map(|worker| (*worker, estimate(worker, ask, holder)))
+            .map(|worker| (*worker, estimate(worker, ask, holder, best, now)))
             .collect();
 
-        let Some(best) = open.iter().map(|(_, estimate)| estimate.finish).min() else {
-            return if serving.is_empty() {
-                Choice::Nobody
-            } else {
-                Choice::Busy
-            };
+        let Some(soonest) = open.iter().map(|(_, estimate)| estimate.finish).min() else {
+            return Choice::Busy;
         };
-        let within = best.mul_f64(1.0 + TIE) + TIE_FLOOR;
+        let within = soonest.mul_f64(1.0 + TIE) + TIE_FLOOR;
         open.iter()
             .filter(|(_, estimate)| estimate.finish <= within)
             .min_by_key(|(worker, _)| (!holds(worker, holder), worker.last_turn, worker.id))
@@ -157,12 +167,24 @@ impl Router {
     }
 
     /// The largest context for a request and the tokens that it has at least, if it is too long for every worker that serves it.
-    pub fn too_long(&self, registry: &Registry, ask: &Ask) -> Option<(u32, u64)> {
-        let serving = registry.iter().filter(|worker| serves(worker, ask));
+    pub fn too_long(&self, registry: &Registry, ask: &Ask, now: Instant) -> Option<(u32, u64)> {
+        let serving = registry
+            .iter()
+            .filter(|worker| serves(registry, worker, ask, now) != Service::Out);
         let cards = serving.map(|worker| worker.model(&ask.model).map(|model| &model.card));
         // A worker without an identity says nothing of what it serves.
         let cards: Option<Vec<_>> = cards.collect();
         ask.length.exceeds(cards?)
+    }
+
+    /// Whether another worker than `than` answers requests like this one: its opinion can be had.
+    pub fn another(registry: &Registry, ask: &Ask, than: WorkerId, now: Instant) -> bool {
+        registry.iter().any(|worker| {
+            worker.id != than
+                && !worker.is_legacy()
+                && !ask.avoid.contains(&worker.id)
+                && serves(registry, worker, ask, now) == Service::Serves
+        })
     }
 
     /// Notes that `worker` was given this request.
@@ -174,6 +196,12 @@ impl Router {
                 self.affinity.note(&ask.prefixes, worker.id);
             }
         }
+    }
+
+    /// Whether a worker has a good part of this prompt in its cache, as far as the head knows.
+    pub fn is_cached(&self, ask: &Ask, worker: WorkerId) -> bool {
+        let held = self.affinity.find(&ask.prefixes);
+        held.is_some_and(|(holder, tokens)| holder == worker && tokens > ask.prompt_tokens / 8)
     }
 
     /// Forgets a worker that left.
@@ -193,7 +221,7 @@ impl Router {
             return false;
         }
         let capacity = match worker.model(&ask.model) {
-            Some(model) => model.card.slots.max(1).saturating_add(self.capacity.ahead),
+            Some(model) => model.slots().saturating_add(self.capacity.ahead),
             None => self.capacity.legacy,
         };
         // The cause of another death must be plain: so at once, and where nobody else waits for a first token.
@@ -205,39 +233,70 @@ impl Router {
     }
 }
 
-fn serves(worker: &Worker, ask: &Ask) -> bool {
+/// Whether a worker gets this request.
+fn serves(registry: &Registry, worker: &Worker, ask: &Ask, now: Instant) -> Service {
     // The driver of a ring answers until the ring has moved away from it.
     let moves = |model: &ServedModel| model.ring.is_some();
     if worker.draining && !worker.model(&ask.model).is_some_and(moves) {
-        return false;
+        return Service::Out;
     }
     if worker.request_revision < ask.revision {
-        return false;
+        return Service::Out;
     }
     if worker.is_legacy() {
-        return ask.legacy;
+        return match ask.legacy {
+            true => registry.legacy_service(worker, now),
+            false => Service::Out,
+        };
     }
     // Whoever is kept for something else holds this model for other meshes, or by mistake.
     if !worker.is_for(ask.purpose.name()) {
-        return false;
+        return Service::Out;
     }
-    let same_kind = |model: &ServedModel| model.card.kind() == ask.purpose.kind();
-    let same_weights = |model: &ServedModel| match &ask.fingerprint {
-        Some(fingerprint) => model.card.fingerprint == *fingerprint,
-        None => true,
+    let same_kind = |model: &&ServedModel| model.card.kind() == ask.purpose.kind();
+    let same_weights = |model: &&ServedModel| {
+        let used = registry.weights_of(&model.card.name);
+        let wanted = ask.fingerprint.as_deref().or(used);
+        wanted.is_none_or(|wanted| model.card.fingerprint == wanted)
     };
     worker
         .model(&ask.model)
-        .is_some_and(|model| same_kind(model) && same_weights(model))
+        .filter(same_kind)
+        .filter(same_weights)
+        .map_or(Service::Out, |model| registry.service(worker, model, now))
+}
+
+/// The best speeds that were measured on any worker for a model: nobody's claim counts for more.
+#[derive(Debug, Clone, Copy, Default)]
+struct Best {
+    decode: Option<f64>,
+    prefill: Option<f64>,
+}
+
+impl Best {
+    fn of(serving: &[&Worker], ask: &Ask) -> Self {
+        let models = || serving.iter().filter_map(|worker| worker.model(&ask.model));
+        let most = |rates: &mut dyn Iterator<Item = f64>| rates.reduce(f64::max);
+        Self {
+            decode: most(&mut models().filter_map(|model| model.decode.rate())),
+            prefill: most(&mut models().filter_map(|model| model.prefill.rate())),
+        }
+    }
 }
 
 fn holds(worker: &Worker, holder: Option<(WorkerId, u32)>) -> bool {
     holder.is_some_and(|(id, _)| id == worker.id)
 }
 
-fn estimate(worker: &Worker, ask: &Ask, holder: Option<(WorkerId, u32)>) -> Estimate {
+fn estimate(
+    worker: &Worker,
+    ask: &Ask,
+    holder: Option<(WorkerId, u32)>,
+    best: Best,
+    now: Instant,
+) -> Estimate {
     match worker.model(&ask.model) {
-        Some(model) => estimate_mesh(worker, model, ask, holder),
+        Some(model) => estimate_mesh(worker, model, ask, holder, best, now),
         None => estimate_legacy(worker),
     }
 }
@@ -247,8 +306,10 @@ fn estimate_mesh(
     model: &ServedModel,
     ask: &Ask,
     holder: Option<(WorkerId, u32)>,
+    best: Best,
+    now: Instant,
 ) -> Estimate {
-    let slots = model.card.slots.max(1);
+    let slots = model.slots();
     let batch = worker.active().saturating_add(1).min(slots);
     let cached = holder
         .filter(|(id, _)| *id == worker.id)
@@ -257,9 +318,11 @@ fn estimate_mesh(
     let to_prefill = worker.prefilling.max(worker.load.prefill_backlog);
     let to_prefill = to_prefill.saturating_add(own);
 
-    let total_tps = known(model.decode_tps, ASSUMED_DECODE_TPS) * batch_gain(batch);
+    let decode_tps = model.decode.believed(model.decode_tps, best.decode);
+    let prefill_tps = model.prefill.believed(model.prefill_tps, best.prefill);
+    let total_tps = known(decode_tps, ASSUMED_DECODE_TPS) * batch_gain(batch);
     let answer = f64::from(ask.answer_tokens) * f64::from(batch) / total_tps;
-    let prefill = to_prefill as f64 / known(model.prefill_tps, ASSUMED_PREFILL_TPS);
+    let prefill = to_prefill as f64 / known(prefill_tps, ASSUMED_PREFILL_TPS) + model.delay(now);
     // Requests that must end before a slot is free; each takes about as long as this answer, `slots` end in parallel.
     let ahead = worker.active().saturating_sub(slots - 1);
     let wait = f64::from(ahead) * answer / f64::from(slots);
@@ -324,12 +387,13 @@ mod tests {
                     models: vec![card],
                     ..Default::default()
                 };
-                registry.join(
+                let (id, _) = registry.join(
                     &format!("node{index}"),
                     ([127, 0, 0, 1], 9000).into(),
                     hello,
                     now,
                 );
+                registry.prove_all(id, now);
             }
             Self {
                 registry,
@@ -588,6 +652,186 @@ mod tests {
             "a task that failed there may go on"
         );
         fleet.registry.leave(WorkerId(mesh), fleet.now);
+        assert_eq!(fleet.worker(&plain), legacy.0);
+    }
+
+    #[test]
+    fn a_claim_is_worth_no_more_than_what_others_were_measured_to_do() {
+        let mut fleet = Fleet::new(&[50.0, 1e6]);
+        let measured = &mut fleet.registry.get_mut(WorkerId(1)).unwrap().models[0];
+        measured.decoded(1000, Duration::from_secs(20), 1);
+        measured.prefilled(1000, Duration::from_secs(4));
+        let first: Vec<u64> = (0..2).map(|_| fleet.worker(&ask())).collect();
+        assert_eq!(first, [1, 2], "as good as the best, and no better");
+        // Its first answers show what it is worth.
+        let liar = &mut fleet.registry.get_mut(WorkerId(2)).unwrap().models[0];
+        liar.decoded(200, Duration::from_secs(40), 1);
+        for _ in 0..3 {
+            assert_eq!(fleet.worker(&ask()), 1);
+        }
+    }
+
+    #[test]
+    fn one_that_says_it_is_idle_and_answers_late_is_slow() {
+        let mut fleet = Fleet::new(&[50.0, 100.0]);
+        assert_eq!(fleet.worker(&ask()), 2);
+        let late = &mut fleet.registry.get_mut(WorkerId(2)).unwrap().models[0];
+        late.waited(50, Duration::from_secs(8), fleet.now);
+        for _ in 0..3 {
+            assert_eq!(fleet.worker(&ask()), 1);
+        }
+        fleet.registry.get_mut(WorkerId(1)).unwrap().assigned = 0;
+        fleet.now += Duration::from_secs(600);
+        assert_eq!(fleet.worker(&ask()), 2, "that was long ago");
+    }
+
+    #[test]
+    fn nothing_goes_to_one_that_has_not_answered_or_is_out() {
+        let mut fleet = Fleet::new(&[10.0, 100.0]);
+        let fast = WorkerId(2);
+        assert_eq!(fleet.worker(&ask()), 2);
+        let model = |fleet: &mut Fleet| {
+            let worker = fleet.registry.get_mut(fast).unwrap();
+            worker.models[0].failed(fleet.now);
+        };
+        model(&mut fleet);
+        assert_eq!(fleet.worker(&ask()), 1, "it failed");
+        fleet.registry.prove_all(fast, fleet.now);
+        assert_eq!(fleet.worker(&ask()), 2, "it answered again");
+        let mut pauses = Vec::new();
+        for _ in 0..3 {
+            fleet.now += Duration::from_secs(1);
+            let now = fleet.now;
+            let faults = &mut fleet.registry.reputation;
+            pauses.extend(faults.at_fault("node1", "m", now, now));
+        }
+        assert_eq!(fleet.worker(&ask()), 1, "it is paused");
+        fleet.now += pauses[2];
+        assert_eq!(fleet.worker(&ask()), 2);
+        let now = fleet.now;
+        fleet.registry.reputation.expel("node1", "stolen", now);
+        assert!(fleet.registry.is_out("node1", now));
+        assert_eq!(fleet.worker(&ask()), 1);
+        fleet.registry.reputation.readmit("node1");
+        let length = fleet
+            .registry
+            .reputation
+            .quarantine("node1", "w1", "it lies", now);
+        assert_eq!(fleet.worker(&ask()), 1);
+        fleet.now += length;
+        assert_eq!(fleet.worker(&ask()), 2);
+    }
+
+    #[test]
+    fn other_weights_under_a_name_get_nothing_while_the_first_are_served() {
+        let mut fleet = Fleet::new(&[10.0]);
+        fleet.registry.prune(fleet.now);
+        let card = ModelCard {
+            name: "m".into(),
+            fingerprint: "poisoned".into(),
+            slots: 4,
+            decode_tps: 1e6,
+            ..Default::default()
+        };
+        let hello = Hello {
+            node_name: "other".into(),
+            models: vec![card],
+            ..Default::default()
+        };
+        let address = ([127, 0, 0, 1], 9000).into();
+        let (other, _) = fleet.registry.join("other", address, hello, fleet.now);
+        fleet.registry.prove_all(other, fleet.now);
+        for _ in 0..4 {
+            assert_eq!(fleet.worker(&ask()), 1);
+        }
+        let warnings = fleet.registry.disagreements(fleet.now);
+        assert!(
+            warnings[0].contains("`other` serves other weights"),
+            "{warnings:?}"
+        );
+        fleet.registry.leave(WorkerId(1), fleet.now);
+        fleet.now += Duration::from_secs(40);
+        fleet.registry.seen(other, fleet.now);
+        fleet.registry.prune(fleet.now);
+        assert_eq!(fleet.worker(&ask()), other.0);
+    }
+
+    #[test]
+    fn the_model_of_those_who_name_none_does_not_change_for_a_newcomer() {
+        let mut fleet = Fleet::new(&[10.0]);
+        let now = fleet.now;
+        let default = |registry: &mut Registry| registry.default_model(ModelKind::Chat, now);
+        assert_eq!(default(&mut fleet.registry).as_deref(), Some("m"));
+        let card = ModelCard {
+            name: "aaa".into(),
+            ..Default::default()
+        };
+        let hello = Hello {
+            models: vec![card],
+            ..Default::default()
+        };
+        let address = ([127, 0, 0, 1], 9000).into();
+        let (other, _) = fleet.registry.join("other", address, hello, now);
+        fleet.registry.prove_all(other, now);
+        assert_eq!(default(&mut fleet.registry).as_deref(), Some("m"));
+        fleet.registry.leave(WorkerId(1), now);
+        assert_eq!(default(&mut fleet.registry).as_deref(), Some("aaa"));
+    }
+
+    #[test]
+    fn a_second_opinion_is_one_of_another_worker_that_answers() {
+        let mut fleet = Fleet::new(&[10.0, 10.0]);
+        let (one, two) = (WorkerId(1), WorkerId(2));
+        let another = |fleet: &Fleet| Router::another(&fleet.registry, &ask(), one, fleet.now);
+        assert!(another(&fleet));
+        let worker = fleet.registry.get_mut(two).unwrap();
+        worker.models[0].failed(fleet.now);
+        assert!(!another(&fleet));
+        fleet
+            .registry
+            .legacy_heartbeat(([127, 0, 0, 1], 4000).into(), Version::V5_1, fleet.now)
+            .unwrap();
+        assert!(!another(&fleet));
+    }
+
+    #[test]
+    fn a_legacy_worker_waits_until_a_mesh_workers_trial_is_over() {
+        let mut fleet = Fleet::new(&[]);
+        let (legacy, _) = fleet
+            .registry
+            .legacy_heartbeat(([127, 0, 0, 1], 4000).into(), Version::V5_0, fleet.now)
+            .unwrap();
+        let plain = Ask {
+            legacy: true,
+            ..ask()
+        };
+        let card = ModelCard {
+            name: "m".into(),
+            ..Default::default()
+        };
+        let hello = Hello {
+            models: vec![card],
+            ..Default::default()
+        };
+        let address = ([127, 0, 0, 1], 9000).into();
+        let (mesh, _) = fleet.registry.join("a", address, hello, fleet.now);
+        assert_eq!(fleet.place(&plain), Choice::Busy);
+        fleet.now += Duration::from_secs(30);
+        assert_eq!(fleet.worker(&plain), legacy.0, "it never answered");
+        fleet.registry.prove_all(mesh, fleet.now);
+        assert_eq!(fleet.worker(&plain), mesh.0);
+        // One that keeps failing is left alone for a while, too.
+        fleet.registry.leave(mesh, fleet.now);
+        let key = fleet.registry.get(legacy).unwrap().key();
+        let mut pause = Duration::ZERO;
+        for _ in 0..5 {
+            fleet.now += Duration::from_secs(1);
+            let now = fleet.now;
+            let faults = &mut fleet.registry.reputation;
+            pause = faults.at_fault(&key, "", now, now).unwrap();
+        }
+        assert_eq!(fleet.place(&plain), Choice::Nobody);
+        fleet.now += pause;
         assert_eq!(fleet.worker(&plain), legacy.0);
     }
 

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::Api;
 use super::error::ApiError;
-use crate::core::registry::Worker;
+use crate::core::registry::{ServedModel, Service, Worker};
 
 /// `GET /v1/mesh`: the registry as JSON.
 pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
@@ -22,12 +22,26 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
         mesh.link(worker.id)
             .map(|link| link.rtt().as_secs_f64() * 1e3)
     };
-    let (workers, rings) = mesh.with_rings(|rings, registry| {
+    let (workers, rings, quarantined) = mesh.with_rings(|rings, registry| {
         let workers = registry.iter().map(|worker| {
             let node = worker.node_id().unwrap_or_default();
             let paths = json!(rings.paths(node));
             let (holdings, offers) = (rings.holdings(node), rings.has_offer(node));
-            (worker.clone(), holdings, offers, paths)
+            let out = registry.why_out(node, now);
+            let models = worker.models.iter();
+            let why_not = models.map(|model| registry.why_not(worker, model, now));
+            let why_not: Vec<Option<String>> = why_not.collect();
+            let bars = |model: &ServedModel| {
+                model.proven && registry.service(worker, model, now) == Service::Out
+            };
+            let held = worker.models.iter().any(bars);
+            (
+                worker.clone(),
+                holdings,
+                offers,
+                paths,
+                (out, held, why_not),
+            )
         });
         let workers: Vec<_> = workers.collect();
         let recoveries = rings.recoveries().map(|recovery| {
@@ -42,12 +56,31 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
             "unformed": rings.unformed(),
             "drained": rings.drained(),
         });
-        (workers, rings)
+        (workers, rings, registry.reputation.view(now))
     });
     let workers: Vec<Value> = workers
         .into_iter()
-        .map(|(worker, holdings, offers, paths)| {
+        .map(|(worker, holdings, offers, paths, (out, held, why_not))| {
             let mut shown = describe(&worker, round_trip(&worker), offers, now);
+            // It may answer and get no requests all the same.
+            let barred = why_not.iter().all(Option::is_some) && !why_not.is_empty();
+            match (&out, shown["state"].as_str()) {
+                (Some(_), _) => shown["state"] = json!("quarantined"),
+                (None, Some("ready")) if barred => {
+                    shown["state"] = json!(if held { "held" } else { "joining" });
+                }
+                _ => {}
+            }
+            let reason = out.or_else(|| why_not.iter().flatten().next().cloned());
+            shown["not_used"] = json!(reason);
+            for (model, why) in shown["models"]
+                .as_array_mut()
+                .into_iter()
+                .flatten()
+                .zip(why_not)
+            {
+                model["not_used"] = json!(why);
+            }
             shown["holds"] = json!(holdings);
             shown["paths"] = paths;
             shown
@@ -78,6 +111,7 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
         "recoveries": rings["recoveries"],
         "unformed": rings["unformed"],
         "drained": rings["drained"],
+        "quarantined": quarantined,
         "duplicates": mesh.duplicates(),
         "warnings": mesh.warnings(),
     }))

@@ -147,10 +147,12 @@ impl From<&AnswerError> for ApiError {
         match error {
             AnswerError::Refused(refusal) => match refusal {
                 Refusal::QueueFull { .. } => Self::overloaded(message),
-                Refusal::NoWorker { .. } | Refusal::NoRing { .. } => Self {
-                    retry_after: Some(5),
-                    ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "no_worker", message)
-                },
+                Refusal::NoWorker { .. } | Refusal::NoRing { .. } | Refusal::NoneAnswers { .. } => {
+                    Self {
+                        retry_after: Some(5),
+                        ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "no_worker", message)
+                    }
+                }
                 Refusal::TooLong { .. } => {
                     Self::new(StatusCode::BAD_REQUEST, "context_length_exceeded", message)
                 }

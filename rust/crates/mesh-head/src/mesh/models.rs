@@ -24,6 +24,10 @@ impl Mesh {
         let Some(node) = worker.node_id() else {
             return;
         };
+        // One in quarantine gives nobody a model.
+        if state.placement.registry.is_out(node, now) {
+            return;
+        }
         // It listens where it comes from.
         let port = u16::try_from(models.port).ok().filter(|port| *port != 0);
         let address = port.map(|port| SocketAddr::new(worker.address.ip(), port));

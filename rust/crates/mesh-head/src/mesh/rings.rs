@@ -47,16 +47,24 @@ impl Mesh {
             );
             return;
         };
-        if let (Some(peer), Some(profile)) = (state.peers.get(&id), offer.profile.as_mut())
-            && !profile.paths.iter().any(|path| path.node_id.is_empty())
-        {
-            // A worker need not measure what its link knows.
+        if state.placement.registry.is_out(node, now) {
+            return;
+        }
+        if let (Some(peer), Some(profile)) = (state.peers.get(&id), offer.profile.as_mut()) {
+            // A worker need not measure what its link knows, and is not believed about it.
             let rtt = u32::try_from(peer.link.rtt().as_micros()).unwrap_or(u32::MAX);
-            profile.paths.push(PathProfile {
-                node_id: String::new(),
-                rtt_us: rtt,
-                bandwidth: 0.0,
-            });
+            match profile
+                .paths
+                .iter_mut()
+                .find(|path| path.node_id.is_empty())
+            {
+                Some(path) => path.rtt_us = rtt,
+                None => profile.paths.push(PathProfile {
+                    node_id: String::new(),
+                    rtt_us: rtt,
+                    bandwidth: 0.0,
+                }),
+            }
         }
         let address = SocketAddr::new(worker.address.ip(), port);
         state.rings.offered(node, address, offer, now);

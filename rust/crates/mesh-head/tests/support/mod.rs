@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use dcf::{ErrorCode, Message, MsgType};
+use mesh_head::core::spotcheck;
 use mesh_head::{Config, Head, HeadHandle};
 use mesh_net::quic::{self, Connector, Link, LinkConfig, MsgStream};
 use mesh_net::seal::Sealer;
@@ -174,6 +175,8 @@ pub(crate) struct Script {
     pub(crate) revision: u32,
     /// It embeds as well, after as much time as a prompt takes, in which it says that the texts wait.
     pub(crate) embeds: bool,
+    /// Other tokens than the model's.
+    pub(crate) lies: bool,
 }
 
 /// How a worker's answers end.
@@ -186,6 +189,12 @@ pub(crate) enum Fate {
     SilentAfter(u32),
     /// Answers with this error after so many tokens.
     FailsAfter(u32, ErrorCode),
+    /// Goes on after the last token that was asked for.
+    Endless,
+    /// Sends megabytes of text with its first token.
+    Huge,
+    /// Says that the request lives, thousands of times.
+    Floods,
 }
 
 impl Default for Script {
@@ -200,6 +209,7 @@ impl Default for Script {
             prefill: Duration::ZERO,
             revision: REQUEST_REVISION,
             embeds: false,
+            lies: false,
         }
     }
 }
@@ -392,7 +402,8 @@ pub(crate) async fn answer(link: Link, mut stream: MsgStream, script: Script, se
         return embed(stream, message, &script, &seen).await;
     }
     let generate = Generate::decode(message.payload).unwrap();
-    let is_probe = generate.request_id.starts_with("probe-");
+    // The head's own questions look like a client's; only here are their words known.
+    let is_probe = spotcheck::is_question(&question(&generate));
     if !is_probe {
         seen.requests.fetch_add(1, Ordering::SeqCst);
         seen.generates.lock().unwrap().push(generate.clone());
@@ -413,10 +424,17 @@ pub(crate) async fn answer(link: Link, mut stream: MsgStream, script: Script, se
             .params
             .as_ref()
             .is_some_and(|params| params.logprobs.is_some());
-        let question = question(&generate);
+        let mut question = question(&generate);
+        if script.lies {
+            question += " (a lie)";
+        }
+        let total = match fate {
+            Fate::Endless => u32::MAX,
+            _ => total,
+        };
         let done = generate.generated.len() as u32;
         let mut sent = generate.text_sent as usize;
-        if total > 2000 {
+        if total > 2000 && fate != Fate::Endless {
             let error = Message::error(
                 0,
                 0,
@@ -446,8 +464,13 @@ pub(crate) async fn answer(link: Link, mut stream: MsgStream, script: Script, se
             let prefill = tokio::time::sleep(script.prefill);
             meanwhile(&mut send, signs, RequestPhase::Prefilling, prefill).await;
         }
+        // As fast as it claims to be, while it is watched.
+        let pace = match is_probe {
+            true => Duration::from_secs_f32(1.0 / script.decode_tps.max(1.0)),
+            false => script.pace,
+        };
         for index in done..total {
-            tokio::time::sleep(script.pace).await;
+            tokio::time::sleep(pace).await;
             seen.tokens.fetch_add(1, Ordering::SeqCst);
             match fate {
                 Fate::DiesAfter(limit) if index - done >= limit => {
@@ -465,8 +488,20 @@ pub(crate) async fn answer(link: Link, mut stream: MsgStream, script: Script, se
                 }
                 _ => {}
             }
-            let text = text_after(&question, index + 1).split_off(sent);
+            if fate == Fate::Floods {
+                let body = Progress::default().encode_to_vec();
+                for _ in 0..20_000 {
+                    let sign = Message::new(MsgType::PROGRESS, 0, 0, body.clone());
+                    if send.send(sign).await.is_err() {
+                        return;
+                    }
+                }
+            }
+            let mut text = text_after(&question, index + 1).split_off(sent);
             sent += text.len();
+            if fate == Fate::Huge {
+                text = "x".repeat(200_000);
+            }
             let token = token(&question, index);
             let logprob = TokenLogprob {
                 token,

@@ -35,6 +35,11 @@ impl MsgStream {
         self.recv.recv().await
     }
 
+    /// See [`RecvHalf::limit`].
+    pub fn limit(&mut self, max_message: usize) {
+        self.recv.limit(max_message);
+    }
+
     /// See [`SendHalf::finish`].
     pub fn finish(&mut self) -> Result<(), StreamFailure> {
         self.send.finish()
@@ -136,6 +141,11 @@ impl RecvHalf {
             framed: FramedRead::new(stream, StreamCodec::new(max_message)),
             ended: false,
         }
+    }
+
+    /// Takes messages of at most so many bytes of payload from now on; larger ones stop the stream.
+    pub fn limit(&mut self, max_message: usize) {
+        *self.framed.decoder_mut() = StreamCodec::new(max_message);
     }
 
     /// The next message; `None` when the peer has finished. Safe to drop half-way: nothing is lost.

@@ -268,6 +268,40 @@ impl Rings {
         }
     }
 
+    /// A worker is in quarantine: it loses its seats and gets none before that ends.
+    pub fn quarantine(&mut self, node: &str, reason: &str, length: Duration, now: Instant) {
+        let name = self.name(node).to_owned();
+        for ring in self.rings.values_mut().filter(|ring| ring.seats(node)) {
+            ring.lose(node, format!("worker {name} is in quarantine: {reason}"));
+        }
+        if let Some(entry) = self.nodes.get_mut(node) {
+            entry.suspicion.until = Some(now + length);
+            reason.clone_into(&mut entry.suspicion.reason);
+        }
+        self.generation += 1;
+    }
+
+    /// The answers of a ring are wrong. Nobody can say which of its members is to blame, so the ring is given up, and all of them are
+    /// left alone for a while, longer each time; another ring is made of the others if they are enough.
+    pub fn distrust(&mut self, ring: u64, reason: &str, now: Instant) {
+        let Some(found) = self.rings.get(&ring) else {
+            return;
+        };
+        let members: BTreeSet<String> = found
+            .stages
+            .iter()
+            .map(|stage| stage.member.node.clone())
+            .collect();
+        for node in &members {
+            if let Some(entry) = self.nodes.get_mut(node) {
+                let pause = self.settings.suspect_pause;
+                entry.suspicion.raise(pause, reason, now);
+            }
+        }
+        self.dissolve(ring, format!("its answers are wrong: {reason}"));
+        self.generation += 1;
+    }
+
     /// Requests that run on a ring that was replaced.
     pub fn running(&mut self, ring: u64, requests: usize) {
         if let Some(ring) = self.rings.get_mut(&ring) {

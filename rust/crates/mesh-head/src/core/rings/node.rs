@@ -60,7 +60,7 @@ impl Node {
         for shard in offer.shards.into_iter().take(MODELS_PER_NODE) {
             let name = shard.card.as_ref().map(|card| card.name.clone());
             if let Some(name) = name.filter(|name| !name.is_empty() && name.len() <= NAME_BYTES) {
-                shards.insert(name, shard);
+                shards.insert(name, plausible(shard));
             }
         }
         let same_models = self.shards.len() == shards.len()
@@ -174,6 +174,20 @@ impl Suspicion {
     }
 }
 
+/// An offer with times that a machine can have: no memory is read faster than [`FASTEST_MEMORY`], and a layer is read for every token. One
+/// that claims more would get all layers.
+fn plausible(mut shard: ShardOffer) -> ShardOffer {
+    let least = |bytes: u64| (bytes as f64 / FASTEST_MEMORY * 1e6) as f32;
+    // What is not known stays unknown: such a node gets nothing.
+    if shard.decode_us > 0.0 {
+        shard.decode_us = shard.decode_us.max(least(shard.layer_bytes));
+    }
+    if shard.logits_us > 0.0 {
+        shard.logits_us = shard.logits_us.max(least(shard.last_bytes));
+    }
+    shard
+}
+
 fn fingerprint(shard: &ShardOffer) -> &str {
     shard.card.as_ref().map_or("", |card| &card.fingerprint)
 }
@@ -184,4 +198,6 @@ fn close(old: f64, new: f64) -> bool {
 }
 
 const NAME_BYTES: usize = 256;
+/// Bytes per second; ten times what discarded machines do, and what the fastest accelerators have.
+const FASTEST_MEMORY: f64 = 8e12;
 const LONGEST_PAUSE: Duration = Duration::from_secs(600);

@@ -1,0 +1,595 @@
+//! Spot checks: workers that serve the same weights are asked the same question, and their answers are compared.
+//!
+//! A question is greedy and a few tokens long. It is a *round*: whoever is due answers it, and so do one or two workers of long standing
+//! beside it. A newcomer serves only when its answer agrees with theirs, or when there is nobody to compare it with.
+//!
+//! **Honest machines differ in rounding.** Kernels of different CPUs and GPUs sum in other orders, so logits differ a little and two
+//! nearly equal tokens may change places. So tokens are compared up to the first difference only, and that difference counts if either
+//! side gives the other's token a much smaller probability than its own ([`MARGIN`]). What a worker says about its own alternatives is
+//! no excuse for it: the other side must say the same. A difference must show in two rounds with different questions.
+//!
+//! **Who is right?** The majority of those that answered. Where there are only two opinions and no third, the one that serves longer goes
+//! on, the other one is held back, and both are named ([`Verdict::Disputed`]); a third worker decides as soon as there is one.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+/// The weights that a group of workers has in common: name and fingerprint of a model.
+pub type Weights = (String, String);
+
+/// One position of an answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Position {
+    /// The chosen token.
+    pub token: u32,
+    /// Natural logarithm of its probability.
+    pub logprob: f32,
+    /// The likeliest tokens there; empty if the worker gives none.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// An answer to a question of the head.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Sample {
+    /// Of a model that makes text.
+    Text(Vec<Position>),
+    /// Of a model that makes embeddings.
+    Vector(Vec<f32>),
+}
+
+impl Sample {
+    /// Whether two answers may come from the same weights on different machines.
+    pub fn agrees(&self, other: &Sample) -> bool {
+        match (self, other) {
+            (Sample::Text(one), Sample::Text(two)) => texts_agree(one, two),
+            (Sample::Vector(one), Sample::Vector(two)) => vectors_agree(one, two),
+            _ => false,
+        }
+    }
+}
+
+fn texts_agree(one: &[Position], two: &[Position]) -> bool {
+    for (index, (a, b)) in one.iter().zip(two).enumerate() {
+        if a.token != b.token {
+            return match (near_tie(a, b.token), near_tie(b, a.token)) {
+                (Some(one), Some(two)) => one && two,
+                (Some(only), None) | (None, Some(only)) => only,
+                (None, None) => false,
+            };
+        }
+        let apart = (a.logprob - b.logprob).abs();
+        if apart.is_nan() || apart > LOGPROB_TOLERANCE {
+            return false;
+        }
+        if index + 1 == one.len().min(two.len()) {
+            // One of them ended: the end itself is a choice that is not told.
+            return one.len() == two.len() || index + 1 >= LEAST_COMMON;
+        }
+    }
+    false
+}
+
+/// Whether `other` is nearly as likely as what was chosen at this position; `None` if that is not told.
+fn near_tie(position: &Position, other: u32) -> Option<bool> {
+    if position.top.is_empty() {
+        return None;
+    }
+    let of_other = position.top.iter().find(|(token, _)| *token == other);
+    let best = position
+        .top
+        .iter()
+        .map(|(_, logprob)| *logprob)
+        .fold(position.logprob, f32::max);
+    Some(of_other.is_some_and(|(_, logprob)| best - logprob <= MARGIN))
+}
+
+fn vectors_agree(one: &[f32], two: &[f32]) -> bool {
+    if one.len() != two.len() || one.is_empty() {
+        return false;
+    }
+    let dot = |a: &[f32], b: &[f32]| -> f64 {
+        let products = a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b));
+        products.sum()
+    };
+    let lengths = (dot(one, one) * dot(two, two)).sqrt();
+    // False for NaN and for vectors without a direction.
+    dot(one, two) / lengths >= LEAST_COSINE
+}
+
+/// A question that a worker is to answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Question {
+    /// Its round.
+    pub round: u64,
+    /// What is asked.
+    pub text: String,
+}
+
+/// What is thought of a worker with these weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Standing {
+    /// It was not compared yet, though there may be somebody to compare it with.
+    #[default]
+    New,
+    /// It agrees with the others, or is alone.
+    Cleared,
+    /// Its last answer differs from that of others.
+    Held,
+}
+
+/// What came of a comparison.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// Its answers differ from those of the majority, in two rounds.
+    Outvoted {
+        /// The one.
+        subject: String,
+        /// The others.
+        by: Vec<String>,
+    },
+    /// Two differ and nobody else can say who is right: the junior one is held back.
+    Disputed {
+        /// Serves longer, and goes on.
+        senior: String,
+        /// Gets nothing.
+        junior: String,
+    },
+    /// A dispute is over.
+    Settled {
+        /// The one that was held back.
+        subject: String,
+    },
+}
+
+/// Somebody to compare with, in order of seniority.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Peer<'a> {
+    /// Its name here: a node id, or the name of a ring.
+    pub subject: &'a str,
+}
+
+/// What comes after an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Schedule {
+    /// Time between two checks of one worker in the long run.
+    pub every: Duration,
+    /// The next question is made from it.
+    pub seed: u64,
+}
+
+/// The state machine: see the module's page.
+#[derive(Debug, Clone, Default)]
+pub struct SpotChecks {
+    groups: BTreeMap<Weights, Group>,
+    rounds: u64,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Group {
+    round: Option<Round>,
+    subjects: BTreeMap<String, Subject>,
+}
+
+#[derive(Debug, Clone)]
+struct Round {
+    number: u64,
+    since: Instant,
+    text: String,
+    answers: BTreeMap<String, Sample>,
+    /// Whose answers it needs.
+    wanted: BTreeSet<String>,
+    settled: bool,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Subject {
+    standing: Standing,
+    since: Option<Instant>,
+    /// Rounds in which it agreed.
+    agreed: u32,
+    /// Rounds in which it was outvoted, since it last agreed.
+    outvoted: u32,
+    /// Rounds in which it disagreed with a senior and nobody else was there, since it last agreed.
+    disputed: u32,
+    /// When it is to answer again.
+    due: Option<Instant>,
+    seen: Option<Instant>,
+}
+
+impl SpotChecks {
+    /// Whether this one is to answer a question now, though it is known to answer.
+    pub fn is_due(&self, weights: &Weights, subject: &str, now: Instant) -> bool {
+        let Some(group) = self.groups.get(weights) else {
+            return true;
+        };
+        let wanted = group.round.as_ref().is_some_and(|round| {
+            !round.settled && round.wanted.contains(subject) && !round.answers.contains_key(subject)
+        });
+        let known = group.subjects.get(subject);
+        wanted || known.is_none_or(|known| known.due.is_none_or(|due| now >= due))
+    }
+
+    /// The question that this one is to answer: that of the running round, or a new one made from `seed`.
+    pub fn question(
+        &mut self,
+        weights: &Weights,
+        subject: &str,
+        seed: u64,
+        now: Instant,
+    ) -> Question {
+        if !self.groups.contains_key(weights) && self.groups.len() >= GROUPS {
+            self.groups.pop_first();
+        }
+        let group = self.groups.entry(weights.clone()).or_default();
+        let usable = |round: &&mut Round| {
+            now.saturating_duration_since(round.since) < ROUND_LIFE
+                && (!round.answers.contains_key(subject))
+                && (!round.settled || !group.subjects.contains_key(subject))
+        };
+        if let Some(round) = group.round.as_mut().filter(usable) {
+            round.wanted.insert(subject.to_owned());
+            round.settled = false;
+            return Question {
+                round: round.number,
+                text: round.text.clone(),
+            };
+        }
+        self.rounds += 1;
+        let round = Round::new(self.rounds, seed, now);
+        let question = Question {
+            round: round.number,
+            text: round.text.clone(),
+        };
+        let round = group.round.insert(round);
+        round.wanted.insert(subject.to_owned());
+        question
+    }
+
+    /// An answer came. `peers` are all others that answer now with these weights, the senior ones first.
+    pub fn answered(
+        &mut self,
+        weights: &Weights,
+        subject: &str,
+        (number, sample): (u64, Sample),
+        peers: &[Peer<'_>],
+        schedule: Schedule,
+        now: Instant,
+    ) -> Vec<Verdict> {
+        let Some(group) = self.groups.get_mut(weights) else {
+            return Vec::new();
+        };
+        group.entry(subject, now);
+        let Some(round) = group.round.as_mut().filter(|round| round.number == number) else {
+            // A question of an earlier round: it answers, and is compared another time.
+            return Vec::new();
+        };
+        round.answers.insert(subject.to_owned(), sample);
+        let standing = |peer: &str| group.subjects.get(peer).map(|known| known.standing);
+        let others = || peers.iter().filter(|peer| peer.subject != subject);
+        let cleared = others().filter(|peer| standing(peer.subject) == Some(Standing::Cleared));
+        let held = others().filter(|peer| standing(peer.subject) == Some(Standing::Held));
+        round.wanted.extend(
+            cleared
+                .take(COMPARATORS)
+                .chain(held.take(COMPARATORS))
+                .map(|peer| peer.subject.to_owned()),
+        );
+        self.settle(weights, subject, peers, schedule, now)
+    }
+
+    /// This one gave no answer to the running question: the others do not wait for it.
+    pub fn gave_none(&mut self, weights: &Weights, subject: &str) {
+        if let Some(group) = self.groups.get_mut(weights) {
+            if let Some(round) = &mut group.round {
+                round.wanted.remove(subject);
+            }
+            if let Some(known) = group.subjects.get_mut(subject) {
+                known.due = None;
+            }
+        }
+    }
+
+    /// What is thought of it. One that waits in vain for somebody to compare with is cleared.
+    pub fn standing(&self, weights: &Weights, subject: &str, now: Instant) -> Standing {
+        let group = self.groups.get(weights);
+        let Some(known) = group.and_then(|group| group.subjects.get(subject)) else {
+            return Standing::New;
+        };
+        let waited = known
+            .since
+            .is_some_and(|since| now.saturating_duration_since(since) >= COMPARE_WAIT);
+        match known.standing {
+            Standing::New if waited => Standing::Cleared,
+            standing => standing,
+        }
+    }
+
+    /// Forgets what is known of it with any weights: it is in quarantine, and begins anew afterwards.
+    pub fn forget(&mut self, subject: &str) {
+        for group in self.groups.values_mut() {
+            group.subjects.remove(subject);
+            if let Some(round) = &mut group.round {
+                round.wanted.remove(subject);
+                round.answers.remove(subject);
+            }
+        }
+    }
+
+    /// Compares the answers of the running round, if those that it needs are there.
+    fn settle(
+        &mut self,
+        weights: &Weights,
+        newest: &str,
+        peers: &[Peer<'_>],
+        Schedule { every, seed }: Schedule,
+        now: Instant,
+    ) -> Vec<Verdict> {
+        let Some(group) = self.groups.get_mut(weights) else {
+            return Vec::new();
+        };
+        let Some(round) = &mut group.round else {
+            return Vec::new();
+        };
+        let here =
+            |subject: &str| subject == newest || peers.iter().any(|peer| peer.subject == subject);
+        let missing = round
+            .wanted
+            .iter()
+            .any(|subject| here(subject) && !round.answers.contains_key(subject));
+        let late = now.saturating_duration_since(round.since) >= SETTLE_AFTER;
+        if missing && !(late && round.answers.len() > 1) {
+            return Vec::new();
+        }
+        // The senior ones first; the newest may be among them.
+        let rank = |subject: &str| {
+            let place = peers.iter().position(|peer| peer.subject == subject);
+            place.unwrap_or(peers.len())
+        };
+        let mut voters: Vec<String> = round
+            .answers
+            .keys()
+            .filter(|subject| here(subject))
+            .cloned()
+            .collect();
+        voters.sort_by_key(|subject| rank(subject));
+        round.settled = true;
+        let side_of = |one: &String| -> Vec<String> {
+            let agrees =
+                |two: &&String| one == *two || round.answers[one].agrees(&round.answers[*two]);
+            voters.iter().filter(agrees).cloned().collect()
+        };
+        // The largest side, on a draw that of the most senior.
+        let mut best: Vec<String> = Vec::new();
+        for voter in &voters {
+            let side = side_of(voter);
+            if side.len() > best.len() {
+                best = side;
+            }
+        }
+        let majority = 2 * best.len() > voters.len();
+        let mut verdicts = Vec::new();
+        let mut again = false;
+        for voter in &voters {
+            let agrees = best.contains(voter);
+            let subject = group.subjects.entry(voter.clone()).or_default();
+            if agrees {
+                if subject.standing == Standing::Held && subject.disputed >= ROUNDS {
+                    verdicts.push(Verdict::Settled {
+                        subject: voter.clone(),
+                    });
+                }
+                subject.agreed(voter, every, now);
+                continue;
+            }
+            subject.standing = Standing::Held;
+            if majority {
+                subject.outvoted += 1;
+                if subject.outvoted >= ROUNDS {
+                    verdicts.push(Verdict::Outvoted {
+                        subject: voter.clone(),
+                        by: best.clone(),
+                    });
+                }
+                again |= subject.outvoted < ROUNDS;
+            } else {
+                subject.disputed += 1;
+                if subject.disputed == ROUNDS {
+                    verdicts.push(Verdict::Disputed {
+                        senior: best.first().cloned().unwrap_or_default(),
+                        junior: voter.clone(),
+                    });
+                }
+                again |= subject.disputed < ROUNDS;
+            }
+            subject.due = Some(now + RECHECK.min(every));
+        }
+        if again {
+            // Another question, to the same ones, at once.
+            self.rounds += 1;
+            let mut fresh = Round::new(self.rounds, seed, now);
+            fresh.wanted = voters.into_iter().collect();
+            group.round = Some(fresh);
+        }
+        verdicts
+    }
+}
+
+impl Group {
+    fn entry(&mut self, subject: &str, now: Instant) -> &mut Subject {
+        if !self.subjects.contains_key(subject) && self.subjects.len() >= SUBJECTS {
+            let oldest = self.subjects.iter().min_by_key(|(_, known)| known.seen);
+            if let Some(oldest) = oldest.map(|(oldest, _)| oldest.clone()) {
+                self.subjects.remove(&oldest);
+            }
+        }
+        let known = self.subjects.entry(subject.to_owned()).or_default();
+        known.seen = Some(now);
+        known.since.get_or_insert(now);
+        known
+    }
+}
+
+impl Subject {
+    fn agreed(&mut self, name: &str, every: Duration, now: Instant) {
+        self.standing = Standing::Cleared;
+        (self.outvoted, self.disputed) = (0, 0);
+        let wait = FIRST_CHECK
+            .saturating_mul(1 << self.agreed.min(20))
+            .min(every);
+        self.agreed = self.agreed.saturating_add(1);
+        // Spread, so that workers that joined together are not all asked together.
+        let part = u32::from(
+            name.bytes()
+                .fold(0_u8, |sum, byte| sum.wrapping_mul(31) ^ byte),
+        );
+        self.due = Some(now + wait - wait * part / 1024);
+    }
+}
+
+impl Round {
+    fn new(number: u64, seed: u64, now: Instant) -> Self {
+        Self {
+            number,
+            since: now,
+            text: question_of(seed),
+            answers: BTreeMap::new(),
+            wanted: BTreeSet::new(),
+            settled: false,
+        }
+    }
+}
+
+/// A question as a person might ask it. It must not be the same one every time: its answer could be learnt by heart.
+pub fn question_of(seed: u64) -> String {
+    let pick = |list: &[&'static str], shift: u32| {
+        // The multiplier spreads what is alike in the low bits.
+        let mixed = (seed.rotate_left(shift)).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
+        list[mixed as usize % list.len()]
+    };
+    let (adjective, noun) = (pick(ADJECTIVES, 0), pick(NOUNS, 13));
+    let (action, place) = (pick(ACTIONS, 29), pick(PLACES, 47));
+    match seed % 5 {
+        0 => format!("Write a short story about a {adjective} {noun} that {action} {place}."),
+        1 => format!("Why would a {adjective} {noun} {place} be afraid? Answer in two sentences."),
+        2 => format!("A {noun} {action} {place}. What happens next, and why is it {adjective}?"),
+        3 => {
+            format!("Describe the {noun} {place} in one paragraph. It is {adjective} and {action}.")
+        }
+        _ => format!(
+            "Give me a title and a summary for a film in which a {adjective} {noun} {action} {place}."
+        ),
+    }
+}
+
+/// Whether a text is one of [`question_of`]'s.
+pub fn is_question(text: &str) -> bool {
+    let has = |list: &[&str]| list.iter().any(|word| text.contains(word));
+    let begins = [
+        "Write a short story about a ",
+        "Why would a ",
+        "A ",
+        "Describe the ",
+        "Give me a title and a summary for a film in which a ",
+    ];
+    begins.iter().any(|begin| text.starts_with(begin)) && has(NOUNS) && has(PLACES)
+}
+
+const ADJECTIVES: &[&str] = &[
+    "quiet",
+    "rusty",
+    "enormous",
+    "clever",
+    "lonely",
+    "golden",
+    "nervous",
+    "ancient",
+    "cheerful",
+    "invisible",
+    "stubborn",
+    "sleepy",
+    "broken",
+    "curious",
+    "elegant",
+    "dusty",
+];
+const NOUNS: &[&str] = &[
+    "lighthouse",
+    "robot",
+    "baker",
+    "tortoise",
+    "violin",
+    "astronaut",
+    "umbrella",
+    "librarian",
+    "volcano",
+    "postman",
+    "dragon",
+    "clock",
+    "gardener",
+    "submarine",
+    "fox",
+    "painter",
+];
+const ACTIONS: &[&str] = &[
+    "gets lost",
+    "learns to sing",
+    "finds a letter",
+    "builds a bridge",
+    "misses the train",
+    "wins a prize",
+    "keeps a secret",
+    "tells a lie",
+    "repairs a radio",
+    "meets a stranger",
+    "forgets its name",
+    "counts the stars",
+];
+const PLACES: &[&str] = &[
+    "under the sea",
+    "in the old town",
+    "behind the mountains",
+    "at the railway station",
+    "on a small island",
+    "in winter",
+    "near the border",
+    "at the end of summer",
+    "in a crowded market",
+    "on the moon",
+    "before breakfast",
+    "during a thunderstorm",
+];
+
+/// Tokens of an answer that is compared.
+pub const TOKENS: u32 = 8;
+/// Alternatives that are asked for with each.
+pub const ALTERNATIVES: u32 = 5;
+
+/// Natural logarithm of how much likelier a token may be than another that takes its place on a machine with other rounding. SmolLM2-135M
+/// on scalar kernels (floats) and on AVX2 (8-bit activations) chooses other tokens within eight for every second question, and 0.35 was the
+/// most here; weights in 4 and in 8 bits are further apart.
+const MARGIN: f32 = 2.0;
+/// How far the logarithms of one token's probability may be apart; 0.2 was the most there.
+const LOGPROB_TOLERANCE: f32 = 3.0;
+/// Equal tokens after which an earlier end on one side says nothing.
+const LEAST_COMMON: usize = 3;
+/// Cosine of the angle between two vectors of the same text.
+const LEAST_COSINE: f64 = 0.95;
+/// Rounds that must show a difference.
+const ROUNDS: u32 = 2;
+/// Workers of good standing that answer the same question as the one that is checked.
+const COMPARATORS: usize = 2;
+/// Time for which a question is asked.
+const ROUND_LIFE: Duration = Duration::from_secs(120);
+/// Time after which those whose answers are missing are not waited for.
+const SETTLE_AFTER: Duration = Duration::from_secs(10);
+/// Time that a newcomer waits to be compared.
+const COMPARE_WAIT: Duration = Duration::from_secs(20);
+/// Time to the second check of a newcomer; it doubles from then on.
+const FIRST_CHECK: Duration = Duration::from_secs(5);
+/// Time after which one that is held back is asked again.
+const RECHECK: Duration = Duration::from_secs(15);
+const SUBJECTS: usize = 1024;
+const GROUPS: usize = 1024;
+
+#[cfg(test)]
+mod tests;
