@@ -88,7 +88,11 @@ fuzz_target!(|ops: Vec<Op>| {
                 },
             },
             3 => {
-                let template = if kind & 8 == 0 { sent.try_recv().ok() } else { None };
+                let template = if kind & 8 == 0 {
+                    sent.try_recv().ok()
+                } else {
+                    None
+                };
                 DriverEvent::Rows(RingStep {
                     epoch: if kind & 16 == 0 { epoch } else { near(a) },
                     step: near(b).into(),
@@ -108,7 +112,8 @@ fuzz_target!(|ops: Vec<Op>| {
             5 => DriverEvent::Pong {
                 stage: near(a),
                 ping: RingPing {
-                    epoch: if kind & 8 == 0 { epoch } else { near(a) },
+                    nonce: near(b).into(),
+                    received: near(a).into(),
                     ..RingPing::default()
                 },
             },

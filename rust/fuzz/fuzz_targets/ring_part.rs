@@ -48,7 +48,11 @@ fuzz_target!(|data: (bool, Vec<Op>)| {
             0..=2 => {
                 let rows = bytes.len() as u32;
                 let step = RingStep {
-                    epoch: if kind & 64 == 0 { part.epoch() } else { near(a) },
+                    epoch: if kind & 64 == 0 {
+                        part.epoch()
+                    } else {
+                        near(a)
+                    },
                     step: number,
                     segments: vec![RingSegment {
                         slot: near(a),
@@ -56,7 +60,12 @@ fuzz_target!(|data: (bool, Vec<Op>)| {
                         rows: if kind & 32 == 0 { rows } else { near(c) },
                     }],
                     tokens: tokens(&bytes),
-                    rows: if first { Vec::new() } else { [0; 8].repeat(bytes.len()) }.into(),
+                    rows: if first {
+                        Vec::new()
+                    } else {
+                        [0; 8].repeat(bytes.len())
+                    }
+                    .into(),
                     ..RingStep::default()
                 };
                 number += 1;
@@ -79,7 +88,12 @@ fuzz_target!(|data: (bool, Vec<Op>)| {
                     slot: near(a),
                     position: near(b),
                     tokens: tokens(&bytes),
-                    rows: if kind & 16 == 0 { bytes.repeat(16) } else { bytes.clone() }.into(),
+                    rows: if kind & 16 == 0 {
+                        bytes.repeat(16)
+                    } else {
+                        bytes.clone()
+                    }
+                    .into(),
                     ..RingMirror::default()
                 };
                 let _ = part.take_mirrored(&mirror);
