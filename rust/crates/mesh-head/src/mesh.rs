@@ -26,10 +26,11 @@ use crate::core::placement::{Asked, Ended, Placed, Placement, Refusal, Ticket};
 use crate::core::registry::{Registry, ServedModel, Worker, WorkerId};
 use crate::core::rings::{Arrival, Prospect, Rings};
 use crate::core::router::Ask;
-use crate::core::tracker::Tracker;
+use crate::core::tracker::{Conflict, Tracker};
 use crate::drains;
 use crate::legacy::{Exchange, LegacyWorker};
 use crate::metrics::HeadMetrics;
+use crate::pins::PinsFile;
 use crate::worker_bus::{BusSender, Sessions};
 
 pub use rings::Standing;
@@ -62,6 +63,7 @@ pub struct Mesh {
     ring_changes: watch::Sender<()>,
     /// Held while the list of drained workers is written.
     saving: tokio::sync::Mutex<()>,
+    pins_file: PinsFile,
 }
 
 #[derive(Debug)]
@@ -147,10 +149,11 @@ impl Mesh {
         );
         let mut rings = Rings::new(config.ring_settings(), rings::first_ring());
         rings.stay_drained(drains::load(&config.state_dir), Instant::now());
+        let pins_file = PinsFile::new(&config.state_dir);
         let state = State {
             placement,
             rings,
-            tracker: Tracker::new(),
+            tracker: Tracker::new().with_pins(pins_file.load()),
             duplicates: Duplicates::default(),
             links_seen: None,
             gauged: None,
@@ -173,6 +176,7 @@ impl Mesh {
             state: Mutex::new(state),
             ring_changes: watch::Sender::new(()),
             saving: tokio::sync::Mutex::default(),
+            pins_file,
         })
     }
 
@@ -390,6 +394,8 @@ impl Mesh {
         let mut state = self.lock();
         let duplicates = state.duplicates.view(Instant::now());
         let mut warnings: Vec<String> = duplicates.iter().map(Duplicate::advice).collect();
+        let conflicts = self.name_conflicts(&state);
+        warnings.extend(conflicts.iter().map(Conflict::advice));
         if clock::is_implausible(SystemTime::now()) {
             warnings.push(format!(
                 "this head's clock says {}, which is wrong; set it, for example with `timedatectl set-ntp true`",
@@ -530,6 +536,8 @@ impl Mesh {
         };
         let old = [Version::V5_0, Version::V5_1].map(|version| (version, speak(Some(version))));
         self.metrics.workers(speak(None), old);
+        let conflicts = state.tracker.conflicts().len();
+        self.metrics.name_conflicts.set(i64::try_from(conflicts).unwrap_or(i64::MAX));
         drop(state);
 
         for worker in pruned {

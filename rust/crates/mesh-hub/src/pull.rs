@@ -21,6 +21,7 @@ use crate::fetch::Watch;
 use crate::listing::{Repo, RepoFile};
 use crate::name::HubName;
 use crate::partial;
+pub(crate) use held::git_blob_id;
 use held::{Flusher, Held, complete, copy};
 use known::{find, manifest_of, to_open};
 
@@ -98,7 +99,7 @@ pub async fn pull(
 }
 
 /// The files that `name` means, with their lengths.
-async fn chosen(
+pub(crate) async fn chosen(
     hub: &Hub,
     repo: &Repo,
     name: &HubName,

@@ -79,6 +79,18 @@ pub struct Named {
     pub fingerprint: Digest,
     /// Where it comes from, for people: a hub's repository and commit, a path.
     pub source: Option<String>,
+    /// Who vouches that a model of another worker goes by this name: the hub, a signature, a pin. Absent where nobody was asked,
+    /// as before there was anybody to ask.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vouched: Option<String>,
+}
+
+impl Named {
+    /// Whether another worker said so, and nobody vouches for it.
+    pub fn is_hearsay(&self) -> bool {
+        let source = self.source.as_deref().unwrap_or_default();
+        self.vouched.is_none() && source.starts_with(FROM_WORKER)
+    }
 }
 
 /// Keeps a model from being evicted as long as it lives, also over processes.
@@ -323,11 +335,35 @@ impl Store {
         fingerprint: &Digest,
         source: Option<&str>,
     ) -> Result<(), StoreError> {
-        let named = Named {
+        self.set_name(Named {
             name: name.to_owned(),
             fingerprint: *fingerprint,
             source: source.map(str::to_owned),
-        };
+            vouched: None,
+        })
+    }
+
+    /// Lets `name` mean a model that came from the worker `worker`; `vouched` says who knows that it does.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub fn name_from_worker(
+        &self,
+        name: &str,
+        fingerprint: &Digest,
+        worker: &str,
+        vouched: &str,
+    ) -> Result<(), StoreError> {
+        self.set_name(Named {
+            name: name.to_owned(),
+            fingerprint: *fingerprint,
+            source: Some(format!("{FROM_WORKER}{worker}")),
+            vouched: Some(vouched.to_owned()),
+        })
+    }
+
+    fn set_name(&self, named: Named) -> Result<(), StoreError> {
+        let name = named.name.as_str();
         let path = self.name_path(name);
         let json = serde_json::to_vec(&named).expect("texts are JSON");
         let _lock = self.lock()?;
@@ -528,6 +564,9 @@ pub(crate) fn open_lock(path: &Path) -> io::Result<File> {
         .truncate(false)
         .open(path)
 }
+
+/// How the source of a name begins that came from another worker.
+const FROM_WORKER: &str = "worker ";
 
 const FOLDERS: [&str; 7] = [
     "blobs",

@@ -101,6 +101,7 @@ pub fn router(
     };
     let administration = Router::new()
         .route("/v1/mesh/tokens", post(admin::create_token))
+        .route("/v1/mesh/pins", get(admin::pins).post(admin::pin))
         .route("/v1/mesh/drain", post(rings::drain))
         .route("/v1/mesh/undrain", post(rings::undrain))
         .route("/v1/mesh/plan", get(rings::plan))

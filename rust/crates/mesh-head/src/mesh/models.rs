@@ -1,16 +1,17 @@
 //! Models within the mesh: tells workers where to get what they seek, as [`crate::core::tracker`] decides.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Instant;
 
 use dcf::{Message, MsgType};
 use mesh_proto::{Models, Served};
 use prost::Message as _;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::{Mesh, State, timestamp_us};
 use crate::core::registry::{Worker, WorkerId};
-use crate::core::tracker::{Action, Note, TrackedModel};
+use crate::core::tracker::{Action, Conflict, Note, Pin, PinError, TrackedModel};
 
 impl Mesh {
     /// A worker says what it holds and seeks.
@@ -49,6 +50,61 @@ impl Mesh {
         self.lock().tracker.view()
     }
 
+    /// What names of models mean.
+    pub fn pins(&self) -> Vec<Pin> {
+        self.lock().tracker.pins().list().cloned().collect()
+    }
+
+    /// An operator decides what a name means; without a fingerprint, that it means what is got under it next.
+    ///
+    /// # Errors
+    /// [`PinError`] says what is wrong with it.
+    pub fn decide_pin(&self, name: &str, fingerprint: Option<&str>) -> Result<(), PinError> {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        match fingerprint {
+            Some(fingerprint) => state.tracker.pin(name, fingerprint)?,
+            None => drop(state.tracker.unpin(name)?),
+        }
+        info!(name, fingerprint, "an operator decided what a model's name means");
+        self.turn(state, Instant::now());
+        Ok(())
+    }
+
+    /// Names that several models claim: of models that workers pass on, and of those that they serve.
+    pub(super) fn name_conflicts(&self, state: &State) -> Vec<Conflict> {
+        let mut conflicts = state.tracker.conflicts();
+        let mut served: BTreeMap<&str, BTreeMap<String, Vec<String>>> = BTreeMap::new();
+        for worker in state.placement.registry.iter() {
+            for model in &worker.models {
+                let card = &model.card;
+                // Parts of a ring have the ring's model; old workers tell no fingerprint.
+                if model.ring.is_none() && !card.fingerprint.is_empty() {
+                    let claims = served.entry(&card.name).or_default();
+                    let workers = claims.entry(card.fingerprint.clone()).or_default();
+                    workers.push(worker.name.clone());
+                }
+            }
+        }
+        for (name, claims) in served.into_iter().filter(|(_, claims)| claims.len() > 1) {
+            if !conflicts.iter().any(|known| known.name.eq_ignore_ascii_case(name)) {
+                conflicts.push(Conflict {
+                    name: name.to_owned(),
+                    claims,
+                    pinned: None,
+                    decided: false,
+                    refused_by: Vec::new(),
+                });
+            }
+        }
+        conflicts
+    }
+
+    /// The same, for people.
+    pub fn alarms(&self) -> Vec<Conflict> {
+        self.name_conflicts(&self.lock())
+    }
+
     /// Lets the tracker decide, and does it.
     pub(super) fn turn_models(&self, state: &mut State, now: Instant) {
         for action in state.tracker.poll(now) {
@@ -66,6 +122,7 @@ impl Mesh {
                     }
                 }
                 Action::Note(note) => self.note_model(note),
+                Action::KeepPins => self.pins_file.keep(state.tracker.pins()),
             }
         }
     }
@@ -110,6 +167,10 @@ impl Mesh {
                     "worker reported: it sent something else than the model's manifest says"
                 );
                 self.metrics.bad_source(&accused);
+            }
+            Note::Conflict(conflict) => {
+                error!(model = conflict.name, "{}", conflict.advice());
+                self.metrics.name_conflict();
             }
         }
     }
