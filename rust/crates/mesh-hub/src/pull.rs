@@ -82,6 +82,9 @@ pub async fn pull(
     }
     let repo = hub.open(&name.repo, name.revision(), &*watch).await?;
     let chosen = chosen(hub, &repo, name, &*watch).await?;
+    // Files that are whole are of no model until all are.
+    let at = store.clone();
+    let _work = blocking(move || at.work()).await?;
     let mut pull = Pull {
         hub,
         store,
