@@ -85,8 +85,11 @@ impl Tokenizer {
             let text = template_end(file.post_processor.as_ref()?, first)?;
             Some(id? == vocab.find(text)?)
         };
+        let strips = file.added_tokens.iter();
+        let strips = strips.filter(|token| token.lstrip || token.rstrip);
+        let strips = strips.map(|token| (token.id, (token.lstrip, token.rstrip)));
         Ok(Tokenizer {
-            special: Finder::new(&vocab),
+            special: Finder::new(&vocab).stripping(&strips.collect()),
             add_bos: special.add_bos.or(around(true, bos)).unwrap_or(false),
             add_eos: special.add_eos.or(around(false, eos)).unwrap_or(false),
             bos,
@@ -194,6 +197,7 @@ fn vocab(file: &File, family: Family, rows: usize) -> Result<Vocab, TokenizerErr
         id,
         content,
         special,
+        ..
     } in &file.added_tokens
     {
         let Some(slot) = tokens.get_mut(*id as usize) else {
