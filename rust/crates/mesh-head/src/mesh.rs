@@ -5,7 +5,7 @@
 mod models;
 mod rings;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -71,6 +71,8 @@ struct State {
     placement: Placement,
     rings: Rings,
     tracker: Tracker,
+    /// Names under which workers serve different models.
+    mixed: BTreeSet<String>,
     duplicates: Duplicates,
     /// Time of the last check of the links.
     links_seen: Option<Instant>,
@@ -154,6 +156,7 @@ impl Mesh {
             placement,
             rings,
             tracker: Tracker::new().with_pins(pins_file.load()),
+            mixed: BTreeSet::new(),
             duplicates: Duplicates::default(),
             links_seen: None,
             gauged: None,
@@ -338,6 +341,7 @@ impl Mesh {
                 host,
             },
         );
+        self.note_mixed(&mut state);
         self.turn(&mut state, now);
         id
     }
@@ -442,6 +446,7 @@ impl Mesh {
         let mut state = self.lock();
         state.peers.remove(&id);
         let left = state.placement.leave(id, now);
+        self.note_mixed(&mut state);
         if let Some(node) = left.as_ref().and_then(Worker::node_id) {
             state.rings.left(node, "its link is closed", now);
             state.tracker.left(node);
@@ -536,8 +541,10 @@ impl Mesh {
         };
         let old = [Version::V5_0, Version::V5_1].map(|version| (version, speak(Some(version))));
         self.metrics.workers(speak(None), old);
-        let conflicts = state.tracker.conflicts().len();
-        self.metrics.name_conflicts.set(i64::try_from(conflicts).unwrap_or(i64::MAX));
+        let conflicts = state.tracker.conflicts().len() + state.mixed.len();
+        self.metrics
+            .name_conflicts
+            .set(i64::try_from(conflicts).unwrap_or(i64::MAX));
         drop(state);
 
         for worker in pruned {

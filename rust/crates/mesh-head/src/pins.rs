@@ -109,7 +109,9 @@ mod tests {
         let file = PinsFile::new(dir.path());
         assert_eq!(file.load(), Pins::default());
         let mut tracker = Tracker::new();
-        tracker.pin("org/model:Q8_0", &"a".repeat(64)).expect("pinned");
+        tracker
+            .pin("org/model:Q8_0", &"a".repeat(64))
+            .expect("pinned");
         file.keep(tracker.pins());
         let read = PinsFile::new(dir.path()).load();
         assert_eq!(&read, tracker.pins());

@@ -1,6 +1,6 @@
 //! What the hub says that a model consists of: what bytes from elsewhere are compared with.
 
-use mesh_store::{Digest, Manifest, ManifestFile};
+use mesh_store::{Manifest, ManifestFile};
 
 use crate::client::Hub;
 use crate::error::HubError;
@@ -85,7 +85,9 @@ fn compare(
             "its {:?} has {} bytes, and the hub's {}",
             file.path,
             file.bytes,
-            listed.bytes.map_or("unknown".to_owned(), |bytes| bytes.to_string())
+            listed
+                .bytes
+                .map_or("unknown".to_owned(), |bytes| bytes.to_string())
         ));
     }
     match (&listed.sha256, &listed.blob_id) {
@@ -119,6 +121,8 @@ const SHA1_DIGITS: usize = 40;
 
 #[cfg(test)]
 mod tests {
+    use mesh_store::Digest;
+
     use super::*;
 
     fn manifest(files: &[(&str, &[u8])]) -> Manifest {
@@ -159,11 +163,18 @@ mod tests {
         let altered = check(&[("config.json", b"[]"), ("weights.bin", b"12345678")]).unwrap();
         assert!(!altered[0].is(b"[]"));
         for (files, why) in [
-            (&[("config.json", &b"{}"[..]), ("weights.bin", b"12345679")][..], "SHA-256"),
+            (
+                &[("config.json", &b"{}"[..]), ("weights.bin", b"12345679")][..],
+                "SHA-256",
+            ),
             (&[("config.json", b"{}"), ("weights.bin", b"123")], "bytes"),
             (&[("weights.bin", b"12345678")], "lacks"),
             (
-                &[("chat.jinja", b"x"), ("config.json", b"{}"), ("weights.bin", b"12345678")],
+                &[
+                    ("chat.jinja", b"x"),
+                    ("config.json", b"{}"),
+                    ("weights.bin", b"12345678"),
+                ],
                 "no file",
             ),
         ] {
@@ -180,7 +191,9 @@ mod tests {
             }],
             ..expected.clone()
         };
-        let error = sha256_repo.check(&manifest(&[("config.json", b"{}")])).unwrap_err();
+        let error = sha256_repo
+            .check(&manifest(&[("config.json", b"{}")]))
+            .unwrap_err();
         assert!(error.contains("no digest"), "{error}");
     }
 }

@@ -207,8 +207,7 @@ impl ChatTemplate {
         };
         let written = source.unwrap_or_else(|| fallback(tokenizer));
         let unparsed = Self::unparsed(written, &text(tokenizer.bos()), &text(tokenizer.eos()));
-        let mut template =
-            unparsed.unwrap_or_else(|error| Self::broken("", &error.to_string()));
+        let mut template = unparsed.unwrap_or_else(|error| Self::broken("", &error.to_string()));
         template.fallback = source.is_none();
         template.guard = Arc::new(Guard::new(tokenizer.structural(written)));
         template
@@ -260,9 +259,9 @@ impl ChatTemplate {
     }
 
     fn environment(&self) -> Result<&Environment<'static>, &str> {
-        let parsed = self.parsed.get_or_init(|| {
-            parse(&self.source, self.clock).map_err(|message| message.into())
-        });
+        let parsed = self
+            .parsed
+            .get_or_init(|| parse(&self.source, self.clock).map_err(|message| message.into()));
         parsed.as_ref().map_err(|problem| &**problem)
     }
 

@@ -301,10 +301,7 @@ pub fn serve(mut jobs: impl Read, mut answers: impl Write) -> io::Result<()> {
 }
 
 /// The prompt, or the reason why it cannot be rendered. The last job's template is kept.
-fn render_job(
-    job: &[u8],
-    last: &mut Option<(Job, ChatTemplate)>,
-) -> Result<String, (u8, String)> {
+fn render_job(job: &[u8], last: &mut Option<(Job, ChatTemplate)>) -> Result<String, (u8, String)> {
     // A job that was read once may not be readable inside a larger value: the depth of nesting is limited.
     let job: Job = serde_json::from_slice(job).map_err(|error| {
         let reason = format!("the chat template cannot be given this conversation: {error}; is chat_template_kwargs nested too deep?");

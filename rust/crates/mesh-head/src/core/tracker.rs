@@ -595,7 +595,9 @@ fn held(model: HeldModel) -> Option<(String, Held)> {
 /// What a worker seeks, if it makes sense.
 fn sought(mut model: SoughtModel) -> Option<Sought> {
     model.refused.truncate(MOST_REFUSED);
-    model.refused.retain(|fingerprint| is_fingerprint(fingerprint));
+    model
+        .refused
+        .retain(|fingerprint| is_fingerprint(fingerprint));
     let missing = match &model.missing {
         Some(pieces) => Some(PieceSet::from_proto(pieces).ok()?),
         None => None,

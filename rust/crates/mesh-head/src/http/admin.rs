@@ -170,7 +170,9 @@ pub(super) async fn pin(State(api): State<Api>, body: Bytes) -> Result<Json<Valu
         };
         ApiError::new(status, "invalid_value", error.to_string())
     })?;
-    Ok(Json(json!({ "name": ask.name, "fingerprint": ask.fingerprint })))
+    Ok(Json(
+        json!({ "name": ask.name, "fingerprint": ask.fingerprint }),
+    ))
 }
 
 /// A body in JSON; an empty one is an empty object.

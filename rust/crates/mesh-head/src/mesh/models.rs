@@ -42,6 +42,7 @@ impl Mesh {
         if let Some(node) = state.placement.registry.get(id).and_then(Worker::node_id) {
             state.rings.serves_whole(node, whole);
         }
+        self.note_mixed(state);
         self.turn(state, now);
     }
 
@@ -66,7 +67,10 @@ impl Mesh {
             Some(fingerprint) => state.tracker.pin(name, fingerprint)?,
             None => drop(state.tracker.unpin(name)?),
         }
-        info!(name, fingerprint, "an operator decided what a model's name means");
+        info!(
+            name,
+            fingerprint, "an operator decided what a model's name means"
+        );
         self.turn(state, Instant::now());
         Ok(())
     }
@@ -74,30 +78,30 @@ impl Mesh {
     /// Names that several models claim: of models that workers pass on, and of those that they serve.
     pub(super) fn name_conflicts(&self, state: &State) -> Vec<Conflict> {
         let mut conflicts = state.tracker.conflicts();
-        let mut served: BTreeMap<&str, BTreeMap<String, Vec<String>>> = BTreeMap::new();
-        for worker in state.placement.registry.iter() {
-            for model in &worker.models {
-                let card = &model.card;
-                // Parts of a ring have the ring's model; old workers tell no fingerprint.
-                if model.ring.is_none() && !card.fingerprint.is_empty() {
-                    let claims = served.entry(&card.name).or_default();
-                    let workers = claims.entry(card.fingerprint.clone()).or_default();
-                    workers.push(worker.name.clone());
-                }
-            }
-        }
-        for (name, claims) in served.into_iter().filter(|(_, claims)| claims.len() > 1) {
-            if !conflicts.iter().any(|known| known.name.eq_ignore_ascii_case(name)) {
-                conflicts.push(Conflict {
-                    name: name.to_owned(),
-                    claims,
-                    pinned: None,
-                    decided: false,
-                    refused_by: Vec::new(),
-                });
-            }
-        }
+        let known = |name: &str| {
+            let mut known = conflicts.iter();
+            known.any(|known| known.name.eq_ignore_ascii_case(name))
+        };
+        let served = served_conflicts(state).into_iter();
+        let served: Vec<Conflict> = served.filter(|one| !known(&one.name)).collect();
+        conflicts.extend(served);
         conflicts
+    }
+
+    /// Tells of names under which workers began to serve different models.
+    pub(super) fn note_mixed(&self, state: &mut State) {
+        let conflicts = served_conflicts(state);
+        for conflict in conflicts
+            .iter()
+            .filter(|one| !state.mixed.contains(&one.name))
+        {
+            error!(model = conflict.name, "{}", conflict.advice());
+            self.metrics.name_conflict();
+        }
+        state.mixed = conflicts
+            .into_iter()
+            .map(|conflict| conflict.name)
+            .collect();
     }
 
     /// The same, for people.
@@ -175,3 +179,34 @@ impl Mesh {
         }
     }
 }
+
+/// Names under which workers serve different models.
+fn served_conflicts(state: &State) -> Vec<Conflict> {
+    let mut served: BTreeMap<&str, BTreeMap<&str, Vec<String>>> = BTreeMap::new();
+    for worker in state.placement.registry.iter() {
+        // Parts of a ring have the ring's model; old workers tell no fingerprint.
+        let whole = worker.models.iter().filter(|model| model.ring.is_none());
+        for card in whole.map(|model| &model.card) {
+            if !card.fingerprint.is_empty() {
+                let claims = served.entry(&card.name).or_default();
+                let workers = claims.entry(&card.fingerprint).or_default();
+                workers.push(worker.name.clone());
+            }
+        }
+    }
+    let mixed = served.into_iter().filter(|(_, claims)| claims.len() > 1);
+    let conflicts = mixed.map(|(name, claims)| Conflict {
+        name: name.to_owned(),
+        claims: claims
+            .into_iter()
+            .map(|(fingerprint, workers)| (fingerprint.to_owned(), workers))
+            .collect(),
+        pinned: None,
+        decided: false,
+        refused_by: Vec::new(),
+    });
+    conflicts.take(MOST_TOLD).collect()
+}
+
+/// Conflicts that are told of.
+const MOST_TOLD: usize = 64;

@@ -388,7 +388,11 @@ fn a_template_that_is_nested_or_chained_without_end_is_refused() {
     }
     // Just what is let pass is parsed, on whatever stack.
     for (again, count) in [("-", 999), ("not ", 999), ("1 + ", 998), ("[", 70)] {
-        let closing = if again == "[" { "]".repeat(count) } else { String::new() };
+        let closing = if again == "[" {
+            "]".repeat(count)
+        } else {
+            String::new()
+        };
         let source = format!("{{{{ {}1{closing} }}}}", again.repeat(count));
         let parsed = ChatTemplate::new(&source, "", "");
         assert!(parsed.is_ok(), "{again}: {parsed:?}");
@@ -413,7 +417,12 @@ fn the_end_of_raw_text_is_found_in_one_pass() {
     let begun = std::time::Instant::now();
     assert_eq!(python::prepared(&source), source);
     assert!(begun.elapsed() < std::time::Duration::from_secs(5));
-    for end in ["{% endraw %}", "{%- endraw -%}", "{%endraw%}", "{%+ endraw %}"] {
+    for end in [
+        "{% endraw %}",
+        "{%- endraw -%}",
+        "{%endraw%}",
+        "{%+ endraw %}",
+    ] {
         assert_eq!(
             render(&format!("{{% raw %}}{{% a{end}b"), &[]).unwrap(),
             "{% ab"

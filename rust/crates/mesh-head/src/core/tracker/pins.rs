@@ -49,7 +49,8 @@ impl Conflict {
     /// Advice to the operator.
     pub fn advice(&self) -> String {
         let claims = self.claims.iter().map(|(fingerprint, workers)| {
-            let short = &fingerprint[..fingerprint.len().min(12)];
+            // Of models that are served it is what the worker says.
+            let short: String = fingerprint.chars().take(12).collect();
             match workers[..] {
                 [] => format!("{short} (nobody now)"),
                 _ => format!("{short} ({})", workers.join(", ")),
@@ -68,20 +69,23 @@ impl Conflict {
                 self.refused_by.join(", ")
             );
         }
-        text + match self.decided {
+        text += match self.decided {
             true => "; an operator pinned one of them: look at the workers that have another",
             false => {
                 "; find out which one is right and pin it with `hydramesh models pins set NAME FINGERPRINT`, or remove the wrong one from its \
                  worker's store"
             }
-        }
+        };
+        // Names that workers gave are in it.
+        text.replace(char::is_control, " ")
     }
 }
 
 impl Pins {
     /// Those that were kept; what cannot be one is left out.
     pub fn of(pins: impl IntoIterator<Item = Pin>) -> Self {
-        let sound = |pin: &Pin| super::is_name(&pin.name) && super::is_fingerprint(&pin.fingerprint);
+        let sound =
+            |pin: &Pin| super::is_name(&pin.name) && super::is_fingerprint(&pin.fingerprint);
         let pins = pins.into_iter().filter(sound).take(MOST_PINS);
         Pins(pins.map(|pin| (key(&pin.name), pin)).collect())
     }
@@ -116,10 +120,14 @@ pub enum PinError {
     #[error("{0:?} is no name of a model: it has 1 to 512 bytes and no control characters")]
     Name(String),
     /// Not a fingerprint.
-    #[error("{0:?} is no fingerprint: it has 64 digits from 0 to 9 and a to f; `hydramesh models show` tells a model's")]
+    #[error(
+        "{0:?} is no fingerprint: it has 64 digits from 0 to 9 and a to f; `hydramesh models show` tells a model's"
+    )]
     Fingerprint(String),
     /// No room.
-    #[error("there are {MOST_PINS} pins already: release some with `hydramesh models pins release NAME`")]
+    #[error(
+        "there are {MOST_PINS} pins already: release some with `hydramesh models pins release NAME`"
+    )]
     TooMany,
     /// Nothing to release.
     #[error("the name {0:?} is not pinned: `hydramesh models pins list` shows those that are")]
@@ -141,7 +149,9 @@ impl Tracker {
             return Err(PinError::Name(name.chars().take(100).collect()));
         }
         if !super::is_fingerprint(fingerprint) {
-            return Err(PinError::Fingerprint(fingerprint.chars().take(100).collect()));
+            return Err(PinError::Fingerprint(
+                fingerprint.chars().take(100).collect(),
+            ));
         }
         let Pins(pins) = &mut self.pins;
         if pins.len() >= MOST_PINS && !pins.contains_key(&key(name)) {
@@ -165,7 +175,8 @@ impl Tracker {
     /// If it is not pinned.
     pub fn unpin(&mut self, name: &str) -> Result<Pin, PinError> {
         let released = self.pins.0.remove(&key(name));
-        let released = released.ok_or_else(|| PinError::Unknown(name.chars().take(100).collect()))?;
+        let released =
+            released.ok_or_else(|| PinError::Unknown(name.chars().take(100).collect()))?;
         self.pins_changed();
         Ok(released)
     }
@@ -213,7 +224,11 @@ impl Tracker {
                 let Some(conflict) = names.get_mut(&key(&sought.model.name)) else {
                     continue;
                 };
-                if conflict.pinned.as_ref().is_some_and(|pin| sought.model.refused.contains(pin)) {
+                if conflict
+                    .pinned
+                    .as_ref()
+                    .is_some_and(|pin| sought.model.refused.contains(pin))
+                {
                     conflict.refused_by.push(node.name.clone());
                 }
             }
@@ -224,7 +239,8 @@ impl Tracker {
         }
         for (name, conflict) in &names {
             if !self.conflicts.contains_key(name) {
-                self.actions.push(super::Action::Note(super::Note::Conflict(conflict.clone())));
+                self.actions
+                    .push(super::Action::Note(super::Note::Conflict(conflict.clone())));
             }
         }
         self.conflicts = names;
@@ -247,7 +263,10 @@ impl Tracker {
                 }
             }
         }
-        let news = first.into_iter().filter(|pin| self.pins.first(pin.clone())).count();
+        let news = first
+            .into_iter()
+            .filter(|pin| self.pins.first(pin.clone()))
+            .count();
         if news > 0 {
             self.actions.push(super::Action::KeepPins);
         }
@@ -259,11 +278,16 @@ impl Tracker {
             return;
         };
         let mut news = false;
-        for (errand, _) in self.errands.iter().filter(|(_, errand)| errand.node == node) {
+        for (errand, _) in self
+            .errands
+            .iter()
+            .filter(|(_, errand)| errand.node == node)
+        {
             let super::Key::Name(name) = errand else {
                 continue;
             };
-            let named = |held: &&super::Held| held.names.iter().any(|own| own.eq_ignore_ascii_case(name));
+            let named =
+                |held: &&super::Held| held.names.iter().any(|own| own.eq_ignore_ascii_case(name));
             let found = entry.held.iter().find(|(_, held)| named(held));
             if let Some((fingerprint, _)) = found {
                 news |= self.pins.first(pin(name, fingerprint, &entry.name, node));

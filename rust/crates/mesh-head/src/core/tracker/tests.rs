@@ -459,10 +459,20 @@ fn the_first_model_that_is_got_under_a_name_keeps_it() {
     world.hold("d", 'b', PieceSet::all(4));
     assert_eq!(world.told("b").fingerprint, fingerprint('a'));
     assert!(world.told("b").disputed);
-    let conflicts: Vec<_> = world.notes.iter().filter(|n| matches!(n, Note::Conflict(_))).collect();
+    let conflicts: Vec<_> = world
+        .notes
+        .iter()
+        .filter(|n| matches!(n, Note::Conflict(_)))
+        .collect();
     assert_eq!(conflicts.len(), 1, "{conflicts:?}");
     let advice = world.tracker.conflicts()[0].advice();
-    for part in ["`M`", "2 different models", "(a)", "(c, d)", "models pins set"] {
+    for part in [
+        "`M`",
+        "2 different models",
+        "(a)",
+        "(c, d)",
+        "models pins set",
+    ] {
         assert!(advice.contains(part), "{part}: {advice}");
     }
     // With its holder gone it keeps the name: nothing else is told under it.
@@ -486,7 +496,9 @@ fn a_model_that_a_worker_refuses_is_not_told_to_it_again() {
     world.seek("b", "m");
     assert_eq!(world.told("b").fingerprint, fingerprint('f'));
     // The hub has another one under that name: somebody gets it.
-    world.say("b", |models| models.sought[0].refused = vec![fingerprint('f'), "x".into()]);
+    world.say("b", |models| {
+        models.sought[0].refused = vec![fingerprint('f'), "x".into()]
+    });
     assert_eq!(world.told("b").fingerprint, "");
     assert_eq!(world.errand(), Some("b"));
     // Whoever cannot ask the hub does not get what is in doubt.
@@ -494,7 +506,9 @@ fn a_model_that_a_worker_refuses_is_not_told_to_it_again() {
     assert!(world.told("c").disputed);
     assert_eq!(world.tracker.conflicts()[0].refused_by, ["b"]);
     world.hold("b", 'a', PieceSet::all(4));
-    world.say("c", |models| models.sought[0].refused = vec![fingerprint('f')]);
+    world.say("c", |models| {
+        models.sought[0].refused = vec![fingerprint('f')]
+    });
     assert_eq!(world.told("c").fingerprint, fingerprint('a'));
 }
 
@@ -504,7 +518,10 @@ fn who_has_the_errand_gives_the_name_its_meaning() {
     world.seek("a", "m");
     assert_eq!(world.errand(), Some("a"));
     world.hold("a", 'a', PieceSet::all(4));
-    assert_eq!(world.tracker.pins().get("m").unwrap().fingerprint, fingerprint('a'));
+    assert_eq!(
+        world.tracker.pins().get("m").unwrap().fingerprint,
+        fingerprint('a')
+    );
 }
 
 #[test]
@@ -529,4 +546,18 @@ fn pins_have_bounds_for_each_node_and_in_all() {
     assert_eq!(world.tracker.pins().list().count(), 4096);
     assert!(world.tracker.pin("one-more", &fingerprint('a')).is_err());
     world.tracker.pin("n1", &fingerprint('b')).unwrap();
+}
+
+#[test]
+fn what_workers_say_of_themselves_breaks_no_advice() {
+    let conflict = super::Conflict {
+        name: "a\nb".into(),
+        claims: [("äöüäöüäöüäöüäöü".to_owned(), vec!["x\u{1b}".to_owned()])].into(),
+        pinned: None,
+        decided: false,
+        refused_by: Vec::new(),
+    };
+    let advice = conflict.advice();
+    assert!(advice.contains("äöüäöüäöüäöü (x )"), "{advice}");
+    assert!(!advice.chars().any(char::is_control), "{advice}");
 }
