@@ -21,7 +21,7 @@ pub(super) const STACK: usize = 64 << 20;
 pub(super) fn check(source: &str) -> Result<(), String> {
     let whitespace = WhitespaceConfig::default();
     let (mut operators, mut elifs, mut begins) = (0, 0, false);
-    for token in tokenize(source, false, SyntaxConfig::default(), whitespace) {
+    for token in tokenize(source, false, SyntaxConfig, whitespace) {
         // The parser will say what is wrong, and gets no further.
         let Ok((token, span)) = token else {
             return Ok(());
