@@ -156,6 +156,16 @@ in
       '';
     };
 
+    trustedModelKeys = mkOption {
+      type = types.listOf (types.either types.nonEmptyStr types.path);
+      default = [ ];
+      example = [ "/etc/hydramesh/operator.pem.pub" ];
+      description = ''
+        Files with the public keys of those who sign models, as `hydramesh models key` makes them. What such a key signed is taken from
+        other workers where the hub cannot be asked. With `settings.worker.store.require_signature = true` nothing else is taken.
+      '';
+    };
+
     reservedFor = mkOption {
       type = types.listOf (
         types.enum [

@@ -164,6 +164,9 @@ in
           dcf.listen = mkDefault (join "::" cfg.ports.worker.dcf);
           ring.listen = mkDefault (join "::" cfg.ports.worker.ring);
         }
+        (mkIf (cfg.trustedModelKeys != [ ]) {
+          store.trusted_keys = mkDefault (map (key: "${key}") cfg.trustedModelKeys);
+        })
         (mkIf (cfg.headAddress != null) {
           head = mkDefault (join head.host (if head.port == null then 7780 else head.port));
         })

@@ -92,6 +92,7 @@ let
         "models"
         "openFirewall"
         "reservedFor"
+        "trustedModelKeys"
         "rocmOverrideGfx"
         "shards"
       ] same

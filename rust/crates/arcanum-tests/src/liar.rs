@@ -17,6 +17,17 @@ use mesh_testkit::Mesh;
 use prost::Message as _;
 use tokio::task::JoinSet;
 
+/// What a [`Liar`] says that it has, and what it sends.
+#[derive(Debug)]
+pub struct Lie {
+    /// The manifest that it gives.
+    pub manifest: Manifest,
+    /// What it says the model is called.
+    pub names: Vec<String>,
+    /// A folder with the files that it sends pieces of; zeros without one.
+    pub files: Option<std::path::PathBuf>,
+}
+
 /// It is there until it is dropped.
 #[derive(Debug)]
 pub struct Liar {
@@ -31,6 +42,20 @@ impl Liar {
     /// # Errors
     /// If the mesh does not take it in.
     pub async fn join(mesh: &Mesh, name: &str, manifest: Manifest) -> Result<Self> {
+        let lie = Lie {
+            names: vec![manifest.name.clone()],
+            manifest,
+            files: None,
+        };
+        Self::join_with(mesh, name, lie).await
+    }
+
+    /// Joins the mesh as `name` with this lie.
+    ///
+    /// # Errors
+    /// If the mesh does not take it in.
+    pub async fn join_with(mesh: &Mesh, name: &str, lie: Lie) -> Result<Self> {
+        let manifest = &lie.manifest;
         let state = tempfile::tempdir()?;
         let head = mesh.head.address("quic")?;
         let token = mesh.join_token().await?;
@@ -56,7 +81,7 @@ impl Liar {
         let pieces = manifest.pieces().count() as u32;
         let held = HeldModel {
             fingerprint: manifest.fingerprint().to_string(),
-            names: vec![manifest.name.clone()],
+            names: lie.names.clone(),
             bytes: manifest.bytes(),
             pieces: Some(all(pieces)),
             signed: false,
@@ -70,7 +95,7 @@ impl Liar {
         let sent = Arc::new(AtomicU64::new(0));
         let mut tasks = JoinSet::new();
         tasks.spawn(stay(link, control));
-        tasks.spawn(serve(listener, Arc::new(manifest), sent.clone()));
+        tasks.spawn(serve(listener, Arc::new(lie), sent.clone()));
         Ok(Liar {
             sent,
             _tasks: tasks,
@@ -100,24 +125,25 @@ async fn stay(link: Link, mut control: MsgStream) {
     }
 }
 
-async fn serve(listener: Listener, manifest: Arc<Manifest>, sent: Arc<AtomicU64>) {
+async fn serve(listener: Listener, lie: Arc<Lie>, sent: Arc<AtomicU64>) {
     let mut tasks = JoinSet::new();
     while let Some(link) = listener.accept().await {
-        let (manifest, sent) = (manifest.clone(), sent.clone());
+        let (lie, sent) = (lie.clone(), sent.clone());
         tasks.spawn(async move {
             let mut streams = JoinSet::new();
             while let Ok(stream) = link.accept().await {
-                let (manifest, sent) = (manifest.clone(), sent.clone());
+                let (lie, sent) = (lie.clone(), sent.clone());
                 streams.spawn(async move {
                     // It ends when the other side has had enough.
-                    let _ = answer(stream, &manifest, &sent).await;
+                    let _ = answer(stream, &lie, &sent).await;
                 });
             }
         });
     }
 }
 
-async fn answer(mut stream: MsgStream, manifest: &Manifest, sent: &AtomicU64) -> Result<()> {
+async fn answer(mut stream: MsgStream, lie: &Lie, sent: &AtomicU64) -> Result<()> {
+    let manifest = &lie.manifest;
     while let Some(asked) = stream.recv().await? {
         match asked.kind {
             MsgType::MANIFEST_REQUEST => {
@@ -140,9 +166,13 @@ async fn answer(mut stream: MsgStream, manifest: &Manifest, sent: &AtomicU64) ->
                 let asked = PieceRequest::decode(asked.payload)?;
                 let id = manifest.pieces().nth(asked.piece as usize);
                 let found = id.and_then(|id| manifest.piece(id));
-                let (_, described) = found.context("no such piece")?;
+                let (file, described) = found.context("no such piece")?;
                 // Zeros: of the right length, and no piece of a model.
-                let data = vec![0; described.bytes as usize];
+                let mut data = vec![0; described.bytes as usize];
+                if let Some(folder) = &lie.files {
+                    let file = std::fs::File::open(folder.join(&file.path))?;
+                    std::os::unix::fs::FileExt::read_exact_at(&file, &mut data, described.offset)?;
+                }
                 for (index, block) in data.chunks(BLOCK).enumerate() {
                     let part = PieceData {
                         piece: asked.piece,

@@ -11,7 +11,7 @@ use clap::{Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 use mesh_probe::{Backend, Wish};
 
-pub use models::{ModelsArgs, ModelsCommand, PlacesArgs};
+pub use models::{ModelsArgs, ModelsCommand, PinsCommand, PlacesArgs};
 pub use pull::PullArgs;
 
 const EXIT_CODES: &str = "\
@@ -138,7 +138,7 @@ pub struct HeadArgs {
     #[arg(long, global = true, value_name = "FILE", env = "HYDRAMESH_API_KEY_FILE", value_hint = ValueHint::FilePath)]
     pub api_key_file: Option<PathBuf>,
 
-    /// File with the head's admin key, for plan, drain, undrain, rebalance, nodes and token [default: admin.key in the head's state folder]
+    /// File with the head's admin key, for plan, drain, undrain, rebalance, nodes, token and models pins [default: admin.key in the head's state folder]
     #[arg(long, global = true, value_name = "FILE", env = "HYDRAMESH_ADMIN_KEY_FILE", value_hint = ValueHint::FilePath)]
     pub admin_key_file: Option<PathBuf>,
 

@@ -70,7 +70,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             Command::Drain(args) => rings::drain(head, args).await,
             Command::Undrain(args) => rings::undrain(head, args).await,
             Command::Rebalance(args) => rings::rebalance(head, args).await,
-            Command::Models(args) => models::run(args.command).await,
+            Command::Models(args) => models::run(head, args.command).await,
             Command::Nodes(args) => nodes::run(head, args.command).await,
             Command::Token(args) => token::run(head, args.command).await,
             Command::Bench(args) => bench::run(head, args).await,

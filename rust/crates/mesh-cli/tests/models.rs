@@ -274,3 +274,20 @@ fn embedding_models_are_listed_and_shown_as_such() {
     assert_eq!(shown["where"], "store", "{shown}");
     assert_eq!(shown["dimensions"], 32, "{shown}");
 }
+
+#[test]
+fn a_model_whose_chat_template_is_nested_without_end_is_shown() {
+    let home = Home::new();
+    let folder = home.path("local-models/nested");
+    let model = mesh_model::Model::open(home.path("local-models/tiny-q4.gguf")).unwrap();
+    synth::write_folder(&model, mesh_model::safetensors::Dtype::F32, 1, &folder).unwrap();
+    for template in [
+        format!("{{{{ {}1 }}}}", "-".repeat(6_000)),
+        format!("{{{{ {}x }}}}", "not ".repeat(20_000)),
+        "{{ 'x' * 9999999 }}".repeat(10_000),
+    ] {
+        std::fs::write(folder.join("chat_template.jinja"), template).unwrap();
+        let shown = home.json(&["show", "nested"]);
+        assert_eq!(shown["chat_template"], true, "{shown}");
+    }
+}

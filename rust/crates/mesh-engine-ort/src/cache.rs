@@ -18,7 +18,7 @@ use std::hash::Hasher;
 use std::io::{self, BufWriter};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use mesh_model::file::{Data, FileError};
 use mesh_model::gguf::Writer;
@@ -34,8 +34,6 @@ const VERSION: u32 = 1;
 const CHECKSUM: &str = "hydramesh.checksum";
 /// Free disk space that is left alone.
 const SPARE: u64 = 1 << 30;
-/// A file under its temporary name that is older than this was left behind by a process that died.
-const STALE: Duration = Duration::from_secs(3600);
 
 /// Where quantised weights are kept, and how many bytes of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -117,7 +115,9 @@ impl Entry {
         self.make_room(bytes)?;
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let temporary = path.with_extension(format!("{}-{number}.tmp", std::process::id()));
-        let written = write_file(&temporary, matrices).and_then(|()| fs::rename(&temporary, path));
+        // As long as the file is open it is locked, and no leftover.
+        let written =
+            write_file(&temporary, matrices).and_then(|_file| fs::rename(&temporary, path));
         if written.is_err() {
             let _ = fs::remove_file(&temporary);
         }
@@ -169,7 +169,7 @@ impl Entry {
     }
 }
 
-fn write_file(path: &Path, matrices: &[Quantised]) -> io::Result<()> {
+fn write_file(path: &Path, matrices: &[Quantised]) -> io::Result<File> {
     let mut writer = Writer::new();
     writer.key(
         CHECKSUM,
@@ -188,12 +188,16 @@ fn write_file(path: &Path, matrices: &[Quantised]) -> io::Result<()> {
     for matrix in matrices {
         writer.tensor(&matrix.name, matrix.ty, &matrix.dims);
     }
-    let mut out = BufWriter::with_capacity(1 << 20, File::create_new(path)?);
+    let file = File::create_new(path)?;
+    file.lock()?;
+    let mut out = BufWriter::with_capacity(1 << 20, file);
     let mut data = matrices.iter();
     writer.write(&mut out, |_, _, _, out| {
         out.write_all(data.next().map_or(&[], |matrix| &matrix.data))
     })?;
-    out.into_inner()?.sync_all()
+    let file = out.into_inner()?;
+    file.sync_all()?;
+    Ok(file)
 }
 
 fn checksum_of(gguf: &Gguf) -> Result<u64, FileError> {
@@ -226,15 +230,16 @@ fn size(folder: &Path) -> u64 {
         let Ok(metadata) = item.metadata() else {
             continue;
         };
-        let age = metadata
-            .modified()
-            .ok()
-            .and_then(|time| time.elapsed().ok());
         let temporary = item
             .path()
             .extension()
             .is_some_and(|extension| extension == "tmp");
-        if temporary && age.is_some_and(|age| age > STALE) {
+        // Whoever writes one has it locked.
+        let abandoned = || {
+            let file = mesh_model::file::open_regular(&item.path());
+            file.is_ok_and(|file| file.try_lock().is_ok())
+        };
+        if temporary && abandoned() {
             let _ = fs::remove_file(item.path());
             continue;
         }
@@ -312,7 +317,7 @@ mod tests {
         let bytes = size(&one.folder);
         assert!((100..limit / 3).contains(&bytes), "{bytes}");
         let aged = |entry: &Entry, seconds| {
-            let time = SystemTime::now() - Duration::from_secs(seconds);
+            let time = SystemTime::now() - std::time::Duration::from_secs(seconds);
             File::open(&entry.folder)
                 .unwrap()
                 .set_modified(time)

@@ -26,6 +26,7 @@ pub mod legacy;
 pub mod links;
 pub mod mesh;
 pub mod metrics;
+mod pins;
 pub mod task;
 pub mod worker_bus;
 

@@ -29,11 +29,12 @@ use crate::core::registry::{Finding, Proof, Registry, ServedModel, TokenClock, W
 use crate::core::rings::{Arrival, Prospect, Rings};
 use crate::core::router::Ask;
 use crate::core::spotcheck::{Sample, Standing as Checked};
-use crate::core::tracker::Tracker;
+use crate::core::tracker::{Conflict, Tracker};
 use crate::drains;
 use crate::ids;
 use crate::legacy::{Exchange, LegacyWorker};
 use crate::metrics::HeadMetrics;
+use crate::pins::PinsFile;
 use crate::worker_bus::{BusSender, Sessions};
 
 pub use rings::Standing;
@@ -72,6 +73,7 @@ pub struct Mesh {
     ring_changes: watch::Sender<()>,
     /// Held while the list of drained workers is written.
     saving: tokio::sync::Mutex<()>,
+    pins_file: PinsFile,
 }
 
 #[derive(Debug)]
@@ -79,6 +81,8 @@ struct State {
     placement: Placement,
     rings: Rings,
     tracker: Tracker,
+    /// Names under which workers serve different models.
+    mixed: BTreeSet<String>,
     duplicates: Duplicates,
     /// Time of the last check of the links.
     links_seen: Option<Instant>,
@@ -159,10 +163,12 @@ impl Mesh {
         );
         let mut rings = Rings::new(config.ring_settings(), rings::first_ring());
         rings.stay_drained(drains::load(&config.state_dir), Instant::now());
+        let pins_file = PinsFile::new(&config.state_dir);
         let state = State {
             placement,
             rings,
-            tracker: Tracker::new(),
+            tracker: Tracker::new().with_pins(pins_file.load()),
+            mixed: BTreeSet::new(),
             duplicates: Duplicates::default(),
             links_seen: None,
             gauged: None,
@@ -188,6 +194,7 @@ impl Mesh {
             state: Mutex::new(state),
             ring_changes: watch::Sender::new(()),
             saving: tokio::sync::Mutex::default(),
+            pins_file,
         })
     }
 
@@ -381,6 +388,7 @@ impl Mesh {
         );
         let list = self.expelled_message();
         self.order(&mut state, id, link.node_id(), list, now);
+        self.note_mixed(&mut state);
         self.turn(&mut state, now);
         id
     }
@@ -437,6 +445,8 @@ impl Mesh {
         let mut state = self.lock();
         let duplicates = state.duplicates.view(Instant::now());
         let mut warnings: Vec<String> = duplicates.iter().map(Duplicate::advice).collect();
+        let conflicts = self.name_conflicts(&state);
+        warnings.extend(conflicts.iter().map(Conflict::advice));
         if clock::is_implausible(SystemTime::now()) {
             warnings.push(format!(
                 "this head's clock says {}, which is wrong; set it, for example with `timedatectl set-ntp true`",
@@ -484,6 +494,7 @@ impl Mesh {
         let mut state = self.lock();
         state.peers.remove(&id);
         let left = state.placement.leave(id, now);
+        self.note_mixed(&mut state);
         if let Some(node) = left.as_ref().and_then(Worker::node_id) {
             state.rings.left(node, "its link is closed", now);
             state.tracker.left(node);
@@ -578,6 +589,10 @@ impl Mesh {
         };
         let old = [Version::V5_0, Version::V5_1].map(|version| (version, speak(Some(version))));
         self.metrics.workers(speak(None), old);
+        let conflicts = state.tracker.conflicts().len() + state.mixed.len();
+        self.metrics
+            .name_conflicts
+            .set(i64::try_from(conflicts).unwrap_or(i64::MAX));
         drop(state);
 
         for worker in pruned {

@@ -134,6 +134,9 @@ pub struct HeadMetrics {
     gaps: Family<ModelLabel, Histogram, fn() -> Histogram>,
     rings: RingGauges,
     bad_sources: Family<WorkerLabel, Counter>,
+    /// Names that several models claim now.
+    pub name_conflicts: Gauge,
+    name_conflicts_found: Counter,
     duplicates: Family<WorkerLabel, Counter>,
     faults: Family<WorkerLabel, Counter>,
     quarantines: Family<WorkerLabel, Counter>,
@@ -165,6 +168,8 @@ impl HeadMetrics {
             gaps: Family::new_with_constructor(|| Histogram::new(DURATIONS)),
             rings: RingGauges::default(),
             bad_sources: Family::default(),
+            name_conflicts: Gauge::default(),
+            name_conflicts_found: Counter::default(),
             duplicates: Family::default(),
             faults: Family::default(),
             quarantines: Family::default(),
@@ -268,6 +273,16 @@ impl HeadMetrics {
             this.bad_sources.clone(),
         );
         registry.register(
+            "model_name_conflicts",
+            "Names that several different models claim now",
+            this.name_conflicts.clone(),
+        );
+        registry.register(
+            "model_name_conflicts_found",
+            "Times that a second model claimed a name",
+            this.name_conflicts_found.clone(),
+        );
+        registry.register(
             "duplicate_identities",
             "Connections refused because another machine is connected with the same identity, by worker",
             this.duplicates.clone(),
@@ -349,6 +364,11 @@ impl HeadMetrics {
         self.quarantines
             .get_or_create(&WorkerLabel { worker })
             .inc();
+    }
+
+    /// A second model claims a name.
+    pub fn name_conflict(&self) {
+        self.name_conflicts_found.inc();
     }
 
     /// A second machine with the identity of this worker was refused.

@@ -4,6 +4,7 @@
 //! - [`Hub::open`] pins a revision to its commit and lists the files; [`choose`] picks those that a model needs;
 //! - [`Hub::fetch`] brings ranges of a file into a [`Sink`]: retries with pauses, goes on where it was cut off, checks that it is
 //!   the same file still;
+//! - [`Hub::expected`] tells what a model consists of, for bytes that come from elsewhere;
 //! - [`pull`] brings a model, or the layers that are wanted of it, into a [`mesh_store::Store`].
 //!
 //! The pauses between attempts are decided by [`Retry`], which has no clock of its own. What is fetched is checked against the digests that
@@ -16,6 +17,7 @@ mod cache;
 mod choose;
 mod client;
 mod error;
+mod expected;
 mod fetch;
 mod listing;
 mod name;
@@ -27,6 +29,7 @@ mod settings;
 pub use choose::{Chosen, Format, choose};
 pub use client::Hub;
 pub use error::HubError;
+pub use expected::{Expected, Unchecked};
 pub use fetch::{Sink, Watch};
 pub use listing::{Repo, RepoFile};
 pub use name::HubName;

@@ -21,6 +21,7 @@ use crate::fetch::Watch;
 use crate::listing::{Repo, RepoFile};
 use crate::name::HubName;
 use crate::partial;
+pub(crate) use held::git_blob_id;
 use held::{Flusher, Held, complete, copy};
 use known::{find, manifest_of, to_open};
 
@@ -81,6 +82,9 @@ pub async fn pull(
     }
     let repo = hub.open(&name.repo, name.revision(), &*watch).await?;
     let chosen = chosen(hub, &repo, name, &*watch).await?;
+    // Files that are whole are of no model until all are.
+    let at = store.clone();
+    let _work = blocking(move || at.work()).await?;
     let mut pull = Pull {
         hub,
         store,
@@ -98,7 +102,7 @@ pub async fn pull(
 }
 
 /// The files that `name` means, with their lengths.
-async fn chosen(
+pub(crate) async fn chosen(
     hub: &Hub,
     repo: &Repo,
     name: &HubName,

@@ -1,10 +1,11 @@
 //! Chat templates: a conversation to the prompt text that a model was trained on.
 
+mod depth;
 mod functions;
 mod guard;
 mod python;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use minijinja::{Environment, ErrorKind, Value, context};
 use serde::{Deserialize, Serialize};
@@ -151,11 +152,16 @@ const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['
 /// stopped after a number of steps and bytes of output. A step may still take as much memory as the texts it puts together: who
 /// runs templates of strangers does so in a process that the system limits, as workers do.
 ///
+/// A model's template is parsed when it is first rendered, and nowhere else: parsing, too, takes what the source makes it take, as
+/// constants are computed then. What would overflow the stack is refused before.
+///
 /// Text of clients never becomes a control token, see [`ChatTemplate::write`].
 #[derive(Debug, Clone)]
 pub struct ChatTemplate {
-    /// The error instead, if the source does not parse.
-    environment: Result<Arc<Environment<'static>>, Arc<str>>,
+    /// Empty until it is parsed; the error instead, if the source does not parse.
+    parsed: Arc<OnceLock<Result<Environment<'static>, Arc<str>>>>,
+    /// Seconds after 1970 began, where the clock stands still.
+    clock: Option<u64>,
     guard: Arc<Guard>,
     source: Arc<str>,
     fallback: bool,
@@ -185,8 +191,7 @@ fn fallback(tokenizer: &Tokenizer) -> &'static str {
 
 impl ChatTemplate {
     /// The template in `tokenizer.chat_template`; if there is none, Gemma's format for a tokenizer with Gemma's turns, else
-    /// ChatML, see [`ChatTemplate::is_fallback`]. One that does not parse refuses all conversations, see
-    /// [`ChatTemplate::problem`].
+    /// ChatML, see [`ChatTemplate::is_fallback`]. One that does not parse refuses all conversations when it is rendered.
     pub fn from_gguf(gguf: &Gguf, tokenizer: &Tokenizer) -> Self {
         match gguf.string("tokenizer.chat_template") {
             Ok(source) => Self::of(source, tokenizer),
@@ -201,11 +206,8 @@ impl ChatTemplate {
             None => String::new(),
         };
         let written = source.unwrap_or_else(|| fallback(tokenizer));
-        let mut template = Self::new(written, &text(tokenizer.bos()), &text(tokenizer.eos()))
-            .unwrap_or_else(|error| match error {
-                ChatError::Invalid { message } => Self::broken(written, &message),
-                error => Self::broken(written, &error.to_string()),
-            });
+        let unparsed = Self::unparsed(written, &text(tokenizer.bos()), &text(tokenizer.eos()));
+        let mut template = unparsed.unwrap_or_else(|error| Self::broken("", &error.to_string()));
         template.fallback = source.is_none();
         template.guard = Arc::new(Guard::new(tokenizer.structural(written)));
         template
@@ -214,7 +216,8 @@ impl ChatTemplate {
     /// One that refuses everything, and why.
     fn broken(source: &str, problem: &str) -> Self {
         ChatTemplate {
-            environment: Err(problem.into()),
+            parsed: Arc::new(OnceLock::from(Err(problem.into()))),
+            clock: None,
             guard: Arc::default(),
             source: source.into(),
             fallback: false,
@@ -223,24 +226,43 @@ impl ChatTemplate {
         }
     }
 
-    /// The same with a clock that stands still, `seconds` after 1970 began.
-    ///
-    /// # Panics
-    /// If the template is in use already.
-    #[must_use]
-    pub fn at(mut self, seconds: u64) -> Self {
-        if let Ok(environment) = &mut self.environment {
-            let environment = Arc::get_mut(environment).expect("not in use yet");
-            environment.add_function("strftime_now", move |format: &str| {
-                functions::strftime(format, seconds)
+    fn unparsed(source: &str, bos: &str, eos: &str) -> Result<Self, ChatError> {
+        if source.len() > MAX_TEMPLATE {
+            return Err(ChatError::TooLong {
+                bytes: source.len(),
+                limit: MAX_TEMPLATE,
             });
         }
+        Ok(ChatTemplate {
+            parsed: Arc::default(),
+            clock: None,
+            guard: Arc::default(),
+            source: source.into(),
+            fallback: false,
+            bos: bos.into(),
+            eos: eos.into(),
+        })
+    }
+
+    /// The same with a clock that stands still, `seconds` after 1970 began.
+    #[must_use]
+    pub fn at(mut self, seconds: u64) -> Self {
+        self.clock = Some(seconds);
+        self.parsed = Arc::default();
         self
     }
 
-    /// The reason why no conversation can be rendered, if the template does not parse.
+    /// The reason why no conversation can be rendered, if the template does not parse. Parses it in this process: who does not
+    /// trust it asks where it is rendered.
     pub fn problem(&self) -> Option<&str> {
-        self.environment.as_ref().err().map(|problem| &**problem)
+        self.environment().err()
+    }
+
+    fn environment(&self) -> Result<&Environment<'static>, &str> {
+        let parsed = self
+            .parsed
+            .get_or_init(|| parse(&self.source, self.clock).map_err(|message| message.into()));
+        parsed.as_ref().map_err(|problem| &**problem)
     }
 
     /// Names of control tokens that the text of clients must not become, beside those of the model's tokenizer.
@@ -255,36 +277,13 @@ impl ChatTemplate {
     /// # Errors
     /// If the template does not parse.
     pub fn new(source: &str, bos: &str, eos: &str) -> Result<Self, ChatError> {
-        if source.len() > MAX_TEMPLATE {
-            return Err(ChatError::TooLong {
-                bytes: source.len(),
-                limit: MAX_TEMPLATE,
-            });
+        let template = Self::unparsed(source, bos, eos)?;
+        match template.problem() {
+            None => Ok(template),
+            Some(problem) => Err(ChatError::Invalid {
+                message: problem.to_owned(),
+            }),
         }
-        let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
-        environment.set_fuel(Some(FUEL));
-        environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-        environment.set_unknown_method_callback(python::method);
-        environment.set_formatter(|out, _, value| match value.is_undefined() {
-            true => Ok(()),
-            false => out.write_str(&python::text(value)).map_err(Into::into),
-        });
-        functions::install(&mut environment);
-        environment
-            .add_template_owned(NAME, python::prepared(source))
-            .map_err(|error| ChatError::Invalid {
-                message: error.to_string(),
-            })?;
-        Ok(ChatTemplate {
-            environment: Ok(Arc::new(environment)),
-            guard: Arc::default(),
-            source: source.into(),
-            fallback: false,
-            bos: bos.into(),
-            eos: eos.into(),
-        })
     }
 
     /// Whether the model file brings no template, so that one is used that the model may never have seen.
@@ -380,9 +379,8 @@ impl ChatTemplate {
     /// # Errors
     /// As [`write`](Self::write).
     pub fn render_raw(&self, request: &RenderRequest) -> Result<String, ChatError> {
-        let environment = self.environment.as_ref();
-        let environment = environment.map_err(|problem| ChatError::Invalid {
-            message: problem.to_string(),
+        let environment = self.environment().map_err(|problem| ChatError::Invalid {
+            message: problem.to_owned(),
         })?;
         let template = environment.get_template(NAME).map_err(render_error)?;
         let mut output = BoundedOutput::default();
@@ -404,6 +402,47 @@ impl ChatTemplate {
             message: error.to_string(),
         })
     }
+}
+
+/// Parses a template, on a stack of its own that is deep enough for all that [`depth`] lets pass.
+fn parse(source: &str, clock: Option<u64>) -> Result<Environment<'static>, String> {
+    let source = python::prepared(source);
+    depth::check(&source)?;
+    let work = move || {
+        let mut environment = environment(clock);
+        let added = environment.add_template_owned(NAME, source);
+        added
+            .map(|()| environment)
+            .map_err(|error| error.to_string())
+    };
+    let parsing = std::thread::Builder::new()
+        .name("chat-template".into())
+        .stack_size(depth::STACK)
+        .spawn(work);
+    let parsed = parsing.map_err(|error| format!("it cannot be parsed now: {error}"))?;
+    let failed = |_| Err("the template engine failed to parse it".to_owned());
+    parsed.join().unwrap_or_else(failed)
+}
+
+/// The template engine as `transformers` sets Jinja up.
+fn environment(clock: Option<u64>) -> Environment<'static> {
+    let mut environment = Environment::new();
+    environment.set_trim_blocks(true);
+    environment.set_lstrip_blocks(true);
+    environment.set_fuel(Some(FUEL));
+    environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+    environment.set_unknown_method_callback(python::method);
+    environment.set_formatter(|out, _, value| match value.is_undefined() {
+        true => Ok(()),
+        false => out.write_str(&python::text(value)).map_err(Into::into),
+    });
+    functions::install(&mut environment);
+    if let Some(seconds) = clock {
+        environment.add_function("strftime_now", move |format: &str| {
+            functions::strftime(format, seconds)
+        });
+    }
+    environment
 }
 
 /// Puts a sentinel at the end of the last message, by which [`up_to_end`] finds it. A blank follows it, as in `transformers`: a

@@ -169,3 +169,31 @@ fn a_folder_that_says_something_else_is_refused_by_name() {
         assert!(error.contains(named), "{named}: {error}");
     }
 }
+
+#[test]
+fn no_text_becomes_a_control_token() {
+    let folder = mesh_testkit::paths::minilm().unwrap();
+    let model = mesh_model::EncoderModel::open(folder).unwrap();
+    let inner = |text: &str| {
+        let tokens = model.tokenise(text, None).unwrap().tokens;
+        tokens[1..tokens.len() - 1].to_vec()
+    };
+    // [PAD], [CLS], [SEP], [MASK].
+    let control = [0, 101, 102, 103];
+    let whole = model.tokenise("a", None).unwrap().tokens;
+    assert_eq!((whole[0], whole[whole.len() - 1]), (101, 102));
+    for text in [
+        "[SEP]",
+        "[CLS] a [SEP] b",
+        "a[SEP]b[MASK]",
+        "[PAD][PAD]",
+        "[sep] [ SEP ]",
+    ] {
+        let tokens = inner(text);
+        assert!(!tokens.is_empty(), "{text}");
+        assert!(
+            !tokens.iter().any(|token| control.contains(token)),
+            "{text}: {tokens:?}"
+        );
+    }
+}

@@ -92,6 +92,9 @@ pub struct SoughtModel {
     /// Bytes that it needs; 0 while they are unknown.
     #[prost(uint64, tag = "9")]
     pub bytes_total: u64,
+    /// Manifests of that name that it will not take, as the hub has others under it.
+    #[prost(string, repeated, tag = "10")]
+    pub refused: Vec<String>,
 }
 
 /// A worker that sent something else than the manifest says.
@@ -138,6 +141,12 @@ pub struct ModelSources {
     /// With `origin`: pieces that others seek and nobody has; it is to get them, too.
     #[prost(message, optional, tag = "6")]
     pub for_others: Option<Pieces>,
+    /// SHA-256 of the manifest that this head keeps that name for; empty if it keeps none.
+    #[prost(string, tag = "7")]
+    pub pin: String,
+    /// Several manifests go by that name, and no operator has decided between them.
+    #[prost(bool, tag = "8")]
+    pub disputed: bool,
 }
 
 /// Asks another worker for a model's manifest (DCF 0x52), first message of its stream; answered by [`ManifestReply`] or Error.

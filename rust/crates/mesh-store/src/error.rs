@@ -80,6 +80,12 @@ pub enum StoreError {
         /// The folder.
         path: PathBuf,
     },
+    /// One of the store's folders that somebody else made.
+    #[error("{} belongs to another user, who may have put anything there: remove it, or keep the store elsewhere", path.display())]
+    Foreign {
+        /// The folder.
+        path: PathBuf,
+    },
     /// A manifest or signatures in the store that are no longer what was written.
     #[error("{} is damaged: {reason}", path.display())]
     Damaged {

@@ -40,4 +40,4 @@ pub use room::{GcReport, Limits};
 pub use signature::{
     Policy, PublicKey, Signature, SignatureError, SignedManifest, SigningKey, Verdict,
 };
-pub use store::{Begun, Contents, DamagedModel, Pin, Presence, Store, StoredModel};
+pub use store::{Begun, Contents, DamagedModel, Named, Pin, Presence, Store, StoredModel, Work};

@@ -6,10 +6,10 @@
 //! a power loss it may know of less than there is, never of more.
 
 use std::fmt;
-use std::fs::{File, OpenOptions};
-use std::io;
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 
@@ -96,13 +96,7 @@ impl PartialFile {
         let path = store.partial_path(&key);
         let map = have_path(&path);
         let io = |action| StoreError::io(action, &path);
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(io("open"))?;
+        let file = files::open_to_write(&path, store.owner()).map_err(io("open"))?;
         match file.try_lock() {
             Ok(()) => {}
             Err(std::fs::TryLockError::WouldBlock) => {
@@ -287,7 +281,12 @@ impl PartialFile {
         self.file
             .sync_all()
             .map_err(StoreError::io("write", &path))?;
-        let found = Digest::of_file(&path).map_err(StoreError::io("read", &path))?;
+        // Of this file, whatever lies at its path by now.
+        let mut reader = &self.file;
+        let found = reader
+            .seek(SeekFrom::Start(0))
+            .and_then(|_| Digest::of_reader(reader))
+            .map_err(StoreError::io("read", &path))?;
         let wanted = match self.key {
             PartialKey::Blob(digest) => Some(digest),
             PartialKey::Source(_) => wanted,
@@ -307,6 +306,13 @@ impl PartialFile {
             self.file
                 .set_permissions(std::fs::Permissions::from_mode(0o444))?;
             // Over a blob that is there already: it has the same bytes.
+            let hashed = self.file.metadata()?;
+            let there = std::fs::symlink_metadata(&path)?;
+            if (there.dev(), there.ino()) != (hashed.dev(), hashed.ino()) {
+                return Err(io::Error::other(
+                    "another file lies there than the one that was written: see who can write to the store's folder",
+                ));
+            }
             std::fs::rename(&path, &blob)?;
             files::sync_parent(&blob)?;
             files::remove(&have_path(&path))?;

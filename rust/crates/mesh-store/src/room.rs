@@ -1,10 +1,10 @@
 //! Room: what may be stored, what goes for it, and what nobody needs any more.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use mesh_model::file::open_regular;
 use nix::sys::statvfs::statvfs;
 
 use crate::digest::Digest;
@@ -12,7 +12,7 @@ use crate::error::{NoRoom, StoreError};
 use crate::files;
 use crate::manifest::Manifest;
 use crate::partial::{HaveMap, PartialKey, have_path};
-use crate::store::{Store, allocated, open_lock};
+use crate::store::{Store, WORK, allocated};
 
 /// How full a store may become.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -304,13 +304,18 @@ impl Store {
         survey: &Survey,
         now: SystemTime,
     ) -> Result<Vec<(PathBuf, &'static str)>, StoreError> {
+        // A clock that was set makes anything old. What came since somebody began who still works is none the less in use.
+        let begun = self.oldest_work()?;
         let is_old = |path: &Path, age| {
             let modified = std::fs::symlink_metadata(path).and_then(|found| found.modified());
-            modified.is_ok_and(|at| now.duration_since(at).is_ok_and(|since| since > age))
+            modified.is_ok_and(|at| {
+                let live = begun.is_some_and(|begun| at >= begun);
+                !live && now.duration_since(at).is_ok_and(|since| since > age)
+            })
         };
         let mut leftovers = Vec::new();
         for path in self.list("tmp")? {
-            if is_old(&path, LEFTOVER_AGE) {
+            if is_old(&path, LEFTOVER_AGE) && !is_written(&path) {
                 leftovers.push((path, "a temporary file"));
             }
         }
@@ -367,6 +372,14 @@ impl Store {
             }
         }
         Ok(leftovers)
+    }
+
+    /// When the first of those began who store files now.
+    fn oldest_work(&self) -> Result<Option<SystemTime>, StoreError> {
+        let tmp = self.list("tmp")?.into_iter();
+        let work = tmp.filter(|path| file_name(path).starts_with(WORK) && is_written(path));
+        let begun = work.filter_map(|path| std::fs::symlink_metadata(path).ok()?.modified().ok());
+        Ok(begun.min())
     }
 
     /// Models that may go and have something to free, the least recently used first.
@@ -482,7 +495,8 @@ impl Store {
         if !path.exists() {
             return Ok(false);
         }
-        let file = open_lock(&path).map_err(StoreError::io("open", &path))?;
+        let opened = files::open_own(&path, self.owner());
+        let file = opened.map_err(StoreError::io("open", &path))?;
         match file.try_lock() {
             Ok(()) => Ok(false),
             Err(std::fs::TryLockError::WouldBlock) => Ok(true),
@@ -508,7 +522,7 @@ fn release(manifest: &Manifest, uses: &mut HashMap<Digest, usize>) -> Vec<Digest
 
 /// Whether a process has the partial file open. The caller holds the store's lock.
 fn is_written(path: &Path) -> bool {
-    let Ok(file) = File::open(path) else {
+    let Ok(file) = open_regular(path) else {
         return false;
     };
     matches!(

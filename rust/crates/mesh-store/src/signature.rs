@@ -434,8 +434,9 @@ fn key_file(
 }
 
 fn read_key(path: &Path) -> Result<String, SignatureError> {
-    let bytes = files::read_limited(path, MAX_KEY_FILE)
-        .and_then(|bytes| bytes.ok_or_else(|| std::io::ErrorKind::NotFound.into()))
+    // It may come through a pipe.
+    let bytes = std::fs::File::open(path)
+        .and_then(|file| files::read_all(file, MAX_KEY_FILE))
         .map_err(key_file("read", path))?;
     String::from_utf8(bytes).map_err(|_| SignatureError::NotAKey {
         path: path.into(),

@@ -18,9 +18,9 @@
 
 mod contents;
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Permissions};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -49,6 +49,8 @@ pub struct Store {
 struct Inner {
     root: PathBuf,
     limits: Limits,
+    /// Whose files count besides this user's and the system's: who owns the store's folder.
+    owner: u32,
 }
 
 /// What [`Store::begin`] finds.
@@ -79,6 +81,18 @@ pub struct Named {
     pub fingerprint: Digest,
     /// Where it comes from, for people: a hub's repository and commit, a path.
     pub source: Option<String>,
+    /// Who vouches that a model of another worker goes by this name: the hub, a signature, a pin. Absent where nobody was asked,
+    /// as before there was anybody to ask.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vouched: Option<String>,
+}
+
+impl Named {
+    /// Whether another worker said so, and nobody vouches for it.
+    pub fn is_hearsay(&self) -> bool {
+        let source = self.source.as_deref().unwrap_or_default();
+        self.vouched.is_none() && source.starts_with(FROM_WORKER)
+    }
 }
 
 /// Keeps a model from being evicted as long as it lives, also over processes.
@@ -87,6 +101,13 @@ pub struct Pin {
     fingerprint: Digest,
     /// Locked shared.
     _file: File,
+}
+
+/// Somebody stores files, see [`Store::work`].
+#[derive(Debug)]
+pub struct Work {
+    /// Locked.
+    _file: tempfile::NamedTempFile,
 }
 
 /// Held while the store's folders change.
@@ -110,12 +131,29 @@ impl Store {
     /// If the folder cannot be used.
     pub fn open_with(root: impl Into<PathBuf>, limits: Limits) -> Result<Self, StoreError> {
         let root = root.into();
+        files::create_private(&root).map_err(StoreError::io("create", &root))?;
+        let owner = |path: &Path| std::fs::metadata(path).map(|found| found.uid());
+        let owner = owner(&root).map_err(StoreError::io("look at", &root))?;
         for folder in FOLDERS {
             let path = root.join(folder);
-            std::fs::create_dir_all(&path).map_err(StoreError::io("create", &path))?;
+            files::create_private(&path).map_err(StoreError::io("create", &path))?;
+            if !files::is_own(&path, owner) {
+                return Err(StoreError::Foreign { path });
+            }
+        }
+        for path in FOLDERS
+            .iter()
+            .map(|folder| root.join(folder))
+            .chain([root.clone()])
+        {
+            close_to_others(&path);
         }
         Ok(Store {
-            inner: Arc::new(Inner { root, limits }),
+            inner: Arc::new(Inner {
+                root,
+                limits,
+                owner,
+            }),
         })
     }
 
@@ -143,6 +181,10 @@ impl Store {
         &self.inner.root
     }
 
+    pub(crate) fn owner(&self) -> u32 {
+        self.inner.owner
+    }
+
     /// How full it may become.
     pub fn limits(&self) -> Limits {
         self.inner.limits
@@ -150,7 +192,28 @@ impl Store {
 
     /// Where the whole file with this digest lies, if it is there.
     pub fn blob(&self, digest: &Digest) -> Option<PathBuf> {
-        Some(self.blob_path(digest)).filter(|path| path.is_file())
+        Some(self.blob_path(digest)).filter(|path| self.is_own_file(path))
+    }
+
+    /// Whether there is a file that was put there by somebody whose files count.
+    pub(crate) fn is_own_file(&self, path: &Path) -> bool {
+        files::is_own(path, self.owner()) && path.is_file()
+    }
+
+    /// Says that files are being stored here, until it is dropped: what came since is no leftover, whatever the clock says.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub fn work(&self) -> Result<Work, StoreError> {
+        let tmp = self.tmp();
+        let work = || -> io::Result<tempfile::NamedTempFile> {
+            let _lock = self.lock().map_err(io::Error::other)?;
+            let file = tempfile::Builder::new().prefix(WORK).tempfile_in(&tmp)?;
+            file.as_file().lock()?;
+            Ok(file)
+        };
+        let file = work().map_err(StoreError::io("write to", &tmp))?;
+        Ok(Work { _file: file })
     }
 
     /// Begins, or goes on with, a file of `bytes` bytes of which `wanted` shall be there in the end. Makes room for them: see
@@ -179,7 +242,7 @@ impl Store {
         let digest = Digest::of(bytes);
         let _lock = self.lock()?;
         let path = self.blob_path(&digest);
-        if !path.is_file() {
+        if !self.is_own_file(&path) {
             self.make_room(bytes.len() as u64, None)?;
             files::replace(&path, &self.tmp(), bytes).map_err(StoreError::io("write", &path))?;
         }
@@ -192,12 +255,13 @@ impl Store {
         let is_whole = |path: &Path| {
             std::fs::metadata(path).is_ok_and(|found| found.is_file() && found.len() == file.bytes)
         };
+        let is_own = |path: &Path| files::is_own(path, self.owner()) && is_whole(path);
         let whole = |path| Presence {
             path: Some(path),
             have: RangeSet::whole(file.bytes),
         };
         let blob = self.blob_path(&file.sha256);
-        if is_whole(&blob) {
+        if is_own(&blob) {
             return whole(blob);
         }
         if let Some(path) = LocalIndex::read(self).find(fingerprint, &file.path) {
@@ -205,7 +269,7 @@ impl Store {
         }
         let partial = self.partial_path(&PartialKey::Blob(file.sha256));
         let map = HaveMap::read(&have_path(&partial)).filter(|map| map.bytes == file.bytes);
-        match map.filter(|_| is_whole(&partial)) {
+        match map.filter(|_| is_own(&partial)) {
             Some(map) => Presence {
                 path: Some(partial),
                 have: map.ranges(),
@@ -323,11 +387,35 @@ impl Store {
         fingerprint: &Digest,
         source: Option<&str>,
     ) -> Result<(), StoreError> {
-        let named = Named {
+        self.set_name(Named {
             name: name.to_owned(),
             fingerprint: *fingerprint,
             source: source.map(str::to_owned),
-        };
+            vouched: None,
+        })
+    }
+
+    /// Lets `name` mean a model that came from the worker `worker`; `vouched` says who knows that it does.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub fn name_from_worker(
+        &self,
+        name: &str,
+        fingerprint: &Digest,
+        worker: &str,
+        vouched: &str,
+    ) -> Result<(), StoreError> {
+        self.set_name(Named {
+            name: name.to_owned(),
+            fingerprint: *fingerprint,
+            source: Some(format!("{FROM_WORKER}{worker}")),
+            vouched: Some(vouched.to_owned()),
+        })
+    }
+
+    fn set_name(&self, named: Named) -> Result<(), StoreError> {
+        let name = named.name.as_str();
         let path = self.name_path(name);
         let json = serde_json::to_vec(&named).expect("texts are JSON");
         let _lock = self.lock()?;
@@ -365,9 +453,16 @@ impl Store {
             fingerprint: *fingerprint,
         })?;
         let _lock = self.lock()?;
-        let folder = self.root().join("models").join(fingerprint.to_string());
+        let models = self.root().join("models");
+        let name = PathBuf::from(fingerprint.to_string());
+        let folder = files::create_within(&models, &name, self.owner())
+            .map_err(StoreError::io("create", &models.join(&name)))?;
         for file in &signed.manifest.files {
-            let link = folder.join(file.relative_path());
+            let relative = file.relative_path();
+            let link = folder.join(&relative);
+            let parent = relative.parent().unwrap_or(Path::new(""));
+            files::create_within(&folder, parent, self.owner())
+                .map_err(StoreError::io("create", &link))?;
             let target = self.presence(fingerprint, file).path;
             self.link(target.as_deref(), &link)
                 .map_err(StoreError::io("link", &link))?;
@@ -383,9 +478,6 @@ impl Store {
         let target = std::path::absolute(target)?;
         if std::fs::read_link(link).is_ok_and(|known| known == target) {
             return Ok(());
-        }
-        if let Some(parent) = link.parent() {
-            std::fs::create_dir_all(parent)?;
         }
         let new = tempfile::TempDir::new_in(self.tmp())?;
         let new = new.path().join("link");
@@ -406,7 +498,7 @@ impl Store {
             });
         }
         let pin = || -> io::Result<File> {
-            let file = open_lock(&path)?;
+            let file = files::open_own(&path, self.owner())?;
             // Exclusive locks are only held for a moment, and under the store's lock.
             file.lock_shared()?;
             file.set_modified(SystemTime::now())?;
@@ -458,7 +550,8 @@ impl Store {
     /// Waits for its turn.
     pub(crate) fn lock(&self) -> Result<StoreLock, StoreError> {
         let path = self.root().join("lock");
-        let locked = open_lock(&path).and_then(|file| file.lock().map(|()| file));
+        let opened = files::open_own(&path, self.owner());
+        let locked = opened.and_then(|file| file.lock().map(|()| file));
         Ok(StoreLock {
             _file: locked.map_err(StoreError::io("lock", &path))?,
         })
@@ -519,15 +612,34 @@ pub(crate) fn allocated(path: &Path) -> u64 {
     std::fs::metadata(path).map_or(0, |found| found.blocks() * 512)
 }
 
-/// A file that exists to be locked.
-pub(crate) fn open_lock(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(path)
+/// Takes from others the right to write into a folder of this user's.
+fn close_to_others(path: &Path) {
+    const OTHERS_WRITE: u32 = 0o002;
+    let Ok(found) = std::fs::metadata(path) else {
+        return;
+    };
+    let mode = found.permissions().mode() & 0o7777;
+    if mode & OTHERS_WRITE == 0 {
+        return;
+    }
+    let closed = Permissions::from_mode(mode & !OTHERS_WRITE);
+    let own = found.uid() == nix::unistd::geteuid().as_raw();
+    if own && std::fs::set_permissions(path, closed).is_ok() {
+        tracing::warn!(path = %path.display(), mode = format!("{mode:o}"), "everybody could write into the store's folder: no longer");
+    } else {
+        tracing::warn!(
+            path = %path.display(),
+            mode = format!("{mode:o}"),
+            "everybody can write into the store's folder: `chmod o-w` it, or keep the store elsewhere"
+        );
+    }
 }
+
+/// How files begin that say that somebody stores files.
+pub(crate) const WORK: &str = "work-";
+
+/// How the source of a name begins that came from another worker.
+const FROM_WORKER: &str = "worker ";
 
 const FOLDERS: [&str; 7] = [
     "blobs",

@@ -21,7 +21,7 @@ use crate::error::WorkerError;
 use crate::models::{Models, may_be_fetched};
 use crate::preparations::Preparations;
 use crate::rings::Rings;
-use crate::templates::Templates;
+use crate::templates::{TemplateError, Templates};
 
 /// All models of this worker.
 pub(crate) struct Host {
@@ -571,14 +571,6 @@ impl Hosted {
 /// Says once what is wrong with a model's chat template, and finds the token that it puts behind an answer.
 pub(crate) fn learn_turn_end(model: &Model, name: &str, templates: &Templates) {
     let template = model.template();
-    if let Some(problem) = template.problem() {
-        tracing::error!(
-            model = name,
-            problem,
-            "conversations with this model are refused"
-        );
-        return;
-    }
     if template.is_fallback() {
         tracing::warn!(
             model = name,
@@ -595,6 +587,9 @@ pub(crate) fn learn_turn_end(model: &Model, name: &str, templates: &Templates) {
                     "the model's file does not say so, but its chat template ends answers with this token"
                 );
             }
+        }
+        Err(error @ TemplateError::Invalid(_)) => {
+            tracing::error!(model = name, %error, "conversations with this model are refused");
         }
         Err(error) => tracing::debug!(model = name, %error, "the chat template has no answers"),
     }

@@ -1,6 +1,7 @@
 //! Models that come while the worker is up: those that are fetched, and those that somebody puts into a folder.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -332,9 +333,9 @@ impl Loading {
         models.fetch_all(&held).await.map_err(failed)?;
         let pin = models.pin(&held);
         let path = models.path(&held).await.map_err(failed)?;
-        let (config, host) = (config.clone(), self.host.clone());
+        let (config, host, asked) = (config.clone(), self.host.clone(), name.to_owned());
         let loaded = tokio::task::spawn_blocking(move || {
-            let (name, fingerprint) = (held.manifest().name.clone(), held.file_fingerprint());
+            let (name, fingerprint) = (held.served_as(&asked), held.file_fingerprint());
             let templates = Some(host.templates());
             Loaded::load(&path, Some(&name), Some(&fingerprint), &config, templates)
         });
@@ -355,9 +356,9 @@ impl Loading {
         let held = models.obtain(name).await.map_err(failed)?;
         models.fetch_headers(&held).await.map_err(failed)?;
         let path = models.path(&held).await.map_err(failed)?;
-        let host = self.host.clone();
+        let (host, asked) = (self.host.clone(), name.to_owned());
         let added = tokio::task::spawn_blocking(move || {
-            let name = held.manifest().name.clone();
+            let name = held.served_as(&asked);
             host.rings().add(&name, &path, &held)?;
             host.look_at_shards();
             Ok(())
@@ -370,6 +371,13 @@ impl Loading {
     /// Serves what lies in the folder, and no longer what vanishes from it.
     async fn watch_folder(self: Arc<Self>, folder: PathBuf, config: Arc<Config>) {
         let host = &self.host;
+        let everybody = |found: std::fs::Metadata| found.permissions().mode() & 0o1002 == 0o002;
+        if std::fs::metadata(&folder).is_ok_and(everybody) {
+            tracing::warn!(
+                folder = %folder.display(),
+                "everybody on this machine can put models there and take others away, and they are served: `chmod o-w` it"
+            );
+        }
         let mut looks = self.looks.subscribe();
         // By path: the stamp at the last look, and the name that it is served by.
         let mut known: BTreeMap<PathBuf, (Stamp, Option<String>)> = BTreeMap::new();

@@ -2,11 +2,11 @@
 //!
 //! A template is a program that comes with a model. Its steps and its output are counted where it runs
 //! ([`mesh_model::chat`]), but a single step takes as much memory and time as the texts that it works on are long, and a loop
-//! can double them at every turn. What a process may take, the system knows how to limit: [`serve`] is that process, and
+//! can double them at every turn. Parsing it is such work, too. What a process may take, the system knows how to limit: [`serve`] is that process, and
 //! [`Templates`] asks it, waits so long and no longer, and starts another where one was lost.
 //!
 //! Jobs and answers are frames: a length of 32 bits, big-endian, and so many bytes. A job is JSON; an answer's first byte says
-//! whether the rest is the prompt or why there is none.
+//! whether the rest is the prompt, why there is none, or why there will never be any.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
@@ -37,6 +37,7 @@ const LONGEST_ANSWER: u32 = 128 << 20;
 
 const PROMPT: u8 = 0;
 const REFUSED: u8 = 1;
+const INVALID: u8 = 2;
 
 /// Why a conversation became no prompt.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +49,9 @@ pub enum TemplateError {
     /// The same from another process.
     #[error("{0}")]
     Refused(String),
+    /// The template does not parse, so that no conversation becomes a prompt.
+    #[error("{0}")]
+    Invalid(String),
     /// It took too long.
     #[error(
         "the model's chat template was stopped after {} s: it is malformed or the conversation is too long",
@@ -124,14 +128,16 @@ impl Templates {
         template: &ChatTemplate,
         request: RenderRequest,
     ) -> Result<Rendered, TemplateError> {
-        if let Some(problem) = template.problem() {
-            let message = problem.to_owned();
-            return Err(ChatError::Invalid { message }.into());
-        }
         let Some(program) = &self.program else {
             let template = template.clone();
             let rendered = tokio::task::spawn_blocking(move || template.write(&request));
-            return Ok(rendered.await.map_err(io::Error::other)??);
+            return rendered
+                .await
+                .map_err(io::Error::other)?
+                .map_err(|error| match error {
+                    ChatError::Invalid { .. } => TemplateError::Invalid(error.to_string()),
+                    error => error.into(),
+                });
         };
         let guarded = template.guarded(request)?;
         let job = serde_json::to_vec(&Job {
@@ -257,6 +263,7 @@ impl Process {
         let text = String::from_utf8(text).map_err(|_| io::ErrorKind::InvalidData)?;
         Ok(match kind {
             PROMPT => Ok(text),
+            INVALID => Err(TemplateError::Invalid(text)),
             _ => Err(TemplateError::Refused(text)),
         })
     }
@@ -287,7 +294,7 @@ pub fn serve(mut jobs: impl Read, mut answers: impl Write) -> io::Result<()> {
         alarm::set(2 * TIME.as_secs() as u32);
         let (kind, text) = match render_job(&job, &mut last) {
             Ok(text) => (PROMPT, text),
-            Err(reason) => (REFUSED, reason),
+            Err((kind, reason)) => (kind, reason),
         };
         alarm::cancel();
         let len = u32::try_from(text.len() + 1).map_err(|_| io::ErrorKind::InvalidData)?;
@@ -299,10 +306,11 @@ pub fn serve(mut jobs: impl Read, mut answers: impl Write) -> io::Result<()> {
 }
 
 /// The prompt, or the reason why it cannot be rendered. The last job's template is kept.
-fn render_job(job: &[u8], last: &mut Option<(Job, ChatTemplate)>) -> Result<String, String> {
+fn render_job(job: &[u8], last: &mut Option<(Job, ChatTemplate)>) -> Result<String, (u8, String)> {
     // A job that was read once may not be readable inside a larger value: the depth of nesting is limited.
     let job: Job = serde_json::from_slice(job).map_err(|error| {
-        format!("the chat template cannot be given this conversation: {error}; is chat_template_kwargs nested too deep?")
+        let reason = format!("the chat template cannot be given this conversation: {error}; is chat_template_kwargs nested too deep?");
+        (REFUSED, reason)
     })?;
     let fits = |known: &&(Job, ChatTemplate)| {
         (&known.0.source, &known.0.bos, &known.0.eos) == (&job.source, &job.bos, &job.eos)
@@ -316,7 +324,10 @@ fn render_job(job: &[u8], last: &mut Option<(Job, ChatTemplate)>) -> Result<Stri
         *last = Some((job, template));
         text
     });
-    rendered.map_err(|error| error.to_string())
+    rendered.map_err(|error| match error {
+        ChatError::Invalid { .. } | ChatError::TooLong { .. } => (INVALID, error.to_string()),
+        error => (REFUSED, error.to_string()),
+    })
 }
 
 #[cfg(test)]
@@ -343,7 +354,7 @@ mod tests {
         let mut last = None;
         // As deep as what comes from the head can be.
         for depth in [125, 126] {
-            let refused = render_job(&job(depth), &mut last).unwrap_err();
+            let (_, refused) = render_job(&job(depth), &mut last).unwrap_err();
             assert!(refused.contains("recursion limit"), "{depth}: {refused}");
         }
         for depth in [2, 124] {

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use mesh_model::chat::{ChatTemplate, Message, RenderRequest};
+use mesh_model::safetensors::Dtype;
+use mesh_model::{Architecture, GgmlType, Model, synth};
 use mesh_worker::templates::{TemplateError, Templates};
 
 fn apart() -> Templates {
@@ -115,4 +117,34 @@ async fn a_program_that_is_missing_is_named() {
         error.to_string().contains("/nonexistent/mesh-worker"),
         "{error}"
     );
+}
+
+/// What a file brings is not parsed in this process, where what parsing takes is limited by nobody.
+#[tokio::test]
+async fn a_template_of_a_file_that_cannot_be_parsed_ends_no_process_but_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let gguf = dir.path().join("tiny.gguf");
+    let shape = synth::Shape::tiny(Architecture::Llama);
+    let bytes = synth::random_model_bytes(&shape, GgmlType::Q4_0, synth::Tokens::Bytes);
+    std::fs::write(&gguf, bytes).unwrap();
+    let folder = dir.path().join("folder");
+    synth::write_folder(&Model::open(&gguf).unwrap(), Dtype::F32, 1, &folder).unwrap();
+    let templates = apart();
+    for (source, why) in [
+        (format!("{{{{ {}1 }}}}", "-".repeat(6_000)), "operators"),
+        (format!("{{{{ {}x }}}}", "not ".repeat(20_000)), "operators"),
+        ("{% if %}".to_owned(), "unexpected end of block"),
+        ("{{ 'x' * 9999999 }}".repeat(10_000), "stopped"),
+    ] {
+        std::fs::write(folder.join("chat_template.jinja"), &source).unwrap();
+        let model = Model::open(&folder).unwrap();
+        let error = templates
+            .render(model.template(), hello())
+            .await
+            .unwrap_err();
+        let invalid = matches!(error, TemplateError::Invalid(_));
+        assert_eq!(invalid, why != "stopped", "{error}");
+        assert!(error.to_string().contains(why), "{why}: {error}");
+    }
+    templates.render(&template(PLAIN), hello()).await.unwrap();
 }

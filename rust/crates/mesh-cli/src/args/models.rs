@@ -174,6 +174,46 @@ Example:
         #[arg(long)]
         json: bool,
     },
+    /// Show and decide what models' names mean in the mesh
+    #[command(after_help = "\
+The first model that a worker gets under a name keeps it in this mesh. Workers that can ask the hub, or have a signature, go by those; \
+all others go by the pin. Needs the head's admin key.
+
+Examples:
+  hydramesh models pins
+  hydramesh models pins set Qwen/Qwen3-0.6B-GGUF:Q8_0 2f1c…
+  hydramesh models pins release Qwen/Qwen3-0.6B-GGUF:Q8_0")]
+    Pins {
+        /// What to do; without it, list them.
+        #[command(subcommand)]
+        command: Option<PinsCommand>,
+    },
+}
+
+/// `hydramesh models pins`
+#[derive(Debug, Subcommand)]
+pub enum PinsCommand {
+    /// List the names that are pinned, and those that several models claim
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Decide which model a name means, whoever claims it
+    Set {
+        /// The name, as workers ask for it
+        #[arg(value_name = "NAME")]
+        name: String,
+        /// The model's fingerprint, as `hydramesh models show` tells it
+        #[arg(value_name = "FINGERPRINT")]
+        fingerprint: String,
+    },
+    /// Let a name mean again what is got under it next
+    Release {
+        /// The name
+        #[arg(value_name = "NAME")]
+        name: String,
+    },
 }
 
 /// `50GB`, `20GiB`, or bytes.

@@ -3,6 +3,7 @@
 mod describe;
 mod gc;
 mod list;
+mod pins;
 mod progress;
 mod pull;
 mod rm;
@@ -16,10 +17,10 @@ use mesh_store::{
     Digest, NameError, Places, Resolved, SignedManifest, Store, StoreError, Target, default_store,
 };
 
-use crate::args::{ModelsCommand, PlacesArgs};
+use crate::args::{HeadArgs, ModelsCommand, PinsCommand, PlacesArgs};
 use crate::failure::{Exit, Failure};
 
-pub(crate) async fn run(command: ModelsCommand) -> Result<(), Failure> {
+pub(crate) async fn run(head: &HeadArgs, command: ModelsCommand) -> Result<(), Failure> {
     match command {
         ModelsCommand::Pull(args) => pull::run(args).await,
         ModelsCommand::List { dirs, store, json } => list::run(dirs, store, json),
@@ -57,6 +58,9 @@ pub(crate) async fn run(command: ModelsCommand) -> Result<(), Failure> {
             json,
         } => sign::run(&model, &key, &places, json),
         ModelsCommand::Key { file, json } => sign::make_key(&file, json),
+        ModelsCommand::Pins { command } => {
+            pins::run(head, command.unwrap_or(PinsCommand::List { json: false })).await
+        }
     }
 }
 

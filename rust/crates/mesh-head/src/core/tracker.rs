@@ -6,6 +6,8 @@
 //! For each model of which pieces are sought that nobody holds, one of the workers that could get it from outside the mesh has the
 //! *errand*. It keeps it while it makes progress; when it is gone, fails or stands still, another one has it. All others wait and
 //! take the pieces from it as they come.
+//!
+//! What a name means is not left to who claims it last or loudest: see `pins`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -14,11 +16,13 @@ use std::time::{Duration, Instant};
 use mesh_proto::{HeldModel, ModelSources, Models, Seat, SoughtModel, Sources};
 use mesh_share::PieceSet;
 
+mod pins;
 mod view;
 
 #[cfg(test)]
 mod tests;
 
+pub use pins::{Conflict, Pin, PinError, Pins};
 pub use view::{HolderView, SeekerView, TrackedModel};
 
 /// See the module's page.
@@ -30,6 +34,9 @@ pub struct Tracker {
     failures: BTreeMap<(Key, String), Failure>,
     /// By model and accused: who says that it sent bad pieces.
     accused: BTreeMap<(String, String), BTreeSet<String>>,
+    pins: Pins,
+    /// By name, in lower case.
+    conflicts: BTreeMap<String, Conflict>,
     changed: bool,
     /// When something may have to be decided without an event.
     timer: Option<Instant>,
@@ -48,6 +55,8 @@ pub enum Action {
     },
     /// Something for the log and the metrics.
     Note(Note),
+    /// Keep the pins, see [`Tracker::pins`].
+    KeepPins,
 }
 
 /// What happened, for the log and the metrics.
@@ -82,6 +91,8 @@ pub enum Note {
         /// What was wrong.
         reason: String,
     },
+    /// Several models claim one name.
+    Conflict(Conflict),
 }
 
 /// A worker.
@@ -139,6 +150,13 @@ impl Tracker {
     /// Knows of nobody.
     pub fn new() -> Self {
         Tracker::default()
+    }
+
+    /// The same with pins that were kept.
+    #[must_use]
+    pub fn with_pins(mut self, pins: Pins) -> Self {
+        self.pins = pins;
+        self
     }
 
     /// A worker's link is up. `head_ip` is the head's own address on the way to it.
@@ -221,6 +239,7 @@ impl Tracker {
                 }));
             }
         }
+        self.pin_errands(node);
         self.note_progress(node, now);
         self.changed = true;
     }
@@ -229,6 +248,8 @@ impl Tracker {
     pub fn poll(&mut self, now: Instant) -> Vec<Action> {
         if self.changed || self.timer.is_some_and(|timer| timer <= now) {
             self.changed = false;
+            self.settle_pins();
+            self.find_conflicts();
             self.settle_errands(now);
             self.tell();
         }
@@ -468,6 +489,11 @@ impl Tracker {
             for_others: for_others
                 .filter(|others| !others.is_empty())
                 .map(|others| others.to_proto()),
+            pin: self
+                .pins
+                .get(&sought.model.name)
+                .map_or_else(String::new, |pin| pin.fingerprint.clone()),
+            disputed: self.is_disputed(&sought.model.name),
         }
     }
 
@@ -494,23 +520,35 @@ impl Tracker {
         if !model.fingerprint.is_empty() {
             return Key::Fingerprint(model.fingerprint.clone());
         }
-        match self.resolve(&model.name, model.signed_only) {
+        match self.resolve(model) {
             Some(fingerprint) => Key::Fingerprint(fingerprint),
             None => Key::Name(model.name.clone()),
         }
     }
 
-    /// The model that goes by this name: the one that most workers hold whole, then the one that most have anything of.
-    fn resolve(&self, name: &str, signed_only: bool) -> Option<String> {
+    /// The model that goes by the name that is sought: the pinned one; without a pin, or where the seeker will not take that, the
+    /// one that most workers hold whole, then the one that most have anything of.
+    fn resolve(&self, sought: &SoughtModel) -> Option<String> {
+        let name = &sought.name;
         let mut found: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
         for entry in self.nodes.values().filter(|node| node.address.is_some()) {
             for (fingerprint, held) in &entry.held {
                 let named = held.names.iter().any(|own| own.eq_ignore_ascii_case(name));
-                if named && (held.signed || !signed_only) {
+                let refused = sought.refused.contains(fingerprint);
+                if named && !refused && (held.signed || !sought.signed_only) {
                     let count = found.entry(fingerprint).or_default();
                     count.0 += usize::from(held.pieces.is_all());
                     count.1 += 1;
                 }
+            }
+        }
+        let pin = self.pins.get(name).map(|pin| &pin.fingerprint);
+        if let Some(pin) = pin.filter(|pin| !sought.refused.contains(pin)) {
+            if found.contains_key(pin.as_str()) {
+                return Some(pin.clone());
+            }
+            if !sought.signed_only {
+                return None;
             }
         }
         let best = found
@@ -555,7 +593,11 @@ fn held(model: HeldModel) -> Option<(String, Held)> {
 }
 
 /// What a worker seeks, if it makes sense.
-fn sought(model: SoughtModel) -> Option<Sought> {
+fn sought(mut model: SoughtModel) -> Option<Sought> {
+    model.refused.truncate(MOST_REFUSED);
+    model
+        .refused
+        .retain(|fingerprint| is_fingerprint(fingerprint));
     let missing = match &model.missing {
         Some(pieces) => Some(PieceSet::from_proto(pieces).ok()?),
         None => None,
@@ -593,5 +635,7 @@ const MOST_SEATS: usize = 32;
 /// Models that a worker may hold, and seek.
 const MOST_MODELS: usize = 256;
 const MOST_NAMES: usize = 16;
+/// Manifests that a worker may refuse under one name.
+const MOST_REFUSED: usize = 16;
 const NAME_BYTES: usize = 512;
 const REASON_CHARS: usize = 300;

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use axum::Json;
+use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::StatusCode;
 use dcf::Version;
@@ -12,6 +13,7 @@ use serde_json::{Value, json};
 use super::Api;
 use super::error::ApiError;
 use crate::core::registry::{ServedModel, Service, Worker};
+use crate::core::tracker::PinError;
 
 /// `GET /v1/mesh`: the registry as JSON.
 pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
@@ -113,8 +115,38 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
         "drained": rings["drained"],
         "quarantined": quarantined,
         "duplicates": mesh.duplicates(),
+        "name_conflicts": mesh.alarms(),
         "warnings": mesh.warnings(),
     }))
+}
+
+/// `GET /v1/mesh/pins`: what names of models mean in this mesh, and names that several models claim.
+pub(super) async fn pins(State(api): State<Api>) -> Json<Value> {
+    let pins = api.mesh.pins();
+    Json(json!({ "pins": pins, "name_conflicts": api.mesh.alarms() }))
+}
+
+/// `POST /v1/mesh/pins`: has a `name` mean the model with this `fingerprint`; without one, what is got under it next.
+pub(super) async fn pin(State(api): State<Api>, body: Bytes) -> Result<Json<Value>, ApiError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Ask {
+        name: String,
+        #[serde(default)]
+        fingerprint: Option<String>,
+    }
+    let ask: Ask = read(&body)?;
+    let decided = api.mesh.decide_pin(&ask.name, ask.fingerprint.as_deref());
+    decided.map_err(|error| {
+        let status = match error {
+            PinError::Unknown(_) | PinError::TooMany => StatusCode::CONFLICT,
+            _ => StatusCode::BAD_REQUEST,
+        };
+        ApiError::new(status, "invalid_value", error.to_string())
+    })?;
+    Ok(Json(
+        json!({ "name": ask.name, "fingerprint": ask.fingerprint }),
+    ))
 }
 
 /// A body in JSON; an empty one is an empty object.

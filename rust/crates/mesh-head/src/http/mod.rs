@@ -115,6 +115,7 @@ pub fn router(
         .route("/v1/mesh/nodes", get(nodes::list))
         .route("/v1/mesh/nodes/expel", post(nodes::expel))
         .route("/v1/mesh/nodes/readmit", post(nodes::readmit))
+        .route("/v1/mesh/pins", get(admin::pins).post(admin::pin))
         .route("/v1/mesh/drain", post(rings::drain))
         .route("/v1/mesh/undrain", post(rings::undrain))
         .route("/v1/mesh/plan", get(rings::plan))

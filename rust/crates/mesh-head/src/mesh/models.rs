@@ -1,16 +1,17 @@
 //! Models within the mesh: tells workers where to get what they seek, as [`crate::core::tracker`] decides.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Instant;
 
 use dcf::{Message, MsgType};
 use mesh_proto::{Models, Served};
 use prost::Message as _;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::{Mesh, State, timestamp_us};
 use crate::core::registry::{Worker, WorkerId};
-use crate::core::tracker::{Action, Note, TrackedModel};
+use crate::core::tracker::{Action, Conflict, Note, Pin, PinError, TrackedModel};
 
 impl Mesh {
     /// A worker says what it holds and seeks.
@@ -45,12 +46,71 @@ impl Mesh {
         if let Some(node) = state.placement.registry.get(id).and_then(Worker::node_id) {
             state.rings.serves_whole(node, whole);
         }
+        self.note_mixed(state);
         self.turn(state, now);
     }
 
     /// The models that workers hold or seek.
     pub fn tracked_models(&self) -> Vec<TrackedModel> {
         self.lock().tracker.view()
+    }
+
+    /// What names of models mean.
+    pub fn pins(&self) -> Vec<Pin> {
+        self.lock().tracker.pins().list().cloned().collect()
+    }
+
+    /// An operator decides what a name means; without a fingerprint, that it means what is got under it next.
+    ///
+    /// # Errors
+    /// [`PinError`] says what is wrong with it.
+    pub fn decide_pin(&self, name: &str, fingerprint: Option<&str>) -> Result<(), PinError> {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        match fingerprint {
+            Some(fingerprint) => state.tracker.pin(name, fingerprint)?,
+            None => drop(state.tracker.unpin(name)?),
+        }
+        info!(
+            name,
+            fingerprint, "an operator decided what a model's name means"
+        );
+        self.turn(state, Instant::now());
+        Ok(())
+    }
+
+    /// Names that several models claim: of models that workers pass on, and of those that they serve.
+    pub(super) fn name_conflicts(&self, state: &State) -> Vec<Conflict> {
+        let mut conflicts = state.tracker.conflicts();
+        let known = |name: &str| {
+            let mut known = conflicts.iter();
+            known.any(|known| known.name.eq_ignore_ascii_case(name))
+        };
+        let served = served_conflicts(state).into_iter();
+        let served: Vec<Conflict> = served.filter(|one| !known(&one.name)).collect();
+        conflicts.extend(served);
+        conflicts
+    }
+
+    /// Tells of names under which workers began to serve different models.
+    pub(super) fn note_mixed(&self, state: &mut State) {
+        let conflicts = served_conflicts(state);
+        for conflict in conflicts
+            .iter()
+            .filter(|one| !state.mixed.contains(&one.name))
+        {
+            error!(model = conflict.name, "{}", conflict.advice());
+            self.metrics.name_conflict();
+        }
+        state.mixed = conflicts
+            .into_iter()
+            .map(|conflict| conflict.name)
+            .collect();
+    }
+
+    /// The same, for people.
+    pub fn alarms(&self) -> Vec<Conflict> {
+        self.name_conflicts(&self.lock())
     }
 
     /// Lets the tracker decide, and does it.
@@ -70,6 +130,7 @@ impl Mesh {
                     }
                 }
                 Action::Note(note) => self.note_model(note),
+                Action::KeepPins => self.pins_file.keep(state.tracker.pins()),
             }
         }
     }
@@ -115,6 +176,41 @@ impl Mesh {
                 );
                 self.metrics.bad_source(&accused);
             }
+            Note::Conflict(conflict) => {
+                error!(model = conflict.name, "{}", conflict.advice());
+                self.metrics.name_conflict();
+            }
         }
     }
 }
+
+/// Names under which workers serve different models.
+fn served_conflicts(state: &State) -> Vec<Conflict> {
+    let mut served: BTreeMap<&str, BTreeMap<&str, Vec<String>>> = BTreeMap::new();
+    for worker in state.placement.registry.iter() {
+        // Parts of a ring have the ring's model; old workers tell no fingerprint.
+        let whole = worker.models.iter().filter(|model| model.ring.is_none());
+        for card in whole.map(|model| &model.card) {
+            if !card.fingerprint.is_empty() {
+                let claims = served.entry(&card.name).or_default();
+                let workers = claims.entry(&card.fingerprint).or_default();
+                workers.push(worker.name.clone());
+            }
+        }
+    }
+    let mixed = served.into_iter().filter(|(_, claims)| claims.len() > 1);
+    let conflicts = mixed.map(|(name, claims)| Conflict {
+        name: name.to_owned(),
+        claims: claims
+            .into_iter()
+            .map(|(fingerprint, workers)| (fingerprint.to_owned(), workers))
+            .collect(),
+        pinned: None,
+        decided: false,
+        refused_by: Vec::new(),
+    });
+    conflicts.take(MOST_TOLD).collect()
+}
+
+/// Conflicts that are told of.
+const MOST_TOLD: usize = 64;

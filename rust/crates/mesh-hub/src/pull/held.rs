@@ -140,7 +140,7 @@ pub(super) fn complete(
 }
 
 /// SHA-1 of a file as git stores it.
-fn git_blob_id(content: &[u8]) -> String {
+pub(crate) fn git_blob_id(content: &[u8]) -> String {
     let mut sha1 = digest::Context::new(&SHA1_FOR_LEGACY_USE_ONLY);
     sha1.update(format!("blob {}\0", content.len()).as_bytes());
     sha1.update(content);

@@ -18,7 +18,9 @@ pub(super) async fn find(
     blocking(move || {
         let names = store.names()?;
         let is_it = |named: &mesh_store::store::Named| {
-            named.name == label && (source.is_none() || named.source == source)
+            // Without a hub to ask, a peer's word is none.
+            let known = source.is_none() && !named.is_hearsay();
+            named.name == label && (known || source.is_some() && named.source == source)
         };
         let Some(named) = names.into_iter().find(is_it) else {
             return Ok(None);

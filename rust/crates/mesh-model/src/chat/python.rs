@@ -75,16 +75,15 @@ fn tag_name(code: &str) -> Option<&str> {
 
 /// The position of `{% endraw %}`.
 fn raw_end(text: &str) -> usize {
-    let mut from = 0;
-    while let Some(at) = text[from..].find("{%") {
-        let start = from + at;
-        let end = text[start..].find("%}").map(|end| start + end + 2);
-        match end {
-            Some(end) if tag_name(&text[start..end]) == Some("endraw") => return start,
-            _ => from = start + 2,
-        }
-    }
-    text.len()
+    let is_sign = |c: char| matches!(c, '-' | '+');
+    let ends = |tag: &str| {
+        let inner = tag.trim_start_matches(is_sign).trim_start();
+        let behind = inner.strip_prefix("endraw").map(str::trim_start);
+        behind.is_some_and(|behind| behind.trim_start_matches(is_sign).starts_with("%}"))
+    };
+    let mut tags = text.match_indices("{%");
+    let found = tags.find(|(at, _)| ends(&text[at + 2..]));
+    found.map_or(text.len(), |(at, _)| at)
 }
 
 /// The value as Python's `str` writes it.

@@ -340,3 +340,92 @@ fn names_in_objects_are_guarded_as_values_are() {
     assert_eq!(written.pop(), Some(text.len() - "<|im_end|>".len() + 1));
     assert_eq!(rendered.barriers, written);
 }
+
+/// Each of these overflowed the stack, or may have: what the engine's parser does by recursion, without end.
+#[test]
+fn a_template_that_is_nested_or_chained_without_end_is_refused() {
+    let many = 20_000;
+    let bad = |source: String| {
+        let tokenizer = crate::tokenizer::testing::bytes_with(&[]);
+        let template = ChatTemplate::of(Some(&source), &tokenizer);
+        let refused = template.render(&hello(), true);
+        let start: String = source.chars().take(40).collect();
+        assert!(
+            matches!(refused, Err(ChatError::Invalid { .. })),
+            "{start}: {refused:?}"
+        );
+    };
+    bad(format!("{{{{ {}1 }}}}", "-".repeat(6_000)));
+    for (begin, again, end) in [
+        ("{{ ", "-", "1 }}"),
+        ("{{ ", "not ", "x }}"),
+        ("{{ 1", " + 1", " }}"),
+        ("{{ 1", " ** 1", " }}"),
+        ("{{ 1", " ~ 1", " }}"),
+        ("{{ 1", " and 1", " }}"),
+        ("{{ 1", " is defined", " }}"),
+        ("{{ 1", " if 1 else 1", " }}"),
+        ("{{ x", "|trim", " }}"),
+        ("{{ x", ".y", " }}"),
+        ("{{ x", "[0]", " }}"),
+        ("{{ x", "()", " }}"),
+        ("{{ ", "[", "1 }}"),
+        ("{{ ", "(", "1 }}"),
+        ("{{ ", "{1:", "1 }}"),
+        ("{{ ", "f(", "1 }}"),
+        ("{% set ", "(", "x = 1 %}"),
+        ("{% set x", ".y", " = 1 %}"),
+        ("{% if ", "not ", "x %}{% endif %}"),
+        ("{% filter trim", "|trim", " %}{% endfilter %}"),
+        ("{% if x %}", "{% elif x %}", "{% endif %}"),
+        ("", "{% if x %}", ""),
+        ("", "{% for x in y %}", ""),
+        ("", "{% macro m() %}", ""),
+        ("{{ '}}' if ", "- ", "1 }}"),
+        ("{{ {1: {2: 3}}", " + 1", " }}"),
+    ] {
+        bad(format!("{begin}{}{end}", again.repeat(many)));
+    }
+    // Just what is let pass is parsed, on whatever stack.
+    for (again, count) in [("-", 999), ("not ", 999), ("1 + ", 998), ("[", 70)] {
+        let closing = if again == "[" {
+            "]".repeat(count)
+        } else {
+            String::new()
+        };
+        let source = format!("{{{{ {}1{closing} }}}}", again.repeat(count));
+        let parsed = ChatTemplate::new(&source, "", "");
+        assert!(parsed.is_ok(), "{again}: {parsed:?}");
+    }
+    let elifs = format!("{{% if x %}}{}{{% endif %}}", "{% elif x %}".repeat(999));
+    assert!(ChatTemplate::new(&elifs, "", "").is_ok());
+}
+
+#[test]
+fn a_template_of_a_file_is_not_run_by_looking_at_it() {
+    // Constants are computed when a template is parsed: half a terabyte of them.
+    let huge = "{{ 'x' * 9999999 }}".repeat(50_000);
+    let tokenizer = crate::tokenizer::testing::bytes_with(&[]);
+    let template = ChatTemplate::of(Some(&huge), &tokenizer);
+    assert!(template.parsed.get().is_none());
+    assert_eq!(template.source().len(), huge.len());
+}
+
+#[test]
+fn the_end_of_raw_text_is_found_in_one_pass() {
+    let source = format!("{{% raw %}}{}", "{%".repeat(400_000));
+    let begun = std::time::Instant::now();
+    assert_eq!(python::prepared(&source), source);
+    assert!(begun.elapsed() < std::time::Duration::from_secs(5));
+    for end in [
+        "{% endraw %}",
+        "{%- endraw -%}",
+        "{%endraw%}",
+        "{%+ endraw %}",
+    ] {
+        assert_eq!(
+            render(&format!("{{% raw %}}{{% a{end}b"), &[]).unwrap(),
+            "{% ab"
+        );
+    }
+}

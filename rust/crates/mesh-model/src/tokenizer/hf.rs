@@ -9,6 +9,8 @@
 mod json;
 mod steps;
 
+use std::collections::BTreeMap;
+
 use mesh_base::tokens::ByteSpans;
 use serde_json::Value;
 use tokenizers::Model;
@@ -127,9 +129,15 @@ impl Tokenizer {
             let text = template_end(file.post_processor.as_ref()?, first)?;
             Some(id? == vocab.find(text)?)
         };
+        let strips = file.added_tokens.iter();
+        let strips = strips.filter(|token| token.lstrip || token.rstrip);
+        let strips: BTreeMap<_, _> = strips
+            .map(|token| (token.id, (token.lstrip, token.rstrip)))
+            .collect();
         Ok(Tokenizer {
-            special: Finder::new(&vocab),
-            spans: hf.spans_before(),
+            // White space that goes away beside a token is covered by none.
+            spans: hf.spans_before().filter(|_| strips.is_empty()),
+            special: Finder::new(&vocab).stripping(&strips),
             add_bos: special.add_bos.or(around(true, bos)).unwrap_or(false),
             add_eos: special.add_eos.or(around(false, eos)).unwrap_or(false),
             bos,
@@ -237,6 +245,7 @@ fn vocab(file: &File, family: Family, rows: usize) -> Result<Vocab, TokenizerErr
         id,
         content,
         special,
+        ..
     } in &file.added_tokens
     {
         let Some(slot) = tokens.get_mut(*id as usize) else {

@@ -21,6 +21,8 @@ struct Special {
     id: u32,
     /// Found in any text; the others only where control tokens are asked for.
     user_defined: bool,
+    /// Takes the white space before it, and behind it, with it.
+    strips: (bool, bool),
 }
 
 /// A part of a text.
@@ -39,6 +41,7 @@ impl SpecialTokens {
                 text: text.into(),
                 id,
                 user_defined: vocab.token_type(id) == TokenType::UserDefined,
+                strips: (false, false),
             })
             .collect();
         tokens.sort_unstable_by(|a, b| a.text.cmp(&b.text));
@@ -64,6 +67,14 @@ impl SpecialTokens {
             by_first,
             lengths,
         }
+    }
+
+    /// The same with tokens that take the white space before them, and behind them, with them: by their ids.
+    pub(super) fn stripping(mut self, strips: &BTreeMap<u32, (bool, bool)>) -> Self {
+        for token in &mut self.tokens {
+            token.strips = strips.get(&token.id).copied().unwrap_or_default();
+        }
+        self
     }
 
     /// True if `text` begins with the name of the token `id`.
@@ -131,17 +142,21 @@ impl SpecialTokens {
         }
         let mut fragments = Vec::with_capacity(2 * taken.len() + 1);
         let mut end = 0;
+        let mut behind = false;
+        let between = |range: std::ops::Range<usize>, start: bool, end: bool| {
+            let text = &text[range];
+            let text = if start { text.trim_start() } else { text };
+            let text = if end { text.trim_end() } else { text };
+            (!text.is_empty()).then_some(Fragment::Text(text))
+        };
         for (at, special) in taken {
             let at = at as usize;
-            if at > end {
-                fragments.push(Fragment::Text(&text[end..at]));
-            }
+            fragments.extend(between(end..at, behind, special.strips.0));
             fragments.push(Fragment::Token(special.id));
             end = at + special.text.len();
+            behind = special.strips.1;
         }
-        if end < text.len() {
-            fragments.push(Fragment::Text(&text[end..]));
-        }
+        fragments.extend(between(end..text.len(), behind, false));
         Some(fragments)
     }
 

@@ -155,6 +155,8 @@ impl Manifest {
         }
         let mut total = 0u64;
         let mut paths: HashSet<&str> = HashSet::new();
+        // On some disks these are one file.
+        let mut folded: HashSet<String> = HashSet::new();
         for file in &self.files {
             check_path(&file.path)?;
             total = total
@@ -162,7 +164,7 @@ impl Manifest {
                 .ok_or_else(|| ManifestError::Malformed {
                     reason: "the lengths of its files overflow".into(),
                 })?;
-            if !paths.insert(&file.path) {
+            if !paths.insert(&file.path) || !folded.insert(file.path.to_lowercase()) {
                 return Err(ManifestError::SamePath {
                     path: file.path.clone(),
                 });

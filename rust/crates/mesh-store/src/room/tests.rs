@@ -1,3 +1,4 @@
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use super::*;
@@ -207,3 +208,32 @@ fn a_hole_takes_no_room() {
         .unwrap();
     assert_eq!(read, [0, 1]);
 }
+
+#[test]
+fn a_clock_that_jumps_takes_nothing_from_who_is_at_work() {
+    let (_dir, store) = store();
+    let leftover = store.put(b"of nobody, long since").unwrap();
+    set_age(&store.blob_path(&leftover), 60 * DAY);
+    let work = store.work().unwrap();
+    let working: Vec<PathBuf> = store.list("tmp").unwrap();
+    let mine = store.put(b"of a model that is being fetched").unwrap();
+    let temporary = tempfile::NamedTempFile::new_in(store.tmp()).unwrap();
+    temporary.as_file().lock().unwrap();
+    // The clock said 1970 when the work began, and is right now.
+    for path in working.iter().chain([&store.blob_path(&mine)]) {
+        set_age(path, 50 * DAY);
+    }
+    set_age(temporary.path(), 50 * DAY);
+    store.gc(None, false).unwrap();
+    assert_eq!(store.blob(&leftover), None, "it is older than the work");
+    assert!(store.blob(&mine).is_some());
+    assert!(temporary.path().exists() && working[0].exists());
+    // Whoever was killed left these.
+    drop(work);
+    temporary.as_file().unlock().unwrap();
+    store.gc(None, false).unwrap();
+    assert_eq!(store.blob(&mine), None);
+    assert!(!temporary.path().exists() && !working[0].exists());
+}
+
+const DAY: Duration = Duration::from_secs(24 * 3600);

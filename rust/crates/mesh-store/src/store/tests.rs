@@ -211,3 +211,70 @@ fn a_changed_file_outside_of_the_store_is_adopted_anew() {
     assert_ne!(one.manifest.fingerprint(), other.manifest.fingerprint());
     assert_eq!(other.manifest.files[0].sha256, Digest::of("another"));
 }
+
+#[test]
+fn links_that_others_planted_are_not_followed() {
+    use std::os::unix::fs::symlink;
+
+    let (dir, store) = store();
+    let victim = dir.path().join("victim");
+    std::fs::write(&victim, "precious").unwrap();
+    let bytes = noise(5, 1000);
+    let manifest = manifest_of("m", &bytes);
+    let file = &manifest.files[0];
+    let partial = store.partial_path(&PartialKey::Blob(file.sha256));
+    symlink(&victim, &partial).unwrap();
+    let refused = store.begin(PartialKey::Blob(file.sha256), file.bytes, file.bytes);
+    let refused = refused.unwrap_err().to_string();
+    assert!(refused.contains("a link lies there"), "{refused}");
+    assert!(refused.contains("remove it"), "{refused}");
+    std::fs::remove_file(&partial).unwrap();
+
+    // A model's folder that leads elsewhere.
+    let fingerprint = add(&store, "m", &bytes);
+    let elsewhere = dir.path().join("elsewhere");
+    std::fs::create_dir(&elsewhere).unwrap();
+    let name = &manifest.files[0].path;
+    std::fs::write(elsewhere.join(name), "precious").unwrap();
+    let folder = store.root().join("models").join(fingerprint.to_string());
+    symlink(&elsewhere, &folder).unwrap();
+    assert_eq!(store.folder(&fingerprint).unwrap(), folder);
+    assert!(std::fs::symlink_metadata(&folder).unwrap().is_dir());
+    assert_eq!(std::fs::read(elsewhere.join(name)).unwrap(), b"precious");
+
+    for path in [store.pin_path(&Digest::of("x")), store.root().join("lock")] {
+        let _ = std::fs::remove_file(&path);
+        symlink(&victim, &path).unwrap();
+    }
+    assert!(store.pin(&fingerprint).is_err(), "the lock is a link");
+    assert_eq!(std::fs::read(&victim).unwrap(), b"precious");
+}
+
+#[test]
+fn a_file_that_is_swapped_while_it_is_completed_is_no_blob() {
+    let (_dir, store) = store();
+    let bytes = noise(6, 1000);
+    let manifest = manifest_of("m", &bytes);
+    let partial = begin(&store, &manifest.files[0]);
+    partial.write_at(0, &bytes).unwrap();
+    let path = partial.path();
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, noise(7, 1000)).unwrap();
+    let error = partial.complete(None).unwrap_err().to_string();
+    assert!(error.contains("another file lies there"), "{error}");
+    assert_eq!(store.blob(&manifest.files[0].sha256), None);
+}
+
+#[test]
+fn the_stores_folders_are_for_their_owner() {
+    let dir = tempfile::tempdir().unwrap();
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    let root = dir.path().join("a/store");
+    Store::open(&root).unwrap();
+    assert_eq!((mode(&root), mode(&root.join("partial"))), (0o700, 0o700));
+    // One that everybody could write to is closed; who may read stays.
+    let open = Permissions::from_mode(0o777);
+    std::fs::set_permissions(root.join("blobs"), open).unwrap();
+    Store::open(&root).unwrap();
+    assert_eq!(mode(&root.join("blobs")), 0o775);
+}

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use mesh_proto::{BadSource, ModelSources, Seat};
 use mesh_share::{Action, DropReason, Kind, PieceSet, Settings, Swarm};
-use mesh_store::{Begun, PartialFile, PartialKey, Pin, Store, StoreError};
+use mesh_store::{Begun, PartialFile, PartialKey, Pin, Store, StoreError, Work};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -144,6 +144,7 @@ pub(super) struct Fetch {
     logged: (Instant, u64),
     /// What is being fetched does not make room for itself.
     _pin: Option<Pin>,
+    _work: Option<Work>,
 }
 
 struct Source {
@@ -168,6 +169,7 @@ impl Fetch {
         };
         let fetch = Fetch {
             _pin: models.pin(&held),
+            _work: store.work().ok(),
             swarm: Swarm::new([], settings),
             writer: Arc::new(Writer {
                 store: store.clone(),
@@ -397,7 +399,7 @@ impl Fetch {
         for source in std::mem::take(&mut self.sources).into_keys() {
             self.swarm.gone(&source);
         }
-        self.close(true).await;
+        let _ = self.close(true).await;
         let fetching = origin::fetch(&self.models, &self.store, &self.name, &hub_name);
         tokio::pin!(fetching);
         let mut look = tokio::time::interval(ERRAND_LOOK);
@@ -469,7 +471,16 @@ impl Fetch {
         if !self.waiting.iter().any(is_whole) {
             return;
         }
-        self.close(false).await;
+        if let Err(error) = self.close(false).await {
+            let text = error.to_string();
+            if matches!(error, StoreError::Mismatch { .. }) {
+                self.disown(&text).await;
+            }
+            for want in self.waiting.drain(..) {
+                let _ = want.done.send(Err(text.clone()));
+            }
+            return;
+        }
         let waiting = std::mem::take(&mut self.waiting);
         let (done, waiting): (Vec<Want>, Vec<Want>) = waiting.into_iter().partition(is_whole);
         self.waiting = waiting;
@@ -478,20 +489,36 @@ impl Fetch {
         }
     }
 
-    async fn close(&self, all: bool) {
+    /// Has nobody take this model for what it says it is, and removes it from the store.
+    async fn disown(&mut self, reason: &str) {
+        self.models.disown(&self.held, reason);
+        self._pin = None;
+        let _ = self.close(true).await;
+        let (store, held) = (self.store.clone(), self.held.clone());
+        let fingerprint = held.fingerprint();
+        let removed = tokio::task::spawn_blocking(move || {
+            held.look();
+            store.remove(&fingerprint)
+        });
+        if let Ok(Err(error)) = removed.await {
+            tracing::warn!(model = self.name, %error, "a model that is not what it says stays in the store");
+        }
+    }
+
+    async fn close(&self, all: bool) -> Result<(), StoreError> {
         let writer = self.writer.clone();
         let closed = tokio::task::spawn_blocking(move || writer.close(all)).await;
-        let closed = closed
-            .map_err(|error| error.to_string())
-            .and_then(|closed| closed.map_err(|error| error.to_string()));
-        if let Err(error) = closed {
-            tracing::error!(model = self.name, error, "model not stored");
+        let closed = closed.unwrap_or(Ok(()));
+        if let Err(error) = &closed {
+            tracing::error!(model = self.name, %error, "model not stored");
         }
+        closed
     }
 
     /// Puts things in order when nobody waits any more. Says whether that is the end.
     async fn end(&mut self, wants: &mpsc::UnboundedReceiver<Want>) -> bool {
-        self.close(true).await;
+        // What cannot be kept was said to who waited for it.
+        let _ = self.close(true).await;
         if !self.models.end_fetch(&self.held.fingerprint(), wants) {
             return false;
         }

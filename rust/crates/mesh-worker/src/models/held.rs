@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError, RwLock};
 use bytes::Bytes;
 use mesh_proto::HeldModel;
 use mesh_share::{PieceSet, Wanted};
-use mesh_store::{Digest, Manifest, PieceId, SignedManifest, Store};
+use mesh_store::{Digest, Manifest, Named, PieceId, SignedManifest, Store};
 use tokio::sync::watch;
 
 use super::origin;
@@ -26,8 +26,10 @@ pub(crate) struct Held {
     /// Number of each file's first piece.
     first: Vec<u32>,
     here: RwLock<PieceSet>,
-    /// What it goes by besides the manifest's name.
+    /// What it goes by besides the manifest's name, for which somebody vouches.
     names: Mutex<Vec<String>>,
+    /// What another worker once called it, with nobody to vouch for that.
+    hearsay: Mutex<Vec<String>>,
     /// Files that were opened to be read from, with the paths that they had then.
     open: Mutex<HashMap<u32, (PathBuf, std::sync::Arc<File>)>>,
     /// Counts the changes of what is here.
@@ -52,6 +54,7 @@ impl Held {
             ids,
             first,
             names: Mutex::default(),
+            hearsay: Mutex::default(),
             open: Mutex::default(),
             changes: watch::Sender::new(0),
         };
@@ -160,6 +163,30 @@ impl Held {
         PieceSet::of(self.pieces(), ids.into_iter().map(|id| self.number(id)))
     }
 
+    /// All of these files.
+    pub(super) fn files(&self, files: impl IntoIterator<Item = u32>) -> PieceSet {
+        let pieces = files.into_iter().flat_map(|file| {
+            let described = self.manifest().files.get(file as usize);
+            let count = described.map_or(0, |described| described.pieces.len() as u32);
+            (0..count).map(move |piece| PieceId { file, piece })
+        });
+        PieceSet::of(self.pieces(), pieces.map(|id| self.number(id)))
+    }
+
+    /// A whole file, of at most `limit` bytes. Blocks for as long as the disk takes.
+    pub(super) fn content(&self, file: u32, limit: u64) -> io::Result<Vec<u8>> {
+        let gone = || io::Error::other("it is not here any more");
+        let described = self.manifest().files.get(file as usize).ok_or_else(gone)?;
+        if described.bytes > limit {
+            return Err(io::Error::other(format!("it has over {limit} bytes")));
+        }
+        let mut content = Vec::new();
+        for piece in self.files([file]).iter() {
+            content.extend_from_slice(&self.read(piece)?.ok_or_else(gone)?);
+        }
+        Ok(content)
+    }
+
     /// Bytes of these pieces.
     pub(super) fn bytes_of(&self, pieces: &PieceSet) -> u64 {
         let ids = pieces.iter().filter_map(|piece| self.id(piece));
@@ -233,6 +260,48 @@ impl Held {
         news
     }
 
+    /// Takes in a name that the store has. On the hub's names another worker's word is none: it waits until somebody vouches.
+    pub(super) fn add_known(&self, named: &Named) {
+        if named.is_hearsay() && origin::is_name(&named.name) {
+            let mut hearsay = self.hearsay.lock().unwrap_or_else(PoisonError::into_inner);
+            hearsay.push(named.name.clone());
+        } else {
+            self.add_name(&named.name);
+        }
+    }
+
+    /// Whether another worker once called it so, and nobody vouches for that.
+    pub(super) fn is_said_to_be(&self, name: &str) -> bool {
+        let hearsay = self.hearsay.lock().unwrap_or_else(PoisonError::into_inner);
+        hearsay.iter().any(|said| said.eq_ignore_ascii_case(name))
+    }
+
+    /// Whether nothing is known of it but another worker's word.
+    fn is_hearsay(&self) -> bool {
+        let hearsay = self.hearsay.lock().unwrap_or_else(PoisonError::into_inner);
+        let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        names.is_empty() && !hearsay.is_empty()
+    }
+
+    /// The name to look it up by at the head: one that somebody vouches for. A manifest may call itself as it likes.
+    pub(super) fn title(&self) -> String {
+        let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = names.first().cloned();
+        first.unwrap_or_else(|| self.fingerprint.to_string())
+    }
+
+    /// What it is served as when `asked` is what was wanted: a manifest gives itself no name of the hub's.
+    pub(crate) fn served_as(&self, asked: &str) -> String {
+        match self.has_plain_name() {
+            true => self.manifest().name.clone(),
+            false => asked.to_owned(),
+        }
+    }
+
+    fn has_plain_name(&self) -> bool {
+        !origin::is_name(&self.manifest().name)
+    }
+
     /// What it goes by on the hub, if that is known.
     pub(super) fn hub_name(&self) -> Option<String> {
         let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
@@ -241,17 +310,21 @@ impl Held {
 
     /// Whether it goes by this name.
     pub(super) fn is_called(&self, name: &str) -> bool {
+        let own = self.manifest().name.eq_ignore_ascii_case(name);
+        let own = own && self.has_plain_name() && !self.is_hearsay();
         let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
-        self.manifest().name.eq_ignore_ascii_case(name)
-            || names.iter().any(|known| known.eq_ignore_ascii_case(name))
+        own || names.iter().any(|known| known.eq_ignore_ascii_case(name))
             || self.fingerprint.to_string() == name
     }
 
     /// What the head is told of it.
     pub(super) fn to_proto(&self) -> HeldModel {
+        let own = self.has_plain_name() && !self.is_hearsay();
         let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
         let mut names = names.clone();
-        names.insert(0, self.manifest().name.clone());
+        if own {
+            names.insert(0, self.manifest().name.clone());
+        }
         HeldModel {
             fingerprint: self.fingerprint.to_string(),
             names,
@@ -268,5 +341,67 @@ impl Held {
             [only] => folder.join(only.relative_path()),
             _ => folder,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HUB: &str = "org/m-GGUF:Q8_0";
+
+    fn held(store: &Store, called: &str) -> Held {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("m.bin"), b"bytes").unwrap();
+        let files = ["m.bin".into()];
+        let manifest = Manifest::of_files(called, folder.path(), &files, &|_| ()).unwrap();
+        let signed = SignedManifest::unsigned(manifest);
+        let fingerprint = store.put_manifest(&signed).unwrap();
+        Held::new(store, fingerprint, signed)
+    }
+
+    fn known(store: &Store, held: &Held) {
+        for named in store.names().unwrap() {
+            held.add_known(&named);
+        }
+    }
+
+    #[test]
+    fn what_another_worker_once_called_a_model_is_no_name_of_the_hubs() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let model = held(&store, "m");
+        // As an earlier release left it.
+        let fingerprint = model.fingerprint();
+        store.name(HUB, &fingerprint, Some("worker liar")).unwrap();
+        known(&store, &model);
+        assert!(!model.is_called(HUB) && !model.is_called("m"));
+        assert!(model.is_said_to_be(HUB));
+        assert!(model.to_proto().names.is_empty());
+        assert_eq!(model.hub_name(), None);
+        // What this machine got from the hub itself, and what somebody vouched for, is.
+        for vouched in [true, false] {
+            match vouched {
+                true => store.name_from_worker(HUB, &fingerprint, "a", "the hub"),
+                false => store.name(HUB, &fingerprint, Some("http://hub/org/m/tree/0")),
+            }
+            .unwrap();
+            let model = held(&store, "m");
+            known(&store, &model);
+            assert!(model.is_called(HUB) && model.is_called("m"));
+            assert_eq!(model.hub_name().as_deref(), Some(HUB));
+        }
+    }
+
+    #[test]
+    fn a_manifest_gives_itself_no_name_of_the_hubs() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let model = held(&store, "org/other");
+        model.add_name("mine");
+        assert!(!model.is_called("org/other") && model.is_called("mine"));
+        assert_eq!(model.served_as("mine"), "mine");
+        assert_eq!(model.to_proto().names, ["mine"]);
+        assert_eq!(held(&store, "plain").served_as("org/plain"), "plain");
     }
 }

@@ -2,7 +2,8 @@
 //! the hub, and gives others what is here.
 //!
 //! Names that mean nothing anywhere are refused at the start (`wanted`). [`Models::obtain`] finds a model by a name and gives its [`Held`] (`seek`, `origin`); [`Models::fetch`] gets pieces of it
-//! (`fetch`, a task for each model that is fetched; `source`, one for each worker that sends some). `serve` is the other side. Who
+//! (`fetch`, a task for each model that is fetched; `source`, one for each worker that sends some). That a model from another worker
+//! is what its name says somebody has to know who is none of them (`vouch`). `serve` is the other side. Who
 //! has what the head says: it hears what this worker holds and seeks ([`Models::report`]) and answers with [`Sources`].
 
 mod fetch;
@@ -11,9 +12,10 @@ mod origin;
 mod seek;
 mod serve;
 mod source;
+mod vouch;
 mod wanted;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -63,6 +65,9 @@ pub(crate) struct Models {
     net: Mutex<Option<Net>>,
     /// Workers on the LAN.
     lan: Mutex<Option<watch::Receiver<Vec<Found>>>>,
+    hub: vouch::HubWords,
+    /// Models whose files turned out not to be what their manifests say.
+    false_manifests: Mutex<BTreeSet<Digest>>,
 }
 
 #[derive(Default)]
@@ -118,7 +123,7 @@ impl Models {
             for model in models {
                 let known = Held::new(store, model.fingerprint, model.signed);
                 for named in &model.names {
-                    known.add_name(&named.name);
+                    known.add_known(named);
                 }
                 held.insert(model.fingerprint, Arc::new(known));
             }
@@ -139,6 +144,8 @@ impl Models {
             told: watch::Sender::new(BTreeMap::new()),
             net: Mutex::default(),
             lan: Mutex::default(),
+            hub: vouch::HubWords::default(),
+            false_manifests: Mutex::default(),
         }))
     }
 
@@ -259,11 +266,12 @@ impl Models {
 
     /// Notes that pieces of a model are here, and lets others have them.
     fn hold(&self, held: Held) -> Arc<Held> {
+        self.hold_shared(Arc::new(held))
+    }
+
+    fn hold_shared(&self, held: Arc<Held>) -> Arc<Held> {
         let mut all = lock(&self.held);
-        let held = all
-            .entry(held.fingerprint())
-            .or_insert_with(|| Arc::new(held))
-            .clone();
+        let held = all.entry(held.fingerprint()).or_insert(held).clone();
         drop(all);
         self.changed();
         held
@@ -300,7 +308,7 @@ impl Models {
         {
             let mut fetches = lock(&self.fetches);
             let fetch = fetches.entry(held.fingerprint()).or_insert_with(|| {
-                let name = held.manifest().name.clone();
+                let name = held.title();
                 Fetch::spawn(self.clone(), store, held.clone(), name)
             });
             fetch
@@ -310,6 +318,29 @@ impl Models {
         finished
             .await
             .map_err(|_| "the task that fetches it is gone".to_owned())?
+    }
+
+    /// Forgets a model whose files, all of them here, are not what its manifest says: each piece was, so the manifest lies.
+    pub(super) fn disown(&self, held: &Held, reason: &str) {
+        let fingerprint = held.fingerprint();
+        tracing::error!(
+            model = held.title(),
+            %fingerprint,
+            reason,
+            "the manifest that another worker gave contradicts itself: the model is forgotten, and looked for elsewhere"
+        );
+        self.counters.bad.inc();
+        let mut known = lock(&self.false_manifests);
+        if known.len() < MOST_BAD {
+            known.insert(fingerprint);
+        }
+        drop(known);
+        lock(&self.held).remove(&fingerprint);
+        self.changed();
+    }
+
+    fn is_disowned(&self, fingerprint: &Digest) -> bool {
+        lock(&self.false_manifests).contains(fingerprint)
     }
 
     /// Ends a model's fetch task, unless somebody wants something by now.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use mesh_hub::{Hub, HubError, HubName, PullOptions, Watch, pull};
+use mesh_hub::{Expected, Hub, HubError, HubName, PullOptions, Watch, pull};
 use mesh_store::{Digest, Store};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
@@ -126,6 +126,37 @@ pub(super) async fn fetch(
     }
 }
 
+/// What the hub says that the model `name` consists of.
+///
+/// # Errors
+/// If it does not say, in words.
+pub(super) async fn expected(name: &str) -> Result<Expected, String> {
+    let name: HubName = name.parse().map_err(|error: HubError| error.to_string())?;
+    let runtime = Handle::current();
+    // A thread of its own: the hub's future stays on one.
+    let asking = tokio::task::spawn_blocking(move || {
+        runtime.block_on(async {
+            let hub = Hub::from_env().map_err(|error| error.to_string())?;
+            let asked = tokio::time::timeout(ASK_LIMIT, hub.expected(&name, &Silent)).await;
+            match asked {
+                Ok(Ok(expected)) => Ok(expected),
+                Ok(Err(error)) => Err(error.to_string()),
+                Err(_) => Err(format!("it did not answer in {} s", ASK_LIMIT.as_secs())),
+            }
+        })
+    });
+    asking.await.map_err(|error| error.to_string())?
+}
+
+/// Nobody watches a few kilobytes.
+struct Silent;
+
+impl Watch for Silent {
+    fn planned(&self, _: u64, _: u64) {}
+    fn arrived(&self, _: u64) {}
+    fn waiting(&self, _: &str, _: Duration) {}
+}
+
 async fn run(
     store: &Store,
     hub_name: &HubName,
@@ -163,6 +194,8 @@ async fn run(
     fingerprint.ok_or_else(|| OriginError::other("only a part of the model came"))
 }
 
+/// How long the hub is waited for when it is asked what a model consists of.
+const ASK_LIMIT: Duration = Duration::from_secs(20);
 const TICK: Duration = Duration::from_millis(250);
 /// Every 5 s.
 const LOG_TICKS: u32 = 20;

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mesh_proto::ModelSources;
-use mesh_store::{Digest, SignedManifest, Store};
+use mesh_store::{Digest, SignedManifest, Store, StoreError};
 
 use super::held::Held;
 use super::origin::{self, OriginError};
+use super::vouch::Doubt;
 use super::{Models, lock, source, wanted};
 
 impl Models {
@@ -26,7 +27,7 @@ impl Models {
         let _turn = turn.lock().await;
         let known = lock(&self.held)
             .values()
-            .find(|held| held.is_called(name))
+            .find(|held| held.is_called(name) && !self.is_disowned(&held.fingerprint()))
             .cloned();
         if let Some(held) = known {
             self.policy
@@ -51,6 +52,9 @@ impl Models {
         let mut told = self.told.subscribe();
         let mut refused = String::new();
         let mut nowhere = String::new();
+        // Manifests that claim this name and are another model, and since when there is one.
+        let mut others: BTreeMap<Digest, String> = BTreeMap::new();
+        let mut since: Option<Instant> = None;
         // Until when the hub is left alone.
         let mut rest: Option<Instant> = None;
         loop {
@@ -59,8 +63,10 @@ impl Models {
                 self.seeks(name, |sought| sought.origin_error.clear());
             }
             let sources = told.borrow_and_update().get(name).cloned();
-            if rest.is_none() && self.has_errand(name, sources.as_ref()) {
-                match self.run_errand(name, store).await {
+            // A head that knows nothing of refusals tells of the refused one for ever.
+            let own = since.is_some_and(|since| since.elapsed() >= ON_ITS_OWN) && self.may_go(name);
+            if rest.is_none() && (own || self.has_errand(name, sources.as_ref())) {
+                match self.run_errand(name, store, own).await {
                     Ok(Some(held)) => return Ok(held),
                     // Another one has it now.
                     Ok(None) => continue,
@@ -72,11 +78,26 @@ impl Models {
                     }
                 }
             }
-            if let Some(sources) = sources
+            let mut doubts = Vec::new();
+            if let Some(held) = self.said_to_be(name, &others) {
+                match self.name_stored(name, &held, sources.as_ref()).await {
+                    Ok(()) => return Ok(held),
+                    Err(doubt) => {
+                        doubts.push((held.fingerprint(), "this worker's store".to_owned(), doubt))
+                    }
+                }
+            }
+            if let Some(sources) = &sources
                 && let Ok(fingerprint) = sources.fingerprint.parse::<Digest>()
+                && !others.contains_key(&fingerprint)
                 && let Some(peers) = self.peers()
             {
-                for seat in &sources.seats {
+                let disowned = self.is_disowned(&fingerprint);
+                if disowned {
+                    let reason = "its files are not what its manifest says".to_owned();
+                    doubts.push((fingerprint, String::new(), Doubt::Other(reason)));
+                }
+                for seat in sources.seats.iter().filter(|_| !disowned) {
                     let signed = match source::manifest(&peers, seat, &fingerprint).await {
                         Ok(signed) => signed,
                         Err(reason) => {
@@ -84,22 +105,36 @@ impl Models {
                             continue;
                         }
                     };
-                    match self.keep(name, signed, &seat.name, store).await {
+                    match self.keep(name, signed, &seat.name, store, sources).await {
                         Ok(held) => return Ok(held),
-                        Err(reason) if reason != refused => {
-                            tracing::error!(
-                                model = name,
-                                worker = seat.name,
-                                reason,
-                                "manifest refused"
-                            );
-                            let text = reason.clone();
-                            self.seeks(name, |sought| sought.origin_error = text);
-                            refused = reason;
+                        Err(doubt) => {
+                            doubts.push((fingerprint, seat.name.clone(), doubt));
+                            // Others have the same one.
+                            break;
                         }
-                        Err(_) => {}
                     }
                 }
+            }
+            for (fingerprint, worker, doubt) in doubts {
+                let (Doubt::Other(reason) | Doubt::Nobody(reason)) = doubt.clone();
+                if reason != refused {
+                    tracing::error!(model = name, worker, %fingerprint, reason, "manifest refused");
+                }
+                if let Doubt::Other(_) = doubt {
+                    if others.len() < MOST_OTHERS {
+                        others.insert(fingerprint, reason.clone());
+                    }
+                    since.get_or_insert_with(Instant::now);
+                    let list: Vec<String> = others.keys().map(Digest::to_string).collect();
+                    self.seeks(name, |sought| {
+                        sought.refused = list;
+                        // The hub answers: somebody is to go there.
+                        sought.origin_error.clear();
+                    });
+                } else {
+                    self.seeks(name, |sought| sought.origin_error.clone_from(&reason));
+                }
+                refused = reason;
             }
             if sources_empty(&told.borrow(), name)
                 && let Some(text) = self.why_nowhere(name)
@@ -112,6 +147,45 @@ impl Models {
             // Others may come, and a link that could not be made may be made in a moment.
             let _ = tokio::time::timeout(SEEK_AGAIN, told.changed()).await;
         }
+    }
+
+    /// A model of the store that another worker once said is `name`.
+    fn said_to_be(&self, name: &str, others: &BTreeMap<Digest, String>) -> Option<Arc<Held>> {
+        let held = lock(&self.held);
+        let mut said = held.values().filter(|held| held.is_said_to_be(name));
+        said.find(|held| {
+            !others.contains_key(&held.fingerprint()) && !self.is_disowned(&held.fingerprint())
+        })
+        .cloned()
+    }
+
+    /// Names a model of the store, if somebody vouches for it by now.
+    async fn name_stored(
+        self: &Arc<Self>,
+        name: &str,
+        held: &Arc<Held>,
+        told: Option<&ModelSources>,
+    ) -> Result<(), Doubt> {
+        let vouched = self.vouch(name, &held.signed, told).await?;
+        self.check_contents(held, vouched.unchecked).await?;
+        let (store, fingerprint) = (self.store.clone(), held.fingerprint());
+        let (named, by) = (name.to_owned(), vouched.by);
+        let kept = tokio::task::spawn_blocking(move || match store {
+            Some(store) => store.name_from_worker(&named, &fingerprint, "unknown", &by),
+            None => Ok(()),
+        });
+        if let Ok(Err(error)) = kept.await {
+            tracing::warn!(model = name, %error, "who vouches for the model will be asked again after a restart");
+        }
+        held.add_name(name);
+        self.changed();
+        Ok(())
+    }
+
+    /// Whether this worker may get the model from the hub, asked to or not.
+    fn may_go(&self, name: &str) -> bool {
+        let state = lock(&self.state);
+        state.sought.get(name).is_some_and(|sought| sought.origin)
     }
 
     /// Why a model that no worker has does not come from the hub either, if it does not.
@@ -133,21 +207,19 @@ impl Models {
 
     /// Whether this worker is the one that gets a model from outside the mesh.
     pub(super) fn has_errand(&self, name: &str, sources: Option<&ModelSources>) -> bool {
-        let may = || {
-            let state = lock(&self.state);
-            state.sought.get(name).is_some_and(|sought| sought.origin)
-        };
+        let may = || self.may_go(name);
         // Who has no head, or may not take from others, asks nobody.
         let alone = !self.config.has_head() || !self.config.store.peers;
         (alone || sources.is_some_and(|sources| sources.origin)) && may()
     }
 
-    /// Gets a model from the hub, for as long as the head wants this worker to. `None` if it no longer does; what has come by then
-    /// is kept.
+    /// Gets a model from the hub, for as long as the head wants this worker to, or on its `own` account. `None` if it no longer
+    /// does; what has come by then is kept.
     async fn run_errand(
         self: &Arc<Self>,
         name: &str,
         store: &Store,
+        own: bool,
     ) -> Result<Option<Arc<Held>>, OriginError> {
         let mut told = self.told.subscribe();
         let fetching = origin::fetch(self, store, name, name);
@@ -155,7 +227,7 @@ impl Models {
         let fetched = loop {
             tokio::select! {
                 fetched = &mut fetching => break fetched,
-                _ = told.changed() => {
+                _ = told.changed(), if !own => {
                     if !self.has_errand(name, told.borrow_and_update().get(name)) {
                         tracing::info!(model = name, "another worker gets the model from the hub");
                         return Ok(None);
@@ -181,30 +253,62 @@ impl Models {
         Ok(Some(self.hold(held)))
     }
 
-    /// Takes a manifest in, if the policy lets it pass.
+    /// Takes a manifest in that the worker `from` gave, if somebody else vouches that it is `name`.
     async fn keep(
-        &self,
+        self: &Arc<Self>,
         name: &str,
         signed: SignedManifest,
         from: &str,
         store: &Store,
-    ) -> Result<Arc<Held>, String> {
-        self.policy
-            .check(&signed)
-            .map_err(|error| error.to_string())?;
-        let (store, name, from) = (store.clone(), name.to_owned(), format!("worker {from}"));
+        told: &ModelSources,
+    ) -> Result<Arc<Held>, Doubt> {
+        let vouched = self.vouch(name, &signed, Some(told)).await?;
+        let failed = |error: String| Doubt::Nobody(error);
+        let kept_in = store.clone();
+        let (called, said) = (name.to_owned(), format!("worker {from}"));
+        let certain = vouched.unchecked.is_empty();
         let kept = tokio::task::spawn_blocking(move || {
-            let fingerprint = store.put_manifest(&signed)?;
-            store.name(&name, &fingerprint, Some(&from))?;
-            let held = Held::new(&store, fingerprint, signed);
-            held.add_name(&name);
-            Ok::<_, mesh_store::StoreError>(held)
+            let fingerprint = kept_in.put_manifest(&signed)?;
+            if !certain {
+                // Should this end here, it is known for hearsay.
+                kept_in.name(&called, &fingerprint, Some(&said))?;
+            }
+            Ok::<_, mesh_store::StoreError>(Held::new(&kept_in, fingerprint, signed))
         });
-        let held = kept
-            .await
-            .map_err(|error| error.to_string())?
-            .map_err(|error| error.to_string())?;
-        Ok(self.hold(held))
+        let kept = kept.await.map_err(|error| failed(error.to_string()))?;
+        let held = Arc::new(kept.map_err(|error| failed(error.to_string()))?);
+        // Nobody hears of it by that name before all of it is known.
+        if let Err(doubt) = self.check_contents(&held, vouched.unchecked).await {
+            let (store, fingerprint) = (store.clone(), held.fingerprint());
+            drop(held);
+            let _ = tokio::task::spawn_blocking(move || discard(&store, &fingerprint)).await;
+            return Err(doubt);
+        }
+        let (store, fingerprint) = (store.clone(), held.fingerprint());
+        let (called, from, by) = (name.to_owned(), from.to_owned(), vouched.by.clone());
+        let named = tokio::task::spawn_blocking(move || {
+            store.name_from_worker(&called, &fingerprint, &from, &by)
+        });
+        let named = named.await.map_err(|error| failed(error.to_string()))?;
+        named.map_err(|error| failed(error.to_string()))?;
+        tracing::info!(model = name, vouched = vouched.by, %fingerprint, "the model is what its name says");
+        let held = self.hold_shared(held);
+        held.add_name(name);
+        Ok(held)
+    }
+}
+
+/// Removes a model as soon as the task that fetched of it has let go of it. Blocks.
+fn discard(store: &Store, fingerprint: &Digest) {
+    for _ in 0..DISCARD_ATTEMPTS {
+        match store.remove(fingerprint) {
+            Err(StoreError::Pinned { .. }) => std::thread::sleep(DISCARD_PAUSE),
+            Err(error) => {
+                tracing::warn!(%fingerprint, %error, "a model that is not what it says stays in the store");
+                return;
+            }
+            Ok(_) => return,
+        }
     }
 }
 
@@ -214,4 +318,10 @@ fn sources_empty(told: &BTreeMap<String, ModelSources>, name: &str) -> bool {
         .is_some_and(|sources| sources.fingerprint.is_empty())
 }
 
+const DISCARD_ATTEMPTS: u32 = 50;
+const DISCARD_PAUSE: Duration = Duration::from_millis(100);
 const SEEK_AGAIN: Duration = Duration::from_secs(2);
+/// How long the head may take to give the errand to somebody after a refusal.
+const ON_ITS_OWN: Duration = Duration::from_secs(10);
+/// Manifests that are refused under one name.
+const MOST_OTHERS: usize = 16;

@@ -106,6 +106,7 @@ impl World {
                     self.told.insert(node, sources.models);
                 }
                 Action::Note(note) => self.notes.push(note),
+                Action::KeepPins => {}
             }
         }
     }
@@ -442,4 +443,121 @@ fn at_every_moment_at_most_one_goes_and_in_the_end_all_have_it() {
             prop_assert_eq!(world.seats(name), [on_it.as_str()]);
         }
     });
+}
+
+#[test]
+fn the_first_model_that_is_got_under_a_name_keeps_it() {
+    let mut world = World::new(&["a", "b", "c", "d"]);
+    world.hold("a", 'a', PieceSet::all(4));
+    assert!(world.tracker.pins().get("m").is_none(), "nobody asked");
+    world.seek("b", "M");
+    assert_eq!(world.told("b").pin, fingerprint('a'));
+    assert_eq!(world.told("b").fingerprint, fingerprint('a'));
+    assert!(!world.told("b").disputed);
+    // More workers have another one: it is not told, and nobody is told that the first one is sure.
+    world.hold("c", 'b', PieceSet::all(4));
+    world.hold("d", 'b', PieceSet::all(4));
+    assert_eq!(world.told("b").fingerprint, fingerprint('a'));
+    assert!(world.told("b").disputed);
+    let conflicts: Vec<_> = world
+        .notes
+        .iter()
+        .filter(|n| matches!(n, Note::Conflict(_)))
+        .collect();
+    assert_eq!(conflicts.len(), 1, "{conflicts:?}");
+    let advice = world.tracker.conflicts()[0].advice();
+    for part in [
+        "`M`",
+        "2 different models",
+        "(a)",
+        "(c, d)",
+        "models pins set",
+    ] {
+        assert!(advice.contains(part), "{part}: {advice}");
+    }
+    // With its holder gone it keeps the name: nothing else is told under it.
+    world.leave("a");
+    assert_eq!(world.told("b").fingerprint, "");
+    // An operator decides.
+    world.tracker.pin("m", &fingerprint('b')).unwrap();
+    world.turn();
+    assert_eq!(world.told("b").fingerprint, fingerprint('b'));
+    assert!(!world.told("b").disputed);
+    world.tracker.unpin("m").unwrap();
+    assert!(world.tracker.unpin("m").is_err());
+    assert!(world.tracker.pin("m", "b").is_err());
+    assert!(world.tracker.pin("a\nb", &fingerprint('b')).is_err());
+}
+
+#[test]
+fn a_model_that_a_worker_refuses_is_not_told_to_it_again() {
+    let mut world = World::new(&["liar", "b", "c"]);
+    world.hold("liar", 'f', PieceSet::all(4));
+    world.seek("b", "m");
+    assert_eq!(world.told("b").fingerprint, fingerprint('f'));
+    // The hub has another one under that name: somebody gets it.
+    world.say("b", |models| {
+        models.sought[0].refused = vec![fingerprint('f'), "x".into()]
+    });
+    assert_eq!(world.told("b").fingerprint, "");
+    assert_eq!(world.errand(), Some("b"));
+    // Whoever cannot ask the hub does not get what is in doubt.
+    world.seek("c", "m");
+    assert!(world.told("c").disputed);
+    assert_eq!(world.tracker.conflicts()[0].refused_by, ["b"]);
+    world.hold("b", 'a', PieceSet::all(4));
+    world.say("c", |models| {
+        models.sought[0].refused = vec![fingerprint('f')]
+    });
+    assert_eq!(world.told("c").fingerprint, fingerprint('a'));
+}
+
+#[test]
+fn who_has_the_errand_gives_the_name_its_meaning() {
+    let mut world = World::new(&["a", "b"]);
+    world.seek("a", "m");
+    assert_eq!(world.errand(), Some("a"));
+    world.hold("a", 'a', PieceSet::all(4));
+    assert_eq!(
+        world.tracker.pins().get("m").unwrap().fingerprint,
+        fingerprint('a')
+    );
+}
+
+#[test]
+fn pins_have_bounds_for_each_node_and_in_all() {
+    let mut world = World::new(&["a", "b"]);
+    for i in 0..300 {
+        world.say("a", |models| {
+            models.held = vec![HeldModel {
+                fingerprint: fingerprint('a'),
+                names: vec![format!("m{i}")],
+                bytes: 1,
+                pieces: Some(PieceSet::all(1).to_proto()),
+                signed: false,
+            }];
+        });
+        world.seek("b", &format!("m{i}"));
+    }
+    assert_eq!(world.tracker.pins().list().count(), 256);
+    for i in 0..5000 {
+        let _ = world.tracker.pin(&format!("n{i}"), &fingerprint('a'));
+    }
+    assert_eq!(world.tracker.pins().list().count(), 4096);
+    assert!(world.tracker.pin("one-more", &fingerprint('a')).is_err());
+    world.tracker.pin("n1", &fingerprint('b')).unwrap();
+}
+
+#[test]
+fn what_workers_say_of_themselves_breaks_no_advice() {
+    let conflict = super::Conflict {
+        name: "a\nb".into(),
+        claims: [("äöüäöüäöüäöüäöü".to_owned(), vec!["x\u{1b}".to_owned()])].into(),
+        pinned: None,
+        decided: false,
+        refused_by: Vec::new(),
+    };
+    let advice = conflict.advice();
+    assert!(advice.contains("äöüäöüäöüäöü (x )"), "{advice}");
+    assert!(!advice.chars().any(char::is_control), "{advice}");
 }

@@ -39,6 +39,12 @@ pub(super) struct AddedToken {
     pub(super) content: String,
     #[serde(default)]
     pub(super) special: bool,
+    /// White space before it is part of it.
+    #[serde(default)]
+    pub(super) lstrip: bool,
+    /// White space behind it is part of it.
+    #[serde(default)]
+    pub(super) rstrip: bool,
 }
 
 /// What makes words to tokens.

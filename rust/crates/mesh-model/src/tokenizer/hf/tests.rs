@@ -219,3 +219,22 @@ fn a_file_made_to_exhaust_the_reader_is_refused_in_time() {
     assert!(tokenizer.encode(&text, EncodeOptions::PLAIN).is_err());
     assert!(begun.elapsed() < Duration::from_secs(20));
 }
+
+#[test]
+fn added_tokens_take_the_white_space_with_them_that_the_file_says() {
+    let with = |lstrip: bool, rstrip: bool| {
+        let mut file = pieces();
+        file["added_tokens"][3]["lstrip"] = lstrip.into();
+        file["added_tokens"][3]["rstrip"] = rstrip.into();
+        let tokenizer = build(&file).unwrap();
+        encode(&tokenizer, "a \n<tool> \tb", EncodeOptions::default())
+    };
+    let (a, b, tool) = (9, 7, 10);
+    let both = with(true, true);
+    assert_eq!(both, [a, tool, 5, b]);
+    let (none, left, right) = (with(false, false), with(true, false), with(false, true));
+    assert_eq!(left[..2], [a, tool]);
+    assert!(left.len() > both.len() && right.len() > both.len());
+    assert_eq!(right[right.len() - 3..], [tool, 5, b]);
+    assert!(none.len() > left.len() && none.len() > right.len());
+}

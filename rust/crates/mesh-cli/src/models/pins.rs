@@ -1,0 +1,91 @@
+//! `hydramesh models pins`: what models' names mean in the mesh, by the head's admin API.
+
+use serde_json::{Value, json};
+
+use crate::admin::Admin;
+use crate::args::{HeadArgs, PinsCommand};
+use crate::failure::Failure;
+use crate::output::table;
+
+pub(super) async fn run(head: &HeadArgs, command: PinsCommand) -> Result<(), Failure> {
+    let admin = Admin::new(head)?;
+    match command {
+        PinsCommand::List { json: as_json } => {
+            let pins = admin.get("/v1/mesh/pins").await?;
+            match as_json {
+                true => println!("{pins}"),
+                false => print!("{}", show(&pins)),
+            }
+        }
+        PinsCommand::Set { name, fingerprint } => {
+            let body = json!({ "name": name, "fingerprint": fingerprint.to_lowercase() });
+            admin.post("/v1/mesh/pins", &body).await?;
+            eprintln!("{name} means {fingerprint} in this mesh, whoever claims it.");
+        }
+        PinsCommand::Release { name } => {
+            admin
+                .post("/v1/mesh/pins", &json!({ "name": name }))
+                .await?;
+            eprintln!("{name} will mean what is got under it next.");
+        }
+    }
+    Ok(())
+}
+
+fn show(answer: &Value) -> String {
+    let plain = |value: &Value| {
+        let text = value.as_str().unwrap_or("-");
+        text.replace(char::is_control, " ")
+    };
+    let pins = answer["pins"].as_array().map(Vec::as_slice);
+    let rows = pins.unwrap_or_default().iter().map(|pin| {
+        let by = match pin["operator"].as_bool() {
+            Some(true) => "an operator".to_owned(),
+            _ => format!("first from {}", plain(&pin["worker"])),
+        };
+        vec![plain(&pin["name"]), plain(&pin["fingerprint"]), by]
+    });
+    let rows: Vec<Vec<String>> = rows.collect();
+    let mut text = match rows.is_empty() {
+        true => "No name of a model is pinned yet.\n".to_owned(),
+        false => table(&["NAME", "FINGERPRINT", "PINNED BY"], &rows),
+    };
+    for conflict in answer["name_conflicts"].as_array().into_iter().flatten() {
+        text += &format!("warning: {} is claimed for", plain(&conflict["name"]));
+        let claims = conflict["claims"].as_object().into_iter().flatten();
+        for (fingerprint, workers) in claims {
+            let workers = workers.as_array().into_iter().flatten();
+            let workers: Vec<String> = workers.map(plain).collect();
+            text += &format!(" {:.12} by {};", fingerprint, workers.join(", "));
+        }
+        text.pop();
+        text += "\n";
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pins_and_conflicts_are_shown_without_control_characters() {
+        let a = "a".repeat(64);
+        let answer = json!({
+            "pins": [
+                {"name": "org/m", "fingerprint": a, "worker": "pi\u{1b}", "operator": false},
+                {"name": "m", "fingerprint": a, "worker": "", "operator": true},
+            ],
+            "name_conflicts": [{"name": "m", "claims": {"aaaaaaaaaaaaaaaa": ["x", "y"], "bbbbbbbbbbbbbbbb": ["z"]}}],
+        });
+        let text = show(&answer);
+        for part in [
+            "first from pi ",
+            "an operator",
+            "warning: m is claimed for aaaaaaaaaaaa by x, y; bbbbbbbbbbbb by z\n",
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        assert!(show(&json!({})).contains("No name"));
+    }
+}

@@ -1,0 +1,344 @@
+//! What names of models mean in this mesh: the first model that was got under a name keeps it, until an operator says otherwise.
+//!
+//! A worker that reaches the hub, or has the operator's signature, needs no pin. For all others a pin is what stands between a
+//! name and whoever claims it next.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+use super::Tracker;
+
+/// What a name means.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pin {
+    /// The name, as it was first written.
+    pub name: String,
+    /// SHA-256 of the manifest.
+    pub fingerprint: String,
+    /// Name of the worker that had it first; of no account where an operator decided.
+    pub worker: String,
+    /// An operator decided.
+    pub operator: bool,
+    /// Id of the node that had it sought; so many pins has each.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub node: String,
+}
+
+/// Pins by name, in lower case.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Pins(BTreeMap<String, Pin>);
+
+/// A name that several models claim.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Conflict {
+    /// The name.
+    pub name: String,
+    /// Fingerprints with the names of the workers that claim it for them; a pinned one that nobody has is among them.
+    pub claims: BTreeMap<String, Vec<String>>,
+    /// What the name is pinned to.
+    pub pinned: Option<String>,
+    /// Whether an operator did so. If not, nobody takes either model on this head's word.
+    pub decided: bool,
+    /// Workers that refuse what it is pinned to, as the hub has another model under the name.
+    pub refused_by: Vec<String>,
+}
+
+impl Conflict {
+    /// Advice to the operator.
+    pub fn advice(&self) -> String {
+        let claims = self.claims.iter().map(|(fingerprint, workers)| {
+            // Of models that are served it is what the worker says.
+            let short: String = fingerprint.chars().take(12).collect();
+            match workers[..] {
+                [] => format!("{short} (nobody now)"),
+                _ => format!("{short} ({})", workers.join(", ")),
+            }
+        });
+        let claims: Vec<String> = claims.collect();
+        let mut text = format!(
+            "model name `{}` is claimed for {} different models: {}",
+            self.name,
+            self.claims.len().max(2),
+            claims.join(", ")
+        );
+        if !self.refused_by.is_empty() {
+            text += &format!(
+                "; {} found that the hub has another one",
+                self.refused_by.join(", ")
+            );
+        }
+        text += match self.decided {
+            true => "; an operator pinned one of them: look at the workers that have another",
+            false => {
+                "; find out which one is right and pin it with `hydramesh models pins set NAME FINGERPRINT`, or remove the wrong one from its \
+                 worker's store"
+            }
+        };
+        // Names that workers gave are in it.
+        text.replace(char::is_control, " ")
+    }
+}
+
+impl Pins {
+    /// Those that were kept; what cannot be one is left out.
+    pub fn of(pins: impl IntoIterator<Item = Pin>) -> Self {
+        let sound =
+            |pin: &Pin| super::is_name(&pin.name) && super::is_fingerprint(&pin.fingerprint);
+        let pins = pins.into_iter().filter(sound).take(MOST_PINS);
+        Pins(pins.map(|pin| (key(&pin.name), pin)).collect())
+    }
+
+    /// All of them, by name.
+    pub fn list(&self) -> impl Iterator<Item = &Pin> {
+        self.0.values()
+    }
+
+    /// What `name` is pinned to.
+    pub fn get(&self, name: &str) -> Option<&Pin> {
+        self.0.get(&key(name))
+    }
+
+    /// Pins a name, unless it is pinned, or there are too many pins. Says whether it was.
+    fn first(&mut self, pin: Pin) -> bool {
+        let of_node = self.0.values().filter(|known| known.node == pin.node);
+        let room = self.0.len() < MOST_PINS && of_node.count() < MOST_OF_NODE;
+        let news = room && !self.0.contains_key(&key(&pin.name));
+        if news {
+            self.0.insert(key(&pin.name), pin);
+        }
+        news
+    }
+}
+
+/// Why a pin cannot be set.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PinError {
+    /// Not a name.
+    #[error("{0:?} is no name of a model: it has 1 to 512 bytes and no control characters")]
+    Name(String),
+    /// Not a fingerprint.
+    #[error(
+        "{0:?} is no fingerprint: it has 64 digits from 0 to 9 and a to f; `hydramesh models show` tells a model's"
+    )]
+    Fingerprint(String),
+    /// No room.
+    #[error(
+        "there are {MOST_PINS} pins already: release some with `hydramesh models pins release NAME`"
+    )]
+    TooMany,
+    /// Nothing to release.
+    #[error("the name {0:?} is not pinned: `hydramesh models pins list` shows those that are")]
+    Unknown(String),
+}
+
+impl Tracker {
+    /// The pins.
+    pub fn pins(&self) -> &Pins {
+        &self.pins
+    }
+
+    /// An operator decides what a name means.
+    ///
+    /// # Errors
+    /// If either is none, or there is no room.
+    pub fn pin(&mut self, name: &str, fingerprint: &str) -> Result<(), PinError> {
+        if !super::is_name(name) {
+            return Err(PinError::Name(name.chars().take(100).collect()));
+        }
+        if !super::is_fingerprint(fingerprint) {
+            return Err(PinError::Fingerprint(
+                fingerprint.chars().take(100).collect(),
+            ));
+        }
+        let Pins(pins) = &mut self.pins;
+        if pins.len() >= MOST_PINS && !pins.contains_key(&key(name)) {
+            return Err(PinError::TooMany);
+        }
+        let pin = Pin {
+            name: name.to_owned(),
+            fingerprint: fingerprint.to_owned(),
+            worker: String::new(),
+            operator: true,
+            node: String::new(),
+        };
+        pins.insert(key(name), pin);
+        self.pins_changed();
+        Ok(())
+    }
+
+    /// An operator lets a name mean again what is got under it next.
+    ///
+    /// # Errors
+    /// If it is not pinned.
+    pub fn unpin(&mut self, name: &str) -> Result<Pin, PinError> {
+        let released = self.pins.0.remove(&key(name));
+        let released =
+            released.ok_or_else(|| PinError::Unknown(name.chars().take(100).collect()))?;
+        self.pins_changed();
+        Ok(released)
+    }
+
+    fn pins_changed(&mut self) {
+        self.changed = true;
+        self.actions.push(super::Action::KeepPins);
+    }
+
+    /// Names that several models claim, and why nobody should take either of them unseen.
+    pub fn conflicts(&self) -> Vec<Conflict> {
+        self.conflicts.values().cloned().collect()
+    }
+
+    /// Whether a name is claimed for several models, and no operator has decided.
+    pub(super) fn is_disputed(&self, name: &str) -> bool {
+        let conflict = self.conflicts.get(&key(name));
+        conflict.is_some_and(|conflict| !conflict.decided)
+    }
+
+    /// Finds names that several models claim, and tells of those that are news.
+    pub(super) fn find_conflicts(&mut self) {
+        let mut names: BTreeMap<String, Conflict> = BTreeMap::new();
+        for node in self.nodes.values().filter(|node| node.address.is_some()) {
+            for (fingerprint, held) in &node.held {
+                let keys: BTreeSet<String> = held.names.iter().map(|name| key(name)).collect();
+                for name in keys {
+                    let conflict = names.entry(name.clone()).or_insert_with(|| empty(&name));
+                    let workers = conflict.claims.entry(fingerprint.clone()).or_default();
+                    workers.push(node.name.clone());
+                }
+            }
+        }
+        for pin in self.pins.list() {
+            let Some(conflict) = names.get_mut(&key(&pin.name)) else {
+                continue;
+            };
+            conflict.name.clone_from(&pin.name);
+            conflict.pinned = Some(pin.fingerprint.clone());
+            conflict.decided = pin.operator;
+            conflict.claims.entry(pin.fingerprint.clone()).or_default();
+        }
+        for node in self.nodes.values() {
+            for sought in &node.sought {
+                let Some(conflict) = names.get_mut(&key(&sought.model.name)) else {
+                    continue;
+                };
+                if conflict
+                    .pinned
+                    .as_ref()
+                    .is_some_and(|pin| sought.model.refused.contains(pin))
+                {
+                    conflict.refused_by.push(node.name.clone());
+                }
+            }
+        }
+        names.retain(|_, conflict| conflict.claims.len() > 1 || !conflict.refused_by.is_empty());
+        while names.len() > MOST_CONFLICTS {
+            names.pop_last();
+        }
+        for (name, conflict) in &names {
+            if !self.conflicts.contains_key(name) {
+                self.actions
+                    .push(super::Action::Note(super::Note::Conflict(conflict.clone())));
+            }
+        }
+        self.conflicts = names;
+    }
+
+    /// Pins names under which a model is about to be got, or was got by who had the errand.
+    pub(super) fn settle_pins(&mut self) {
+        let mut first = Vec::new();
+        for (node, entry) in &self.nodes {
+            for sought in &entry.sought {
+                let model = &sought.model;
+                if !model.fingerprint.is_empty() || self.pins.get(&model.name).is_some() {
+                    continue;
+                }
+                let claims = self.claims(&model.name);
+                if let [(fingerprint, holder)] = claims[..]
+                    && !model.refused.iter().any(|refused| refused == fingerprint)
+                {
+                    first.push(pin(&model.name, fingerprint, holder, node));
+                }
+            }
+        }
+        let news = first
+            .into_iter()
+            .filter(|pin| self.pins.first(pin.clone()))
+            .count();
+        if news > 0 {
+            self.actions.push(super::Action::KeepPins);
+        }
+    }
+
+    /// The model that a worker got on the errand for a name keeps it.
+    pub(super) fn pin_errands(&mut self, node: &str) {
+        let Some(entry) = self.nodes.get(node) else {
+            return;
+        };
+        let mut news = false;
+        for (errand, _) in self
+            .errands
+            .iter()
+            .filter(|(_, errand)| errand.node == node)
+        {
+            let super::Key::Name(name) = errand else {
+                continue;
+            };
+            let named =
+                |held: &&super::Held| held.names.iter().any(|own| own.eq_ignore_ascii_case(name));
+            let found = entry.held.iter().find(|(_, held)| named(held));
+            if let Some((fingerprint, _)) = found {
+                news |= self.pins.first(pin(name, fingerprint, &entry.name, node));
+            }
+        }
+        if news {
+            self.actions.push(super::Action::KeepPins);
+        }
+    }
+
+    /// Models that workers hold by this name, each with the name of one that does.
+    fn claims(&self, name: &str) -> Vec<(&str, &str)> {
+        let mut claims: BTreeMap<&str, &str> = BTreeMap::new();
+        for node in self.nodes.values().filter(|node| node.address.is_some()) {
+            for (fingerprint, held) in &node.held {
+                if held.names.iter().any(|own| own.eq_ignore_ascii_case(name)) {
+                    claims.entry(fingerprint).or_insert(&node.name);
+                }
+            }
+        }
+        claims.into_iter().collect()
+    }
+}
+
+fn pin(name: &str, fingerprint: &str, worker: &str, node: &str) -> Pin {
+    Pin {
+        name: name.to_owned(),
+        fingerprint: fingerprint.to_owned(),
+        worker: worker.to_owned(),
+        operator: false,
+        node: node.to_owned(),
+    }
+}
+
+fn empty(name: &str) -> Conflict {
+    Conflict {
+        name: name.to_owned(),
+        claims: BTreeMap::new(),
+        pinned: None,
+        decided: false,
+        refused_by: Vec::new(),
+    }
+}
+
+/// Names are told apart whatever their case.
+fn key(name: &str) -> String {
+    name.to_ascii_lowercase()
+}
+
+/// Pins in all, and those that one node may have made by asking.
+const MOST_PINS: usize = 4096;
+const MOST_OF_NODE: usize = 256;
+/// Conflicts that are told of.
+const MOST_CONFLICTS: usize = 64;
