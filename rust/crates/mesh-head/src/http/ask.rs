@@ -131,8 +131,7 @@ impl Asked {
         let tokens = self
             .params
             .max_tokens
-            .unwrap_or(USUAL_TOKENS)
-            .min(MOST_TOKENS);
+            .map_or(USUAL_TOKENS, |most| most.min(USUAL_TOKENS));
         let answer = PER_ANSWER + BYTES_A_TOKEN * u64::from(tokens);
         2 * prompts as u64 + self.answers() as u64 * answer
     }
@@ -389,9 +388,8 @@ fn bytes_of(prompt: &Prompt) -> usize {
 const PER_ANSWER: u64 = 8 << 10;
 /// A token with its text.
 const BYTES_A_TOKEN: u64 = 16;
-/// Tokens of an answer that is not limited, and of one that is limited far away: more memory is taken only by what really came.
+/// Tokens that an answer is counted with at most: of the many that wait few are longer at once.
 const USUAL_TOKENS: u32 = 512;
-const MOST_TOKENS: u32 = 4096;
 
 /// What the OpenAI API answers with where `/v1/completions` names no `max_tokens`.
 const DEFAULT_COMPLETION: u32 = 16;

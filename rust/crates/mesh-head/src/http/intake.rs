@@ -18,27 +18,39 @@ pub(super) async fn body(
     body: Body,
 ) -> Result<(Bytes, Lease), ApiError> {
     let limit = api.mesh.config.http.body_limit;
-    let mut lease = api.mesh.lease(client.origin(), LEAST)?;
     let mut parts = body.into_data_stream();
+    let mut taken = api
+        .mesh
+        .lease(client.origin(), LEAST)
+        .map_err(ApiError::from);
     let mut read = Vec::new();
-    let mut leased = LEAST;
+    let (mut bytes, mut leased) = (0, LEAST);
     while let Some(part) = parts.next().await {
         let part = part.map_err(|error| unreadable(&error))?;
-        let bytes = (read.len() + part.len()) as u64;
+        bytes += part.len() as u64;
         if bytes > limit {
             let text = format!("the body is over the limit of {limit} bytes (http.body_limit)");
             let code = "request_too_large";
             return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, code, text));
         }
+        let Ok(lease) = &mut taken else {
+            // The rest is not kept; a client that still writes would not read why.
+            continue;
+        };
         // Behind the body comes what it says, which has as many bytes.
         if 2 * bytes > leased {
             let more = (2 * bytes - leased).max(leased);
-            lease.add(more)?;
+            if let Err(error) = lease.add(more) {
+                taken = Err(error.into());
+                read = Vec::new();
+                continue;
+            }
             leased += more;
         }
         read.extend_from_slice(&part);
     }
-    lease.set((2 * read.len() as u64).max(LEAST))?;
+    let mut lease = taken?;
+    lease.set((2 * bytes).max(LEAST))?;
     Ok((read.into(), lease))
 }
 

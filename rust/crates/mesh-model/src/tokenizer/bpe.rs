@@ -48,9 +48,9 @@ impl Bpe {
         self.pre.adds_bos()
     }
 
-    /// Whether bytes may be lost, because the vocabulary has nothing for them.
-    pub(super) fn drops(&self) -> bool {
-        text_bytes().any(|byte| !self.long.knows(byte_char(byte)))
+    /// The bytes that are lost, because the vocabulary has nothing for them.
+    pub(super) fn lost(&self) -> impl Iterator<Item = u8> + '_ {
+        text_bytes().filter(|&byte| !self.long.knows(byte_char(byte)))
     }
 
     pub(super) fn encode(

@@ -236,14 +236,20 @@ impl Tokenizer {
                 true,
             ),
         };
-        let drops = match &algorithm {
-            Algorithm::Bpe(bpe) => bpe.drops(),
-            Algorithm::Spm(spm) => spm.drops(),
-            Algorithm::Hf(_) => true,
+        let all = || spans(&vocab, family);
+        let spans = match &algorithm {
+            Algorithm::Bpe(bpe) => {
+                let mut spans = all();
+                // Nothing is claimed of a text with those.
+                bpe.lost().for_each(|byte| spans.cover(&[byte], usize::MAX));
+                Some(spans)
+            }
+            Algorithm::Spm(spm) => (!spm.drops()).then(all),
+            Algorithm::Hf(_) => None,
         };
         Ok(Tokenizer {
             special: SpecialTokens::new(&vocab),
-            spans: (!drops).then(|| spans(&vocab, family)),
+            spans,
             end_ids: ids.ends(&vocab),
             bos: ids.bos,
             eos: ids.eos,
