@@ -363,6 +363,7 @@ fn card(shared: &Shared) -> ModelCard {
         layer_end: 30,
         kind: claim.kind.into(),
         dimensions: claim.dimensions,
+        ..ModelCard::default()
     };
     match shared.lie {
         Lie::Fast => (card.decode_tps, card.prefill_tps) = (1e6, 1e6),
