@@ -55,13 +55,19 @@ HELLO, JOIN_REQUEST = 0x10, 0x30
 def fetch():
     """The interpreter that has aioquic; leaves with 3 where there can be none."""
     stamp = VENV / "done"
-    works = PYTHON.exists() and subprocess.run([PYTHON, "-c", "import aioquic"], stderr=subprocess.DEVNULL).returncode == 0
-    if works and stamp.is_file() and stamp.read_text() == PACKAGE:
+
+    def is_there():
+        if not (PYTHON.exists() and stamp.is_file() and stamp.read_text() == PACKAGE):
+            return False
+        return subprocess.run([PYTHON, "-c", "import aioquic"], stderr=subprocess.DEVNULL).returncode == 0
+
+    if is_there():
         return
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(CACHE / ".aioquic.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if stamp.is_file() and stamp.read_text() == PACKAGE and works:
+        # Another process may have fetched it meanwhile.
+        if is_there():
             return
         print(f"stranger: {PACKAGE} into {VENV}", file=sys.stderr, flush=True)
         shutil.rmtree(VENV, ignore_errors=True)

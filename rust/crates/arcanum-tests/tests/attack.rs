@@ -9,7 +9,7 @@ fn honest_clients_outlast_all_attacks_at_once() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let table = folder.path().join("attack.md");
     // Liars have tests of their own. Other programs of this machine move times: the strict ratio is for `make attack`.
-    let arguments = "--calm 6 --seconds 20 --after 0 --clients 4 --ratio 10 --without liars";
+    let arguments = "--calm 6 --seconds 20 --after 0 --clients 4 --ratio 30 --without liars";
     let output = Command::new(env!("CARGO_BIN_EXE_arcanum-attack"))
         .args(arguments.split(' '))
         .arg("--out")

@@ -249,7 +249,6 @@ impl Model {
     }
 }
 
-/// An answer that no template changes.
 /// Turns of [`Model::text_probe`].
 const PROBE_TURNS: usize = 24;
 
