@@ -53,6 +53,7 @@ enum TokenCommand {
 }
 
 fn main() -> ExitCode {
+    mesh_base::allocator::give_back_freed();
     match start() {
         Ok(code) => code,
         Err(error) => {

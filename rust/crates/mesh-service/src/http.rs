@@ -74,7 +74,7 @@ impl Default for Connections {
             idle_timeout: Duration::from_secs(120),
             body_timeout: Duration::from_secs(30),
             write_timeout: Duration::from_secs(60),
-            unfinished: 24 << 20,
+            unfinished: 16 << 20,
         }
     }
 }
@@ -479,7 +479,7 @@ const OWN_FILES: usize = 40;
 const MOST_OWN_FILES: usize = 512;
 const MOST_CONNECTIONS: usize = 16_384;
 /// As many as one wants that do not say: each takes some 20 kB.
-const USUAL_CONNECTIONS: usize = 2048;
+const USUAL_CONNECTIONS: usize = 1024;
 /// Requests at once on one connection.
 const MOST_STREAMS: u32 = 100;
 /// Bytes of a connection's buffer, so of a head, and of the headers of one request among many.
@@ -910,7 +910,7 @@ mod tests {
         let bounds = |files| Connections::default().bounds(files);
         assert_eq!((bounds(128).total, bounds(128).per_source), (80, 40));
         assert_eq!(bounds(1024).total, 760);
-        assert_eq!(bounds(1 << 20).total, 2048);
+        assert_eq!(bounds(1 << 20).total, 1024);
         assert!(bounds(10).total >= 1);
         let few = Connections {
             total: 5,

@@ -1,0 +1,26 @@
+//! What glibc's allocator does with memory that was freed.
+
+/// Has freed memory go back to the system: few heaps, large buffers outside of them, and no heap that stays as large as it once
+/// was. For a process that holds large buffers for a moment, such as the bodies of requests. To be called before any thread
+/// starts; other C libraries keep their ways.
+///
+/// glibc otherwise learns from the first large buffer that is freed to put such ones into its heaps (`mallopt(3)`,
+/// `M_MMAP_THRESHOLD`), which then keep their pages.
+pub fn give_back_freed() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    for (parameter, value) in [
+        (libc::M_ARENA_MAX, 2),
+        (libc::M_MMAP_THRESHOLD, LARGE),
+        (libc::M_TRIM_THRESHOLD, 2 * LARGE),
+    ] {
+        // SAFETY: it sets a number of the allocator, under the allocator's own lock. What it cannot set stays as it is.
+        #[allow(unsafe_code)]
+        unsafe {
+            libc::mallopt(parameter, value)
+        };
+    }
+}
+
+/// Bytes of a buffer that lies outside of the heaps. glibc's own default, but fixed.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+const LARGE: libc::c_int = 128 << 10;
