@@ -227,25 +227,32 @@ impl Placement {
         }
         let held = held(&self.running, ask.source, &ask.model);
         let requests = held + self.queue.waiting_of(ask.source) + 1;
-        self.shares.note(&ask.model, ask.source, requests, now);
         let has_share = rerun || has_share(&self.shares, &self.registry, &ask, held, now);
         let class = class_of(&ask);
+        let choice = self.router.choose(&self.registry, &ask, now);
+        let is_coming = self.is_coming(&ask.model);
+        if choice == Choice::Nobody && !is_coming && !rerun {
+            return Asked::Refused(self.nobody(&ask, now));
+        }
+        // A worker without an identity takes any name, and needs no shares.
+        if self.knows_model(&ask.model) {
+            self.shares.note(&ask.model, ask.source, requests, now);
+        }
         // Those come first that wait for the same and are due, or to be alone with a worker.
         let mut due = Due::new(self);
         let first = |waiting: &Waiting| {
             waiting.ask.alone && waiting.ask.model == ask.model
                 || waiting.class == class && due.is(waiting, now)
         };
-        let nobody_since = match self.router.choose(&self.registry, &ask, now) {
+        let nobody_since = match choice {
             // `pump` gives that room away.
             Choice::Worker(..) if !has_share || !rerun && self.queue.any(first) => None,
             Choice::Worker(id, estimate) => {
                 return Asked::Placed(self.place(ticket, &ask, id, estimate, now));
             }
             Choice::Busy => None,
-            Choice::Nobody if self.is_coming(&ask.model) => None,
-            Choice::Nobody if rerun => Some(now),
-            Choice::Nobody => return Asked::Refused(self.nobody(&ask, now)),
+            Choice::Nobody if is_coming => None,
+            Choice::Nobody => Some(now),
         };
         let source = ask.source;
         let waiting = Waiting {
@@ -278,6 +285,7 @@ impl Placement {
     pub fn pump(&mut self, now: Instant) -> Vec<(Ticket, Result<Placed, Refusal>)> {
         let displaced = std::mem::take(&mut self.displaced).into_iter();
         let mut decided: Vec<_> = displaced.map(|(t, refusal)| (t, Err(refusal))).collect();
+        self.shares.expire(now);
         if self.queue.is_empty() {
             return decided;
         }
@@ -309,7 +317,6 @@ impl Placement {
                 keep
             });
         }
-        self.shares.expire(now);
         for (ticket, ask) in expired {
             decided.push((ticket, Err(self.nobody(&ask, now))));
         }
@@ -882,6 +889,29 @@ mod tests {
         // Nobody else has asked for long: all of it.
         let later = now + Duration::from_secs(60);
         assert_eq!(placement.pump(later).len(), 1);
+    }
+
+    #[test]
+    fn names_of_models_that_nobody_serves_are_not_kept() {
+        let now = Instant::now();
+        let mut placement = placement(4);
+        join(&mut placement, "a", 8, now);
+        for number in 0..100 {
+            let ask = Ask {
+                model: format!("no such model {number}"),
+                ..ask()
+            };
+            let asked = placement.ask(Ticket(number), ask, false, now);
+            assert!(matches!(
+                asked,
+                Asked::Refused(Refusal::UnknownModel { .. })
+            ));
+        }
+        assert_eq!(placement.shares.models(), 0);
+        placement.ask(Ticket(100), ask(), false, now);
+        assert_eq!(placement.shares.models(), 1);
+        placement.pump(now + Duration::from_secs(60));
+        assert_eq!(placement.shares.models(), 0, "though nobody waits");
     }
 
     #[test]

@@ -26,6 +26,12 @@ impl Shares {
     /// A request of `source` for `model` came, which has `requests` then, waiting or running.
     pub fn note(&mut self, model: &str, source: Source, requests: usize, now: Instant) {
         if !self.of.contains_key(model) {
+            if self.of.len() >= MOST_MODELS {
+                self.expire(now);
+            }
+            if self.of.len() >= MOST_MODELS {
+                return;
+            }
             self.of.insert(model.to_owned(), BTreeMap::new());
         }
         let Some(sources) = self.of.get_mut(model) else {
@@ -62,6 +68,12 @@ impl Shares {
         (slots - left.min(slots / 2)).max(1)
     }
 
+    /// Number of models that sources used.
+    #[cfg(test)]
+    pub fn models(&self) -> usize {
+        self.of.len()
+    }
+
     /// Forgets what was long ago.
     pub fn expire(&mut self, now: Instant) {
         for sources in self.of.values_mut() {
@@ -73,6 +85,8 @@ impl Shares {
 
 /// Time after which a source that asked for nothing needs no slots.
 const LATELY: Duration = Duration::from_secs(30);
+/// Models for which sources are noted.
+const MOST_MODELS: usize = 256;
 /// Sources that are noted for a model.
 const MOST_SOURCES: usize = 1024;
 
@@ -105,6 +119,18 @@ mod tests {
         assert_eq!(shares.most("m", key(1), 12, later), 12);
         shares.expire(later);
         assert!(shares.of.is_empty());
+    }
+
+    #[test]
+    fn a_bounded_number_of_models_is_noted() {
+        let now = Instant::now();
+        let mut shares = Shares::default();
+        for number in 0..2 * MOST_MODELS {
+            shares.note(&format!("m{number}"), key(1), 1, now);
+        }
+        assert_eq!(shares.of.len(), MOST_MODELS);
+        shares.note("late", key(1), 1, now + LATELY);
+        assert!(shares.of.len() == 1 && shares.of.contains_key("late"));
     }
 
     #[test]

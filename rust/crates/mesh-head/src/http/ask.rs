@@ -605,6 +605,7 @@ mod tests {
             ),
             (chat(json!({"messages": null})), "messages", false),
             (chat(json!({"model": 5})), "model", false),
+            (chat(json!({"model": "m".repeat(513)})), "model", false),
             (completion(json!({})), "prompt", false),
             (
                 completion(json!({"prompt": "x", "suffix": "y"})),
