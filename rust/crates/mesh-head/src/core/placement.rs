@@ -719,10 +719,7 @@ fn has_share(shares: &Shares, registry: &Registry, ask: &Ask, held: usize, now: 
     if ask.purpose != Purpose::Chat || !ask.avoid.is_empty() {
         return true;
     }
-    let serving = registry
-        .iter()
-        .filter_map(|worker| worker.model(&ask.model));
-    let slots: usize = serving.map(|model| model.card.slots.max(1) as usize).sum();
+    let slots = Router::slots(registry, ask, now);
     // Of workers without an identity nobody knows how many they have.
     slots == 0 || held < shares.most(&ask.model, ask.source, slots, now)
 }
@@ -889,6 +886,43 @@ mod tests {
         // Nobody else has asked for long: all of it.
         let later = now + Duration::from_secs(60);
         assert_eq!(placement.pump(later).len(), 1);
+    }
+
+    #[test]
+    fn only_slots_that_can_be_counted_on_are_shared() {
+        let now = Instant::now();
+        let mut placement = placement(2048);
+        // One worker claims more than it was ever seen to use, another one is drained.
+        join(&mut placement, "a", 256, now);
+        let drained = join(&mut placement, "b", 256, now);
+        let worker = placement.registry.get_mut(drained).unwrap();
+        (worker.drained, worker.draining) = (true, true);
+        let placed = |asked| matches!(asked, Asked::Placed(_));
+        assert!(placed(placement.ask(
+            Ticket(0),
+            from(Ingress::Http, 2),
+            false,
+            now
+        )));
+        placement.release(Ticket(0), Ended::Complete, now);
+        let greedy = (1..100).filter(|&ticket| {
+            placed(placement.ask(Ticket(ticket), from(Ingress::Http, 1), false, now))
+        });
+        assert_eq!(greedy.count(), 7);
+    }
+
+    #[test]
+    fn a_source_alone_fills_its_worker_ahead_of_a_free_slot() {
+        let now = Instant::now();
+        let mut placement = placement(16);
+        placement.router = Router::new(Capacity {
+            ahead: 1,
+            legacy: 4,
+        });
+        join(&mut placement, "a", 4, now);
+        let placed = |asked| matches!(asked, Asked::Placed(_));
+        let all = (1..9).filter(|&ticket| placed(placement.ask(Ticket(ticket), ask(), false, now)));
+        assert_eq!(all.count(), 5);
     }
 
     #[test]

@@ -177,6 +177,15 @@ impl Router {
         ask.length.exceeds(cards?)
     }
 
+    /// The slots to count on of all workers that a request may go to.
+    pub fn slots(registry: &Registry, ask: &Ask, now: Instant) -> usize {
+        let serving = registry
+            .iter()
+            .filter(|worker| serves(registry, worker, ask, now) != Service::Out);
+        let models = serving.filter_map(|worker| worker.model(&ask.model));
+        models.map(|model| model.slots() as usize).sum()
+    }
+
     /// Whether another worker than `than` answers requests like this one: its opinion can be had.
     pub fn another(registry: &Registry, ask: &Ask, than: WorkerId, now: Instant) -> bool {
         registry.iter().any(|worker| {
