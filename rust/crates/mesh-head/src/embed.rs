@@ -20,7 +20,7 @@ use crate::core::fair::{Ingress, Origin, Source};
 use crate::core::placement::{Ended, Refusal};
 use crate::core::request::{Answer, AnswerError, Failure, Fault, Step};
 use crate::core::router::{Ask, Purpose};
-use crate::drive::{deadline_ms, error_of, gets_on, if_died, outcome_of, progress_ms};
+use crate::drive::{Deaths, deadline_ms, error_of, gets_on, outcome_of, progress_ms};
 use crate::mesh::{Assignment, Mesh, Route, timestamp_us};
 use crate::metrics::{Front, Outcome};
 
@@ -207,6 +207,7 @@ async fn part(
     };
     let texts = range.len();
     let mut answer = Answer::new(mesh.config.request_limits(), Instant::now());
+    let mut deaths = Deaths::default();
     let mut rerun = false;
     loop {
         let placing = mesh.place(ask.clone(), rerun);
@@ -223,6 +224,7 @@ async fn part(
         };
         let placed = &assignment.placed;
         let began = Instant::now();
+        deaths.review(&mut answer, mesh);
         let resume = answer.placed(placed.worker, placed.estimate.finish, began);
         answer.set_second_opinion(mesh.another(&ask, placed.worker));
         debug!(
@@ -262,7 +264,7 @@ async fn part(
                         return Ok(embeddings);
                     }
                     Ok(Err(failure)) => {
-                        let failure = if_died(failure, &assignment);
+                        let failure = deaths.of(failure, &assignment, &mut answer, mesh);
                         if link.close_reason().is_some() {
                             // The link's own task will notice, too, but the next attempt must not find the worker there.
                             mesh.leave(placed.worker);

@@ -393,6 +393,14 @@ impl Mesh {
         id
     }
 
+    /// The process that is connected as this node, if its link is open.
+    pub fn process_of(&self, node: &str) -> Option<u64> {
+        let state = self.lock();
+        let worker = state.placement.registry.of_node(node)?;
+        let peer = state.peers.get(&worker.id)?;
+        peer.link.close_reason().is_none().then_some(peer.instance)
+    }
+
     /// The worker that is connected as this node, unless it is the same process: that has lost its earlier link.
     pub fn rival(&self, node: &str, instance: u64) -> Option<Rival> {
         let state = self.lock();
@@ -747,6 +755,7 @@ impl Mesh {
             mesh: self.clone(),
             ticket,
             tokens_seen: worker.map(|worker| worker.tokens_seen.clone()),
+            process: state.peers.get(&placed.worker).map_or(0, |p| p.instance),
             placed,
             route,
             ended: Ended::Cancelled,
@@ -1007,6 +1016,8 @@ pub struct Assignment {
     pub placed: Placed,
     /// How to reach it.
     pub route: Route,
+    /// The worker's process; 0 is unknown.
+    pub process: u64,
     ended: Ended,
     received: Mutex<Received>,
     tokens_seen: Option<TokenClock>,
