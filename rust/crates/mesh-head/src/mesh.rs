@@ -1027,7 +1027,11 @@ impl Assignment {
     /// The first token came.
     pub fn first_token(&self) {
         let now = Instant::now();
-        self.mesh.lock().placement.first_token(self.ticket, now);
+        let mut state = self.mesh.lock();
+        state.placement.first_token(self.ticket, now);
+        if state.placement.has_suspects() {
+            self.mesh.pump(&mut state, now);
+        }
     }
 
     /// Tokens came.
