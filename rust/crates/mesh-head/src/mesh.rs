@@ -178,7 +178,7 @@ impl Mesh {
             next_ticket: 0,
         };
         Arc::new(Self {
-            memory: Mutex::new(Memory::new(config.request_memory)),
+            memory: Mutex::new(Memory::new(config.memory_of_requests())),
             reading: Semaphore::new(1),
             live: RwLock::new(config.clone()),
             config,
@@ -985,7 +985,7 @@ impl Lease {
     /// # Errors
     /// As [`Mesh::lease`].
     pub fn add(&mut self, bytes: u64) -> Result<(), TooMuch> {
-        self.bytes += self.mesh.memory().take(self.origin, bytes)?;
+        self.bytes += self.mesh.memory().take(self.origin, self.bytes, bytes)?;
         Ok(())
     }
 
@@ -996,7 +996,7 @@ impl Lease {
     pub fn set(&mut self, bytes: u64) -> Result<(), TooMuch> {
         let mut memory = self.mesh.memory();
         memory.give(self.origin, std::mem::take(&mut self.bytes));
-        self.bytes = memory.take(self.origin, bytes)?;
+        self.bytes = memory.take(self.origin, 0, bytes)?;
         Ok(())
     }
 }
