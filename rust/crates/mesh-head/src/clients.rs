@@ -309,7 +309,7 @@ impl Intake {
 
 impl Port {
     /// Runs a task and sends its one answer.
-    async fn answer(&self, key: TaskKey, run: Run, payload: Bytes, _lease: Lease) {
+    async fn answer(&self, key: TaskKey, run: Run, payload: Bytes, mut lease: Lease) {
         let TaskKey {
             client,
             version,
@@ -318,7 +318,10 @@ impl Port {
         let _waits = Waits { port: self, key };
         let result = match self.read(key, payload.clone()).await {
             Ok(DcfTask::Generate(task)) => self.generate(key, run, task, payload).await,
-            Ok(DcfTask::Embed(task)) => self.embed(task, Origin::of(client.ip())).await,
+            Ok(DcfTask::Embed(task)) => {
+                let origin = Origin::of(client.ip());
+                self.embed(task, origin, &mut lease).await
+            }
             Err(failure) => Err(failure),
         };
         let (answer, keep) = match result {
@@ -393,12 +396,17 @@ impl Port {
     }
 
     /// Vectors as the body of `/v1/embeddings` has them.
-    async fn embed(&self, task: DcfEmbed, origin: Origin) -> Result<Bytes, AnswerError> {
+    async fn embed(
+        &self,
+        task: DcfEmbed,
+        origin: Origin,
+        lease: &mut Lease,
+    ) -> Result<Bytes, AnswerError> {
         let mut asked = task.asked;
         let mut task = std::mem::take(&mut asked.task);
         task.id = ids::fresh("dcf");
         task.origin = origin;
-        let embedded = crate::embed::embed(&self.mesh, Front::Dcf, task).await?;
+        let embedded = crate::embed::embed(&self.mesh, Front::Dcf, task, lease).await?;
         Ok(asked.answer(&embedded).into())
     }
 
@@ -556,6 +564,7 @@ fn code_of(failure: &AnswerError) -> (ErrorCode, bool) {
         AnswerError::WorkersFailed { .. } | AnswerError::WorkersDied { .. } => {
             (ErrorCode::INFERENCE_FAILED, true)
         }
+        AnswerError::TooMuch(_) => (ErrorCode::WORKER_BUSY, false),
         AnswerError::ShuttingDown => (ErrorCode::DRAINING, false),
     }
 }

@@ -829,7 +829,9 @@ pub(crate) fn outcome_of(error: &AnswerError) -> Outcome {
     match error {
         AnswerError::Refused(Refusal::UnknownModel { .. } | Refusal::TooLong { .. })
         | AnswerError::Rejected { .. } => Outcome::Rejected,
-        AnswerError::Refused(_) | AnswerError::ShuttingDown => Outcome::Refused,
+        AnswerError::Refused(_) | AnswerError::TooMuch(_) | AnswerError::ShuttingDown => {
+            Outcome::Refused
+        }
         AnswerError::Timeout(_) | AnswerError::Stalled(_) | AnswerError::QueueTimeout(_) => {
             Outcome::Timeout
         }

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use dcf::ErrorCode;
 use mesh_proto::{Done, Progress, RequestPhase, TokenLogprob, Tokens};
 
+use super::memory::TooMuch;
 use super::placement::{Ended, Refusal};
 use super::registry::WorkerId;
 
@@ -197,6 +198,9 @@ pub enum AnswerError {
         /// What was seen of the last one.
         last: String,
     },
+    /// Its answer would take more memory than there is.
+    #[error(transparent)]
+    TooMuch(#[from] TooMuch),
     /// The head is shutting down.
     #[error("this head is shutting down; ask again in a moment, or ask another head")]
     ShuttingDown,

@@ -185,6 +185,7 @@ impl From<&AnswerError> for ApiError {
             AnswerError::WorkersFailed { .. } | AnswerError::WorkersDied { .. } => {
                 Self::new(StatusCode::BAD_GATEWAY, "workers_failed", message)
             }
+            AnswerError::TooMuch(error) => Self::from(*error),
             AnswerError::ShuttingDown => Self {
                 retry_after: Some(5),
                 ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", message)
