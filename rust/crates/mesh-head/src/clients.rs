@@ -48,6 +48,7 @@ pub async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: TaskTrack
         proofs: Proofs::new(&cookie_key(), Instant::now()),
         warned: None,
         warned_of_version: None,
+        warned_of_mute: None,
     };
     let mut batch = RecvBatch::new();
     loop {
@@ -92,6 +93,8 @@ struct Intake {
     warned: Option<Instant>,
     /// Time of the last warning about a sender of an unknown version.
     warned_of_version: Option<Instant>,
+    /// Time of the last warning about a client that does not answer Challenges.
+    warned_of_mute: Option<Instant>,
 }
 
 /// A client as it is answered.
@@ -201,6 +204,17 @@ impl Intake {
 
     /// Answers a client that has not shown yet that it has the address that it sends from.
     fn verify(&mut self, peer: Peer, header: Header, payload: &[u8], room: usize) {
+        let is_task = matches!(header.kind(), MsgType::TASK | MsgType::CHUNK);
+        if is_task
+            && self.proofs.is_mute(peer.address.ip(), Instant::now())
+            && is_due(&mut self.warned_of_mute)
+        {
+            warn!(
+                source = %peer.address.ip(),
+                version = ?peer.version,
+                "a DCF client does not answer Challenges and gets no answers: it seems to be of an older version; update it, or list its network in dcf.unverified_networks"
+            );
+        }
         let message = (header.kind(), payload);
         let verdict = self.proofs.ask(peer.address, message, room, Instant::now());
         let (kind, payload) = match verdict {
