@@ -48,6 +48,7 @@ pub async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: TaskTrack
         proofs: Proofs::new(&cookie_key(), Instant::now()),
         warned: None,
         warned_of_version: None,
+        warned_of_mute: None,
     };
     let mut batch = RecvBatch::new();
     loop {
@@ -92,6 +93,8 @@ struct Intake {
     warned: Option<Instant>,
     /// Time of the last warning about a sender of an unknown version.
     warned_of_version: Option<Instant>,
+    /// Time of the last warning about a client that does not answer Challenges.
+    warned_of_mute: Option<Instant>,
 }
 
 /// A client as it is answered.
@@ -201,6 +204,17 @@ impl Intake {
 
     /// Answers a client that has not shown yet that it has the address that it sends from.
     fn verify(&mut self, peer: Peer, header: Header, payload: &[u8], room: usize) {
+        let is_task = matches!(header.kind(), MsgType::TASK | MsgType::CHUNK);
+        if is_task
+            && self.proofs.is_mute(peer.address.ip(), Instant::now())
+            && is_due(&mut self.warned_of_mute)
+        {
+            warn!(
+                source = %peer.address.ip(),
+                version = ?peer.version,
+                "a DCF client does not answer Challenges and gets no answers: it seems to be of an older version; update it, or list its network in dcf.unverified_networks"
+            );
+        }
         let message = (header.kind(), payload);
         let verdict = self.proofs.ask(peer.address, message, room, Instant::now());
         let (kind, payload) = match verdict {
@@ -309,7 +323,7 @@ impl Intake {
 
 impl Port {
     /// Runs a task and sends its one answer.
-    async fn answer(&self, key: TaskKey, run: Run, payload: Bytes, _lease: Lease) {
+    async fn answer(&self, key: TaskKey, run: Run, payload: Bytes, mut lease: Lease) {
         let TaskKey {
             client,
             version,
@@ -318,7 +332,10 @@ impl Port {
         let _waits = Waits { port: self, key };
         let result = match self.read(key, payload.clone()).await {
             Ok(DcfTask::Generate(task)) => self.generate(key, run, task, payload).await,
-            Ok(DcfTask::Embed(task)) => self.embed(task, Origin::of(client.ip())).await,
+            Ok(DcfTask::Embed(task)) => {
+                let origin = Origin::of(client.ip());
+                self.embed(task, origin, &mut lease).await
+            }
             Err(failure) => Err(failure),
         };
         let (answer, keep) = match result {
@@ -393,12 +410,17 @@ impl Port {
     }
 
     /// Vectors as the body of `/v1/embeddings` has them.
-    async fn embed(&self, task: DcfEmbed, origin: Origin) -> Result<Bytes, AnswerError> {
+    async fn embed(
+        &self,
+        task: DcfEmbed,
+        origin: Origin,
+        lease: &mut Lease,
+    ) -> Result<Bytes, AnswerError> {
         let mut asked = task.asked;
         let mut task = std::mem::take(&mut asked.task);
         task.id = ids::fresh("dcf");
         task.origin = origin;
-        let embedded = crate::embed::embed(&self.mesh, Front::Dcf, task).await?;
+        let embedded = crate::embed::embed(&self.mesh, Front::Dcf, task, lease).await?;
         Ok(asked.answer(&embedded).into())
     }
 
@@ -556,6 +578,7 @@ fn code_of(failure: &AnswerError) -> (ErrorCode, bool) {
         AnswerError::WorkersFailed { .. } | AnswerError::WorkersDied { .. } => {
             (ErrorCode::INFERENCE_FAILED, true)
         }
+        AnswerError::TooMuch(_) => (ErrorCode::WORKER_BUSY, false),
         AnswerError::ShuttingDown => (ErrorCode::DRAINING, false),
     }
 }

@@ -36,7 +36,7 @@ pub struct Config {
     /// Requests that may wait for a worker; more are refused.
     pub queue_limit: usize,
     /// Memory that requests may take here: their bodies, prompts and answers. One client gets two thirds of it at most; 0 is without
-    /// limit.
+    /// limit. At least three times `http.body_limit`, which the default is raised to.
     #[serde(with = "units::bytes")]
     pub request_memory: u64,
     /// How long running requests outlast the last worker for them.
@@ -208,7 +208,7 @@ impl Default for Config {
             queue_timeout: Duration::from_secs(3600),
             answer_limit: Duration::ZERO,
             queue_limit: 1024,
-            request_memory: 48 << 20,
+            request_memory: REQUEST_MEMORY,
             rejoin_grace: Duration::from_secs(10),
             max_reruns: 4,
             silence_limit: Duration::from_secs(3),
@@ -335,6 +335,13 @@ impl Config {
         if let Some((key, _)) = positive.into_iter().find(|(_, value)| value.is_zero()) {
             return Err(Unsound::Zero(key));
         }
+        let memory = self.memory_of_requests();
+        if memory > 0 && memory < self.least_memory() {
+            return Err(Unsound::RequestMemory {
+                memory,
+                body: http.body_limit,
+            });
+        }
         if !self.dcf.legacy_workers && !self.dcf.legacy_worker_networks.is_empty() {
             return Err(Unsound::LegacyWorkersOff);
         }
@@ -351,6 +358,19 @@ impl Config {
             return Err(Unsound::Margin(self.sharding.margin.to_string()));
         }
         Ok(())
+    }
+
+    /// Memory that requests may take: the default is more if bodies may be long.
+    pub fn memory_of_requests(&self) -> u64 {
+        match self.request_memory {
+            REQUEST_MEMORY => REQUEST_MEMORY.max(self.least_memory()),
+            said => said,
+        }
+    }
+
+    /// Two thirds of it are one client's, whose body is held twice: as it is, and as what it says.
+    fn least_memory(&self) -> u64 {
+        self.http.body_limit.saturating_mul(3)
     }
 
     /// Limits of one answer.
@@ -508,12 +528,27 @@ pub enum Unsound {
          workers of DCF v5.0.0 and v5.1, which cannot prove who they are, or leave the networks out"
     )]
     LegacyWorkersOff,
+    /// The longest body would be refused for ever.
+    #[error(
+        "request_memory = {memory} is less than three times http.body_limit = {body}: raise it to {} or more, lower \
+         http.body_limit, or set it to 0 for no limit",
+        body.saturating_mul(3)
+    )]
+    RequestMemory {
+        /// Memory for requests.
+        memory: u64,
+        /// Longest body.
+        body: u64,
+    },
     /// No part of anything.
     #[error(
         "sharding.margin = {0} is no part: it must be at least 0 and less than 1, such as 0.15"
     )]
     Margin(String),
 }
+
+/// Bytes of memory for requests, unless bodies may be longer than usual.
+const REQUEST_MEMORY: u64 = 48 << 20;
 
 fn loopback(port: u16) -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, port))
@@ -536,6 +571,21 @@ mod tests {
 
     fn parse(toml: &str) -> Config {
         load(toml).value
+    }
+
+    #[test]
+    fn the_longest_body_fits_what_one_client_may_have() {
+        let mut config = Config::default();
+        config.http.body_limit = 32 << 20;
+        assert_eq!(config.check(), Ok(()));
+        assert_eq!(config.memory_of_requests(), 96 << 20);
+        config.request_memory = 95 << 20;
+        let error = config.check().unwrap_err().to_string();
+        assert!(error.contains("request_memory") && error.contains("http.body_limit"));
+        config.request_memory = 0;
+        assert_eq!(config.check(), Ok(()));
+        config.request_memory = 96 << 20;
+        assert_eq!(config.check(), Ok(()));
     }
 
     #[test]

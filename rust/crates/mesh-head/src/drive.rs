@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use dcf::{ErrorCode, Message, MsgType};
-use mesh_net::quic::{Link, MsgStream};
+use mesh_net::quic::{Closed, Link, MsgStream};
 use mesh_proto::{Done, Generate, ModelKind, Progress, Prompt, RequestPhase, Tokens};
 use prost::Message as _;
 use tokio::sync::mpsc;
@@ -116,6 +116,7 @@ struct Drive<'a, E> {
     rejected_in: u32,
     /// When the client last heard what the request waits for.
     told: Option<Instant>,
+    deaths: Deaths,
 }
 
 /// An attempt, as the head's opinion of its worker needs it.
@@ -167,6 +168,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
             suspects: Vec::new(),
             rejected_in: 0,
             told: None,
+            deaths: Deaths::default(),
         }
     }
 
@@ -202,6 +204,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
             });
             self.answer.set_context(placed.context);
             let began = Instant::now();
+            self.deaths.review(&mut self.answer, self.mesh);
             let resume = self.answer.placed(placed.worker, expected, began);
             debug!(
                 request = self.task.id,
@@ -393,7 +396,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                     opened = &mut opening => match opened {
                         Ok(stream) => break stream,
                         Err(failure) => {
-                            let failure = if_died(failure, assignment);
+                            let failure = self.deaths.of(failure, assignment, &mut self.answer, self.mesh);
                             let step = self.answer.failed(resume.attempt, failure);
                             return self.follow(step, true).unwrap_or(Attempt::LOST);
                         }
@@ -540,11 +543,19 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
             Ok(Some(message)) => message,
             Ok(None) => {
                 let text = "the worker ended the stream before the answer was complete";
-                let failure = if_died(Failure::Lost(text.to_owned()), assignment);
+                let failure = Failure::Lost(text.to_owned());
+                let failure = self
+                    .deaths
+                    .of(failure, assignment, &mut self.answer, self.mesh);
                 return self.answer.failed(attempt, failure);
             }
             Err(error) => {
-                let failure = if_died(Failure::Lost(error), assignment);
+                let failure = self.deaths.of(
+                    Failure::Lost(error),
+                    assignment,
+                    &mut self.answer,
+                    self.mesh,
+                );
                 return self.answer.failed(attempt, failure);
             }
         };
@@ -720,13 +731,88 @@ pub(crate) fn words(progress: &Progress) -> String {
     }
 }
 
-/// A stream that broke with its link: the worker is gone.
-pub(crate) fn if_died(failure: Failure, assignment: &Assignment) -> Failure {
-    match (failure, &assignment.route) {
-        (Failure::Lost(text), Route::Link(link)) if link.close_reason().is_some() => {
-            Failure::Died(text)
+/// Workers that died while they had a request, as far as can be seen: one whose process connects again lives.
+#[derive(Debug, Default)]
+pub(crate) struct Deaths(Vec<(WorkerId, String, u64)>);
+
+impl Deaths {
+    /// A stream that broke with its link: perhaps the worker is gone.
+    pub(crate) fn of(
+        &mut self,
+        failure: Failure,
+        assignment: &Assignment,
+        answer: &mut Answer,
+        mesh: &Mesh,
+    ) -> Failure {
+        let (Failure::Lost(text), Route::Link(link)) = (&failure, &assignment.route) else {
+            return failure;
+        };
+        let Some(reason) = link.close_reason() else {
+            return failure;
+        };
+        let node = &assignment.placed.key;
+        let is = Process::of(assignment.process, mesh.process_of(node));
+        if !is_death(&reason, is) {
+            return failure;
         }
-        (failure, _) => failure,
+        self.review(answer, mesh);
+        self.0
+            .push((assignment.placed.worker, node.clone(), assignment.process));
+        Failure::Died(text.clone())
+    }
+
+    /// Takes back the deaths of those that are connected again.
+    pub(crate) fn review(&mut self, answer: &mut Answer, mesh: &Mesh) {
+        self.0.retain(|(worker, node, process)| {
+            let lives = Process::of(*process, mesh.process_of(node)) == Process::Same;
+            if lives {
+                answer.lives(*worker);
+            }
+            !lives
+        });
+    }
+}
+
+/// The process that is connected now as the node of a worker whose link is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Process {
+    /// The same one.
+    Same,
+    /// Another one: it was started anew.
+    Other,
+    /// None, or one that does not say.
+    Unknown,
+}
+
+impl Process {
+    fn of(before: u64, now: Option<u64>) -> Self {
+        match now {
+            Some(now) if now == 0 || before == 0 => Self::Unknown,
+            Some(now) if now == before => Self::Same,
+            Some(_) => Self::Other,
+            None => Self::Unknown,
+        }
+    }
+}
+
+/// Whether a link that ended like this says that the worker died.
+fn is_death(reason: &Closed, process: Process) -> bool {
+    match (reason, process) {
+        (_, Process::Same) => false,
+        (Closed::Gone | Closed::Restarted | Closed::Silent, _) => true,
+        // This head closes links that it has no use for: in quarantine, expelled, or replaced. A new process has replaced one that
+        // died unnoticed.
+        (Closed::ByUs, process) => process == Process::Other,
+        // It said goodbye.
+        (
+            Closed::ByPeer {
+                code: ErrorCode::OK | ErrorCode::DRAINING | ErrorCode::CANCELLED,
+                ..
+            },
+            _,
+        ) => false,
+        (Closed::ByPeer { .. }, _) => true,
+        _ => false,
     }
 }
 
@@ -743,7 +829,9 @@ pub(crate) fn outcome_of(error: &AnswerError) -> Outcome {
     match error {
         AnswerError::Refused(Refusal::UnknownModel { .. } | Refusal::TooLong { .. })
         | AnswerError::Rejected { .. } => Outcome::Rejected,
-        AnswerError::Refused(_) | AnswerError::ShuttingDown => Outcome::Refused,
+        AnswerError::Refused(_) | AnswerError::TooMuch(_) | AnswerError::ShuttingDown => {
+            Outcome::Refused
+        }
         AnswerError::Timeout(_) | AnswerError::Stalled(_) | AnswerError::QueueTimeout(_) => {
             Outcome::Timeout
         }
@@ -807,3 +895,32 @@ const RING_LOOK: Duration = Duration::from_millis(300);
 /// Silence of a ring's driver that counts as its death, if its link is silent, too: its standby goes on within milliseconds. It is
 /// more than a driver needs to notice a silent member, whose loss is not the driver's.
 const RING_SILENCE: Duration = Duration::from_millis(1_500);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_that_ends_is_a_death_only_if_the_process_is_gone() {
+        let by_peer = |code| Closed::ByPeer {
+            code,
+            text: String::new(),
+        };
+        for reason in [Closed::Gone, Closed::Restarted, Closed::Silent] {
+            assert!(is_death(&reason, Process::Unknown) && is_death(&reason, Process::Other));
+            assert!(!is_death(&reason, Process::Same), "it connected again");
+        }
+        // In quarantine, expelled, or connected again.
+        assert!(!is_death(&Closed::ByUs, Process::Unknown));
+        assert!(!is_death(&Closed::ByUs, Process::Same));
+        assert!(is_death(&Closed::ByUs, Process::Other), "started anew");
+        for goodbye in [ErrorCode::OK, ErrorCode::DRAINING, ErrorCode::CANCELLED] {
+            assert!(!is_death(&by_peer(goodbye), Process::Unknown));
+        }
+        assert!(is_death(&by_peer(ErrorCode::INTERNAL), Process::Unknown));
+        assert_eq!(Process::of(7, Some(7)), Process::Same);
+        assert_eq!(Process::of(7, Some(8)), Process::Other);
+        assert_eq!(Process::of(0, Some(0)), Process::Unknown);
+        assert_eq!(Process::of(7, None), Process::Unknown);
+    }
+}

@@ -20,8 +20,8 @@ use crate::core::fair::{Ingress, Origin, Source};
 use crate::core::placement::{Ended, Refusal};
 use crate::core::request::{Answer, AnswerError, Failure, Fault, Step};
 use crate::core::router::{Ask, Purpose};
-use crate::drive::{deadline_ms, error_of, gets_on, if_died, outcome_of, progress_ms};
-use crate::mesh::{Assignment, Mesh, Route, timestamp_us};
+use crate::drive::{Deaths, deadline_ms, error_of, gets_on, outcome_of, progress_ms};
+use crate::mesh::{Assignment, Lease, Mesh, Route, timestamp_us};
 use crate::metrics::{Front, Outcome};
 
 /// Texts to embed, whichever front end they came through.
@@ -54,7 +54,7 @@ pub struct Embedded {
     pub tokens: u64,
 }
 
-/// Runs a task to its end. Dropping the future cancels it.
+/// Runs a task to its end. Dropping the future cancels it. The memory of its answer is added to `lease`.
 ///
 /// # Errors
 /// Why there are no vectors.
@@ -62,6 +62,7 @@ pub async fn embed(
     mesh: &Arc<Mesh>,
     front: Front,
     task: EmbedTask,
+    lease: &mut Lease,
 ) -> Result<Embedded, AnswerError> {
     let mut account = Account {
         mesh,
@@ -71,7 +72,7 @@ pub async fn embed(
     };
     let id = task.id.clone();
     let texts = task.inputs.len();
-    let result = run(mesh, task).await;
+    let result = run(mesh, task, lease).await;
     account.outcome = match &result {
         Ok(embedded) => {
             mesh.metrics.prompt_tokens.inc_by(embedded.tokens);
@@ -105,7 +106,11 @@ impl Drop for Account<'_> {
     }
 }
 
-async fn run(mesh: &Arc<Mesh>, task: EmbedTask) -> Result<Embedded, AnswerError> {
+async fn run(
+    mesh: &Arc<Mesh>,
+    task: EmbedTask,
+    lease: &mut Lease,
+) -> Result<Embedded, AnswerError> {
     if mesh.shutdown.is_draining() {
         return Err(AnswerError::ShuttingDown);
     }
@@ -167,6 +172,7 @@ async fn run(mesh: &Arc<Mesh>, task: EmbedTask) -> Result<Embedded, AnswerError>
         0 => replicas.dimensions,
         asked => asked,
     };
+    lease.add(memory_of(task.inputs.len(), dimensions))?;
     let answers: Vec<Embeddings> = stream::iter(parts.into_iter().enumerate())
         .map(|(index, range)| {
             let tokens: u64 = weights[range.clone()].iter().sum();
@@ -207,6 +213,7 @@ async fn part(
     };
     let texts = range.len();
     let mut answer = Answer::new(mesh.config.request_limits(), Instant::now());
+    let mut deaths = Deaths::default();
     let mut rerun = false;
     loop {
         let placing = mesh.place(ask.clone(), rerun);
@@ -223,6 +230,7 @@ async fn part(
         };
         let placed = &assignment.placed;
         let began = Instant::now();
+        deaths.review(&mut answer, mesh);
         let resume = answer.placed(placed.worker, placed.estimate.finish, began);
         answer.set_second_opinion(mesh.another(&ask, placed.worker));
         debug!(
@@ -262,7 +270,7 @@ async fn part(
                         return Ok(embeddings);
                     }
                     Ok(Err(failure)) => {
-                        let failure = if_died(failure, &assignment);
+                        let failure = deaths.of(failure, &assignment, &mut answer, mesh);
                         if link.close_reason().is_some() {
                             // The link's own task will notice, too, but the next attempt must not find the worker there.
                             mesh.leave(placed.worker);
@@ -442,7 +450,26 @@ fn weight(input: &EmbedInput) -> u64 {
     }
 }
 
+/// Bytes of memory that so many vectors take on their way to a client.
+fn memory_of(texts: usize, dimensions: u32) -> u64 {
+    let numbers = (texts as u64).saturating_mul(u64::from(dimensions));
+    numbers.saturating_mul(BYTES_A_NUMBER)
+}
+
+/// A number as it comes, as it is put together, and in the answer's JSON.
+const BYTES_A_NUMBER: u64 = 20;
 /// Numbers of a vector whose length nobody knows.
 const LONGEST_VECTOR: usize = 8192;
 /// Parts of one request that are under way at once.
 const MOST_AT_ONCE: usize = 32;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn short_texts_count_with_their_vectors() {
+        assert!(memory_of(2048, 1024) >= 40_000_000);
+        assert_eq!(memory_of(usize::MAX, u32::MAX), u64::MAX);
+    }
+}

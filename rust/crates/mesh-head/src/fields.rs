@@ -100,7 +100,17 @@ impl<'a> Fields<'a> {
 
     /// A name: text, and absent if it is empty.
     pub fn name(self, name: &str) -> Result<Option<&'a str>, Invalid> {
-        Ok(self.text(name)?.filter(|text| !text.is_empty()))
+        let text = self.text(name)?.filter(|text| !text.is_empty());
+        match text {
+            Some(text) if text.len() > LONGEST_NAME => Err(Invalid::new(
+                name,
+                format!(
+                    "'{name}' has {} bytes, more than the limit of {LONGEST_NAME}",
+                    text.len()
+                ),
+            )),
+            text => Ok(text),
+        }
     }
 
     /// Text.
@@ -222,6 +232,9 @@ fn out_of_range(
         format!("Invalid value for '{name}': {value} is not between {least} and {most}"),
     )
 }
+
+/// Bytes of a model's or a prompt's name.
+const LONGEST_NAME: usize = 512;
 
 fn kind(value: &Value) -> &'static str {
     match value {

@@ -178,7 +178,7 @@ impl Mesh {
             next_ticket: 0,
         };
         Arc::new(Self {
-            memory: Mutex::new(Memory::new(config.request_memory)),
+            memory: Mutex::new(Memory::new(config.memory_of_requests())),
             reading: Semaphore::new(1),
             live: RwLock::new(config.clone()),
             config,
@@ -391,6 +391,14 @@ impl Mesh {
         self.note_mixed(&mut state);
         self.turn(&mut state, now);
         id
+    }
+
+    /// The process that is connected as this node, if its link is open.
+    pub fn process_of(&self, node: &str) -> Option<u64> {
+        let state = self.lock();
+        let worker = state.placement.registry.of_node(node)?;
+        let peer = state.peers.get(&worker.id)?;
+        peer.link.close_reason().is_none().then_some(peer.instance)
     }
 
     /// The worker that is connected as this node, unless it is the same process: that has lost its earlier link.
@@ -747,6 +755,7 @@ impl Mesh {
             mesh: self.clone(),
             ticket,
             tokens_seen: worker.map(|worker| worker.tokens_seen.clone()),
+            process: state.peers.get(&placed.worker).map_or(0, |p| p.instance),
             placed,
             route,
             ended: Ended::Cancelled,
@@ -976,7 +985,7 @@ impl Lease {
     /// # Errors
     /// As [`Mesh::lease`].
     pub fn add(&mut self, bytes: u64) -> Result<(), TooMuch> {
-        self.bytes += self.mesh.memory().take(self.origin, bytes)?;
+        self.bytes += self.mesh.memory().take(self.origin, self.bytes, bytes)?;
         Ok(())
     }
 
@@ -987,7 +996,7 @@ impl Lease {
     pub fn set(&mut self, bytes: u64) -> Result<(), TooMuch> {
         let mut memory = self.mesh.memory();
         memory.give(self.origin, std::mem::take(&mut self.bytes));
-        self.bytes = memory.take(self.origin, bytes)?;
+        self.bytes = memory.take(self.origin, 0, bytes)?;
         Ok(())
     }
 }
@@ -1007,6 +1016,8 @@ pub struct Assignment {
     pub placed: Placed,
     /// How to reach it.
     pub route: Route,
+    /// The worker's process; 0 is unknown.
+    pub process: u64,
     ended: Ended,
     received: Mutex<Received>,
     tokens_seen: Option<TokenClock>,
@@ -1016,7 +1027,11 @@ impl Assignment {
     /// The first token came.
     pub fn first_token(&self) {
         let now = Instant::now();
-        self.mesh.lock().placement.first_token(self.ticket, now);
+        let mut state = self.mesh.lock();
+        state.placement.first_token(self.ticket, now);
+        if state.placement.has_suspects() {
+            self.mesh.pump(&mut state, now);
+        }
     }
 
     /// Tokens came.

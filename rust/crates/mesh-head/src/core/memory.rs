@@ -53,17 +53,17 @@ impl Memory {
         self.limit / 3 * 2
     }
 
-    /// Takes `bytes` more for a request of `origin`. A request of one that has nothing counts as no more than the share, so that
-    /// none is refused for ever; returns what was taken.
+    /// Takes `bytes` more for a request of `origin` that has `own` already. A request of one that has nothing else counts as no more
+    /// than the share, so that none is refused for ever; returns what was taken.
     ///
     /// # Errors
     /// [`TooMuch`] says whose they are; then nothing is taken.
-    pub fn take(&mut self, origin: Origin, mut bytes: u64) -> Result<u64, TooMuch> {
+    pub fn take(&mut self, origin: Origin, own: u64, mut bytes: u64) -> Result<u64, TooMuch> {
         let yours = self.by.get(&origin).copied().unwrap_or(0);
         if self.limit > 0 {
             let (used, limit) = (self.used, self.limit);
-            if yours == 0 {
-                bytes = bytes.min(self.share());
+            if yours <= own {
+                bytes = bytes.min(self.share().saturating_sub(own));
             }
             if yours.saturating_add(bytes) > self.share() {
                 let (used, limit) = (yours, self.share());
@@ -103,34 +103,56 @@ mod tests {
     fn one_client_has_a_share_and_all_have_a_limit() {
         let mut memory = Memory::new(300);
         let (a, b, c) = (Origin::Key(1), Origin::Key(2), Origin::Unknown);
-        assert_eq!(memory.take(a, 201), Ok(200));
+        assert_eq!(memory.take(a, 0, 201), Ok(200));
         memory.give(a, 200);
-        assert_eq!(memory.take(a, 150), Ok(150));
+        assert_eq!(memory.take(a, 0, 150), Ok(150));
         assert_eq!(
-            memory.take(a, 51),
+            memory.take(a, 0, 51),
             Err(TooMuch::Yours {
                 used: 150,
                 limit: 200
             })
         );
-        assert_eq!(memory.take(b, 100), Ok(100));
+        assert_eq!(memory.take(b, 0, 100), Ok(100));
         assert_eq!(
-            memory.take(c, 51),
+            memory.take(c, 0, 51),
             Err(TooMuch::All {
                 used: 250,
                 limit: 300
             })
         );
         memory.give(a, 150);
-        assert_eq!(memory.take(c, 51), Ok(51));
+        assert_eq!(memory.take(c, 0, 51), Ok(51));
         memory.give(b, 100);
         memory.give(c, 51);
         assert_eq!((memory.used(), memory.by.len()), (0, 0));
     }
 
     #[test]
+    fn a_request_that_grows_alone_is_never_refused() {
+        let mut memory = Memory::new(300);
+        let (a, b) = (Origin::Key(1), Origin::Key(2));
+        assert_eq!(memory.take(a, 0, 130), Ok(130));
+        assert_eq!(memory.take(a, 130, 130), Ok(70), "the share is its limit");
+        assert_eq!(memory.take(a, 200, 130), Ok(0));
+        // Another request of the same client waits.
+        assert!(matches!(memory.take(a, 0, 1), Err(TooMuch::Yours { .. })));
+        memory.give(a, 100);
+        assert_eq!(memory.take(a, 0, 50), Ok(50));
+        assert!(matches!(
+            memory.take(a, 100, 51),
+            Err(TooMuch::Yours { used: 150, .. })
+        ));
+        assert_eq!(memory.take(a, 100, 50), Ok(50), "what fits is had");
+        assert!(matches!(memory.take(b, 0, 101), Err(TooMuch::All { .. })));
+    }
+
+    #[test]
     fn without_a_limit_all_is_given() {
         let mut memory = Memory::new(0);
-        assert_eq!(memory.take(Origin::Admin, u64::MAX / 2), Ok(u64::MAX / 2));
+        assert_eq!(
+            memory.take(Origin::Admin, 0, u64::MAX / 2),
+            Ok(u64::MAX / 2)
+        );
     }
 }

@@ -35,4 +35,5 @@ pub mod router;
 pub mod share;
 pub mod speed;
 pub mod spotcheck;
+pub mod suspects;
 pub mod tracker;

@@ -1,6 +1,6 @@
 //! Registry, router and the bounded, fair queue: gives every request a worker, at once or when one has room.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::{Duration, Instant};
 
@@ -9,6 +9,7 @@ use super::registry::{Registry, ServedModel, Worker, WorkerId};
 use super::rings::Prospect;
 use super::router::{Ask, Capacity, Choice, Estimate, Purpose, Router};
 use super::share::Shares;
+use super::suspects::Suspects;
 
 /// Names a request within placement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -156,6 +157,7 @@ pub struct Placement {
     displaced: Vec<(Ticket, Refusal)>,
     running: BTreeMap<Ticket, Running>,
     shares: Shares,
+    suspects: Suspects,
     /// Models that rings are to serve and do not serve now.
     prospects: BTreeMap<String, Prospect>,
 }
@@ -178,6 +180,9 @@ struct Running {
     streams: bool,
     /// It has its worker for itself until then.
     alone: bool,
+    /// The model that it asked for.
+    asked: String,
+    /// The model that answers.
     model: String,
     ring: Option<u64>,
     started: Instant,
@@ -212,6 +217,7 @@ impl Placement {
             displaced: Vec::new(),
             running: BTreeMap::new(),
             shares: Shares::default(),
+            suspects: Suspects::default(),
             prospects: BTreeMap::new(),
         }
     }
@@ -227,25 +233,34 @@ impl Placement {
         }
         let held = held(&self.running, ask.source, &ask.model);
         let requests = held + self.queue.waiting_of(ask.source) + 1;
-        self.shares.note(&ask.model, ask.source, requests, now);
         let has_share = rerun || has_share(&self.shares, &self.registry, &ask, held, now);
         let class = class_of(&ask);
-        // Those come first that wait for the same and are due, or to be alone with a worker.
+        let choice = self.router.choose(&self.registry, &ask, now);
+        let is_coming = self.is_coming(&ask.model);
+        if choice == Choice::Nobody && !is_coming && !rerun {
+            return Asked::Refused(self.nobody(&ask, now));
+        }
+        // A worker without an identity takes any name, and needs no shares.
+        if self.knows_model(&ask.model) {
+            self.shares.note(&ask.model, ask.source, requests, now);
+        }
+        self.suspects.expire(now);
+        // Those come first that wait for the same and are due.
         let mut due = Due::new(self);
-        let first = |waiting: &Waiting| {
-            waiting.ask.alone && waiting.ask.model == ask.model
-                || waiting.class == class && due.is(waiting, now)
+        let suspect = ask.alone && self.suspects.yield_for(&ask.model);
+        let first = |waiting: &Waiting| match suspect {
+            true => !waiting.ask.alone && waiting.ask.model == ask.model && due.is(waiting, now),
+            false => !rerun && waiting.class == class && due.is(waiting, now),
         };
-        let nobody_since = match self.router.choose(&self.registry, &ask, now) {
+        let nobody_since = match choice {
             // `pump` gives that room away.
-            Choice::Worker(..) if !has_share || !rerun && self.queue.any(first) => None,
+            Choice::Worker(..) if !has_share || self.queue.any(first) => None,
             Choice::Worker(id, estimate) => {
                 return Asked::Placed(self.place(ticket, &ask, id, estimate, now));
             }
             Choice::Busy => None,
-            Choice::Nobody if self.is_coming(&ask.model) => None,
-            Choice::Nobody if rerun => Some(now),
-            Choice::Nobody => return Asked::Refused(self.nobody(&ask, now)),
+            Choice::Nobody if is_coming => None,
+            Choice::Nobody => Some(now),
         };
         let source = ask.source;
         let waiting = Waiting {
@@ -256,6 +271,7 @@ impl Placement {
         };
         if rerun {
             self.queue.push_again(source, waiting);
+            self.keep_workers(now);
             return Asked::Waiting;
         }
         match self.queue.push(source, waiting) {
@@ -278,6 +294,8 @@ impl Placement {
     pub fn pump(&mut self, now: Instant) -> Vec<(Ticket, Result<Placed, Refusal>)> {
         let displaced = std::mem::take(&mut self.displaced).into_iter();
         let mut decided: Vec<_> = displaced.map(|(t, refusal)| (t, Err(refusal))).collect();
+        self.shares.expire(now);
+        self.suspects.expire(now);
         if self.queue.is_empty() {
             return decided;
         }
@@ -309,12 +327,14 @@ impl Placement {
                 keep
             });
         }
-        self.shares.expire(now);
         for (ticket, ask) in expired {
             decided.push((ticket, Err(self.nobody(&ask, now))));
         }
+        // Suspects whose turn is over wait until nobody else can go.
+        let mut yielding = true;
         loop {
             let mut found = None;
+            let suspects = &self.suspects;
             let (router, registry) = (&self.router, &self.registry);
             let mut due = Due {
                 shares: &self.shares,
@@ -322,17 +342,12 @@ impl Placement {
                 running: &self.running,
                 known: HashMap::new(),
             };
-            // Models for which a request waits to be alone with a worker: others would keep it waiting for ever.
-            let mut held: BTreeSet<String> = BTreeSet::new();
             let taken = self.queue.take_next(|waiting| {
-                if held.contains(&waiting.ask.model) || !due.is(waiting, now) {
+                let ask = &waiting.ask;
+                if yielding && ask.alone && suspects.yield_for(&ask.model) {
                     return false;
                 }
-                let of_class = room.get(&waiting.class);
-                if of_class != Some(&Room::Perhaps) {
-                    if waiting.ask.alone && of_class == Some(&Room::No) {
-                        held.insert(waiting.ask.model.clone());
-                    }
+                if room.get(&waiting.class) != Some(&Room::Perhaps) || !due.is(waiting, now) {
                     return false;
                 }
                 match router.choose(registry, &waiting.ask, now) {
@@ -342,19 +357,53 @@ impl Placement {
                     }
                     Choice::Busy | Choice::Nobody => {
                         room.insert(waiting.class, Room::No);
-                        if waiting.ask.alone {
-                            held.insert(waiting.ask.model.clone());
-                        }
                         false
                     }
                 }
             });
             let (Some((_, waiting)), Some((id, estimate))) = (taken, found) else {
+                if std::mem::take(&mut yielding) && self.suspects.are_there() {
+                    continue;
+                }
+                self.keep_workers(now);
                 return decided;
             };
             let placed = self.place(waiting.ticket, &waiting.ask, id, estimate, now);
+            if waiting.ask.alone {
+                // The worker that it kept is everybody's again.
+                let full = room.values_mut().filter(|room| **room == Room::No);
+                full.for_each(|room| *room = Room::Perhaps);
+            }
             decided.push((waiting.ticket, Ok(placed)));
         }
+    }
+
+    /// Keeps newcomers away from a worker for each model that a suspect waits for.
+    fn keep_workers(&mut self, now: Instant) {
+        let (suspects, registry) = (&self.suspects, &self.registry);
+        let mut wanted: BTreeMap<String, WorkerId> = BTreeMap::new();
+        self.queue.any(|waiting| {
+            let model = &waiting.ask.model;
+            if waiting.ask.alone
+                && suspects.may_keep(model)
+                && !wanted.contains_key(model)
+                && let Some(worker) = Router::emptiest(registry, &waiting.ask, now)
+            {
+                wanted.insert(model.clone(), worker);
+            }
+            false
+        });
+        for (model, worker) in wanted {
+            let until = self.suspects.keeps(&model, worker, now);
+            if let Some(worker) = self.registry.get_mut(worker) {
+                worker.kept = Some(until);
+            }
+        }
+    }
+
+    /// True if requests are suspected of the deaths of workers, so that any first token may let others go.
+    pub fn has_suspects(&self) -> bool {
+        self.suspects.are_there()
     }
 
     /// True if requests lost their places, so that [`Placement::pump`] has something to tell.
@@ -368,7 +417,12 @@ impl Placement {
             return;
         };
         let started = !std::mem::replace(&mut running.streams, true);
-        let alone = std::mem::take(&mut running.alone);
+        if std::mem::take(&mut running.alone) {
+            self.suspects.began(&running.asked, ticket, now);
+            if let Some(worker) = self.registry.get_mut(running.worker) {
+                worker.alone = None;
+            }
+        }
         running.first_token.get_or_insert(now);
         let prefilled = std::mem::take(&mut running.prefilling);
         let (on, model) = (running.worker, running.model.clone());
@@ -382,7 +436,6 @@ impl Placement {
         };
         running.batch = worker.assigned;
         worker.unstarted = worker.unstarted.saturating_sub(u32::from(started));
-        worker.alone &= !alone;
         worker.prefilling = worker.prefilling.saturating_sub(prefilled);
         worker.last_success = Some(now);
         if let Some(model) = model_of(worker, &running.model) {
@@ -417,6 +470,12 @@ impl Placement {
             return;
         };
         self.queue.ended(running.source);
+        if running.alone {
+            self.suspects.began(&running.asked, ticket, now);
+            if let Some(worker) = self.registry.get_mut(running.worker) {
+                worker.alone = None;
+            }
+        }
         let same = |other: &&Running| {
             other.streams && other.worker == running.worker && other.model == running.model
         };
@@ -441,7 +500,6 @@ impl Placement {
         }
         worker.assigned = worker.assigned.saturating_sub(1);
         worker.unstarted = worker.unstarted.saturating_sub(u32::from(!running.streams));
-        worker.alone &= !running.alone;
         worker.prefilling = worker.prefilling.saturating_sub(running.prefilling);
         match ended {
             Ended::Complete => {
@@ -564,7 +622,6 @@ impl Placement {
             .expect("the router chooses from this registry");
         worker.assigned += 1;
         worker.unstarted += 1;
-        worker.alone |= ask.alone;
         worker.prefilling += prefilling;
         let served = worker.model(&ask.model);
         let has_slot = served.is_some_and(|model| worker.active() <= model.card.slots);
@@ -585,6 +642,15 @@ impl Placement {
             estimate,
         };
         placed.context = self.registry.context_of(&placed.model).unwrap_or(0);
+        if ask.alone {
+            let (until, kept) = self.suspects.placed(&ask.model, ticket, now);
+            if let Some(worker) = self.registry.get_mut(id) {
+                worker.alone = Some(until);
+            }
+            if let Some(kept) = kept.and_then(|kept| self.registry.get_mut(kept)) {
+                kept.kept = None;
+            }
+        }
         self.queue.started(ask.source);
         self.running.insert(
             ticket,
@@ -593,6 +659,7 @@ impl Placement {
                 source: ask.source,
                 streams: false,
                 alone: ask.alone,
+                asked: ask.model.clone(),
                 model: placed.model.clone(),
                 ring: placed.ring,
                 started: now,
@@ -712,10 +779,7 @@ fn has_share(shares: &Shares, registry: &Registry, ask: &Ask, held: usize, now: 
     if ask.purpose != Purpose::Chat || !ask.avoid.is_empty() {
         return true;
     }
-    let serving = registry
-        .iter()
-        .filter_map(|worker| worker.model(&ask.model));
-    let slots: usize = serving.map(|model| model.card.slots.max(1) as usize).sum();
+    let slots = Router::slots(registry, ask, now);
     // Of workers without an identity nobody knows how many they have.
     slots == 0 || held < shares.most(&ask.model, ask.source, slots, now)
 }
@@ -885,6 +949,66 @@ mod tests {
     }
 
     #[test]
+    fn only_slots_that_can_be_counted_on_are_shared() {
+        let now = Instant::now();
+        let mut placement = placement(2048);
+        // One worker claims more than it was ever seen to use, another one is drained.
+        join(&mut placement, "a", 256, now);
+        let drained = join(&mut placement, "b", 256, now);
+        let worker = placement.registry.get_mut(drained).unwrap();
+        (worker.drained, worker.draining) = (true, true);
+        let placed = |asked| matches!(asked, Asked::Placed(_));
+        assert!(placed(placement.ask(
+            Ticket(0),
+            from(Ingress::Http, 2),
+            false,
+            now
+        )));
+        placement.release(Ticket(0), Ended::Complete, now);
+        let greedy = (1..100).filter(|&ticket| {
+            placed(placement.ask(Ticket(ticket), from(Ingress::Http, 1), false, now))
+        });
+        assert_eq!(greedy.count(), 7);
+    }
+
+    #[test]
+    fn a_source_alone_fills_its_worker_ahead_of_a_free_slot() {
+        let now = Instant::now();
+        let mut placement = placement(16);
+        placement.router = Router::new(Capacity {
+            ahead: 1,
+            legacy: 4,
+        });
+        join(&mut placement, "a", 4, now);
+        let placed = |asked| matches!(asked, Asked::Placed(_));
+        let all = (1..9).filter(|&ticket| placed(placement.ask(Ticket(ticket), ask(), false, now)));
+        assert_eq!(all.count(), 5);
+    }
+
+    #[test]
+    fn names_of_models_that_nobody_serves_are_not_kept() {
+        let now = Instant::now();
+        let mut placement = placement(4);
+        join(&mut placement, "a", 8, now);
+        for number in 0..100 {
+            let ask = Ask {
+                model: format!("no such model {number}"),
+                ..ask()
+            };
+            let asked = placement.ask(Ticket(number), ask, false, now);
+            assert!(matches!(
+                asked,
+                Asked::Refused(Refusal::UnknownModel { .. })
+            ));
+        }
+        assert_eq!(placement.shares.models(), 0);
+        placement.ask(Ticket(100), ask(), false, now);
+        assert_eq!(placement.shares.models(), 1);
+        placement.pump(now + Duration::from_secs(60));
+        assert_eq!(placement.shares.models(), 0, "though nobody waits");
+    }
+
+    #[test]
     fn a_suspect_is_alone_with_a_worker_until_its_first_token() {
         let now = Instant::now();
         let mut placement = placement(8);
@@ -919,15 +1043,98 @@ mod tests {
         assert_eq!(placed(&mut placement), [3], "one of them, alone");
         assert!(placed(&mut placement).is_empty());
         placement.first_token(Ticket(3), now);
+        assert_eq!(placed(&mut placement), [4], "now it is the others' turn");
+        placement.first_token(Ticket(4), now);
         assert_eq!(placed(&mut placement), [2]);
         // The worker of one that gave up is everybody's again.
         placement.release(Ticket(2), Ended::Cancelled, now);
-        assert_eq!(placed(&mut placement), [4]);
+        assert!(matches!(
+            placement.ask(Ticket(5), ask(), false, now),
+            Asked::Placed(_)
+        ));
         let worker = placement.registry.get(only).unwrap();
         assert_eq!(
             (worker.unstarted, worker.alone, worker.assigned),
-            (1, false, 3)
+            (1, None, 4)
         );
+    }
+
+    #[test]
+    fn suspects_keep_others_from_one_worker_only_and_not_for_long() {
+        let now = Instant::now();
+        let mut placement = placement(64);
+        let suspect = || Ask {
+            alone: true,
+            ..ask()
+        };
+        let is_placed = |asked| matches!(asked, Asked::Placed(_));
+        let first = join(&mut placement, "a", 32, now);
+        // A long prompt is computed there.
+        assert!(is_placed(placement.ask(Ticket(1), ask(), false, now)));
+        for ticket in 2..11 {
+            let asked = placement.ask(Ticket(ticket), suspect(), true, now);
+            assert_eq!(asked, Asked::Waiting);
+        }
+        assert_eq!(placement.ask(Ticket(20), ask(), false, now), Asked::Waiting);
+        assert!(placement.pump(now).is_empty());
+        // Another worker, where a prompt is computed, too, is for everybody else.
+        let second = join(&mut placement, "b", 32, now);
+        let decided = placement.pump(now);
+        assert_eq!(decided.len(), 2, "a suspect is alone with it: {decided:?}");
+        assert!(decided.iter().any(|(ticket, _)| *ticket == Ticket(20)));
+        let of = |wanted: u64| {
+            let found = decided.iter().find(|(ticket, _)| ticket.0 == wanted);
+            found.map(|(_, placed)| placed.as_ref().unwrap().worker)
+        };
+        assert_eq!((of(10), of(20)), (Some(second), Some(first)));
+    }
+
+    #[test]
+    fn nine_suspects_on_one_worker_do_not_stop_its_model() {
+        let start = Instant::now();
+        let mut placement = placement(64);
+        let suspect = || Ask {
+            alone: true,
+            ..ask()
+        };
+        join(&mut placement, "a", 8, start);
+        placement.ask(Ticket(1), ask(), false, start);
+        for ticket in 2..11 {
+            placement.ask(Ticket(ticket), suspect(), true, start);
+        }
+        // Each prompt takes 20 s, and somebody else asks every second.
+        let mut begun: BTreeMap<Ticket, Instant> = BTreeMap::from([(Ticket(1), start)]);
+        let (mut longest, mut waits) = (Duration::ZERO, BTreeMap::new());
+        for second in 0..600 {
+            let now = start + Duration::from_secs(second);
+            let done: Vec<Ticket> = begun
+                .iter()
+                .filter(|(_, at)| now.saturating_duration_since(**at).as_secs() >= 20)
+                .map(|(ticket, _)| *ticket)
+                .collect();
+            for ticket in done {
+                begun.remove(&ticket);
+                placement.first_token(ticket, now);
+                placement.release(ticket, Ended::Complete, now);
+            }
+            if second % 5 == 0 && second < 300 {
+                let ticket = Ticket(1000 + second);
+                match placement.ask(ticket, ask(), false, now) {
+                    Asked::Placed(_) => drop(begun.insert(ticket, now)),
+                    _ => drop(waits.insert(ticket, now)),
+                }
+            }
+            for (ticket, placed) in placement.pump(now) {
+                placed.unwrap();
+                begun.insert(ticket, now);
+                if let Some(since) = waits.remove(&ticket) {
+                    longest = longest.max(now - since);
+                }
+            }
+        }
+        assert!(longest <= Duration::from_secs(20), "{longest:?}");
+        assert_eq!(placement.queued(), 0, "all had their turn");
+        assert!(!placement.has_suspects());
     }
 
     #[test]
@@ -965,7 +1172,8 @@ mod tests {
             byte_spans: Vec::new(),
             ..card
         };
-        placement.registry.join("b", address, hello(&unknown), now);
+        let (b, _) = placement.registry.join("b", address, hello(&unknown), now);
+        placement.registry.prove_all(b, now);
         assert!(matches!(
             placement.ask(Ticket(2), long, false, now),
             Asked::Placed(_)

@@ -5,7 +5,7 @@
 //! meanwhile, and no answer here is longer than what it answers.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use dcf::MsgType;
@@ -18,6 +18,16 @@ pub struct Proofs {
     started: Instant,
     /// Addresses that have echoed a cookie, and when.
     verified: HashMap<SocketAddr, Instant>,
+    /// Addresses whose tasks came before any echo.
+    mute: HashMap<IpAddr, Mute>,
+}
+
+/// Tasks of clients that have not echoed a cookie.
+#[derive(Debug, Clone, Copy)]
+struct Mute {
+    tasks: u32,
+    first: Instant,
+    last: Instant,
 }
 
 /// What a client that has shown nothing yet is answered.
@@ -40,6 +50,7 @@ impl Proofs {
             cookies: Cookies::new(key),
             started: now,
             verified: HashMap::new(),
+            mute: HashMap::new(),
         }
     }
 
@@ -47,6 +58,30 @@ impl Proofs {
     pub fn knows(&self, client: SocketAddr, now: Instant) -> bool {
         let since = self.verified.get(&client);
         since.is_some_and(|since| now.saturating_duration_since(*since) < KNOWN_FOR)
+    }
+
+    /// Notes a task of a client that is not known. True if it has sent several by now and no echo, as clients do that do not know
+    /// Challenges.
+    pub fn is_mute(&mut self, client: IpAddr, now: Instant) -> bool {
+        let is_recent = |mute: &Mute| now.saturating_duration_since(mute.last) < MUTE_FOR;
+        if self.mute.len() >= MOST_MUTE && !self.mute.contains_key(&client) {
+            self.mute.retain(|_, mute| is_recent(mute));
+            if self.mute.len() >= MOST_MUTE {
+                return false;
+            }
+        }
+        let fresh = Mute {
+            tasks: 0,
+            first: now,
+            last: now,
+        };
+        let mute = self.mute.entry(client).or_insert(fresh);
+        if !is_recent(mute) {
+            *mute = fresh;
+        }
+        mute.tasks = mute.tasks.saturating_add(1);
+        mute.last = now;
+        mute.tasks >= SEVERAL && now.saturating_duration_since(mute.first) >= ECHOES_WITHIN
     }
 
     /// A message of a client that is not known. `room` is the length of its datagram beyond a header.
@@ -68,6 +103,7 @@ impl Proofs {
                     return Verdict::Silence;
                 }
                 self.verified.insert(client, now);
+                self.mute.remove(&client.ip());
                 Verdict::Verified
             }
             MsgType::TASK | MsgType::CHUNK | MsgType::HEALTH if room >= COOKIE_LEN => {
@@ -82,6 +118,14 @@ impl Proofs {
 
 /// Time for which an echoed cookie counts.
 const KNOWN_FOR: Duration = Duration::from_secs(3600);
+/// Tasks without an echo that say something about their client,
+const SEVERAL: u32 = 3;
+/// if the first of them is as old as this: one task may be many Chunks, and an echo takes a round trip.
+const ECHOES_WITHIN: Duration = Duration::from_secs(2);
+/// Time after which a client's tasks without an echo are forgotten.
+const MUTE_FOR: Duration = Duration::from_secs(60);
+/// Addresses whose tasks without an echo are counted.
+const MOST_MUTE: usize = 256;
 /// Addresses that are known at once.
 const MOST_KNOWN: usize = 1 << 14;
 
@@ -108,6 +152,29 @@ mod tests {
         assert_eq!(proofs.ask(client, echo, 99, start), Verdict::Verified);
         assert!(proofs.knows(client, start) && !proofs.knows(other, start));
         assert!(!proofs.knows(client, start + KNOWN_FOR));
+    }
+
+    #[test]
+    fn a_client_that_never_echoes_is_told_from_one_that_has_yet_to() {
+        let start = Instant::now();
+        let at = |millis| start + Duration::from_millis(millis);
+        let mut proofs = Proofs::new(&[7; 32], start);
+        let client: SocketAddr = ([192, 0, 2, 1], 9).into();
+        // The Chunks of one task.
+        assert!((0..100).all(|_| !proofs.is_mute(client.ip(), start)));
+        let task = (MsgType::TASK, &b"{}"[..]);
+        let Verdict::Challenge(cookie) = proofs.ask(client, task, COOKIE_LEN, start) else {
+            panic!("no challenge");
+        };
+        proofs.ask(client, (MsgType::CHALLENGE_REPLY, &cookie), 99, at(100));
+        assert!(!proofs.is_mute(client.ip(), at(3000)), "another port of it");
+        assert!(!proofs.is_mute(client.ip(), at(4000)));
+        assert!(proofs.is_mute(client.ip(), at(5000)));
+        assert!(!proofs.is_mute(client.ip(), at(70_000)), "a new beginning");
+        for number in 0..2 * MOST_MUTE as u32 {
+            proofs.is_mute(IpAddr::from(number.to_be_bytes()), at(70_000));
+        }
+        assert_eq!(proofs.mute.len(), MOST_MUTE);
     }
 
     #[test]

@@ -249,8 +249,10 @@ pub struct Worker {
     pub assigned: u32,
     /// Those of them whose first token has not come yet.
     pub unstarted: u32,
-    /// One of those is suspected of the death of another worker and has this one for itself.
-    pub alone: bool,
+    /// One of those is suspected of the death of another worker and has this one for itself until then.
+    pub alone: Option<Instant>,
+    /// A suspect waits for it: no newcomers before this moment.
+    pub kept: Option<Instant>,
     /// Prompt tokens of those whose first token has not come yet.
     pub prefilling: u64,
     /// Answers it completed.
@@ -1245,7 +1247,8 @@ impl Registry {
             proven: false,
             assigned: 0,
             unstarted: 0,
-            alone: false,
+            alone: None,
+            kept: None,
             prefilling: 0,
             completed: 0,
             failed: 0,

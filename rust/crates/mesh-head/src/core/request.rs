@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use dcf::ErrorCode;
 use mesh_proto::{Done, Progress, RequestPhase, TokenLogprob, Tokens};
 
+use super::memory::TooMuch;
 use super::placement::{Ended, Refusal};
 use super::registry::WorkerId;
 
@@ -197,6 +198,9 @@ pub enum AnswerError {
         /// What was seen of the last one.
         last: String,
     },
+    /// Its answer would take more memory than there is.
+    #[error(transparent)]
+    TooMuch(#[from] TooMuch),
     /// The head is shutting down.
     #[error("this head is shutting down; ask again in a moment, or ask another head")]
     ShuttingDown,
@@ -207,7 +211,7 @@ pub enum AnswerError {
 pub enum Failure {
     /// The stream broke.
     Lost(String),
-    /// The worker is gone: its link broke.
+    /// The worker's process is gone, or its machine.
     Died(String),
     /// The worker sent what no worker sends.
     Nonsense(String),
@@ -237,12 +241,10 @@ pub struct Answer {
     pace: Pace,
     failures: u32,
     failed_on: Vec<WorkerId>,
-    /// Workers that died while they had it.
-    deaths: u32,
+    /// Workers that died while they had it, and whether that was before a token came from them.
+    deaths: Vec<(WorkerId, bool)>,
     /// A token came in this attempt.
     answered: bool,
-    /// Those of them from which no token had come.
-    silent_deaths: u32,
     bounds: Bounds,
     fault: Fault,
     /// Messages of this attempt that brought nothing, since this moment.
@@ -306,9 +308,8 @@ impl Answer {
             pace: Pace::default(),
             failures: 0,
             failed_on: Vec::new(),
-            deaths: 0,
+            deaths: Vec::new(),
             answered: false,
-            silent_deaths: 0,
             bounds: Bounds::default(),
             fault: Fault::Unknown,
             idle: (0, now),
@@ -380,7 +381,16 @@ impl Answer {
 
     /// True if a worker died of it, perhaps: the next one had better have nothing else to begin.
     pub fn is_suspect(&self) -> bool {
-        self.silent_deaths > 0 || self.deaths >= SUSPECT_AFTER
+        self.silent_deaths() > 0 || self.deaths.len() >= SUSPECT_AFTER
+    }
+
+    /// A worker that counted as dead lives: only its link was lost.
+    pub fn lives(&mut self, worker: WorkerId) {
+        self.deaths.retain(|(dead, _)| *dead != worker);
+    }
+
+    fn silent_deaths(&self) -> usize {
+        self.deaths.iter().filter(|(_, silent)| *silent).count()
     }
 
     /// Attempts that failed so far.
@@ -718,15 +728,15 @@ impl Answer {
 
     /// A worker died. Perhaps of this request: then it must not go on to kill one after the other.
     fn died(&mut self, worker: WorkerId, text: String) -> Step {
-        self.deaths += 1;
-        self.silent_deaths += u32::from(!self.answered);
-        if self.silent_deaths < MOST_SILENT_DEATHS && self.deaths < MOST_DEATHS {
+        self.deaths.push((worker, !self.answered));
+        let (deaths, silent) = (self.deaths.len(), self.silent_deaths());
+        if silent < MOST_SILENT_DEATHS && deaths < MOST_DEATHS {
             return self.again(worker, text, Ended::Failed);
         }
         self.failures += 1;
         let error = AnswerError::WorkersDied {
-            deaths: self.deaths,
-            silent: self.silent_deaths == self.deaths,
+            deaths: u32::try_from(deaths).unwrap_or(u32::MAX),
+            silent: silent == deaths,
             last: text,
         };
         self.fail(error, Ended::Failed)
@@ -906,11 +916,11 @@ const IDLE_WINDOW: Duration = Duration::from_secs(10);
 
 /// Deaths of workers before a request's first token that end it: the first may be chance, and the second worker had nothing else
 /// to begin.
-const MOST_SILENT_DEATHS: u32 = 2;
+const MOST_SILENT_DEATHS: usize = 2;
 /// Deaths at any time that end it.
-const MOST_DEATHS: u32 = 4;
+const MOST_DEATHS: usize = 4;
 /// Deaths at any time after which it is given a worker for itself.
-const SUSPECT_AFTER: u32 = 2;
+const SUSPECT_AFTER: usize = 2;
 
 #[cfg(test)]
 mod tests;

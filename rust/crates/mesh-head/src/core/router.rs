@@ -177,6 +177,27 @@ impl Router {
         ask.length.exceeds(cards?)
     }
 
+    /// The worker that a suspect can be alone with soonest.
+    pub fn emptiest(registry: &Registry, ask: &Ask, now: Instant) -> Option<WorkerId> {
+        let serving = registry
+            .iter()
+            .filter(|worker| serves(registry, worker, ask, now) == Service::Serves);
+        let order = |worker: &&Worker| {
+            let failed = ask.avoid.contains(&worker.id);
+            (failed, worker.unstarted, worker.assigned, worker.id)
+        };
+        serving.min_by_key(order).map(|worker| worker.id)
+    }
+
+    /// The slots to count on of all workers that a request may go to.
+    pub fn slots(registry: &Registry, ask: &Ask, now: Instant) -> usize {
+        let serving = registry
+            .iter()
+            .filter(|worker| serves(registry, worker, ask, now) != Service::Out);
+        let models = serving.filter_map(|worker| worker.model(&ask.model));
+        models.map(|model| model.slots() as usize).sum()
+    }
+
     /// Whether another worker than `than` answers requests like this one: its opinion can be had.
     pub fn another(registry: &Registry, ask: &Ask, than: WorkerId, now: Instant) -> bool {
         registry.iter().any(|worker| {
@@ -213,7 +234,8 @@ impl Router {
         if worker.busy_until.is_some_and(|until| now < until) {
             return false;
         }
-        if worker.alone {
+        let lasts = |until: Option<Instant>| until.is_some_and(|until| now < until);
+        if lasts(worker.alone) || !ask.alone && lasts(worker.kept) {
             return false;
         }
         // Requests wait there though slots are free: memory is short. They had better wait here, where whoever has room takes them.

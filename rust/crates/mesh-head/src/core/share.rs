@@ -2,7 +2,7 @@
 //!
 //! The queue gives what becomes free to whoever has least, but answers are long: one source that holds all slots makes everybody
 //! else wait for the end of one of its answers. So each source that used the model lately is left as many slots as it had
-//! requests at once, up to an even share and up to half of all. A source alone gets all of them.
+//! requests at once, up to an even share and up to half of all. A source alone is not limited.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -26,6 +26,12 @@ impl Shares {
     /// A request of `source` for `model` came, which has `requests` then, waiting or running.
     pub fn note(&mut self, model: &str, source: Source, requests: usize, now: Instant) {
         if !self.of.contains_key(model) {
+            if self.of.len() >= MOST_MODELS {
+                self.expire(now);
+            }
+            if self.of.len() >= MOST_MODELS {
+                return;
+            }
             self.of.insert(model.to_owned(), BTreeMap::new());
         }
         let Some(sources) = self.of.get_mut(model) else {
@@ -48,7 +54,7 @@ impl Shares {
     /// How many of `slots` that serve `model` may be held by `source`.
     pub fn most(&self, model: &str, source: Source, slots: usize, now: Instant) -> usize {
         let Some(sources) = self.of.get(model) else {
-            return slots;
+            return usize::MAX;
         };
         let lately = |used: &&Use| now.saturating_duration_since(used.last) < LATELY;
         let others = sources.iter().filter(|(other, _)| **other != source);
@@ -57,9 +63,19 @@ impl Shares {
             .filter(lately)
             .map(|used| used.most)
             .collect();
+        if others.is_empty() {
+            // What its worker gets ahead of a free slot included.
+            return usize::MAX;
+        }
         let even = (slots / (others.len() + 1)).max(1);
         let left: usize = others.iter().map(|most| (*most).min(even)).sum();
         (slots - left.min(slots / 2)).max(1)
+    }
+
+    /// Number of models that sources used.
+    #[cfg(test)]
+    pub fn models(&self) -> usize {
+        self.of.len()
     }
 
     /// Forgets what was long ago.
@@ -73,6 +89,8 @@ impl Shares {
 
 /// Time after which a source that asked for nothing needs no slots.
 const LATELY: Duration = Duration::from_secs(30);
+/// Models for which sources are noted.
+const MOST_MODELS: usize = 256;
 /// Sources that are noted for a model.
 const MOST_SOURCES: usize = 1024;
 
@@ -93,18 +111,30 @@ mod tests {
         let now = Instant::now();
         let mut shares = Shares::default();
         shares.note("m", key(1), 1280, now);
-        assert_eq!(shares.most("m", key(1), 12, now), 12);
+        assert_eq!(shares.most("m", key(1), 12, now), usize::MAX);
         shares.note("m", key(2), 1, now);
         assert_eq!(shares.most("m", key(1), 12, now), 11);
         shares.note("m", key(2), 8, now);
         assert_eq!(shares.most("m", key(1), 12, now), 6);
         assert_eq!(shares.most("m", key(2), 12, now), 6);
-        assert_eq!(shares.most("other", key(1), 12, now), 12);
+        assert_eq!(shares.most("other", key(1), 12, now), usize::MAX);
         assert_eq!(shares.most("m", key(1), 1, now), 1);
         let later = now + LATELY;
-        assert_eq!(shares.most("m", key(1), 12, later), 12);
+        assert_eq!(shares.most("m", key(1), 12, later), usize::MAX);
         shares.expire(later);
         assert!(shares.of.is_empty());
+    }
+
+    #[test]
+    fn a_bounded_number_of_models_is_noted() {
+        let now = Instant::now();
+        let mut shares = Shares::default();
+        for number in 0..2 * MOST_MODELS {
+            shares.note(&format!("m{number}"), key(1), 1, now);
+        }
+        assert_eq!(shares.of.len(), MOST_MODELS);
+        shares.note("late", key(1), 1, now + LATELY);
+        assert!(shares.of.len() == 1 && shares.of.contains_key("late"));
     }
 
     #[test]

@@ -15,6 +15,7 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 
 use super::ask::{Api, Asked};
 use super::error::ApiError;
+use super::hold::counted;
 use super::keys::Pass;
 use super::wire::{
     ChatChoice, ChatChunk, ChatDelta, ChatLogprobs, ChatText, Envelope, Place, TextChoice,
@@ -45,7 +46,7 @@ pub(super) struct Answering {
     /// Time at which a frame was last sent.
     sent: Instant,
     /// Counts against the client's limit until the answer is over.
-    _pass: Pass,
+    pass: Pass,
 }
 
 /// What all chunks of an answer share.
@@ -100,7 +101,7 @@ impl Answering {
             has_roles: false,
             keep_alive: GRACE,
             sent: Instant::now(),
-            _pass: pass,
+            pass,
         }
     }
 
@@ -108,7 +109,7 @@ impl Answering {
     ///
     /// # Errors
     /// The first failure of any of them.
-    pub(super) async fn gather(mut self) -> Result<Vec<u8>, ApiError> {
+    pub(super) async fn gather(mut self) -> Result<Bytes, ApiError> {
         while let Some((index, event)) = self.next().await {
             if let Event::Delta(delta) = event? {
                 let choice = &mut self.choices[index];
@@ -118,7 +119,8 @@ impl Answering {
         }
         let timings = self.timings();
         let usage = Some(Some(self.usage));
-        match self.api {
+        let lease = self.pass.take_lease();
+        let body = match self.api {
             Api::Chat => {
                 let wants_logprobs = self.wants_logprobs;
                 let choice = |(index, choice): (usize, Choice)| ChatChoice {
@@ -132,12 +134,11 @@ impl Answering {
                     },
                 };
                 let choices = self.choices.into_iter().enumerate().map(choice).collect();
-                Ok(json(&self.head.envelope(
-                    self.api.object(),
-                    choices,
-                    usage,
-                    timings,
-                )))
+                json(
+                    &self
+                        .head
+                        .envelope(self.api.object(), choices, usage, timings),
+                )
             }
             Api::Completions => {
                 let wants_logprobs = self.wants_logprobs;
@@ -153,14 +154,17 @@ impl Answering {
                         text: &choice.text,
                     });
                 let choices = choices.collect();
-                Ok(json(&self.head.envelope(
-                    self.api.object(),
-                    choices,
-                    usage,
-                    timings,
-                )))
+                json(
+                    &self
+                        .head
+                        .envelope(self.api.object(), choices, usage, timings),
+                )
             }
-        }
+        };
+        Ok(match lease {
+            Some(lease) => counted(body, lease),
+            None => body.into(),
+        })
     }
 
     /// Answers with a stream of server-sent events, as soon as the request is accepted: a worker has taken it in, or nothing was

@@ -125,14 +125,21 @@ impl Asked {
         self.prompts.len() * self.choices as usize
     }
 
-    /// Bytes of memory that it may need from now on: its prompts, each once as it is and once on its way to a worker, and its answers.
-    pub(super) fn memory(&self) -> u64 {
+    /// Bytes of memory that it may need from now on: its prompts, each once as it is and once on its way to a worker, and its answers,
+    /// which end with the model's `context`.
+    pub(super) fn memory(&self, context: Option<u32>) -> u64 {
         let prompts: usize = self.prompts.iter().map(|prompt| bytes_of(prompt)).sum();
-        let tokens = self
-            .params
-            .max_tokens
-            .map_or(USUAL_TOKENS, |most| most.min(USUAL_TOKENS));
-        let answer = PER_ANSWER + BYTES_A_TOKEN * u64::from(tokens);
+        let asked = self.params.max_tokens.unwrap_or(UNSAID_TOKENS);
+        let text = BYTES_A_TOKEN * u64::from(asked.min(USUAL_TOKENS));
+        let logprobs = self.params.logprobs.map_or(0, |alternatives| {
+            // All of them are held until an answer that does not stream is complete.
+            let tokens = match self.stream {
+                true => asked.min(USUAL_TOKENS),
+                false => asked.min(context.unwrap_or(LONG_ANSWER)),
+            };
+            u64::from(tokens) * u64::from(alternatives.saturating_add(1)) * BYTES_A_LOGPROB
+        });
+        let answer = PER_ANSWER + text + logprobs;
         2 * prompts as u64 + self.answers() as u64 * answer
     }
 
@@ -388,6 +395,12 @@ fn bytes_of(prompt: &Prompt) -> usize {
 const PER_ANSWER: u64 = 8 << 10;
 /// A token with its text.
 const BYTES_A_TOKEN: u64 = 16;
+/// The probability of a token or of one of its alternatives, as it comes and in the answer's JSON.
+const BYTES_A_LOGPROB: u64 = 96;
+/// Tokens of an answer that nobody limits.
+const UNSAID_TOKENS: u32 = 2048;
+/// Tokens of a long answer of a model whose context is not known.
+const LONG_ANSWER: u32 = 8192;
 /// Tokens that an answer is counted with at most: of the many that wait few are longer at once.
 const USUAL_TOKENS: u32 = 512;
 
@@ -537,6 +550,25 @@ mod tests {
     }
 
     #[test]
+    fn probabilities_count_for_as_many_tokens_as_are_asked_for() {
+        let memory = |extra: Value| {
+            let mut body = json!({"messages": [{"role": "user", "content": "u"}]});
+            let fields = extra.as_object().unwrap().clone();
+            body.as_object_mut().unwrap().extend(fields);
+            let asked = Asked::parse(Api::Chat, body.to_string().as_bytes(), 16).unwrap();
+            asked.memory(Some(4096))
+        };
+        let long = json!({"n": 16, "max_tokens": 2000, "logprobs": true, "top_logprobs": 20});
+        assert!(memory(long.clone()) >= 16 * 2000 * 21 * 96);
+        let mut streamed = long;
+        streamed["stream"] = true.into();
+        assert!(memory(streamed) < 17 << 20);
+        let endless = json!({"max_tokens": u32::MAX, "logprobs": true});
+        assert!(memory(endless) < 1 << 20, "the context is its end");
+        assert!(memory(json!({"max_tokens": u32::MAX})) < 20 << 10);
+    }
+
+    #[test]
     fn prompts_come_in_four_shapes() {
         let count =
             |prompt: Value| completion(json!({"prompt": prompt})).map(|asked| asked.prompts.len());
@@ -605,6 +637,7 @@ mod tests {
             ),
             (chat(json!({"messages": null})), "messages", false),
             (chat(json!({"model": 5})), "model", false),
+            (chat(json!({"model": "m".repeat(513)})), "model", false),
             (completion(json!({})), "prompt", false),
             (
                 completion(json!({"prompt": "x", "suffix": "y"})),

@@ -147,17 +147,15 @@ impl From<&AnswerError> for ApiError {
         match error {
             AnswerError::Refused(refusal) => match refusal {
                 Refusal::QueueFull { .. } => Self::overloaded(message),
-                Refusal::NoWorker { .. } | Refusal::NoRing { .. } | Refusal::NoneAnswers { .. } => {
-                    Self {
-                        retry_after: Some(5),
-                        ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "no_worker", message)
-                    }
-                }
+                Refusal::NoWorker { .. }
+                | Refusal::NoRing { .. }
+                | Refusal::NoneAnswers { .. }
+                | Refusal::TooOld { .. } => Self {
+                    retry_after: Some(5),
+                    ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "no_worker", message)
+                },
                 Refusal::TooLong { .. } => {
                     Self::new(StatusCode::BAD_REQUEST, "context_length_exceeded", message)
-                }
-                Refusal::TooOld { .. } => {
-                    Self::new(StatusCode::SERVICE_UNAVAILABLE, "no_worker", message)
                 }
                 Refusal::UnknownModel { .. } => Self {
                     param: Some("model".into()),
@@ -185,6 +183,7 @@ impl From<&AnswerError> for ApiError {
             AnswerError::WorkersFailed { .. } | AnswerError::WorkersDied { .. } => {
                 Self::new(StatusCode::BAD_GATEWAY, "workers_failed", message)
             }
+            AnswerError::TooMuch(error) => Self::from(*error),
             AnswerError::ShuttingDown => Self {
                 retry_after: Some(5),
                 ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", message)
@@ -234,6 +233,11 @@ mod tests {
             ),
             (
                 AnswerError::Refused(Refusal::NoWorker { model: "m".into() }),
+                503,
+                "no_worker",
+            ),
+            (
+                AnswerError::Refused(Refusal::TooOld { model: "m".into() }),
                 503,
                 "no_worker",
             ),

@@ -14,6 +14,7 @@ use axum::response::{IntoResponse, Response};
 use futures::{StreamExt, stream};
 
 use super::error::ApiError;
+use crate::mesh::Lease;
 
 /// Times at which a whole answer begins to be sent before it is complete.
 #[derive(Debug, Clone, Copy)]
@@ -28,16 +29,16 @@ pub(super) struct Hold {
 ///
 /// # Errors
 /// Its failure, if that comes before the status is sent.
-pub(super) async fn whole(
-    answer: impl Future<Output = Result<Vec<u8>, ApiError>> + Send + 'static,
+pub(super) async fn whole<B: Into<Bytes> + Send + 'static>(
+    answer: impl Future<Output = Result<B, ApiError>> + Send + 'static,
     hold: Hold,
 ) -> Result<Response, ApiError> {
     let mut answer = Box::pin(answer);
     if hold.after.is_zero() {
-        return answer.await.map(json);
+        return answer.await.map(|body| json(body.into()));
     }
     if let Ok(early) = tokio::time::timeout(hold.after, &mut answer).await {
-        return early.map(json);
+        return early.map(|body| json(body.into()));
     }
     let rest = stream::unfold(Some(answer), move |answer| async move {
         let mut answer = answer?;
@@ -49,6 +50,27 @@ pub(super) async fn whole(
     });
     let body = stream::iter([BLANK]).chain(rest).map(Ok::<_, Infallible>);
     Ok(json(Body::from_stream(body)))
+}
+
+/// A body whose memory counts until all of it is sent.
+pub(super) fn counted(body: Vec<u8>, mut lease: Lease) -> Bytes {
+    // It takes no more than what was counted for it.
+    let _ = lease.set(body.len() as u64);
+    Bytes::from_owner(Counted {
+        body,
+        _lease: lease,
+    })
+}
+
+struct Counted {
+    body: Vec<u8>,
+    _lease: Lease,
+}
+
+impl AsRef<[u8]> for Counted {
+    fn as_ref(&self) -> &[u8] {
+        &self.body
+    }
 }
 
 fn json(body: impl Into<Body>) -> Response {

@@ -39,13 +39,18 @@ pub(super) async fn body(
         };
         // Behind the body comes what it says, which has as many bytes.
         if 2 * bytes > leased {
-            let more = (2 * bytes - leased).max(leased);
-            if let Err(error) = lease.add(more) {
-                taken = Err(error.into());
-                read = Vec::new();
-                continue;
+            let exact = 2 * bytes - leased;
+            let ample = exact.max(leased);
+            // Seldom, if there is room for that; else no more than it needs.
+            let added = lease.add(ample).map(|()| ample);
+            match added.or_else(|_| lease.add(exact).map(|()| exact)) {
+                Ok(more) => leased += more,
+                Err(error) => {
+                    taken = Err(error.into());
+                    read = Vec::new();
+                    continue;
+                }
             }
-            leased += more;
         }
         read.extend_from_slice(&part);
     }

@@ -292,6 +292,11 @@ impl Pass {
         self.1 = Some(lease);
         self
     }
+
+    /// The memory of the request, to be kept for longer.
+    pub(super) fn take_lease(&mut self) -> Option<Lease> {
+        self.1.take()
+    }
 }
 
 impl Drop for Pass {

@@ -170,14 +170,14 @@ async fn answer(
     let choices_limit = api.mesh.config.http.choices_limit;
     let parse = move |body: &[u8]| Asked::parse(which, body, choices_limit);
     let mut asked = intake::parsed(&api.mesh, body, parse).await??;
-    lease.set(asked.memory())?;
+    asked.model = asked.model.map(|name| models::served_as(&api.mesh, name));
+    lease.set(asked.memory(context_of(&api.mesh, asked.model.clone())))?;
     let pass = api
         .turnstile
         .enter(client, asked.answers())
         .ok_or_else(|| ApiError::too_many(api.turnstile.limit()))?
         .holding(lease);
     let ignored = Ignored::new(&api, &asked.ignored)?;
-    asked.model = asked.model.map(|name| models::served_as(&api.mesh, name));
     // They cannot stream and know few parameters: where there is another, it answers.
     let only_old_workers = api
         .mesh
@@ -215,13 +215,12 @@ async fn embed(
     body: Body,
 ) -> Result<Response, ApiError> {
     // Its texts are held for as long as it runs, and once more on their way to workers: what the body was counted as.
-    let (body, lease) = intake::body(&api, client, body).await?;
+    let (body, mut lease) = intake::body(&api, client, body).await?;
     let mut asked = intake::parsed(&api.mesh, body, AskedEmbeddings::parse).await??;
     let pass = api
         .turnstile
         .enter(client, 1)
-        .ok_or_else(|| ApiError::too_many(api.turnstile.limit()))?
-        .holding(lease);
+        .ok_or_else(|| ApiError::too_many(api.turnstile.limit()))?;
     let ignored = Ignored::new(&api, &asked.ignored)?;
     let mut task = std::mem::take(&mut asked.task);
     task.id = id.0;
@@ -230,13 +229,19 @@ async fn embed(
     let hold = api.hold();
     let answer = async move {
         let _pass = pass;
-        let embedded = crate::embed::embed(&api.mesh, Front::Http, task).await;
+        let embedded = crate::embed::embed(&api.mesh, Front::Http, task, &mut lease).await;
         embedded
-            .map(|embedded| asked.answer(&embedded))
+            .map(|embedded| hold::counted(asked.answer(&embedded), lease))
             .map_err(|error| ApiError::from(&error))
     };
     let answer = hold::whole(answer, hold).await;
     answer.map(|response| ignored.named_in(response))
+}
+
+/// The context of a model, or of the one that is meant if none is named.
+fn context_of(mesh: &Mesh, model: Option<String>) -> Option<u32> {
+    let model = model.or_else(|| mesh.default_model())?;
+    mesh.with_registry(|registry| registry.context_of(&model))
 }
 
 /// The machine-readable description of this API.

@@ -592,6 +592,22 @@ fn a_request_that_kills_workers_is_not_handed_from_one_to_the_next() {
     assert_eq!(deaths(&[1; 10]).1, 4, "also after its first token");
 }
 
+#[test]
+fn a_worker_that_only_lost_its_link_does_not_count_as_dead() {
+    let now = Instant::now();
+    let mut answer = Answer::new(PATIENT, now);
+    for connection in 0..3 {
+        let worker = WorkerId(connection);
+        let attempt = answer.placed(worker, Duration::ZERO, now).attempt;
+        let lost = answer.failed(attempt, Failure::Died("the peer went silent".into()));
+        assert!(matches!(lost, Step::Again(Ended::Failed)), "{lost:?}");
+        assert!(answer.is_suspect());
+        answer.lives(worker);
+        assert!(!answer.is_suspect());
+    }
+    assert_eq!(answer.failures(), 3, "they are failures all the same");
+}
+
 fn any_script() -> impl Strategy<Value = Script> {
     let fate = prop_oneof![
         2 => Just(Fate::Finish),
