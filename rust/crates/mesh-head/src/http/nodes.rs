@@ -148,7 +148,12 @@ pub(super) async fn readmit(State(api): State<Api>, body: Bytes) -> Result<Json<
     let (node_id, name) = find(expelled(&api), &asked.node)?;
     let (authority, id) = (api.authority.clone(), node_id.clone());
     let readmitted = blocking(move || authority.readmit(&id)).await?;
-    let readmitted = readmitted.map_err(|error| internal(format!("it stays expelled: {error}")))?;
+    let readmitted = readmitted.map_err(|error| match error {
+        TrustError::NameTaken { .. } => {
+            ApiError::new(StatusCode::CONFLICT, "name_taken", error.to_string())
+        }
+        error => internal(format!("it stays expelled: {error}")),
+    })?;
     if readmitted.is_none() {
         let text = format!(
             "{} is not expelled; GET /v1/mesh/nodes lists the nodes",
