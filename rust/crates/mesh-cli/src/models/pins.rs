@@ -87,7 +87,7 @@ mod tests {
         });
         let text = show(&answer);
         for part in [
-            "first from pi ",
+            "first from pi\n",
             "an operator",
             "warning: m is claimed for aaaaaaaaaaaa by x, y; bbbbbbbbbbbb by z\n",
         ] {
