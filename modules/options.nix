@@ -109,7 +109,8 @@ in
 
     joinTokenFile = mkSecretFile "/run/secrets/hydramesh-join-token" ''
       File with the token that lets the worker join, from `hydramesh token create` on the head. Root reads it and hands it to
-      the worker as a systemd credential; it may be deleted when the worker has joined.
+      the worker as a systemd credential when the unit starts, so that a new token needs a restart of it; it may be deleted when
+      the worker has joined.
     '';
 
     apiKeysFile = mkSecretFile "/run/secrets/hydramesh-api-keys" ''

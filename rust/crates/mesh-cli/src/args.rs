@@ -752,6 +752,11 @@ mod tests {
             "token create --admin-key-file k --url http://a",
             "--state-dir d --url http://a drain n",
             "--api-key-file k --url http://a embed hi",
+            "--url http://a models pins",
+            "--url http://a models pins --json",
+            "models pins list --json --url http://a",
+            "models pins --json set n f --url http://a",
+            "--admin-key-file k --url http://a models pins release n --json",
         ] {
             let words = words.split(' ');
             let args = Args::try_parse_from(std::iter::once("hydramesh").chain(words.clone()));

@@ -7,7 +7,6 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 #[derive(Debug, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct Kept {
     /// Names by node ids; the names are for whoever reads the file.
     drained: BTreeMap<String, String>,

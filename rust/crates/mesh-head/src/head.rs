@@ -163,7 +163,7 @@ impl Head {
             shutdown.clone(),
             bus,
             deny_list,
-        );
+        )?;
         mesh.keep_house();
 
         let answers = TaskTracker::new();

@@ -7,6 +7,7 @@ mod nodes;
 mod rings;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -148,6 +149,9 @@ pub enum Route {
 
 impl Mesh {
     /// A mesh without workers.
+    ///
+    /// # Errors
+    /// If what models' names mean cannot be read.
     pub fn new(
         config: Config,
         metrics: HeadMetrics,
@@ -155,7 +159,7 @@ impl Mesh {
         shutdown: Shutdown,
         bus: BusSender,
         deny_list: DenyList,
-    ) -> Arc<Self> {
+    ) -> io::Result<Arc<Self>> {
         let placement = Placement::new(
             Registry::new(config.worker_timeout)
                 .with_proofs(config.first_token_limit, config.quic.probe_interval),
@@ -167,7 +171,7 @@ impl Mesh {
         let state = State {
             placement,
             rings,
-            tracker: Tracker::new().with_pins(pins_file.load()),
+            tracker: Tracker::new().with_pins(pins_file.load()?),
             mixed: BTreeSet::new(),
             duplicates: Duplicates::default(),
             links_seen: None,
@@ -177,7 +181,7 @@ impl Mesh {
             waiting: HashMap::new(),
             next_ticket: 0,
         };
-        Arc::new(Self {
+        Ok(Arc::new(Self {
             memory: Mutex::new(Memory::new(config.memory_of_requests())),
             reading: Semaphore::new(1),
             live: RwLock::new(config.clone()),
@@ -195,7 +199,7 @@ impl Mesh {
             ring_changes: watch::Sender::new(()),
             saving: tokio::sync::Mutex::default(),
             pins_file,
-        })
+        }))
     }
 
     /// Takes memory for a request of `origin`.

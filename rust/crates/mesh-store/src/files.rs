@@ -24,9 +24,53 @@ pub(crate) fn replace(path: &Path, tmp: &Path, bytes: &[u8]) -> io::Result<()> {
     sync_parent(path)
 }
 
-/// Opens a file of the store's own to write to it, and creates it where it is not there. `owner` is whose files count besides
-/// this user's and the system's.
-pub(crate) fn open_own(path: &Path, owner: u32) -> io::Result<File> {
+/// Users whose files in a store count besides this process's user and root.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Owners {
+    root: u32,
+    folders: u32,
+}
+
+impl Owners {
+    /// The owner of the store's root folder; and one other user, if all folders in it that are nobody's else are that one's, and
+    /// not everybody can make folders there: a service that fills a folder that root made for it, or the user as whom a file
+    /// server writes down all files. `folders` are the owners of the folders in it, `me` is this process's user.
+    ///
+    /// # Errors
+    /// The index of a folder whose owner counts for nothing here.
+    pub(crate) fn of(root: &Metadata, folders: &[u32], me: u32) -> Result<Self, usize> {
+        let mut owners = Self {
+            root: root.uid(),
+            folders: root.uid(),
+        };
+        let known = |owners: &Self, uid: u32| [0, me, owners.root, owners.folders].contains(&uid);
+        for (index, &uid) in folders.iter().enumerate() {
+            if known(&owners, uid) {
+                continue;
+            }
+            if root.mode() & OTHERS_WRITE != 0 || owners.folders != owners.root {
+                return Err(index);
+            }
+            owners.folders = uid;
+        }
+        Ok(owners)
+    }
+
+    /// The user that is neither root, the owner of the root folder, nor this process's, if there is one.
+    pub(crate) fn other(&self) -> Option<u32> {
+        (self.folders != self.root).then_some(self.folders)
+    }
+
+    fn have(&self, found: &Metadata) -> bool {
+        [0, self.root, self.folders, geteuid().as_raw()].contains(&found.uid())
+    }
+}
+
+/// In the mode of a folder: everybody may make and remove files there.
+pub(crate) const OTHERS_WRITE: u32 = 0o002;
+
+/// Opens a file of the store's own to write to it, and creates it where it is not there.
+pub(crate) fn open_own(path: &Path, owners: Owners) -> io::Result<File> {
     // A link is not followed, and a named pipe is not waited for.
     let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
     let opened = OpenOptions::new()
@@ -45,15 +89,15 @@ pub(crate) fn open_own(path: &Path, owner: u32) -> io::Result<File> {
     if !found.is_file() {
         return Err(planted("something else than a file lies there"));
     }
-    if !is_trusted(&found, owner) {
+    if !owners.have(&found) {
         return Err(planted("a file of another user lies there"));
     }
     Ok(file)
 }
 
 /// As [`open_own`], for a file that is written to: it may have no other name, by which it would be somebody else's.
-pub(crate) fn open_to_write(path: &Path, owner: u32) -> io::Result<File> {
-    let file = open_own(path, owner)?;
+pub(crate) fn open_to_write(path: &Path, owners: Owners) -> io::Result<File> {
+    let file = open_own(path, owners)?;
     match file.metadata()?.nlink() {
         0 | 1 => Ok(file),
         _ => Err(planted(
@@ -69,12 +113,8 @@ fn planted(what: &str) -> io::Error {
 }
 
 /// Whether what lies at `path` itself, and not behind a link, is put there by somebody whose files count.
-pub(crate) fn is_own(path: &Path, owner: u32) -> bool {
-    std::fs::symlink_metadata(path).is_ok_and(|found| is_trusted(&found, owner))
-}
-
-fn is_trusted(found: &Metadata, owner: u32) -> bool {
-    [0, owner, geteuid().as_raw()].contains(&found.uid())
+pub(crate) fn is_own(path: &Path, owners: Owners) -> bool {
+    std::fs::symlink_metadata(path).is_ok_and(|found| owners.have(&found))
 }
 
 /// Creates a folder for its owner alone, and its parents.
@@ -83,7 +123,7 @@ pub(crate) fn create_private(path: &Path) -> io::Result<()> {
 }
 
 /// Creates the folders of `relative` within `root`. None of them may be a link, or another user's: such a link is removed.
-pub(crate) fn create_within(root: &Path, relative: &Path, owner: u32) -> io::Result<PathBuf> {
+pub(crate) fn create_within(root: &Path, relative: &Path, owners: Owners) -> io::Result<PathBuf> {
     let mut folder = root.to_owned();
     for part in relative.components() {
         let Component::Normal(part) = part else {
@@ -91,7 +131,7 @@ pub(crate) fn create_within(root: &Path, relative: &Path, owner: u32) -> io::Res
         };
         folder.push(part);
         match std::fs::symlink_metadata(&folder) {
-            Ok(found) if found.is_dir() && is_trusted(&found, owner) => continue,
+            Ok(found) if found.is_dir() && owners.have(&found) => continue,
             Ok(found) if found.is_dir() => {
                 return Err(planted("a folder of another user lies there"));
             }
@@ -150,7 +190,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
         std::fs::write(path("victim"), "precious").unwrap();
-        let me = geteuid().as_raw();
+        let me = Owners::of(&std::fs::metadata(dir.path()).unwrap(), &[], 0).unwrap();
         std::os::unix::fs::symlink(path("victim"), path("link")).unwrap();
         std::os::unix::fs::symlink(path("nowhere"), path("dangling")).unwrap();
         nix::unistd::mkfifo(&path("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -175,10 +215,32 @@ mod tests {
     }
 
     #[test]
+    fn one_other_user_may_fill_a_folder_that_not_everybody_can_write_to() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let root = |mode| {
+            std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(mode)).unwrap();
+            std::fs::metadata(dir.path()).unwrap()
+        };
+        let here = root(0o700).uid();
+        let (service, reader, stranger) = (70_001, 70_002, 70_003);
+        let of = |mode, folders: &[u32]| {
+            Owners::of(&root(mode), folders, reader).map(|owners| owners.other())
+        };
+        assert_eq!(of(0o777, &[0, here, reader]), Ok(None));
+        // A service's store in a folder that root made; or a file server that knows one user only.
+        assert_eq!(of(0o775, &[service, here, service]), Ok(Some(service)));
+        assert_eq!(of(0o755, &[service, reader, 0]), Ok(Some(service)));
+        assert_eq!(of(0o755, &[service, stranger]), Err(1));
+        assert_eq!(of(0o777, &[here, stranger]), Err(1));
+        assert_eq!(of(0o1777, &[stranger]), Err(0));
+    }
+
+    #[test]
     fn folders_are_made_where_they_belong() {
         let dir = tempfile::tempdir().unwrap();
         let elsewhere = tempfile::tempdir().unwrap();
-        let me = geteuid().as_raw();
+        let me = Owners::of(&std::fs::metadata(dir.path()).unwrap(), &[], 0).unwrap();
         std::os::unix::fs::symlink(elsewhere.path(), dir.path().join("a")).unwrap();
         let made = create_within(dir.path(), Path::new("a/b"), me).unwrap();
         assert_eq!(made, dir.path().join("a/b"));

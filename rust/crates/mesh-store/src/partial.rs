@@ -96,7 +96,7 @@ impl PartialFile {
         let path = store.partial_path(&key);
         let map = have_path(&path);
         let io = |action| StoreError::io(action, &path);
-        let file = files::open_to_write(&path, store.owner()).map_err(io("open"))?;
+        let file = files::open_to_write(&path, store.owners()).map_err(io("open"))?;
         match file.try_lock() {
             Ok(()) => {}
             Err(std::fs::TryLockError::WouldBlock) => {

@@ -495,7 +495,7 @@ impl Store {
         if !path.exists() {
             return Ok(false);
         }
-        let opened = files::open_own(&path, self.owner());
+        let opened = files::open_own(&path, self.owners());
         let file = opened.map_err(StoreError::io("open", &path))?;
         match file.try_lock() {
             Ok(()) => Ok(false),

@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;
 use crate::error::StoreError;
-use crate::files;
+use crate::files::{self, Owners};
 use crate::local::LocalIndex;
 use crate::manifest::{MAX_MANIFEST, Manifest, ManifestFile, PieceId};
 use crate::partial::{HaveMap, PartialFile, PartialKey, have_path};
@@ -50,7 +50,7 @@ struct Inner {
     root: PathBuf,
     limits: Limits,
     /// Whose files count besides this user's and the system's: who owns the store's folder.
-    owner: u32,
+    owners: Owners,
 }
 
 /// What [`Store::begin`] finds.
@@ -132,14 +132,26 @@ impl Store {
     pub fn open_with(root: impl Into<PathBuf>, limits: Limits) -> Result<Self, StoreError> {
         let root = root.into();
         files::create_private(&root).map_err(StoreError::io("create", &root))?;
-        let owner = |path: &Path| std::fs::metadata(path).map(|found| found.uid());
-        let owner = owner(&root).map_err(StoreError::io("look at", &root))?;
+        let mut folders = Vec::with_capacity(FOLDERS.len());
         for folder in FOLDERS {
             let path = root.join(folder);
             files::create_private(&path).map_err(StoreError::io("create", &path))?;
-            if !files::is_own(&path, owner) {
-                return Err(StoreError::Foreign { path });
-            }
+            // Not what a link leads to.
+            let found =
+                std::fs::symlink_metadata(&path).map_err(StoreError::io("look at", &path))?;
+            folders.push(found.uid());
+        }
+        let found = std::fs::metadata(&root).map_err(StoreError::io("look at", &root))?;
+        let me = nix::unistd::geteuid().as_raw();
+        let owners = Owners::of(&found, &folders, me).map_err(|index| StoreError::Foreign {
+            path: root.join(FOLDERS[index]),
+        })?;
+        if let Some(user) = owners.other() {
+            tracing::warn!(
+                root = %root.display(),
+                user,
+                "the store's models were put there by another user, who is trusted with them, as the folder is not open to everybody"
+            );
         }
         for path in FOLDERS
             .iter()
@@ -152,7 +164,7 @@ impl Store {
             inner: Arc::new(Inner {
                 root,
                 limits,
-                owner,
+                owners,
             }),
         })
     }
@@ -181,8 +193,8 @@ impl Store {
         &self.inner.root
     }
 
-    pub(crate) fn owner(&self) -> u32 {
-        self.inner.owner
+    pub(crate) fn owners(&self) -> Owners {
+        self.inner.owners
     }
 
     /// How full it may become.
@@ -197,7 +209,7 @@ impl Store {
 
     /// Whether there is a file that was put there by somebody whose files count.
     pub(crate) fn is_own_file(&self, path: &Path) -> bool {
-        files::is_own(path, self.owner()) && path.is_file()
+        files::is_own(path, self.owners()) && path.is_file()
     }
 
     /// Says that files are being stored here, until it is dropped: what came since is no leftover, whatever the clock says.
@@ -255,7 +267,7 @@ impl Store {
         let is_whole = |path: &Path| {
             std::fs::metadata(path).is_ok_and(|found| found.is_file() && found.len() == file.bytes)
         };
-        let is_own = |path: &Path| files::is_own(path, self.owner()) && is_whole(path);
+        let is_own = |path: &Path| files::is_own(path, self.owners()) && is_whole(path);
         let whole = |path| Presence {
             path: Some(path),
             have: RangeSet::whole(file.bytes),
@@ -455,13 +467,13 @@ impl Store {
         let _lock = self.lock()?;
         let models = self.root().join("models");
         let name = PathBuf::from(fingerprint.to_string());
-        let folder = files::create_within(&models, &name, self.owner())
+        let folder = files::create_within(&models, &name, self.owners())
             .map_err(StoreError::io("create", &models.join(&name)))?;
         for file in &signed.manifest.files {
             let relative = file.relative_path();
             let link = folder.join(&relative);
             let parent = relative.parent().unwrap_or(Path::new(""));
-            files::create_within(&folder, parent, self.owner())
+            files::create_within(&folder, parent, self.owners())
                 .map_err(StoreError::io("create", &link))?;
             let target = self.presence(fingerprint, file).path;
             self.link(target.as_deref(), &link)
@@ -498,7 +510,7 @@ impl Store {
             });
         }
         let pin = || -> io::Result<File> {
-            let file = files::open_own(&path, self.owner())?;
+            let file = files::open_own(&path, self.owners())?;
             // Exclusive locks are only held for a moment, and under the store's lock.
             file.lock_shared()?;
             file.set_modified(SystemTime::now())?;
@@ -550,7 +562,7 @@ impl Store {
     /// Waits for its turn.
     pub(crate) fn lock(&self) -> Result<StoreLock, StoreError> {
         let path = self.root().join("lock");
-        let opened = files::open_own(&path, self.owner());
+        let opened = files::open_own(&path, self.owners());
         let locked = opened.and_then(|file| file.lock().map(|()| file));
         Ok(StoreLock {
             _file: locked.map_err(StoreError::io("lock", &path))?,
@@ -614,15 +626,14 @@ pub(crate) fn allocated(path: &Path) -> u64 {
 
 /// Takes from others the right to write into a folder of this user's.
 fn close_to_others(path: &Path) {
-    const OTHERS_WRITE: u32 = 0o002;
     let Ok(found) = std::fs::metadata(path) else {
         return;
     };
     let mode = found.permissions().mode() & 0o7777;
-    if mode & OTHERS_WRITE == 0 {
+    if mode & files::OTHERS_WRITE == 0 {
         return;
     }
-    let closed = Permissions::from_mode(mode & !OTHERS_WRITE);
+    let closed = Permissions::from_mode(mode & !files::OTHERS_WRITE);
     let own = found.uid() == nix::unistd::geteuid().as_raw();
     if own && std::fs::set_permissions(path, closed).is_ok() {
         tracing::warn!(path = %path.display(), mode = format!("{mode:o}"), "everybody could write into the store's folder: no longer");

@@ -84,11 +84,11 @@ pub(crate) async fn start(
     let context = engine.info().context;
     generate::check_length(&model, generate.prompt.as_ref(), context)?;
     let bytes = generate.prompt.as_ref().map_or(0, preparations::bytes_of);
-    let _place = host.preparations().enter(bytes).await?;
+    let place = host.preparations().enter(bytes).await?;
     let prompt = generate::write(&model, host.templates(), &mut generate).await?;
     let _ = tokenising.set(Instant::now());
     // A long prompt takes milliseconds to tokenize; other streams go on meanwhile.
-    let prepared = tokio::task::spawn_blocking(move || {
+    let prepared = preparations::prepare(place, move || {
         let request = generate::request(&model, &defaults, generate, prompt, context, now)?;
         Ok::<_, Refusal>((request, model))
     });

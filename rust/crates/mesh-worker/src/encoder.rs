@@ -12,7 +12,7 @@ use mesh_engine::{EmbedEngine, EmbedHandle, EmbedRequest, RequestError};
 use mesh_engine_ort::{OrtEncoder, OrtOptions, Reclaim};
 use mesh_model::{EncoderError, EncoderModel};
 use mesh_net::quic::{MsgStream, timestamp_us};
-use mesh_proto::{Embed, EmbedText, Embeddings, ModelCard, ModelKind};
+use mesh_proto::{Embed, EmbedText, Embeddings, ModelCard, ModelKind, Progress};
 use mesh_store::{FingerprintCache, Pin};
 use prost::Message as _;
 use tracing::Instrument;
@@ -170,8 +170,8 @@ pub(crate) async fn serve(stream: MsgStream, first: Message, host: &Arc<Host>) {
         let (mut send, mut recv) = stream.split();
         let answer = {
             let mut life = Life::new(embed.progress_ms);
-            let engine = OnceLock::new();
-            let mut answering = std::pin::pin!(answer(host, embed, arrived, &engine));
+            let at = Stage::default();
+            let mut answering = std::pin::pin!(answer(host, embed, arrived, &at));
             let mut broken_off = std::pin::pin!(async {
                 // Whatever else it says; only an end of its side is none.
                 while let Ok(message) = recv.recv().await {
@@ -189,11 +189,7 @@ pub(crate) async fn serve(stream: MsgStream, first: Message, host: &Arc<Host>) {
                         return;
                     }
                     () = life.due() => {
-                        let progress = match engine.get() {
-                            Some(engine) => life::of_encoder(engine),
-                            None => life::preparing(Some(arrived)),
-                        };
-                        if let Err(failure) = send.send(life::message(sequence, progress)).await {
+                        if let Err(failure) = send.send(life::message(sequence, at.progress())).await {
                             tracing::debug!(%failure, "the head is gone");
                             return;
                         }
@@ -259,12 +255,30 @@ impl Refusal {
     }
 }
 
-/// The vectors of `embed`. `engine` is set when its engine has the texts.
+/// How far the answer to an Embed is.
+#[derive(Default)]
+struct Stage {
+    /// When its texts began to be tokenised. Until then it waits for other requests, which is nobody's silence.
+    tokenising: OnceLock<Instant>,
+    /// Set when this engine has the texts.
+    engine: OnceLock<EmbedHandle>,
+}
+
+impl Stage {
+    fn progress(&self) -> Progress {
+        match self.engine.get() {
+            Some(engine) => life::of_encoder(engine),
+            None => life::preparing(self.tokenising.get().copied()),
+        }
+    }
+}
+
+/// The vectors of `embed`.
 async fn answer(
     host: &Arc<Host>,
     embed: Embed,
     arrived: Instant,
-    engine: &OnceLock<EmbedHandle>,
+    at: &Stage,
 ) -> Result<Embeddings, Refusal> {
     let Some(hosted) = host.find_encoder(&embed.model) else {
         return Err(Refusal::UnknownModel { name: embed.model });
@@ -293,16 +307,14 @@ async fn answer(
     };
     let id = embed.request_id.clone();
     let texts = embed.inputs.iter().map(|input| input.text.as_ref());
-    let _place = host
+    let place = host
         .preparations()
         .enter(preparations::bytes_to_embed(texts))
         .await?;
-    let tokenising = {
-        let hosted = hosted.clone();
-        // Many texts take milliseconds to tokenise; other streams go on meanwhile.
-        tokio::task::spawn_blocking(move || tokenise(&hosted.model, &embed))
-    };
-    let sequences = tokenising
+    let _ = at.tokenising.set(Instant::now());
+    // Many texts take milliseconds to tokenise; other streams go on meanwhile.
+    let model = hosted.clone();
+    let sequences = preparations::prepare(place, move || tokenise(&model.model, &embed))
         .await
         .map_err(|error| Refusal::Failed(error.to_string()))??;
     let tokens = sequences.iter().map(|s| s.len() as u32).collect();
@@ -312,7 +324,7 @@ async fn answer(
         deadline,
     };
     let reply = hosted.engine.submit(request);
-    let _ = engine.set(hosted.engine.clone());
+    let _ = at.engine.set(hosted.engine.clone());
     let embedded = reply.await?;
     let mut vectors = BytesMut::with_capacity(embedded.vectors.len() * dimensions * 4);
     for mut vector in embedded.vectors {
@@ -351,3 +363,17 @@ const MOST_TEXTS: usize = 2048;
 /// Enough to measure by, few enough to keep the start short.
 const WARM_UP_TOKENS: u32 = 32;
 const WARM_UP_TEXTS: usize = 16;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_that_wait_for_a_place_are_not_silent() {
+        let at = Stage::default();
+        assert_eq!(at.progress().quiet_ms, 0, "however long ago it arrived");
+        let begun = Instant::now().checked_sub(Duration::from_secs(2));
+        at.tokenising.set(begun.unwrap()).unwrap();
+        assert!(at.progress().quiet_ms >= 2000);
+    }
+}

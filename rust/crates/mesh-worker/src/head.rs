@@ -287,10 +287,12 @@ impl HeadLink {
         if not_renewed.is_transient() || !matches!(not_renewed, JoinError::Refused { .. }) {
             return Err(text.into());
         }
+        let credentials = std::env::var_os("CREDENTIALS_DIRECTORY");
+        let advice = token_advice(&self.config, credentials.as_deref().map(Path::new));
         let token = match read_token(&self.config) {
             Ok(Some(token)) => token,
-            Ok(None) => return Err(text.into()),
-            Err(error) => return Err(format!("{text}; {error}").into()),
+            Ok(None) => return Err(format!("{text}{advice}").into()),
+            Err(error) => return Err(format!("{text}; {error}{advice}").into()),
         };
         if *token.root_sha256() != identity.root_sha256() {
             let foreign = "the join token is for another mesh: restart the worker to join that one";
@@ -310,7 +312,7 @@ impl HeadLink {
             }
             Err(error) => Err(Ended {
                 refusal: error.is_expulsion().then_some(Standing::Expelled),
-                reason: format!("{text}; its join token does not help: {error}"),
+                reason: format!("{text}; its join token does not help: {error}{advice}"),
             }),
         }
     }
@@ -687,6 +689,17 @@ fn look_at_token_file(config: &Config) {
     }
 }
 
+/// What else is to be done where the token file is systemd's copy of another one, in `credentials`.
+fn token_advice(config: &Config, credentials: Option<&Path>) -> &'static str {
+    let path = config.join_token_file.as_deref();
+    match (path, credentials) {
+        (Some(path), Some(credentials)) if path.starts_with(credentials) => {
+            "; systemd copied the token file when this unit started: restart the unit when a new token is there"
+        }
+        _ => "",
+    }
+}
+
 pub(crate) fn read_token(config: &Config) -> Result<Option<JoinToken>, WorkerError> {
     let (text, origin) = match (&config.join_token, &config.join_token_file) {
         (Some(text), _) => (text.clone(), "`join_token`".to_owned()),
@@ -736,6 +749,20 @@ const STEADY: Duration = Duration::from_secs(2);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_token_file_of_systemds_needs_a_restart() {
+        let config = |path: &str| Config {
+            join_token_file: Some(path.into()),
+            ..Config::default()
+        };
+        let credentials = Path::new("/run/credentials/mesh-worker.service");
+        let copied = config("/run/credentials/mesh-worker.service/join-token");
+        assert!(token_advice(&copied, Some(credentials)).contains("restart the unit"));
+        let own = config("/etc/hydramesh/join-token");
+        assert_eq!(token_advice(&own, Some(credentials)), "");
+        assert_eq!(token_advice(&own, None), "");
+    }
 
     #[test]
     fn who_is_refused_for_good_asks_rarely() {

@@ -3,25 +3,28 @@
 //! Preparation takes a multiple of a request's bytes. Short requests have places of their own, so that long ones hold up each other
 //! only; of those, one is prepared at a time and a few may wait with what they hold.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use mesh_proto::{EmbedText, Prompt};
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinError;
 
 /// The places.
 #[derive(Debug)]
 pub(crate) struct Preparations {
-    short: Semaphore,
-    long: Semaphore,
+    short: Arc<Semaphore>,
+    long: Arc<Semaphore>,
     /// Long requests here, waiting or being prepared.
-    held: AtomicUsize,
+    held: Arc<AtomicUsize>,
 }
 
-/// A request's place; dropped, it is free.
+/// A request's place; dropped, it is free. The blocking part of the preparation has it with it: that goes on when nobody waits for
+/// it any more.
 #[derive(Debug)]
-pub(crate) struct Place<'a> {
-    _permit: SemaphorePermit<'a>,
-    _held: Option<Held<'a>>,
+pub(crate) struct Place {
+    _permit: OwnedSemaphorePermit,
+    _held: Option<Held>,
 }
 
 /// Too many long requests wait.
@@ -30,9 +33,9 @@ pub(crate) struct Place<'a> {
 pub(crate) struct Full;
 
 #[derive(Debug)]
-struct Held<'a>(&'a AtomicUsize);
+struct Held(Arc<AtomicUsize>);
 
-impl Drop for Held<'_> {
+impl Drop for Held {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
@@ -41,32 +44,45 @@ impl Drop for Held<'_> {
 impl Default for Preparations {
     fn default() -> Self {
         Self {
-            short: Semaphore::new(SHORT_AT_ONCE),
-            long: Semaphore::new(1),
-            held: AtomicUsize::new(0),
+            short: Arc::new(Semaphore::new(SHORT_AT_ONCE)),
+            long: Arc::new(Semaphore::new(1)),
+            held: Arc::default(),
         }
     }
 }
 
 impl Preparations {
     /// Waits for a place for a request of so many bytes.
-    pub(crate) async fn enter(&self, bytes: usize) -> Result<Place<'_>, Full> {
+    pub(crate) async fn enter(&self, bytes: usize) -> Result<Place, Full> {
         let (places, held) = match is_long(bytes) {
             false => (&self.short, None),
             true => {
-                let held = Held(&self.held);
+                let held = Held(self.held.clone());
                 if self.held.fetch_add(1, Ordering::Relaxed) >= MOST_LONG {
                     return Err(Full);
                 }
                 (&self.long, Some(held))
             }
         };
-        let permit = places.acquire().await.map_err(|_| Full)?;
+        let permit = places.clone().acquire_owned().await.map_err(|_| Full)?;
         Ok(Place {
             _permit: permit,
             _held: held,
         })
     }
+}
+
+/// Does the part of a preparation that blocks. Its place is free when it is done, also if whoever asked is gone by then.
+pub(crate) async fn prepare<T: Send + 'static>(
+    place: Place,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, JoinError> {
+    let working = tokio::task::spawn_blocking(move || {
+        let done = work();
+        drop(place);
+        done
+    });
+    working.await
 }
 
 /// Whether a request of so many bytes is a long one.
@@ -138,5 +154,18 @@ mod tests {
         // Whoever gives up waiting makes room.
         waiting.clear();
         assert!(places.enter(8 << 20).now_or_never().unwrap().is_ok());
+    }
+
+    #[tokio::test]
+    async fn work_that_nobody_waits_for_any_more_keeps_its_place_until_it_is_done() {
+        let places = Preparations::default();
+        let place = places.enter(8 << 20).await.unwrap();
+        let (finish, finished) = std::sync::mpsc::channel::<()>();
+        let work = prepare(place, move || finished.recv().is_ok());
+        assert!(Box::pin(work).now_or_never().is_none(), "cancelled");
+        let mut next = Box::pin(places.enter(8 << 20));
+        assert!((&mut next).now_or_never().is_none());
+        finish.send(()).unwrap();
+        assert!(next.await.is_ok());
     }
 }

@@ -187,6 +187,9 @@ Examples:
         /// What to do; without it, list them.
         #[command(subcommand)]
         command: Option<PinsCommand>,
+        /// Print the head's own JSON
+        #[arg(long, global = true)]
+        json: bool,
     },
 }
 
@@ -194,11 +197,7 @@ Examples:
 #[derive(Debug, Subcommand)]
 pub enum PinsCommand {
     /// List the names that are pinned, and those that several models claim
-    List {
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-    },
+    List,
     /// Decide which model a name means, whoever claims it
     Set {
         /// The name, as workers ask for it

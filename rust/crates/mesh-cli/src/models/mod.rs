@@ -58,8 +58,8 @@ pub(crate) async fn run(head: &HeadArgs, command: ModelsCommand) -> Result<(), F
             json,
         } => sign::run(&model, &key, &places, json),
         ModelsCommand::Key { file, json } => sign::make_key(&file, json),
-        ModelsCommand::Pins { command } => {
-            pins::run(head, command.unwrap_or(PinsCommand::List { json: false })).await
+        ModelsCommand::Pins { command, json } => {
+            pins::run(head, command.unwrap_or(PinsCommand::List), json).await
         }
     }
 }

@@ -7,27 +7,34 @@ use crate::args::{HeadArgs, PinsCommand};
 use crate::failure::Failure;
 use crate::output::table;
 
-pub(super) async fn run(head: &HeadArgs, command: PinsCommand) -> Result<(), Failure> {
+pub(super) async fn run(
+    head: &HeadArgs,
+    command: PinsCommand,
+    as_json: bool,
+) -> Result<(), Failure> {
     let admin = Admin::new(head)?;
-    match command {
-        PinsCommand::List { json: as_json } => {
-            let pins = admin.get("/v1/mesh/pins").await?;
-            match as_json {
-                true => println!("{pins}"),
-                false => print!("{}", show(&pins)),
-            }
+    let (answer, shown) = match command {
+        PinsCommand::List => {
+            let answer = admin.get("/v1/mesh/pins").await?;
+            let shown = show(&answer);
+            (answer, shown)
         }
         PinsCommand::Set { name, fingerprint } => {
             let body = json!({ "name": name, "fingerprint": fingerprint.to_lowercase() });
-            admin.post("/v1/mesh/pins", &body).await?;
-            eprintln!("{name} means {fingerprint} in this mesh, whoever claims it.");
+            let answer = admin.post("/v1/mesh/pins", &body).await?;
+            let shown = format!("{name} means {fingerprint} in this mesh, whoever claims it.\n");
+            (answer, shown)
         }
         PinsCommand::Release { name } => {
-            admin
-                .post("/v1/mesh/pins", &json!({ "name": name }))
-                .await?;
-            eprintln!("{name} will mean what is got under it next.");
+            let body = json!({ "name": name });
+            let answer = admin.post("/v1/mesh/pins", &body).await?;
+            let shown = format!("{name} will mean what is got under it next.\n");
+            (answer, shown)
         }
+    };
+    match as_json {
+        true => println!("{answer}"),
+        false => print!("{shown}"),
     }
     Ok(())
 }
@@ -80,7 +87,7 @@ mod tests {
         });
         let text = show(&answer);
         for part in [
-            "first from pi ",
+            "first from pi\n",
             "an operator",
             "warning: m is claimed for aaaaaaaaaaaa by x, y; bbbbbbbbbbbb by z\n",
         ] {

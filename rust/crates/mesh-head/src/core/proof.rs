@@ -5,10 +5,11 @@
 //! meanwhile, and no answer here is longer than what it answers.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use dcf::MsgType;
+use mesh_base::places::Places;
 use mesh_service::cookie::{COOKIE_LEN, Cookies};
 
 /// The clients of one port.
@@ -16,8 +17,10 @@ use mesh_service::cookie::{COOKIE_LEN, Cookies};
 pub struct Proofs {
     cookies: Cookies,
     started: Instant,
-    /// Addresses that have echoed a cookie, and when.
-    verified: HashMap<SocketAddr, Instant>,
+    /// Addresses that have echoed a cookie, when, and their place.
+    verified: HashMap<SocketAddr, (Instant, u64)>,
+    /// The same, in their places by the network they are of: no network keeps the others out.
+    places: Places<IpAddr, SocketAddr>,
     /// Addresses whose tasks came before any echo.
     mute: HashMap<IpAddr, Mute>,
 }
@@ -50,14 +53,15 @@ impl Proofs {
             cookies: Cookies::new(key),
             started: now,
             verified: HashMap::new(),
+            places: Places::new(MOST_KNOWN, MOST_KNOWN / 4),
             mute: HashMap::new(),
         }
     }
 
     /// True if this client has echoed a cookie lately.
     pub fn knows(&self, client: SocketAddr, now: Instant) -> bool {
-        let since = self.verified.get(&client);
-        since.is_some_and(|since| now.saturating_duration_since(*since) < KNOWN_FOR)
+        let known = self.verified.get(&client);
+        known.is_some_and(|(since, _)| now.saturating_duration_since(*since) < KNOWN_FOR)
     }
 
     /// Notes a task of a client that is not known. True if it has sent several by now and no echo, as clients do that do not know
@@ -95,14 +99,7 @@ impl Proofs {
         let uptime = now.saturating_duration_since(self.started);
         match kind {
             MsgType::CHALLENGE_REPLY if self.cookies.check(payload, client, uptime) => {
-                if self.verified.len() >= MOST_KNOWN {
-                    self.verified
-                        .retain(|_, since| now.saturating_duration_since(*since) < KNOWN_FOR);
-                }
-                if self.verified.len() >= MOST_KNOWN {
-                    return Verdict::Silence;
-                }
-                self.verified.insert(client, now);
+                self.note(client, now);
                 self.mute.remove(&client.ip());
                 Verdict::Verified
             }
@@ -113,6 +110,26 @@ impl Proofs {
             MsgType::HEALTH => Verdict::Health,
             _ => Verdict::Silence,
         }
+    }
+
+    /// A client echoed its cookie. Another may have to show its address again for it.
+    fn note(&mut self, client: SocketAddr, now: Instant) {
+        if let Some((_, place)) = self.verified.remove(&client) {
+            self.places.leave(place);
+        }
+        let (place, other) = self.places.enter(network_of(client.ip()), client);
+        if let Some(other) = other {
+            self.verified.remove(&other);
+        }
+        self.verified.insert(client, (now, place));
+    }
+}
+
+/// The network whose addresses count as one source: an IPv6 host usually has a whole /64 to itself.
+fn network_of(source: IpAddr) -> IpAddr {
+    match source.to_canonical() {
+        IpAddr::V6(v6) => Ipv6Addr::from(u128::from(v6) >> 64 << 64).into(),
+        v4 @ IpAddr::V4(_) => v4,
     }
 }
 
@@ -175,6 +192,32 @@ mod tests {
             proofs.is_mute(IpAddr::from(number.to_be_bytes()), at(70_000));
         }
         assert_eq!(proofs.mute.len(), MOST_MUTE);
+    }
+
+    #[test]
+    fn one_source_with_many_ports_keeps_nobody_out() {
+        let now = Instant::now();
+        let mut proofs = Proofs::new(&[7; 32], now);
+        let mut prove = |client: SocketAddr| {
+            let cookie = proofs.cookies.make(client, Duration::ZERO);
+            proofs.ask(client, (MsgType::CHALLENGE_REPLY, &cookie), 99, now)
+        };
+        let before = ([192, 0, 2, 1], 9).into();
+        assert_eq!(prove(before), Verdict::Verified);
+        for port in 1..=u16::try_from(MOST_KNOWN + 10).unwrap() {
+            assert_eq!(prove(([192, 0, 2, 66], port).into()), Verdict::Verified);
+        }
+        for host in 0..u64::try_from(MOST_KNOWN / 4 + 10).unwrap() {
+            let host = (0x2001_0db8_u128 << 96) + u128::from(host);
+            let verdict = prove((Ipv6Addr::from(host), 9).into());
+            assert_eq!(verdict, Verdict::Verified);
+        }
+        let after = ([192, 0, 2, 2], 9).into();
+        assert_eq!(prove(after), Verdict::Verified);
+        assert_eq!(prove(after), Verdict::Verified, "again");
+        assert!(proofs.knows(before, now) && proofs.knows(after, now));
+        assert_eq!(proofs.verified.len(), MOST_KNOWN / 4 * 2 + 2);
+        assert_eq!(proofs.places.len(), proofs.verified.len());
     }
 
     #[test]

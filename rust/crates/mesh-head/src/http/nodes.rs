@@ -7,7 +7,7 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::StatusCode;
-use mesh_net::trust::TrustError;
+use mesh_net::trust::{KnownMember, TrustError};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -19,10 +19,10 @@ use crate::core::registry::Worker;
 
 /// `GET /v1/mesh/nodes`: all nodes that the head knows by their certificates. The state of one is `connected`, `absent` or
 /// `expelled`.
-pub(super) async fn list(State(api): State<Api>) -> Json<Value> {
+pub(super) async fn list(State(api): State<Api>) -> Result<Json<Value>, ApiError> {
     let now = Instant::now();
     let mut nodes: BTreeMap<String, Value> = BTreeMap::new();
-    for (node_id, member) in api.authority.members() {
+    for (node_id, member) in noted(&api).await? {
         let shown = json!({
             "node_id": node_id,
             "name": member.name,
@@ -59,7 +59,7 @@ pub(super) async fn list(State(api): State<Api>) -> Json<Value> {
         nodes.insert(node_id, shown);
     }
     let nodes: Vec<Value> = nodes.into_values().collect();
-    Json(json!({ "nodes": nodes }))
+    Ok(Json(json!({ "nodes": nodes })))
 }
 
 /// `POST /v1/mesh/nodes/expel`: the node that `node` names (by name or id) is no longer part of the mesh. The body may hold a
@@ -82,7 +82,7 @@ pub(super) async fn expel(State(api): State<Api>, body: Bytes) -> Result<Json<Va
         ));
     }
     // A name that an expelled node had may be another's by now.
-    let (node_id, name) = find(members(&api), &asked.node)
+    let (node_id, name) = find(members(&api).await?, &asked.node)
         .or_else(|error| find(expelled(&api), &asked.node).map_err(|_| error))?;
     if *node_id == *api.own_id {
         let text = format!("{node_id} is this head itself, which cannot be expelled");
@@ -148,7 +148,12 @@ pub(super) async fn readmit(State(api): State<Api>, body: Bytes) -> Result<Json<
     let (node_id, name) = find(expelled(&api), &asked.node)?;
     let (authority, id) = (api.authority.clone(), node_id.clone());
     let readmitted = blocking(move || authority.readmit(&id)).await?;
-    let readmitted = readmitted.map_err(|error| internal(format!("it stays expelled: {error}")))?;
+    let readmitted = readmitted.map_err(|error| match error {
+        TrustError::NameTaken { .. } => {
+            ApiError::new(StatusCode::CONFLICT, "name_taken", error.to_string())
+        }
+        error => internal(format!("it stays expelled: {error}")),
+    })?;
     if readmitted.is_none() {
         let text = format!(
             "{} is not expelled; GET /v1/mesh/nodes lists the nodes",
@@ -173,15 +178,21 @@ fn expelled(api: &Api) -> BTreeMap<String, String> {
 }
 
 /// Names of the others.
-fn members(api: &Api) -> BTreeMap<String, String> {
-    let noted = api.authority.members().into_iter();
+async fn members(api: &Api) -> Result<BTreeMap<String, String>, ApiError> {
+    let noted = noted(api).await?.into_iter();
     let mut members: BTreeMap<String, String> =
         noted.map(|(id, member)| (id, member.name)).collect();
     api.mesh.with_registry(|registry| {
         let named = |worker: &Worker| Some((worker.node_id()?.to_owned(), worker.name.clone()));
         members.extend(registry.iter().filter_map(named));
     });
-    members
+    Ok(members)
+}
+
+/// The head's roster, whose lock others hold while they write to the disk.
+async fn noted(api: &Api) -> Result<BTreeMap<String, KnownMember>, ApiError> {
+    let authority = api.authority.clone();
+    blocking(move || authority.members()).await
 }
 
 /// The one node of this name or id, or whose id begins so. An id that is not known is taken as it is.

@@ -64,11 +64,12 @@ pub(super) async fn create(State(api): State<Api>, body: Bytes) -> Result<Json<V
 }
 
 /// `GET /v1/mesh/tokens`: the tokens that are remembered, never their secrets. The state of one is `open`, `used` or `expired`.
-pub(super) async fn list(State(api): State<Api>) -> Json<Value> {
+pub(super) async fn list(State(api): State<Api>) -> Result<Json<Value>, ApiError> {
     let now = seconds(SystemTime::now());
-    let records = api.authority.token_records();
+    let authority = api.authority.clone();
+    let records = blocking(move || authority.token_records()).await?;
     let tokens: Vec<Value> = records.iter().map(|record| shown(record, now)).collect();
-    Json(json!({ "tokens": tokens }))
+    Ok(Json(json!({ "tokens": tokens })))
 }
 
 fn shown(record: &TokenRecord, now: u64) -> Value {

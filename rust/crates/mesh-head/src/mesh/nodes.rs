@@ -34,8 +34,9 @@ impl Mesh {
     /// Tells all workers which nodes are expelled now.
     pub fn tell_expelled(&self) {
         let now = Instant::now();
-        let message = self.expelled_message();
         let mut guard = self.lock();
+        // Read under the lock: of two changes, all workers get the later list last.
+        let message = self.expelled_message();
         let state = &mut *guard;
         let peers = state.peers.iter();
         let peers: Vec<(WorkerId, String)> = peers

@@ -163,12 +163,12 @@ impl Authority {
     /// Opens the head's state directory; makes a root for a mesh of this name at the first start.
     pub fn open(dir: &Path, mesh: &str, validity: Validity) -> Result<Self, TrustError> {
         let root = MeshRoot::load_or_create(dir, mesh)?;
-        let tokens = Mutex::new(TokenStore::open(dir, root.sha256())?);
-        let roster = Mutex::new(Roster::open(dir)?);
+        let tokens = TokenStore::open(dir, root.sha256())?;
+        let roster = Roster::open(dir, tokens.records(), validity.life)?;
         Ok(Self {
             root,
-            tokens,
-            roster,
+            tokens: Mutex::new(tokens),
+            roster: Mutex::new(roster),
             deny_list: DenyList::open(dir)?,
             validity,
             seen: Mutex::default(),
@@ -246,9 +246,11 @@ impl Authority {
         &self.deny_list
     }
 
-    /// The nodes that have joined and were not expelled, by node id.
+    /// The nodes that have joined and are not expelled, by node id. Waits for changes of the roster, which block on the disk.
     pub fn members(&self) -> BTreeMap<String, KnownMember> {
-        self.roster().members().clone()
+        let mut members = self.roster().members().clone();
+        members.retain(|node_id, _| !self.deny_list.contains(node_id));
+        members
     }
 
     /// Expels a node: its links end, and it gets no link and no certificate any more, whatever token it brings. Its name is
@@ -265,17 +267,35 @@ impl Authority {
     ) -> Result<(), TrustError> {
         let expelled = self.deny_list.expel(node_id, name, reason, now);
         if expelled.is_ok() {
-            self.roster().expelled(node_id);
+            self.roster().expelled();
         }
         expelled
     }
 
-    /// Lets an expelled node in again. `None` if it was not expelled. Blocks on the disk.
+    /// Lets an expelled node in again, with the name that is in its certificate. `None` if it was not expelled. Blocks on the
+    /// disk.
     ///
     /// # Errors
-    /// As [`DenyList::readmit`].
+    /// If another node has its name by now; or as [`DenyList::readmit`].
     pub fn readmit(&self, node_id: &str) -> Result<Option<Expulsion>, TrustError> {
-        self.deny_list.readmit(node_id)
+        let mut roster = self.roster();
+        let known = roster.members().get(node_id);
+        let name = known.map(|member| member.name.clone());
+        let name = name.or_else(|| self.deny_list.list().remove(node_id).map(|node| node.name));
+        let name = name.unwrap_or_default();
+        if let Some(holder) = roster.other_of(&name, node_id, &self.deny_list)
+            && self.deny_list.contains(node_id)
+        {
+            return Err(TrustError::NameTaken {
+                name,
+                holder: holder.clone(),
+            });
+        }
+        let readmitted = self.deny_list.readmit(node_id)?;
+        if let Some(expulsion) = &readmitted {
+            roster.readmitted(node_id, expulsion, self.validity.life);
+        }
+        Ok(readmitted)
     }
 
     /// Creates a join token; its text form goes to the operator and nowhere else.
@@ -296,7 +316,7 @@ impl Authority {
         self.tokens().revoke(id, now)
     }
 
-    /// The tokens that are remembered.
+    /// The tokens that are remembered. Waits for changes of them, which block on the disk.
     pub fn token_records(&self) -> Vec<TokenRecord> {
         self.tokens().records().to_vec()
     }
@@ -341,7 +361,7 @@ impl Admission for Authority {
         let node_id = requested_node_id(ask.request)?;
         self.refuse_expelled(&node_id)?;
         let mut roster = self.roster();
-        let name = roster.assign(&node_id, ask.node_name);
+        let name = roster.assign(&node_id, ask.node_name, &self.deny_list);
         // The certificate is made before the token is used up, so that a bad request costs no token; it goes out after.
         let life = self.validity.life;
         let chain = self
@@ -443,6 +463,47 @@ mod tests {
         let chain = authority.join(&ask, then).expect("joined");
         let deny_list = DenyList::open(dir).expect("empty");
         NodeIdentity::store(dir, key, chain, deny_list).expect("stored")
+    }
+
+    #[test]
+    fn a_readmitted_node_does_not_make_two_of_one_name() {
+        let dirs = [(); 3].map(|()| tempfile::tempdir().expect("temporary directory"));
+        let [at_head, first, second] = dirs.each_ref().map(tempfile::TempDir::path);
+        let head = authority(at_head);
+        let first = worker(&head, first, today());
+        let first = &*first.node_id();
+        let expel = |head: &Authority, id: &str| head.expel(id, "laptop", "", today());
+        expel(&head, first).expect("kept");
+        // A machine that takes its place may have its name.
+        let second = worker(&head, second, today());
+        assert_eq!(second.member().name, "laptop");
+        let head = authority(at_head);
+        let error = head.readmit(first).expect_err("its name is taken");
+        let TrustError::NameTaken { holder, .. } = &error else {
+            panic!("{error}");
+        };
+        assert_eq!(*holder, second.node_id());
+        assert!(head.deny_list().contains(first));
+        expel(&head, &second.node_id()).expect("kept");
+        assert!(head.members().is_empty());
+        head.readmit(first).expect("free").expect("it was expelled");
+        // Before it has connected again.
+        let head = authority(at_head);
+        assert_eq!(head.members()[first].name, "laptop");
+        let third = tempfile::tempdir().expect("temporary directory");
+        let third = worker(&head, third.path(), today());
+        assert_eq!(third.member().name, "laptop-2");
+        assert!(head.readmit(&second.node_id()).is_err());
+    }
+
+    #[test]
+    fn names_are_still_taken_when_the_roster_is_lost() {
+        let dirs = [(); 3].map(|()| tempfile::tempdir().expect("temporary directory"));
+        let [at_head, first, second] = dirs.each_ref().map(tempfile::TempDir::path);
+        worker(&authority(at_head), first, today());
+        std::fs::remove_file(at_head.join(names::MEMBERS)).expect("removed");
+        let second = worker(&authority(at_head), second, today());
+        assert_eq!(second.member().name, "laptop-2");
     }
 
     fn renew(authority: &Authority, worker: &NodeIdentity, now: SystemTime) -> Result<(), Refusal> {

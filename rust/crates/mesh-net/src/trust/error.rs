@@ -51,6 +51,16 @@ pub enum TrustError {
         /// Its limit.
         most: usize,
     },
+    /// A node cannot be readmitted: another one has its name.
+    #[error(
+        "another node is called {name:?} by now ({holder}): expel that one first (`hydramesh nodes expel {holder}`), or let this machine join as a new node: remove its node.key and node.crt and give it a token"
+    )]
+    NameTaken {
+        /// The name.
+        name: String,
+        /// The node that has it.
+        holder: String,
+    },
     /// There are too many open join tokens.
     #[error(
         "there are {most} open join tokens, and no more are made; `hydramesh token list` shows them, `hydramesh token revoke ID` withdraws one"

@@ -2,15 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-use super::store::unix_seconds;
+use super::deny::{DenyList, Expulsion};
+use super::store::{TokenRecord, unix_seconds};
 use super::{Member, TrustError, names};
 use crate::files;
 
-/// The members of a mesh by node id, persisted in `members.json`.
+/// The members of a mesh by node id, persisted in `members.json`. Expelled ones stay here, so that they are known when they are
+/// readmitted.
 #[derive(Debug)]
 pub(super) struct Roster {
     path: PathBuf,
@@ -38,14 +40,22 @@ struct Kept {
 }
 
 impl Roster {
-    /// Reads the roster in a state directory. Without a file it is empty: members are noted when they connect.
-    pub(super) fn open(dir: &Path) -> Result<Self, TrustError> {
+    /// Reads the roster in a state directory. Without a file it begins with those who used a token that is remembered; others
+    /// are noted when they connect.
+    pub(super) fn open(
+        dir: &Path,
+        used: &[TokenRecord],
+        life: Duration,
+    ) -> Result<Self, TrustError> {
         let path = dir.join(names::MEMBERS);
         let kept = match files::read(&path)? {
             Some(text) => {
                 serde_json::from_str(&text).map_err(|error| TrustError::damaged(&path, error))?
             }
-            None => Kept::default(),
+            None => Kept {
+                members: joined_with(used, life),
+                has_deny_list: false,
+            },
         };
         let deny_list = dir.join(names::EXPELLED);
         if kept.has_deny_list && !deny_list.exists() {
@@ -61,13 +71,10 @@ impl Roster {
         })
     }
 
-    /// The name that a joining node gets: the one that it asks for, with a number if another node has that.
-    pub(super) fn assign(&self, node_id: &str, wanted: &str) -> String {
-        let is_taken = |name: &str| {
-            self.members
-                .iter()
-                .any(|(id, member)| id != node_id && member.name.eq_ignore_ascii_case(name))
-        };
+    /// The name that a joining node gets: the one that it asks for, with a number if another node has that. Names of nodes
+    /// that are expelled are free.
+    pub(super) fn assign(&self, node_id: &str, wanted: &str, expelled: &DenyList) -> String {
+        let is_taken = |name: &str| self.other_of(name, node_id, expelled).is_some();
         if !is_taken(wanted) {
             return wanted.to_owned();
         }
@@ -79,6 +86,20 @@ impl Roster {
         });
         let mut free = numbered.filter(|name| !is_taken(name));
         free.next().expect("a number is free")
+    }
+
+    /// Another node than this that has this name, and is not expelled.
+    pub(super) fn other_of(
+        &self,
+        name: &str,
+        node_id: &str,
+        expelled: &DenyList,
+    ) -> Option<&String> {
+        let mut members = self.members.iter();
+        let other = members.find(|(id, member)| {
+            *id != node_id && member.name.eq_ignore_ascii_case(name) && !expelled.contains(id)
+        });
+        other.map(|(id, _)| id)
     }
 
     /// Notes that this node is a member with this certificate. A roster that cannot be written is told of: the mesh works
@@ -95,7 +116,11 @@ impl Roster {
             since,
             until,
         };
-        self.members.insert(member.node_id.clone(), entry);
+        self.insert(member.node_id.clone(), entry);
+    }
+
+    fn insert(&mut self, node_id: String, entry: KnownMember) {
+        self.members.insert(node_id, entry);
         while self.members.len() > MOST_MEMBERS {
             let oldest = self.members.iter().min_by_key(|(_, known)| known.until);
             let Some(oldest) = oldest.map(|(id, _)| id.clone()) else {
@@ -106,16 +131,28 @@ impl Roster {
         self.save();
     }
 
-    /// A node is on the list of expelled nodes: its name is free again.
-    pub(super) fn expelled(&mut self, node_id: &str) {
-        let known = self.members.remove(node_id).is_some();
-        if known || !self.has_deny_list {
+    /// A node is on the list of expelled nodes: from now on that list is missed when it is gone.
+    pub(super) fn expelled(&mut self) {
+        if !self.has_deny_list {
             self.has_deny_list = true;
             self.save();
         }
     }
 
-    /// All members, by node id.
+    /// A node is on the list no more, and has its name again. `life` is that of certificates.
+    pub(super) fn readmitted(&mut self, node_id: &str, expulsion: &Expulsion, life: Duration) {
+        // Earlier versions forgot who was expelled.
+        if !self.members.contains_key(node_id) && !expulsion.name.is_empty() {
+            let entry = KnownMember {
+                name: expulsion.name.clone(),
+                since: expulsion.since,
+                until: expulsion.since.saturating_add(life.as_secs()),
+            };
+            self.insert(node_id.to_owned(), entry);
+        }
+    }
+
+    /// All members by node id, those that are expelled among them.
     pub(super) fn members(&self) -> &BTreeMap<String, KnownMember> {
         &self.members
     }
@@ -134,6 +171,20 @@ impl Roster {
     }
 }
 
+/// Who joined with these tokens. Certificates were renewed since or have ended: `life` is the least.
+fn joined_with(tokens: &[TokenRecord], life: Duration) -> BTreeMap<String, KnownMember> {
+    let used = tokens.iter().filter_map(|token| token.used.as_ref());
+    let members = used.map(|used| {
+        let member = KnownMember {
+            name: used.node_name.clone(),
+            since: used.at,
+            until: used.at.saturating_add(life.as_secs()),
+        };
+        (used.node_id.clone(), member)
+    });
+    members.collect()
+}
+
 /// Members that are remembered. Beyond, those whose certificates ended first are forgotten.
 const MOST_MEMBERS: usize = 4096;
 
@@ -142,10 +193,12 @@ const LONGEST_NAME: usize = 63;
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, UNIX_EPOCH};
+    use std::time::UNIX_EPOCH;
 
     use super::*;
     use crate::trust::Role;
+
+    const LIFE: Duration = Duration::from_secs(30);
 
     fn member(node_id: &str, name: &str, until: u64) -> Member {
         Member {
@@ -161,32 +214,38 @@ mod tests {
     #[test]
     fn no_two_nodes_get_one_name() {
         let dir = tempfile::tempdir().expect("temporary directory");
-        let mut roster = Roster::open(dir.path()).expect("empty");
+        let mut roster = Roster::open(dir.path(), &[], LIFE).expect("empty");
+        let deny_list = DenyList::open(dir.path()).expect("empty");
         let now = UNIX_EPOCH + Duration::from_secs(5);
         roster.note(&member("aa", "attic", 9), now);
-        assert_eq!(roster.assign("aa", "attic"), "attic", "its own");
-        assert_eq!(roster.assign("bb", "Attic"), "Attic-2");
+        assert_eq!(roster.assign("aa", "attic", &deny_list), "attic", "its own");
+        assert_eq!(roster.assign("bb", "Attic", &deny_list), "Attic-2");
         roster.note(&member("bb", "attic-2", 9), now);
-        assert_eq!(roster.assign("cc", "attic"), "attic-3");
+        assert_eq!(roster.assign("cc", "attic", &deny_list), "attic-3");
         let long = "x".repeat(LONGEST_NAME);
         roster.note(&member("dd", &long, 9), now);
-        let numbered = roster.assign("ee", &long);
+        let numbered = roster.assign("ee", &long, &deny_list);
         assert_eq!(numbered.len(), LONGEST_NAME);
         assert!(numbered.ends_with("x-2"), "{numbered}");
-        let mut roster = Roster::open(dir.path()).expect("read again");
-        assert_eq!(roster.assign("cc", "attic"), "attic-3");
-        roster.expelled("aa");
-        assert_eq!(roster.assign("cc", "attic"), "attic");
+        let mut roster = Roster::open(dir.path(), &[], LIFE).expect("read again");
+        assert_eq!(roster.assign("cc", "attic", &deny_list), "attic-3");
+        deny_list.expel("aa", "attic", "", now).expect("kept");
+        roster.expelled();
+        assert_eq!(roster.assign("cc", "attic", &deny_list), "attic");
         assert_eq!(roster.members()["bb"].since, 5);
         // From now on the list of expelled nodes is missed when it is gone.
-        let error = Roster::open(dir.path()).expect_err("lost").to_string();
+        std::fs::remove_file(dir.path().join(names::EXPELLED)).expect("removed");
+        let error = Roster::open(dir.path(), &[], LIFE)
+            .expect_err("lost")
+            .to_string();
         assert!(error.contains("expelled.json is missing"), "{error}");
     }
 
     #[test]
     fn the_roster_is_bounded_and_forgets_who_left_first() {
         let dir = tempfile::tempdir().expect("temporary directory");
-        let mut roster = Roster::open(dir.path()).expect("empty");
+        let mut roster = Roster::open(dir.path(), &[], LIFE).expect("empty");
+        let deny_list = DenyList::open(dir.path()).expect("empty");
         for number in 0..MOST_MEMBERS as u64 {
             let known = KnownMember {
                 name: format!("n{number}"),
@@ -198,7 +257,11 @@ mod tests {
         roster.note(&member("aa", "attic", 99_999), UNIX_EPOCH);
         assert_eq!(roster.members().len(), MOST_MEMBERS);
         assert!(roster.members().contains_key("aa"));
-        assert_eq!(roster.assign("bb", "n0"), "n0", "the oldest is forgotten");
-        assert_eq!(roster.assign("bb", "n1"), "n1-2");
+        assert_eq!(
+            roster.assign("bb", "n0", &deny_list),
+            "n0",
+            "the oldest is forgotten"
+        );
+        assert_eq!(roster.assign("bb", "n1", &deny_list), "n1-2");
     }
 }

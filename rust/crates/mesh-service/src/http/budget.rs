@@ -3,16 +3,22 @@
 //! Whoever sends a request gets room for it. When all is taken, the source that holds the most loses its oldest request, so what stays
 //! unfinished makes room for what is finished soon.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
-/// Bytes that are held, and by whom.
+/// Bytes that are held, and by whom. No step looks at all that is held: there is one for each piece that comes.
 #[derive(Debug)]
 pub(super) struct Budget<V> {
     limit: u64,
     total: u64,
-    /// By age: ids only grow.
-    held: BTreeMap<u64, Held<V>>,
+    /// Ids only grow.
+    held: HashMap<u64, Held<V>>,
+    /// Those that hold bytes, by whose they are, the oldest first.
+    sources: HashMap<IpAddr, Source>,
+    /// The sources of these by what they hold.
+    by_bytes: BTreeSet<(u64, IpAddr)>,
+    /// Number of requests that hold bytes.
+    holders: usize,
     next: u64,
 }
 
@@ -23,12 +29,21 @@ struct Held<V> {
     value: V,
 }
 
+#[derive(Debug, Default)]
+struct Source {
+    bytes: u64,
+    holders: BTreeSet<u64>,
+}
+
 impl<V> Budget<V> {
     pub(super) fn new(limit: u64) -> Self {
         Self {
             limit,
             total: 0,
-            held: BTreeMap::new(),
+            held: HashMap::new(),
+            sources: HashMap::new(),
+            by_bytes: BTreeSet::new(),
+            holders: 0,
             next: 0,
         }
     }
@@ -48,17 +63,22 @@ impl<V> Budget<V> {
 
     /// It got longer: those that have to go for it. The last one that holds anything stays.
     pub(super) fn grow(&mut self, id: u64, bytes: u64) -> Vec<V> {
+        if bytes == 0 {
+            return Vec::new();
+        }
         let Some(held) = self.held.get_mut(&id) else {
             return Vec::new();
         };
         held.bytes += bytes;
         self.total += bytes;
+        let address = held.source;
+        let source = self.sources.entry(address).or_default();
+        self.by_bytes.remove(&(source.bytes, address));
+        source.bytes += bytes;
+        self.by_bytes.insert((source.bytes, address));
+        self.holders += usize::from(source.holders.insert(id));
         let mut evicted = Vec::new();
-        while self.total > self.limit {
-            let mut holders = self.held.values().filter(|held| held.bytes > 0);
-            if holders.nth(1).is_none() {
-                break;
-            }
+        while self.total > self.limit && self.holders > 1 {
             let Some(id) = self.oldest_of_the_most() else {
                 break;
             };
@@ -71,19 +91,24 @@ impl<V> Budget<V> {
     pub(super) fn leave(&mut self, id: u64) -> Option<V> {
         let held = self.held.remove(&id)?;
         self.total -= held.bytes;
+        if let Some(source) = self.sources.get_mut(&held.source)
+            && source.holders.remove(&id)
+        {
+            self.holders -= 1;
+            self.by_bytes.remove(&(source.bytes, held.source));
+            source.bytes -= held.bytes;
+            if source.holders.is_empty() {
+                self.sources.remove(&held.source);
+            } else {
+                self.by_bytes.insert((source.bytes, held.source));
+            }
+        }
         Some(held.value)
     }
 
     fn oldest_of_the_most(&self) -> Option<u64> {
-        let mut sums: HashMap<IpAddr, u64> = HashMap::new();
-        for held in self.held.values() {
-            *sums.entry(held.source).or_default() += held.bytes;
-        }
-        let most = sums.values().copied().max()?;
-        let mut oldest = self.held.iter();
-        oldest
-            .find(|(_, held)| held.bytes > 0 && sums.get(&held.source) == Some(&most))
-            .map(|(&id, _)| id)
+        let (_, most) = self.by_bytes.last()?;
+        self.sources.get(most)?.holders.first().copied()
     }
 }
 
@@ -120,5 +145,28 @@ mod tests {
         assert_eq!(budget.grow(silent, 1), ["long"]);
         budget.leave(silent);
         assert_eq!((budget.total, budget.held.len()), (0, 0));
+    }
+
+    #[test]
+    fn a_flood_of_short_requests_costs_little_for_each_piece() {
+        let mut budget = Budget::new(16 << 20);
+        let mut ids = Vec::new();
+        let started = std::time::Instant::now();
+        let mut evicted = 0;
+        for n in 0..100_000_u64 {
+            let address = IpAddr::from([10, 1, (n >> 4) as u8, (n >> 12) as u8]);
+            let id = budget.enter(address, n);
+            evicted += budget.grow(id, 240).len();
+            ids.push(id);
+        }
+        // To go through all of them for each one beyond the budget took minutes.
+        assert!(started.elapsed() < std::time::Duration::from_secs(10));
+        assert_eq!(evicted, 100_000 - (16 << 20) / 240);
+        assert_eq!(budget.holders, (16 << 20) / 240);
+        for id in ids {
+            budget.leave(id);
+        }
+        assert_eq!((budget.total, budget.holders), (0, 0));
+        assert!(budget.sources.is_empty() && budget.by_bytes.is_empty());
     }
 }

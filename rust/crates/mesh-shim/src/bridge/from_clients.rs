@@ -221,6 +221,7 @@ impl Bridge {
             complete: true,
             chunked_answer: false,
             asked: false,
+            paced: now,
         })
     }
 

@@ -1,6 +1,6 @@
 //! What heads answer, and what happens when they do not.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use dcf::{ErrorCode, MsgType, Version};
@@ -54,7 +54,7 @@ impl Bridge {
     }
 
     /// A head does not know this address yet, or no longer: shows it that its datagrams arrive here, and sends the task again
-    /// that was challenged.
+    /// that was challenged. A head that goes on challenging gets it no faster for that.
     fn on_challenge(&mut self, head: usize, frame: &Frame, datagram: &[u8]) {
         let Ok(cookie) = frame.payload(datagram).try_into() else {
             return self.stats.drops.head_unexpected.count();
@@ -252,6 +252,10 @@ impl Bridge {
 
     /// Sends the tasks of heads that were lost to the current one.
     pub(super) fn poll_resend(&mut self, now: Instant, buffer: &mut [u8]) -> Option<Transmit> {
+        if self.resend_at.is_some_and(|due| due <= now) {
+            self.resend_at = None;
+            self.restart_resend();
+        }
         let head = self.heads.current();
         if self.heads.state(head, now) != HeadState::Live {
             return None;
@@ -259,7 +263,10 @@ impl Bridge {
         while let Some(Resend { task: id, offset }) = self.resend {
             let task = self.tasks.get(id);
             let is_stale = task.epoch != self.heads.epoch(task.head);
-            if is_stale && task.complete {
+            if is_stale && task.head == head && offset == 0 && task.paced > now {
+                let due = self.resend_at.map_or(task.paced, |at| at.min(task.paced));
+                self.resend_at = Some(due);
+            } else if is_stale && task.complete {
                 let upstream = self.heads.version_for(head, task.version, now);
                 let (prefix, message) = buffer.split_at_mut(upstream.prefix().len());
                 if let Some(len) = self.arena.datagram(&task.retained, offset, message) {
@@ -269,6 +276,7 @@ impl Bridge {
                         offset: offset + len,
                     });
                     let len = prefix.len() + len;
+                    self.tasks.get_mut(id).paced = now + CHALLENGE_PACE;
                     self.tasks.get_mut(id).upstream = upstream;
                     self.tasks.get_mut(id).head = head;
                     // The old epoch must not agree with that of another head by chance before all is sent.
@@ -367,6 +375,10 @@ impl Bridge {
         }
     }
 }
+
+/// Between two times that a challenged task is sent again. Longer than most ways there and back: what was sent before a head got
+/// the echo is challenged, too.
+const CHALLENGE_PACE: Duration = Duration::from_millis(200);
 
 /// Payload of a Health that asks whether the task with its sequence runs; a head that works on it answers with an Ack.
 const ASK_AFTER_TASK: &[u8] = b"task";

@@ -56,6 +56,8 @@ pub struct Bridge {
     started: Instant,
     probes_sent: u32,
     resend: Option<Resend>,
+    /// When tasks are looked at again that were challenged soon after they had been sent again.
+    resend_at: Option<Instant>,
     /// The last challenge of a head, which is echoed.
     echo: Option<Echo>,
     translator: Translator,
@@ -189,6 +191,7 @@ impl Bridge {
             started: now,
             probes_sent: 0,
             resend: None,
+            resend_at: None,
             echo: None,
             translator: Translator::new(),
             drain: Drain::Serving,
@@ -286,9 +289,8 @@ impl Bridge {
             .tasks
             .first(State::Open)
             .map(|id| self.tasks.get(id).deadline);
-        oldest.map_or(self.heads.next_wakeup(), |deadline| {
-            deadline.min(self.heads.next_wakeup())
-        })
+        let due = [oldest, self.resend_at].into_iter().flatten();
+        due.fold(self.heads.next_wakeup(), Instant::min)
     }
 
     /// Puts the keys of `config` into effect that need no new memory; see [`Bridge::LIVE_KEYS`].

@@ -53,6 +53,8 @@ pub(super) struct Task {
     pub(super) chunked_answer: bool,
     /// Its head was asked whether it still works on it, and has not said so yet.
     pub(super) asked: bool,
+    /// A head that challenges it again is not sent it again before.
+    pub(super) paced: Instant,
 }
 
 /// Names a slot.
@@ -102,6 +104,7 @@ impl TaskTable {
             complete: false,
             chunked_answer: false,
             asked: false,
+            paced: now,
         };
         let slot = Slot {
             task: nobody,
@@ -307,6 +310,7 @@ mod tests {
             complete: true,
             chunked_answer: false,
             asked: false,
+            paced: now,
         }
     }
 

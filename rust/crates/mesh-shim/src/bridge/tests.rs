@@ -778,6 +778,31 @@ fn a_heads_challenge_is_echoed_and_the_task_sent_again() {
 }
 
 #[test]
+fn a_head_that_only_challenges_does_not_set_the_pace() {
+    let mut world = World::new(two_heads());
+    let task = world.task(ALICE, 1, "q");
+    let challenge = message(MsgType::CHALLENGE, task.sequence, vec![7; COOKIE_LEN]);
+    let (mut echoes, mut tasks) = (0, 0);
+    for ms in 0..1000 {
+        world.at(ms);
+        world.head(0, &challenge);
+        for (_, message) in world.transmits() {
+            match message.kind {
+                MsgType::CHALLENGE_REPLY => echoes += 1,
+                MsgType::TASK => tasks += 1,
+                other => panic!("{other}"),
+            }
+        }
+    }
+    assert_eq!((echoes, tasks), (1000, 5));
+    // Also when its last challenge came too soon: an echo may have been lost.
+    assert!(world.bridge.next_wakeup() <= world.start + Duration::from_millis(1000));
+    world.at(1000);
+    let sent = world.transmits();
+    assert!(matches!(&sent[..], [(Destination::Head(0), again)] if again.kind == MsgType::TASK));
+}
+
+#[test]
 fn a_source_that_echoes_its_challenge_is_served() {
     let mut world = World::new(Config {
         admit: Admit::Verified,

@@ -278,3 +278,21 @@ fn the_stores_folders_are_for_their_owner() {
     Store::open(&root).unwrap();
     assert_eq!(mode(&root.join("blobs")), 0o775);
 }
+
+#[test]
+fn a_store_that_a_service_filled_in_roots_folder_is_read() {
+    let (dir, store) = store();
+    let root = store.root().to_owned();
+    drop(store);
+    let give = |folder: &str, uid| std::os::unix::fs::chown(root.join(folder), Some(uid), None);
+    // Only root can give folders away.
+    if give("blobs", 70_001).is_err() {
+        return;
+    }
+    give("tmp", 70_001).unwrap();
+    assert!(Store::open(&root).is_ok());
+    give("names", 70_002).unwrap();
+    let error = Store::open(&root).unwrap_err();
+    assert!(matches!(error, StoreError::Foreign { .. }), "{error}");
+    drop(dir);
+}

@@ -11,7 +11,6 @@ use super::Tracker;
 
 /// What a name means.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Pin {
     /// The name, as it was first written.
     pub name: String,
