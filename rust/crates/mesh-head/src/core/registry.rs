@@ -74,7 +74,7 @@ pub struct ServedModel {
 }
 
 /// Whether a worker gets requests for a model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Service {
     /// It answers.
     Serves,
@@ -790,19 +790,76 @@ impl Registry {
 
     /// Whether this worker gets requests for this model of its own.
     pub fn service(&self, worker: &Worker, model: &ServedModel, now: Instant) -> Service {
+        let another = || {
+            self.iter().any(|other| {
+                let named = other.model(&model.card.name);
+                other.id != worker.id
+                    && named
+                        .is_some_and(|m| is_available(other, m) && self.can_replace(other, m, now))
+            })
+        };
+        self.service_beside(worker, model, now, another)
+    }
+
+    /// The same for a request that `another` worker takes, too, or none does.
+    pub fn service_beside(
+        &self,
+        worker: &Worker,
+        model: &ServedModel,
+        now: Instant,
+        another: impl FnOnce() -> bool,
+    ) -> Service {
         let Some(node) = worker.node_id() else {
             return Service::Out;
         };
-        let name = model.card.name.as_str();
         if self.is_out(node, now) || model.standing == Standing::Held {
             return Service::Out;
         }
-        if let Some(until) = self.reputation.paused_until(node, name, now) {
-            return match until - now <= SHORT_PAUSE {
+        let paused = self.paused(node, &model.card.name, now, another);
+        paused.unwrap_or_else(|| self.unpaused(model, now))
+    }
+
+    /// Whether this worker answers for this model in place of one that is paused.
+    pub fn can_replace(&self, worker: &Worker, model: &ServedModel, now: Instant) -> bool {
+        let Some(node) = worker.node_id() else {
+            return false;
+        };
+        let paused = self
+            .reputation
+            .paused_until(node, &model.card.name, now)
+            .is_some();
+        !paused
+            && !self.is_out(node, now)
+            && model.standing != Standing::Held
+            && match self.unpaused(model, now) {
+                Service::Serves => true,
+                // A newcomer may never answer; one that did is asked again at once.
+                Service::Soon => model.last_success.is_some(),
+                Service::Out => false,
+            }
+    }
+
+    /// What a pause makes of a worker. A long one counts while `another` answers: without one it would keep requests from the only
+    /// worker that may answer them.
+    fn paused(
+        &self,
+        key: &str,
+        model: &str,
+        now: Instant,
+        another: impl FnOnce() -> bool,
+    ) -> Option<Service> {
+        let until = self.reputation.paused_until(key, model, now)?;
+        if another() {
+            return Some(match until - now <= SHORT_PAUSE {
                 true => Service::Soon,
                 false => Service::Out,
-            };
+            });
         }
+        let since = self.reputation.paused_since(key, model)?;
+        (now.saturating_duration_since(since) < SHORT_PAUSE).then_some(Service::Soon)
+    }
+
+    fn unpaused(&self, model: &ServedModel, now: Instant) -> Service {
         let on_trial = now.saturating_duration_since(model.trial_since) < self.trial;
         match (model.proven, model.standing) {
             (true, Standing::Cleared) => Service::Serves,
@@ -813,12 +870,14 @@ impl Registry {
     }
 
     /// The same for a worker without an identity, which serves plain tasks.
-    pub fn legacy_service(&self, worker: &Worker, now: Instant) -> Service {
-        match self.reputation.paused_until(&worker.key(), "", now) {
-            None => Service::Serves,
-            Some(until) if until - now <= SHORT_PAUSE => Service::Soon,
-            Some(_) => Service::Out,
-        }
+    pub fn legacy_service(
+        &self,
+        worker: &Worker,
+        now: Instant,
+        another: impl FnOnce() -> bool,
+    ) -> Service {
+        let paused = self.paused(&worker.key(), "", now, another);
+        paused.unwrap_or(Service::Serves)
     }
 
     /// Whether this node is out: in quarantine or expelled. It gets no requests, holds no part of a ring and gives nobody a model.
@@ -1307,6 +1366,15 @@ fn plausible(mut card: ModelCard) -> ModelCard {
         text.truncate(text.floor_char_boundary(NAME_BYTES));
     }
     card
+}
+
+/// Whether a worker takes requests for what this model makes. The driver of a ring answers until the ring has moved away from it.
+fn is_available(worker: &Worker, model: &ServedModel) -> bool {
+    let purpose = match model.card.kind() {
+        ModelKind::Chat => "chat",
+        ModelKind::Embed => "embeddings",
+    };
+    (!worker.draining || model.ring.is_some()) && worker.is_for(purpose)
 }
 
 fn subject_of_ring(ring: u64) -> String {

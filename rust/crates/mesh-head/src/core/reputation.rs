@@ -114,6 +114,11 @@ impl Reputation {
         (now < until).then_some(until)
     }
 
+    /// Time of the fault that a pause is for.
+    pub fn paused_since(&self, node: &str, model: &str) -> Option<Instant> {
+        Some(self.nodes.get(node)?.faults.get(model)?.last)
+    }
+
     /// Puts a node into quarantine, four times as long as the last time. Returns for how long.
     pub fn quarantine(&mut self, node: &str, name: &str, reason: &str, now: Instant) -> Duration {
         let Some(record) = self.record(node, now) else {

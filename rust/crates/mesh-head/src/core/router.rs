@@ -233,25 +233,43 @@ impl Router {
     }
 }
 
+/// What a worker has for a request.
+#[derive(Clone, Copy)]
+enum Has<'a> {
+    Model(&'a ServedModel),
+    /// It has no identity, and takes plain tasks.
+    Tasks,
+}
+
 /// Whether a worker gets this request.
 fn serves(registry: &Registry, worker: &Worker, ask: &Ask, now: Instant) -> Service {
+    let another = || {
+        let mut others = registry.iter().filter(|other| other.id != worker.id);
+        others.any(|other| can_replace(registry, other, worker, ask, now))
+    };
+    match has(registry, worker, ask) {
+        None => Service::Out,
+        Some(Has::Tasks) => registry.legacy_service(worker, now, another),
+        Some(Has::Model(model)) => registry.service_beside(worker, model, now, another),
+    }
+}
+
+/// What `worker` has for this request, whether it answers or not.
+fn has<'a>(registry: &Registry, worker: &'a Worker, ask: &Ask) -> Option<Has<'a>> {
     // The driver of a ring answers until the ring has moved away from it.
     let moves = |model: &ServedModel| model.ring.is_some();
     if worker.draining && !worker.model(&ask.model).is_some_and(moves) {
-        return Service::Out;
+        return None;
     }
     if worker.request_revision < ask.revision {
-        return Service::Out;
+        return None;
     }
     if worker.is_legacy() {
-        return match ask.legacy {
-            true => registry.legacy_service(worker, now),
-            false => Service::Out,
-        };
+        return ask.legacy.then_some(Has::Tasks);
     }
     // Whoever is kept for something else holds this model for other meshes, or by mistake.
     if !worker.is_for(ask.purpose.name()) {
-        return Service::Out;
+        return None;
     }
     let same_kind = |model: &&ServedModel| model.card.kind() == ask.purpose.kind();
     let same_weights = |model: &&ServedModel| {
@@ -259,11 +277,29 @@ fn serves(registry: &Registry, worker: &Worker, ask: &Ask, now: Instant) -> Serv
         let wanted = ask.fingerprint.as_deref().or(used);
         wanted.is_none_or(|wanted| model.card.fingerprint == wanted)
     };
-    worker
-        .model(&ask.model)
-        .filter(same_kind)
-        .filter(same_weights)
-        .map_or(Service::Out, |model| registry.service(worker, model, now))
+    let model = worker.model(&ask.model);
+    model.filter(same_kind).filter(same_weights).map(Has::Model)
+}
+
+/// Whether `other` answers this request while `paused` is left alone.
+fn can_replace(
+    registry: &Registry,
+    other: &Worker,
+    paused: &Worker,
+    ask: &Ask,
+    now: Instant,
+) -> bool {
+    match has(registry, other, ask) {
+        None => false,
+        // Without an identity it is no better than one that has one and failed.
+        Some(Has::Tasks) => {
+            let until = registry.reputation.paused_until(&other.key(), "", now);
+            paused.is_legacy() && until.is_none()
+        }
+        Some(Has::Model(model)) => {
+            ask.length.exceeds([&model.card]).is_none() && registry.can_replace(other, model, now)
+        }
+    }
 }
 
 /// The best speeds that were measured on any worker for a model: nobody's claim counts for more.
@@ -830,9 +866,49 @@ mod tests {
             let faults = &mut fleet.registry.reputation;
             pause = faults.at_fault(&key, "", now, now).unwrap();
         }
-        assert_eq!(fleet.place(&plain), Choice::Nobody);
-        fleet.now += pause;
-        assert_eq!(fleet.worker(&plain), legacy.0);
+        assert!(pause > Duration::from_secs(5));
+        assert_eq!(fleet.place(&plain), Choice::Busy);
+        fleet.now += Duration::from_secs(5);
+        assert_eq!(
+            fleet.worker(&plain),
+            legacy.0,
+            "there is nobody else to ask"
+        );
+    }
+
+    #[test]
+    fn a_long_pause_counts_only_while_another_worker_takes_the_request() {
+        let mut fleet = Fleet::new(&[100.0, 10.0]);
+        for _ in 0..12 {
+            fleet.now += Duration::from_secs(1);
+            let now = fleet.now;
+            let reputation = &mut fleet.registry.reputation;
+            reputation.at_fault("node0", "m", now, now);
+        }
+        let paused = WorkerId(1);
+        assert_eq!(fleet.worker(&ask()), 2);
+        let serves = |fleet: &Fleet, ask: &Ask| {
+            let worker = fleet.registry.get(paused).unwrap();
+            serves(&fleet.registry, worker, ask, fleet.now)
+        };
+        assert_eq!(serves(&fleet, &ask()), Service::Out);
+        // The other one does not know the request's fields: for this request there is nobody else.
+        fleet.registry.get_mut(paused).unwrap().request_revision = 1;
+        let newer = Ask {
+            revision: 1,
+            ..ask()
+        };
+        assert_eq!(fleet.place(&newer), Choice::Busy);
+        fleet.registry.leave(WorkerId(2), fleet.now);
+        assert_eq!(fleet.place(&ask()), Choice::Busy, "requests wait");
+        fleet.now += Duration::from_secs(5);
+        assert_eq!(fleet.worker(&ask()), 1);
+        assert_eq!(fleet.worker(&newer), 1);
+        // A quarantine counts in any case.
+        let now = fleet.now;
+        let reputation = &mut fleet.registry.reputation;
+        reputation.quarantine("node0", "w0", "it lies", now);
+        assert_eq!(fleet.place(&ask()), Choice::Nobody);
     }
 
     #[test]
