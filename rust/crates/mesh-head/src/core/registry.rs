@@ -1086,7 +1086,15 @@ impl Registry {
         for worker in self.iter() {
             for model in &worker.models {
                 let (name, weights) = (&model.card.name, &model.card.fingerprint);
-                if let Some(used) = self.weights_of(name).filter(|used| used != weights) {
+                let used = self.weights_of(name);
+                if let Some(used) = used.filter(|_| weights.is_empty()) {
+                    texts.push(format!(
+                        "worker `{}` does not say which weights it serves under the name {name:?}, and gets no requests for it while others \
+                         serve those in use ({}); update it",
+                        worker.name,
+                        short(used)
+                    ));
+                } else if let Some(used) = used.filter(|used| used != weights) {
                     texts.push(format!(
                         "worker `{}` serves other weights under the name {name:?} ({}) than those in use ({}), and gets no requests for \
                          it; give its model another name, or stop the workers with the others",
@@ -1249,10 +1257,14 @@ impl Registry {
         }
         for worker in self.workers.values() {
             for model in &worker.models {
-                if self.service(worker, model, now) != Service::Serves {
+                let (name, weights) = (&model.card.name, &model.card.fingerprint);
+                // Whoever gets no requests keeps no name from those who would, and weights that nobody names are nobody's.
+                if weights.is_empty()
+                    || !is_available(worker, model)
+                    || self.service(worker, model, now) != Service::Serves
+                {
                     continue;
                 }
-                let (name, weights) = (&model.card.name, &model.card.fingerprint);
                 if let Some((used, seen)) = self.names.get_mut(name) {
                     if used == weights {
                         *seen = now;

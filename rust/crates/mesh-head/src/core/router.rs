@@ -792,6 +792,70 @@ mod tests {
         assert_eq!(fleet.worker(&ask()), other.0);
     }
 
+    fn serving(fleet: &mut Fleet, node: &str, fingerprint: &str) -> WorkerId {
+        let card = ModelCard {
+            name: "m".into(),
+            fingerprint: fingerprint.into(),
+            slots: 4,
+            ..Default::default()
+        };
+        let hello = Hello {
+            node_name: node.into(),
+            models: vec![card],
+            ..Default::default()
+        };
+        let address = ([127, 0, 0, 1], 9000).into();
+        let (id, _) = fleet.registry.join(node, address, hello, fleet.now);
+        fleet.registry.prove_all(id, fleet.now);
+        id
+    }
+
+    /// Lets time pass in which all workers are heard.
+    fn pass(fleet: &mut Fleet, seconds: u64) {
+        for _ in 0..seconds {
+            fleet.now += Duration::from_secs(1);
+            let ids: Vec<WorkerId> = fleet.registry.iter().map(|worker| worker.id).collect();
+            for id in ids {
+                fleet.registry.seen(id, fleet.now);
+            }
+            fleet.registry.prune(fleet.now);
+        }
+    }
+
+    #[test]
+    fn a_worker_that_gets_no_requests_keeps_no_name_for_its_weights() {
+        type Leave = fn(&mut Worker);
+        let drained: Leave = |worker| worker.draining = true;
+        let kept: Leave = |worker| worker.reserved_for = vec!["embeddings".into()];
+        for leave in [drained, kept] {
+            let mut fleet = Fleet::new(&[10.0]);
+            pass(&mut fleet, 1);
+            let other = serving(&mut fleet, "other", "g");
+            assert_eq!(fleet.worker(&ask()), 1);
+            leave(fleet.registry.get_mut(WorkerId(1)).unwrap());
+            pass(&mut fleet, 32);
+            assert_eq!(fleet.worker(&ask()), other.0);
+        }
+    }
+
+    #[test]
+    fn weights_that_nobody_names_are_not_those_of_a_name() {
+        let mut fleet = Fleet::new(&[]);
+        let silent = serving(&mut fleet, "silent", "");
+        pass(&mut fleet, 2);
+        assert_eq!(fleet.worker(&ask()), silent.0);
+        let named = serving(&mut fleet, "named", "f");
+        pass(&mut fleet, 2);
+        for _ in 0..4 {
+            assert_eq!(fleet.worker(&ask()), named.0);
+        }
+        let warnings = fleet.registry.disagreements(fleet.now);
+        assert!(
+            warnings[0].contains("`silent` does not say"),
+            "{warnings:?}"
+        );
+    }
+
     #[test]
     fn the_model_of_those_who_name_none_does_not_change_for_a_newcomer() {
         let mut fleet = Fleet::new(&[10.0]);
