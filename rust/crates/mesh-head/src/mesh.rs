@@ -25,7 +25,9 @@ use crate::core::duplicates::{Duplicate, Duplicates, Machine};
 use crate::core::fair::{Ingress, Origin};
 use crate::core::memory::{Memory, TooMuch};
 use crate::core::placement::{Asked, Ended, Placed, Placement, Received, Refusal, Ticket};
-use crate::core::registry::{Finding, Proof, Registry, ServedModel, TokenClock, Worker, WorkerId};
+use crate::core::registry::{
+    Finding, Proof, Registry, ServedModel, Service, TokenClock, Worker, WorkerId,
+};
 use crate::core::rings::{Arrival, Prospect, Rings};
 use crate::core::router::Ask;
 use crate::core::spotcheck::{Sample, Standing as Checked};
@@ -695,6 +697,7 @@ impl Mesh {
                     .is_some_and(|node| registry.is_out(node, now));
                 model.answers(now)
                     && !out
+                    && registry.has_name(model, now) != Service::Out
                     && model.standing != Checked::Held
                     && in_service
                     && asked.is_none_or(|asked| asked == model.card.name)

@@ -426,6 +426,8 @@ pub struct Registry {
     proven_rings: BTreeMap<u64, Instant>,
     trial: Duration,
     check_interval: Duration,
+    /// Time after which a name whose weights no worker has any more may stand for others.
+    handover: Duration,
     next_id: u64,
 }
 
@@ -487,6 +489,7 @@ impl Registry {
             proven_rings: BTreeMap::new(),
             trial: Duration::from_secs(30),
             check_interval: Duration::from_secs(300),
+            handover: NAME_MEMORY,
             next_id: 1,
         }
     }
@@ -497,6 +500,15 @@ impl Registry {
         Self {
             trial,
             check_interval,
+            ..self
+        }
+    }
+
+    /// How long a name whose weights no worker has any more waits for one that has them.
+    #[must_use]
+    pub fn with_handover(self, handover: Duration) -> Self {
+        Self {
+            handover: handover.min(NAME_MEMORY),
             ..self
         }
     }
@@ -794,8 +806,11 @@ impl Registry {
             self.iter().any(|other| {
                 let named = other.model(&model.card.name);
                 other.id != worker.id
-                    && named
-                        .is_some_and(|m| is_available(other, m) && self.can_replace(other, m, now))
+                    && named.is_some_and(|m| {
+                        is_available(other, m)
+                            && self.has_name(m, now) == Service::Serves
+                            && self.can_replace(other, m, now)
+                    })
             })
         };
         self.service_beside(worker, model, now, another)
@@ -896,10 +911,42 @@ impl Registry {
         })
     }
 
+    /// Whether a model's name stands for the weights of this one, or soon does: they differ from those in use, which no worker has now.
+    pub fn has_name(&self, model: &ServedModel, now: Instant) -> Service {
+        let name = model.card.name.as_str();
+        match self.weights_of(name) {
+            None => Service::Serves,
+            Some(used) if used == model.card.fingerprint => Service::Serves,
+            Some(used) if self.holds(name, used, now) => Service::Out,
+            Some(_) => Service::Soon,
+        }
+    }
+
+    /// Whether a worker that may get requests has these weights under this name.
+    pub fn holds(&self, name: &str, weights: &str, now: Instant) -> bool {
+        self.iter().any(|worker| {
+            let mut same = worker
+                .models
+                .iter()
+                .filter(|m| m.card.name == name && m.card.fingerprint == weights);
+            same.any(|model| is_available(worker, model))
+                && worker.node_id().is_some_and(|node| !self.is_out(node, now))
+        })
+    }
+
     /// Why a worker gets no requests for one of its models now, in words.
     pub fn why_not(&self, worker: &Worker, model: &ServedModel, now: Instant) -> Option<String> {
         if self.service(worker, model, now) == Service::Serves {
-            return None;
+            return match self.has_name(model, now) {
+                Service::Serves => None,
+                Service::Soon => Some(
+                    "it serves other weights than those in use until a moment ago, and is asked soon"
+                        .to_owned(),
+                ),
+                Service::Out => {
+                    Some("it serves other weights than those in use under this name".to_owned())
+                }
+            };
         }
         let node = worker.node_id().unwrap_or_default();
         if let Some(out) = self.why_out(node, now) {
@@ -1255,32 +1302,52 @@ impl Registry {
         for id in waits {
             self.refresh(id, now);
         }
-        for worker in self.workers.values() {
-            for model in &worker.models {
-                let (name, weights) = (&model.card.name, &model.card.fingerprint);
-                // Whoever gets no requests keeps no name from those who would, and weights that nobody names are nobody's.
-                if weights.is_empty()
-                    || !is_available(worker, model)
-                    || self.service(worker, model, now) != Service::Serves
-                {
-                    continue;
-                }
-                if let Some((used, seen)) = self.names.get_mut(name) {
-                    if used == weights {
-                        *seen = now;
-                    }
-                } else if self.names.len() < KNOWN_MODELS {
-                    self.names.insert(name.clone(), (weights.clone(), now));
-                }
-            }
-        }
-        self.names
-            .retain(|_, (_, seen)| now.saturating_duration_since(*seen) < NAME_MEMORY);
+        self.settle_names(now);
         let connected = |subject: &String| {
             ring_of_subject(subject).is_some()
                 || self.workers.values().any(|w| w.node_id() == Some(subject))
         };
         self.disputes.retain(|subject, _| connected(subject));
+    }
+
+    /// Settles which weights names stand for.
+    fn settle_names(&mut self, now: Instant) {
+        let mut serving = Vec::new();
+        for worker in self.workers.values() {
+            for model in &worker.models {
+                let (name, weights) = (&model.card.name, &model.card.fingerprint);
+                // Whoever gets no requests keeps no name from those who would, and weights that nobody names are nobody's.
+                if !weights.is_empty()
+                    && is_available(worker, model)
+                    && self.service(worker, model, now) == Service::Serves
+                {
+                    serving.push((name.clone(), weights.clone()));
+                }
+            }
+        }
+        for (name, weights) in &serving {
+            if let Some((used, seen)) = self.names.get_mut(name)
+                && used == weights
+            {
+                *seen = now;
+            }
+        }
+        let over = |(name, (used, seen)): (&String, &(String, Instant))| {
+            let memory = match self.holds(name, used, now) {
+                true => NAME_MEMORY,
+                false => self.handover,
+            };
+            (now.saturating_duration_since(*seen) >= memory).then(|| name.clone())
+        };
+        let over: Vec<String> = self.names.iter().filter_map(over).collect();
+        for name in over {
+            self.names.remove(&name);
+        }
+        for (name, weights) in serving {
+            if self.names.contains_key(&name) || self.names.len() < KNOWN_MODELS {
+                self.names.entry(name).or_insert((weights, now));
+            }
+        }
     }
 
     fn insert(

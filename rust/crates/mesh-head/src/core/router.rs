@@ -247,15 +247,18 @@ fn serves(registry: &Registry, worker: &Worker, ask: &Ask, now: Instant) -> Serv
         let mut others = registry.iter().filter(|other| other.id != worker.id);
         others.any(|other| can_replace(registry, other, worker, ask, now))
     };
-    match has(registry, worker, ask) {
+    match has(worker, ask) {
         None => Service::Out,
         Some(Has::Tasks) => registry.legacy_service(worker, now, another),
-        Some(Has::Model(model)) => registry.service_beside(worker, model, now, another),
+        Some(Has::Model(model)) => {
+            let weights = has_weights(registry, model, ask, now);
+            weights.max(registry.service_beside(worker, model, now, another))
+        }
     }
 }
 
 /// What `worker` has for this request, whether it answers or not.
-fn has<'a>(registry: &Registry, worker: &'a Worker, ask: &Ask) -> Option<Has<'a>> {
+fn has<'a>(worker: &'a Worker, ask: &Ask) -> Option<Has<'a>> {
     // The driver of a ring answers until the ring has moved away from it.
     let moves = |model: &ServedModel| model.ring.is_some();
     if worker.draining && !worker.model(&ask.model).is_some_and(moves) {
@@ -272,13 +275,16 @@ fn has<'a>(registry: &Registry, worker: &'a Worker, ask: &Ask) -> Option<Has<'a>
         return None;
     }
     let same_kind = |model: &&ServedModel| model.card.kind() == ask.purpose.kind();
-    let same_weights = |model: &&ServedModel| {
-        let used = registry.weights_of(&model.card.name);
-        let wanted = ask.fingerprint.as_deref().or(used);
-        wanted.is_none_or(|wanted| model.card.fingerprint == wanted)
-    };
-    let model = worker.model(&ask.model);
-    model.filter(same_kind).filter(same_weights).map(Has::Model)
+    worker.model(&ask.model).filter(same_kind).map(Has::Model)
+}
+
+/// Whether a model has the weights that this request wants: those of an answer begun, else those that its name stands for.
+fn has_weights(registry: &Registry, model: &ServedModel, ask: &Ask, now: Instant) -> Service {
+    match &ask.fingerprint {
+        None => registry.has_name(model, now),
+        Some(wanted) if *wanted == model.card.fingerprint => Service::Serves,
+        Some(_) => Service::Out,
+    }
 }
 
 /// Whether `other` answers this request while `paused` is left alone.
@@ -289,7 +295,7 @@ fn can_replace(
     ask: &Ask,
     now: Instant,
 ) -> bool {
-    match has(registry, other, ask) {
+    match has(other, ask) {
         None => false,
         // Without an identity it is no better than one that has one and failed.
         Some(Has::Tasks) => {
@@ -297,7 +303,9 @@ fn can_replace(
             paused.is_legacy() && until.is_none()
         }
         Some(Has::Model(model)) => {
-            ask.length.exceeds([&model.card]).is_none() && registry.can_replace(other, model, now)
+            ask.length.exceeds([&model.card]).is_none()
+                && has_weights(registry, model, ask, now) == Service::Serves
+                && registry.can_replace(other, model, now)
         }
     }
 }
@@ -836,6 +844,32 @@ mod tests {
             pass(&mut fleet, 32);
             assert_eq!(fleet.worker(&ask()), other.0);
         }
+    }
+
+    #[test]
+    fn a_name_goes_over_to_other_weights_soon_after_the_last_worker_with_the_old_ones_left() {
+        let mut fleet = Fleet::new(&[10.0]);
+        fleet.registry = fleet.registry.with_handover(Duration::from_secs(10));
+        pass(&mut fleet, 1);
+        fleet.registry.leave(WorkerId(1), fleet.now);
+        let updated = serving(&mut fleet, "node0", "g");
+        let why_not = |fleet: &Fleet| {
+            let worker = fleet.registry.get(updated).unwrap();
+            fleet.registry.why_not(worker, &worker.models[0], fleet.now)
+        };
+        pass(&mut fleet, 5);
+        assert_eq!(fleet.place(&ask()), Choice::Busy, "requests wait");
+        assert!(why_not(&fleet).unwrap().contains("asked soon"));
+        // Whoever comes back with the old weights meanwhile goes on.
+        let old = serving(&mut fleet, "old", "f");
+        assert_eq!(fleet.worker(&ask()), old.0);
+        assert!(why_not(&fleet).unwrap().contains("other weights"));
+        pass(&mut fleet, 40);
+        assert_eq!(fleet.worker(&ask()), old.0);
+        fleet.registry.leave(old, fleet.now);
+        pass(&mut fleet, 11);
+        assert_eq!(fleet.worker(&ask()), updated.0);
+        assert_eq!(why_not(&fleet), None);
     }
 
     #[test]
