@@ -966,7 +966,8 @@ mod tests {
             byte_spans: Vec::new(),
             ..card
         };
-        placement.registry.join("b", address, hello(&unknown), now);
+        let (b, _) = placement.registry.join("b", address, hello(&unknown), now);
+        placement.registry.prove_all(b, now);
         assert!(matches!(
             placement.ask(Ticket(2), long, false, now),
             Asked::Placed(_)
