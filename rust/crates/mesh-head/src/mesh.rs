@@ -750,6 +750,9 @@ impl Mesh {
             mesh: self.clone(),
             ticket,
             tokens_seen: worker.map(|worker| worker.tokens_seen.clone()),
+            of_model: worker
+                .and_then(|worker| worker.model(&placed.model))
+                .map(|model| model.tokens_seen.clone()),
             placed,
             route,
             ended: Ended::Cancelled,
@@ -776,6 +779,13 @@ impl Mesh {
             self.follow_finding(state, finding, now);
         }
         self.turn(state, now);
+    }
+
+    /// A worker declines the head's question. Says whether that is excused.
+    pub fn declined(&self, id: WorkerId, model: &str) -> bool {
+        let mut state = self.lock();
+        let registry = &mut state.placement.registry;
+        registry.declined(id, model, Instant::now())
     }
 
     fn follow_finding(&self, state: &mut State, finding: Finding, now: Instant) {
@@ -1013,6 +1023,8 @@ pub struct Assignment {
     ended: Ended,
     received: Mutex<Received>,
     tokens_seen: Option<TokenClock>,
+    /// The same for the model alone.
+    of_model: Option<TokenClock>,
 }
 
 impl Assignment {
@@ -1024,7 +1036,7 @@ impl Assignment {
 
     /// Tokens came.
     pub fn received(&self, tokens: usize, first: bool, now: Instant) {
-        if let Some(seen) = &self.tokens_seen {
+        for seen in [&self.tokens_seen, &self.of_model].into_iter().flatten() {
             seen.note(now);
         }
         let mut received = self.received.lock().unwrap_or_else(PoisonError::into_inner);

@@ -71,6 +71,10 @@ pub struct ServedModel {
     unanswered: u32,
     /// Time before which it is not asked again.
     retry_at: Option<Instant>,
+    /// Time since which it declines the head's questions for want of room.
+    declines_since: Option<Instant>,
+    /// Time of the last token of an answer of this model.
+    pub tokens_seen: TokenClock,
 }
 
 /// Whether a worker gets requests for a model.
@@ -96,7 +100,24 @@ impl ServedModel {
     pub fn succeeded(&mut self, now: Instant) {
         (self.proven, self.failing) = (true, false);
         self.last_success = Some(now);
-        (self.unanswered, self.retry_at) = (0, None);
+        (self.unanswered, self.retry_at, self.declines_since) = (0, None, None);
+    }
+
+    /// Time at which a token of an answer of this model last came: also of one that began long ago.
+    pub fn last_token(&self) -> Option<Instant> {
+        self.last_success.max(self.tokens_seen.last())
+    }
+
+    /// It declines a question because it is full or drains. That is no silence, unless nothing came of it in all of `limit`. Says
+    /// whether it is excused.
+    pub fn declined(&mut self, limit: Duration, now: Instant) -> bool {
+        let since = *self.declines_since.get_or_insert(now);
+        let since = self.last_token().map_or(since, |token| since.max(token));
+        let excused = now.saturating_duration_since(since) < limit;
+        if excused {
+            self.retry_at = Some(now + RETRY);
+        }
+        excused
     }
 
     /// An attempt failed: it is to prove anew that it answers.
@@ -198,6 +219,8 @@ impl ServedModel {
             trial_since: now,
             unanswered: 0,
             retry_at: None,
+            declines_since: None,
+            tokens_seen: TokenClock::new(now),
         }
     }
 }
@@ -328,7 +351,7 @@ impl Worker {
         if came {
             model.succeeded(now);
             self.last_success = Some(now);
-        } else if model.last_success.is_none_or(|at| at < asked) {
+        } else if model.last_token().is_none_or(|at| at < asked) {
             // A real answer meanwhile is a proof, too.
             model.failed(now);
             let wait = RETRY.saturating_mul(1 << model.unanswered.min(16));
@@ -1046,10 +1069,11 @@ impl Registry {
             // One that it is not kept for is shown to answer, and no more.
             let checked =
                 worker.is_for(purpose) && self.checks.is_due(&model.weights(), &subject, now);
-            let wanted = match model.proven {
-                true => checked || (stale && idle),
-                false => model.may_be_asked(now),
-            };
+            let wanted = model.may_be_asked(now)
+                && match model.proven {
+                    true => checked || (stale && idle),
+                    false => true,
+                };
             // For a ring the token goes through every stage. Its driver answers until the ring has moved away.
             (!worker.draining || model.ring.is_some()) && wanted
         };
@@ -1111,6 +1135,15 @@ impl Registry {
         let findings = findings.collect();
         self.refresh_all(now);
         findings
+    }
+
+    /// A worker declines a question because it is full or drains. Says whether that is excused, see [`ServedModel::declined`].
+    pub fn declined(&mut self, id: WorkerId, model: &str, now: Instant) -> bool {
+        let limit = self.trial;
+        let worker = self.workers.get_mut(&id);
+        let mut models = worker.into_iter().flat_map(|worker| &mut worker.models);
+        let meant = models.find(|served| served.card.name == model);
+        meant.is_none_or(|served| served.declined(limit, now))
     }
 
     /// A client's request shows that this worker answers for the ring that it drives.
@@ -1791,6 +1824,47 @@ mod tests {
         assert_eq!(service(&registry, two), Service::Serves);
         registry.serve(one, 8, card(), now);
         assert_eq!(service(&registry, one), Service::Soon, "another ring");
+    }
+
+    #[test]
+    fn one_that_declines_questions_is_full_unless_nothing_comes_of_it() {
+        let start = Instant::now();
+        let mut registry = Registry::new(Duration::from_secs(10));
+        let id = serving(&mut registry, "a", start);
+        registry.prove_all(id, start);
+        let at = |seconds| start + Duration::from_secs(seconds);
+        assert!(registry.declined(id, "tiny", at(100)));
+        assert!(
+            registry
+                .proofs_due(id, &BTreeSet::new(), 7, at(100))
+                .is_empty(),
+            "not at once again"
+        );
+        assert!(registry.declined(id, "tiny", at(129)));
+        let model = &registry.get(id).unwrap().models[0];
+        assert!(model.proven);
+        // An answer that began long ago goes on.
+        model.tokens_seen.note(at(129));
+        assert!(registry.declined(id, "tiny", at(155)));
+        assert!(
+            !registry.declined(id, "tiny", at(160)),
+            "it only says that it is full"
+        );
+    }
+
+    #[test]
+    fn a_token_of_a_long_answer_disproves_silence() {
+        let start = Instant::now();
+        let mut registry = Registry::new(Duration::from_secs(10));
+        let id = serving(&mut registry, "a", start);
+        registry.prove_all(id, start);
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let worker = registry.get_mut(id).unwrap();
+        worker.models[0].tokens_seen.note(at(110));
+        worker.probed("tiny", false, at(100), at(130));
+        assert!(worker.models[0].proven);
+        worker.probed("tiny", false, at(120), at(150));
+        assert!(!worker.models[0].proven);
     }
 
     #[test]
