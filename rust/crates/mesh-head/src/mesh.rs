@@ -28,6 +28,7 @@ use crate::core::placement::{Asked, Ended, Placed, Placement, Received, Refusal,
 use crate::core::registry::{
     Finding, Proof, Registry, ServedModel, Service, TokenClock, Worker, WorkerId,
 };
+use crate::core::replicas::Replicas;
 use crate::core::rings::{Arrival, Prospect, Rings};
 use crate::core::router::Ask;
 use crate::core::spotcheck::{Sample, Standing as Checked};
@@ -122,19 +123,6 @@ pub struct Rival {
     name: String,
     host: String,
     orders: mpsc::Sender<Message>,
-}
-
-/// Who serves a model.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Replicas {
-    /// What it makes; `None` if nobody serves it now.
-    pub kind: Option<ModelKind>,
-    /// Workers with the same weights that may be asked for embeddings.
-    pub workers: usize,
-    /// SHA-256 of those weights.
-    pub fingerprint: Option<String>,
-    /// Length of its vectors.
-    pub dimensions: u32,
 }
 
 /// How to reach the worker of an [`Assignment`].
@@ -296,43 +284,9 @@ impl Mesh {
         registry.default_model(ModelKind::Embed, Instant::now())
     }
 
-    /// Who serves this model: how many, and which of several weights of that name most of them have.
+    /// Who serves this model.
     pub fn replicas(&self, name: &str) -> Replicas {
-        let state = self.lock();
-        let mut found = Replicas::default();
-        let mut by_weights = BTreeMap::<&str, usize>::new();
-        let workers = || state.placement.registry.iter();
-        let answers = |model: &ServedModel| {
-            model.card.name == name && model.proven && model.standing == Checked::Cleared
-        };
-        let any_answers = workers().flat_map(|worker| &worker.models).any(answers);
-        let counts =
-            |model: &&ServedModel| model.card.name == name && (!any_answers || answers(model));
-        for worker in workers() {
-            let served = worker.models.iter().find(counts);
-            let Some(card) = served.map(|model| &model.card) else {
-                continue;
-            };
-            found.kind.get_or_insert(card.kind());
-            if !worker.draining && worker.is_for("embeddings") {
-                *by_weights.entry(&card.fingerprint).or_default() += 1;
-            }
-        }
-        let most = by_weights.into_iter().max_by_key(|(_, workers)| *workers);
-        if let Some((fingerprint, workers)) = most {
-            found.workers = workers;
-            found.fingerprint = Some(fingerprint.to_owned());
-        }
-        let same = |model: &&ServedModel| {
-            counts(model)
-                && found
-                    .fingerprint
-                    .as_ref()
-                    .is_none_or(|f| *f == model.card.fingerprint)
-        };
-        let card = workers().flat_map(|worker| &worker.models).find(same);
-        found.dimensions = card.map_or(0, |model| model.card.dimensions);
-        found
+        self.with_registry(|registry| Replicas::of(registry, name, Instant::now()))
     }
 
     /// Whether a worker serves this model now or did lately, or workers offer its layers.

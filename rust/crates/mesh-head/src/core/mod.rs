@@ -9,6 +9,7 @@
 //! - [`fair`]: whose turn it is in that queue.
 //! - [`request`]: the life of one answer across worker deaths.
 //! - [`embedding`]: a request for embeddings cut into parts for several workers.
+//! - [`replicas`]: the workers among which a request for embeddings is divided.
 //! - [`reputation`]: which nodes failed, gave wrong answers or are expelled, and for how long they get nothing.
 //! - [`spotcheck`]: the same question to several workers, and what follows from their answers.
 //! - [`speed`]: speeds as the head measures them.
@@ -28,6 +29,7 @@ pub mod outbox;
 pub mod placement;
 pub mod proof;
 pub mod registry;
+pub mod replicas;
 pub mod reputation;
 pub mod request;
 pub mod rings;
