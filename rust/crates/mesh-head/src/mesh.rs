@@ -23,6 +23,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use crate::config::Config;
 use crate::core::duplicates::{Duplicate, Duplicates, Machine};
 use crate::core::fair::{Ingress, Origin};
+use crate::core::held_back::{HeldBack, Words};
 use crate::core::memory::{Memory, TooMuch};
 use crate::core::placement::{Asked, Ended, Placed, Placement, Received, Refusal, Ticket};
 use crate::core::registry::{
@@ -87,6 +88,7 @@ struct State {
     /// Names under which workers serve different models.
     mixed: BTreeSet<String>,
     duplicates: Duplicates,
+    held_back: HeldBack,
     /// Time of the last check of the links.
     links_seen: Option<Instant>,
     /// When the gauges of rings were last set.
@@ -160,6 +162,7 @@ impl Mesh {
             tracker: Tracker::new().with_pins(pins_file.load()),
             mixed: BTreeSet::new(),
             duplicates: Duplicates::default(),
+            held_back: HeldBack::default(),
             links_seen: None,
             gauged: None,
             listened: None,
@@ -520,6 +523,7 @@ impl Mesh {
 
     /// What is due by now: silent workers are pruned, waiting requests looked at again, gauges and readiness set.
     pub fn keep_house(&self) {
+        self.hear_held_back();
         let now = Instant::now();
         let mut state = self.lock();
         state.listen(now);
@@ -567,6 +571,28 @@ impl Mesh {
         match readiness {
             Ok(()) => self.health.set_ready(),
             Err(reason) => self.health.set_unready(reason),
+        }
+    }
+
+    /// Takes in what workers said of models and rings in a quarantine that is over.
+    fn hear_held_back(&self) {
+        let now = Instant::now();
+        let words = {
+            let mut guard = self.lock();
+            let state = &mut *guard;
+            let registry = &state.placement.registry;
+            state.held_back.take(|id| {
+                let node = registry.get(id)?.node_id()?;
+                Some(registry.is_out(node, now))
+            })
+        };
+        for (id, Words { offer, models }) in words {
+            if let Some(offer) = offer {
+                self.offered(id, offer);
+            }
+            if let Some(models) = models {
+                self.models_said(id, models);
+            }
         }
     }
 

@@ -15,6 +15,7 @@
 //! - [`speed`]: speeds as the head measures them.
 //! - [`rings`]: models that no single worker serves: who holds which layers, and what happens when one is lost.
 //! - [`tracker`]: which worker has which pieces of which model, and who goes outside the mesh for one.
+//! - [`held_back`]: what nodes in quarantine say counts when that is over.
 //! - [`dedup`]: a repeated DCF task does not run twice.
 //! - [`outbox`]: answers that no datagram holds go out as their receivers can take them.
 
@@ -23,6 +24,7 @@ pub mod dedup;
 pub mod duplicates;
 pub mod embedding;
 pub mod fair;
+pub mod held_back;
 pub mod length;
 pub mod memory;
 pub mod outbox;

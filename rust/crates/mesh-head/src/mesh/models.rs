@@ -25,8 +25,9 @@ impl Mesh {
         let Some(node) = worker.node_id() else {
             return;
         };
-        // One in quarantine gives nobody a model.
+        // One in quarantine gives nobody a model until that is over.
         if state.placement.registry.is_out(node, now) {
+            state.held_back.said(id, models);
             return;
         }
         // It listens where it comes from.

@@ -48,6 +48,7 @@ impl Mesh {
             return;
         };
         if state.placement.registry.is_out(node, now) {
+            state.held_back.offered(id, offer);
             return;
         }
         if let (Some(peer), Some(profile)) = (state.peers.get(&id), offer.profile.as_mut()) {
