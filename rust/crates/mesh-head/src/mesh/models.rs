@@ -209,6 +209,7 @@ fn served_conflicts(state: &State) -> Vec<Conflict> {
         pinned: None,
         decided: false,
         refused_by: Vec::new(),
+        served: true,
     });
     conflicts.take(MOST_TOLD).collect()
 }
