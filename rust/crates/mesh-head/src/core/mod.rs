@@ -10,7 +10,7 @@
 //! - [`request`]: the life of one answer across worker deaths.
 //! - [`embedding`]: a request for embeddings cut into parts for several workers.
 //! - [`replicas`]: the workers among which a request for embeddings is divided.
-//! - [`reputation`]: which nodes failed, gave wrong answers or are expelled, and for how long they get nothing.
+//! - [`reputation`]: which nodes failed or gave wrong answers, and for how long they get nothing.
 //! - [`spotcheck`]: the same question to several workers, and what follows from their answers.
 //! - [`speed`]: speeds as the head measures them.
 //! - [`rings`]: models that no single worker serves: who holds which layers, and what happens when one is lost.

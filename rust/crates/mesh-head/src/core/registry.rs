@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use dcf::Version;
 use mesh_proto::{Hello, Load, ModelCard, ModelKind, ModelSpeed};
 
-use super::reputation::{Out, Reputation};
+use super::reputation::Reputation;
 use super::speed::Measured;
 use super::spotcheck::{Peer, Question, Sample, Schedule, SpotChecks, Standing, Verdict, Weights};
 
@@ -126,6 +126,13 @@ impl ServedModel {
             self.trial_since = now;
         }
         (self.proven, self.failing) = (false, true);
+    }
+
+    /// It is as one that has just joined.
+    fn begins_anew(&mut self, now: Instant) {
+        (self.proven, self.failing) = (false, false);
+        (self.unanswered, self.retry_at, self.declines_since) = (0, None, None);
+        self.trial_since = now;
     }
 
     /// Whether it is to be asked for a proof, unless it is known to answer.
@@ -918,20 +925,36 @@ impl Registry {
         paused.unwrap_or(Service::Serves)
     }
 
-    /// Whether this node is out: in quarantine or expelled. It gets no requests, holds no part of a ring and gives nobody a model.
+    /// Whether this node is in quarantine. It gets no requests, holds no part of a ring and gives nobody a model.
     pub fn is_out(&self, node_id: &str, now: Instant) -> bool {
-        self.reputation.out(node_id, now).is_some()
+        self.reputation.quarantined(node_id, now).is_some()
     }
 
     /// Why this node is out, in words.
     pub fn why_out(&self, node_id: &str, now: Instant) -> Option<String> {
-        Some(match self.reputation.out(node_id, now)? {
-            Out::Expelled(reason) => format!("expelled: {reason}"),
-            Out::Quarantined { until, reason } => {
-                let left = (until - now).as_secs();
-                format!("in quarantine for another {left} s: {reason}")
+        let found = self.reputation.quarantined(node_id, now)?;
+        let left = (found.until - now).as_secs();
+        Some(format!(
+            "in quarantine for another {left} s: {}",
+            found.reason
+        ))
+    }
+
+    /// An operator ends a node's quarantine and forgives its faults: it begins anew. Says whether it was in quarantine.
+    pub fn readmit(&mut self, node_id: &str, now: Instant) -> bool {
+        let was_out = self.is_out(node_id, now);
+        self.reputation.readmit(node_id);
+        self.checks.forget(node_id);
+        self.disputes.remove(node_id);
+        let entry = self.workers.values_mut();
+        for worker in entry.filter(|worker| worker.node_id() == Some(node_id)) {
+            for model in &mut worker.models {
+                model.begins_anew(now);
             }
-        })
+            worker.proven = false;
+        }
+        self.refresh_all(now);
+        was_out
     }
 
     /// Whether a model's name stands for the weights of this one, or soon does: they differ from those in use, which no worker has now.
@@ -1159,7 +1182,7 @@ impl Registry {
         let mut texts: Vec<String> = self.disputes.values().cloned().collect();
         for quarantined in self.reputation.view(now) {
             texts.push(format!(
-                "worker `{}` is in quarantine for another {:.0} s: {}; find out what it runs, or expel it",
+                "worker `{}` is in quarantine for another {:.0} s: {}; find out what it runs, and expel it, or readmit it when it is mended",
                 quarantined.name, quarantined.seconds_left, quarantined.reason
             ));
         }
@@ -1777,6 +1800,28 @@ mod tests {
         let findings = run(&mut registry, &all, &mut now, 120);
         assert_eq!(findings.len(), 1, "{findings:?}");
         assert!(registry.is_out("liar", now + Duration::from_secs(120)));
+    }
+
+    #[test]
+    fn an_operator_ends_a_quarantine_and_the_node_proves_itself_anew() {
+        let now = Instant::now();
+        let mut registry = Registry::new(Duration::from_secs(10));
+        let id = serving(&mut registry, "a", now);
+        registry.prove_all(id, now);
+        let service = |registry: &Registry| {
+            let worker = registry.get(id).unwrap();
+            registry.service(worker, &worker.models[0], now)
+        };
+        registry.reputation.quarantine("a", "a", "it lies", now);
+        registry.reputation.quarantine("a", "a", "it lies", now);
+        assert_eq!(service(&registry), Service::Out);
+        assert!(registry.readmit("a", now));
+        assert_eq!(service(&registry), Service::Soon);
+        registry.prove_all(id, now);
+        assert_eq!(service(&registry), Service::Serves);
+        let next = registry.reputation.quarantine("a", "a", "it lies", now);
+        assert_eq!(next, Duration::from_secs(60), "as the first time");
+        assert!(!registry.readmit("b", now));
     }
 
     #[test]

@@ -753,10 +753,6 @@ mod tests {
         fleet.now += pauses[2];
         assert_eq!(fleet.worker(&ask()), 2);
         let now = fleet.now;
-        fleet.registry.reputation.expel("node1", "stolen", now);
-        assert!(fleet.registry.is_out("node1", now));
-        assert_eq!(fleet.worker(&ask()), 1);
-        fleet.registry.reputation.readmit("node1");
         let length = fleet
             .registry
             .reputation
