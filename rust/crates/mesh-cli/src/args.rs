@@ -436,15 +436,15 @@ Examples:
         #[arg(long)]
         json: bool,
     },
-    /// Let an expelled node in again
+    /// Let an expelled node in again, or end a node's quarantine
     #[command(after_help = "\
-The node connects by itself within five minutes, or when it is restarted. One that was away for more than 37 days needs a new \
+An expelled node connects by itself within five minutes, or when it is restarted. One that was away for more than 37 days needs a new \
 token as well.
 
 Example:
   hydramesh nodes readmit attic")]
     Readmit {
-        /// Name or id of an expelled node, as `hydramesh nodes list` shows them
+        /// Name or id of a node that is expelled or in quarantine, as `hydramesh nodes list` and `hydramesh status` show them
         #[arg(value_name = "NODE")]
         node: String,
         /// Print the head's own JSON

@@ -331,7 +331,8 @@ async fn prove_model(mesh: &Mesh, id: WorkerId, link: &Link, proof: &Proof) {
         proof,
         asked: Instant::now(),
         alive: Instant::now(),
-        tells: false,
+        got_on: Instant::now(),
+        told: None,
     };
     let asked = probe.asked;
     let model = proof.model.as_str();
@@ -361,6 +362,20 @@ async fn prove_model(mesh: &Mesh, id: WorkerId, link: &Link, proof: &Proof) {
             None
         }
         Err(Unproven::Needless) => return,
+        Err(Unproven::Declined(reason)) => {
+            if mesh.declined(id, model) {
+                debug!(
+                    worker = link.node_name(),
+                    model, reason, "asked again later"
+                );
+                return;
+            }
+            info!(
+                worker = link.node_name(),
+                model, reason, "it declines all questions, and no token comes from it"
+            );
+            None
+        }
     };
     mesh.proved(id, proof, sample, asked);
 }
@@ -373,8 +388,10 @@ struct Probe<'a> {
     asked: Instant,
     /// Time of the worker's last sign of life.
     alive: Instant,
-    /// The worker says what the probe waits for.
-    tells: bool,
+    /// When the probe was sent, or its last token came.
+    got_on: Instant,
+    /// When the worker last said what the probe waits for.
+    told: Option<Instant>,
 }
 
 /// Reasons why a probe brought no proof.
@@ -384,11 +401,17 @@ enum Unproven {
     Silent,
     /// A real answer's token came meanwhile, or the worker is busy with real requests, whose tokens will come.
     Needless,
+    /// The worker has no room for it, or drains.
+    Declined(String),
 }
 
 impl From<Failure> for Unproven {
     fn from(failure: Failure) -> Self {
         Self::Failed(match failure {
+            Failure::Error {
+                code: code @ (ErrorCode::WORKER_BUSY | ErrorCode::DRAINING),
+                text,
+            } => return Self::Declined(format!("{code}: {text}")),
             Failure::Lost(text) | Failure::Died(text) | Failure::Nonsense(text) => text,
             Failure::Error { code, text } => format!("{code}: {text}"),
         })
@@ -471,6 +494,7 @@ impl Probe<'_> {
                             Some(_) => after_first += tokens.tokens.len() as u32,
                         }
                         last = now;
+                        (self.alive, self.got_on) = (now, now);
                     }
                     answer.tokens_came(attempt, tokens, now)
                 }
@@ -566,23 +590,32 @@ impl Probe<'_> {
                 return Ok(outcome);
             }
             let now = Instant::now();
+            let seen = self.last_token();
+            if seen.is_some_and(|at| at >= self.asked) {
+                return Err(Unproven::Needless);
+            }
             // An older worker does not say what a request waits for, but its reports say whether requests wait.
             let busy = self.mesh.with_registry(|registry| {
                 let worker = registry.get(self.id);
                 let proof = self.mesh.config.request_timeout;
                 worker.is_some_and(|worker| worker.is_busy(limit, proof, now))
             });
-            if self.tells || !busy {
+            // One step of a slow machine may take longer. A ring that stands still must be found out, and has others to ask.
+            let slow = self.proof.ring.is_none()
+                && self
+                    .told
+                    .is_some_and(|at| now.saturating_duration_since(at) < TOLD);
+            if !slow && (self.told.is_some() || !busy) {
                 return Err(Unproven::Silent);
             }
             self.alive = now;
-            self.is_needed(true)?;
+            self.is_needed(!slow)?;
         }
     }
 
     fn lives(&mut self, progress: &Progress) -> Result<(), Unproven> {
-        self.tells = true;
         let now = Instant::now();
+        self.told = Some(now);
         if let Some(moment) = now.checked_sub(Duration::from_millis(progress.quiet_ms)) {
             self.alive = self.alive.max(moment);
         }
@@ -600,22 +633,25 @@ impl Probe<'_> {
         if waited < limit {
             return Ok(());
         }
-        let proven = self.mesh.with_registry(|registry| {
-            let worker = registry.get(self.id);
-            let models = worker.map(|worker| worker.models.as_slice());
-            let mut models = models.unwrap_or_default().iter();
-            models.any(|m| {
-                m.card.name == self.proof.model && m.last_success.is_some_and(|at| at >= self.asked)
-            })
-        });
+        let proven = self.last_token().is_some_and(|at| at >= self.asked);
         if proven || queued {
             return Err(Unproven::Needless);
         }
-        // Signs of life are words only. A few tokens do not take so long.
-        if waited >= limit.saturating_mul(SIGNS_FOR) {
+        // Signs of life are words only. One token does not take so long.
+        if self.got_on.elapsed() >= limit.saturating_mul(SIGNS_FOR) {
             return Err(Unproven::Silent);
         }
         Ok(())
+    }
+
+    /// When a token of a real answer of this model last came.
+    fn last_token(&self) -> Option<Instant> {
+        self.mesh.with_registry(|registry| {
+            let worker = registry.get(self.id)?;
+            let mut models = worker.models.iter();
+            let meant = models.find(|model| model.card.name == self.proof.model);
+            meant.and_then(|model| model.last_token())
+        })
     }
 }
 
@@ -665,7 +701,9 @@ const CONTROL_BURST: u32 = 100;
 const CONTROL_WINDOW: Duration = Duration::from_secs(1);
 /// Interval at which it is looked who is to prove itself.
 const PROOF_PAUSE: Duration = Duration::from_millis(250);
-/// Multiples of `first_token_limit` for which signs of life alone keep a probe going.
+/// Time for which what a worker says of a probe counts.
+const TOLD: Duration = Duration::from_secs(10);
+/// Multiples of `first_token_limit` for which signs of life without a token keep a probe going.
 const SIGNS_FOR: u32 = 4;
 /// Tokens of a probe whose time says something.
 const LEAST_MEASURED: u32 = 4;

@@ -24,9 +24,13 @@ use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use crate::config::Config;
 use crate::core::duplicates::{Duplicate, Duplicates, Machine};
 use crate::core::fair::{Ingress, Origin};
+use crate::core::held_back::{HeldBack, Words};
 use crate::core::memory::{Memory, TooMuch};
 use crate::core::placement::{Asked, Ended, Placed, Placement, Received, Refusal, Ticket};
-use crate::core::registry::{Finding, Proof, Registry, ServedModel, TokenClock, Worker, WorkerId};
+use crate::core::registry::{
+    Finding, Proof, Registry, ServedModel, Service, TokenClock, Worker, WorkerId,
+};
+use crate::core::replicas::Replicas;
 use crate::core::rings::{Arrival, Prospect, Rings};
 use crate::core::router::Ask;
 use crate::core::spotcheck::{Sample, Standing as Checked};
@@ -85,6 +89,7 @@ struct State {
     /// Names under which workers serve different models.
     mixed: BTreeSet<String>,
     duplicates: Duplicates,
+    held_back: HeldBack,
     /// Time of the last check of the links.
     links_seen: Option<Instant>,
     /// When the gauges of rings were last set.
@@ -121,19 +126,6 @@ pub struct Rival {
     name: String,
     host: String,
     orders: mpsc::Sender<Message>,
-}
-
-/// Who serves a model.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Replicas {
-    /// What it makes; `None` if nobody serves it now.
-    pub kind: Option<ModelKind>,
-    /// Workers with the same weights that may be asked for embeddings.
-    pub workers: usize,
-    /// SHA-256 of those weights.
-    pub fingerprint: Option<String>,
-    /// Length of its vectors.
-    pub dimensions: u32,
 }
 
 /// How to reach the worker of an [`Assignment`].
@@ -174,6 +166,7 @@ impl Mesh {
             tracker: Tracker::new().with_pins(pins_file.load()?),
             mixed: BTreeSet::new(),
             duplicates: Duplicates::default(),
+            held_back: HeldBack::default(),
             links_seen: None,
             gauged: None,
             listened: None,
@@ -298,43 +291,9 @@ impl Mesh {
         registry.default_model(ModelKind::Embed, Instant::now())
     }
 
-    /// Who serves this model: how many, and which of several weights of that name most of them have.
+    /// Who serves this model.
     pub fn replicas(&self, name: &str) -> Replicas {
-        let state = self.lock();
-        let mut found = Replicas::default();
-        let mut by_weights = BTreeMap::<&str, usize>::new();
-        let workers = || state.placement.registry.iter();
-        let answers = |model: &ServedModel| {
-            model.card.name == name && model.proven && model.standing == Checked::Cleared
-        };
-        let any_answers = workers().flat_map(|worker| &worker.models).any(answers);
-        let counts =
-            |model: &&ServedModel| model.card.name == name && (!any_answers || answers(model));
-        for worker in workers() {
-            let served = worker.models.iter().find(counts);
-            let Some(card) = served.map(|model| &model.card) else {
-                continue;
-            };
-            found.kind.get_or_insert(card.kind());
-            if !worker.draining && worker.is_for("embeddings") {
-                *by_weights.entry(&card.fingerprint).or_default() += 1;
-            }
-        }
-        let most = by_weights.into_iter().max_by_key(|(_, workers)| *workers);
-        if let Some((fingerprint, workers)) = most {
-            found.workers = workers;
-            found.fingerprint = Some(fingerprint.to_owned());
-        }
-        let same = |model: &&ServedModel| {
-            counts(model)
-                && found
-                    .fingerprint
-                    .as_ref()
-                    .is_none_or(|f| *f == model.card.fingerprint)
-        };
-        let card = workers().flat_map(|worker| &worker.models).find(same);
-        found.dimensions = card.map_or(0, |model| model.card.dimensions);
-        found
+        self.with_registry(|registry| Replicas::of(registry, name, Instant::now()))
     }
 
     /// Whether a worker serves this model now or did lately, or workers offer its layers.
@@ -576,6 +535,7 @@ impl Mesh {
 
     /// What is due by now: silent workers are pruned, waiting requests looked at again, gauges and readiness set.
     pub fn keep_house(&self) {
+        self.hear_held_back();
         let now = Instant::now();
         let mut state = self.lock();
         state.listen(now);
@@ -623,6 +583,28 @@ impl Mesh {
         match readiness {
             Ok(()) => self.health.set_ready(),
             Err(reason) => self.health.set_unready(reason),
+        }
+    }
+
+    /// Takes in what workers said of models and rings in a quarantine that is over.
+    fn hear_held_back(&self) {
+        let now = Instant::now();
+        let words = {
+            let mut guard = self.lock();
+            let state = &mut *guard;
+            let registry = &state.placement.registry;
+            state.held_back.take(|id| {
+                let node = registry.get(id)?.node_id()?;
+                Some(registry.is_out(node, now))
+            })
+        };
+        for (id, Words { offer, models }) in words {
+            if let Some(offer) = offer {
+                self.offered(id, offer);
+            }
+            if let Some(models) = models {
+                self.models_said(id, models);
+            }
         }
     }
 
@@ -707,6 +689,7 @@ impl Mesh {
                     .is_some_and(|node| registry.is_out(node, now));
                 model.answers(now)
                     && !out
+                    && registry.has_name(model, now) != Service::Out
                     && model.standing != Checked::Held
                     && in_service
                     && asked.is_none_or(|asked| asked == model.card.name)
@@ -760,6 +743,9 @@ impl Mesh {
             ticket,
             tokens_seen: worker.map(|worker| worker.tokens_seen.clone()),
             process: state.peers.get(&placed.worker).map_or(0, |p| p.instance),
+            of_model: worker
+                .and_then(|worker| worker.model(&placed.model))
+                .map(|model| model.tokens_seen.clone()),
             placed,
             route,
             ended: Ended::Cancelled,
@@ -786,6 +772,13 @@ impl Mesh {
             self.follow_finding(state, finding, now);
         }
         self.turn(state, now);
+    }
+
+    /// A worker declines the head's question. Says whether that is excused.
+    pub fn declined(&self, id: WorkerId, model: &str) -> bool {
+        let mut state = self.lock();
+        let registry = &mut state.placement.registry;
+        registry.declined(id, model, Instant::now())
     }
 
     fn follow_finding(&self, state: &mut State, finding: Finding, now: Instant) {
@@ -1025,6 +1018,8 @@ pub struct Assignment {
     ended: Ended,
     received: Mutex<Received>,
     tokens_seen: Option<TokenClock>,
+    /// The same for the model alone.
+    of_model: Option<TokenClock>,
 }
 
 impl Assignment {
@@ -1040,7 +1035,7 @@ impl Assignment {
 
     /// Tokens came.
     pub fn received(&self, tokens: usize, first: bool, now: Instant) {
-        if let Some(seen) = &self.tokens_seen {
+        for seen in [&self.tokens_seen, &self.of_model].into_iter().flatten() {
             seen.note(now);
         }
         let mut received = self.received.lock().unwrap_or_else(PoisonError::into_inner);

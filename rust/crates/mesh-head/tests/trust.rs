@@ -68,6 +68,17 @@ async fn a_liar_gets_no_request_and_is_out_within_30_s() {
     for name in ["one", "two"] {
         assert_eq!(shown(&head, name).await["state"], "ready");
     }
+    // An operator who knows better ends it.
+    let readmit = || async {
+        let request = head.http.post(head.url("/v1/mesh/nodes/readmit"));
+        let body = json!({ "node": "liar" });
+        let request = request.bearer_auth(head.admin_key()).json(&body);
+        request.send().await.unwrap().status().as_u16()
+    };
+    assert_eq!(readmit().await, 200);
+    assert_ne!(shown(&head, "liar").await["state"], "quarantined");
+    let (_, mesh) = head.get("/v1/mesh").await;
+    assert_eq!(mesh["quarantined"], json!([]));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -58,7 +58,12 @@ fn show(answer: &Value) -> String {
         false => table(&["NAME", "FINGERPRINT", "PINNED BY"], &rows),
     };
     for conflict in answer["name_conflicts"].as_array().into_iter().flatten() {
-        text += &format!("warning: {} is claimed for", plain(&conflict["name"]));
+        let served = conflict["served"] == true;
+        text += &format!(
+            "warning: {} is {} for",
+            plain(&conflict["name"]),
+            if served { "served" } else { "claimed" }
+        );
         let claims = conflict["claims"].as_object().into_iter().flatten();
         for (fingerprint, workers) in claims {
             let workers = workers.as_array().into_iter().flatten();
@@ -66,6 +71,9 @@ fn show(answer: &Value) -> String {
             text += &format!(" {:.12} by {};", fingerprint, workers.join(", "));
         }
         text.pop();
+        if served {
+            text += " (fingerprints of files, which cannot be pinned; stop one of them, or give its model another name)";
+        }
         text += "\n";
     }
     text
@@ -83,13 +91,15 @@ mod tests {
                 {"name": "org/m", "fingerprint": a, "worker": "pi\u{1b}", "operator": false},
                 {"name": "m", "fingerprint": a, "worker": "", "operator": true},
             ],
-            "name_conflicts": [{"name": "m", "claims": {"aaaaaaaaaaaaaaaa": ["x", "y"], "bbbbbbbbbbbbbbbb": ["z"]}}],
+            "name_conflicts": [{"name": "m", "claims": {"aaaaaaaaaaaaaaaa": ["x", "y"], "bbbbbbbbbbbbbbbb": ["z"]}},
+                {"name": "n", "served": true, "claims": {"cccccccccccccccc": ["x"], "dddddddddddddddd": ["z"]}}],
         });
         let text = show(&answer);
         for part in [
             "first from pi\n",
             "an operator",
             "warning: m is claimed for aaaaaaaaaaaa by x, y; bbbbbbbbbbbb by z\n",
+            "warning: n is served for cccccccccccc by x; dddddddddddd by z (fingerprints of files, which cannot be pinned",
         ] {
             assert!(text.contains(part), "{part}: {text}");
         }

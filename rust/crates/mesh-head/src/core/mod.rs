@@ -9,11 +9,13 @@
 //! - [`fair`]: whose turn it is in that queue.
 //! - [`request`]: the life of one answer across worker deaths.
 //! - [`embedding`]: a request for embeddings cut into parts for several workers.
-//! - [`reputation`]: which nodes failed, gave wrong answers or are expelled, and for how long they get nothing.
+//! - [`replicas`]: the workers among which a request for embeddings is divided.
+//! - [`reputation`]: which nodes failed or gave wrong answers, and for how long they get nothing.
 //! - [`spotcheck`]: the same question to several workers, and what follows from their answers.
 //! - [`speed`]: speeds as the head measures them.
 //! - [`rings`]: models that no single worker serves: who holds which layers, and what happens when one is lost.
 //! - [`tracker`]: which worker has which pieces of which model, and who goes outside the mesh for one.
+//! - [`held_back`]: what nodes in quarantine say counts when that is over.
 //! - [`dedup`]: a repeated DCF task does not run twice.
 //! - [`outbox`]: answers that no datagram holds go out as their receivers can take them.
 
@@ -22,12 +24,14 @@ pub mod dedup;
 pub mod duplicates;
 pub mod embedding;
 pub mod fair;
+pub mod held_back;
 pub mod length;
 pub mod memory;
 pub mod outbox;
 pub mod placement;
 pub mod proof;
 pub mod registry;
+pub mod replicas;
 pub mod reputation;
 pub mod request;
 pub mod rings;

@@ -210,7 +210,8 @@ impl Placement {
     pub fn new(registry: Registry, limits: Limits) -> Self {
         let router = Router::new(limits.capacity);
         Self {
-            registry,
+            // As long as requests wait for a worker to come back, the name waits for its weights.
+            registry: registry.with_handover(limits.rejoin_grace),
             router,
             limits,
             queue: FairQueue::new(limits.queue),

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use dcf::Version;
 use mesh_proto::{Hello, Load, ModelCard, ModelKind, ModelSpeed};
 
-use super::reputation::{Out, Reputation};
+use super::reputation::Reputation;
 use super::speed::Measured;
 use super::spotcheck::{Peer, Question, Sample, Schedule, SpotChecks, Standing, Verdict, Weights};
 
@@ -71,10 +71,14 @@ pub struct ServedModel {
     unanswered: u32,
     /// Time before which it is not asked again.
     retry_at: Option<Instant>,
+    /// Time since which it declines the head's questions for want of room.
+    declines_since: Option<Instant>,
+    /// Time of the last token of an answer of this model.
+    pub tokens_seen: TokenClock,
 }
 
 /// Whether a worker gets requests for a model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Service {
     /// It answers.
     Serves,
@@ -96,7 +100,24 @@ impl ServedModel {
     pub fn succeeded(&mut self, now: Instant) {
         (self.proven, self.failing) = (true, false);
         self.last_success = Some(now);
-        (self.unanswered, self.retry_at) = (0, None);
+        (self.unanswered, self.retry_at, self.declines_since) = (0, None, None);
+    }
+
+    /// Time at which a token of an answer of this model last came: also of one that began long ago.
+    pub fn last_token(&self) -> Option<Instant> {
+        self.last_success.max(self.tokens_seen.last())
+    }
+
+    /// It declines a question because it is full or drains. That is no silence, unless nothing came of it in all of `limit`. Says
+    /// whether it is excused.
+    pub fn declined(&mut self, limit: Duration, now: Instant) -> bool {
+        let since = *self.declines_since.get_or_insert(now);
+        let since = self.last_token().map_or(since, |token| since.max(token));
+        let excused = now.saturating_duration_since(since) < limit;
+        if excused {
+            self.retry_at = Some(now + RETRY);
+        }
+        excused
     }
 
     /// An attempt failed: it is to prove anew that it answers.
@@ -105,6 +126,13 @@ impl ServedModel {
             self.trial_since = now;
         }
         (self.proven, self.failing) = (false, true);
+    }
+
+    /// It is as one that has just joined.
+    fn begins_anew(&mut self, now: Instant) {
+        (self.proven, self.failing) = (false, false);
+        (self.unanswered, self.retry_at, self.declines_since) = (0, None, None);
+        self.trial_since = now;
     }
 
     /// Whether it is to be asked for a proof, unless it is known to answer.
@@ -198,6 +226,8 @@ impl ServedModel {
             trial_since: now,
             unanswered: 0,
             retry_at: None,
+            declines_since: None,
+            tokens_seen: TokenClock::new(now),
         }
     }
 }
@@ -330,7 +360,7 @@ impl Worker {
         if came {
             model.succeeded(now);
             self.last_success = Some(now);
-        } else if model.last_success.is_none_or(|at| at < asked) {
+        } else if model.last_token().is_none_or(|at| at < asked) {
             // A real answer meanwhile is a proof, too.
             model.failed(now);
             let wait = RETRY.saturating_mul(1 << model.unanswered.min(16));
@@ -428,6 +458,8 @@ pub struct Registry {
     proven_rings: BTreeMap<u64, Instant>,
     trial: Duration,
     check_interval: Duration,
+    /// Time after which a name whose weights no worker has any more may stand for others.
+    handover: Duration,
     next_id: u64,
 }
 
@@ -489,6 +521,7 @@ impl Registry {
             proven_rings: BTreeMap::new(),
             trial: Duration::from_secs(30),
             check_interval: Duration::from_secs(300),
+            handover: NAME_MEMORY,
             next_id: 1,
         }
     }
@@ -499,6 +532,15 @@ impl Registry {
         Self {
             trial,
             check_interval,
+            ..self
+        }
+    }
+
+    /// How long a name whose weights no worker has any more waits for one that has them.
+    #[must_use]
+    pub fn with_handover(self, handover: Duration) -> Self {
+        Self {
+            handover: handover.min(NAME_MEMORY),
             ..self
         }
     }
@@ -792,19 +834,79 @@ impl Registry {
 
     /// Whether this worker gets requests for this model of its own.
     pub fn service(&self, worker: &Worker, model: &ServedModel, now: Instant) -> Service {
+        let another = || {
+            self.iter().any(|other| {
+                let named = other.model(&model.card.name);
+                other.id != worker.id
+                    && named.is_some_and(|m| {
+                        is_available(other, m)
+                            && self.has_name(m, now) == Service::Serves
+                            && self.can_replace(other, m, now)
+                    })
+            })
+        };
+        self.service_beside(worker, model, now, another)
+    }
+
+    /// The same for a request that `another` worker takes, too, or none does.
+    pub fn service_beside(
+        &self,
+        worker: &Worker,
+        model: &ServedModel,
+        now: Instant,
+        another: impl FnOnce() -> bool,
+    ) -> Service {
         let Some(node) = worker.node_id() else {
             return Service::Out;
         };
-        let name = model.card.name.as_str();
         if self.is_out(node, now) || model.standing == Standing::Held {
             return Service::Out;
         }
-        if let Some(until) = self.reputation.paused_until(node, name, now) {
-            return match until - now <= SHORT_PAUSE {
+        let paused = self.paused(node, &model.card.name, now, another);
+        paused.unwrap_or_else(|| self.unpaused(model, now))
+    }
+
+    /// Whether this worker answers for this model in place of one that is paused.
+    pub fn can_replace(&self, worker: &Worker, model: &ServedModel, now: Instant) -> bool {
+        let Some(node) = worker.node_id() else {
+            return false;
+        };
+        let paused = self
+            .reputation
+            .paused_until(node, &model.card.name, now)
+            .is_some();
+        !paused
+            && !self.is_out(node, now)
+            && model.standing != Standing::Held
+            && match self.unpaused(model, now) {
+                Service::Serves => true,
+                // A newcomer may never answer; one that did is asked again at once.
+                Service::Soon => model.last_success.is_some(),
+                Service::Out => false,
+            }
+    }
+
+    /// What a pause makes of a worker. A long one counts while `another` answers: without one it would keep requests from the only
+    /// worker that may answer them.
+    fn paused(
+        &self,
+        key: &str,
+        model: &str,
+        now: Instant,
+        another: impl FnOnce() -> bool,
+    ) -> Option<Service> {
+        let until = self.reputation.paused_until(key, model, now)?;
+        if another() {
+            return Some(match until - now <= SHORT_PAUSE {
                 true => Service::Soon,
                 false => Service::Out,
-            };
+            });
         }
+        let since = self.reputation.paused_since(key, model)?;
+        (now.saturating_duration_since(since) < SHORT_PAUSE).then_some(Service::Soon)
+    }
+
+    fn unpaused(&self, model: &ServedModel, now: Instant) -> Service {
         let on_trial = now.saturating_duration_since(model.trial_since) < self.trial;
         match (model.proven, model.standing) {
             (true, Standing::Cleared) => Service::Serves,
@@ -815,34 +917,84 @@ impl Registry {
     }
 
     /// The same for a worker without an identity, which serves plain tasks.
-    pub fn legacy_service(&self, worker: &Worker, now: Instant) -> Service {
-        match self.reputation.paused_until(&worker.key(), "", now) {
-            None => Service::Serves,
-            Some(until) if until - now <= SHORT_PAUSE => Service::Soon,
-            Some(_) => Service::Out,
-        }
+    pub fn legacy_service(
+        &self,
+        worker: &Worker,
+        now: Instant,
+        another: impl FnOnce() -> bool,
+    ) -> Service {
+        let paused = self.paused(&worker.key(), "", now, another);
+        paused.unwrap_or(Service::Serves)
     }
 
-    /// Whether this node is out: in quarantine or expelled. It gets no requests, holds no part of a ring and gives nobody a model.
+    /// Whether this node is in quarantine. It gets no requests, holds no part of a ring and gives nobody a model.
     pub fn is_out(&self, node_id: &str, now: Instant) -> bool {
-        self.reputation.out(node_id, now).is_some()
+        self.reputation.quarantined(node_id, now).is_some()
     }
 
     /// Why this node is out, in words.
     pub fn why_out(&self, node_id: &str, now: Instant) -> Option<String> {
-        Some(match self.reputation.out(node_id, now)? {
-            Out::Expelled(reason) => format!("expelled: {reason}"),
-            Out::Quarantined { until, reason } => {
-                let left = (until - now).as_secs();
-                format!("in quarantine for another {left} s: {reason}")
+        let found = self.reputation.quarantined(node_id, now)?;
+        let left = (found.until - now).as_secs();
+        Some(format!(
+            "in quarantine for another {left} s: {}",
+            found.reason
+        ))
+    }
+
+    /// An operator ends a node's quarantine and forgives its faults: it begins anew. Says whether it was in quarantine.
+    pub fn readmit(&mut self, node_id: &str, now: Instant) -> bool {
+        let was_out = self.is_out(node_id, now);
+        self.reputation.readmit(node_id);
+        self.checks.forget(node_id);
+        self.disputes.remove(node_id);
+        let entry = self.workers.values_mut();
+        for worker in entry.filter(|worker| worker.node_id() == Some(node_id)) {
+            for model in &mut worker.models {
+                model.begins_anew(now);
             }
+            worker.proven = false;
+        }
+        self.refresh_all(now);
+        was_out
+    }
+
+    /// Whether a model's name stands for the weights of this one, or soon does: they differ from those in use, which no worker has now.
+    pub fn has_name(&self, model: &ServedModel, now: Instant) -> Service {
+        let name = model.card.name.as_str();
+        match self.weights_of(name) {
+            None => Service::Serves,
+            Some(used) if used == model.card.fingerprint => Service::Serves,
+            Some(used) if self.holds(name, used, now) => Service::Out,
+            Some(_) => Service::Soon,
+        }
+    }
+
+    /// Whether a worker that may get requests has these weights under this name.
+    pub fn holds(&self, name: &str, weights: &str, now: Instant) -> bool {
+        self.iter().any(|worker| {
+            let mut same = worker
+                .models
+                .iter()
+                .filter(|m| m.card.name == name && m.card.fingerprint == weights);
+            same.any(|model| is_available(worker, model))
+                && worker.node_id().is_some_and(|node| !self.is_out(node, now))
         })
     }
 
     /// Why a worker gets no requests for one of its models now, in words.
     pub fn why_not(&self, worker: &Worker, model: &ServedModel, now: Instant) -> Option<String> {
         if self.service(worker, model, now) == Service::Serves {
-            return None;
+            return match self.has_name(model, now) {
+                Service::Serves => None,
+                Service::Soon => Some(
+                    "it serves other weights than those in use until a moment ago, and is asked soon"
+                        .to_owned(),
+                ),
+                Service::Out => {
+                    Some("it serves other weights than those in use under this name".to_owned())
+                }
+            };
         }
         let node = worker.node_id().unwrap_or_default();
         if let Some(out) = self.why_out(node, now) {
@@ -942,10 +1094,11 @@ impl Registry {
             // One that it is not kept for is shown to answer, and no more.
             let checked =
                 worker.is_for(purpose) && self.checks.is_due(&model.weights(), &subject, now);
-            let wanted = match model.proven {
-                true => checked || (stale && idle),
-                false => model.may_be_asked(now),
-            };
+            let wanted = model.may_be_asked(now)
+                && match model.proven {
+                    true => checked || (stale && idle),
+                    false => true,
+                };
             // For a ring the token goes through every stage. Its driver answers until the ring has moved away.
             (!worker.draining || model.ring.is_some()) && wanted
         };
@@ -1009,6 +1162,15 @@ impl Registry {
         findings
     }
 
+    /// A worker declines a question because it is full or drains. Says whether that is excused, see [`ServedModel::declined`].
+    pub fn declined(&mut self, id: WorkerId, model: &str, now: Instant) -> bool {
+        let limit = self.trial;
+        let worker = self.workers.get_mut(&id);
+        let mut models = worker.into_iter().flat_map(|worker| &mut worker.models);
+        let meant = models.find(|served| served.card.name == model);
+        meant.is_none_or(|served| served.declined(limit, now))
+    }
+
     /// A client's request shows that this worker answers for the ring that it drives.
     pub fn ring_answered(&mut self, ring: u64, now: Instant) {
         if self.proven_rings.len() >= RINGS && !self.proven_rings.contains_key(&ring) {
@@ -1022,14 +1184,22 @@ impl Registry {
         let mut texts: Vec<String> = self.disputes.values().cloned().collect();
         for quarantined in self.reputation.view(now) {
             texts.push(format!(
-                "worker `{}` is in quarantine for another {:.0} s: {}; find out what it runs, or expel it",
+                "worker `{}` is in quarantine for another {:.0} s: {}; find out what it runs, and expel it, or readmit it when it is mended",
                 quarantined.name, quarantined.seconds_left, quarantined.reason
             ));
         }
         for worker in self.iter() {
             for model in &worker.models {
                 let (name, weights) = (&model.card.name, &model.card.fingerprint);
-                if let Some(used) = self.weights_of(name).filter(|used| used != weights) {
+                let used = self.weights_of(name);
+                if let Some(used) = used.filter(|_| weights.is_empty()) {
+                    texts.push(format!(
+                        "worker `{}` does not say which weights it serves under the name {name:?}, and gets no requests for it while others \
+                         serve those in use ({}); update it",
+                        worker.name,
+                        short(used)
+                    ));
+                } else if let Some(used) = used.filter(|used| used != weights) {
                     texts.push(format!(
                         "worker `{}` serves other weights under the name {name:?} ({}) than those in use ({}), and gets no requests for \
                          it; give its model another name, or stop the workers with the others",
@@ -1190,28 +1360,52 @@ impl Registry {
         for id in waits {
             self.refresh(id, now);
         }
-        for worker in self.workers.values() {
-            for model in &worker.models {
-                if self.service(worker, model, now) != Service::Serves {
-                    continue;
-                }
-                let (name, weights) = (&model.card.name, &model.card.fingerprint);
-                if let Some((used, seen)) = self.names.get_mut(name) {
-                    if used == weights {
-                        *seen = now;
-                    }
-                } else if self.names.len() < KNOWN_MODELS {
-                    self.names.insert(name.clone(), (weights.clone(), now));
-                }
-            }
-        }
-        self.names
-            .retain(|_, (_, seen)| now.saturating_duration_since(*seen) < NAME_MEMORY);
+        self.settle_names(now);
         let connected = |subject: &String| {
             ring_of_subject(subject).is_some()
                 || self.workers.values().any(|w| w.node_id() == Some(subject))
         };
         self.disputes.retain(|subject, _| connected(subject));
+    }
+
+    /// Settles which weights names stand for.
+    fn settle_names(&mut self, now: Instant) {
+        let mut serving = Vec::new();
+        for worker in self.workers.values() {
+            for model in &worker.models {
+                let (name, weights) = (&model.card.name, &model.card.fingerprint);
+                // Whoever gets no requests keeps no name from those who would, and weights that nobody names are nobody's.
+                if !weights.is_empty()
+                    && is_available(worker, model)
+                    && self.service(worker, model, now) == Service::Serves
+                {
+                    serving.push((name.clone(), weights.clone()));
+                }
+            }
+        }
+        for (name, weights) in &serving {
+            if let Some((used, seen)) = self.names.get_mut(name)
+                && used == weights
+            {
+                *seen = now;
+            }
+        }
+        let over = |(name, (used, seen)): (&String, &(String, Instant))| {
+            let memory = match self.holds(name, used, now) {
+                true => NAME_MEMORY,
+                false => self.handover,
+            };
+            (now.saturating_duration_since(*seen) >= memory).then(|| name.clone())
+        };
+        let over: Vec<String> = self.names.iter().filter_map(over).collect();
+        for name in over {
+            self.names.remove(&name);
+        }
+        for (name, weights) in serving {
+            if self.names.contains_key(&name) || self.names.len() < KNOWN_MODELS {
+                self.names.entry(name).or_insert((weights, now));
+            }
+        }
     }
 
     fn insert(
@@ -1310,6 +1504,15 @@ fn plausible(mut card: ModelCard) -> ModelCard {
         text.truncate(text.floor_char_boundary(NAME_BYTES));
     }
     card
+}
+
+/// Whether a worker takes requests for what this model makes. The driver of a ring answers until the ring has moved away from it.
+fn is_available(worker: &Worker, model: &ServedModel) -> bool {
+    let purpose = match model.card.kind() {
+        ModelKind::Chat => "chat",
+        ModelKind::Embed => "embeddings",
+    };
+    (!worker.draining || model.ring.is_some()) && worker.is_for(purpose)
 }
 
 fn subject_of_ring(ring: u64) -> String {
@@ -1603,6 +1806,28 @@ mod tests {
     }
 
     #[test]
+    fn an_operator_ends_a_quarantine_and_the_node_proves_itself_anew() {
+        let now = Instant::now();
+        let mut registry = Registry::new(Duration::from_secs(10));
+        let id = serving(&mut registry, "a", now);
+        registry.prove_all(id, now);
+        let service = |registry: &Registry| {
+            let worker = registry.get(id).unwrap();
+            registry.service(worker, &worker.models[0], now)
+        };
+        registry.reputation.quarantine("a", "a", "it lies", now);
+        registry.reputation.quarantine("a", "a", "it lies", now);
+        assert_eq!(service(&registry), Service::Out);
+        assert!(registry.readmit("a", now));
+        assert_eq!(service(&registry), Service::Soon);
+        registry.prove_all(id, now);
+        assert_eq!(service(&registry), Service::Serves);
+        let next = registry.reputation.quarantine("a", "a", "it lies", now);
+        assert_eq!(next, Duration::from_secs(60), "as the first time");
+        assert!(!registry.readmit("b", now));
+    }
+
+    #[test]
     fn two_that_differ_are_both_named_and_the_junior_one_waits() {
         let mut now = Instant::now();
         let mut registry = Registry::new(Duration::from_secs(10));
@@ -1647,6 +1872,47 @@ mod tests {
         assert_eq!(service(&registry, two), Service::Serves);
         registry.serve(one, 8, card(), now);
         assert_eq!(service(&registry, one), Service::Soon, "another ring");
+    }
+
+    #[test]
+    fn one_that_declines_questions_is_full_unless_nothing_comes_of_it() {
+        let start = Instant::now();
+        let mut registry = Registry::new(Duration::from_secs(10));
+        let id = serving(&mut registry, "a", start);
+        registry.prove_all(id, start);
+        let at = |seconds| start + Duration::from_secs(seconds);
+        assert!(registry.declined(id, "tiny", at(100)));
+        assert!(
+            registry
+                .proofs_due(id, &BTreeSet::new(), 7, at(100))
+                .is_empty(),
+            "not at once again"
+        );
+        assert!(registry.declined(id, "tiny", at(129)));
+        let model = &registry.get(id).unwrap().models[0];
+        assert!(model.proven);
+        // An answer that began long ago goes on.
+        model.tokens_seen.note(at(129));
+        assert!(registry.declined(id, "tiny", at(155)));
+        assert!(
+            !registry.declined(id, "tiny", at(160)),
+            "it only says that it is full"
+        );
+    }
+
+    #[test]
+    fn a_token_of_a_long_answer_disproves_silence() {
+        let start = Instant::now();
+        let mut registry = Registry::new(Duration::from_secs(10));
+        let id = serving(&mut registry, "a", start);
+        registry.prove_all(id, start);
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let worker = registry.get_mut(id).unwrap();
+        worker.models[0].tokens_seen.note(at(110));
+        worker.probed("tiny", false, at(100), at(130));
+        assert!(worker.models[0].proven);
+        worker.probed("tiny", false, at(120), at(150));
+        assert!(!worker.models[0].proven);
     }
 
     #[test]

@@ -1,11 +1,13 @@
-//! The head's opinion of the nodes of its mesh: which failed, which gave wrong answers, which are expelled, and how long that keeps
-//! them from getting requests.
+//! The head's opinion of the nodes of its mesh: which failed, which gave wrong answers, and how long that keeps them from getting
+//! requests.
 //!
-//! Records are kept by node id, so a node that connects again meets its own past. Time comes in as an argument. There are three reasons
-//! to leave a node out ([`Out`]):
+//! Records are kept by node id, so a node that connects again meets its own past. Time comes in as an argument. There are two reasons
+//! to leave a node out:
 //! - it is *paused* for one model after repeated faults: the pause doubles with every fault and shrinks with every complete answer;
-//! - it is in *quarantine* because its answers differ from those of the others: one minute, then four times as long with every repeat;
-//! - it is *expelled* by an operator (or by whatever else judges nodes), until it is readmitted.
+//! - it is in *quarantine* because its answers differ from those of the others: one minute, then four times as long with every repeat, unless an
+//!   operator readmits it.
+//!
+//! Nodes that are expelled have no links: [`mesh_net::trust::DenyList`].
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -18,18 +20,13 @@ pub struct Reputation {
     nodes: BTreeMap<String, Record>,
 }
 
-/// A reason to give a node nothing.
+/// Why a node gets nothing: its answers differed from those of others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Out<'a> {
-    /// Its answers differed from those of others.
-    Quarantined {
-        /// End of the quarantine.
-        until: Instant,
-        /// How it was found out.
-        reason: &'a str,
-    },
-    /// It is banned until it is readmitted.
-    Expelled(&'a str),
+pub struct Quarantine<'a> {
+    /// Its end.
+    pub until: Instant,
+    /// How the node was found out.
+    pub reason: &'a str,
 }
 
 /// A node in quarantine, for people.
@@ -54,7 +51,6 @@ struct Record {
     faults: BTreeMap<String, Faults>,
     quarantine: Option<(Instant, String)>,
     quarantines: u32,
-    expelled: Option<String>,
     /// Time at which it first answered the head's question rightly, as far as anybody could tell.
     serves_since: Option<Instant>,
     /// Time of the last event.
@@ -114,6 +110,11 @@ impl Reputation {
         (now < until).then_some(until)
     }
 
+    /// Time of the fault that a pause is for.
+    pub fn paused_since(&self, node: &str, model: &str) -> Option<Instant> {
+        Some(self.nodes.get(node)?.faults.get(model)?.last)
+    }
+
     /// Puts a node into quarantine, four times as long as the last time. Returns for how long.
     pub fn quarantine(&mut self, node: &str, name: &str, reason: &str, now: Instant) -> Duration {
         let Some(record) = self.record(node, now) else {
@@ -130,29 +131,16 @@ impl Reputation {
         length
     }
 
-    /// Bans a node until [`Reputation::readmit`].
-    pub fn expel(&mut self, node: &str, reason: &str, now: Instant) {
-        if let Some(record) = self.record(node, now) {
-            record.expelled = Some(reason.to_owned());
-        }
-    }
-
-    /// Takes a node's ban, quarantine and faults back.
+    /// Takes a node's quarantine and faults back.
     pub fn readmit(&mut self, node: &str) {
         self.nodes.remove(node);
     }
 
-    /// The reason why this node gets nothing at all, if there is one.
-    pub fn out(&self, node: &str, now: Instant) -> Option<Out<'_>> {
-        let record = self.nodes.get(node)?;
-        if let Some(reason) = &record.expelled {
-            return Some(Out::Expelled(reason));
-        }
-        let (until, reason) = record.quarantine.as_ref()?;
-        (now < *until).then_some(Out::Quarantined {
-            until: *until,
-            reason,
-        })
+    /// The quarantine of this node, if it is in one.
+    pub fn quarantined(&self, node: &str, now: Instant) -> Option<Quarantine<'_>> {
+        let (until, reason) = self.nodes.get(node)?.quarantine.as_ref()?;
+        let until = *until;
+        (now < until).then_some(Quarantine { until, reason })
     }
 
     /// The node answered rightly, as far as anybody could tell. The first time decides its seniority.
@@ -185,7 +173,7 @@ impl Reputation {
     /// The record of a node. Where there are too many, the oldest that says least makes room; `None` if all of them matter.
     fn record(&mut self, node: &str, now: Instant) -> Option<&mut Record> {
         if !self.nodes.contains_key(node) && self.nodes.len() >= NODES {
-            let weighs = |record: &Record| record.expelled.is_some() || record.quarantines > 0;
+            let weighs = |record: &Record| record.quarantines > 0;
             let oldest = self.nodes.iter().filter(|(_, record)| !weighs(record));
             let oldest = oldest.min_by_key(|(_, record)| record.touched)?.0.clone();
             self.nodes.remove(&oldest);
@@ -269,17 +257,12 @@ mod tests {
     fn a_quarantine_ends_and_the_next_one_is_longer() {
         let start = Instant::now();
         let mut reputation = Reputation::default();
-        assert_eq!(reputation.out("a", start), None);
+        assert_eq!(reputation.quarantined("a", start), None);
         let first = reputation.quarantine("a", "attic", "it lies", start);
-        assert!(matches!(
-            reputation.out("a", start),
-            Some(Out::Quarantined {
-                reason: "it lies",
-                ..
-            })
-        ));
+        let found = reputation.quarantined("a", start).unwrap();
+        assert_eq!(found.reason, "it lies");
         assert_eq!(reputation.view(start)[0].name, "attic");
-        assert_eq!(reputation.out("a", start + first), None);
+        assert_eq!(reputation.quarantined("a", start + first), None);
         let second = reputation.quarantine("a", "attic", "it lies", start + first);
         assert_eq!(second, 4 * first);
         for _ in 0..20 {
@@ -292,20 +275,6 @@ mod tests {
     }
 
     #[test]
-    fn an_expelled_node_stays_out_until_it_is_readmitted() {
-        let start = Instant::now();
-        let mut reputation = Reputation::default();
-        reputation.expel("a", "stolen", start);
-        let year = Duration::from_secs(365 * 24 * 3600);
-        assert_eq!(
-            reputation.out("a", start + year),
-            Some(Out::Expelled("stolen"))
-        );
-        reputation.readmit("a");
-        assert_eq!(reputation.out("a", start), None);
-    }
-
-    #[test]
     fn many_nodes_do_not_push_out_those_in_quarantine() {
         let start = Instant::now();
         let mut reputation = Reputation::default();
@@ -314,6 +283,6 @@ mod tests {
             reputation.proven(&format!("n{number}"), start + SECOND);
         }
         assert_eq!(reputation.nodes.len(), NODES);
-        assert!(reputation.out("liar", start).is_some());
+        assert!(reputation.quarantined("liar", start).is_some());
     }
 }

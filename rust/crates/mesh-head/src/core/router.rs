@@ -255,37 +255,81 @@ impl Router {
     }
 }
 
+/// What a worker has for a request.
+#[derive(Clone, Copy)]
+enum Has<'a> {
+    Model(&'a ServedModel),
+    /// It has no identity, and takes plain tasks.
+    Tasks,
+}
+
 /// Whether a worker gets this request.
 fn serves(registry: &Registry, worker: &Worker, ask: &Ask, now: Instant) -> Service {
+    let another = || {
+        let mut others = registry.iter().filter(|other| other.id != worker.id);
+        others.any(|other| can_replace(registry, other, worker, ask, now))
+    };
+    match has(worker, ask) {
+        None => Service::Out,
+        Some(Has::Tasks) => registry.legacy_service(worker, now, another),
+        Some(Has::Model(model)) => {
+            let weights = has_weights(registry, model, ask, now);
+            weights.max(registry.service_beside(worker, model, now, another))
+        }
+    }
+}
+
+/// What `worker` has for this request, whether it answers or not.
+fn has<'a>(worker: &'a Worker, ask: &Ask) -> Option<Has<'a>> {
     // The driver of a ring answers until the ring has moved away from it.
     let moves = |model: &ServedModel| model.ring.is_some();
     if worker.draining && !worker.model(&ask.model).is_some_and(moves) {
-        return Service::Out;
+        return None;
     }
     if worker.request_revision < ask.revision {
-        return Service::Out;
+        return None;
     }
     if worker.is_legacy() {
-        return match ask.legacy {
-            true => registry.legacy_service(worker, now),
-            false => Service::Out,
-        };
+        return ask.legacy.then_some(Has::Tasks);
     }
     // Whoever is kept for something else holds this model for other meshes, or by mistake.
     if !worker.is_for(ask.purpose.name()) {
-        return Service::Out;
+        return None;
     }
     let same_kind = |model: &&ServedModel| model.card.kind() == ask.purpose.kind();
-    let same_weights = |model: &&ServedModel| {
-        let used = registry.weights_of(&model.card.name);
-        let wanted = ask.fingerprint.as_deref().or(used);
-        wanted.is_none_or(|wanted| model.card.fingerprint == wanted)
-    };
-    worker
-        .model(&ask.model)
-        .filter(same_kind)
-        .filter(same_weights)
-        .map_or(Service::Out, |model| registry.service(worker, model, now))
+    worker.model(&ask.model).filter(same_kind).map(Has::Model)
+}
+
+/// Whether a model has the weights that this request wants: those of an answer begun, else those that its name stands for.
+fn has_weights(registry: &Registry, model: &ServedModel, ask: &Ask, now: Instant) -> Service {
+    match &ask.fingerprint {
+        None => registry.has_name(model, now),
+        Some(wanted) if *wanted == model.card.fingerprint => Service::Serves,
+        Some(_) => Service::Out,
+    }
+}
+
+/// Whether `other` answers this request while `paused` is left alone.
+fn can_replace(
+    registry: &Registry,
+    other: &Worker,
+    paused: &Worker,
+    ask: &Ask,
+    now: Instant,
+) -> bool {
+    match has(other, ask) {
+        None => false,
+        // Without an identity it is no better than one that has one and failed.
+        Some(Has::Tasks) => {
+            let until = registry.reputation.paused_until(&other.key(), "", now);
+            paused.is_legacy() && until.is_none()
+        }
+        Some(Has::Model(model)) => {
+            ask.length.exceeds([&model.card]).is_none()
+                && has_weights(registry, model, ask, now) == Service::Serves
+                && registry.can_replace(other, model, now)
+        }
+    }
 }
 
 /// The best speeds that were measured on any worker for a model: nobody's claim counts for more.
@@ -731,10 +775,6 @@ mod tests {
         fleet.now += pauses[2];
         assert_eq!(fleet.worker(&ask()), 2);
         let now = fleet.now;
-        fleet.registry.reputation.expel("node1", "stolen", now);
-        assert!(fleet.registry.is_out("node1", now));
-        assert_eq!(fleet.worker(&ask()), 1);
-        fleet.registry.reputation.readmit("node1");
         let length = fleet
             .registry
             .reputation
@@ -776,6 +816,96 @@ mod tests {
         fleet.registry.seen(other, fleet.now);
         fleet.registry.prune(fleet.now);
         assert_eq!(fleet.worker(&ask()), other.0);
+    }
+
+    fn serving(fleet: &mut Fleet, node: &str, fingerprint: &str) -> WorkerId {
+        let card = ModelCard {
+            name: "m".into(),
+            fingerprint: fingerprint.into(),
+            slots: 4,
+            ..Default::default()
+        };
+        let hello = Hello {
+            node_name: node.into(),
+            models: vec![card],
+            ..Default::default()
+        };
+        let address = ([127, 0, 0, 1], 9000).into();
+        let (id, _) = fleet.registry.join(node, address, hello, fleet.now);
+        fleet.registry.prove_all(id, fleet.now);
+        id
+    }
+
+    /// Lets time pass in which all workers are heard.
+    fn pass(fleet: &mut Fleet, seconds: u64) {
+        for _ in 0..seconds {
+            fleet.now += Duration::from_secs(1);
+            let ids: Vec<WorkerId> = fleet.registry.iter().map(|worker| worker.id).collect();
+            for id in ids {
+                fleet.registry.seen(id, fleet.now);
+            }
+            fleet.registry.prune(fleet.now);
+        }
+    }
+
+    #[test]
+    fn a_worker_that_gets_no_requests_keeps_no_name_for_its_weights() {
+        type Leave = fn(&mut Worker);
+        let drained: Leave = |worker| worker.draining = true;
+        let kept: Leave = |worker| worker.reserved_for = vec!["embeddings".into()];
+        for leave in [drained, kept] {
+            let mut fleet = Fleet::new(&[10.0]);
+            pass(&mut fleet, 1);
+            let other = serving(&mut fleet, "other", "g");
+            assert_eq!(fleet.worker(&ask()), 1);
+            leave(fleet.registry.get_mut(WorkerId(1)).unwrap());
+            pass(&mut fleet, 32);
+            assert_eq!(fleet.worker(&ask()), other.0);
+        }
+    }
+
+    #[test]
+    fn a_name_goes_over_to_other_weights_soon_after_the_last_worker_with_the_old_ones_left() {
+        let mut fleet = Fleet::new(&[10.0]);
+        fleet.registry = fleet.registry.with_handover(Duration::from_secs(10));
+        pass(&mut fleet, 1);
+        fleet.registry.leave(WorkerId(1), fleet.now);
+        let updated = serving(&mut fleet, "node0", "g");
+        let why_not = |fleet: &Fleet| {
+            let worker = fleet.registry.get(updated).unwrap();
+            fleet.registry.why_not(worker, &worker.models[0], fleet.now)
+        };
+        pass(&mut fleet, 5);
+        assert_eq!(fleet.place(&ask()), Choice::Busy, "requests wait");
+        assert!(why_not(&fleet).unwrap().contains("asked soon"));
+        // Whoever comes back with the old weights meanwhile goes on.
+        let old = serving(&mut fleet, "old", "f");
+        assert_eq!(fleet.worker(&ask()), old.0);
+        assert!(why_not(&fleet).unwrap().contains("other weights"));
+        pass(&mut fleet, 40);
+        assert_eq!(fleet.worker(&ask()), old.0);
+        fleet.registry.leave(old, fleet.now);
+        pass(&mut fleet, 11);
+        assert_eq!(fleet.worker(&ask()), updated.0);
+        assert_eq!(why_not(&fleet), None);
+    }
+
+    #[test]
+    fn weights_that_nobody_names_are_not_those_of_a_name() {
+        let mut fleet = Fleet::new(&[]);
+        let silent = serving(&mut fleet, "silent", "");
+        pass(&mut fleet, 2);
+        assert_eq!(fleet.worker(&ask()), silent.0);
+        let named = serving(&mut fleet, "named", "f");
+        pass(&mut fleet, 2);
+        for _ in 0..4 {
+            assert_eq!(fleet.worker(&ask()), named.0);
+        }
+        let warnings = fleet.registry.disagreements(fleet.now);
+        assert!(
+            warnings[0].contains("`silent` does not say"),
+            "{warnings:?}"
+        );
     }
 
     #[test]
@@ -852,9 +982,49 @@ mod tests {
             let faults = &mut fleet.registry.reputation;
             pause = faults.at_fault(&key, "", now, now).unwrap();
         }
-        assert_eq!(fleet.place(&plain), Choice::Nobody);
-        fleet.now += pause;
-        assert_eq!(fleet.worker(&plain), legacy.0);
+        assert!(pause > Duration::from_secs(5));
+        assert_eq!(fleet.place(&plain), Choice::Busy);
+        fleet.now += Duration::from_secs(5);
+        assert_eq!(
+            fleet.worker(&plain),
+            legacy.0,
+            "there is nobody else to ask"
+        );
+    }
+
+    #[test]
+    fn a_long_pause_counts_only_while_another_worker_takes_the_request() {
+        let mut fleet = Fleet::new(&[100.0, 10.0]);
+        for _ in 0..12 {
+            fleet.now += Duration::from_secs(1);
+            let now = fleet.now;
+            let reputation = &mut fleet.registry.reputation;
+            reputation.at_fault("node0", "m", now, now);
+        }
+        let paused = WorkerId(1);
+        assert_eq!(fleet.worker(&ask()), 2);
+        let serves = |fleet: &Fleet, ask: &Ask| {
+            let worker = fleet.registry.get(paused).unwrap();
+            serves(&fleet.registry, worker, ask, fleet.now)
+        };
+        assert_eq!(serves(&fleet, &ask()), Service::Out);
+        // The other one does not know the request's fields: for this request there is nobody else.
+        fleet.registry.get_mut(paused).unwrap().request_revision = 1;
+        let newer = Ask {
+            revision: 1,
+            ..ask()
+        };
+        assert_eq!(fleet.place(&newer), Choice::Busy);
+        fleet.registry.leave(WorkerId(2), fleet.now);
+        assert_eq!(fleet.place(&ask()), Choice::Busy, "requests wait");
+        fleet.now += Duration::from_secs(5);
+        assert_eq!(fleet.worker(&ask()), 1);
+        assert_eq!(fleet.worker(&newer), 1);
+        // A quarantine counts in any case.
+        let now = fleet.now;
+        let reputation = &mut fleet.registry.reputation;
+        reputation.quarantine("node0", "w0", "it lies", now);
+        assert_eq!(fleet.place(&ask()), Choice::Nobody);
     }
 
     #[test]

@@ -137,7 +137,7 @@ pub(super) async fn expel(State(api): State<Api>, body: Bytes) -> Result<Json<Va
     })))
 }
 
-/// `POST /v1/mesh/nodes/readmit`: ends that.
+/// `POST /v1/mesh/nodes/readmit`: ends that, and a quarantine.
 pub(super) async fn readmit(State(api): State<Api>, body: Bytes) -> Result<Json<Value>, ApiError> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
@@ -145,7 +145,9 @@ pub(super) async fn readmit(State(api): State<Api>, body: Bytes) -> Result<Json<
         node: String,
     }
     let asked: Asked = read(&body)?;
-    let (node_id, name) = find(expelled(&api), &asked.node)?;
+    let mut out = quarantined(&api);
+    out.extend(expelled(&api));
+    let (node_id, name) = find(out, &asked.node)?;
     let (authority, id) = (api.authority.clone(), node_id.clone());
     let readmitted = blocking(move || authority.readmit(&id)).await?;
     let readmitted = readmitted.map_err(|error| match error {
@@ -154,19 +156,37 @@ pub(super) async fn readmit(State(api): State<Api>, body: Bytes) -> Result<Json<
         }
         error => internal(format!("it stays expelled: {error}")),
     })?;
-    if readmitted.is_none() {
+    let was_quarantined = api.mesh.readmit(&node_id);
+    if readmitted.is_none() && !was_quarantined {
         let text = format!(
-            "{} is not expelled; GET /v1/mesh/nodes lists the nodes",
+            "{} is neither expelled nor in quarantine; GET /v1/mesh/nodes lists the nodes",
             asked.node
         );
         return Err(ApiError::new(StatusCode::NOT_FOUND, "node_not_found", text));
     }
     api.mesh
         .note_admission("node readmitted", &node_id, &name, "");
-    api.mesh.tell_expelled();
+    if readmitted.is_some() {
+        api.mesh.tell_expelled();
+    }
+    let connected = api
+        .mesh
+        .with_registry(|registry| registry.of_node(&node_id).is_some());
+    let state = if connected { "connected" } else { "absent" };
     Ok(Json(
-        json!({ "node_id": node_id, "name": name, "state": "absent" }),
+        json!({ "node_id": node_id, "name": name, "state": state }),
     ))
+}
+
+/// Names of the nodes in quarantine by their ids.
+fn quarantined(api: &Api) -> BTreeMap<String, String> {
+    let views = api
+        .mesh
+        .with_registry(|registry| registry.reputation.view(Instant::now()));
+    views
+        .into_iter()
+        .map(|view| (view.node_id, view.name))
+        .collect()
 }
 
 /// Names of the expelled nodes by their ids.

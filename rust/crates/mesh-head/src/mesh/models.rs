@@ -25,8 +25,9 @@ impl Mesh {
         let Some(node) = worker.node_id() else {
             return;
         };
-        // One in quarantine gives nobody a model.
+        // One in quarantine gives nobody a model until that is over.
         if state.placement.registry.is_out(node, now) {
+            state.held_back.said(id, models);
             return;
         }
         // It listens where it comes from.
@@ -208,6 +209,7 @@ fn served_conflicts(state: &State) -> Vec<Conflict> {
         pinned: None,
         decided: false,
         refused_by: Vec::new(),
+        served: true,
     });
     conflicts.take(MOST_TOLD).collect()
 }

@@ -31,6 +31,17 @@ impl Mesh {
         self.turn(state, now);
     }
 
+    /// Ends a node's quarantine and forgives what it did. Says whether it was in quarantine.
+    pub fn readmit(&self, node: &str) -> bool {
+        let now = Instant::now();
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let was_out = state.placement.registry.readmit(node, now);
+        state.rings.readmit(node, now);
+        self.turn(state, now);
+        was_out
+    }
+
     /// Tells all workers which nodes are expelled now.
     pub fn tell_expelled(&self) {
         let now = Instant::now();

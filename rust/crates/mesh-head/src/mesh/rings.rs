@@ -48,6 +48,7 @@ impl Mesh {
             return;
         };
         if state.placement.registry.is_out(node, now) {
+            state.held_back.offered(id, offer);
             return;
         }
         if let (Some(peer), Some(profile)) = (state.peers.get(&id), offer.profile.as_mut()) {
@@ -201,7 +202,15 @@ impl Mesh {
             Some(Prospect::Impossible(reason)) => format!("there is no ring of {model}: {reason}"),
             Some(Prospect::Coming) => format!("a ring of {model} is about to be formed"),
             None if state.placement.registry.models().contains_key(model) => {
-                format!("no worker has answered for {model} yet")
+                let (registry, now) = (&state.placement.registry, Instant::now());
+                let reasons = registry.iter().filter_map(|worker| {
+                    let why = registry.why_not(worker, worker.model(model)?, now)?;
+                    Some(format!("worker `{}`: {why}", worker.name))
+                });
+                match reasons.take(REASONS).collect::<Vec<_>>() {
+                    none if none.is_empty() => format!("no worker has answered for {model} yet"),
+                    reasons => format!("no worker answers for {model}: {}", reasons.join("; ")),
+                }
             }
             None => format!("no worker serves {model}"),
         }
@@ -383,5 +392,7 @@ fn hex(ring: u64) -> String {
 
 /// Far more than follow from one another; what is left is done at the next turn.
 const TURNS: usize = 64;
+/// Reasons that are told why a model is not served.
+const REASONS: usize = 3;
 /// How often gauges of rings are set.
 const GAUGES: Duration = Duration::from_secs(1);

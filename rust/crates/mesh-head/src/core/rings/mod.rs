@@ -281,6 +281,15 @@ impl Rings {
         self.generation += 1;
     }
 
+    /// An operator forgives a node: what it was left alone for is over.
+    pub fn readmit(&mut self, node: &str, now: Instant) {
+        if let Some(entry) = self.nodes.get_mut(node)
+            && let Some(until) = &mut entry.suspicion.until
+        {
+            *until = now.min(*until);
+        }
+    }
+
     /// The answers of a ring are wrong. Nobody can say which of its members is to blame, so the ring is given up, and all of them are
     /// left alone for a while, longer each time; another ring is made of the others if they are enough.
     pub fn distrust(&mut self, ring: u64, reason: &str, now: Instant) {

@@ -42,6 +42,8 @@ pub struct Conflict {
     pub decided: bool,
     /// Workers that refuse what it is pinned to, as the hub has another model under the name.
     pub refused_by: Vec<String>,
+    /// The models are served: their fingerprints are those of files, which no pin can name.
+    pub served: bool,
 }
 
 impl Conflict {
@@ -57,8 +59,13 @@ impl Conflict {
         });
         let claims: Vec<String> = claims.collect();
         let mut text = format!(
-            "model name `{}` is claimed for {} different models: {}",
+            "model name `{}` is {} {} different models: {}",
             self.name,
+            if self.served {
+                "served for"
+            } else {
+                "claimed for"
+            },
             self.claims.len().max(2),
             claims.join(", ")
         );
@@ -69,6 +76,10 @@ impl Conflict {
             );
         }
         text += match self.decided {
+            _ if self.served => {
+                "; requests go to the one that was served first: stop the others, or give their models another name (a pin decides what \
+                 workers get under a name, not what they serve)"
+            }
             true => "; an operator pinned one of them: look at the workers that have another",
             false => {
                 "; find out which one is right and pin it with `hydramesh models pins set NAME FINGERPRINT`, or remove the wrong one from its \
@@ -328,6 +339,7 @@ fn empty(name: &str) -> Conflict {
         pinned: None,
         decided: false,
         refused_by: Vec::new(),
+        served: false,
     }
 }
 

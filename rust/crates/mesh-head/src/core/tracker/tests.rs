@@ -556,8 +556,18 @@ fn what_workers_say_of_themselves_breaks_no_advice() {
         pinned: None,
         decided: false,
         refused_by: Vec::new(),
+        served: false,
     };
     let advice = conflict.advice();
     assert!(advice.contains("äöüäöüäöüäöü (x )"), "{advice}");
     assert!(!advice.chars().any(char::is_control), "{advice}");
+    // What is served has the fingerprint of a file, and a pin is a manifest's.
+    assert!(advice.contains("pins set"), "{advice}");
+    let served = super::Conflict {
+        served: true,
+        ..conflict
+    };
+    let advice = served.advice();
+    assert!(!advice.contains("pins set"), "{advice}");
+    assert!(advice.contains("another name"), "{advice}");
 }
