@@ -17,9 +17,9 @@ use mesh_net::quic::{self, Connector, Link, LinkConfig, MsgStream};
 use mesh_net::seal::Sealer;
 use mesh_net::trust::{JoinToken, NodeIdentity, Role};
 use mesh_proto::{
-    Done, Embed, Embeddings, FinishReason, Generate, Hello, Load, ModelCard, ModelKind, ModelSpeed,
-    PROTOCOL_VERSION, Progress, Prompt, REQUEST_REVISION, RequestPhase, TokenLogprob, Tokens,
-    Welcome,
+    Done, Embed, EmbedInput, EmbedText, Embeddings, FinishReason, Generate, Hello, Load, ModelCard,
+    ModelKind, ModelSpeed, PROTOCOL_VERSION, Progress, Prompt, REQUEST_REVISION, RequestPhase,
+    TokenLogprob, Tokens, Welcome,
 };
 use prost::Message as _;
 use serde_json::{Value, json};
@@ -556,7 +556,12 @@ pub(crate) async fn answer(link: Link, mut stream: MsgStream, script: Script, se
 async fn embed(stream: MsgStream, message: Message, script: &Script, seen: &Seen) {
     let embed = Embed::decode(message.payload).unwrap();
     let (mut send, _recv) = stream.split();
-    if !embed.request_id.starts_with("probe-") {
+    let is_question = |input: &EmbedInput| match &input.text {
+        Some(EmbedText::Text(text)) => spotcheck::is_question(text),
+        _ => false,
+    };
+    let is_probe = embed.inputs.iter().any(is_question);
+    if !is_probe {
         seen.requests.fetch_add(1, Ordering::SeqCst);
         let signs = (!script.old && embed.progress_ms > 0)
             .then(|| Duration::from_millis(u64::from(embed.progress_ms)));
