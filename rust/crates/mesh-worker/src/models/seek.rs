@@ -25,9 +25,17 @@ impl Models {
             .or_default()
             .clone();
         let _turn = turn.lock().await;
+        // The store's word counts before the manifest's, and what is here before what was replaced.
         let known = lock(&self.held)
             .values()
-            .find(|held| held.is_called(name) && !self.is_disowned(&held.fingerprint()))
+            .filter(|held| held.is_called(name) && !self.is_disowned(&held.fingerprint()))
+            .max_by_key(|held| {
+                (
+                    held.is_named(name),
+                    held.pieces_here() > 0,
+                    held.has_names(),
+                )
+            })
             .cloned();
         if let Some(held) = known {
             self.policy
