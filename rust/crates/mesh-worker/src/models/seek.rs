@@ -276,20 +276,28 @@ impl Models {
         let (called, said) = (name.to_owned(), format!("worker {from}"));
         let certain = vouched.unchecked.is_empty();
         let kept = tokio::task::spawn_blocking(move || {
+            let was_here = kept_in.manifest(&signed.manifest.fingerprint());
+            let was_here = matches!(was_here, Ok(Some(_)));
             let fingerprint = kept_in.put_manifest(&signed)?;
-            if !certain {
+            if !certain && !was_here {
                 // Should this end here, it is known for hearsay.
                 kept_in.name(&called, &fingerprint, Some(&said))?;
             }
-            Ok::<_, mesh_store::StoreError>(Held::new(&kept_in, fingerprint, signed))
+            let held = Held::new(&kept_in, fingerprint, signed);
+            Ok::<_, mesh_store::StoreError>((held, was_here))
         });
         let kept = kept.await.map_err(|error| failed(error.to_string()))?;
-        let held = Arc::new(kept.map_err(|error| failed(error.to_string()))?);
+        let (held, was_here) = kept.map_err(|error| failed(error.to_string()))?;
+        let known = lock(&self.held).get(&held.fingerprint()).cloned();
+        let held = known.unwrap_or_else(|| Arc::new(held));
         // Nobody hears of it by that name before all of it is known.
         if let Err(doubt) = self.check_contents(&held, vouched.unchecked).await {
             let (store, fingerprint) = (store.clone(), held.fingerprint());
             drop(held);
-            let _ = tokio::task::spawn_blocking(move || discard(&store, &fingerprint)).await;
+            // A model that was in the store before is that of another name.
+            if !was_here {
+                let _ = tokio::task::spawn_blocking(move || discard(&store, &fingerprint)).await;
+            }
             return Err(doubt);
         }
         let (store, fingerprint) = (store.clone(), held.fingerprint());
