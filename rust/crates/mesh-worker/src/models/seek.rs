@@ -133,9 +133,15 @@ impl Models {
                         others.insert(fingerprint, reason.clone());
                     }
                     since.get_or_insert_with(Instant::now);
-                    let list: Vec<String> = others.keys().map(Digest::to_string).collect();
+                    // What this worker found out about files is its own: what the name means the hub says, for all.
+                    let (unusable, refused): (Vec<&Digest>, Vec<&Digest>) =
+                        others.keys().partition(|other| self.is_disowned(other));
+                    let texts =
+                        |list: Vec<&Digest>| list.into_iter().map(Digest::to_string).collect();
+                    let (unusable, refused): (Vec<String>, Vec<String>) =
+                        (texts(unusable), texts(refused));
                     self.seeks(name, |sought| {
-                        sought.refused = list;
+                        (sought.unusable, sought.refused) = (unusable, refused);
                         // The hub answers: somebody is to go there.
                         sought.origin_error.clear();
                     });
