@@ -109,8 +109,11 @@ impl Writer {
             Ok(())
         };
         // The first error is told; the other files are kept for all that.
-        let closed = closing.into_iter().map(|(index, file)| close(index, file));
-        closed.fold(Ok(()), |all, one| all.and(one))
+        let closed: Vec<Result<(), StoreError>> = closing
+            .into_iter()
+            .map(|(index, file)| close(index, file))
+            .collect();
+        closed.into_iter().collect()
     }
 }
 
