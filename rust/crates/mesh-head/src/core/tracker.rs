@@ -559,10 +559,18 @@ impl Tracker {
     /// one that most workers hold whole, then the one that most have anything of.
     fn resolve(&self, sought: &SoughtModel) -> Option<String> {
         let name = &sought.name;
+        let pin = self.pins.get(name);
+        // What the hub says against an operator's pin is of no account.
+        let rejects = |fingerprint: &str| match pin {
+            Some(pin) if pin.operator && pin.fingerprint == fingerprint => {
+                sought.unusable.contains(&pin.fingerprint)
+            }
+            _ => rejects(sought, fingerprint),
+        };
         let mut found: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
         for entry in self.nodes.values().filter(|node| node.address.is_some()) {
             for (fingerprint, held) in &entry.held {
-                let taken = held.is_called(name) && !rejects(sought, fingerprint);
+                let taken = held.is_called(name) && !rejects(fingerprint);
                 if taken && (held.signed || !sought.signed_only) {
                     let count = found.entry(fingerprint).or_default();
                     count.0 += usize::from(held.pieces.is_all());
@@ -570,8 +578,8 @@ impl Tracker {
                 }
             }
         }
-        let pin = self.pins.get(name).map(|pin| &pin.fingerprint);
-        if let Some(pin) = pin.filter(|pin| !rejects(sought, pin)) {
+        let pin = pin.map(|pin| &pin.fingerprint);
+        if let Some(pin) = pin.filter(|pin| !rejects(pin)) {
             if found.contains_key(pin.as_str()) {
                 return Some(pin.clone());
             }

@@ -71,6 +71,12 @@ impl Models {
                 self.seeks(name, |sought| sought.origin_error.clear());
             }
             let sources = told.borrow_and_update().get(name).cloned();
+            if let Some(pin) = sources.as_ref().and_then(operators_pin)
+                && !self.is_disowned(&pin)
+                && others.remove(&pin).is_some()
+            {
+                self.tell_others(name, &others);
+            }
             // A head that knows nothing of refusals tells of the refused one for ever.
             let own = since.is_some_and(|since| since.elapsed() >= ON_ITS_OWN) && self.may_go(name);
             if rest.is_none() && (own || self.has_errand(name, sources.as_ref())) {
@@ -133,18 +139,9 @@ impl Models {
                         others.insert(fingerprint, reason.clone());
                     }
                     since.get_or_insert_with(Instant::now);
-                    // What this worker found out about files is its own: what the name means the hub says, for all.
-                    let (unusable, refused): (Vec<&Digest>, Vec<&Digest>) =
-                        others.keys().partition(|other| self.is_disowned(other));
-                    let texts =
-                        |list: Vec<&Digest>| list.into_iter().map(Digest::to_string).collect();
-                    let (unusable, refused): (Vec<String>, Vec<String>) =
-                        (texts(unusable), texts(refused));
-                    self.seeks(name, |sought| {
-                        (sought.unusable, sought.refused) = (unusable, refused);
-                        // The hub answers: somebody is to go there.
-                        sought.origin_error.clear();
-                    });
+                    self.tell_others(name, &others);
+                    // The hub answers: somebody is to go there.
+                    self.seeks(name, |sought| sought.origin_error.clear());
                 } else {
                     self.seeks(name, |sought| sought.origin_error.clone_from(&reason));
                 }
@@ -162,6 +159,17 @@ impl Models {
             // Others may come, and a link that could not be made may be made in a moment.
             let _ = tokio::time::timeout(SEEK_AGAIN, told.changed()).await;
         }
+    }
+
+    /// Has the head know which manifests are not taken under a name. What this worker found out about files is its own; what the
+    /// name means the hub says, for all.
+    fn tell_others(&self, name: &str, others: &BTreeMap<Digest, String>) {
+        let (unusable, refused): (Vec<&Digest>, Vec<&Digest>) =
+            others.keys().partition(|other| self.is_disowned(other));
+        let texts = |list: Vec<&Digest>| list.into_iter().map(Digest::to_string).collect();
+        self.seeks(name, |sought| {
+            (sought.unusable, sought.refused) = (texts(unusable), texts(refused));
+        });
     }
 
     /// A model of the store that another worker once said is `name`.
@@ -345,6 +353,12 @@ fn discard(store: &Store, fingerprint: &Digest) {
     }
 }
 
+/// What an operator pinned a name to.
+fn operators_pin(sources: &ModelSources) -> Option<Digest> {
+    let pin = sources.pinned_by_operator.then_some(&sources.pin)?;
+    pin.parse().ok()
+}
+
 /// Why a name whose pinned model no worker has leads nowhere.
 fn pinned_to_nothing(name: &str, pin: &Digest) -> String {
     format!(
@@ -453,7 +467,7 @@ mod tests {
             match was_here {
                 true => {
                     assert!(matches!(kept, Err(Doubt::Other(_))));
-                    assert_eq!(names, [commit.clone()]);
+                    assert_eq!(names, [commit.as_str()]);
                     store.remove(&fingerprint).unwrap();
                     for (_, bytes) in files("{\"a\": 1}") {
                         store.put(&bytes).unwrap();

@@ -1,8 +1,8 @@
 //! That a model is what its name says: nobody who offers a file is believed about that.
 //!
 //! In this order: an operator's pin at the head; the hub, which says in a few kilobytes which files a model consists of, wherever
-//! their bytes come from; where it does not say, a signature of a key that the operator trusts; else the pin that the head keeps for the name. What nobody vouches
-//! for is not taken under that name.
+//! their bytes come from; where it does not say, a signature of a key that the operator trusts; else the pin that the head keeps for
+//! the name. What nobody vouches for is not taken under that name.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};

@@ -505,6 +505,13 @@ fn a_model_that_a_worker_refuses_is_not_told_to_it_again() {
     world.seek("c", "m");
     assert!(world.told("c").disputed);
     assert_eq!(world.tracker.conflicts()[0].refused_by, ["b"]);
+    // An operator's word counts more than the hub's.
+    world.tracker.pin("m", &fingerprint('f')).unwrap();
+    world.turn();
+    assert_eq!(world.told("b").fingerprint, fingerprint('f'));
+    assert!(world.told("b").pinned_by_operator);
+    world.tracker.unpin("m").unwrap();
+    world.turn();
     world.hold("b", 'a', PieceSet::all(4));
     world.say("c", |models| {
         models.sought[0].refused = vec![fingerprint('f')]
