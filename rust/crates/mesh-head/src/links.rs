@@ -342,7 +342,7 @@ async fn prove_model(mesh: &Mesh, id: WorkerId, link: &Link, proof: &Proof) {
     };
     let sample = match proven {
         Ok(sample) => Some(sample),
-        Err(Unproven::Failed(reason)) => {
+        Err(Unproven::Failed(reason) | Unproven::Refused(reason)) => {
             info!(
                 worker = link.node_name(),
                 model, reason, "no token came back"
@@ -397,6 +397,8 @@ struct Probe<'a> {
 /// Reasons why a probe brought no proof.
 enum Unproven {
     Failed(String),
+    /// The worker says that the question is at fault.
+    Refused(String),
     /// Neither a token nor a sign of life.
     Silent,
     /// A real answer's token came meanwhile, or the worker is busy with real requests, whose tokens will come.
@@ -412,6 +414,10 @@ impl From<Failure> for Unproven {
                 code: code @ (ErrorCode::WORKER_BUSY | ErrorCode::DRAINING),
                 text,
             } => return Self::Declined(format!("{code}: {text}")),
+            Failure::Error {
+                code: code @ ErrorCode::INVALID_PAYLOAD,
+                text,
+            } => return Self::Refused(format!("{code}: {text}")),
             Failure::Lost(text) | Failure::Died(text) | Failure::Nonsense(text) => text,
             Failure::Error { code, text } => format!("{code}: {text}"),
         })
@@ -428,24 +434,36 @@ impl Probe<'_> {
     /// A few tokens, with what the worker thinks of others in their place. The question looks like a client's: a worker that knew it for
     /// the head's could answer it alone honestly.
     async fn tokens(&mut self, link: &Link) -> Result<Sample, Unproven> {
+        let text = self.proof.question.text.clone();
+        let message = ChatMessage {
+            role: "user".into(),
+            content: text.clone(),
+        };
+        let chat = Chat {
+            messages: vec![message],
+            ..Chat::default()
+        };
+        match self.tokens_after(link, Prompt::Chat(chat)).await {
+            // A model whose chat template cannot be used goes on with texts.
+            Err(Unproven::Refused(_)) => self.tokens_after(link, Prompt::Text(text)).await,
+            answered => answered,
+        }
+    }
+
+    async fn tokens_after(&mut self, link: &Link, prompt: Prompt) -> Result<Sample, Unproven> {
         let params = GenerateParams {
             max_tokens: Some(spotcheck::TOKENS),
+            // A model may have nothing to say to this.
+            ignore_eos: true,
             temperature: Some(0.0),
             seed: Some(ids::unique()),
             logprobs: Some(spotcheck::ALTERNATIVES),
             ..Default::default()
         };
-        let message = ChatMessage {
-            role: "user".into(),
-            content: self.proof.question.text.clone(),
-        };
         let generate = Generate {
             request_id: ids::fresh("req"),
             model: self.proof.model.clone(),
-            prompt: Some(Prompt::Chat(Chat {
-                messages: vec![message],
-                ..Chat::default()
-            })),
+            prompt: Some(prompt),
             params: Some(params),
             progress_ms: progress_ms(self.mesh),
             ..Default::default()

@@ -95,6 +95,9 @@ pub struct SoughtModel {
     /// Manifests of that name that it will not take, as the hub has others under it.
     #[prost(string, repeated, tag = "10")]
     pub refused: Vec<String>,
+    /// Manifests of that name that it cannot use itself, which says nothing about what the name means.
+    #[prost(string, repeated, tag = "11")]
+    pub unusable: Vec<String>,
 }
 
 /// A worker that sent something else than the manifest says.
@@ -147,6 +150,9 @@ pub struct ModelSources {
     /// Several manifests go by that name, and no operator has decided between them.
     #[prost(bool, tag = "8")]
     pub disputed: bool,
+    /// An operator decided what `pin` says.
+    #[prost(bool, tag = "9")]
+    pub pinned_by_operator: bool,
 }
 
 /// Asks another worker for a model's manifest (DCF 0x52), first message of its stream; answered by [`ManifestReply`] or Error.

@@ -60,6 +60,16 @@ pub enum StoreError {
         /// The digest it should have.
         wanted: Digest,
     },
+    /// The disk does not give back what was written to it.
+    #[error(
+        "the disk does not give back what was written to {key}: {pieces} pieces differ and are fetched again; see to the disk (dmesg, smartctl) if it goes on"
+    )]
+    Spoiled {
+        /// Which file.
+        key: String,
+        /// Pieces that differ.
+        pieces: usize,
+    },
     /// No such model.
     #[error(
         "the store has no model {fingerprint}; `hydramesh models list` shows those that it has"

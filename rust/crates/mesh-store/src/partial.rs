@@ -269,6 +269,49 @@ impl PartialFile {
     /// # Errors
     /// If it is not whole or is another file, or the disk fails.
     pub fn complete(self, wanted: Option<Digest>) -> Result<Digest, StoreError> {
+        self.complete_checked(wanted, None)
+    }
+
+    /// The same for a file of which every piece was compared with `file` before it was written. [`StoreError::Mismatch`] means then
+    /// that `file` contradicts itself: where the disk gives back other pieces than it got, only those are forgotten, and the error
+    /// is [`StoreError::Spoiled`].
+    ///
+    /// # Errors
+    /// As [`PartialFile::complete`].
+    pub fn complete_as(self, file: &ManifestFile) -> Result<Digest, StoreError> {
+        self.complete_checked(Some(file.sha256), Some(file))
+    }
+
+    fn digest_on_disk(&self) -> Result<Digest, StoreError> {
+        // Of this file, whatever lies at its path by now.
+        let mut reader = &self.file;
+        reader
+            .seek(SeekFrom::Start(0))
+            .and_then(|_| Digest::of_reader(reader))
+            .map_err(StoreError::io("read", &self.path()))
+    }
+
+    /// Its digest; `wanted`, unless the disk gives the pieces of `file` back as they are, and the same other digest twice.
+    fn digest_of_pieces(&self, file: &ManifestFile, wanted: Digest) -> Result<Digest, StoreError> {
+        let found = self.digest_on_disk()?;
+        if found == wanted {
+            return Ok(found);
+        }
+        let pieces = self.repair(file)?.len();
+        match self.digest_on_disk()? {
+            again if pieces == 0 && (again == found || again == wanted) => Ok(again),
+            _ => Err(StoreError::Spoiled {
+                key: self.key.to_string(),
+                pieces,
+            }),
+        }
+    }
+
+    fn complete_checked(
+        self,
+        wanted: Option<Digest>,
+        file: Option<&ManifestFile>,
+    ) -> Result<Digest, StoreError> {
         let path = self.path();
         let missing = self.bytes - self.state().have.bytes();
         if missing > 0 {
@@ -281,15 +324,13 @@ impl PartialFile {
         self.file
             .sync_all()
             .map_err(StoreError::io("write", &path))?;
-        // Of this file, whatever lies at its path by now.
-        let mut reader = &self.file;
-        let found = reader
-            .seek(SeekFrom::Start(0))
-            .and_then(|_| Digest::of_reader(reader))
-            .map_err(StoreError::io("read", &path))?;
         let wanted = match self.key {
             PartialKey::Blob(digest) => Some(digest),
             PartialKey::Source(_) => wanted,
+        };
+        let found = match (file, wanted) {
+            (Some(file), Some(wanted)) => self.digest_of_pieces(file, wanted)?,
+            _ => self.digest_on_disk()?,
         };
         if let Some(wanted) = wanted.filter(|wanted| *wanted != found) {
             self.forget(0..self.bytes)?;

@@ -90,8 +90,13 @@ pub struct Named {
 impl Named {
     /// Whether another worker said so, and nobody vouches for it.
     pub fn is_hearsay(&self) -> bool {
+        self.vouched.is_none() && self.is_from_worker()
+    }
+
+    /// Whether it came from another worker, whoever vouches for it.
+    pub fn is_from_worker(&self) -> bool {
         let source = self.source.as_deref().unwrap_or_default();
-        self.vouched.is_none() && source.starts_with(FROM_WORKER)
+        source.starts_with(FROM_WORKER)
     }
 }
 

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use mesh_proto::{HeldModel, ModelSources, Models, Seat, SoughtModel, Sources};
 use mesh_share::PieceSet;
 
+mod conflicts;
 mod pins;
 mod view;
 
@@ -35,8 +36,7 @@ pub struct Tracker {
     /// By model and accused: who says that it sent bad pieces.
     accused: BTreeMap<(String, String), BTreeSet<String>>,
     pins: Pins,
-    /// By name, in lower case.
-    conflicts: BTreeMap<String, Conflict>,
+    conflicts: conflicts::Conflicts,
     changed: bool,
     /// When something may have to be decided without an event.
     timer: Option<Instant>,
@@ -93,6 +93,17 @@ pub enum Note {
     },
     /// Several models claim one name.
     Conflict(Conflict),
+    /// The worker that had the model of this name first replaced it, and nobody had the old one any more.
+    Moved {
+        /// The name.
+        model: String,
+        /// Name of the worker.
+        worker: String,
+        /// What the name meant.
+        before: String,
+        /// What it means now.
+        now: String,
+    },
 }
 
 /// A worker.
@@ -118,11 +129,30 @@ struct Held {
     signed: bool,
 }
 
+impl Held {
+    /// Whether there is anything here that goes by this name: of a model that was replaced, only the manifest may be left.
+    fn is_called(&self, name: &str) -> bool {
+        !self.pieces.is_empty() && self.names.iter().any(|own| own.eq_ignore_ascii_case(name))
+    }
+}
+
 #[derive(Debug, Clone)]
 struct Sought {
     model: SoughtModel,
     /// What it lacks; `None` while the manifest is unknown to it.
     missing: Option<PieceSet>,
+}
+
+impl Sought {
+    /// Whether the seeker will not take this one, whatever it is called.
+    fn rejects(&self, fingerprint: &str) -> bool {
+        rejects(&self.model, fingerprint)
+    }
+}
+
+fn rejects(sought: &SoughtModel, fingerprint: &str) -> bool {
+    let mut rejected = sought.refused.iter().chain(&sought.unusable);
+    rejected.any(|rejected| rejected == fingerprint)
 }
 
 /// A model that is sought: by its fingerprint where that is known, by its name otherwise.
@@ -249,7 +279,7 @@ impl Tracker {
         if self.changed || self.timer.is_some_and(|timer| timer <= now) {
             self.changed = false;
             self.settle_pins();
-            self.find_conflicts();
+            self.find_conflicts(now);
             self.settle_errands(now);
             self.tell();
         }
@@ -480,6 +510,7 @@ impl Tracker {
             }
             others
         });
+        let pin = self.pins.get(&sought.model.name);
         ModelSources {
             name: sought.model.name.clone(),
             fingerprint,
@@ -489,11 +520,9 @@ impl Tracker {
             for_others: for_others
                 .filter(|others| !others.is_empty())
                 .map(|others| others.to_proto()),
-            pin: self
-                .pins
-                .get(&sought.model.name)
-                .map_or_else(String::new, |pin| pin.fingerprint.clone()),
+            pin: pin.map_or_else(String::new, |pin| pin.fingerprint.clone()),
             disputed: self.is_disputed(&sought.model.name),
+            pinned_by_operator: pin.is_some_and(|pin| pin.operator),
         }
     }
 
@@ -530,20 +559,27 @@ impl Tracker {
     /// one that most workers hold whole, then the one that most have anything of.
     fn resolve(&self, sought: &SoughtModel) -> Option<String> {
         let name = &sought.name;
+        let pin = self.pins.get(name);
+        // What the hub says against an operator's pin is of no account.
+        let rejects = |fingerprint: &str| match pin {
+            Some(pin) if pin.operator && pin.fingerprint == fingerprint => {
+                sought.unusable.contains(&pin.fingerprint)
+            }
+            _ => rejects(sought, fingerprint),
+        };
         let mut found: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
         for entry in self.nodes.values().filter(|node| node.address.is_some()) {
             for (fingerprint, held) in &entry.held {
-                let named = held.names.iter().any(|own| own.eq_ignore_ascii_case(name));
-                let refused = sought.refused.contains(fingerprint);
-                if named && !refused && (held.signed || !sought.signed_only) {
+                let taken = held.is_called(name) && !rejects(fingerprint);
+                if taken && (held.signed || !sought.signed_only) {
                     let count = found.entry(fingerprint).or_default();
                     count.0 += usize::from(held.pieces.is_all());
                     count.1 += 1;
                 }
             }
         }
-        let pin = self.pins.get(name).map(|pin| &pin.fingerprint);
-        if let Some(pin) = pin.filter(|pin| !sought.refused.contains(pin)) {
+        let pin = pin.map(|pin| &pin.fingerprint);
+        if let Some(pin) = pin.filter(|pin| !rejects(pin)) {
             if found.contains_key(pin.as_str()) {
                 return Some(pin.clone());
             }
@@ -594,10 +630,10 @@ fn held(model: HeldModel) -> Option<(String, Held)> {
 
 /// What a worker seeks, if it makes sense.
 fn sought(mut model: SoughtModel) -> Option<Sought> {
-    model.refused.truncate(MOST_REFUSED);
-    model
-        .refused
-        .retain(|fingerprint| is_fingerprint(fingerprint));
+    for rejected in [&mut model.refused, &mut model.unusable] {
+        rejected.truncate(MOST_REFUSED);
+        rejected.retain(|fingerprint| is_fingerprint(fingerprint));
+    }
     let missing = match &model.missing {
         Some(pieces) => Some(PieceSet::from_proto(pieces).ok()?),
         None => None,

@@ -177,6 +177,18 @@ impl Mesh {
                 );
                 self.metrics.bad_source(&accused);
             }
+            Note::Moved {
+                model,
+                worker,
+                before,
+                now,
+            } => warn!(
+                model,
+                worker,
+                before,
+                now,
+                "the worker that had this model first replaced it, and no worker has the old one: the name means the new one"
+            ),
             Note::Conflict(conflict) => {
                 error!(model = conflict.name, "{}", conflict.advice());
                 self.metrics.name_conflict();

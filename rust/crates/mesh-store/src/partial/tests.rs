@@ -63,6 +63,35 @@ fn a_file_that_is_another_one_is_refused_and_fetched_again() {
 }
 
 #[test]
+fn a_disk_that_spoils_a_piece_does_not_convict_the_manifest() {
+    let (_dir, store) = store();
+    let bytes = noise(1, 10 << 20);
+    let file = &manifest_of("m", &bytes).files[0];
+    let partial = begin(&store, file);
+    partial.write_at(0, &bytes).unwrap();
+    partial.write_at(5 << 20, b"damaged").unwrap();
+    let error = partial.complete_as(file).unwrap_err();
+    assert!(
+        matches!(error, StoreError::Spoiled { pieces: 1, .. }),
+        "{error}"
+    );
+    let partial = begin(&store, file);
+    assert_eq!(partial.missing(), [4 << 20..8 << 20]);
+    partial.write_at(4 << 20, &bytes[4 << 20..8 << 20]).unwrap();
+    // A manifest whose pieces are those of another file than the one it tells of lies.
+    let lie = crate::manifest::ManifestFile {
+        sha256: Digest::of("another file"),
+        ..file.clone()
+    };
+    let lying = begin(&store, &lie);
+    lying.write_at(0, &bytes).unwrap();
+    let error = lying.complete_as(&lie).unwrap_err();
+    assert!(matches!(error, StoreError::Mismatch { .. }), "{error}");
+    assert_eq!(begin(&store, &lie).missing(), [0..10 << 20]);
+    assert_eq!(partial.complete_as(file).unwrap(), file.sha256);
+}
+
+#[test]
 fn a_repair_forgets_the_bad_pieces_and_no_others() {
     let (_dir, store) = store();
     let bytes = noise(1, 10 << 20);

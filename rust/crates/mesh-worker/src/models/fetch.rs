@@ -85,28 +85,35 @@ impl Writer {
     }
 
     /// Makes blobs of files that are whole, and closes them; with `all`, the others, too. Blocks.
-    fn close(&self, all: bool) -> Result<(), StoreError> {
+    fn close(&self, held: &Held, all: bool) -> Result<(), StoreError> {
         let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
         let closing: Vec<u32> = files
             .iter()
             .filter(|(_, file)| all || file.is_complete())
             .map(|(index, _)| *index)
             .collect();
-        let closing: Vec<Arc<PartialFile>> = closing
+        let closing: Vec<(u32, Arc<PartialFile>)> = closing
             .iter()
-            .filter_map(|index| files.remove(index))
+            .filter_map(|index| files.remove_entry(index))
             .collect();
         drop(files);
-        for file in closing {
+        let close = |index: u32, file: Arc<PartialFile>| {
             file.flush()?;
             // A piece that comes twice may be about to be written into it; then the next one makes the blob.
             if file.is_complete()
                 && let Ok(file) = Arc::try_unwrap(file)
+                && let Some(described) = held.manifest().files.get(index as usize)
             {
-                file.complete(None)?;
+                file.complete_as(described)?;
             }
-        }
-        Ok(())
+            Ok(())
+        };
+        // The first error is told; the other files are kept for all that.
+        let closed: Vec<Result<(), StoreError>> = closing
+            .into_iter()
+            .map(|(index, file)| close(index, file))
+            .collect();
+        closed.into_iter().collect()
     }
 }
 
@@ -407,8 +414,7 @@ impl Fetch {
             tokio::select! {
                 fetched = &mut fetching => break Some(fetched),
                 _ = look.tick() => {
-                    let held = self.held.clone();
-                    let _ = tokio::task::spawn_blocking(move || held.look()).await;
+                    self.look_again().await;
                     let told = self.models.told().borrow().get(&self.name).cloned();
                     if !self.models.has_errand(&self.name, told.as_ref()) {
                         break None;
@@ -416,8 +422,7 @@ impl Fetch {
                 }
             }
         };
-        let held = self.held.clone();
-        let _ = tokio::task::spawn_blocking(move || held.look()).await;
+        self.look_again().await;
         let mut error = None;
         if let Some(Err(failed)) = fetched {
             tracing::error!(model = self.name, error = %failed, "the hub does not give the model");
@@ -475,6 +480,11 @@ impl Fetch {
             let text = error.to_string();
             if matches!(error, StoreError::Mismatch { .. }) {
                 self.disown(&text).await;
+            } else {
+                // What was not stored is not here, and is fetched again by who asks again.
+                self.sources.clear();
+                self.swarm = Swarm::new([], self.swarm.settings().clone());
+                self.look_again().await;
             }
             for want in self.waiting.drain(..) {
                 let _ = want.done.send(Err(text.clone()));
@@ -498,17 +508,42 @@ impl Fetch {
         let fingerprint = held.fingerprint();
         let removed = tokio::task::spawn_blocking(move || {
             held.look();
-            store.remove(&fingerprint)
+            let names = store.names()?;
+            let mut names = names
+                .iter()
+                .filter(|named| named.fingerprint == fingerprint);
+            // What this machine has of its own is not for another worker's manifest to remove.
+            let from_others = names.next().is_some_and(|first| {
+                first.is_from_worker() && names.all(mesh_store::Named::is_from_worker)
+            });
+            match from_others {
+                true => store.remove(&fingerprint).map(drop),
+                false => Ok(()),
+            }
         });
         if let Ok(Err(error)) = removed.await {
             tracing::warn!(model = self.name, %error, "a model that is not what it says stays in the store");
         }
     }
 
+    /// Finds out what of it is on the disk.
+    async fn look_again(&self) {
+        let held = self.held.clone();
+        if let Err(error) = tokio::task::spawn_blocking(move || held.look()).await {
+            tracing::error!(model = self.name, %error, "cannot look what is here of the model");
+        }
+    }
+
     async fn close(&self, all: bool) -> Result<(), StoreError> {
-        let writer = self.writer.clone();
-        let closed = tokio::task::spawn_blocking(move || writer.close(all)).await;
-        let closed = closed.unwrap_or(Ok(()));
+        let (writer, held) = (self.writer.clone(), self.held.clone());
+        let closed = tokio::task::spawn_blocking(move || writer.close(&held, all)).await;
+        let closed = closed.unwrap_or_else(|error| {
+            Err(StoreError::Io {
+                action: "write to",
+                path: self.store.root().to_owned(),
+                source: std::io::Error::other(error),
+            })
+        });
         if let Err(error) = &closed {
             tracing::error!(model = self.name, %error, "model not stored");
         }
@@ -518,7 +553,9 @@ impl Fetch {
     /// Puts things in order when nobody waits any more. Says whether that is the end.
     async fn end(&mut self, wants: &mpsc::UnboundedReceiver<Want>) -> bool {
         // What cannot be kept was said to who waited for it.
-        let _ = self.close(true).await;
+        if self.close(true).await.is_err() {
+            self.look_again().await;
+        }
         if !self.models.end_fetch(&self.held.fingerprint(), wants) {
             return false;
         }

@@ -310,20 +310,38 @@ impl Held {
 
     /// Whether it goes by this name.
     pub(super) fn is_called(&self, name: &str) -> bool {
-        let own = self.manifest().name.eq_ignore_ascii_case(name);
-        let own = own && self.has_plain_name() && !self.is_hearsay();
+        let own = self
+            .own_name()
+            .is_some_and(|own| own.eq_ignore_ascii_case(name));
+        own || self.is_named(name)
+    }
+
+    /// Whether it goes by this name in the store, or is asked for by its fingerprint, whatever its manifest says.
+    pub(super) fn is_named(&self, name: &str) -> bool {
         let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
-        own || names.iter().any(|known| known.eq_ignore_ascii_case(name))
+        names.iter().any(|known| known.eq_ignore_ascii_case(name))
             || self.fingerprint.to_string() == name
     }
 
-    /// What the head is told of it.
-    pub(super) fn to_proto(&self) -> HeldModel {
-        let own = self.has_plain_name() && !self.is_hearsay();
+    /// Whether it has any name in the store.
+    pub(super) fn has_names(&self) -> bool {
+        let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        !names.is_empty()
+    }
+
+    /// What its manifest calls it, where that counts.
+    pub(super) fn own_name(&self) -> Option<&str> {
+        let counts = self.has_plain_name() && !self.is_hearsay();
+        counts.then_some(&self.manifest().name)
+    }
+
+    /// What the head is told of it; `keeps_name` says whether it still goes by what its manifest calls it.
+    pub(super) fn to_proto(&self, keeps_name: bool) -> HeldModel {
+        let own = self.own_name().filter(|_| keeps_name);
         let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
         let mut names = names.clone();
-        if own {
-            names.insert(0, self.manifest().name.clone());
+        if let Some(own) = own.filter(|own| !names.iter().any(|name| name == own)) {
+            names.insert(0, own.to_owned());
         }
         HeldModel {
             fingerprint: self.fingerprint.to_string(),
@@ -377,7 +395,7 @@ mod tests {
         known(&store, &model);
         assert!(!model.is_called(HUB) && !model.is_called("m"));
         assert!(model.is_said_to_be(HUB));
-        assert!(model.to_proto().names.is_empty());
+        assert!(model.to_proto(true).names.is_empty());
         assert_eq!(model.hub_name(), None);
         // What this machine got from the hub itself, and what somebody vouched for, is.
         for vouched in [true, false] {
@@ -401,7 +419,7 @@ mod tests {
         model.add_name("mine");
         assert!(!model.is_called("org/other") && model.is_called("mine"));
         assert_eq!(model.served_as("mine"), "mine");
-        assert_eq!(model.to_proto().names, ["mine"]);
+        assert_eq!(model.to_proto(true).names, ["mine"]);
         assert_eq!(held(&store, "plain").served_as("org/plain"), "plain");
     }
 }

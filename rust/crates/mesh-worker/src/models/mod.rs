@@ -26,7 +26,7 @@ use mesh_base::places::Room;
 use mesh_net::discovery::Found;
 use mesh_net::quic::timestamp_us;
 use mesh_net::trust::Role;
-use mesh_proto::{BadSource, ModelSources, Seat, SoughtModel, Sources};
+use mesh_proto::{BadSource, HeldModel, ModelSources, Seat, SoughtModel, Sources};
 use mesh_service::metrics::prometheus_client::metrics::counter::Counter;
 use mesh_service::metrics::prometheus_client::registry::Registry;
 use mesh_share::PieceSet;
@@ -190,7 +190,7 @@ impl Models {
         let held = lock(&self.held);
         let models = mesh_proto::Models {
             port: port.into(),
-            held: held.values().map(|held| held.to_proto()).collect(),
+            held: told_of(&held, &state.sought),
             sought: state.sought.values().cloned().collect(),
             bad: state.bad.clone(),
         };
@@ -256,12 +256,26 @@ impl Models {
         });
         match adopted.await {
             Ok(Ok(held)) => {
-                self.hold(held);
+                self.hold(held).add_name(name);
+                self.look_at(name).await;
                 tracing::info!(model = name, "other workers may have this model from here");
             }
             Ok(Err(error)) => tracing::warn!(model = name, %error, "the model is not shared"),
             Err(error) => tracing::warn!(model = name, %error, "the model is not shared"),
         }
+    }
+
+    /// Looks again what is here of models whose manifests have this name: the file of one may have become another's.
+    async fn look_at(&self, name: &str) {
+        let all = lock(&self.held).values().cloned().collect::<Vec<_>>();
+        let called = all.into_iter().filter(|held| held.manifest().name == name);
+        let called: Vec<Arc<Held>> = called.collect();
+        let looked =
+            tokio::task::spawn_blocking(move || called.iter().for_each(|held| held.look()));
+        if let Err(error) = looked.await {
+            tracing::warn!(model = name, %error, "it is not known what is left of a model that was replaced");
+        }
+        self.changed();
     }
 
     /// Notes that pieces of a model are here, and lets others have them.
@@ -455,6 +469,26 @@ impl Models {
     }
 }
 
+/// What the head is told of models: of those of which something is here, or is being fetched. Of several that call themselves the
+/// same only those are called so that the store has names for, if it has for any: the others were replaced.
+fn told_of(
+    held: &BTreeMap<Digest, Arc<Held>>,
+    sought: &BTreeMap<String, SoughtModel>,
+) -> Vec<HeldModel> {
+    let fetched: BTreeSet<&str> = sought.values().map(|s| s.fingerprint.as_str()).collect();
+    let is_here = |held: &&Arc<Held>| {
+        held.pieces_here() > 0 || fetched.contains(held.fingerprint().to_string().as_str())
+    };
+    let here: Vec<&Arc<Held>> = held.values().filter(is_here).collect();
+    let named = here.iter().filter(|held| held.has_names());
+    let named: BTreeSet<&str> = named.filter_map(|held| held.own_name()).collect();
+    let models = here.iter().map(|held| {
+        let replaced = held.own_name().is_some_and(|own| named.contains(own));
+        held.to_proto(held.has_names() || !replaced)
+    });
+    models.collect()
+}
+
 /// Whether a name means a file or a folder on this machine.
 pub(crate) fn is_at_hand(name: &str, config: &Config) -> bool {
     let folders = config.folders();
@@ -505,6 +539,82 @@ const MOST_BAD: usize = 64;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn opened(dir: &Path) -> Arc<Models> {
+        let config = Config {
+            state_dir: dir.to_owned(),
+            store: crate::config::StoreConfig {
+                dir: Some(dir.join("store")),
+                ..crate::config::StoreConfig::default()
+            },
+            ..Config::default()
+        };
+        Models::open(&Arc::new(config)).unwrap()
+    }
+
+    /// What the head hears: names, and whether all of the model is here.
+    fn reported(models: &Models) -> Vec<(String, Vec<String>, bool)> {
+        use prost::Message as _;
+
+        let (message, _) = models.report(None).unwrap();
+        let said = mesh_proto::Models::decode(message.payload.as_ref()).unwrap();
+        let held = said.held.into_iter().map(|held| {
+            let pieces = PieceSet::from_proto(&held.pieces.unwrap()).unwrap();
+            (held.fingerprint, held.names, pieces.is_all())
+        });
+        held.collect()
+    }
+
+    #[tokio::test]
+    async fn a_model_that_was_replaced_by_hand_is_one_model_and_stays_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("m.bin");
+        let models = opened(dir.path());
+        let names = vec!["m".to_owned()];
+        let mut seen = BTreeSet::new();
+        for content in ["one", "another", "one", "a third"] {
+            std::fs::write(&path, content).unwrap();
+            models.adopt("m", &path).await;
+            let told = reported(&models);
+            assert_eq!(told.len(), 1, "{told:?}");
+            assert_eq!((&told[0].1, told[0].2), (&names, true));
+            seen.insert(told[0].0.clone());
+            let known = models.obtain("m").await.unwrap();
+            assert_eq!(known.fingerprint().to_string(), told[0].0);
+        }
+        assert_eq!(seen.len(), 3);
+        // Also after a restart.
+        let told = reported(&opened(dir.path()));
+        assert_eq!(told.len(), 1, "{told:?}");
+        assert!(told[0].2);
+    }
+
+    #[tokio::test]
+    async fn of_two_models_with_one_name_the_one_goes_by_it_that_the_store_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path().join("store")).unwrap();
+        let mut put = Vec::new();
+        for content in ["old", "new"] {
+            store.put(content.as_bytes()).unwrap();
+            std::fs::write(dir.path().join("m.bin"), content).unwrap();
+            let files = ["m.bin".into()];
+            let manifest = mesh_store::Manifest::of_files("m", dir.path(), &files, &|_| ());
+            let signed = mesh_store::SignedManifest::unsigned(manifest.unwrap());
+            put.push(store.put_manifest(&signed).unwrap());
+            store
+                .name("org/m-GGUF:m.bin", &put[put.len() - 1], None)
+                .unwrap();
+        }
+        let models = opened(dir.path());
+        let told = reported(&models);
+        let names = |fingerprint: &Digest| {
+            let mut told = told.iter().filter(|one| one.0 == fingerprint.to_string());
+            told.next().map(|one| one.1.clone()).unwrap()
+        };
+        assert_eq!(names(&put[0]), [] as [String; 0]);
+        assert_eq!(names(&put[1]), ["m", "org/m-GGUF:m.bin"]);
+        assert_eq!(models.obtain("m").await.unwrap().fingerprint(), put[1]);
+    }
 
     #[test]
     fn names_of_models_are_told_from_paths() {

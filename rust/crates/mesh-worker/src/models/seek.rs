@@ -25,9 +25,17 @@ impl Models {
             .or_default()
             .clone();
         let _turn = turn.lock().await;
+        // The store's word counts before the manifest's, and what is here before what was replaced.
         let known = lock(&self.held)
             .values()
-            .find(|held| held.is_called(name) && !self.is_disowned(&held.fingerprint()))
+            .filter(|held| held.is_called(name) && !self.is_disowned(&held.fingerprint()))
+            .max_by_key(|held| {
+                (
+                    held.is_named(name),
+                    held.pieces_here() > 0,
+                    held.has_names(),
+                )
+            })
             .cloned();
         if let Some(held) = known {
             self.policy
@@ -63,6 +71,12 @@ impl Models {
                 self.seeks(name, |sought| sought.origin_error.clear());
             }
             let sources = told.borrow_and_update().get(name).cloned();
+            if let Some(pin) = sources.as_ref().and_then(operators_pin)
+                && !self.is_disowned(&pin)
+                && others.remove(&pin).is_some()
+            {
+                self.tell_others(name, &others);
+            }
             // A head that knows nothing of refusals tells of the refused one for ever.
             let own = since.is_some_and(|since| since.elapsed() >= ON_ITS_OWN) && self.may_go(name);
             if rest.is_none() && (own || self.has_errand(name, sources.as_ref())) {
@@ -125,19 +139,17 @@ impl Models {
                         others.insert(fingerprint, reason.clone());
                     }
                     since.get_or_insert_with(Instant::now);
-                    let list: Vec<String> = others.keys().map(Digest::to_string).collect();
-                    self.seeks(name, |sought| {
-                        sought.refused = list;
-                        // The hub answers: somebody is to go there.
-                        sought.origin_error.clear();
-                    });
+                    self.tell_others(name, &others);
+                    // The hub answers: somebody is to go there.
+                    self.seeks(name, |sought| sought.origin_error.clear());
                 } else {
                     self.seeks(name, |sought| sought.origin_error.clone_from(&reason));
                 }
                 refused = reason;
             }
-            if sources_empty(&told.borrow(), name)
-                && let Some(text) = self.why_nowhere(name)
+            let sources = told.borrow().get(name).cloned();
+            if let Some(sources) = sources.filter(|sources| sources.fingerprint.is_empty())
+                && let Some(text) = self.why_nowhere(name, &sources, &others)
                 && text != nowhere
             {
                 tracing::warn!(model = name, reason = text, "the model is nowhere yet");
@@ -147,6 +159,17 @@ impl Models {
             // Others may come, and a link that could not be made may be made in a moment.
             let _ = tokio::time::timeout(SEEK_AGAIN, told.changed()).await;
         }
+    }
+
+    /// Has the head know which manifests are not taken under a name. What this worker found out about files is its own; what the
+    /// name means the hub says, for all.
+    fn tell_others(&self, name: &str, others: &BTreeMap<Digest, String>) {
+        let (unusable, refused): (Vec<&Digest>, Vec<&Digest>) =
+            others.keys().partition(|other| self.is_disowned(other));
+        let texts = |list: Vec<&Digest>| list.into_iter().map(Digest::to_string).collect();
+        self.seeks(name, |sought| {
+            (sought.unusable, sought.refused) = (texts(unusable), texts(refused));
+        });
     }
 
     /// A model of the store that another worker once said is `name`.
@@ -189,12 +212,22 @@ impl Models {
     }
 
     /// Why a model that no worker has does not come from the hub either, if it does not.
-    fn why_nowhere(&self, name: &str) -> Option<String> {
+    fn why_nowhere(
+        &self,
+        name: &str,
+        sources: &ModelSources,
+        others: &BTreeMap<Digest, String>,
+    ) -> Option<String> {
         if self.policy.requires_signature() {
             return Some(format!(
                 "no worker has a manifest of {name} that is signed, which `store.require_signature` asks for: sign it with `hydramesh \
                  models sign` where it is"
             ));
+        }
+        let from_hub = origin::is_name(name) && self.config.store.hub;
+        let pin = sources.pin.parse::<Digest>().ok();
+        if let Some(pin) = pin.filter(|pin| !from_hub && !others.contains_key(pin)) {
+            return Some(pinned_to_nothing(name, &pin));
         }
         if !origin::is_name(name) {
             let held: Vec<_> = lock(&self.held).values().cloned().collect();
@@ -268,20 +301,28 @@ impl Models {
         let (called, said) = (name.to_owned(), format!("worker {from}"));
         let certain = vouched.unchecked.is_empty();
         let kept = tokio::task::spawn_blocking(move || {
+            let was_here = kept_in.manifest(&signed.manifest.fingerprint());
+            let was_here = matches!(was_here, Ok(Some(_)));
             let fingerprint = kept_in.put_manifest(&signed)?;
-            if !certain {
+            if !certain && !was_here {
                 // Should this end here, it is known for hearsay.
                 kept_in.name(&called, &fingerprint, Some(&said))?;
             }
-            Ok::<_, mesh_store::StoreError>(Held::new(&kept_in, fingerprint, signed))
+            let held = Held::new(&kept_in, fingerprint, signed);
+            Ok::<_, mesh_store::StoreError>((held, was_here))
         });
         let kept = kept.await.map_err(|error| failed(error.to_string()))?;
-        let held = Arc::new(kept.map_err(|error| failed(error.to_string()))?);
+        let (held, was_here) = kept.map_err(|error| failed(error.to_string()))?;
+        let known = lock(&self.held).get(&held.fingerprint()).cloned();
+        let held = known.unwrap_or_else(|| Arc::new(held));
         // Nobody hears of it by that name before all of it is known.
         if let Err(doubt) = self.check_contents(&held, vouched.unchecked).await {
             let (store, fingerprint) = (store.clone(), held.fingerprint());
             drop(held);
-            let _ = tokio::task::spawn_blocking(move || discard(&store, &fingerprint)).await;
+            // A model that was in the store before is that of another name.
+            if !was_here {
+                let _ = tokio::task::spawn_blocking(move || discard(&store, &fingerprint)).await;
+            }
             return Err(doubt);
         }
         let (store, fingerprint) = (store.clone(), held.fingerprint());
@@ -312,10 +353,19 @@ fn discard(store: &Store, fingerprint: &Digest) {
     }
 }
 
-/// Whether the head answered, and knows of nobody with a model of that name.
-fn sources_empty(told: &BTreeMap<String, ModelSources>, name: &str) -> bool {
-    told.get(name)
-        .is_some_and(|sources| sources.fingerprint.is_empty())
+/// What an operator pinned a name to.
+fn operators_pin(sources: &ModelSources) -> Option<Digest> {
+    let pin = sources.pinned_by_operator.then_some(&sources.pin)?;
+    pin.parse().ok()
+}
+
+/// Why a name whose pinned model no worker has leads nowhere.
+fn pinned_to_nothing(name: &str, pin: &Digest) -> String {
+    format!(
+        "the head pins {name} to {}, which no worker has: start a worker that has it, or let another model have the name (`hydramesh \
+         models pins release {name}`)",
+        pin.short()
+    )
 }
 
 const DISCARD_ATTEMPTS: u32 = 50;
@@ -325,3 +375,157 @@ const SEEK_AGAIN: Duration = Duration::from_secs(2);
 const ON_ITS_OWN: Duration = Duration::from_secs(10);
 /// Manifests that are refused under one name.
 const MOST_OTHERS: usize = 16;
+
+#[cfg(test)]
+mod tests {
+    use mesh_hub::{Expected, Hub, HubName, Settings};
+    use mesh_store::Manifest;
+    use mesh_testkit::hub::TestHub;
+
+    use super::*;
+    use crate::config::{Config, StoreConfig};
+
+    const NAME: &str = "acme/m";
+
+    struct Quiet;
+
+    impl mesh_hub::Watch for Quiet {
+        fn planned(&self, _: u64, _: u64) {}
+        fn arrived(&self, _: u64) {}
+        fn waiting(&self, _: &str, _: Duration) {}
+    }
+
+    fn models(dir: &std::path::Path, hub: bool) -> Arc<Models> {
+        let config = Config {
+            state_dir: dir.to_owned(),
+            head: Some("127.0.0.1:1".to_owned()),
+            store: StoreConfig {
+                dir: Some(dir.join("store")),
+                hub,
+                ..StoreConfig::default()
+            },
+            ..Config::default()
+        };
+        Models::open(&Arc::new(config)).unwrap()
+    }
+
+    /// What a hub says of a model with these files.
+    async fn expected(files: &[(&str, Vec<u8>)]) -> Expected {
+        let hub = TestHub::start().await.unwrap();
+        hub.publish(NAME, files);
+        let client = Hub::new(Settings::at(&hub.endpoint()).unwrap()).unwrap();
+        let name: HubName = NAME.parse().unwrap();
+        client.expected(&name, &Quiet).await.unwrap()
+    }
+
+    fn files(config: &str) -> Vec<(&'static str, Vec<u8>)> {
+        let config = config.as_bytes().to_vec();
+        vec![
+            ("config.json", config),
+            ("model.safetensors", b"\x02\0\0\0\0\0\0\0{}".to_vec()),
+            ("tokenizer.json", b"{}".to_vec()),
+        ]
+    }
+
+    /// Puts a model with these files into the store.
+    fn put(store: &Store, name: &str, files: &[(&str, Vec<u8>)]) -> SignedManifest {
+        let folder = tempfile::tempdir().unwrap();
+        for (path, bytes) in files {
+            std::fs::write(folder.path().join(path), bytes).unwrap();
+            store.put(bytes).unwrap();
+        }
+        let paths: Vec<_> = files.iter().map(|(path, _)| (*path).into()).collect();
+        let manifest = Manifest::of_files(name, folder.path(), &paths, &|_| ()).unwrap();
+        let signed = SignedManifest::unsigned(manifest);
+        store.put_manifest(&signed).unwrap();
+        signed
+    }
+
+    #[tokio::test]
+    async fn a_model_of_the_store_outlasts_an_offer_of_it_under_another_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path().join("store")).unwrap();
+        // The branch has moved on: of its files one differs, and has the same length.
+        let expected = expected(&files("{\"a\": 2}")).await;
+        let signed = put(&store, &expected.name, &files("{\"a\": 1}"));
+        let fingerprint = signed.manifest.fingerprint();
+        let commit = format!("{NAME}@{}", "c".repeat(40));
+        store
+            .name(&commit, &fingerprint, Some("http://hub/acme/m/tree/c"))
+            .unwrap();
+        for was_here in [true, false] {
+            let models = models(dir.path(), true);
+            let said = (Instant::now(), Ok(Arc::new(expected.clone())));
+            lock(&models.hub.0).insert(NAME.to_owned(), said);
+            let told = ModelSources::default();
+            let kept = models
+                .keep(NAME, signed.clone(), "peer", &store, &told)
+                .await;
+            assert!(matches!(kept, Err(Doubt::Other(_) | Doubt::Nobody(_))));
+            assert_eq!(store.manifest(&fingerprint).unwrap().is_some(), was_here);
+            let names: Vec<String> = store.names().unwrap().into_iter().map(|n| n.name).collect();
+            match was_here {
+                true => {
+                    assert!(matches!(kept, Err(Doubt::Other(_))));
+                    assert_eq!(names, [commit.as_str()]);
+                    store.remove(&fingerprint).unwrap();
+                    for (_, bytes) in files("{\"a\": 1}") {
+                        store.put(&bytes).unwrap();
+                    }
+                }
+                false => assert_eq!(names, [] as [String; 0]),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn an_operators_pin_counts_before_the_hub() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path().join("store")).unwrap();
+        let signed = put(&store, "m", &files("{}"));
+        let models = models(dir.path(), true);
+        let said = (Instant::now(), Ok(Arc::new(expected(&files("{ }")).await)));
+        lock(&models.hub.0).insert(NAME.to_owned(), said);
+        let mut told = ModelSources {
+            pin: signed.manifest.fingerprint().to_string(),
+            ..ModelSources::default()
+        };
+        let doubt = models.vouch(NAME, &signed, Some(&told)).await.unwrap_err();
+        assert!(matches!(doubt, Doubt::Other(_)), "{doubt:?}");
+        told.pinned_by_operator = true;
+        let vouched = models.vouch(NAME, &signed, Some(&told)).await.unwrap();
+        assert_eq!(vouched.by, "the operator's pin at the head");
+        told.pin = "a".repeat(64);
+        let doubt = models.vouch(NAME, &signed, Some(&told)).await.unwrap_err();
+        // The hub does not say otherwise: nobody is to hear that it refutes this model.
+        assert!(matches!(doubt, Doubt::Nobody(_)), "{doubt:?}");
+    }
+
+    #[tokio::test]
+    async fn a_name_that_is_pinned_to_what_nobody_has_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let models = models(dir.path(), false);
+        let pin: Digest = "a".repeat(64).parse().unwrap();
+        let mut told = ModelSources {
+            pin: pin.to_string(),
+            ..ModelSources::default()
+        };
+        let mut others = BTreeMap::new();
+        for name in ["m", NAME] {
+            let text = models.why_nowhere(name, &told, &others).unwrap();
+            let release = format!("hydramesh models pins release {name}");
+            assert!(
+                text.contains("aaaaaaaaaaaa") && text.contains(&release),
+                "{text}"
+            );
+        }
+        // This worker refused it: that is another matter.
+        others.insert(pin, String::new());
+        let text = models.why_nowhere("m", &told, &others).unwrap();
+        assert!(!text.contains("pins"), "{text}");
+        others.clear();
+        told.pin.clear();
+        let text = models.why_nowhere("m", &told, &others).unwrap();
+        assert!(!text.contains("pins"), "{text}");
+    }
+}

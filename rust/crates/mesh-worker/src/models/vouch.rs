@@ -1,8 +1,8 @@
 //! That a model is what its name says: nobody who offers a file is believed about that.
 //!
-//! In this order: the hub, which says in a few kilobytes which files a model consists of, wherever their bytes come from; where it
-//! does not say, a signature of a key that the operator trusts; else the pin that the head keeps for the name. What nobody vouches
-//! for is not taken under that name.
+//! In this order: an operator's pin at the head; the hub, which says in a few kilobytes which files a model consists of, wherever
+//! their bytes come from; where it does not say, a signature of a key that the operator trusts; else the pin that the head keeps for
+//! the name. What nobody vouches for is not taken under that name.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -35,7 +35,7 @@ pub(super) enum Doubt {
 
 /// What the hub said lately, by name.
 #[derive(Debug, Default)]
-pub(super) struct HubWords(Mutex<BTreeMap<String, (Instant, HubWord)>>);
+pub(super) struct HubWords(pub(super) Mutex<BTreeMap<String, (Instant, HubWord)>>);
 
 type HubWord = Result<Arc<Expected>, String>;
 
@@ -60,6 +60,16 @@ impl Models {
             return match wanted == fingerprint {
                 true => Ok(vouched("it is asked for by its fingerprint".to_owned())),
                 false => Err(Doubt::Other(format!("its fingerprint is {fingerprint}"))),
+            };
+        }
+        if let Some(told) = told.filter(|told| told.pinned_by_operator) {
+            return match told.pin == fingerprint.to_string() {
+                true => Ok(vouched("the operator's pin at the head".to_owned())),
+                false => Err(Doubt::Nobody(format!(
+                    "an operator pinned {name} to another model, {:.12}: `hydramesh models pins release {name}` lets the hub or a signature \
+                     decide again",
+                    told.pin
+                ))),
             };
         }
         let mut tried = Vec::new();

@@ -3,7 +3,7 @@
 //! A worker that reaches the hub, or has the operator's signature, needs no pin. For all others a pin is what stands between a
 //! name and whoever claims it next.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
@@ -23,11 +23,14 @@ pub struct Pin {
     /// Id of the node that had it sought; so many pins has each.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub node: String,
+    /// Id of the worker that had it first: where that replaces the model, and nobody else has the old one, the name goes with it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub holder: String,
 }
 
 /// Pins by name, in lower case.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Pins(BTreeMap<String, Pin>);
+pub struct Pins(pub(super) BTreeMap<String, Pin>);
 
 /// A name that several models claim.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -173,6 +176,7 @@ impl Tracker {
             worker: String::new(),
             operator: true,
             node: String::new(),
+            holder: String::new(),
         };
         pins.insert(key(name), pin);
         self.pins_changed();
@@ -196,66 +200,6 @@ impl Tracker {
         self.actions.push(super::Action::KeepPins);
     }
 
-    /// Names that several models claim, and why nobody should take either of them unseen.
-    pub fn conflicts(&self) -> Vec<Conflict> {
-        self.conflicts.values().cloned().collect()
-    }
-
-    /// Whether a name is claimed for several models, and no operator has decided.
-    pub(super) fn is_disputed(&self, name: &str) -> bool {
-        let conflict = self.conflicts.get(&key(name));
-        conflict.is_some_and(|conflict| !conflict.decided)
-    }
-
-    /// Finds names that several models claim, and tells of those that are news.
-    pub(super) fn find_conflicts(&mut self) {
-        let mut names: BTreeMap<String, Conflict> = BTreeMap::new();
-        for node in self.nodes.values().filter(|node| node.address.is_some()) {
-            for (fingerprint, held) in &node.held {
-                let keys: BTreeSet<String> = held.names.iter().map(|name| key(name)).collect();
-                for name in keys {
-                    let conflict = names.entry(name.clone()).or_insert_with(|| empty(&name));
-                    let workers = conflict.claims.entry(fingerprint.clone()).or_default();
-                    workers.push(node.name.clone());
-                }
-            }
-        }
-        for pin in self.pins.list() {
-            let Some(conflict) = names.get_mut(&key(&pin.name)) else {
-                continue;
-            };
-            conflict.name.clone_from(&pin.name);
-            conflict.pinned = Some(pin.fingerprint.clone());
-            conflict.decided = pin.operator;
-            conflict.claims.entry(pin.fingerprint.clone()).or_default();
-        }
-        for node in self.nodes.values() {
-            for sought in &node.sought {
-                let Some(conflict) = names.get_mut(&key(&sought.model.name)) else {
-                    continue;
-                };
-                if conflict
-                    .pinned
-                    .as_ref()
-                    .is_some_and(|pin| sought.model.refused.contains(pin))
-                {
-                    conflict.refused_by.push(node.name.clone());
-                }
-            }
-        }
-        names.retain(|_, conflict| conflict.claims.len() > 1 || !conflict.refused_by.is_empty());
-        while names.len() > MOST_CONFLICTS {
-            names.pop_last();
-        }
-        for (name, conflict) in &names {
-            if !self.conflicts.contains_key(name) {
-                self.actions
-                    .push(super::Action::Note(super::Note::Conflict(conflict.clone())));
-            }
-        }
-        self.conflicts = names;
-    }
-
     /// Pins names under which a model is about to be got, or was got by who had the errand.
     pub(super) fn settle_pins(&mut self) {
         let mut first = Vec::new();
@@ -267,9 +211,17 @@ impl Tracker {
                 }
                 let claims = self.claims(&model.name);
                 if let [(fingerprint, holder)] = claims[..]
-                    && !model.refused.iter().any(|refused| refused == fingerprint)
+                    && !sought.rejects(fingerprint)
                 {
-                    first.push(pin(&model.name, fingerprint, holder, node));
+                    let worker = self.name_of(holder);
+                    first.push(Pin {
+                        name: model.name.clone(),
+                        fingerprint: fingerprint.to_owned(),
+                        worker,
+                        operator: false,
+                        node: node.clone(),
+                        holder: holder.to_owned(),
+                    });
                 }
             }
         }
@@ -296,11 +248,16 @@ impl Tracker {
             let super::Key::Name(name) = errand else {
                 continue;
             };
-            let named =
-                |held: &&super::Held| held.names.iter().any(|own| own.eq_ignore_ascii_case(name));
-            let found = entry.held.iter().find(|(_, held)| named(held));
+            let found = entry.held.iter().find(|(_, held)| held.is_called(name));
             if let Some((fingerprint, _)) = found {
-                news |= self.pins.first(pin(name, fingerprint, &entry.name, node));
+                news |= self.pins.first(Pin {
+                    name: name.clone(),
+                    fingerprint: fingerprint.clone(),
+                    worker: entry.name.clone(),
+                    operator: false,
+                    node: node.to_owned(),
+                    holder: node.to_owned(),
+                });
             }
         }
         if news {
@@ -308,48 +265,24 @@ impl Tracker {
         }
     }
 
-    /// Models that workers hold by this name, each with the name of one that does.
+    /// Models that workers hold by this name, each with the id of one that does.
     fn claims(&self, name: &str) -> Vec<(&str, &str)> {
         let mut claims: BTreeMap<&str, &str> = BTreeMap::new();
-        for node in self.nodes.values().filter(|node| node.address.is_some()) {
-            for (fingerprint, held) in &node.held {
-                if held.names.iter().any(|own| own.eq_ignore_ascii_case(name)) {
-                    claims.entry(fingerprint).or_insert(&node.name);
-                }
+        for (id, node) in &self.nodes {
+            let held = node.held.iter().filter(|_| node.address.is_some());
+            for (fingerprint, _) in held.filter(|(_, held)| held.is_called(name)) {
+                claims.entry(fingerprint).or_insert(id);
             }
         }
         claims.into_iter().collect()
     }
 }
 
-fn pin(name: &str, fingerprint: &str, worker: &str, node: &str) -> Pin {
-    Pin {
-        name: name.to_owned(),
-        fingerprint: fingerprint.to_owned(),
-        worker: worker.to_owned(),
-        operator: false,
-        node: node.to_owned(),
-    }
-}
-
-fn empty(name: &str) -> Conflict {
-    Conflict {
-        name: name.to_owned(),
-        claims: BTreeMap::new(),
-        pinned: None,
-        decided: false,
-        refused_by: Vec::new(),
-        served: false,
-    }
-}
-
 /// Names are told apart whatever their case.
-fn key(name: &str) -> String {
+pub(super) fn key(name: &str) -> String {
     name.to_ascii_lowercase()
 }
 
 /// Pins in all, and those that one node may have made by asking.
 const MOST_PINS: usize = 4096;
 const MOST_OF_NODE: usize = 256;
-/// Conflicts that are told of.
-const MOST_CONFLICTS: usize = 64;

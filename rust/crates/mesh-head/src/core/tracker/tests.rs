@@ -505,11 +505,141 @@ fn a_model_that_a_worker_refuses_is_not_told_to_it_again() {
     world.seek("c", "m");
     assert!(world.told("c").disputed);
     assert_eq!(world.tracker.conflicts()[0].refused_by, ["b"]);
+    // An operator's word counts more than the hub's.
+    world.tracker.pin("m", &fingerprint('f')).unwrap();
+    world.turn();
+    assert_eq!(world.told("b").fingerprint, fingerprint('f'));
+    assert!(world.told("b").pinned_by_operator);
+    world.tracker.unpin("m").unwrap();
+    world.turn();
     world.hold("b", 'a', PieceSet::all(4));
     world.say("c", |models| {
         models.sought[0].refused = vec![fingerprint('f')]
     });
     assert_eq!(world.told("c").fingerprint, fingerprint('a'));
+}
+
+fn held(letter: char, name: &str, pieces: PieceSet) -> HeldModel {
+    HeldModel {
+        fingerprint: fingerprint(letter),
+        names: vec![name.to_owned()],
+        bytes: 100,
+        pieces: Some(pieces.to_proto()),
+        signed: false,
+    }
+}
+
+#[test]
+fn a_model_that_its_only_holder_replaced_is_no_conflict_and_takes_the_name_along() {
+    let mut world = World::new(&["a", "b", "c"]);
+    world.hold("a", 'a', PieceSet::all(4));
+    world.seek("b", "m");
+    assert_eq!(world.told("b").pin, fingerprint('a'));
+    // The manifest of the old one is left; the files are those of the new one.
+    let replaced = |models: &mut Models| {
+        models.held = vec![
+            held('a', "m", PieceSet::none(4)),
+            held('b', "m", PieceSet::all(4)),
+        ];
+    };
+    world.say("a", replaced);
+    assert_eq!(world.tracker.conflicts(), []);
+    assert_eq!(world.told("b").fingerprint, fingerprint('b'));
+    assert_eq!(world.told("b").pin, fingerprint('b'));
+    assert!(!world.told("b").disputed);
+    assert!(world.notes.iter().any(|note| matches!(
+        note,
+        Note::Moved { worker, now, .. } if worker == "a" && *now == fingerprint('b')
+    )));
+    // Another worker that has something else under the name does not take it along.
+    world.say("a", |models| models.held.clear());
+    world.hold("c", 'c', PieceSet::all(4));
+    assert_eq!(world.told("b").pin, fingerprint('b'));
+    assert!(world.told("b").disputed);
+    // Nor does the first one while somebody has the old one, or where an operator decided.
+    world.hold("c", 'b', PieceSet::all(4));
+    world.hold("a", 'd', PieceSet::all(4));
+    assert_eq!(world.told("b").pin, fingerprint('b'));
+    assert!(world.told("b").disputed);
+    world.leave("c");
+    world.tracker.pin("m", &fingerprint('e')).unwrap();
+    world.turn();
+    assert_eq!(world.told("b").pin, fingerprint('e'));
+    assert!(world.told("b").pinned_by_operator);
+    assert!(world.tracker.conflicts()[0].decided);
+}
+
+#[test]
+fn two_models_of_one_worker_are_no_conflict() {
+    let mut world = World::new(&["a", "b"]);
+    let both = |models: &mut Models| {
+        models.held = vec![
+            held('a', "m", PieceSet::all(4)),
+            held('b', "m", PieceSet::all(4)),
+        ];
+    };
+    world.say("a", both);
+    assert_eq!(world.tracker.conflicts(), []);
+    world.hold("b", 'b', PieceSet::all(4));
+    assert_eq!(world.tracker.conflicts().len(), 1);
+}
+
+#[test]
+fn a_model_that_one_worker_cannot_use_is_not_disputed_for_others() {
+    let mut world = World::new(&["a", "b", "c"]);
+    world.hold("a", 'a', PieceSet::all(4));
+    world.seek("b", "m");
+    world.seek("c", "m");
+    world.say("b", |models| {
+        models.sought[0].unusable = vec![fingerprint('a'), "x".into()]
+    });
+    assert_eq!(world.told("b").fingerprint, "");
+    assert_eq!(world.told("c").fingerprint, fingerprint('a'));
+    assert!(!world.told("c").disputed);
+    assert_eq!(world.tracker.conflicts(), []);
+}
+
+#[test]
+fn a_few_workers_neither_hide_a_conflict_nor_fill_the_log() {
+    let mut world = World::new(&["honest", "liar", "twin", "z"]);
+    let names = |range: std::ops::Range<usize>, letter: char| {
+        let names = range.map(move |i| held(letter, &format!("!{i:03}"), PieceSet::all(1)));
+        names.enumerate().map(|(i, mut one)| {
+            one.fingerprint.replace_range(..4, &format!("{i:04x}"));
+            one
+        })
+    };
+    world.say("honest", |models| {
+        models.held = vec![held('a', "org/m", PieceSet::all(4))];
+    });
+    world.say("liar", |models| models.held = names(0..200, 'b').collect());
+    world.say("twin", |models| {
+        models.held = names(0..200, 'c').collect();
+        models.held.push(held('b', "org/m", PieceSet::all(4)));
+    });
+    world.seek("z", "org/m");
+    let told = world.tracker.conflicts();
+    assert_eq!(told.len(), 64);
+    assert!(told.iter().any(|conflict| conflict.name == "org/m"));
+    // What is not told of is disputed all the same.
+    for i in 0..200 {
+        assert!(world.tracker.is_disputed(&format!("!{i:03}")));
+    }
+    let noted = |world: &World| {
+        let noted = world.notes.iter();
+        noted
+            .filter(|note| matches!(note, Note::Conflict(_)))
+            .count()
+    };
+    for i in 0..50 {
+        world.say("liar", |models| {
+            models.held = names(4 * (i % 2)..200, 'b').collect()
+        });
+    }
+    assert!(noted(&world) <= 3 * 32, "{}", noted(&world));
+    // One alone makes none at all.
+    world.leave("twin");
+    assert_eq!(world.tracker.conflicts(), []);
 }
 
 #[test]
