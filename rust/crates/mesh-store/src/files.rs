@@ -108,7 +108,7 @@ pub(crate) fn open_to_write(path: &Path, owners: Owners) -> io::Result<File> {
 
 fn planted(what: &str) -> io::Error {
     io::Error::other(format!(
-        "{what}, which is none of the store's: remove it, and see who can write to the store's folder"
+        "{what}, which the store did not create: remove it, and see who can write to the store's folder"
     ))
 }
 

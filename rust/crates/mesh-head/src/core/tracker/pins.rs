@@ -130,11 +130,11 @@ impl Pins {
 #[non_exhaustive]
 pub enum PinError {
     /// Not a name.
-    #[error("{0:?} is no name of a model: it has 1 to 512 bytes and no control characters")]
+    #[error("invalid model name {0:?}: use 1 to 512 bytes without control characters")]
     Name(String),
     /// Not a fingerprint.
     #[error(
-        "{0:?} is no fingerprint: it has 64 digits from 0 to 9 and a to f; `hydramesh models show` tells a model's"
+        "invalid fingerprint {0:?}: use 64 digits from 0 to 9 and a to f; `hydramesh models show` tells a model's"
     )]
     Fingerprint(String),
     /// No room.
