@@ -305,12 +305,15 @@ async fn prove(mesh: Arc<Mesh>, id: WorkerId, link: Link) {
     // Side by side: one may wait in its model's queue for long.
     let mut running = FuturesUnordered::new();
     let mut under_way = BTreeSet::new();
-    loop {
+    while link.close_reason().is_none() {
         for proof in mesh.proofs_due(id, &under_way) {
             under_way.insert(proof.model.clone());
             let (mesh, link) = (&mesh, &link);
             running.push(async move {
-                prove_model(mesh, id, link, &proof).await;
+                if !prove_model(mesh, id, link, &proof).await {
+                    // Whatever the registry makes of that, nobody is asked without end: a link that is closed refuses at once.
+                    tokio::time::sleep(PROOF_PAUSE).await;
+                }
                 proof.model
             });
         }
@@ -324,7 +327,8 @@ async fn prove(mesh: Arc<Mesh>, id: WorkerId, link: Link) {
     }
 }
 
-async fn prove_model(mesh: &Mesh, id: WorkerId, link: &Link, proof: &Proof) {
+/// Asks the question of a proof. True if it was answered.
+async fn prove_model(mesh: &Mesh, id: WorkerId, link: &Link, proof: &Proof) -> bool {
     let mut probe = Probe {
         mesh,
         id,
@@ -361,14 +365,14 @@ async fn prove_model(mesh: &Mesh, id: WorkerId, link: &Link, proof: &Proof) {
             }
             None
         }
-        Err(Unproven::Needless) => return,
+        Err(Unproven::Needless) => return false,
         Err(Unproven::Declined(reason)) => {
             if mesh.declined(id, model) {
                 debug!(
                     worker = link.node_name(),
                     model, reason, "asked again later"
                 );
-                return;
+                return false;
             }
             info!(
                 worker = link.node_name(),
@@ -377,7 +381,9 @@ async fn prove_model(mesh: &Mesh, id: WorkerId, link: &Link, proof: &Proof) {
             None
         }
     };
+    let answered = sample.is_some();
     mesh.proved(id, proof, sample, asked);
+    answered
 }
 
 /// A request that only is to show that a token comes back, and which.

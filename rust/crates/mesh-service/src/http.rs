@@ -837,6 +837,9 @@ mod tests {
             said.contains("too many requests are on their way"),
             "{said}"
         );
+        // A client that only reads at its end gets there.
+        let rest = "z".repeat(900_000);
+        oldest.write_all(rest.as_bytes()).await.expect("taken");
 
         // Heads count, too.
         let mut heads = Vec::new();

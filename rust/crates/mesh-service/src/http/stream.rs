@@ -4,6 +4,7 @@
 
 use std::error::Error;
 use std::fmt;
+use std::future::poll_fn;
 use std::io;
 use std::net::IpAddr;
 use std::pin::Pin;
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 use axum::body::{Body, Bytes, HttpBody};
 use http_body::Frame;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::time::Sleep;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
@@ -238,6 +240,8 @@ impl HttpBody for Incoming {
         let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else {
             ready!(self.timer.as_mut().poll(cx));
             self.end();
+            // Nor is it waited for any longer once it is answered.
+            self.received = 0;
             let slow = TooSlow(self.limit);
             return Poll::Ready(Some(Err(axum::Error::new(slow))));
         };
@@ -277,7 +281,22 @@ impl Drop for Incoming {
         if let Some(place) = &self.place {
             self.shared.finished(place.id);
         }
+        // A client that still writes would find its connection closed and never read why. One that has sent nothing may wait for
+        // the word to go on, which reading would give it.
+        if !self.body.is_end_stream()
+            && self.received > 0
+            && let Ok(runtime) = Handle::try_current()
+        {
+            runtime.spawn(linger(std::mem::take(&mut self.body)));
+        }
     }
+}
+
+/// Reads the rest of a body that nobody wants, and keeps nothing of it.
+async fn linger(mut body: Body) {
+    let rest =
+        async { while let Some(Ok(_)) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {} };
+    let _ = tokio::time::timeout(LINGER, rest).await;
 }
 
 /// An answer on its way, in pieces of at most [`PIECE`] bytes.
@@ -447,3 +466,5 @@ impl Drop for Answer {
 const LEAST_RATE: u64 = 1024;
 /// Bytes of an answer that a client takes at once: few enough that a slow one takes them in time.
 const PIECE: usize = 16 << 10;
+/// How long the rest of a body that is refused is read.
+const LINGER: Duration = Duration::from_secs(5);
