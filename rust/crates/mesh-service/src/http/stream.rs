@@ -234,14 +234,11 @@ impl HttpBody for Incoming {
         if let Some(place) = &mut self.place
             && place.given_up.as_mut().poll(cx).is_ready()
         {
-            self.end();
             return Poll::Ready(Some(Err(axum::Error::new(NoRoom))));
         }
         let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else {
             ready!(self.timer.as_mut().poll(cx));
             self.end();
-            // Nor is it waited for any longer once it is answered.
-            self.received = 0;
             let slow = TooSlow(self.limit);
             return Poll::Ready(Some(Err(axum::Error::new(slow))));
         };
@@ -277,17 +274,22 @@ impl HttpBody for Incoming {
 
 impl Drop for Incoming {
     fn drop(&mut self) {
-        self.end();
         if let Some(place) = &self.place {
             self.shared.finished(place.id);
         }
         // A client that still writes would find its connection closed and never read why. One that has sent nothing may wait for
         // the word to go on, which reading would give it.
-        if !self.body.is_end_stream()
-            && self.received > 0
-            && let Ok(runtime) = Handle::try_current()
-        {
-            runtime.spawn(linger(std::mem::take(&mut self.body)));
+        let still_writes = !self.over && !self.body.is_end_stream() && self.received > 0;
+        match Handle::try_current() {
+            Ok(runtime) if still_writes => {
+                let (body, shared, id) =
+                    (std::mem::take(&mut self.body), self.shared.clone(), self.id);
+                runtime.spawn(async move {
+                    linger(body).await;
+                    shared.table().read(id);
+                });
+            }
+            _ => self.end(),
         }
     }
 }
