@@ -28,7 +28,7 @@ pub(crate) enum Refusal {
     #[error(transparent)]
     Tokenizer(TokenizerError),
     #[error(
-        "This model's maximum context length is {context} tokens. However, your prompt has more than {context} tokens; shorten it"
+        "This model's maximum context length is {context} tokens. However, your prompt has more than {context} tokens, which exceeds the available context size; shorten it"
     )]
     TooLong { context: u32 },
     #[error(transparent)]

@@ -95,7 +95,7 @@ pub enum Refusal {
     },
     /// No worker that serves the model has a context for so long a prompt.
     #[error(
-        "This model's maximum context length is {context} tokens. However, your prompt has at least {least} tokens; shorten it"
+        "This model's maximum context length is {context} tokens. However, your prompt has at least {least} tokens, which exceeds the available context size; shorten it"
     )]
     TooLong {
         /// The largest context among them.
