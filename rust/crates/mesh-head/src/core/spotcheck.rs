@@ -289,15 +289,22 @@ impl SpotChecks {
         }
     }
 
-    /// What is thought of it. One that waits in vain for somebody to compare with is cleared.
+    /// What is thought of it. One that waits in vain for somebody to compare with is cleared, though not soon where there are some:
+    /// they may be busy, and it may be a liar that waits for that.
     pub fn standing(&self, weights: &Weights, subject: &str, now: Instant) -> Standing {
         let group = self.groups.get(weights);
         let Some(known) = group.and_then(|group| group.subjects.get(subject)) else {
             return Standing::New;
         };
+        let comparable = |(name, other): (&String, &Subject)| {
+            let lately = |seen| now.saturating_duration_since(seen) < SEEN_LATELY;
+            name != subject && other.standing == Standing::Cleared && other.seen.is_some_and(lately)
+        };
+        let others = group.is_some_and(|group| group.subjects.iter().any(comparable));
+        let wait = if others { BUSY_WAIT } else { COMPARE_WAIT };
         let waited = known
             .since
-            .is_some_and(|since| now.saturating_duration_since(since) >= COMPARE_WAIT);
+            .is_some_and(|since| now.saturating_duration_since(since) >= wait);
         match known.standing {
             Standing::New if waited => Standing::Cleared,
             standing => standing,
@@ -340,6 +347,16 @@ impl SpotChecks {
         if missing && !(late && round.answers.len() > 1) {
             return Vec::new();
         }
+        let is_cleared = |subject: &str| {
+            let known = group.subjects.get(subject);
+            known.is_some_and(|known| known.standing == Standing::Cleared)
+        };
+        // Newcomers do not vouch for each other while those of long standing have yet to answer.
+        let awaited = peers.iter().any(|peer| is_cleared(peer.subject));
+        let has_come = |subject: &String| here(subject) && is_cleared(subject);
+        if missing && awaited && !round.answers.keys().any(has_come) {
+            return Vec::new();
+        }
         // The senior ones first; the newest may be among them.
         let rank = |subject: &str| {
             let place = peers.iter().position(|peer| peer.subject == subject);
@@ -358,11 +375,15 @@ impl SpotChecks {
                 |two: &&String| one == *two || round.answers[one].agrees(&round.answers[*two]);
             voters.iter().filter(agrees).cloned().collect()
         };
-        // The largest side, on a draw that of the most senior.
+        // The largest side, on a draw that of the most senior. Before all have answered, those of long standing count for more.
+        let weight = |side: &[String]| {
+            let senior = side.iter().filter(|voter| is_cleared(voter)).count();
+            (if missing { senior } else { 0 }, side.len())
+        };
         let mut best: Vec<String> = Vec::new();
         for voter in &voters {
             let side = side_of(voter);
-            if side.len() > best.len() {
+            if weight(&side) > weight(&best) {
                 best = side;
             }
         }
@@ -584,6 +605,10 @@ const ROUND_LIFE: Duration = Duration::from_secs(120);
 const SETTLE_AFTER: Duration = Duration::from_secs(10);
 /// Time that a newcomer waits to be compared.
 const COMPARE_WAIT: Duration = Duration::from_secs(20);
+/// The same where there are others that serve, and have been too busy to answer.
+const BUSY_WAIT: Duration = Duration::from_secs(180);
+/// How old the last answer of such a one may be.
+const SEEN_LATELY: Duration = Duration::from_secs(1800);
 /// Time to the second check of a newcomer; it doubles from then on.
 const FIRST_CHECK: Duration = Duration::from_secs(5);
 /// Time after which one that is held back is asked again.

@@ -333,7 +333,34 @@ fn one_whose_comparators_do_not_answer_is_not_kept_waiting_for_ever() {
     );
     assert_eq!(checks.standing(&weights, "b", now), Standing::New);
     now += COMPARE_WAIT;
+    assert_eq!(checks.standing(&weights, "b", now), Standing::New);
+    now += BUSY_WAIT;
     assert_eq!(checks.standing(&weights, "b", now), Standing::Cleared);
+}
+
+#[test]
+fn newcomers_do_not_vouch_for_each_other_while_those_of_long_standing_are_busy() {
+    let mut checks = SpotChecks::default();
+    let weights = ("m".to_owned(), "f".to_owned());
+    let mut now = Instant::now();
+    let mut peers = vec![Peer { subject: "a" }];
+    let question = checks.question(&weights, "a", 1, now);
+    let answer = |checks: &mut SpotChecks, who, round, sample, peers: &[Peer<'_>], now| {
+        checks.answered(&weights, who, (round, sample), peers, SCHEDULE, now)
+    };
+    answer(&mut checks, "a", question.round, honest(1), &peers, now);
+    now += ROUND_LIFE * 2;
+    peers.extend([Peer { subject: "x" }, Peer { subject: "y" }]);
+    let round = checks.question(&weights, "x", 2, now).round;
+    assert_eq!(checks.question(&weights, "y", 3, now).round, round);
+    answer(&mut checks, "x", round, forged(), &peers, now);
+    now += SETTLE_AFTER * 2;
+    answer(&mut checks, "y", round, forged(), &peers, now);
+    now += COMPARE_WAIT;
+    for liar in ["x", "y"] {
+        assert_eq!(checks.standing(&weights, liar, now), Standing::New);
+    }
+    assert!(checks.is_due(&weights, "a", now));
 }
 
 #[test]
