@@ -20,10 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RUST = ROOT / "rust"
 CACHE = Path(os.environ.get("HYDRAMESH_CACHE") or ROOT / ".cache").resolve()
 CARGO = os.environ.get("CARGO") or "cargo"
-CRATES_IO = (
-    "registry+https://github.com/rust-lang/crates.io-index",
-    "sparse+https://index.crates.io/",
-)
 # Words of tools that could not reach their database, as opposed to what they found.
 UNREACHABLE = re.compile(
     r"failed to (fetch|clone|connect|resolve|obtain)|couldn't (fetch|connect|resolve)|could not (fetch|connect|resolve)"
@@ -146,9 +142,15 @@ def licences(config, all_packages):
 def sources(config, all_packages):
     if (config["sources"]["unknown-registry"], config["sources"]["unknown-git"]) != ("deny", "deny"):
         raise Problem("deny.toml: [sources] is expected to deny what is unknown")
+    # What a manifest names without a registry comes from cargo's own.
+    usual = {need["source"] for package in all_packages for need in package["dependencies"] if is_usual(need)}
     for package in all_packages:
-        if package["source"] is not None and package["source"] not in CRATES_IO:
+        if package["source"] is not None and package["source"] not in usual:
             yield f"{package['name']} {package['version']} comes from {package['source']}"
+
+
+def is_usual(need):
+    return need["registry"] is None and (need["source"] or "").startswith(("registry+", "sparse+"))
 
 
 def bans(config, all_packages):

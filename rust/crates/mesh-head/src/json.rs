@@ -111,7 +111,7 @@ fn whole_characters(body: &[u8]) -> Cow<'_, [u8]> {
     Cow::Owned(mended)
 }
 
-/// The code unit of an escape `\uXXXX` at the beginning.
+/// The code unit of a `\u` escape with four hexadecimal digits at the beginning.
 fn escape(text: &[u8]) -> Option<u16> {
     let digits = text.strip_prefix(b"\\u")?.first_chunk::<4>()?;
     let digits = std::str::from_utf8(digits).ok()?;

@@ -38,12 +38,12 @@ struct Outcome {
     answer: Result<Answer>,
 }
 
-/// What came of all requests.
+/// Results of all requests of a phase.
 #[derive(Debug, Default)]
 pub(crate) struct Served {
     /// Right answers.
     pub(crate) right: usize,
-    /// What was wrong with the others, and after how many seconds of the phase it ended.
+    /// Errors of the others, with the second of the phase in which each ended.
     pub(crate) wrong: Vec<(f64, String)>,
     /// Times to the first token, of right answers.
     pub(crate) first_token: Gaps,
