@@ -112,12 +112,22 @@ pub(crate) fn arg_max(logits: &[f32]) -> u32 {
 #[track_caller]
 pub(crate) fn assert_same_bits(a: &[f32], b: &[f32]) {
     assert_eq!(a.len(), b.len());
-    let differing = a
+    let differing: Vec<(usize, (f32, f32))> = a
         .iter()
-        .zip(b)
-        .filter(|(a, b)| a.to_bits() != b.to_bits())
-        .count();
-    assert_eq!(differing, 0, "{differing} of {} numbers differ", a.len());
+        .copied()
+        .zip(b.iter().copied())
+        .enumerate()
+        .filter(|(_, (a, b))| a.to_bits() != b.to_bits())
+        .collect();
+    let most = differing.iter().map(|(_, (a, b))| (a - b).abs());
+    assert!(
+        differing.is_empty(),
+        "{} of {} numbers differ, by {} at most; the first (index, values): {:?}",
+        differing.len(),
+        a.len(),
+        most.fold(0.0, f32::max),
+        &differing[..differing.len().min(4)]
+    );
 }
 
 /// A small network with random weights.

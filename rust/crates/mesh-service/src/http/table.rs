@@ -69,7 +69,7 @@ struct Entry {
     restricted: bool,
     /// Requests whose answers are not complete.
     answering: usize,
-    /// Those of them whose bodies are not complete.
+    /// Requests whose bodies are not complete. Some may be answered: the rest of a refused body is read, too.
     reading: usize,
     /// Times since which pieces of answers wait to be taken, one per answer at most.
     offers: Vec<Instant>,
@@ -160,6 +160,7 @@ impl Table {
     pub(super) fn heard(&mut self, id: Id, now: Instant) {
         if let Some(entry) = self.entries.get_mut(&id)
             && entry.answering == 0
+            && entry.reading == 0
             && entry.wait == Wait::Next
         {
             (entry.wait, entry.since) = (Wait::Head, now);
@@ -273,7 +274,7 @@ impl Table {
 impl Entry {
     /// True if it has sent all that is answered on it.
     fn is_evictable(&self) -> bool {
-        !self.restricted && self.answering == self.reading
+        !self.restricted && self.answering <= self.reading
     }
 }
 
@@ -383,6 +384,24 @@ mod tests {
         assert_eq!(table.due(streams, &PATIENCE), Some(at(77)));
         table.closed(streams);
         assert_eq!(table.due(streams, &PATIENCE), None);
+    }
+
+    #[test]
+    fn the_rest_of_a_refused_body_is_no_head() {
+        let now = Instant::now();
+        let mut table = table(1, 1);
+        let id = table.open(ip("10.0.0.1"), now).id;
+        table.asked(id, true, false, now);
+        table.answered(id, now);
+        table.heard(id, now);
+        assert_eq!(table.head_from(id), None);
+        assert_eq!(table.due(id, &PATIENCE), Some(now + PATIENCE.idle));
+        table.read(id);
+        table.heard(id, now);
+        assert_eq!(table.head_from(id), Some(ip("10.0.0.1")));
+        table.asked(id, true, false, now);
+        table.answered(id, now);
+        assert_eq!(table.open(ip("10.0.0.2"), now).evicted, Some(id));
     }
 
     #[test]
