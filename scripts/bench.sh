@@ -7,7 +7,7 @@ bin=$root/rust/target/release
 cache=${HYDRAMESH_CACHE:-$root/.cache}
 export ORT_DYLIB_PATH=${ORT_DYLIB_PATH:-$cache/onnxruntime/libonnxruntime.so.1.24.4}
 
-for source in "$root"/rust/crates/mesh-bench/src/bin/*; do
+for source in "$root"/rust/crates/tools/mesh-bench/src/bin/*; do
     name=$(basename "$source" .rs)
     [[ $name == peer* ]] && continue
     printf '\n== %s\n' "$name"

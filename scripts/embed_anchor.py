@@ -6,7 +6,7 @@
     embed_anchor.py MODEL_FOLDER speed TEXTS.json       for each line "N" on stdin: encodes all texts with N threads in batches of 32,
                                                         and prints the seconds that took
 
-TEXTS.json is a list of strings. `rust/crates/mesh-engine-ort/tests/data/minilm.base64` is the output of `vectors` for the texts beside it.
+TEXTS.json is a list of strings. `rust/crates/engine/mesh-engine-ort/tests/data/minilm.base64` is the output of `vectors` for the texts beside it.
 """
 
 import base64

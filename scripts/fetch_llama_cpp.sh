@@ -76,7 +76,7 @@ for program in "$dest"/root/usr/bin/llama-* "$dest"/root/usr/libexec/*/llama-*; 
 done
 # Our own anchor programs, built here and run on sid's libraries.
 for anchor in llama_anchor llama_rpc_server; do
-    "${CC:-cc}" -O2 -Wall -I "$dest/root/usr/include" -o "$dest/$anchor" "$root/rust/crates/mesh-bench/anchor/$anchor.c" \
+    "${CC:-cc}" -O2 -Wall -I "$dest/root/usr/include" -o "$dest/$anchor" "$root/rust/crates/tools/mesh-bench/anchor/$anchor.c" \
         -L "$dest/$lib" -Wl,--unresolved-symbols=ignore-all -l:libllama.so.0 -l:libggml.so.0 -l:libggml-base.so.0 -lm
     # shellcheck disable=SC2016
     printf '#!/bin/sh\n%s\nexec "$top/%s" --library-path "%s" "$top/%s" "$top/%s" "$@"\n' \

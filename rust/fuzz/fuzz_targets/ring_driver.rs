@@ -1,7 +1,7 @@
 //! Whatever the members of a ring answer to its driver: answers go on or end, and the driver holds nothing without bound.
 #![no_main]
 
-#[path = "../../crates/mesh-pipeline/src/simulation/toy.rs"]
+#[path = "../../crates/engine/mesh-pipeline/src/simulation/toy.rs"]
 #[allow(dead_code)]
 mod toy;
 

@@ -1,7 +1,7 @@
 //! Whatever the other members of a ring send to a part: it computes it or refuses it, holds no more rows than its context has, and goes on.
 #![no_main]
 
-#[path = "../../crates/mesh-pipeline/src/simulation/toy.rs"]
+#[path = "../../crates/engine/mesh-pipeline/src/simulation/toy.rs"]
 #[allow(dead_code)]
 mod toy;
 

@@ -13,8 +13,8 @@ pub fn cache_dir() -> PathBuf {
     }
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .ancestors()
-        .nth(3)
-        .expect("the crate lies three folders below the root")
+        .nth(4)
+        .expect("the crate lies four folders below the root")
         .join(".cache")
 }
 
@@ -88,8 +88,8 @@ fn find_or_build() -> Result<PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR"))
         .ancestors()
-        .nth(2)
-        .expect("the crate lies two folders below the workspace");
+        .nth(3)
+        .expect("the crate lies three folders below the workspace");
     let status = Command::new(cargo)
         .current_dir(workspace)
         .args(["build", "--quiet", "--bins", "--profile", profile])

@@ -147,6 +147,6 @@ fn words(attack: Child) -> Vec<Value> {
 }
 
 fn script() -> PathBuf {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(3);
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(4);
     root.unwrap_or(Path::new(".")).join("scripts/stranger.py")
 }

@@ -251,7 +251,7 @@ impl Drop for Attack {
 
 /// `scripts/stranger.py` of this tree.
 fn script() -> PathBuf {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(3);
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(4);
     root.unwrap_or(Path::new(".")).join("scripts/stranger.py")
 }
 

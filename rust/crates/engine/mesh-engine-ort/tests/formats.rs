@@ -10,7 +10,7 @@ use mesh_model::gguf::Writer;
 use mesh_model::{EncodeOptions, GgmlType, Model};
 use mesh_testkit::paths;
 
-const TEXT: &str = include_str!("../../mesh-bench/data/alice.txt");
+const TEXT: &str = include_str!("../../../tools/mesh-bench/data/alice.txt");
 const WINDOW: usize = 256;
 
 fn smollm2() -> Model {

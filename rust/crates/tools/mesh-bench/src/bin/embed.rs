@@ -107,7 +107,7 @@ fn workloads() -> Result<Vec<(&'static str, Vec<String>)>> {
         .take(64)
         .map(|words| words.join(" "))
         .collect();
-    let languages = include_str!("../../../mesh-engine-ort/tests/data/texts.json");
+    let languages = include_str!("../../../../engine/mesh-engine-ort/tests/data/texts.json");
     Ok(vec![
         ("sentences of a book", sentences),
         ("its paragraphs", paragraphs),
@@ -156,7 +156,7 @@ fn embed(
 fn anchor(folder: &Path, what: &str, texts: &Path) -> Result<Command> {
     let python = paths::fetched("sentence-transformers/bin/python")
         .context("scripts/fetch_sentence_transformers.py installs it")?;
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../scripts/embed_anchor.py");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../../scripts/embed_anchor.py");
     let mut command = Command::new(python);
     command.arg(script).arg(folder).arg(what).arg(texts);
     Ok(command)
