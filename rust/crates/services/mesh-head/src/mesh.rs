@@ -214,6 +214,11 @@ impl Mesh {
         self.memory().used()
     }
 
+    /// Bytes of memory that requests may still take.
+    pub(crate) fn unleased(&self) -> u64 {
+        self.memory().left()
+    }
+
     fn memory(&self) -> MutexGuard<'_, Memory> {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
