@@ -90,7 +90,7 @@ fn lacks_ipv6(error: &io::Error) -> bool {
 }
 
 /// Connections that wait to be accepted.
-const BACKLOG: i32 = 1024;
+const BACKLOG: i32 = 4096;
 
 // Linux's numbers, the same on every architecture that we build for.
 const EAFNOSUPPORT: i32 = 97;

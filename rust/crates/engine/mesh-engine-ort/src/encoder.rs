@@ -13,7 +13,7 @@ mod weights;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mesh_engine::{Encoder, EncoderInfo, StageError};
-use mesh_kernels::{Pool, Reclaim};
+use mesh_kernels::{Pool, Reclaim, in_background};
 use mesh_model::EncoderModel;
 use mesh_model::encoder::{EncoderConfig, Sentences};
 use ort::operator::OperatorDomain;
@@ -77,8 +77,8 @@ impl OrtEncoder {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             threads => threads,
         };
+        let weights = in_background(threads, |pool| Weights::load(model, pool))?;
         let pool = Pool::new(threads);
-        let weights = Weights::load(model, &pool)?;
         let config = model.config().clone();
         let sentences = model.sentences().clone();
         let info = EncoderInfo {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use mesh_engine::{
     ModelShape, Segment, SlotId, Stage, StageError, StageInfo, StageInput, StageOutput,
 };
-use mesh_kernels::{KernelError, KvShape, PackOptions, Pool, Reclaim};
+use mesh_kernels::{KernelError, KvShape, PackOptions, Pool, Reclaim, in_background};
 use mesh_model::Model;
 use ort::session::Session;
 use ort::value::{DynValue, TensorRef};
@@ -50,18 +50,16 @@ impl OrtStage {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             threads => threads,
         };
+        let packing = PackOptions {
+            coded_scales: options.compact,
+            ..PackOptions::default()
+        };
+        // Other stages may be at work.
+        let weights = in_background(threads, |pool| {
+            let (layers, cache) = (layers.clone(), options.cache.as_ref());
+            Weights::load(model, layers, pool, packing, options.weights, cache)
+        })?;
         let pool = Pool::new(threads);
-        let weights = Weights::load(
-            model,
-            layers.clone(),
-            &pool,
-            PackOptions {
-                coded_scales: options.compact,
-                ..PackOptions::default()
-            },
-            options.weights,
-            options.cache.as_ref(),
-        )?;
         let kv = Kv::new(KvShape {
             layers: layers.len(),
             slots: options.slots as usize,

@@ -44,7 +44,7 @@ pub use linear::{Activation, FeedForward, Gate, Linear, Residual, feed_forward, 
 pub use matrix::{EightBit, PackOptions, QMatrix, dequantize};
 pub use mem::Reclaim;
 pub use norm::{add_rms_norm, rms_norm};
-pub use pool::{Pool, PoolOptions};
+pub use pool::{Pool, PoolOptions, in_background};
 pub use quant::WeightType;
 pub use quant::blocks::{Stretch, stretch};
 pub use rope::{Rope, RopeOptions, RopeStyle};

@@ -4,7 +4,8 @@
 //! not running just then (another process has its core) has claimed nothing, so nobody waits for it. Idle threads watch the
 //! word for some microseconds, then yield between looks, then sleep: a machine shared with others keeps its cores.
 //!
-//! Unsafe code: the pointer to the caller's closure, which outlives every claimed task because `run` waits for them.
+//! Unsafe code: the pointer to the caller's closure, which outlives every claimed task because `run` waits for them; system calls
+//! that concern the calling thread alone.
 
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
@@ -174,6 +175,42 @@ impl Pool {
         self.run(self.threads, task);
     }
 }
+
+/// Runs `work` with a pool of its own whose threads stand behind all others of this machine for the processor (nice 5, on Linux):
+/// work that nobody waits for as long as others are answered, such as packing a model's weights.
+///
+/// # Panics
+/// As `work` does.
+pub fn in_background<T: Send>(threads: usize, work: impl Fn(&Pool) -> T + Sync) -> T {
+    std::thread::scope(|scope| {
+        let lowered = std::thread::Builder::new()
+            .name("background".to_owned())
+            .spawn_scoped(scope, || {
+                give_way();
+                // Its threads inherit the priority.
+                work(&Pool::new(threads))
+            });
+        match lowered.map(std::thread::ScopedJoinHandle::join) {
+            Ok(Ok(result)) => result,
+            Ok(Err(panic)) => resume_unwind(panic),
+            // No thread is to be had: it is done at this one's priority.
+            Err(_) => work(&Pool::new(threads)),
+        }
+    })
+}
+
+/// Lowers the priority of the calling thread, for good.
+fn give_way() {
+    // SAFETY: it concerns the calling thread only, which is new. Without it all goes on at the usual priority.
+    #[cfg(target_os = "linux")]
+    unsafe {
+        libc::nice(BACKGROUND)
+    };
+}
+
+/// As nice(2) has it.
+#[cfg(target_os = "linux")]
+const BACKGROUND: libc::c_int = 5;
 
 impl Drop for Pool {
     fn drop(&mut self) {
@@ -392,6 +429,33 @@ mod tests {
                 sum.fetch_add(i, Ordering::Relaxed);
             });
             assert_eq!(sum.into_inner(), 4950);
+        }
+    }
+
+    #[test]
+    fn work_in_the_background_has_its_own_priority_and_leaves_the_callers() {
+        let nice = || {
+            let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap_or_default();
+            let fields = stat.rsplit(')').next().unwrap_or_default();
+            fields.split_whitespace().nth(16)?.parse::<i32>().ok()
+        };
+        let before = nice();
+        let inside = in_background(3, |pool| {
+            let all: Mutex<Vec<_>> = Mutex::default();
+            pool.run(64, &|_| {
+                std::thread::sleep(Duration::from_millis(1));
+                lock(&all).push(nice());
+            });
+            all.into_inner().unwrap_or_default()
+        });
+        assert_eq!(inside.len(), 64);
+        assert_eq!(nice(), before);
+        if cfg!(target_os = "linux") {
+            let lower = before.map(|before| (before + 5).min(19));
+            assert!(
+                inside.iter().all(|nice| *nice == lower),
+                "{inside:?} {before:?}"
+            );
         }
     }
 

@@ -43,7 +43,12 @@ impl Namespaces {
             machines: 0,
         };
         let bridge = this.bridge();
-        ip(&["link", "add", &bridge, "type", "bridge"])?;
+        // Else it takes the lowest address of its ports: with each new machine the others may send to one that is gone, until they ask
+        // anew half a minute later.
+        let hardware = format!("02:48:4d:00:00:{:02x}", this.subnet);
+        ip(&[
+            "link", "add", &bridge, "address", &hardware, "type", "bridge",
+        ])?;
         let address = format!("{}/24", this.own_address());
         ip(&["addr", "add", &address, "dev", &bridge])?;
         ip(&["link", "set", &bridge, "up"])?;
