@@ -4,9 +4,9 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use mesh_probe::hardware::{Kind, Vendor};
-use mesh_probe::plan::{Missing, Told};
-use mesh_probe::{Backend, Choice, Hardware, Plan, Wish, choose, probe, run_dir};
+use mesh_machine::hardware::{Kind, Vendor};
+use mesh_machine::plan::{Missing, Told};
+use mesh_machine::{Backend, Choice, Hardware, Plan, Wish, choose, probe, run_dir};
 use tempfile::TempDir;
 
 /// A root file system that a test fills.
