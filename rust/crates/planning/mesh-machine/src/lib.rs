@@ -1,7 +1,8 @@
 //! What a machine is and can do.
 //!
-//! [`hardware::probe`] and [`Memory`] read sysfs and procfs below any root, so that tests use made-up trees; what cannot be read
-//! is left out. [`measure`] finds out how fast the machine is, with real layers of a model. [`boot`] decides what a live image does on it.
+//! [`hardware::probe`] and [`Memory`] read sysfs and procfs below any root, so that tests use made-up trees;
+//! what cannot be read is left out. [`measure`] finds out how fast the machine is, with real layers of a
+//! model. [`boot`] decides what a live image does on it.
 //!
 //! Profiles as data, and what is made of them, are `arcanum-profiler`'s.
 

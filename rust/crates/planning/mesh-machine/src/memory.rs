@@ -1,4 +1,4 @@
-//! How much memory this process may use: the machine's, within the limits of the control groups that it is in.
+//! Memory that this process may use: the machine's, within the limits of its control groups.
 
 use std::path::{Component, Path};
 
@@ -9,7 +9,8 @@ use crate::files::kernel_text;
 pub struct Memory {
     /// Memory of the machine.
     pub installed: Option<u64>,
-    /// Memory that this process may ever have: all of the machine's, or the tightest limit of a control group.
+    /// Memory that this process may ever have: all of the machine's, or the tightest limit of a control
+    /// group.
     pub total: Option<u64>,
     /// Memory that this process could have now, without swapping.
     pub available: Option<u64>,
@@ -50,8 +51,8 @@ struct Version {
     reclaimable: &'static [&'static str],
 }
 
-/// Limit and what is left of it, for every limited control group from the process's own to the root. In a container the own
-/// path may be the host's and lead nowhere; the container's group is the root there.
+/// Limit and what is left of it, for every limited control group from the process's own to the root. In a
+/// container the own path may be the host's and lead nowhere; the container's group is the root there.
 fn group_limits(root: &Path) -> Vec<(u64, u64)> {
     let groups = kernel_text(&root.join("proc/self/cgroup")).unwrap_or_default();
     let own = groups.lines().filter_map(|line| {
@@ -74,8 +75,8 @@ fn group_limits(root: &Path) -> Vec<(u64, u64)> {
 }
 
 impl Version {
-    /// Limit of the group in `folder`, and what is left of it. Cached files count as left, as they do in `MemAvailable`: reading a
-    /// model fills a group up to its limit, and costs the next allocation nothing.
+    /// Limit of the group in `folder`, and what is left of it. Cached files count as left, as they do in
+    /// `MemAvailable`: reading a model fills a group up to its limit, and costs the next allocation nothing.
     fn limit(&self, folder: &Path) -> Option<(u64, u64)> {
         let number = |file| kernel_text(&folder.join(file))?.trim().parse::<u64>().ok();
         let limit = self.limits.iter().copied().filter_map(number).min()?;

@@ -1,12 +1,13 @@
-//! Name and memory of NVIDIA cards, from NVIDIA's management library. It comes with the driver: without it there is nothing
-//! to read, which is no error.
+//! Name and memory of NVIDIA cards, from NVIDIA's management library. It comes with the driver: without it
+//! there is nothing to read, which is no error.
 
 use arcanum_profiler::gpu::{Gpu, Reported};
 use nvml_wrapper::{Device, Nvml};
 
 use crate::hardware::shown;
 
-/// Fills in what the driver reports of the cards among `gpus`, and adds those that the PCI bus does not show (as under WSL).
+/// Fills in what the driver reports of the cards among `gpus`, and adds those that the PCI bus does not show
+/// (as under WSL).
 pub(crate) fn report(gpus: &mut Vec<Gpu>) {
     let found = LIBRARIES
         .iter()

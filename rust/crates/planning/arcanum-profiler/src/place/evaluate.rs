@@ -4,9 +4,10 @@ use super::check::check;
 use super::cost::Mesh;
 use super::types::{Assignment, Candidate, ModelSpec, Policy, known};
 
-/// Speed of a layout that exists: microseconds per token of one stream, and tokens per second with enough requests in
-/// flight. `None` if its stages do not cover the model's layers in order, or a node is not among the candidates or did not say
-/// how fast it is. Neither memory nor reservations are looked at: the ring runs.
+/// Speed of a layout that exists: microseconds per token of one stream, and tokens per second with enough
+/// requests in flight. `None` if its stages do not cover the model's layers in order, or a node is not among
+/// the candidates or did not say how fast it is. Neither memory nor reservations are looked at: the ring
+/// runs.
 pub fn evaluate(
     model: &ModelSpec,
     stages: &[Assignment],

@@ -33,8 +33,8 @@ pub struct Candidate {
     pub memory: u64,
     /// Microseconds of one layer for one decode row; not positive is unknown.
     pub decode_us: f64,
-    /// Microseconds of one layer per row of a prefill chunk. Decoding decides the placement: it is what most of an answer's
-    /// time goes to, and nodes keep their order in both.
+    /// Microseconds of one layer per row of a prefill chunk. Decoding decides the placement: it is what most
+    /// of an answer's time goes to, and nodes keep their order in both.
     pub prefill_us: f64,
     /// Microseconds of one row of logits.
     pub logits_us: f64,
@@ -130,7 +130,8 @@ pub struct PlannedStage {
     pub memory: u64,
     /// Microseconds that it computes for one row.
     pub decode_us: f64,
-    /// Microseconds of the hop to the next stage, or from the last one back to the first; 0 where there is only one stage.
+    /// Microseconds of the hop to the next stage, or from the last one back to the first; 0 where there is
+    /// only one stage.
     pub hop_us: f64,
 }
 
@@ -176,8 +177,8 @@ pub enum Reason {
     NoRoom,
 }
 
-/// What a node holds of a ring that exists: input of [`evaluate`](super::evaluate), [`standby_for`](super::standby_for) and
-/// [`replacement_for`](super::replacement_for).
+/// What a node holds of a ring that exists: input of [`evaluate`](fn@super::evaluate),
+/// [`standby_for`](super::standby_for) and [`replacement_for`](super::replacement_for).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Assignment {
     /// Id of the node that runs the stage.

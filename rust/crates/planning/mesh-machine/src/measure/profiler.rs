@@ -43,9 +43,9 @@ struct KeptDisk {
 }
 
 impl Profiler {
-    /// Reads what the machine is, and measures it. What was measured before on the same processor, with the same threads, kernels and program, is
-    /// taken from the file; the rest takes about half a second. Nothing in here fails: what cannot be found out is
-    /// unknown, and a file that cannot be used is a warning.
+    /// Reads what the machine is, and measures it. What was measured before on the same processor, with the
+    /// same threads, kernels and program, is taken from the file; the rest takes about half a second. Nothing
+    /// in here fails: what cannot be found out is unknown, and a file that cannot be used is a warning.
     pub fn take(options: ProfileOptions) -> Profiler {
         let root = options.root.as_path();
         // Before measuring, which is load itself.
@@ -152,7 +152,8 @@ impl Profiler {
         Ok(speed)
     }
 
-    /// Writes what took time to measure. That it cannot be written costs the same time again, and nothing else.
+    /// Writes what took time to measure. That it cannot be written costs the same time again, and nothing
+    /// else.
     fn keep(&self) {
         let Some(file) = self.options.file() else {
             return;
