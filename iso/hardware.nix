@@ -16,7 +16,7 @@ in
   services.xserver.videoDrivers = mkIf hasNvidia [ "nvidia" ];
   hardware.graphics.enable = mkIf hasNvidia true;
   hardware.nvidia = mkIf hasNvidia {
-    # For Turing and newer. mesh-probe leaves older cards out and names the entry below.
+    # For Turing and newer. mesh-machine leaves older cards out and names the entry below.
     open = true;
     # A window for settings, on a machine without windows.
     nvidiaSettings = false;

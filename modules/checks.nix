@@ -327,12 +327,6 @@ in
         )
         ''the shim's port is open, but it answers this machine alone: set `settings.shim.trusted_networks`, or `settings.shim.admit = "verified"`''
     ++
-      warning (hasRole "worker" && servesWhole && max != null && !(settings.worker ? kv_memory))
-        "`memoryMax` is set and `settings.worker.kv_memory` is not: the KV cache takes half of the machine's free memory, and may reach the limit"
-    ++
-      warning (hasRole "worker" && servesParts && max != null && !(settings.worker ? ring.memory))
-        "`memoryMax` is set and `settings.worker.ring.memory` is not: layers and their KV cache take most of the machine's free memory, and may reach the limit"
-    ++
       warning
         (
           hasRole "worker"

@@ -275,7 +275,7 @@ in
       example = "14G";
       description = ''
         Memory beyond which a worker is killed (MemoryMax= of systemd), so that a worker out of control leaves the machine
-        reachable. `null` sets no limit. The KV cache does not know this limit: set `settings.worker.kv_memory` with a lower one.
+        reachable. `null` sets no limit. Weights and KV cache are fitted into `memoryHigh` and this limit.
       '';
     };
 

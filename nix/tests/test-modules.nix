@@ -1277,15 +1277,11 @@ in
   "a shim that answers nobody" = warns "answers this machine alone" (shim {
     openFirewall = true;
   });
-  "a limit that the KV cache does not know" = warns "settings.worker.kv_memory" (worker {
+  "a worker fits its KV cache into its limit" = silent (worker {
     memoryMax = "4G";
   });
-  "a limit that parts of models do not know" = warns "settings.worker.ring.memory" (part {
+  "a worker fits parts of models into its limit" = silent (part {
     memoryMax = "4G";
-  });
-  "a limit that parts of models know" = silent (part {
-    memoryMax = "4G";
-    settings.worker.ring.memory = "3GiB";
   });
   "parts that no other worker can reach" = warns "no worker of another machine" (part {
     settings.worker.ring.listen = "127.0.0.1:7781";

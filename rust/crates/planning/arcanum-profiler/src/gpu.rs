@@ -1,160 +1,168 @@
-//! GPUs and their memory: AMD's from sysfs, NVIDIA's from its management library. No driver is no GPU, never an error.
+//! A graphics card or accelerator, as data: its ids, and what its driver says of it.
 
-use std::path::Path;
+use std::fmt;
 
-use nvml_wrapper::Nvml;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
-use crate::machine::kernel_text;
+use crate::generation::Generation;
 
-/// One GPU.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// A graphics card or accelerator on the PCI bus.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Gpu {
-    /// As its driver calls it.
+    /// PCI address, such as `0000:01:00.0`.
+    pub address: String,
+    /// Who made it.
+    pub vendor: Vendor,
+    /// PCI vendor id.
+    pub vendor_id: u16,
+    /// PCI device id.
+    pub device_id: u16,
+    /// PCI class, 24 bits.
+    pub class: u32,
+    /// Whether there is silicon behind it.
+    pub kind: Kind,
+    /// NVIDIA: how old it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generation: Option<Generation>,
+    /// AMD: its instruction set, where the compute driver names it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gfx: Option<Gfx>,
+    /// Name and memory, where its driver reports them.
+    #[serde(flatten)]
+    pub reported: Option<Reported>,
+}
+
+/// A GPU in the words of its driver.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Reported {
+    /// As the driver calls it.
     pub name: String,
-    /// `nvidia` or `amd`.
-    pub vendor: String,
     /// Its memory, bytes.
     pub vram_total: u64,
     /// Of which free, bytes.
     pub vram_free: u64,
 }
 
-/// All GPUs whose memory their driver tells.
-pub(crate) fn all(root: &Path) -> Vec<Gpu> {
-    let mut gpus = nvidia().unwrap_or_default();
-    gpus.extend(amd(root));
-    gpus.truncate(MOST);
-    gpus
+/// Whose cards are told apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Vendor {
+    /// NVIDIA.
+    Nvidia,
+    /// AMD, ATI before.
+    Amd,
+    /// Intel.
+    Intel,
+    /// Anybody else.
+    Other,
 }
 
-/// NVML comes with the driver; without the driver there is no library to load.
-fn nvidia() -> Option<Vec<Gpu>> {
-    let found = LIBRARIES
-        .iter()
-        .map(|path| Nvml::builder().lib_path(path.as_ref()).init());
-    let library = match found.reduce(Result::or) {
-        Some(Ok(library)) => library,
-        Some(Err(error)) => {
-            tracing::debug!(%error, "no NVIDIA GPU");
-            return None;
-        }
-        None => return None,
-    };
-    let count = library.device_count().ok()?.min(MOST as u32);
-    let gpus = (0..count).filter_map(|index| {
-        let device = library.device_by_index(index).ok()?;
-        let memory = device.memory_info().ok()?;
-        Some(Gpu {
-            name: clean(&device.name().unwrap_or_else(|_| "NVIDIA GPU".into())),
-            vendor: "nvidia".into(),
-            vram_total: memory.total,
-            vram_free: memory.free,
-        })
-    });
-    Some(gpus.collect())
+/// Whether there is silicon behind a card.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// A card, or a real one handed through to a virtual machine.
+    Real,
+    /// A picture that a hypervisor draws.
+    Virtual,
 }
 
-/// The amdgpu driver's files.
-fn amd(root: &Path) -> Vec<Gpu> {
-    let Ok(entries) = std::fs::read_dir(root.join("sys/class/drm")) else {
-        return Vec::new();
-    };
-    let mut cards: Vec<String> = entries
-        .flatten()
-        .take(1024)
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        // card0, not its outputs: card0-HDMI-A-1.
-        .filter(|name| {
-            let number = name.strip_prefix("card");
-            number.is_some_and(|number| number.parse::<u16>().is_ok())
-        })
-        .collect();
-    cards.sort();
-    cards
-        .iter()
-        .filter_map(|card| {
-            let text =
-                |file: &str| kernel_text(root, &format!("sys/class/drm/{card}/device/{file}"));
-            let number = |file: &str| text(file)?.trim().parse::<u64>().ok();
-            if text("vendor")?.trim() != "0x1002" {
-                return None;
-            }
-            let total = number("mem_info_vram_total")?;
-            let name = text("product_name")
-                .map(|name| clean(&name))
-                .filter(|name| !name.is_empty())
-                .unwrap_or_else(|| {
-                    let device = text("device").unwrap_or_default();
-                    clean(&format!("AMD GPU {}", device.trim()))
-                });
-            Some(Gpu {
-                name,
-                vendor: "amd".into(),
-                vram_total: total,
-                vram_free: total.saturating_sub(number("mem_info_vram_used").unwrap_or(0)),
-            })
-        })
-        .collect()
+/// Version of AMD's instruction set, `gfx90a` being 9, 0, 10.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(into = "String")]
+pub struct Gfx {
+    /// Generation.
+    pub major: u32,
+    /// Family.
+    pub minor: u32,
+    /// Chip.
+    pub step: u32,
 }
 
-fn clean(name: &str) -> String {
-    name.trim()
-        .chars()
-        .filter(|c| !c.is_control())
-        .take(80)
-        .collect()
-}
-
-/// Where the system's loader finds it; and NixOS, whose loader does not look there by itself.
-const LIBRARIES: [&str; 2] = [
-    "libnvidia-ml.so.1",
-    "/run/opengl-driver/lib/libnvidia-ml.so.1",
-];
-/// GPUs in one machine.
-const MOST: usize = 32;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn amd_cards_are_found_by_their_memory() {
-        let root = tempfile::tempdir().expect("a folder");
-        let file = |path: &str, text: &str| {
-            let path = root.path().join("sys/class/drm").join(path);
-            std::fs::create_dir_all(path.parent().expect("a parent")).expect("a folder");
-            std::fs::write(path, text).expect("written");
+impl Gpu {
+    /// A card with these ids, of which no driver has reported anything yet.
+    pub fn new(address: String, vendor_id: u16, device_id: u16, class: u32) -> Self {
+        let vendor = match vendor_id {
+            0x10de => Vendor::Nvidia,
+            0x1002 => Vendor::Amd,
+            0x8086 => Vendor::Intel,
+            _ => Vendor::Other,
         };
-        file("card1/device/vendor", "0x1002\n");
-        file("card1/device/device", "0x744c\n");
-        file("card1/device/product_name", "\n");
-        file("card1/device/mem_info_vram_total", "25753026560\n");
-        file("card1/device/mem_info_vram_used", "753026560\n");
-        file("card1-DP-1/status", "connected\n");
-        file("card0/device/vendor", "0x8086\n");
-        file("card0/device/mem_info_vram_total", "1\n");
-        file("card2/device/vendor", "0x1002\n");
-        file("card2/device/mem_info_vram_total", "much\n");
-        assert_eq!(
-            amd(root.path()),
-            [Gpu {
-                name: "AMD GPU 0x744c".into(),
-                vendor: "amd".into(),
-                vram_total: 25_753_026_560,
-                vram_free: 25_000_000_000,
-            }]
-        );
-        assert!(amd(Path::new("/nowhere")).is_empty());
-    }
-
-    #[test]
-    fn a_machine_without_nvidias_library_has_no_nvidia_gpu() {
-        for gpu in nvidia().unwrap_or_default() {
-            assert!(
-                gpu.vram_free <= gpu.vram_total && gpu.vram_total > 0,
-                "{gpu:?}"
-            );
+        let kind = match VIRTUAL_VENDORS.iter().any(|(id, _)| *id == vendor_id) {
+            true => Kind::Virtual,
+            false => Kind::Real,
+        };
+        Self {
+            address,
+            vendor,
+            vendor_id,
+            device_id,
+            class,
+            kind,
+            generation: (vendor == Vendor::Nvidia).then(|| Generation::of(device_id)),
+            gfx: None,
+            reported: None,
         }
     }
 }
+
+/// `NVIDIA card 10de:1b80 at 0000:01:00.0 (Maxwell or Pascal)`.
+impl fmt::Display for Gpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let made_by = match self.vendor {
+            Vendor::Nvidia => "NVIDIA card",
+            Vendor::Amd => "AMD card",
+            Vendor::Intel => "Intel graphics",
+            Vendor::Other => VIRTUAL_VENDORS
+                .iter()
+                .find(|(id, _)| *id == self.vendor_id)
+                .map_or("card", |(_, name)| name),
+        };
+        write!(
+            f,
+            "{made_by} {:04x}:{:04x} at {}",
+            self.vendor_id, self.device_id, self.address
+        )?;
+        match (self.generation, self.gfx) {
+            (Some(generation), _) => write!(f, " ({generation})"),
+            (None, Some(gfx)) => write!(f, " ({gfx})"),
+            (None, None) => Ok(()),
+        }
+    }
+}
+
+/// As the wire and JSON write it.
+impl fmt::Display for Vendor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Vendor::Nvidia => "nvidia",
+            Vendor::Amd => "amd",
+            Vendor::Intel => "intel",
+            Vendor::Other => "other",
+        })
+    }
+}
+
+impl fmt::Display for Gfx {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "gfx{}{:x}{:x}", self.major, self.minor, self.step)
+    }
+}
+
+impl From<Gfx> for String {
+    fn from(gfx: Gfx) -> Self {
+        gfx.to_string()
+    }
+}
+
+/// Makers of cards that exist in virtual machines only (pci.ids).
+const VIRTUAL_VENDORS: &[(u16, &str)] = &[
+    (0x1af4, "virtual card (virtio)"),
+    (0x1b36, "virtual card (QXL)"),
+    (0x15ad, "virtual card (VMware)"),
+    (0x1414, "virtual card (Hyper-V)"),
+    (0x1013, "virtual card (Cirrus)"),
+    (0x1234, "virtual card (Bochs)"),
+    (0x80ee, "virtual card (VirtualBox)"),
+    (0x1ab8, "virtual card (Parallels)"),
+];

@@ -11,6 +11,7 @@ use futures::StreamExt;
 use futures::future::join_all;
 use mesh_engine::{Engine, EngineHandle, Event, Load as EngineLoad, Request, SchedulerConfig};
 use mesh_engine_ort::{Opened, OrtOptions, Provider, Reclaim, WeightCache, WeightFormat};
+use mesh_machine::Memory;
 use mesh_model::{Model, Tokenizer, encoder};
 use mesh_proto::{Load, ModelCard, ModelSpeed};
 use mesh_store::{FingerprintCache, Pin, local};
@@ -521,7 +522,7 @@ impl Hosted {
         }
         let info = opened.stage.info().clone();
         let scheduler = SchedulerConfig {
-            kv_tokens: Some(kv_tokens(config, info.kv_bytes_per_token)),
+            kv_tokens: Some(kv_tokens(config, info.kv_bytes_per_token, Path::new("/"))),
             ..config.scheduler()
         };
         let start = |source| WorkerError::Start {
@@ -690,23 +691,13 @@ pub(crate) fn warm_up(
     })
 }
 
-/// KV memory of one model, in tokens.
-fn kv_tokens(config: &Config, bytes_per_token: u64) -> u64 {
+/// KV memory of one model, in tokens. `root` is `/` but in tests.
+fn kv_tokens(config: &Config, bytes_per_token: u64, root: &Path) -> u64 {
     let models = config.models.len().max(1) as u64;
     let bytes = config
         .kv_memory
-        .or_else(|| Some(available_memory()? / 2 / models));
+        .or_else(|| Some(Memory::read(root).available? / 2 / models));
     bytes.map_or(u64::MAX, |bytes| bytes / bytes_per_token.max(1))
-}
-
-/// Memory that could be had without swapping, in bytes.
-pub(crate) fn available_memory() -> Option<u64> {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kibibytes * 1024)
 }
 
 /// The format of most bytes.
@@ -724,3 +715,36 @@ const WARM_UP_PROMPT: u32 = 96;
 
 /// Enough tokens to measure decode by.
 const WARM_UP_ANSWER: u32 = 12;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kv_cache_takes_half_of_what_a_container_may_use() {
+        let root = tempfile::tempdir().expect("a folder");
+        for (path, text) in [
+            (
+                "proc/meminfo",
+                "MemTotal: 64000 kB\nMemAvailable: 60000 kB\n",
+            ),
+            ("proc/self/cgroup", "0::/\n"),
+            ("sys/fs/cgroup/memory.max", "8000000\n"),
+            ("sys/fs/cgroup/memory.current", "5000000\n"),
+            ("sys/fs/cgroup/memory.stat", "inactive_file 1000000\n"),
+        ] {
+            let path = root.path().join(path);
+            std::fs::create_dir_all(path.parent().expect("a parent")).expect("a folder");
+            std::fs::write(path, text).expect("written");
+        }
+        let mut config = Config {
+            models: vec!["one".into()],
+            ..Config::default()
+        };
+        assert_eq!(kv_tokens(&config, 1000, root.path()), 2000);
+        config.models.push("two".into());
+        assert_eq!(kv_tokens(&config, 1000, root.path()), 1000);
+        config.kv_memory = Some(1 << 20);
+        assert_eq!(kv_tokens(&config, 1 << 10, root.path()), 1 << 10);
+    }
+}

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use mesh_machine::Memory;
 use mesh_service::health::Health;
 use mesh_service::notify;
 use mesh_store::local;
@@ -494,7 +495,7 @@ impl Loading {
             name: model.name.clone(),
             reason,
         };
-        if let Some(free) = crate::host::available_memory()
+        if let Some(free) = Memory::read(Path::new("/")).available
             && model.bytes.saturating_mul(5) / 4 > free
         {
             return Err(refuse(format!(

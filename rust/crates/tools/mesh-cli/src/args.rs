@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
-use mesh_probe::{Backend, Wish};
+use mesh_machine::boot::choice::{Backend, Wish};
 
 pub use models::{ModelsArgs, ModelsCommand, PinsCommand, PlacesArgs};
 pub use pull::PullArgs;
@@ -525,7 +525,7 @@ Example:
         #[arg(long, value_name = "ADDRESS", default_value = "[::]:7782")]
         listen: SocketAddr,
         /// The head's port for workers
-        #[arg(long, value_name = "PORT", default_value_t = mesh_probe::join::HEAD_PORT)]
+        #[arg(long, value_name = "PORT", default_value_t = mesh_machine::boot::join::HEAD_PORT)]
         head_port: u16,
     },
     /// Take the token that a head on this LAN offers

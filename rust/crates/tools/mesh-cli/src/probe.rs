@@ -1,8 +1,10 @@
 //! `hydramesh probe` and `hydramesh boot-config`: what this machine is, and what it does when a live image starts on it.
 
-use mesh_probe::files::{ReadError, read_text};
-use mesh_probe::plan::Told;
-use mesh_probe::{Choice, Hardware, Plan, choose, run_dir};
+use mesh_machine::boot::choice::{Choice, choose};
+use mesh_machine::boot::plan::{Plan, Told};
+use mesh_machine::boot::run_dir;
+use mesh_machine::files::{ReadError, read_text};
+use mesh_machine::hardware::{Hardware, probe};
 use serde_json::json;
 
 use crate::args::{BootConfigArgs, ProbeArgs};
@@ -10,7 +12,7 @@ use crate::failure::Failure;
 use crate::output::{Terminal, bytes};
 
 pub(crate) fn run(args: ProbeArgs, terminal: Terminal) -> Result<(), Failure> {
-    let hardware = mesh_probe::probe(&args.root);
+    let hardware = probe(&args.root);
     let choice = choose(&hardware, args.backend);
     if args.json {
         println!("{}", json!({"hardware": hardware, "choice": choice}));
@@ -35,7 +37,7 @@ pub(crate) fn boot_config(args: BootConfigArgs) -> Result<(), Failure> {
         state: args.state_dir,
         backends: args.backends,
     };
-    let plan = Plan::new(&mesh_probe::probe(&args.root), &told);
+    let plan = Plan::new(&probe(&args.root), &told);
     run_dir::write(&plan, &args.run_dir).map_err(|error| Failure::failed(error.to_string()))?;
     print!("{plan}");
     Ok(())
@@ -80,7 +82,7 @@ fn show(hardware: &Hardware, choice: &Choice, terminal: Terminal) -> String {
 mod tests {
     use super::*;
     use crate::args::Color;
-    use mesh_probe::Wish;
+    use mesh_machine::boot::choice::Wish;
 
     fn file(root: &std::path::Path, path: &str, content: &str) {
         let path = root.join(path);
@@ -97,7 +99,7 @@ mod tests {
             "processor: 0\nmodel name: Some CPU\nflags: avx2\n",
         );
         file(root.path(), "proc/meminfo", "MemTotal: 4000000 kB\n");
-        let hardware = mesh_probe::probe(root.path());
+        let hardware = probe(root.path());
         let choice = choose(&hardware, Wish::default());
         assert_eq!(
             show(&hardware, &choice, Terminal::new(Color::Never)),

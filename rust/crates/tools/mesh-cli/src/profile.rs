@@ -1,7 +1,9 @@
 //! `hydramesh profile`: how fast this machine is, as a worker would tell its head.
 
-use arcanum_profiler::{FormatChoice, LayerSpeed, Profile, ProfileOptions, choose_format};
+use arcanum_profiler::{LayerSpeed, Profile};
 use mesh_engine_ort::WeightFormat;
+use mesh_machine::measure::FormatChoice;
+use mesh_machine::{MeasureError, ProfileOptions, Profiler, choose_format};
 use mesh_model::Model;
 use serde_json::json;
 
@@ -30,20 +32,21 @@ pub(crate) fn run(args: ProfileArgs, terminal: Terminal) -> Result<(), Failure> 
         library: args.runtime,
         ..ProfileOptions::default()
     };
-    let mut profile = Profile::take(&options);
-    if let Some(why) = &profile.remeasured {
+    let mut profiler = Profiler::take(options);
+    if let Some(why) = &profiler.profile.remeasured {
         eprintln!("measured again, since {why}");
     }
     let measured = model
         .map(|model| {
             let speeds = FORMATS
                 .iter()
-                .map(|&format| profile.layers(&model, format, &options))
+                .map(|&format| profiler.layers(&model, format))
                 .collect::<Result<Vec<_>, _>>()?;
             Ok((model.name(), speeds))
         })
         .transpose()
-        .map_err(|error: arcanum_profiler::MeasureError| failed(&error))?;
+        .map_err(|error: MeasureError| failed(&error))?;
+    let profile = &profiler.profile;
     let choice = measured
         .as_ref()
         .and_then(|(_, speeds)| choose_format(speeds));
@@ -58,7 +61,7 @@ pub(crate) fn run(args: ProfileArgs, terminal: Terminal) -> Result<(), Failure> 
         println!("{object}");
         return Ok(());
     }
-    print!("{}", machine(&profile, terminal));
+    print!("{}", machine(profile, terminal));
     if let (Some((name, speeds)), Some(choice)) = (&measured, &choice) {
         print!("\n{}", layers(name, speeds, choice, terminal));
     }
@@ -92,7 +95,7 @@ fn machine(profile: &Profile, terminal: Terminal) -> String {
             rate(profile.disk_read)
         );
     }
-    for gpu in &profile.gpus {
+    for gpu in profile.gpus.iter().filter_map(|gpu| gpu.reported.as_ref()) {
         text += &format!(
             "{}   {}, {}, {} free\n",
             terminal.dim("graphics"),
@@ -178,10 +181,11 @@ int8     2.1 MB   150 µs      20 µs        1000 µs  181.8 tok/s
 format file, since a row takes 100 µs a layer with file weights, int8 takes 150 µs
 "
         );
-        let mut profile = Profile::take(&ProfileOptions {
+        let mut profile = Profiler::take(ProfileOptions {
             threads: 1,
             ..ProfileOptions::default()
-        });
+        })
+        .profile;
         profile.gpus.clear();
         profile.memory_total = 8_000_000_000;
         profile.memory_available = 7_000_000_000;

@@ -4,7 +4,7 @@ use std::io::Read;
 use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
-use mesh_probe::join::HeadAddress;
+use mesh_machine::boot::join::HeadAddress;
 use serde_json::{Value, json};
 
 use crate::admin::Admin;

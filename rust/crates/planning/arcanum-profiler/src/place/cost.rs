@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Candidate, DEFAULT_BANDWIDTH, DEFAULT_RTT_US, ModelSpec, Policy, known};
+use super::types::{Candidate, ModelSpec, Policy, known};
 
 /// The nodes of a search, fastest first, with all times between them.
 pub(super) struct Mesh<'a> {
@@ -210,3 +210,8 @@ fn sane_bandwidth(bandwidth: f64) -> Option<f64> {
 const HEADER_BYTES: f64 = 64.0;
 /// A node with more processes per core than this is as good as none.
 const MOST_LOAD: f64 = 1000.0;
+
+/// Round trip between nodes of which nobody knows anything: two machines in one house, microseconds.
+pub const DEFAULT_RTT_US: f64 = 1_000.0;
+/// Bandwidth where none was measured: 100 Mbit/s, in bytes per second.
+pub const DEFAULT_BANDWIDTH: f64 = 12.5e6;

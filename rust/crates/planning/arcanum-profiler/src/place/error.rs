@@ -1,7 +1,7 @@
 //! Why there is no plan.
 
 use super::cost::{Mesh, stage_bytes};
-use super::{LeftOut, ModelSpec, Policy, Reason};
+use super::types::{LeftOut, ModelSpec, Policy, Reason};
 
 /// Why there is no plan, and what would help.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]

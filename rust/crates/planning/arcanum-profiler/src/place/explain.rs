@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use super::error::size;
-use super::{Objective, Plan, Reason};
+use super::types::{Objective, Plan, Reason};
 
 /// A plan that is shown as a table, see [`explain`].
 #[derive(Debug, Clone, Copy)]
@@ -139,7 +139,7 @@ const HEADINGS: [&str; 7] = [
 
 #[cfg(test)]
 mod tests {
-    use super::super::{LeftOut, PlannedStage};
+    use super::super::types::{LeftOut, PlannedStage};
     use super::*;
 
     #[test]

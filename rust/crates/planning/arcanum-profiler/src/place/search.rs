@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::cmp::Ordering;
 
 use super::cost::Mesh;
-use super::{EXACT_NODES, Objective};
+use super::types::Objective;
 
 /// What is looked for.
 #[derive(Debug, Clone, Copy)]
@@ -546,3 +546,6 @@ const MANY_NODES: usize = 24;
 const MOST_LAYOUTS: u32 = 40_000;
 /// Layouts that each of them may look at in any case.
 const LEAST_LAYOUTS: u32 = 400;
+
+/// Up to so many usable nodes the search is exact.
+pub const EXACT_NODES: usize = 8;

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use super::check::unusable;
 use super::cost::stage_bytes;
-use super::{
-    Assignment, Candidate, ModelSpec, PlannedStage, Policy, Reason, evaluate, known, unusable,
-};
+use super::evaluate::evaluate;
+use super::types::{Assignment, Candidate, ModelSpec, PlannedStage, Policy, Reason, known};
 
 /// Gives the stages of a plan standbys with the memory that is left: as many stages as possible, on nodes without a stage of
 /// their own where there are any, spread, the fewest layers on the fullest node. Exact while the search stays within

@@ -1,5 +1,7 @@
 mod brute;
 
+use std::collections::BTreeMap;
+
 use super::*;
 
 /// A model whose layers take 100 bytes, and one byte per KV row.

@@ -4,8 +4,8 @@ use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use arcanum_profiler::{Profile, ProfileOptions, choose_format};
 use mesh_engine_ort::{OrtOptions, Reclaim, WeightFormat};
+use mesh_machine::{ProfileOptions, Profiler, choose_format};
 use mesh_model::Model;
 use mesh_proto::{ModelCard, NodeProfile};
 use mesh_store::{FingerprintCache, local};
@@ -40,20 +40,20 @@ pub(super) fn measure(config: &Arc<Config>) -> (Vec<Shard>, NodeProfile, Vec<Fai
         }
     }
     let options = profile_options(config, paths.first().map(|(_, path)| path.clone()));
-    let mut profile = Profile::take(&options);
+    let mut profiler = Profiler::take(options);
     let mut shards: Vec<Shard> = Vec::new();
     for (configured, path) in &paths {
         let name = mesh_model::model::model_name(path);
         let shard = match shards.iter().any(|other| other.card.name == name) {
             true => Err(WorkerError::SameName { name }),
-            false => measure_path(path, &mut profile, &options, config),
+            false => measure_path(path, &mut profiler, config),
         };
         match shard {
             Ok(shard) => shards.push(shard),
             Err(error) => fail(configured, error),
         }
     }
-    (shards, NodeProfile::from(&profile), failures)
+    (shards, NodeProfile::from(&profiler.profile), failures)
 }
 
 /// The same for one name in the configuration.
@@ -63,16 +63,15 @@ pub(super) fn measure_file(
 ) -> Result<(Shard, NodeProfile), WorkerError> {
     let path = local::resolve(name, &config.folders())?;
     let options = profile_options(config, Some(path.clone()));
-    let mut profile = Profile::take(&options);
-    let shard = measure_path(&path, &mut profile, &options, config)?;
-    Ok((shard, NodeProfile::from(&profile)))
+    let mut profiler = Profiler::take(options);
+    let shard = measure_path(&path, &mut profiler, config)?;
+    Ok((shard, NodeProfile::from(&profiler.profile)))
 }
 
 /// Opens and measures a model. A panic is an error of this model.
 fn measure_path(
     path: &Path,
-    profile: &mut Profile,
-    options: &ProfileOptions,
+    profiler: &mut Profiler,
     config: &Config,
 ) -> Result<Shard, WorkerError> {
     let measure = || {
@@ -82,7 +81,7 @@ fn measure_path(
             WorkerError::Internal(format!("fingerprint of {}: {error}", path.display()))
         })?;
         let card = host::card(&model.name(), path, &model, &fingerprint);
-        measure_one(model, card, profile, options, config)
+        measure_one(model, card, profiler, config)
     };
     let panicked = |_| {
         Err(WorkerError::Internal(format!(
@@ -122,17 +121,16 @@ pub(super) fn measure_stored(
     held: &Arc<Held>,
     config: &Arc<Config>,
 ) -> Result<(Shard, NodeProfile), WorkerError> {
-    let options = profile_options(config, None);
-    let mut profile = Profile::take(&options);
+    let mut profiler = Profiler::take(profile_options(config, None));
     let model = Model::open(path)?;
     let fingerprint = held.file_fingerprint();
     // Speeds are kept under it, and the file's own bytes need not be there: weights that are holes are zeros, and no kernel looks
     // at values.
     model.know_fingerprint(&fingerprint);
     let card = host::card(name, path, &model, &fingerprint);
-    let mut shard = measure_one(model, card, &mut profile, &options, config)?;
+    let mut shard = measure_one(model, card, &mut profiler, config)?;
     shard.held = Some(held.clone());
-    Ok((shard, NodeProfile::from(&profile)))
+    Ok((shard, NodeProfile::from(&profiler.profile)))
 }
 
 /// Opens the model `held` anew: it may have been written to since it was opened the last time.
@@ -160,8 +158,7 @@ fn profile_options(config: &Config, model: Option<PathBuf>) -> ProfileOptions {
 fn measure_one(
     model: Model,
     card: ModelCard,
-    profile: &mut Profile,
-    options: &ProfileOptions,
+    profiler: &mut Profiler,
     config: &Config,
 ) -> Result<Shard, WorkerError> {
     let name = &card.name;
@@ -172,7 +169,7 @@ fn measure_one(
     let _reclaim = Reclaim;
     let mut speeds = Vec::new();
     for &format in config.ring.format.candidates() {
-        let speed = profile.layers(&model, format, options);
+        let speed = profiler.layers(&model, format);
         speeds.push(speed.map_err(|error| failed(error.to_string()))?);
     }
     let choice = choose_format(&speeds)

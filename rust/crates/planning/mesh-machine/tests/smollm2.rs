@@ -3,11 +3,10 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use arcanum_profiler::{
-    Candidate, ModelSpec, Policy, Profile, ProfileOptions, choose_format, measure_layers, place,
-};
+use arcanum_profiler::{Candidate, ModelSpec, Policy, place};
 use mesh_engine::{LogitRows, Segment, Stage, StageInput};
 use mesh_engine_ort::{OrtOptions, OrtStage, WeightFormat};
+use mesh_machine::{ProfileOptions, Profiler, choose_format, measure_layers};
 use mesh_model::Model;
 use mesh_proto::{ModelCard, NodeProfile};
 use mesh_testkit::paths;
@@ -97,11 +96,11 @@ fn measurements_are_kept_and_make_an_offer_that_can_be_placed() {
         ..options()
     };
     let model = Model::open(paths::smollm2().unwrap()).unwrap();
-    let mut profile = Profile::take(&options);
-    assert!(profile.disk_read > 0.0, "{profile:?}");
+    let mut first = Profiler::take(options.clone());
+    assert!(first.profile.disk_read > 0.0, "{first:?}");
     let speeds: Vec<_> = [WeightFormat::File, WeightFormat::Int8]
         .into_iter()
-        .map(|format| profile.layers(&model, format, &options).unwrap())
+        .map(|format| first.layers(&model, format).unwrap())
         .collect();
     // 34 bytes instead of 20 for 32 weights.
     assert!(speeds[1].layer_bytes > speeds[0].layer_bytes * 3 / 2);
@@ -109,11 +108,11 @@ fn measurements_are_kept_and_make_an_offer_that_can_be_placed() {
     println!("{}: {}", choice.format.name(), choice.reason);
     assert!(choice.reason.contains("file") && choice.reason.contains("int8"));
 
-    let mut again = Profile::take(&options);
-    assert_eq!(again.speeds, speeds);
-    assert_eq!(again.disk_read, profile.disk_read);
+    let mut again = Profiler::take(options);
+    assert_eq!(again.profile.speeds, speeds);
+    assert_eq!(again.profile.disk_read, first.profile.disk_read);
     let start = Instant::now();
-    let kept = again.layers(&model, WeightFormat::File, &options).unwrap();
+    let kept = again.layers(&model, WeightFormat::File).unwrap();
     assert!(
         start.elapsed() < Duration::from_millis(100),
         "measured again"
@@ -124,7 +123,8 @@ fn measurements_are_kept_and_make_an_offer_that_can_be_placed() {
         ..ModelCard::default()
     };
     let offer = kept.offer(card);
-    let candidate = Candidate::from_offer("id", "attic", &NodeProfile::from(&again), &offer);
+    let candidate =
+        Candidate::from_offer("id", "attic", &NodeProfile::from(&again.profile), &offer);
     let spec = ModelSpec::try_from(&offer).unwrap();
     let plan = place(&spec, &[candidate], &Policy::default()).unwrap();
     assert_eq!(plan.stages[0].layers, 0..30);

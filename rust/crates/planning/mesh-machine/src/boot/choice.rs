@@ -3,10 +3,11 @@
 use std::fmt;
 use std::str::FromStr;
 
+use arcanum_profiler::generation::Generation;
+use arcanum_profiler::gpu::{Gfx, Gpu, Kind, Vendor};
 use serde::Serialize;
 
-use crate::hardware::{Gfx, Gpu, Hardware, Kind, Vendor};
-use crate::nvidia::{Generation, Support};
+use crate::hardware::Hardware;
 
 /// What computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -237,7 +238,7 @@ fn judge_nvidia(gpu: &Gpu, hardware: &Hardware, legacy: bool) -> Verdict {
         Some(version) => format!("NVIDIA's driver {version} is loaded"),
         None => "NVIDIA's driver is not loaded yet, and the worker falls back to the processor should it not come".to_owned(),
     };
-    match generation.support(legacy) {
+    match support(generation, legacy) {
         Support::Yes => Verdict::Use {
             with: Backend::Nvidia,
             sure: true,
@@ -263,6 +264,29 @@ fn judge_nvidia(gpu: &Gpu, hardware: &Hardware, legacy: bool) -> Verdict {
              boot menu"
                 .to_owned(),
         ),
+    }
+}
+
+/// Whether the driver on the image drives a card.
+enum Support {
+    Yes,
+    /// Nobody knows; trying does no harm, since a worker falls back to the CPU.
+    Try,
+    No,
+}
+
+/// Support by the image's driver: branch 595 with the open kernel modules, or with `legacy` branch 580.
+///
+/// The open modules need Turing or newer: the list of supported cards in the README of NVIDIA/open-gpu-kernel-modules begins
+/// with device 1E02. Maxwell, Pascal and Volta need branch 580, whose kernel module cannot be loaded beside this one: an entry of
+/// the boot menu starts the system with it.
+fn support(generation: Generation, legacy: bool) -> Support {
+    match generation {
+        Generation::TuringOrNewer => Support::Yes,
+        Generation::Unknown => Support::Try,
+        // The driver drives them; whether CUDA's libraries still have kernels for them shows when a model is loaded.
+        Generation::MaxwellOrPascal | Generation::Volta if legacy => Support::Try,
+        Generation::Older | Generation::MaxwellOrPascal | Generation::Volta => Support::No,
     }
 }
 

@@ -15,9 +15,9 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use crate::choice::Backend;
-use crate::join::Role;
-use crate::plan::Plan;
+use super::choice::Backend;
+use super::join::Role;
+use super::plan::Plan;
 
 /// A file that could not be written.
 #[derive(Debug, thiserror::Error)]

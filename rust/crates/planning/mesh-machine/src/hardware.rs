@@ -1,13 +1,13 @@
 //! What sysfs and procfs say about a machine.
 
 use std::collections::BTreeSet;
-use std::fmt;
 use std::path::Path;
 
+use arcanum_profiler::gpu::{Gfx, Gpu, Reported, Vendor};
 use serde::Serialize;
 
 use crate::files::kernel_text;
-use crate::nvidia::Generation;
+use crate::memory::Memory;
 
 /// What was found. Nothing here is an error: what cannot be read is left out.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -22,65 +22,6 @@ pub struct Hardware {
     pub cpu: Cpu,
     /// Memory of the machine, in bytes.
     pub memory_bytes: Option<u64>,
-}
-
-/// A graphics card or accelerator on the PCI bus.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Gpu {
-    /// PCI address, such as `0000:01:00.0`.
-    pub address: String,
-    /// Who made it.
-    pub vendor: Vendor,
-    /// PCI vendor id.
-    pub vendor_id: u16,
-    /// PCI device id.
-    pub device_id: u16,
-    /// PCI class, 24 bits.
-    pub class: u32,
-    /// Whether there is silicon behind it.
-    pub kind: Kind,
-    /// NVIDIA: how old it is.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub generation: Option<Generation>,
-    /// AMD: its instruction set, where the compute driver names it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub gfx: Option<Gfx>,
-}
-
-/// Whose cards are told apart.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Vendor {
-    /// NVIDIA.
-    Nvidia,
-    /// AMD, ATI before.
-    Amd,
-    /// Intel.
-    Intel,
-    /// Anybody else.
-    Other,
-}
-
-/// Whether there is silicon behind a card.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Kind {
-    /// A card, or a real one handed through to a virtual machine.
-    Real,
-    /// A picture that a hypervisor draws.
-    Virtual,
-}
-
-/// Version of AMD's instruction set, `gfx90a` being 9, 0, 10.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(into = "String")]
-pub struct Gfx {
-    /// Generation.
-    pub major: u32,
-    /// Family.
-    pub minor: u32,
-    /// Chip.
-    pub step: u32,
 }
 
 /// The processor.
@@ -109,69 +50,7 @@ pub fn probe(root: &Path) -> Hardware {
         cpu: kernel_text(&root.join("proc/cpuinfo"))
             .map(|text| cpu(&text))
             .unwrap_or_default(),
-        memory_bytes: kernel_text(&root.join("proc/meminfo")).and_then(|text| memory(&text)),
-    }
-}
-
-impl Gpu {
-    fn new(address: String, vendor_id: u16, device_id: u16, class: u32) -> Self {
-        let vendor = match vendor_id {
-            0x10de => Vendor::Nvidia,
-            0x1002 => Vendor::Amd,
-            0x8086 => Vendor::Intel,
-            _ => Vendor::Other,
-        };
-        let kind = match VIRTUAL_VENDORS.iter().any(|(id, _)| *id == vendor_id) {
-            true => Kind::Virtual,
-            false => Kind::Real,
-        };
-        Self {
-            address,
-            vendor,
-            vendor_id,
-            device_id,
-            class,
-            kind,
-            generation: (vendor == Vendor::Nvidia).then(|| Generation::of(device_id)),
-            gfx: None,
-        }
-    }
-}
-
-/// `NVIDIA card 10de:1b80 at 0000:01:00.0 (Maxwell or Pascal)`.
-impl fmt::Display for Gpu {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let made_by = match self.vendor {
-            Vendor::Nvidia => "NVIDIA card",
-            Vendor::Amd => "AMD card",
-            Vendor::Intel => "Intel graphics",
-            Vendor::Other => VIRTUAL_VENDORS
-                .iter()
-                .find(|(id, _)| *id == self.vendor_id)
-                .map_or("card", |(_, name)| name),
-        };
-        write!(
-            f,
-            "{made_by} {:04x}:{:04x} at {}",
-            self.vendor_id, self.device_id, self.address
-        )?;
-        match (self.generation, self.gfx) {
-            (Some(generation), _) => write!(f, " ({generation})"),
-            (None, Some(gfx)) => write!(f, " ({gfx})"),
-            (None, None) => Ok(()),
-        }
-    }
-}
-
-impl fmt::Display for Gfx {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "gfx{}{:x}{:x}", self.major, self.minor, self.step)
-    }
-}
-
-impl From<Gfx> for String {
-    fn from(gfx: Gfx) -> Self {
-        gfx.to_string()
+        memory_bytes: Memory::read(root).installed,
     }
 }
 
@@ -183,7 +62,8 @@ fn pci_gpus(devices: &Path) -> Vec<Gpu> {
     let mut gpus: Vec<Gpu> = entries
         .flatten()
         .filter_map(|entry| {
-            let hex = |name| hex(&kernel_text(&entry.path().join(name))?);
+            let folder = entry.path();
+            let hex = |name| hex(&kernel_text(&folder.join(name))?);
             let vendor_id = u16::try_from(hex("vendor")?).ok()?;
             let device_id = u16::try_from(hex("device")?).ok()?;
             let class = hex("class")?;
@@ -193,11 +73,34 @@ fn pci_gpus(devices: &Path) -> Vec<Gpu> {
                 _ => false,
             };
             let address = entry.file_name().to_string_lossy().into_owned();
-            counts.then(|| Gpu::new(address, vendor_id, device_id, class))
+            let mut gpu = counts.then(|| Gpu::new(address, vendor_id, device_id, class))?;
+            if gpu.vendor == Vendor::Amd {
+                gpu.reported = amdgpu_report(&folder, device_id);
+            }
+            Some(gpu)
         })
         .collect();
     gpus.sort_by(|a, b| a.address.cmp(&b.address));
     gpus
+}
+
+/// Name and memory of an AMD card, as its driver (amdgpu) adds them to the card's folder.
+fn amdgpu_report(folder: &Path, device_id: u16) -> Option<Reported> {
+    let text = |file| Some(shown(&kernel_text(&folder.join(file))?));
+    let number = |file| text(file)?.parse::<u64>().ok();
+    let name = text("product_name").filter(|name| !name.is_empty());
+    let total = number("mem_info_vram_total")?;
+    Some(Reported {
+        name: name.unwrap_or_else(|| format!("AMD GPU {device_id:#06x}")),
+        vram_total: total,
+        vram_free: total.saturating_sub(number("mem_info_vram_used").unwrap_or(0)),
+    })
+}
+
+/// A name from outside, cut and without control characters.
+pub(crate) fn shown(name: &str) -> String {
+    let name = name.trim().chars().filter(|c| !c.is_control());
+    name.take(80).collect()
 }
 
 /// `0x10de\n`.
@@ -277,6 +180,7 @@ fn nvidia_version(text: &str) -> Option<String> {
 fn cpu(text: &str) -> Cpu {
     let mut cpu = Cpu::default();
     let mut flags = BTreeSet::new();
+    let (mut implementer, mut part) = (None, None);
     for line in text.lines() {
         let Some((key, value)) = line.split_once(':') else {
             continue;
@@ -284,16 +188,22 @@ fn cpu(text: &str) -> Cpu {
         match key.trim() {
             "processor" => cpu.threads += 1,
             "model name" => {
-                cpu.model.get_or_insert_with(|| {
-                    let shown = value.trim().chars().filter(|c| !c.is_control());
-                    shown.take(80).collect()
-                });
+                cpu.model.get_or_insert_with(|| shown(value));
+            }
+            "CPU implementer" => {
+                implementer.get_or_insert(value.trim());
+            }
+            "CPU part" => {
+                part.get_or_insert(value.trim());
             }
             // x86 says flags, ARM says Features.
             "flags" | "Features" => flags.extend(value.split_whitespace()),
             _ => {}
         }
     }
+    // ARM has no name there.
+    let numbers = || Some(shown(&format!("ARM {}:{}", implementer?, part?)));
+    cpu.model = cpu.model.or_else(numbers);
     cpu.vectors = VECTORS
         .iter()
         .filter(|(flag, _)| flags.contains(flag))
@@ -301,27 +211,6 @@ fn cpu(text: &str) -> Cpu {
         .collect();
     cpu
 }
-
-/// `MemTotal:       16384 kB`.
-fn memory(text: &str) -> Option<u64> {
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:"))?;
-    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kilobytes.checked_mul(1024)
-}
-
-/// Makers of cards that exist in virtual machines only (pci.ids).
-const VIRTUAL_VENDORS: &[(u16, &str)] = &[
-    (0x1af4, "virtual card (virtio)"),
-    (0x1b36, "virtual card (QXL)"),
-    (0x15ad, "virtual card (VMware)"),
-    (0x1414, "virtual card (Hyper-V)"),
-    (0x1013, "virtual card (Cirrus)"),
-    (0x1234, "virtual card (Bochs)"),
-    (0x80ee, "virtual card (VirtualBox)"),
-    (0x1ab8, "virtual card (Parallels)"),
-];
 
 /// The kernel's names, and ours.
 const VECTORS: &[(&str, &str)] = &[
@@ -334,3 +223,46 @@ const VECTORS: &[(&str, &str)] = &[
     ("neon", "NEON"),
     ("asimddp", "NEON dot product"),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::files::tests::tree;
+
+    #[test]
+    fn amd_cards_have_the_name_and_memory_that_their_driver_reports() {
+        const CARDS: &str = "sys/bus/pci/devices/0000:0";
+        let mut files = Vec::new();
+        for (card, vendor) in [(1, "0x1002"), (2, "0x8086"), (3, "0x1002")] {
+            files.push((format!("{CARDS}{card}:00.0/vendor"), vendor));
+            files.push((format!("{CARDS}{card}:00.0/device"), "0x744c\n"));
+            files.push((format!("{CARDS}{card}:00.0/class"), "0x030000\n"));
+        }
+        for (path, text) in [
+            ("1:00.0/product_name", "\n"),
+            ("1:00.0/mem_info_vram_total", "25753026560\n"),
+            ("1:00.0/mem_info_vram_used", "753026560\n"),
+            ("2:00.0/mem_info_vram_total", "1\n"),
+            ("3:00.0/mem_info_vram_total", "much\n"),
+        ] {
+            files.push((format!("{CARDS}{path}"), text));
+        }
+        let gpus = probe(tree(&files).path()).gpus;
+        let reported = Reported {
+            name: "AMD GPU 0x744c".into(),
+            vram_total: 25_753_026_560,
+            vram_free: 25_000_000_000,
+        };
+        let all: Vec<_> = gpus.into_iter().map(|gpu| gpu.reported).collect();
+        assert_eq!(all, [Some(reported), None, None]);
+    }
+
+    #[test]
+    fn processors_have_a_name() {
+        let intel = cpu("processor: 0\nmodel name\t: Some CPU @ 2 GHz\n");
+        assert_eq!(intel.model.as_deref(), Some("Some CPU @ 2 GHz"));
+        let arm = cpu("CPU implementer : 0x41\nCPU part : 0xd0b\n");
+        assert_eq!(arm.model.as_deref(), Some("ARM 0x41:0xd0b"));
+        assert_eq!(cpu("").model, None);
+    }
+}

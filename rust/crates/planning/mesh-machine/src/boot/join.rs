@@ -10,7 +10,7 @@ use std::path::Path;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
-use crate::choice::{Backend, Wish};
+use super::choice::{Backend, Wish};
 use crate::files::{ReadError, read_text};
 
 /// Prefix of our keys on the kernel command line.

@@ -1,8 +1,4 @@
-//! Which NVIDIA cards the driver on the live image can drive.
-//!
-//! The image carries driver branch 595 with the open kernel modules. Those need Turing or newer: the list of supported cards in
-//! the README of NVIDIA/open-gpu-kernel-modules begins with device 1E02. Maxwell, Pascal and Volta need branch 580, whose kernel
-//! module cannot be loaded beside this one: an entry of the boot menu starts the system with it.
+//! The generation of an NVIDIA card, by its PCI device id.
 //!
 //! The ranges were taken from the chip names in pci.ids (<https://pci-ids.ucw.cz>, 2026-05-24).
 
@@ -10,7 +6,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-/// What a device id says about a card's age.
+/// How old an NVIDIA card is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Generation {
@@ -26,17 +22,6 @@ pub enum Generation {
     Unknown,
 }
 
-/// Whether the driver on the image drives a card.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Support {
-    /// It does.
-    Yes,
-    /// Nobody knows; trying does no harm, since a worker falls back to the CPU.
-    Try,
-    /// It does not.
-    No,
-}
-
 impl Generation {
     /// The generation that a PCI device id belongs to.
     pub fn of(device_id: u16) -> Self {
@@ -44,17 +29,6 @@ impl Generation {
             .iter()
             .find(|(first, last, _)| (*first..=*last).contains(&device_id))
             .map_or(Self::Unknown, |&(_, _, generation)| generation)
-    }
-
-    /// Support by the image's driver: branch 595, or with `legacy` branch 580.
-    pub fn support(self, legacy: bool) -> Support {
-        match self {
-            Self::TuringOrNewer => Support::Yes,
-            Self::Unknown => Support::Try,
-            // The driver drives them; whether CUDA's libraries still have kernels for them shows when a model is loaded.
-            Self::MaxwellOrPascal | Self::Volta if legacy => Support::Try,
-            Self::Older | Self::MaxwellOrPascal | Self::Volta => Support::No,
-        }
     }
 }
 

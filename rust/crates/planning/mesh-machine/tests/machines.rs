@@ -4,9 +4,11 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use mesh_probe::hardware::{Kind, Vendor};
-use mesh_probe::plan::{Missing, Told};
-use mesh_probe::{Backend, Choice, Hardware, Plan, Wish, choose, probe, run_dir};
+use arcanum_profiler::gpu::{Kind, Vendor};
+use mesh_machine::boot::choice::{Backend, Choice, Wish, choose};
+use mesh_machine::boot::plan::{Missing, Plan, Told};
+use mesh_machine::boot::run_dir;
+use mesh_machine::hardware::{Hardware, probe};
 use tempfile::TempDir;
 
 /// A root file system that a test fills.

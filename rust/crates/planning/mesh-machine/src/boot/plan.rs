@@ -3,10 +3,9 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use crate::Wish;
-use crate::choice::{Backend, Choice, choose};
+use super::choice::{Backend, Choice, Wish, choose};
+use super::join::{HeadAddress, JoinError, Role, Settings, Source, Token, command_line_has};
 use crate::hardware::Hardware;
-use crate::join::{HeadAddress, JoinError, Role, Settings, Source, Token, command_line_has};
 
 /// Everything that decides what a machine does.
 #[derive(Debug, Clone, Default)]

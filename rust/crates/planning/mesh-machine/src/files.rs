@@ -69,8 +69,19 @@ fn read_error(error: std::io::Error) -> ReadError {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// A root folder with `files`, as paths below it and their text.
+    pub(crate) fn tree(files: &[(impl AsRef<Path>, &str)]) -> tempfile::TempDir {
+        let root = tempfile::tempdir().expect("a folder");
+        for (path, text) in files {
+            let path = root.path().join(path);
+            std::fs::create_dir_all(path.parent().expect("a parent")).expect("a folder");
+            std::fs::write(path, text).expect("written");
+        }
+        root
+    }
 
     #[test]
     fn only_small_text_files_are_read() {

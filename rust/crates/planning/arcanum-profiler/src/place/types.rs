@@ -1,0 +1,205 @@
+//! What placement is asked, and what it answers.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+/// A model as far as placement needs it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelSpec {
+    /// Layers.
+    pub layers: u32,
+    /// Width of a hidden row.
+    pub hidden: u32,
+    /// Bytes of one layer's weights.
+    pub layer_bytes: u64,
+    /// Bytes that the first stage holds besides.
+    pub first_bytes: u64,
+    /// Bytes that the last stage holds besides.
+    pub last_bytes: u64,
+    /// Bytes of KV cache per token and layer.
+    pub kv_bytes: u64,
+}
+
+/// A node that may hold layers, with what was measured of it. Numbers that make no sense count as unknown.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Candidate {
+    /// Node id.
+    pub id: String,
+    /// Name a person knows it by.
+    pub name: String,
+    /// Bytes that it may use for this ring's weights and KV cache; what other rings use is not in it.
+    pub memory: u64,
+    /// Microseconds of one layer for one decode row; not positive is unknown.
+    pub decode_us: f64,
+    /// Microseconds of one layer per row of a prefill chunk. Decoding decides the placement: it is what most
+    /// of an answer's time goes to, and nodes keep their order in both.
+    pub prefill_us: f64,
+    /// Microseconds of one row of logits.
+    pub logits_us: f64,
+    /// Other work on the node, in processes ready to run per core: its times are stretched by `1 + load`.
+    pub load: f32,
+    /// What its operator keeps it for; empty is for anything.
+    pub reserved_for: Vec<String>,
+    /// Paths to other nodes by their id; empty is the head.
+    pub paths: BTreeMap<String, PathSpec>,
+}
+
+/// A measured path.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PathSpec {
+    /// Round trip, microseconds.
+    pub rtt_us: f64,
+    /// Bytes per second; not positive is unknown.
+    pub bandwidth: f64,
+}
+
+/// What a plan is to be best at.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Objective {
+    /// The time of one token of one stream.
+    #[default]
+    Latency,
+    /// Tokens per second of many streams together.
+    Throughput,
+}
+
+/// What is wanted of a plan.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Policy {
+    /// What it is to be best at.
+    pub objective: Objective,
+    /// Most tokens of one request.
+    pub context: u32,
+    /// Requests at once.
+    pub slots: u32,
+    /// KV memory wanted, in tokens; `None` is a context for every slot.
+    pub kv_tokens: Option<u64>,
+    /// Whether to choose standbys.
+    pub standbys: bool,
+    /// What the ring is for: a node that is reserved for other things only is left out.
+    pub purpose: String,
+    /// Exactly so many stages.
+    pub stages: Option<u32>,
+    /// Hidden rows travel as f16 rather than f32.
+    pub half_rows: bool,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Policy {
+            objective: Objective::Latency,
+            context: 4096,
+            slots: 8,
+            kv_tokens: None,
+            standbys: true,
+            purpose: String::new(),
+            stages: None,
+            half_rows: false,
+        }
+    }
+}
+
+/// Which node holds which layers, and what to expect of it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// The stages in order.
+    pub stages: Vec<PlannedStage>,
+    /// Nodes that run no stage, and why; a standby may be among them.
+    pub left_out: Vec<LeftOut>,
+    /// Microseconds from one token of a stream to the next.
+    pub token_us: f64,
+    /// What the slowest stage or link allows with enough requests in flight.
+    pub tokens_per_second: f64,
+    /// KV memory of the ring, in tokens.
+    pub kv_tokens: u64,
+}
+
+/// One stage of a plan.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PlannedStage {
+    /// Id of the node that runs it.
+    pub node: String,
+    /// Its layers.
+    pub layers: Range<u32>,
+    /// Id of the node that holds the same layers and mirrored KV rows.
+    pub standby: Option<String>,
+    /// Bytes that it needs, as member or as standby.
+    pub memory: u64,
+    /// Microseconds that it computes for one row.
+    pub decode_us: f64,
+    /// Microseconds of the hop to the next stage, or from the last one back to the first; 0 where there is
+    /// only one stage.
+    pub hop_us: f64,
+}
+
+/// A node without a stage.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LeftOut {
+    /// Its id.
+    pub node: String,
+    /// Why.
+    pub reason: Reason,
+}
+
+/// Why a node runs no stage.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum Reason {
+    /// Its operator keeps it for something else.
+    Reserved {
+        /// What for.
+        purposes: Vec<String>,
+    },
+    /// It did not say how fast it is with this model.
+    UnknownSpeed,
+    /// Not even one layer fits.
+    TooLittleMemory {
+        /// Bytes that it may use.
+        has: u64,
+        /// Bytes of one layer with the KV rows of one context.
+        needs: u64,
+    },
+    /// With it, a token (latency) or the slowest stage (throughput) would take longer.
+    Slower {
+        /// Which of the two.
+        objective: Objective,
+        /// Microseconds with it.
+        with_us: f64,
+        /// Microseconds without.
+        without_us: f64,
+    },
+    /// The others suffice, and with it nothing would get better.
+    NotNeeded,
+    /// No layout has a place for it: the number of stages is fixed, or every other node needs its layers.
+    NoRoom,
+}
+
+/// What a node holds of a ring that exists: input of [`evaluate`](fn@super::evaluate),
+/// [`standby_for`](super::standby_for) and [`replacement_for`](super::replacement_for).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Assignment {
+    /// Id of the node that runs the stage.
+    pub node: String,
+    /// Its layers.
+    pub layers: Range<u32>,
+    /// Id of its standby.
+    pub standby: Option<String>,
+}
+
+impl From<&PlannedStage> for Assignment {
+    fn from(stage: &PlannedStage) -> Self {
+        Assignment {
+            node: stage.node.clone(),
+            layers: stage.layers.clone(),
+            standby: stage.standby.clone(),
+        }
+    }
+}
+
+/// A time that was measured: between a nanosecond and a minute.
+pub(crate) fn known(us: f64) -> bool {
+    (1e-3..=60e6).contains(&us)
+}

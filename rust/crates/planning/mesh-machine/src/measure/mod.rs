@@ -1,0 +1,15 @@
+//! How fast this machine is.
+//!
+//! [`Profiler::take`] measures the memory's bandwidth and the disk; [`Profiler::layers`] and
+//! [`measure_layers`] load a few layers of a real model and time them. What took time to measure is kept in a
+//! file, and measured again when the processor, the threads, the kernels or the program change.
+
+mod bandwidth;
+mod disk;
+mod layers;
+mod options;
+mod profiler;
+
+pub use layers::{FormatChoice, MeasureError, choose_format, measure_layers};
+pub use options::ProfileOptions;
+pub use profiler::Profiler;

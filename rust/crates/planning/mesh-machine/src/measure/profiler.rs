@@ -1,0 +1,339 @@
+//! Measuring a machine once, and keeping in a file what took time to measure.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use arcanum_profiler::profile::{Key, LayerSpeed, Profile};
+use mesh_engine_ort::WeightFormat;
+use mesh_kernels::Isa;
+use mesh_model::Model;
+use serde::{Deserialize, Serialize};
+
+use super::layers::{MeasureError, measure_layers};
+use super::options::ProfileOptions;
+use super::{bandwidth, disk};
+use crate::hardware::probe;
+use crate::memory::Memory;
+use crate::nvml;
+use crate::processor::{last_level_cache, load};
+
+/// A machine's profile, and what is needed to measure more for it.
+#[derive(Debug)]
+pub struct Profiler {
+    /// All that is known so far.
+    pub profile: Profile,
+    options: ProfileOptions,
+    disk_folder: Option<PathBuf>,
+}
+
+/// The file.
+#[derive(Debug, Serialize, Deserialize)]
+struct Kept {
+    key: Key,
+    memory_bandwidth: f64,
+    disk: Option<KeptDisk>,
+    speeds: Vec<LayerSpeed>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct KeptDisk {
+    folder: PathBuf,
+    bytes_per_second: f64,
+}
+
+impl Profiler {
+    /// Reads what the machine is, and measures it. What was measured before on the same processor, with the
+    /// same threads, kernels and program, is taken from the file; the rest takes about half a second. Nothing
+    /// in here fails: what cannot be found out is unknown, and a file that cannot be used is a warning.
+    pub fn take(options: ProfileOptions) -> Profiler {
+        let root = options.root.as_path();
+        // Before measuring, which is load itself.
+        let load = load(root);
+        let threads = options.threads();
+        let mut hardware = probe(root);
+        nvml::report(&mut hardware.gpus);
+        hardware.gpus.retain(|gpu| gpu.reported.is_some());
+        hardware.gpus.truncate(MOST_GPUS);
+        let key = Key {
+            cpu: hardware.cpu.model.unwrap_or_else(|| "unknown".into()),
+            threads: threads.min(4096) as u32,
+            isa: Isa::current().name().into(),
+            program: env!("CARGO_PKG_VERSION").into(),
+        };
+        let file = options.file();
+        let (kept, remeasured) = match file.as_deref().map(read) {
+            None | Some(Ok(None)) => (None, None),
+            Some(Ok(Some(kept))) if kept.key == key => (Some(kept), None),
+            Some(Ok(Some(kept))) => (None, Some(kept.key.difference(&key))),
+            Some(Err(error)) => (None, Some(format!("it cannot be read: {error}"))),
+        };
+        if let (Some(why), Some(file)) = (&remeasured, &file) {
+            tracing::warn!(file = %file.display(), "measuring this machine again, the kept profile is not used: {why}");
+        }
+        let memory = Memory::read(root);
+        let available = memory.available.unwrap_or(0);
+        let mut disk_folder = options.model.as_deref().and_then(folder);
+        let mut profile = Profile {
+            memory_total: memory.total.unwrap_or(0),
+            memory_available: usable(available, options.memory_limit),
+            memory_bandwidth: 0.0,
+            disk_read: 0.0,
+            gpus: hardware.gpus,
+            load,
+            reserved_for: options.reserved_for.clone(),
+            paths: Vec::new(),
+            speeds: Vec::new(),
+            remeasured,
+            key,
+        };
+        let mut changed = false;
+        if let Some(kept) = kept {
+            profile.memory_bandwidth = sane(kept.memory_bandwidth);
+            if let Some(disk) = kept.disk
+                && disk_folder
+                    .as_ref()
+                    .is_none_or(|folder| *folder == disk.folder)
+            {
+                profile.disk_read = sane(disk.bytes_per_second);
+                disk_folder = Some(disk.folder);
+            }
+            profile.speeds = kept.speeds;
+            profile.speeds.retain(|speed| {
+                speed.is_sane() && WeightFormat::from_name(&speed.format).is_some()
+            });
+        }
+        if profile.memory_bandwidth == 0.0 {
+            let cache = last_level_cache(root, threads);
+            let bytes = (4 * cache).clamp(64 << 20, 512 << 20).min(available / 4);
+            profile.memory_bandwidth = sane(bandwidth::bandwidth(threads, bytes));
+            changed = true;
+        }
+        if let Some(model) = options.model.as_deref()
+            && profile.disk_read == 0.0
+        {
+            profile.disk_read = sane(disk::read_speed(model));
+            changed = true;
+        }
+        let profiler = Profiler {
+            profile,
+            options,
+            disk_folder,
+        };
+        if changed {
+            profiler.keep();
+        }
+        profiler
+    }
+
+    /// Speed of `model`'s layers held as `format`: kept, or measured now and kept.
+    ///
+    /// # Errors
+    /// If they cannot be measured.
+    pub fn layers(
+        &mut self,
+        model: &Model,
+        format: WeightFormat,
+    ) -> Result<LayerSpeed, MeasureError> {
+        let fingerprint = model.fingerprint()?;
+        let speeds = &mut self.profile.speeds;
+        let known = speeds
+            .iter()
+            .find(|speed| speed.fingerprint == fingerprint && speed.format == format.name());
+        if let Some(known) = known {
+            return Ok(known.clone());
+        }
+        let speed = measure_layers(model, format, &self.options)?;
+        if speeds.len() >= MOST_SPEEDS {
+            speeds.remove(0);
+        }
+        speeds.push(speed.clone());
+        self.keep();
+        Ok(speed)
+    }
+
+    /// Writes what took time to measure. That it cannot be written costs the same time again, and nothing
+    /// else.
+    fn keep(&self) {
+        let Some(file) = self.options.file() else {
+            return;
+        };
+        let profile = &self.profile;
+        let disk = self.disk_folder.clone().filter(|_| profile.disk_read > 0.0);
+        let kept = Kept {
+            key: profile.key.clone(),
+            memory_bandwidth: profile.memory_bandwidth,
+            disk: disk.map(|folder| KeptDisk {
+                folder,
+                bytes_per_second: profile.disk_read,
+            }),
+            speeds: profile.speeds.clone(),
+        };
+        if let Err(error) = write(&file, &kept) {
+            tracing::warn!(file = %file.display(), %error, "the profile of this machine cannot be kept");
+        }
+    }
+}
+
+/// What is left to the rest of the system stays free.
+fn usable(available: u64, limit: Option<u64>) -> u64 {
+    (available - available / 10).min(limit.unwrap_or(u64::MAX))
+}
+
+/// Whole bytes per second, which JSON gives back as they were; 0 for what nobody can have measured.
+fn sane(speed: f64) -> f64 {
+    if (1.0..=1e15).contains(&speed) {
+        speed.round()
+    } else {
+        0.0
+    }
+}
+
+fn folder(model: &Path) -> Option<PathBuf> {
+    Some(model.canonicalize().ok()?.parent()?.to_owned())
+}
+
+fn read(file: &Path) -> io::Result<Option<Kept>> {
+    let opened = match File::open(file) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened?,
+    };
+    let mut text = Vec::new();
+    opened.take(MOST_FILE).read_to_end(&mut text)?;
+    Ok(Some(serde_json::from_slice(&text)?))
+}
+
+/// A new file takes the old one's place, so that nobody ever reads half of it.
+fn write(file: &Path, kept: &Kept) -> io::Result<()> {
+    let new = file.with_extension(format!("json.{}", std::process::id()));
+    let mut text = serde_json::to_vec_pretty(kept)?;
+    text.push(b'\n');
+    let written = File::create(&new).and_then(|mut file| file.write_all(&text));
+    let renamed = written.and_then(|()| std::fs::rename(&new, file));
+    if renamed.is_err() {
+        let _ = std::fs::remove_file(&new);
+    }
+    renamed
+}
+
+/// No file of ours is larger.
+const MOST_FILE: u64 = 1 << 20;
+/// GPUs that are reported.
+const MOST_GPUS: usize = 32;
+/// Models times formats whose speeds are kept.
+const MOST_SPEEDS: usize = 256;
+
+#[cfg(test)]
+mod tests {
+    use arcanum_profiler::profile::MeasuredPath;
+    use mesh_proto::NodeProfile;
+
+    use super::*;
+
+    fn speed(format: &str, decode_us: f64) -> LayerSpeed {
+        LayerSpeed {
+            fingerprint: "ab".repeat(32),
+            format: format.into(),
+            layers: 30,
+            hidden: 576,
+            layer_bytes: 2_000_000,
+            first_bytes: 30_000_000,
+            last_bytes: 30_000_000,
+            kv_bytes: 768,
+            decode_us,
+            prefill_us: 10.0,
+            logits_us: 0.0,
+        }
+    }
+
+    fn options(dir: &Path) -> ProfileOptions {
+        ProfileOptions {
+            state_dir: Some(dir.to_owned()),
+            threads: 1,
+            ..ProfileOptions::default()
+        }
+    }
+
+    #[test]
+    fn a_profile_is_measured_once() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let options = options(dir.path());
+        let mut profiler = Profiler::take(options.clone());
+        let first = &mut profiler.profile;
+        assert!(first.memory_bandwidth > 1e8, "{first:?}");
+        assert!(first.memory_total >= first.memory_available && first.memory_available > 0);
+        assert_eq!(first.remeasured, None);
+        first.speeds = vec![
+            speed("file", 100.0),
+            speed("file", f64::MAX),
+            speed("int2", 1.0),
+        ];
+        let bandwidth = first.memory_bandwidth;
+        profiler.keep();
+        let second = Profiler::take(options).profile;
+        assert_eq!(second.memory_bandwidth, bandwidth);
+        assert_eq!(second.speeds, [speed("file", 100.0)]);
+        let names: Vec<_> = std::fs::read_dir(dir.path()).expect("a folder").collect();
+        assert_eq!(names.len(), 1, "{names:?}");
+    }
+
+    #[test]
+    fn another_machine_or_a_damaged_file_is_measured_again_and_said() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let options = options(dir.path());
+        let file = options.file().expect("a file");
+        let take = || Profiler::take(options.clone()).profile;
+        let mut kept = Kept {
+            key: take().key,
+            memory_bandwidth: 12345.0,
+            disk: None,
+            speeds: vec![speed("file", 100.0)],
+        };
+        write(&file, &kept).expect("written");
+        assert_eq!(take().memory_bandwidth, 12345.0);
+
+        kept.key.cpu = "Z80".into();
+        write(&file, &kept).expect("written");
+        let again = take();
+        let why = again.remeasured.expect("a reason");
+        assert!(
+            why.starts_with("the processor was \"Z80\" and is "),
+            "{why}"
+        );
+        assert!(again.memory_bandwidth > 1e6 && again.speeds.is_empty());
+
+        for damage in ["", "{", "[1e999]", "\u{0}"] {
+            std::fs::write(&file, damage).expect("written");
+            let again = take();
+            assert!(
+                again
+                    .remeasured
+                    .expect("a reason")
+                    .contains("cannot be read")
+            );
+            assert!(again.memory_bandwidth > 1e6);
+            assert_eq!(take().remeasured, None, "it was written anew");
+        }
+    }
+
+    #[test]
+    fn a_profile_travels_as_a_node_profile() {
+        let mut profile = Profiler::take(ProfileOptions {
+            threads: 1,
+            memory_limit: Some(1 << 20),
+            reserved_for: vec!["embeddings".into()],
+            ..ProfileOptions::default()
+        })
+        .profile;
+        profile.paths.push(MeasuredPath {
+            node: String::new(),
+            rtt_us: 250,
+            bandwidth: 1e8,
+        });
+        let node = NodeProfile::from(&profile);
+        assert_eq!((node.threads, node.memory_available), (1, 1 << 20));
+        assert_eq!(node.paths[0].rtt_us, 250);
+        assert_eq!(node.reserved_for, ["embeddings"]);
+        assert_eq!(usable(1000, None), 900);
+    }
+}
