@@ -90,7 +90,8 @@ bench: ## Benchmarks of our own, each a ratio measured in one run
 	@$(PYTHON) scripts/fetch.py runtime model
 	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES)
 	$(IN_RUST) $(CARGO) build --release --locked -p mesh-bench
-	scripts/bench.sh
+	$(IN_RUST) $(CARGO) bench --locked -p mesh-bench --benches --no-run
+	CARGO=$(CARGO) scripts/bench.sh
 
 bench-peers: ## The same against llama.cpp and sentence-transformers, which it fetches
 	@$(PYTHON) scripts/fetch.py runtime model embeddings
