@@ -32,12 +32,14 @@ demo: ## Start a mesh on this machine, ask a model that several workers hold, ki
 build: ## Build the services and the command line (release) into rust/target/release
 	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES)
 
-test: fetch ## Formatting, clippy with warnings denied, dependencies of crates, every test
+test: fetch ## Formatting, clippy with warnings denied, layers and dependencies of crates, every test
 	scripts/fetch_nix_tools.sh
 	scripts/test_nix.sh $(WHERE_POSSIBLE)
 	scripts/test_shell.sh $(WHERE_POSSIBLE)
 	$(PYTHON) scripts/check_dependencies.py
 	$(PYTHON) scripts/check_security.py
+	$(PYTHON) scripts/test_checks.py
+	$(PYTHON) scripts/check_layers.py
 	$(PYTHON) scripts/check_unused.py
 	$(IN_RUST) $(CARGO) fmt --all --check
 	$(IN_RUST) $(CARGO) clippy --workspace --all-targets --locked -- -D warnings
