@@ -32,12 +32,15 @@ demo: ## Start a mesh on this machine, ask a model that several workers hold, ki
 build: ## Build the services and the command line (release) into rust/target/release
 	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES)
 
-test: fetch ## Formatting, clippy with warnings denied, every test
+test: fetch ## Formatting, clippy with warnings denied, layers and dependencies of crates, every test
 	scripts/fetch_nix_tools.sh
 	scripts/test_nix.sh $(WHERE_POSSIBLE)
 	scripts/test_shell.sh $(WHERE_POSSIBLE)
 	$(PYTHON) scripts/check_dependencies.py
 	$(PYTHON) scripts/check_security.py
+	$(PYTHON) scripts/test_checks.py
+	$(PYTHON) scripts/check_layers.py
+	$(PYTHON) scripts/check_unused.py
 	$(IN_RUST) $(CARGO) fmt --all --check
 	$(IN_RUST) $(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	$(IN_RUST) $(CARGO) clippy --workspace --features $(PROVIDERS) --all-targets --locked -- -D warnings
@@ -89,7 +92,8 @@ bench: ## Benchmarks of our own, each a ratio measured in one run
 	@$(PYTHON) scripts/fetch.py runtime model
 	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES)
 	$(IN_RUST) $(CARGO) build --release --locked -p mesh-bench
-	scripts/bench.sh
+	$(IN_RUST) $(CARGO) bench --locked -p mesh-bench --benches --no-run
+	CARGO=$(CARGO) scripts/bench.sh
 
 bench-peers: ## The same against llama.cpp and sentence-transformers, which it fetches
 	@$(PYTHON) scripts/fetch.py runtime model embeddings

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the benchmarks that need no other project: every program of mesh-bench but those that llama.cpp is the anchor of
-# (peer*, see bench_peers.sh). `make bench` builds first.
+# Runs the benchmarks that need no other project: every program and bench of mesh-bench but those that llama.cpp is the anchor
+# of (peer*, see bench_peers.sh). `make bench` builds first.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 bin=$root/rust/target/release
@@ -12,6 +12,11 @@ for source in "$root"/rust/crates/tools/mesh-bench/src/bin/*; do
     [[ $name == peer* ]] && continue
     printf '\n== %s\n' "$name"
     "$bin/$name"
+done
+for source in "$root"/rust/crates/tools/mesh-bench/benches/*; do
+    name=$(basename "$source" .rs)
+    printf '\n== %s\n' "$name"
+    (cd "$root/rust" && "${CARGO:-cargo}" bench --quiet --locked -p mesh-bench --bench "$name")
 done
 
 printf '\n== hydramesh bench\n'

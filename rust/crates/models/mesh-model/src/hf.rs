@@ -12,12 +12,12 @@
 mod config;
 mod error;
 mod folder;
-mod names;
+pub(crate) mod names;
 mod special;
 
 pub use error::HfError;
 pub use folder::{Folder, files_of_index, is_hugging_face};
-pub(crate) use names::{in_their_words, their_name};
+pub(crate) use names::in_their_words;
 pub use special::SpecialTokens;
 
 use crate::gguf::{GgmlType, Gguf};

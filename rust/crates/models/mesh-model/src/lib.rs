@@ -14,6 +14,7 @@ pub mod gguf;
 pub mod hf;
 pub mod model;
 pub mod safetensors;
+#[cfg(any(test, feature = "synth"))]
 pub mod synth;
 pub mod text;
 pub mod tokenizer;

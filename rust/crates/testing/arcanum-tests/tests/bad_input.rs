@@ -333,7 +333,7 @@ async fn a_join_token_is_good_once_and_for_its_own_mesh() -> Result<()> {
 
 /// Starts a worker that must not get in, and returns what it says when it ends.
 async fn refused_worker(mesh: &Mesh, token: &str) -> Result<String> {
-    let launcher = Launcher::for_tests()?;
+    let launcher = Launcher::of_this_build()?;
     let config = mesh.worker_configuration("refused", SMALL, token)?;
     match launcher.start("mesh-worker", "refused", &config).await {
         // It may have come as far as listening before it was turned away.

@@ -35,7 +35,7 @@ impl Clock {
         };
         let dir = tempfile::tempdir()?;
         let file = dir.path().join("offset");
-        let launcher = Launcher::for_tests()?
+        let launcher = Launcher::of_this_build()?
             .with_environment("LD_PRELOAD", &library)
             .with_environment("FAKETIME_TIMESTAMP_FILE", file.to_str().context("UTF-8")?)
             // Read again for every question about the time, so that a clock can be set while a service runs.
@@ -102,7 +102,7 @@ async fn a_head_that_first_started_two_years_ahead_is_joined_once_its_clock_is_r
         .start()
         .await?;
     // One joins meanwhile, with the right time: it gets a certificate from the future.
-    let right = Launcher::for_tests()?;
+    let right = Launcher::of_this_build()?;
     mesh.start_worker_by(&right, &idle(folder.path())).await?;
     registry_until(&mesh, "a worker joins a head from the future", |r| {
         workers(r) == 1

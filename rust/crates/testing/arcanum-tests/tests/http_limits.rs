@@ -85,7 +85,7 @@ async fn connections_that_say_nothing_or_half_of_it_leave_health_reachable() -> 
         (1024, 1100, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
     ] {
         let limit = format!("--nofile={files}:{files}");
-        let launcher = Launcher::for_tests()?.wrapped(&["prlimit", &limit]);
+        let launcher = Launcher::of_this_build()?.wrapped(&["prlimit", &limit]);
         let everything = files == 128;
         let mut mesh = Mesh::builder()
             .launcher(launcher)

@@ -43,7 +43,7 @@ fn manifest(name: &str, folder: &Path, files: &[&str]) -> Result<Manifest> {
 }
 
 async fn mesh(endpoint: &str) -> Result<Mesh> {
-    let launcher = Launcher::for_tests()?.with_environment("HF_ENDPOINT", endpoint);
+    let launcher = Launcher::of_this_build()?.with_environment("HF_ENDPOINT", endpoint);
     Mesh::builder().launcher(launcher).start().await
 }
 

@@ -21,7 +21,7 @@ const LIMIT: Duration = Duration::from_secs(90);
 async fn mesh_with_hub(head: &str) -> Result<(TestHub, Mesh)> {
     let hub = TestHub::start().await?;
     hub.publish_files(MODEL, &[(FILE, &paths::smollm2()?)])?;
-    let launcher = Launcher::for_tests()?.with_environment("HF_ENDPOINT", &hub.endpoint());
+    let launcher = Launcher::of_this_build()?.with_environment("HF_ENDPOINT", &hub.endpoint());
     let mesh = Mesh::builder()
         .launcher(launcher)
         .head_config(head)

@@ -75,7 +75,7 @@ async fn a_name_is_tried_at_all_its_addresses_by_worker_shim_and_client() -> Res
         println!("no name can be made up here (it needs root); nothing was tested");
         return Ok(());
     }
-    let launcher = Launcher::for_tests()?.wrapped(&wrapper);
+    let launcher = Launcher::of_this_build()?.wrapped(&wrapper);
     // Whichever address comes first, one of the two heads is not there.
     for host in ["127.0.0.1", "[::1]"] {
         let config = format!(

@@ -75,7 +75,7 @@ async fn reload(service: &Service) -> Result<()> {
 #[tokio::test]
 async fn no_service_dies_of_a_signal_without_a_meaning_and_all_of_them_reload() -> Result<()> {
     let _alone = alone();
-    let launcher = Launcher::for_tests()?;
+    let launcher = Launcher::of_this_build()?;
     let folder = tempfile::tempdir()?;
     let mut services = vec![
         launcher.start("mesh-head", "head", &head("")).await?,
@@ -133,7 +133,7 @@ async fn a_head_reloads_keys_and_log_level_names_what_needs_a_restart_and_tells_
     let systemd = UnixDatagram::bind(dir.path().join("notify"))?;
     systemd.set_read_timeout(Some(LIMIT))?;
     let socket = dir.path().join("notify");
-    let launcher = Launcher::for_tests()?
+    let launcher = Launcher::of_this_build()?
         .with_environment("NOTIFY_SOCKET", socket.to_str().context("UTF-8")?)
         .with_environment("RUST_LOG", "");
     let config = |level: &str, queue: u32| {
@@ -198,7 +198,7 @@ async fn a_head_reloads_keys_and_log_level_names_what_needs_a_restart_and_tells_
 #[tokio::test]
 async fn the_second_signal_ends_a_drain_at_once() -> Result<()> {
     let _alone = alone();
-    let launcher = Launcher::for_tests()?;
+    let launcher = Launcher::of_this_build()?;
     // A head that takes tasks and is silent.
     let silent = std::net::UdpSocket::bind("127.0.0.1:0")?;
     let config = shim(&silent.local_addr()?.to_string());
@@ -228,7 +228,7 @@ async fn a_head_outlives_its_terminal_and_can_still_log_and_drain() -> Result<()
     let config = dir.path().join("head.toml");
     fs::write(&config, head("").to_string())?;
     let state = dir.path().join("state");
-    let launcher = Launcher::for_tests()?;
+    let launcher = Launcher::of_this_build()?;
     let mut terminal = Command::new("python3")
         .args(["-c", "import pty, sys; pty.spawn(sys.argv[1:])"])
         .arg(launcher.binary("mesh-head"))

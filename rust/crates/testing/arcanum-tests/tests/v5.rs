@@ -190,7 +190,7 @@ async fn a_worker_serves_our_head_and_its_death_is_made_up_for() -> Result<()> {
 async fn our_worker_serves_a_v5_head() -> Result<()> {
     let _alone = alone();
     let head = V5Head::start()?;
-    let launcher = Launcher::for_tests()?;
+    let launcher = Launcher::of_this_build()?;
     let config: toml::Table = format!(
         "models = [{:?}]\nnode_name = \"old-mesh\"\n{SHORT_ANSWERS}\n[http]\nlisten = \"127.0.0.1:0\"\n[dcf]\nlisten = \"127.0.0.1:0\"\n[legacy]\nhead = \"{}\"\n",
         paths::smollm2()?,
@@ -284,7 +284,7 @@ async fn clients_of_both_versions_get_a_v5_1_workers_image_from_head_and_shim() 
 async fn our_worker_finds_out_that_its_head_speaks_v5_1_and_obeys_its_shutdown() -> Result<()> {
     let _alone = alone();
     let head = V5Head::start()?.speaking(Wire::V5_1);
-    let launcher = Launcher::for_tests()?;
+    let launcher = Launcher::of_this_build()?;
     let config: toml::Table = format!(
         "models = [{:?}]\nnode_name = \"new-mesh\"\n{SHORT_ANSWERS}\n[http]\nlisten = \"127.0.0.1:0\"\n[dcf]\nlisten = \"127.0.0.1:0\"\n[legacy]\nhead = \"{}\"\n",
         paths::smollm2()?,

@@ -1,4 +1,4 @@
-//! Finds fetched models and libraries, starts real services and speaks to them, for tests, benchmarks and the demo.
+//! What tests need around real services, and the services themselves, which `mesh-launcher` starts.
 //!
 //! ```no_run
 //! # async fn example() -> anyhow::Result<()> {
@@ -15,23 +15,17 @@
 //! # }
 //! ```
 //!
-//! - [`Mesh`] is a head, workers and a shim on loopback, on ports the system chooses, gone when it is dropped;
-//! - [`Service`] is one of these processes: its addresses, its log, signals to it;
-//! - [`Namespaces`] gives each of them a network of its own, whose cable can be pulled;
+//! - [`Mesh`] and [`Service`] are `mesh-launcher`'s;
+//! - [`Namespaces`] gives each service a network of its own, whose cable can be pulled;
 //! - [`hub`] is a Hugging Face hub with repositories made in the test, and with everything that goes wrong;
-//! - [`v5`] holds a v5.0.0 client, worker and head written from the wire format alone, without the `dcf` crate;
-//! - [`paths`] finds what `make fetch` brought.
+//! - [`v5`] holds a v5.0.0 client, worker and head written from the wire format alone, without the `dcf` crate.
 
 #![forbid(unsafe_code)]
 
 pub mod hub;
-pub mod mesh;
 pub mod namespaces;
-pub mod paths;
-pub mod process;
 pub mod v5;
 
-pub use mesh::{Mesh, MeshBuilder};
 pub use mesh_client as client;
+pub use mesh_launcher::{Launcher, Mesh, MeshBuilder, Service, paths, process, until_signal};
 pub use namespaces::Namespaces;
-pub use process::{Launcher, Service};

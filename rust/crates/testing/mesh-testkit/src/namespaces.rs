@@ -8,8 +8,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
-
-use crate::process::Launcher;
+use mesh_launcher::Launcher;
 
 /// Several machines on one network, as far as the network goes.
 #[derive(Debug)]

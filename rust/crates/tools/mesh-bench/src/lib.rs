@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use mesh_engine::{LogitRows, Segment, Stage, StageInput, StageOutput};
 use mesh_engine_ort::{OrtOptions, OrtStage};
+use mesh_launcher::paths;
 use mesh_model::Model;
-use mesh_testkit::paths;
 
 /// The middle value, or the mean of the two in the middle.
 ///

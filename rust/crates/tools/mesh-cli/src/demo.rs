@@ -10,7 +10,7 @@ use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use mesh_client::dcf_udp::DcfClient;
-use mesh_testkit::{Launcher, Mesh, MeshBuilder, Service};
+use mesh_launcher::{Launcher, Mesh, MeshBuilder, Service, paths};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
@@ -40,8 +40,8 @@ pub(crate) async fn run(args: DemoArgs, terminal: Terminal) -> Result<(), Failur
     let model = args
         .model
         .clone()
-        .unwrap_or_else(|| args.cache.join("models/SmolLM2-135M-Instruct.Q4_1.gguf"));
-    let runtime = args.cache.join("onnxruntime/libonnxruntime.so.1.24.4");
+        .unwrap_or_else(|| args.cache.join(paths::SMOLLM2));
+    let runtime = args.cache.join(paths::ORT_LIBRARY);
     for path in [&model, &runtime] {
         if !path.is_file() {
             return Err(

@@ -280,7 +280,7 @@ fn write_weights(
 ) -> io::Result<()> {
     let mut planned: Vec<(Planned, Tensor<'_>)> = Vec::new();
     for tensor in gguf.tensors() {
-        let name = hf::their_name(tensor.name)
+        let name = hf::names::their_name(tensor.name)
             .filter(|_| tensor.name != "rope_freqs.weight")
             .ok_or_else(|| unknown(format!("tensor {}", tensor.name)))?;
         let name = match (

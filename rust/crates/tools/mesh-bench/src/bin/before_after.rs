@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use mesh_bench::median;
 use mesh_bench::round_trips::{Running, echo_head, round_trips_per_second};
-use mesh_testkit::{Launcher, Mesh, Service, paths};
+use mesh_launcher::{Launcher, Mesh, Service, paths, until_signal};
 use serde_json::json;
 
 /// Compares decode speed and the shim's throughput of two builds of the services
@@ -44,7 +44,10 @@ struct Build {
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    let args = Args::parse();
+    until_signal(compare(Args::parse())).await
+}
+
+async fn compare(args: Args) -> Result<()> {
     let echo = Running::start("head", echo_head)?;
     let own = paths::bin_dir()?;
     let before = args.before.as_ref().unwrap_or(&own);

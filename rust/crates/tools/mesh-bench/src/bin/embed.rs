@@ -15,8 +15,8 @@ use clap::Parser;
 use mesh_bench::median;
 use mesh_engine::Encoder;
 use mesh_engine_ort::{OrtEncoder, OrtOptions};
+use mesh_launcher::paths;
 use mesh_model::EncoderModel;
-use mesh_testkit::paths;
 
 /// Compares with sentence-transformers
 #[derive(Parser)]

@@ -12,8 +12,8 @@ use futures::StreamExt;
 use mesh_bench::{Exercise, Ours, median, resident_bytes};
 use mesh_engine::{Engine, EngineHandle, Event, Request, SchedulerConfig, Stage};
 use mesh_engine_ort::OrtOptions;
+use mesh_launcher::paths;
 use mesh_model::Model;
-use mesh_testkit::paths;
 
 /// Measures the engine without any service around it
 #[derive(Parser)]

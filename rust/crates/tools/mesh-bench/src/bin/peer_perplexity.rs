@@ -9,8 +9,8 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use mesh_bench::{Anchor, Ours};
 use mesh_engine_ort::OrtOptions;
+use mesh_launcher::paths;
 use mesh_model::{EncodeOptions, Model};
-use mesh_testkit::paths;
 
 const TEXT: &str = include_str!("../../data/alice.txt");
 

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use mesh_bench::{median, program};
-use mesh_testkit::client::http::HttpClient;
-use mesh_testkit::{Mesh, paths};
+use mesh_client::http::HttpClient;
+use mesh_launcher::{Mesh, paths, until_signal};
 use serde_json::json;
 
 /// Measures one model over three processes against one, with and without standbys, and against llama.cpp's RPC
@@ -50,7 +50,10 @@ struct Speed {
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    let args = Args::parse();
+    until_signal(compare(Args::parse())).await
+}
+
+async fn compare(args: Args) -> Result<()> {
     let model = match &args.model {
         // Others are started in other folders.
         Some(model) => std::fs::canonicalize(model).with_context(|| model.display().to_string())?,
@@ -79,7 +82,7 @@ async fn main() -> Result<()> {
         if let Some(rpc) = &rpc
             && round > 0
         {
-            anchor.push(rpc.measure(&model, &args)?);
+            anchor.push(rpc.measure(&model, &args).await?);
         }
     }
     let [whole_speeds, ring_speeds, mirrored_speeds] = &speeds;
@@ -296,8 +299,9 @@ impl RpcServers {
         Ok(servers)
     }
 
-    fn measure(&self, model: &Path, args: &Args) -> Result<Speed> {
-        let output = Command::new(program("llama-bench")?)
+    async fn measure(&self, model: &Path, args: &Args) -> Result<Speed> {
+        let output = tokio::process::Command::new(program("llama-bench")?)
+            .kill_on_drop(true)
             .args(["-m", &model.display().to_string()])
             .args([
                 "--rpc",
@@ -318,6 +322,7 @@ impl RpcServers {
                 &args.tokens.to_string(),
             ])
             .output()
+            .await
             .context("running llama-bench")?;
         let text = String::from_utf8_lossy(&output.stdout);
         let mut speed = Speed {

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use mesh_testkit::Mesh;
+use mesh_launcher::Mesh;
 use serde_json::Value;
 
 use super::LOOK;

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use arcanum_tests::report::Report;
 use arcanum_tests::{Cluster, Undisturbed, alone};
 use clap::Args as ClapArgs;
-use mesh_testkit::{Namespaces, Service, paths};
+use mesh_testkit::{Namespaces, Service, paths, until_signal};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::Value;
 use tokio::task::JoinHandle;
@@ -84,26 +84,28 @@ pub(crate) async fn run(args: Args) -> Result<ExitCode> {
         attacks.retain(|source| !matches!(source, Source::Stranger(_)));
     }
     let _alone = alone();
+    until_signal(phases(&args, &attacks)).await
+}
+
+async fn phases(args: &Args, attacks: &[Source]) -> Result<ExitCode> {
     let mut report = Report::new("Attacks beside honest clients", 0);
-    let mut stand = Stand::start(&args, &mut report).await?;
-    let calm = stand.phase("calm", &[], args.calm, &args).await?;
+    let mut stand = Stand::start(args, &mut report).await?;
+    let calm = stand.phase("calm", &[], args.calm, args).await?;
     stand.judge_calm("undisturbed", &calm, &mut report);
     match args.each {
         Some(seconds) => {
-            for attack in &attacks {
+            for attack in attacks {
                 let name = attack.to_string();
-                let found = stand.phase(&name, &[*attack], seconds, &args).await?;
-                stand.judge(&name, &found, &calm, &args, &mut report);
+                let found = stand.phase(&name, &[*attack], seconds, args).await?;
+                stand.judge(&name, &found, &calm, args, &mut report);
                 stand.restore().await?;
             }
         }
         None => {
-            let found = stand
-                .phase("attacked", &attacks, args.seconds, &args)
-                .await?;
-            stand.judge("", &found, &calm, &args, &mut report);
+            let found = stand.phase("attacked", attacks, args.seconds, args).await?;
+            stand.judge("", &found, &calm, args, &mut report);
             if args.after > 0 && found.deaths.is_empty() {
-                let after = stand.phase("after", &[], args.after, &args).await?;
+                let after = stand.phase("after", &[], args.after, args).await?;
                 stand.judge_calm("afterwards", &after, &mut report);
                 compare(&after, &calm, &mut report);
             }

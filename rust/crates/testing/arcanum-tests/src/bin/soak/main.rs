@@ -14,6 +14,7 @@ use arcanum_tests::clients::ANSWER_LIMIT;
 use arcanum_tests::report::Report;
 use arcanum_tests::{Cluster, ClusterBuilder, RingView, alone};
 use clap::Parser;
+use mesh_testkit::until_signal;
 
 /// Loses workers of rings by the hundred and compares every answer with the undisturbed one.
 #[derive(Debug, Parser)]
@@ -51,6 +52,10 @@ pub(crate) struct Args {
 async fn main() -> Result<ExitCode> {
     let args = Args::parse();
     let _alone = alone();
+    until_signal(soak(args)).await
+}
+
+async fn soak(args: Args) -> Result<ExitCode> {
     println!("seed {} (--seed sets another)", args.seed);
     let started = Instant::now();
     let mut report = Report::new("Soak of rings", args.seed);

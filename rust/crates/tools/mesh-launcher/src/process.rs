@@ -31,11 +31,11 @@ pub struct Launcher {
 }
 
 impl Launcher {
-    /// The services of the same build as the running test, built if they are not there.
+    /// The services of the same build as the running test or benchmark, which cargo builds first.
     ///
     /// # Errors
     /// If they cannot be built, or if ONNX Runtime was not fetched.
-    pub fn for_tests() -> Result<Self> {
+    pub fn of_this_build() -> Result<Self> {
         Self::from_folder(&paths::bin_dir()?)
     }
 

@@ -49,7 +49,7 @@ impl MeshBuilder {
         self
     }
 
-    /// Other binaries than those of the running test.
+    /// What starts the services; [`Launcher::of_this_build`] otherwise.
     #[must_use]
     pub fn launcher(mut self, launcher: Launcher) -> Self {
         self.launcher = Some(launcher);
@@ -93,7 +93,7 @@ impl MeshBuilder {
     pub async fn start(self) -> Result<Mesh> {
         let launcher = match self.launcher {
             Some(launcher) => launcher,
-            None => Launcher::for_tests()?,
+            None => Launcher::of_this_build()?,
         };
         let mut config = parse(
             r#"
@@ -389,7 +389,7 @@ fn usable(registry: &Value) -> Vec<Value> {
 }
 
 fn parse(toml: &str) -> Table {
-    toml.parse().expect("the test's own TOML")
+    toml.parse().expect("the caller's own TOML")
 }
 
 /// Puts `over` over `table`, table by table.

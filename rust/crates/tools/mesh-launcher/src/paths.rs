@@ -1,10 +1,16 @@
-//! Where `make fetch` puts what is never committed.
+//! Where a source tree has what is never committed: what `make fetch` fetches and cargo builds.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result, anyhow, bail};
+
+/// ONNX Runtime's shared library below the cache folder.
+pub const ORT_LIBRARY: &str = "onnxruntime/libonnxruntime.so.1.24.4";
+
+/// The SmolLM2-135M-Instruct Q4_1 GGUF file below the cache folder.
+pub const SMOLLM2: &str = "models/SmolLM2-135M-Instruct.Q4_1.gguf";
 
 /// The cache folder: `HYDRAMESH_CACHE`, else `.cache` at the root of the repository.
 pub fn cache_dir() -> PathBuf {
@@ -20,12 +26,12 @@ pub fn cache_dir() -> PathBuf {
 
 /// ONNX Runtime's shared library.
 pub fn ort_library() -> Result<PathBuf> {
-    fetched("onnxruntime/libonnxruntime.so.1.24.4")
+    fetched(ORT_LIBRARY)
 }
 
 /// The SmolLM2-135M-Instruct Q4_1 GGUF file.
 pub fn smollm2() -> Result<PathBuf> {
-    fetched("models/SmolLM2-135M-Instruct.Q4_1.gguf")
+    fetched(SMOLLM2)
 }
 
 /// The Gemma 3 270M (base) Q4_K_M GGUF file.

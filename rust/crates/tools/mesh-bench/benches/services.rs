@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use mesh_bench::median;
+use mesh_launcher::{Mesh, paths, until_signal};
 use mesh_model::Model;
 use mesh_testkit::v5::{HEARTBEAT, RESULT, V5Client, V5Worker};
-use mesh_testkit::{Mesh, paths};
 use serde_json::json;
 
 /// Starts real services and measures a worker's start and memory, and the way of a task through shim and head
@@ -24,6 +24,9 @@ struct Args {
     /// Starts of a worker
     #[arg(long, default_value_t = 5)]
     starts: usize,
+    /// cargo bench gives it
+    #[arg(long, hide = true)]
+    bench: bool,
 }
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -31,8 +34,11 @@ const LIMIT: Duration = Duration::from_secs(10);
 #[tokio::main]
 async fn main() -> Result<()> {
     let args = Args::parse();
-    round_trip_to_an_echo(args.tasks).await?;
-    start_memory_and_round_trip_of_a_worker(&args).await
+    until_signal(async {
+        round_trip_to_an_echo(args.tasks).await?;
+        start_memory_and_round_trip_of_a_worker(&args).await
+    })
+    .await
 }
 
 async fn round_trip_to_an_echo(tasks: u32) -> Result<()> {
@@ -60,9 +66,8 @@ async fn round_trip_to_an_echo(tasks: u32) -> Result<()> {
     }
     let through = V5Client::new(shim(&mesh)?)?;
     println!("wanted of the echo: at most 150 us added");
-    compare("echo, v5.0.0 worker", &direct, &through, tasks, |_| {
-        "x".repeat(200)
-    })?;
+    let task = |_| "x".repeat(200);
+    compare("echo, v5.0.0 worker", [direct, through], tasks, task).await?;
     mesh.shutdown().await
 }
 
@@ -111,11 +116,11 @@ async fn start_memory_and_round_trip_of_a_worker(args: &Args) -> Result<()> {
     let tasks = args.tasks / 4;
     compare(
         "one token, real worker",
-        &direct,
-        &through,
+        [direct, through],
         tasks,
         one_token,
-    )?;
+    )
+    .await?;
     mesh.shutdown().await
 }
 
@@ -127,19 +132,32 @@ fn shim(mesh: &Mesh) -> Result<SocketAddr> {
     mesh.shim.as_ref().context("a shim")?.address("ingress")
 }
 
-/// Asks both ways in turn and prints what the way through shim and head adds.
-fn compare(
+/// Asks both ways in turn, directly and through shim and head, and prints what the longer way adds.
+async fn compare(
     what: &str,
-    direct: &V5Client,
-    through: &V5Client,
+    ways: [V5Client; 2],
     tasks: u32,
-    task: impl Fn(u32) -> String,
+    task: fn(u32) -> String,
 ) -> Result<()> {
+    // The clients block.
+    let [of_direct, of_through] =
+        tokio::task::spawn_blocking(move || round_trips(&ways, tasks, task)).await??;
+    let (direct, through) = (median(&of_direct), median(&of_through));
+    println!(
+        "{what}: p50 {direct:.0} us direct, {through:.0} us through shim and head, {:.2} x: {:.0} us added",
+        through / direct,
+        through - direct
+    );
+    Ok(())
+}
+
+/// Microseconds of each round trip, by the way.
+fn round_trips(ways: &[V5Client; 2], tasks: u32, task: fn(u32) -> String) -> Result<[Vec<f64>; 2]> {
     let mut times = [Vec::new(), Vec::new()];
     // The first tenth warms up.
     let warm_up = tasks / 10;
     for number in 0..tasks + warm_up {
-        for (way, (times, client)) in times.iter_mut().zip([direct, through]).enumerate() {
+        for (way, (times, client)) in times.iter_mut().zip(ways).enumerate() {
             // Another text each time: a prompt that was computed before costs less.
             let task = task(2 * number + way as u32);
             let start = Instant::now();
@@ -151,12 +169,5 @@ fn compare(
             }
         }
     }
-    let [of_direct, of_through] = times;
-    let (direct, through) = (median(&of_direct), median(&of_through));
-    println!(
-        "{what}: p50 {direct:.0} us direct, {through:.0} us through shim and head, {:.2} x: {:.0} us added",
-        through / direct,
-        through - direct
-    );
-    Ok(())
+    Ok(times)
 }
