@@ -9,6 +9,30 @@ use std::time::Duration;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 
+/// Host and port of `host:port`, without the brackets of an IPv6 address; `None` unless both are there.
+pub fn host_and_port(text: &str) -> Option<(&str, u16)> {
+    let (host, port) = text.rsplit_once(':')?;
+    let inner = host
+        .strip_prefix('[')
+        .and_then(|rest| rest.strip_suffix(']'));
+    let host = inner.unwrap_or(host);
+    let port = port.parse().ok().filter(|port| *port != 0)?;
+    (!host.is_empty()).then_some((host, port))
+}
+
+/// `host`, `host:port`, `[IPv6]`, `[IPv6]:port` or a bare IPv6 address as `host:port`, with `port` where none
+/// is given.
+pub fn with_port(text: &str, port: u16) -> String {
+    let inner = text
+        .strip_prefix('[')
+        .and_then(|rest| rest.strip_suffix(']'));
+    match (inner.unwrap_or(text).parse(), text.contains(':')) {
+        (Ok(IpAddr::V6(address)), _) => format!("[{address}]:{port}"),
+        (_, false) => format!("{text}:{port}"),
+        (_, true) => text.to_owned(),
+    }
+}
+
 /// All addresses of `host:port`, ordered by [`ordered`].
 ///
 /// # Errors
@@ -147,6 +171,41 @@ mod tests {
             .iter()
             .map(|text| text.parse().expect("an address"))
             .collect()
+    }
+
+    #[test]
+    fn a_host_and_a_port_are_both_needed() {
+        for (text, expected) in [
+            ("head.example:7777", Some(("head.example", 7777))),
+            ("10.0.0.1:1", Some(("10.0.0.1", 1))),
+            ("[::1]:7780", Some(("::1", 7780))),
+            // As the system reads it, too.
+            ("::1:7780", Some(("::1", 7780))),
+            ("head", None),
+            ("head:", None),
+            (":7780", None),
+            ("[]:7780", None),
+            ("head:0", None),
+            ("head:65536", None),
+            ("head:http", None),
+            ("", None),
+        ] {
+            assert_eq!(host_and_port(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_port_is_added_where_none_is_given() {
+        for (text, expected) in [
+            ("head", "head:9"),
+            ("head:1", "head:1"),
+            ("10.0.0.1", "10.0.0.1:9"),
+            ("::1", "[::1]:9"),
+            ("[::1]", "[::1]:9"),
+            ("[::1]:1", "[::1]:1"),
+        ] {
+            assert_eq!(with_port(text, 9), expected, "{text}");
+        }
     }
 
     #[test]

@@ -1,20 +1,39 @@
-//! Dates and differences of clocks, in words for people.
+//! Dates, timestamps, and differences of clocks in words for people.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use time::OffsetDateTime;
+
+/// Seconds since the Unix epoch; 0 for dates before it.
+pub fn unix_seconds(time: SystemTime) -> u64 {
+    since_epoch(time).as_secs()
+}
+
+/// Microseconds since the Unix epoch: the timestamp of a DCF header.
+pub fn timestamp_us() -> u64 {
+    u64::try_from(since_epoch(SystemTime::now()).as_micros()).unwrap_or(u64::MAX)
+}
+
+fn since_epoch(time: SystemTime) -> Duration {
+    time.duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+/// The date in UTC, at most [`LAST_SECOND`].
+pub fn date(unix_seconds: u64) -> OffsetDateTime {
+    let seconds = unix_seconds.min(LAST_SECOND) as i64;
+    OffsetDateTime::from_unix_timestamp(seconds).expect("dates up to the year 9999 can be shown")
+}
+
 /// `2026-11-29 13:35 UTC`. Dates before 1970 are shown as its first minute.
 pub fn utc(time: SystemTime) -> String {
-    let seconds = time
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs();
-    let (days, minutes) = (seconds / DAY, seconds % DAY / 60);
-    let (year, month, day) = civil(days);
-    format!(
-        "{year:04}-{month:02}-{day:02} {:02}:{:02} UTC",
-        minutes / 60,
-        minutes % 60
-    )
+    utc_of(unix_seconds(time))
+}
+
+/// [`utc`] of a number of seconds since the Unix epoch.
+pub fn utc_of(unix_seconds: u64) -> String {
+    let date = date(unix_seconds);
+    let (day, hour, minute) = (date.date(), date.hour(), date.minute());
+    format!("{day} {hour:02}:{minute:02} UTC")
 }
 
 /// A clock's error in words: `3 minutes ahead`, `56.9 years behind`.
@@ -41,26 +60,8 @@ pub fn is_implausible(time: SystemTime) -> bool {
     time < UNIX_EPOCH + EARLIEST
 }
 
-/// Year, month and day, each from 1, of so many days after 1970-01-01 (Howard Hinnant, "chrono-compatible low-level date
-/// algorithms", `civil_from_days`).
-fn civil(days: u64) -> (u64, u64, u64) {
-    let days = days + 719_468;
-    let (era, of_era) = (days / 146_097, days % 146_097);
-    let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    // Years begin in March here, so that the leap day is the last.
-    let shifted = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 {
-        shifted + 3
-    } else {
-        shifted - 9
-    };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    (year, month, day)
-}
-
-const DAY: u64 = 86_400;
+/// 9999-12-31 23:59:59: no date behind it can be written down, in certificates neither.
+pub const LAST_SECOND: u64 = 253_402_300_799;
 
 /// 2025-01-01.
 const EARLIEST: Duration = Duration::from_secs(1_735_689_600);
@@ -87,6 +88,16 @@ mod tests {
             utc(UNIX_EPOCH - Duration::from_secs(9)),
             "1970-01-01 00:00 UTC"
         );
+        assert_eq!(utc_of(u64::MAX), "9999-12-31 23:59 UTC");
+    }
+
+    #[test]
+    fn timestamps_count_from_the_epoch() {
+        let time = UNIX_EPOCH + Duration::from_millis(1_500);
+        assert_eq!(unix_seconds(time), 1);
+        assert_eq!(unix_seconds(UNIX_EPOCH - Duration::from_secs(9)), 0);
+        let (now, us) = (unix_seconds(SystemTime::now()), timestamp_us());
+        assert!((now..now + 60).contains(&(us / 1_000_000)), "{now} {us}");
     }
 
     #[test]

@@ -1,8 +1,6 @@
 //! Files in the state directory: written whole or not at all, secrets readable by their owner only. And how many may be open.
 
-use std::fs::{DirBuilder, File, Permissions};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::io;
 use std::path::Path;
 
 use mesh_base::files;
@@ -41,11 +39,7 @@ pub fn sweep(dir: &Path) {
 
 /// Creates `dir` and its parents; `dir` itself is for its owner only when it is new.
 pub fn create_private_dir(dir: &Path) -> io::Result<()> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(dir)
-        .map_err(|error| named(error, "create directory", dir))
+    files::create_private_dir(dir).map_err(|error| named(error, "create directory", dir))
 }
 
 /// Raises the number of files that this process may have open as far as it may, and returns it.
@@ -60,33 +54,16 @@ pub fn raise_open_files() -> usize {
 /// Replaces `path` with a file that only its owner can read (mode 0600). After a crash the file is the old or the new
 /// one, never a part.
 pub fn write_private(path: &Path, contents: &[u8]) -> io::Result<()> {
-    write(path, contents, 0o600)
+    write(path, contents, files::PRIVATE)
 }
 
 /// Replaces `path` with a file that everyone can read (mode 0644), as atomically as [`write_private`].
 pub fn write_public(path: &Path, contents: &[u8]) -> io::Result<()> {
-    write(path, contents, 0o644)
+    write(path, contents, files::PUBLIC)
 }
 
 fn write(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
-    let dir = path
-        .parent()
-        .filter(|dir| !dir.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    let replace = || {
-        let mut file = tempfile::Builder::new()
-            .permissions(Permissions::from_mode(mode))
-            .tempfile_in(dir)?;
-        file.write_all(contents)?;
-        // The mode given at creation is subject to the umask.
-        file.as_file()
-            .set_permissions(Permissions::from_mode(mode))?;
-        file.as_file().sync_all()?;
-        file.persist(path)?;
-        // The rename itself is durable once the directory is.
-        File::open(dir)?.sync_all()
-    };
-    replace().map_err(|error| named(error, "write", path))
+    files::replace(path, contents, mode).map_err(|error| named(error, "write", path))
 }
 
 fn named(error: io::Error, action: &str, path: &Path) -> io::Error {
@@ -102,35 +79,6 @@ const USUAL_FILES: usize = 1024;
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn mode(path: &Path) -> u32 {
-        std::fs::metadata(path)
-            .expect("metadata")
-            .permissions()
-            .mode()
-            & 0o777
-    }
-
-    #[test]
-    fn private_files_are_replaced_whole_and_readable_by_their_owner_only() {
-        let dir = tempfile::tempdir().expect("temporary directory");
-        let state = dir.path().join("a/b");
-        create_private_dir(&state).expect("create");
-        create_private_dir(&state).expect("create again");
-        assert_eq!(mode(&state), 0o700);
-        let path = state.join("key");
-        write_private(&path, b"old, and longer").expect("write");
-        write_private(&path, b"new").expect("replace");
-        assert_eq!(std::fs::read(&path).expect("read"), b"new");
-        assert_eq!(mode(&path), 0o600);
-        write_public(&path, b"all").expect("write");
-        assert_eq!(mode(&path), 0o644);
-        assert_eq!(
-            std::fs::read_dir(&state).expect("list").count(),
-            1,
-            "no temporary file is left"
-        );
-    }
 
     #[test]
     fn errors_name_the_path() {

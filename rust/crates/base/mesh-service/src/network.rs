@@ -4,35 +4,18 @@ use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
 
+use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// A network such as `10.0.0.0/8`; a bare address is a network of one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Network {
-    address: IpAddr,
-    prefix: u8,
-}
+pub struct Network(IpNet);
 
 impl Network {
     /// Whether the address lies in it.
     pub fn contains(&self, address: IpAddr) -> bool {
-        match (self.address, address) {
-            (IpAddr::V4(network), IpAddr::V4(address)) => same_prefix(
-                u128::from(network.to_bits()) << 96,
-                u128::from(address.to_bits()) << 96,
-                self.prefix,
-            ),
-            (IpAddr::V6(network), IpAddr::V6(address)) => {
-                same_prefix(network.to_bits(), address.to_bits(), self.prefix)
-            }
-            _ => false,
-        }
+        self.0.contains(&address)
     }
-}
-
-fn same_prefix(one: u128, other: u128, bits: u8) -> bool {
-    // A shift by all 128 bits is no number; no bits in common is always true.
-    bits == 0 || (one ^ other) >> (128 - u32::from(bits)) == 0
 }
 
 /// Text that is not a network.
@@ -44,28 +27,25 @@ impl FromStr for Network {
     type Err = NotANetwork;
 
     fn from_str(text: &str) -> Result<Self, NotANetwork> {
-        let wrong = || NotANetwork(text.to_owned());
-        let (address, prefix) = match text.split_once('/') {
-            Some((address, prefix)) => (address, Some(prefix)),
-            None => (text, None),
+        let network = match text.split_once('/') {
+            Some((address, prefix)) => {
+                let address = address.trim().parse().ok();
+                let prefix = prefix.trim().parse().ok();
+                address
+                    .zip(prefix)
+                    .and_then(|(address, prefix)| IpNet::new(address, prefix).ok())
+            }
+            None => text.trim().parse().map(IpAddr::into).ok(),
         };
-        let address: IpAddr = address.trim().parse().map_err(|_| wrong())?;
-        let longest = if address.is_ipv4() { 32 } else { 128 };
-        let prefix = match prefix {
-            Some(prefix) => prefix.trim().parse().map_err(|_| wrong())?,
-            None => longest,
-        };
-        if prefix > longest {
-            Err(wrong())
-        } else {
-            Ok(Self { address, prefix })
-        }
+        network
+            .map(Self)
+            .ok_or_else(|| NotANetwork(text.to_owned()))
     }
 }
 
 impl fmt::Display for Network {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.address, self.prefix)
+        self.0.fmt(f)
     }
 }
 
@@ -107,6 +87,21 @@ mod tests {
                 inside,
                 "{network} {address}"
             );
+        }
+    }
+
+    #[test]
+    fn networks_are_written_back_as_they_were_read() {
+        for (text, written) in [
+            ("10.0.0.0/8", "10.0.0.0/8"),
+            ("10.1.2.3/8", "10.1.2.3/8"),
+            (" fd00:: / 8 ", "fd00::/8"),
+            ("192.168.1.5", "192.168.1.5/32"),
+            ("::1", "::1/128"),
+        ] {
+            let network: Network = text.parse().unwrap();
+            assert_eq!(network.to_string(), written);
+            assert_eq!(written.parse(), Ok(network));
         }
     }
 

@@ -15,11 +15,11 @@
 
 use std::fs::{self, File};
 use std::hash::Hasher;
-use std::io::{self, BufWriter};
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
+use mesh_base::files;
 use mesh_model::file::{Data, FileError};
 use mesh_model::gguf::Writer;
 use mesh_model::gguf::writer::OwnedValue;
@@ -109,21 +109,10 @@ impl Entry {
     }
 
     fn try_write(&self, path: &Path, matrices: &[Quantised]) -> io::Result<()> {
-        static COUNT: AtomicU64 = AtomicU64::new(0);
         let bytes: u64 = matrices.iter().map(|matrix| matrix.data.len() as u64).sum();
         fs::create_dir_all(&self.folder)?;
         self.make_room(bytes)?;
-        let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let temporary = path.with_extension(format!("{}-{number}.tmp", std::process::id()));
-        // As long as the file is open it is locked, and no leftover.
-        let written =
-            write_file(&temporary, matrices).and_then(|_file| fs::rename(&temporary, path));
-        if written.is_err() {
-            let _ = fs::remove_file(&temporary);
-        }
-        written?;
-        // The name itself survives a loss of power, too.
-        File::open(&self.folder)?.sync_all()
+        files::replace_with(path, None, files::PUBLIC, |file| write_file(file, matrices))
     }
 
     /// Removes what is used least recently until `bytes` more fit the limit; fails if they do not, or if the disk is full.
@@ -169,7 +158,7 @@ impl Entry {
     }
 }
 
-fn write_file(path: &Path, matrices: &[Quantised]) -> io::Result<File> {
+fn write_file(file: &mut File, matrices: &[Quantised]) -> io::Result<()> {
     let mut writer = Writer::new();
     writer.key(
         CHECKSUM,
@@ -188,16 +177,12 @@ fn write_file(path: &Path, matrices: &[Quantised]) -> io::Result<File> {
     for matrix in matrices {
         writer.tensor(&matrix.name, matrix.ty, &matrix.dims);
     }
-    let file = File::create_new(path)?;
-    file.lock()?;
     let mut out = BufWriter::with_capacity(1 << 20, file);
     let mut data = matrices.iter();
     writer.write(&mut out, |_, _, _, out| {
         out.write_all(data.next().map_or(&[], |matrix| &matrix.data))
     })?;
-    let file = out.into_inner()?;
-    file.sync_all()?;
-    Ok(file)
+    out.flush()
 }
 
 fn checksum_of(gguf: &Gguf) -> Result<u64, FileError> {
@@ -230,16 +215,10 @@ fn size(folder: &Path) -> u64 {
         let Ok(metadata) = item.metadata() else {
             continue;
         };
-        let temporary = item
-            .path()
-            .extension()
-            .is_some_and(|extension| extension == "tmp");
-        // Whoever writes one has it locked.
-        let abandoned = || {
-            let file = mesh_model::file::open_regular(&item.path());
-            file.is_ok_and(|file| file.try_lock().is_ok())
-        };
-        if temporary && abandoned() {
+        let name = item.file_name();
+        let temporary = name.to_str().is_some_and(files::is_temporary);
+        let file = || mesh_model::file::open_regular(&item.path());
+        if temporary && file().is_ok_and(|file| files::is_abandoned(&file)) {
             let _ = fs::remove_file(item.path());
             continue;
         }
@@ -341,6 +320,23 @@ mod tests {
         (3..9).for_each(|group| three.write(&format!("blk.{group}"), &[matrix("a", 3)]));
         assert!(size(&three.folder) <= limit && three.read("blk.0").is_some());
         assert!(three.read("blk.8").is_none());
+    }
+
+    #[test]
+    fn what_a_killed_process_left_goes_and_what_is_being_written_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let entry = entry(dir.path(), 1 << 20, "f");
+        entry.write("blk.0", &[matrix("a", 1)]);
+        let whole = size(&entry.folder);
+        let left = [".tmpAb12Cd", "blk.7.4711-0.tmp"].map(|name| entry.folder.join(name));
+        left.iter()
+            .for_each(|path| fs::write(path, "half").unwrap());
+        let writer = File::open(&left[0]).unwrap();
+        writer.lock().unwrap();
+        assert_eq!(size(&entry.folder), whole + 4);
+        drop(writer);
+        assert_eq!(size(&entry.folder), whole);
+        assert_eq!(fs::read_dir(&entry.folder).unwrap().count(), 1);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use mesh_base::random;
 use mesh_store::Manifest;
 use reqwest::header;
 use reqwest::{Method, Response, StatusCode, Url};
@@ -266,7 +267,7 @@ impl Hub {
                 retry_after,
             } => (reason, status, retry_after),
         };
-        match retry.failed(retry_after, random()) {
+        match retry.failed(retry_after, random::fraction()) {
             Some(pause) => {
                 tracing::debug!(url = %shown(url), %reason, ?pause, "a request to the hub is repeated");
                 watch.waiting(&reason, pause);
@@ -475,12 +476,4 @@ impl Hub {
 fn push<'a>(url: &mut Url, parts: impl IntoIterator<Item = &'a str>) {
     let mut path = url.path_segments_mut().expect("an http address has a path");
     path.pop_if_empty().extend(parts);
-}
-
-/// From 0 to 1.
-fn random() -> f64 {
-    let mut bytes = [0; 4];
-    // Pauses without chance are better than none.
-    let _ = aws_lc_rs::rand::fill(&mut bytes);
-    f64::from(u32::from_le_bytes(bytes)) / f64::from(u32::MAX)
 }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use mesh_base::backoff::Backoff;
+
 /// How patient one is.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RetryPolicy {
@@ -33,7 +35,7 @@ impl Default for RetryPolicy {
 #[derive(Debug, Clone)]
 pub struct Retry {
     policy: RetryPolicy,
-    failures: u32,
+    backoff: Backoff,
     arrived: u64,
 }
 
@@ -42,7 +44,7 @@ impl Retry {
     pub fn new(policy: RetryPolicy) -> Self {
         Self {
             policy,
-            failures: 0,
+            backoff: Backoff::new(policy.base, policy.longest),
             arrived: 0,
         }
     }
@@ -51,7 +53,7 @@ impl Retry {
     pub fn arrived(&mut self, bytes: u64) {
         self.arrived = self.arrived.saturating_add(bytes);
         if self.arrived >= self.policy.progress {
-            self.failures = 0;
+            self.backoff.reset();
             self.arrived = 0;
         }
     }
@@ -59,23 +61,19 @@ impl Retry {
     /// An attempt failed, and the server asked for a pause. How long to wait before the next one, with `random` from 0 to 1 so
     /// that clients which were cut off together do not come back together; none if it is to be given up.
     pub fn failed(&mut self, retry_after: Option<Duration>, random: f64) -> Option<Duration> {
-        self.failures += 1;
+        let pause = self.backoff.failed(random);
         self.arrived = 0;
-        if self.failures >= self.policy.attempts
+        if self.failures() >= self.policy.attempts
             || retry_after.is_some_and(|wanted| wanted > self.policy.patience)
         {
             return None;
         }
-        let doubled = 1u32 << (self.failures - 1).min(16);
-        let longest = self.policy.base.saturating_mul(doubled);
-        let longest = longest.min(self.policy.longest);
-        let pause = longest.mul_f64(0.5 + random.clamp(0.0, 1.0) / 2.0);
         Some(pause.max(retry_after.unwrap_or_default()))
     }
 
     /// Failures since the last progress.
     pub fn failures(&self) -> u32 {
-        self.failures
+        self.backoff.failures()
     }
 }
 

@@ -17,6 +17,7 @@ mod error;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use data_encoding::HEXLOWER;
 use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 
@@ -94,7 +95,7 @@ impl EncoderModel {
         }
         let tensors = Safetensors::open(weights)?;
         Ok(EncoderModel {
-            digest: hex(digest),
+            digest: HEXLOWER.encode(&digest.finalize()),
             folder,
             config,
             sentences,
@@ -135,7 +136,7 @@ impl EncoderModel {
         let mut digest = Sha256::new();
         digest.update(&self.digest);
         digest.update(weights);
-        hex(digest)
+        HEXLOWER.encode(&digest.finalize())
     }
 
     /// Replaces the texts that may be put in front, where the model does not say them itself.
@@ -293,14 +294,6 @@ fn ends(tokenizer: &Tokenizer) -> Result<(Vec<u32>, Vec<u32>), EncoderError> {
             message: "its post-processor does not keep a text's tokens together".into(),
         })?;
     Ok((whole[..at].to_vec(), whole[at + bare.len()..].to_vec()))
-}
-
-fn hex(digest: Sha256) -> String {
-    digest
-        .finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
 }
 
 const CONFIG: &str = "config.json";

@@ -6,9 +6,10 @@ mod folder;
 mod llama2c;
 mod random;
 
-use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
+
+use mesh_base::files;
 
 use crate::config::Architecture;
 use crate::gguf::writer::{OwnedValue, Writer};
@@ -187,14 +188,14 @@ pub fn random_model(
     tokens: Tokens<'_>,
     path: &Path,
 ) -> io::Result<()> {
-    let part = path.with_extension("part");
-    let mut out = BufWriter::with_capacity(1 << 20, File::create(&part)?);
-    let mut random = Random::new(17);
-    plan(shape, ty, tokens).write(&mut out, |name, ty, dims, out| {
-        write_tensor(&mut random, name, ty, dims, out)
-    })?;
-    out.into_inner()?.sync_data()?;
-    std::fs::rename(&part, path)
+    files::replace_with(path, None, files::PUBLIC, |file| {
+        let mut out = BufWriter::with_capacity(1 << 20, file);
+        let mut random = Random::new(17);
+        plan(shape, ty, tokens).write(&mut out, |name, ty, dims, out| {
+            write_tensor(&mut random, name, ty, dims, out)
+        })?;
+        out.flush()
+    })
 }
 
 /// As [`random_model`], in memory.

@@ -179,18 +179,11 @@ fn what_a_client_writes_forges_no_turn() {
         "\u{10fffd}",
         forged,
     ];
-    let mut state = 7u64;
+    let mut random = fastrand::Rng::with_seed(7);
     for round in 0..200 {
         let mut messages = harmless.clone();
         for message in &mut messages {
-            let text: String = (0..8)
-                .map(|_| {
-                    state = state
-                        .wrapping_mul(6364136223846793005)
-                        .wrapping_add(1442695040888963407);
-                    parts[(state >> 33) as usize % parts.len()]
-                })
-                .collect();
+            let text: String = (0..8).map(|_| parts[random.usize(..parts.len())]).collect();
             message.content = text;
         }
         let (found, decoded) = control(&messages);

@@ -5,6 +5,7 @@ use std::io::{self, Read};
 use std::path::Path;
 use std::str::FromStr;
 
+use data_encoding::{HEXLOWER, HEXLOWER_PERMISSIVE};
 use mesh_model::file::open_regular;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::{Digest as _, Sha256};
@@ -88,13 +89,7 @@ impl Hasher {
 
 impl fmt::Display for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const DIGITS: &[u8; 16] = b"0123456789abcdef";
-        let mut text = [0u8; 64];
-        for (pair, byte) in text.chunks_exact_mut(2).zip(self.0) {
-            pair[0] = DIGITS[usize::from(byte >> 4)];
-            pair[1] = DIGITS[usize::from(byte & 15)];
-        }
-        f.pad(std::str::from_utf8(&text).expect("hexadecimal digits are ASCII"))
+        f.pad(HEXLOWER.encode_mut_str(&self.0, &mut [0; 64]))
     }
 }
 
@@ -113,13 +108,9 @@ impl FromStr for Digest {
             text: text.chars().take(80).collect(),
         };
         let digits: &[u8; 64] = text.as_bytes().try_into().map_err(|_| failed())?;
-        let value = |digit: u8| (digit as char).to_digit(16).map(|value| value as u8);
         let mut bytes = [0; 32];
-        for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
-            let (high, low) = value(pair[0]).zip(value(pair[1])).ok_or_else(failed)?;
-            *byte = high << 4 | low;
-        }
-        Ok(Digest(bytes))
+        let decoded = HEXLOWER_PERMISSIVE.decode_mut(digits, &mut bytes);
+        decoded.map(|_| Digest(bytes)).map_err(|_| failed())
     }
 }
 

@@ -8,6 +8,8 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 
+use mesh_base::files;
+pub(crate) use mesh_base::files::{create_private_dir, sync_parent};
 use mesh_model::file::open_regular;
 use nix::fcntl::OFlag;
 use nix::unistd::geteuid;
@@ -15,13 +17,9 @@ use nix::unistd::geteuid;
 /// Replaces the file at `path` by one with these bytes; `tmp` is a folder on the same file system. After a crash or a power
 /// loss it is the old or the new one. When this returns, the new one is on disk.
 pub(crate) fn replace(path: &Path, tmp: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut file = tempfile::NamedTempFile::new_in(tmp)?;
-    // As long as it is locked it is no leftover.
-    file.as_file().lock()?;
-    file.write_all(bytes)?;
-    file.as_file().sync_all()?;
-    file.persist(path)?;
-    sync_parent(path)
+    files::replace_with(path, Some(tmp), files::PRIVATE, |file| {
+        file.write_all(bytes)
+    })
 }
 
 /// Users whose files in a store count besides this process's user and root.
@@ -117,11 +115,6 @@ pub(crate) fn is_own(path: &Path, owners: Owners) -> bool {
     std::fs::symlink_metadata(path).is_ok_and(|found| owners.have(&found))
 }
 
-/// Creates a folder for its owner alone, and its parents.
-pub(crate) fn create_private(path: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(path)
-}
-
 /// Creates the folders of `relative` within `root`. None of them may be a link, or another user's: such a link is removed.
 pub(crate) fn create_within(root: &Path, relative: &Path, owners: Owners) -> io::Result<PathBuf> {
     let mut folder = root.to_owned();
@@ -142,15 +135,6 @@ pub(crate) fn create_within(root: &Path, relative: &Path, owners: Owners) -> io:
         DirBuilder::new().mode(0o700).create(&folder)?;
     }
     Ok(folder)
-}
-
-/// A rename, a new file or a removal is on disk once its folder is.
-pub(crate) fn sync_parent(path: &Path) -> io::Result<()> {
-    let parent = path
-        .parent()
-        .filter(|dir| !dir.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    File::open(parent)?.sync_all()
 }
 
 /// The file at `path`, if it exists and has at most `limit` bytes.

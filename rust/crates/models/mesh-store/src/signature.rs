@@ -463,30 +463,17 @@ fn write_new(path: &Path, contents: &[u8], mode: u32) -> Result<(), SignatureErr
 
 /// Bytes as hexadecimal digits.
 mod hex {
+    use data_encoding::{HEXLOWER, HEXLOWER_PERMISSIVE};
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
     pub(super) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
-        let mut text = String::with_capacity(2 * bytes.len());
-        for byte in bytes {
-            for digit in [byte >> 4, byte & 15] {
-                text.push(char::from_digit(digit.into(), 16).expect("a half byte is a digit"));
-            }
-        }
-        serializer.serialize_str(&text)
+        serializer.serialize_str(&HEXLOWER.encode(bytes))
     }
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<u8>, D::Error> {
         let text = std::borrow::Cow::<str>::deserialize(d)?;
-        let digits: Option<Vec<u8>> = text
-            .chars()
-            .map(|digit| digit.to_digit(16).map(|digit| digit as u8))
-            .collect();
-        let digits = digits.filter(|digits| digits.len().is_multiple_of(2));
-        let digits = digits.ok_or_else(|| D::Error::custom("a signature is hexadecimal digits"))?;
-        Ok(digits
-            .chunks(2)
-            .map(|pair| pair[0] << 4 | pair[1])
-            .collect())
+        let decoded = HEXLOWER_PERMISSIVE.decode(text.as_bytes());
+        decoded.map_err(|_| D::Error::custom("a signature is hexadecimal digits"))
     }
 }
 

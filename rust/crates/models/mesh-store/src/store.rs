@@ -136,11 +136,11 @@ impl Store {
     /// If the folder cannot be used.
     pub fn open_with(root: impl Into<PathBuf>, limits: Limits) -> Result<Self, StoreError> {
         let root = root.into();
-        files::create_private(&root).map_err(StoreError::io("create", &root))?;
+        files::create_private_dir(&root).map_err(StoreError::io("create", &root))?;
         let mut folders = Vec::with_capacity(FOLDERS.len());
         for folder in FOLDERS {
             let path = root.join(folder);
-            files::create_private(&path).map_err(StoreError::io("create", &path))?;
+            files::create_private_dir(&path).map_err(StoreError::io("create", &path))?;
             // Not what a link leads to.
             let found =
                 std::fs::symlink_metadata(&path).map_err(StoreError::io("look at", &path))?;

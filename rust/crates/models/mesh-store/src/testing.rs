@@ -28,14 +28,9 @@ pub(crate) fn store_of(bytes: Option<u64>) -> (tempfile::TempDir, Store) {
 
 /// `len` bytes that look like nothing else of another `seed`.
 pub(crate) fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(2).wrapping_add(1);
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 24) as u8
-    };
-    (0..len).map(|_| next()).collect()
+    let mut bytes = vec![0; len];
+    fastrand::Rng::with_seed(seed).fill(&mut bytes);
+    bytes
 }
 
 /// A small GGUF file of this family in `dir`.

@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use data_encoding::HEXLOWER;
 use mdns_sd::{DaemonEvent, ResolvedService, ServiceDaemon, ServiceEvent, ServiceInfo};
 use tokio::sync::watch;
 
@@ -90,7 +91,7 @@ impl Discovery {
             }
         });
         let (sender, found) = watch::channel(Vec::new());
-        let mesh = hex(root);
+        let mesh = HEXLOWER.encode(root);
         let own = Arc::new(OnceLock::new());
         tokio::spawn(warn_while_alone(found.clone(), own.clone()));
         match interfaces() {
@@ -144,7 +145,7 @@ impl Discovery {
     pub fn announce(&self, announcement: &Announcement) -> Result<(), DiscoveryError> {
         let id: String = announcement.node_id.chars().take(LABEL_DIGITS).collect();
         let role = announcement.role.as_str();
-        let mesh = hex(&announcement.root);
+        let mesh = HEXLOWER.encode(&announcement.root);
         let properties = [
             ("role", role),
             ("node", &announcement.node_id),
@@ -284,10 +285,6 @@ fn read(service: &ResolvedService, mesh: &str) -> Option<Found> {
         name: property("name").unwrap_or_default(),
         addresses,
     })
-}
-
-fn hex(bytes: &[u8; 32]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Reasons why multicast DNS finds nothing, in the order of likelihood.

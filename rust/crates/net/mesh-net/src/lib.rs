@@ -11,10 +11,8 @@
 //! token's pin of the mesh root instead of a certificate, hands in the secret with a certificate request for a key that
 //! never leaves the node, and stores the certificate in the state directory as a [`trust::NodeIdentity`]. From then on
 //! [`quic::Connector`] and [`quic::Listener`] accept only certificates of that root, on both sides.
-//!
-//! `unsafe` is confined to `udp::sys`, where `recvmmsg` and `sendmmsg` are called.
 
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
 pub mod discovery;
 mod files;

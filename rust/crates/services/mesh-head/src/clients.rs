@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use dcf::chunk::{self, Chunk, ChunkError, MAX_PAYLOAD, Reassembler, Share};
 use dcf::{DecodeError, ErrorCode, HEADER_LEN, Header, Message, MsgType, Version};
+use mesh_base::random;
 use mesh_net::udp::{BatchSocket, Datagram, RecvBatch, SendBatch};
-use sha2::{Digest, Sha256};
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
@@ -45,7 +45,7 @@ pub async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: TaskTrack
         counters,
         chunks: reassembler(),
         replies: SendBatch::new(),
-        proofs: Proofs::new(&cookie_key(), Instant::now()),
+        proofs: Proofs::new(&random::bytes(), Instant::now()),
         warned: None,
         warned_of_version: None,
         warned_of_mute: None,
@@ -551,12 +551,6 @@ impl Drop for Waits<'_> {
         self.port.waits().remove(&self.key);
         self.port.acks().remove(&self.key);
     }
-}
-
-/// The key of this process's cookies.
-fn cookie_key() -> [u8; 32] {
-    let secret = ids::secret().unwrap_or_else(|_| ids::fresh("cookies"));
-    Sha256::digest(secret).into()
 }
 
 fn queue(batch: &mut SendBatch, (to, version): (SocketAddr, Version), message: &Message) {

@@ -1,26 +1,16 @@
 //! Identifiers and secrets.
 
-use std::fs::File;
-use std::hash::{BuildHasher, RandomState};
-use std::io::{self, Read};
-use std::sync::LazyLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use data_encoding::HEXLOWER;
+use mesh_base::random;
 
-/// 32 bytes from the system's generator, in hex.
-///
-/// # Errors
-/// When the system gives none.
-pub fn secret() -> io::Result<String> {
-    let mut bytes = [0; 32];
-    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+/// 32 random bytes, in hexadecimal digits.
+pub fn secret() -> String {
+    HEXLOWER.encode(&random::bytes::<32>())
 }
 
-/// A number that no other request of this head has, and that other heads are unlikely to have. It is no secret.
+/// A number that no other request of this head has, and that other heads are unlikely to have.
 pub fn unique() -> u64 {
-    static KEYS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    KEYS.hash_one(NEXT.fetch_add(1, Ordering::Relaxed))
+    random::number()
 }
 
 /// A fresh id such as `req-5f0c9d2be1a34477`.
@@ -42,7 +32,7 @@ mod tests {
 
     #[test]
     fn secrets_are_long_and_differ() {
-        let (one, two) = (secret().unwrap(), secret().unwrap());
+        let (one, two) = (secret(), secret());
         assert_eq!(one.len(), 64);
         assert_ne!(one, two);
     }

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime};
 
 use dcf::{ErrorCode, Message, Version};
 use mesh_base::clock;
@@ -42,6 +42,7 @@ use crate::metrics::HeadMetrics;
 use crate::pins::PinsFile;
 use crate::worker_bus::{BusSender, Sessions};
 
+pub use mesh_base::clock::timestamp_us;
 pub use rings::Standing;
 
 /// The mesh as one head sees it.
@@ -1099,14 +1100,6 @@ impl Drop for Assignment {
             .release_after(self.ticket, self.ended, received, now);
         self.mesh.pump(&mut state, now);
     }
-}
-
-/// Microseconds since the Unix epoch, for DCF headers.
-pub fn timestamp_us() -> u64 {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// What a worker says of itself, as far as it is shown.

@@ -507,13 +507,8 @@ async fn junk_changes_nothing() {
     let _worker = head.worker("w", Script::default()).await;
     let targets = ["dcf.clients", "dcf.workers", "quic"].map(|name| head.address(name));
     let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-    let mut random = 0x9E37_79B9_7F4A_7C15_u64;
-    let mut next = move || {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        random
-    };
+    let mut random = fastrand::Rng::with_seed(7);
+    let mut next = move || random.u64(..);
     let mut junk = |rounds: usize| {
         for _ in 0..rounds {
             for target in targets {

@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use mesh_base::addresses::host_and_port;
 use mesh_service::{config::units, network::Network};
 use serde::{Deserialize, Serialize};
 
@@ -96,7 +97,7 @@ impl Config {
         if heads == 0 || heads > MAX_HEADS {
             return Err(ConfigError::Heads { count: heads });
         }
-        if let Some(head) = self.heads.iter().find(|head| !is_host_and_port(head)) {
+        if let Some(head) = self.heads.iter().find(|head| host_and_port(head).is_none()) {
             return Err(ConfigError::Head {
                 value: head.clone(),
             });
@@ -223,12 +224,6 @@ pub enum ConfigError {
         /// Of heads.
         timeout: Duration,
     },
-}
-
-fn is_host_and_port(text: &str) -> bool {
-    text.rsplit_once(':').is_some_and(|(host, port)| {
-        !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port != 0)
-    })
 }
 
 pub(crate) const MAX_HEADS: usize = 16;

@@ -1,11 +1,11 @@
 //! The shim: a bidirectional UDP bridge from clients to a live head.
 //!
 //! - [`bridge`] decides: a state machine without sockets and without a clock;
-//! - [`batch`] moves datagrams in batches, with one system call for many; it alone has unsafe code;
+//! - [`batch`] moves datagrams in batches, with one system call for many;
 //! - [`shim`] is the loop between the two, on a thread of its own;
 //! - [`metrics`] shows its counters to Prometheus;
 //! - [`config`] is what an operator can set, [`stats`] what one can read.
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
 pub mod batch;
 pub mod bridge;

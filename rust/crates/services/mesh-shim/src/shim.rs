@@ -12,8 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aws_lc_rs::rand;
-use mesh_base::{listen, routes::Routes};
+use mesh_base::{datagrams, listen, random, routes::Routes};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use socket2::Socket;
 
@@ -59,9 +58,6 @@ pub enum StartError {
     /// A thread or a pipe.
     #[error("cannot start the loop of the shim: {0}")]
     System(#[from] io::Error),
-    /// No random numbers for the cookies.
-    #[error("the system has no random numbers to give")]
-    Random,
 }
 
 impl Shim {
@@ -89,7 +85,7 @@ impl Shim {
         })?;
         let address = ingress.local_addr()?;
         if address.ip().is_unspecified()
-            && let Err(error) = batch::tell_destinations(&ingress)
+            && let Err(error) = datagrams::tell_destinations(ingress.as_fd(), address.is_ipv6())
         {
             tracing::debug!(%error, "answers leave from the preferred address");
         }
@@ -107,7 +103,7 @@ impl Shim {
         let mut shim = Loop {
             heads: config.heads.iter().map(|_| Candidates::default()).collect(),
             drain_timeout: config.drain_timeout,
-            bridge: Bridge::new(config, &secrets()?, Arc::clone(&stats), now),
+            bridge: Bridge::new(config, &secrets(), Arc::clone(&stats), now),
             ingress,
             routes: Routes::new(),
             addresses: Arc::clone(&addresses),
@@ -586,14 +582,11 @@ fn enlarge_buffers(socket: &Socket) {
     let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
 }
 
-fn secrets() -> Result<Secrets, StartError> {
-    let (mut cookie_key, mut generation) = ([0; 32], [0; 4]);
-    rand::fill(&mut cookie_key).map_err(|_| StartError::Random)?;
-    rand::fill(&mut generation).map_err(|_| StartError::Random)?;
-    Ok(Secrets {
-        cookie_key,
-        first_generation: u32::from_ne_bytes(generation),
-    })
+fn secrets() -> Secrets {
+    Secrets {
+        cookie_key: random::bytes(),
+        first_generation: u32::from_ne_bytes(random::bytes()),
+    }
 }
 
 /// The longest that the loop waits between two beats.

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use mesh_base::addresses::host_and_port;
 use mesh_engine::SchedulerConfig;
 use mesh_engine_ort::{Backend, WeightFormat};
 use mesh_model::Model;
@@ -56,7 +57,7 @@ pub struct Config {
     /// Most tokens of prompt and answer together; 0 is as many as the model was made for.
     pub context: u32,
     /// KV cache of each model; by default half of the memory that is free at the start, shared by the models.
-    #[serde(with = "optional_bytes")]
+    #[serde(with = "units::optional_bytes")]
     pub kv_memory: Option<u64>,
     /// Most rows of one step: larger is faster for long prompts and takes more memory.
     pub step_rows: u32,
@@ -162,7 +163,7 @@ pub struct RingConfig {
     /// Where other workers reach this one, QUIC over UDP. Used only if there are `shards`.
     pub listen: SocketAddr,
     /// Most memory for parts and their KV cache; by default most of what is free at the start.
-    #[serde(with = "optional_bytes")]
+    #[serde(with = "units::optional_bytes")]
     pub memory: Option<u64>,
     /// How weights are held.
     pub format: RingFormat,
@@ -175,7 +176,7 @@ pub struct StoreConfig {
     /// Where they are kept; `store` in `state_dir` by default.
     pub dir: Option<PathBuf>,
     /// Most bytes that they may take; what was not used for longest goes first. By default all but 1 GiB of the disk.
-    #[serde(with = "optional_bytes")]
+    #[serde(with = "units::optional_bytes")]
     pub limit: Option<u64>,
     /// Get models from the Hugging Face hub that no worker has.
     pub hub: bool,
@@ -444,7 +445,7 @@ impl Config {
             return Err(Unsound::NoHead);
         }
         for (key, head) in [("head", &self.head), ("legacy.head", &self.legacy.head)] {
-            if let Some(head) = head.as_ref().filter(|head| !is_host_and_port(head)) {
+            if let Some(head) = head.as_ref().filter(|head| host_and_port(head).is_none()) {
                 return Err(Unsound::HeadAddress {
                     key,
                     value: head.clone(),
@@ -550,11 +551,6 @@ pub enum Unsound {
 /// What a node can be kept for.
 const PURPOSES: [&str; 3] = ["chat", "embeddings", "images"];
 
-fn is_host_and_port(text: &str) -> bool {
-    let parts = text.rsplit_once(':');
-    parts.is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
-}
-
 /// A port that existing deployments set in the environment. It names a port only: the address stays the default one.
 fn port_variable(
     variable: &'static str,
@@ -564,26 +560,6 @@ fn port_variable(
     // Joined as text, so that a port that is none is refused with the variable's name.
     let port = std::env::var(variable).ok()?;
     Some((variable, key, format!("{address}:{}", port.trim())))
-}
-
-/// [`units::bytes`] for a key that may be absent.
-mod optional_bytes {
-    use mesh_service::config::units::bytes;
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    #[derive(Deserialize)]
-    struct Bytes(#[serde(with = "bytes")] u64);
-
-    pub(super) fn serialize<S: Serializer>(value: &Option<u64>, s: S) -> Result<S::Ok, S::Error> {
-        match value {
-            Some(value) => bytes::serialize(value, s),
-            None => s.serialize_none(),
-        }
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Option<u64>, D::Error> {
-        Ok(Option::<Bytes>::deserialize(d)?.map(|Bytes(value)| value))
-    }
 }
 
 /// A backend by its name.

@@ -10,6 +10,7 @@ use mesh_model::{
 use mesh_proto::{FinishReason, Generate, GenerateParams, Prompt};
 use prost::Message as _;
 
+use mesh_base::random;
 use mesh_base::tokens::ByteCounts;
 
 use crate::config::SamplingDefaults;
@@ -173,7 +174,8 @@ fn sampling(params: GenerateParams, defaults: &SamplingDefaults) -> SamplingPara
             .unwrap_or(defaults.repetition_penalty),
         presence_penalty: params.presence_penalty.unwrap_or(0.0),
         frequency_penalty: params.frequency_penalty.unwrap_or(0.0),
-        seed: params.seed.unwrap_or_else(random_seed),
+        // Heads always say a seed.
+        seed: params.seed.unwrap_or_else(random::number),
         logit_bias: params
             .logit_bias
             .iter()
@@ -183,12 +185,6 @@ fn sampling(params: GenerateParams, defaults: &SamplingDefaults) -> SamplingPara
         stop_token_ids: params.stop_token_ids,
         min_tokens: params.min_tokens,
     }
-}
-
-/// For requests that do not care. Heads always say a seed.
-fn random_seed() -> u64 {
-    use std::hash::{BuildHasher, RandomState};
-    RandomState::new().hash_one(0u8)
 }
 
 /// The DCF message for an event; an error's code and text if it is one.

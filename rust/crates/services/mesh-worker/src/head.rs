@@ -6,7 +6,8 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, Message, MsgType};
-use mesh_base::{clock, listen};
+use mesh_base::backoff::Backoff;
+use mesh_base::{clock, listen, random};
 use mesh_net::quic::{
     self, Closed, ConnectError, Connector, JoinError, Link, LinkConfig, MsgStream, StreamFailure,
     timestamp_us,
@@ -28,7 +29,6 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::answer;
-use crate::backoff::{Backoff, random};
 use crate::config::{Config, host_name};
 use crate::error::WorkerError;
 use crate::host::Host;
@@ -121,7 +121,7 @@ pub(crate) fn unusable(error: TrustError) -> WorkerError {
 impl HeadLink {
     /// Keeps the link up until it is to stop, or until an error that trying again does not help.
     pub(crate) async fn run(self, mut identity: Option<NodeIdentity>) -> Result<(), WorkerError> {
-        let mut backoff = Backoff::new();
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         // Refusals that trying again soon does not end.
         let mut refusals = 0;
         while !self.stop.is_cancelled() {
@@ -176,7 +176,7 @@ impl HeadLink {
                     None => refusals = 0,
                 }
             }
-            pause = pause.max(backoff.next(random()));
+            pause = pause.max(backoff.failed(random::fraction()));
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 () = self.stop.cancelled() => {}
@@ -727,6 +727,10 @@ pub(crate) fn read_token(config: &Config) -> Result<Option<JoinToken>, WorkerErr
 
 /// Clocks that are further apart are reported.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(60);
+
+/// A head that restarts is back within a second.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// A worker that an operator has to help asks again after this time, and then more rarely.
 const REFUSAL_PAUSE: Duration = Duration::from_secs(30);

@@ -8,7 +8,6 @@
 #![forbid(unsafe_code)]
 
 mod answer;
-mod backoff;
 pub mod config;
 mod encoder;
 #[cfg(test)]

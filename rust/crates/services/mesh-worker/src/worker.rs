@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use mesh_base::addresses::Preferred;
 use mesh_base::listen;
+use mesh_base::random;
 use mesh_net::trust::NodeIdentity;
 use mesh_service::addresses::{self, Addresses};
 use mesh_service::files;
@@ -395,7 +396,7 @@ impl Running {
             counters: self.counters.clone(),
             shutdown: self.shutdown.clone(),
             answers: self.answers.clone(),
-            instance: crate::backoff::unique(),
+            instance: random::number().max(1),
             stop: self.stop.clone(),
             known: self.live.identity.clone(),
         };

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::alone;
+use mesh_base::files;
 use mesh_testkit::Mesh;
 use mesh_testkit::process::{Launcher, Service};
 use serde_json::Value;
@@ -54,9 +55,11 @@ impl Clock {
     /// `+730d` is two years ahead, `+0` right.
     fn set(&self, offset: &str) -> Result<()> {
         // In one step: a service must not find it empty.
-        let fresh = self.file.with_extension("new");
-        std::fs::write(&fresh, offset)?;
-        Ok(std::fs::rename(fresh, &self.file)?)
+        Ok(files::replace(
+            &self.file,
+            offset.as_bytes(),
+            files::PRIVATE,
+        )?)
     }
 }
 

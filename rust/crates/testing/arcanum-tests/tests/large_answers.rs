@@ -134,7 +134,7 @@ impl LossyLine {
         let relay = tokio::spawn(async move {
             let (mut asked, mut answered) = (vec![0; 1 << 16], vec![0; 1 << 16]);
             let mut client = None;
-            let mut random = 0x9E37_79B9_7F4A_7C15_u64;
+            let mut random = fastrand::Rng::with_seed(7);
             loop {
                 tokio::select! {
                     Ok((len, from)) = near.recv_from(&mut asked) => {
@@ -142,10 +142,7 @@ impl LossyLine {
                         let _ = far.send(&asked[..len]).await;
                     }
                     Ok(len) = far.recv(&mut answered) => {
-                        random ^= random << 13;
-                        random ^= random >> 7;
-                        random ^= random << 17;
-                        if let Some(client) = client && !random.is_multiple_of(one_of) {
+                        if let Some(client) = client && random.u64(..one_of) > 0 {
                             let _ = near.send_to(&answered[..len], client).await;
                         }
                     }

@@ -7,10 +7,11 @@ use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use md5::{Digest, Md5};
+use mesh_base::clock::timestamp_us;
 
 /// Message type of a heartbeat.
 pub const HEARTBEAT: u8 = 0x01;
@@ -77,15 +78,12 @@ impl Datagram {
 
     /// Its bytes, with the time of now.
     pub fn encode(&self) -> Vec<u8> {
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |since| since.as_micros() as u64);
         let mut bytes = match self.wire {
             Wire::V5_0 => vec![self.kind],
             Wire::V5_1 => vec![V5_1, self.kind],
         };
         bytes.extend(self.sequence.to_be_bytes());
-        bytes.extend(now.to_be_bytes());
+        bytes.extend(timestamp_us().to_be_bytes());
         bytes.extend((self.payload.len() as u32).to_be_bytes());
         bytes.extend(&self.payload);
         bytes

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
+use mesh_base::units;
 use mesh_machine::boot::choice::{Backend, Wish};
 
 pub use models::{ModelsArgs, ModelsCommand, PinsCommand, PlacesArgs};
@@ -694,27 +695,11 @@ fn parse_wish(text: &str) -> Result<Wish, String> {
     })
 }
 
-/// `250ms`, `90s`, `2m`, `12h`, `7d`; a bare number is seconds.
+/// A time to wait: any duration but 0.
 fn parse_duration(text: &str) -> Result<Duration, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let seconds: f64 = digits
-        .parse()
-        .map_err(|_| format!("{text:?} is no time; write 90s, 2m or 12h"))?;
-    let unit = match &text[digits.len()..] {
-        "ms" => 1e-3,
-        "" | "s" => 1.0,
-        "m" | "min" => 60.0,
-        "h" => 3_600.0,
-        "d" => 86_400.0,
-        other => {
-            return Err(format!(
-                "{other:?} is no unit of time; there are ms, s, m, h, d"
-            ));
-        }
-    };
-    match Duration::try_from_secs_f64(seconds * unit) {
-        Ok(duration) if !duration.is_zero() => Ok(duration),
-        _ => Err(format!("{text:?} is no time that one can wait for")),
+    match units::parse_duration(text)? {
+        Duration::ZERO => Err(units::invalid_duration(text)),
+        duration => Ok(duration),
     }
 }
 
@@ -766,12 +751,31 @@ mod tests {
     }
 
     #[test]
-    fn times_have_units() {
-        assert_eq!(parse_duration("250ms"), Ok(Duration::from_millis(250)));
+    fn times_to_wait_are_longer_than_nothing() {
         assert_eq!(parse_duration("1.5"), Ok(Duration::from_millis(1500)));
-        assert_eq!(parse_duration("12h"), Ok(Duration::from_secs(43_200)));
-        for bad in ["", "s", "-1s", "0", "3 weeks", "1e400d", "5é"] {
-            assert!(parse_duration(bad).is_err(), "{bad:?}");
+        assert_eq!(parse_duration("90 s"), Ok(Duration::from_secs(90)));
+        for bad in ["0", "0ms", "3 weeks"] {
+            let error = parse_duration(bad).expect_err(bad);
+            assert!(
+                error.starts_with(&format!("invalid duration {bad:?}: use")),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn sizes_may_have_a_blank_before_their_unit() {
+        for (size, expected) in [("20 GiB", 20 << 30), ("50GB", 50_000_000_000)] {
+            let words = ["hydramesh", "models", "gc", "--limit", size];
+            let args = Args::try_parse_from(words).expect(size);
+            let Command::Models(ModelsArgs {
+                command: ModelsCommand::Gc { limit, .. },
+                ..
+            }) = args.command
+            else {
+                panic!("another command");
+            };
+            assert_eq!(limit, Some(expected));
         }
     }
 

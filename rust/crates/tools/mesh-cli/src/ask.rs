@@ -1,9 +1,9 @@
 //! `hydramesh ask`: one question, over DCF/UDP or HTTP.
 
 use std::cell::RefCell;
-use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use mesh_base::addresses::with_port;
 use mesh_client::dcf_udp::{Answer, DcfClient};
 use mesh_client::http::{Heard, HttpClient};
 use serde_json::{Value, json};
@@ -111,7 +111,7 @@ async fn over_datagrams(
     print: &mut dyn FnMut(&str),
     wait: &mut dyn FnMut(&str),
 ) -> Result<Outcome, Failure> {
-    let to = &with_port(args.to.as_deref().unwrap_or(LOCAL_SHIM));
+    let to = &with_port(args.to.as_deref().unwrap_or(LOCAL_SHIM), SHIM_PORT);
     let mut client = DcfClient::connect(to).await?;
     let mut wait = |what: &str| wait(&format!("waiting {what}"));
     let asking = client.ask_and_watch(body, SILENCE, print, &mut wait);
@@ -266,16 +266,6 @@ fn task(args: &AskArgs, over_http: bool, question: &str) -> Value {
     body
 }
 
-/// `HOST`, `HOST:PORT`, `[IPv6]:PORT` or a bare IPv6 address as `HOST:PORT`, with a shim's port where none is given.
-fn with_port(to: &str) -> String {
-    let bare = to.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
-    match (bare.unwrap_or(to).parse(), to.contains(':')) {
-        (Ok(IpAddr::V6(address)), _) => format!("[{address}]:{SHIM_PORT}"),
-        (_, false) => format!("{to}:{SHIM_PORT}"),
-        (_, true) => to.to_owned(),
-    }
-}
-
 /// Where a shim listens by default.
 const LOCAL_SHIM: &str = "127.0.0.1";
 const SHIM_PORT: u16 = 9999;
@@ -330,20 +320,6 @@ mod tests {
         assert_eq!(goes("", &both), Ok(false));
         assert_eq!(goes("--url http://a", &both), Ok(true));
         assert_eq!(goes("--to a:9999", &both), Ok(false));
-    }
-
-    #[test]
-    fn an_address_without_a_port_gets_the_shims() {
-        for (to, full) in [
-            ("attic", "attic:9999"),
-            ("attic:7777", "attic:7777"),
-            ("192.0.2.1", "192.0.2.1:9999"),
-            ("::1", "[::1]:9999"),
-            ("[::1]", "[::1]:9999"),
-            ("[::1]:7777", "[::1]:7777"),
-        ] {
-            assert_eq!(with_port(to), full);
-        }
     }
 
     #[test]

@@ -1,7 +1,5 @@
 //! `hydramesh nodes`: who belongs to the mesh, who is expelled.
 
-use std::time::{Duration, UNIX_EPOCH};
-
 use mesh_base::clock;
 use serde_json::{Value, json};
 
@@ -87,15 +85,13 @@ fn name(node: &Value) -> String {
 
 pub(crate) fn date(seconds: &Value) -> String {
     match seconds.as_u64() {
-        Some(seconds) => clock::utc(UNIX_EPOCH + Duration::from_secs(seconds.min(LAST_SECOND))),
+        Some(seconds) => clock::utc_of(seconds),
         None => "-".to_owned(),
     }
 }
 
 /// First digits of an id, enough for `nodes expel`.
 const SHOWN_DIGITS: usize = 16;
-/// 9999-12-31 23:59:59.
-const LAST_SECOND: u64 = 253_402_300_799;
 
 #[cfg(test)]
 mod tests {

@@ -20,10 +20,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use aws_lc_rs::{hmac, pbkdf2, rand};
+use aws_lc_rs::{hmac, pbkdf2};
 use mdns_sd::{ServiceDaemon, ServiceEvent, ServiceInfo};
 use mesh_base::addresses::source;
 use mesh_base::places::Places;
+use mesh_base::random;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs as provider, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
@@ -82,14 +83,9 @@ pub(crate) enum PairError {
 pub(crate) struct Code([u8; CODE_LENGTH]);
 
 impl Code {
-    pub(crate) fn random() -> Result<Self, PairError> {
-        let mut bytes = [0; CODE_LENGTH];
-        rand::fill(&mut bytes)
-            .map_err(|_| io::Error::other("this system gives no random numbers"))?;
+    pub(crate) fn random() -> Self {
         // 32 characters: no remainder that would favour some.
-        Ok(Self(
-            bytes.map(|byte| ALPHABET[usize::from(byte) % ALPHABET.len()]),
-        ))
+        Self(random::bytes().map(|byte| ALPHABET[usize::from(byte) % ALPHABET.len()]))
     }
 
     /// Reads what a person typed: case, dashes and spaces do not matter.
@@ -141,10 +137,7 @@ impl Announced {
     pub(crate) fn start(port: u16) -> Result<Self, PairError> {
         let daemon = ServiceDaemon::new()?;
         // The name says nothing about the machine. It is random because a taker tells offers apart by it.
-        let mut random = [0; 4];
-        rand::fill(&mut random)
-            .map_err(|_| io::Error::other("this system gives no random numbers"))?;
-        let name = format!("offer-{:08x}", u32::from_be_bytes(random));
+        let name = format!("offer-{:08x}", u32::from_be_bytes(random::bytes()));
         let host = format!("hydramesh-{name}.local.");
         let service = ServiceInfo::new(SERVICE, &name, &host, "", port, None)?.enable_addr_auto();
         daemon.register(service)?;
@@ -575,7 +568,7 @@ mod tests {
 
     #[test]
     fn who_has_the_code_gets_the_token() {
-        let code = Code::random().expect("a code");
+        let code = Code::random();
         let (address, outcome) = offered(&code);
         // A client that speaks no TLS, and one that says nothing, cost the offer nothing.
         drop(TcpStream::connect(address).expect("a connection"));
@@ -591,7 +584,7 @@ mod tests {
 
     #[test]
     fn silent_connections_hold_up_nobody() {
-        let code = Code::random().expect("a code");
+        let code = Code::random();
         let (address, outcome) = offered(&code);
         let silent: Vec<TcpStream> = (0..5 * MOST_SILENT)
             .map(|_| TcpStream::connect(address).expect("a connection"))
@@ -608,7 +601,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let _silent = TcpStream::connect(listener.local_addr().expect("an address"));
         let begin = Instant::now();
-        let code = Code::random().expect("a code");
+        let code = Code::random();
         let error = offer(&listener, &code, &gift(), Duration::from_secs(1)).expect_err("nobody");
         assert!(matches!(error, PairError::Expired), "{error}");
         assert!(begin.elapsed() < SILENCE, "{:?}", begin.elapsed());
@@ -659,7 +652,7 @@ mod tests {
 
     #[test]
     fn an_offer_with_another_code_does_not_hide_the_right_one() {
-        let ours = Code::random().expect("a code");
+        let ours = Code::random();
         let (right, outcome) = offered(&ours);
         let (other, _) = offered(&code(b"AAAAAAAAAA"));
         // Nobody listens at the first address; a second proof at `other` would be a second miss.
@@ -699,7 +692,7 @@ mod tests {
 
     #[test]
     fn somebody_in_the_middle_gets_nothing_from_the_proof() {
-        let code = Code::random().expect("a code");
+        let code = Code::random();
         let (head, outcome) = offered(&code);
         // It speaks TLS with both and passes the proof on.
         let middle = TcpListener::bind("127.0.0.1:0").expect("a port");

@@ -138,7 +138,7 @@ async fn offer(
         port: head_port,
     };
     let offered = blocking(move || {
-        let code = Code::random()?;
+        let code = Code::random();
         let _announced = Announced::start(listener.local_addr()?.port())?;
         println!("{code}");
         eprintln!(

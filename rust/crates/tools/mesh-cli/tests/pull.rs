@@ -63,29 +63,9 @@ impl Rig {
 }
 
 fn noise(len: usize, seed: u64) -> Vec<u8> {
-    let mut random = Random(seed | 1);
-    let mut bytes = Vec::with_capacity(len + 8);
-    while bytes.len() < len {
-        bytes.extend_from_slice(&random.next().to_le_bytes());
-    }
-    bytes.truncate(len);
+    let mut bytes = vec![0; len];
+    fastrand::Rng::with_seed(seed).fill(&mut bytes);
     bytes
-}
-
-/// xorshift64
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        (self.next() >> 11) % limit
-    }
 }
 
 /// A safetensors file with one tensor of noise.
@@ -139,16 +119,16 @@ async fn a_pull_killed_fifty_times_ends_byte_identical_and_fetches_little_twice(
     let expected = Manifest::of_path("Tiny", &local, &|_| ()).unwrap();
     let whole: u64 = files.iter().map(|(_, content)| content.len() as u64).sum();
 
-    let mut random = Random(0x5eed);
+    let mut random = fastrand::Rng::with_seed(0x5eed);
     let mut completed = 0;
     let mut kills = 0;
     while kills < KILLS {
         let mut child = rig.command(&[ID]).spawn().unwrap();
         // Most when something has arrived, some before.
-        if random.below(5) > 0 {
+        if random.u8(..5) > 0 {
             first_bytes(&rig.hub, &mut child).await;
         }
-        tokio::time::sleep(LIFE.mul_f64(random.below(1000) as f64 / 1000.0)).await;
+        tokio::time::sleep(LIFE.mul_f64(random.f64())).await;
         match child.try_wait().unwrap() {
             None => {
                 child.kill().await.unwrap();

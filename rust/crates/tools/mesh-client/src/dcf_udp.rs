@@ -10,11 +10,12 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use dcf::chunk::{Chunk, ChunkError, Limits, Reassembler};
 use dcf::{ErrorCode, Message, MsgType, Version};
+use mesh_base::clock::timestamp_us;
 use mesh_base::{addresses, listen};
 use serde_json::Value;
 use socket2::SockRef;
@@ -77,7 +78,7 @@ impl DcfClient {
         Ok(Self {
             socket,
             target: address,
-            next_sequence: now_us() as u32,
+            next_sequence: timestamp_us() as u32,
             version: None,
         })
     }
@@ -153,7 +154,7 @@ impl DcfClient {
         }
         let sequence = self.next_sequence;
         self.next_sequence = sequence.wrapping_add(1);
-        let task = Message::new(MsgType::TASK, sequence, now_us(), payload);
+        let task = Message::new(MsgType::TASK, sequence, timestamp_us(), payload);
 
         let started = Instant::now();
         let mut deadline = started + silence;
@@ -235,7 +236,7 @@ impl DcfClient {
             (None, 2..) => Version::V5_1,
             _ => return Ok(()),
         };
-        let health = Message::new(MsgType::HEALTH, sequence, now_us(), Bytes::new());
+        let health = Message::new(MsgType::HEALTH, sequence, timestamp_us(), Bytes::new());
         self.send(&health, version).await
     }
 
@@ -271,7 +272,7 @@ async fn connected(address: SocketAddr) -> std::io::Result<UdpSocket> {
 async fn first_to_answer(
     mut sockets: Vec<(SocketAddr, UdpSocket)>,
 ) -> Option<(SocketAddr, UdpSocket)> {
-    let question = Message::new(MsgType::HEALTH, 0, now_us(), Bytes::new());
+    let question = Message::new(MsgType::HEALTH, 0, timestamp_us(), Bytes::new());
     // It is not known yet which version the peer speaks.
     let questions = [Version::V5_0, Version::V5_1].map(|version| question.encode_as(version));
     let deadline = tokio::time::Instant::now() + PROBE_TIME;
@@ -557,12 +558,6 @@ impl Incoming {
 fn plain(text: &str) -> String {
     let text = text.chars().filter(|c| !c.is_control());
     text.take(LONGEST_WAIT).collect()
-}
-
-fn now_us() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_micros() as u64)
 }
 
 /// Characters of what a task waits for.

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
+use data_encoding::HEXLOWER;
 use dcf::{
     DecodeError, HEADER_LEN, Header, Message, MsgType, StreamCodec, Version,
     chunk::{self, Chunk, Limits, Reassembler},
@@ -64,12 +65,9 @@ fn vectors() -> Vectors {
     serde_json::from_str(include_str!("vectors/dcf-17.json")).expect("the vectors are valid JSON")
 }
 
-fn unhex(hex: &str) -> Bytes {
-    assert!(hex.len().is_multiple_of(2), "odd number of digits: {hex}");
-    (0..hex.len())
-        .step_by(2)
-        .map(|at| u8::from_str_radix(&hex[at..at + 2], 16).expect("hexadecimal digits"))
-        .collect()
+fn unhex(digits: &str) -> Bytes {
+    let bytes = HEXLOWER.decode(digits.as_bytes());
+    bytes.expect("hexadecimal digits").into()
 }
 
 #[test]

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use strsim::osa_distance;
+
 use super::tree::Origin;
 
 /// Why a configuration was refused.
@@ -76,17 +78,17 @@ fn hint(nearest: Option<&str>, valid: &[String]) -> String {
 
 /// The candidate most similar to `key`, when it is similar enough to be a slip of the pen or a misplaced name.
 pub(super) fn nearest_key(key: &str, siblings: &[String], known: &[String]) -> Option<String> {
-    let distance_in_place = |candidate: &&String| edit_distance(key, candidate);
+    let distance_in_place = |candidate: &&String| osa_distance(key, candidate);
     let close_enough = last_segment(key).len().div_ceil(3).max(2);
     let sibling = siblings.iter().min_by_key(distance_in_place);
-    if let Some(best) = sibling.filter(|best| edit_distance(key, best) <= close_enough) {
+    if let Some(best) = sibling.filter(|best| osa_distance(key, best) <= close_enough) {
         return Some(best.clone());
     }
     known
         .iter()
         .map(|candidate| {
             (
-                edit_distance(last_segment(key), last_segment(candidate)),
+                osa_distance(last_segment(key), last_segment(candidate)),
                 candidate,
             )
         })
@@ -99,33 +101,9 @@ fn last_segment(key: &str) -> &str {
     key.rsplit('.').next().unwrap_or(key)
 }
 
-/// Levenshtein distance in characters.
-fn edit_distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, ca) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, &cb) in b.iter().enumerate() {
-            let substituted = diagonal + usize::from(ca != cb);
-            diagonal = row[j + 1];
-            row[j + 1] = substituted.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn edit_distance_counts_insertions_deletions_and_substitutions() {
-        assert_eq!(edit_distance("", "abc"), 3);
-        assert_eq!(edit_distance("listen", "lisen"), 1);
-        assert_eq!(edit_distance("kitten", "sitting"), 3);
-        assert_eq!(edit_distance("same", "same"), 0);
-    }
 
     #[test]
     fn nearest_key_prefers_siblings_then_finds_misplaced_names() {
@@ -138,6 +116,11 @@ mod tests {
         assert_eq!(
             nearest_key("worker_timout", &siblings, &known).as_deref(),
             Some("worker_timeout")
+        );
+        assert_eq!(
+            nearest_key("htpt", &siblings, &known).as_deref(),
+            Some("http"),
+            "two letters swapped"
         );
         assert_eq!(
             nearest_key("listen", &siblings, &known).as_deref(),

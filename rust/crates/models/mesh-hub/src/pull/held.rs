@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aws_lc_rs::digest::{self, SHA1_FOR_LEGACY_USE_ONLY};
+use data_encoding::HEXLOWER;
 use mesh_store::{PartialFile, PartialKey, Store, StoreError};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -144,10 +145,5 @@ pub(crate) fn git_blob_id(content: &[u8]) -> String {
     let mut sha1 = digest::Context::new(&SHA1_FOR_LEGACY_USE_ONLY);
     sha1.update(format!("blob {}\0", content.len()).as_bytes());
     sha1.update(content);
-    let digest = sha1.finish();
-    digest
-        .as_ref()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    HEXLOWER.encode(sha1.finish().as_ref())
 }

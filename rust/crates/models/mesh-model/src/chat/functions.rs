@@ -1,7 +1,8 @@
 //! What `transformers` gives to chat templates beyond Jinja itself.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
+use mesh_base::clock;
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Value};
 use serde::Serialize;
@@ -13,10 +14,7 @@ use super::python;
 pub(super) fn install(environment: &mut Environment<'static>) {
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", |format: &str| {
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        strftime(format, now.as_secs())
+        strftime(format, clock::unix_seconds(SystemTime::now()))
     });
     environment.add_filter("tojson", to_json);
     // Values that Python can iterate over, and values that have a length and elements.
@@ -213,38 +211,13 @@ impl Formatter for Style {
     }
 }
 
-const DAYS: [&str; 7] = [
-    "Thursday",
-    "Friday",
-    "Saturday",
-    "Sunday",
-    "Monday",
-    "Tuesday",
-    "Wednesday",
-];
-const MONTHS: [&str; 12] = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-];
-
 /// The date `seconds` after 1970 began, in UTC, in the directives of C's `strftime` that templates use; others stay as they
 /// are.
 pub(super) fn strftime(format: &str, seconds: u64) -> String {
-    let days = seconds / 86_400;
-    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
-    let (year, month, day) = civil_date(days);
-    let weekday = DAYS[(days % 7) as usize];
-    let month_name = MONTHS[month as usize - 1];
+    let date = clock::date(seconds);
+    let (year, month, day) = (date.year(), u8::from(date.month()), date.day());
+    let (hour, minute, second) = date.to_hms();
+    let (weekday, month_name) = (date.weekday().to_string(), date.month().to_string());
     let mut out = String::new();
     let mut chars = format.chars();
     while let Some(c) = chars.next() {
@@ -258,16 +231,16 @@ pub(super) fn strftime(format: &str, seconds: u64) -> String {
             Some('m') => out += &format!("{month:02}"),
             Some('d') => out += &format!("{day:02}"),
             Some('e') => out += &format!("{day:2}"),
-            Some('B') => out += month_name,
+            Some('B') => out += &month_name,
             Some('b') => out += &month_name[..3],
-            Some('A') => out += weekday,
+            Some('A') => out += &weekday,
             Some('a') => out += &weekday[..3],
             Some('H') => out += &format!("{hour:02}"),
             Some('M') => out += &format!("{minute:02}"),
             Some('S') => out += &format!("{second:02}"),
             Some('I') => out += &format!("{:02}", (hour + 11) % 12 + 1),
             Some('p') => out += if hour < 12 { "AM" } else { "PM" },
-            Some('j') => out += &format!("{:03}", day_of_year(days)),
+            Some('j') => out += &format!("{:03}", date.ordinal()),
             Some('F') => out += &format!("{year}-{month:02}-{day:02}"),
             Some('T') => out += &format!("{hour:02}:{minute:02}:{second:02}"),
             Some('D') => out += &format!("{month:02}/{day:02}/{:02}", year % 100),
@@ -277,8 +250,8 @@ pub(super) fn strftime(format: &str, seconds: u64) -> String {
             Some('Z' | 'z') => {}
             Some('f') => out += "000000",
             Some('s') => out += &seconds.to_string(),
-            Some('u') => out += &((days + 3) % 7 + 1).to_string(),
-            Some('w') => out += &((days + 4) % 7).to_string(),
+            Some('u') => out += &date.weekday().number_from_monday().to_string(),
+            Some('w') => out += &date.weekday().number_days_from_sunday().to_string(),
             Some('n') => out.push('\n'),
             Some('t') => out.push('\t'),
             // Without zeros before it.
@@ -290,7 +263,7 @@ pub(super) fn strftime(format: &str, seconds: u64) -> String {
                 Some('M') => out += &minute.to_string(),
                 Some('S') => out += &second.to_string(),
                 Some('y') => out += &(year % 100).to_string(),
-                Some('j') => out += &day_of_year(days).to_string(),
+                Some('j') => out += &date.ordinal().to_string(),
                 Some(other) => out.extend(['%', '-', other]),
                 None => out += "%-",
             },
@@ -300,48 +273,4 @@ pub(super) fn strftime(format: &str, seconds: u64) -> String {
         }
     }
     out
-}
-
-/// Counted from 1.
-fn day_of_year(days: u64) -> u64 {
-    let (year, ..) = civil_date(days);
-    let mut first = days;
-    while first > 0 && civil_date(first - 1).0 == year {
-        first -= 1;
-    }
-    days - first + 1
-}
-
-/// Year, month (1..=12) and day (1..=31) of a day counted from 1970-01-01.
-fn civil_date(mut days: u64) -> (u64, u64, u64) {
-    let leap = |year: u64| {
-        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
-    };
-    // Whole 400-year cycles first, so that the loop is short whatever the clock says.
-    let mut year = 1970 + days / 146_097 * 400;
-    days %= 146_097;
-    while days >= 365 + u64::from(leap(year)) {
-        days -= 365 + u64::from(leap(year));
-        year += 1;
-    }
-    let lengths = [
-        31,
-        28 + u64::from(leap(year)),
-        31,
-        30,
-        31,
-        30,
-        31,
-        31,
-        30,
-        31,
-        30,
-        31,
-    ];
-    let mut month = 0;
-    while days >= lengths[month] {
-        days -= lengths[month];
-        month += 1;
-    }
-    (year, month as u64 + 1, days + 1)
 }

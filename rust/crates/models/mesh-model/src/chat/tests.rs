@@ -103,6 +103,11 @@ fn dates_are_written_as_strftime_writes_them() {
         "29 Feb 2000, Tuesday 01:01:01 % %Q"
     );
     assert_eq!(functions::strftime("%Y-%m-%d", 0), "1970-01-01");
+    assert_eq!(
+        functions::strftime("%j %-j %u %w %e %I%p", 951_782_400),
+        "060 60 2 2 29 12AM"
+    );
+    assert_eq!(functions::strftime("%a %F", u64::MAX), "Fri 9999-12-31");
     assert!(render("{{ strftime_now('%Y') }}", &[]).unwrap().len() >= 4);
 }
 

@@ -1,5 +1,7 @@
 //! Names that may have been meant.
 
+use strsim::osa_distance;
+
 /// Those of `known` that look like `name`, the closest first: a few letters differ, or one begins like the other. Case does not
 /// count.
 pub fn close_names<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Vec<String> {
@@ -10,7 +12,8 @@ pub fn close_names<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> 
     for known in known {
         let lower = known.to_lowercase();
         let begins = stem(&lower) == stem(&name) || (name.len() > 2 && lower.starts_with(&name));
-        let distance = distance(&name, &lower);
+        // Letters that are inserted, removed, replaced or swapped with their neighbour.
+        let distance = osa_distance(&name, &lower);
         if (distance <= limit || begins) && !close.iter().any(|(_, other)| *other == known) {
             close.push((distance, known));
         }
@@ -25,47 +28,12 @@ fn stem(name: &str) -> &str {
     name.split(':').next().unwrap_or(name)
 }
 
-/// How many letters have to be inserted, removed, replaced or swapped with their neighbour (Damerau and Levenshtein's distance, of
-/// which the restricted form suffices here).
-fn distance(a: &str, b: &str) -> usize {
-    let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
-    let mut before: Vec<usize> = Vec::new();
-    let mut last: Vec<usize> = (0..=b.len()).collect();
-    for i in 1..=a.len() {
-        let mut row = vec![i];
-        for j in 1..=b.len() {
-            let replaced = last[j - 1] + usize::from(a[i - 1] != b[j - 1]);
-            let mut least = replaced.min(last[j] + 1).min(row[j - 1] + 1);
-            if i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] {
-                least = least.min(before[j - 2] + 1);
-            }
-            row.push(least);
-        }
-        before = std::mem::replace(&mut last, row);
-    }
-    last[b.len()]
-}
-
 /// More would hide the one that was meant.
 const MOST: usize = 6;
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn letters_are_counted_that_differ() {
-        for (a, b, expected) in [
-            ("", "", 0),
-            ("abc", "", 3),
-            ("", "abc", 3),
-            ("qwen", "qwne", 1),
-            ("kitten", "sitting", 3),
-            ("\u{e9}t\u{e9}", "ete", 2),
-        ] {
-            assert_eq!(distance(a, b), expected, "{a} {b}");
-        }
-    }
 
     #[test]
     fn what_may_have_been_meant_is_named_the_closest_first() {

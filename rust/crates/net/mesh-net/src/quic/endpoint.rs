@@ -11,6 +11,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 
+use mesh_base::datagrams;
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{
     AsyncUdpSocket, Endpoint, EndpointConfig, Runtime, ServerConfig, TokioRuntime, UdpPoller,
@@ -18,7 +19,6 @@ use quinn::{
 use tokio::task::AbortHandle;
 
 use super::link::{Link, WeakLink, canonical};
-use crate::udp::sys;
 
 /// A QUIC endpoint whose links end when their peer's process is gone.
 #[derive(Clone, Debug)]
@@ -95,8 +95,8 @@ impl fmt::Debug for Links {
 /// Starts a task that reads the socket's error queue. quinn's own waiting does not see it: the kernel signals an error,
 /// not that there is something to read.
 fn listen_to_icmp(socket: &UdpSocket, links: Arc<Links>) -> io::Result<AbortHandle> {
-    sys::report_icmp_errors(socket.as_fd())?;
-    let queue = sys::ErrorQueue::new(OwnedFd::from(socket.try_clone()?))?;
+    datagrams::report_icmp_errors(socket.as_fd())?;
+    let queue = datagrams::ErrorQueue::new(OwnedFd::from(socket.try_clone()?))?;
     let task = tokio::spawn(async move {
         loop {
             match queue.next().await {

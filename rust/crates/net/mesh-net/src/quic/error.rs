@@ -3,11 +3,12 @@
 use std::io;
 use std::net::SocketAddr;
 
+use data_encoding::HEXLOWER;
 use dcf::{ErrorCode, StreamError};
 use quinn::{ConnectionError, VarInt};
 
 use crate::trust::{
-    CERTIFICATE_DATES, EXPELLED, Role, TOKEN_EXPIRED, TOKEN_UNKNOWN, TOKEN_USED, TrustError, hex,
+    CERTIFICATE_DATES, EXPELLED, Role, TOKEN_EXPIRED, TOKEN_UNKNOWN, TOKEN_USED, TrustError,
 };
 
 /// Why a link could not be made.
@@ -167,7 +168,7 @@ pub enum JoinError {
     /// The token is for another mesh than the one at this address.
     #[error(
         "this token is for another mesh: it names the root {}…, and the head at {address} has {}…; check the address, or make a token at that head",
-        &hex(pinned)[..16], presented.map_or("none to show".to_owned(), |root| hex(&root)[..16].to_owned())
+        &HEXLOWER.encode(pinned)[..16], presented.map_or("none to show".to_owned(), |root| HEXLOWER.encode(&root)[..16].to_owned())
     )]
     ForeignMesh {
         /// Whom we called.

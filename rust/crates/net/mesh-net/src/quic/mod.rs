@@ -37,11 +37,12 @@ pub use join::{join, join_again, keep_renewed, load_or_join, renew, settle};
 pub use link::Link;
 pub(crate) use link::WeakLink;
 pub use listener::Listener;
+pub use mesh_base::clock::timestamp_us;
 pub use rustls::NamedGroup;
 pub use stream::{MsgStream, RecvHalf, SendHalf};
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use quinn::congestion::CubicConfig;
 use quinn::{AckFrequencyConfig, Connection, IdleTimeout, TransportConfig, VarInt};
@@ -121,14 +122,6 @@ impl LinkConfig {
             .congestion_controller_factory(Arc::new(CubicConfig::default()));
         Arc::new(transport)
     }
-}
-
-/// Microseconds since the Unix epoch: the timestamp of a DCF header.
-pub fn timestamp_us() -> u64 {
-    let since_epoch = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    u64::try_from(since_epoch.as_micros()).unwrap_or(u64::MAX)
 }
 
 const LINK_PROTOCOL: &[u8] = b"hydramesh/1";

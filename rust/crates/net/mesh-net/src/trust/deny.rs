@@ -4,12 +4,11 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
-use mesh_base::clock;
+use mesh_base::clock::{self, unix_seconds};
 use serde::{Deserialize, Serialize};
 
-use super::store::unix_seconds;
 use super::{EXPELLED, Refusal, TrustError, names};
 use crate::files;
 use crate::quic::{Link, WeakLink};
@@ -147,7 +146,6 @@ impl DenyList {
     pub fn refusal(&self, node_id: &str) -> Option<Refusal> {
         let nodes = self.nodes();
         let expulsion = nodes.get(node_id)?;
-        let since = UNIX_EPOCH + Duration::from_secs(expulsion.since.min(LAST_SECOND));
         let reason = match expulsion.reason.as_str() {
             "" => String::new(),
             reason => format!(" ({reason})"),
@@ -158,7 +156,7 @@ impl DenyList {
         };
         Some(Refusal::Expelled(format!(
             "`{name}` was expelled from this mesh on {}{reason}; `hydramesh nodes readmit {name}` at the head lets it in again",
-            clock::utc(since)
+            clock::utc_of(expulsion.since)
         )))
     }
 
@@ -221,11 +219,10 @@ impl fmt::Debug for DenyList {
 /// Nodes on the list, at most. Each entry stands for a token that an operator once gave away.
 pub const MOST_EXPELLED: usize = 4096;
 
-/// 9999-12-31 23:59:59.
-const LAST_SECOND: u64 = 253_402_300_799;
-
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
     use super::*;
 
     fn now() -> SystemTime {

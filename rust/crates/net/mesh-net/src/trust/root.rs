@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use mesh_base::clock;
+use data_encoding::HEXLOWER;
+use mesh_base::clock::{self, LAST_SECOND};
+use mesh_base::random;
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
     DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
@@ -13,7 +15,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer};
 use x509_parser::prelude::{FromDer, X509Certificate, X509Name};
 
-use super::{TrustError, hex, names, random, sha256};
+use super::{TrustError, names, sha256};
 use crate::files;
 
 /// What a node is to its mesh; part of its certificate, so that a worker cannot pass for the head.
@@ -76,7 +78,7 @@ impl std::fmt::Debug for MeshRoot {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("MeshRoot")
             .field("mesh", &self.mesh)
-            .field("sha256", &hex(&self.sha256()))
+            .field("sha256", &HEXLOWER.encode(&self.sha256()))
             .finish_non_exhaustive()
     }
 }
@@ -114,7 +116,7 @@ impl MeshRoot {
                 )?;
                 tracing::warn!(
                     path = %certificate_path.display(),
-                    root = hex(&root.sha256()),
+                    root = HEXLOWER.encode(&root.sha256()),
                     "the mesh root's certificate was missing; it is restored from the copy in root.key"
                 );
                 Ok(root)
@@ -177,7 +179,7 @@ impl MeshRoot {
         )?;
         tracing::info!(
             mesh,
-            root = hex(&sha256(certificate.der())),
+            root = HEXLOWER.encode(&sha256(certificate.der())),
             "made a new mesh root"
         );
         Self::assemble(certificate.der().clone(), key).map_err(TrustError::Crypto)
@@ -253,9 +255,7 @@ pub(super) fn requested_node_id(request: &[u8]) -> Result<String, TrustError> {
     use x509_parser::certification_request::X509CertificationRequest;
     let (_, request) = X509CertificationRequest::from_der(request)
         .map_err(|error| TrustError::Request(error.to_string()))?;
-    Ok(hex(&sha256(
-        request.certification_request_info.subject_pki.raw,
-    )))
+    Ok(HEXLOWER.encode(&sha256(request.certification_request_info.subject_pki.raw)))
 }
 
 fn parse_request(request: &[u8]) -> Result<CertificateSigningRequestParams, TrustError> {
@@ -293,7 +293,7 @@ impl Member {
             UNIX_EPOCH + Duration::from_secs(u64::try_from(time.timestamp()).unwrap_or_default())
         };
         Ok(Self {
-            node_id: hex(&sha256(parsed.public_key().raw)),
+            node_id: HEXLOWER.encode(&sha256(parsed.public_key().raw)),
             name: attribute(X509Name::iter_common_name(subject)).map_err(foreign)?,
             role: Role::parse(&role).ok_or_else(|| foreign(format!("unknown role `{role}`")))?,
             mesh: attribute(X509Name::iter_organization(subject)).map_err(foreign)?,
@@ -346,16 +346,16 @@ fn check_name(name: &str) -> Result<(), TrustError> {
 
 /// 127 random bits: positive as RFC 5280, section 4.1.2.2 wants.
 fn serial_number() -> SerialNumber {
-    let mut bytes: [u8; 16] = random();
+    let mut bytes: [u8; 16] = random::bytes();
     bytes[0] &= 0x7f;
     SerialNumber::from_slice(&bytes)
 }
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
-/// 9999-12-31 23:59:59.
+/// The last one that a certificate can have.
 fn last_date() -> SystemTime {
-    UNIX_EPOCH + Duration::from_secs(253_402_300_799)
+    UNIX_EPOCH + Duration::from_secs(LAST_SECOND)
 }
 
 #[cfg(test)]

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use mesh_base::clock::unix_seconds;
 use serde::{Deserialize, Serialize};
 
 use super::deny::{DenyList, Expulsion};
-use super::store::{TokenRecord, unix_seconds};
+use super::store::TokenRecord;
 use super::{Member, TrustError, names};
 use crate::files;
 

@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use mesh_base::clock;
+use data_encoding::HEXLOWER;
+use mesh_base::clock::{self, unix_seconds};
 use serde::{Deserialize, Serialize};
 use subtle::ConstantTimeEq;
 
-use super::{JoinToken, Refusal, TrustError, hex, names, sha256};
+use super::{JoinToken, Refusal, TrustError, names, sha256};
 use crate::files;
 
 /// The tokens that were created, persisted in `tokens.json`. Every change is on disk before it takes effect.
@@ -114,7 +115,7 @@ impl TokenStore {
         }
         let record = TokenRecord {
             id: token.id(),
-            secret_sha256: hex(&sha256(token.secret())),
+            secret_sha256: HEXLOWER.encode(&sha256(token.secret())),
             note: note.to_owned(),
             created,
             expires: created.saturating_add(lifetime.as_secs()),
@@ -141,7 +142,7 @@ impl TokenStore {
         self.correct_dates(now)
             .map_err(|error| Refusal::Internal(error.to_string()))?;
         let now = unix_seconds(now);
-        let hash = hex(&sha256(secret));
+        let hash = HEXLOWER.encode(&sha256(secret));
         // Compares with every record, so that the time taken tells nothing about which ids exist.
         let position = self
             .records
@@ -264,12 +265,6 @@ impl TokenStore {
     }
 }
 
-pub(super) fn unix_seconds(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs()
-}
-
 /// How long the node that used a token may repeat its request.
 pub const RETRY_WINDOW: Duration = Duration::from_secs(60);
 
@@ -388,7 +383,7 @@ mod tests {
         let token = store(dir.path()).create(HOUR, "", now()).expect("created");
         let path = dir.path().join(names::TOKENS);
         let text = std::fs::read_to_string(&path).expect("readable");
-        assert!(text.contains(&token.id()) && !text.contains(&hex(token.secret())));
+        assert!(text.contains(&token.id()) && !text.contains(&HEXLOWER.encode(token.secret())));
         assert_eq!(
             std::fs::metadata(path)
                 .expect("metadata")

@@ -5,9 +5,11 @@ use std::str::FromStr;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use data_encoding::HEXLOWER;
+use mesh_base::random;
 use zeroize::Zeroizing;
 
-use super::{hex, random, sha256};
+use super::sha256;
 
 /// A one-time join token: which mesh, which token, and the secret that proves it.
 ///
@@ -26,8 +28,8 @@ impl JoinToken {
     pub fn generate(root_sha256: [u8; 32]) -> Self {
         Self {
             root_sha256,
-            id: random(),
-            secret: Zeroizing::new(random()),
+            id: random::bytes(),
+            secret: Zeroizing::new(random::bytes()),
         }
     }
 
@@ -38,7 +40,7 @@ impl JoinToken {
 
     /// The public part, lower-case hex: names the token in lists and logs.
     pub fn id(&self) -> String {
-        hex(&self.id)
+        HEXLOWER.encode(&self.id)
     }
 
     /// The secret part.
@@ -63,7 +65,7 @@ impl fmt::Display for JoinToken {
 impl fmt::Debug for JoinToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("JoinToken")
-            .field("root", &hex(&self.root_sha256))
+            .field("root", &HEXLOWER.encode(&self.root_sha256))
             .field("id", &self.id())
             .finish_non_exhaustive()
     }
@@ -167,7 +169,7 @@ mod tests {
         let token = JoinToken::generate([7; 32]);
         let debug = format!("{token:?}");
         assert!(
-            debug.contains(&token.id()) && !debug.contains(&hex(token.secret())),
+            debug.contains(&token.id()) && !debug.contains(&HEXLOWER.encode(token.secret())),
             "{debug}"
         );
     }

@@ -4,22 +4,19 @@
 //! to as many destinations. Where the kernel has them it uses GRO and GSO: a run of datagrams between the same two
 //! sockets crosses the stack as one. Batches are reused, so that a relay allocates nothing once it runs.
 
-#[allow(unsafe_code)]
-pub(crate) mod sys;
-
 use std::io;
 use std::net::SocketAddr;
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use mesh_base::datagrams::{self, Received};
 use mesh_base::routes::Routes;
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
-/// Most buffers that one system call moves.
-pub const BATCH: usize = 64;
+pub use mesh_base::datagrams::BATCH;
 
 /// Options of a [`BatchSocket`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,13 +84,13 @@ impl BatchSocket {
     pub fn from_std(socket: std::net::UdpSocket) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         // Old kernels have no GRO: every buffer then holds one datagram.
-        if let Err(error) = sys::enable_gro(socket.as_fd()) {
+        if let Err(error) = datagrams::receive_runs(socket.as_fd()) {
             tracing::debug!(%error, "no UDP GRO");
         }
         let local = socket.local_addr()?;
         let mut routes = None;
         if local.ip().is_unspecified() {
-            match sys::enable_packet_info(socket.as_fd(), local.is_ipv6()) {
+            match datagrams::tell_destinations(socket.as_fd(), local.is_ipv6()) {
                 Ok(()) => routes = Some(Mutex::default()),
                 Err(error) => tracing::debug!(%error, "answers leave from the preferred address"),
             }
@@ -128,7 +125,8 @@ impl BatchSocket {
     fn fill(&self, batch: &mut RecvBatch) -> io::Result<usize> {
         batch.clear();
         loop {
-            match sys::recv(self.io.as_fd(), &mut batch.storage, &mut batch.received) {
+            let buffers = batch.storage.chunks_exact_mut(BUFFER);
+            match datagrams::recv(self.io.as_fd(), buffers, &mut batch.received) {
                 // Somebody's port was closed when we sent to it; that says nothing about this call.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => continue,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -195,7 +193,7 @@ impl BatchSocket {
         }];
         let send = || {
             let routes = self.routes();
-            sys::send(self.io.as_fd(), &outgoing, data, false, routes.as_deref())
+            send(self.io.as_fd(), &outgoing, data, false, routes.as_deref())
         };
         let mut sent = self.io.async_io(Interest::WRITABLE, send).await;
         if sent.is_err() && self.forget(destination) {
@@ -223,7 +221,7 @@ impl BatchSocket {
         let bytes_before = batch.offset();
         let gso = self.gso.load(Ordering::Relaxed);
         let routes = self.routes();
-        let sent = sys::send(
+        let sent = send(
             self.io.as_fd(),
             batch.pending(),
             &batch.bytes,
@@ -264,9 +262,7 @@ impl BatchSocket {
         let gso_refused = error
             .raw_os_error()
             .is_some_and(|errno| [libc::EIO, libc::EINVAL].contains(&errno));
-        if gso_refused
-            && sys::begins_run(batch.pending())
-            && self.gso.swap(false, Ordering::Relaxed)
+        if gso_refused && run_length(batch.pending()) > 1 && self.gso.swap(false, Ordering::Relaxed)
         {
             tracing::debug!(%error, "no UDP GSO here");
             return;
@@ -283,7 +279,7 @@ impl BatchSocket {
 #[derive(Debug)]
 pub struct RecvBatch {
     storage: Vec<u8>,
-    received: Vec<sys::Received>,
+    received: Vec<Received>,
     datagrams: Vec<(SocketAddr, Range<usize>)>,
     /// Datagrams that were larger than any DCF datagram can be.
     truncated: u64,
@@ -293,7 +289,7 @@ impl RecvBatch {
     /// Room for one system call's worth.
     pub fn new() -> Self {
         Self {
-            storage: vec![0; BATCH * sys::BUFFER],
+            storage: vec![0; BATCH * BUFFER],
             received: Vec::with_capacity(BATCH),
             datagrams: Vec::with_capacity(4 * BATCH),
             truncated: 0,
@@ -319,7 +315,6 @@ impl RecvBatch {
     }
 
     fn clear(&mut self) {
-        self.received.clear();
         self.datagrams.clear();
         self.truncated = 0;
     }
@@ -327,7 +322,7 @@ impl RecvBatch {
     /// Finds the datagrams in buffers that GRO filled with several.
     fn split_segments(&mut self) {
         for (index, buffer) in self.received.iter().enumerate() {
-            let start = index * sys::BUFFER;
+            let start = index * BUFFER;
             if buffer.truncated {
                 self.truncated += 1;
                 continue;
@@ -445,6 +440,69 @@ struct Outgoing {
     range: Range<usize>,
 }
 
+/// Sends datagrams from the front of `outgoing`, whose bytes are in `bytes`, without waiting; from the
+/// addresses that `routes` says. Returns how many were taken; an error concerns the first.
+fn send(
+    socket: BorrowedFd<'_>,
+    outgoing: &[Outgoing],
+    bytes: &[u8],
+    gso: bool,
+    routes: Option<&Routes>,
+) -> io::Result<usize> {
+    let mut runs = [0; BATCH];
+    let mut rest = outgoing;
+    let datagrams = runs.iter_mut().map_while(|run| {
+        let first = rest.first()?;
+        *run = if gso { run_length(rest) } else { 1 };
+        // The datagrams of a run lie next to each other in `bytes`.
+        let span = first.range.start..rest[*run - 1].range.end;
+        rest = &rest[*run..];
+        Some(datagrams::Datagram {
+            bytes: &bytes[span],
+            to: Some(first.destination),
+            from: routes.and_then(|routes| routes.get(first.destination)),
+            // Fits: a run has at most MAX_RUN_SEGMENT bytes for each datagram.
+            segment: if *run > 1 {
+                first.range.len() as u16
+            } else {
+                0
+            },
+        })
+    });
+    let taken = datagrams::send(socket, datagrams)?;
+    Ok(runs[..taken].iter().sum())
+}
+
+/// How many datagrams from the front GSO would send as one: they go to one destination with the same length;
+/// the last may be shorter.
+fn run_length(outgoing: &[Outgoing]) -> usize {
+    let Some(first) = outgoing.first() else {
+        return 0;
+    };
+    let segment = first.range.len();
+    if segment == 0 || segment > MAX_RUN_SEGMENT {
+        return 1;
+    }
+    let most = MAX_RUN.min(MAX_RUN_BYTES / segment);
+    let mut length = 1;
+    while length < most {
+        let Some(next) = outgoing.get(length) else {
+            break;
+        };
+        if next.destination != first.destination
+            || next.range.is_empty()
+            || next.range.len() > segment
+        {
+            break;
+        }
+        length += 1;
+        if next.range.len() < segment {
+            break;
+        }
+    }
+    length
+}
+
 /// What went through a socket.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
@@ -496,6 +554,19 @@ impl Counts {
         }
     }
 }
+
+/// Bytes per receive buffer: the largest UDP payload there is, which is also the largest GRO run.
+const BUFFER: usize = 65_536;
+
+/// Longest datagram in a run: what an Ethernet frame carries without fragments, because the kernel refuses to
+/// segment beyond the MTU.
+const MAX_RUN_SEGMENT: usize = 1400;
+
+/// Most datagrams in a run (the kernel's `UDP_MAX_SEGMENTS`).
+const MAX_RUN: usize = 64;
+
+/// Most bytes in a run.
+const MAX_RUN_BYTES: usize = 65_000;
 
 #[cfg(test)]
 mod tests;

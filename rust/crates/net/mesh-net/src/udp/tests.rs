@@ -164,33 +164,6 @@ async fn ipv6_works_and_a_taken_port_is_named() {
     );
 }
 
-#[test]
-fn storms_of_unreachable_ports_are_reported_with_their_destination() {
-    let socket = StdSocket::bind(LOOPBACK).expect("bind");
-    sys::report_icmp_errors(socket.as_fd()).expect("Linux has it");
-    let closed = StdSocket::bind(LOOPBACK)
-        .expect("bind")
-        .local_addr()
-        .expect("address");
-    assert_eq!(sys::next_icmp_error(socket.as_fd()).expect("empty"), None);
-    socket.send_to(b"x", closed).expect("sent");
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
-    let error = loop {
-        if let Some(error) = sys::next_icmp_error(socket.as_fd()).expect("readable") {
-            break error;
-        }
-        assert!(std::time::Instant::now() < deadline, "no ICMP error");
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    };
-    assert_eq!(
-        error,
-        sys::IcmpError {
-            destination: closed,
-            port_unreachable: true
-        }
-    );
-}
-
 #[tokio::test]
 async fn a_peer_is_answered_from_the_address_that_it_asked() {
     let server = BatchSocket::bind(mesh_base::listen::anywhere(0)).expect("bind");

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use axum::http::{HeaderMap, header};
+use mesh_base::random;
 use mesh_service::files::Readers;
 use sha2::{Digest, Sha256};
 use subtle::{Choice, ConstantTimeEq};
@@ -36,8 +37,7 @@ struct Salts(KeyHash);
 
 impl Salts {
     fn new() -> Self {
-        // Were there no secret, requests of different keys would still be told apart.
-        Self(hash(&ids::secret().unwrap_or_default()))
+        Self(random::bytes())
     }
 
     /// Never 0, which is for requests without keys.
@@ -345,7 +345,7 @@ fn load_or_create_admin_key(path: &Path) -> Result<String, KeysError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(file_error(error)),
     }
-    let key = format!("hydra-admin-{}", crate::ids::secret().map_err(file_error)?);
+    let key = format!("hydra-admin-{}", ids::secret());
     mesh_service::files::write_private(path, format!("{key}\n").as_bytes()).map_err(file_error)?;
     Ok(key)
 }

@@ -22,7 +22,7 @@ mod wire;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use axum::body::Body;
 use axum::extract::{ConnectInfo, DefaultBodyLimit, Request, State};
@@ -31,6 +31,7 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Extension, Router};
+use mesh_base::clock::unix_seconds;
 use mesh_net::trust::Authority;
 use mesh_proto::{ModelCard, ModelKind};
 use mesh_service::health;
@@ -199,7 +200,7 @@ async fn answer(
             submit(&api.mesh, Front::Http, task)
         })
         .collect();
-    let answering = Answering::new(&asked, seconds_since_epoch(), receivers, pass);
+    let answering = Answering::new(&asked, unix_seconds(SystemTime::now()), receivers, pass);
     let answer = if asked.stream {
         answering.stream(api.mesh.config.http.keep_alive).await
     } else {
@@ -331,13 +332,6 @@ async fn wrong_method(request: Request) -> Response {
         request.uri().path()
     );
     ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", text).into_response()
-}
-
-fn seconds_since_epoch() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs()
 }
 
 const REQUEST_ID: &str = "x-request-id";

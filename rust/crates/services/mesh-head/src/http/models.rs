@@ -1,11 +1,11 @@
 //! The models of the mesh, and the names that clients call them by.
 
 use std::collections::BTreeMap;
-use std::time::UNIX_EPOCH;
 
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
+use mesh_base::clock::unix_seconds;
 use mesh_proto::ModelCard;
 use serde_json::{Value, json};
 
@@ -56,12 +56,7 @@ fn models(api: &Api) -> BTreeMap<String, ModelCard> {
 }
 
 fn model(api: &Api, card: &ModelCard) -> Value {
-    let created = api
-        .mesh
-        .started
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs();
+    let created = unix_seconds(api.mesh.started);
     json!({
         "id": card.name,
         "object": "model",

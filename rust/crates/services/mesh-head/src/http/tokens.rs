@@ -1,11 +1,12 @@
 //! Join tokens: made, listed, withdrawn.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::StatusCode;
+use mesh_base::clock::unix_seconds;
 use mesh_net::trust::{Revocation, TokenRecord, TrustError};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -52,7 +53,7 @@ pub(super) async fn create(State(api): State<Api>, body: Bytes) -> Result<Json<V
         }
         error => failed(format!("no token was made: {error}")),
     })?;
-    let expires = seconds(now).saturating_add(life.as_secs());
+    let expires = unix_seconds(now).saturating_add(life.as_secs());
     tracing::info!(
         token = token.id(),
         life_seconds = life.as_secs(),
@@ -65,7 +66,7 @@ pub(super) async fn create(State(api): State<Api>, body: Bytes) -> Result<Json<V
 
 /// `GET /v1/mesh/tokens`: the tokens that are remembered, never their secrets. The state of one is `open`, `used` or `expired`.
 pub(super) async fn list(State(api): State<Api>) -> Result<Json<Value>, ApiError> {
-    let now = seconds(SystemTime::now());
+    let now = unix_seconds(SystemTime::now());
     let authority = api.authority.clone();
     let records = blocking(move || authority.token_records()).await?;
     let tokens: Vec<Value> = records.iter().map(|record| shown(record, now)).collect();
@@ -133,12 +134,6 @@ pub(super) async fn blocking<T: Send + 'static>(
 
 fn failed(text: String) -> ApiError {
     ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "token_failed", text)
-}
-
-fn seconds(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs()
 }
 
 const TOKEN_LIFE: Duration = Duration::from_secs(24 * 3600);

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use mesh_base::units::about_bytes;
 use mesh_proto::{BadSource, ModelSources, Seat};
 use mesh_share::{Action, DropReason, Kind, PieceSet, Settings, Swarm};
 use mesh_store::{Begun, PartialFile, PartialKey, Pin, Store, StoreError, Work};
@@ -12,7 +13,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::held::Held;
 use super::source::{self, News, Order, REFUSES};
-use super::{Models, human, origin};
+use super::{Models, origin};
 
 /// Somebody who waits for pieces.
 pub(super) struct Want {
@@ -378,9 +379,9 @@ impl Fetch {
             tracing::info!(
                 model = self.name,
                 "{} of {} are here, {}/s from {} workers",
-                human(progress.bytes),
-                human(progress.bytes_total),
-                human(rate as u64),
+                about_bytes(progress.bytes),
+                about_bytes(progress.bytes_total),
+                about_bytes(rate as u64),
                 progress.sources,
             );
             self.logged = (Instant::now(), progress.bytes);

@@ -16,13 +16,14 @@ mod vouch;
 mod wanted;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dcf::{Message, MsgType};
 use mesh_base::places::Room;
+use mesh_base::random;
+use mesh_base::units::about_bytes;
 use mesh_net::discovery::Found;
 use mesh_net::quic::timestamp_us;
 use mesh_net::trust::Role;
@@ -204,7 +205,7 @@ impl Models {
             let (bytes, total) = (sought.bytes.max(sought.origin_bytes), sought.bytes_total);
             let mut text = format!("{} is being fetched", sought.name);
             if total > 0 {
-                text += &format!(", {} of {}", human(bytes), human(total));
+                text += &format!(", {} of {}", about_bytes(bytes), about_bytes(total));
             }
             if !sought.origin_error.is_empty() {
                 text += &format!(" ({})", sought.origin_error);
@@ -465,7 +466,7 @@ impl Models {
 
     /// Number of a piece to begin with: another one on each worker.
     fn begin_at(&self) -> u32 {
-        RandomState::new().hash_one(0u8) as u32
+        random::number() as u32
     }
 }
 
@@ -504,19 +505,6 @@ pub(crate) fn may_be_fetched(name: &str) -> bool {
         .iter()
         .any(|ending| name.to_ascii_lowercase().ends_with(ending));
     !is_path && (!is_file || name.contains(':'))
-}
-
-/// Bytes for people.
-fn human(bytes: u64) -> String {
-    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut value = bytes as f64;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < units.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    let digits = usize::from(unit > 0);
-    format!("{value:.digits$} {}", units[unit])
 }
 
 /// A message with this body.
@@ -630,18 +618,6 @@ mod tests {
             "dir/M.GGUF",
         ] {
             assert!(!may_be_fetched(path), "{path}");
-        }
-    }
-
-    #[test]
-    fn bytes_are_told_in_their_unit() {
-        for (bytes, text) in [
-            (0, "0 B"),
-            (1023, "1023 B"),
-            (98 << 20, "98.0 MiB"),
-            (u64::MAX, "16777216.0 TiB"),
-        ] {
-            assert_eq!(human(bytes), text);
         }
     }
 }

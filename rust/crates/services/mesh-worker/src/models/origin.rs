@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use mesh_base::units::about_bytes;
 use mesh_hub::{Expected, Hub, HubError, HubName, PullOptions, Watch, pull};
 use mesh_store::{Digest, Store};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
-use super::{Models, human};
+use super::Models;
 
 /// Whether a name can be one of the hub's.
 pub(super) fn is_name(name: &str) -> bool {
@@ -179,7 +180,7 @@ async fn run(
                 if ticks.is_multiple_of(LOG_TICKS) {
                     let arrived = counting.arrived.load(Ordering::Relaxed);
                     let total = counting.total.load(Ordering::Relaxed);
-                    tracing::info!(model, "{} of {} came from the hub", human(arrived), human(total));
+                    tracing::info!(model, "{} of {} came from the hub", about_bytes(arrived), about_bytes(total));
                 }
             }
         }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use aws_lc_rs::digest::{self, SHA1_FOR_LEGACY_USE_ONLY, SHA256};
 use bytes::Bytes;
+use data_encoding::HEXLOWER;
 
 /// Files at least this large are stored as large files.
 const LARGE: u64 = 64 << 10;
@@ -90,7 +91,7 @@ impl StoredFile {
             digest.update(format!("blob {}\0", content.len()).as_bytes());
             content.feed(&mut digest);
             return Self {
-                blob_id: hex(digest.finish().as_ref()),
+                blob_id: HEXLOWER.encode(digest.finish().as_ref()),
                 content,
                 sha256: None,
                 pointer_bytes: 0,
@@ -98,7 +99,7 @@ impl StoredFile {
         }
         let mut digest = digest::Context::new(&SHA256);
         content.feed(&mut digest);
-        let sha256 = hex(digest.finish().as_ref());
+        let sha256 = HEXLOWER.encode(digest.finish().as_ref());
         let pointer = format!(
             "version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {}\n",
             content.len()
@@ -162,7 +163,7 @@ impl Repos {
             }
             stored.insert(path.to_owned(), file);
         }
-        let commit = hex(digest.finish().as_ref());
+        let commit = HEXLOWER.encode(digest.finish().as_ref());
         repo.commits.insert(commit.clone(), Arc::new(stored));
         repo.names.insert("main".to_owned(), commit.clone());
         commit
@@ -203,9 +204,5 @@ fn git_blob_id(content: &[u8]) -> String {
     let mut digest = digest::Context::new(&SHA1_FOR_LEGACY_USE_ONLY);
     digest.update(format!("blob {}\0", content.len()).as_bytes());
     digest.update(content);
-    hex(digest.finish().as_ref())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    HEXLOWER.encode(digest.finish().as_ref())
 }

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Subcommand, ValueHint};
 
+use mesh_base::units;
+
 use super::PullArgs;
 
 /// `hydramesh models`
@@ -126,7 +128,7 @@ Examples:
   hydramesh models gc --limit 50GB")]
     Gc {
         /// Most that the store may take afterwards, such as 50GB or 20GiB
-        #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+        #[arg(long, value_name = "SIZE", value_parser = units::parse_bytes)]
         limit: Option<u64>,
         /// Only say what would be removed
         #[arg(long)]
@@ -213,40 +215,4 @@ pub enum PinsCommand {
         #[arg(value_name = "NAME")]
         name: String,
     },
-}
-
-/// `50GB`, `20GiB`, or bytes.
-fn parse_bytes(text: &str) -> Result<u64, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit: f64 = match text[digits.len()..].to_ascii_lowercase().as_str() {
-        "" | "b" => 1.0,
-        "k" | "kb" => 1e3,
-        "m" | "mb" => 1e6,
-        "g" | "gb" => 1e9,
-        "t" | "tb" => 1e12,
-        "kib" => f64::from(1 << 10),
-        "mib" => f64::from(1 << 20),
-        "gib" => f64::from(1 << 30),
-        "tib" => f64::from(1 << 30) * 1024.0,
-        other => return Err(format!("{other:?} is no unit of size; write 50GB or 20GiB")),
-    };
-    match digits.parse::<f64>() {
-        Ok(number) if number >= 0.0 && number.is_finite() => Ok((number * unit) as u64),
-        _ => Err(format!("{text:?} is no size; write 50GB or 20GiB")),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_are_numbers_with_units() {
-        assert_eq!(parse_bytes("50GB"), Ok(50_000_000_000));
-        assert_eq!(parse_bytes("1.5GiB"), Ok(3 << 29));
-        assert_eq!(parse_bytes("0"), Ok(0));
-        for bad in ["", "GB", "-1", "1XB", "1 GB", "nan", "inf"] {
-            assert!(parse_bytes(bad).is_err(), "{bad:?}");
-        }
-    }
 }

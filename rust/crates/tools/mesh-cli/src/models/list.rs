@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::SystemTime;
 
+use mesh_base::clock::unix_seconds;
 use mesh_store::{DamagedModel, Store, StoredModel, local};
 use serde_json::{Value, json};
 
@@ -220,11 +221,6 @@ fn look(path: &std::path::Path, object: &mut Value) -> [String; 3] {
             ]
         }
     }
-}
-
-fn unix_seconds(time: SystemTime) -> u64 {
-    time.duration_since(SystemTime::UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
 }
 
 /// `3 h ago`.

@@ -1,11 +1,11 @@
 //! Model files whose chat templates mean harm, planted in a folder that a worker watches.
 
 use std::fs;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use mesh_base::files;
 use serde_json::json;
 
 use super::{Tally, exchange};
@@ -54,10 +54,8 @@ fn plant(targets: &Targets, name: &str, template: &str) -> Result<()> {
     let mut bytes =
         fs::read(&targets.model_file).with_context(|| targets.model_file.display().to_string())?;
     replace_template(&mut bytes, template)?;
-    let hidden = targets.models_dir.join(format!(".{name}.part"));
-    fs::write(&hidden, bytes).with_context(|| hidden.display().to_string())?;
-    let path: &Path = &targets.models_dir.join(format!("{name}.gguf"));
-    fs::rename(&hidden, path).with_context(|| path.display().to_string())
+    let path = targets.models_dir.join(format!("{name}.gguf"));
+    files::replace(&path, &bytes, files::PUBLIC).with_context(|| path.display().to_string())
 }
 
 /// Writes another chat template into a GGUF file. What follows the header keeps its place in a block of 32 bytes, so that offsets

@@ -1,7 +1,11 @@
-//! The system calls that std does not have: `recvmmsg`, `sendmmsg`, UDP GRO and GSO, and the error queue.
+//! Many datagrams with one system call (`recvmmsg`, `sendmmsg`), UDP GRO and GSO, and the error queue.
 //!
-//! All arrays that the kernel reads or writes through pointers live on the stack of the calling function, or in slices
-//! that it borrows, for the whole call.
+//! All of these calls are here, because they are unsafe. Every array that the kernel reads or writes through
+//! pointers lies on the stack of the calling function, or in slices that it borrows, for the whole call.
+//! Nothing is allocated.
+//!
+//! Not quinn-udp: its `send` takes one destination for each call, where a relay has many, and it does not read
+//! the error queue.
 
 use std::io;
 use std::mem::{MaybeUninit, size_of, zeroed};
@@ -10,54 +14,54 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
 
 use libc::{
-    c_int, c_void, cmsghdr, iovec, mmsghdr, msghdr, sockaddr_in, sockaddr_in6, sockaddr_storage,
-    socklen_t,
+    c_int, cmsghdr, iovec, mmsghdr, msghdr, sockaddr_in, sockaddr_in6, sockaddr_storage, socklen_t,
 };
-
+use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use mesh_base::addresses::canonical;
-use mesh_base::routes::Routes;
+use crate::addresses::canonical;
 
-use super::{BATCH, Outgoing};
+/// Most datagrams, or runs of them, of one system call.
+pub const BATCH: usize = 64;
 
-/// Bytes per receive buffer: the largest UDP payload there is, which is also the largest GRO run.
-pub(super) const BUFFER: usize = 65_536;
-
-/// One filled receive buffer.
+/// What one receive buffer holds.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Received {
-    pub(super) from: SocketAddr,
-    /// The address of this machine that it was sent to, if [`enable_packet_info`] asked for that.
-    pub(super) to: Option<IpAddr>,
+pub struct Received {
+    /// Who sent it.
+    pub from: SocketAddr,
+    /// The address of this machine that it was sent to, on a socket that [`tell_destinations`].
+    pub to: Option<IpAddr>,
     /// Bytes in the buffer.
-    pub(super) len: usize,
-    /// Length of the datagrams in it, the last may be shorter; 0: it holds one.
-    pub(super) segment: usize,
-    /// Part of it was lost.
-    pub(super) truncated: bool,
+    pub len: usize,
+    /// On a socket that [`receive_runs`], the length of the datagrams in the buffer, of which the last may be
+    /// shorter. 0: it holds one.
+    pub segment: usize,
+    /// It did not fit the buffer.
+    pub truncated: bool,
 }
 
-/// Receives into the buffers of [`BUFFER`] bytes that `storage` is made of, without waiting.
-pub(super) fn recv(
-    fd: BorrowedFd<'_>,
-    storage: &mut [u8],
+/// Receives what is there into the first [`BATCH`] of `buffers`, without waiting. `received` then has one
+/// entry for each buffer that was filled, in their order.
+///
+/// # Errors
+/// [`io::ErrorKind::WouldBlock`] if nothing is there; what the socket says otherwise, such as
+/// [`io::ErrorKind::ConnectionRefused`] on a connected one.
+pub fn recv<'b>(
+    socket: BorrowedFd<'_>,
+    buffers: impl IntoIterator<Item = &'b mut [u8]>,
     received: &mut Vec<Received>,
 ) -> io::Result<()> {
+    received.clear();
     let mut names = [const { MaybeUninit::<sockaddr_storage>::uninit() }; BATCH];
     let mut controls = [Control::EMPTY; BATCH];
-    let mut vectors = [iovec {
-        iov_base: ptr::null_mut(),
-        iov_len: 0,
-    }; BATCH];
+    let mut vectors = EMPTY_VECTORS;
     let mut messages = empty_messages();
-    let buffers = storage.chunks_exact_mut(BUFFER).take(BATCH);
     let mut count = 0;
-    for (index, buffer) in buffers.enumerate() {
+    for (index, buffer) in buffers.into_iter().take(BATCH).enumerate() {
         vectors[index] = iovec {
             iov_base: buffer.as_mut_ptr().cast(),
-            iov_len: BUFFER,
+            iov_len: buffer.len(),
         };
         let header = &mut messages[index].msg_hdr;
         header.msg_name = names[index].as_mut_ptr().cast();
@@ -68,168 +72,169 @@ pub(super) fn recv(
         header.msg_controllen = size_of::<Control>() as _;
         count = index + 1;
     }
-    // SAFETY: the first `count` headers point at a name, a vector, a buffer and a control block of the stated lengths,
-    // all of which outlive the call and are not otherwise borrowed.
+    // SAFETY: the first `count` headers point at a name, a vector, a buffer and a control block of the stated
+    // lengths, all of which outlive the call and are not otherwise borrowed: each buffer is an exclusive
+    // borrow for `'b`.
     let filled = check(unsafe {
         libc::recvmmsg(
-            fd.as_raw_fd(),
+            socket.as_raw_fd(),
             messages.as_mut_ptr(),
             count as _,
             libc::MSG_DONTWAIT as _,
             ptr::null_mut(),
         )
     })?;
-    for (index, message) in messages.iter().enumerate().take(filled) {
-        // SAFETY: the kernel wrote `msg_namelen` bytes of an address, and `sockaddr_storage` has room for any.
-        let from = unsafe { socket_address(names[index].as_ptr(), message.msg_hdr.msg_namelen) };
-        let Some(from) = from else { continue };
+    for (name, message) in names.iter().zip(&messages).take(filled) {
+        let header = &message.msg_hdr;
+        // SAFETY: the kernel wrote `msg_namelen` bytes of an address, and `sockaddr_storage` has room for
+        // any.
+        let from = unsafe { socket_address(name.as_ptr(), header.msg_namelen) };
+        let (to, segment) = told(header);
         received.push(Received {
-            from,
-            to: destination(&message.msg_hdr),
+            from: from.unwrap_or(NOBODY),
+            to,
             len: message.msg_len as usize,
-            segment: gro_segment(&message.msg_hdr),
-            truncated: message.msg_hdr.msg_flags & libc::MSG_TRUNC != 0,
+            segment,
+            truncated: header.msg_flags & libc::MSG_TRUNC != 0,
         });
     }
     Ok(())
 }
 
-/// Sends datagrams from the front of `outgoing`, whose bytes are in `bytes`, without waiting; from the addresses that
-/// `routes` says. Returns how many were taken; an error concerns the first.
-pub(super) fn send(
-    fd: BorrowedFd<'_>,
-    outgoing: &[Outgoing],
-    bytes: &[u8],
-    gso: bool,
-    routes: Option<&Routes>,
+/// A datagram to send, or a run of them.
+#[derive(Clone, Copy, Debug)]
+pub struct Datagram<'a> {
+    /// Its bytes.
+    pub bytes: &'a [u8],
+    /// Where it goes; the socket's peer if there is none.
+    pub to: Option<SocketAddr>,
+    /// The address of this machine that it leaves from, where the routing table is not to choose one. Without
+    /// effect unless it is of the destination's family.
+    pub from: Option<IpAddr>,
+    /// If not 0, the bytes are a run of datagrams of this length, of which the last may be shorter (GSO).
+    pub segment: u16,
+}
+
+impl Datagram<'_> {
+    /// No bytes for nobody.
+    pub const EMPTY: Self = Self {
+        bytes: &[],
+        to: None,
+        from: None,
+        segment: 0,
+    };
+}
+
+/// Sends the first [`BATCH`] of `datagrams` without waiting. Returns how many were taken.
+///
+/// # Errors
+/// Only if none was taken: an error concerns the first one, or one that was sent earlier
+/// ([`io::ErrorKind::ConnectionRefused`]).
+pub fn send<'a>(
+    socket: BorrowedFd<'_>,
+    datagrams: impl IntoIterator<Item = Datagram<'a>>,
 ) -> io::Result<usize> {
     let mut names = [const { MaybeUninit::<sockaddr_storage>::uninit() }; BATCH];
     let mut controls = [Control::EMPTY; BATCH];
-    let mut vectors = [iovec {
-        iov_base: ptr::null_mut(),
-        iov_len: 0,
-    }; BATCH];
-    let mut runs = [0; BATCH];
+    let mut vectors = EMPTY_VECTORS;
     let mut messages = empty_messages();
-    let mut rest = outgoing;
     let mut count = 0;
-    while count < BATCH && !rest.is_empty() {
-        let run = if gso { run_length(rest) } else { 1 };
-        let first = &rest[0];
-        // The datagrams of a run lie next to each other in `bytes`, so one vector spans them all.
-        let span = &bytes[first.range.start..rest[run - 1].range.end];
-        vectors[count] = iovec {
-            iov_base: span.as_ptr().cast_mut().cast(),
-            iov_len: span.len(),
+    for (index, datagram) in datagrams.into_iter().take(BATCH).enumerate() {
+        vectors[index] = iovec {
+            iov_base: datagram.bytes.as_ptr().cast_mut().cast(),
+            iov_len: datagram.bytes.len(),
         };
-        let header = &mut messages[count].msg_hdr;
-        header.msg_namelen = write_address(first.destination, &mut names[count]);
-        header.msg_name = names[count].as_mut_ptr().cast();
-        header.msg_iov = &raw mut vectors[count];
+        let header = &mut messages[index].msg_hdr;
+        header.msg_iov = &raw mut vectors[index];
         header.msg_iovlen = 1;
-        let mut control = ControlWriter::new(&mut controls[count]);
-        if run > 1 {
-            // A run has at most MAX_RUN_SEGMENT bytes per datagram.
-            control.push(libc::SOL_UDP, libc::UDP_SEGMENT, first.range.len() as u16);
+        let mut control = ControlWriter::new(&mut controls[index]);
+        if let Some(to) = datagram.to {
+            header.msg_namelen = write_address(to, &mut names[index]);
+            header.msg_name = names[index].as_mut_ptr().cast();
+            if let Some(from) = datagram.from {
+                control.push_source(from, to);
+            }
         }
-        if let Some(source) = routes.and_then(|routes| routes.get(first.destination)) {
-            control.push_source(source, first.destination);
+        if datagram.segment > 0 {
+            control.push(libc::SOL_UDP, libc::UDP_SEGMENT, datagram.segment);
         }
         control.finish(header);
-        runs[count] = run;
-        count += 1;
-        rest = &rest[run..];
+        count = index + 1;
     }
-    // SAFETY: the first `count` headers point at names, vectors and control blocks of the stated lengths, all of which
-    // outlive the call; the kernel only reads through them.
-    let taken = check(unsafe {
+    // SAFETY: the first `count` headers point at names, vectors, bytes and control blocks of the stated
+    // lengths, all of which outlive the call: the bytes are borrowed for `'a`. The kernel only reads through
+    // them.
+    check(unsafe {
         libc::sendmmsg(
-            fd.as_raw_fd(),
+            socket.as_raw_fd(),
             messages.as_mut_ptr(),
             count as _,
             libc::MSG_DONTWAIT as _,
         )
-    })?;
-    Ok(runs[..taken].iter().sum())
+    })
 }
 
-/// Whether the first datagrams form a run that GSO would send as one.
-pub(super) fn begins_run(outgoing: &[Outgoing]) -> bool {
-    !outgoing.is_empty() && run_length(outgoing) > 1
-}
-
-/// How many datagrams from the front go to one destination with the same length; the last may be shorter.
-fn run_length(outgoing: &[Outgoing]) -> usize {
-    let first = &outgoing[0];
-    let segment = first.range.len();
-    if segment == 0 || segment > MAX_RUN_SEGMENT {
-        return 1;
-    }
-    let most = MAX_RUN.min(MAX_RUN_BYTES / segment);
-    let mut length = 1;
-    while length < most {
-        let Some(next) = outgoing.get(length) else {
-            break;
-        };
-        if next.destination != first.destination
-            || next.range.is_empty()
-            || next.range.len() > segment
-        {
-            break;
-        }
-        length += 1;
-        if next.range.len() < segment {
-            break;
-        }
-    }
-    length
-}
-
-/// Asks the kernel to hand over runs of datagrams in one buffer.
-pub(super) fn enable_gro(fd: BorrowedFd<'_>) -> io::Result<()> {
-    set_option(fd, libc::SOL_UDP, libc::UDP_GRO)
+/// Asks the kernel to hand over runs of datagrams in one buffer (GRO).
+///
+/// # Errors
+/// The system's; old kernels have no GRO.
+pub fn receive_runs(socket: BorrowedFd<'_>) -> io::Result<()> {
+    Ok(setsockopt(&socket, sockopt::UdpGroSegment, &true)?)
 }
 
 /// Asks the kernel to say to which address of this machine each datagram was sent.
-pub(super) fn enable_packet_info(fd: BorrowedFd<'_>, is_ipv6: bool) -> io::Result<()> {
+///
+/// # Errors
+/// The system's.
+pub fn tell_destinations(socket: BorrowedFd<'_>, is_ipv6: bool) -> io::Result<()> {
     if is_ipv6 {
-        set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO)?;
+        setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &true)?;
     }
     // A dual-stack socket says it for IPv4 datagrams this way.
-    set_option(fd, libc::IPPROTO_IP, libc::IP_PKTINFO)
+    Ok(setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?)
 }
 
 /// Asks the kernel to keep the ICMP errors of what this socket sends in its error queue.
-pub(crate) fn report_icmp_errors(fd: BorrowedFd<'_>) -> io::Result<()> {
+///
+/// # Errors
+/// The system's.
+pub fn report_icmp_errors(socket: BorrowedFd<'_>) -> io::Result<()> {
     // A dual-stack socket takes both options, an IPv4 socket only the first.
-    let v6 = set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVERR);
-    set_option(fd, libc::IPPROTO_IP, libc::IP_RECVERR).or(v6)
+    let v6 = setsockopt(&socket, sockopt::Ipv6RecvErr, &true);
+    Ok(setsockopt(&socket, sockopt::Ipv4RecvErr, &true).or(v6)?)
 }
 
 /// An ICMP error about a datagram that was sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct IcmpError {
+pub struct IcmpError {
     /// Where the datagram was going.
-    pub(crate) destination: SocketAddr,
+    pub destination: SocketAddr,
     /// Nobody listens on the port: the machine is there, the process is not.
-    pub(crate) port_unreachable: bool,
+    pub port_unreachable: bool,
 }
 
 /// The error queue of a socket that [`report_icmp_errors`], to wait on.
-pub(crate) struct ErrorQueue {
+pub struct ErrorQueue {
     fd: AsyncFd<OwnedFd>,
 }
 
 impl ErrorQueue {
     /// Takes a second descriptor of the socket. Must be called on a tokio runtime.
-    pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
-        // SAFETY: an `OwnedFd` is an open descriptor, always the same one, until it is dropped with the `AsyncFd`.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn new(fd: OwnedFd) -> io::Result<Self> {
+        // SAFETY: an `OwnedFd` is an open descriptor, always the same one, until it is dropped with the
+        // `AsyncFd`.
         let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::ERROR) }?;
         Ok(Self { fd })
     }
 
     /// Waits for the next error.
-    pub(crate) async fn next(&self) -> io::Result<IcmpError> {
+    ///
+    /// # Errors
+    /// The system's.
+    pub async fn next(&self) -> io::Result<IcmpError> {
         let take = |fd: &OwnedFd| {
             next_icmp_error(fd.as_fd())?.ok_or_else(|| io::ErrorKind::WouldBlock.into())
         };
@@ -237,8 +242,11 @@ impl ErrorQueue {
     }
 }
 
-/// Takes one error from the queue, without waiting.
-pub(crate) fn next_icmp_error(fd: BorrowedFd<'_>) -> io::Result<Option<IcmpError>> {
+/// Takes one error from the queue of a socket that [`report_icmp_errors`], without waiting.
+///
+/// # Errors
+/// The system's.
+pub fn next_icmp_error(socket: BorrowedFd<'_>) -> io::Result<Option<IcmpError>> {
     let mut name = MaybeUninit::<sockaddr_storage>::uninit();
     let mut control = Control::EMPTY;
     // SAFETY: an all-zero `msghdr` is a valid one.
@@ -250,7 +258,7 @@ pub(crate) fn next_icmp_error(fd: BorrowedFd<'_>) -> io::Result<Option<IcmpError
     // SAFETY: `header` points at a name and a control block of the stated lengths, which outlive the call.
     let result = unsafe {
         libc::recvmsg(
-            fd.as_raw_fd(),
+            socket.as_raw_fd(),
             &raw mut header,
             libc::MSG_ERRQUEUE | libc::MSG_DONTWAIT,
         )
@@ -281,21 +289,6 @@ pub(crate) fn next_icmp_error(fd: BorrowedFd<'_>) -> io::Result<Option<IcmpError
     }))
 }
 
-fn set_option(fd: BorrowedFd<'_>, level: c_int, option: c_int) -> io::Result<()> {
-    let on: c_int = 1;
-    // SAFETY: the option's value is a `c_int`, which outlives the call.
-    let result = unsafe {
-        libc::setsockopt(
-            fd.as_raw_fd(),
-            level,
-            option,
-            (&raw const on).cast::<c_void>(),
-            size_of::<c_int>() as socklen_t,
-        )
-    };
-    check(result).map(drop)
-}
-
 /// Room for control messages, aligned as their headers want it.
 #[derive(Clone, Copy)]
 #[repr(C, align(8))]
@@ -305,17 +298,14 @@ impl Control {
     const EMPTY: Self = Self([0; 128]);
 }
 
+const EMPTY_VECTORS: [iovec; BATCH] = [iovec {
+    iov_base: ptr::null_mut(),
+    iov_len: 0,
+}; BATCH];
+
 fn empty_messages() -> [mmsghdr; BATCH] {
     // SAFETY: `mmsghdr` is made of integers and pointers, for which all-zero is a valid value.
     unsafe { zeroed() }
-}
-
-fn gro_segment(header: &msghdr) -> usize {
-    control_messages(header)
-        .filter(|(level, kind, _)| (*level, *kind) == (libc::SOL_UDP, libc::UDP_GRO))
-        .find_map(|(_, _, data)| data.first_chunk().map(|size| c_int::from_ne_bytes(*size)))
-        .and_then(|size| usize::try_from(size).ok())
-        .unwrap_or(0)
 }
 
 /// Level, type and data of the control messages that the kernel wrote for `header`.
@@ -339,29 +329,33 @@ fn control_messages(header: &msghdr) -> impl Iterator<Item = (c_int, c_int, &[u8
     })
 }
 
-/// The destination of a datagram, by the control messages of [`enable_packet_info`].
-fn destination(header: &msghdr) -> Option<IpAddr> {
-    let mut found = None;
+/// By the control messages that the kernel wrote: where a datagram was sent to ([`tell_destinations`]), and
+/// the length of the datagrams of a run ([`receive_runs`]), or 0.
+fn told(header: &msghdr) -> (Option<IpAddr>, usize) {
+    let (mut v4, mut v6, mut segment) = (None, None, 0);
     for (level, kind, data) in control_messages(header) {
         match (level, kind) {
             (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
-                // struct in_pktinfo: interface index, local address, address in the header (ip(7)).
+                // struct in_pktinfo: interface index, local address, address in the header (ip(7)). The local
+                // address is the one that a broadcast is answered from, too.
                 let local: Option<[u8; 4]> = data.get(4..8).and_then(|local| local.try_into().ok());
-                if let Some(local) = local {
-                    // It is the address that a broadcast is answered from, too.
-                    return Some(IpAddr::from(local));
-                }
+                v4 = local.map(IpAddr::from);
             }
             (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
                 // struct in6_pktinfo: address, interface index (ipv6(7)).
-                found = data
-                    .first_chunk::<16>()
-                    .map(|address| IpAddr::from(*address));
+                let local = data.first_chunk::<16>();
+                v6 = local.map(|address| IpAddr::from(*address));
+            }
+            (libc::SOL_UDP, libc::UDP_GRO) => {
+                let size = data.first_chunk().map(|size| c_int::from_ne_bytes(*size));
+                segment = size
+                    .and_then(|size| usize::try_from(size).ok())
+                    .unwrap_or(0);
             }
             _ => {}
         }
     }
-    found
+    (v4.or(v6), segment)
 }
 
 /// Writes the control messages of one header.
@@ -385,8 +379,8 @@ impl<'a> ControlWriter<'a> {
             self.used + space <= size_of::<Control>(),
             "the block has room for both messages"
         );
-        // SAFETY: the block is aligned for `cmsghdr`, and so is every multiple of CMSG_SPACE in it; header and value lie in
-        // the `space` bytes that are left.
+        // SAFETY: the block is aligned for `cmsghdr`, and so is every multiple of CMSG_SPACE in it; header
+        // and value lie in the `space` bytes that are left.
         unsafe {
             let header = self.block.0.as_mut_ptr().add(self.used).cast::<cmsghdr>();
             header.write(zeroed());
@@ -458,7 +452,8 @@ unsafe fn socket_address(name: *const sockaddr_storage, len: socklen_t) -> Optio
                 v6.sin6_flowinfo,
                 v6.sin6_scope_id,
             );
-            // An IPv4 peer of a dual-stack socket is known by its IPv4 address, which the kernel takes back as well.
+            // An IPv4 peer of a dual-stack socket is known by its IPv4 address, which the kernel takes back
+            // as well.
             Some(canonical(address.into()))
         }
         _ => None,
@@ -502,12 +497,8 @@ fn check(result: c_int) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
-/// Longest datagram in a run: what an Ethernet frame carries without fragments, because the kernel refuses to segment
-/// beyond the MTU.
-const MAX_RUN_SEGMENT: usize = 1400;
+/// The sender of a datagram whose address is of a family that no UDP socket has.
+const NOBODY: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0));
 
-/// Most datagrams in a run (the kernel's `UDP_MAX_SEGMENTS`).
-const MAX_RUN: usize = 64;
-
-/// Most bytes in a run.
-const MAX_RUN_BYTES: usize = 65_000;
+#[cfg(test)]
+mod tests;
