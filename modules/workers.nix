@@ -58,8 +58,10 @@ let
         };
         ports = {
           http = port name 8081 "TCP port of this worker's health and metrics, on loopback.";
-          dcf = port name 7779 "UDP port on which this worker takes tasks of v5.0.0 heads.";
-          ring = port name 7781 "UDP port on which this worker, with `shards`, takes other workers (QUIC).";
+          dcf = port name 7779 "UDP port on which this worker takes tasks of heads of DCF v5.0.0 and v5.1.";
+          ring =
+            port name 7781
+              "UDP port on which this worker, with `shards` or with models by a name, takes other workers (QUIC).";
         };
         settings = mkOption {
           type = types.submodule {

@@ -951,12 +951,24 @@ in
         105
         315
       ];
-  "a shim's drain counts, too" =
+  "a shim's drain counts, too, also under its old name" =
     is
-      (services (shim {
-        settings.shim.drain_timeout = "1m";
-      })).hydramesh-shim.serviceConfig.TimeoutStopSec
-      75;
+      (map
+        (
+          settings:
+          (services (shim {
+            settings.shim = settings;
+          })).hydramesh-shim.serviceConfig.TimeoutStopSec
+        )
+        [
+          { drain_limit = "1m"; }
+          { drain_timeout = "2m"; }
+        ]
+      )
+      [
+        75
+        135
+      ];
 
   # Secrets.
   "secrets are credentials, and the services get their paths" =

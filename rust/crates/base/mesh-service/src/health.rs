@@ -1,6 +1,8 @@
 //! `/health` (liveness), `/ready` (readiness with its reason) and `/metrics`, the same for every service.
 
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
@@ -8,7 +10,10 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use serde_json::json;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
 
+use crate::http::{self, Guard};
 use crate::metrics::{Format, Metrics};
 use crate::notify::Watchdog;
 
@@ -73,6 +78,21 @@ pub fn router(health: Health, metrics: Arc<Metrics>) -> Router {
         .route("/metrics", get(scrape).with_state(metrics))
 }
 
+/// Serves nothing but the three endpoints, in the background, until `stop`. `hosts` are names besides this machine's own under which
+/// browsers may reach it on loopback.
+pub fn serve(
+    listener: TcpListener,
+    hosts: &[String],
+    health: Health,
+    metrics: Arc<Metrics>,
+    stop: CancellationToken,
+) -> io::Result<()> {
+    let guard = Guard::of_listener(listener.local_addr()?.ip(), hosts);
+    let router = guard.before(router(health, metrics));
+    tokio::spawn(http::serve(listener, router, stop, GOODBYE));
+    Ok(())
+}
+
 async fn live(State(health): State<Health>) -> Response {
     match health.watchdog.as_ref().and_then(Watchdog::stuck) {
         None => Json(json!({ "status": "ok" })).into_response(),
@@ -116,12 +136,14 @@ async fn scrape(State(metrics): State<Arc<Metrics>>, headers: HeaderMap) -> impl
     (headers, metrics.encode(format))
 }
 
+/// Time for requests that are open when a service stops.
+const GOODBYE: Duration = Duration::from_secs(1);
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use axum::body::{Body, to_bytes};
     use axum::http::Request;
-    use std::time::Duration;
     use tower::ServiceExt;
 
     async fn get(router: &Router, path: &str) -> (StatusCode, String) {

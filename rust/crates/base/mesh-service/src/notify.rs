@@ -34,6 +34,7 @@ pub fn stopping(limit: Duration) {
     let micros = u32::try_from(limit.as_micros()).unwrap_or(u32::MAX);
     send(&[
         NotifyState::Stopping,
+        NotifyState::Status("draining"),
         NotifyState::ExtendTimeoutUsec(micros),
     ]);
 }

@@ -1,32 +1,20 @@
 //! A reload: the configuration and the files it names are read again, and what can change while the service runs changes.
 //!
-//! A service names the keys that it can apply ([`Reloader::read`]). Every other key that has changed is named in the log as
-//! one that needs a restart. A configuration that cannot be read or contradicts itself changes nothing.
+//! A service names the keys that it can apply. Every other key that has changed is named in the log as one that needs a restart.
+//! A configuration that cannot be read or contradicts itself changes nothing.
 
 use std::fmt::Display;
 
 use serde::Serialize;
 
-use crate::config::{CommonArgs, ConfigError};
+use crate::config::ConfigError;
+use crate::notify;
 use crate::shutdown::Shutdown;
-use crate::{notify, telemetry};
 
 /// Knows which configuration is in effect, and reads the new one.
 pub struct Reloader<T> {
     read: Box<dyn Fn() -> anyhow::Result<T> + Send>,
     running: toml::Table,
-}
-
-/// A configuration that was read again.
-#[derive(Clone, Debug)]
-pub struct Fresh<T> {
-    /// The configuration.
-    pub value: T,
-    /// Keys that are not as they were and can be applied.
-    pub changed: Vec<String>,
-    /// Keys that are not as they were and need a restart.
-    pub restart: Vec<String>,
-    table: toml::Table,
 }
 
 impl<T: Serialize> Reloader<T> {
@@ -44,56 +32,25 @@ impl<T: Serialize> Reloader<T> {
         })
     }
 
-    /// Reads the configuration again and compares it with what is in effect. `live` are the keys that the service can apply.
-    ///
-    /// # Errors
-    /// If it cannot be read, or is not sound.
-    pub fn read(&self, live: &[&str]) -> anyhow::Result<Fresh<T>> {
-        let value = (self.read)()?;
-        let table = table(&value)?;
-        let keys = differences(&self.running, &table);
-        let (changed, restart) = keys
-            .into_iter()
-            .partition(|key| live.contains(&key.as_str()));
-        Ok(Fresh {
-            value,
-            changed,
-            restart,
-            table,
-        })
-    }
-
-    /// A whole reload: reads the configuration, has `apply` put the `live` keys into effect and read files again, and changes
-    /// what is logged to what `level` says (the key `log_level`).
-    pub fn reload(
-        &mut self,
-        live: &[&str],
-        args: &CommonArgs,
-        level: impl FnOnce(&T) -> Option<String>,
-        apply: impl FnOnce(&T, &mut Report),
-    ) -> Report {
+    /// Reads the configuration again, and has `apply` put the `live` keys into effect and read files again.
+    pub fn reload(&mut self, live: &[&str], apply: impl FnOnce(&T, &mut Report)) -> Report {
         let mut report = Report::default();
-        let fresh = match self.read(&[live, &[LOG_LEVEL]].concat()) {
-            Ok(fresh) => fresh,
+        let read = (self.read)().and_then(|value| Ok((table(&value)?, value)));
+        let (fresh, value) = match read {
+            Ok(read) => read,
             Err(error) => {
                 report.failed.push(format!("configuration: {error:#}"));
                 return report;
             }
         };
-        report.restart.clone_from(&fresh.restart);
-        report.applied.clone_from(&fresh.changed);
-        apply(&fresh.value, &mut report);
-        let logged = telemetry::reload(args, level(&fresh.value).as_deref());
-        report.step(LOG_LEVEL, logged.map(|()| false));
-        self.applied(&fresh);
-        report
-    }
-
-    /// The changed keys of `fresh` are in effect now.
-    pub fn applied(&mut self, fresh: &Fresh<T>) {
-        for key in &fresh.changed {
-            copy(key, &fresh.table, &mut self.running);
+        let keys = differences(&self.running, &fresh).into_iter();
+        (report.applied, report.restart) = keys.partition(|key| live.contains(&key.as_str()));
+        let changed = report.applied.clone();
+        apply(&value, &mut report);
+        for key in &changed {
+            copy(key, &fresh, &mut self.running);
         }
+        report
     }
 }
 
@@ -147,9 +104,6 @@ pub async fn follow(shutdown: Shutdown, mut reload: impl FnMut() -> Report) {
         notify::ready();
     }
 }
-
-/// The key that says what is logged.
-const LOG_LEVEL: &str = "log_level";
 
 fn table<T: Serialize>(config: &T) -> Result<toml::Table, ConfigError> {
     toml::Table::try_from(config).map_err(|error| ConfigError::Unprintable {
@@ -230,7 +184,11 @@ mod tests {
     #[test]
     fn what_can_be_applied_is_told_from_what_needs_a_restart() {
         let (mut reloader, file) = reloader();
-        assert!(reloader.read(&LIVE).unwrap().changed.is_empty());
+        let mut reload = || {
+            let report = reloader.reload(&LIVE, |_, _| {});
+            (report.applied, report.restart)
+        };
+        assert_eq!(reload(), (vec![], vec![]));
         let new = Config {
             level: Some("debug".into()),
             http: Http {
@@ -239,25 +197,24 @@ mod tests {
             },
         };
         *file.lock().unwrap() = Some(new);
-        let fresh = reloader.read(&LIVE).unwrap();
-        assert_eq!(fresh.changed, ["http.keys", "level"]);
-        assert_eq!(fresh.restart, ["http.port"]);
-        reloader.applied(&fresh);
+        let keys = |keys: &[&str]| keys.iter().map(|key| (*key).to_owned()).collect::<Vec<_>>();
+        assert_eq!(
+            reload(),
+            (keys(&["http.keys", "level"]), keys(&["http.port"]))
+        );
         // A change that was applied is not reported again; one that needs a restart is.
-        let again = reloader.read(&LIVE).unwrap();
-        assert_eq!((again.changed.len(), again.restart.len()), (0, 1));
+        assert_eq!(reload(), (vec![], keys(&["http.port"])));
         *file.lock().unwrap() = Some(Config::default());
-        let back = reloader.read(&LIVE).unwrap();
-        assert_eq!(back.changed, ["http.keys", "level"]);
-        assert!(back.restart.is_empty());
+        assert_eq!(reload(), (keys(&["http.keys", "level"]), vec![]));
     }
 
     #[test]
     fn a_bad_configuration_is_an_error_and_changes_nothing() {
-        let (reloader, file) = reloader();
+        let (mut reloader, file) = reloader();
         *file.lock().unwrap() = None;
-        let error = reloader.read(&LIVE).unwrap_err();
-        assert!(error.to_string().contains("levl"));
+        let report = reloader.reload(&LIVE, |_, _| panic!("nothing to apply"));
+        assert!(report.failed[0].contains("levl"), "{report:?}");
+        assert!(report.applied.is_empty() && report.restart.is_empty());
     }
 
     #[tokio::test]

@@ -55,12 +55,7 @@ pub fn init(
     args: &CommonArgs,
     configured: Option<&str>,
 ) -> Result<(), TelemetryError> {
-    let filter = filter(
-        args.log_level.as_deref(),
-        std::env::var("RUST_LOG").ok().as_deref(),
-        configured,
-    )?;
-    let (filter, handle) = reload::Layer::new(filter);
+    let (filter, handle) = reload::Layer::new(given(args, configured)?);
     Registry::default()
         .with(output(service, args.log_format)?.with_filter(filter))
         .try_init()
@@ -72,11 +67,7 @@ pub fn init(
 
 /// Changes what is logged, to another filter in the configuration. Nothing changes where the flag or RUST_LOG says what is.
 pub fn reload(args: &CommonArgs, configured: Option<&str>) -> Result<(), TelemetryError> {
-    let filter = filter(
-        args.log_level.as_deref(),
-        std::env::var("RUST_LOG").ok().as_deref(),
-        configured,
-    )?;
+    let filter = given(args, configured)?;
     match FILTER.get() {
         Some(handle) => handle
             .reload(filter)
@@ -89,6 +80,15 @@ pub fn reload(args: &CommonArgs, configured: Option<&str>) -> Result<(), Telemet
 /// Checks that the filter in a configuration is valid.
 pub fn check(configured: Option<&str>) -> Result<(), TelemetryError> {
     filter(None, None, configured).map(|_| ())
+}
+
+fn given(args: &CommonArgs, configured: Option<&str>) -> Result<EnvFilter, TelemetryError> {
+    let environment = std::env::var("RUST_LOG").ok();
+    filter(
+        args.log_level.as_deref(),
+        environment.as_deref(),
+        configured,
+    )
 }
 
 /// The filter in effect: the flag, else the environment, else the configuration, else [`DEFAULT_FILTER`].

@@ -226,7 +226,7 @@ impl Intake {
             warn!(
                 source = %peer.address.ip(),
                 version = ?peer.version,
-                "a DCF client does not answer Challenges and gets no answers: it seems to be of an older version; update it, or list its network in dcf.unverified_networks"
+                "a DCF client does not answer Challenges and gets no answers: it seems to be of an older version; update it, or list its network in unverified_networks"
             );
         }
         let message = (header.kind(), payload);

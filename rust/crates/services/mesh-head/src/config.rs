@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use mesh_service::config::units;
-use mesh_service::config::{CommonArgs, ConfigError, Loaded, Loader};
 use mesh_service::http::{Connections, Origin};
 use mesh_service::network::Network;
 use serde::{Deserialize, Serialize};
@@ -59,6 +58,9 @@ pub struct Config {
     pub default_model: Option<String>,
     /// Networks whose plain DCF clients are served, besides loopback.
     pub trusted_networks: Vec<Network>,
+    /// Those of `trusted_networks` whose clients need not show that they have the address that they send from: clients of DCF v5.0.0
+    /// cannot. Who can forge an address there can have answers sent to it.
+    pub unverified_networks: Vec<Network>,
     /// The OpenAI API.
     pub http: HttpConfig,
     /// DCF over UDP.
@@ -133,9 +135,6 @@ pub struct DcfConfig {
     pub legacy_worker_networks: Vec<Network>,
     /// Tasks given to one of them at a time.
     pub legacy_concurrency: u32,
-    /// Those of `trusted_networks` whose clients need not show that they have the address that they send from: clients of DCF v5.0.0
-    /// cannot. Who can forge an address there can have answers sent to it.
-    pub unverified_networks: Vec<Network>,
     /// Answers kept for clients that repeat their Task.
     pub answers_kept: usize,
     /// Bytes of them; the newest is kept even if it alone has more.
@@ -217,6 +216,7 @@ impl Default for Config {
             drain_limit: Duration::from_secs(30),
             default_model: None,
             trusted_networks: Vec::new(),
+            unverified_networks: Vec::new(),
             http: HttpConfig::default(),
             dcf: DcfConfig::default(),
             quic: QuicConfig::default(),
@@ -273,7 +273,6 @@ impl Default for DcfConfig {
             legacy_workers: false,
             legacy_worker_networks: Vec::new(),
             legacy_concurrency: 64,
-            unverified_networks: Vec::new(),
             answers_kept: 4096,
             answers_kept_bytes: 16 << 20,
             answers_kept_for: Duration::from_secs(60),
@@ -291,26 +290,6 @@ impl Default for QuicConfig {
 }
 
 impl Config {
-    /// Merges defaults, file, environment and flags.
-    ///
-    /// # Errors
-    /// [`ConfigError`] names the key and its origin.
-    pub fn load(common: &CommonArgs, flags: &ListenFlags) -> Result<Loaded<Self>, ConfigError> {
-        let loader = flags.port_variables().into_iter().fold(
-            Loader::new("head")
-                .env("DCF_WORKER_TIMEOUT", "worker_timeout")
-                .env("DCF_REQUEST_TIMEOUT", "request_timeout"),
-            |loader, (variable, key, address)| loader.flag(variable, key, address),
-        );
-        loader
-            .common(common)
-            .flag("--http", "http.listen", flags.http)
-            .flag("--dcf-clients", "dcf.clients", flags.dcf_clients)
-            .flag("--dcf-workers", "dcf.workers", flags.dcf_workers)
-            .flag("--quic", "quic.listen", flags.quic)
-            .load()
-    }
-
     /// Checks what single keys cannot say.
     ///
     /// # Errors
@@ -454,7 +433,7 @@ impl Config {
     /// elsewhere: the system drops such datagrams.
     pub fn knows(&self, source: IpAddr) -> bool {
         let canonical = source.to_canonical();
-        let unverified = &self.dcf.unverified_networks;
+        let unverified = &self.unverified_networks;
         self.trusts(source)
             && (canonical.is_loopback() || unverified.iter().any(|n| n.contains(canonical)))
     }
@@ -467,46 +446,6 @@ impl Config {
                 .trusted_networks
                 .iter()
                 .any(|network| network.contains(source))
-    }
-}
-
-/// Flags that say where to listen.
-#[derive(Debug, Clone, Default, clap::Args)]
-pub struct ListenFlags {
-    /// OpenAI API [default: 127.0.0.1:8080]
-    #[arg(long, value_name = "ADDRESS")]
-    pub http: Option<SocketAddr>,
-    /// DCF clients, UDP [default: [::]:7777]
-    #[arg(long, value_name = "ADDRESS")]
-    pub dcf_clients: Option<SocketAddr>,
-    /// Worker bus, UDP [default: [::]:7778]
-    #[arg(long, value_name = "ADDRESS")]
-    pub dcf_workers: Option<SocketAddr>,
-    /// Links of workers, QUIC [default: [::]:7780]
-    #[arg(long, value_name = "ADDRESS")]
-    pub quic: Option<SocketAddr>,
-}
-
-impl ListenFlags {
-    /// The ports that existing deployments set in the environment, with the keys they stand for. They name a port only:
-    /// the address stays the default one.
-    fn port_variables(&self) -> Vec<(&'static str, &'static str, Option<String>)> {
-        let defaults = Config::default();
-        [
-            ("DCF_CLIENT_PORT", "dcf.clients", defaults.dcf.clients),
-            ("DCF_WORKER_PORT", "dcf.workers", defaults.dcf.workers),
-            ("DCF_HEALTH_PORT", "http.listen", defaults.http.listen),
-        ]
-        .into_iter()
-        .map(|(variable, key, default)| {
-            // Joined as text, so that a port that is none is refused with the variable's name.
-            let address = std::env::var(variable).ok().map(|port| match default.ip() {
-                IpAddr::V4(ip) => format!("{ip}:{}", port.trim()),
-                IpAddr::V6(ip) => format!("[{ip}]:{}", port.trim()),
-            });
-            (variable, key, address)
-        })
-        .collect()
     }
 }
 
@@ -560,6 +499,8 @@ fn anywhere(port: u16) -> SocketAddr {
 
 #[cfg(test)]
 mod tests {
+    use mesh_service::config::{Loaded, Loader};
+
     use super::*;
 
     fn load(toml: &str) -> Loaded<Config> {

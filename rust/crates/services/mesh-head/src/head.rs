@@ -17,7 +17,7 @@ use mesh_service::reload::Report;
 use mesh_service::shutdown::{Drained, Shutdown};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::task::TaskTracker;
-use tracing::{info, warn};
+use tracing::warn;
 
 use crate::config::{Config, Unsound};
 use crate::http::{self, Keys, KeysError};
@@ -50,9 +50,10 @@ pub struct Live {
 
 impl Live {
     /// The keys of the configuration that [`Live::reload`] applies, besides `log_level`.
-    pub const KEYS: [&str; 4] = [
+    pub const KEYS: [&str; 5] = [
         "http.api_keys_file",
         "trusted_networks",
+        "unverified_networks",
         "dcf.legacy_workers",
         "dcf.legacy_worker_networks",
     ];
@@ -195,8 +196,6 @@ impl Head {
 
         let discovery = announce(&mesh.config, &announced, addresses["quic"].port());
         addresses::write(&state_dir, &addresses)?;
-        info!(?addresses, state_dir = %state_dir.display(), "head started");
-        notify::ready();
         let running = tokio::spawn(
             Parts {
                 shutdown: shutdown.clone(),
@@ -260,7 +259,6 @@ struct Parts {
 impl Parts {
     async fn run(mut self) -> Drained {
         self.shutdown.draining().await;
-        info!("draining: nothing new is taken");
         self.answers.close();
         let api = async {
             match (&mut self.api).await {
@@ -283,7 +281,6 @@ impl Parts {
         let _ = tokio::time::timeout(GOODBYE, goodbye).await;
         self.api.abort();
         self.loops.shutdown().await;
-        info!(?drained, "head stopped");
         drained
     }
 }

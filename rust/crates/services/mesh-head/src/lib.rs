@@ -6,7 +6,7 @@
 //! ([`drive`], [`embed`]) that carries an answer from its worker to its client, and from one worker to the next when that
 //! one dies.
 //!
-//! [`Head::start`] starts all of it in-process; the binary adds configuration, logging and signals.
+//! [`Head::start`] starts all of it in-process; [`mesh_service::run`] makes a program of it.
 
 #![forbid(unsafe_code)]
 
@@ -27,6 +27,7 @@ pub mod links;
 pub mod mesh;
 pub mod metrics;
 mod pins;
+mod service;
 pub mod task;
 pub mod worker_bus;
 

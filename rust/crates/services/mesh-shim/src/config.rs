@@ -19,9 +19,6 @@ pub struct Config {
     pub state_dir: Option<PathBuf>,
     /// Where clients send their datagrams.
     pub listen: SocketAddr,
-    /// Replaces the port of `listen`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ingress_port: Option<u16>,
     /// The heads, `host:port`, the preferred one first.
     pub heads: Vec<String>,
     /// Who is served.
@@ -54,7 +51,7 @@ pub struct Config {
     pub answer_linger: Duration,
     /// How long running tasks may take to finish after SIGTERM.
     #[serde(with = "units::duration")]
-    pub drain_timeout: Duration,
+    pub drain_limit: Duration,
     /// The HTTP listener for `/health`, `/ready` and `/metrics`.
     pub http: Http,
     /// Log level or filter, used if neither `--log-level` nor RUST_LOG is set.
@@ -67,7 +64,6 @@ impl Default for Config {
         Self {
             state_dir: None,
             listen: mesh_base::listen::anywhere(9999),
-            ingress_port: None,
             heads: vec!["127.0.0.1:7777".into()],
             admit: Admit::Trusted,
             trust_loopback: true,
@@ -80,7 +76,7 @@ impl Default for Config {
             head_timeout: Duration::from_millis(1_500),
             request_timeout: Duration::from_secs(300),
             answer_linger: Duration::from_secs(60),
-            drain_timeout: Duration::from_secs(30),
+            drain_limit: Duration::from_secs(30),
             http: Http::default(),
             log_level: None,
         }
@@ -92,37 +88,24 @@ impl Config {
     ///
     /// # Errors
     /// A sentence with the key, its value and what to do.
-    pub fn validate(&self) -> Result<(), ConfigError> {
+    pub fn check(&self) -> Result<(), Unsound> {
         let heads = self.heads.len();
         if heads == 0 || heads > MAX_HEADS {
-            return Err(ConfigError::Heads { count: heads });
+            return Err(Unsound::Heads(heads));
         }
         if let Some(head) = self.heads.iter().find(|head| host_and_port(head).is_none()) {
-            return Err(ConfigError::Head {
-                value: head.clone(),
-            });
+            return Err(Unsound::Head(head.clone()));
         }
         if !(2..=MAX_TASKS).contains(&self.max_tasks) {
-            return Err(ConfigError::MaxTasks {
-                value: self.max_tasks,
-            });
+            return Err(Unsound::MaxTasks(self.max_tasks));
         }
         if self.probe_interval.is_zero() || self.head_timeout < self.probe_interval {
-            return Err(ConfigError::Probing {
+            return Err(Unsound::Probing {
                 interval: self.probe_interval,
                 timeout: self.head_timeout,
             });
         }
         Ok(())
-    }
-
-    /// Where clients send their datagrams, `ingress_port` considered.
-    #[must_use]
-    pub fn ingress(&self) -> SocketAddr {
-        SocketAddr::new(
-            self.listen.ip(),
-            self.ingress_port.unwrap_or(self.listen.port()),
-        )
     }
 
     /// Whether datagrams from `source` are served without proof that they are from there. A loopback address cannot be forged from
@@ -191,30 +174,19 @@ pub struct Http {
     pub hosts: Vec<String>,
 }
 
-/// What is wrong with a configuration.
+/// Keys that are valid one by one and make no sense together.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ConfigError {
+pub enum Unsound {
     /// None or too many.
-    #[error("`heads` names {count} heads; name 1 to {MAX_HEADS}, as [\"host:7777\"]")]
-    Heads {
-        /// How many.
-        count: usize,
-    },
+    #[error("`heads` names {0} heads; name 1 to {MAX_HEADS}, as [\"host:7777\"]")]
+    Heads(usize),
     /// Not `host:port`.
-    #[error(
-        "`heads` contains {value:?}, which is not host:port; write it as \"head.example:7777\""
-    )]
-    Head {
-        /// The entry.
-        value: String,
-    },
+    #[error("`heads` contains {0:?}, which is not host:port; write it as \"head.example:7777\"")]
+    Head(String),
     /// Out of range.
-    #[error("`max_tasks` is {value}; choose 2 to {MAX_TASKS}")]
-    MaxTasks {
-        /// The value.
-        value: usize,
-    },
-    /// They contradict each other.
+    #[error("`max_tasks` is {0}; choose 2 to {MAX_TASKS}")]
+    MaxTasks(usize),
+    /// Interval of probes and timeout of heads contradict each other.
     #[error(
         "`head_timeout` ({timeout:?}) must not be shorter than `probe_interval` ({interval:?}), which must not be 0"
     )]
@@ -255,25 +227,22 @@ mod tests {
                 heads: vec![head.into()],
                 ..Config::default()
             };
-            assert_eq!(
-                config.validate(),
-                Err(ConfigError::Head { value: head.into() })
-            );
+            assert_eq!(config.check(), Err(Unsound::Head(head.into())));
         }
         assert_eq!(
             Config {
                 heads: vec![],
                 ..Config::default()
             }
-            .validate(),
-            Err(ConfigError::Heads { count: 0 })
+            .check(),
+            Err(Unsound::Heads(0))
         );
         assert_eq!(
             Config {
                 heads: vec!["[::1]:7777".into()],
                 ..Config::default()
             }
-            .validate(),
+            .check(),
             Ok(())
         );
     }
@@ -284,9 +253,6 @@ mod tests {
             head_timeout: Duration::from_millis(100),
             ..Config::default()
         };
-        assert!(matches!(
-            config.validate(),
-            Err(ConfigError::Probing { .. })
-        ));
+        assert!(matches!(config.check(), Err(Unsound::Probing { .. })));
     }
 }

@@ -4,7 +4,8 @@
 //! - [`batch`] moves datagrams in batches, with one system call for many;
 //! - [`shim`] is the loop between the two, on a thread of its own;
 //! - [`metrics`] shows its counters to Prometheus;
-//! - [`config`] is what an operator can set, [`stats`] what one can read.
+//! - [`config`] is what an operator can set, [`stats`] what one can read;
+//! - `service` makes a program of it.
 #![forbid(unsafe_code)]
 
 pub mod batch;
@@ -13,6 +14,7 @@ mod candidates;
 pub mod config;
 pub mod metrics;
 mod resolve;
+mod service;
 pub mod shim;
 pub mod stats;
 

@@ -20,7 +20,7 @@ use crate::{
     batch::{self, BATCH, RecvBatch, SendReport},
     bridge::{Bridge, Destination, FromClient, FromHead, HeadState, Reply, Secrets, Transmit},
     candidates::{self, Candidates},
-    config::{Config, ConfigError},
+    config::{Config, Unsound},
     resolve::{HeadAddresses, Resolver},
     stats::Stats,
 };
@@ -44,7 +44,7 @@ pub struct ShimHandle {
 pub enum StartError {
     /// The configuration.
     #[error(transparent)]
-    Config(#[from] ConfigError),
+    Config(#[from] Unsound),
     /// The port for clients.
     #[error(
         "cannot listen on {address}/udp: {source}; is another shim running, or the port reserved?"
@@ -78,9 +78,10 @@ impl Shim {
         config: Config,
         beat: impl FnMut() + Send + 'static,
     ) -> Result<ShimHandle, StartError> {
-        config.validate()?;
-        let ingress = bind(config.ingress()).map_err(|source| StartError::Listen {
-            address: config.ingress(),
+        config.check()?;
+        let listening = config.listen;
+        let ingress = bind(listening).map_err(|source| StartError::Listen {
+            address: listening,
             source,
         })?;
         let address = ingress.local_addr()?;
@@ -102,7 +103,7 @@ impl Shim {
         let now = Instant::now();
         let mut shim = Loop {
             heads: config.heads.iter().map(|_| Candidates::default()).collect(),
-            drain_timeout: config.drain_timeout,
+            drain_limit: config.drain_limit,
             bridge: Bridge::new(config, &secrets(), Arc::clone(&stats), now),
             ingress,
             routes: Routes::new(),
@@ -163,7 +164,7 @@ impl ShimHandle {
         Live(Arc::clone(&self.control))
     }
 
-    /// Takes no new task from now on, and ends when those under way are answered, or when `drain_timeout` is over: then
+    /// Takes no new task from now on, and ends when those under way are answered, or when `drain_limit` is over: then
     /// their clients get an Error. Returns at once; see [`ShimHandle::join`].
     pub fn drain(&self) {
         self.control.enter(DRAINING);
@@ -250,7 +251,7 @@ struct Loop<F> {
     own: Box<[u8]>,
     stats: Arc<Stats>,
     control: Arc<Control>,
-    drain_timeout: Duration,
+    drain_limit: Duration,
     drain_until: Option<Instant>,
     beat: F,
 }
@@ -296,7 +297,7 @@ impl<F: FnMut()> Loop<F> {
         }
         let until = *self.drain_until.get_or_insert_with(|| {
             self.bridge.begin_drain();
-            now + self.drain_timeout
+            now + self.drain_limit
         });
         if self.bridge.open_tasks() > 0 && now < until {
             return false;

@@ -181,7 +181,7 @@ fn a_drain_lets_running_tasks_finish_and_refuses_new_ones() {
 fn a_drain_ends_at_its_limit() {
     let head = Head::start("a", Duration::from_secs(60));
     let shim = shim(&[&head], |config| {
-        config.drain_timeout = Duration::from_millis(200)
+        config.drain_limit = Duration::from_millis(200)
     });
     let client = client(&shim);
     ask(&client, 1, "too slow");

@@ -10,7 +10,6 @@ use mesh_engine::SchedulerConfig;
 use mesh_engine_ort::{Backend, WeightFormat};
 use mesh_model::Model;
 use mesh_service::config::units;
-use mesh_service::config::{CommonArgs, ConfigError, Loaded, Loader};
 use mesh_service::network::Network;
 use serde::{Deserialize, Serialize};
 
@@ -121,19 +120,19 @@ impl Default for EmbedConfig {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct WeightsConfig {
-    /// How weights of models that are served whole are held.
-    pub format: WholeFormat,
+    /// How weights of models that are served whole are held; `auto` is as in the file, or as 8-bit integers where those are floats.
+    pub format: Format,
     /// Most disk space, in the folder `weights` of the state directory, for weights that were quantised when they were loaded;
     /// 0 keeps none.
     #[serde(with = "units::bytes")]
     pub cache: u64,
 }
 
-/// How the weights of whole models are held in memory.
+/// How weights are held in memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum WholeFormat {
-    /// As in the file, or as 8-bit integers where those are floats.
+pub enum Format {
+    /// As it suits: see where it is set.
     #[default]
     Auto,
     /// As in the file.
@@ -144,14 +143,22 @@ pub enum WholeFormat {
     Int4,
 }
 
-impl WholeFormat {
-    /// What it comes to for a model.
+impl Format {
+    /// What it comes to for a model that is served whole.
     pub(crate) fn of(self, model: &Model) -> WeightFormat {
+        match self.candidates() {
+            [only] => *only,
+            _ => WeightFormat::suited(model),
+        }
+    }
+
+    /// The formats to measure for parts of a model.
+    pub(crate) fn candidates(self) -> &'static [WeightFormat] {
         match self {
-            WholeFormat::Auto => WeightFormat::suited(model),
-            WholeFormat::File => WeightFormat::File,
-            WholeFormat::Int8 => WeightFormat::Int8,
-            WholeFormat::Int4 => WeightFormat::Int4,
+            Format::Auto => &[WeightFormat::File, WeightFormat::Int8],
+            Format::File => &[WeightFormat::File],
+            Format::Int8 => &[WeightFormat::Int8],
+            Format::Int4 => &[WeightFormat::Int4],
         }
     }
 }
@@ -160,13 +167,13 @@ impl WholeFormat {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RingConfig {
-    /// Where other workers reach this one, QUIC over UDP. Used only if there are `shards`.
+    /// Where other workers reach this one, QUIC over UDP. Used only if there are `shards`, or models that come from elsewhere.
     pub listen: SocketAddr,
     /// Most memory for parts and their KV cache; by default most of what is free at the start.
     #[serde(with = "units::optional_bytes")]
     pub memory: Option<u64>,
-    /// How weights are held.
-    pub format: RingFormat,
+    /// How weights are held; `auto` is as in the file or as 8-bit integers, whichever is faster on this machine by measurement.
+    pub format: Format,
 }
 
 /// Models that come from elsewhere: from other workers, from the hub.
@@ -186,33 +193,6 @@ pub struct StoreConfig {
     pub require_signature: bool,
     /// Files with the public keys of those whose signatures count.
     pub trusted_keys: Vec<PathBuf>,
-}
-
-/// How the weights of parts are held in memory.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum RingFormat {
-    /// As in the file or as 8-bit integers, whichever is faster on this machine by measurement.
-    #[default]
-    Auto,
-    /// As in the file.
-    File,
-    /// 8-bit integers.
-    Int8,
-    /// 4-bit integers.
-    Int4,
-}
-
-impl RingFormat {
-    /// The formats to measure.
-    pub(crate) fn candidates(self) -> &'static [WeightFormat] {
-        match self {
-            RingFormat::Auto => &[WeightFormat::File, WeightFormat::Int8],
-            RingFormat::File => &[WeightFormat::File],
-            RingFormat::Int8 => &[WeightFormat::Int8],
-            RingFormat::Int4 => &[WeightFormat::Int4],
-        }
-    }
 }
 
 /// DCF over UDP.
@@ -316,7 +296,7 @@ impl Default for HttpConfig {
 impl Default for WeightsConfig {
     fn default() -> Self {
         WeightsConfig {
-            format: WholeFormat::default(),
+            format: Format::default(),
             cache: 32 << 30,
         }
     }
@@ -327,7 +307,7 @@ impl Default for RingConfig {
         RingConfig {
             listen: mesh_base::listen::anywhere(7781),
             memory: None,
-            format: RingFormat::default(),
+            format: Format::default(),
         }
     }
 }
@@ -366,42 +346,6 @@ impl Default for SamplingDefaults {
     }
 }
 
-/// The worker's own flags.
-#[derive(Debug, Clone, Default, clap::Args)]
-pub struct WorkerFlags {
-    /// The head's QUIC address
-    #[arg(long, value_name = "HOST:PORT")]
-    pub head: Option<String>,
-
-    /// File with the join token, needed at the first start
-    #[arg(long, value_name = "FILE")]
-    pub join_token_file: Option<PathBuf>,
-
-    /// Model to serve: a GGUF file, or a name in the model folders (may be repeated)
-    #[arg(long = "model", value_name = "MODEL")]
-    pub models: Vec<String>,
-
-    /// Model to hold a range of layers of, as the head decides (may be repeated)
-    #[arg(long = "shard", value_name = "MODEL")]
-    pub shards: Vec<String>,
-
-    /// Where other workers reach this one
-    #[arg(long, value_name = "ADDRESS:PORT")]
-    pub ring: Option<SocketAddr>,
-
-    /// Threads that compute; 0 is one per core
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
-
-    /// Where to serve /health, /ready and /metrics
-    #[arg(long, value_name = "ADDRESS:PORT")]
-    pub http: Option<SocketAddr>,
-
-    /// Where to take plain DCF tasks
-    #[arg(long, value_name = "ADDRESS:PORT")]
-    pub dcf: Option<SocketAddr>,
-}
-
 impl Config {
     /// How requests are scheduled, but for the KV memory.
     pub(crate) fn scheduler(&self) -> SchedulerConfig {
@@ -410,30 +354,6 @@ impl Config {
             decode_stall: self.decode_stall,
             ..SchedulerConfig::default()
         }
-    }
-
-    /// Merges defaults, file, environment and flags.
-    pub fn load(common: &CommonArgs, flags: &WorkerFlags) -> Result<Loaded<Self>, ConfigError> {
-        let token_file = flags.join_token_file.as_ref().map(|path| path.display());
-        // The list goes through text like every flag; commas separate.
-        let models = (!flags.models.is_empty()).then(|| flags.models.join(","));
-        let shards = (!flags.shards.is_empty()).then(|| flags.shards.join(","));
-        port_variable("DCF_HEALTH_PORT", "http.listen", Ipv4Addr::LOCALHOST.into())
-            .into_iter()
-            .fold(Loader::new("worker"), |loader, (variable, key, address)| {
-                loader.flag(variable, key, Some(address))
-            })
-            .env("TORCH_DEVICE", "backend")
-            .common(common)
-            .flag("--head", "head", flags.head.as_ref())
-            .flag("--join-token-file", "join_token_file", token_file)
-            .flag("--model", "models", models)
-            .flag("--shard", "shards", shards)
-            .flag("--ring", "ring.listen", flags.ring)
-            .flag("--threads", "threads", flags.threads)
-            .flag("--http", "http.listen", flags.http)
-            .flag("--dcf", "dcf.listen", flags.dcf)
-            .load()
     }
 
     /// Checks what single keys cannot say.
@@ -551,17 +471,6 @@ pub enum Unsound {
 /// What a node can be kept for.
 const PURPOSES: [&str; 3] = ["chat", "embeddings", "images"];
 
-/// A port that existing deployments set in the environment. It names a port only: the address stays the default one.
-fn port_variable(
-    variable: &'static str,
-    key: &'static str,
-    address: IpAddr,
-) -> Option<(&'static str, &'static str, String)> {
-    // Joined as text, so that a port that is none is refused with the variable's name.
-    let port = std::env::var(variable).ok()?;
-    Some((variable, key, format!("{address}:{}", port.trim())))
-}
-
 /// A backend by its name.
 mod backend_name {
     use mesh_engine_ort::Backend;
@@ -578,6 +487,8 @@ mod backend_name {
 
 #[cfg(test)]
 mod tests {
+    use mesh_service::config::Loader;
+
     use super::*;
 
     fn parse(toml: &str) -> Config {

@@ -24,6 +24,7 @@ mod metrics;
 mod models;
 mod preparations;
 mod rings;
+mod service;
 pub mod templates;
 mod worker;
 

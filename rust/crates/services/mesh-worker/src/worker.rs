@@ -12,9 +12,8 @@ use mesh_net::trust::NodeIdentity;
 use mesh_service::addresses::{self, Addresses};
 use mesh_service::files;
 use mesh_service::health::{self, Health};
-use mesh_service::http::{self, Guard};
 use mesh_service::metrics::Metrics;
-use mesh_service::notify::{self, Heart, Watchdog};
+use mesh_service::notify::{Heart, Watchdog};
 use mesh_service::reload::Report;
 use mesh_service::shutdown::{Drained, Shutdown};
 use tokio::net::{TcpListener, UdpSocket};
@@ -49,16 +48,17 @@ impl Worker {
     /// the link to the head is made, and made again, in the background.
     pub async fn start(config: Config) -> Result<WorkerHandle, WorkerError> {
         let shutdown = Shutdown::manual(config.drain_limit);
-        Self::start_with(config, Templates::here(), shutdown).await
+        Self::start_with(config, Templates::here(), shutdown, Watchdog::start()).await
     }
 
-    /// As [`start`](Self::start), with chat templates run elsewhere, and with a shutdown that others may begin, too.
+    /// As [`start`](Self::start), with chat templates run elsewhere, with a shutdown that others may begin, too, and with its
+    /// loop watched.
     pub async fn start_with(
         config: Config,
         templates: Templates,
         shutdown: Shutdown,
+        watchdog: Watchdog,
     ) -> Result<WorkerHandle, WorkerError> {
-        let started = Instant::now();
         config.check()?;
         let config = Arc::new(config);
         let state_dir = |source| WorkerError::StateDir {
@@ -71,22 +71,15 @@ impl Worker {
         addresses::remove(&config.state_dir).map_err(state_dir)?;
 
         let sockets = Sockets::bind(&config)?;
-        let bound_http = sockets.addresses["http"].ip();
-        let watchdog = Watchdog::start();
         let health = Health::starting().watched_by(watchdog.clone());
         let metrics = Arc::new(Metrics::new("worker", env!("CARGO_PKG_VERSION")));
         let counters = Arc::new(Counters::default());
         metrics.register(|registry| counters.register(registry));
-        let router = health::router(health.clone(), metrics.clone());
-        let router = Guard::of_listener(bound_http, &config.http.hosts).before(router);
         let stop = CancellationToken::new();
         let bound = sockets.addresses.clone();
-        tokio::spawn(http::serve(
-            sockets.http,
-            router,
-            stop.clone(),
-            Duration::from_secs(1),
-        ));
+        let (http, hosts) = (sockets.http, &config.http.hosts);
+        health::serve(http, hosts, health.clone(), metrics.clone(), stop.clone())
+            .map_err(state_dir)?;
         addresses::write(&config.state_dir, &bound).map_err(state_dir)?;
         tracing::info!(http = %bound["http"], dcf = %bound["dcf"], "listening");
 
@@ -138,8 +131,6 @@ impl Worker {
             registry.register_collector(Box::new(EngineCollector(host.clone())))
         });
         let loading = Loading::begin(&config, &host, &health, failures);
-        notify::ready();
-        tracing::info!(seconds = started.elapsed().as_secs_f64(), "ready to work");
 
         let live = Live {
             config: Arc::new(RwLock::new((*config).clone())),
@@ -347,7 +338,6 @@ impl Running {
     async fn drain(&self) {
         self.shutdown.draining().await;
         self.health.set_unready("shutting down");
-        notify::status("draining");
         let finished = async {
             self.host.drain().await;
             self.answers.close();

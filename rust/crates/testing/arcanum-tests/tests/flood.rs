@@ -31,7 +31,7 @@ async fn every_udp_port_outlives_a_flood_of_bad_datagrams() -> Result<()> {
         .head_config("queue_limit = 32\n")
         .shim()
         // What the flood asked for and nobody answers is not waited for at the end.
-        .shim_config("drain_timeout = \"2s\"\n")
+        .shim_config("drain_limit = \"2s\"\n")
         .start()
         .await?;
     let shim = mesh.shim.as_ref().context("a shim")?;

@@ -26,6 +26,7 @@ fn every_service_explains_itself() -> Result<()> {
         for flag in [
             "--config",
             "--state-dir",
+            "--http",
             "--set",
             "--check-config",
             "--print-config",
@@ -92,6 +93,118 @@ fn a_printed_configuration_can_be_read_again_and_holds_no_secret() -> Result<()>
         ensure!(
             String::from_utf8_lossy(&again.stdout) == text,
             "{program}: the printed configuration reads differently"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn a_wrong_configuration_is_printed_before_it_is_refused() -> Result<()> {
+    let wrong = [
+        ("mesh-head", "request_timeout=0", "request_timeout"),
+        ("mesh-worker", "slots=0", "models"),
+        ("mesh-shim", "heads=nobody", "nobody"),
+    ];
+    for (program, set, named) in wrong {
+        for (flag, prints) in [("--print-config", true), ("--check-config", false)] {
+            let output = run(program, &["--set", set, flag])?;
+            let (printed, words) = (
+                String::from_utf8_lossy(&output.stdout),
+                String::from_utf8_lossy(&output.stderr),
+            );
+            ensure!(output.status.code() == Some(1), "{program} {flag}: {words}");
+            ensure!(printed.contains("drain_limit") == prints, "{printed}");
+            ensure!(
+                words.starts_with(&format!("{program}: ")) && words.contains(named),
+                "{program} {flag}: {words}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// A command, what the printed configuration shows for it, and the warning: none for the variables of earlier deployments.
+const OLD_NAMES: [(&str, &str, &str); 15] = [
+    (
+        "mesh-shim --http-listen 127.0.0.1:9",
+        "listen = \"127.0.0.1:9\"",
+        "use --http",
+    ),
+    ("mesh-shim --head a:1", "heads = [\"a:1\"]", ""),
+    (
+        "mesh-shim --set drain_timeout=7s",
+        "drain_limit = \"7s\"",
+        "use `drain_limit`",
+    ),
+    (
+        "HYDRAMESH_SHIM__DRAIN_TIMEOUT=7s mesh-shim",
+        "drain_limit = \"7s\"",
+        "use `drain_limit`",
+    ),
+    (
+        "mesh-shim --set ingress_port=9",
+        "listen = \"[::]:9\"",
+        "set the port in `listen`",
+    ),
+    (
+        "HYDRAMESH_SHIM__INGRESS_PORT=9 mesh-shim",
+        "listen = \"[::]:9\"",
+        "set the port in `listen`",
+    ),
+    ("SHIM_INGRESS_PORT=9 mesh-shim", "listen = \"[::]:9\"", ""),
+    ("SHIM_NODE_TARGET=a:1 mesh-shim", "heads = [\"a:1\"]", ""),
+    (
+        "mesh-head --set dcf.unverified_networks=10.0.0.0/8",
+        "unverified_networks = [\"10.0.0.0/8\"]",
+        "use `unverified_networks`",
+    ),
+    ("DCF_CLIENT_PORT=9 mesh-head", "clients = \"[::]:9\"", ""),
+    ("DCF_WORKER_PORT=9 mesh-head", "workers = \"[::]:9\"", ""),
+    (
+        "DCF_HEALTH_PORT=9 mesh-head",
+        "listen = \"127.0.0.1:9\"",
+        "",
+    ),
+    (
+        "DCF_REQUEST_TIMEOUT=7 mesh-head",
+        "request_timeout = \"7s\"",
+        "",
+    ),
+    (
+        "DCF_HEALTH_PORT=9 mesh-worker --model m --head h:1",
+        "listen = \"127.0.0.1:9\"",
+        "",
+    ),
+    (
+        "TORCH_DEVICE=cpu mesh-worker --model m --head h:1",
+        "backend = \"cpu\"",
+        "",
+    ),
+];
+
+#[test]
+fn old_names_of_flags_keys_and_variables_still_work() -> Result<()> {
+    for (command, shown, warning) in OLD_NAMES {
+        let mut words = command.split(' ').peekable();
+        let variable = words.next_if(|word| !word.starts_with("mesh-"));
+        let program = words.next().context("a program")?;
+        let output = Command::new(paths::bin_dir()?.join(program))
+            .args(words)
+            .arg("--print-config")
+            .envs(variable.and_then(|word| word.split_once('=')))
+            .output()?;
+        let printed = String::from_utf8_lossy(&output.stdout);
+        let words = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{command}: {words}");
+        // On one line, whatever the printer's way with lists.
+        let printed = printed.replace("[\n    ", "[").replace(",\n]", "]");
+        ensure!(
+            printed.contains(shown),
+            "{command}: no {shown} in {printed}"
+        );
+        ensure!(
+            words.contains("warning") != warning.is_empty() && words.contains(warning),
+            "{command}: {words}"
         );
     }
     Ok(())
@@ -280,6 +393,15 @@ async fn health_readiness_and_metrics_are_told_by_every_service() -> Result<()> 
         };
         let well = health(&state_dir)?;
         ensure!(well.status.success(), "{program} health: {well:?}");
+        let (config, dir) = (config.to_str(), state_dir.to_str());
+        let (config, dir) = config.zip(dir).context("UTF-8")?;
+        let ready = ["health", "--ready", "--state-dir", dir, "--config", config];
+        let ready = run(program, &ready)?;
+        let words = String::from_utf8_lossy(&ready.stdout);
+        ensure!(
+            ready.status.success() && words.contains("\"ready\""),
+            "{program} health --ready: {ready:?}"
+        );
         let nobody = health(&state_dir.join("nobody"))?;
         let words = String::from_utf8_lossy(&nobody.stderr);
         ensure!(

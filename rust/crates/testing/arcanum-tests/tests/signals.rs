@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::alone;
 use mesh_testkit::v5::V5Client;
-use mesh_testkit::{Launcher, Service};
+use mesh_testkit::{Launcher, Mesh, Service};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
+use serde_json::json;
 
 const LIMIT: Duration = Duration::from_secs(60);
 /// Signals that would kill a process that does not catch them.
@@ -89,7 +90,7 @@ async fn no_service_dies_of_a_signal_without_a_meaning_and_all_of_them_reload() 
     for service in &mut services {
         service.wait_for("/health").await?;
         if service.name() == "worker" {
-            logged(service, "ready to work").await?;
+            logged(service, "worker started").await?;
         }
         for signal in WITHOUT_EFFECT {
             service.signal(signal)?;
@@ -196,7 +197,7 @@ async fn a_head_reloads_keys_and_log_level_names_what_needs_a_restart_and_tells_
 }
 
 #[tokio::test]
-async fn the_second_signal_ends_a_drain_at_once() -> Result<()> {
+async fn the_second_signal_ends_a_shims_drain_at_once() -> Result<()> {
     let _alone = alone();
     let launcher = Launcher::of_this_build()?;
     // A head that takes tasks and is silent.
@@ -218,6 +219,65 @@ async fn the_second_signal_ends_a_drain_at_once() -> Result<()> {
     let status = service.wait_for_end(LIMIT).await?;
     ensure!(status.code() == Some(130), "{status}");
     Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_signal_ends_a_worker_and_a_head_at_once() -> Result<()> {
+    let _alone = alone();
+    let mut mesh = Mesh::builder()
+        .workers(1)
+        .worker_config("threads = 1\n")
+        .start()
+        .await?;
+    let client = mesh.client()?;
+    let models = client.models().await?;
+    let body = json!({"model": models[0], "prompt": "Once upon a time", "max_tokens": 1_500, "temperature": 0, "ignore_eos": true});
+    let mut stream = client.stream(body).await?;
+    stream.next().await?.context("a first piece")?;
+    // What ran on the worker waits at the head for another one, so that the head has something to wait for, too.
+    let pairs = [
+        (&mut mesh.workers[0], Signal::SIGTERM, 128 + 15),
+        (&mut mesh.head, Signal::SIGINT, 128 + 2),
+    ];
+    for (service, second, code) in pairs {
+        service.signal(Signal::SIGTERM)?;
+        logged(service, "draining").await?;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        ensure!(service.is_running(), "{}", service.log_end());
+        service.signal(second)?;
+        let status = service.wait_for_end(Duration::from_secs(5)).await?;
+        ensure!(status.code() == Some(code), "{}: {status}", service.name());
+    }
+    Ok(())
+}
+
+/// Under the old name of its drain limit.
+#[tokio::test]
+async fn a_shim_drains_on_sigterm_until_its_limit_and_ends_well() -> Result<()> {
+    let _alone = alone();
+    let launcher = Launcher::for_tests()?;
+    let silent = std::net::UdpSocket::bind("127.0.0.1:0")?;
+    let mut config = shim(&silent.local_addr()?.to_string());
+    config.insert("drain_timeout".to_owned(), "1s".into());
+    let mut service = launcher.start("mesh-shim", "shim", &config).await?;
+    logged(&service, "`drain_timeout`").await?;
+    let client = V5Client::new(service.address("ingress")?)?;
+    client.send(1, "is anybody there?")?;
+    let mut buffer = [0; 2_048];
+    silent.set_read_timeout(Some(LIMIT))?;
+    while silent.recv(&mut buffer)? < 20 || buffer[0] != mesh_testkit::v5::TASK {}
+    let started = Instant::now();
+    service.signal(Signal::SIGTERM)?;
+    service.wait_for("/health").await?;
+    let status = service.wait_for_end(LIMIT).await?;
+    let took = started.elapsed();
+    ensure!(status.success(), "{status}");
+    ensure!(
+        (1.0..20.0).contains(&took.as_secs_f64()),
+        "the drain took {took:?}:\n{}",
+        service.log()
+    );
+    logged(&service, "shim stopped").await
 }
 
 /// Python's pty gives a service a terminal of its own; when Python is killed, that terminal hangs up.

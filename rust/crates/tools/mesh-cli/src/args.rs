@@ -335,8 +335,8 @@ pub struct PlanArgs {
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Requests that run on it end where they are. Each of its stages goes to a standby that has caught up; where nobody has room for \
-one, the drain is refused and nothing changes. It stays drained, whether it restarts or not, until `hydramesh undrain` or a restart of \
-the head.
+one, the drain is refused and nothing changes. It stays drained until `hydramesh undrain`, also when it or the head restarts; only \
+workers of DCF v5.0.0 and v5.1 are forgotten then.
 
 Examples:
   hydramesh drain attic --wait && ssh attic poweroff

@@ -23,18 +23,21 @@
 
 mod de;
 mod error;
+mod layers;
 mod tree;
 pub mod units;
 
 use std::ffi::OsString;
 use std::fmt::Display;
 use std::marker::PhantomData;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub use error::ConfigError;
+use layers::Layers;
 pub use tree::Origin;
 use tree::Tree;
 pub(crate) use tree::join;
@@ -48,19 +51,24 @@ pub const DEFAULT_DIRECTORY: &str = "/etc/hydramesh";
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct CommonArgs {
     /// Configuration file [default: /etc/hydramesh/<service>.toml, when it exists]
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
     /// Directory for what the service keeps between runs: keys, certificates, bound addresses
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, global = true, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
 
     /// Set one configuration key, for example --set http.listen=127.0.0.1:9000 (may be repeated)
-    #[arg(long = "set", value_name = "KEY=VALUE")]
+    #[arg(long = "set", global = true, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
 
+    /// Where to serve HTTP: /health, /ready, /metrics, and the API of a head [default: 127.0.0.1, port 8080 at the head and 8081 at
+    /// the worker; nowhere at the shim]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub http: Option<SocketAddr>,
+
     /// What to log: a level (error, warn, info, debug, trace) or a filter such as info,mesh_net=debug
-    /// [default: RUST_LOG, else info]
+    /// [default: RUST_LOG, else `log_level` of the configuration, else info]
     #[arg(long, value_name = "FILTER")]
     pub log_level: Option<String>,
 
@@ -72,7 +80,7 @@ pub struct CommonArgs {
     #[arg(long)]
     pub check_config: bool,
 
-    /// Print the configuration in effect, secrets redacted, and exit
+    /// Print the configuration in effect, secrets redacted, then check it and exit: 0 when it is good
     #[arg(long)]
     pub print_config: bool,
 }
@@ -84,10 +92,11 @@ pub struct Loader<T> {
     file: Option<PathBuf>,
     default_file: PathBuf,
     named: Vec<(&'static str, &'static str)>,
+    renamed: Vec<(&'static str, &'static str)>,
     environment: Option<Vec<(OsString, OsString)>>,
     flags: Vec<(String, String, String)>,
+    warnings: Vec<String>,
     malformed: Option<String>,
-    secrets: Vec<&'static str>,
     config: PhantomData<fn() -> T>,
 }
 
@@ -99,22 +108,31 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
             file: None,
             default_file: Path::new(DEFAULT_DIRECTORY).join(format!("{service}.toml")),
             named: Vec::new(),
+            renamed: Vec::new(),
             environment: None,
             flags: Vec::new(),
+            warnings: Vec::new(),
             malformed: None,
-            secrets: Vec::new(),
             config: PhantomData,
         }
     }
 
-    /// Maps an environment variable with a name of its own (`DCF_CLIENT_PORT`) to a key.
+    /// Maps an environment variable with a name of its own (`DCF_CLIENT_PORT`) to a key, or, as `http.listen:port`, to the port of the
+    /// address that is set otherwise.
     #[must_use]
     pub fn env(mut self, variable: &'static str, key: &'static str) -> Self {
         self.named.push((variable, key));
         self
     }
 
-    /// Takes `--config`, `--state-dir` and `--set` from the common flags.
+    /// Accepts `old` as a name of the key or table `new`, or of a port as in [`env`](Self::env), with a warning.
+    #[must_use]
+    pub fn renamed(mut self, old: &'static str, new: &'static str) -> Self {
+        self.renamed.push((old, new));
+        self
+    }
+
+    /// Takes `--config`, `--state-dir`, `--http` and `--set` from the common flags.
     #[must_use]
     pub fn common(mut self, args: &CommonArgs) -> Self {
         self.file = args.config.clone().or(self.file);
@@ -129,6 +147,7 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
         }
         let state_dir = args.state_dir.as_ref().map(|dir| dir.display());
         self.flag("--state-dir", "state_dir", state_dir)
+            .flag("--http", "http.listen", args.http)
     }
 
     /// Sets `key` from a flag of the service's own, if the flag was given. Later flags win.
@@ -141,11 +160,20 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
         self
     }
 
-    /// Redacts `key` in `--print-config`, besides the keys whose names say that they are secret.
+    /// As [`flag`](Self::flag), for the old name of a flag that is now called `new`: with a warning.
     #[must_use]
-    pub fn secret(mut self, key: &'static str) -> Self {
-        self.secrets.push(key);
-        self
+    pub fn old_flag(
+        mut self,
+        old: &str,
+        new: &str,
+        key: &str,
+        value: Option<impl Display>,
+    ) -> Self {
+        if value.is_some() {
+            let warning = format!("{old} is an old name: use {new}");
+            self.warnings.push(warning);
+        }
+        self.flag(old, key, value)
     }
 
     /// Reads this file, which must exist, instead of the default one.
@@ -175,26 +203,33 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
         if let Some(assignment) = self.malformed {
             return Err(ConfigError::Assignment { assignment });
         }
-        let mut tree = Tree::default();
         let file = match self.file {
             Some(path) => Some(path),
             None => Some(self.default_file).filter(|path| path.exists()),
         };
+        let defaults = toml::Table::try_from(T::default()).unwrap_or_default();
+        let mut layers = Layers {
+            tree: Tree::default(),
+            defaults: &defaults,
+            renamed: &self.renamed,
+            warnings: self.warnings,
+        };
         if let Some(path) = &file {
-            tree = Tree::read(path)?;
+            layers.file(path)?;
         }
         let variables = self
             .environment
             .unwrap_or_else(|| std::env::vars_os().collect());
-        tree.merge_environment(&self.service, &self.named, variables)?;
+        layers.environment(&self.service, &self.named, variables)?;
         for (flag, key, value) in self.flags {
-            tree.set(&key, value, Origin::Flag(flag))?;
+            layers.set(&key, value, Origin::Flag(flag))?;
         }
-        let value: T = de::from_tree(&tree).map_err(|error| error.explain(&known_keys::<T>()))?;
+        let value: T =
+            de::from_tree(&layers.tree).map_err(|error| error.explain(&known_keys(&defaults)))?;
         Ok(Loaded {
             value,
             file,
-            secrets: self.secrets,
+            warnings: layers.warnings,
         })
     }
 }
@@ -206,7 +241,8 @@ pub struct Loaded<T> {
     pub value: T,
     /// The file that was read.
     pub file: Option<PathBuf>,
-    secrets: Vec<&'static str>,
+    /// Old names that were used, each with what to use instead.
+    pub warnings: Vec<String>,
 }
 
 impl<T: Serialize> Loaded<T> {
@@ -216,30 +252,15 @@ impl<T: Serialize> Loaded<T> {
             toml::Table::try_from(&self.value).map_err(|error| ConfigError::Unprintable {
                 reason: error.to_string(),
             })?;
-        redact(&mut table, "", &self.secrets);
+        redact(&mut table);
         toml::to_string_pretty(&table).map_err(|error| ConfigError::Unprintable {
             reason: error.to_string(),
         })
     }
-
-    /// Does what `--check-config` and `--print-config` ask for; true means that the service shall exit.
-    pub fn report(&self, args: &CommonArgs) -> Result<bool, ConfigError> {
-        if args.print_config {
-            print!("{}", self.to_toml()?);
-        }
-        if args.check_config {
-            let source = self
-                .file
-                .as_ref()
-                .map_or("no file".into(), |path| path.display().to_string());
-            eprintln!("configuration is good ({source}, environment and flags)");
-        }
-        Ok(args.print_config || args.check_config)
-    }
 }
 
 /// Every dotted path of the default configuration, to suggest from.
-fn known_keys<T: Default + Serialize>() -> Vec<String> {
+fn known_keys(defaults: &toml::Table) -> Vec<String> {
     fn collect(table: &toml::Table, prefix: &str, keys: &mut Vec<String>) {
         for (name, value) in table {
             let key = tree::join(prefix, name);
@@ -250,21 +271,19 @@ fn known_keys<T: Default + Serialize>() -> Vec<String> {
         }
     }
     let mut keys = Vec::new();
-    if let Ok(table) = toml::Table::try_from(T::default()) {
-        collect(&table, "", &mut keys);
-    }
+    collect(defaults, "", &mut keys);
     keys
 }
 
 /// Replaces secrets; one that is not set stays visibly empty.
-fn redact(table: &mut toml::Table, prefix: &str, secrets: &[&str]) {
+fn redact(table: &mut toml::Table) {
     for (name, value) in table.iter_mut() {
-        let key = tree::join(prefix, name);
-        let is_secret = secrets.contains(&key.as_str()) || SECRET_NAMES.contains(&name.as_str());
         match value {
             toml::Value::String(text) if text.is_empty() => {}
-            _ if is_secret => *value = toml::Value::String("<redacted>".into()),
-            toml::Value::Table(inner) => redact(inner, &key, secrets),
+            _ if SECRET_NAMES.contains(&name.as_str()) => {
+                *value = toml::Value::String("<redacted>".into());
+            }
+            toml::Value::Table(inner) => redact(inner),
             _ => {}
         }
     }

@@ -1,7 +1,6 @@
 //! The merged layers before they become a typed value: every leaf knows where it was set.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -68,10 +67,7 @@ pub(super) struct Tree {
 impl Default for Tree {
     fn default() -> Self {
         Self {
-            root: Node {
-                origin: Origin::Default,
-                kind: Kind::Table(BTreeMap::new()),
-            },
+            root: Node::empty(&Origin::Default),
         }
     }
 }
@@ -104,49 +100,6 @@ impl Tree {
         })
     }
 
-    /// Puts the variables that are meant for this service over the file's values.
-    pub(super) fn merge_environment(
-        &mut self,
-        service: &str,
-        named: &[(&str, &str)],
-        variables: Vec<(OsString, OsString)>,
-    ) -> Result<(), ConfigError> {
-        let prefix = format!("HYDRAMESH_{}__", service.to_uppercase().replace('-', "_"));
-        let mut generic = Vec::new();
-        for (variable, value) in variables {
-            let Some(variable) = variable.to_str() else {
-                continue;
-            };
-            let generic_key = variable
-                .strip_prefix(&prefix)
-                .map(|rest| rest.to_lowercase().replace("__", "."));
-            let named_key = named
-                .iter()
-                .find(|(name, _)| *name == variable)
-                .map(|(_, key)| *key);
-            if generic_key.is_none() && named_key.is_none() {
-                continue;
-            }
-            let value = value.into_string().map_err(|_| ConfigError::NotUtf8 {
-                variable: variable.to_owned(),
-            })?;
-            // An empty variable is how unit files and compose files spell "not set".
-            if value.is_empty() {
-                continue;
-            }
-            let origin = Origin::Environment(variable.to_owned());
-            match (generic_key, named_key) {
-                // The generic name is the more specific one, so it is applied last.
-                (Some(key), _) => generic.push((key, value, origin)),
-                (None, Some(key)) => self.set(key, value, origin)?,
-                (None, None) => {}
-            }
-        }
-        generic
-            .into_iter()
-            .try_for_each(|(key, value, origin)| self.set(&key, value, origin))
-    }
-
     /// Sets a dotted key, over whatever was there.
     pub(super) fn set(
         &mut self,
@@ -154,35 +107,94 @@ impl Tree {
         value: String,
         origin: Origin,
     ) -> Result<(), ConfigError> {
+        let entry = self.entry(key, &origin)?;
+        entry.kind = Kind::Text(value);
+        entry.origin = origin;
+        Ok(())
+    }
+
+    /// Puts a node at a dotted key, except the values that are set there.
+    pub(super) fn fill(&mut self, key: &str, node: Node) -> Result<(), ConfigError> {
+        self.entry(key, &node.origin)?.fill(node);
+        Ok(())
+    }
+
+    /// Removes a key.
+    pub(super) fn take(&mut self, key: &str) -> Option<Node> {
+        let (parents, name) = key.rsplit_once('.').unwrap_or(("", key));
+        self.node(parents)?.table()?.remove(name)
+    }
+
+    /// The node of a key; of an empty one it is the root.
+    pub(super) fn node(&mut self, key: &str) -> Option<&mut Node> {
+        let mut names = key.split('.').filter(|name| !name.is_empty());
+        names.try_fold(&mut self.root, |node, name| node.table()?.get_mut(name))
+    }
+
+    /// As [`node`](Self::node), made as an empty table where there is none.
+    fn entry(&mut self, key: &str, origin: &Origin) -> Result<&mut Node, ConfigError> {
         let mut node = &mut self.root;
         for segment in key.split('.') {
             if segment.is_empty() {
-                let reason = "a key is a dotted path such as http.listen".to_owned();
                 return Err(ConfigError::Value {
                     key: key.to_owned(),
-                    origin,
-                    reason,
+                    origin: origin.clone(),
+                    reason: "a key is a dotted path such as http.listen".to_owned(),
                 });
             }
-            if !matches!(node.kind, Kind::Table(_)) {
-                *node = Node {
-                    origin: origin.clone(),
-                    kind: Kind::Table(BTreeMap::new()),
-                };
+            if node.table().is_none() {
+                *node = Node::empty(origin);
             }
             let Kind::Table(table) = &mut node.kind else {
                 unreachable!("made a table above")
             };
-            node = table.entry(segment.to_owned()).or_insert_with(|| Node {
-                origin: origin.clone(),
-                kind: Kind::Table(BTreeMap::new()),
-            });
+            let entry = table.entry(segment.to_owned());
+            node = entry.or_insert_with(|| Node::empty(origin));
         }
-        *node = Node {
-            origin,
-            kind: Kind::Text(value),
-        };
-        Ok(())
+        Ok(node)
+    }
+}
+
+impl Node {
+    fn empty(origin: &Origin) -> Self {
+        Self {
+            origin: origin.clone(),
+            kind: Kind::Table(BTreeMap::new()),
+        }
+    }
+
+    fn table(&mut self) -> Option<&mut BTreeMap<String, Node>> {
+        match &mut self.kind {
+            Kind::Table(table) => Some(table),
+            _ => None,
+        }
+    }
+
+    /// The value as text, if it has one.
+    pub(super) fn text(&self) -> Option<String> {
+        match &self.kind {
+            Kind::Text(text) | Kind::Scalar(toml::Value::String(text)) => Some(text.clone()),
+            Kind::Scalar(value) => Some(value.to_string()),
+            Kind::Table(_) | Kind::Array(_) => None,
+        }
+    }
+
+    /// Takes over the values of `other` that are not set here.
+    fn fill(&mut self, other: Node) {
+        match (&mut self.kind, other.kind) {
+            (Kind::Table(table), Kind::Table(others)) => {
+                for (name, node) in others {
+                    let entry = table.entry(name);
+                    entry
+                        .or_insert_with(|| Self::empty(&node.origin))
+                        .fill(node);
+                }
+            }
+            (Kind::Table(table), kind) if table.is_empty() => {
+                (self.kind, self.origin) = (kind, other.origin);
+            }
+            _ => {}
+        }
     }
 }
 

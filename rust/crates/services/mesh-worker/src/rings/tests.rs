@@ -62,7 +62,7 @@ impl Mesh {
                 threads: 1,
                 ring: RingConfig {
                     listen: LOOPBACK,
-                    format: crate::config::RingFormat::File,
+                    format: crate::config::Format::File,
                     ..RingConfig::default()
                 },
                 ..Config::default()

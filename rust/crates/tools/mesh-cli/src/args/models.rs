@@ -56,7 +56,7 @@ Examples:
     /// Show what a name means and what the model is: architecture, size, context, pieces here, signatures
     #[command(after_help = "\
 A name is a path; a model's name in a folder or in the store, or its beginning; the beginning of a fingerprint; a short name such as \
-qwen2.5:7b; or a name on the hub, ORGANISATION/MODEL with @REVISION, :QUANTISATION or /FILE behind it.
+qwen2.5:7b; or a name on the hub, ORGANISATION/MODEL with @REVISION, :QUANTISATION or :FILE behind it.
 
 Examples:
   hydramesh models show smollm2
@@ -81,7 +81,7 @@ code is 1 where something is not as it should be, and what it is is named.
 Examples:
   hydramesh models verify qwen3-8b
   hydramesh models verify model.gguf --sha256 b179c95…
-  hydramesh models verify qwen3-8b --trusted-key operator.pub.pem --require-signature")]
+  hydramesh models verify qwen3-8b --trusted-key operator.pem.pub --require-signature")]
     Verify {
         /// What to check
         #[arg(value_name = "MODEL", value_hint = ValueHint::FilePath)]

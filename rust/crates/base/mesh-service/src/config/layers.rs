@@ -1,0 +1,126 @@
+//! The layers on their way into one tree, with the names that a key has besides its own.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use super::ConfigError;
+use super::tree::{Origin, Tree};
+
+/// Behind the name of a key with an address: its port.
+const PORT: &str = ":port";
+
+/// Merges layers; each overrides those before it.
+#[derive(Debug)]
+pub(super) struct Layers<'a> {
+    pub(super) tree: Tree,
+    pub(super) defaults: &'a toml::Table,
+    /// Old names of keys and tables, each with the new one.
+    pub(super) renamed: &'a [(&'static str, &'static str)],
+    /// Old names that were used.
+    pub(super) warnings: Vec<String>,
+}
+
+impl Layers<'_> {
+    /// The first layer: a file. A key that it sets by its old and its new name has the value of the new one.
+    pub(super) fn file(&mut self, path: &Path) -> Result<(), ConfigError> {
+        self.tree = Tree::read(path)?;
+        for (old, new) in self.renamed {
+            let Some(node) = self.tree.take(old) else {
+                continue;
+            };
+            match node.text().filter(|_| new.ends_with(PORT)) {
+                Some(port) => self.set(old, port, node.origin)?,
+                None => {
+                    self.warn(old, new, &node.origin);
+                    self.tree.fill(new, node)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The variables that are meant for this service. `HYDRAMESH_<SERVICE>__<KEY>` wins over a name of its own, except that a port
+    /// goes into whatever address there is.
+    pub(super) fn environment(
+        &mut self,
+        service: &str,
+        named: &[(&str, &str)],
+        variables: Vec<(OsString, OsString)>,
+    ) -> Result<(), ConfigError> {
+        let prefix = format!("HYDRAMESH_{}__", service.to_uppercase().replace('-', "_"));
+        let mut found = Vec::new();
+        for (variable, value) in variables {
+            let Some(variable) = variable.to_str() else {
+                continue;
+            };
+            let by_name = named.iter().find(|(name, _)| *name == variable);
+            let key = match (variable.strip_prefix(&prefix), by_name) {
+                (Some(rest), _) => rest.to_lowercase().replace("__", "."),
+                (None, Some((_, key))) => (*key).to_owned(),
+                (None, None) => continue,
+            };
+            let value = value.into_string().map_err(|_| ConfigError::NotUtf8 {
+                variable: variable.to_owned(),
+            })?;
+            // An empty variable is how unit files and compose files spell "not set".
+            if !value.is_empty() {
+                // Old names before new ones, so that those win.
+                let renamed = self.renamed(&key);
+                let is_port = renamed.as_ref().unwrap_or(&key).ends_with(PORT);
+                let rank = (is_port, by_name.is_none(), renamed.is_none());
+                found.push((rank, key, value, variable.to_owned()));
+            }
+        }
+        found.sort_by_key(|(rank, ..)| *rank);
+        found.into_iter().try_for_each(|(_, key, value, variable)| {
+            self.set(&key, value, Origin::Environment(variable))
+        })
+    }
+
+    /// Sets one key, by its own name or an old one, or the port of one.
+    pub(super) fn set(
+        &mut self,
+        key: &str,
+        value: String,
+        origin: Origin,
+    ) -> Result<(), ConfigError> {
+        let renamed = self.renamed(key);
+        if let Some(new) = &renamed {
+            self.warn(key, new, &origin);
+        }
+        let key = renamed.as_deref().unwrap_or(key);
+        let Some(key) = key.strip_suffix(PORT) else {
+            return self.tree.set(key, value, origin);
+        };
+        let set = self.tree.node(key).and_then(|node| node.text());
+        let default = || {
+            let mut names = key.split('.');
+            let first = self.defaults.get(names.next()?)?;
+            let value = names.try_fold(first, |value, name| value.get(name))?;
+            value.as_str().map(str::to_owned)
+        };
+        let address = set.or_else(default).unwrap_or_default();
+        let host = address.rsplit_once(':').map_or("", |(host, _)| host);
+        // As text: a port that is not valid is refused with its origin.
+        self.tree
+            .set(key, format!("{host}:{}", value.trim()), origin)
+    }
+
+    /// The present name of `key`, if it is an old one or lies in a table with an old name.
+    fn renamed(&self, key: &str) -> Option<String> {
+        self.renamed.iter().find_map(|(old, new)| {
+            let rest = key.strip_prefix(old)?;
+            let is_it = rest.is_empty() || rest.starts_with('.');
+            is_it.then(|| format!("{new}{rest}"))
+        })
+    }
+
+    fn warn(&mut self, old: &str, new: &str, origin: &Origin) {
+        let remedy = match new.strip_suffix(PORT) {
+            None => format!("use `{new}`"),
+            Some(address) => format!("set the port in `{address}`"),
+        };
+        let warning = format!("`{old}` ({origin}) is an old name: {remedy}");
+        self.warnings.push(warning);
+    }
+}

@@ -1,0 +1,296 @@
+//! The same program around every service: arguments, configuration, logging, signals, reloads, exit codes.
+//!
+//! A binary's `main` is a call of [`run`] with a type that implements [`Service`]. [`run`] then
+//!
+//! 1. parses the flags ([`CommonArgs`], the service's own, `health`, and its own subcommands);
+//! 2. loads and checks the configuration, prints it if asked, and sets up logging;
+//! 3. starts the service, and tells systemd when it is ready;
+//! 4. reloads on SIGHUP and drains on the first signal that ends a service (see [`shutdown`](crate::shutdown)).
+//!
+//! Exit codes: 0 after a drain or a command, 1 with a message on standard error, 2 for arguments that cannot be parsed,
+//! 128 + its number after a second signal.
+
+use std::future::Future;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use clap::{CommandFactory, FromArgMatches};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tokio::runtime::Builder;
+
+use crate::addresses::Addresses;
+use crate::config::{CommonArgs, Loaded, Loader, units};
+use crate::failure::describe;
+use crate::notify::{self, Watchdog};
+use crate::reload::{self, Reloader, Report};
+use crate::shutdown::Shutdown;
+use crate::{ask, files, telemetry};
+
+/// A service, as its binary and [`run`] see it.
+pub trait Service: 'static {
+    /// The program, `mesh-head`. Without `mesh-` it names the service in files, variables and logs.
+    const PROGRAM: &'static str;
+    /// What `--help` says first; `-h` shows its first line.
+    const ABOUT: &'static str;
+    /// The keys of the configuration that [`Running`] applies while the service runs, besides `log_level`.
+    const LIVE_KEYS: &'static [&'static str];
+    /// Its configuration, with the keys `state_dir`, `drain_limit` and `log_level`.
+    type Config: Clone + Default + Serialize + DeserializeOwned + Send + 'static;
+    /// Its flags, besides [`CommonArgs`].
+    type Flags: clap::Args + Clone + Send + 'static;
+    /// Its subcommands, besides `health`; [`Infallible`](std::convert::Infallible) if there are none.
+    type Command: clap::Subcommand;
+
+    /// Adds the service's own names of keys: flags, environment variables, names that keys had before.
+    fn layers(loader: Loader<Self::Config>, flags: &Self::Flags) -> Loader<Self::Config>;
+
+    /// Checks what the types of single keys cannot say.
+    ///
+    /// # Errors
+    /// A sentence with the key, its value and what to do.
+    fn check(config: &Self::Config) -> Result<()>;
+
+    /// Runs one of the service's own subcommands. `config` loads the configuration.
+    fn command(command: Self::Command, config: impl FnOnce() -> Result<Self::Config>)
+    -> Result<()>;
+
+    /// The runtime on which the service runs.
+    fn runtime() -> Builder {
+        Builder::new_multi_thread()
+    }
+
+    /// Starts the service, with a configuration that was checked. It is ready when this resolves.
+    fn start(
+        config: Self::Config,
+        context: Context,
+    ) -> impl Future<Output = Result<Running<Self::Config>>>;
+}
+
+/// What a service is started with.
+#[derive(Clone, Debug)]
+pub struct Context {
+    /// Begins the drain.
+    pub shutdown: Shutdown,
+    /// Watches the service's loops.
+    pub watchdog: Watchdog,
+}
+
+type Reload<C> = Box<dyn FnMut(&C, &mut Report) + Send>;
+
+/// A service that runs.
+pub struct Running<C> {
+    addresses: Addresses,
+    reload: Reload<C>,
+    ended: Pin<Box<dyn Future<Output = Result<()>>>>,
+}
+
+impl<C> Running<C> {
+    /// `addresses` are bound. `reload` puts the live keys of a fresh configuration into effect. `ended` resolves after a drain, or
+    /// with what ended the service.
+    pub fn new(
+        addresses: Addresses,
+        reload: impl FnMut(&C, &mut Report) + Send + 'static,
+        ended: impl Future<Output = Result<()>> + 'static,
+    ) -> Self {
+        Self {
+            addresses,
+            reload: Box::new(reload),
+            ended: Box::pin(ended),
+        }
+    }
+}
+
+/// The whole of a service's `main`.
+pub fn run<S: Service>() -> ExitCode {
+    match obey::<S>(Args::of::<S>()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{}: {}", S::PROGRAM, describe(error.as_ref()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs a future for a subcommand.
+///
+/// # Errors
+/// As the future, or if there can be no runtime.
+pub fn block_on<T, E: Into<anyhow::Error>>(
+    future: impl Future<Output = std::result::Result<T, E>>,
+) -> Result<T> {
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(future).map_err(Into::into)
+}
+
+#[derive(Debug, clap::Parser)]
+struct Args<F: clap::Args, C: clap::Subcommand> {
+    #[command(flatten)]
+    common: CommonArgs,
+    #[command(flatten)]
+    own: F,
+    #[command(subcommand)]
+    command: Option<Command<C>>,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command<C: clap::Subcommand> {
+    /// Ask the running service with this state directory whether it is healthy: exit code 0 if it is
+    Health {
+        /// Ask whether it can serve requests, not only whether it lives
+        #[arg(long)]
+        ready: bool,
+    },
+    #[command(flatten)]
+    Own(C),
+}
+
+impl<F: clap::Args, C: clap::Subcommand> Args<F, C> {
+    /// Parses the process's arguments. Ends it with code 2 if they are wrong, with 0 after `--help` and `--version`.
+    fn of<S: Service<Flags = F, Command = C>>() -> Self {
+        let mut command = Self::command()
+            .name(S::PROGRAM)
+            .version(env!("CARGO_PKG_VERSION"))
+            .about(S::ABOUT.lines().next())
+            .long_about(S::ABOUT);
+        let matches = command.clone().get_matches();
+        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.format(&mut command).exit())
+    }
+}
+
+fn obey<S: Service>(args: Args<S::Flags, S::Command>) -> Result<()> {
+    let (common, flags) = (args.common, args.own);
+    if common.print_config || common.check_config {
+        return report::<S>(&common, &flags);
+    }
+    match args.command {
+        None => serve::<S>(common, flags),
+        Some(Command::Health { ready }) => {
+            let dir = Shared::of(&load::<S>(&common, &flags)?.value)?.state_dir;
+            let dir =
+                dir.context("`state_dir` is not set, so the running service cannot be found")?;
+            let path = if ready { "/ready" } else { "/health" };
+            println!("{}", block_on(ask::get(&dir, path))?);
+            Ok(())
+        }
+        Some(Command::Own(command)) => {
+            S::command(command, || Ok(load::<S>(&common, &flags)?.value))
+        }
+    }
+}
+
+/// `--print-config` and `--check-config`: what is in effect is shown also where it is wrong.
+fn report<S: Service>(common: &CommonArgs, flags: &S::Flags) -> Result<()> {
+    let loaded = load::<S>(common, flags)?;
+    if common.print_config {
+        print!("{}", loaded.to_toml()?);
+    }
+    for warning in &loaded.warnings {
+        eprintln!("{}: warning: {warning}", S::PROGRAM);
+    }
+    check::<S>(&loaded.value)?;
+    if common.check_config {
+        let source = loaded.file.as_ref().map(|path| path.display().to_string());
+        let source = source.as_deref().unwrap_or("no file");
+        eprintln!("configuration is good ({source}, environment and flags)");
+    }
+    Ok(())
+}
+
+fn serve<S: Service>(common: CommonArgs, flags: S::Flags) -> Result<()> {
+    let loaded = load::<S>(&common, &flags)?;
+    let shared = check::<S>(&loaded.value)?;
+    telemetry::init(name::<S>(), &common, shared.log_level.as_deref())?;
+    warn(&loaded);
+    files::raise_open_files();
+    let runtime = S::runtime().enable_all().build()?;
+    let ended = runtime.block_on(live::<S>(loaded.value, shared, common, flags));
+    // A file that is being read on a thread of its own is not read to its end for nobody.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    ended
+}
+
+async fn live<S: Service>(
+    config: S::Config,
+    shared: Shared,
+    common: CommonArgs,
+    flags: S::Flags,
+) -> Result<()> {
+    let started = Instant::now();
+    let shutdown = Shutdown::on_signals(shared.drain_limit)?;
+    let context = Context {
+        shutdown: shutdown.clone(),
+        watchdog: Watchdog::start(),
+    };
+    let given = common.clone();
+    let mut reloader = Reloader::new(&config, move || {
+        let loaded = load::<S>(&given, &flags)?;
+        check::<S>(&loaded.value)?;
+        warn(&loaded);
+        Ok(loaded.value)
+    })?;
+    let mut running = tokio::select! {
+        running = S::start(config, context) => running?,
+        () = shutdown.draining() => return Ok(()),
+    };
+    let addresses = &running.addresses;
+    let state_dir = shared.state_dir.as_ref().map(tracing::field::debug);
+    let seconds = started.elapsed().as_secs_f64();
+    tracing::info!(?addresses, state_dir, seconds, "{} started", name::<S>());
+    notify::ready();
+    let live = [S::LIVE_KEYS, &[LOG_LEVEL]].concat();
+    tokio::spawn(reload::follow(shutdown, move || {
+        reloader.reload(&live, |fresh, report| {
+            (running.reload)(fresh, report);
+            let logged = Shared::of(fresh)
+                .and_then(|shared| Ok(telemetry::reload(&common, shared.log_level.as_deref())?));
+            report.step(LOG_LEVEL, logged.map(|()| false));
+        })
+    }));
+    running.ended.await?;
+    tracing::info!("{} stopped", name::<S>());
+    Ok(())
+}
+
+fn load<S: Service>(common: &CommonArgs, flags: &S::Flags) -> Result<Loaded<S::Config>> {
+    let loader = Loader::new(name::<S>()).common(common);
+    Ok(S::layers(loader, flags).load()?)
+}
+
+fn check<S: Service>(config: &S::Config) -> Result<Shared> {
+    S::check(config)?;
+    let shared = Shared::of(config)?;
+    telemetry::check(shared.log_level.as_deref())?;
+    Ok(shared)
+}
+
+fn warn<T>(loaded: &Loaded<T>) {
+    for warning in &loaded.warnings {
+        tracing::warn!("{warning}");
+    }
+}
+
+fn name<S: Service>() -> &'static str {
+    S::PROGRAM.strip_prefix("mesh-").unwrap_or(S::PROGRAM)
+}
+
+/// The keys of every configuration that are acted on here.
+#[derive(Debug, Deserialize)]
+struct Shared {
+    state_dir: Option<PathBuf>,
+    #[serde(with = "units::duration")]
+    drain_limit: Duration,
+    log_level: Option<String>,
+}
+
+impl Shared {
+    fn of(config: &impl Serialize) -> Result<Self> {
+        Ok(toml::Table::try_from(config)?.try_into()?)
+    }
+}
+
+/// The key that says what is logged.
+const LOG_LEVEL: &str = "log_level";

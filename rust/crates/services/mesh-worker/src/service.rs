@@ -1,0 +1,126 @@
+//! The worker as a program: its flags, names of keys, subcommands, and start.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Subcommand;
+use mesh_service::config::Loader;
+use mesh_service::service::{Context, Running, Service};
+use tokio::runtime::Builder;
+
+use crate::config::Config;
+use crate::templates::{self, Templates};
+use crate::worker::{Live, Worker};
+
+/// The worker's flags.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Flags {
+    /// The head's QUIC address
+    #[arg(long, value_name = "HOST:PORT")]
+    head: Option<String>,
+
+    /// File with the join token, needed at the first start
+    #[arg(long, value_name = "FILE")]
+    join_token_file: Option<PathBuf>,
+
+    /// Model to serve: a GGUF file, or a name in the model folders (may be repeated)
+    #[arg(long = "model", value_name = "MODEL")]
+    models: Vec<String>,
+
+    /// Model to hold a range of layers of, as the head decides (may be repeated)
+    #[arg(long = "shard", value_name = "MODEL")]
+    shards: Vec<String>,
+
+    /// Where other workers reach this one, QUIC [default: [::]:7781]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    ring: Option<SocketAddr>,
+
+    /// Threads that compute; 0 is one per core
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+
+    /// Where to take plain DCF tasks, UDP [default: [::]:7779]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    dcf: Option<SocketAddr>,
+}
+
+/// The worker's subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Set this worker's identity aside, so that it joins with a new token as another one: for a machine whose state directory
+    /// was copied from another worker's. Stop the worker first
+    NewIdentity,
+    /// What the worker starts to run chat templates in
+    #[command(name = templates::COMMAND, hide = true)]
+    RenderTemplates,
+}
+
+impl Service for Worker {
+    const PROGRAM: &'static str = "mesh-worker";
+    const ABOUT: &'static str =
+        "A HydraMesh worker: loads models and answers what the head gives it";
+    const LIVE_KEYS: &'static [&'static str] = &Live::KEYS;
+    type Config = Config;
+    type Flags = Flags;
+    type Command = Command;
+
+    fn layers(loader: Loader<Config>, flags: &Flags) -> Loader<Config> {
+        let token_file = flags.join_token_file.as_ref().map(|path| path.display());
+        // The list goes through text like every flag; commas separate.
+        let list = |names: &[String]| (!names.is_empty()).then(|| names.join(","));
+        loader
+            .env("TORCH_DEVICE", "backend")
+            .env("DCF_HEALTH_PORT", "http.listen:port")
+            .flag("--head", "head", flags.head.as_ref())
+            .flag("--join-token-file", "join_token_file", token_file)
+            .flag("--model", "models", list(&flags.models))
+            .flag("--shard", "shards", list(&flags.shards))
+            .flag("--ring", "ring.listen", flags.ring)
+            .flag("--threads", "threads", flags.threads)
+            .flag("--dcf", "dcf.listen", flags.dcf)
+    }
+
+    fn check(config: &Config) -> Result<()> {
+        Ok(config.check()?)
+    }
+
+    fn command(command: Command, config: impl FnOnce() -> Result<Config>) -> Result<()> {
+        match command {
+            Command::RenderTemplates => {
+                Ok(templates::serve(io::stdin().lock(), io::stdout().lock())?)
+            }
+            Command::NewIdentity => {
+                let state_dir = config()?.state_dir;
+                match mesh_net::trust::set_aside(&state_dir)? {
+                    Some(folder) => println!(
+                        "The old identity is in {} now. Give this worker a token from `hydramesh token create` and start it.",
+                        folder.display()
+                    ),
+                    None => println!("{} holds no identity.", state_dir.display()),
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Engines bring their own threads; these only carry messages.
+    fn runtime() -> Builder {
+        let mut builder = Builder::new_multi_thread();
+        builder.worker_threads(2);
+        builder
+    }
+
+    async fn start(config: Config, context: Context) -> Result<Running<Config>> {
+        let templates = Templates::apart(std::env::current_exe()?);
+        let worker =
+            Worker::start_with(config, templates, context.shutdown, context.watchdog).await?;
+        let live = worker.live().clone();
+        Ok(Running::new(
+            worker.addresses().clone(),
+            move |fresh, report| live.reload(fresh, report),
+            async { Ok(worker.wait().await?) },
+        ))
+    }
+}
