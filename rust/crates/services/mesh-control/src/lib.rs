@@ -1,7 +1,7 @@
-//! The deciding parts of the head as plain state machines: no socket, no clock, no task.
+//! The head's decisions as plain state machines: no socket, no clock, no task.
 //!
-//! Events and the current time go in, decisions come out. The shells around them ([`crate::mesh`], [`crate::drive`]) do
-//! what was decided. That keeps every failure case an ordinary unit test with simulated time.
+//! Events and the current time go in, decisions come out; `mesh-head` carries them out. So every failure case is an ordinary
+//! unit test with simulated time.
 //!
 //! - [`registry`]: which workers there are, what they serve, how loaded they are.
 //! - [`router`]: which of them answers a request soonest.
@@ -19,6 +19,8 @@
 //! - [`dedup`]: a repeated DCF task does not run twice.
 //! - [`outbox`]: answers that no datagram holds go out as their receivers can take them.
 
+#![forbid(unsafe_code)]
+
 pub mod affinity;
 pub mod dedup;
 pub mod duplicates;
@@ -29,7 +31,6 @@ pub mod length;
 pub mod memory;
 pub mod outbox;
 pub mod placement;
-pub mod proof;
 pub mod registry;
 pub mod replicas;
 pub mod reputation;

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use dcf::chunk::Split;
 use dcf::{Message, Version};
 
-use crate::core::dedup::TaskKey;
+use super::dedup::TaskKey;
 
 /// How fast Chunks go, and how many wait.
 #[derive(Debug, Clone, Copy)]

@@ -7,7 +7,7 @@
 //! - it is in *quarantine* because its answers differ from those of the others: one minute, then four times as long with every repeat, unless an
 //!   operator readmits it.
 //!
-//! Nodes that are expelled have no links: [`mesh_net::trust::DenyList`].
+//! Nodes that are expelled have no links: `mesh_net::trust::DenyList`.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

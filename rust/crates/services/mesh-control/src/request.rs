@@ -10,86 +10,22 @@
 //!
 //! Events name their attempt. Whatever still arrives from an attempt that was given up changes nothing.
 
-use std::collections::BTreeSet;
+mod bounds;
+mod error;
+mod failures;
+#[cfg(test)]
+mod tests;
+
 use std::time::{Duration, Instant};
 
 use dcf::ErrorCode;
 use mesh_proto::{Done, Progress, RequestPhase, TokenLogprob, Tokens};
 
-use super::memory::TooMuch;
 use super::placement::{Ended, Refusal};
 use super::registry::WorkerId;
-
-/// What an answer may cost.
-#[derive(Debug, Clone, Copy)]
-pub struct Limits {
-    /// Most silence of a worker that has the request: neither a token nor a sign of life.
-    pub timeout: Duration,
-    /// Most time that it waits for a worker with room, before its first token or after a failure.
-    pub queue: Duration,
-    /// From arrival to the last token, if that is limited at all.
-    pub total: Option<Duration>,
-    /// Attempts after the first.
-    pub reruns: u32,
-    /// Least silence between tokens that counts as death.
-    pub silence: Duration,
-    /// The same before the first token, on top of ten times what the router expects.
-    pub first_token: Duration,
-}
-
-/// How much of an answer a worker may send. More ends the attempt as that worker's fault, so that memory stays bounded whatever it
-/// sends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Bounds {
-    /// Tokens, whoever made them.
-    pub tokens: u32,
-    /// Bytes of text besides those that the tokens may have.
-    pub more_text: u64,
-    /// Alternatives of each token; `None` where no probabilities were asked for.
-    pub alternatives: Option<u32>,
-    /// Tokens that the prompt can have at most.
-    pub prompt_tokens: u32,
-}
-
-impl Default for Bounds {
-    fn default() -> Self {
-        Self {
-            tokens: MOST_TOKENS,
-            more_text: 0,
-            alternatives: None,
-            prompt_tokens: u32::MAX,
-        }
-    }
-}
-
-impl Bounds {
-    /// Bytes of text that this many tokens may have.
-    fn text(&self, tokens: u32) -> u64 {
-        let of_tokens = u64::from(tokens).saturating_mul(TOKEN_BYTES as u64);
-        let all = of_tokens.saturating_add(self.more_text);
-        all.saturating_add(TOKEN_BYTES as u64)
-            .min(MOST_TEXT.saturating_add(self.more_text))
-    }
-
-    /// Payload bytes of one message of an answer.
-    pub fn message(&self) -> usize {
-        MESSAGE_BYTES.saturating_add(usize::try_from(self.more_text).unwrap_or(usize::MAX))
-    }
-}
-
-/// Whose fault the last failure of an attempt is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Fault {
-    /// Nobody's, or nobody knows: a link broke.
-    #[default]
-    Unknown,
-    /// The worker's, if another one can do what it could not.
-    Perhaps,
-    /// The worker's: it was silent.
-    Silence,
-    /// The worker's: it sent what no request asks for.
-    Worker,
-}
+use bounds::TOKEN_BYTES;
+pub use bounds::{Bounds, Limits};
+pub use error::{AnswerError, Failure, Fault};
 
 /// What to do next.
 #[derive(Debug, Clone, PartialEq)]
@@ -139,89 +75,6 @@ pub struct Resume {
     pub attempt: u32,
     /// Bytes of text the client has.
     pub text_sent: u64,
-}
-
-/// Why there is no answer.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum AnswerError {
-    /// No worker took it.
-    #[error(transparent)]
-    Refused(#[from] Refusal),
-    /// The worker says that the request itself cannot be answered.
-    #[error("{text}")]
-    Rejected {
-        /// The worker's code.
-        code: ErrorCode,
-        /// The worker's words.
-        text: String,
-    },
-    /// The operator's limit on whole answers.
-    #[error("no complete answer within {} s; ask for fewer tokens, or raise answer_limit", .0.as_secs_f64())]
-    Timeout(Duration),
-    /// The worker that has it shows no life.
-    #[error(
-        "the worker gave neither a token nor a sign of life for {} s (request_timeout); ask again, or raise request_timeout if the \
-         worker is that slow",
-        .0.as_secs_f64()
-    )]
-    Stalled(Duration),
-    /// No worker had room for it.
-    #[error(
-        "no worker had room for this request within {} s (queue_timeout); ask again later, or add workers",
-        .0.as_secs_f64()
-    )]
-    QueueTimeout(Duration),
-    /// It failed too often.
-    #[error(
-        "{attempts} attempts at this request failed on {workers} {}, the last one with: {last}",
-        if *workers == 1 { "worker" } else { "workers" }
-    )]
-    WorkersFailed {
-        /// Attempts made.
-        attempts: u32,
-        /// Different workers that they were made on.
-        workers: usize,
-        /// What the last one said.
-        last: String,
-    },
-    /// Workers died that had it.
-    #[error(
-        "{deaths} workers died while they had this request{}, so it is not tried again; change it, or ask again if they died of \
-         something else: {last}",
-        if *silent { " and had not begun to answer it" } else { "" }
-    )]
-    WorkersDied {
-        /// Workers that died.
-        deaths: u32,
-        /// Before its first token.
-        silent: bool,
-        /// What was seen of the last one.
-        last: String,
-    },
-    /// Its answer would take more memory than there is.
-    #[error(transparent)]
-    TooMuch(#[from] TooMuch),
-    /// The head is shutting down.
-    #[error("this head is shutting down; ask again in a moment, or ask another head")]
-    ShuttingDown,
-}
-
-/// How an attempt failed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Failure {
-    /// The stream broke.
-    Lost(String),
-    /// The worker's process is gone, or its machine.
-    Died(String),
-    /// The worker sent what no worker sends.
-    Nonsense(String),
-    /// The worker answered with an Error.
-    Error {
-        /// Its code.
-        code: ErrorCode,
-        /// Its words.
-        text: String,
-    },
 }
 
 /// See the module's page.
@@ -387,10 +240,6 @@ impl Answer {
     /// A worker that counted as dead lives: only its link was lost.
     pub fn lives(&mut self, worker: WorkerId) {
         self.deaths.retain(|(dead, _)| *dead != worker);
-    }
-
-    fn silent_deaths(&self) -> usize {
-        self.deaths.iter().filter(|(_, silent)| *silent).count()
     }
 
     /// Attempts that failed so far.
@@ -603,40 +452,6 @@ impl Answer {
         })
     }
 
-    /// The attempt failed.
-    pub fn failed(&mut self, attempt: u32, failure: Failure) -> Step {
-        let Some(worker) = self.worker_of(attempt) else {
-            return Step::Wait;
-        };
-        let (code, text) = match failure {
-            Failure::Lost(text) => return self.again(worker, text, Ended::Failed),
-            Failure::Died(text) => return self.died(worker, text),
-            Failure::Nonsense(text) => return self.blame(worker, text),
-            Failure::Error { code, text } => (code, readable(&text)),
-        };
-        match code {
-            // A request that is at fault is so from the beginning.
-            ErrorCode::INVALID_PAYLOAD | ErrorCode::CONTEXT_TOO_LONG if self.came_from_it() => self
-                .blame(
-                    worker,
-                    format!("{code} in the middle of its answer: {text}"),
-                ),
-            ErrorCode::INVALID_PAYLOAD | ErrorCode::CONTEXT_TOO_LONG => {
-                self.rejects(worker, code, text)
-            }
-            ErrorCode::WORKER_BUSY | ErrorCode::DRAINING => {
-                // Not a failure, and the worker's own pause keeps this from turning quickly; the limit on waiting ends it.
-                self.phase = Phase::Placing;
-                Step::Again(Ended::Busy)
-            }
-            _ => {
-                self.fault = Fault::Perhaps;
-                let text = format!("{code}: {text}");
-                self.again_as(worker, text, Ended::Failed)
-            }
-        }
-    }
-
     /// From the next attempt on silence of `least` is enough to count as death, if it is out of proportion to the pace so far.
     pub fn set_least_silence(&mut self, least: Duration) {
         self.limits.silence = least;
@@ -726,43 +541,6 @@ impl Answer {
         *allowance = self.pace.allowance(self.limits.silence);
     }
 
-    /// A worker died. Perhaps of this request: then it must not go on to kill one after the other.
-    fn died(&mut self, worker: WorkerId, text: String) -> Step {
-        self.deaths.push((worker, !self.answered));
-        let (deaths, silent) = (self.deaths.len(), self.silent_deaths());
-        if silent < MOST_SILENT_DEATHS && deaths < MOST_DEATHS {
-            return self.again(worker, text, Ended::Failed);
-        }
-        self.failures += 1;
-        let error = AnswerError::WorkersDied {
-            deaths: u32::try_from(deaths).unwrap_or(u32::MAX),
-            silent: silent == deaths,
-            last: text,
-        };
-        self.fail(error, Ended::Failed)
-    }
-
-    /// The request itself is at fault, as this worker says. If another one can be asked, it decides.
-    fn rejects(&mut self, worker: WorkerId, code: ErrorCode, text: String) -> Step {
-        match self.rejected.take() {
-            Some(first) if first.worker != worker => {
-                let (code, text) = (first.code, first.text);
-                self.fail(AnswerError::Rejected { code, text }, Ended::Cancelled)
-            }
-            None if self.second_opinion => {
-                self.rejected = Some(Rejection { worker, code, text });
-                self.phase = Phase::Placing;
-                Step::Again(Ended::Cancelled)
-            }
-            _ => self.fail(AnswerError::Rejected { code, text }, Ended::Cancelled),
-        }
-    }
-
-    /// Whether the worker of this attempt sent a token.
-    fn came_from_it(&self) -> bool {
-        matches!(self.phase, Phase::Running { decoding: true, .. })
-    }
-
     /// What this message has too much of.
     fn excess(&self, tokens: &Tokens) -> Option<String> {
         let bounds = &self.bounds;
@@ -831,55 +609,6 @@ impl Answer {
             self.blame(worker, text)
         })
     }
-
-    /// The attempt failed, and that is the worker's fault.
-    fn blame(&mut self, worker: WorkerId, text: String) -> Step {
-        self.fault = Fault::Worker;
-        self.again_as(worker, text, Ended::Failed)
-    }
-
-    fn again(&mut self, worker: WorkerId, text: String, ended: Ended) -> Step {
-        self.fault = Fault::Unknown;
-        self.again_as(worker, text, ended)
-    }
-
-    fn again_as(&mut self, worker: WorkerId, text: String, ended: Ended) -> Step {
-        self.failures += 1;
-        self.failed_on.push(worker);
-        if self.failures > self.limits.reruns {
-            return self.fail(
-                AnswerError::WorkersFailed {
-                    attempts: self.failures,
-                    workers: self.failed_on.iter().collect::<BTreeSet<_>>().len(),
-                    last: text,
-                },
-                ended,
-            );
-        }
-        self.phase = Phase::Placing;
-        Step::Again(ended)
-    }
-
-    fn fail(&mut self, error: AnswerError, ended: Ended) -> Step {
-        self.phase = Phase::Ended;
-        // The only verdict on the request that there is.
-        let error = match (self.rejected.take(), error) {
-            (Some(rejected), AnswerError::Refused(_) | AnswerError::WorkersFailed { .. }) => {
-                AnswerError::Rejected {
-                    code: rejected.code,
-                    text: rejected.text,
-                }
-            }
-            (_, error) => error,
-        };
-        Step::Fail(error, ended)
-    }
-}
-
-/// A worker's words as they may be shown: short, and on one line.
-fn readable(text: &str) -> String {
-    let short = &text[..text.floor_char_boundary(ERROR_BYTES)];
-    short.replace(char::is_control, " ")
 }
 
 impl Pace {
@@ -898,29 +627,10 @@ impl Pace {
 }
 
 const PACE_WEIGHT: f64 = 0.1;
-/// Bytes that one token may stand for. The longest ones of real vocabularies are runs of 256 blanks.
-const TOKEN_BYTES: usize = 512;
-/// Tokens of any answer.
-const MOST_TOKENS: u32 = 1 << 20;
-/// Bytes of any answer's text.
-const MOST_TEXT: u64 = 8 << 20;
-/// Payload bytes of one message of an answer, besides the text of an echoed prompt.
-const MESSAGE_BYTES: usize = 256 << 10;
-/// Bytes of a worker's error that anybody is shown.
-const ERROR_BYTES: usize = 1024;
 /// Messages without news that a worker may send within [`IDLE_WINDOW`]. It is asked for one a second at most.
 const IDLE_MESSAGES: u32 = 400;
 /// Places in a worker's queue whose loss counts as progress. Others are known by the tokens of those before them.
 const POSITIONS: u32 = 64;
 const IDLE_WINDOW: Duration = Duration::from_secs(10);
-
-/// Deaths of workers before a request's first token that end it: the first may be chance, and the second worker had nothing else
-/// to begin.
-const MOST_SILENT_DEATHS: usize = 2;
-/// Deaths at any time that end it.
-const MOST_DEATHS: usize = 4;
 /// Deaths at any time after which it is given a worker for itself.
 const SUSPECT_AFTER: usize = 2;
-
-#[cfg(test)]
-mod tests;

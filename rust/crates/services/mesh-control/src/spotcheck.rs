@@ -11,90 +11,20 @@
 //! **Who is right?** The majority of those that answered. Where there are only two opinions and no third, the one that serves longer goes
 //! on, the other one is held back, and both are named ([`Verdict::Disputed`]); a third worker decides as soon as there is one.
 
+mod question;
+mod sample;
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+pub use question::is_question;
+use question::question_of;
+pub use sample::{ALTERNATIVES, Position, Sample};
+
 /// The weights that a group of workers has in common: name and fingerprint of a model.
 pub type Weights = (String, String);
-
-/// One position of an answer.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Position {
-    /// The chosen token.
-    pub token: u32,
-    /// Natural logarithm of its probability.
-    pub logprob: f32,
-    /// The likeliest tokens there; empty if the worker gives none.
-    pub top: Vec<(u32, f32)>,
-}
-
-/// An answer to a question of the head.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Sample {
-    /// Of a model that makes text.
-    Text(Vec<Position>),
-    /// Of a model that makes embeddings.
-    Vector(Vec<f32>),
-}
-
-impl Sample {
-    /// Whether two answers may come from the same weights on different machines.
-    pub fn agrees(&self, other: &Sample) -> bool {
-        match (self, other) {
-            (Sample::Text(one), Sample::Text(two)) => texts_agree(one, two),
-            (Sample::Vector(one), Sample::Vector(two)) => vectors_agree(one, two),
-            _ => false,
-        }
-    }
-}
-
-fn texts_agree(one: &[Position], two: &[Position]) -> bool {
-    for (index, (a, b)) in one.iter().zip(two).enumerate() {
-        if a.token != b.token {
-            return match (near_tie(a, b.token), near_tie(b, a.token)) {
-                (Some(one), Some(two)) => one && two,
-                (Some(only), None) | (None, Some(only)) => only,
-                (None, None) => false,
-            };
-        }
-        let apart = (a.logprob - b.logprob).abs();
-        if apart.is_nan() || apart > LOGPROB_TOLERANCE {
-            return false;
-        }
-        if index + 1 == one.len().min(two.len()) {
-            // One of them ended: the end itself is a choice that is not told.
-            return one.len() == two.len() || index + 1 >= LEAST_COMMON;
-        }
-    }
-    false
-}
-
-/// Whether `other` is nearly as likely as what was chosen at this position; `None` if that is not told.
-fn near_tie(position: &Position, other: u32) -> Option<bool> {
-    if position.top.is_empty() {
-        return None;
-    }
-    let of_other = position.top.iter().find(|(token, _)| *token == other);
-    let best = position
-        .top
-        .iter()
-        .map(|(_, logprob)| *logprob)
-        .fold(position.logprob, f32::max);
-    Some(of_other.is_some_and(|(_, logprob)| best - logprob <= MARGIN))
-}
-
-fn vectors_agree(one: &[f32], two: &[f32]) -> bool {
-    if one.len() != two.len() || one.is_empty() {
-        return false;
-    }
-    let dot = |a: &[f32], b: &[f32]| -> f64 {
-        let products = a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b));
-        products.sum()
-    };
-    let lengths = (dot(one, one) * dot(two, two)).sqrt();
-    // False for NaN and for vectors without a direction.
-    dot(one, two) / lengths >= LEAST_COSINE
-}
 
 /// A question that a worker is to answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -480,121 +410,8 @@ impl Round {
     }
 }
 
-/// A question as a person might ask it. It must not be the same one every time: its answer could be learnt by heart.
-pub fn question_of(seed: u64) -> String {
-    let pick = |list: &[&'static str], shift: u32| {
-        // The multiplier spreads what is alike in the low bits.
-        let mixed = (seed.rotate_left(shift)).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
-        list[mixed as usize % list.len()]
-    };
-    let (adjective, noun) = (pick(ADJECTIVES, 0), pick(NOUNS, 13));
-    let (action, place) = (pick(ACTIONS, 29), pick(PLACES, 47));
-    match seed % 5 {
-        0 => format!("Write a short story about a {adjective} {noun} that {action} {place}."),
-        1 => format!("Why would a {adjective} {noun} {place} be afraid? Answer in two sentences."),
-        2 => format!("A {noun} {action} {place}. What happens next, and why is it {adjective}?"),
-        3 => {
-            format!("Describe the {noun} {place} in one paragraph. It is {adjective} and {action}.")
-        }
-        _ => format!(
-            "Give me a title and a summary for a film in which a {adjective} {noun} {action} {place}."
-        ),
-    }
-}
-
-/// Whether a text is one of [`question_of`]'s.
-pub fn is_question(text: &str) -> bool {
-    let has = |list: &[&str]| list.iter().any(|word| text.contains(word));
-    let begins = [
-        "Write a short story about a ",
-        "Why would a ",
-        "A ",
-        "Describe the ",
-        "Give me a title and a summary for a film in which a ",
-    ];
-    begins.iter().any(|begin| text.starts_with(begin)) && has(NOUNS) && has(PLACES)
-}
-
-const ADJECTIVES: &[&str] = &[
-    "quiet",
-    "rusty",
-    "enormous",
-    "clever",
-    "lonely",
-    "golden",
-    "nervous",
-    "ancient",
-    "cheerful",
-    "invisible",
-    "stubborn",
-    "sleepy",
-    "broken",
-    "curious",
-    "elegant",
-    "dusty",
-];
-const NOUNS: &[&str] = &[
-    "lighthouse",
-    "robot",
-    "baker",
-    "tortoise",
-    "violin",
-    "astronaut",
-    "umbrella",
-    "librarian",
-    "volcano",
-    "postman",
-    "dragon",
-    "clock",
-    "gardener",
-    "submarine",
-    "fox",
-    "painter",
-];
-const ACTIONS: &[&str] = &[
-    "gets lost",
-    "learns to sing",
-    "finds a letter",
-    "builds a bridge",
-    "misses the train",
-    "wins a prize",
-    "keeps a secret",
-    "tells a lie",
-    "repairs a radio",
-    "meets a stranger",
-    "forgets its name",
-    "counts the stars",
-];
-const PLACES: &[&str] = &[
-    "under the sea",
-    "in the old town",
-    "behind the mountains",
-    "at the railway station",
-    "on a small island",
-    "in winter",
-    "near the border",
-    "at the end of summer",
-    "in a crowded market",
-    "on the moon",
-    "before breakfast",
-    "during a thunderstorm",
-];
-
 /// Tokens of an answer that is compared.
 pub const TOKENS: u32 = 8;
-/// Alternatives that are asked for with each.
-pub const ALTERNATIVES: u32 = 5;
-
-/// Natural logarithm of how much likelier a token may be than another that takes its place on a machine with other rounding. SmolLM2-135M
-/// on scalar kernels (floats) and on AVX2 (8-bit activations) chooses other tokens within eight for every second question, and 0.35 was the
-/// most here; weights in 4 and in 8 bits are further apart.
-const MARGIN: f32 = 2.0;
-/// How far the logarithms of one token's probability may be apart; 0.2 was the most there.
-const LOGPROB_TOLERANCE: f32 = 3.0;
-/// Equal tokens after which an earlier end on one side says nothing.
-const LEAST_COMMON: usize = 3;
-/// Cosine of the angle between two vectors of the same text.
-const LEAST_COSINE: f64 = 0.95;
 /// Rounds that must show a difference.
 const ROUNDS: u32 = 2;
 /// Workers of good standing that answer the same question as the one that is checked.
@@ -615,6 +432,3 @@ const FIRST_CHECK: Duration = Duration::from_secs(5);
 const RECHECK: Duration = Duration::from_secs(15);
 const SUBJECTS: usize = 1024;
 const GROUPS: usize = 1024;
-
-#[cfg(test)]
-mod tests;

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::placement::Ticket;
+use super::fair::Ticket;
 use super::registry::WorkerId;
 
 /// The turns of suspects and others, by model. Models without suspects are not in it.

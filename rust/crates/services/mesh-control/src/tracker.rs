@@ -17,13 +17,16 @@ use mesh_proto::{HeldModel, ModelSources, Models, Seat, SoughtModel, Sources};
 use mesh_share::PieceSet;
 
 mod conflicts;
+mod names;
 mod pins;
+mod show;
 mod view;
 
 #[cfg(test)]
 mod tests;
 
 pub use pins::{Conflict, Pin, PinError, Pins};
+use pins::{is_fingerprint, is_name};
 pub use view::{HolderView, SeekerView, TrackedModel};
 
 /// See the module's page.
@@ -642,17 +645,6 @@ fn sought(mut model: SoughtModel) -> Option<Sought> {
     (known && is_name(&model.name)).then_some(Sought { model, missing })
 }
 
-fn is_fingerprint(text: &str) -> bool {
-    text.len() == 64
-        && text
-            .bytes()
-            .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
-}
-
-fn is_name(text: &str) -> bool {
-    !text.is_empty() && text.len() <= NAME_BYTES && !text.chars().any(char::is_control)
-}
-
 /// What others wrote, as far as it belongs into a log.
 fn shorten(text: &str) -> String {
     let clean = text.chars().filter(|c| !c.is_control());
@@ -673,5 +665,4 @@ const MOST_MODELS: usize = 256;
 const MOST_NAMES: usize = 16;
 /// Manifests that a worker may refuse under one name.
 const MOST_REFUSED: usize = 16;
-const NAME_BYTES: usize = 512;
 const REASON_CHARS: usize = 300;

@@ -15,8 +15,8 @@ use mesh_service::metrics::prometheus_client::metrics::gauge::Gauge;
 use mesh_service::metrics::prometheus_client::metrics::histogram::Histogram;
 use mesh_service::metrics::prometheus_client::registry::{Registry, Unit};
 
-use crate::core::fair::Ingress;
-use crate::core::rings::RingView;
+use mesh_control::fair::Ingress;
+use mesh_control::rings::RingView;
 
 /// Which front end a request came through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]

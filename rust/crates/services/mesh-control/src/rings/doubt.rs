@@ -8,19 +8,8 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use super::ring::Ring;
+use super::ring::Doubt;
 use super::{Action, Note, Rings};
-
-/// One member does not reach another.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Doubt {
-    /// Time since which the head knows of it.
-    pub(super) since: Instant,
-    /// Time at which the head last asked for a sign of life.
-    asked: Instant,
-    /// Their link is closed, or nothing passes it: this is not a matter of waiting.
-    pub(super) link: bool,
-}
 
 /// The outcome of a doubt.
 enum Verdict {
@@ -209,12 +198,6 @@ impl Rings {
     }
 }
 
-/// Time at which a ring's doubts are due for another check.
-pub(super) fn next_timer(ring: &Ring) -> Option<Instant> {
-    let since = ring.doubts.values().map(|doubt| doubt.since).min()?;
-    Some(since + LOOK)
-}
-
 /// The head has not heard a worker for so long that it is a second witness for its death. Links carry something at least
 /// every half second.
 pub(super) const SILENCE: Duration = Duration::from_secs(1);
@@ -228,4 +211,3 @@ const ANSWER_LIMIT: Duration = Duration::from_millis(500);
 const PATIENCE: Duration = Duration::from_secs(3);
 /// Time for which a new link is remembered.
 const RELINK_MEMORY: Duration = Duration::from_secs(60);
-const LOOK: Duration = Duration::from_millis(50);

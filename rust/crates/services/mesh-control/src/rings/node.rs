@@ -6,8 +6,6 @@ use std::time::{Duration, Instant};
 
 use mesh_proto::{NodeProfile, Offer, ShardOffer};
 
-use super::MODELS_PER_NODE;
-
 /// A worker.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Node {
@@ -201,3 +199,5 @@ const NAME_BYTES: usize = 256;
 /// Bytes per second; ten times what discarded machines do, and what the fastest accelerators have.
 const FASTEST_MEMORY: f64 = 8e12;
 const LONGEST_PAUSE: Duration = Duration::from_secs(600);
+
+pub(super) const MODELS_PER_NODE: usize = 64;

@@ -7,8 +7,6 @@ use std::time::{Duration, Instant};
 use arcanum_profiler::{Assignment, ModelSpec};
 use mesh_proto::{ModelCard, PartPhase, PartState};
 
-use super::doubt::{self, Doubt};
-
 /// A ring.
 #[derive(Debug, Clone)]
 pub(super) struct Ring {
@@ -329,7 +327,7 @@ impl Ring {
             .serving_since
             .is_none()
             .then(|| self.epoch_since + SERVE_LIMIT);
-        let doubts = doubt::next_timer(self);
+        let doubts = doubts_due(self);
         retires.into_iter().chain(late).chain(doubts).min()
     }
 
@@ -390,3 +388,22 @@ const SERVE_LIMIT: Duration = Duration::from_secs(300);
 const STANDSTILL: Duration = Duration::from_secs(2);
 /// How often a ring on its way out is looked at.
 const RETIRE_LOOK: Duration = Duration::from_millis(200);
+
+/// One member does not reach another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Doubt {
+    /// Time since which the head knows of it.
+    pub(super) since: Instant,
+    /// Time at which the head last asked for a sign of life.
+    pub(super) asked: Instant,
+    /// Their link is closed, or nothing passes it: this is not a matter of waiting.
+    pub(super) link: bool,
+}
+
+/// Time at which a ring's doubts are due for another check.
+fn doubts_due(ring: &Ring) -> Option<Instant> {
+    let since = ring.doubts.values().map(|doubt| doubt.since).min()?;
+    Some(since + DOUBT_LOOK)
+}
+
+const DOUBT_LOOK: Duration = Duration::from_millis(50);

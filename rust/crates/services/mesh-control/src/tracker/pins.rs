@@ -7,8 +7,6 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::Tracker;
-
 /// What a name means.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pin {
@@ -97,8 +95,7 @@ impl Conflict {
 impl Pins {
     /// Those that were kept; what cannot be one is left out.
     pub fn of(pins: impl IntoIterator<Item = Pin>) -> Self {
-        let sound =
-            |pin: &Pin| super::is_name(&pin.name) && super::is_fingerprint(&pin.fingerprint);
+        let sound = |pin: &Pin| is_name(&pin.name) && is_fingerprint(&pin.fingerprint);
         let pins = pins.into_iter().filter(sound).take(MOST_PINS);
         Pins(pins.map(|pin| (key(&pin.name), pin)).collect())
     }
@@ -114,7 +111,7 @@ impl Pins {
     }
 
     /// Pins a name, unless it is pinned, or there are too many pins. Says whether it was.
-    fn first(&mut self, pin: Pin) -> bool {
+    pub(super) fn first(&mut self, pin: Pin) -> bool {
         let of_node = self.0.values().filter(|known| known.node == pin.node);
         let room = self.0.len() < MOST_PINS && of_node.count() < MOST_OF_NODE;
         let news = room && !self.0.contains_key(&key(&pin.name));
@@ -147,142 +144,24 @@ pub enum PinError {
     Unknown(String),
 }
 
-impl Tracker {
-    /// The pins.
-    pub fn pins(&self) -> &Pins {
-        &self.pins
-    }
-
-    /// An operator decides what a name means.
-    ///
-    /// # Errors
-    /// If either is none, or there is no room.
-    pub fn pin(&mut self, name: &str, fingerprint: &str) -> Result<(), PinError> {
-        if !super::is_name(name) {
-            return Err(PinError::Name(name.chars().take(100).collect()));
-        }
-        if !super::is_fingerprint(fingerprint) {
-            return Err(PinError::Fingerprint(
-                fingerprint.chars().take(100).collect(),
-            ));
-        }
-        let Pins(pins) = &mut self.pins;
-        if pins.len() >= MOST_PINS && !pins.contains_key(&key(name)) {
-            return Err(PinError::TooMany);
-        }
-        let pin = Pin {
-            name: name.to_owned(),
-            fingerprint: fingerprint.to_owned(),
-            worker: String::new(),
-            operator: true,
-            node: String::new(),
-            holder: String::new(),
-        };
-        pins.insert(key(name), pin);
-        self.pins_changed();
-        Ok(())
-    }
-
-    /// An operator lets a name mean again what is got under it next.
-    ///
-    /// # Errors
-    /// If it is not pinned.
-    pub fn unpin(&mut self, name: &str) -> Result<Pin, PinError> {
-        let released = self.pins.0.remove(&key(name));
-        let released =
-            released.ok_or_else(|| PinError::Unknown(name.chars().take(100).collect()))?;
-        self.pins_changed();
-        Ok(released)
-    }
-
-    fn pins_changed(&mut self) {
-        self.changed = true;
-        self.actions.push(super::Action::KeepPins);
-    }
-
-    /// Pins names under which a model is about to be got, or was got by who had the errand.
-    pub(super) fn settle_pins(&mut self) {
-        let mut first = Vec::new();
-        for (node, entry) in &self.nodes {
-            for sought in &entry.sought {
-                let model = &sought.model;
-                if !model.fingerprint.is_empty() || self.pins.get(&model.name).is_some() {
-                    continue;
-                }
-                let claims = self.claims(&model.name);
-                if let [(fingerprint, holder)] = claims[..]
-                    && !sought.rejects(fingerprint)
-                {
-                    let worker = self.name_of(holder);
-                    first.push(Pin {
-                        name: model.name.clone(),
-                        fingerprint: fingerprint.to_owned(),
-                        worker,
-                        operator: false,
-                        node: node.clone(),
-                        holder: holder.to_owned(),
-                    });
-                }
-            }
-        }
-        let news = first
-            .into_iter()
-            .filter(|pin| self.pins.first(pin.clone()))
-            .count();
-        if news > 0 {
-            self.actions.push(super::Action::KeepPins);
-        }
-    }
-
-    /// The model that a worker got on the errand for a name keeps it.
-    pub(super) fn pin_errands(&mut self, node: &str) {
-        let Some(entry) = self.nodes.get(node) else {
-            return;
-        };
-        let mut news = false;
-        for (errand, _) in self
-            .errands
-            .iter()
-            .filter(|(_, errand)| errand.node == node)
-        {
-            let super::Key::Name(name) = errand else {
-                continue;
-            };
-            let found = entry.held.iter().find(|(_, held)| held.is_called(name));
-            if let Some((fingerprint, _)) = found {
-                news |= self.pins.first(Pin {
-                    name: name.clone(),
-                    fingerprint: fingerprint.clone(),
-                    worker: entry.name.clone(),
-                    operator: false,
-                    node: node.to_owned(),
-                    holder: node.to_owned(),
-                });
-            }
-        }
-        if news {
-            self.actions.push(super::Action::KeepPins);
-        }
-    }
-
-    /// Models that workers hold by this name, each with the id of one that does.
-    fn claims(&self, name: &str) -> Vec<(&str, &str)> {
-        let mut claims: BTreeMap<&str, &str> = BTreeMap::new();
-        for (id, node) in &self.nodes {
-            let held = node.held.iter().filter(|_| node.address.is_some());
-            for (fingerprint, _) in held.filter(|(_, held)| held.is_called(name)) {
-                claims.entry(fingerprint).or_insert(id);
-            }
-        }
-        claims.into_iter().collect()
-    }
-}
-
 /// Names are told apart whatever their case.
 pub(super) fn key(name: &str) -> String {
     name.to_ascii_lowercase()
 }
 
 /// Pins in all, and those that one node may have made by asking.
-const MOST_PINS: usize = 4096;
+pub(super) const MOST_PINS: usize = 4096;
 const MOST_OF_NODE: usize = 256;
+
+pub(super) fn is_fingerprint(text: &str) -> bool {
+    text.len() == 64
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+}
+
+pub(super) fn is_name(text: &str) -> bool {
+    !text.is_empty() && text.len() <= NAME_BYTES && !text.chars().any(char::is_control)
+}
+
+const NAME_BYTES: usize = 512;

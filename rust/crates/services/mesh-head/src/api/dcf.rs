@@ -1,99 +1,12 @@
-//! A task: one answer that is to be generated, whichever front end it came through.
+//! The payload of a Task: plain text, or a JSON object.
 
-use std::sync::Arc;
-
-use bytes::Bytes;
 use mesh_proto::{Chat, ChatMessage, GenerateParams, Prompt};
 use serde_json::Value;
 
-use crate::core::affinity::{estimate_tokens, prefixes};
-use crate::core::fair::Source;
-use crate::core::length::Length;
-use crate::core::request::Bounds;
-use crate::core::router::Ask;
-use crate::fields::{Fields, Invalid, conversation, sampling};
-use crate::http::embeddings::AskedEmbeddings;
-use crate::json;
-
-/// One answer to generate.
-#[derive(Debug, Clone)]
-pub struct Task {
-    /// Request id in the logs of all services.
-    pub id: String,
-    /// Model name; the head's default where there is none.
-    pub model: Option<String>,
-    /// What to answer. Several answers to it share it.
-    pub prompt: Arc<Prompt>,
-    /// How to answer.
-    pub params: GenerateParams,
-    /// The client's own payload, where a v5.0.0 worker may take it as it is.
-    pub legacy: Option<Bytes>,
-    /// The source of the task.
-    pub source: Source,
-    /// Prefixes of prompts are cached for tasks of the same salt only.
-    pub salt: u64,
-}
-
-impl Task {
-    /// What a worker may send as its answer.
-    pub fn bounds(&self) -> Bounds {
-        let (bytes, messages) = match &*self.prompt {
-            Prompt::Text(text) => (text.len(), 0),
-            // More than any token stands for, where it is echoed as text.
-            Prompt::Tokens(list) => (list.tokens.len(), 0),
-            Prompt::Chat(chat) => {
-                let of = |message: &ChatMessage| message.content.len() + message.role.len();
-                let bytes: usize = chat.messages.iter().map(of).sum();
-                (bytes + chat.template_variables.len(), chat.messages.len())
-            }
-        };
-        // No token is shorter than a byte; templates put something around every message.
-        let around = TEMPLATE_TOKENS + messages * MESSAGE_TOKENS;
-        let echoed = match (&*self.prompt, self.params.echo) {
-            (_, false) => 0,
-            (Prompt::Tokens(_), true) => bytes * ECHOED_TOKEN_BYTES,
-            (_, true) => bytes + around,
-        };
-        Bounds {
-            tokens: self
-                .params
-                .max_tokens
-                .unwrap_or(u32::MAX)
-                .min(Bounds::default().tokens),
-            more_text: echoed as u64,
-            alternatives: self.params.logprobs,
-            prompt_tokens: u32::try_from(bytes.saturating_add(around)).unwrap_or(u32::MAX),
-        }
-    }
-
-    /// What the router needs to know, for this model.
-    pub fn ask(&self, model: &str) -> Ask {
-        let prompt_tokens = estimate_tokens(match &*self.prompt {
-            Prompt::Text(text) => text.len(),
-            Prompt::Chat(chat) => chat
-                .messages
-                .iter()
-                .map(|message| message.content.len())
-                .sum(),
-            Prompt::Tokens(list) => list.tokens.len() * 4,
-        });
-        Ask {
-            model: model.to_owned(),
-            prompt_tokens,
-            answer_tokens: self
-                .params
-                .max_tokens
-                .unwrap_or(USUAL_ANSWER)
-                .min(USUAL_ANSWER),
-            prefixes: prefixes(model, self.salt, &self.prompt),
-            length: Length::of(&self.prompt),
-            legacy: self.legacy.is_some(),
-            revision: self.params.revision().max(self.prompt.revision()),
-            source: self.source,
-            ..Ask::default()
-        }
-    }
-}
+use super::embeddings::AskedEmbeddings;
+use super::fields::{Fields, conversation, sampling};
+use super::invalid::Invalid;
+use super::json;
 
 /// A Task payload of a DCF client.
 #[derive(Debug, Clone)]
@@ -219,14 +132,6 @@ fn user_message(text: &str) -> Prompt {
         ..Chat::default()
     })
 }
-
-/// Tokens that a template puts into any prompt, and around each message, at most.
-const TEMPLATE_TOKENS: usize = 4096;
-const MESSAGE_TOKENS: usize = 64;
-/// Bytes of an echoed token.
-const ECHOED_TOKEN_BYTES: usize = 64;
-/// Tokens of an answer whose length nobody knows, for estimates.
-const USUAL_ANSWER: u32 = 256;
 
 #[cfg(test)]
 mod tests {

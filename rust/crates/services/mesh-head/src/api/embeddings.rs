@@ -2,14 +2,15 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use mesh_control::fair::Origin;
 use mesh_proto::{EmbedInput, EmbedText, TokenList};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::core::fair::Origin;
-use crate::embed::{EmbedTask, Embedded};
-use crate::fields::{Api, Fields, Invalid, check, whole_number};
-use crate::json::{self, Lists};
+use crate::api::fields::{Api, Fields, check, whole_number};
+use crate::api::invalid::Invalid;
+use crate::api::json::{self, Lists};
+use crate::flight::task::{EmbedTask, Embedded};
 
 /// A request, checked.
 #[derive(Debug, Clone, PartialEq)]

@@ -3,18 +3,19 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use mesh_control::fair::Source;
 use mesh_proto::{GenerateParams, Prompt, TokenList};
 use serde_json::{Map, Value, json};
 
-use crate::core::fair::Source;
-use crate::fields::{self, Fields, Invalid, check, conversation, sampling, whole_number};
+use crate::api::fields::{self, Fields, check, conversation, sampling, whole_number};
+use crate::api::invalid::Invalid;
+use crate::api::json::{self, Lists};
+use crate::flight::task::Task;
 use crate::ids;
-use crate::json::{self, Lists};
-use crate::task::Task;
 
 /// Which of the two APIs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Api {
+pub(crate) enum Api {
     /// `/v1/chat/completions`.
     Chat,
     /// `/v1/completions`.
@@ -32,7 +33,7 @@ impl From<Api> for fields::Api {
 
 /// A request, checked.
 #[derive(Debug, Clone)]
-pub(super) struct Asked {
+pub(crate) struct Asked {
     /// Which API it came through.
     pub api: Api,
     /// Model named in it.
@@ -58,7 +59,7 @@ impl Asked {
     ///
     /// # Errors
     /// [`Invalid`] names the field that is wrong or not supported.
-    pub(super) fn parse(api: Api, body: &[u8], choices_limit: u32) -> Result<Self, Invalid> {
+    pub(crate) fn parse(api: Api, body: &[u8], choices_limit: u32) -> Result<Self, Invalid> {
         let object = json::object(body)?;
         let fields = Fields::of(&object);
         let ignored = check(api.into(), fields)?
@@ -121,13 +122,13 @@ impl Asked {
     }
 
     /// Answers that it asks for.
-    pub(super) fn answers(&self) -> usize {
+    pub(crate) fn answers(&self) -> usize {
         self.prompts.len() * self.choices as usize
     }
 
     /// Bytes of memory that it may need from now on: its prompts, each once as it is and once on its way to a worker, and its answers,
     /// which end with the model's `context`.
-    pub(super) fn memory(&self, context: Option<u32>) -> u64 {
+    pub(crate) fn memory(&self, context: Option<u32>) -> u64 {
         let prompts: usize = self.prompts.iter().map(|prompt| bytes_of(prompt)).sum();
         let asked = self.params.max_tokens.unwrap_or(UNSAID_TOKENS);
         let text = BYTES_A_TOKEN * u64::from(asked.min(USUAL_TOKENS));
@@ -144,7 +145,7 @@ impl Asked {
     }
 
     /// One task per answer, in the order of the choices' indices. `old_workers` may be asked, too.
-    pub(super) fn tasks(&self, request_id: &str, old_workers: bool) -> Vec<Task> {
+    pub(crate) fn tasks(&self, request_id: &str, old_workers: bool) -> Vec<Task> {
         let seed = self.params.seed.unwrap_or_else(ids::unique);
         let mut tasks = Vec::with_capacity(self.prompts.len() * self.choices as usize);
         for prompt in &self.prompts {

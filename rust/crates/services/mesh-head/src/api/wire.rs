@@ -1,15 +1,15 @@
 //! The answers of the OpenAI API as they go over the wire.
 
+use mesh_control::request::Complete;
 use mesh_proto::{FinishReason, TokenLogprob};
 use serde::Serialize;
 use serde::ser::{SerializeMap, Serializer};
 
-use super::ask::Api;
-use crate::core::request::Complete;
+use super::generate::Api;
 
 /// A whole answer, or one chunk of a stream: the two differ in the name of `object` and in what a choice holds.
 #[derive(Debug, Serialize)]
-pub(super) struct Envelope<'a, C> {
+pub(crate) struct Envelope<'a, C> {
     /// The same in all chunks of an answer.
     pub id: &'a str,
     /// What this is.
@@ -32,7 +32,7 @@ pub(super) struct Envelope<'a, C> {
 
 /// One answer of `/v1/chat/completions`.
 #[derive(Debug, Serialize)]
-pub(super) struct ChatChoice {
+pub(crate) struct ChatChoice {
     /// Which of the `n`.
     pub index: usize,
     /// The answer.
@@ -45,7 +45,7 @@ pub(super) struct ChatChoice {
 
 /// The message of an answer.
 #[derive(Debug, Serialize)]
-pub(super) struct ChatText {
+pub(crate) struct ChatText {
     /// `assistant`.
     pub role: &'static str,
     /// The text.
@@ -56,7 +56,7 @@ pub(super) struct ChatText {
 
 /// A piece of one answer of `/v1/chat/completions`.
 #[derive(Debug, Serialize)]
-pub(super) struct ChatChunk<'a> {
+pub(crate) struct ChatChunk<'a> {
     /// Which of the `n`.
     pub index: usize,
     /// What is new.
@@ -69,7 +69,7 @@ pub(super) struct ChatChunk<'a> {
 
 /// What is new in a chunk.
 #[derive(Debug, Default, Serialize)]
-pub(super) struct ChatDelta<'a> {
+pub(crate) struct ChatDelta<'a> {
     /// In the first piece.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub role: Option<&'static str>,
@@ -80,7 +80,7 @@ pub(super) struct ChatDelta<'a> {
 
 /// One answer of `/v1/completions`, whole or a piece.
 #[derive(Debug, Serialize)]
-pub(super) struct TextChoice<'a> {
+pub(crate) struct TextChoice<'a> {
     /// Which of the answers.
     pub index: usize,
     /// The text.
@@ -93,7 +93,7 @@ pub(super) struct TextChoice<'a> {
 
 /// Log probabilities as `/v1/chat/completions` gives them.
 #[derive(Debug, Default, Serialize)]
-pub(super) struct ChatLogprobs {
+pub(crate) struct ChatLogprobs {
     /// One per token.
     pub content: Vec<ChatLogprob>,
     /// Never.
@@ -102,7 +102,7 @@ pub(super) struct ChatLogprobs {
 
 /// One token's log probability.
 #[derive(Debug, Serialize)]
-pub(super) struct ChatLogprob {
+pub(crate) struct ChatLogprob {
     /// The alternatives have no alternatives of their own.
     #[serde(flatten)]
     pub token: LogprobToken,
@@ -112,7 +112,7 @@ pub(super) struct ChatLogprob {
 
 /// A token and its log probability.
 #[derive(Debug, Serialize)]
-pub(super) struct LogprobToken {
+pub(crate) struct LogprobToken {
     /// Its text; U+FFFD where it is part of a character.
     pub token: String,
     /// Natural logarithm.
@@ -123,7 +123,7 @@ pub(super) struct LogprobToken {
 
 /// Log probabilities as `/v1/completions` gives them.
 #[derive(Debug, Default, Serialize)]
-pub(super) struct TextLogprobs {
+pub(crate) struct TextLogprobs {
     /// Texts of the tokens.
     pub tokens: Vec<String>,
     /// Their log probabilities.
@@ -136,11 +136,11 @@ pub(super) struct TextLogprobs {
 
 /// Alternatives by their text; an object in JSON.
 #[derive(Debug)]
-pub(super) struct Alternatives(Vec<(String, f32)>);
+pub(crate) struct Alternatives(Vec<(String, f32)>);
 
 /// Tokens used.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-pub(super) struct Usage {
+pub(crate) struct Usage {
     /// Of the prompts.
     pub prompt_tokens: u32,
     /// Of the answers.
@@ -153,14 +153,14 @@ pub(super) struct Usage {
 
 /// Details of the prompt tokens.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-pub(super) struct PromptDetails {
+pub(crate) struct PromptDetails {
     /// Found in a KV cache.
     pub cached_tokens: u32,
 }
 
 /// How fast an answer was.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub(super) struct Timings {
+pub(crate) struct Timings {
     /// From arrival at the head to the first token.
     pub first_token_ms: f64,
     /// From arrival to the end.
@@ -175,7 +175,7 @@ pub(super) struct Timings {
 
 impl Api {
     /// The `object` of a whole answer.
-    pub(super) fn object(self) -> &'static str {
+    pub(crate) fn object(self) -> &'static str {
         match self {
             Api::Chat => "chat.completion",
             Api::Completions => "text_completion",
@@ -183,7 +183,7 @@ impl Api {
     }
 
     /// The `object` of a chunk.
-    pub(super) fn chunk_object(self) -> &'static str {
+    pub(crate) fn chunk_object(self) -> &'static str {
         match self {
             Api::Chat => "chat.completion.chunk",
             Api::Completions => "text_completion",
@@ -191,7 +191,7 @@ impl Api {
     }
 
     /// What ids of answers begin with.
-    pub(super) fn id_prefix(self) -> &'static str {
+    pub(crate) fn id_prefix(self) -> &'static str {
         match self {
             Api::Chat => "chatcmpl",
             Api::Completions => "cmpl",
@@ -201,7 +201,7 @@ impl Api {
 
 impl ChatLogprobs {
     /// In this API's form.
-    pub(super) fn new(logprobs: &[TokenLogprob]) -> Self {
+    pub(crate) fn new(logprobs: &[TokenLogprob]) -> Self {
         let entry = |logprob: &TokenLogprob| ChatLogprob {
             token: LogprobToken::new(logprob),
             top_logprobs: logprob.top.iter().map(LogprobToken::new).collect(),
@@ -225,7 +225,7 @@ impl LogprobToken {
 
 impl TextLogprobs {
     /// In this API's form; `place` is moved behind the last token.
-    pub(super) fn new(logprobs: &[TokenLogprob], place: &mut Place) -> Self {
+    pub(crate) fn new(logprobs: &[TokenLogprob], place: &mut Place) -> Self {
         let mut these = Self::default();
         for logprob in logprobs {
             these.text_offset.push(place.after(&logprob.bytes));
@@ -239,7 +239,7 @@ impl TextLogprobs {
 
 /// A place in the text of an answer, as its tokens come in.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Place {
+pub(crate) struct Place {
     /// Whole characters so far.
     characters: usize,
     /// The beginning of a character whose end has not come.
@@ -313,7 +313,7 @@ impl Serialize for Alternatives {
 
 impl Usage {
     /// Counts one more answer; its prompt only if it is the prompt's first answer.
-    pub(super) fn add(&mut self, complete: &Complete, first_of_prompt: bool) {
+    pub(crate) fn add(&mut self, complete: &Complete, first_of_prompt: bool) {
         let done = &complete.done;
         if first_of_prompt {
             self.prompt_tokens = self.prompt_tokens.saturating_add(done.prompt_tokens);
@@ -331,7 +331,7 @@ impl Usage {
 
 impl Timings {
     /// Of this answer.
-    pub(super) fn new(complete: &Complete, worker: &str) -> Self {
+    pub(crate) fn new(complete: &Complete, worker: &str) -> Self {
         let first = complete.first_token.unwrap_or(complete.total);
         let decoding = complete.total.saturating_sub(first).as_secs_f64();
         let after_first = f64::from(complete.done.completion_tokens.saturating_sub(1));
@@ -350,7 +350,7 @@ impl Timings {
 }
 
 /// The API's word for why an answer ended.
-pub(super) fn finish_reason(complete: &Complete) -> &'static str {
+pub(crate) fn finish_reason(complete: &Complete) -> &'static str {
     match complete.done.finish() {
         FinishReason::Length => "length",
         FinishReason::Stop | FinishReason::Unspecified => "stop",
@@ -358,7 +358,7 @@ pub(super) fn finish_reason(complete: &Complete) -> &'static str {
 }
 
 /// The API's fingerprint of a model file.
-pub(super) fn system_fingerprint(model_fingerprint: &str) -> Option<String> {
+pub(crate) fn system_fingerprint(model_fingerprint: &str) -> Option<String> {
     let start = model_fingerprint.get(..12).unwrap_or(model_fingerprint);
     (!start.is_empty()).then(|| format!("fp_{start}"))
 }

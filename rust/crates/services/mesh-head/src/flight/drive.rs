@@ -5,54 +5,27 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use dcf::{ErrorCode, Message, MsgType};
-use mesh_net::quic::{Closed, Link, MsgStream};
+use mesh_control::placement::{self, Ended};
+use mesh_control::registry::WorkerId;
+use mesh_control::request::{Answer, AnswerError, Failure, Fault, Resume, Step};
+use mesh_control::router::Ask;
+use mesh_net::quic::{Link, MsgStream};
 use mesh_proto::{Done, Generate, ModelKind, Progress, Prompt, RequestPhase, Tokens};
 use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio::time::{Sleep, sleep_until};
 use tracing::{debug, info, warn};
 
-use crate::core::placement::{self, Ended, Refusal};
-use crate::core::registry::WorkerId;
-use crate::core::request::{Answer, AnswerError, Complete, Delta, Failure, Fault, Resume, Step};
-use crate::core::router::Ask;
+use super::deaths::Deaths;
+use super::event::{Event, Placed};
+use super::outcome::{deadline_ms, outcome_of};
+use super::task::Task;
 use crate::ids;
-use crate::legacy::{Errand, LegacyWorker};
-use crate::mesh::{Assignment, Mesh, Route, Standing, timestamp_us};
+use crate::mesh::exchange::{LegacyTask, LegacyWorker};
+use crate::mesh::{Assignment, Mesh, RingRole, Route, timestamp_us};
 use crate::metrics::{Front, Outcome};
-use crate::task::Task;
-
-/// What a front end is told of its task. [`Event::Complete`] and [`Event::Failed`] are last.
-#[derive(Debug)]
-pub enum Event {
-    /// It waits for a worker with room.
-    Queued,
-    /// A worker has it; again after each rerun.
-    Placed(Placed),
-    /// Its worker says what it waits for.
-    Waits(Progress),
-    /// The next piece of the answer.
-    Delta(Delta),
-    /// The whole answer of a v5.0.0 worker, as it is.
-    Whole(Bytes),
-    /// The answer is complete.
-    Complete(Complete),
-    /// There will be no (more) answer.
-    Failed(AnswerError),
-}
-
-/// Who answers.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Placed {
-    /// Model name.
-    pub model: String,
-    /// Worker's name.
-    pub worker: String,
-    /// SHA-256 of the model file.
-    pub fingerprint: String,
-}
+use crate::workers::requests::{error_of, gets_on, progress_ms};
 
 /// Starts a task; dropping the receiver cancels it.
 pub fn submit(mesh: &Arc<Mesh>, front: Front, task: Task) -> mpsc::UnboundedReceiver<Event> {
@@ -341,7 +314,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
 
     fn prepare_rerun(&mut self, assignment: &Assignment, ended: Ended, lost: bool) {
         if let Some(ring) = assignment.placed.ring {
-            let gone = self.mesh.standing(assignment.placed.worker, ring) == Standing::Gone;
+            let gone = self.mesh.ring_role(assignment.placed.worker, ring) == RingRole::Gone;
             if let Some(at) = self.last_token.filter(|_| lost || gone) {
                 let model = assignment.placed.model.clone();
                 self.broke_off.get_or_insert((model, at));
@@ -456,12 +429,12 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
     /// One attempt on a worker without an identity.
     async fn attempt_legacy(
         &mut self,
-        mut errand: Errand<'_>,
+        mut pending: LegacyTask<'_>,
         worker: LegacyWorker,
         resume: Resume,
     ) -> Attempt {
         let payload = self.task.legacy.clone().unwrap_or_default();
-        let task = Message::new(MsgType::TASK, errand.sequence, timestamp_us(), payload);
+        let task = Message::new(MsgType::TASK, pending.sequence, timestamp_us(), payload);
         let mut timer = Timer::new(&self.answer);
         let step = match self.mesh.bus.send(&task, worker).await {
             Err(error) => self
@@ -470,7 +443,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
             Ok(()) => loop {
                 tokio::select! {
                     biased;
-                    reply = &mut errand.reply => break self.replied(resume.attempt, reply.ok()),
+                    reply = &mut pending.reply => break self.replied(resume.attempt, reply.ok()),
                     now = timer.fired(&self.answer) => {
                         // It works on one task after the other: while it answers others, this one waits its turn.
                         if let Some(at) = self.mesh.exchange.last_answer(worker.address) {
@@ -495,9 +468,9 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         }
         match placed
             .ring
-            .map(|ring| self.mesh.standing(placed.worker, ring))
+            .map(|ring| self.mesh.ring_role(placed.worker, ring))
         {
-            Some(Standing::Serves(since)) => {
+            Some(RingRole::Serves(since)) => {
                 self.answer.excused_until(since);
                 let limit = self.mesh.config.silence_limit * 2;
                 let lately = |at| now.saturating_duration_since(at) < limit;
@@ -506,11 +479,11 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                     self.answer.look_again_at(now + RING_LOOK);
                 }
             }
-            Some(Standing::Recovers) => self.answer.excused_until(now),
-            Some(Standing::Gone) if now < self.answer.deadline() => {
+            Some(RingRole::Recovers) => self.answer.excused_until(now),
+            Some(RingRole::Gone) if now < self.answer.deadline() => {
                 return self.ring_changed(assignment, attempt);
             }
-            Some(Standing::Gone) | None => {}
+            Some(RingRole::Gone) | None => {}
         }
         self.answer.time_passed(now)
     }
@@ -518,10 +491,10 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
     /// A ring changed: if this answer's worker does not drive its ring any more, it goes on elsewhere.
     fn ring_changed(&mut self, assignment: &Assignment, attempt: u32) -> Step {
         let placed = &assignment.placed;
-        let standing = placed
+        let role = placed
             .ring
-            .map(|ring| self.mesh.standing(placed.worker, ring));
-        if standing != Some(Standing::Gone) {
+            .map(|ring| self.mesh.ring_role(placed.worker, ring));
+        if role != Some(RingRole::Gone) {
             return Step::Wait;
         }
         // The same as if the worker itself had said so: it counts as no failure of the request.
@@ -696,158 +669,12 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
     }
 }
 
-/// Milliseconds that a worker may spend; 0 is without limit.
-pub(crate) fn deadline_ms(answer: &Answer) -> u64 {
-    let Some(last) = answer.last_moment() else {
-        return 0;
-    };
-    let left = last.saturating_duration_since(Instant::now());
-    u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1)
-}
-
-/// Interval at which a worker is asked to say that a request lives, in milliseconds.
-pub(crate) fn progress_ms(mesh: &Mesh) -> u32 {
-    u32::try_from(mesh.config.progress_interval().as_millis()).unwrap_or(u32::MAX)
-}
-
-/// True if the work that a request waits for made progress just now.
-pub(crate) fn gets_on(progress: &Progress) -> bool {
-    progress.quiet_ms < GETS_ON.as_millis() as u64
-}
-
-/// The cause of a wait while no worker has room, in words that follow "waiting".
-pub(crate) const FOR_ROOM: &str = "for a worker with room";
-
-/// The cause of a request's wait at its worker, in words that follow "waiting".
-pub(crate) fn words(progress: &Progress) -> String {
-    match progress.phase() {
-        RequestPhase::Preparing => "for its worker to take it in".to_owned(),
-        RequestPhase::Queued => format!("for a slot, {} requests before it", progress.position),
-        RequestPhase::Prefilling => format!(
-            "for its prompt, {} of {} tokens computed",
-            progress.prompt_done, progress.prompt_tokens
-        ),
-        RequestPhase::Decoding | RequestPhase::Unspecified => "for its worker".to_owned(),
-    }
-}
-
-/// Workers that died while they had a request, as far as can be seen: one whose process connects again lives.
-#[derive(Debug, Default)]
-pub(crate) struct Deaths(Vec<(WorkerId, String, u64)>);
-
-impl Deaths {
-    /// A stream that broke with its link: perhaps the worker is gone.
-    pub(crate) fn of(
-        &mut self,
-        failure: Failure,
-        assignment: &Assignment,
-        answer: &mut Answer,
-        mesh: &Mesh,
-    ) -> Failure {
-        let (Failure::Lost(text), Route::Link(link)) = (&failure, &assignment.route) else {
-            return failure;
-        };
-        let Some(reason) = link.close_reason() else {
-            return failure;
-        };
-        let node = &assignment.placed.key;
-        let is = Process::of(assignment.process, mesh.process_of(node));
-        if !is_death(&reason, is) {
-            return failure;
-        }
-        self.review(answer, mesh);
-        self.0
-            .push((assignment.placed.worker, node.clone(), assignment.process));
-        Failure::Died(text.clone())
-    }
-
-    /// Takes back the deaths of those that are connected again.
-    pub(crate) fn review(&mut self, answer: &mut Answer, mesh: &Mesh) {
-        self.0.retain(|(worker, node, process)| {
-            let lives = Process::of(*process, mesh.process_of(node)) == Process::Same;
-            if lives {
-                answer.lives(*worker);
-            }
-            !lives
-        });
-    }
-}
-
-/// The process that is connected now as the node of a worker whose link is over.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Process {
-    /// The same one.
-    Same,
-    /// Another one: it was started anew.
-    Other,
-    /// None, or one that does not say.
-    Unknown,
-}
-
-impl Process {
-    fn of(before: u64, now: Option<u64>) -> Self {
-        match now {
-            Some(now) if now == 0 || before == 0 => Self::Unknown,
-            Some(now) if now == before => Self::Same,
-            Some(_) => Self::Other,
-            None => Self::Unknown,
-        }
-    }
-}
-
-/// Whether a link that ended like this says that the worker died.
-fn is_death(reason: &Closed, process: Process) -> bool {
-    match (reason, process) {
-        (_, Process::Same) => false,
-        (Closed::Gone | Closed::Restarted | Closed::Silent, _) => true,
-        // This head closes links that it has no use for: in quarantine, expelled, or replaced. A new process has replaced one that
-        // died unnoticed.
-        (Closed::ByUs, process) => process == Process::Other,
-        // It said goodbye.
-        (
-            Closed::ByPeer {
-                code: ErrorCode::OK | ErrorCode::DRAINING | ErrorCode::CANCELLED,
-                ..
-            },
-            _,
-        ) => false,
-        (Closed::ByPeer { .. }, _) => true,
-        _ => false,
-    }
-}
-
 /// Opens a request stream.
 async fn open(link: &Link, generate: Message) -> Result<MsgStream, Failure> {
     let lost = |error: mesh_net::quic::StreamFailure| Failure::Lost(error.to_string());
     let mut stream = link.open().await.map_err(lost)?;
     stream.send(generate).await.map_err(lost)?;
     Ok(stream)
-}
-
-/// How a request that ends with this error is booked.
-pub(crate) fn outcome_of(error: &AnswerError) -> Outcome {
-    match error {
-        AnswerError::Refused(Refusal::UnknownModel { .. } | Refusal::TooLong { .. })
-        | AnswerError::Rejected { .. } => Outcome::Rejected,
-        AnswerError::Refused(_) | AnswerError::TooMuch(_) | AnswerError::ShuttingDown => {
-            Outcome::Refused
-        }
-        AnswerError::Timeout(_) | AnswerError::Stalled(_) | AnswerError::QueueTimeout(_) => {
-            Outcome::Timeout
-        }
-        AnswerError::WorkersFailed { .. } | AnswerError::WorkersDied { .. } => Outcome::Failed,
-    }
-}
-
-/// What a worker's answer that is none says.
-pub(crate) fn error_of(message: &Message) -> Failure {
-    match message.error_body() {
-        Some(body) => Failure::Error {
-            code: body.code,
-            text: body.text.into_owned(),
-        },
-        None => Failure::Lost(format!("the worker answered with a {}", message.kind)),
-    }
 }
 
 /// The answer's timer. It is moved only when the next deadline comes closer: mostly, tokens push it away, and it is cheaper
@@ -886,41 +713,9 @@ const MOST_WHOLE: usize = 8 << 20;
 /// Least time between two words to a client about what its request waits for.
 const TELL_EVERY: Duration = Duration::from_millis(100);
 
-/// A step that came back so lately shows that the engine works.
-const GETS_ON: Duration = Duration::from_secs(5);
-
 /// Time until the head looks again at a driver that is heard and sends no tokens.
 const RING_LOOK: Duration = Duration::from_millis(300);
 
 /// Silence of a ring's driver that counts as its death, if its link is silent, too: its standby goes on within milliseconds. It is
 /// more than a driver needs to notice a silent member, whose loss is not the driver's.
 const RING_SILENCE: Duration = Duration::from_millis(1_500);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_link_that_ends_is_a_death_only_if_the_process_is_gone() {
-        let by_peer = |code| Closed::ByPeer {
-            code,
-            text: String::new(),
-        };
-        for reason in [Closed::Gone, Closed::Restarted, Closed::Silent] {
-            assert!(is_death(&reason, Process::Unknown) && is_death(&reason, Process::Other));
-            assert!(!is_death(&reason, Process::Same), "it connected again");
-        }
-        // In quarantine, expelled, or connected again.
-        assert!(!is_death(&Closed::ByUs, Process::Unknown));
-        assert!(!is_death(&Closed::ByUs, Process::Same));
-        assert!(is_death(&Closed::ByUs, Process::Other), "started anew");
-        for goodbye in [ErrorCode::OK, ErrorCode::DRAINING, ErrorCode::CANCELLED] {
-            assert!(!is_death(&by_peer(goodbye), Process::Unknown));
-        }
-        assert!(is_death(&by_peer(ErrorCode::INTERNAL), Process::Unknown));
-        assert_eq!(Process::of(7, Some(7)), Process::Same);
-        assert_eq!(Process::of(7, Some(8)), Process::Other);
-        assert_eq!(Process::of(0, Some(0)), Process::Unknown);
-        assert_eq!(Process::of(7, None), Process::Unknown);
-    }
-}

@@ -6,53 +6,27 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Instant;
 
-use bytes::{Bytes, BytesMut};
-use dcf::{ErrorCode, Message, MsgType};
+use bytes::BytesMut;
+use dcf::ErrorCode;
 use futures::{StreamExt, TryStreamExt, stream};
-use mesh_net::quic::{Link, MsgStream, StreamFailure};
-use mesh_proto::{Done, Embed, EmbedInput, EmbedText, Embeddings, ModelKind, Progress};
-use prost::Message as _;
+use mesh_control::affinity::estimate_tokens;
+use mesh_control::embedding::Cut;
+use mesh_control::fair::{Ingress, Source};
+use mesh_control::placement::{Ended, Refusal};
+use mesh_control::request::{Answer, AnswerError, Failure, Fault, Step};
+use mesh_control::router::{Ask, Purpose};
+use mesh_net::quic::Link;
+use mesh_proto::{Done, Embed, EmbedInput, EmbedText, Embeddings, ModelKind};
 use tracing::{debug, info, warn};
 
-use crate::core::affinity::estimate_tokens;
-use crate::core::embedding::{Cut, check};
-use crate::core::fair::{Ingress, Origin, Source};
-use crate::core::placement::{Ended, Refusal};
-use crate::core::request::{Answer, AnswerError, Failure, Fault, Step};
-use crate::core::router::{Ask, Purpose};
-use crate::drive::{Deaths, deadline_ms, error_of, gets_on, outcome_of, progress_ms};
-use crate::mesh::{Assignment, Lease, Mesh, Route, timestamp_us};
+use super::deaths::Deaths;
+use super::outcome::{deadline_ms, outcome_of};
+use super::task::{EmbedTask, Embedded};
+use crate::mesh::{Assignment, Lease, Mesh, Route};
 use crate::metrics::{Front, Outcome};
-
-/// Texts to embed, whichever front end they came through.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct EmbedTask {
-    /// Request id in the logs of all services.
-    pub id: String,
-    /// Model name; the first embedding model where there is none.
-    pub model: Option<String>,
-    /// The texts.
-    pub inputs: Vec<EmbedInput>,
-    /// Name of the prompt that the model puts in front.
-    pub prompt_name: String,
-    /// Length of the vectors; 0 is the model's own.
-    pub dimensions: u32,
-    /// The client that it comes from.
-    pub origin: Origin,
-}
-
-/// All vectors of a request.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Embedded {
-    /// The model that made them.
-    pub model: String,
-    /// Length of one vector.
-    pub dimensions: u32,
-    /// f32, little-endian, vector after vector in the order of the texts.
-    pub vectors: Bytes,
-    /// Tokens that the model saw, over all texts.
-    pub tokens: u64,
-}
+use crate::workers::requests::{
+    Said, embeddings_bytes, gets_on, next_embeddings, open_embed, progress_ms,
+};
 
 /// Runs a task to its end. Dropping the future cancels it. The memory of its answer is added to `lease`.
 ///
@@ -326,7 +300,7 @@ async fn ask_for_part(
     dimensions: u32,
 ) -> Result<Result<Embeddings, Failure>, Step> {
     let texts = embed.inputs.len();
-    let mut exchange = pin!(open(link, embed, attempt));
+    let mut exchange = pin!(open_embed(link, embed, attempt));
     let mut stream = loop {
         match timeout_at(answer.next_timer(), &mut exchange).await {
             Some(Ok(stream)) => break stream,
@@ -334,9 +308,14 @@ async fn ask_for_part(
             None => time_passed(answer, assignment)?,
         }
     };
-    stream.limit(bytes_of(texts, dimensions));
+    stream.limit(embeddings_bytes(texts, dimensions));
     loop {
-        match timeout_at(answer.next_timer(), next(&mut stream, texts, dimensions)).await {
+        match timeout_at(
+            answer.next_timer(),
+            next_embeddings(&mut stream, texts, dimensions),
+        )
+        .await
+        {
             Some(Ok(Said::Vectors(embeddings))) => {
                 let _ = stream.finish();
                 return Ok(Ok(embeddings));
@@ -378,69 +357,6 @@ async fn timeout_at<T>(due: Option<Instant>, future: impl Future<Output = T>) ->
     tokio::time::timeout_at(due.into(), future).await.ok()
 }
 
-/// Bytes of an answer with so many vectors; 0 is of an unknown length.
-pub(crate) fn bytes_of(texts: usize, dimensions: u32) -> usize {
-    let dimensions = match dimensions {
-        0 => LONGEST_VECTOR,
-        known => known as usize,
-    };
-    // A vector, and the number of its tokens.
-    texts
-        .saturating_mul(dimensions * 4 + 8)
-        .saturating_add(64 << 10)
-}
-
-/// A worker's message on the stream of an Embed.
-pub(crate) enum Said {
-    Vectors(Embeddings),
-    Lives(Progress),
-    /// Something that this version does not know.
-    Other,
-}
-
-/// Opens the stream of an Embed. Dropped early it is reset, which cancels the request there.
-pub(crate) async fn open(link: &Link, embed: Embed, attempt: u32) -> Result<MsgStream, Failure> {
-    let body = embed.encode_to_vec();
-    let message = Message::new(MsgType::EMBED, attempt, timestamp_us(), body);
-    let mut stream = link.open().await.map_err(lost)?;
-    stream.send(message).await.map_err(lost)?;
-    Ok(stream)
-}
-
-/// The next message on the stream of an Embed of so many texts.
-pub(crate) async fn next(
-    stream: &mut MsgStream,
-    texts: usize,
-    dimensions: u32,
-) -> Result<Said, Failure> {
-    let Some(message) = stream.recv().await.map_err(lost)? else {
-        let text = "the worker ended the stream without an answer";
-        return Err(Failure::Lost(text.to_owned()));
-    };
-    let unreadable =
-        |kind: MsgType| Failure::Nonsense(format!("the worker sent a {kind} that cannot be read"));
-    match message.kind {
-        MsgType::EMBEDDINGS => {
-            let embeddings =
-                Embeddings::decode(message.payload).map_err(|_| unreadable(MsgType::EMBEDDINGS))?;
-            check(&embeddings, texts, dimensions).map_err(Failure::Nonsense)?;
-            Ok(Said::Vectors(embeddings))
-        }
-        MsgType::PROGRESS => Progress::decode(message.payload)
-            .map(Said::Lives)
-            .map_err(|_| unreadable(MsgType::PROGRESS)),
-        MsgType::ERROR => Err(error_of(&message)),
-        other => {
-            debug!(kind = %other, "unexpected on a request's stream");
-            Ok(Said::Other)
-        }
-    }
-}
-
-fn lost(error: StreamFailure) -> Failure {
-    Failure::Lost(error.to_string())
-}
-
 /// Tokens of a text, estimated.
 fn weight(input: &EmbedInput) -> u64 {
     match &input.text {
@@ -458,8 +374,6 @@ fn memory_of(texts: usize, dimensions: u32) -> u64 {
 
 /// A number as it comes, as it is put together, and in the answer's JSON.
 const BYTES_A_NUMBER: u64 = 20;
-/// Numbers of a vector whose length nobody knows.
-const LONGEST_VECTOR: usize = 8192;
 /// Parts of one request that are under way at once.
 const MOST_AT_ONCE: usize = 32;
 

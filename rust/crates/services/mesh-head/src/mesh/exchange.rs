@@ -1,11 +1,13 @@
 //! Tasks on their way through workers of DCF v5.0.0 and v5.1: from our own sequence back to whoever waits for the answer.
 
 use std::collections::HashMap;
+use std::io;
 use std::net::SocketAddr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use dcf::{Message, Version};
+use mesh_net::udp::BatchSocket;
 use tokio::sync::oneshot;
 
 /// A worker without an identity, as it is reached.
@@ -39,7 +41,7 @@ struct Pending {
 
 /// One task with a worker; dropping it gives the task up.
 #[derive(Debug)]
-pub struct Errand<'a> {
+pub struct LegacyTask<'a> {
     exchange: &'a Exchange,
     /// The sequence to send the task with.
     pub sequence: u32,
@@ -49,7 +51,7 @@ pub struct Errand<'a> {
 
 impl Exchange {
     /// A task for this worker.
-    pub fn open(&self, worker: LegacyWorker) -> Errand<'_> {
+    pub fn open(&self, worker: LegacyWorker) -> LegacyTask<'_> {
         let (sender, reply) = oneshot::channel();
         let mut inner = self.lock();
         // Tasks live for minutes at most, so the search is short even after four billion of them.
@@ -67,7 +69,7 @@ impl Exchange {
                 reply: sender,
             },
         );
-        Errand {
+        LegacyTask {
             exchange: self,
             sequence,
             reply,
@@ -118,9 +120,29 @@ impl Exchange {
     }
 }
 
-impl Drop for Errand<'_> {
+impl Drop for LegacyTask<'_> {
     fn drop(&mut self) {
         self.exchange.lock().pending.remove(&self.sequence);
+    }
+}
+
+/// Sends Tasks to workers without an identity, from the socket that their Results come to.
+#[derive(Debug, Clone)]
+pub struct BusSender(Arc<BatchSocket>);
+
+impl BusSender {
+    /// A sender on the bus's own socket.
+    pub fn new(socket: Arc<BatchSocket>) -> Self {
+        Self(socket)
+    }
+
+    /// Sends one message in the worker's version.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub async fn send(&self, message: &Message, worker: LegacyWorker) -> io::Result<()> {
+        let datagram = message.encode_as(worker.version);
+        self.0.send_to(&datagram, worker.address).await
     }
 }
 

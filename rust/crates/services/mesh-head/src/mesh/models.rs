@@ -1,17 +1,17 @@
-//! Models within the mesh: tells workers where to get what they seek, as [`crate::core::tracker`] decides.
+//! Models within the mesh: tells workers where to get what they seek, as [`mesh_control::tracker`] decides.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Instant;
 
 use dcf::{Message, MsgType};
+use mesh_control::registry::{Worker, WorkerId};
+use mesh_control::tracker::{Action, Conflict, Note, Pin, PinError, TrackedModel};
 use mesh_proto::{Models, Served};
 use prost::Message as _;
 use tracing::{error, info, warn};
 
-use super::{Mesh, State, timestamp_us};
-use crate::core::registry::{Worker, WorkerId};
-use crate::core::tracker::{Action, Conflict, Note, Pin, PinError, TrackedModel};
+use super::state::{Mesh, State, timestamp_us};
 
 impl Mesh {
     /// A worker says what it holds and seeks.

@@ -3,13 +3,13 @@
 use std::time::Instant;
 
 use dcf::{Message, MsgType};
+use mesh_control::registry::WorkerId;
 use mesh_net::trust::EXPELLED;
 use mesh_proto::{Expelled, ExpelledNode};
 use prost::Message as _;
 use tracing::warn;
 
-use super::{Mesh, timestamp_us};
-use crate::core::registry::WorkerId;
+use super::state::{Mesh, timestamp_us};
 
 impl Mesh {
     /// Removes a node at once, as if its link had ended, and closes that: its requests run again elsewhere, its parts of rings

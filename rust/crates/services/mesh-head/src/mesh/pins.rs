@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use crate::core::tracker::{Pin, Pins};
+use mesh_control::tracker::{Pin, Pins};
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Kept {
@@ -120,7 +120,7 @@ const MOST_BYTES: u64 = 16 << 20;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core::tracker::Tracker;
+    use mesh_control::tracker::Tracker;
 
     #[test]
     fn pins_outlast_a_restart_and_a_broken_file_is_set_aside() {

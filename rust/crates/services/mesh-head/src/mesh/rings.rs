@@ -1,4 +1,4 @@
-//! Rings within the mesh: carries out what [`crate::core::rings`] decides, and answers what others ask about rings.
+//! Rings within the mesh: carries out what [`mesh_control::rings`] decides, and answers what others ask about rings.
 
 use std::io;
 use std::net::SocketAddr;
@@ -6,21 +6,20 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, Message, MsgType};
+use mesh_control::registry::{Registry, Worker, WorkerId};
+use mesh_control::rings::{Action, Note, Prospect, Rings};
 use mesh_proto::{Offer, PathProfile, RingState};
 use prost::Message as _;
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
-use super::{Mesh, State, timestamp_us};
-use crate::core::registry::{Registry, Worker, WorkerId};
-use crate::core::rings::{Action, Note, Prospect, Rings};
-use crate::drains;
-use crate::ids;
+use super::drains;
+use super::state::{Mesh, State, timestamp_us};
 use crate::metrics::Verdict;
 
 /// What became of a worker as the driver of a ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Standing {
+pub enum RingRole {
     /// It serves since then.
     Serves(Instant),
     /// Its ring recovers from a loss: silence is no sign of death.
@@ -95,13 +94,13 @@ impl Mesh {
     }
 
     /// What became of a worker as the driver of a ring.
-    pub fn standing(&self, id: WorkerId, ring: u64) -> Standing {
+    pub fn ring_role(&self, id: WorkerId, ring: u64) -> RingRole {
         let state = self.lock();
         let node = state.placement.registry.get(id).and_then(Worker::node_id);
         match node.and_then(|node| state.rings.serves_since(ring, node)) {
-            Some(Some(since)) => Standing::Serves(since),
-            Some(None) => Standing::Recovers,
-            None => Standing::Gone,
+            Some(Some(since)) => RingRole::Serves(since),
+            Some(None) => RingRole::Recovers,
+            None => RingRole::Gone,
         }
     }
 
@@ -378,12 +377,6 @@ impl Mesh {
             }
         }
     }
-}
-
-/// Ring ids of this head's life count up from here. Random, so that they are not those of an earlier life, whatever the clock
-/// says, with room above.
-pub(super) fn first_ring() -> u64 {
-    (ids::unique() >> 1).max(1)
 }
 
 fn hex(ring: u64) -> String {

@@ -2,72 +2,21 @@
 //! v5.1, which have no identity, where the operator admits those.
 
 use std::collections::HashMap;
-use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use dcf::chunk::{self, Chunk, Reassembler};
 use dcf::{DecodeError, Message, MsgType, Version};
-use mesh_net::seal::{self, Opener};
 use mesh_net::udp::{BatchSocket, Datagram, RecvBatch, SendBatch};
 use mesh_proto::Load;
 use prost::Message as _;
 use tracing::{debug, info, warn};
 
-use crate::core::registry::WorkerId;
-use crate::legacy::LegacyWorker;
+use crate::mesh::exchange::LegacyWorker;
 use crate::mesh::{Mesh, timestamp_us};
 use crate::metrics::DatagramCounters;
-
-/// Sends Tasks to workers without an identity, from the socket that their Results come to.
-#[derive(Debug, Clone)]
-pub struct BusSender(Arc<BatchSocket>);
-
-impl BusSender {
-    /// A sender on the bus's own socket.
-    pub fn new(socket: Arc<BatchSocket>) -> Self {
-        Self(socket)
-    }
-
-    /// Sends one message in the worker's version.
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub async fn send(&self, message: &Message, worker: LegacyWorker) -> io::Result<()> {
-        let datagram = message.encode_as(worker.version);
-        self.0.send_to(&datagram, worker.address).await
-    }
-}
-
-/// The keys of sealed heartbeats, by session.
-#[derive(Debug, Default)]
-pub struct Sessions(Mutex<HashMap<u64, (WorkerId, Opener)>>);
-
-impl Sessions {
-    /// A worker has a session.
-    pub fn open(&self, session: u64, worker: WorkerId, opener: Opener) {
-        self.lock().insert(session, (worker, opener));
-    }
-
-    /// Its link is over.
-    pub fn close(&self, session: u64) {
-        self.lock().remove(&session);
-    }
-
-    /// The worker that sealed this message, and what it says.
-    fn unseal(&self, message: &Message) -> Option<(WorkerId, Bytes)> {
-        let session = seal::session(message)?;
-        let mut sessions = self.lock();
-        let (worker, opener) = sessions.get_mut(&session)?;
-        Some((*worker, opener.open(message).ok()?))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, (WorkerId, Opener)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 /// Serves the bus for ever.
 pub async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>) {

@@ -1,3 +1,4 @@
+use super::super::drain::DrainRefusal;
 use super::*;
 
 #[test]

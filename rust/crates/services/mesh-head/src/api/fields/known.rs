@@ -5,7 +5,8 @@
 
 use serde_json::Value;
 
-use super::{Fields, Invalid, is_empty};
+use super::reader::{Fields, is_empty};
+use crate::api::invalid::Invalid;
 
 /// The API that a request came through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

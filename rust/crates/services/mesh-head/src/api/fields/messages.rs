@@ -3,7 +3,8 @@
 use mesh_proto::{Chat, ChatMessage};
 use serde_json::{Map, Value};
 
-use super::{Fields, Invalid};
+use super::reader::{Fields, is_empty};
+use crate::api::invalid::Invalid;
 
 /// Chat messages: a non-empty list of roles and texts.
 ///
@@ -114,10 +115,7 @@ fn message(path: &str, value: &Value) -> Result<ChatMessage, Invalid> {
     };
     let fields = Fields::new(map);
     for name in ["tool_calls", "function_call", "audio"] {
-        if fields
-            .get(name)
-            .is_some_and(|value| !super::is_empty(value))
-        {
+        if fields.get(name).is_some_and(|value| !is_empty(value)) {
             return Err(Invalid::unsupported(
                 format!("{path}.{name}"),
                 "send text messages only",

@@ -3,7 +3,8 @@
 use mesh_proto::{GenerateParams, LogitBias};
 use serde_json::Value;
 
-use super::{Fields, Invalid, whole_number};
+use super::reader::{Fields, whole_number};
+use crate::api::invalid::Invalid;
 
 /// The sampling parameters that all front ends share; `max_tokens`, `logprobs` and `echo` are the caller's.
 ///

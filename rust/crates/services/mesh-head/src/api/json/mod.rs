@@ -12,7 +12,7 @@ use std::borrow::Cow;
 
 use serde::de::DeserializeSeed;
 
-use crate::fields::Invalid;
+use crate::api::invalid::Invalid;
 
 use bounded::{Body, Budget};
 pub use bounded::{Lists, Object};

@@ -1,4 +1,4 @@
-//! Sends answers that no datagram holds, at the pace of [`crate::core::outbox`].
+//! Sends answers that no datagram holds, at the pace of [`mesh_control::outbox`].
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -8,8 +8,8 @@ use mesh_net::udp::{BatchSocket, SendBatch};
 use tokio_util::task::TaskTracker;
 use tracing::debug;
 
-use crate::core::dedup::TaskKey;
-use crate::core::outbox::{Added, Limits, Outbox};
+use mesh_control::dedup::TaskKey;
+use mesh_control::outbox::{Added, Limits, Outbox};
 
 /// Sends Chunks from one socket. While there are any, a task of its own is at it.
 #[derive(Debug)]

@@ -1,5 +1,8 @@
 //! The clients' port, 7777/udp: Tasks in, Results, Partials and Errors out.
 
+mod chunk_sender;
+mod proof;
+
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,24 +11,27 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use dcf::chunk::{self, Chunk, ChunkError, MAX_PAYLOAD, Reassembler};
 use dcf::{DecodeError, ErrorCode, HEADER_LEN, Header, Message, MsgType, Version};
+use mesh_control::dedup::{Dedup, Run, Seen, TaskKey};
+use mesh_control::fair::{Ingress, Origin, Source};
+use mesh_control::placement::Refusal;
+use mesh_control::registry::Worker;
+use mesh_control::request::AnswerError;
 use mesh_net::udp::{BatchSocket, Datagram, RecvBatch, SendBatch};
 use sha2::{Digest, Sha256};
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
-use crate::chunk_sender::ChunkSender;
-use crate::core::dedup::{Dedup, Run, Seen, TaskKey};
-use crate::core::fair::{Ingress, Origin, Source};
-use crate::core::placement::Refusal;
-use crate::core::proof::{Proofs, Verdict};
-use crate::core::registry::Worker;
-use crate::core::request::AnswerError;
-use crate::drive::{Event, FOR_ROOM, drive, words};
-use crate::http::intake;
+use self::chunk_sender::ChunkSender;
+use self::proof::{Proofs, Verdict};
+use crate::api::dcf::{DcfEmbed, DcfGenerate, DcfTask};
+use crate::api::parse;
+use crate::flight::drive::drive;
+use crate::flight::embed::embed;
+use crate::flight::event::{Event, FOR_ROOM, words};
+use crate::flight::task::Task;
 use crate::ids;
 use crate::mesh::{Lease, Mesh, timestamp_us};
 use crate::metrics::{DatagramCounters, Front};
-use crate::task::{DcfEmbed, DcfGenerate, DcfTask, Task};
 
 /// Serves the port for ever. Answers that are being made are in `running`.
 pub async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: TaskTracker) {
@@ -381,8 +387,8 @@ impl Port {
             code: ErrorCode::INVALID_PAYLOAD,
             text,
         };
-        let parsed = intake::parsed(&self.mesh, payload, DcfTask::parse).await;
-        let task = parsed.map_err(|error| rejected(error.message))?;
+        let parsed = parse::parsed(&self.mesh.reading, payload, DcfTask::parse).await;
+        let task = parsed.map_err(|_| rejected("the request could not be read".to_owned()))?;
         let task = task.map_err(|invalid| rejected(invalid.message))?;
         if task.ack() {
             self.acks().insert(key);
@@ -420,7 +426,7 @@ impl Port {
         let mut task = std::mem::take(&mut asked.task);
         task.id = ids::fresh("dcf");
         task.origin = origin;
-        let embedded = crate::embed::embed(&self.mesh, Front::Dcf, task, lease).await?;
+        let embedded = embed(&self.mesh, Front::Dcf, task, lease).await?;
         Ok(asked.answer(&embedded).into())
     }
 

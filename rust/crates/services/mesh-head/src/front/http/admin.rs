@@ -7,13 +7,14 @@ use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::StatusCode;
 use dcf::Version;
+use mesh_control::registry::{ServedModel, Service, Worker};
+use mesh_control::tracker::PinError;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::Api;
 use super::error::ApiError;
-use crate::core::registry::{ServedModel, Service, Worker};
-use crate::core::tracker::PinError;
+use super::models::kind_name;
+use super::state::Api;
 
 /// `GET /v1/mesh`: the registry as JSON.
 pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
@@ -189,7 +190,7 @@ fn describe(worker: &Worker, round_trip_ms: Option<f64>, offers: bool, now: Inst
             architecture: &model.card.architecture,
             quantization: &model.card.quantization,
             fingerprint: &model.card.fingerprint,
-            kind: super::kind_name(&model.card),
+            kind: kind_name(&model.card),
             context: model.card.context,
             slots: model.card.slots,
             file_bytes: model.card.file_bytes,

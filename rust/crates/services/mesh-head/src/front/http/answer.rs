@@ -8,21 +8,21 @@ use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use futures::stream::{self, SelectAll, Stream, StreamExt};
+use mesh_control::request::{Complete, Delta};
 use mesh_proto::{RequestPhase, TokenLogprob};
 use serde::Serialize;
 use tokio::time::{Instant, timeout_at};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 
-use super::ask::{Api, Asked};
 use super::error::ApiError;
 use super::hold::counted;
 use super::keys::Pass;
-use super::wire::{
+use crate::api::generate::{Api, Asked};
+use crate::api::wire::{
     ChatChoice, ChatChunk, ChatDelta, ChatLogprobs, ChatText, Envelope, Place, TextChoice,
     TextLogprobs, Timings, Usage, finish_reason, system_fingerprint,
 };
-use crate::core::request::{Complete, Delta};
-use crate::drive::{Event, FOR_ROOM, Placed, words};
+use crate::flight::event::{Event, FOR_ROOM, Placed, words};
 use crate::ids;
 
 /// The events of all choices of one request, each with its index.

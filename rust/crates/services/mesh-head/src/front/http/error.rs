@@ -3,12 +3,12 @@
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use dcf::ErrorCode;
+use mesh_control::memory::TooMuch;
+use mesh_control::placement::Refusal;
+use mesh_control::request::AnswerError;
 use serde::Serialize;
 
-use crate::core::memory::TooMuch;
-use crate::core::placement::Refusal;
-use crate::core::request::AnswerError;
-use crate::fields::Invalid;
+use crate::api::invalid::Invalid;
 
 /// An error of the HTTP API.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -212,7 +212,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::core::fair::Source;
+    use mesh_control::fair::Source;
 
     #[test]
     fn every_failure_has_a_status_and_a_code() {

@@ -3,9 +3,9 @@
 use axum::http::HeaderValue;
 use axum::response::Response;
 
-use super::Api;
 use super::error::ApiError;
-use crate::fields::Invalid;
+use super::state::Api;
+use crate::api::invalid::Invalid;
 
 /// The header that names them.
 const HEADER: &str = "x-hydramesh-ignored";

@@ -1,7 +1,5 @@
 //! Bodies of requests: read within what their client may take of this head's memory, and parsed where they hold up nobody.
 
-use std::sync::Arc;
-
 use axum::body::{Body, Bytes};
 use axum::http::StatusCode;
 use futures::StreamExt;
@@ -9,11 +7,13 @@ use mesh_service::http::{NoRoom, TooSlow};
 
 use super::error::ApiError;
 use super::keys::Client;
+use super::state::Api;
+use crate::api::parse;
 use crate::mesh::{Lease, Mesh};
 
 /// Reads a body. Its memory is taken as it comes.
 pub(super) async fn body(
-    api: &super::Api,
+    api: &Api,
     client: Client,
     body: Body,
 ) -> Result<(Bytes, Lease), ApiError> {
@@ -59,23 +59,6 @@ pub(super) async fn body(
     Ok((read.into(), lease))
 }
 
-/// What `parse` makes of a body. A large one is parsed on another thread, one at a time.
-pub(crate) async fn parsed<T: Send + 'static>(
-    mesh: &Arc<Mesh>,
-    body: Bytes,
-    parse: impl FnOnce(&[u8]) -> T + Send + 'static,
-) -> Result<T, ApiError> {
-    if body.len() <= SMALL {
-        return Ok(parse(&body));
-    }
-    let _turn = mesh.reading.acquire().await;
-    let parsing = tokio::task::spawn_blocking(move || parse(&body));
-    parsing.await.map_err(|_| {
-        let text = "the request could not be read";
-        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", text)
-    })
-}
-
 fn unreadable(error: &(dyn std::error::Error + 'static)) -> ApiError {
     if let Some(slow) = TooSlow::cause_of(error) {
         let text = slow.to_string();
@@ -90,5 +73,16 @@ fn unreadable(error: &(dyn std::error::Error + 'static)) -> ApiError {
 
 /// What any request is counted as.
 const LEAST: u64 = 4 << 10;
-/// Bodies up to this length are parsed in less time than it takes to hand them over.
-const SMALL: usize = 16 << 10;
+
+/// What `parse` makes of a body.
+pub(super) async fn parsed<T: Send + 'static>(
+    mesh: &Mesh,
+    body: Bytes,
+    parse: impl FnOnce(&[u8]) -> T + Send + 'static,
+) -> Result<T, ApiError> {
+    let parsed = parse::parsed(&mesh.reading, body, parse).await;
+    parsed.map_err(|_| {
+        let text = "the request could not be read";
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", text)
+    })
+}

@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use axum::http::{HeaderMap, header};
+use mesh_control::fair::Origin;
 use mesh_service::files::Readers;
 use sha2::{Digest, Sha256};
 use subtle::{Choice, ConstantTimeEq};
 
-use crate::core::fair::Origin;
 use crate::ids;
 use crate::mesh::Lease;
 

@@ -5,20 +5,18 @@
 
 mod admin;
 mod answer;
-mod ask;
-pub mod embeddings;
 mod error;
 mod hold;
 mod ignored;
-pub mod intake;
+mod intake;
 mod keys;
 mod models;
 mod nodes;
 mod paths;
 mod ready;
 mod rings;
+mod state;
 mod tokens;
-mod wire;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -32,7 +30,6 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Extension, Router};
 use mesh_net::trust::Authority;
-use mesh_proto::{ModelCard, ModelKind};
 use mesh_service::health;
 use mesh_service::http::Guard;
 use mesh_service::metrics::Metrics;
@@ -40,46 +37,22 @@ use tower::ServiceExt as _;
 
 pub use error::ApiError;
 pub use keys::{Keys, KeysError};
+use mesh_control::fair::{Ingress, Source};
+use mesh_control::registry::Worker;
 
-use crate::core::fair::{Ingress, Source};
-use crate::core::registry::Worker;
-use crate::drive::submit;
+use crate::api::embeddings::AskedEmbeddings;
+use crate::api::generate::{self, Asked};
+use crate::flight::drive::submit;
+use crate::flight::embed;
+use crate::flight::task::Task;
 use crate::ids;
 use crate::mesh::Mesh;
 use crate::metrics::Front;
-use crate::task::Task;
 use answer::Answering;
-use ask::Asked;
-use embeddings::AskedEmbeddings;
-use hold::Hold;
 use ignored::Ignored;
 use keys::{Caller, Client, Denied, Turnstile};
 use ready::Told;
-
-/// What the handlers share.
-#[derive(Clone)]
-struct Api {
-    mesh: Arc<Mesh>,
-    keys: Arc<Keys>,
-    authority: Arc<Authority>,
-    /// The head's own node id.
-    own_id: Arc<str>,
-    turnstile: Arc<Turnstile>,
-}
-
-impl Api {
-    fn hold(&self) -> Hold {
-        let http = &self.mesh.config.http;
-        Hold {
-            after: http.early_headers,
-            every: http.keep_alive,
-        }
-    }
-}
-
-/// The id of a request in the logs of all services.
-#[derive(Clone)]
-struct RequestId(String);
+use state::{Api, RequestId};
 
 /// All routes of the head.
 pub fn router(
@@ -147,7 +120,7 @@ async fn chat(
     id: Extension<RequestId>,
     body: Body,
 ) -> Result<Response, ApiError> {
-    answer(ask::Api::Chat, state, client, id, body).await
+    answer(generate::Api::Chat, state, client, id, body).await
 }
 
 async fn completions(
@@ -156,11 +129,11 @@ async fn completions(
     id: Extension<RequestId>,
     body: Body,
 ) -> Result<Response, ApiError> {
-    answer(ask::Api::Completions, state, client, id, body).await
+    answer(generate::Api::Completions, state, client, id, body).await
 }
 
 async fn answer(
-    which: ask::Api,
+    which: generate::Api,
     State(api): State<Api>,
     Extension(client): Extension<Client>,
     Extension(id): Extension<RequestId>,
@@ -229,7 +202,7 @@ async fn embed(
     let hold = api.hold();
     let answer = async move {
         let _pass = pass;
-        let embedded = crate::embed::embed(&api.mesh, Front::Http, task, &mut lease).await;
+        let embedded = embed::embed(&api.mesh, Front::Http, task, &mut lease).await;
         embedded
             .map(|embedded| hold::counted(asked.answer(&embedded), lease))
             .map_err(|error| ApiError::from(&error))
@@ -248,14 +221,6 @@ fn context_of(mesh: &Mesh, model: Option<String>) -> Option<u32> {
 async fn openapi() -> impl IntoResponse {
     let json = HeaderValue::from_static("application/json");
     ([(header::CONTENT_TYPE, json)], OPENAPI)
-}
-
-/// What a model makes, in a word.
-fn kind_name(card: &ModelCard) -> &'static str {
-    match card.kind() {
-        ModelKind::Chat => "chat",
-        ModelKind::Embed => "embed",
-    }
 }
 
 /// Lets through who may use the API, and notes who it is.
@@ -341,4 +306,4 @@ fn seconds_since_epoch() -> u64 {
 }
 
 const REQUEST_ID: &str = "x-request-id";
-const OPENAPI: &str = include_str!("../../openapi.json");
+const OPENAPI: &str = include_str!("../../../openapi.json");

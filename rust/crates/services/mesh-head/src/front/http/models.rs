@@ -6,11 +6,11 @@ use std::time::UNIX_EPOCH;
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
-use mesh_proto::ModelCard;
+use mesh_proto::{ModelCard, ModelKind};
 use serde_json::{Value, json};
 
-use super::Api;
 use super::error::ApiError;
+use super::state::Api;
 use crate::mesh::Mesh;
 
 /// `GET /v1/models`.
@@ -71,7 +71,7 @@ fn model(api: &Api, card: &ModelCard) -> Value {
         "architecture": card.architecture,
         "quantization": card.quantization,
         "file_bytes": card.file_bytes,
-        "kind": super::kind_name(card),
+        "kind": kind_name(card),
         "dimensions": (card.dimensions > 0).then_some(card.dimensions),
     })
 }
@@ -109,6 +109,14 @@ const PROVIDERS: &[&str] = &[
     "litellm_proxy",
     "hydramesh",
 ];
+
+/// What a model makes, in a word.
+pub(super) fn kind_name(card: &ModelCard) -> &'static str {
+    match card.kind() {
+        ModelKind::Chat => "chat",
+        ModelKind::Embed => "embed",
+    }
+}
 
 #[cfg(test)]
 mod tests {

@@ -7,15 +7,15 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::StatusCode;
+use mesh_control::registry::Worker;
 use mesh_net::trust::{KnownMember, TrustError};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::Api;
 use super::admin::read;
 use super::error::ApiError;
+use super::state::Api;
 use super::tokens::blocking;
-use crate::core::registry::Worker;
 
 /// `GET /v1/mesh/nodes`: all nodes that the head knows by their certificates. The state of one is `connected`, `absent` or
 /// `expelled`.

@@ -7,14 +7,17 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
+use mesh_control::registry::{Registry, Worker, WorkerId};
+use mesh_control::rings::Rings;
+use mesh_control::rings::drain::DrainRefusal;
+use mesh_control::rings::plan::NoPlan;
+use mesh_control::rings::rebalance::Comparison;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::Api;
 use super::admin::read;
 use super::error::ApiError;
-use crate::core::registry::{Registry, Worker, WorkerId};
-use crate::core::rings::{Comparison, DrainRefusal, NoPlan, Rings};
+use super::state::Api;
 
 #[derive(Deserialize)]
 pub(super) struct PlanAsked {

@@ -10,9 +10,9 @@ use mesh_net::trust::{Revocation, TokenRecord, TrustError};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::Api;
 use super::admin::read;
 use super::error::ApiError;
+use super::state::Api;
 
 /// `POST /v1/mesh/tokens`: makes a join token. The body may hold `ttl_seconds` and `note`.
 pub(super) async fn create(State(api): State<Api>, body: Bytes) -> Result<Json<Value>, ApiError> {
