@@ -71,14 +71,14 @@ pub fn estimate_tokens(bytes: usize) -> u32 {
 
 /// A bounded table from prefix to worker; the oldest entries make room.
 #[derive(Debug, Default)]
-pub struct Affinity {
+pub(crate) struct Affinity {
     holders: HashMap<u64, WorkerId>,
     order: VecDeque<u64>,
 }
 
 impl Affinity {
     /// Notes that `worker` holds these prefixes now.
-    pub fn note(&mut self, prefixes: &[Prefix], worker: WorkerId) {
+    pub(crate) fn note(&mut self, prefixes: &[Prefix], worker: WorkerId) {
         for prefix in prefixes {
             if self.holders.insert(prefix.hash, worker).is_none() {
                 self.order.push_back(prefix.hash);
@@ -92,14 +92,14 @@ impl Affinity {
     }
 
     /// Forgets everything about a worker.
-    pub fn forget(&mut self, worker: WorkerId) {
+    pub(crate) fn forget(&mut self, worker: WorkerId) {
         self.holders.retain(|_, holder| *holder != worker);
         let holders = &self.holders;
         self.order.retain(|hash| holders.contains_key(hash));
     }
 
     /// The longest of these prefixes that some worker holds, and that worker.
-    pub fn find(&self, prefixes: &[Prefix]) -> Option<(WorkerId, u32)> {
+    pub(crate) fn find(&self, prefixes: &[Prefix]) -> Option<(WorkerId, u32)> {
         prefixes
             .iter()
             .rev()

@@ -101,7 +101,7 @@ pub struct Ticket(pub u64);
 
 /// See the module's page.
 #[derive(Debug)]
-pub struct FairQueue<T> {
+pub(crate) struct FairQueue<T> {
     limit: usize,
     /// Requests that waited their turn already and lost their worker: first, and past the bound.
     again: VecDeque<(Source, T)>,
@@ -123,7 +123,7 @@ struct Share<T> {
 
 impl<T> FairQueue<T> {
     /// An empty queue for at most `limit` requests.
-    pub fn new(limit: usize) -> Self {
+    pub(crate) fn new(limit: usize) -> Self {
         Self {
             limit,
             again: VecDeque::new(),
@@ -138,7 +138,7 @@ impl<T> FairQueue<T> {
     ///
     /// # Errors
     /// [`Full`] if nobody else has more than its share.
-    pub fn push(&mut self, source: Source, item: T) -> Result<Option<(Source, T)>, Full> {
+    pub(crate) fn push(&mut self, source: Source, item: T) -> Result<Option<(Source, T)>, Full> {
         let mut displaced = None;
         if self.len() >= self.limit {
             let victim = self.largest(source).ok_or_else(|| Full {
@@ -157,12 +157,12 @@ impl<T> FairQueue<T> {
     }
 
     /// Puts a request back that has waited its turn before.
-    pub fn push_again(&mut self, source: Source, item: T) {
+    pub(crate) fn push_again(&mut self, source: Source, item: T) {
         self.again.push_front((source, item));
     }
 
     /// Takes the next request that `may` go, asked in the order of turns.
-    pub fn take_next(&mut self, mut may: impl FnMut(&T) -> bool) -> Option<(Source, T)> {
+    pub(crate) fn take_next(&mut self, mut may: impl FnMut(&T) -> bool) -> Option<(Source, T)> {
         if let Some(index) = self.again.iter().position(|(_, item)| may(item)) {
             return self.again.remove(index);
         }
@@ -183,7 +183,7 @@ impl<T> FairQueue<T> {
     }
 
     /// Keeps the requests that `keep` wants.
-    pub fn retain(&mut self, mut keep: impl FnMut(&mut T) -> bool) {
+    pub(crate) fn retain(&mut self, mut keep: impl FnMut(&mut T) -> bool) {
         self.again.retain_mut(|(_, item)| keep(item));
         for share in self.shares.values_mut() {
             share.waiting.retain_mut(&mut keep);
@@ -194,7 +194,7 @@ impl<T> FairQueue<T> {
     }
 
     /// True if some request is like this.
-    pub fn any(&self, is: impl FnMut(&T) -> bool) -> bool {
+    pub(crate) fn any(&self, is: impl FnMut(&T) -> bool) -> bool {
         let waiting = self.shares.values().flat_map(|share| &share.waiting);
         self.again
             .iter()
@@ -204,12 +204,12 @@ impl<T> FairQueue<T> {
     }
 
     /// A request of `source` runs on a worker now.
-    pub fn started(&mut self, source: Source) {
+    pub(crate) fn started(&mut self, source: Source) {
         self.share(source).running += 1;
     }
 
     /// It does no longer.
-    pub fn ended(&mut self, source: Source) {
+    pub(crate) fn ended(&mut self, source: Source) {
         if let Some(share) = self.shares.get_mut(&source) {
             share.running = share.running.saturating_sub(1);
             self.tidy(source);
@@ -217,17 +217,17 @@ impl<T> FairQueue<T> {
     }
 
     /// Requests that wait.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.waiting + self.again.len()
     }
 
     /// True if no request waits.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
     /// Requests that came through `ingress`: those that wait, and those that run.
-    pub fn of_ingress(&self, ingress: Ingress) -> (usize, usize) {
+    pub(crate) fn of_ingress(&self, ingress: Ingress) -> (usize, usize) {
         let again = self.again.iter().filter(|(s, _)| s.ingress == ingress);
         let (mut waiting, mut running) = (again.count(), 0);
         for (_, share) in self.shares.iter().filter(|(s, _)| s.ingress == ingress) {
@@ -238,13 +238,13 @@ impl<T> FairQueue<T> {
     }
 
     /// Sources with requests that wait in turn.
-    pub fn sources(&self) -> usize {
+    pub(crate) fn sources(&self) -> usize {
         let waiting = |share: &&Share<T>| !share.waiting.is_empty();
         self.shares.values().filter(waiting).count()
     }
 
     /// Requests of `source` that wait in turn.
-    pub fn waiting_of(&self, source: Source) -> usize {
+    pub(crate) fn waiting_of(&self, source: Source) -> usize {
         self.shares.get(&source).map_or(0, |s| s.waiting.len())
     }
 

@@ -55,7 +55,7 @@ impl Length {
     }
 
     /// The largest context of these models and the tokens that the prompt has at least, if it is too long for all of them.
-    pub fn exceeds<'a>(
+    pub(crate) fn exceeds<'a>(
         &self,
         cards: impl IntoIterator<Item = &'a ModelCard>,
     ) -> Option<(u32, u64)> {

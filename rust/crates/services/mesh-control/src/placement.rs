@@ -327,7 +327,7 @@ impl Placement {
         for (model, worker) in wanted {
             let until = self.suspects.keeps(&model, worker, now);
             if let Some(worker) = self.registry.get_mut(worker) {
-                worker.kept = Some(until);
+                worker.reserved_until = Some(until);
             }
         }
     }
@@ -449,7 +449,7 @@ impl Placement {
                 worker.alone = Some(until);
             }
             if let Some(kept) = kept.and_then(|kept| self.registry.get_mut(kept)) {
-                kept.kept = None;
+                kept.reserved_until = None;
             }
         }
         self.queue.started(ask.source);

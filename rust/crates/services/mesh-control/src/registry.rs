@@ -22,7 +22,7 @@ use dcf::Version;
 use mesh_proto::{Hello, Load, ModelCard, ModelSpeed};
 
 use super::reputation::Reputation;
-use super::spotcheck::{SpotChecks, Standing};
+use super::spotcheck::{CheckState, SpotChecks};
 
 pub use clock::TokenClock;
 pub use served::{ServedModel, Service, batch_gain};
@@ -88,7 +88,7 @@ impl Registry {
 
     /// How long a name whose weights no worker has any more waits for one that has them.
     #[must_use]
-    pub fn with_handover(self, handover: Duration) -> Self {
+    pub(crate) fn with_handover(self, handover: Duration) -> Self {
         Self {
             handover: handover.min(NAME_MEMORY),
             ..self
@@ -368,7 +368,8 @@ impl Registry {
     /// where none does.
     pub fn models(&self) -> BTreeMap<&str, &ModelCard> {
         let mut models = BTreeMap::new();
-        let answers = |model: &&ServedModel| model.proven && model.standing == Standing::Cleared;
+        let answers =
+            |model: &&ServedModel| model.proven && model.check_state == CheckState::Cleared;
         for answering in [true, false] {
             for worker in self.iter() {
                 let these = worker.models.iter();
@@ -387,7 +388,12 @@ impl Registry {
         let waits: Vec<WorkerId> = self
             .workers
             .values()
-            .filter(|worker| worker.models.iter().any(|m| m.standing == Standing::New))
+            .filter(|worker| {
+                worker
+                    .models
+                    .iter()
+                    .any(|m| m.check_state == CheckState::New)
+            })
             .map(|worker| worker.id)
             .collect();
         for id in waits {
@@ -435,7 +441,7 @@ impl Registry {
             assigned: 0,
             unstarted: 0,
             alone: None,
-            kept: None,
+            reserved_until: None,
             prefilling: 0,
             completed: 0,
             failed: 0,

@@ -6,7 +6,7 @@ use std::time::Instant;
 use mesh_proto::ModelKind;
 
 use super::registry::{Registry, ServedModel, Service, Worker};
-use super::spotcheck::Standing;
+use super::spotcheck::CheckState;
 
 /// Who serves a model.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -38,7 +38,8 @@ impl Replicas {
             })
             .collect();
         let usable = |worker: &Worker| !worker.draining && worker.is_for("embeddings");
-        let answers = |model: &ServedModel| model.proven && model.standing == Standing::Cleared;
+        let answers =
+            |model: &ServedModel| model.proven && model.check_state == CheckState::Cleared;
         // The best there are: in use, with the name's weights or those that it may stand for next, and with an answer.
         let rank = |worker: &Worker, model: &ServedModel| {
             (

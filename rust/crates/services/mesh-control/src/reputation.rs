@@ -105,13 +105,13 @@ impl Reputation {
     }
 
     /// End of a node's pause with this model, if it has one.
-    pub fn paused_until(&self, node: &str, model: &str, now: Instant) -> Option<Instant> {
+    pub(crate) fn paused_until(&self, node: &str, model: &str, now: Instant) -> Option<Instant> {
         let until = self.nodes.get(node)?.faults.get(model)?.paused_until;
         (now < until).then_some(until)
     }
 
     /// Time of the fault that a pause is for.
-    pub fn paused_since(&self, node: &str, model: &str) -> Option<Instant> {
+    pub(crate) fn paused_since(&self, node: &str, model: &str) -> Option<Instant> {
         Some(self.nodes.get(node)?.faults.get(model)?.last)
     }
 

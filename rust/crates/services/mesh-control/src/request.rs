@@ -227,11 +227,6 @@ impl Answer {
         !self.tokens.is_empty() || self.text_bytes > 0
     }
 
-    /// Workers that failed on it.
-    pub fn failed_on(&self) -> &[WorkerId] {
-        &self.failed_on
-    }
-
     /// True if a worker died of it, perhaps: the next one had better have nothing else to begin.
     pub fn is_suspect(&self) -> bool {
         self.silent_deaths() > 0 || self.deaths.len() >= SUSPECT_AFTER

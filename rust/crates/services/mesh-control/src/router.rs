@@ -167,7 +167,12 @@ impl Router {
     }
 
     /// The largest context for a request and the tokens that it has at least, if it is too long for every worker that serves it.
-    pub fn too_long(&self, registry: &Registry, ask: &Ask, now: Instant) -> Option<(u32, u64)> {
+    pub(crate) fn too_long(
+        &self,
+        registry: &Registry,
+        ask: &Ask,
+        now: Instant,
+    ) -> Option<(u32, u64)> {
         let serving = registry
             .iter()
             .filter(|worker| serves(registry, worker, ask, now) != Service::Out);
@@ -178,7 +183,7 @@ impl Router {
     }
 
     /// The worker that a suspect can be alone with soonest.
-    pub fn emptiest(registry: &Registry, ask: &Ask, now: Instant) -> Option<WorkerId> {
+    pub(crate) fn emptiest(registry: &Registry, ask: &Ask, now: Instant) -> Option<WorkerId> {
         let serving = registry
             .iter()
             .filter(|worker| serves(registry, worker, ask, now) == Service::Serves);
@@ -220,7 +225,7 @@ impl Router {
     }
 
     /// Whether a worker has a good part of this prompt in its cache, as far as the head knows.
-    pub fn is_cached(&self, ask: &Ask, worker: WorkerId) -> bool {
+    pub(crate) fn is_cached(&self, ask: &Ask, worker: WorkerId) -> bool {
         let held = self.affinity.find(&ask.prefixes);
         held.is_some_and(|(holder, tokens)| holder == worker && tokens > ask.prompt_tokens / 8)
     }
@@ -235,7 +240,7 @@ impl Router {
             return false;
         }
         let lasts = |until: Option<Instant>| until.is_some_and(|until| now < until);
-        if lasts(worker.alone) || !ask.alone && lasts(worker.kept) {
+        if lasts(worker.alone) || !ask.alone && lasts(worker.reserved_until) {
             return false;
         }
         // Requests wait there though slots are free: memory is short. They had better wait here, where whoever has room takes them.

@@ -11,7 +11,7 @@ use super::fair::Source;
 
 /// Who used which model lately.
 #[derive(Debug, Default)]
-pub struct Shares {
+pub(crate) struct Shares {
     of: BTreeMap<String, BTreeMap<Source, Use>>,
 }
 
@@ -24,7 +24,7 @@ struct Use {
 
 impl Shares {
     /// A request of `source` for `model` came, which has `requests` then, waiting or running.
-    pub fn note(&mut self, model: &str, source: Source, requests: usize, now: Instant) {
+    pub(crate) fn note(&mut self, model: &str, source: Source, requests: usize, now: Instant) {
         if !self.of.contains_key(model) {
             if self.of.len() >= MOST_MODELS {
                 self.expire(now);
@@ -52,7 +52,7 @@ impl Shares {
     }
 
     /// How many of `slots` that serve `model` may be held by `source`.
-    pub fn most(&self, model: &str, source: Source, slots: usize, now: Instant) -> usize {
+    pub(crate) fn most(&self, model: &str, source: Source, slots: usize, now: Instant) -> usize {
         let Some(sources) = self.of.get(model) else {
             return usize::MAX;
         };
@@ -74,12 +74,12 @@ impl Shares {
 
     /// Number of models that sources used.
     #[cfg(test)]
-    pub fn models(&self) -> usize {
+    pub(crate) fn models(&self) -> usize {
         self.of.len()
     }
 
     /// Forgets what was long ago.
-    pub fn expire(&mut self, now: Instant) {
+    pub(crate) fn expire(&mut self, now: Instant) {
         for sources in self.of.values_mut() {
             sources.retain(|_, used| now.saturating_duration_since(used.last) < LATELY);
         }

@@ -37,7 +37,7 @@ pub struct Question {
 
 /// What is thought of a worker with these weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Standing {
+pub enum CheckState {
     /// It was not compared yet, though there may be somebody to compare it with.
     #[default]
     New,
@@ -80,7 +80,7 @@ pub struct Peer<'a> {
 
 /// What comes after an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Schedule {
+pub(crate) struct Schedule {
     /// Time between two checks of one worker in the long run.
     pub every: Duration,
     /// The next question is made from it.
@@ -89,7 +89,7 @@ pub struct Schedule {
 
 /// The state machine: see the module's page.
 #[derive(Debug, Clone, Default)]
-pub struct SpotChecks {
+pub(crate) struct SpotChecks {
     groups: BTreeMap<Weights, Group>,
     rounds: u64,
 }
@@ -113,7 +113,7 @@ struct Round {
 
 #[derive(Debug, Clone, Default)]
 struct Subject {
-    standing: Standing,
+    check_state: CheckState,
     since: Option<Instant>,
     /// Rounds in which it agreed.
     agreed: u32,
@@ -128,7 +128,7 @@ struct Subject {
 
 impl SpotChecks {
     /// Whether this one is to answer a question now, though it is known to answer.
-    pub fn is_due(&self, weights: &Weights, subject: &str, now: Instant) -> bool {
+    pub(crate) fn is_due(&self, weights: &Weights, subject: &str, now: Instant) -> bool {
         let Some(group) = self.groups.get(weights) else {
             return true;
         };
@@ -140,7 +140,7 @@ impl SpotChecks {
     }
 
     /// The question that this one is to answer: that of the running round, or a new one made from `seed`.
-    pub fn question(
+    pub(crate) fn question(
         &mut self,
         weights: &Weights,
         subject: &str,
@@ -176,7 +176,7 @@ impl SpotChecks {
     }
 
     /// An answer came. `peers` are all others that answer now with these weights, the senior ones first.
-    pub fn answered(
+    pub(crate) fn answered(
         &mut self,
         weights: &Weights,
         subject: &str,
@@ -194,10 +194,11 @@ impl SpotChecks {
             return Vec::new();
         };
         round.answers.insert(subject.to_owned(), sample);
-        let standing = |peer: &str| group.subjects.get(peer).map(|known| known.standing);
+        let check_state = |peer: &str| group.subjects.get(peer).map(|known| known.check_state);
         let others = || peers.iter().filter(|peer| peer.subject != subject);
-        let cleared = others().filter(|peer| standing(peer.subject) == Some(Standing::Cleared));
-        let held = others().filter(|peer| standing(peer.subject) == Some(Standing::Held));
+        let cleared =
+            others().filter(|peer| check_state(peer.subject) == Some(CheckState::Cleared));
+        let held = others().filter(|peer| check_state(peer.subject) == Some(CheckState::Held));
         round.wanted.extend(
             cleared
                 .take(COMPARATORS)
@@ -208,7 +209,7 @@ impl SpotChecks {
     }
 
     /// This one gave no answer to the running question: the others do not wait for it.
-    pub fn gave_none(&mut self, weights: &Weights, subject: &str) {
+    pub(crate) fn gave_none(&mut self, weights: &Weights, subject: &str) {
         if let Some(group) = self.groups.get_mut(weights) {
             if let Some(round) = &mut group.round {
                 round.wanted.remove(subject);
@@ -221,28 +222,30 @@ impl SpotChecks {
 
     /// What is thought of it. One that waits in vain for somebody to compare with is cleared, though not soon where there are some:
     /// they may be busy, and it may be a liar that waits for that.
-    pub fn standing(&self, weights: &Weights, subject: &str, now: Instant) -> Standing {
+    pub(crate) fn check_state(&self, weights: &Weights, subject: &str, now: Instant) -> CheckState {
         let group = self.groups.get(weights);
         let Some(known) = group.and_then(|group| group.subjects.get(subject)) else {
-            return Standing::New;
+            return CheckState::New;
         };
         let comparable = |(name, other): (&String, &Subject)| {
             let lately = |seen| now.saturating_duration_since(seen) < SEEN_LATELY;
-            name != subject && other.standing == Standing::Cleared && other.seen.is_some_and(lately)
+            name != subject
+                && other.check_state == CheckState::Cleared
+                && other.seen.is_some_and(lately)
         };
         let others = group.is_some_and(|group| group.subjects.iter().any(comparable));
         let wait = if others { BUSY_WAIT } else { COMPARE_WAIT };
         let waited = known
             .since
             .is_some_and(|since| now.saturating_duration_since(since) >= wait);
-        match known.standing {
-            Standing::New if waited => Standing::Cleared,
-            standing => standing,
+        match known.check_state {
+            CheckState::New if waited => CheckState::Cleared,
+            check_state => check_state,
         }
     }
 
     /// Forgets what is known of it with any weights: it is in quarantine, and begins anew afterwards.
-    pub fn forget(&mut self, subject: &str) {
+    pub(crate) fn forget(&mut self, subject: &str) {
         for group in self.groups.values_mut() {
             group.subjects.remove(subject);
             if let Some(round) = &mut group.round {
@@ -279,7 +282,7 @@ impl SpotChecks {
         }
         let is_cleared = |subject: &str| {
             let known = group.subjects.get(subject);
-            known.is_some_and(|known| known.standing == Standing::Cleared)
+            known.is_some_and(|known| known.check_state == CheckState::Cleared)
         };
         // Newcomers do not vouch for each other while those of long standing have yet to answer.
         let awaited = peers.iter().any(|peer| is_cleared(peer.subject));
@@ -324,7 +327,7 @@ impl SpotChecks {
             let agrees = best.contains(voter);
             let subject = group.subjects.entry(voter.clone()).or_default();
             if agrees {
-                if subject.standing == Standing::Held && subject.disputed >= ROUNDS {
+                if subject.check_state == CheckState::Held && subject.disputed >= ROUNDS {
                     verdicts.push(Verdict::Settled {
                         subject: voter.clone(),
                     });
@@ -332,7 +335,7 @@ impl SpotChecks {
                 subject.agreed(voter, every, now);
                 continue;
             }
-            subject.standing = Standing::Held;
+            subject.check_state = CheckState::Held;
             if majority {
                 subject.outvoted += 1;
                 if subject.outvoted >= ROUNDS {
@@ -382,7 +385,7 @@ impl Group {
 
 impl Subject {
     fn agreed(&mut self, name: &str, every: Duration, now: Instant) {
-        self.standing = Standing::Cleared;
+        self.check_state = CheckState::Cleared;
         (self.outvoted, self.disputed) = (0, 0);
         let wait = FIRST_CHECK
             .saturating_mul(1 << self.agreed.min(20))

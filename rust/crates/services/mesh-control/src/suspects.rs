@@ -12,7 +12,7 @@ use super::registry::WorkerId;
 
 /// The turns of suspects and others, by model. Models without suspects are not in it.
 #[derive(Debug, Default)]
-pub struct Suspects {
+pub(crate) struct Suspects {
     turns: BTreeMap<String, Turn>,
 }
 
@@ -32,24 +32,24 @@ enum Turn {
 
 impl Suspects {
     /// True if there are suspects, or were lately.
-    pub fn are_there(&self) -> bool {
+    pub(crate) fn are_there(&self) -> bool {
         !self.turns.is_empty()
     }
 
     /// Whether a suspect of this model may keep newcomers away from a worker.
-    pub fn may_keep(&self, model: &str) -> bool {
+    pub(crate) fn may_keep(&self, model: &str) -> bool {
         !self.turns.contains_key(model)
     }
 
     /// A suspect keeps newcomers away from a worker; returns until when.
-    pub fn keeps(&mut self, model: &str, worker: WorkerId, now: Instant) -> Instant {
+    pub(crate) fn keeps(&mut self, model: &str, worker: WorkerId, now: Instant) -> Instant {
         let turn = Turn::Keeps { worker, since: now };
         self.turns.insert(model.to_owned(), turn);
         now + KEPT_FOR
     }
 
     /// A suspect got a worker. Returns until when it is alone there, and the worker that nobody keeps any more: not two at a time.
-    pub fn placed(
+    pub(crate) fn placed(
         &mut self,
         model: &str,
         ticket: Ticket,
@@ -72,7 +72,7 @@ impl Suspects {
     }
 
     /// A suspect's first token came, or it has ended.
-    pub fn began(&mut self, model: &str, ticket: Ticket, now: Instant) {
+    pub(crate) fn began(&mut self, model: &str, ticket: Ticket, now: Instant) {
         if let Some(turn) = self.turns.get_mut(model)
             && let Turn::Alone {
                 ticket: alone,
@@ -86,12 +86,12 @@ impl Suspects {
     }
 
     /// Whether other requests for this model go before suspects.
-    pub fn yield_for(&self, model: &str) -> bool {
+    pub(crate) fn yield_for(&self, model: &str) -> bool {
         matches!(self.turns.get(model), Some(Turn::Others { .. }))
     }
 
     /// Time has passed.
-    pub fn expire(&mut self, now: Instant) {
+    pub(crate) fn expire(&mut self, now: Instant) {
         self.turns.retain(|_, turn| {
             match *turn {
                 Turn::Keeps { since, .. } if now >= since + KEPT_FOR => {
@@ -116,8 +116,8 @@ impl Turn {
 }
 
 /// Time for which a suspect that waits keeps newcomers away from a worker.
-pub const KEPT_FOR: Duration = Duration::from_secs(5);
+pub(crate) const KEPT_FOR: Duration = Duration::from_secs(5);
 /// Time for which a suspect is alone with its worker. What kills a worker does so early.
-pub const ALONE_FOR: Duration = Duration::from_secs(10);
+pub(crate) const ALONE_FOR: Duration = Duration::from_secs(10);
 /// Others go first for so long at least.
 const LEAST_TURN: Duration = Duration::from_secs(1);

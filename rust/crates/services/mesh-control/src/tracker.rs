@@ -4,7 +4,7 @@
 //! told, so that an event which comes late or twice changes nothing.
 //!
 //! For each model of which pieces are sought that nobody holds, one of the workers that could get it from outside the mesh has the
-//! *errand*. It keeps it while it makes progress; when it is gone, fails or stands still, another one has it. All others wait and
+//! *download*. It keeps it while it makes progress; when it is gone, fails or stands still, another one has it. All others wait and
 //! take the pieces from it as they come.
 //!
 //! What a name means is not left to who claims it last or loudest: see `pins`.
@@ -33,8 +33,8 @@ pub use view::{HolderView, SeekerView, TrackedModel};
 #[derive(Debug, Clone, Default)]
 pub struct Tracker {
     nodes: BTreeMap<String, Node>,
-    errands: BTreeMap<Key, Errand>,
-    /// Who failed on an errand, and when it may try again.
+    downloads: BTreeMap<Key, Download>,
+    /// Who failed on a download, and when it may try again.
     failures: BTreeMap<(Key, String), Failure>,
     /// By model and accused: who says that it sent bad pieces.
     accused: BTreeMap<(String, String), BTreeSet<String>>,
@@ -66,12 +66,12 @@ pub enum Action {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Note {
     /// A worker gets a model from outside the mesh from now on.
-    Errand {
+    Download {
         /// What the model is sought by.
         model: String,
         /// Name of the worker.
         worker: String,
-        /// Why not another one any more, if one had the errand before.
+        /// Why not another one any more, if one had the download before.
         instead: Option<String>,
     },
     /// A worker could not get a model from outside the mesh.
@@ -166,7 +166,7 @@ enum Key {
 }
 
 #[derive(Debug, Clone)]
-struct Errand {
+struct Download {
     node: String,
     /// Bytes at its last report, and since when they are so many.
     bytes: u64,
@@ -272,7 +272,7 @@ impl Tracker {
                 }));
             }
         }
-        self.pin_errands(node);
+        self.pin_downloads(node);
         self.note_progress(node, now);
         self.changed = true;
     }
@@ -283,13 +283,13 @@ impl Tracker {
             self.changed = false;
             self.settle_pins();
             self.find_conflicts(now);
-            self.settle_errands(now);
+            self.settle_downloads(now);
             self.tell();
         }
         std::mem::take(&mut self.actions)
     }
 
-    /// Takes in how far the errands of a worker are, and which of them failed.
+    /// Takes in how far the downloads of a worker are, and which of them failed.
     fn note_progress(&mut self, node: &str, now: Instant) {
         let Some(entry) = self.nodes.get(node) else {
             return;
@@ -299,18 +299,18 @@ impl Tracker {
             let key = self.key(&sought.model);
             if !sought.model.origin_error.is_empty() {
                 let had = self
-                    .errands
+                    .downloads
                     .get(&key)
-                    .is_some_and(|errand| errand.node == node);
+                    .is_some_and(|download| download.node == node);
                 if had {
                     failed.push((key, sought.model.origin_error.clone()));
                 }
-            } else if let Some(errand) = self.errands.get_mut(&key)
-                && errand.node == node
-                && errand.bytes != sought.model.origin_bytes
+            } else if let Some(download) = self.downloads.get_mut(&key)
+                && download.node == node
+                && download.bytes != sought.model.origin_bytes
             {
-                errand.bytes = sought.model.origin_bytes;
-                errand.since = now;
+                download.bytes = sought.model.origin_bytes;
+                download.since = now;
             }
         }
         for (key, reason) in failed {
@@ -318,14 +318,14 @@ impl Tracker {
         }
     }
 
-    /// Takes an errand away from who failed on it.
+    /// Takes a download away from who failed on it.
     fn fail(&mut self, key: &Key, reason: &str, now: Instant) {
-        let Some(errand) = self.errands.remove(key) else {
+        let Some(download) = self.downloads.remove(key) else {
             return;
         };
         let failure = self
             .failures
-            .entry((key.clone(), errand.node.clone()))
+            .entry((key.clone(), download.node.clone()))
             .or_insert(Failure {
                 until: now,
                 times: 0,
@@ -335,17 +335,17 @@ impl Tracker {
         failure.times += 1;
         self.actions.push(Action::Note(Note::Failed {
             model: self.title(key),
-            worker: self.name_of(&errand.node),
+            worker: self.name_of(&download.node),
             reason: reason.to_owned(),
         }));
     }
 
-    /// Gives every errand that has to be run to one worker.
-    fn settle_errands(&mut self, now: Instant) {
+    /// Gives every download to one worker.
+    fn settle_downloads(&mut self, now: Instant) {
         let stalled: Vec<Key> = self
-            .errands
+            .downloads
             .iter()
-            .filter(|(_, errand)| now.saturating_duration_since(errand.since) >= STALL_LIMIT)
+            .filter(|(_, download)| now.saturating_duration_since(download.since) >= STALL_LIMIT)
             .map(|(key, _)| key.clone())
             .collect();
         for key in stalled {
@@ -353,14 +353,14 @@ impl Tracker {
             self.fail(&key, &reason, now);
         }
         let needed = self.needed();
-        let mut errands = std::mem::take(&mut self.errands);
+        let mut downloads = std::mem::take(&mut self.downloads);
         for (key, willing) in &needed {
-            let before = errands.remove(key);
+            let before = downloads.remove(key);
             let goes_on = before
                 .as_ref()
-                .filter(|errand| willing.iter().any(|(node, _)| *node == errand.node));
-            if let Some(errand) = goes_on {
-                self.errands.insert(key.clone(), errand.clone());
+                .filter(|download| willing.iter().any(|(node, _)| *node == download.node));
+            if let Some(download) = goes_on {
+                self.downloads.insert(key.clone(), download.clone());
                 continue;
             }
             let rested = |node: &String| {
@@ -374,25 +374,25 @@ impl Tracker {
             else {
                 continue;
             };
-            let gone = before.map(|errand| match self.nodes.get(&errand.node) {
+            let gone = before.map(|download| match self.nodes.get(&download.node) {
                 Some(known) => format!("{} no longer seeks it", known.name),
                 None => "the worker that had begun is gone".to_owned(),
             });
-            self.actions.push(Action::Note(Note::Errand {
+            self.actions.push(Action::Note(Note::Download {
                 model: self.title(key),
                 worker: self.name_of(node),
                 instead: gone,
             }));
-            let errand = Errand {
+            let download = Download {
                 node: node.clone(),
                 bytes: *bytes,
                 since: now,
             };
-            self.errands.insert(key.clone(), errand);
+            self.downloads.insert(key.clone(), download);
         }
         self.failures
             .retain(|(key, _), failure| needed.contains_key(key) || now < failure.until);
-        let stalls = self.errands.values().map(|e| e.since + STALL_LIMIT);
+        let stalls = self.downloads.values().map(|e| e.since + STALL_LIMIT);
         let rests = self.failures.values().map(|failure| failure.until);
         self.timer = stalls.chain(rests.filter(|until| *until > now)).min();
     }
@@ -504,8 +504,8 @@ impl Tracker {
             name: holder.name.clone(),
             address: self.reach(entry, address).to_string(),
         });
-        let errand = self.errands.get(&key);
-        let origin = errand.is_some_and(|errand| errand.node == node);
+        let download = self.downloads.get(&key);
+        let origin = download.is_some_and(|download| download.node == node);
         let for_others = origin.then(|| {
             let mut others = self.uncovered(&fingerprint);
             if let Some(own) = &sought.missing {
@@ -519,7 +519,8 @@ impl Tracker {
             fingerprint,
             seats: seats.collect(),
             origin,
-            origin_worker: errand.map_or_else(String::new, |errand| self.name_of(&errand.node)),
+            origin_worker: download
+                .map_or_else(String::new, |download| self.name_of(&download.node)),
             for_others: for_others
                 .filter(|others| !others.is_empty())
                 .map(|others| others.to_proto()),
@@ -651,9 +652,9 @@ fn shorten(text: &str) -> String {
     clean.take(REASON_CHARS).collect()
 }
 
-/// Who brings nothing for so long loses the errand.
+/// Who brings nothing for so long loses the download.
 const STALL_LIMIT: Duration = Duration::from_secs(30);
-/// How long who failed on an errand is left alone the first time; doubled with every repeat.
+/// How long who failed on a download is left alone the first time; doubled with every repeat.
 const FIRST_PAUSE: Duration = Duration::from_secs(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(600);
 /// Workers that must accuse another one before nobody is sent to it any more: one alone may be wrong, or lie.

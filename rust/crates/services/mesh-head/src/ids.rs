@@ -10,21 +10,21 @@ use std::sync::atomic::{AtomicU64, Ordering};
 ///
 /// # Errors
 /// When the system gives none.
-pub fn secret() -> io::Result<String> {
+pub(crate) fn secret() -> io::Result<String> {
     let mut bytes = [0; 32];
     File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// A number that no other request of this head has, and that other heads are unlikely to have. It is no secret.
-pub fn unique() -> u64 {
+pub(crate) fn unique() -> u64 {
     static KEYS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
     static NEXT: AtomicU64 = AtomicU64::new(0);
     KEYS.hash_one(NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
 /// A fresh id such as `req-5f0c9d2be1a34477`.
-pub fn fresh(prefix: &str) -> String {
+pub(crate) fn fresh(prefix: &str) -> String {
     format!("{prefix}-{:016x}", unique())
 }
 

@@ -8,7 +8,7 @@ use mesh_proto::ModelKind;
 use super::Registry;
 use super::served::{ServedModel, ring_of_subject, short};
 use super::worker::{Worker, WorkerId};
-use crate::spotcheck::{Peer, Question, Sample, Schedule, Standing, Verdict, Weights};
+use crate::spotcheck::{CheckState, Peer, Question, Sample, Schedule, Verdict, Weights};
 
 /// A proof that a worker is to give.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -164,14 +164,6 @@ impl Registry {
         meant.is_none_or(|served| served.declined(limit, now))
     }
 
-    /// A client's request shows that this worker answers for the ring that it drives.
-    pub fn ring_answered(&mut self, ring: u64, now: Instant) {
-        if self.proven_rings.len() >= RINGS && !self.proven_rings.contains_key(&ring) {
-            self.proven_rings.pop_first();
-        }
-        self.proven_rings.insert(ring, now);
-    }
-
     /// Workers that differ from one another with nobody to decide, and models whose name stands for other weights, in words.
     pub fn disagreements(&self, now: Instant) -> Vec<String> {
         let mut texts: Vec<String> = self.disputes.values().cloned().collect();
@@ -318,13 +310,13 @@ impl Registry {
         };
         for model in &mut worker.models {
             let subject = model.subject(&node);
-            let known = checks.standing(&model.weights(), &subject, now);
-            model.standing = match model.ring {
+            let known = checks.check_state(&model.weights(), &subject, now);
+            model.check_state = match model.ring {
                 // Of a ring that answered before, under whichever driver.
-                Some(_) if known == Standing::New && model.proven => Standing::Cleared,
+                Some(_) if known == CheckState::New && model.proven => CheckState::Cleared,
                 _ => known,
             };
-            if model.proven && model.standing == Standing::Cleared {
+            if model.proven && model.check_state == CheckState::Cleared {
                 match model.ring {
                     None => reputation.proven(&node, now),
                     Some(ring) => {
@@ -342,7 +334,5 @@ impl Registry {
         }
     }
 }
-
-const RINGS: usize = 1024;
 
 const DISPUTES: usize = 64;

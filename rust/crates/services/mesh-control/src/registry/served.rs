@@ -6,7 +6,7 @@ use mesh_proto::{ModelCard, ModelKind};
 
 use super::clock::TokenClock;
 use crate::speed::Measured;
-use crate::spotcheck::{Standing, Weights};
+use crate::spotcheck::{CheckState, Weights};
 
 /// One model on one worker, with the speeds the head believes in.
 #[derive(Debug, Clone)]
@@ -33,7 +33,7 @@ pub struct ServedModel {
     /// Time at which a request for it last showed that the worker's engine makes progress.
     pub last_sign: Option<Instant>,
     /// Result of comparing its answers with those of others.
-    pub standing: Standing,
+    pub check_state: CheckState,
     /// Answers that it was seen to stream at the same time.
     pub streams: u32,
     /// Seconds to a first token that its prompt does not explain, smoothed, and when one was last measured.
@@ -70,7 +70,7 @@ impl ServedModel {
     }
 
     /// A token came back.
-    pub fn succeeded(&mut self, now: Instant) {
+    pub(crate) fn succeeded(&mut self, now: Instant) {
         (self.proven, self.failing) = (true, false);
         self.last_success = Some(now);
         (self.unanswered, self.retry_at, self.declines_since) = (0, None, None);
@@ -109,7 +109,7 @@ impl ServedModel {
     }
 
     /// Whether it is to be asked for a proof, unless it is known to answer.
-    pub fn may_be_asked(&self, now: Instant) -> bool {
+    pub(crate) fn may_be_asked(&self, now: Instant) -> bool {
         self.retry_at.is_none_or(|at| now >= at)
     }
 
@@ -143,7 +143,7 @@ impl ServedModel {
 
     /// Seconds to a first token besides those that its prompt takes: a worker may be busy with what this head does not see. What is long
     /// ago counts for less.
-    pub fn delay(&self, now: Instant) -> f64 {
+    pub(crate) fn delay(&self, now: Instant) -> f64 {
         let (delay, at) = self.delay;
         let age = at.map_or(0.0, |at| now.saturating_duration_since(at).as_secs_f64());
         delay * (-age / DELAY_FADES).exp2()
@@ -193,7 +193,7 @@ impl ServedModel {
             failing: false,
             last_success: None,
             last_sign: None,
-            standing: Standing::New,
+            check_state: CheckState::New,
             streams: 0,
             delay: (0.0, None),
             trial_since: now,

@@ -8,7 +8,7 @@ use mesh_proto::ModelKind;
 use super::served::{ServedModel, Service};
 use super::worker::{Worker, is_available};
 use super::{KNOWN_MODELS, NAME_MEMORY, Registry};
-use crate::spotcheck::Standing;
+use crate::spotcheck::CheckState;
 
 impl Registry {
     /// Whether this worker gets requests for this model of its own.
@@ -28,7 +28,7 @@ impl Registry {
     }
 
     /// The same for a request that `another` worker takes, too, or none does.
-    pub fn service_beside(
+    pub(crate) fn service_beside(
         &self,
         worker: &Worker,
         model: &ServedModel,
@@ -38,7 +38,7 @@ impl Registry {
         let Some(node) = worker.node_id() else {
             return Service::Out;
         };
-        if self.is_out(node, now) || model.standing == Standing::Held {
+        if self.is_out(node, now) || model.check_state == CheckState::Held {
             return Service::Out;
         }
         let paused = self.paused(node, &model.card.name, now, another);
@@ -46,7 +46,7 @@ impl Registry {
     }
 
     /// Whether this worker answers for this model in place of one that is paused.
-    pub fn can_replace(&self, worker: &Worker, model: &ServedModel, now: Instant) -> bool {
+    pub(crate) fn can_replace(&self, worker: &Worker, model: &ServedModel, now: Instant) -> bool {
         let Some(node) = worker.node_id() else {
             return false;
         };
@@ -56,7 +56,7 @@ impl Registry {
             .is_some();
         !paused
             && !self.is_out(node, now)
-            && model.standing != Standing::Held
+            && model.check_state != CheckState::Held
             && match self.unpaused(model, now) {
                 Service::Serves => true,
                 // A newcomer may never answer; one that did is asked again at once.
@@ -87,8 +87,8 @@ impl Registry {
 
     pub(super) fn unpaused(&self, model: &ServedModel, now: Instant) -> Service {
         let on_trial = now.saturating_duration_since(model.trial_since) < self.trial;
-        match (model.proven, model.standing) {
-            (true, Standing::Cleared) => Service::Serves,
+        match (model.proven, model.check_state) {
+            (true, CheckState::Cleared) => Service::Serves,
             (true, _) => Service::Soon,
             (false, _) if model.unanswered == 0 && on_trial => Service::Soon,
             (false, _) => Service::Out,
@@ -96,7 +96,7 @@ impl Registry {
     }
 
     /// The same for a worker without an identity, which serves plain tasks.
-    pub fn legacy_service(
+    pub(crate) fn legacy_service(
         &self,
         worker: &Worker,
         now: Instant,
@@ -180,8 +180,8 @@ impl Registry {
             return Some(out);
         }
         let paused = self.reputation.paused_until(node, &model.card.name, now);
-        Some(match (model.standing, paused) {
-            (Standing::Held, _) => "its answers differ from those of other workers".to_owned(),
+        Some(match (model.check_state, paused) {
+            (CheckState::Held, _) => "its answers differ from those of other workers".to_owned(),
             (_, Some(until)) => format!(
                 "paused for {} s after it failed requests",
                 (until - now).as_secs() + 1
@@ -193,7 +193,7 @@ impl Registry {
     }
 
     /// The fingerprint of the weights that this name stands for. Other weights under the name get no requests while they are served.
-    pub fn weights_of(&self, name: &str) -> Option<&str> {
+    pub(crate) fn weights_of(&self, name: &str) -> Option<&str> {
         self.names.get(name).map(|(weights, _)| weights.as_str())
     }
 
@@ -203,7 +203,7 @@ impl Registry {
             let models = self.iter().flat_map(|worker| &worker.models);
             models
                 .filter(move |model| {
-                    !answering || (model.proven && model.standing == Standing::Cleared)
+                    !answering || (model.proven && model.check_state == CheckState::Cleared)
                 })
                 .filter(|model| model.card.name == name)
                 .map(|model| model.card.context)

@@ -78,7 +78,7 @@ pub struct Worker {
     /// One of those is suspected of the death of another worker and has this one for itself until then.
     pub alone: Option<Instant>,
     /// A suspect waits for it: no newcomers before this moment.
-    pub kept: Option<Instant>,
+    pub reserved_until: Option<Instant>,
     /// Prompt tokens of those whose first token has not come yet.
     pub prefilling: u64,
     /// Answers it completed.
@@ -96,7 +96,7 @@ pub struct Worker {
 impl Worker {
     /// Requests that hold or wait for a slot, by whichever count is larger: its report is up to 250 ms old, and other
     /// heads may use it too.
-    pub fn active(&self) -> u32 {
+    pub(crate) fn active(&self) -> u32 {
         self.assigned
             .max(self.load.running.saturating_add(self.load.queued))
     }
@@ -114,7 +114,7 @@ impl Worker {
     }
 
     /// Whether it may be used for this purpose.
-    pub fn is_for(&self, purpose: &str) -> bool {
+    pub(crate) fn is_for(&self, purpose: &str) -> bool {
         self.reserved_for.is_empty() || self.reserved_for.iter().any(|kept| kept == purpose)
     }
 
@@ -145,7 +145,7 @@ impl Worker {
     }
 
     /// True if a token came from it so lately, for whichever request of this head.
-    pub fn made_a_token(&self, within: Duration, now: Instant) -> bool {
+    pub(crate) fn made_a_token(&self, within: Duration, now: Instant) -> bool {
         let last = self.tokens_seen.last();
         last.is_some_and(|at| now.saturating_duration_since(at) < within)
     }

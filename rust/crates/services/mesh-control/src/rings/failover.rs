@@ -100,12 +100,12 @@ impl Rings {
             }
         }
         self.find_replacement(next, stage, now)
-            .or_else(|| self.find_second_seat(next, stage, now))
+            .or_else(|| self.find_second_part(next, stage, now))
             .map(Part::new)
     }
 
     /// A member that has room for one more stage, where nobody else can take it: slower than before, but it goes on.
-    fn find_second_seat(&self, next: &Ring, stage: usize, now: Instant) -> Option<String> {
+    fn find_second_part(&self, next: &Ring, stage: usize, now: Instant) -> Option<String> {
         if !self.settings.double_seats {
             return None;
         }

@@ -193,7 +193,7 @@ impl Rings {
             return;
         };
         address.set_ip(ip);
-        let rings = self.rings.iter().filter(|(_, ring)| ring.seats(node));
+        let rings = self.rings.iter().filter(|(_, ring)| ring.has_part(node));
         let rings: Vec<u64> = rings.map(|(id, _)| *id).collect();
         for id in rings {
             self.broadcast(id, &BTreeSet::new());
@@ -215,15 +215,15 @@ impl Rings {
         };
         entry.disconnect(now);
         let name = entry.name.clone();
-        let mut had_seat = false;
-        for ring in self.rings.values_mut().filter(|ring| ring.seats(node)) {
-            had_seat = true;
+        let mut had_part = false;
+        for ring in self.rings.values_mut().filter(|ring| ring.has_part(node)) {
+            had_part = true;
             ring.lose(node, format!("worker {name} is lost: {why}"));
         }
-        if had_seat {
+        if had_part {
             // A worker that dies with every ring it is given must not be given one in every second.
             let pause = self.settings.suspect_pause;
-            entry.suspicion.left_with_a_seat(pause, why, now);
+            entry.suspicion.left_with_a_part(pause, why, now);
         }
         self.told_off.retain(|(told, _)| told != node);
         self.generation += 1;
@@ -242,10 +242,10 @@ impl Rings {
         }
     }
 
-    /// A worker is in quarantine: it loses its seats and gets none before that ends.
+    /// A worker is in quarantine: it loses its parts and gets none before that ends.
     pub fn quarantine(&mut self, node: &str, reason: &str, length: Duration, now: Instant) {
         let name = self.name(node).to_owned();
-        for ring in self.rings.values_mut().filter(|ring| ring.seats(node)) {
+        for ring in self.rings.values_mut().filter(|ring| ring.has_part(node)) {
             ring.lose(node, format!("worker {name} is in quarantine: {reason}"));
         }
         if let Some(entry) = self.nodes.get_mut(node) {

@@ -135,7 +135,7 @@ impl Suspicion {
     }
 
     /// The first death of a process says nothing: it may have been updated. Repeats do.
-    pub(super) fn left_with_a_seat(&mut self, pause: Duration, reason: &str, now: Instant) {
+    pub(super) fn left_with_a_part(&mut self, pause: Duration, reason: &str, now: Instant) {
         self.count(now);
         if let Some(doublings) = self.times.checked_sub(2) {
             self.pause(pause, doublings, reason, now);

@@ -15,7 +15,7 @@ impl Rings {
             self.tell_off(node, &state);
             return;
         };
-        if state.epoch != ring.epoch || !ring.seats(node) || ring.lost.contains_key(node) {
+        if state.epoch != ring.epoch || !ring.has_part(node) || ring.lost.contains_key(node) {
             return;
         }
         let model = ring.model.clone();

@@ -36,7 +36,7 @@ pub(super) struct Ring {
     pub(super) last_loss: Option<Instant>,
     /// Who answers for it, with what.
     pub(super) served_by: Option<(String, ModelCard)>,
-    /// Workers whose seats are gone, and why; dealt with at the next poll.
+    /// Workers whose parts are gone, and why; dealt with at the next poll.
     pub(super) lost: BTreeMap<String, String>,
     /// Members that others do not reach: who, and whom.
     pub(super) doubts: BTreeMap<(String, String), Doubt>,
@@ -155,7 +155,7 @@ impl Ring {
     }
 
     /// Whether the worker is one of its members or standbys.
-    pub(super) fn seats(&self, node: &str) -> bool {
+    pub(super) fn has_part(&self, node: &str) -> bool {
         self.parts().any(|part| part.node == node)
     }
 
@@ -172,9 +172,9 @@ impl Ring {
             .flatten()
     }
 
-    /// Notes that a worker's seats are gone. The first reason stays.
+    /// Notes that a worker's parts are gone. The first reason stays.
     pub(super) fn lose(&mut self, node: &str, reason: String) {
-        if self.seats(node) {
+        if self.has_part(node) {
             self.lost.entry(node.to_owned()).or_insert(reason);
             self.doubts
                 .retain(|(by, about), _| by != node && about != node);

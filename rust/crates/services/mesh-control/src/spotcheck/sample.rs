@@ -22,7 +22,7 @@ pub enum Sample {
 
 impl Sample {
     /// Whether two answers may come from the same weights on different machines.
-    pub fn agrees(&self, other: &Sample) -> bool {
+    pub(crate) fn agrees(&self, other: &Sample) -> bool {
         match (self, other) {
             (Sample::Text(one), Sample::Text(two)) => texts_agree(one, two),
             (Sample::Vector(one), Sample::Vector(two)) => vectors_agree(one, two),

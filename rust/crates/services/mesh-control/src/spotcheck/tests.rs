@@ -187,8 +187,8 @@ impl Group {
         }
     }
 
-    fn standing(&self, name: &str) -> Standing {
-        self.checks.standing(&self.weights, name, self.now)
+    fn check_state(&self, name: &str) -> CheckState {
+        self.checks.check_state(&self.weights, name, self.now)
     }
 
     fn outvoted(&self) -> Vec<&str> {
@@ -204,9 +204,9 @@ impl Group {
 fn one_alone_serves_after_its_first_answer() {
     let mut group = Group::new();
     group.join("a", true);
-    assert_eq!(group.standing("a"), Standing::New);
+    assert_eq!(group.check_state("a"), CheckState::New);
     group.run(1);
-    assert_eq!(group.standing("a"), Standing::Cleared);
+    assert_eq!(group.check_state("a"), CheckState::Cleared);
 }
 
 #[test]
@@ -219,7 +219,7 @@ fn honest_ones_are_all_cleared_and_asked_seldom() {
     assert!(
         ["a", "b", "c", "d", "e"]
             .iter()
-            .all(|name| group.standing(name) == Standing::Cleared)
+            .all(|name| group.check_state(name) == CheckState::Cleared)
     );
     group.run(2400);
     let before = group.asked;
@@ -243,11 +243,11 @@ fn a_liar_among_two_honest_ones_never_serves_and_is_out_within_seconds() {
     group.join("liar", false);
     for _ in 0..10 {
         group.run(1);
-        assert_ne!(group.standing("liar"), Standing::Cleared);
+        assert_ne!(group.check_state("liar"), CheckState::Cleared);
     }
     assert_eq!(group.outvoted(), ["liar"]);
-    assert_eq!(group.standing("a"), Standing::Cleared);
-    assert_eq!(group.standing("b"), Standing::Cleared);
+    assert_eq!(group.check_state("a"), CheckState::Cleared);
+    assert_eq!(group.check_state("b"), CheckState::Cleared);
 }
 
 #[test]
@@ -289,15 +289,15 @@ fn of_two_that_differ_the_senior_goes_on_and_a_third_decides() {
                 junior: "junior".into()
             }]
         );
-        assert_eq!(group.standing("junior"), Standing::Held);
-        assert_eq!(group.standing("senior"), Standing::Cleared);
+        assert_eq!(group.check_state("junior"), CheckState::Held);
+        assert_eq!(group.check_state("senior"), CheckState::Cleared);
         group.join("third", true);
         group.run(40);
         let liar = if senior_lies { "senior" } else { "junior" };
         assert_eq!(group.outvoted(), [liar], "{:?}", group.verdicts);
         let honest = if senior_lies { "junior" } else { "senior" };
-        assert_eq!(group.standing(honest), Standing::Cleared);
-        assert_eq!(group.standing("third"), Standing::Cleared);
+        assert_eq!(group.check_state(honest), CheckState::Cleared);
+        assert_eq!(group.check_state("third"), CheckState::Cleared);
     }
 }
 
@@ -331,11 +331,11 @@ fn one_whose_comparators_do_not_answer_is_not_kept_waiting_for_ever() {
         checks.is_due(&weights, "a", now),
         "it is asked beside the newcomer"
     );
-    assert_eq!(checks.standing(&weights, "b", now), Standing::New);
+    assert_eq!(checks.check_state(&weights, "b", now), CheckState::New);
     now += COMPARE_WAIT;
-    assert_eq!(checks.standing(&weights, "b", now), Standing::New);
+    assert_eq!(checks.check_state(&weights, "b", now), CheckState::New);
     now += BUSY_WAIT;
-    assert_eq!(checks.standing(&weights, "b", now), Standing::Cleared);
+    assert_eq!(checks.check_state(&weights, "b", now), CheckState::Cleared);
 }
 
 #[test]
@@ -358,7 +358,7 @@ fn newcomers_do_not_vouch_for_each_other_while_those_of_long_standing_are_busy()
     answer(&mut checks, "y", round, forged(), &peers, now);
     now += COMPARE_WAIT;
     for liar in ["x", "y"] {
-        assert_eq!(checks.standing(&weights, liar, now), Standing::New);
+        assert_eq!(checks.check_state(&weights, liar, now), CheckState::New);
     }
     assert!(checks.is_due(&weights, "a", now));
 }

@@ -58,7 +58,7 @@ impl Tracker {
         self.actions.push(super::Action::KeepPins);
     }
 
-    /// Pins names under which a model is about to be got, or was got by who had the errand.
+    /// Pins names under which a model is about to be got, or was got by who had the download.
     pub(super) fn settle_pins(&mut self) {
         let mut first = Vec::new();
         for (node, entry) in &self.nodes {
@@ -92,18 +92,18 @@ impl Tracker {
         }
     }
 
-    /// The model that a worker got on the errand for a name keeps it.
-    pub(super) fn pin_errands(&mut self, node: &str) {
+    /// The model that a worker got on the download for a name keeps it.
+    pub(super) fn pin_downloads(&mut self, node: &str) {
         let Some(entry) = self.nodes.get(node) else {
             return;
         };
         let mut news = false;
-        for (errand, _) in self
-            .errands
+        for (download, _) in self
+            .downloads
             .iter()
-            .filter(|(_, errand)| errand.node == node)
+            .filter(|(_, download)| download.node == node)
         {
-            let super::Key::Name(name) = errand else {
+            let super::Key::Name(name) = download else {
                 continue;
             };
             let found = entry.held.iter().find(|(_, held)| held.is_called(name));

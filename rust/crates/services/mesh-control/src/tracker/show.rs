@@ -66,9 +66,9 @@ impl Tracker {
                 });
             }
         }
-        for (key, errand) in &self.errands {
+        for (key, download) in &self.downloads {
             if let Some(model) = models.get_mut(key) {
-                model.origin = Some(self.name_of(&errand.node));
+                model.origin = Some(self.name_of(&download.node));
             }
         }
         models.into_values().collect()

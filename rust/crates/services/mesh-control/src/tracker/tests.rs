@@ -116,7 +116,7 @@ impl World {
     }
 
     /// Who goes outside the mesh; at most one does.
-    fn errand(&self) -> Option<&str> {
+    fn download(&self) -> Option<&str> {
         let told = self.told.iter();
         let mut on_it: Vec<&str> = told
             .filter(|(_, models)| models.iter().any(|model| model.origin))
@@ -138,12 +138,12 @@ fn one_of_those_who_seek_a_model_goes_for_it_and_the_others_then_get_it_from_the
     for worker in ["a", "b", "c"] {
         world.seek(worker, "m");
     }
-    assert_eq!(world.errand(), Some("a"));
+    assert_eq!(world.download(), Some("a"));
     assert_eq!(world.told("b").origin_worker, "a");
     assert!(world.seats("b").is_empty());
     world.say("a", |models| models.sought.clear());
     world.hold("a", 'f', PieceSet::all(9));
-    assert_eq!(world.errand(), None);
+    assert_eq!(world.download(), None);
     for worker in ["b", "c"] {
         assert_eq!(world.seats(worker), ["a"]);
         assert_eq!(world.told(worker).fingerprint, fingerprint('f'));
@@ -169,16 +169,16 @@ fn when_the_one_who_goes_dies_another_takes_over() {
     }
     world.say("a", |models| models.sought[0].origin_bytes = 50);
     world.leave("a");
-    assert_eq!(world.errand(), Some("b"));
+    assert_eq!(world.download(), Some("b"));
     assert!(world.notes.iter().any(|note| matches!(
         note,
-        Note::Errand { worker, instead: Some(_), .. } if worker == "b"
+        Note::Download { worker, instead: Some(_), .. } if worker == "b"
     )));
-    // It comes back with half of it, but the errand has been given away.
+    // It comes back with half of it, but the download has been given away.
     world.join("a");
     world.seek("a", "m");
     world.say("a", |models| models.sought[0].origin_bytes = 50);
-    assert_eq!(world.errand(), Some("b"));
+    assert_eq!(world.download(), Some("b"));
 }
 
 #[test]
@@ -194,9 +194,9 @@ fn who_has_most_of_it_already_goes() {
             ..SoughtModel::default()
         }];
     });
-    assert_eq!(world.errand(), Some("c"), "the first to ask has it");
+    assert_eq!(world.download(), Some("c"), "the first to ask has it");
     world.leave("c");
-    assert_eq!(world.errand(), Some("b"));
+    assert_eq!(world.download(), Some("b"));
 }
 
 #[test]
@@ -204,36 +204,36 @@ fn who_cannot_or_may_not_does_not_go() {
     let mut world = World::new(&["a", "b"]);
     world.seek("a", "m");
     world.say("a", |models| models.sought[0].origin = false);
-    assert_eq!(world.errand(), None);
+    assert_eq!(world.download(), None);
     world.seek("b", "m");
-    assert_eq!(world.errand(), Some("b"));
+    assert_eq!(world.download(), Some("b"));
     world.say("b", |models| {
         models.sought[0].origin_error = "401 Unauthorized".into();
     });
-    assert_eq!(world.errand(), None);
+    assert_eq!(world.download(), None);
     assert!(world.notes.iter().any(|note| matches!(
         note,
         Note::Failed { worker, reason, .. } if worker == "b" && reason == "401 Unauthorized"
     )));
     // It tries again after a while, when it says that there is nothing in the way any more.
     world.say("b", |models| models.sought[0].origin_error.clear());
-    assert_eq!(world.errand(), None);
+    assert_eq!(world.download(), None);
     world.pass(Duration::from_secs(11));
-    assert_eq!(world.errand(), Some("b"));
+    assert_eq!(world.download(), Some("b"));
 }
 
 #[test]
-fn who_brings_nothing_for_long_loses_the_errand() {
+fn who_brings_nothing_for_long_loses_the_download() {
     let mut world = World::new(&["a", "b"]);
     world.seek("a", "m");
     world.seek("b", "m");
     for bytes in 1..5 {
         world.pass(Duration::from_secs(20));
         world.say("a", |models| models.sought[0].origin_bytes = bytes);
-        assert_eq!(world.errand(), Some("a"), "it makes progress");
+        assert_eq!(world.download(), Some("a"), "it makes progress");
     }
     world.pass(Duration::from_secs(31));
-    assert_eq!(world.errand(), Some("b"));
+    assert_eq!(world.download(), Some("b"));
     assert!(!world.told("a").origin);
 }
 
@@ -243,10 +243,10 @@ fn nobody_goes_for_what_workers_have_together() {
     world.hold("a", 'f', PieceSet::of(10, 0..5));
     world.hold("b", 'f', PieceSet::of(10, 5..10));
     world.lack("c", 'f', PieceSet::all(10));
-    assert_eq!(world.errand(), None);
+    assert_eq!(world.download(), None);
     assert_eq!(world.seats("c"), ["a", "b"]);
     world.leave("b");
-    assert_eq!(world.errand(), Some("c"));
+    assert_eq!(world.download(), Some("c"));
 }
 
 #[test]
@@ -255,14 +255,14 @@ fn who_goes_gets_what_others_lack_as_well() {
     world.hold("c", 'f', PieceSet::of(10, [9]));
     world.lack("a", 'f', PieceSet::of(10, 0..3));
     world.lack("b", 'f', PieceSet::of(10, 2..10));
-    assert_eq!(world.errand(), Some("a"));
+    assert_eq!(world.download(), Some("a"));
     let for_others = world.told("a").for_others.as_ref().unwrap();
     let for_others = PieceSet::from_proto(for_others).unwrap();
     assert_eq!(for_others, PieceSet::of(10, 3..9));
     // Its own are here; it goes on for the others.
     world.lack("a", 'f', PieceSet::none(10));
     world.hold("a", 'f', PieceSet::of(10, 0..3));
-    assert_eq!(world.errand(), Some("a"));
+    assert_eq!(world.download(), Some("a"));
 }
 
 #[test]
@@ -316,7 +316,7 @@ fn who_sent_bad_pieces_is_not_named_to_the_accuser_and_with_two_accusers_to_nobo
     assert_eq!(bad.unwrap().accused_by, ["a", "b"]);
     // Alone with it, somebody has to go outside.
     world.leave("good");
-    assert_eq!(world.errand(), Some("a"));
+    assert_eq!(world.download(), Some("a"));
 }
 
 #[test]
@@ -422,7 +422,7 @@ fn at_every_moment_at_most_one_goes_and_in_the_end_all_have_it() {
                 _ => {}
             }
             world.pass(Duration::from_secs(seconds));
-            if let Some(on_it) = world.errand().map(str::to_owned) {
+            if let Some(on_it) = world.download().map(str::to_owned) {
                 let who = names.iter().position(|name| *name == on_it).unwrap();
                 bytes[who] += 1;
                 let now = bytes[who];
@@ -435,10 +435,10 @@ fn at_every_moment_at_most_one_goes_and_in_the_end_all_have_it() {
         // Pauses end.
         world.pass(Duration::from_secs(700));
         world.pass(Duration::from_secs(1));
-        let on_it = world.errand().map(str::to_owned).expect("somebody goes");
+        let on_it = world.download().map(str::to_owned).expect("somebody goes");
         world.say(&on_it, |models| models.sought.clear());
         world.hold(&on_it, 'f', PieceSet::all(4));
-        prop_assert_eq!(world.errand(), None);
+        prop_assert_eq!(world.download(), None);
         for name in names.iter().filter(|name| **name != on_it) {
             prop_assert_eq!(world.seats(name), [on_it.as_str()]);
         }
@@ -500,7 +500,7 @@ fn a_model_that_a_worker_refuses_is_not_told_to_it_again() {
         models.sought[0].refused = vec![fingerprint('f'), "x".into()]
     });
     assert_eq!(world.told("b").fingerprint, "");
-    assert_eq!(world.errand(), Some("b"));
+    assert_eq!(world.download(), Some("b"));
     // Whoever cannot ask the hub does not get what is in doubt.
     world.seek("c", "m");
     assert!(world.told("c").disputed);
@@ -643,10 +643,10 @@ fn a_few_workers_neither_hide_a_conflict_nor_fill_the_log() {
 }
 
 #[test]
-fn who_has_the_errand_gives_the_name_its_meaning() {
+fn who_has_the_download_gives_the_name_its_meaning() {
     let mut world = World::new(&["a", "b"]);
     world.seek("a", "m");
-    assert_eq!(world.errand(), Some("a"));
+    assert_eq!(world.download(), Some("a"));
     world.hold("a", 'a', PieceSet::all(4));
     assert_eq!(
         world.tracker.pins().get("m").unwrap().fingerprint,

@@ -75,7 +75,7 @@ impl DcfTask {
     }
 
     /// Whether repeats are to be acknowledged while the task runs.
-    pub fn ack(&self) -> bool {
+    pub(crate) fn ack(&self) -> bool {
         match self {
             Self::Generate(task) => task.ack,
             Self::Embed(task) => task.ack,

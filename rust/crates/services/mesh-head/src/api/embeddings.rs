@@ -43,7 +43,7 @@ impl AskedEmbeddings {
     ///
     /// # Errors
     /// As [`AskedEmbeddings::parse`].
-    pub fn of_fields(fields: Fields<'_>) -> Result<Self, Invalid> {
+    pub(crate) fn of_fields(fields: Fields<'_>) -> Result<Self, Invalid> {
         let base64 = match fields.text("encoding_format")? {
             None | Some("float") => false,
             Some("base64") => true,
@@ -73,7 +73,7 @@ impl AskedEmbeddings {
     }
 
     /// The answer's body.
-    pub fn answer(&self, embedded: &Embedded) -> Vec<u8> {
+    pub(crate) fn answer(&self, embedded: &Embedded) -> Vec<u8> {
         let size = (embedded.dimensions as usize * 4).max(1);
         let vectors = embedded.vectors.chunks_exact(size).enumerate();
         let answer = List {

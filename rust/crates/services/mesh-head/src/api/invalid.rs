@@ -16,7 +16,7 @@ pub struct Invalid {
 
 impl Invalid {
     /// A wrong value.
-    pub fn new(param: impl Into<String>, message: impl Into<String>) -> Self {
+    pub(crate) fn new(param: impl Into<String>, message: impl Into<String>) -> Self {
         Self {
             param: param.into(),
             message: message.into(),
@@ -25,7 +25,7 @@ impl Invalid {
     }
 
     /// A feature that does not exist here.
-    pub fn unsupported(param: impl Into<String>, remedy: &str) -> Self {
+    pub(crate) fn unsupported(param: impl Into<String>, remedy: &str) -> Self {
         let param = param.into();
         let message = format!("'{param}' is not supported by this mesh; {remedy}");
         Self {
@@ -36,7 +36,7 @@ impl Invalid {
     }
 
     /// A value of another type.
-    pub fn wrong_type(param: &str, expected: &str, got: &Value) -> Self {
+    pub(crate) fn wrong_type(param: &str, expected: &str, got: &Value) -> Self {
         Self::new(
             param,
             format!(

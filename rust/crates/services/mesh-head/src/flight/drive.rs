@@ -28,7 +28,7 @@ use crate::metrics::{Front, Outcome};
 use crate::workers::requests::{error_of, gets_on, progress_ms};
 
 /// Starts a task; dropping the receiver cancels it.
-pub fn submit(mesh: &Arc<Mesh>, front: Front, task: Task) -> mpsc::UnboundedReceiver<Event> {
+pub(crate) fn submit(mesh: &Arc<Mesh>, front: Front, task: Task) -> mpsc::UnboundedReceiver<Event> {
     // Unbounded, yet bounded by the context: a slow client must not hold a worker's slot for longer than the answer takes.
     let (sender, receiver) = mpsc::unbounded_channel();
     let mesh = mesh.clone();
@@ -40,7 +40,7 @@ pub fn submit(mesh: &Arc<Mesh>, front: Front, task: Task) -> mpsc::UnboundedRece
 }
 
 /// Runs a task to its end, or until `gone`.
-pub async fn drive(
+pub(crate) async fn drive(
     mesh: &Arc<Mesh>,
     front: Front,
     task: Task,

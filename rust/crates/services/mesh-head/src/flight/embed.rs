@@ -32,7 +32,7 @@ use crate::workers::requests::{
 ///
 /// # Errors
 /// Why there are no vectors.
-pub async fn embed(
+pub(crate) async fn embed(
     mesh: &Arc<Mesh>,
     front: Front,
     task: EmbedTask,
@@ -63,7 +63,7 @@ pub async fn embed(
     result
 }
 
-/// Books a request however it ends, also if the client goes away.
+/// Counts a request however it ends, also if the client goes away.
 struct Account<'a> {
     mesh: &'a Mesh,
     front: Front,

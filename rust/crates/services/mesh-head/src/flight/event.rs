@@ -6,7 +6,7 @@ use mesh_proto::{Progress, RequestPhase};
 
 /// What a front end is told of its task. [`Event::Complete`] and [`Event::Failed`] are last.
 #[derive(Debug)]
-pub enum Event {
+pub(crate) enum Event {
     /// It waits for a worker with room.
     Queued,
     /// A worker has it; again after each rerun.
@@ -25,7 +25,7 @@ pub enum Event {
 
 /// Who answers.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Placed {
+pub(crate) struct Placed {
     /// Model name.
     pub model: String,
     /// Worker's name.

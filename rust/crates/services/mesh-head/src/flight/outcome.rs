@@ -16,7 +16,7 @@ pub(crate) fn deadline_ms(answer: &Answer) -> u64 {
     u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1)
 }
 
-/// How a request that ends with this error is booked.
+/// How a request that ends with this error is counted.
 pub(crate) fn outcome_of(error: &AnswerError) -> Outcome {
     match error {
         AnswerError::Refused(Refusal::UnknownModel { .. } | Refusal::TooLong { .. })

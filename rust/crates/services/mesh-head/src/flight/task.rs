@@ -12,7 +12,7 @@ use mesh_proto::{ChatMessage, EmbedInput, GenerateParams, Prompt};
 
 /// One answer to generate.
 #[derive(Debug, Clone)]
-pub struct Task {
+pub(crate) struct Task {
     /// Request id in the logs of all services.
     pub id: String,
     /// Model name; the head's default where there is none.
@@ -31,7 +31,7 @@ pub struct Task {
 
 impl Task {
     /// What a worker may send as its answer.
-    pub fn bounds(&self) -> Bounds {
+    pub(crate) fn bounds(&self) -> Bounds {
         let (bytes, messages) = match &*self.prompt {
             Prompt::Text(text) => (text.len(), 0),
             // More than any token stands for, where it is echoed as text.
@@ -62,7 +62,7 @@ impl Task {
     }
 
     /// What the router needs to know, for this model.
-    pub fn ask(&self, model: &str) -> Ask {
+    pub(crate) fn ask(&self, model: &str) -> Ask {
         let prompt_tokens = estimate_tokens(match &*self.prompt {
             Prompt::Text(text) => text.len(),
             Prompt::Chat(chat) => chat
@@ -109,7 +109,7 @@ pub struct EmbedTask {
 
 /// All vectors of a request.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Embedded {
+pub(crate) struct Embedded {
     /// The model that made them.
     pub model: String,
     /// Length of one vector.

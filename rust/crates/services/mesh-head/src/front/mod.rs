@@ -1,4 +1,4 @@
 //! The front ends: [`http`] speaks the OpenAI API, [`dcf`] answers DCF clients over UDP.
 
-pub mod dcf;
-pub mod http;
+pub(crate) mod dcf;
+pub(crate) mod http;

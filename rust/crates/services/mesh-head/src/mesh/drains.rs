@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 #[derive(Debug, Default, Serialize, Deserialize)]
-struct Kept {
+struct Saved {
     /// Names by node ids; the names are for whoever reads the file.
     drained: BTreeMap<String, String>,
 }
@@ -15,10 +15,10 @@ struct Kept {
 /// Names of the drained workers by their node ids. A file that cannot be read drains nobody, and is told of.
 pub(crate) fn load(state_dir: &Path) -> BTreeMap<String, String> {
     let path = state_dir.join(FILE);
-    let read = || -> io::Result<Kept> {
+    let read = || -> io::Result<Saved> {
         match std::fs::read(&path) {
             Ok(text) => Ok(serde_json::from_slice(&text)?),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Kept::default()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Saved::default()),
             Err(error) => Err(error),
         }
     };
@@ -40,7 +40,7 @@ pub(crate) fn load(state_dir: &Path) -> BTreeMap<String, String> {
 /// # Errors
 /// If the file cannot be written; the one before is still there then.
 pub(crate) fn save(state_dir: &Path, drained: BTreeMap<String, String>) -> io::Result<()> {
-    let text = serde_json::to_vec_pretty(&Kept { drained })?;
+    let text = serde_json::to_vec_pretty(&Saved { drained })?;
     mesh_service::files::write_private(&state_dir.join(FILE), &text)
 }
 

@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 
 /// A worker without an identity, as it is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LegacyWorker {
+pub(crate) struct LegacyWorker {
     /// The address at which it takes tasks.
     pub address: SocketAddr,
     /// The version of DCF that it speaks.
@@ -21,7 +21,7 @@ pub struct LegacyWorker {
 
 /// The tasks that such workers have now.
 #[derive(Debug, Default)]
-pub struct Exchange {
+pub(crate) struct Exchange {
     inner: Mutex<Inner>,
 }
 
@@ -41,7 +41,7 @@ struct Pending {
 
 /// One task with a worker; dropping it gives the task up.
 #[derive(Debug)]
-pub struct LegacyTask<'a> {
+pub(crate) struct LegacyTask<'a> {
     exchange: &'a Exchange,
     /// The sequence to send the task with.
     pub sequence: u32,
@@ -51,7 +51,7 @@ pub struct LegacyTask<'a> {
 
 impl Exchange {
     /// A task for this worker.
-    pub fn open(&self, worker: LegacyWorker) -> LegacyTask<'_> {
+    pub(crate) fn open(&self, worker: LegacyWorker) -> LegacyTask<'_> {
         let (sender, reply) = oneshot::channel();
         let mut inner = self.lock();
         // Tasks live for minutes at most, so the search is short even after four billion of them.
@@ -78,7 +78,7 @@ impl Exchange {
 
     /// A worker's answer came; false if no task waits for it, or if it came from another worker. An answer in
     /// another version than the task belongs to another task.
-    pub fn deliver(&self, source: LegacyWorker, message: Message) -> bool {
+    pub(crate) fn deliver(&self, source: LegacyWorker, message: Message) -> bool {
         let mut inner = self.lock();
         if inner
             .pending
@@ -94,7 +94,7 @@ impl Exchange {
     }
 
     /// Whether a task with this sequence is with that worker.
-    pub fn awaits(&self, source: LegacyWorker, sequence: u32) -> bool {
+    pub(crate) fn awaits(&self, source: LegacyWorker, sequence: u32) -> bool {
         self.lock()
             .pending
             .get(&sequence)
@@ -102,12 +102,12 @@ impl Exchange {
     }
 
     /// Time of the last answer of this worker to a task.
-    pub fn last_answer(&self, worker: SocketAddr) -> Option<Instant> {
+    pub(crate) fn last_answer(&self, worker: SocketAddr) -> Option<Instant> {
         self.lock().answered.get(&worker).copied()
     }
 
     /// A worker is gone: its tasks fail.
-    pub fn abandon(&self, worker: SocketAddr) {
+    pub(crate) fn abandon(&self, worker: SocketAddr) {
         let mut inner = self.lock();
         inner.answered.remove(&worker);
         inner
@@ -128,11 +128,11 @@ impl Drop for LegacyTask<'_> {
 
 /// Sends Tasks to workers without an identity, from the socket that their Results come to.
 #[derive(Debug, Clone)]
-pub struct BusSender(Arc<BatchSocket>);
+pub(crate) struct BusSender(Arc<BatchSocket>);
 
 impl BusSender {
     /// A sender on the bus's own socket.
-    pub fn new(socket: Arc<BatchSocket>) -> Self {
+    pub(crate) fn new(socket: Arc<BatchSocket>) -> Self {
         Self(socket)
     }
 
@@ -140,7 +140,7 @@ impl BusSender {
     ///
     /// # Errors
     /// The kernel's.
-    pub async fn send(&self, message: &Message, worker: LegacyWorker) -> io::Result<()> {
+    pub(crate) async fn send(&self, message: &Message, worker: LegacyWorker) -> io::Result<()> {
         let datagram = message.encode_as(worker.version);
         self.0.send_to(&datagram, worker.address).await
     }

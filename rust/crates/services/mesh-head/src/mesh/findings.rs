@@ -14,14 +14,20 @@ use crate::ids;
 
 impl Mesh {
     /// The proofs that a worker is to give now, besides those of the models that are being asked.
-    pub fn proofs_due(&self, id: WorkerId, under_way: &BTreeSet<String>) -> Vec<Proof> {
+    pub(crate) fn proofs_due(&self, id: WorkerId, under_way: &BTreeSet<String>) -> Vec<Proof> {
         let mut state = self.lock();
         let registry = &mut state.placement.registry;
         registry.proofs_due(id, under_way, ids::unique(), Instant::now())
     }
 
     /// A worker answered the head's question with this, or gave no answer to what was asked at `asked`.
-    pub fn proved(&self, id: WorkerId, proof: &Proof, sample: Option<Sample>, asked: Instant) {
+    pub(crate) fn proved(
+        &self,
+        id: WorkerId,
+        proof: &Proof,
+        sample: Option<Sample>,
+        asked: Instant,
+    ) {
         let now = Instant::now();
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -35,7 +41,7 @@ impl Mesh {
     }
 
     /// A worker declines the head's question. Says whether that is excused.
-    pub fn declined(&self, id: WorkerId, model: &str) -> bool {
+    pub(crate) fn declined(&self, id: WorkerId, model: &str) -> bool {
         let mut state = self.lock();
         let registry = &mut state.placement.registry;
         registry.declined(id, model, Instant::now())
@@ -90,7 +96,7 @@ impl Mesh {
     }
 
     /// An attempt that began at `began` failed, and that was this worker's own fault.
-    pub fn at_fault(&self, key: &str, name: &str, model: &str, began: Instant) {
+    pub(crate) fn at_fault(&self, key: &str, name: &str, model: &str, began: Instant) {
         let now = Instant::now();
         let pause = self.lock().placement.at_fault(key, model, began, now);
         let Some(pause) = pause else { return };
@@ -106,7 +112,7 @@ impl Mesh {
     }
 
     /// A worker rejected a request that this one answers.
-    pub fn contradicted(&self, worker: WorkerId, by: &Placed, text: &str) {
+    pub(crate) fn contradicted(&self, worker: WorkerId, by: &Placed, text: &str) {
         let now = Instant::now();
         let mut state = self.lock();
         let registry = &mut state.placement.registry;

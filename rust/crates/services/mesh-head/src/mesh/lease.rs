@@ -12,7 +12,7 @@ impl Mesh {
     ///
     /// # Errors
     /// [`TooMuch`] if there is not as much left, or not for that client.
-    pub fn lease(self: &Arc<Self>, origin: Origin, bytes: u64) -> Result<Lease, TooMuch> {
+    pub(crate) fn lease(self: &Arc<Self>, origin: Origin, bytes: u64) -> Result<Lease, TooMuch> {
         let mut lease = Lease {
             mesh: self.clone(),
             origin,
@@ -22,11 +22,6 @@ impl Mesh {
         Ok(lease)
     }
 
-    /// Bytes of memory that requests have taken.
-    pub fn leased(&self) -> u64 {
-        self.memory().used()
-    }
-
     pub(super) fn memory(&self) -> MutexGuard<'_, Memory> {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -34,7 +29,7 @@ impl Mesh {
 
 /// Memory of one request; dropping it gives it back.
 #[derive(Debug)]
-pub struct Lease {
+pub(crate) struct Lease {
     mesh: Arc<Mesh>,
     origin: Origin,
     bytes: u64,
@@ -45,7 +40,7 @@ impl Lease {
     ///
     /// # Errors
     /// As [`Mesh::lease`].
-    pub fn add(&mut self, bytes: u64) -> Result<(), TooMuch> {
+    pub(crate) fn add(&mut self, bytes: u64) -> Result<(), TooMuch> {
         self.bytes += self.mesh.memory().take(self.origin, self.bytes, bytes)?;
         Ok(())
     }
@@ -54,7 +49,7 @@ impl Lease {
     ///
     /// # Errors
     /// As [`Mesh::lease`].
-    pub fn set(&mut self, bytes: u64) -> Result<(), TooMuch> {
+    pub(crate) fn set(&mut self, bytes: u64) -> Result<(), TooMuch> {
         let mut memory = self.mesh.memory();
         memory.give(self.origin, std::mem::take(&mut self.bytes));
         self.bytes = memory.take(self.origin, 0, bytes)?;

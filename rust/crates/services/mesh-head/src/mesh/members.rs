@@ -18,7 +18,7 @@ use super::state::{CLOCK_TOLERANCE, Mesh, Peer, timestamp_us};
 
 /// A worker that is connected with the identity of one that connects.
 #[derive(Debug)]
-pub struct Rival {
+pub(crate) struct Rival {
     /// Its link.
     pub link: Link,
     /// It finishes what runs and will leave.
@@ -30,7 +30,12 @@ pub struct Rival {
 
 impl Mesh {
     /// Enters a worker that said Hello on this link.
-    pub fn join(&self, link: &Link, hello: Hello, orders: mpsc::Sender<Message>) -> WorkerId {
+    pub(crate) fn join(
+        &self,
+        link: &Link,
+        hello: Hello,
+        orders: mpsc::Sender<Message>,
+    ) -> WorkerId {
         let now = Instant::now();
         // Not what it calls itself.
         let hello = Hello {
@@ -85,7 +90,7 @@ impl Mesh {
     }
 
     /// The process that is connected as this node, if its link is open.
-    pub fn process_of(&self, node: &str) -> Option<u64> {
+    pub(crate) fn process_of(&self, node: &str) -> Option<u64> {
         let state = self.lock();
         let worker = state.placement.registry.of_node(node)?;
         let peer = state.peers.get(&worker.id)?;
@@ -93,7 +98,7 @@ impl Mesh {
     }
 
     /// The worker that is connected as this node, unless it is the same process: that has lost its earlier link.
-    pub fn rival(&self, node: &str, instance: u64) -> Option<Rival> {
+    pub(crate) fn rival(&self, node: &str, instance: u64) -> Option<Rival> {
         let state = self.lock();
         let worker = state.placement.registry.of_node(node)?;
         let peer = state.peers.get(&worker.id)?;
@@ -109,7 +114,12 @@ impl Mesh {
     }
 
     /// A second machine with the identity of `rival` was refused: both hear so. Returns what the newcomer is told.
-    pub fn refused_duplicate(&self, rival: &Rival, newcomer: SocketAddr, host: &str) -> String {
+    pub(crate) fn refused_duplicate(
+        &self,
+        rival: &Rival,
+        newcomer: SocketAddr,
+        host: &str,
+    ) -> String {
         let now = Instant::now();
         let machine = |address, host: &str| Machine {
             address,
@@ -135,12 +145,12 @@ impl Mesh {
     }
 
     /// Identities that several machines have.
-    pub fn duplicates(&self) -> Vec<Duplicate> {
+    pub(crate) fn duplicates(&self) -> Vec<Duplicate> {
         self.lock().duplicates.view(Instant::now())
     }
 
     /// A worker's message with this timestamp came just now.
-    pub fn clock_heard(&self, id: WorkerId, timestamp_us: u64) {
+    pub(crate) fn clock_heard(&self, id: WorkerId, timestamp_us: u64) {
         // v5.0.0 peers may send 0.
         if timestamp_us == 0 {
             return;
@@ -161,7 +171,7 @@ impl Mesh {
     }
 
     /// A worker's link is closed.
-    pub fn leave(&self, id: WorkerId) {
+    pub(crate) fn leave(&self, id: WorkerId) {
         let now = Instant::now();
         let mut state = self.lock();
         state.peers.remove(&id);
@@ -175,7 +185,7 @@ impl Mesh {
     }
 
     /// A worker reports its load.
-    pub fn report(&self, id: WorkerId, load: Load) {
+    pub(crate) fn report(&self, id: WorkerId, load: Load) {
         let now = Instant::now();
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -188,7 +198,7 @@ impl Mesh {
     }
 
     /// A worker without an identity is alive. True means that it is new.
-    pub fn legacy_heartbeat(&self, worker: LegacyWorker) -> bool {
+    pub(crate) fn legacy_heartbeat(&self, worker: LegacyWorker) -> bool {
         let now = Instant::now();
         let mut state = self.lock();
         let new = state

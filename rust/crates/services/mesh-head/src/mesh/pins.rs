@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use mesh_control::tracker::{Pin, Pins};
 
 #[derive(Debug, Default, Serialize, Deserialize)]
-struct Kept {
+struct Saved {
     pins: Vec<Pin>,
 }
 
@@ -84,7 +84,7 @@ impl PinsFile {
             let Some(pins) = lock(&file.next).take() else {
                 return;
             };
-            let written = serde_json::to_vec_pretty(&Kept { pins })
+            let written = serde_json::to_vec_pretty(&Saved { pins })
                 .map_err(io::Error::from)
                 .and_then(|text| mesh_service::files::write_private(&file.path, &text));
             if let Err(error) = written {
@@ -98,9 +98,9 @@ impl PinsFile {
     }
 }
 
-fn parse(text: Option<&[u8]>) -> Result<Kept, String> {
+fn parse(text: Option<&[u8]>) -> Result<Saved, String> {
     match text {
-        None => Ok(Kept::default()),
+        None => Ok(Saved::default()),
         Some(text) if text.len() as u64 > MOST_BYTES => {
             Err(format!("it has over {MOST_BYTES} bytes"))
         }

@@ -21,7 +21,11 @@ impl Mesh {
     ///
     /// # Errors
     /// [`Refusal`] says why there is none.
-    pub async fn place(self: &Arc<Self>, ask: Ask, rerun: bool) -> Result<Assignment, Refusal> {
+    pub(crate) async fn place(
+        self: &Arc<Self>,
+        ask: Ask,
+        rerun: bool,
+    ) -> Result<Assignment, Refusal> {
         let ingress = ask.source.ingress;
         let placed = self.place_or_wait(ask, rerun).await;
         if let Err(Refusal::QueueFull { .. }) = placed {
@@ -65,7 +69,7 @@ impl Mesh {
     }
 
     /// The model of a request that names none.
-    pub fn default_model(&self) -> Option<String> {
+    pub(crate) fn default_model(&self) -> Option<String> {
         let first = || {
             let mut state = self.lock();
             let placement = &mut state.placement;
@@ -84,19 +88,19 @@ impl Mesh {
     }
 
     /// The embedding model of a request that names none.
-    pub fn first_encoder(&self) -> Option<String> {
+    pub(crate) fn first_encoder(&self) -> Option<String> {
         let mut state = self.lock();
         let registry = &mut state.placement.registry;
         registry.default_model(ModelKind::Embed, Instant::now())
     }
 
     /// Who serves this model.
-    pub fn replicas(&self, name: &str) -> Replicas {
+    pub(crate) fn replicas(&self, name: &str) -> Replicas {
         self.with_registry(|registry| Replicas::of(registry, name, Instant::now()))
     }
 
     /// Whether a worker serves this model now or did lately, or workers offer its layers.
-    pub fn knows_model(&self, name: &str) -> bool {
+    pub(crate) fn knows_model(&self, name: &str) -> bool {
         self.lock().placement.knows_model(name)
     }
 
@@ -135,12 +139,12 @@ impl Mesh {
     }
 
     /// Whether another worker than this one answers such requests.
-    pub fn another(&self, ask: &Ask, than: WorkerId) -> bool {
+    pub(crate) fn another(&self, ask: &Ask, than: WorkerId) -> bool {
         self.lock().placement.another(ask, than, Instant::now())
     }
 
     /// The context that a worker claims for a model; 0 if it is not known.
-    pub fn context_on(&self, worker: WorkerId, model: &str) -> u32 {
+    pub(crate) fn context_on(&self, worker: WorkerId, model: &str) -> u32 {
         self.with_registry(|registry| {
             let served = registry.get(worker).and_then(|worker| worker.model(model));
             served.map_or(0, |model| model.card.context)
@@ -179,7 +183,7 @@ impl Mesh {
 
 /// How to reach the worker of an [`Assignment`].
 #[derive(Debug, Clone)]
-pub enum Route {
+pub(crate) enum Route {
     /// Over its link.
     Link(Link),
     /// Plain DCF over UDP.
@@ -212,7 +216,7 @@ impl Drop for PlaceInQueue<'_> {
 
 /// A request's right to a worker; dropping it gives the worker free.
 #[derive(Debug)]
-pub struct Assignment {
+pub(crate) struct Assignment {
     mesh: Arc<Mesh>,
     ticket: Ticket,
     /// The worker.
@@ -230,7 +234,7 @@ pub struct Assignment {
 
 impl Assignment {
     /// The first token came.
-    pub fn first_token(&self) {
+    pub(crate) fn first_token(&self) {
         let now = Instant::now();
         let mut state = self.mesh.lock();
         state.placement.first_token(self.ticket, now);
@@ -240,7 +244,7 @@ impl Assignment {
     }
 
     /// Tokens came.
-    pub fn received(&self, tokens: usize, first: bool, now: Instant) {
+    pub(crate) fn received(&self, tokens: usize, first: bool, now: Instant) {
         for seen in [&self.tokens_seen, &self.of_model].into_iter().flatten() {
             seen.note(now);
         }
@@ -253,7 +257,7 @@ impl Assignment {
     }
 
     /// All of a request without tokens was computed.
-    pub fn prefilled(&self) {
+    pub(crate) fn prefilled(&self) {
         if let Some(seen) = &self.tokens_seen {
             seen.note(Instant::now());
         }
@@ -261,12 +265,12 @@ impl Assignment {
     }
 
     /// When a token last came from this worker, whichever request it was for.
-    pub fn last_token_of_worker(&self) -> Option<Instant> {
+    pub(crate) fn last_token_of_worker(&self) -> Option<Instant> {
         self.tokens_seen.as_ref()?.last()
     }
 
     /// The worker says that its engine gets on.
-    pub fn gave_sign(&self) {
+    pub(crate) fn gave_sign(&self) {
         let model = &self.placed.model;
         self.mesh.with_worker(self.placed.worker, |worker| {
             worker.gave_sign(model, Instant::now());
@@ -275,7 +279,7 @@ impl Assignment {
 
     /// True if the worker's reports explain that a request gets no token from it: it works, and requests wait
     /// there.
-    pub fn is_busy(&self) -> bool {
+    pub(crate) fn is_busy(&self) -> bool {
         let within = self.mesh.config.first_token_limit;
         self.mesh.with_registry(|registry| {
             let worker = registry.get(self.placed.worker);
@@ -285,7 +289,7 @@ impl Assignment {
     }
 
     /// Says how the attempt ended, and gives the worker free.
-    pub fn end(mut self, ended: Ended) {
+    pub(crate) fn end(mut self, ended: Ended) {
         self.ended = ended;
     }
 }

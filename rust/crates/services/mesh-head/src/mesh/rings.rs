@@ -19,7 +19,7 @@ use crate::metrics::Verdict;
 
 /// What became of a worker as the driver of a ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RingRole {
+pub(crate) enum RingRole {
     /// It serves since then.
     Serves(Instant),
     /// Its ring recovers from a loss: silence is no sign of death.
@@ -30,7 +30,7 @@ pub enum RingRole {
 
 impl Mesh {
     /// A worker says what it may hold parts of.
-    pub fn offered(&self, id: WorkerId, mut offer: Offer) {
+    pub(crate) fn offered(&self, id: WorkerId, mut offer: Offer) {
         let now = Instant::now();
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -72,7 +72,7 @@ impl Mesh {
     }
 
     /// A worker reports its parts in a ring.
-    pub fn ring_state(&self, id: WorkerId, report: RingState) {
+    pub(crate) fn ring_state(&self, id: WorkerId, report: RingState) {
         let now = Instant::now();
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -83,7 +83,7 @@ impl Mesh {
     }
 
     /// An answer's attempt on the driver of a ring failed by silence or loss.
-    pub fn suspect(&self, id: WorkerId, ring: u64, reason: &str) {
+    pub(crate) fn suspect(&self, id: WorkerId, ring: u64, reason: &str) {
         let now = Instant::now();
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -94,7 +94,7 @@ impl Mesh {
     }
 
     /// What became of a worker as the driver of a ring.
-    pub fn ring_role(&self, id: WorkerId, ring: u64) -> RingRole {
+    pub(crate) fn ring_role(&self, id: WorkerId, ring: u64) -> RingRole {
         let state = self.lock();
         let node = state.placement.registry.get(id).and_then(Worker::node_id);
         match node.and_then(|node| state.rings.serves_since(ring, node)) {
@@ -105,18 +105,18 @@ impl Mesh {
     }
 
     /// Wakes whenever a ring's members or driver changed.
-    pub fn ring_changes(&self) -> watch::Receiver<()> {
+    pub(crate) fn ring_changes(&self) -> watch::Receiver<()> {
         self.ring_changes.subscribe()
     }
 
     /// Looks at registry and rings together.
-    pub fn with_rings<T>(&self, look: impl FnOnce(&Rings, &Registry) -> T) -> T {
+    pub(crate) fn with_rings<T>(&self, look: impl FnOnce(&Rings, &Registry) -> T) -> T {
         let state = self.lock();
         look(&state.rings, &state.placement.registry)
     }
 
     /// Changes rings as an operator wishes, and does what follows.
-    pub fn change_rings<T>(
+    pub(crate) fn change_rings<T>(
         &self,
         change: impl FnOnce(&mut Rings, &mut Registry, Instant) -> T,
     ) -> T {
@@ -132,7 +132,7 @@ impl Mesh {
     ///
     /// # Errors
     /// If the file cannot be written.
-    pub async fn keep_drains(self: &Arc<Self>) -> io::Result<()> {
+    pub(crate) async fn keep_drains(self: &Arc<Self>) -> io::Result<()> {
         let mesh = self.clone();
         // A task of its own, which whoever asked cannot break off by going away.
         let saving = tokio::spawn(async move {
@@ -152,7 +152,7 @@ impl Mesh {
     ///
     /// # Errors
     /// Why not.
-    pub fn ready(&self, model: Option<&str>) -> Result<(), String> {
+    pub(crate) fn ready(&self, model: Option<&str>) -> Result<(), String> {
         self.readiness(&self.lock(), model)
     }
 

@@ -10,16 +10,16 @@ use mesh_net::seal::{self, Opener};
 
 /// The keys of sealed heartbeats, by session.
 #[derive(Debug, Default)]
-pub struct Sessions(Mutex<HashMap<u64, (WorkerId, Opener)>>);
+pub(crate) struct Sessions(Mutex<HashMap<u64, (WorkerId, Opener)>>);
 
 impl Sessions {
     /// A worker has a session.
-    pub fn open(&self, session: u64, worker: WorkerId, opener: Opener) {
+    pub(crate) fn open(&self, session: u64, worker: WorkerId, opener: Opener) {
         self.lock().insert(session, (worker, opener));
     }
 
     /// Its link is over.
-    pub fn close(&self, session: u64) {
+    pub(crate) fn close(&self, session: u64) {
         self.lock().remove(&session);
     }
 

@@ -33,32 +33,32 @@ use crate::metrics::HeadMetrics;
 #[derive(Debug)]
 pub struct Mesh {
     /// As configured at the start.
-    pub config: Config,
+    pub(crate) config: Config,
     /// As configured now, for the keys that a reload applies.
     pub(super) live: RwLock<Config>,
     /// Counters and histograms.
-    pub metrics: HeadMetrics,
+    pub(crate) metrics: HeadMetrics,
     /// What `/ready` says.
-    pub health: Health,
+    pub(crate) health: Health,
     /// Begins when the head is told to stop.
-    pub shutdown: Shutdown,
+    pub(crate) shutdown: Shutdown,
     /// Tasks that v5.0.0 workers have.
-    pub exchange: Exchange,
+    pub(crate) exchange: Exchange,
     /// Sends Tasks to v5.0.0 workers.
-    pub bus: BusSender,
+    pub(crate) bus: BusSender,
     /// Keys of sealed heartbeats.
-    pub sessions: Sessions,
+    pub(crate) sessions: Sessions,
     /// Nodes that are no longer part of the mesh.
-    pub deny_list: DenyList,
+    pub(crate) deny_list: DenyList,
     /// When the head started.
-    pub started: SystemTime,
+    pub(crate) started: SystemTime,
     /// The same by a clock that nobody sets.
-    pub running_since: Instant,
+    pub(crate) running_since: Instant,
     pub(super) state: Mutex<State>,
     /// What requests take of this head's memory.
     pub(super) memory: Mutex<Memory>,
     /// Large requests are read one at a time: until it is known what they are, they take a multiple of their bytes.
-    pub reading: Semaphore,
+    pub(crate) reading: Semaphore,
     /// Told whenever a ring's members or driver changed.
     pub(super) ring_changes: watch::Sender<()>,
     /// Held while the list of drained workers is written.
@@ -106,7 +106,7 @@ impl Mesh {
     ///
     /// # Errors
     /// If what models' names mean cannot be read.
-    pub fn new(
+    pub(crate) fn new(
         config: Config,
         metrics: HeadMetrics,
         health: Health,
@@ -158,12 +158,12 @@ impl Mesh {
     }
 
     /// True if plain DCF clients at this address are served.
-    pub fn trusts(&self, source: IpAddr) -> bool {
+    pub(crate) fn trusts(&self, source: IpAddr) -> bool {
         self.live().trusts(source)
     }
 
     /// True if a worker without an identity may register from this address.
-    pub fn admits_legacy_worker(&self, source: IpAddr) -> bool {
+    pub(crate) fn admits_legacy_worker(&self, source: IpAddr) -> bool {
         self.live().admits_legacy_worker(source)
     }
 
@@ -173,7 +173,7 @@ impl Mesh {
     }
 
     /// Puts the reloadable keys of another configuration into effect.
-    pub fn reconfigure(&self, fresh: Config) {
+    pub(crate) fn reconfigure(&self, fresh: Config) {
         *self.live.write().unwrap_or_else(PoisonError::into_inner) = fresh;
         let now = Instant::now();
         let mut state = self.lock();
@@ -195,14 +195,14 @@ impl Mesh {
     }
 
     /// Changes a worker's entry.
-    pub fn with_worker(&self, id: WorkerId, change: impl FnOnce(&mut Worker)) {
+    pub(crate) fn with_worker(&self, id: WorkerId, change: impl FnOnce(&mut Worker)) {
         if let Some(worker) = self.lock().placement.registry.get_mut(id) {
             change(worker);
         }
     }
 
     /// The link of a worker.
-    pub fn link(&self, id: WorkerId) -> Option<Link> {
+    pub(crate) fn link(&self, id: WorkerId) -> Option<Link> {
         self.lock().peers.get(&id).map(|peer| peer.link.clone())
     }
 
@@ -218,7 +218,7 @@ impl Mesh {
 }
 
 /// Microseconds since the Unix epoch, for DCF headers.
-pub fn timestamp_us() -> u64 {
+pub(crate) fn timestamp_us() -> u64 {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();

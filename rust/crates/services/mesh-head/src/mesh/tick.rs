@@ -7,14 +7,14 @@ use mesh_base::clock;
 use mesh_control::duplicates::Duplicate;
 use mesh_control::held_back::Words;
 use mesh_control::registry::{ServedModel, Service, Worker, WorkerId};
-use mesh_control::spotcheck::Standing as Checked;
+use mesh_control::spotcheck::CheckState;
 use mesh_control::tracker::Conflict;
 
 use super::state::{CLOCK_TOLERANCE, Mesh, Peer, State};
 
 impl Mesh {
     /// Problems that an operator should know and mend, in words.
-    pub fn warnings(&self) -> Vec<String> {
+    pub(crate) fn warnings(&self) -> Vec<String> {
         let mut state = self.lock();
         let duplicates = state.duplicates.view(Instant::now());
         let mut warnings: Vec<String> = duplicates.iter().map(Duplicate::advice).collect();
@@ -41,7 +41,7 @@ impl Mesh {
     }
 
     /// What is due by now: silent workers are pruned, waiting requests looked at again, gauges and readiness set.
-    pub fn tick(&self) {
+    pub(crate) fn tick(&self) {
         self.hear_held_back();
         let now = Instant::now();
         let mut state = self.lock();
@@ -116,7 +116,7 @@ impl Mesh {
     }
 
     /// True if anything was heard from a worker in the last moments.
-    pub fn hears(&self, id: WorkerId) -> bool {
+    pub(crate) fn hears(&self, id: WorkerId) -> bool {
         let state = self.lock();
         let peer = state.peers.get(&id);
         peer.is_some_and(|peer| peer.heard.elapsed() < HEARD)
@@ -174,7 +174,7 @@ impl Mesh {
                 model.answers(now)
                     && !out
                     && registry.has_name(model, now) != Service::Out
-                    && model.standing != Checked::Held
+                    && model.check_state != CheckState::Held
                     && in_service
                     && asked.is_none_or(|asked| asked == model.card.name)
             };

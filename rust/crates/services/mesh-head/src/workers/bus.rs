@@ -19,7 +19,7 @@ use crate::mesh::{Mesh, timestamp_us};
 use crate::metrics::DatagramCounters;
 
 /// Serves the bus for ever.
-pub async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>) {
+pub(crate) async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>) {
     let counters = mesh.metrics.datagrams("workers");
     let mut bus = WorkerBus {
         mesh,

@@ -20,7 +20,7 @@ use crate::ids;
 use crate::mesh::{Mesh, timestamp_us};
 
 /// Serves every worker that connects, until the listener is shut down.
-pub async fn serve(mesh: Arc<Mesh>, listener: Arc<Listener>, heartbeat_port: u16) {
+pub(crate) async fn serve(mesh: Arc<Mesh>, listener: Arc<Listener>, heartbeat_port: u16) {
     while let Some(link) = listener.accept().await {
         let mesh = mesh.clone();
         tokio::spawn(async move {
@@ -289,7 +289,7 @@ async fn answer_probes(link: Link) {
 }
 
 /// What the key of a session's heartbeats is exported for; the context is the session, big-endian.
-pub const HEARTBEAT_LABEL: &str = "hydramesh heartbeat";
+pub(crate) const HEARTBEAT_LABEL: &str = "hydramesh heartbeat";
 
 /// How often a worker is to beat: a few may be lost or late before it is pruned for its silence.
 fn heartbeat(worker_timeout: Duration) -> Duration {

@@ -5,7 +5,7 @@
 //! - [`requests`]: requests on streams of their own, as far as questions and clients' requests share them;
 //! - [`bus`]: the worker bus.
 
-pub mod bus;
-pub mod links;
+pub(crate) mod bus;
+pub(crate) mod links;
 mod proofs;
 pub(crate) mod requests;

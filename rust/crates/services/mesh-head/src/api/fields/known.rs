@@ -10,7 +10,7 @@ use crate::api::invalid::Invalid;
 
 /// The API that a request came through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Api {
+pub(crate) enum Api {
     /// `/v1/chat/completions`.
     Chat,
     /// `/v1/completions`.
@@ -24,7 +24,7 @@ pub enum Api {
 ///
 /// # Errors
 /// [`Invalid`] names the first field of them and what to do instead.
-pub fn check<'a>(api: Api, fields: Fields<'a>) -> Result<Vec<&'a str>, Invalid> {
+pub(crate) fn check<'a>(api: Api, fields: Fields<'a>) -> Result<Vec<&'a str>, Invalid> {
     let (read, harmless, refused) = match api {
         Api::Chat => (CHAT_READ, HARMLESS, &[CHAT_REFUSED, REFUSED][..]),
         Api::Completions => (

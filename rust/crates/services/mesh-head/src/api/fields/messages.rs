@@ -10,7 +10,7 @@ use crate::api::invalid::Invalid;
 ///
 /// # Errors
 /// [`Invalid`] names what is wrong by its place.
-pub fn messages(value: &Value) -> Result<Chat, Invalid> {
+pub(crate) fn messages(value: &Value) -> Result<Chat, Invalid> {
     let Some(list) = value.as_array() else {
         return Err(Invalid::wrong_type("messages", "an array", value));
     };
@@ -43,7 +43,7 @@ pub fn messages(value: &Value) -> Result<Chat, Invalid> {
 ///
 /// # Errors
 /// [`Invalid`] names the field that is wrong.
-pub fn conversation(fields: Fields<'_>) -> Result<Chat, Invalid> {
+pub(crate) fn conversation(fields: Fields<'_>) -> Result<Chat, Invalid> {
     let Some(list) = fields.get("messages") else {
         return Err(Invalid::new(
             "messages",

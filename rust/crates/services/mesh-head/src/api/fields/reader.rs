@@ -10,19 +10,19 @@ use crate::api::json::{Lists, Object};
 
 /// The fields of a JSON object. A `null` is an absent field.
 #[derive(Debug, Clone, Copy)]
-pub struct Fields<'a> {
+pub(crate) struct Fields<'a> {
     map: &'a Map<String, Value>,
     lists: Option<&'a BTreeMap<String, Lists>>,
 }
 
 impl<'a> Fields<'a> {
     /// The fields of this object.
-    pub fn new(map: &'a Map<String, Value>) -> Self {
+    pub(crate) fn new(map: &'a Map<String, Value>) -> Self {
         Self { map, lists: None }
     }
 
     /// The fields of a body.
-    pub fn of(object: &'a Object) -> Self {
+    pub(crate) fn of(object: &'a Object) -> Self {
         Self {
             map: &object.map,
             lists: Some(&object.lists),
@@ -30,22 +30,22 @@ impl<'a> Fields<'a> {
     }
 
     /// Token ids that a field of a body consists of.
-    pub fn lists(self, name: &str) -> Option<&'a Lists> {
+    pub(crate) fn lists(self, name: &str) -> Option<&'a Lists> {
         self.lists?.get(name)
     }
 
     /// The raw value of a field.
-    pub fn get(self, name: &str) -> Option<&'a Value> {
+    pub(crate) fn get(self, name: &str) -> Option<&'a Value> {
         self.map.get(name).filter(|value| !value.is_null())
     }
 
     /// The names of all fields, those that are `null` included.
-    pub fn names(self) -> impl Iterator<Item = &'a str> {
+    pub(crate) fn names(self) -> impl Iterator<Item = &'a str> {
         self.map.keys().map(String::as_str)
     }
 
     /// A name: text, and absent if it is empty.
-    pub fn name(self, name: &str) -> Result<Option<&'a str>, Invalid> {
+    pub(crate) fn name(self, name: &str) -> Result<Option<&'a str>, Invalid> {
         let text = self.text(name)?.filter(|text| !text.is_empty());
         match text {
             Some(text) if text.len() > LONGEST_NAME => Err(Invalid::new(
@@ -60,31 +60,35 @@ impl<'a> Fields<'a> {
     }
 
     /// Text.
-    pub fn text(self, name: &str) -> Result<Option<&'a str>, Invalid> {
+    pub(crate) fn text(self, name: &str) -> Result<Option<&'a str>, Invalid> {
         self.typed(name, "a string", Value::as_str)
     }
 
     /// A truth value, false when absent.
-    pub fn flag(self, name: &str) -> Result<bool, Invalid> {
+    pub(crate) fn flag(self, name: &str) -> Result<bool, Invalid> {
         Ok(self
             .typed(name, "a boolean", Value::as_bool)?
             .unwrap_or(false))
     }
 
     /// A truth value; `None` when absent.
-    pub fn choice(self, name: &str) -> Result<Option<bool>, Invalid> {
+    pub(crate) fn choice(self, name: &str) -> Result<Option<bool>, Invalid> {
         self.typed(name, "a boolean", Value::as_bool)
     }
 
     /// An object.
-    pub fn object(self, name: &str) -> Result<Option<Fields<'a>>, Invalid> {
+    pub(crate) fn object(self, name: &str) -> Result<Option<Fields<'a>>, Invalid> {
         Ok(self
             .typed(name, "an object", Value::as_object)?
             .map(Fields::new))
     }
 
     /// A number within a range.
-    pub fn number(self, name: &str, range: RangeInclusive<f64>) -> Result<Option<f32>, Invalid> {
+    pub(crate) fn number(
+        self,
+        name: &str,
+        range: RangeInclusive<f64>,
+    ) -> Result<Option<f32>, Invalid> {
         match self.typed(name, "a number", Value::as_f64)? {
             Some(value) if range.contains(&value) => Ok(Some(value as f32)),
             Some(value) => Err(out_of_range(name, value, *range.start(), *range.end())),
@@ -93,7 +97,7 @@ impl<'a> Fields<'a> {
     }
 
     /// A whole number of at least `least` for which -1 stands for "without limit": `None`, as when absent.
-    pub fn limit(self, name: &str, least: u32) -> Result<Option<u32>, Invalid> {
+    pub(crate) fn limit(self, name: &str, least: u32) -> Result<Option<u32>, Invalid> {
         match self.get(name) {
             Some(value) if whole_number(value) == Some(-1) => Ok(None),
             _ => self.whole(name, least..=u32::MAX),
@@ -101,7 +105,7 @@ impl<'a> Fields<'a> {
     }
 
     /// Token ids, none when absent.
-    pub fn tokens(self, name: &str) -> Result<Vec<u32>, Invalid> {
+    pub(crate) fn tokens(self, name: &str) -> Result<Vec<u32>, Invalid> {
         let wrong = |value| Invalid::wrong_type(name, "an array of token ids", value);
         let Some(value) = self.get(name) else {
             return Ok(Vec::new());
@@ -112,12 +116,16 @@ impl<'a> Fields<'a> {
     }
 
     /// The object itself.
-    pub fn map(self) -> &'a Map<String, Value> {
+    pub(crate) fn map(self) -> &'a Map<String, Value> {
         self.map
     }
 
     /// A whole number within a range.
-    pub fn whole(self, name: &str, range: RangeInclusive<u32>) -> Result<Option<u32>, Invalid> {
+    pub(crate) fn whole(
+        self,
+        name: &str,
+        range: RangeInclusive<u32>,
+    ) -> Result<Option<u32>, Invalid> {
         let Some(value) = self.get(name) else {
             return Ok(None);
         };

@@ -10,7 +10,7 @@ use crate::api::invalid::Invalid;
 ///
 /// # Errors
 /// [`Invalid`] names the field that is wrong.
-pub fn sampling(fields: Fields<'_>) -> Result<GenerateParams, Invalid> {
+pub(crate) fn sampling(fields: Fields<'_>) -> Result<GenerateParams, Invalid> {
     Ok(GenerateParams {
         temperature: fields.number("temperature", 0.0..=2.0)?,
         top_p: fields.number("top_p", 0.0..=1.0)?,

@@ -9,7 +9,7 @@ use serde_json::{Map, Number, Value};
 
 /// A JSON object. Long lists of token ids in it are no values.
 #[derive(Debug, Default)]
-pub struct Object {
+pub(crate) struct Object {
     /// Its fields. One that is in `lists`, too, stands here with the kind of its content only.
     pub map: Map<String, Value>,
     /// The fields [`COMPACT`] that consist of token ids.
@@ -18,7 +18,7 @@ pub struct Object {
 
 /// Token ids.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Lists {
+pub(crate) enum Lists {
     /// One list.
     One(Vec<u32>),
     /// Several.

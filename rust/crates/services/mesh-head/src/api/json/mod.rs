@@ -15,13 +15,13 @@ use serde::de::DeserializeSeed;
 use crate::api::invalid::Invalid;
 
 use bounded::{Body, Budget};
-pub use bounded::{Lists, Object};
+pub(crate) use bounded::{Lists, Object};
 
 /// A JSON object.
 ///
 /// # Errors
 /// [`Invalid`] says where the text stops being one.
-pub fn object(body: &[u8]) -> Result<Object, Invalid> {
+pub(crate) fn object(body: &[u8]) -> Result<Object, Invalid> {
     let body = body.strip_prefix(BYTE_ORDER_MARK).unwrap_or(body);
     if body.trim_ascii().is_empty() {
         return Err(Invalid::new(

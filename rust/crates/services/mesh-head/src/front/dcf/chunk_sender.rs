@@ -13,7 +13,7 @@ use mesh_control::outbox::{Added, Limits, Outbox};
 
 /// Sends Chunks from one socket. While there are any, a task of its own is at it.
 #[derive(Debug)]
-pub struct ChunkSender {
+pub(crate) struct ChunkSender {
     socket: Arc<BatchSocket>,
     outbox: Mutex<Outbox>,
     running: TaskTracker,
@@ -21,7 +21,7 @@ pub struct ChunkSender {
 
 impl ChunkSender {
     /// A sender whose work is counted in `running`.
-    pub fn new(socket: Arc<BatchSocket>, running: TaskTracker) -> Arc<Self> {
+    pub(crate) fn new(socket: Arc<BatchSocket>, running: TaskTracker) -> Arc<Self> {
         Arc::new(Self {
             socket,
             outbox: Mutex::new(Outbox::new(Limits::default())),
@@ -31,7 +31,7 @@ impl ChunkSender {
 
     /// Begins to send an answer, from its beginning also where a part of it is out already. One that there is no room for
     /// is left out: its client gets it when it repeats its Task.
-    pub fn send(self: &Arc<Self>, key: TaskKey, answer: &Message) {
+    pub(crate) fn send(self: &Arc<Self>, key: TaskKey, answer: &Message) {
         let client = key.client;
         let chunks = match chunk::split(key.sequence, answer.timestamp_us, answer.payload.clone()) {
             Ok(chunks) => chunks,
@@ -50,14 +50,14 @@ impl ChunkSender {
     }
 
     /// Like [`ChunkSender::send`], unless the answer is on its way already.
-    pub fn send_again(self: &Arc<Self>, key: TaskKey, answer: &Message) {
+    pub(crate) fn send_again(self: &Arc<Self>, key: TaskKey, answer: &Message) {
         if !self.outbox().is_sending(key) {
             self.send(key, answer);
         }
     }
 
     /// Sends no more of the answer to a task.
-    pub fn stop(&self, key: TaskKey) {
+    pub(crate) fn stop(&self, key: TaskKey) {
         self.outbox().remove(key);
     }
 

@@ -34,7 +34,7 @@ use crate::mesh::{Lease, Mesh, timestamp_us};
 use crate::metrics::{DatagramCounters, Front};
 
 /// Serves the port for ever. Answers that are being made are in `running`.
-pub async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: TaskTracker) {
+pub(crate) async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: TaskTracker) {
     let counters = mesh.metrics.datagrams("clients");
     let dedup = Mutex::new(Dedup::new(mesh.config.dedup_limits()));
     let port = Arc::new(Port {

@@ -14,7 +14,7 @@ use mesh_service::cookie::{COOKIE_LEN, Cookies};
 
 /// The clients of one port.
 #[derive(Debug)]
-pub struct Proofs {
+pub(crate) struct Proofs {
     cookies: Cookies,
     started: Instant,
     /// Addresses that have echoed a cookie, when, and their place.
@@ -35,7 +35,7 @@ struct Mute {
 
 /// What a client that has shown nothing yet is answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
+pub(crate) enum Verdict {
     /// A Challenge with this cookie.
     Challenge([u8; COOKIE_LEN]),
     /// An empty Ack: it is known from now on.
@@ -48,7 +48,7 @@ pub enum Verdict {
 
 impl Proofs {
     /// Nobody is known. `key` is nobody else's.
-    pub fn new(key: &[u8; 32], now: Instant) -> Self {
+    pub(crate) fn new(key: &[u8; 32], now: Instant) -> Self {
         Self {
             cookies: Cookies::new(key),
             started: now,
@@ -59,14 +59,14 @@ impl Proofs {
     }
 
     /// True if this client has echoed a cookie lately.
-    pub fn knows(&self, client: SocketAddr, now: Instant) -> bool {
+    pub(crate) fn knows(&self, client: SocketAddr, now: Instant) -> bool {
         let known = self.verified.get(&client);
         known.is_some_and(|(since, _)| now.saturating_duration_since(*since) < KNOWN_FOR)
     }
 
     /// Notes a task of a client that is not known. True if it has sent several by now and no echo, as clients do that do not know
     /// Challenges.
-    pub fn is_mute(&mut self, client: IpAddr, now: Instant) -> bool {
+    pub(crate) fn is_mute(&mut self, client: IpAddr, now: Instant) -> bool {
         let is_recent = |mute: &Mute| now.saturating_duration_since(mute.last) < MUTE_FOR;
         if self.mute.len() >= MOST_MUTE && !self.mute.contains_key(&client) {
             self.mute.retain(|_, mute| is_recent(mute));
@@ -89,7 +89,7 @@ impl Proofs {
     }
 
     /// A message of a client that is not known. `room` is the length of its datagram beyond a header.
-    pub fn ask(
+    pub(crate) fn ask(
         &mut self,
         client: SocketAddr,
         (kind, payload): (MsgType, &[u8]),

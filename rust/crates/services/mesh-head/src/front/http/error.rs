@@ -12,7 +12,7 @@ use crate::api::invalid::Invalid;
 
 /// An error of the HTTP API.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ApiError {
+pub(crate) struct ApiError {
     /// HTTP status.
     pub status: StatusCode,
     /// What to tell a person.
@@ -27,7 +27,7 @@ pub struct ApiError {
 
 impl ApiError {
     /// An error without field and retry.
-    pub fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+    pub(crate) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
         Self {
             status,
             message: message.into(),
@@ -38,12 +38,12 @@ impl ApiError {
     }
 
     /// No key, or a wrong one.
-    pub fn unauthorized(message: &str) -> Self {
+    pub(crate) fn unauthorized(message: &str) -> Self {
         Self::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message)
     }
 
     /// Too many requests of one client.
-    pub fn too_many(limit: usize) -> Self {
+    pub(crate) fn too_many(limit: usize) -> Self {
         let message = format!(
             "{limit} answers to you, as many as one client may have (http.concurrent_requests), are running already, or would be; wait \
              for one to finish, or ask for fewer"
@@ -59,7 +59,7 @@ impl ApiError {
     }
 
     /// No room at the moment, whoever asks.
-    pub fn overloaded(message: String) -> Self {
+    pub(crate) fn overloaded(message: String) -> Self {
         Self {
             retry_after: Some(1),
             ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", message)
@@ -67,7 +67,7 @@ impl ApiError {
     }
 
     /// The body as JSON; also the data of an SSE error event.
-    pub fn body(&self) -> String {
+    pub(crate) fn body(&self) -> String {
         #[derive(Serialize)]
         struct Envelope<'a> {
             error: Body<'a>,

@@ -18,7 +18,7 @@ use crate::mesh::Lease;
 
 /// The keys of one head. Only their hashes are held. Clones share them, so that keys that are read again count everywhere.
 #[derive(Clone)]
-pub struct Keys(Arc<RwLock<Known>>, Salts);
+pub(crate) struct Keys(Arc<RwLock<Known>>, Salts);
 
 #[derive(PartialEq)]
 struct Known {
@@ -55,7 +55,7 @@ impl Salts {
 
 /// Whom a request comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Caller {
+pub(crate) enum Caller {
     /// Holds the admin key.
     Admin,
     /// Holds the API key with this number.
@@ -66,7 +66,7 @@ pub enum Caller {
 
 /// A key that opens nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Denied {
+pub(crate) enum Denied {
     /// None was sent.
     Missing,
     /// It is not one of ours.
@@ -100,7 +100,7 @@ impl Keys {
     ///
     /// # Errors
     /// [`KeysError`] names the file.
-    pub fn load(state_dir: &Path, api_keys_file: Option<&Path>) -> Result<Self, KeysError> {
+    pub(crate) fn load(state_dir: &Path, api_keys_file: Option<&Path>) -> Result<Self, KeysError> {
         let known = Known::read(state_dir, api_keys_file, &[])?;
         Ok(Self(Arc::new(RwLock::new(known)), Salts::new()))
     }
@@ -109,7 +109,7 @@ impl Keys {
     ///
     /// # Errors
     /// [`KeysError`] names the file. The keys stay as they were.
-    pub fn reload(
+    pub(crate) fn reload(
         &self,
         state_dir: &Path,
         api_keys_file: Option<&Path>,
@@ -125,12 +125,12 @@ impl Keys {
     }
 
     /// True if the API needs a key.
-    pub fn are_needed(&self) -> bool {
+    pub(crate) fn are_needed(&self) -> bool {
         !self.known().api.is_empty()
     }
 
     /// What requests of `caller` share cached prompts by; 0 for all that have no key.
-    pub fn salt(&self, caller: Caller) -> u64 {
+    pub(crate) fn salt(&self, caller: Caller) -> u64 {
         let known = self.known();
         match caller {
             Caller::Anyone => 0,
@@ -147,7 +147,7 @@ impl Keys {
     ///
     /// # Errors
     /// `Denied` where a key is needed and is missing, and wherever one is sent that is wrong and keys are in use.
-    pub fn caller(&self, headers: &HeaderMap) -> Result<Caller, Denied> {
+    pub(crate) fn caller(&self, headers: &HeaderMap) -> Result<Caller, Denied> {
         let known = self.known();
         let Some(key) = bearer(headers) else {
             return if known.api.is_empty() {
@@ -238,14 +238,14 @@ impl Client {
 
 /// Bounds the answers that one client has running: a request for several counts as several.
 #[derive(Debug)]
-pub(super) struct Turnstile {
+pub(super) struct ConcurrencyLimit {
     limit: usize,
     inside: Mutex<HashMap<Name, usize>>,
 }
 
 type Name = (Caller, Option<IpAddr>);
 
-impl Turnstile {
+impl ConcurrencyLimit {
     /// Lets requests for `limit` answers of each client through at a time; 0 lets all through.
     pub(super) fn new(limit: usize) -> Self {
         Self {
@@ -284,7 +284,7 @@ impl Turnstile {
 
 /// The answers of one request inside; dropping it makes room.
 #[derive(Debug)]
-pub(super) struct Pass(Option<(Arc<Turnstile>, Name, usize)>, Option<Lease>);
+pub(super) struct Pass(Option<(Arc<ConcurrencyLimit>, Name, usize)>, Option<Lease>);
 
 impl Pass {
     /// The same, with the memory of the request.
@@ -301,10 +301,10 @@ impl Pass {
 
 impl Drop for Pass {
     fn drop(&mut self) {
-        let Some((turnstile, name, answers)) = self.0.take() else {
+        let Some((concurrency, name, answers)) = self.0.take() else {
             return;
         };
-        let mut inside = turnstile.lock();
+        let mut inside = concurrency.lock();
         if let Some(count) = inside.get_mut(&name) {
             *count -= answers;
             if *count == 0 {
@@ -436,20 +436,20 @@ mod tests {
 
     #[test]
     fn answers_count_and_not_requests() {
-        let turnstile = Arc::new(Turnstile::new(8));
+        let concurrency = Arc::new(ConcurrencyLimit::new(8));
         let client = Client {
             caller: Caller::Key(1),
             address: None,
             salt: 0,
         };
-        let many = turnstile
+        let many = concurrency
             .enter(client, 16)
             .expect("alone it may have more than the limit");
-        assert!(turnstile.enter(client, 1).is_none());
+        assert!(concurrency.enter(client, 1).is_none());
         drop(many);
-        let _some = turnstile.enter(client, 5).unwrap();
-        assert!(turnstile.enter(client, 4).is_none());
-        assert!(turnstile.enter(client, 3).is_some());
+        let _some = concurrency.enter(client, 5).unwrap();
+        assert!(concurrency.enter(client, 4).is_none());
+        assert!(concurrency.enter(client, 3).is_some());
     }
 
     #[test]
@@ -487,20 +487,24 @@ mod tests {
 
     #[test]
     fn a_client_has_so_many_requests_running_and_no_more() {
-        let turnstile = Arc::new(Turnstile::new(2));
+        let concurrency = Arc::new(ConcurrencyLimit::new(2));
         let client = |number| Client {
             caller: Caller::Key(number),
             address: None,
             salt: 0,
         };
-        let one = turnstile.enter(client(1), 1).unwrap();
-        let _two = turnstile.enter(client(1), 1).unwrap();
-        assert!(turnstile.enter(client(1), 1).is_none());
-        assert!(turnstile.enter(client(2), 1).is_some());
+        let one = concurrency.enter(client(1), 1).unwrap();
+        let _two = concurrency.enter(client(1), 1).unwrap();
+        assert!(concurrency.enter(client(1), 1).is_none());
+        assert!(concurrency.enter(client(2), 1).is_some());
         drop(one);
-        assert!(turnstile.enter(client(1), 1).is_some());
-        assert_eq!(turnstile.lock().len(), 1);
-        assert!(Arc::new(Turnstile::new(0)).enter(client(1), 1).is_some());
+        assert!(concurrency.enter(client(1), 1).is_some());
+        assert_eq!(concurrency.lock().len(), 1);
+        assert!(
+            Arc::new(ConcurrencyLimit::new(0))
+                .enter(client(1), 1)
+                .is_some()
+        );
     }
 
     #[test]

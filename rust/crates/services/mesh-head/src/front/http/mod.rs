@@ -35,8 +35,8 @@ use mesh_service::http::Guard;
 use mesh_service::metrics::Metrics;
 use tower::ServiceExt as _;
 
-pub use error::ApiError;
-pub use keys::{Keys, KeysError};
+pub(crate) use error::ApiError;
+pub(crate) use keys::{Keys, KeysError};
 use mesh_control::fair::{Ingress, Source};
 use mesh_control::registry::Worker;
 
@@ -50,12 +50,12 @@ use crate::mesh::Mesh;
 use crate::metrics::Front;
 use answer::Answering;
 use ignored::Ignored;
-use keys::{Caller, Client, Denied, Turnstile};
+use keys::{Caller, Client, ConcurrencyLimit, Denied};
 use ready::Told;
 use state::{Api, RequestId};
 
 /// All routes of the head.
-pub fn router(
+pub(crate) fn router(
     mesh: Arc<Mesh>,
     keys: Keys,
     authority: Arc<Authority>,
@@ -69,7 +69,7 @@ pub fn router(
     let health = health::router(mesh.health.clone(), metrics)
         .route_layer(middleware::from_fn_with_state(told, ready::of_model));
     let body_limit = usize::try_from(mesh.config.http.body_limit).unwrap_or(usize::MAX);
-    let turnstile = Arc::new(Turnstile::new(mesh.config.http.concurrent_requests));
+    let concurrency = Arc::new(ConcurrencyLimit::new(mesh.config.http.concurrent_requests));
     // A reload may bring keys or take them away.
     let known_keys = keys.clone();
     let guard = Guard::of_names(&mesh.config.http.hosts)
@@ -80,7 +80,7 @@ pub fn router(
         keys: Arc::new(keys),
         authority,
         own_id: own_id.into(),
-        turnstile,
+        concurrency,
     };
     let administration = Router::new()
         .route("/v1/mesh/tokens", get(tokens::list).post(tokens::create))
@@ -146,9 +146,9 @@ async fn answer(
     asked.model = asked.model.map(|name| models::served_as(&api.mesh, name));
     lease.set(asked.memory(context_of(&api.mesh, asked.model.clone())))?;
     let pass = api
-        .turnstile
+        .concurrency
         .enter(client, asked.answers())
-        .ok_or_else(|| ApiError::too_many(api.turnstile.limit()))?
+        .ok_or_else(|| ApiError::too_many(api.concurrency.limit()))?
         .holding(lease);
     let ignored = Ignored::new(&api, &asked.ignored)?;
     // They cannot stream and know few parameters: where there is another, it answers.
@@ -191,9 +191,9 @@ async fn embed(
     let (body, mut lease) = intake::body(&api, client, body).await?;
     let mut asked = intake::parsed(&api.mesh, body, AskedEmbeddings::parse).await??;
     let pass = api
-        .turnstile
+        .concurrency
         .enter(client, 1)
-        .ok_or_else(|| ApiError::too_many(api.turnstile.limit()))?;
+        .ok_or_else(|| ApiError::too_many(api.concurrency.limit()))?;
     let ignored = Ignored::new(&api, &asked.ignored)?;
     let mut task = std::mem::take(&mut asked.task);
     task.id = id.0;

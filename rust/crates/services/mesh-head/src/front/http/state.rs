@@ -5,7 +5,7 @@ use std::sync::Arc;
 use mesh_net::trust::Authority;
 
 use super::hold::Hold;
-use super::keys::{Keys, Turnstile};
+use super::keys::{ConcurrencyLimit, Keys};
 use crate::mesh::Mesh;
 
 /// What the handlers share.
@@ -16,7 +16,7 @@ pub(super) struct Api {
     pub(super) authority: Arc<Authority>,
     /// The head's own node id.
     pub(super) own_id: Arc<str>,
-    pub(super) turnstile: Arc<Turnstile>,
+    pub(super) concurrency: Arc<ConcurrencyLimit>,
 }
 
 impl Api {
