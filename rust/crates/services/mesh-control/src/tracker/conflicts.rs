@@ -10,17 +10,6 @@ use std::time::{Duration, Instant};
 use super::pins::key;
 use super::{Action, Conflict, Note, Tracker};
 
-/// What is known of conflicts, by name in lower case.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Conflicts {
-    /// Those that are told of.
-    told: BTreeMap<String, Conflict>,
-    /// All names that no operator has decided about.
-    disputed: BTreeSet<String>,
-    /// What the log has of late, and the nodes that had to do with it.
-    noted: BTreeMap<String, (Instant, BTreeSet<String>)>,
-}
-
 /// A name with those who claim it.
 struct Claimed {
     conflict: Conflict,

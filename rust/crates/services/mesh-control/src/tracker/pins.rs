@@ -3,7 +3,8 @@
 //! A worker that reaches the hub, or has the operator's signature, needs no pin. For all others a pin is what stands between a
 //! name and whoever claims it next.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
@@ -90,6 +91,17 @@ impl Conflict {
         // Names that workers gave are in it.
         text.replace(char::is_control, " ")
     }
+}
+
+/// What is known of conflicts, by name in lower case.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Conflicts {
+    /// Those that are told of.
+    pub(super) told: BTreeMap<String, Conflict>,
+    /// All names that no operator has decided about.
+    pub(super) disputed: BTreeSet<String>,
+    /// What the log has of late, and the nodes that had to do with it.
+    pub(super) noted: BTreeMap<String, (Instant, BTreeSet<String>)>,
 }
 
 impl Pins {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use dcf::{ErrorCode, Message, MsgType};
 use mesh_control::placement::{self, Ended};
 use mesh_control::registry::WorkerId;
-use mesh_control::request::{Answer, AnswerError, Failure, Fault, Resume, Step};
+use mesh_control::request::{Answer, AnswerError, Failure, Resume, Step};
 use mesh_control::router::Ask;
 use mesh_net::quic::{Link, MsgStream};
 use mesh_proto::{Done, Generate, ModelKind, Progress, Prompt, RequestPhase, Tokens};
@@ -71,11 +71,11 @@ pub(crate) async fn drive(
     );
 }
 
-struct Drive<'a, E> {
-    mesh: &'a Arc<Mesh>,
+pub(super) struct Drive<'a, E> {
+    pub(super) mesh: &'a Arc<Mesh>,
     task: Task,
-    ask: Ask,
-    answer: Answer,
+    pub(super) ask: Ask,
+    pub(super) answer: Answer,
     emit: E,
     /// When the last token came.
     last_token: Option<Instant>,
@@ -84,20 +84,20 @@ struct Drive<'a, E> {
     /// Workers that are not to be avoided though this request failed on them: not they failed but their ring.
     forgiven: Vec<WorkerId>,
     /// Workers that are to blame if another one can do it.
-    suspects: Vec<Attempted>,
+    pub(super) suspects: Vec<Attempted>,
     /// The context that the worker claims whose rejection of this request is looked into.
-    rejected_in: u32,
+    pub(super) rejected_in: u32,
     /// When the client last heard what the request waits for.
     told: Option<Instant>,
     deaths: Deaths,
 }
 
 /// An attempt, as the head's opinion of its worker needs it.
-struct Attempted {
-    key: String,
-    name: String,
-    model: String,
-    began: Instant,
+pub(super) struct Attempted {
+    pub(super) key: String,
+    pub(super) name: String,
+    pub(super) model: String,
+    pub(super) began: Instant,
 }
 
 /// How one attempt ended.
@@ -244,71 +244,6 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
             Err(_) => Err(self
                 .answer
                 .time_passed(Instant::now().max(self.answer.deadline()))),
-        }
-    }
-
-    /// Notes whose fault it is that an attempt failed.
-    fn blame(&mut self, assignment: &Assignment, began: Instant) {
-        let placed = &assignment.placed;
-        // A ring's driver is not to blame for the silence of its members: see `Mesh::suspect`.
-        if placed.ring.is_some() && self.answer.fault() == Fault::Silence {
-            return;
-        }
-        let attempted = Attempted {
-            key: placed.key.clone(),
-            name: placed.name.clone(),
-            model: match assignment.route {
-                Route::Legacy(_) => String::new(),
-                _ => placed.model.clone(),
-            },
-            began,
-        };
-        match self.answer.fault() {
-            Fault::Unknown => {}
-            Fault::Perhaps => self.suspects.push(attempted),
-            Fault::Silence | Fault::Worker => {
-                self.mesh
-                    .at_fault(&attempted.key, &placed.name, &attempted.model, began);
-            }
-        }
-    }
-
-    /// The request was answered: those that could not were at fault, and not the request.
-    fn exonerate(&mut self, by: &Assignment) {
-        for attempted in std::mem::take(&mut self.suspects) {
-            if attempted.key != by.placed.key {
-                let Attempted {
-                    key,
-                    name,
-                    model,
-                    began,
-                } = attempted;
-                self.mesh.at_fault(&key, &name, &model, began);
-            }
-        }
-    }
-
-    /// A worker says that the request itself is at fault: notes whether another one can be asked, and what that would prove.
-    fn ask_another(&mut self, assignment: &Assignment) {
-        let another = self.mesh.another(&self.ask, assignment.placed.worker);
-        self.answer.set_second_opinion(another);
-        self.rejected_in = self
-            .mesh
-            .context_on(assignment.placed.worker, &assignment.placed.model);
-    }
-
-    /// A worker answers. If another one rejected the request before, that one was wrong, unless its context is smaller.
-    fn contradict(&mut self, assignment: &Assignment) {
-        let Some(rejected) = self.answer.contradicted() else {
-            return;
-        };
-        let context = self
-            .mesh
-            .context_on(assignment.placed.worker, &assignment.placed.model);
-        let excused = rejected.code == ErrorCode::CONTEXT_TOO_LONG && self.rejected_in < context;
-        if !excused {
-            self.mesh
-                .contradicted(rejected.worker, &assignment.placed, &rejected.text);
         }
     }
 

@@ -3,8 +3,9 @@
 //!
 //! - [`drive`]: answers that are generated, told to the front end as [`event`]s;
 //! - [`embed`]: vectors, in parts on several workers;
-//! - [`deaths`]: which workers died of a request.
+//! - [`deaths`] and [`blame`]: which workers died of a request, and whose fault a failure is.
 
+mod blame;
 mod deaths;
 pub(crate) mod drive;
 pub(crate) mod embed;
