@@ -89,6 +89,14 @@ impl Memory {
         }
     }
 
+    /// Bytes that are not taken.
+    pub fn left(&self) -> u64 {
+        match self.limit {
+            0 => u64::MAX,
+            limit => limit.saturating_sub(self.used),
+        }
+    }
+
     /// Bytes that are taken.
     pub fn used(&self) -> u64 {
         self.used

@@ -132,10 +132,28 @@ impl SpotChecks {
         let Some(group) = self.groups.get(weights) else {
             return true;
         };
-        let wanted = group.round.as_ref().is_some_and(|round| {
-            !round.settled && round.wanted.contains(subject) && !round.answers.contains_key(subject)
-        });
+        let running = group.round.as_ref().filter(|round| !round.settled);
+        let has_answered =
+            |subject: &str| running.is_some_and(|round| round.answers.contains_key(subject));
+        let wanted = running.is_some_and(|round| round.wanted.contains(subject));
+        let wanted = wanted && !has_answered(subject);
         let known = group.subjects.get(subject);
+        // Another question would begin another round, and the answers that this one waits for would come too late for ever.
+        if let Some(round) = running.filter(|_| has_answered(subject)) {
+            let mut missing = round.wanted.iter().filter(|other| !has_answered(other));
+            let of_standing = |other: &String| {
+                let other = group.subjects.get(other);
+                other.is_some_and(|other| other.check_state == CheckState::Cleared)
+            };
+            let patience = if missing.any(of_standing) {
+                ROUND_LIFE
+            } else {
+                SETTLE_AFTER
+            };
+            if now.saturating_duration_since(round.since) < patience {
+                return false;
+            }
+        }
         wanted || known.is_none_or(|known| known.due.is_none_or(|due| now >= due))
     }
 

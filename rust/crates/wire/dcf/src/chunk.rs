@@ -168,6 +168,9 @@ pub enum ChunkError {
         /// The limit.
         limit: usize,
     },
+    /// The receiver has no memory for it now.
+    #[error("there is no room for the payload now: send it again in a moment")]
+    NoRoom,
     /// Another total or MD5 than the first Chunk of the same message.
     #[error(
         "a Chunk contradicts the earlier ones of its message (another total or MD5); use a new sequence for a new payload"

@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use dcf::chunk::{Chunk, ChunkError, Limits, MAX_DATA, Reassembler, split};
+use dcf::chunk::{Chunk, ChunkError, Limits, MAX_DATA, Reassembler, Share, split};
 
 fn chunks_of(payload: impl Into<Bytes>) -> Vec<Chunk> {
     split(1, 0, payload.into())
@@ -237,4 +237,45 @@ fn a_payload_over_its_sources_share_is_refused() {
         "{refused:?}"
     );
     assert!(reassembler.is_empty());
+}
+
+#[test]
+fn where_room_is_short_whoever_holds_the_most_gives_way() {
+    let limits = Limits {
+        max_bytes: 40 * MAX_DATA,
+        ..Limits::default()
+    };
+    let share = Share {
+        bytes: limits.max_bytes,
+        ..limits.half()
+    };
+    let mut reassembler = Reassembler::by_source(limits, share, source);
+    let now = Instant::now();
+    let (honest, large) = (key("192.0.2.7:1", 1), key("192.0.2.66:1", 1));
+    let (few, many) = (
+        chunks_of(payload(1, 3 * MAX_DATA)),
+        chunks_of(payload(2, 30 * MAX_DATA)),
+    );
+    reassembler.push(honest, &few[0], now).unwrap();
+    for chunk in &many[..20] {
+        reassembler.push(large, chunk, now).unwrap();
+    }
+    reassembler.set_room(10 * MAX_DATA);
+    assert_eq!(reassembler.len(), 1);
+    reassembler.push(honest, &few[1], now).unwrap();
+    let refused = many
+        .iter()
+        .find_map(|chunk| reassembler.push(large, chunk, now).err());
+    assert_eq!(refused, Some(ChunkError::NoRoom));
+    reassembler.set_room(usize::MAX);
+    for chunk in &many[..29] {
+        reassembler.push(large, chunk, now).unwrap();
+    }
+    assert_eq!(
+        reassembler.push(large, &many[29], now),
+        Ok(Some(payload(2, 30 * MAX_DATA)))
+    );
+    assert!(reassembler.bytes() <= limits.max_bytes);
+    reassembler.set_room(0);
+    assert!(reassembler.is_empty() && reassembler.bytes() == 0);
 }

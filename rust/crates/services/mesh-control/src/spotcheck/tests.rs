@@ -379,3 +379,37 @@ fn questions_differ_and_the_tables_stay_bounded() {
     }
     assert!(checks.groups.len() <= GROUPS);
 }
+
+#[test]
+fn one_that_answers_at_once_is_asked_once_while_the_others_have_yet_to_answer() {
+    let mut checks = SpotChecks::default();
+    let weights = ("m".to_owned(), "f".to_owned());
+    let start = Instant::now();
+    let mut peers = vec![Peer { subject: "a" }];
+    let answer = |checks: &mut SpotChecks, who, round, sample, peers: &[Peer<'_>], now| {
+        checks.answered(&weights, who, (round, sample), peers, SCHEDULE, now)
+    };
+    let first = checks.question(&weights, "a", 1, start).round;
+    answer(&mut checks, "a", first, honest(1), &peers, start);
+    peers.push(Peer { subject: "x" });
+    let begun = start + ROUND_LIFE;
+    let round = checks.question(&weights, "x", 2, begun).round;
+    answer(&mut checks, "x", round, honest(2), &peers, begun);
+    let late = begun + ROUND_LIFE - SECOND;
+    assert!(!checks.is_due(&weights, "x", begun));
+    assert!(!checks.is_due(&weights, "x", late));
+    assert!(checks.is_due(&weights, "a", late));
+    assert_eq!(checks.question(&weights, "a", 3, late).round, round);
+    answer(&mut checks, "a", round, honest(3), &peers, late);
+    assert_eq!(checks.check_state(&weights, "x", late), CheckState::Cleared);
+
+    // One that gives none is not waited for.
+    peers.push(Peer { subject: "y" });
+    let begun = late + ROUND_LIFE;
+    let round = checks.question(&weights, "y", 4, begun).round;
+    answer(&mut checks, "y", round, honest(4), &peers, begun);
+    checks.gave_none(&weights, "a");
+    checks.gave_none(&weights, "x");
+    assert!(!checks.is_due(&weights, "y", begun + SECOND));
+    assert!(checks.is_due(&weights, "y", begun + SETTLE_AFTER));
+}

@@ -22,6 +22,11 @@ impl Mesh {
         Ok(lease)
     }
 
+    /// Bytes of memory that requests may still take.
+    pub(crate) fn unleased(&self) -> u64 {
+        self.memory().left()
+    }
+
     pub(super) fn memory(&self) -> MutexGuard<'_, Memory> {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }

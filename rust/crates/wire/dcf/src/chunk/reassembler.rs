@@ -48,6 +48,8 @@ impl Default for Limits {
 #[derive(Debug)]
 pub struct Reassembler<K> {
     limits: Limits,
+    /// Bytes that may be held now; [`Limits::max_bytes`] or less.
+    room: usize,
     sources: Option<Sources<K>>,
     pending: HashMap<K, Pending>,
     bytes: usize,
@@ -98,10 +100,23 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
     fn with_sources(limits: Limits, sources: Option<Sources<K>>) -> Self {
         Self {
             limits,
+            room: limits.max_bytes,
             sources,
             pending: HashMap::new(),
             bytes: 0,
             evicted: 0,
+        }
+    }
+
+    /// Holds at most `bytes` from now on, where something else wants the memory: [`Limits::max_bytes`] or less. What is over it is
+    /// dropped as when a limit is reached.
+    pub fn set_room(&mut self, bytes: usize) {
+        self.room = bytes.min(self.limits.max_bytes);
+        while self.bytes > self.room {
+            let largest = self.largest_source(None);
+            if !self.evict(None, largest) {
+                return;
+            }
         }
     }
 
@@ -110,6 +125,7 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
     /// # Errors
     /// - [`ChunkError::Conflict`] if the Chunk belongs to another payload than the key's earlier ones, which stay;
     /// - [`ChunkError::TooLarge`] if the payload outgrows a limit: it is dropped;
+    /// - [`ChunkError::NoRoom`] if it outgrows the [room](Self::set_room) that there is now: it is dropped;
     /// - [`ChunkError::Corrupt`] if the last Chunk came and the MD5 does not agree: it is dropped.
     pub fn push(
         &mut self,
@@ -149,6 +165,10 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
                 len: payload_len,
                 limit,
             });
+        }
+        if own_bytes > self.room {
+            self.forget(&key);
+            return Err(ChunkError::NoRoom);
         }
         self.make_room(&key, cost);
 
@@ -222,16 +242,18 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
             loop {
                 let held = self.held_by(source);
                 let full = is_new && held.messages >= share.messages;
-                if (held.bytes + cost <= share.bytes && !full) || !self.evict(key, Some(source)) {
+                if (held.bytes + cost <= share.bytes && !full)
+                    || !self.evict(Some(key), Some(source))
+                {
                     break;
                 }
             }
         }
-        while self.bytes + cost > self.limits.max_bytes
+        while self.bytes + cost > self.room
             || (is_new && self.pending.len() >= self.limits.max_messages)
         {
-            let largest = self.largest_source(key);
-            if !self.evict(key, largest) {
+            let largest = self.largest_source(Some(key));
+            if !self.evict(Some(key), largest) {
                 return;
             }
         }
@@ -239,11 +261,11 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
 
     /// Drops the stalest payload but that of `key`, among those of one source if it is given; false if no
     /// payload is left.
-    fn evict(&mut self, key: &K, source: Option<IpAddr>) -> bool {
+    fn evict(&mut self, key: Option<&K>, source: Option<IpAddr>) -> bool {
         let stalest = self
             .pending
             .iter()
-            .filter(|(other, _)| *other != key)
+            .filter(|(other, _)| Some(*other) != key)
             .filter(|(other, _)| source.is_none() || self.source_of(other) == source)
             .min_by_key(|(_, pending)| pending.touched)
             .map(|(other, _)| other.clone());
@@ -266,9 +288,10 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
     }
 
     /// The source that holds the most bytes, `key` aside.
-    fn largest_source(&self, key: &K) -> Option<IpAddr> {
+    fn largest_source(&self, key: Option<&K>) -> Option<IpAddr> {
         let mut held: HashMap<IpAddr, usize> = HashMap::new();
-        for (other, pending) in self.pending.iter().filter(|(other, _)| *other != key) {
+        let others = self.pending.iter().filter(|(other, _)| Some(*other) != key);
+        for (other, pending) in others {
             *held.entry(self.source_of(other)?).or_default() += pending.bytes();
         }
         let largest = held.into_iter().max_by_key(|(_, bytes)| *bytes);

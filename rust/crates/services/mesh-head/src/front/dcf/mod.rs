@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use dcf::chunk::{self, Chunk, ChunkError, MAX_PAYLOAD, Reassembler};
+use dcf::chunk::{self, Chunk, ChunkError, MAX_PAYLOAD, Reassembler, Share};
 use dcf::{DecodeError, ErrorCode, HEADER_LEN, Header, Message, MsgType, Version};
 use mesh_control::dedup::{Dedup, Run, Seen, TaskKey};
 use mesh_control::fair::{Ingress, Origin, Source};
@@ -58,7 +58,14 @@ pub(crate) async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: Ta
     };
     let mut batch = RecvBatch::new();
     loop {
-        if let Err(error) = intake.port.socket.recv(&mut batch).await {
+        let received = tokio::select! {
+            received = intake.port.socket.recv(&mut batch) => received,
+            () = tokio::time::sleep(ROOM_CHECK), if !intake.chunks.is_empty() => {
+                intake.look_for_room();
+                continue;
+            }
+        };
+        if let Err(error) = received {
             debug!(%error, "clients' port");
             tokio::task::yield_now().await;
             continue;
@@ -122,11 +129,18 @@ impl Peer {
 
 /// Puts Tasks in Chunks together. No source of Chunks can keep the others out.
 fn reassembler() -> Reassembler<TaskKey> {
+    let usual = chunk::Limits::default();
     let limits = chunk::Limits {
         timeout: CHUNKS_KEPT,
-        ..chunk::Limits::default()
+        // The longest payload, with its bookkeeping. Where there is no more, whoever holds the most of it gives way.
+        max_bytes: usual.max_payload / 8 * 9,
+        ..usual
     };
-    Reassembler::by_source(limits, limits.half(), |key| key.client.ip())
+    let share = Share {
+        bytes: limits.max_bytes,
+        ..limits.half()
+    };
+    Reassembler::by_source(limits, share, |key| key.client.ip())
 }
 
 impl Intake {
@@ -258,6 +272,7 @@ impl Intake {
 
     fn chunk(&mut self, peer: Peer, sequence: u32, payload: Bytes) {
         let key = peer.task(sequence);
+        self.look_for_room();
         let pushed =
             Chunk::parse(&payload).and_then(|chunk| self.chunks.push(key, &chunk, Instant::now()));
         match pushed {
@@ -272,11 +287,18 @@ impl Intake {
                 self.counters.malformed.inc();
                 let code = match failure {
                     ChunkError::Corrupt { .. } => ErrorCode::CHUNK_MISSING,
+                    ChunkError::NoRoom => ErrorCode::WORKER_BUSY,
                     _ => ErrorCode::INVALID_PAYLOAD,
                 };
                 self.refuse(peer, sequence, code, &failure.to_string());
             }
         }
+    }
+
+    /// Unfinished payloads have the memory that requests leave, and no more.
+    fn look_for_room(&mut self) {
+        let left = usize::try_from(self.port.mesh.unleased());
+        self.chunks.set_room(left.unwrap_or(usize::MAX));
     }
 
     /// Nothing of the payload is looked at here, where all clients wait.
@@ -599,6 +621,7 @@ const PER_TASK: u64 = 16 << 10;
 const LONGEST_ERROR: usize = 4096;
 const WARN_EVERY: Duration = Duration::from_secs(60);
 /// Time that Chunks of a Task wait for the others.
+const ROOM_CHECK: Duration = Duration::from_millis(100);
 const CHUNKS_KEPT: Duration = Duration::from_secs(60);
 
 #[cfg(test)]
