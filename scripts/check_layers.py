@@ -131,7 +131,10 @@ class Modules:
                 continue
             elif (*at, segment) in self.file:
                 at = (*at, segment)
-            elif segment in self.names[at] and self.names[at][segment] != (segment,):
+            elif segment in self.names[at] and self.names[at][segment][0] == segment:
+                # An item of another crate, called as the crate is.
+                return None if first else (at, False)
+            elif segment in self.names[at]:
                 return self.find(at, self.names[at][segment] + rest, seen)
             elif segment in self.defined[at]:
                 return at, False

@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use mesh_head::http::embeddings::AskedEmbeddings;
+use mesh_head::api::embeddings::AskedEmbeddings;
 
 fuzz_target!(|body: &[u8]| match AskedEmbeddings::parse(body) {
     Ok(asked) => assert!((1..=2048).contains(&asked.task.inputs.len())),

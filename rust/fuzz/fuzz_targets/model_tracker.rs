@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use libfuzzer_sys::fuzz_target;
-use mesh_head::core::tracker::{Action, Tracker};
+use mesh_control::tracker::{Action, Tracker};
 use mesh_proto::Models;
 use mesh_share::PieceSet;
 use prost::Message;

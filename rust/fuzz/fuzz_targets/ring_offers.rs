@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use libfuzzer_sys::fuzz_target;
-use mesh_head::core::rings::{Action, Arrival, Rings, Settings};
+use mesh_control::rings::{Action, Arrival, Rings, Settings};
 use mesh_proto::{Offer, RingState};
 use prost::Message;
 

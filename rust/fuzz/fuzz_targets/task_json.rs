@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use mesh_head::task::DcfTask;
+use mesh_head::api::dcf::DcfTask;
 
 fuzz_target!(|payload: &[u8]| {
     let _ = DcfTask::parse(payload);

@@ -9,8 +9,8 @@ use mesh_service::http::{Connections, Origin};
 use mesh_service::network::Network;
 use serde::{Deserialize, Serialize};
 
-use crate::core::router::Capacity;
-use crate::core::{dedup, placement, request, rings};
+use mesh_control::router::Capacity;
+use mesh_control::{dedup, placement, request, rings};
 
 /// Everything that can be configured.
 #[derive(Debug, Clone, Serialize, Deserialize)]

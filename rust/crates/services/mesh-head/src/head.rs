@@ -20,11 +20,12 @@ use tokio_util::task::TaskTracker;
 use tracing::warn;
 
 use crate::config::{Config, Unsound};
-use crate::http::{self, Keys, KeysError};
+use crate::front::dcf::serve as serve_dcf_clients;
+use crate::front::http::{self, Keys, KeysError};
 use crate::mesh::Mesh;
+use crate::mesh::exchange::BusSender;
 use crate::metrics::HeadMetrics;
-use crate::worker_bus::BusSender;
-use crate::{clients, links, worker_bus};
+use crate::workers::{bus, links};
 
 /// Starts heads.
 #[derive(Debug)]
@@ -165,19 +166,23 @@ impl Head {
             bus,
             deny_list,
         )?;
-        mesh.keep_house();
+        mesh.tick();
 
         let answers = TaskTracker::new();
         let mut loops = JoinSet::new();
         let heart = watchdog.register("housekeeping", HOUSEKEEPING_LIMIT);
-        loops.spawn(keep_house(mesh.clone(), heart));
+        loops.spawn(tick(mesh.clone(), heart));
         loops.spawn(links::serve(
             mesh.clone(),
             quic.clone(),
             worker_socket.local_addr().port(),
         ));
-        loops.spawn(worker_bus::serve(mesh.clone(), worker_socket));
-        loops.spawn(clients::serve(mesh.clone(), client_socket, answers.clone()));
+        loops.spawn(bus::serve(mesh.clone(), worker_socket));
+        loops.spawn(serve_dcf_clients(
+            mesh.clone(),
+            client_socket,
+            answers.clone(),
+        ));
         let live = Live {
             mesh: mesh.clone(),
             keys: keys.clone(),
@@ -308,14 +313,14 @@ fn announce(config: &Config, identity: &NodeIdentity, port: u16) -> Option<Disco
 }
 
 /// The head's main loop: prunes, looks after the queue, keeps `/ready` and systemd's status true.
-async fn keep_house(mesh: Arc<Mesh>, heart: Heart) {
+async fn tick(mesh: Arc<Mesh>, heart: Heart) {
     let mut ticks = tokio::time::interval(HOUSEKEEPING);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut told = String::new();
     loop {
         ticks.tick().await;
         heart.beat();
-        mesh.keep_house();
+        mesh.tick();
         let (queued, running) = mesh.in_flight();
         let workers = mesh.with_registry(|registry| registry.len());
         let status = format!("{workers} workers, {running} requests running, {queued} waiting");

@@ -4,17 +4,17 @@ use data_encoding::HEXLOWER;
 use mesh_base::random;
 
 /// 32 random bytes, in hexadecimal digits.
-pub fn secret() -> String {
+pub(crate) fn secret() -> String {
     HEXLOWER.encode(&random::bytes::<32>())
 }
 
 /// A number that no other request of this head has, and that other heads are unlikely to have.
-pub fn unique() -> u64 {
+pub(crate) fn unique() -> u64 {
     random::number()
 }
 
 /// A fresh id such as `req-5f0c9d2be1a34477`.
-pub fn fresh(prefix: &str) -> String {
+pub(crate) fn fresh(prefix: &str) -> String {
     format!("{prefix}-{:016x}", unique())
 }
 

@@ -1,35 +1,28 @@
 //! The head: the router of the mesh.
 //!
-//! Clients ask it over HTTP (the OpenAI API, [`http`]) or DCF/UDP ([`clients`], with [`chunk_sender`] for large answers);
-//! workers connect to it over QUIC ([`links`]) and, if they are of DCF v5.0.0, over UDP ([`worker_bus`]). In between stand
-//! the sans-IO cores ([`core`]) that decide who answers what, the state they share ([`mesh`]), and one task per request
-//! ([`drive`], [`embed`]) that carries an answer from its worker to its client, and from one worker to the next when that
-//! one dies.
+//! What it decides is in [`mesh_control`]; here is what carries it out. Rooms use rooms above them in this list only:
+//!
+//! - `mesh`: the state that all share, behind one lock;
+//! - `workers`: what talks to workers: QUIC links, and the UDP port for heartbeats and workers of DCF v5.0.0 and v5.1;
+//! - `flight`: one task per request, which carries an answer from its worker to its client, and from one worker to the
+//!   next when that one dies;
+//! - [`api`]: bodies of requests and answers, without I/O;
+//! - `front`: the OpenAI API over HTTP, and DCF over UDP.
 //!
 //! [`Head::start`] starts all of it in-process; [`mesh_service::run`] makes a program of it.
 
 #![forbid(unsafe_code)]
 
-pub mod chunk_sender;
-pub mod clients;
+pub mod api;
 pub mod config;
-pub mod core;
-mod drains;
-pub mod drive;
-pub mod embed;
-pub mod fields;
+mod flight;
+mod front;
 mod head;
-pub mod http;
-pub mod ids;
-pub mod json;
-pub mod legacy;
-pub mod links;
-pub mod mesh;
-pub mod metrics;
-mod pins;
+mod ids;
+mod mesh;
+mod metrics;
 mod service;
-pub mod task;
-pub mod worker_bus;
+mod workers;
 
 pub use config::Config;
 pub use head::{Head, HeadHandle, Live, StartError};

@@ -15,12 +15,12 @@ use mesh_service::metrics::prometheus_client::metrics::gauge::Gauge;
 use mesh_service::metrics::prometheus_client::metrics::histogram::Histogram;
 use mesh_service::metrics::prometheus_client::registry::{Registry, Unit};
 
-use crate::core::fair::Ingress;
-use crate::core::rings::RingView;
+use mesh_control::fair::Ingress;
+use mesh_control::rings::RingView;
 
 /// Which front end a request came through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
-pub enum Front {
+pub(crate) enum Front {
     /// The OpenAI API.
     Http,
     /// DCF over UDP.
@@ -29,7 +29,7 @@ pub enum Front {
 
 /// How a request ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// With a whole answer.
     Complete,
     /// The client went away.
@@ -46,7 +46,7 @@ pub enum Outcome {
 
 /// The verdict on a member of a ring that another one did not reach.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
-pub enum Verdict {
+pub(crate) enum Verdict {
     /// The head hears it: nothing is decided yet.
     Doubted,
     /// The link between the two was made anew.
@@ -57,7 +57,7 @@ pub enum Verdict {
 
 /// Labels of the request metrics.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct RequestLabels {
+pub(crate) struct RequestLabels {
     /// Front end.
     pub front: Front,
     /// End.
@@ -104,7 +104,7 @@ struct PartLabels {
 
 /// All of them. Clones share their values.
 #[derive(Debug, Clone)]
-pub struct HeadMetrics {
+pub(crate) struct HeadMetrics {
     requests: Family<RequestLabels, Counter>,
     duration: Family<RequestLabels, Histogram, fn() -> Histogram>,
     first_token: Histogram,
@@ -145,7 +145,7 @@ pub struct HeadMetrics {
 
 impl HeadMetrics {
     /// New ones, entered into this registry.
-    pub fn register(registry: &mut Registry) -> Self {
+    pub(crate) fn register(registry: &mut Registry) -> Self {
         let metrics = Self {
             requests: Family::default(),
             duration: Family::new_with_constructor(|| Histogram::new(DURATIONS)),
@@ -302,19 +302,19 @@ impl HeadMetrics {
     }
 
     /// A request ended.
-    pub fn request_ended(&self, front: Front, outcome: Outcome, seconds: f64) {
+    pub(crate) fn request_ended(&self, front: Front, outcome: Outcome, seconds: f64) {
         let labels = RequestLabels { front, outcome };
         self.requests.get_or_create(&labels).inc();
         self.duration.get_or_create(&labels).observe(seconds);
     }
 
     /// The first token of a complete answer took so long.
-    pub fn first_token(&self, seconds: f64) {
+    pub(crate) fn first_token(&self, seconds: f64) {
         self.first_token.observe(seconds);
     }
 
     /// Requests that came through `ingress`: those that wait, and those that run.
-    pub fn ingress(&self, ingress: Ingress, waiting: usize, running: usize) {
+    pub(crate) fn ingress(&self, ingress: Ingress, waiting: usize, running: usize) {
         let ingress = ingress.name();
         for (family, count) in [
             (&self.ingress_queued, waiting),
@@ -327,7 +327,7 @@ impl HeadMetrics {
     }
 
     /// A request found no place in the queue, or lost it.
-    pub fn queue_refused(&self, ingress: Ingress) {
+    pub(crate) fn queue_refused(&self, ingress: Ingress) {
         let ingress = ingress.name();
         self.queue_refusals
             .get_or_create(&IngressLabel { ingress })
@@ -335,7 +335,7 @@ impl HeadMetrics {
     }
 
     /// The registry's size: workers of the mesh, and workers without an identity by the version that they speak.
-    pub fn workers(&self, mesh: usize, legacy: [(Version, usize); 2]) {
+    pub(crate) fn workers(&self, mesh: usize, legacy: [(Version, usize); 2]) {
         let legacy = legacy.map(|(version, count)| (version.name(), count));
         for (kind, count) in [("mesh", mesh)].into_iter().chain(legacy) {
             self.workers
@@ -345,7 +345,7 @@ impl HeadMetrics {
     }
 
     /// A worker is reported to have sent something else than a model's manifest says.
-    pub fn bad_source(&self, worker: &str) {
+    pub(crate) fn bad_source(&self, worker: &str) {
         let worker = worker.to_owned();
         self.bad_sources
             .get_or_create(&WorkerLabel { worker })
@@ -353,13 +353,13 @@ impl HeadMetrics {
     }
 
     /// An attempt failed, by this worker's own fault.
-    pub fn at_fault(&self, worker: &str) {
+    pub(crate) fn at_fault(&self, worker: &str) {
         let worker = worker.to_owned();
         self.faults.get_or_create(&WorkerLabel { worker }).inc();
     }
 
     /// A worker is in quarantine.
-    pub fn quarantined(&self, worker: &str) {
+    pub(crate) fn quarantined(&self, worker: &str) {
         let worker = worker.to_owned();
         self.quarantines
             .get_or_create(&WorkerLabel { worker })
@@ -367,18 +367,18 @@ impl HeadMetrics {
     }
 
     /// A second model claims a name.
-    pub fn name_conflict(&self) {
+    pub(crate) fn name_conflict(&self) {
         self.name_conflicts_found.inc();
     }
 
     /// A second machine with the identity of this worker was refused.
-    pub fn duplicate(&self, worker: &str) {
+    pub(crate) fn duplicate(&self, worker: &str) {
         let worker = worker.to_owned();
         self.duplicates.get_or_create(&WorkerLabel { worker }).inc();
     }
 
     /// Sets the lead of every worker's clock over this head's, in seconds.
-    pub fn clocks(&self, offsets: impl Iterator<Item = (String, f64)>) {
+    pub(crate) fn clocks(&self, offsets: impl Iterator<Item = (String, f64)>) {
         let fresh = ClockFamily::default();
         for (worker, offset) in offsets {
             fresh.get_or_create(&WorkerLabel { worker }).set(offset);
@@ -387,20 +387,20 @@ impl HeadMetrics {
     }
 
     /// A ring lost members and goes on with others.
-    pub fn failover(&self, model: &str) {
+    pub(crate) fn failover(&self, model: &str) {
         let model = model.to_owned();
         self.failovers.get_or_create(&ModelLabel { model }).inc();
     }
 
     /// A member of a ring was not reached by another one.
-    pub fn suspicion(&self, verdict: Verdict) {
+    pub(crate) fn suspicion(&self, verdict: Verdict) {
         self.suspicions
             .get_or_create(&VerdictLabel { verdict })
             .inc();
     }
 
     /// An answer stood still for so long because a ring's members changed.
-    pub fn ring_gap(&self, model: &str, gap: Duration) {
+    pub(crate) fn ring_gap(&self, model: &str, gap: Duration) {
         let model = model.to_owned();
         self.gaps
             .get_or_create(&ModelLabel { model })
@@ -408,12 +408,12 @@ impl HeadMetrics {
     }
 
     /// The rings as they are.
-    pub fn rings(&self, rings: &[RingView]) {
+    pub(crate) fn rings(&self, rings: &[RingView]) {
         self.rings.set(rings);
     }
 
     /// Counters of one socket.
-    pub fn datagrams(&self, socket: &'static str) -> DatagramCounters {
+    pub(crate) fn datagrams(&self, socket: &'static str) -> DatagramCounters {
         let counter = |outcome| {
             self.datagrams
                 .get_or_create_owned(&DatagramLabels { socket, outcome })
@@ -504,7 +504,7 @@ impl Collector for ClockGauges {
 
 /// What became of a socket's datagrams.
 #[derive(Debug, Clone)]
-pub struct DatagramCounters {
+pub(crate) struct DatagramCounters {
     /// Understood and acted upon.
     pub accepted: Counter,
     /// Not a DCF message.

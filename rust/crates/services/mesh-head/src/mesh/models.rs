@@ -1,21 +1,21 @@
-//! Models within the mesh: tells workers where to get what they seek, as [`crate::core::tracker`] decides.
+//! Models within the mesh: tells workers where to get what they seek, as [`mesh_control::tracker`] decides.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Instant;
 
 use dcf::{Message, MsgType};
+use mesh_control::registry::{Worker, WorkerId};
+use mesh_control::tracker::{Action, Conflict, Note, Pin, PinError, TrackedModel};
 use mesh_proto::{Models, Served};
 use prost::Message as _;
 use tracing::{error, info, warn};
 
-use super::{Mesh, State, timestamp_us};
-use crate::core::registry::{Worker, WorkerId};
-use crate::core::tracker::{Action, Conflict, Note, Pin, PinError, TrackedModel};
+use super::state::{Mesh, State, timestamp_us};
 
 impl Mesh {
     /// A worker says what it holds and seeks.
-    pub fn models_said(&self, id: WorkerId, models: Models) {
+    pub(crate) fn models_said(&self, id: WorkerId, models: Models) {
         let now = Instant::now();
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -38,7 +38,7 @@ impl Mesh {
     }
 
     /// A worker serves other models whole than before.
-    pub fn served(&self, id: WorkerId, served: Served) {
+    pub(crate) fn served(&self, id: WorkerId, served: Served) {
         let now = Instant::now();
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -52,12 +52,12 @@ impl Mesh {
     }
 
     /// The models that workers hold or seek.
-    pub fn tracked_models(&self) -> Vec<TrackedModel> {
+    pub(crate) fn tracked_models(&self) -> Vec<TrackedModel> {
         self.lock().tracker.view()
     }
 
     /// What names of models mean.
-    pub fn pins(&self) -> Vec<Pin> {
+    pub(crate) fn pins(&self) -> Vec<Pin> {
         self.lock().tracker.pins().list().cloned().collect()
     }
 
@@ -65,7 +65,7 @@ impl Mesh {
     ///
     /// # Errors
     /// [`PinError`] says what is wrong with it.
-    pub fn decide_pin(&self, name: &str, fingerprint: Option<&str>) -> Result<(), PinError> {
+    pub(crate) fn decide_pin(&self, name: &str, fingerprint: Option<&str>) -> Result<(), PinError> {
         let mut guard = self.lock();
         let state = &mut *guard;
         match fingerprint {
@@ -110,7 +110,7 @@ impl Mesh {
     }
 
     /// The same, for people.
-    pub fn alarms(&self) -> Vec<Conflict> {
+    pub(crate) fn alarms(&self) -> Vec<Conflict> {
         self.name_conflicts(&self.lock())
     }
 
@@ -138,7 +138,7 @@ impl Mesh {
 
     fn note_model(&self, note: Note) {
         match note {
-            Note::Errand {
+            Note::Download {
                 model,
                 worker,
                 instead: None,
@@ -146,7 +146,7 @@ impl Mesh {
                 model,
                 worker, "one worker gets the model from outside the mesh"
             ),
-            Note::Errand {
+            Note::Download {
                 model,
                 worker,
                 instead: Some(why),

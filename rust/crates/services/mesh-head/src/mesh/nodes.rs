@@ -3,18 +3,18 @@
 use std::time::Instant;
 
 use dcf::{Message, MsgType};
+use mesh_control::registry::WorkerId;
 use mesh_net::trust::EXPELLED;
 use mesh_proto::{Expelled, ExpelledNode};
 use prost::Message as _;
 use tracing::warn;
 
-use super::{Mesh, timestamp_us};
-use crate::core::registry::WorkerId;
+use super::state::{Mesh, timestamp_us};
 
 impl Mesh {
     /// Removes a node at once, as if its link had ended, and closes that: its requests run again elsewhere, its parts of rings
     /// go to standbys. Whether it may come back is for the deny list to say.
-    pub fn expel(&self, node: &str, reason: &str) {
+    pub(crate) fn expel(&self, node: &str, reason: &str) {
         let now = Instant::now();
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -32,7 +32,7 @@ impl Mesh {
     }
 
     /// Ends a node's quarantine and forgives what it did. Says whether it was in quarantine.
-    pub fn readmit(&self, node: &str) -> bool {
+    pub(crate) fn readmit(&self, node: &str) -> bool {
         let now = Instant::now();
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -43,7 +43,7 @@ impl Mesh {
     }
 
     /// Tells all workers which nodes are expelled now.
-    pub fn tell_expelled(&self) {
+    pub(crate) fn tell_expelled(&self) {
         let now = Instant::now();
         let mut guard = self.lock();
         // Read under the lock: of two changes, all workers get the later list last.

@@ -1,4 +1,4 @@
-//! Rings within the mesh: carries out what [`crate::core::rings`] decides, and answers what others ask about rings.
+//! Rings within the mesh: carries out what [`mesh_control::rings`] decides, and answers what others ask about rings.
 
 use std::io;
 use std::net::SocketAddr;
@@ -6,21 +6,20 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, Message, MsgType};
+use mesh_control::registry::{Registry, Worker, WorkerId};
+use mesh_control::rings::{Action, Note, Prospect, Rings};
 use mesh_proto::{Offer, PathProfile, RingState};
 use prost::Message as _;
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
-use super::{Mesh, State, timestamp_us};
-use crate::core::registry::{Registry, Worker, WorkerId};
-use crate::core::rings::{Action, Note, Prospect, Rings};
-use crate::drains;
-use crate::ids;
+use super::drains;
+use super::state::{Mesh, State, timestamp_us};
 use crate::metrics::Verdict;
 
 /// What became of a worker as the driver of a ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Standing {
+pub(crate) enum RingRole {
     /// It serves since then.
     Serves(Instant),
     /// Its ring recovers from a loss: silence is no sign of death.
@@ -31,7 +30,7 @@ pub enum Standing {
 
 impl Mesh {
     /// A worker says what it may hold parts of.
-    pub fn offered(&self, id: WorkerId, mut offer: Offer) {
+    pub(crate) fn offered(&self, id: WorkerId, mut offer: Offer) {
         let now = Instant::now();
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -73,7 +72,7 @@ impl Mesh {
     }
 
     /// A worker reports its parts in a ring.
-    pub fn ring_state(&self, id: WorkerId, report: RingState) {
+    pub(crate) fn ring_state(&self, id: WorkerId, report: RingState) {
         let now = Instant::now();
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -84,7 +83,7 @@ impl Mesh {
     }
 
     /// An answer's attempt on the driver of a ring failed by silence or loss.
-    pub fn suspect(&self, id: WorkerId, ring: u64, reason: &str) {
+    pub(crate) fn suspect(&self, id: WorkerId, ring: u64, reason: &str) {
         let now = Instant::now();
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -95,29 +94,29 @@ impl Mesh {
     }
 
     /// What became of a worker as the driver of a ring.
-    pub fn standing(&self, id: WorkerId, ring: u64) -> Standing {
+    pub(crate) fn ring_role(&self, id: WorkerId, ring: u64) -> RingRole {
         let state = self.lock();
         let node = state.placement.registry.get(id).and_then(Worker::node_id);
         match node.and_then(|node| state.rings.serves_since(ring, node)) {
-            Some(Some(since)) => Standing::Serves(since),
-            Some(None) => Standing::Recovers,
-            None => Standing::Gone,
+            Some(Some(since)) => RingRole::Serves(since),
+            Some(None) => RingRole::Recovers,
+            None => RingRole::Gone,
         }
     }
 
     /// Wakes whenever a ring's members or driver changed.
-    pub fn ring_changes(&self) -> watch::Receiver<()> {
+    pub(crate) fn ring_changes(&self) -> watch::Receiver<()> {
         self.ring_changes.subscribe()
     }
 
     /// Looks at registry and rings together.
-    pub fn with_rings<T>(&self, look: impl FnOnce(&Rings, &Registry) -> T) -> T {
+    pub(crate) fn with_rings<T>(&self, look: impl FnOnce(&Rings, &Registry) -> T) -> T {
         let state = self.lock();
         look(&state.rings, &state.placement.registry)
     }
 
     /// Changes rings as an operator wishes, and does what follows.
-    pub fn change_rings<T>(
+    pub(crate) fn change_rings<T>(
         &self,
         change: impl FnOnce(&mut Rings, &mut Registry, Instant) -> T,
     ) -> T {
@@ -133,7 +132,7 @@ impl Mesh {
     ///
     /// # Errors
     /// If the file cannot be written.
-    pub async fn keep_drains(self: &Arc<Self>) -> io::Result<()> {
+    pub(crate) async fn keep_drains(self: &Arc<Self>) -> io::Result<()> {
         let mesh = self.clone();
         // A task of its own, which whoever asked cannot break off by going away.
         let saving = tokio::spawn(async move {
@@ -153,7 +152,7 @@ impl Mesh {
     ///
     /// # Errors
     /// Why not.
-    pub fn ready(&self, model: Option<&str>) -> Result<(), String> {
+    pub(crate) fn ready(&self, model: Option<&str>) -> Result<(), String> {
         self.readiness(&self.lock(), model)
     }
 
@@ -378,12 +377,6 @@ impl Mesh {
             }
         }
     }
-}
-
-/// Ring ids of this head's life count up from here. Random, so that they are not those of an earlier life, whatever the clock
-/// says, with room above.
-pub(super) fn first_ring() -> u64 {
-    (ids::unique() >> 1).max(1)
 }
 
 fn hex(ring: u64) -> String {

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use dcf::{ErrorCode, Message, MsgType};
-use mesh_head::core::spotcheck;
+use mesh_control::spotcheck;
 use mesh_head::{Config, Head, HeadHandle};
 use mesh_net::quic::{self, Connector, Link, LinkConfig, MsgStream};
 use mesh_net::seal::Sealer;

@@ -1,0 +1,155 @@
+//! First tokens and ends of attempts: what they tell of their workers.
+
+use std::time::{Duration, Instant};
+
+use super::{Ended, Placement, Received, Running};
+use crate::fair::Ticket;
+use crate::registry::{ServedModel, Worker};
+
+impl Placement {
+    /// The first token of a request came: its prompt is prefilled, and its worker has proven that it answers.
+    pub fn first_token(&mut self, ticket: Ticket, now: Instant) {
+        let Some(running) = self.running.get_mut(&ticket) else {
+            return;
+        };
+        let started = !std::mem::replace(&mut running.streams, true);
+        if std::mem::take(&mut running.alone) {
+            self.suspects.began(&running.asked, ticket, now);
+            if let Some(worker) = self.registry.get_mut(running.worker) {
+                worker.alone = None;
+            }
+        }
+        running.first_token.get_or_insert(now);
+        let prefilled = std::mem::take(&mut running.prefilling);
+        let (on, model) = (running.worker, running.model.clone());
+        let same = |other: &&Running| other.streams && other.worker == on && other.model == model;
+        let streams = self.running.values().filter(same).count();
+        let Some(running) = self.running.get_mut(&ticket) else {
+            return;
+        };
+        let Some(worker) = self.registry.get_mut(on) else {
+            return;
+        };
+        running.batch = worker.assigned;
+        worker.unstarted = worker.unstarted.saturating_sub(u32::from(started));
+        worker.prefilling = worker.prefilling.saturating_sub(prefilled);
+        worker.last_success = Some(now);
+        if let Some(model) = model_of(worker, &running.model) {
+            model.succeeded(now);
+            model.streams = model
+                .streams
+                .max(u32::try_from(streams).unwrap_or(u32::MAX));
+            let took = now.saturating_duration_since(running.started);
+            if running.backlog >= LEAST_PREFILL {
+                model.prefilled(running.backlog, took);
+            } else if running.backlog > 0 {
+                model.waited(running.backlog, took, now);
+            }
+        }
+        worker.proven = worker.models.iter().all(|model| model.proven);
+    }
+
+    /// A request no longer runs on its worker.
+    pub fn release(&mut self, ticket: Ticket, ended: Ended, now: Instant) {
+        self.release_after(ticket, ended, Received::default(), now);
+    }
+
+    /// The same, with what was received of its answer: that is how fast the worker is.
+    pub fn release_after(
+        &mut self,
+        ticket: Ticket,
+        ended: Ended,
+        received: Received,
+        now: Instant,
+    ) {
+        let Some(running) = self.running.remove(&ticket) else {
+            return;
+        };
+        self.queue.ended(running.source);
+        if running.alone {
+            self.suspects.began(&running.asked, ticket, now);
+            if let Some(worker) = self.registry.get_mut(running.worker) {
+                worker.alone = None;
+            }
+        }
+        let same = |other: &&Running| {
+            other.streams && other.worker == running.worker && other.model == running.model
+        };
+        let streams = self.running.values().any(|other| same(&other));
+        let Some(worker) = self.registry.get_mut(running.worker) else {
+            return;
+        };
+        let batch = (running.batch.max(1) + worker.assigned.max(1)).div_ceil(2);
+        if let Some(model) = model_of(worker, &running.model) {
+            if let (Some(first), Some(last)) = (running.first_token, received.last)
+                && received.tokens >= LEAST_DECODE
+            {
+                let took = last.saturating_duration_since(first);
+                model.decoded(received.tokens, took, batch.min(model.card.slots.max(1)));
+            }
+            match ended {
+                Ended::Complete => model.succeeded(now),
+                // While it answers others, it answers.
+                Ended::Failed if !streams => model.failed(now),
+                Ended::Failed | Ended::Busy | Ended::Cancelled => {}
+            }
+        }
+        worker.assigned = worker.assigned.saturating_sub(1);
+        worker.unstarted = worker.unstarted.saturating_sub(u32::from(!running.streams));
+        worker.prefilling = worker.prefilling.saturating_sub(running.prefilling);
+        match ended {
+            Ended::Complete => {
+                worker.completed += 1;
+                worker.last_success = Some(now);
+                // A v5.0.0 worker has no models of its own.
+                worker.proven = worker.models.iter().all(|model| model.proven);
+                let took = now.saturating_duration_since(running.started).as_secs_f64();
+                let before = if worker.task_seconds > 0.0 {
+                    worker.task_seconds
+                } else {
+                    took
+                };
+                worker.task_seconds = before + (took - before) * SMOOTHING;
+            }
+            Ended::Failed => {
+                worker.failed += 1;
+                worker.proven &= streams;
+            }
+            Ended::Busy => worker.busy_until = Some(now + BUSY_PAUSE),
+            Ended::Cancelled => {}
+        }
+        if ended == Ended::Complete {
+            let key = worker.key();
+            self.registry.reputation.answered(&key, &running.model);
+        }
+    }
+
+    /// An attempt that began at `began` failed, and that was the worker's own fault: it was silent, or sent what it must not send, or
+    /// another worker did what it could not. Returns for how long it is left alone.
+    pub fn at_fault(
+        &mut self,
+        key: &str,
+        model: &str,
+        began: Instant,
+        now: Instant,
+    ) -> Option<Duration> {
+        let reputation = &mut self.registry.reputation;
+        reputation.at_fault(key, model, began, now)
+    }
+}
+
+fn model_of<'a>(worker: &'a mut Worker, name: &str) -> Option<&'a mut ServedModel> {
+    worker.models.iter_mut().find(|m| m.card.name == name)
+}
+
+/// Tokens of a prompt, estimated, whose time says something about prefill speed and not about round trips only.
+const LEAST_PREFILL: u64 = 64;
+
+/// Tokens whose time says something about decode speed.
+const LEAST_DECODE: u32 = 4;
+
+/// Weight of the newest task in a v5.0.0 worker's smoothed duration.
+const SMOOTHING: f64 = 0.25;
+
+/// How long a worker that said busy is left alone.
+pub(super) const BUSY_PAUSE: Duration = Duration::from_millis(100);

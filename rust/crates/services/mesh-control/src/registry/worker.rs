@@ -1,0 +1,217 @@
+//! A worker as the head knows it.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use dcf::Version;
+use mesh_proto::{Load, ModelKind};
+
+use super::clock::TokenClock;
+use super::served::{RETRY, ServedModel};
+
+/// Names a worker within this head's life; never reused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WorkerId(pub u64);
+
+/// How a worker is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Carrier {
+    /// Over its QUIC link; the node id is the SHA-256 of its public key.
+    Mesh {
+        /// Lower-case hex.
+        node_id: String,
+    },
+    /// Plain DCF over UDP.
+    Legacy {
+        /// The version of its last heartbeat, in which it gets its tasks.
+        version: Version,
+    },
+}
+
+/// A worker as the head knows it.
+#[derive(Debug, Clone)]
+pub struct Worker {
+    /// Its name within this head.
+    pub id: WorkerId,
+    /// Name a person knows it by.
+    pub name: String,
+    /// How it is reached.
+    pub carrier: Carrier,
+    /// Where it is: remote address of the link, or where a v5.0.0 worker takes tasks.
+    pub address: SocketAddr,
+    /// The lead of its clock over this head's, in seconds, by the timestamps of its messages; 0 while that is
+    /// unknown.
+    pub clock_offset: f64,
+    /// Program version, empty for v5.0.0.
+    pub version: String,
+    /// What it serves; empty for v5.0.0, which serves plain tasks.
+    pub models: Vec<ServedModel>,
+    /// What it is kept for; empty is for anything.
+    pub reserved_for: Vec<String>,
+    /// The fields of a request that it acts upon: [`Hello::request_revision`].
+    pub request_revision: u32,
+    /// Its last load report.
+    pub load: Load,
+    /// Time at which a report last differed from the one before in a field that only a working engine
+    /// changes.
+    pub load_changed: Instant,
+    /// Time since which its reports say that requests wait there, without a break.
+    pub queues_since: Option<Instant>,
+    /// It finishes what runs and takes nothing new: it says so, or an operator does.
+    pub draining: bool,
+    /// An operator does.
+    pub drained: bool,
+    /// It said busy: nothing new before this moment.
+    pub busy_until: Option<Instant>,
+    /// When it joined.
+    pub joined: Instant,
+    /// Last sign of life.
+    pub last_seen: Instant,
+    /// Time at which a token last came back from it.
+    pub last_success: Option<Instant>,
+    /// Whether the last attempt on it, probes included, brought an answer.
+    pub proven: bool,
+    /// Requests of this head that run on it.
+    pub assigned: u32,
+    /// Those of them whose first token has not come yet.
+    pub unstarted: u32,
+    /// One of those is suspected of the death of another worker and has this one for itself until then.
+    pub alone: Option<Instant>,
+    /// A suspect waits for it: no newcomers before this moment.
+    pub reserved_until: Option<Instant>,
+    /// Prompt tokens of those whose first token has not come yet.
+    pub prefilling: u64,
+    /// Answers it completed.
+    pub completed: u64,
+    /// Attempts that failed on it.
+    pub failed: u64,
+    /// Seconds a task takes on a v5.0.0 worker, smoothed; 0 is unknown.
+    pub task_seconds: f64,
+    /// Value of the router's counter at the last assignment: the tie break.
+    pub last_turn: u64,
+    /// Time of the last token from it.
+    pub tokens_seen: TokenClock,
+}
+
+impl Worker {
+    /// Requests that hold or wait for a slot, by whichever count is larger: its report is up to 250 ms old, and other
+    /// heads may use it too.
+    pub(crate) fn active(&self) -> u32 {
+        self.assigned
+            .max(self.load.running.saturating_add(self.load.queued))
+    }
+
+    /// The model of that name, if it serves it; its first one that makes text for a request that names none.
+    pub fn model(&self, name: &str) -> Option<&ServedModel> {
+        let is_meant = |model: &&ServedModel| {
+            if name.is_empty() {
+                model.card.kind() == ModelKind::Chat
+            } else {
+                model.card.name == name
+            }
+        };
+        self.models.iter().find(is_meant)
+    }
+
+    /// Whether it may be used for this purpose.
+    pub(crate) fn is_for(&self, purpose: &str) -> bool {
+        self.reserved_for.is_empty() || self.reserved_for.iter().any(|kept| kept == purpose)
+    }
+
+    /// A token was asked of one of its models at `asked`, and came or did not come.
+    pub fn probed(&mut self, name: &str, came: bool, asked: Instant, now: Instant) {
+        let Some(model) = self.models.iter_mut().find(|model| model.card.name == name) else {
+            return;
+        };
+        if came {
+            model.succeeded(now);
+            self.last_success = Some(now);
+        } else if model.last_token().is_none_or(|at| at < asked) {
+            // A real answer meanwhile is a proof, too.
+            model.failed(now);
+            let wait = RETRY.saturating_mul(1 << model.unanswered.min(16));
+            model.unanswered = model.unanswered.saturating_add(1);
+            model.retry_at = Some(now + wait.min(LONGEST_RETRY));
+        }
+        self.proven = self.models.iter().all(|model| model.proven);
+    }
+
+    /// The name under which its faults are kept: its node id, or its address if it has none.
+    pub fn key(&self) -> String {
+        match &self.carrier {
+            Carrier::Mesh { node_id } => node_id.clone(),
+            Carrier::Legacy { .. } => self.address.to_string(),
+        }
+    }
+
+    /// True if a token came from it so lately, for whichever request of this head.
+    pub(crate) fn made_a_token(&self, within: Duration, now: Instant) -> bool {
+        let last = self.tokens_seen.last();
+        last.is_some_and(|at| now.saturating_duration_since(at) < within)
+    }
+
+    /// True if more requests for this model than `ahead` wait there, and not just for the next step.
+    pub fn queues(&self, model: &str, ahead: u32, now: Instant) -> bool {
+        let meant = self.model(model);
+        // Requests at an encoder wait for their turn, not for memory.
+        if meant.is_some_and(|model| model.card.kind() == ModelKind::Embed) {
+            return false;
+        }
+        let own = meant.and_then(|model| {
+            let mut speeds = self.load.speeds.iter();
+            speeds.find(|speed| speed.name == model.card.name)?.queued
+        });
+        let long = |since| now.saturating_duration_since(since) >= QUEUES_LONG;
+        own.unwrap_or(self.load.queued) > ahead && self.queues_since.is_some_and(long)
+    }
+
+    /// True if its reports say that it works and that requests wait there: one without a token may be among
+    /// those. Reports alone are not believed for longer than `proof`: tokens must come from it, whoever they are for.
+    pub fn is_busy(&self, within: Duration, proof: Duration, now: Instant) -> bool {
+        self.load.queued > 0
+            && now.saturating_duration_since(self.load_changed) < within
+            && self.made_a_token(proof, now)
+    }
+
+    /// A request for this model showed that the engine gets on.
+    pub fn gave_sign(&mut self, name: &str, now: Instant) {
+        if let Some(model) = self.models.iter_mut().find(|m| m.card.name == name) {
+            model.last_sign = Some(now);
+        }
+    }
+
+    /// Its node id, unless it is a v5.0.0 worker.
+    pub fn node_id(&self) -> Option<&str> {
+        match &self.carrier {
+            Carrier::Mesh { node_id } => Some(node_id),
+            Carrier::Legacy { .. } => None,
+        }
+    }
+
+    /// True if it is a worker without an identity: one of DCF v5.0.0 or v5.1.
+    pub fn is_legacy(&self) -> bool {
+        self.legacy_version().is_some()
+    }
+
+    /// The version of DCF that it speaks, if it is a worker without an identity.
+    pub fn legacy_version(&self) -> Option<Version> {
+        match self.carrier {
+            Carrier::Mesh { .. } => None,
+            Carrier::Legacy { version } => Some(version),
+        }
+    }
+}
+
+/// Requests that wait at a worker for so long do not just wait for its next step.
+const QUEUES_LONG: Duration = Duration::from_millis(500);
+
+const LONGEST_RETRY: Duration = Duration::from_secs(30);
+
+/// Whether a worker takes requests for what this model makes. The driver of a ring answers until the ring has moved away from it.
+pub(super) fn is_available(worker: &Worker, model: &ServedModel) -> bool {
+    let purpose = match model.card.kind() {
+        ModelKind::Chat => "chat",
+        ModelKind::Embed => "embeddings",
+    };
+    (!worker.draining || model.ring.is_some()) && worker.is_for(purpose)
+}

@@ -1,0 +1,631 @@
+//! The life of one answer, across the deaths of the workers that make it.
+//!
+//! An [`Answer`] is told what happens (a worker was found, tokens came, the link broke, time passed) and says what follows
+//! ([`Step`]). It keeps the tokens so far: when a worker dies, the next one continues after them ([`Resume`]), so that the
+//! client sees one stream without a lost, doubled or changed token.
+//!
+//! **Busy is not dead.** Limits are on silence. A worker that has the request says what it waits for ([`mesh_proto::Progress`]) and
+//! how long ago its engine got on; the silence limits count from there, so a request may wait for hours in a queue that moves. A
+//! worker of an older version says nothing: then the limits count from when it was given the request.
+//!
+//! Events name their attempt. Whatever still arrives from an attempt that was given up changes nothing.
+
+mod bounds;
+mod error;
+mod failures;
+#[cfg(test)]
+mod tests;
+
+use std::time::{Duration, Instant};
+
+use dcf::ErrorCode;
+use mesh_proto::{Done, Progress, RequestPhase, TokenLogprob, Tokens};
+
+use super::placement::{Ended, Refusal};
+use super::registry::WorkerId;
+use bounds::TOKEN_BYTES;
+pub use bounds::{Bounds, Limits};
+pub use error::{AnswerError, Failure, Fault};
+
+/// What to do next.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Step {
+    /// Nothing; go on waiting.
+    Wait,
+    /// Give this to the client.
+    Emit(Delta),
+    /// The attempt is over as [`Ended`] says; ask for another worker and call [`Answer::placed`].
+    Again(Ended),
+    /// The answer is complete: give this to the client, and it was the last.
+    Complete(Complete),
+    /// There will be no (more) answer. If an attempt runs, it is over as [`Ended`] says.
+    Fail(AnswerError, Ended),
+}
+
+/// A piece of the answer.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Delta {
+    /// Index of the first of `tokens` in the answer.
+    pub index: u32,
+    /// New tokens.
+    pub tokens: Vec<u32>,
+    /// New text; may be empty.
+    pub text: String,
+    /// One per token where asked for.
+    pub logprobs: Vec<TokenLogprob>,
+}
+
+/// The end of an answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Complete {
+    /// The worker's account. Its `text` is the last piece of the answer.
+    pub done: Done,
+    /// From arrival to the first token.
+    pub first_token: Option<Duration>,
+    /// From arrival to the end.
+    pub total: Duration,
+    /// How often it was run again.
+    pub reruns: u32,
+}
+
+/// Where the next attempt begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Resume {
+    /// Name of the attempt in later events.
+    pub attempt: u32,
+    /// Bytes of text the client has.
+    pub text_sent: u64,
+}
+
+/// See the module's page.
+#[derive(Debug)]
+pub struct Answer {
+    limits: Limits,
+    started: Instant,
+    /// Time since which it waits for a worker with room: progress before a failure starts this anew.
+    waiting_since: Instant,
+    /// Time at which this attempt's worker was found.
+    placed_at: Instant,
+    attempt: u32,
+    phase: Phase,
+    tokens: Vec<u32>,
+    text_bytes: u64,
+    first_token: Option<Instant>,
+    pace: Pace,
+    failures: u32,
+    failed_on: Vec<WorkerId>,
+    /// Workers that died while they had it, and whether that was before a token came from them.
+    deaths: Vec<(WorkerId, bool)>,
+    /// A token came in this attempt.
+    answered: bool,
+    bounds: Bounds,
+    fault: Fault,
+    /// Messages of this attempt that brought nothing, since this moment.
+    idle: (u32, Instant),
+    /// Time at which the worker last showed something that the head can see for itself: a token, or a wait that gets shorter.
+    advanced: Instant,
+    /// The wait that it reported then.
+    reported: Option<Progress>,
+    /// The worker that says that the request itself is at fault, and what it says; another one is asked whether that is so.
+    rejected: Option<Rejection>,
+    second_opinion: bool,
+}
+
+/// A worker's word that a request cannot be answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rejection {
+    /// The worker.
+    pub worker: WorkerId,
+    /// Its code.
+    pub code: ErrorCode,
+    /// Its words.
+    pub text: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Placing,
+    Running {
+        worker: WorkerId,
+        last_heard: Instant,
+        allowance: Duration,
+        /// The allowance before the next token while it waits or is prefilled.
+        patience: Duration,
+        decoding: bool,
+        /// The worker says what the request waits for.
+        tells: bool,
+    },
+    Ended,
+}
+
+/// Step times of one answer.
+#[derive(Debug, Default)]
+struct Pace {
+    mean: Option<Duration>,
+    slowest: Duration,
+}
+
+impl Answer {
+    /// A request that arrived at `now`.
+    pub fn new(limits: Limits, now: Instant) -> Self {
+        Self {
+            limits,
+            started: now,
+            waiting_since: now,
+            placed_at: now,
+            attempt: 0,
+            phase: Phase::Placing,
+            tokens: Vec::new(),
+            text_bytes: 0,
+            first_token: None,
+            pace: Pace::default(),
+            failures: 0,
+            failed_on: Vec::new(),
+            deaths: Vec::new(),
+            answered: false,
+            bounds: Bounds::default(),
+            fault: Fault::Unknown,
+            idle: (0, now),
+            advanced: now,
+            reported: None,
+            rejected: None,
+            second_opinion: false,
+        }
+    }
+
+    /// The same, with bounds for what a worker may send.
+    #[must_use]
+    pub fn within(self, bounds: Bounds) -> Self {
+        Self { bounds, ..self }
+    }
+
+    /// The model has a context of so many tokens: no answer is longer. 0 is unknown.
+    pub fn set_context(&mut self, context: u32) {
+        if context > 0 {
+            self.bounds.tokens = self.bounds.tokens.min(context);
+        }
+    }
+
+    /// What a worker may send.
+    pub fn bounds(&self) -> Bounds {
+        self.bounds
+    }
+
+    /// Whose fault the last failure was.
+    pub fn fault(&self) -> Fault {
+        self.fault
+    }
+
+    /// Another worker can be asked whether a request is at fault, if one says so.
+    pub fn set_second_opinion(&mut self, possible: bool) {
+        self.second_opinion = possible;
+    }
+
+    /// The worker whose rejection another one is asked about.
+    pub fn rejected(&self) -> Option<&Rejection> {
+        self.rejected.as_ref()
+    }
+
+    /// Another worker answers what that one rejected. To be asked when an answer begins or is complete.
+    pub fn contradicted(&mut self) -> Option<Rejection> {
+        self.rejected.take()
+    }
+
+    /// Workers that are not to be asked again while there are others.
+    pub fn avoided(&self) -> Vec<WorkerId> {
+        let rejected = self.rejected.iter().map(|rejected| rejected.worker);
+        self.failed_on.iter().copied().chain(rejected).collect()
+    }
+
+    /// The answer so far, for [`mesh_proto::Generate::generated`].
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Whether anything went to the client: then only the same weights may go on.
+    pub fn has_begun(&self) -> bool {
+        !self.tokens.is_empty() || self.text_bytes > 0
+    }
+
+    /// True if a worker died of it, perhaps: the next one had better have nothing else to begin.
+    pub fn is_suspect(&self) -> bool {
+        self.silent_deaths() > 0 || self.deaths.len() >= SUSPECT_AFTER
+    }
+
+    /// A worker that counted as dead lives: only its link was lost.
+    pub fn lives(&mut self, worker: WorkerId) {
+        self.deaths.retain(|(dead, _)| *dead != worker);
+    }
+
+    /// Attempts that failed so far.
+    pub fn failures(&self) -> u32 {
+        self.failures
+    }
+
+    /// Moment after which it is given up, unless something happens before.
+    pub fn deadline(&self) -> Instant {
+        let due = match self.phase {
+            Phase::Running { last_heard, .. } => last_heard + self.limits.timeout,
+            Phase::Placing | Phase::Ended => self.waiting_since + self.limits.queue,
+        };
+        self.last_moment().map_or(due, |last| last.min(due))
+    }
+
+    /// Moment after which an answer is of no use, if there is one.
+    pub fn last_moment(&self) -> Option<Instant> {
+        Some(self.started + self.limits.total?)
+    }
+
+    /// True if the worker that has it, for less time than a request may wait, has sent no token yet and does
+    /// not report the cause of the wait: that worker is of an older version.
+    pub fn waits_untold(&self, now: Instant) -> bool {
+        let silent = matches!(
+            self.phase,
+            Phase::Running {
+                decoding: false,
+                tells: false,
+                ..
+            }
+        );
+        silent && now.saturating_duration_since(self.placed_at) < self.limits.queue
+    }
+
+    /// When to call [`Answer::time_passed`], unless something else happens before.
+    pub fn next_timer(&self) -> Option<Instant> {
+        match self.phase {
+            Phase::Placing => Some(self.deadline()),
+            Phase::Running {
+                last_heard,
+                allowance,
+                ..
+            } => Some(self.deadline().min(last_heard + allowance)),
+            Phase::Ended => None,
+        }
+    }
+
+    /// A worker was found, which the router expects to send its first token after `expected`.
+    pub fn placed(&mut self, worker: WorkerId, expected: Duration, now: Instant) -> Resume {
+        self.attempt += 1;
+        self.answered = false;
+        self.placed_at = now;
+        self.fault = Fault::Unknown;
+        (self.idle, self.advanced, self.reported) = ((0, now), now, None);
+        let allowance = self.limits.first_token + expected.saturating_mul(10);
+        self.phase = Phase::Running {
+            worker,
+            last_heard: now,
+            allowance,
+            patience: allowance,
+            decoding: false,
+            tells: false,
+        };
+        Resume {
+            attempt: self.attempt,
+            text_sent: self.text_bytes,
+        }
+    }
+
+    /// No worker was found.
+    pub fn refused(&mut self, refusal: Refusal) -> Step {
+        self.fail(refusal.into(), Ended::Cancelled)
+    }
+
+    /// The worker says that the request lives, and what it waits for. Its engine's last step counts, not the message. `seen` is when a
+    /// token last came from that worker, whoever it was for: a wait that never gets shorter is believed for as long as a silence may
+    /// last, counted from there.
+    pub fn progressed(
+        &mut self,
+        attempt: u32,
+        progress: &Progress,
+        seen: Option<Instant>,
+        now: Instant,
+    ) -> Step {
+        let Some(worker) = self.worker_of(attempt) else {
+            return Step::Wait;
+        };
+        if let Some(step) = self.idles(worker, now) {
+            return step;
+        }
+        self.advances(progress, seen, now);
+        let Phase::Running {
+            last_heard,
+            allowance,
+            patience,
+            decoding,
+            tells,
+            ..
+        } = &mut self.phase
+        else {
+            return Step::Wait;
+        };
+        *tells = true;
+        let quiet = Duration::from_millis(progress.quiet_ms);
+        let limit = self.advanced + self.limits.timeout.max(*patience);
+        if let Some(moment) = now.checked_sub(quiet)
+            && now < limit
+        {
+            *last_heard = (*last_heard).max(moment);
+        }
+        if *decoding && progress.phase() != RequestPhase::Decoding {
+            // It gave its place to others and waits, or is prefilled again: the pace of its tokens says nothing about that.
+            *decoding = false;
+            *allowance = *patience;
+        }
+        if progress.prompt_done > 0 {
+            self.waiting_since = now;
+        }
+        Step::Wait
+    }
+
+    /// A message came that means nothing to this head. A few of them do no harm.
+    pub fn idled(&mut self, attempt: u32, now: Instant) -> Step {
+        let Some(worker) = self.worker_of(attempt) else {
+            return Step::Wait;
+        };
+        self.idles(worker, now).unwrap_or(Step::Wait)
+    }
+
+    /// Tokens came.
+    pub fn tokens_came(&mut self, attempt: u32, tokens: Tokens, now: Instant) -> Step {
+        let Some(worker) = self.worker_of(attempt) else {
+            return Step::Wait;
+        };
+        let have = self.tokens.len() as u64;
+        let first = u64::from(tokens.index);
+        let end = first + tokens.tokens.len() as u64;
+        if end <= have && first < have {
+            // All of it is here already; a repeat that says something else is no repeat.
+            let known = &self.tokens[first as usize..end as usize];
+            return if known == tokens.tokens {
+                self.idles(worker, now).unwrap_or(Step::Wait)
+            } else {
+                self.blame(
+                    worker,
+                    "the worker changed tokens that it had sent".to_owned(),
+                )
+            };
+        }
+        if first != have {
+            let text = format!("the worker sent tokens {first}..{end} where token {have} was next");
+            return self.blame(worker, text);
+        }
+        if let Some(text) = self.excess(&tokens) {
+            return self.blame(worker, text);
+        }
+        if tokens.tokens.is_empty() && tokens.text.is_empty() {
+            return self.idles(worker, now).unwrap_or(Step::Wait);
+        }
+
+        if !tokens.tokens.is_empty() {
+            self.answered = true;
+            self.heard(now);
+            self.waiting_since = now;
+            self.advanced = now;
+            self.idle = (0, now);
+            self.first_token.get_or_insert(now);
+        }
+        self.text_bytes += tokens.text.len() as u64;
+        self.tokens.extend_from_slice(&tokens.tokens);
+        Step::Emit(Delta {
+            index: tokens.index,
+            tokens: tokens.tokens,
+            text: tokens.text,
+            logprobs: tokens.logprobs,
+        })
+    }
+
+    /// The worker says that the answer is complete.
+    pub fn done(&mut self, attempt: u32, mut done: Done, now: Instant) -> Step {
+        let Some(worker) = self.worker_of(attempt) else {
+            return Step::Wait;
+        };
+        let have = self.tokens.len();
+        if u64::from(done.completion_tokens) != have as u64 {
+            let text = format!(
+                "the worker counts {} tokens of which {have} came",
+                done.completion_tokens
+            );
+            return self.blame(worker, text);
+        }
+        let text_bytes = self.text_bytes.saturating_add(done.text.len() as u64);
+        if text_bytes > self.bounds.text(have as u32) {
+            let text = format!("the worker sent {text_bytes} bytes of text for {have} tokens");
+            return self.blame(worker, text);
+        }
+        // The head cannot count these, but it knows what they cannot exceed.
+        done.prompt_tokens = done.prompt_tokens.min(self.bounds.prompt_tokens);
+        done.cached_tokens = done.cached_tokens.min(done.prompt_tokens);
+        self.text_bytes += done.text.len() as u64;
+        self.phase = Phase::Ended;
+        Step::Complete(Complete {
+            done,
+            first_token: self
+                .first_token
+                .map(|at| at.saturating_duration_since(self.started)),
+            total: now.saturating_duration_since(self.started),
+            reruns: self.failures,
+        })
+    }
+
+    /// From the next attempt on silence of `least` is enough to count as death, if it is out of proportion to the pace so far.
+    pub fn set_least_silence(&mut self, least: Duration) {
+        self.limits.silence = least;
+    }
+
+    /// The silence so far is excused, and what comes of it is looked at again at `moment`.
+    pub fn look_again_at(&mut self, moment: Instant) {
+        if let Phase::Running {
+            last_heard,
+            allowance,
+            ..
+        } = &mut self.phase
+            && let Some(heard) = moment.checked_sub(*allowance)
+        {
+            *last_heard = (*last_heard).max(heard);
+        }
+    }
+
+    /// The silence up to this moment has a known cause that is not the worker's death: its ring recovered.
+    pub fn excused_until(&mut self, moment: Instant) {
+        if let Phase::Running { last_heard, .. } = &mut self.phase {
+            *last_heard = (*last_heard).max(moment);
+        }
+    }
+
+    /// Time has passed: perhaps too much.
+    pub fn time_passed(&mut self, now: Instant) -> Step {
+        if self.phase == Phase::Ended {
+            return Step::Wait;
+        }
+        if self.last_moment().is_some_and(|last| now >= last) {
+            // A worker that let a whole deadline pass did not do well, but that need not be its fault.
+            let total = self.limits.total.unwrap_or_default();
+            return self.fail(AnswerError::Timeout(total), Ended::Cancelled);
+        }
+        if now >= self.deadline() {
+            return match self.phase {
+                Phase::Running { .. } => {
+                    self.fault = Fault::Silence;
+                    self.fail(AnswerError::Stalled(self.limits.timeout), Ended::Failed)
+                }
+                _ => self.fail(
+                    AnswerError::QueueTimeout(self.limits.queue),
+                    Ended::Cancelled,
+                ),
+            };
+        }
+        match self.phase {
+            Phase::Running {
+                worker,
+                last_heard,
+                allowance,
+                ..
+            } if now >= last_heard + allowance => {
+                let silent = (now - last_heard).as_secs_f64();
+                let text = format!("no token and no sign of life for {silent:.1} s");
+                self.fault = Fault::Silence;
+                self.again_as(worker, text, Ended::Failed)
+            }
+            _ => Step::Wait,
+        }
+    }
+
+    fn worker_of(&self, attempt: u32) -> Option<WorkerId> {
+        match self.phase {
+            Phase::Running { worker, .. } if attempt == self.attempt => Some(worker),
+            _ => None,
+        }
+    }
+
+    fn heard(&mut self, now: Instant) {
+        let Phase::Running {
+            last_heard,
+            allowance,
+            decoding,
+            ..
+        } = &mut self.phase
+        else {
+            return;
+        };
+        // The wait for an attempt's first token is a prefill, which says nothing about the pace of decoding.
+        if *decoding {
+            self.pace.step(now.saturating_duration_since(*last_heard));
+        }
+        *decoding = true;
+        *last_heard = now;
+        *allowance = self.pace.allowance(self.limits.silence);
+    }
+
+    /// What this message has too much of.
+    fn excess(&self, tokens: &Tokens) -> Option<String> {
+        let bounds = &self.bounds;
+        let have = self.tokens.len() + tokens.tokens.len();
+        if have > bounds.tokens as usize {
+            let most = bounds.tokens;
+            return Some(format!(
+                "the worker sent {have} tokens where {most} were asked for"
+            ));
+        }
+        let text = self.text_bytes.saturating_add(tokens.text.len() as u64);
+        if text > bounds.text(have as u32) {
+            return Some(format!(
+                "the worker sent {text} bytes of text for {have} tokens"
+            ));
+        }
+        let alternatives = match (bounds.alternatives, tokens.logprobs.is_empty()) {
+            (_, true) => return None,
+            (None, false) => return Some("the worker sent probabilities unasked".to_owned()),
+            (Some(alternatives), false) => alternatives.max(1) as usize + 1,
+        };
+        let each = |logprob: &TokenLogprob| {
+            logprob.top.len() > alternatives
+                || logprob.bytes.len() > TOKEN_BYTES
+                || logprob
+                    .top
+                    .iter()
+                    .any(|top| !top.top.is_empty() || top.bytes.len() > TOKEN_BYTES)
+        };
+        let many = tokens.logprobs.len() > tokens.tokens.len();
+        (many || tokens.logprobs.iter().any(each))
+            .then(|| "the worker sent more probabilities than were asked for".to_owned())
+    }
+
+    /// Notes what the head itself can see of the progress that a worker reports.
+    fn advances(&mut self, progress: &Progress, seen: Option<Instant>, now: Instant) {
+        let shorter = self.reported.is_none_or(|before| {
+            let later_phase = progress.phase > before.phase;
+            let ahead = progress.phase == before.phase
+                && ((progress.position < before.position && before.position <= POSITIONS)
+                    || progress.prompt_done > before.prompt_done);
+            later_phase || ahead
+        });
+        let known = self.bounds.prompt_tokens;
+        if shorter && progress.prompt_done <= known {
+            self.reported = Some(*progress);
+            self.advanced = now;
+        }
+        if let Some(seen) = seen {
+            self.advanced = self.advanced.max(seen);
+        }
+    }
+
+    /// A message came that brings nothing. Too many of them in a short time are no honest worker's.
+    fn idles(&mut self, worker: WorkerId, now: Instant) -> Option<Step> {
+        let (count, since) = &mut self.idle;
+        if now.saturating_duration_since(*since) >= IDLE_WINDOW {
+            (*count, *since) = (0, now);
+        }
+        *count += 1;
+        (*count > IDLE_MESSAGES).then(|| {
+            let text = format!(
+                "the worker sent more than {IDLE_MESSAGES} messages without a token within {} s",
+                IDLE_WINDOW.as_secs()
+            );
+            self.blame(worker, text)
+        })
+    }
+}
+
+impl Pace {
+    fn step(&mut self, gap: Duration) {
+        let mean = self.mean.unwrap_or(gap);
+        self.mean = Some(mean.mul_f64(1.0 - PACE_WEIGHT) + gap.mul_f64(PACE_WEIGHT));
+        self.slowest = self.slowest.max(gap);
+    }
+
+    /// Silence that is out of proportion to the steps so far: twenty times the mean, four times the slowest.
+    fn allowance(&self, floor: Duration) -> Duration {
+        floor
+            .max(self.mean.unwrap_or_default() * 20)
+            .max(self.slowest * 4)
+    }
+}
+
+const PACE_WEIGHT: f64 = 0.1;
+/// Messages without news that a worker may send within [`IDLE_WINDOW`]. It is asked for one a second at most.
+const IDLE_MESSAGES: u32 = 400;
+/// Places in a worker's queue whose loss counts as progress. Others are known by the tokens of those before them.
+const POSITIONS: u32 = 64;
+const IDLE_WINDOW: Duration = Duration::from_secs(10);
+/// Deaths at any time after which it is given a worker for itself.
+const SUSPECT_AFTER: usize = 2;

@@ -1,0 +1,105 @@
+//! Failures of attempts and errors of requests.
+
+use std::time::Duration;
+
+use dcf::ErrorCode;
+
+use crate::memory::TooMuch;
+use crate::placement::Refusal;
+
+/// Whose fault the last failure of an attempt is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Fault {
+    /// Nobody's, or nobody knows: a link broke.
+    #[default]
+    Unknown,
+    /// The worker's, if another one can do what it could not.
+    Perhaps,
+    /// The worker's: it was silent.
+    Silence,
+    /// The worker's: it sent what no request asks for.
+    Worker,
+}
+
+/// Why there is no answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AnswerError {
+    /// No worker took it.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The worker says that the request itself cannot be answered.
+    #[error("{text}")]
+    Rejected {
+        /// The worker's code.
+        code: ErrorCode,
+        /// The worker's words.
+        text: String,
+    },
+    /// The operator's limit on whole answers.
+    #[error("no complete answer within {} s; ask for fewer tokens, or raise answer_limit", .0.as_secs_f64())]
+    Timeout(Duration),
+    /// The worker that has it shows no life.
+    #[error(
+        "the worker gave neither a token nor a sign of life for {} s (request_timeout); ask again, or raise request_timeout if the \
+         worker is that slow",
+        .0.as_secs_f64()
+    )]
+    Stalled(Duration),
+    /// No worker had room for it.
+    #[error(
+        "no worker had room for this request within {} s (queue_timeout); ask again later, or add workers",
+        .0.as_secs_f64()
+    )]
+    QueueTimeout(Duration),
+    /// It failed too often.
+    #[error(
+        "{attempts} attempts at this request failed on {workers} {}, the last one with: {last}",
+        if *workers == 1 { "worker" } else { "workers" }
+    )]
+    WorkersFailed {
+        /// Attempts made.
+        attempts: u32,
+        /// Different workers that they were made on.
+        workers: usize,
+        /// What the last one said.
+        last: String,
+    },
+    /// Workers died that had it.
+    #[error(
+        "{deaths} workers died while they had this request{}, so it is not tried again; change it, or ask again if they died of \
+         something else: {last}",
+        if *silent { " and had not begun to answer it" } else { "" }
+    )]
+    WorkersDied {
+        /// Workers that died.
+        deaths: u32,
+        /// Before its first token.
+        silent: bool,
+        /// What was seen of the last one.
+        last: String,
+    },
+    /// Its answer would take more memory than there is.
+    #[error(transparent)]
+    TooMuch(#[from] TooMuch),
+    /// The head is shutting down.
+    #[error("this head is shutting down; ask again in a moment, or ask another head")]
+    ShuttingDown,
+}
+
+/// How an attempt failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Failure {
+    /// The stream broke.
+    Lost(String),
+    /// The worker's process is gone, or its machine.
+    Died(String),
+    /// The worker sent what no worker sends.
+    Nonsense(String),
+    /// The worker answered with an Error.
+    Error {
+        /// Its code.
+        code: ErrorCode,
+        /// Its words.
+        text: String,
+    },
+}

@@ -1,0 +1,213 @@
+//! Doubts: the steps of a ring when one member does not reach another, before any counts as dead.
+//!
+//! A member that does not answer is lost only if a second witness, the head itself, has not heard it lately either. If the head
+//! still hears it, the link between the two is at fault, or one of them is slow: the ring begins a new epoch with the same
+//! members, which makes new links, and nobody is blamed. Only if the same two still do not reach each other after that is one
+//! of them replaced.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use super::ring::Doubt;
+use super::{Action, Note, Rings};
+
+/// The outcome of a doubt.
+enum Verdict {
+    /// Not known yet.
+    Wait,
+    /// It is silent for everybody.
+    Lost(String),
+    /// It lives; the link is at fault.
+    Relink,
+}
+
+impl Rings {
+    /// The head heard anything from this worker at that moment.
+    pub fn heard(&mut self, node: &str, at: Instant) {
+        if let Some(entry) = self.nodes.get_mut(node).filter(|node| node.connected) {
+            entry.heard = entry.heard.max(Some(at));
+        }
+    }
+
+    /// This head itself did not run for `stall` and could hear nothing in that time.
+    pub fn stalled(&mut self, stall: Duration, now: Instant) {
+        for node in self.nodes.values_mut() {
+            node.heard = node.heard.map(|at| (at + stall).min(now));
+        }
+    }
+
+    /// True if the head itself hears a worker that others do not.
+    pub(super) fn hears(&self, node: &str, now: Instant) -> bool {
+        let heard = self.nodes.get(node).and_then(|node| node.heard);
+        heard.is_some_and(|at| now.saturating_duration_since(at) < SILENCE)
+    }
+
+    /// Notes the other members that `by` does not reach now.
+    pub(super) fn note_doubts(
+        &mut self,
+        ring: u64,
+        by: &str,
+        suspects: &BTreeSet<String>,
+        severed: &[String],
+        now: Instant,
+    ) {
+        let names: Vec<String> = suspects.iter().map(|id| self.name(id).to_owned()).collect();
+        let by_name = self.name(by).to_owned();
+        let Some(entry) = self.rings.get_mut(&ring) else {
+            return;
+        };
+        entry
+            .doubts
+            .retain(|(who, about), _| who != by || suspects.contains(about));
+        for (about, name) in suspects.iter().zip(names) {
+            let link = severed.contains(about);
+            let key = (by.to_owned(), about.clone());
+            if let Some(doubt) = entry.doubts.get_mut(&key) {
+                doubt.link |= link;
+                continue;
+            }
+            let doubt = Doubt {
+                since: now,
+                asked: now,
+                link,
+            };
+            entry.doubts.insert(key, doubt);
+            self.actions.push(Action::Ask {
+                node: about.clone(),
+            });
+            self.actions.push(Action::Note(Note::Doubted {
+                ring,
+                name,
+                by: by_name.clone(),
+            }));
+        }
+    }
+
+    /// Decides the doubts that can be decided by now.
+    pub(super) fn settle_doubts(&mut self, id: u64, now: Instant) {
+        let Some(ring) = self.rings.get(&id).filter(|ring| !ring.doubts.is_empty()) else {
+            return;
+        };
+        let mut lost = Vec::new();
+        let mut unreached = Vec::new();
+        for ((by, about), doubt) in &ring.doubts {
+            match self.verdict(by, about, doubt, now) {
+                Verdict::Wait => {}
+                Verdict::Lost(reason) => lost.push((about.clone(), reason)),
+                // A standby is mirrored to again and again anyway.
+                Verdict::Relink if !ring.has_member(about) => {}
+                Verdict::Relink => unreached.push((by.clone(), about.clone())),
+            }
+        }
+        if !lost.is_empty() {
+            for (node, reason) in lost {
+                self.suspect(&node, id, &reason, now);
+            }
+            return;
+        }
+        let tried = |pair: &(String, String)| {
+            let at = ring.relinked.get(pair);
+            at.is_some_and(|at| now.saturating_duration_since(*at) < RELINK_MEMORY)
+        };
+        if let Some(pair) = unreached.iter().find(|pair| tried(pair)).cloned() {
+            self.give_up(id, &pair, now);
+        } else if !unreached.is_empty() {
+            self.relink(id, &unreached, now);
+        } else if let Some(ring) = self.rings.get_mut(&id) {
+            let fresh = |doubt: &Doubt| now.saturating_duration_since(doubt.asked) < ASK_INTERVAL;
+            for ((_, about), doubt) in &mut ring.doubts {
+                if !fresh(doubt) {
+                    doubt.asked = now;
+                    let node = about.clone();
+                    self.actions.push(Action::Ask { node });
+                }
+            }
+        }
+    }
+
+    fn verdict(&self, by: &str, about: &str, doubt: &Doubt, now: Instant) -> Verdict {
+        let waited = now.saturating_duration_since(doubt.since);
+        let heard = self.nodes.get(about).and_then(|node| node.heard);
+        // Datagrams that it sent before its end may be noted a moment later.
+        let answered = heard.is_some_and(|at| at >= doubt.since + SETTLED);
+        if !self.hears(about, now) || (doubt.link && !answered && waited >= ANSWER_LIMIT) {
+            let name = self.name(by);
+            return Verdict::Lost(format!("it answers neither {name} nor the head"));
+        }
+        // A slow worker gets time to be heard again by the other, too.
+        if answered && (doubt.link || waited >= PATIENCE) {
+            return Verdict::Relink;
+        }
+        Verdict::Wait
+    }
+
+    /// The same members with new links.
+    fn relink(&mut self, id: u64, unreached: &[(String, String)], now: Instant) {
+        let Some(ring) = self.rings.get(&id).filter(|ring| ring.lost.is_empty()) else {
+            return;
+        };
+        let mut next = ring.clone();
+        let pairs: Vec<String> = unreached
+            .iter()
+            .map(|(by, about)| format!("{} and {}", self.name(by), self.name(about)))
+            .collect();
+        let reason = format!(
+            "moved: the link between {} is made anew",
+            pairs.join(", between ")
+        );
+        next.relinked
+            .retain(|_, at| now.saturating_duration_since(*at) < RELINK_MEMORY);
+        for pair in unreached {
+            next.relinked.insert(pair.clone(), now);
+        }
+        next.next_epoch(reason.clone(), now);
+        self.actions.push(Action::Note(Note::Relinked {
+            ring: id,
+            epoch: next.epoch,
+            model: next.model.clone(),
+            reason,
+        }));
+        self.rings.insert(id, next);
+        self.broadcast(id, &BTreeSet::new());
+    }
+
+    /// These two do not reach each other over a new link either: one of them has to go, the one that reaches
+    /// no other member rather than one that another reaches.
+    fn give_up(&mut self, id: u64, (by, about): &(String, String), now: Instant) {
+        let Some(ring) = self.rings.get(&id) else {
+            return;
+        };
+        let others: BTreeSet<&str> = ring
+            .stages
+            .iter()
+            .map(|stage| stage.member.node.as_str())
+            .filter(|node| node != by)
+            .collect();
+        let reaches = |other: &&str| !ring.doubts.contains_key(&(by.clone(), (*other).to_owned()));
+        let cut_off = others.len() >= 2 && !others.iter().any(reaches);
+        let (node, reason) = if cut_off {
+            (by, "it reaches no other member".to_owned())
+        } else {
+            let by = self.name(by);
+            (
+                about,
+                format!("it does not reach {by} over a new link either"),
+            )
+        };
+        self.suspect(&node.clone(), id, &reason, now);
+    }
+}
+
+/// The head has not heard a worker for so long that it is a second witness for its death. Links carry something at least
+/// every half second.
+pub(super) const SILENCE: Duration = Duration::from_secs(1);
+/// Interval at which a doubted worker is asked for a sign of life.
+const ASK_INTERVAL: Duration = Duration::from_millis(200);
+/// Packets that were on their way or not noted yet when a doubt came up are noted by then.
+const SETTLED: Duration = Duration::from_millis(100);
+/// Time that a worker whose link to another one is closed has to answer the head.
+const ANSWER_LIMIT: Duration = Duration::from_millis(500);
+/// Time that a worker that the head hears may be silent for another member before their link is made anew.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// Time for which a new link is remembered.
+const RELINK_MEMORY: Duration = Duration::from_secs(60);

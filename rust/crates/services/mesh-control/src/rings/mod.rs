@@ -1,0 +1,486 @@
+//! Rings: which workers hold which layers of a model that no single one serves, and what happens when one of them is lost.
+//!
+//! [`Rings`] is told what happens (a worker offers, leaves, reports; an operator drains) and [`Rings::poll`] compares what is
+//! with what should be and says what to do ([`Action`]). Events only note facts: whatever is known when `poll` runs goes into
+//! one decision, so that two workers lost in the same moment cost one change of epoch, and an event that comes twice or late
+//! changes nothing.
+//!
+//! The life of a ring:
+//! - *formed* when the offers for its model have been quiet for a while and placement finds a plan: every member and standby is
+//!   sent the same [`mesh_proto::Ring`], epoch 1;
+//! - *serves* when its driver says that a token came back through every stage of this epoch;
+//! - a member that another one does not reach is *doubted*: it is lost if the head does not hear it either, else the link
+//!   between the two is made anew, in a new epoch with the same members;
+//! - on a *loss* every lost stage goes to its standby, else to a worker with room, in one new epoch; where neither is to be
+//!   had the ring is dissolved and planned anew over what is left;
+//! - a ring that does as well as before gets its *standbys* back, in the same epoch: running steps are undisturbed;
+//! - *drained* workers hand their stages over to standbys that are up to date; *rebalancing* builds a better ring beside
+//!   the old one, or in its place.
+
+mod action;
+mod doubt;
+pub mod drain;
+mod failover;
+mod node;
+pub mod plan;
+pub mod rebalance;
+mod reports;
+mod ring;
+mod show;
+mod view;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use arcanum_profiler::Objective;
+use mesh_proto::{ModelCard, Offer};
+
+pub use action::{Action, Note, Prospect};
+pub use view::{PathView, RecoveryView, RingView, StageView, Unformed};
+
+use node::{MODELS_PER_NODE, Node};
+use ring::Ring;
+
+/// How rings are made and kept.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Settings {
+    /// Whether rings are made at all.
+    pub enabled: bool,
+    /// What a plan is to be best at.
+    pub objective: Objective,
+    /// Exactly so many stages; `None` is as many as needed.
+    pub stages: Option<u32>,
+    /// Whether stages get standbys.
+    pub standbys: bool,
+    /// Requests that a ring runs at once.
+    pub slots: u32,
+    /// Most tokens of prompt and answer together; 0 is the model's own limit, less where memory is short.
+    pub context: u32,
+    /// Hidden rows travel as f16.
+    pub half_rows: bool,
+    /// By which part of its cost a fresh plan must beat a running ring to replace it.
+    pub margin: f64,
+    /// How long offers must have been quiet before a plan is made of them.
+    pub gather: Duration,
+    /// How long a suspect is left alone the first time; doubled with every repeat.
+    pub suspect_pause: Duration,
+    /// Make a ring even for a model that some worker serves whole.
+    pub always: bool,
+    /// How long requests on a ring that was replaced may go on.
+    pub retire_limit: Duration,
+    /// Whether a member may take over a second stage: one that it is the standby of, which beats loading weights, or one that
+    /// nobody else has room for. Plans never ask for it.
+    pub double_seats: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            objective: Objective::Latency,
+            stages: None,
+            standbys: true,
+            slots: 8,
+            context: 0,
+            half_rows: false,
+            margin: 0.15,
+            gather: Duration::from_secs(2),
+            suspect_pause: Duration::from_secs(10),
+            always: false,
+            retire_limit: Duration::from_secs(300),
+            double_seats: true,
+        }
+    }
+}
+
+/// A worker as it enters.
+#[derive(Debug, Clone)]
+pub struct Arrival {
+    /// Name a person knows it by.
+    pub name: String,
+    /// Models that it serves whole.
+    pub whole: Vec<String>,
+    /// The head's own address on the way to it: what other workers must use for a worker on the head's machine.
+    pub head_ip: Option<IpAddr>,
+}
+
+/// See the module's page.
+#[derive(Debug, Clone)]
+pub struct Rings {
+    settings: Settings,
+    nodes: BTreeMap<String, Node>,
+    rings: BTreeMap<u64, Ring>,
+    /// Why a model's last ring was given up, until it has one again.
+    losses: BTreeMap<String, String>,
+    /// Why there is no ring of a model, and for which state of the mesh that was found.
+    unplanned: BTreeMap<String, (u64, String)>,
+    next_ring: u64,
+    /// Counts what may make a plan possible or better.
+    generation: u64,
+    /// First and last change of offers since they were last quiet.
+    stirred: Option<(Instant, Instant)>,
+    last_rebalance: Option<Instant>,
+    recoveries: VecDeque<RecoveryView>,
+    /// Workers that were told to forget a ring, so that they are told once.
+    told_off: BTreeSet<(String, u64)>,
+    actions: Vec<Action>,
+}
+
+impl Rings {
+    /// No rings yet. Ids count up from `first_ring`, which must be far from those that this head gave out in earlier lives.
+    pub fn new(settings: Settings, first_ring: u64) -> Self {
+        Self {
+            settings,
+            nodes: BTreeMap::new(),
+            rings: BTreeMap::new(),
+            losses: BTreeMap::new(),
+            unplanned: BTreeMap::new(),
+            next_ring: first_ring,
+            generation: 0,
+            stirred: None,
+            last_rebalance: None,
+            recoveries: VecDeque::new(),
+            told_off: BTreeSet::new(),
+            actions: Vec::new(),
+        }
+    }
+
+    /// A worker's link is up. Whatever it held under an earlier link is lost.
+    pub fn joined(&mut self, node: &str, arrival: Arrival, now: Instant) {
+        if self.nodes.get(node).is_some_and(|known| known.connected) {
+            self.left(node, "it has connected again", now);
+        }
+        let entry = self.nodes.entry(node.to_owned()).or_default();
+        entry.connected = true;
+        entry.heard = None;
+        entry.gone_since = None;
+        entry.name = arrival.name;
+        entry.head_ip = arrival.head_ip;
+        entry.whole = arrival.whole.into_iter().take(MODELS_PER_NODE).collect();
+        entry.said_draining = false;
+        self.generation += 1;
+    }
+
+    /// A worker says what it may hold. `address` is where other workers reach it.
+    pub fn offered(&mut self, node: &str, address: SocketAddr, offer: Offer, now: Instant) {
+        let Some(entry) = self.nodes.get_mut(node).filter(|node| node.connected) else {
+            return;
+        };
+        if entry.take_offer(address, offer) {
+            self.generation += 1;
+            let first = self.stirred.map_or(now, |(first, _)| first);
+            self.stirred = Some((first, now));
+        }
+    }
+
+    /// A worker that has just joined says that its machine has these addresses.
+    pub fn has_addresses(&mut self, node: &str, others: Vec<IpAddr>) {
+        if let Some(entry) = self.nodes.get_mut(node) {
+            entry.others = others;
+        }
+    }
+
+    /// A worker is reached at this address from now on: the other members of its rings hear so.
+    pub fn moved(&mut self, node: &str, ip: IpAddr) {
+        let Some(entry) = self.nodes.get_mut(node).filter(|node| node.connected) else {
+            return;
+        };
+        let Some(address) = entry.address.as_mut().filter(|address| address.ip() != ip) else {
+            return;
+        };
+        address.set_ip(ip);
+        let rings = self.rings.iter().filter(|(_, ring)| ring.has_part(node));
+        let rings: Vec<u64> = rings.map(|(id, _)| *id).collect();
+        for id in rings {
+            self.broadcast(id, &BTreeSet::new());
+        }
+    }
+
+    /// A worker serves these models whole by now.
+    pub fn serves_whole(&mut self, node: &str, models: Vec<String>) {
+        if let Some(entry) = self.nodes.get_mut(node) {
+            entry.whole = models.into_iter().take(MODELS_PER_NODE).collect();
+            self.generation += 1;
+        }
+    }
+
+    /// A worker's link is closed, or it was pruned.
+    pub fn left(&mut self, node: &str, why: &str, now: Instant) {
+        let Some(entry) = self.nodes.get_mut(node).filter(|node| node.connected) else {
+            return;
+        };
+        entry.disconnect(now);
+        let name = entry.name.clone();
+        let mut had_part = false;
+        for ring in self.rings.values_mut().filter(|ring| ring.has_part(node)) {
+            had_part = true;
+            ring.lose(node, format!("worker {name} is lost: {why}"));
+        }
+        if had_part {
+            // A worker that dies with every ring it is given must not be given one in every second.
+            let pause = self.settings.suspect_pause;
+            entry.suspicion.left_with_a_part(pause, why, now);
+        }
+        self.told_off.retain(|(told, _)| told != node);
+        self.generation += 1;
+    }
+
+    /// An answer's attempt on the driver of this ring failed by silence or loss.
+    pub fn suspected(&mut self, node: &str, ring: u64, reason: &str, now: Instant) {
+        // A ring that does not serve is silent for a known reason.
+        // One whose steps go on is slow, or busy with others.
+        let hears = self.hears(node, now);
+        let blamed = |ring: &Ring| {
+            ring.driver() == node && ring.serving_since.is_some() && !(hears && ring.goes_on(now))
+        };
+        if self.rings.get(&ring).is_some_and(blamed) {
+            self.suspect(node, ring, reason, now);
+        }
+    }
+
+    /// A worker is in quarantine: it loses its parts and gets none before that ends.
+    pub fn quarantine(&mut self, node: &str, reason: &str, length: Duration, now: Instant) {
+        let name = self.name(node).to_owned();
+        for ring in self.rings.values_mut().filter(|ring| ring.has_part(node)) {
+            ring.lose(node, format!("worker {name} is in quarantine: {reason}"));
+        }
+        if let Some(entry) = self.nodes.get_mut(node) {
+            entry.suspicion.until = Some(now + length);
+            reason.clone_into(&mut entry.suspicion.reason);
+        }
+        self.generation += 1;
+    }
+
+    /// An operator forgives a node: what it was left alone for is over.
+    pub fn readmit(&mut self, node: &str, now: Instant) {
+        if let Some(entry) = self.nodes.get_mut(node)
+            && let Some(until) = &mut entry.suspicion.until
+        {
+            *until = now.min(*until);
+        }
+    }
+
+    /// The answers of a ring are wrong. Nobody can say which of its members is to blame, so the ring is given up, and all of them are
+    /// left alone for a while, longer each time; another ring is made of the others if they are enough.
+    pub fn distrust(&mut self, ring: u64, reason: &str, now: Instant) {
+        let Some(found) = self.rings.get(&ring) else {
+            return;
+        };
+        let members: BTreeSet<String> = found
+            .stages
+            .iter()
+            .map(|stage| stage.member.node.clone())
+            .collect();
+        for node in &members {
+            if let Some(entry) = self.nodes.get_mut(node) {
+                let pause = self.settings.suspect_pause;
+                entry.suspicion.raise(pause, reason, now);
+            }
+        }
+        self.dissolve(ring, format!("its answers are wrong: {reason}"));
+        self.generation += 1;
+    }
+
+    /// Requests that run on a ring that was replaced.
+    pub fn running(&mut self, ring: u64, requests: usize) {
+        if let Some(ring) = self.rings.get_mut(&ring) {
+            ring.running = Some(requests);
+        }
+    }
+
+    /// A worker says by itself that it finishes and takes nothing new, or no longer.
+    pub fn says_draining(&mut self, node: &str, draining: bool) {
+        if let Some(entry) = self.nodes.get_mut(node)
+            && entry.said_draining != draining
+        {
+            entry.said_draining = draining;
+            self.generation += 1;
+        }
+    }
+
+    /// Compares what is with what should be; to be called after events and when [`Rings::next_timer`] is due.
+    pub fn poll(&mut self, now: Instant) -> Vec<Action> {
+        self.settle_suspicions(now);
+        self.check_deadlines(now);
+        let ids: Vec<u64> = self.rings.keys().copied().collect();
+        for id in &ids {
+            self.settle_doubts(*id, now);
+            self.recover(*id, now);
+        }
+        if self.settings.enabled {
+            for id in &ids {
+                self.move_off_drained(*id, now);
+            }
+            if self.is_quiet(now) {
+                self.stirred = None;
+                self.form_missing(now);
+                // Before standbys take the memory of newcomers.
+                self.rebalance_all(now);
+                let ids: Vec<u64> = self.rings.keys().copied().collect();
+                for id in ids {
+                    self.restore_standbys(id, now);
+                }
+            }
+        }
+        self.retire(now);
+        std::mem::take(&mut self.actions)
+    }
+
+    /// When [`Rings::poll`] has something to do without an event.
+    pub fn next_timer(&self) -> Option<Instant> {
+        let quiet = self.stirred.map(|stirred| self.quiet_at(stirred));
+        let suspects = self.nodes.values().filter_map(Node::next_timer);
+        let rings = self.rings.values().filter_map(Ring::next_timer);
+        quiet.into_iter().chain(suspects).chain(rings).min()
+    }
+
+    /// Models that nobody serves through a ring now, though workers offer their layers.
+    pub fn prospects(&self) -> BTreeMap<String, Prospect> {
+        let mut prospects = BTreeMap::new();
+        if !self.settings.enabled {
+            return prospects;
+        }
+        for model in self.offered_models() {
+            if self.wants_ring(&model) {
+                let prospect = match self.unplanned.get(&model) {
+                    // What has changed since may make a plan possible; that is seen in a moment.
+                    Some((_, reason)) if self.stirred.is_none() => {
+                        Prospect::Impossible(reason.clone())
+                    }
+                    _ => Prospect::Coming,
+                };
+                prospects.insert(model, prospect);
+            }
+        }
+        for ring in self.rings.values().filter(|ring| ring.retiring.is_none()) {
+            prospects.insert(ring.model.clone(), Prospect::Coming);
+        }
+        for ring in self.rings.values().filter(|ring| ring.served_by.is_some()) {
+            prospects.remove(&ring.model);
+        }
+        prospects
+    }
+
+    /// Since when this ring serves in its present epoch under this driver. `None`: another worker drives it now, or there
+    /// is no such ring any more. `Some(None)`: it recovers.
+    #[allow(clippy::option_option)]
+    pub fn serves_since(&self, ring: u64, driver: &str) -> Option<Option<Instant>> {
+        let ring = self.rings.get(&ring)?;
+        (ring.driver() == driver && !ring.lost.contains_key(driver)).then_some(ring.serving_since)
+    }
+
+    /// Rings that were replaced and still answer: ring, node id of the driver.
+    pub fn retiring(&self) -> Vec<(u64, String)> {
+        let retiring = self
+            .rings
+            .iter()
+            .filter(|(_, ring)| ring.retiring.is_some());
+        retiring
+            .map(|(id, ring)| (*id, ring.driver().to_owned()))
+            .collect()
+    }
+
+    /// Whether a worker offered parts of models.
+    pub fn has_offer(&self, node: &str) -> bool {
+        self.nodes
+            .get(node)
+            .is_some_and(|node| node.connected && !node.shards.is_empty())
+    }
+
+    fn serve(&mut self, id: u64, node: &str, card: ModelCard) {
+        let Some(ring) = self.rings.get_mut(&id) else {
+            return;
+        };
+        let serving = Some((node.to_owned(), card.clone()));
+        if ring.served_by == serving {
+            return;
+        }
+        if ring.served_by.as_ref().is_some_and(|(by, _)| by != node) {
+            self.withdraw(id);
+        }
+        if let Some(ring) = self.rings.get_mut(&id) {
+            ring.served_by = serving;
+        }
+        self.actions.push(Action::Serve {
+            node: node.to_owned(),
+            ring: id,
+            card,
+        });
+    }
+
+    fn withdraw(&mut self, id: u64) {
+        let Some(ring) = self.rings.get_mut(&id) else {
+            return;
+        };
+        if let Some((node, _)) = ring.served_by.take() {
+            self.actions.push(Action::Withdraw {
+                node,
+                ring: id,
+                model: ring.model.clone(),
+            });
+        }
+    }
+
+    /// Rings that do not get ready: whoever keeps them waiting is as good as lost.
+    fn check_deadlines(&mut self, now: Instant) {
+        let mut late = Vec::new();
+        for (id, ring) in &self.rings {
+            late.extend(
+                ring.late(now)
+                    .into_iter()
+                    .map(|(node, why)| (*id, node, why)),
+            );
+        }
+        for (id, node, why) in late {
+            let model = self.rings[&id].model.clone();
+            self.unfit(&node, &model, id, why, now);
+        }
+    }
+
+    fn quiet_at(&self, (first, last): (Instant, Instant)) -> Instant {
+        let gather = self.settings.gather;
+        // A worker that changes its offer all the time must not keep the others waiting.
+        (last + gather).min(first + gather * GATHER_LIMIT)
+    }
+
+    fn is_quiet(&self, now: Instant) -> bool {
+        self.stirred
+            .is_none_or(|stirred| now >= self.quiet_at(stirred))
+    }
+
+    fn name<'a>(&'a self, node: &'a str) -> &'a str {
+        self.nodes
+            .get(node)
+            .map_or(node.get(..12).unwrap_or(node), |known| &known.name)
+    }
+
+    /// The ring of a model that is not on its way out; the one that serves rather than the one that will replace it.
+    fn live_ring(&self, model: &str) -> Option<u64> {
+        let live = |ring: &&Ring| ring.model == model && ring.retiring.is_none();
+        let mut rings = self.rings.iter().filter(|(_, ring)| live(ring));
+        rings
+            .clone()
+            .find(|(_, ring)| ring.replaces.is_none())
+            .or_else(|| rings.next())
+            .map(|(id, _)| *id)
+    }
+
+    fn offered_models(&self) -> BTreeSet<String> {
+        let connected = self.nodes.values().filter(|node| node.connected);
+        connected
+            .flat_map(|node| node.shards.keys().cloned())
+            .collect()
+    }
+
+    /// Whether a ring of this model should exist and does not.
+    fn wants_ring(&self, model: &str) -> bool {
+        let whole =
+            |node: &Node| node.connected && !node.is_draining() && node.whole.contains(model);
+        self.live_ring(model).is_none() && (self.settings.always || !self.nodes.values().any(whole))
+    }
+}
+const GATHER_LIMIT: u32 = 10;

@@ -1,0 +1,214 @@
+//! What members say of their rings, and which of them are lost.
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use mesh_proto::{PartPhase, RingState};
+
+use super::view::RecoveryView;
+use super::{Action, Note, Rings};
+
+impl Rings {
+    /// A worker reports its parts in a ring. Reports of other epochs than the present one change nothing.
+    pub fn state(&mut self, node: &str, state: RingState, now: Instant) {
+        let Some(ring) = self.rings.get_mut(&state.ring) else {
+            self.tell_off(node, &state);
+            return;
+        };
+        if state.epoch != ring.epoch || !ring.has_part(node) || ring.lost.contains_key(node) {
+            return;
+        }
+        let model = ring.model.clone();
+        let mut failed = None;
+        for report in &state.parts {
+            if report.phase == i32::from(PartPhase::Failed) {
+                failed.get_or_insert_with(|| shorten(&report.error));
+            }
+            ring.report(node, report, now);
+        }
+        if let Some(error) = failed {
+            self.unfit(node, &model, state.ring, &error, now);
+            return;
+        }
+        self.complaints(node, &state, now);
+        self.driver_reports(node, state, now);
+    }
+
+    /// Whom a worker says that it cannot reach.
+    pub(super) fn complaints(&mut self, node: &str, state: &RingState, now: Instant) {
+        let Some(ring) = self.rings.get(&state.ring) else {
+            return;
+        };
+        let others: BTreeSet<&str> = ring
+            .parts()
+            .map(|part| part.node.as_str())
+            .filter(|other| *other != node)
+            .collect();
+        let suspects: BTreeSet<String> = state
+            .suspects
+            .iter()
+            .take(SUSPECTS)
+            .filter(|suspect| others.contains(suspect.as_str()))
+            .cloned()
+            .collect();
+        let heard: BTreeSet<String> = suspects
+            .iter()
+            .filter(|suspect| self.hears(suspect, now))
+            .cloned()
+            .collect();
+        if suspects.len() >= 2 && suspects.len() == others.len() && heard.is_empty() {
+            // Who reaches nobody is cut off itself: their links to the head are up, or they would be lost already.
+            self.suspect(node, state.ring, "it reaches no other member", now);
+            return;
+        }
+        let by = self.name(node).to_owned();
+        for suspect in suspects.difference(&heard) {
+            self.suspect(
+                suspect,
+                state.ring,
+                &format!("it answers neither {by} nor the head"),
+                now,
+            );
+        }
+        self.note_doubts(state.ring, node, &heard, &state.severed, now);
+    }
+
+    /// What the driver says besides its parts.
+    pub(super) fn driver_reports(&mut self, node: &str, state: RingState, now: Instant) {
+        let Some(ring) = self.rings.get_mut(&state.ring) else {
+            return;
+        };
+        if ring.driver() != node || ring.lost.contains_key(node) {
+            return;
+        }
+        if let Some(recovery) = state.recovery
+            && ring.recovered < ring.epoch
+        {
+            ring.recovered = ring.epoch;
+            if self.recoveries.len() >= RECOVERIES {
+                self.recoveries.pop_front();
+            }
+            self.recoveries
+                .push_back(RecoveryView::new(ring, &recovery, now));
+            self.actions.push(Action::Note(Note::Recovered {
+                ring: state.ring,
+                model: ring.model.clone(),
+                recovery,
+            }));
+        }
+        if !state.serving {
+            ring.serving_since = None;
+            self.withdraw(state.ring);
+            return;
+        }
+        let begins = ring.serving_since.is_none();
+        ring.serving_since.get_or_insert(now);
+        ring.served = true;
+        if ring.retiring.is_some() {
+            return;
+        }
+        if begins {
+            ring.compared = None;
+            self.actions.push(Action::Note(Note::Serving {
+                ring: state.ring,
+                epoch: ring.epoch,
+                model: ring.model.clone(),
+                driver: self
+                    .nodes
+                    .get(node)
+                    .map_or(node, |node| &node.name)
+                    .to_owned(),
+            }));
+        }
+        let card = ring.card(state.card);
+        let replaced = ring.replaces.take();
+        if let Some(replaced) = replaced {
+            self.withdraw(replaced);
+            if let Some(old) = self.rings.get_mut(&replaced) {
+                old.retiring = Some(now);
+                old.running = None;
+            }
+        }
+        self.serve(state.ring, node, card);
+    }
+
+    /// A worker holds a ring that this head does not know (of an earlier life of the head, or dissolved): it may forget it.
+    pub(super) fn tell_off(&mut self, node: &str, state: &RingState) {
+        if !self.nodes.get(node).is_some_and(|node| node.connected) {
+            return;
+        }
+        if self.told_off.len() >= TOLD_OFF {
+            // Being told twice does no harm.
+            self.told_off.clear();
+        }
+        if self.told_off.insert((node.to_owned(), state.ring)) {
+            let ring = mesh_proto::Ring {
+                ring: state.ring,
+                // Higher than whatever it was told before.
+                epoch: u32::MAX,
+                reason: "moved: this head does not know the ring any more".into(),
+                ..Default::default()
+            };
+            self.actions.push(Action::Send {
+                node: node.to_owned(),
+                ring,
+            });
+        }
+    }
+
+    /// A worker could not do its part.
+    pub(super) fn unfit(&mut self, node: &str, model: &str, ring: u64, error: &str, now: Instant) {
+        let pause = self.settings.suspect_pause;
+        if let Some(entry) = self.nodes.get_mut(node) {
+            let unfit = entry.unfit.entry(model.to_owned()).or_default();
+            unfit.raise(pause, error, now);
+        }
+        let reason = format!("worker {} failed: {error}", self.name(node));
+        if let Some(ring) = self.rings.get_mut(&ring) {
+            ring.lose(node, reason);
+        }
+    }
+
+    pub(super) fn suspect(&mut self, node: &str, ring: u64, reason: &str, now: Instant) {
+        let name = self.name(node).to_owned();
+        let Some(entry) = self.rings.get_mut(&ring) else {
+            return;
+        };
+        if entry.lost.contains_key(node) {
+            return;
+        }
+        entry.lose(node, format!("worker {name} is lost: {reason}"));
+        if let Some(entry) = self.nodes.get_mut(node) {
+            entry
+                .suspicion
+                .raise(self.settings.suspect_pause, reason, now);
+        }
+        self.actions.push(Action::Note(Note::Suspected {
+            name,
+            reason: reason.to_owned(),
+        }));
+    }
+
+    pub(super) fn settle_suspicions(&mut self, now: Instant) {
+        let mut over = false;
+        for node in self.nodes.values_mut() {
+            over |= node.settle(now);
+        }
+        if over {
+            self.generation += 1;
+        }
+        self.nodes.retain(|_, node| !node.is_forgotten(now));
+    }
+}
+
+const SUSPECTS: usize = 64;
+
+const RECOVERIES: usize = 16;
+
+const TOLD_OFF: usize = 4096;
+
+fn shorten(text: &str) -> String {
+    text.chars().take(ERROR_CHARS).collect()
+}
+
+const ERROR_CHARS: usize = 512;

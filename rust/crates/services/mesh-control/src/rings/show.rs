@@ -1,0 +1,146 @@
+//! What operators are shown of rings.
+
+use std::time::Instant;
+
+use mesh_proto::{ModelCard, PartPhase};
+
+use super::ring::{Part, Ring};
+use super::view::{
+    LeftOutView, PartView, PathView, RecoveryView, RingView, StageView, Unformed, hex,
+};
+use super::{Prospect, Rings};
+
+impl Rings {
+    /// All rings.
+    pub fn view(&self, now: Instant) -> Vec<RingView> {
+        self.rings
+            .values()
+            .map(|ring| self.show(ring, now))
+            .collect()
+    }
+
+    /// Models that could not be planned, and why.
+    pub fn unformed(&self) -> Vec<Unformed> {
+        let impossible = |(model, prospect): (String, Prospect)| match prospect {
+            Prospect::Impossible(reason) => Some(Unformed { model, reason }),
+            Prospect::Coming => None,
+        };
+        self.prospects()
+            .into_iter()
+            .filter_map(impossible)
+            .collect()
+    }
+
+    /// The models of all rings, whether they serve at the moment or not.
+    pub fn cards(&self) -> Vec<ModelCard> {
+        let live = self.rings.values().filter(|ring| ring.retiring.is_none());
+        live.map(|ring| ring.card(None)).collect()
+    }
+
+    /// The last changes of members that drivers reported, oldest first.
+    pub fn recoveries(&self) -> impl Iterator<Item = &RecoveryView> {
+        self.recoveries.iter()
+    }
+
+    /// Why the model's ring does not serve, in a sentence; `None` if it does, or there is none.
+    pub fn not_serving(&self) -> Vec<(String, String)> {
+        let idle = self.rings.values().filter(|ring| {
+            ring.serving_since.is_none() && ring.retiring.is_none() && ring.replaces.is_none()
+        });
+        idle.map(|ring| {
+            let ready = ring
+                .stages
+                .iter()
+                .filter(|stage| stage.member.is_ready())
+                .count();
+            let text = format!(
+                "the ring of {} is {} ({ready} of {} stages are loaded; {})",
+                ring.model,
+                state(ring),
+                ring.stages.len(),
+                ring.hindrance()
+            );
+            (ring.model.clone(), text)
+        })
+        .collect()
+    }
+
+    /// The paths that a worker says it measured.
+    pub fn paths(&self, node: &str) -> Vec<PathView> {
+        let Some(node) = self.nodes.get(node).filter(|node| node.connected) else {
+            return Vec::new();
+        };
+        let paths = node.profile.paths.iter().take(PATHS);
+        let shown = paths.map(|path| PathView {
+            worker: (!path.node_id.is_empty()).then(|| self.name(&path.node_id).to_owned()),
+            round_trip_ms: f64::from(path.rtt_us) / 1e3,
+            bytes_per_second: Some(path.bandwidth).filter(|&rate| rate.is_finite() && rate > 0.0),
+        });
+        shown.collect()
+    }
+
+    fn show(&self, ring: &Ring, now: Instant) -> RingView {
+        let stages = ring.stages.iter().map(|stage| StageView {
+            layers: [stage.layers.start, stage.layers.end],
+            member: self.show_part(&stage.member),
+            standby: stage.standby.as_ref().map(|part| self.show_part(part)),
+            lag_rows: stage.member.lag_rows,
+        });
+        RingView {
+            model: ring.model.clone(),
+            ring: hex(ring.id),
+            epoch: ring.epoch,
+            state: state(ring),
+            reason: ring.reason.clone(),
+            stages: stages.collect(),
+            slots: ring.slots,
+            context: ring.context,
+            kv_tokens: ring.kv_tokens,
+            planned_token_ms: ring.token_us / 1e3,
+            planned_tokens_per_second: ring.tokens_per_second,
+            left_out: ring
+                .left_out
+                .iter()
+                .map(|(worker, reason)| LeftOutView {
+                    worker: worker.clone(),
+                    reason: reason.clone(),
+                })
+                .collect(),
+            age_seconds: now.saturating_duration_since(ring.formed).as_secs_f64(),
+        }
+    }
+
+    fn show_part(&self, part: &Part) -> PartView {
+        let address = self.nodes.get(&part.node).and_then(|node| node.address);
+        PartView {
+            worker: self.name(&part.node).to_owned(),
+            node_id: part.node.clone(),
+            address: address
+                .map(|address| address.to_string())
+                .unwrap_or_default(),
+            phase: match part.phase {
+                PartPhase::Ready => "ready",
+                PartPhase::Failed => "failed",
+                PartPhase::Loading | PartPhase::Unspecified => "loading",
+            },
+            step_ms: f64::from(part.step_us) / 1e3,
+            load_seconds: f64::from(part.load_seconds),
+            prefill_seconds: part.prefill_us as f64 / 1e6,
+            weight_bytes: part.weight_bytes,
+            kv_bytes: part.kv_bytes,
+            kept_bytes: part.kept_bytes,
+        }
+    }
+}
+
+fn state(ring: &Ring) -> &'static str {
+    match (ring.retiring.is_some(), ring.serving_since.is_some()) {
+        (true, _) => "retiring",
+        (false, true) => "serving",
+        (false, false) if ring.epoch > 1 => "recovering",
+        (false, false) => "forming",
+    }
+}
+
+/// Paths of one worker that are shown, at most.
+const PATHS: usize = 256;

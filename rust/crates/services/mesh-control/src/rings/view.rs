@@ -1,0 +1,152 @@
+//! Rings, as operators see them.
+
+use std::time::Instant;
+
+use mesh_proto::Recovery;
+use serde::Serialize;
+
+use super::ring::Ring;
+
+/// A ring, for `/v1/mesh`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RingView {
+    /// Model name.
+    pub model: String,
+    /// Its id, hex.
+    pub ring: String,
+    /// Its epoch.
+    pub epoch: u32,
+    /// `forming`, `serving`, `recovering` or `retiring`.
+    pub state: &'static str,
+    /// Why its members are as they are.
+    pub reason: String,
+    /// In order; the last one's worker is the driver.
+    pub stages: Vec<StageView>,
+    /// Requests at once.
+    pub slots: u32,
+    /// Most tokens of a request.
+    pub context: u32,
+    /// KV memory, tokens.
+    pub kv_tokens: u64,
+    /// Milliseconds per token of one stream, as planned.
+    pub planned_token_ms: f64,
+    /// Tokens per second of many streams, as planned.
+    pub planned_tokens_per_second: f64,
+    /// Workers that have no part, and why.
+    pub left_out: Vec<LeftOutView>,
+    /// Seconds since it was formed.
+    pub age_seconds: f64,
+}
+
+/// A stage.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StageView {
+    /// First layer, one past the last.
+    pub layers: [u32; 2],
+    /// Who runs it.
+    pub member: PartView,
+    /// Who stands by.
+    pub standby: Option<PartView>,
+    /// KV rows that the standby does not have yet.
+    pub lag_rows: u64,
+}
+
+/// A part.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PartView {
+    /// The worker's name.
+    pub worker: String,
+    /// Its node id.
+    pub node_id: String,
+    /// `ip:port` of its ring listener.
+    pub address: String,
+    /// `loading`, `ready` or `failed`.
+    pub phase: &'static str,
+    /// Milliseconds of its last steps, smoothed.
+    pub step_ms: f64,
+    /// Seconds that loading took.
+    pub load_seconds: f64,
+    /// Seconds that its steps of more than a few rows took since then.
+    pub prefill_seconds: f64,
+    /// Bytes of weights.
+    pub weight_bytes: u64,
+    /// Bytes of KV rows.
+    pub kv_bytes: u64,
+    /// Bytes of outputs that it keeps for the next stage's replay.
+    pub kept_bytes: u64,
+}
+
+/// A path that a worker measured.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PathView {
+    /// Name of the worker at its other end; the head if there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub worker: Option<String>,
+    /// Round trip.
+    pub round_trip_ms: f64,
+    /// What its other end receives of it; unknown until it was idle once.
+    pub bytes_per_second: Option<f64>,
+}
+
+/// A worker without a part.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct LeftOutView {
+    /// Its name.
+    pub worker: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// How a ring came through a change of its members.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RecoveryView {
+    /// Model name.
+    pub model: String,
+    /// The ring, hex.
+    pub ring: String,
+    /// The new epoch.
+    pub epoch: u32,
+    /// What had happened.
+    pub reason: String,
+    /// Milliseconds from the last token before to the first one after.
+    pub gap_ms: f64,
+    /// Rows that were computed again.
+    pub rows: u64,
+    /// Requests that ran.
+    pub requests: u32,
+    #[serde(skip)]
+    at: Option<Instant>,
+}
+
+/// A model without a ring, for `/v1/mesh`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Unformed {
+    /// Model name.
+    pub model: String,
+    /// Why.
+    pub reason: String,
+}
+
+impl RecoveryView {
+    pub(super) fn new(ring: &Ring, recovery: &Recovery, now: Instant) -> Self {
+        Self {
+            model: ring.model.clone(),
+            ring: hex(ring.id),
+            epoch: ring.epoch,
+            reason: ring.reason_of_epoch.clone(),
+            gap_ms: recovery.gap_us as f64 / 1e3,
+            rows: recovery.rows,
+            requests: recovery.requests,
+            at: Some(now),
+        }
+    }
+
+    /// When it was reported.
+    pub fn at(&self) -> Option<Instant> {
+        self.at
+    }
+}
+
+pub(super) fn hex(ring: u64) -> String {
+    format!("{ring:016x}")
+}

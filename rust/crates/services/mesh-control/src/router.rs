@@ -1,0 +1,431 @@
+//! Which worker answers a request soonest.
+//!
+//! Only workers that have answered the head's own question get requests ([`Registry::service`]). For each of them the router estimates
+//! the time to the last token from measured speed, load and queue; a conversation whose KV cache a worker holds is cheaper there by the prefill it saves. Workers whose estimates are
+//! within 5 % of the best take turns.
+
+use std::time::{Duration, Instant};
+
+use mesh_proto::ModelKind;
+
+use super::affinity::{Affinity, Prefix};
+use super::fair::Source;
+use super::length::Length;
+use super::registry::{Registry, ServedModel, Service, Worker, WorkerId, batch_gain};
+
+/// What a request needs of a worker.
+#[derive(Debug, Clone, Default)]
+pub struct Ask {
+    /// Model name; empty is any model.
+    pub model: String,
+    /// What is wanted of it.
+    pub purpose: Purpose,
+    /// Tokens of the prompt, estimated.
+    pub prompt_tokens: u32,
+    /// Tokens of the answer, estimated.
+    pub answer_tokens: u32,
+    /// Prefixes of the prompt, shortest first.
+    pub prefixes: Vec<Prefix>,
+    /// A plain DCF task that a v5.0.0 worker may take too.
+    pub legacy: bool,
+    /// Only workers whose model file has this SHA-256: an answer already begun must go on with the same weights.
+    pub fingerprint: Option<String>,
+    /// Workers on which this request failed: taken only when there is no other.
+    pub avoid: Vec<WorkerId>,
+    /// Only workers that act upon all of the request's fields: [`mesh_proto::Generate::revision`].
+    pub revision: u32,
+    /// The source of the request.
+    pub source: Source,
+    /// What can be told of the prompt's length.
+    pub length: Length,
+    /// Workers died that had this request before its first token: no other may share its fate.
+    pub alone: bool,
+}
+
+/// What a request wants of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Purpose {
+    /// Text.
+    #[default]
+    Chat,
+    /// Embeddings.
+    Embed,
+}
+
+impl Purpose {
+    /// Its name in a worker's `reserved_for`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Purpose::Chat => "chat",
+            Purpose::Embed => "embeddings",
+        }
+    }
+
+    /// The models that serve it.
+    pub fn kind(self) -> ModelKind {
+        match self {
+            Purpose::Chat => ModelKind::Chat,
+            Purpose::Embed => ModelKind::Embed,
+        }
+    }
+}
+
+/// The router's answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Choice {
+    /// This worker.
+    Worker(WorkerId, Estimate),
+    /// There are workers for it, all of them full.
+    Busy,
+    /// There is none for it.
+    Nobody,
+}
+
+/// When an answer is expected, counted from now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Estimate {
+    /// To the first token.
+    pub first_token: Duration,
+    /// To the last one.
+    pub finish: Duration,
+}
+
+/// The router: a scoring function and the memory that ties and conversations need.
+#[derive(Debug)]
+pub struct Router {
+    affinity: Affinity,
+    turn: u64,
+    capacity: Capacity,
+}
+
+/// How many requests a worker is given at once.
+#[derive(Debug, Clone, Copy)]
+pub struct Capacity {
+    /// Requests beyond a worker's slots that it is given ahead, so that a freed slot is filled without a round trip.
+    pub ahead: u32,
+    /// Tasks given to one v5.0.0 worker at once.
+    pub legacy: u32,
+}
+
+impl Router {
+    /// A router that has seen nothing yet.
+    pub fn new(capacity: Capacity) -> Self {
+        Self {
+            affinity: Affinity::default(),
+            turn: 0,
+            capacity,
+        }
+    }
+
+    /// Picks a worker. It changes nothing: see [`Router::assigned`].
+    pub fn choose(&self, registry: &Registry, ask: &Ask, now: Instant) -> Choice {
+        let holder = self.affinity.find(&ask.prefixes);
+        let known: Vec<(&Worker, Service)> = registry
+            .iter()
+            .map(|worker| (worker, serves(registry, worker, ask, now)))
+            .filter(|(_, service)| *service != Service::Out)
+            .collect();
+        if known.is_empty() {
+            return Choice::Nobody;
+        }
+        // A worker without an identity is never the first choice, however fast it looks: a worker of the mesh
+        // is waited for.
+        let any_untried_mesh = known
+            .iter()
+            .any(|(worker, _)| !worker.is_legacy() && !ask.avoid.contains(&worker.id));
+        let serving: Vec<&Worker> = known
+            .iter()
+            .filter(|(worker, service)| {
+                *service == Service::Serves && !(any_untried_mesh && worker.is_legacy())
+            })
+            .map(|(worker, _)| *worker)
+            .collect();
+        let untried = |worker: &&&Worker| !ask.avoid.contains(&worker.id);
+        let any_untried = serving.iter().any(|worker| untried(&worker));
+        let any_mesh = serving
+            .iter()
+            .any(|worker| !worker.is_legacy() && (!any_untried || untried(&worker)));
+        let best = Best::of(&serving, ask);
+        let open: Vec<(&Worker, Estimate)> = serving
+            .iter()
+            .filter(|worker| !any_untried || untried(worker))
+            .filter(|worker| !any_mesh || !worker.is_legacy())
+            .filter(|worker| self.has_room(worker, ask, now))
+            .map(|worker| (*worker, estimate(worker, ask, holder, best, now)))
+            .collect();
+
+        let Some(soonest) = open.iter().map(|(_, estimate)| estimate.finish).min() else {
+            return Choice::Busy;
+        };
+        let within = soonest.mul_f64(1.0 + TIE) + TIE_FLOOR;
+        open.iter()
+            .filter(|(_, estimate)| estimate.finish <= within)
+            .min_by_key(|(worker, _)| (!holds(worker, holder), worker.last_turn, worker.id))
+            .map_or(Choice::Busy, |(worker, estimate)| {
+                Choice::Worker(worker.id, *estimate)
+            })
+    }
+
+    /// The largest context for a request and the tokens that it has at least, if it is too long for every worker that serves it.
+    pub(crate) fn too_long(
+        &self,
+        registry: &Registry,
+        ask: &Ask,
+        now: Instant,
+    ) -> Option<(u32, u64)> {
+        let serving = registry
+            .iter()
+            .filter(|worker| serves(registry, worker, ask, now) != Service::Out);
+        let cards = serving.map(|worker| worker.model(&ask.model).map(|model| &model.card));
+        // A worker without an identity says nothing of what it serves.
+        let cards: Option<Vec<_>> = cards.collect();
+        ask.length.exceeds(cards?)
+    }
+
+    /// The worker that a suspect can be alone with soonest.
+    pub(crate) fn emptiest(registry: &Registry, ask: &Ask, now: Instant) -> Option<WorkerId> {
+        let serving = registry
+            .iter()
+            .filter(|worker| serves(registry, worker, ask, now) == Service::Serves);
+        let order = |worker: &&Worker| {
+            let failed = ask.avoid.contains(&worker.id);
+            (failed, worker.unstarted, worker.assigned, worker.id)
+        };
+        serving.min_by_key(order).map(|worker| worker.id)
+    }
+
+    /// The slots to count on of all workers that a request may go to.
+    pub fn slots(registry: &Registry, ask: &Ask, now: Instant) -> usize {
+        let serving = registry
+            .iter()
+            .filter(|worker| serves(registry, worker, ask, now) != Service::Out);
+        let models = serving.filter_map(|worker| worker.model(&ask.model));
+        models.map(|model| model.slots() as usize).sum()
+    }
+
+    /// Whether another worker than `than` answers requests like this one: its opinion can be had.
+    pub fn another(registry: &Registry, ask: &Ask, than: WorkerId, now: Instant) -> bool {
+        registry.iter().any(|worker| {
+            worker.id != than
+                && !worker.is_legacy()
+                && !ask.avoid.contains(&worker.id)
+                && serves(registry, worker, ask, now) == Service::Serves
+        })
+    }
+
+    /// Notes that `worker` was given this request.
+    pub fn assigned(&mut self, registry: &mut Registry, worker: WorkerId, ask: &Ask) {
+        self.turn += 1;
+        if let Some(worker) = registry.get_mut(worker) {
+            worker.last_turn = self.turn;
+            if !worker.is_legacy() {
+                self.affinity.note(&ask.prefixes, worker.id);
+            }
+        }
+    }
+
+    /// Whether a worker has a good part of this prompt in its cache, as far as the head knows.
+    pub(crate) fn is_cached(&self, ask: &Ask, worker: WorkerId) -> bool {
+        let held = self.affinity.find(&ask.prefixes);
+        held.is_some_and(|(holder, tokens)| holder == worker && tokens > ask.prompt_tokens / 8)
+    }
+
+    /// Forgets a worker that left.
+    pub fn left(&mut self, worker: WorkerId) {
+        self.affinity.forget(worker);
+    }
+
+    fn has_room(&self, worker: &Worker, ask: &Ask, now: Instant) -> bool {
+        if worker.busy_until.is_some_and(|until| now < until) {
+            return false;
+        }
+        let lasts = |until: Option<Instant>| until.is_some_and(|until| now < until);
+        if lasts(worker.alone) || !ask.alone && lasts(worker.reserved_until) {
+            return false;
+        }
+        // Requests wait there though slots are free: memory is short. They had better wait here, where whoever has room takes them.
+        if worker.queues(&ask.model, self.capacity.ahead, now) {
+            return false;
+        }
+        let capacity = match worker.model(&ask.model) {
+            Some(model) => model.slots().saturating_add(self.capacity.ahead),
+            None => self.capacity.legacy,
+        };
+        // The cause of another death must be plain: so at once, and where nobody else waits for a first token.
+        if ask.alone && worker.unstarted > 0 {
+            return false;
+        }
+        let ahead = if ask.alone { self.capacity.ahead } else { 0 };
+        worker.assigned < capacity.saturating_sub(ahead).max(1)
+    }
+}
+
+/// What a worker has for a request.
+#[derive(Clone, Copy)]
+enum Has<'a> {
+    Model(&'a ServedModel),
+    /// It has no identity, and takes plain tasks.
+    Tasks,
+}
+
+/// Whether a worker gets this request.
+fn serves(registry: &Registry, worker: &Worker, ask: &Ask, now: Instant) -> Service {
+    let another = || {
+        let mut others = registry.iter().filter(|other| other.id != worker.id);
+        others.any(|other| can_replace(registry, other, worker, ask, now))
+    };
+    match has(worker, ask) {
+        None => Service::Out,
+        Some(Has::Tasks) => registry.legacy_service(worker, now, another),
+        Some(Has::Model(model)) => {
+            let weights = has_weights(registry, model, ask, now);
+            weights.max(registry.service_beside(worker, model, now, another))
+        }
+    }
+}
+
+/// What `worker` has for this request, whether it answers or not.
+fn has<'a>(worker: &'a Worker, ask: &Ask) -> Option<Has<'a>> {
+    // The driver of a ring answers until the ring has moved away from it.
+    let moves = |model: &ServedModel| model.ring.is_some();
+    if worker.draining && !worker.model(&ask.model).is_some_and(moves) {
+        return None;
+    }
+    if worker.request_revision < ask.revision {
+        return None;
+    }
+    if worker.is_legacy() {
+        return ask.legacy.then_some(Has::Tasks);
+    }
+    // Whoever is kept for something else holds this model for other meshes, or by mistake.
+    if !worker.is_for(ask.purpose.name()) {
+        return None;
+    }
+    let same_kind = |model: &&ServedModel| model.card.kind() == ask.purpose.kind();
+    worker.model(&ask.model).filter(same_kind).map(Has::Model)
+}
+
+/// Whether a model has the weights that this request wants: those of an answer begun, else those that its name stands for.
+fn has_weights(registry: &Registry, model: &ServedModel, ask: &Ask, now: Instant) -> Service {
+    match &ask.fingerprint {
+        None => registry.has_name(model, now),
+        Some(wanted) if *wanted == model.card.fingerprint => Service::Serves,
+        Some(_) => Service::Out,
+    }
+}
+
+/// Whether `other` answers this request while `paused` is left alone.
+fn can_replace(
+    registry: &Registry,
+    other: &Worker,
+    paused: &Worker,
+    ask: &Ask,
+    now: Instant,
+) -> bool {
+    match has(other, ask) {
+        None => false,
+        // Without an identity it is no better than one that has one and failed.
+        Some(Has::Tasks) => {
+            let until = registry.reputation.paused_until(&other.key(), "", now);
+            paused.is_legacy() && until.is_none()
+        }
+        Some(Has::Model(model)) => {
+            ask.length.exceeds([&model.card]).is_none()
+                && has_weights(registry, model, ask, now) == Service::Serves
+                && registry.can_replace(other, model, now)
+        }
+    }
+}
+
+/// The best speeds that were measured on any worker for a model: nobody's claim counts for more.
+#[derive(Debug, Clone, Copy, Default)]
+struct Best {
+    decode: Option<f64>,
+    prefill: Option<f64>,
+}
+
+impl Best {
+    fn of(serving: &[&Worker], ask: &Ask) -> Self {
+        let models = || serving.iter().filter_map(|worker| worker.model(&ask.model));
+        let most = |rates: &mut dyn Iterator<Item = f64>| rates.reduce(f64::max);
+        Self {
+            decode: most(&mut models().filter_map(|model| model.decode.rate())),
+            prefill: most(&mut models().filter_map(|model| model.prefill.rate())),
+        }
+    }
+}
+
+fn holds(worker: &Worker, holder: Option<(WorkerId, u32)>) -> bool {
+    holder.is_some_and(|(id, _)| id == worker.id)
+}
+
+fn estimate(
+    worker: &Worker,
+    ask: &Ask,
+    holder: Option<(WorkerId, u32)>,
+    best: Best,
+    now: Instant,
+) -> Estimate {
+    match worker.model(&ask.model) {
+        Some(model) => estimate_mesh(worker, model, ask, holder, best, now),
+        None => estimate_legacy(worker),
+    }
+}
+
+fn estimate_mesh(
+    worker: &Worker,
+    model: &ServedModel,
+    ask: &Ask,
+    holder: Option<(WorkerId, u32)>,
+    best: Best,
+    now: Instant,
+) -> Estimate {
+    let slots = model.slots();
+    let batch = worker.active().saturating_add(1).min(slots);
+    let cached = holder
+        .filter(|(id, _)| *id == worker.id)
+        .map_or(0, |(_, tokens)| tokens);
+    let own = u64::from(ask.prompt_tokens.saturating_sub(cached));
+    let to_prefill = worker.prefilling.max(worker.load.prefill_backlog);
+    let to_prefill = to_prefill.saturating_add(own);
+
+    let decode_tps = model.decode.believed(model.decode_tps, best.decode);
+    let prefill_tps = model.prefill.believed(model.prefill_tps, best.prefill);
+    let total_tps = known(decode_tps, ASSUMED_DECODE_TPS) * batch_gain(batch);
+    let answer = f64::from(ask.answer_tokens) * f64::from(batch) / total_tps;
+    let prefill = to_prefill as f64 / known(prefill_tps, ASSUMED_PREFILL_TPS) + model.delay(now);
+    // Requests that must end before a slot is free; each takes about as long as this answer, `slots` end in parallel.
+    let ahead = worker.active().saturating_sub(slots - 1);
+    let wait = f64::from(ahead) * answer / f64::from(slots);
+    Estimate {
+        first_token: seconds(wait + prefill),
+        finish: seconds(wait + prefill + answer),
+    }
+}
+
+fn estimate_legacy(worker: &Worker) -> Estimate {
+    let finish = known(worker.task_seconds, ASSUMED_TASK_SECONDS) * f64::from(worker.assigned + 1);
+    Estimate {
+        first_token: seconds(finish),
+        finish: seconds(finish),
+    }
+}
+
+fn known(value: f64, assumed: f64) -> f64 {
+    if value > 0.0 { value } else { assumed }
+}
+
+fn seconds(value: f64) -> Duration {
+    Duration::try_from_secs_f64(value.min(LONGEST_SECONDS)).unwrap_or_default()
+}
+
+/// Estimates this close to each other are equal; nearer than this they are not known.
+const TIE: f64 = 0.05;
+const TIE_FLOOR: Duration = Duration::from_millis(1);
+const ASSUMED_DECODE_TPS: f64 = 20.0;
+const ASSUMED_PREFILL_TPS: f64 = 200.0;
+const ASSUMED_TASK_SECONDS: f64 = 5.0;
+const LONGEST_SECONDS: f64 = 86_400.0;
+
+#[cfg(test)]
+mod tests;

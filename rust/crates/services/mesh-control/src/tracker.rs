@@ -1,0 +1,505 @@
+//! Which worker has which pieces of which model, who seeks them, and who goes outside the mesh for them.
+//!
+//! Workers say what they hold and seek ([`Tracker::said`]). [`Tracker::poll`] compares what each should be told with what it was
+//! told, so that an event which comes late or twice changes nothing.
+//!
+//! For each model of which pieces are sought that nobody holds, one of the workers that could get it from outside the mesh has the
+//! *download*. It keeps it while it makes progress; when it is gone, fails or stands still, another one has it. All others wait and
+//! take the pieces from it as they come.
+//!
+//! What a name means is not left to who claims it last or loudest: see `pins`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Instant;
+
+use mesh_proto::{HeldModel, ModelSources, Models, Seat, SoughtModel, Sources};
+use mesh_share::PieceSet;
+
+mod conflicts;
+mod downloads;
+mod names;
+mod pins;
+mod show;
+mod view;
+
+#[cfg(test)]
+mod tests;
+
+pub use pins::{Conflict, Pin, PinError, Pins};
+use pins::{Conflicts, is_fingerprint, is_name};
+pub use view::{HolderView, SeekerView, TrackedModel};
+
+/// See the module's page.
+#[derive(Debug, Clone, Default)]
+pub struct Tracker {
+    nodes: BTreeMap<String, Node>,
+    downloads: BTreeMap<Key, Download>,
+    /// Who failed on a download, and when it may try again.
+    failures: BTreeMap<(Key, String), Failure>,
+    /// By model and accused: who says that it sent bad pieces.
+    accused: BTreeMap<(String, String), BTreeSet<String>>,
+    pins: Pins,
+    conflicts: Conflicts,
+    changed: bool,
+    /// When something may have to be decided without an event.
+    timer: Option<Instant>,
+    actions: Vec<Action>,
+}
+
+/// What the shell is to do.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Tell this worker where to get what it seeks.
+    Tell {
+        /// Node id.
+        node: String,
+        /// The message.
+        sources: Sources,
+    },
+    /// Something for the log and the metrics.
+    Note(Note),
+    /// Keep the pins, see [`Tracker::pins`].
+    KeepPins,
+}
+
+/// What happened, for the log and the metrics.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Note {
+    /// A worker gets a model from outside the mesh from now on.
+    Download {
+        /// What the model is sought by.
+        model: String,
+        /// Name of the worker.
+        worker: String,
+        /// Why not another one any more, if one had the download before.
+        instead: Option<String>,
+    },
+    /// A worker could not get a model from outside the mesh.
+    Failed {
+        /// What the model is sought by.
+        model: String,
+        /// Name of the worker.
+        worker: String,
+        /// Why.
+        reason: String,
+    },
+    /// A worker says that another one sent it something else than the manifest says.
+    Bad {
+        /// Fingerprint of the model.
+        model: String,
+        /// Name of the accused.
+        accused: String,
+        /// Name of the accuser.
+        accuser: String,
+        /// What was wrong.
+        reason: String,
+    },
+    /// Several models claim one name.
+    Conflict(Conflict),
+    /// The worker that had the model of this name first replaced it, and nobody had the old one any more.
+    Moved {
+        /// The name.
+        model: String,
+        /// Name of the worker.
+        worker: String,
+        /// What the name meant.
+        before: String,
+        /// What it means now.
+        now: String,
+    },
+}
+
+/// A worker.
+#[derive(Debug, Clone, Default)]
+struct Node {
+    name: String,
+    /// Where other workers reach it; `None` if they do not.
+    address: Option<SocketAddr>,
+    /// Other addresses of its machine, as it says.
+    others: Vec<IpAddr>,
+    /// The head's own address on the way to it.
+    head_ip: Option<IpAddr>,
+    held: BTreeMap<String, Held>,
+    sought: Vec<Sought>,
+    told: Option<Sources>,
+}
+
+#[derive(Debug, Clone)]
+struct Held {
+    names: Vec<String>,
+    bytes: u64,
+    pieces: PieceSet,
+    signed: bool,
+}
+
+impl Held {
+    /// Whether there is anything here that goes by this name: of a model that was replaced, only the manifest may be left.
+    fn is_called(&self, name: &str) -> bool {
+        !self.pieces.is_empty() && self.names.iter().any(|own| own.eq_ignore_ascii_case(name))
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Sought {
+    model: SoughtModel,
+    /// What it lacks; `None` while the manifest is unknown to it.
+    missing: Option<PieceSet>,
+}
+
+impl Sought {
+    /// Whether the seeker will not take this one, whatever it is called.
+    fn rejects(&self, fingerprint: &str) -> bool {
+        rejects(&self.model, fingerprint)
+    }
+}
+
+fn rejects(sought: &SoughtModel, fingerprint: &str) -> bool {
+    let mut rejected = sought.refused.iter().chain(&sought.unusable);
+    rejected.any(|rejected| rejected == fingerprint)
+}
+
+/// A model that is sought: by its fingerprint where that is known, by its name otherwise.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Key {
+    Fingerprint(String),
+    Name(String),
+}
+
+#[derive(Debug, Clone)]
+struct Download {
+    node: String,
+    /// Bytes at its last report, and since when they are so many.
+    bytes: u64,
+    since: Instant,
+}
+
+#[derive(Debug, Clone)]
+struct Failure {
+    until: Instant,
+    times: u32,
+}
+
+impl Tracker {
+    /// Knows of nobody.
+    pub fn new() -> Self {
+        Tracker::default()
+    }
+
+    /// The same with pins that were kept.
+    #[must_use]
+    pub fn with_pins(mut self, pins: Pins) -> Self {
+        self.pins = pins;
+        self
+    }
+
+    /// A worker's link is up. `head_ip` is the head's own address on the way to it.
+    pub fn joined(&mut self, node: &str, name: &str, head_ip: Option<IpAddr>) {
+        let entry = Node {
+            name: name.to_owned(),
+            head_ip,
+            ..Node::default()
+        };
+        self.nodes.insert(node.to_owned(), entry);
+        self.changed = true;
+    }
+
+    /// A worker that has just joined says that its machine has these addresses.
+    pub fn has_addresses(&mut self, node: &str, others: Vec<IpAddr>) {
+        if let Some(entry) = self.nodes.get_mut(node) {
+            entry.others = others;
+        }
+    }
+
+    /// A worker is reached at this address from now on.
+    pub fn moved(&mut self, node: &str, ip: IpAddr) {
+        if let Some(address) = self
+            .nodes
+            .get_mut(node)
+            .and_then(|node| node.address.as_mut())
+        {
+            address.set_ip(ip);
+            self.changed = true;
+        }
+    }
+
+    /// A worker's link is closed.
+    pub fn left(&mut self, node: &str) {
+        if self.nodes.remove(node).is_none() {
+            return;
+        }
+        // A worker that comes back may have been mended.
+        self.accused.retain(|(_, accused), _| accused != node);
+        for accusers in self.accused.values_mut() {
+            accusers.remove(node);
+        }
+        self.changed = true;
+    }
+
+    /// A worker, which others reach at `address`, says what it holds and seeks.
+    pub fn said(&mut self, node: &str, address: Option<SocketAddr>, models: Models, now: Instant) {
+        let Some(entry) = self.nodes.get_mut(node) else {
+            return;
+        };
+        entry.address = address.filter(|_| models.port != 0);
+        entry.held = models
+            .held
+            .into_iter()
+            .take(MOST_MODELS)
+            .filter_map(held)
+            .collect();
+        entry.sought = models
+            .sought
+            .into_iter()
+            .take(MOST_MODELS)
+            .filter_map(sought)
+            .collect();
+        let accuser = entry.name.clone();
+        for bad in models.bad.into_iter().take(MOST_MODELS) {
+            // What nobody says that he has is no accusation; so there are no more of those than of holders.
+            let accused = self.nodes.get(&bad.node_id).filter(|accused| {
+                bad.node_id != node && accused.held.contains_key(&bad.fingerprint)
+            });
+            let Some(accused) = accused else {
+                continue;
+            };
+            let key = (bad.fingerprint.clone(), bad.node_id);
+            if self.accused.entry(key).or_default().insert(node.to_owned()) {
+                self.actions.push(Action::Note(Note::Bad {
+                    model: bad.fingerprint,
+                    accused: accused.name.clone(),
+                    accuser: accuser.clone(),
+                    reason: shorten(&bad.reason),
+                }));
+            }
+        }
+        self.pin_downloads(node);
+        self.note_progress(node, now);
+        self.changed = true;
+    }
+
+    /// What is to be done by now; to be called after events and now and then.
+    pub fn poll(&mut self, now: Instant) -> Vec<Action> {
+        if self.changed || self.timer.is_some_and(|timer| timer <= now) {
+            self.changed = false;
+            self.settle_pins();
+            self.find_conflicts(now);
+            self.settle_downloads(now);
+            self.tell();
+        }
+        std::mem::take(&mut self.actions)
+    }
+
+    /// Tells every worker what it should know and was not told.
+    fn tell(&mut self) {
+        let mut news = Vec::new();
+        for (node, entry) in &self.nodes {
+            if entry.sought.is_empty() && entry.told.is_none() {
+                continue;
+            }
+            let models = entry.sought.iter();
+            let sources = Sources {
+                models: models
+                    .map(|sought| self.sources_of(node, entry, sought))
+                    .collect(),
+            };
+            if entry.told.as_ref() != Some(&sources) {
+                news.push((node.clone(), sources));
+            }
+        }
+        for (node, sources) in news {
+            if let Some(entry) = self.nodes.get_mut(&node) {
+                entry.told = Some(sources.clone());
+            }
+            self.actions.push(Action::Tell { node, sources });
+        }
+    }
+
+    fn sources_of(&self, node: &str, entry: &Node, sought: &Sought) -> ModelSources {
+        let key = self.key(&sought.model);
+        let fingerprint = match &key {
+            Key::Fingerprint(fingerprint) => fingerprint.clone(),
+            Key::Name(_) => String::new(),
+        };
+        let mut holders: Vec<(u32, &String, SocketAddr, &Node)> = self
+            .nodes
+            .iter()
+            .filter(|(other, _)| *other != node)
+            .filter(|(other, _)| !self.is_banned(&fingerprint, other, Some(node)))
+            .filter_map(|(other, holder)| {
+                let pieces = holder.held.get(&fingerprint)?.pieces.len();
+                Some((pieces, other, holder.address?, holder))
+            })
+            .collect();
+        // Those with most first, should there be more than are told.
+        holders.sort_by(|a, b| b.0.cmp(&a.0).then_with(|| a.1.cmp(b.1)));
+        holders.truncate(MOST_SEATS);
+        // In an order that does not change with every piece that comes.
+        holders.sort_by(|a, b| a.1.cmp(b.1));
+        let seats = holders.into_iter().map(|(_, other, address, holder)| Seat {
+            addresses: holder
+                .others
+                .iter()
+                .map(|ip| SocketAddr::new(*ip, address.port()).to_string())
+                .collect(),
+            node_id: other.clone(),
+            name: holder.name.clone(),
+            address: self.reach(entry, address).to_string(),
+        });
+        let download = self.downloads.get(&key);
+        let origin = download.is_some_and(|download| download.node == node);
+        let for_others = origin.then(|| {
+            let mut others = self.uncovered(&fingerprint);
+            if let Some(own) = &sought.missing {
+                others.subtract(own);
+            }
+            others
+        });
+        let pin = self.pins.get(&sought.model.name);
+        ModelSources {
+            name: sought.model.name.clone(),
+            fingerprint,
+            seats: seats.collect(),
+            origin,
+            origin_worker: download
+                .map_or_else(String::new, |download| self.name_of(&download.node)),
+            for_others: for_others
+                .filter(|others| !others.is_empty())
+                .map(|others| others.to_proto()),
+            pin: pin.map_or_else(String::new, |pin| pin.fingerprint.clone()),
+            disputed: self.is_disputed(&sought.model.name),
+            pinned_by_operator: pin.is_some_and(|pin| pin.operator),
+        }
+    }
+
+    /// Where `from` reaches a worker that the head sees at `address`: one on the head's own machine is where the head is.
+    fn reach(&self, from: &Node, address: SocketAddr) -> SocketAddr {
+        let own = from
+            .address
+            .is_none_or(|address| address.ip().is_loopback());
+        match from.head_ip {
+            Some(ip) if address.ip().is_loopback() && !own => SocketAddr::new(ip, address.port()),
+            _ => address,
+        }
+    }
+
+    /// Whether what this worker has of a model does not count: for one that accuses it, or for all, if two do.
+    fn is_banned(&self, fingerprint: &str, node: &str, asker: Option<&str>) -> bool {
+        let key = (fingerprint.to_owned(), node.to_owned());
+        self.accused.get(&key).is_some_and(|accusers| {
+            accusers.len() >= ACCUSERS || asker.is_some_and(|asker| accusers.contains(asker))
+        })
+    }
+
+    fn key(&self, model: &SoughtModel) -> Key {
+        if !model.fingerprint.is_empty() {
+            return Key::Fingerprint(model.fingerprint.clone());
+        }
+        match self.resolve(model) {
+            Some(fingerprint) => Key::Fingerprint(fingerprint),
+            None => Key::Name(model.name.clone()),
+        }
+    }
+
+    /// The model that goes by the name that is sought: the pinned one; without a pin, or where the seeker will not take that, the
+    /// one that most workers hold whole, then the one that most have anything of.
+    fn resolve(&self, sought: &SoughtModel) -> Option<String> {
+        let name = &sought.name;
+        let pin = self.pins.get(name);
+        // What the hub says against an operator's pin is of no account.
+        let rejects = |fingerprint: &str| match pin {
+            Some(pin) if pin.operator && pin.fingerprint == fingerprint => {
+                sought.unusable.contains(&pin.fingerprint)
+            }
+            _ => rejects(sought, fingerprint),
+        };
+        let mut found: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
+        for entry in self.nodes.values().filter(|node| node.address.is_some()) {
+            for (fingerprint, held) in &entry.held {
+                let taken = held.is_called(name) && !rejects(fingerprint);
+                if taken && (held.signed || !sought.signed_only) {
+                    let count = found.entry(fingerprint).or_default();
+                    count.0 += usize::from(held.pieces.is_all());
+                    count.1 += 1;
+                }
+            }
+        }
+        let pin = pin.map(|pin| &pin.fingerprint);
+        if let Some(pin) = pin.filter(|pin| !rejects(pin)) {
+            if found.contains_key(pin.as_str()) {
+                return Some(pin.clone());
+            }
+            if !sought.signed_only {
+                return None;
+            }
+        }
+        let best = found
+            .into_iter()
+            .max_by(|(a, x), (b, y)| x.cmp(y).then_with(|| b.cmp(a)));
+        best.map(|(fingerprint, _)| fingerprint.to_owned())
+    }
+
+    /// What people call a sought model.
+    fn title(&self, key: &Key) -> String {
+        match key {
+            Key::Name(name) => name.clone(),
+            Key::Fingerprint(fingerprint) => {
+                let sought = self.nodes.values().flat_map(|node| &node.sought);
+                let mut named = sought.filter(|sought| self.key(&sought.model) == *key);
+                named
+                    .next()
+                    .map_or_else(|| fingerprint.clone(), |s| s.model.name.clone())
+            }
+        }
+    }
+
+    fn name_of(&self, node: &str) -> String {
+        let known = self.nodes.get(node).map(|node| node.name.clone());
+        known.unwrap_or_else(|| node.to_owned())
+    }
+}
+
+/// What a worker holds, if it makes sense.
+fn held(model: HeldModel) -> Option<(String, Held)> {
+    let pieces = PieceSet::from_proto(model.pieces.as_ref()?).ok()?;
+    is_fingerprint(&model.fingerprint).then(|| {
+        let names = model.names.into_iter().filter(|name| is_name(name));
+        let held = Held {
+            names: names.take(MOST_NAMES).collect(),
+            bytes: model.bytes,
+            pieces,
+            signed: model.signed,
+        };
+        (model.fingerprint, held)
+    })
+}
+
+/// What a worker seeks, if it makes sense.
+fn sought(mut model: SoughtModel) -> Option<Sought> {
+    for rejected in [&mut model.refused, &mut model.unusable] {
+        rejected.truncate(MOST_REFUSED);
+        rejected.retain(|fingerprint| is_fingerprint(fingerprint));
+    }
+    let missing = match &model.missing {
+        Some(pieces) => Some(PieceSet::from_proto(pieces).ok()?),
+        None => None,
+    };
+    let known = model.fingerprint.is_empty() || is_fingerprint(&model.fingerprint);
+    (known && is_name(&model.name)).then_some(Sought { model, missing })
+}
+
+/// What others wrote, as far as it belongs into a log.
+fn shorten(text: &str) -> String {
+    let clean = text.chars().filter(|c| !c.is_control());
+    clean.take(REASON_CHARS).collect()
+}
+/// Workers that must accuse another one before nobody is sent to it any more: one alone may be wrong, or lie.
+const ACCUSERS: usize = 2;
+/// Sources that a worker is told of.
+const MOST_SEATS: usize = 32;
+/// Models that a worker may hold, and seek.
+const MOST_MODELS: usize = 256;
+const MOST_NAMES: usize = 16;
+/// Manifests that a worker may refuse under one name.
+const MOST_REFUSED: usize = 16;
+const REASON_CHARS: usize = 300;

@@ -1,0 +1,214 @@
+//! Names that several models claim.
+//!
+//! One worker alone cannot make a conflict: its own claims differ only while it replaces a model, and what it makes up is of no
+//! account to others. Nor can a few workers hide one, or fill the log: of what is told each has its part.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use super::pins::key;
+use super::{Action, Conflict, Note, Tracker};
+
+/// A name with those who claim it.
+struct Claimed {
+    conflict: Conflict,
+    /// Ids of the nodes that hold something under it.
+    holders: BTreeSet<String>,
+    /// These, those who refuse what it is pinned to, and those that made the pin.
+    involved: BTreeSet<String>,
+    is_sought: bool,
+}
+
+impl Claimed {
+    fn new(name: &str) -> Self {
+        Claimed {
+            conflict: Conflict {
+                name: name.to_owned(),
+                claims: BTreeMap::new(),
+                pinned: None,
+                decided: false,
+                refused_by: Vec::new(),
+                served: false,
+            },
+            holders: BTreeSet::new(),
+            involved: BTreeSet::new(),
+            is_sought: false,
+        }
+    }
+
+    fn is_conflict(&self) -> bool {
+        let Conflict {
+            claims,
+            pinned,
+            decided,
+            refused_by,
+            ..
+        } = &self.conflict;
+        let of_pin = pinned.as_ref().and_then(|pin| claims.get(pin));
+        let is_gone = of_pin.is_some_and(Vec::is_empty);
+        let differ = claims.len() > 1 && (self.holders.len() > 1 || is_gone || *decided);
+        (differ || !refused_by.is_empty()) && (*decided || self.involved.len() > 1)
+    }
+}
+
+impl Tracker {
+    /// Names that several models claim, and why nobody should take either of them unseen: those that matter most.
+    pub fn conflicts(&self) -> Vec<Conflict> {
+        self.conflicts.told.values().cloned().collect()
+    }
+
+    /// Whether a name is claimed for several models, and no operator has decided.
+    pub(super) fn is_disputed(&self, name: &str) -> bool {
+        self.conflicts.disputed.contains(&key(name))
+    }
+
+    /// Finds names that several models claim, and tells of those that are news.
+    pub(super) fn find_conflicts(&mut self, now: Instant) {
+        let mut names = self.claimed();
+        self.move_pins(&names, now);
+        for pin in self.pins.list() {
+            let Some(claimed) = names.get_mut(&key(&pin.name)) else {
+                continue;
+            };
+            let conflict = &mut claimed.conflict;
+            conflict.name.clone_from(&pin.name);
+            conflict.pinned = Some(pin.fingerprint.clone());
+            conflict.decided = pin.operator;
+            conflict.claims.entry(pin.fingerprint.clone()).or_default();
+            let made_by = [&pin.node, &pin.holder];
+            claimed.involved.extend(made_by.into_iter().cloned());
+        }
+        for (id, node) in &self.nodes {
+            for sought in &node.sought {
+                let Some(claimed) = names.get_mut(&key(&sought.model.name)) else {
+                    continue;
+                };
+                claimed.is_sought = true;
+                let pinned = claimed.conflict.pinned.as_ref();
+                if pinned.is_some_and(|pin| sought.model.refused.contains(pin)) {
+                    claimed.conflict.refused_by.push(node.name.clone());
+                    claimed.involved.insert(id.clone());
+                }
+            }
+        }
+        names.retain(|_, claimed| claimed.is_conflict());
+        let disputed = names.iter().filter(|(_, one)| !one.conflict.decided);
+        self.conflicts.disputed = disputed.map(|(name, _)| name.clone()).collect();
+        let told = select(names);
+        for (name, claimed) in &told {
+            if !self.conflicts.told.contains_key(name) && self.is_news(name, &claimed.involved, now)
+            {
+                let note = Note::Conflict(claimed.conflict.clone());
+                self.actions.push(Action::Note(note));
+            }
+        }
+        let told = told.into_iter();
+        self.conflicts.told = told.map(|(name, one)| (name, one.conflict)).collect();
+    }
+
+    /// Who holds something under which name, in lower case.
+    fn claimed(&self) -> BTreeMap<String, Claimed> {
+        let mut names: BTreeMap<String, Claimed> = BTreeMap::new();
+        let reached = self.nodes.iter();
+        for (id, node) in reached.filter(|(_, node)| node.address.is_some()) {
+            let held = node.held.iter();
+            for (fingerprint, held) in held.filter(|(_, held)| !held.pieces.is_empty()) {
+                let keys: BTreeSet<String> = held.names.iter().map(|name| key(name)).collect();
+                for name in keys {
+                    let new = || Claimed::new(&name);
+                    let claimed = names.entry(name.clone()).or_insert_with(new);
+                    let claims = &mut claimed.conflict.claims;
+                    let workers = claims.entry(fingerprint.clone()).or_default();
+                    workers.push(node.name.clone());
+                    claimed.holders.insert(id.clone());
+                    claimed.involved.insert(id.clone());
+                }
+            }
+        }
+        names
+    }
+
+    /// Has a name go with its model where the worker that had it first replaced that: while nobody else has the old one, or claims
+    /// the name for a third, there is nothing that the pin would protect.
+    fn move_pins(&mut self, names: &BTreeMap<String, Claimed>, now: Instant) {
+        let mut moved = Vec::new();
+        for (name, pin) in &mut self.pins.0 {
+            let Some(claimed) = names.get(name).filter(|_| !pin.operator) else {
+                continue;
+            };
+            let mut claims = claimed.conflict.claims.keys();
+            if let (Some(only), None) = (claims.next(), claims.next())
+                && *only != pin.fingerprint
+                && claimed.holders.contains(&pin.holder)
+            {
+                let before = std::mem::replace(&mut pin.fingerprint, only.clone());
+                let note = Note::Moved {
+                    model: pin.name.clone(),
+                    worker: pin.worker.clone(),
+                    before,
+                    now: only.clone(),
+                };
+                moved.push((name.clone(), pin.holder.clone(), note));
+            }
+        }
+        for (name, holder, note) in moved {
+            self.actions.push(Action::KeepPins);
+            if self.is_news(&name, &[holder].into(), now) {
+                self.actions.push(Action::Note(note));
+            }
+        }
+    }
+
+    /// Whether the log should have this of a name: once in a while, and not for ever of the same nodes.
+    fn is_news(&mut self, name: &str, involved: &BTreeSet<String>, now: Instant) -> bool {
+        let noted = &mut self.conflicts.noted;
+        noted.retain(|_, (at, _)| now.saturating_duration_since(*at) < NOTED_FOR);
+        let notes_of = |node: &String| {
+            let of_node = noted.values().filter(|(_, nodes)| nodes.contains(node));
+            of_node.count()
+        };
+        let is_news =
+            !noted.contains_key(name) && involved.iter().any(|node| notes_of(node) < MOST_NOTES);
+        if is_news {
+            noted.insert(name.to_owned(), (now, involved.clone()));
+        }
+        is_news
+    }
+}
+
+/// As many as are told of: first those that an operator decided about or somebody waits for, and some of each node's.
+fn select(names: BTreeMap<String, Claimed>) -> BTreeMap<String, Claimed> {
+    let mut ranked: Vec<(String, Claimed)> = names.into_iter().collect();
+    ranked.sort_by_key(|(_, one)| {
+        let several = one.holders.len() > 1;
+        Reverse((one.conflict.decided, one.is_sought, several))
+    });
+    let mut shares: BTreeMap<String, usize> = BTreeMap::new();
+    let (mut first, mut rest) = (Vec::new(), Vec::new());
+    for (name, claimed) in ranked {
+        let share = |node: &String| shares.get(node).copied().unwrap_or(0);
+        let has_room = claimed
+            .involved
+            .iter()
+            .any(|node| share(node) < MOST_OF_NODE);
+        if has_room {
+            for node in &claimed.involved {
+                *shares.entry(node.clone()).or_default() += 1;
+            }
+            first.push((name, claimed));
+        } else {
+            rest.push((name, claimed));
+        }
+    }
+    first.extend(rest);
+    first.truncate(MOST_CONFLICTS);
+    first.into_iter().collect()
+}
+
+/// Conflicts that are told of, and those among them that are about the same nodes while there are others.
+const MOST_CONFLICTS: usize = 64;
+const MOST_OF_NODE: usize = 8;
+/// For how long a name that the log had is no news, and names of one node that it has in that time.
+const NOTED_FOR: Duration = Duration::from_secs(600);
+const MOST_NOTES: usize = 32;

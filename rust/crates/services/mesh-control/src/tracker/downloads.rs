@@ -1,0 +1,177 @@
+//! Downloads: which worker gets a model from outside the mesh.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use mesh_share::PieceSet;
+
+use super::{Action, Download, Failure, Key, Note, Tracker, shorten};
+
+impl Tracker {
+    /// Takes in how far the downloads of a worker are, and which of them failed.
+    pub(super) fn note_progress(&mut self, node: &str, now: Instant) {
+        let Some(entry) = self.nodes.get(node) else {
+            return;
+        };
+        let mut failed = Vec::new();
+        for sought in &entry.sought {
+            let key = self.key(&sought.model);
+            if !sought.model.origin_error.is_empty() {
+                let had = self
+                    .downloads
+                    .get(&key)
+                    .is_some_and(|download| download.node == node);
+                if had {
+                    failed.push((key, sought.model.origin_error.clone()));
+                }
+            } else if let Some(download) = self.downloads.get_mut(&key)
+                && download.node == node
+                && download.bytes != sought.model.origin_bytes
+            {
+                download.bytes = sought.model.origin_bytes;
+                download.since = now;
+            }
+        }
+        for (key, reason) in failed {
+            self.fail(&key, &shorten(&reason), now);
+        }
+    }
+
+    /// Takes a download away from who failed on it.
+    pub(super) fn fail(&mut self, key: &Key, reason: &str, now: Instant) {
+        let Some(download) = self.downloads.remove(key) else {
+            return;
+        };
+        let failure = self
+            .failures
+            .entry((key.clone(), download.node.clone()))
+            .or_insert(Failure {
+                until: now,
+                times: 0,
+            });
+        let pause = FIRST_PAUSE.saturating_mul(1 << failure.times.min(10));
+        failure.until = now + pause.min(LONGEST_PAUSE);
+        failure.times += 1;
+        self.actions.push(Action::Note(Note::Failed {
+            model: self.title(key),
+            worker: self.name_of(&download.node),
+            reason: reason.to_owned(),
+        }));
+    }
+
+    /// Gives every download to one worker.
+    pub(super) fn settle_downloads(&mut self, now: Instant) {
+        let stalled: Vec<Key> = self
+            .downloads
+            .iter()
+            .filter(|(_, download)| now.saturating_duration_since(download.since) >= STALL_LIMIT)
+            .map(|(key, _)| key.clone())
+            .collect();
+        for key in stalled {
+            let reason = format!("nothing came for {} s", STALL_LIMIT.as_secs());
+            self.fail(&key, &reason, now);
+        }
+        let needed = self.needed();
+        let mut downloads = std::mem::take(&mut self.downloads);
+        for (key, willing) in &needed {
+            let before = downloads.remove(key);
+            let goes_on = before
+                .as_ref()
+                .filter(|download| willing.iter().any(|(node, _)| *node == download.node));
+            if let Some(download) = goes_on {
+                self.downloads.insert(key.clone(), download.clone());
+                continue;
+            }
+            let rested = |node: &String| {
+                let failure = self.failures.get(&(key.clone(), node.clone()));
+                failure.is_none_or(|failure| failure.until <= now)
+            };
+            // Who has most already, then the first.
+            let rested = willing.iter().filter(|(node, _)| rested(node));
+            let Some((node, bytes)) =
+                rested.max_by(|(a, x), (b, y)| x.cmp(y).then_with(|| b.cmp(a)))
+            else {
+                continue;
+            };
+            let gone = before.map(|download| match self.nodes.get(&download.node) {
+                Some(known) => format!("{} no longer seeks it", known.name),
+                None => "the worker that had begun is gone".to_owned(),
+            });
+            self.actions.push(Action::Note(Note::Download {
+                model: self.title(key),
+                worker: self.name_of(node),
+                instead: gone,
+            }));
+            let download = Download {
+                node: node.clone(),
+                bytes: *bytes,
+                since: now,
+            };
+            self.downloads.insert(key.clone(), download);
+        }
+        self.failures
+            .retain(|(key, _), failure| needed.contains_key(key) || now < failure.until);
+        let stalls = self.downloads.values().map(|e| e.since + STALL_LIMIT);
+        let rests = self.failures.values().map(|failure| failure.until);
+        self.timer = stalls.chain(rests.filter(|until| *until > now)).min();
+    }
+
+    /// Models of which something is sought that nobody holds, each with those who would go for it and the bytes they have.
+    pub(super) fn needed(&self) -> BTreeMap<Key, Vec<(String, u64)>> {
+        let mut keys: BTreeMap<Key, Vec<(String, u64)>> = BTreeMap::new();
+        for (node, entry) in &self.nodes {
+            for sought in &entry.sought {
+                let willing = keys.entry(self.key(&sought.model)).or_default();
+                if sought.model.origin && sought.model.origin_error.is_empty() {
+                    let bytes = sought.model.origin_bytes.max(sought.model.bytes);
+                    willing.push((node.clone(), bytes));
+                }
+            }
+        }
+        keys.retain(|key, _| match key {
+            Key::Name(_) => true,
+            Key::Fingerprint(fingerprint) => !self.uncovered(fingerprint).is_empty(),
+        });
+        keys
+    }
+
+    /// Pieces that somebody seeks and nobody holds.
+    pub(super) fn uncovered(&self, fingerprint: &str) -> PieceSet {
+        let mut uncovered = PieceSet::none(0);
+        for (_, missing) in self.missing(fingerprint) {
+            if missing.pieces() > uncovered.pieces() {
+                uncovered = PieceSet::none(missing.pieces());
+            }
+            uncovered.union(missing);
+        }
+        for (node, entry) in &self.nodes {
+            if let Some(held) = entry.held.get(fingerprint)
+                && entry.address.is_some()
+                && !self.is_banned(fingerprint, node, None)
+            {
+                uncovered.subtract(&held.pieces);
+            }
+        }
+        uncovered
+    }
+
+    pub(super) fn missing<'a>(
+        &'a self,
+        fingerprint: &'a str,
+    ) -> impl Iterator<Item = (&'a str, &'a PieceSet)> {
+        self.nodes.iter().flat_map(move |(node, entry)| {
+            let of_model = entry.sought.iter().filter(move |sought| {
+                self.key(&sought.model) == Key::Fingerprint(fingerprint.to_owned())
+            });
+            of_model.filter_map(move |s| Some((node.as_str(), s.missing.as_ref()?)))
+        })
+    }
+}
+
+/// Who brings nothing for so long loses the download.
+const STALL_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long who failed on a download is left alone the first time; doubled with every repeat.
+const FIRST_PAUSE: Duration = Duration::from_secs(10);
+
+const LONGEST_PAUSE: Duration = Duration::from_secs(600);

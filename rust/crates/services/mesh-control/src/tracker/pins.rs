@@ -1,0 +1,179 @@
+//! What names of models mean in this mesh: the first model that was got under a name keeps it, until an operator says otherwise.
+//!
+//! A worker that reaches the hub, or has the operator's signature, needs no pin. For all others a pin is what stands between a
+//! name and whoever claims it next.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+/// What a name means.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pin {
+    /// The name, as it was first written.
+    pub name: String,
+    /// SHA-256 of the manifest.
+    pub fingerprint: String,
+    /// Name of the worker that had it first; of no account where an operator decided.
+    pub worker: String,
+    /// An operator decided.
+    pub operator: bool,
+    /// Id of the node that had it sought; so many pins has each.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub node: String,
+    /// Id of the worker that had it first: where that replaces the model, and nobody else has the old one, the name goes with it.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub holder: String,
+}
+
+/// Pins by name, in lower case.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Pins(pub(super) BTreeMap<String, Pin>);
+
+/// A name that several models claim.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Conflict {
+    /// The name.
+    pub name: String,
+    /// Fingerprints with the names of the workers that claim it for them; a pinned one that nobody has is among them.
+    pub claims: BTreeMap<String, Vec<String>>,
+    /// What the name is pinned to.
+    pub pinned: Option<String>,
+    /// Whether an operator did so. If not, nobody takes either model on this head's word.
+    pub decided: bool,
+    /// Workers that refuse what it is pinned to, as the hub has another model under the name.
+    pub refused_by: Vec<String>,
+    /// The models are served: their fingerprints are those of files, which no pin can name.
+    pub served: bool,
+}
+
+impl Conflict {
+    /// Advice to the operator.
+    pub fn advice(&self) -> String {
+        let claims = self.claims.iter().map(|(fingerprint, workers)| {
+            // Of models that are served it is what the worker says.
+            let short: String = fingerprint.chars().take(12).collect();
+            match workers[..] {
+                [] => format!("{short} (nobody now)"),
+                _ => format!("{short} ({})", workers.join(", ")),
+            }
+        });
+        let claims: Vec<String> = claims.collect();
+        let mut text = format!(
+            "model name `{}` is {} {} different models: {}",
+            self.name,
+            if self.served {
+                "served for"
+            } else {
+                "claimed for"
+            },
+            self.claims.len().max(2),
+            claims.join(", ")
+        );
+        if !self.refused_by.is_empty() {
+            text += &format!(
+                "; {} found that the hub has another one",
+                self.refused_by.join(", ")
+            );
+        }
+        text += match self.decided {
+            _ if self.served => {
+                "; requests go to the one that was served first: stop the others, or give their models another name (a pin decides what \
+                 workers get under a name, not what they serve)"
+            }
+            true => "; an operator pinned one of them: look at the workers that have another",
+            false => {
+                "; find out which one is right and pin it with `hydramesh models pins set NAME FINGERPRINT`, or remove the wrong one from its \
+                 worker's store"
+            }
+        };
+        // Names that workers gave are in it.
+        text.replace(char::is_control, " ")
+    }
+}
+
+/// What is known of conflicts, by name in lower case.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Conflicts {
+    /// Those that are told of.
+    pub(super) told: BTreeMap<String, Conflict>,
+    /// All names that no operator has decided about.
+    pub(super) disputed: BTreeSet<String>,
+    /// What the log has of late, and the nodes that had to do with it.
+    pub(super) noted: BTreeMap<String, (Instant, BTreeSet<String>)>,
+}
+
+impl Pins {
+    /// Those that were kept; what cannot be one is left out.
+    pub fn of(pins: impl IntoIterator<Item = Pin>) -> Self {
+        let sound = |pin: &Pin| is_name(&pin.name) && is_fingerprint(&pin.fingerprint);
+        let pins = pins.into_iter().filter(sound).take(MOST_PINS);
+        Pins(pins.map(|pin| (key(&pin.name), pin)).collect())
+    }
+
+    /// All of them, by name.
+    pub fn list(&self) -> impl Iterator<Item = &Pin> {
+        self.0.values()
+    }
+
+    /// What `name` is pinned to.
+    pub fn get(&self, name: &str) -> Option<&Pin> {
+        self.0.get(&key(name))
+    }
+
+    /// Pins a name, unless it is pinned, or there are too many pins. Says whether it was.
+    pub(super) fn first(&mut self, pin: Pin) -> bool {
+        let of_node = self.0.values().filter(|known| known.node == pin.node);
+        let room = self.0.len() < MOST_PINS && of_node.count() < MOST_OF_NODE;
+        let news = room && !self.0.contains_key(&key(&pin.name));
+        if news {
+            self.0.insert(key(&pin.name), pin);
+        }
+        news
+    }
+}
+
+/// Why a pin cannot be set.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PinError {
+    /// Not a name.
+    #[error("invalid model name {0:?}: use 1 to 512 bytes without control characters")]
+    Name(String),
+    /// Not a fingerprint.
+    #[error(
+        "invalid fingerprint {0:?}: use 64 digits from 0 to 9 and a to f; `hydramesh models show` tells a model's"
+    )]
+    Fingerprint(String),
+    /// No room.
+    #[error(
+        "there are {MOST_PINS} pins already: release some with `hydramesh models pins release NAME`"
+    )]
+    TooMany,
+    /// Nothing to release.
+    #[error("the name {0:?} is not pinned: `hydramesh models pins list` shows those that are")]
+    Unknown(String),
+}
+
+/// Names are told apart whatever their case.
+pub(super) fn key(name: &str) -> String {
+    name.to_ascii_lowercase()
+}
+
+/// Pins in all, and those that one node may have made by asking.
+pub(super) const MOST_PINS: usize = 4096;
+const MOST_OF_NODE: usize = 256;
+
+pub(super) fn is_fingerprint(text: &str) -> bool {
+    text.len() == 64
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+}
+
+pub(super) fn is_name(text: &str) -> bool {
+    !text.is_empty() && text.len() <= NAME_BYTES && !text.chars().any(char::is_control)
+}
+
+const NAME_BYTES: usize = 512;

@@ -1,0 +1,89 @@
+//! What operators are shown of models.
+
+use std::collections::BTreeMap;
+
+use super::view::{HolderView, SeekerView, TrackedModel};
+use super::{Key, Tracker};
+
+impl Tracker {
+    /// What workers still wait for, in words.
+    pub fn under_way(&self) -> Vec<String> {
+        let mut texts = Vec::new();
+        for entry in self.nodes.values() {
+            for sought in &entry.sought {
+                let model = &sought.model;
+                let bytes = model.bytes.max(model.origin_bytes);
+                let mut text = format!("{} lacks {}: it has {bytes}", entry.name, model.name);
+                if model.bytes_total > 0 {
+                    text += &format!(" of {}", model.bytes_total);
+                }
+                text += " bytes";
+                if !model.origin_error.is_empty() {
+                    text += &format!(" ({})", super::shorten(&model.origin_error));
+                }
+                texts.push(text);
+            }
+        }
+        texts
+    }
+
+    /// All models that workers hold or seek.
+    pub fn view(&self) -> Vec<TrackedModel> {
+        let mut models: BTreeMap<Key, TrackedModel> = BTreeMap::new();
+        for (node, entry) in &self.nodes {
+            for (fingerprint, held) in &entry.held {
+                let model = models
+                    .entry(Key::Fingerprint(fingerprint.clone()))
+                    .or_insert_with(|| empty(held.names.first(), Some(fingerprint)));
+                model.bytes = model.bytes.max(held.bytes);
+                model.signed |= held.signed;
+                let key = (fingerprint.clone(), node.clone());
+                let accusers = self.accused.get(&key).into_iter().flatten();
+                model.holders.push(HolderView {
+                    worker: entry.name.clone(),
+                    pieces: held.pieces.len(),
+                    of: held.pieces.pieces(),
+                    accused_by: accusers.map(|node| self.name_of(node)).collect(),
+                });
+            }
+        }
+        for entry in self.nodes.values() {
+            for sought in &entry.sought {
+                let key = self.key(&sought.model);
+                let fingerprint = match &key {
+                    Key::Fingerprint(fingerprint) => Some(fingerprint),
+                    Key::Name(_) => None,
+                };
+                let model = models
+                    .entry(key.clone())
+                    .or_insert_with(|| empty(Some(&sought.model.name), fingerprint));
+                let error = &sought.model.origin_error;
+                model.seekers.push(SeekerView {
+                    worker: entry.name.clone(),
+                    bytes: sought.model.bytes.max(sought.model.origin_bytes),
+                    bytes_total: sought.model.bytes_total,
+                    error: (!error.is_empty()).then(|| super::shorten(error)),
+                });
+            }
+        }
+        for (key, download) in &self.downloads {
+            if let Some(model) = models.get_mut(key) {
+                model.origin = Some(self.name_of(&download.node));
+            }
+        }
+        models.into_values().collect()
+    }
+}
+
+fn empty(name: Option<&String>, fingerprint: Option<&String>) -> TrackedModel {
+    let name = name.or(fingerprint).cloned();
+    TrackedModel {
+        name: name.unwrap_or_default(),
+        fingerprint: fingerprint.cloned(),
+        bytes: 0,
+        signed: false,
+        holders: Vec::new(),
+        seekers: Vec::new(),
+        origin: None,
+    }
+}

@@ -1,0 +1,225 @@
+//! The payload of a Task: plain text, or a JSON object.
+
+use mesh_proto::{Chat, ChatMessage, GenerateParams, Prompt};
+use serde_json::Value;
+
+use super::embeddings::AskedEmbeddings;
+use super::fields::{Fields, conversation, sampling};
+use super::invalid::Invalid;
+use super::json;
+
+/// A Task payload of a DCF client.
+#[derive(Debug, Clone)]
+pub enum DcfTask {
+    /// An answer to generate.
+    Generate(DcfGenerate),
+    /// Texts to embed: `"kind": "embed"`.
+    Embed(DcfEmbed),
+}
+
+/// Texts to embed, as a DCF client asks for them.
+#[derive(Debug, Clone)]
+pub struct DcfEmbed {
+    /// What to embed, and how to write it down.
+    pub asked: AskedEmbeddings,
+    /// Acknowledge repeats while the task runs.
+    pub ack: bool,
+}
+
+/// An answer to generate, as a DCF client asks for it.
+#[derive(Debug, Clone)]
+pub struct DcfGenerate {
+    /// Model name.
+    pub model: Option<String>,
+    /// What to answer.
+    pub prompt: Prompt,
+    /// How to answer.
+    pub params: GenerateParams,
+    /// Send Partials while the answer grows.
+    pub stream: bool,
+    /// Acknowledge repeats while the task runs.
+    pub ack: bool,
+}
+
+impl DcfTask {
+    /// Reads a payload: a JSON object with `prompt` or `messages`, else the prompt itself.
+    ///
+    /// # Errors
+    /// [`Invalid`], in words for the client.
+    pub fn parse(payload: &[u8]) -> Result<Self, Invalid> {
+        let text = std::str::from_utf8(payload).map_err(|error| {
+            Invalid::new(
+                "payload",
+                format!(
+                    "the payload is not UTF-8 text (byte {})",
+                    error.valid_up_to()
+                ),
+            )
+        })?;
+        if text.trim().is_empty() {
+            return Err(Invalid::new(
+                "payload",
+                "the payload is empty: send a prompt",
+            ));
+        }
+        if text.trim_start().starts_with('{') {
+            return Self::parse_json(text);
+        }
+        Ok(Self::Generate(DcfGenerate {
+            model: None,
+            prompt: user_message(text),
+            params: GenerateParams::default(),
+            stream: false,
+            ack: false,
+        }))
+    }
+
+    /// Whether repeats are to be acknowledged while the task runs.
+    pub(crate) fn ack(&self) -> bool {
+        match self {
+            Self::Generate(task) => task.ack,
+            Self::Embed(task) => task.ack,
+        }
+    }
+
+    fn parse_json(text: &str) -> Result<Self, Invalid> {
+        let wrong = |invalid: Invalid| {
+            Invalid::new(
+                "payload",
+                format!("the payload begins as JSON but is none: {invalid}"),
+            )
+        };
+        let object = json::object(text.as_bytes()).map_err(wrong)?;
+        let fields = Fields::of(&object);
+        // Any other kind is a key that means nothing here.
+        if fields.get("kind").and_then(Value::as_str) == Some("embed") {
+            return Ok(Self::Embed(DcfEmbed {
+                asked: AskedEmbeddings::of_fields(fields)?,
+                ack: fields.flag("ack")?,
+            }));
+        }
+        let prompt = match (fields.get("messages"), fields.text("prompt")?) {
+            (Some(_), _) => Prompt::Chat(conversation(fields)?),
+            (None, Some(prompt)) => user_message(prompt),
+            (None, None) => {
+                return Err(Invalid::new(
+                    "prompt",
+                    "the JSON object has neither 'prompt' nor 'messages'",
+                ));
+            }
+        };
+        let params = GenerateParams {
+            max_tokens: fields.limit("max_tokens", 1)?,
+            ..sampling(fields)?
+        };
+        Ok(Self::Generate(DcfGenerate {
+            model: fields.name("model")?.map(str::to_owned),
+            prompt,
+            params,
+            stream: fields.flag("stream")?,
+            ack: fields.flag("ack")?,
+        }))
+    }
+}
+
+/// A prompt as a conversation of one message: workers put it into the model's template, if it has one.
+fn user_message(text: &str) -> Prompt {
+    Prompt::Chat(Chat {
+        messages: vec![ChatMessage {
+            role: "user".into(),
+            content: text.into(),
+        }],
+        ..Chat::default()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn content(prompt: &Prompt) -> String {
+        match prompt {
+            Prompt::Chat(chat) => chat
+                .messages
+                .iter()
+                .map(|m| format!("{}:{};", m.role, m.content))
+                .collect(),
+            other => panic!("no chat: {other:?}"),
+        }
+    }
+
+    fn parse(payload: &[u8]) -> Result<DcfGenerate, Invalid> {
+        match DcfTask::parse(payload)? {
+            DcfTask::Generate(task) => Ok(task),
+            DcfTask::Embed(task) => panic!("{task:?}"),
+        }
+    }
+
+    #[test]
+    fn a_task_of_kind_embed_has_an_input_and_other_kinds_are_ignored() {
+        let embed = |payload: &[u8]| match DcfTask::parse(payload) {
+            Ok(DcfTask::Embed(task)) => Ok((task.asked.task.inputs.len(), task.asked.base64)),
+            Ok(DcfTask::Generate(task)) => panic!("{task:?}"),
+            Err(invalid) => Err(invalid.param),
+        };
+        assert_eq!(
+            embed(br#"{"kind":"embed","input":["a","b"],"encoding_format":"base64"}"#),
+            Ok((2, true))
+        );
+        assert_eq!(
+            embed(br#"{"kind":"embed","prompt":"x"}"#),
+            Err("input".into())
+        );
+        let other = parse(br#"{"kind":"poem","prompt":"x"}"#).unwrap();
+        assert_eq!(content(&other.prompt), "user:x;");
+    }
+
+    #[test]
+    fn plain_text_is_a_user_message() {
+        let task = parse("  Wie geht's?".as_bytes()).unwrap();
+        assert_eq!(content(&task.prompt), "user:  Wie geht's?;");
+        assert!(!task.stream && task.model.is_none());
+    }
+
+    #[test]
+    fn json_carries_prompt_and_parameters_and_unknown_keys_are_ignored() {
+        let task =
+            parse(br#"{"prompt":"hi","max_tokens":5,"steps":50,"guidance":7.5,"stream":true,"model":"m"}"#).unwrap();
+        assert_eq!(content(&task.prompt), "user:hi;");
+        assert_eq!(task.params.max_tokens, Some(5));
+        assert!(task.stream);
+        assert_eq!(task.model.as_deref(), Some("m"));
+        let chat = parse(
+            br#"{"messages":[{"role":"system","content":"s"},{"role":"user","content":"u"}]}"#,
+        )
+        .unwrap();
+        assert_eq!(content(&chat.prompt), "system:s;user:u;");
+    }
+
+    #[test]
+    fn bad_payloads_get_errors_that_say_why() {
+        let cases: [(&[u8], &str); 8] = [
+            (b"", "empty"),
+            (b" \n", "empty"),
+            (b"abc\xff", "not UTF-8 text (byte 3)"),
+            (b"{\"prompt\":", "begins as JSON but is none"),
+            (b"{}", "neither 'prompt' nor 'messages'"),
+            (
+                b"{\"prompt\":5}",
+                "'prompt': expected a string, got a number",
+            ),
+            (b"{\"prompt\":\"x\",\"max_tokens\":0}", "'max_tokens'"),
+            (b"{\"prompt\":\"x\",\"temperature\":9}", "'temperature'"),
+        ];
+        for (payload, why) in cases {
+            let invalid = DcfTask::parse(payload).expect_err(why);
+            assert!(invalid.message.contains(why), "{}", invalid.message);
+        }
+    }
+
+    #[test]
+    fn deeply_nested_json_is_refused_and_not_recursed_into() {
+        let nested = format!("{{\"prompt\":{}", "[".repeat(60_000));
+        assert!(DcfTask::parse(nested.as_bytes()).is_err());
+    }
+}

@@ -1,0 +1,288 @@
+//! `/v1/embeddings`: what a body asks for, and the answer. DCF tasks of kind `embed` are read and answered alike.
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use mesh_control::fair::Origin;
+use mesh_proto::{EmbedInput, EmbedText, TokenList};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::api::fields::{Api, Fields, check, whole_number};
+use crate::api::invalid::Invalid;
+use crate::api::json::{self, Lists};
+use crate::flight::task::{EmbedTask, Embedded};
+
+/// A request, checked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AskedEmbeddings {
+    /// What to embed.
+    pub task: EmbedTask,
+    /// Vectors in base64 of little-endian f32, instead of as numbers.
+    pub base64: bool,
+    /// Fields that mean nothing here.
+    pub ignored: Vec<String>,
+}
+
+impl AskedEmbeddings {
+    /// Reads a body.
+    ///
+    /// # Errors
+    /// [`Invalid`] names the field that is wrong or not supported.
+    pub fn parse(body: &[u8]) -> Result<Self, Invalid> {
+        let object = json::object(body)?;
+        let fields = Fields::of(&object);
+        let ignored = check(Api::Embeddings, fields)?;
+        let ignored = ignored.into_iter().map(str::to_owned).collect();
+        Ok(Self {
+            ignored,
+            ..Self::of_fields(fields)?
+        })
+    }
+
+    /// Reads the fields of a body or of a DCF task.
+    ///
+    /// # Errors
+    /// As [`AskedEmbeddings::parse`].
+    pub(crate) fn of_fields(fields: Fields<'_>) -> Result<Self, Invalid> {
+        let base64 = match fields.text("encoding_format")? {
+            None | Some("float") => false,
+            Some("base64") => true,
+            Some(other) => {
+                return Err(Invalid::new(
+                    "encoding_format",
+                    format!("'encoding_format' must be \"float\" or \"base64\", not {other:?}"),
+                ));
+            }
+        };
+        // Only names whom the client asks for.
+        fields.text("user")?;
+        // sentence-transformers' name for the same.
+        let prompt_name = fields.name("input_type")?.or(fields.name("prompt_name")?);
+        Ok(AskedEmbeddings {
+            task: EmbedTask {
+                id: String::new(),
+                model: fields.name("model")?.map(str::to_owned),
+                inputs: inputs(fields)?,
+                prompt_name: prompt_name.unwrap_or_default().to_owned(),
+                dimensions: fields.whole("dimensions", 1..=u32::MAX)?.unwrap_or(0),
+                origin: Origin::Unknown,
+            },
+            base64,
+            ignored: Vec::new(),
+        })
+    }
+
+    /// The answer's body.
+    pub(crate) fn answer(&self, embedded: &Embedded) -> Vec<u8> {
+        let size = (embedded.dimensions as usize * 4).max(1);
+        let vectors = embedded.vectors.chunks_exact(size).enumerate();
+        let answer = List {
+            object: "list",
+            data: vectors
+                .map(|(index, bytes)| Vector {
+                    object: "embedding",
+                    index,
+                    embedding: if self.base64 {
+                        Numbers::Base64(STANDARD.encode(bytes))
+                    } else {
+                        let floats = bytes.as_chunks::<4>().0.iter();
+                        Numbers::Floats(floats.map(|b| f32::from_le_bytes(*b)).collect())
+                    },
+                })
+                .collect(),
+            model: &embedded.model,
+            usage: Usage {
+                prompt_tokens: embedded.tokens,
+                total_tokens: embedded.tokens,
+            },
+        };
+        serde_json::to_vec(&answer).expect("our own types are JSON and a Vec takes all of it")
+    }
+}
+
+#[derive(Serialize)]
+struct List<'a> {
+    object: &'static str,
+    data: Vec<Vector>,
+    model: &'a str,
+    usage: Usage,
+}
+
+#[derive(Serialize)]
+struct Vector {
+    object: &'static str,
+    index: usize,
+    embedding: Numbers,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Numbers {
+    Floats(Vec<f32>),
+    Base64(String),
+}
+
+#[derive(Serialize)]
+struct Usage {
+    prompt_tokens: u64,
+    total_tokens: u64,
+}
+
+/// `input`: a text, several texts, token ids, or several lists of them.
+fn inputs(fields: Fields<'_>) -> Result<Vec<EmbedInput>, Invalid> {
+    let wrong = || {
+        Invalid::new(
+            "input",
+            "'input' must be a string, an array of strings, an array of token ids, or an array of arrays of token ids",
+        )
+    };
+    let empty = || {
+        Invalid::new(
+            "input",
+            "'input' must not be empty, nor may any text in it be",
+        )
+    };
+    let input = |text| EmbedInput { text: Some(text) };
+    let text = |value: &Value| {
+        let text = value.as_str().ok_or_else(wrong)?;
+        if text.is_empty() {
+            return Err(empty());
+        }
+        Ok(input(EmbedText::Text(text.to_owned())))
+    };
+    let tokens = |value: &Value| {
+        let list = value.as_array().ok_or_else(wrong)?;
+        let ids = list.iter().map(|id| u32::try_from(whole_number(id)?).ok());
+        let tokens = ids.collect::<Option<Vec<u32>>>().ok_or_else(wrong)?;
+        if tokens.is_empty() {
+            return Err(empty());
+        }
+        Ok(input(EmbedText::Tokens(TokenList { tokens })))
+    };
+    let of_ids = |tokens: &Vec<u32>| match tokens.is_empty() {
+        true => Err(empty()),
+        false => Ok(input(EmbedText::Tokens(TokenList {
+            tokens: tokens.clone(),
+        }))),
+    };
+    let too_many = |count| {
+        let text = format!("{count} inputs are more than the limit of {MOST_INPUTS}");
+        Invalid::new("input", text)
+    };
+    match fields.lists("input") {
+        Some(Lists::One(tokens)) => return Ok(vec![of_ids(tokens)?]),
+        Some(Lists::Many(lists)) if lists.len() > MOST_INPUTS => return Err(too_many(lists.len())),
+        Some(Lists::Many(lists)) => return lists.iter().map(of_ids).collect(),
+        None => {}
+    }
+    let list = match fields.get("input") {
+        None => return Err(Invalid::new("input", "Missing required parameter: 'input'")),
+        Some(value @ Value::String(_)) => return Ok(vec![text(value)?]),
+        Some(value @ Value::Array(list)) => match list.first() {
+            None => return Err(empty()),
+            Some(Value::Number(_)) => return Ok(vec![tokens(value)?]),
+            Some(_) => list,
+        },
+        Some(_) => return Err(wrong()),
+    };
+    if list.len() > MOST_INPUTS {
+        return Err(too_many(list.len()));
+    }
+    match list.first() {
+        Some(Value::String(_)) => list.iter().map(text).collect(),
+        Some(Value::Array(_)) => list.iter().map(tokens).collect(),
+        _ => Err(wrong()),
+    }
+}
+
+/// As many as the OpenAI API takes.
+const MOST_INPUTS: usize = 2048;
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn parse(body: Value) -> Result<AskedEmbeddings, Invalid> {
+        AskedEmbeddings::parse(body.to_string().as_bytes())
+    }
+
+    #[test]
+    fn inputs_come_in_four_shapes() {
+        let count =
+            |input: Value| parse(json!({"input": input})).map(|asked| asked.task.inputs.len());
+        assert_eq!(count(json!("a")), Ok(1));
+        assert_eq!(count(json!(["a", "b"])), Ok(2));
+        assert_eq!(count(json!([1, 2, 3])), Ok(1));
+        assert_eq!(count(json!([[1], [2, 3]])), Ok(2));
+        for wrong in [
+            json!(""),
+            json!([]),
+            json!(["a", ""]),
+            json!([[]]),
+            json!(["a", 1]),
+            json!([1, "a"]),
+            json!([[-1]]),
+            json!(5),
+            json!({}),
+            json!([null]),
+            json!(vec!["x"; 2049]),
+        ] {
+            assert_eq!(count(wrong.clone()).unwrap_err().param, "input", "{wrong}");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (extra, param) in [
+            (json!({"encoding_format": "hex"}), "encoding_format"),
+            (json!({"encoding_format": 1}), "encoding_format"),
+            (json!({"dimensions": 0}), "dimensions"),
+            (json!({"dimensions": "x"}), "dimensions"),
+            (json!({"model": 5}), "model"),
+            (json!({"user": 5}), "user"),
+            (json!({"input_type": 5}), "input_type"),
+            (json!({"input": null}), "input"),
+        ] {
+            let mut body = json!({"input": "x"});
+            body.as_object_mut()
+                .unwrap()
+                .extend(extra.as_object().unwrap().clone());
+            assert_eq!(parse(body).unwrap_err().param, param);
+        }
+        assert_eq!(AskedEmbeddings::parse(b"[]").unwrap_err().param, "body");
+    }
+
+    #[test]
+    fn both_encodings_say_the_same() {
+        let embedded = Embedded {
+            model: "m".into(),
+            dimensions: 2,
+            vectors: [0.25_f32, -1.0, 3.5, 0.1]
+                .iter()
+                .flat_map(|x| x.to_le_bytes())
+                .collect(),
+            tokens: 7,
+        };
+        let answer = |format: &str| -> Value {
+            let asked = parse(json!({"input": ["a", "b"], "encoding_format": format})).unwrap();
+            serde_json::from_slice(&asked.answer(&embedded)).unwrap()
+        };
+        assert_eq!(
+            answer("float"),
+            json!({
+                "object": "list", "model": "m", "usage": {"prompt_tokens": 7, "total_tokens": 7},
+                "data": [
+                    {"object": "embedding", "index": 0, "embedding": [0.25, -1.0]},
+                    {"object": "embedding", "index": 1, "embedding": [3.5, 0.1]},
+                ],
+            })
+        );
+        let coded = answer("base64")["data"][1]["embedding"]
+            .as_str()
+            .unwrap()
+            .to_owned();
+        assert_eq!(STANDARD.decode(coded).unwrap(), embedded.vectors[8..]);
+    }
+}

@@ -1,0 +1,109 @@
+use serde_json::json;
+
+use super::*;
+
+fn unknown(api: Api, body: &Value) -> Result<Vec<String>, Invalid> {
+    let names = check(api, Fields::new(body.as_object().unwrap()))?;
+    Ok(names.into_iter().map(str::to_owned).collect())
+}
+
+const ALL: [Api; 3] = [Api::Chat, Api::Completions, Api::Embeddings];
+
+fn rules(api: Api) -> Vec<&'static Rule> {
+    match api {
+        Api::Chat => CHAT_REFUSED.iter().chain(REFUSED).collect(),
+        Api::Completions => COMPLETIONS_REFUSED.iter().chain(REFUSED).collect(),
+        Api::Embeddings => EMBEDDINGS_REFUSED.iter().collect(),
+    }
+}
+
+#[test]
+fn every_refused_field_may_be_null_and_its_refusal_names_the_remedy() {
+    for api in ALL {
+        for rule in rules(api) {
+            let name = rule.name;
+            let null = json!({name: null});
+            assert_eq!(unknown(api, &null), Ok(Vec::new()), "{api:?} {name}");
+            let asking = json!({name: "something else entirely"});
+            if let Err(invalid) = unknown(api, &asking) {
+                assert_eq!(invalid.param, name);
+                assert!(invalid.unsupported && invalid.message.len() > name.len() + 30);
+            } else {
+                assert_eq!(rule.remedy, "", "{api:?} {name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn values_that_ask_for_nothing_are_taken() {
+    let chat = json!({
+        "tools": [], "tool_choice": "none", "functions": [], "response_format": {"type": "text"}, "grammar": "", "json_schema": {},
+        "guided_json": null, "structured_outputs": {}, "modalities": ["text"], "best_of": 1, "mirostat": 0, "typical_p": 1.0,
+        "xtc_probability": 0, "samplers": [], "skip_special_tokens": true, "top_n_sigma": -1, "dry_multiplier": 0.0, "echo": false,
+        "reasoning_format": "auto", "logits_processors": [], "documents": [], "length_penalty": 1, "verbosity": "medium",
+        "user": "u", "metadata": {}, "store": false, "service_tier": "auto", "parallel_tool_calls": true, "cache_prompt": true,
+        "id_slot": -1, "speculative.n_max": 4, "prediction": {"type": "content", "content": "x"}, "keep_alive": "5m",
+    });
+    assert_eq!(unknown(Api::Chat, &chat), Ok(Vec::new()));
+    let embeddings = json!({
+        "input": "x", "truncate": true, "normalize": true, "truncate_prompt_tokens": -1, "embedding_types": ["float"], "options": {},
+    });
+    assert_eq!(unknown(Api::Embeddings, &embeddings), Ok(Vec::new()));
+    assert_eq!(
+        unknown(Api::Embeddings, &json!({"truncate": "END"})),
+        Ok(Vec::new())
+    );
+}
+
+#[test]
+fn what_would_change_the_answer_is_refused() {
+    for (api, body) in [
+        (Api::Chat, json!({"tools": [{"type": "function"}]})),
+        (Api::Chat, json!({"tool_choice": "required"})),
+        (
+            Api::Chat,
+            json!({"response_format": {"type": "json_object"}}),
+        ),
+        (Api::Chat, json!({"grammar": "root ::= \"x\""})),
+        (Api::Chat, json!({"json_schema": {"type": "object"}})),
+        (Api::Chat, json!({"structured_outputs": {"choice": ["a"]}})),
+        (Api::Chat, json!({"guided_choice": ["a"]})),
+        (Api::Completions, json!({"guided_regex": "a+"})),
+        (Api::Completions, json!({"suffix": "x"})),
+        (
+            Api::Completions,
+            json!({"response_format": {"type": "json_schema"}}),
+        ),
+        (Api::Completions, json!({"prompt_logprobs": 0})),
+        (Api::Completions, json!({"truncate_prompt_tokens": 5})),
+        (Api::Completions, json!({"skip_special_tokens": false})),
+        (Api::Chat, json!({"mirostat": 2})),
+        (Api::Chat, json!({"chat_template": "{{ messages }}"})),
+        (Api::Embeddings, json!({"truncate": false})),
+        (Api::Embeddings, json!({"truncate": "START"})),
+        (Api::Embeddings, json!({"embedding_types": ["int8"]})),
+    ] {
+        let name = body.as_object().unwrap().keys().next().unwrap().clone();
+        assert_eq!(unknown(api, &body).unwrap_err().param, name, "{body}");
+    }
+}
+
+#[test]
+fn a_field_stands_in_one_table_and_unknown_ones_are_named() {
+    for api in ALL {
+        let mut names: Vec<&str> = rules(api).iter().map(|rule| rule.name).collect();
+        let (read, harmless) = match api {
+            Api::Chat => ([GENERATION_READ, CHAT_READ].concat(), HARMLESS),
+            Api::Completions => ([GENERATION_READ, COMPLETIONS_READ].concat(), HARMLESS),
+            Api::Embeddings => (EMBEDDINGS_READ.to_vec(), EMBEDDINGS_HARMLESS),
+        };
+        names.extend(read);
+        names.extend(harmless);
+        names.sort_unstable();
+        let twice: Vec<_> = names.windows(2).filter(|pair| pair[0] == pair[1]).collect();
+        assert!(twice.is_empty(), "{api:?} {twice:?}");
+        let body = json!({"frobnicate": 1, "model": "m"});
+        assert_eq!(unknown(api, &body), Ok(vec!["frobnicate".to_owned()]));
+    }
+}

@@ -1,0 +1,13 @@
+//! Reading the fields of a JSON request, with errors that name the field.
+//!
+//! DCF tasks and the OpenAI API share their parameters; both read them here.
+
+mod known;
+mod messages;
+mod reader;
+mod sampling;
+
+pub(crate) use known::{Api, check};
+pub(crate) use messages::conversation;
+pub(crate) use reader::{Fields, whole_number};
+pub(crate) use sampling::sampling;

@@ -1,0 +1,14 @@
+//! Bodies: read into the tasks of [`crate::flight`], and written from their answers. No I/O.
+//!
+//! - [`generate`] and [`embeddings`]: what bodies of the OpenAI API ask for; [`wire`]: what its answers consist of;
+//! - [`dcf`]: the payload of a DCF Task;
+//! - [`json`] and [`fields`]: JSON within bounds, its fields by their types, errors that name the field.
+
+pub mod dcf;
+pub mod embeddings;
+pub(crate) mod fields;
+pub(crate) mod generate;
+pub(crate) mod invalid;
+pub(crate) mod json;
+pub(crate) mod parse;
+pub(crate) mod wire;

@@ -1,0 +1,24 @@
+//! Bodies are parsed where they hold up nobody.
+
+use bytes::Bytes;
+use tokio::sync::Semaphore;
+use tokio::task::JoinError;
+
+/// What `parse` makes of a body. A large one is parsed on another thread, in its turn.
+///
+/// # Errors
+/// If `parse` panics.
+pub(crate) async fn parsed<T: Send + 'static>(
+    turns: &Semaphore,
+    body: Bytes,
+    parse: impl FnOnce(&[u8]) -> T + Send + 'static,
+) -> Result<T, JoinError> {
+    if body.len() <= SMALL {
+        return Ok(parse(&body));
+    }
+    let _turn = turns.acquire().await;
+    tokio::task::spawn_blocking(move || parse(&body)).await
+}
+
+/// Bodies up to this length are parsed in less time than it takes to hand them over.
+const SMALL: usize = 16 << 10;

@@ -1,0 +1,122 @@
+//! Which workers died of a request, as far as the head can see.
+
+use dcf::ErrorCode;
+use mesh_control::registry::WorkerId;
+use mesh_control::request::{Answer, Failure};
+use mesh_net::quic::Closed;
+
+use crate::mesh::{Assignment, Mesh, Route};
+
+/// Workers that died while they had a request, as far as can be seen: one whose process connects again lives.
+#[derive(Debug, Default)]
+pub(crate) struct Deaths(Vec<(WorkerId, String, u64)>);
+
+impl Deaths {
+    /// A stream that broke with its link: perhaps the worker is gone.
+    pub(crate) fn of(
+        &mut self,
+        failure: Failure,
+        assignment: &Assignment,
+        answer: &mut Answer,
+        mesh: &Mesh,
+    ) -> Failure {
+        let (Failure::Lost(text), Route::Link(link)) = (&failure, &assignment.route) else {
+            return failure;
+        };
+        let Some(reason) = link.close_reason() else {
+            return failure;
+        };
+        let node = &assignment.placed.key;
+        let is = Process::of(assignment.process, mesh.process_of(node));
+        if !is_death(&reason, is) {
+            return failure;
+        }
+        self.review(answer, mesh);
+        self.0
+            .push((assignment.placed.worker, node.clone(), assignment.process));
+        Failure::Died(text.clone())
+    }
+
+    /// Takes back the deaths of those that are connected again.
+    pub(crate) fn review(&mut self, answer: &mut Answer, mesh: &Mesh) {
+        self.0.retain(|(worker, node, process)| {
+            let lives = Process::of(*process, mesh.process_of(node)) == Process::Same;
+            if lives {
+                answer.lives(*worker);
+            }
+            !lives
+        });
+    }
+}
+
+/// The process that is connected now as the node of a worker whose link is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Process {
+    /// The same one.
+    Same,
+    /// Another one: it was started anew.
+    Other,
+    /// None, or one that does not say.
+    Unknown,
+}
+
+impl Process {
+    fn of(before: u64, now: Option<u64>) -> Self {
+        match now {
+            Some(now) if now == 0 || before == 0 => Self::Unknown,
+            Some(now) if now == before => Self::Same,
+            Some(_) => Self::Other,
+            None => Self::Unknown,
+        }
+    }
+}
+
+/// Whether a link that ended like this says that the worker died.
+fn is_death(reason: &Closed, process: Process) -> bool {
+    match (reason, process) {
+        (_, Process::Same) => false,
+        (Closed::Gone | Closed::Restarted | Closed::Silent, _) => true,
+        // This head closes links that it has no use for: in quarantine, expelled, or replaced. A new process has replaced one that
+        // died unnoticed.
+        (Closed::ByUs, process) => process == Process::Other,
+        // It said goodbye.
+        (
+            Closed::ByPeer {
+                code: ErrorCode::OK | ErrorCode::DRAINING | ErrorCode::CANCELLED,
+                ..
+            },
+            _,
+        ) => false,
+        (Closed::ByPeer { .. }, _) => true,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_that_ends_is_a_death_only_if_the_process_is_gone() {
+        let by_peer = |code| Closed::ByPeer {
+            code,
+            text: String::new(),
+        };
+        for reason in [Closed::Gone, Closed::Restarted, Closed::Silent] {
+            assert!(is_death(&reason, Process::Unknown) && is_death(&reason, Process::Other));
+            assert!(!is_death(&reason, Process::Same), "it connected again");
+        }
+        // In quarantine, expelled, or connected again.
+        assert!(!is_death(&Closed::ByUs, Process::Unknown));
+        assert!(!is_death(&Closed::ByUs, Process::Same));
+        assert!(is_death(&Closed::ByUs, Process::Other), "started anew");
+        for goodbye in [ErrorCode::OK, ErrorCode::DRAINING, ErrorCode::CANCELLED] {
+            assert!(!is_death(&by_peer(goodbye), Process::Unknown));
+        }
+        assert!(is_death(&by_peer(ErrorCode::INTERNAL), Process::Unknown));
+        assert_eq!(Process::of(7, Some(7)), Process::Same);
+        assert_eq!(Process::of(7, Some(8)), Process::Other);
+        assert_eq!(Process::of(0, Some(0)), Process::Unknown);
+        assert_eq!(Process::of(7, None), Process::Unknown);
+    }
+}

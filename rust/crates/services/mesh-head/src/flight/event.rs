@@ -1,0 +1,51 @@
+//! What a front end hears of its task.
+
+use bytes::Bytes;
+use mesh_control::request::{AnswerError, Complete, Delta};
+use mesh_proto::{Progress, RequestPhase};
+
+/// What a front end is told of its task. [`Event::Complete`] and [`Event::Failed`] are last.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// It waits for a worker with room.
+    Queued,
+    /// A worker has it; again after each rerun.
+    Placed(Placed),
+    /// Its worker says what it waits for.
+    Waits(Progress),
+    /// The next piece of the answer.
+    Delta(Delta),
+    /// The whole answer of a v5.0.0 worker, as it is.
+    Whole(Bytes),
+    /// The answer is complete.
+    Complete(Complete),
+    /// There will be no (more) answer.
+    Failed(AnswerError),
+}
+
+/// Who answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Placed {
+    /// Model name.
+    pub model: String,
+    /// Worker's name.
+    pub worker: String,
+    /// SHA-256 of the model file.
+    pub fingerprint: String,
+}
+
+/// The cause of a wait while no worker has room, in words that follow "waiting".
+pub(crate) const FOR_ROOM: &str = "for a worker with room";
+
+/// The cause of a request's wait at its worker, in words that follow "waiting".
+pub(crate) fn words(progress: &Progress) -> String {
+    match progress.phase() {
+        RequestPhase::Preparing => "for its worker to take it in".to_owned(),
+        RequestPhase::Queued => format!("for a slot, {} requests before it", progress.position),
+        RequestPhase::Prefilling => format!(
+            "for its prompt, {} of {} tokens computed",
+            progress.prompt_done, progress.prompt_tokens
+        ),
+        RequestPhase::Decoding | RequestPhase::Unspecified => "for its worker".to_owned(),
+    }
+}

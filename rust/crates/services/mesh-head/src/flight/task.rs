@@ -1,0 +1,132 @@
+//! Tasks, whichever front end they came through: answers to generate, texts to embed.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use mesh_control::affinity::{estimate_tokens, prefixes};
+use mesh_control::fair::{Origin, Source};
+use mesh_control::length::Length;
+use mesh_control::request::Bounds;
+use mesh_control::router::Ask;
+use mesh_proto::{ChatMessage, EmbedInput, GenerateParams, Prompt};
+
+/// One answer to generate.
+#[derive(Debug, Clone)]
+pub(crate) struct Task {
+    /// Request id in the logs of all services.
+    pub id: String,
+    /// Model name; the head's default where there is none.
+    pub model: Option<String>,
+    /// What to answer. Several answers to it share it.
+    pub prompt: Arc<Prompt>,
+    /// How to answer.
+    pub params: GenerateParams,
+    /// The client's own payload, where a v5.0.0 worker may take it as it is.
+    pub legacy: Option<Bytes>,
+    /// The source of the task.
+    pub source: Source,
+    /// Prefixes of prompts are cached for tasks of the same salt only.
+    pub salt: u64,
+}
+
+impl Task {
+    /// What a worker may send as its answer.
+    pub(crate) fn bounds(&self) -> Bounds {
+        let (bytes, messages) = match &*self.prompt {
+            Prompt::Text(text) => (text.len(), 0),
+            // More than any token stands for, where it is echoed as text.
+            Prompt::Tokens(list) => (list.tokens.len(), 0),
+            Prompt::Chat(chat) => {
+                let of = |message: &ChatMessage| message.content.len() + message.role.len();
+                let bytes: usize = chat.messages.iter().map(of).sum();
+                (bytes + chat.template_variables.len(), chat.messages.len())
+            }
+        };
+        // No token is shorter than a byte; templates put something around every message.
+        let around = TEMPLATE_TOKENS + messages * MESSAGE_TOKENS;
+        let echoed = match (&*self.prompt, self.params.echo) {
+            (_, false) => 0,
+            (Prompt::Tokens(_), true) => bytes * ECHOED_TOKEN_BYTES,
+            (_, true) => bytes + around,
+        };
+        Bounds {
+            tokens: self
+                .params
+                .max_tokens
+                .unwrap_or(u32::MAX)
+                .min(Bounds::default().tokens),
+            more_text: echoed as u64,
+            alternatives: self.params.logprobs,
+            prompt_tokens: u32::try_from(bytes.saturating_add(around)).unwrap_or(u32::MAX),
+        }
+    }
+
+    /// What the router needs to know, for this model.
+    pub(crate) fn ask(&self, model: &str) -> Ask {
+        let prompt_tokens = estimate_tokens(match &*self.prompt {
+            Prompt::Text(text) => text.len(),
+            Prompt::Chat(chat) => chat
+                .messages
+                .iter()
+                .map(|message| message.content.len())
+                .sum(),
+            Prompt::Tokens(list) => list.tokens.len() * 4,
+        });
+        Ask {
+            model: model.to_owned(),
+            prompt_tokens,
+            answer_tokens: self
+                .params
+                .max_tokens
+                .unwrap_or(USUAL_ANSWER)
+                .min(USUAL_ANSWER),
+            prefixes: prefixes(model, self.salt, &self.prompt),
+            length: Length::of(&self.prompt),
+            legacy: self.legacy.is_some(),
+            revision: self.params.revision().max(self.prompt.revision()),
+            source: self.source,
+            ..Ask::default()
+        }
+    }
+}
+
+/// Texts to embed, whichever front end they came through.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct EmbedTask {
+    /// Request id in the logs of all services.
+    pub id: String,
+    /// Model name; the first embedding model where there is none.
+    pub model: Option<String>,
+    /// The texts.
+    pub inputs: Vec<EmbedInput>,
+    /// Name of the prompt that the model puts in front.
+    pub prompt_name: String,
+    /// Length of the vectors; 0 is the model's own.
+    pub dimensions: u32,
+    /// The client that it comes from.
+    pub origin: Origin,
+}
+
+/// All vectors of a request.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Embedded {
+    /// The model that made them.
+    pub model: String,
+    /// Length of one vector.
+    pub dimensions: u32,
+    /// f32, little-endian, vector after vector in the order of the texts.
+    pub vectors: Bytes,
+    /// Tokens that the model saw, over all texts.
+    pub tokens: u64,
+}
+
+/// Tokens that a template puts into any prompt, and around each message, at most.
+const TEMPLATE_TOKENS: usize = 4096;
+
+const MESSAGE_TOKENS: usize = 64;
+
+/// Bytes of an echoed token.
+const ECHOED_TOKEN_BYTES: usize = 64;
+
+/// Tokens of an answer whose length nobody knows, for estimates.
+const USUAL_ANSWER: u32 = 256;

@@ -1,0 +1,84 @@
+//! Sends answers that no datagram holds, at the pace of [`mesh_control::outbox`].
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use dcf::{Message, chunk};
+use mesh_net::udp::{BatchSocket, SendBatch};
+use tokio_util::task::TaskTracker;
+use tracing::debug;
+
+use mesh_control::dedup::TaskKey;
+use mesh_control::outbox::{Added, Limits, Outbox};
+
+/// Sends Chunks from one socket. While there are any, a task of its own is at it.
+#[derive(Debug)]
+pub(crate) struct ChunkSender {
+    socket: Arc<BatchSocket>,
+    outbox: Mutex<Outbox>,
+    running: TaskTracker,
+}
+
+impl ChunkSender {
+    /// A sender whose work is counted in `running`.
+    pub(crate) fn new(socket: Arc<BatchSocket>, running: TaskTracker) -> Arc<Self> {
+        Arc::new(Self {
+            socket,
+            outbox: Mutex::new(Outbox::new(Limits::default())),
+            running,
+        })
+    }
+
+    /// Begins to send an answer, from its beginning also where a part of it is out already. One that there is no room for
+    /// is left out: its client gets it when it repeats its Task.
+    pub(crate) fn send(self: &Arc<Self>, key: TaskKey, answer: &Message) {
+        let client = key.client;
+        let chunks = match chunk::split(key.sequence, answer.timestamp_us, answer.payload.clone()) {
+            Ok(chunks) => chunks,
+            Err(error) => return debug!(%error, %client, "answer not sent"),
+        };
+        let now = Instant::now();
+        let added = self.outbox().add(key, chunks, answer.payload.len(), now);
+        match added {
+            Added::First => {
+                let sender = self.clone();
+                self.running.spawn(async move { sender.run().await });
+            }
+            Added::Queued => {}
+            Added::Full => debug!(%client, "too many large answers under way, one not sent"),
+        }
+    }
+
+    /// Like [`ChunkSender::send`], unless the answer is on its way already.
+    pub(crate) fn send_again(self: &Arc<Self>, key: TaskKey, answer: &Message) {
+        if !self.outbox().is_sending(key) {
+            self.send(key, answer);
+        }
+    }
+
+    /// Sends no more of the answer to a task.
+    pub(crate) fn stop(&self, key: TaskKey) {
+        self.outbox().remove(key);
+    }
+
+    /// Sends until nothing is left.
+    async fn run(&self) {
+        let mut batch = SendBatch::new();
+        loop {
+            let next = self.outbox().due(Instant::now(), |to, version, chunk| {
+                let header = chunk.header().encode();
+                batch.push_parts(to, &[version.prefix(), &header, &chunk.payload]);
+            });
+            if let Err(error) = self.socket.send(&mut batch).await {
+                debug!(%error, "chunks not sent");
+                batch.clear();
+            }
+            let Some(next) = next else { return };
+            tokio::time::sleep_until(next.into()).await;
+        }
+    }
+
+    fn outbox(&self) -> MutexGuard<'_, Outbox> {
+        self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,325 @@
+//! Errors as the OpenAI API gives them: `{"error": {"message", "type", "param", "code"}}`.
+
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use dcf::ErrorCode;
+use mesh_control::memory::TooMuch;
+use mesh_control::placement::Refusal;
+use mesh_control::request::AnswerError;
+use serde::Serialize;
+
+use crate::api::invalid::Invalid;
+
+/// An error of the HTTP API.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ApiError {
+    /// HTTP status.
+    pub status: StatusCode,
+    /// What to tell a person.
+    pub message: String,
+    /// Field of the request that is to blame.
+    pub param: Option<String>,
+    /// What a program can tell the error by.
+    pub code: &'static str,
+    /// Seconds after which to try again.
+    pub retry_after: Option<u32>,
+}
+
+impl ApiError {
+    /// An error without field and retry.
+    pub(crate) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            status,
+            message: message.into(),
+            param: None,
+            code,
+            retry_after: None,
+        }
+    }
+
+    /// No key, or a wrong one.
+    pub(crate) fn unauthorized(message: &str) -> Self {
+        Self::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message)
+    }
+
+    /// Too many requests of one client.
+    pub(crate) fn too_many(limit: usize) -> Self {
+        let message = format!(
+            "{limit} answers to you, as many as one client may have (http.concurrent_requests), are running already, or would be; wait \
+             for one to finish, or ask for fewer"
+        );
+        Self {
+            retry_after: Some(1),
+            ..Self::new(
+                StatusCode::TOO_MANY_REQUESTS,
+                "rate_limit_exceeded",
+                message,
+            )
+        }
+    }
+
+    /// No room at the moment, whoever asks.
+    pub(crate) fn overloaded(message: String) -> Self {
+        Self {
+            retry_after: Some(1),
+            ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", message)
+        }
+    }
+
+    /// The body as JSON; also the data of an SSE error event.
+    pub(crate) fn body(&self) -> String {
+        #[derive(Serialize)]
+        struct Envelope<'a> {
+            error: Body<'a>,
+        }
+        #[derive(Serialize)]
+        struct Body<'a> {
+            message: &'a str,
+            r#type: &'static str,
+            param: Option<&'a str>,
+            code: &'static str,
+        }
+        let kind = match self.status {
+            StatusCode::UNAUTHORIZED => "authentication_error",
+            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+            status if status.is_client_error() => "invalid_request_error",
+            _ => "server_error",
+        };
+        let error = Body {
+            message: &self.message,
+            r#type: kind,
+            param: self.param.as_deref(),
+            code: self.code,
+        };
+        serde_json::to_string(&Envelope { error }).expect("strings are always JSON")
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let json = HeaderValue::from_static("application/json");
+        let mut response =
+            (self.status, [(header::CONTENT_TYPE, json)], self.body()).into_response();
+        if let Some(seconds) = self.retry_after {
+            response
+                .headers_mut()
+                .insert(header::RETRY_AFTER, seconds.into());
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            response
+                .headers_mut()
+                .insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}
+
+impl From<Invalid> for ApiError {
+    fn from(invalid: Invalid) -> Self {
+        let code = if invalid.unsupported {
+            "unsupported_parameter"
+        } else {
+            "invalid_value"
+        };
+        Self {
+            param: Some(invalid.param),
+            ..Self::new(StatusCode::BAD_REQUEST, code, invalid.message)
+        }
+    }
+}
+
+impl From<TooMuch> for ApiError {
+    fn from(error: TooMuch) -> Self {
+        let (status, code) = match error {
+            TooMuch::Yours { .. } => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_exceeded"),
+            TooMuch::All { .. } => (StatusCode::SERVICE_UNAVAILABLE, "overloaded"),
+        };
+        Self {
+            retry_after: Some(1),
+            ..Self::new(status, code, error.to_string())
+        }
+    }
+}
+
+impl From<&AnswerError> for ApiError {
+    fn from(error: &AnswerError) -> Self {
+        let message = error.to_string();
+        match error {
+            AnswerError::Refused(refusal) => match refusal {
+                Refusal::QueueFull { .. } => Self::overloaded(message),
+                Refusal::NoWorker { .. }
+                | Refusal::NoRing { .. }
+                | Refusal::NoneAnswers { .. }
+                | Refusal::TooOld { .. } => Self {
+                    retry_after: Some(5),
+                    ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "no_worker", message)
+                },
+                Refusal::TooLong { .. } => {
+                    Self::new(StatusCode::BAD_REQUEST, "context_length_exceeded", message)
+                }
+                Refusal::UnknownModel { .. } => Self {
+                    param: Some("model".into()),
+                    ..Self::new(StatusCode::NOT_FOUND, "model_not_found", message)
+                },
+            },
+            AnswerError::Rejected {
+                code: ErrorCode::CONTEXT_TOO_LONG,
+                ..
+            } => Self::new(
+                StatusCode::BAD_REQUEST,
+                "context_length_exceeded",
+                as_clients_search_it(message),
+            ),
+            AnswerError::Rejected { .. } => {
+                Self::new(StatusCode::BAD_REQUEST, "invalid_value", message)
+            }
+            AnswerError::Timeout(_) | AnswerError::Stalled(_) => {
+                Self::new(StatusCode::GATEWAY_TIMEOUT, "timeout", message)
+            }
+            AnswerError::QueueTimeout(_) => Self {
+                retry_after: Some(5),
+                ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", message)
+            },
+            AnswerError::WorkersFailed { .. } | AnswerError::WorkersDied { .. } => {
+                Self::new(StatusCode::BAD_GATEWAY, "workers_failed", message)
+            }
+            AnswerError::TooMuch(error) => Self::from(*error),
+            AnswerError::ShuttingDown => Self {
+                retry_after: Some(5),
+                ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", message)
+            },
+        }
+    }
+}
+
+/// Clients look for this phrase to shorten a conversation. Workers say it; older ones said where the limit is in words of their own.
+fn as_clients_search_it(message: String) -> String {
+    if message.contains(CONTEXT_PHRASE) {
+        return message;
+    }
+    let limit = message.rsplit("context of ").next().unwrap_or_default();
+    let digits: String = limit.chars().take_while(char::is_ascii_digit).collect();
+    if digits.is_empty() {
+        return format!("The prompt is over this model's maximum context length: {message}");
+    }
+    format!("This model's {CONTEXT_PHRASE} {digits} tokens: {message}")
+}
+
+const CONTEXT_PHRASE: &str = "maximum context length is";
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use mesh_control::fair::Source;
+
+    #[test]
+    fn every_failure_has_a_status_and_a_code() {
+        let rejected = |code| AnswerError::Rejected {
+            code,
+            text: "said the worker".into(),
+        };
+        let cases = [
+            (
+                AnswerError::Refused(Refusal::QueueFull {
+                    limit: 3,
+                    whose: Source::default(),
+                    yours: 3,
+                    sources: 1,
+                }),
+                503,
+                "overloaded",
+            ),
+            (
+                AnswerError::Refused(Refusal::NoWorker { model: "m".into() }),
+                503,
+                "no_worker",
+            ),
+            (
+                AnswerError::Refused(Refusal::TooOld { model: "m".into() }),
+                503,
+                "no_worker",
+            ),
+            (
+                AnswerError::Refused(Refusal::NoRing {
+                    model: "m".into(),
+                    reason: "x".into(),
+                }),
+                503,
+                "no_worker",
+            ),
+            (
+                AnswerError::Refused(Refusal::UnknownModel { model: "m".into() }),
+                404,
+                "model_not_found",
+            ),
+            (
+                rejected(ErrorCode::CONTEXT_TOO_LONG),
+                400,
+                "context_length_exceeded",
+            ),
+            (rejected(ErrorCode::INVALID_PAYLOAD), 400, "invalid_value"),
+            (AnswerError::Timeout(Duration::from_secs(1)), 504, "timeout"),
+            (AnswerError::Stalled(Duration::from_secs(1)), 504, "timeout"),
+            (
+                AnswerError::QueueTimeout(Duration::from_secs(1)),
+                503,
+                "overloaded",
+            ),
+            (
+                AnswerError::WorkersFailed {
+                    attempts: 2,
+                    workers: 2,
+                    last: "x".into(),
+                },
+                502,
+                "workers_failed",
+            ),
+            (AnswerError::ShuttingDown, 503, "shutting_down"),
+        ];
+        for (error, status, code) in cases {
+            let api = ApiError::from(&error);
+            assert_eq!((api.status.as_u16(), api.code), (status, code), "{error}");
+            assert!(api.message.ends_with(&error.to_string()));
+            let retry = status == 503;
+            assert_eq!(
+                api.into_response().headers().contains_key("retry-after"),
+                retry,
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_full_context_is_told_in_the_words_that_clients_search() {
+        let told = |text: &str| {
+            let error = AnswerError::Rejected {
+                code: ErrorCode::CONTEXT_TOO_LONG,
+                text: text.into(),
+            };
+            ApiError::from(&error).message
+        };
+        let old = told(
+            "2001 tokens leave no room for an answer in the context of 2000; shorten the prompt",
+        );
+        assert!(
+            old.contains("maximum context length is 2000 tokens"),
+            "{old}"
+        );
+        let new = "This model's maximum context length is 150 tokens. However, ...";
+        assert_eq!(told(new), new);
+    }
+
+    #[test]
+    fn the_body_has_the_four_fields_clients_read() {
+        let error = ApiError::from(Invalid::new("top_p", "too \"large\""));
+        let body: serde_json::Value = serde_json::from_str(&error.body()).unwrap();
+        assert_eq!(
+            body,
+            serde_json::json!({"error": {
+                "message": "too \"large\"", "type": "invalid_request_error", "param": "top_p", "code": "invalid_value",
+            }})
+        );
+    }
+}

@@ -1,0 +1,94 @@
+//! Bodies of requests: read within what their client may take of this head's memory, and parsed where they hold up nobody.
+
+use axum::body::{Body, Bytes};
+use axum::http::StatusCode;
+use futures::StreamExt;
+use mesh_service::http::{NoRoom, TooSlow};
+
+use super::error::ApiError;
+use super::keys::Client;
+use super::state::Api;
+use crate::api::parse;
+use crate::mesh::{Lease, Mesh};
+
+/// Reads a body. Its memory is taken as it comes.
+pub(super) async fn body(
+    api: &Api,
+    client: Client,
+    body: Body,
+) -> Result<(Bytes, Lease), ApiError> {
+    let limit = api.mesh.config.http.body_limit;
+    let mut parts = body.into_data_stream();
+    let mut taken = api
+        .mesh
+        .lease(client.origin(), LEAST)
+        .map_err(ApiError::from);
+    let mut read: Vec<u8> = Vec::new();
+    let (mut bytes, mut leased) = (0, LEAST);
+    while let Some(part) = parts.next().await {
+        let part = part.map_err(|error| unreadable(&error))?;
+        bytes += part.len() as u64;
+        if bytes > limit {
+            let text = format!("the body is over the limit of {limit} bytes (http.body_limit)");
+            let code = "request_too_large";
+            return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, code, text));
+        }
+        let Ok(lease) = &mut taken else {
+            // The rest is not kept; a client that still writes would not read why.
+            continue;
+        };
+        // Behind the body comes what it says, which has as many bytes.
+        if 2 * bytes > leased {
+            let exact = 2 * bytes - leased;
+            let ample = exact.max(leased);
+            // Seldom, if there is room for that; else no more than it needs.
+            let added = lease.add(ample).map(|()| ample);
+            match added.or_else(|_| lease.add(exact).map(|()| exact)) {
+                Ok(more) => leased += more,
+                Err(error) => {
+                    taken = Err(error.into());
+                    read = Vec::new();
+                    continue;
+                }
+            }
+        }
+        // Not by doubling: that would take twice what was leased.
+        if read.capacity() - read.len() < part.len() {
+            read.reserve_exact(part.len().max(GROWTH));
+        }
+        read.extend_from_slice(&part);
+    }
+    let mut lease = taken?;
+    lease.set((2 * bytes).max(LEAST))?;
+    Ok((read.into(), lease))
+}
+
+fn unreadable(error: &(dyn std::error::Error + 'static)) -> ApiError {
+    if let Some(slow) = TooSlow::cause_of(error) {
+        let text = slow.to_string();
+        return ApiError::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", text);
+    }
+    if let Some(full) = NoRoom::cause_of(error) {
+        return ApiError::overloaded(full.to_string());
+    }
+    let text = format!("the body cannot be read: {error}");
+    ApiError::new(StatusCode::BAD_REQUEST, "invalid_body", text)
+}
+
+/// Bytes by which room for a long body grows.
+const GROWTH: usize = 128 << 10;
+/// What any request is counted as.
+const LEAST: u64 = 4 << 10;
+
+/// What `parse` makes of a body.
+pub(super) async fn parsed<T: Send + 'static>(
+    mesh: &Mesh,
+    body: Bytes,
+    parse: impl FnOnce(&[u8]) -> T + Send + 'static,
+) -> Result<T, ApiError> {
+    let parsed = parse::parsed(&mesh.reading, body, parse).await;
+    parsed.map_err(|_| {
+        let text = "the request could not be read";
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", text)
+    })
+}

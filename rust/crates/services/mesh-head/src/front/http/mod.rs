@@ -1,0 +1,303 @@
+//! The OpenAI API, health and administration.
+//!
+//! Wire-compatible with the OpenAI clients: fields, errors and streams are theirs, and answers carry `timings`. Which fields of which
+//! servers are read, refused and ignored stands in `fields::known`, all of it for programs in openapi.json.
+
+mod admin;
+mod answer;
+mod error;
+mod hold;
+mod ignored;
+mod intake;
+mod keys;
+mod models;
+mod nodes;
+mod paths;
+mod ready;
+mod rings;
+mod state;
+mod tokens;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use axum::body::Body;
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Request, State};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Extension, Router};
+use mesh_base::clock::unix_seconds;
+use mesh_net::trust::Authority;
+use mesh_service::health;
+use mesh_service::http::Guard;
+use mesh_service::metrics::Metrics;
+use tower::ServiceExt as _;
+
+pub(crate) use error::ApiError;
+pub(crate) use keys::{Keys, KeysError};
+use mesh_control::fair::{Ingress, Source};
+use mesh_control::registry::Worker;
+
+use crate::api::embeddings::AskedEmbeddings;
+use crate::api::generate::{self, Asked};
+use crate::flight::drive::submit;
+use crate::flight::embed;
+use crate::flight::task::Task;
+use crate::ids;
+use crate::mesh::Mesh;
+use crate::metrics::Front;
+use answer::Answering;
+use ignored::Ignored;
+use keys::{Caller, Client, ConcurrencyLimit, Denied};
+use ready::Told;
+use state::{Api, RequestId};
+
+/// All routes of the head.
+pub(crate) fn router(
+    mesh: Arc<Mesh>,
+    keys: Keys,
+    authority: Arc<Authority>,
+    own_id: String,
+    metrics: Arc<Metrics>,
+) -> Router {
+    let told = Told {
+        mesh: mesh.clone(),
+        keys: keys.clone(),
+    };
+    let health = health::router(mesh.health.clone(), metrics)
+        .route_layer(middleware::from_fn_with_state(told, ready::of_model));
+    let body_limit = usize::try_from(mesh.config.http.body_limit).unwrap_or(usize::MAX);
+    let concurrency = Arc::new(ConcurrencyLimit::new(mesh.config.http.concurrent_requests));
+    // A reload may bring keys or take them away.
+    let known_keys = keys.clone();
+    let guard = Guard::of_names(&mesh.config.http.hosts)
+        .only_while(move || !known_keys.are_needed())
+        .with_origins(&mesh.config.http.cors);
+    let api = Api {
+        mesh,
+        keys: Arc::new(keys),
+        authority,
+        own_id: own_id.into(),
+        concurrency,
+    };
+    let administration = Router::new()
+        .route("/v1/mesh/tokens", get(tokens::list).post(tokens::create))
+        .route("/v1/mesh/tokens/revoke", post(tokens::revoke))
+        .route("/v1/mesh/nodes", get(nodes::list))
+        .route("/v1/mesh/nodes/expel", post(nodes::expel))
+        .route("/v1/mesh/nodes/readmit", post(nodes::readmit))
+        .route("/v1/mesh/pins", get(admin::pins).post(admin::pin))
+        .route("/v1/mesh/drain", post(rings::drain))
+        .route("/v1/mesh/undrain", post(rings::undrain))
+        .route("/v1/mesh/plan", get(rings::plan))
+        .route("/v1/mesh/rebalance", post(rings::rebalance))
+        .route_layer(middleware::from_fn(administrators_only));
+    let routes = Router::new()
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*name}", get(models::show))
+        .route("/v1/chat/completions", post(chat))
+        .route("/v1/completions", post(completions))
+        .route("/v1/embeddings", post(embed))
+        .route("/v1/mesh", get(admin::show))
+        .merge(administration)
+        .route_layer(middleware::from_fn_with_state(api.clone(), authenticate))
+        .with_state(api)
+        .route("/openapi.json", get(openapi))
+        .merge(health)
+        .fallback(no_such_path)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(DefaultBodyLimit::max(body_limit))
+        .layer(middleware::from_fn(with_request_id));
+    // Around the router, because what comes within is routed already.
+    guard.before(Router::new().fallback_service(routes.map_request(paths::as_meant)))
+}
+
+async fn chat(
+    state: State<Api>,
+    client: Extension<Client>,
+    id: Extension<RequestId>,
+    body: Body,
+) -> Result<Response, ApiError> {
+    answer(generate::Api::Chat, state, client, id, body).await
+}
+
+async fn completions(
+    state: State<Api>,
+    client: Extension<Client>,
+    id: Extension<RequestId>,
+    body: Body,
+) -> Result<Response, ApiError> {
+    answer(generate::Api::Completions, state, client, id, body).await
+}
+
+async fn answer(
+    which: generate::Api,
+    State(api): State<Api>,
+    Extension(client): Extension<Client>,
+    Extension(id): Extension<RequestId>,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let (body, mut lease) = intake::body(&api, client, body).await?;
+    let choices_limit = api.mesh.config.http.choices_limit;
+    let parse = move |body: &[u8]| Asked::parse(which, body, choices_limit);
+    let mut asked = intake::parsed(&api.mesh, body, parse).await??;
+    asked.model = asked.model.map(|name| models::served_as(&api.mesh, name));
+    lease.set(asked.memory(context_of(&api.mesh, asked.model.clone())))?;
+    let pass = api
+        .concurrency
+        .enter(client, asked.answers())
+        .ok_or_else(|| ApiError::too_many(api.concurrency.limit()))?
+        .holding(lease);
+    let ignored = Ignored::new(&api, &asked.ignored)?;
+    // They cannot stream and know few parameters: where there is another, it answers.
+    let only_old_workers = api
+        .mesh
+        .with_registry(|registry| registry.iter().all(Worker::is_legacy));
+    let source = Source {
+        ingress: Ingress::Http,
+        origin: client.origin(),
+    };
+    let receivers = asked
+        .tasks(&id.0, only_old_workers)
+        .into_iter()
+        .map(|task| {
+            let salt = client.salt;
+            let task = Task {
+                source,
+                salt,
+                ..task
+            };
+            submit(&api.mesh, Front::Http, task)
+        })
+        .collect();
+    let answering = Answering::new(&asked, unix_seconds(SystemTime::now()), receivers, pass);
+    let answer = if asked.stream {
+        answering.stream(api.mesh.config.http.keep_alive).await
+    } else {
+        hold::whole(answering.gather(), api.hold()).await
+    };
+    answer.map(|response| ignored.named_in(response))
+}
+
+async fn embed(
+    State(api): State<Api>,
+    Extension(client): Extension<Client>,
+    Extension(id): Extension<RequestId>,
+    body: Body,
+) -> Result<Response, ApiError> {
+    // Its texts are held for as long as it runs, and once more on their way to workers: what the body was counted as.
+    let (body, mut lease) = intake::body(&api, client, body).await?;
+    let mut asked = intake::parsed(&api.mesh, body, AskedEmbeddings::parse).await??;
+    let pass = api
+        .concurrency
+        .enter(client, 1)
+        .ok_or_else(|| ApiError::too_many(api.concurrency.limit()))?;
+    let ignored = Ignored::new(&api, &asked.ignored)?;
+    let mut task = std::mem::take(&mut asked.task);
+    task.id = id.0;
+    task.model = task.model.map(|name| models::served_as(&api.mesh, name));
+    task.origin = client.origin();
+    let hold = api.hold();
+    let answer = async move {
+        let _pass = pass;
+        let embedded = embed::embed(&api.mesh, Front::Http, task, &mut lease).await;
+        embedded
+            .map(|embedded| hold::counted(asked.answer(&embedded), lease))
+            .map_err(|error| ApiError::from(&error))
+    };
+    let answer = hold::whole(answer, hold).await;
+    answer.map(|response| ignored.named_in(response))
+}
+
+/// The context of a model, or of the one that is meant if none is named.
+fn context_of(mesh: &Mesh, model: Option<String>) -> Option<u32> {
+    let model = model.or_else(|| mesh.default_model())?;
+    mesh.with_registry(|registry| registry.context_of(&model))
+}
+
+/// The machine-readable description of this API.
+async fn openapi() -> impl IntoResponse {
+    let json = HeaderValue::from_static("application/json");
+    ([(header::CONTENT_TYPE, json)], OPENAPI)
+}
+
+/// Lets through who may use the API, and notes who it is.
+async fn authenticate(
+    State(api): State<Api>,
+    mut request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    let caller = api.keys.caller(request.headers()).map_err(|denied| {
+        ApiError::unauthorized(match denied {
+            Denied::Missing => "no API key was sent; send it as `Authorization: Bearer <key>`",
+            Denied::Wrong => "the API key is not one of this head's; ask its operator for one",
+        })
+    })?;
+    let address = request
+        .extensions()
+        .get::<ConnectInfo<SocketAddr>>()
+        .map(|info| info.0.ip().to_canonical());
+    let client = Client {
+        caller,
+        address,
+        salt: api.keys.salt(caller),
+    };
+    request.extensions_mut().insert(client);
+    Ok(next.run(request).await)
+}
+
+async fn administrators_only(
+    Extension(client): Extension<Client>,
+    request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    if client.caller != Caller::Admin {
+        return Err(ApiError::unauthorized(
+            "this needs the admin key, which stands in admin.key in the head's state directory",
+        ));
+    }
+    Ok(next.run(request).await)
+}
+
+/// Takes the client's request id, or makes one, and sends it back.
+async fn with_request_id(mut request: Request, next: Next) -> Response {
+    let sent = request
+        .headers()
+        .get(REQUEST_ID)
+        .and_then(|value| value.to_str().ok());
+    let usable = |id: &&str| {
+        !id.is_empty() && id.len() <= 128 && id.bytes().all(|byte| byte.is_ascii_graphic())
+    };
+    let id = sent
+        .filter(usable)
+        .map_or_else(|| ids::fresh("req"), str::to_owned);
+    request.extensions_mut().insert(RequestId(id.clone()));
+    let mut response = next.run(request).await;
+    if let Ok(value) = HeaderValue::from_str(&id) {
+        response.headers_mut().insert(REQUEST_ID, value);
+    }
+    response
+}
+
+async fn no_such_path(request: Request) -> Response {
+    let text = format!(
+        "there is no {} here; the API begins with /v1/",
+        request.uri().path()
+    );
+    ApiError::new(StatusCode::NOT_FOUND, "unknown_url", text).into_response()
+}
+
+async fn wrong_method(request: Request) -> Response {
+    let text = format!(
+        "{} is not allowed on {}",
+        request.method(),
+        request.uri().path()
+    );
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", text).into_response()
+}
+
+const REQUEST_ID: &str = "x-request-id";
+const OPENAPI: &str = include_str!("../../../openapi.json");

@@ -1,0 +1,128 @@
+//! The models of the mesh, and the names that clients call them by.
+
+use std::collections::BTreeMap;
+
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use mesh_base::clock::unix_seconds;
+use mesh_proto::{ModelCard, ModelKind};
+use serde_json::{Value, json};
+
+use super::error::ApiError;
+use super::state::Api;
+use crate::mesh::Mesh;
+
+/// `GET /v1/models`.
+pub(super) async fn list(State(api): State<Api>) -> Json<Value> {
+    let data: Vec<Value> = models(&api)
+        .values()
+        .map(|card| model(&api, card))
+        .collect();
+    Json(json!({ "object": "list", "data": data }))
+}
+
+/// `GET /v1/models/NAME`.
+pub(super) async fn show(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    let found = models(&api)
+        .get(&served_as(&api.mesh, name.clone()))
+        .map(|card| model(&api, card));
+    found.map(Json).ok_or_else(|| ApiError {
+        param: Some("model".into()),
+        ..ApiError::new(
+            StatusCode::NOT_FOUND,
+            "model_not_found",
+            format!("the model {name:?} does not exist; GET /v1/models lists those that do"),
+        )
+    })
+}
+
+/// Every model that requests can name: those served now, and those of rings that recover.
+fn models(api: &Api) -> BTreeMap<String, ModelCard> {
+    api.mesh.with_rings(|rings, registry| {
+        let of_rings = rings
+            .cards()
+            .into_iter()
+            .map(|card| (card.name.clone(), card));
+        let mut models: BTreeMap<String, ModelCard> = of_rings.collect();
+        for (name, card) in registry.models() {
+            models.insert(name.to_owned(), card.clone());
+        }
+        models
+    })
+}
+
+fn model(api: &Api, card: &ModelCard) -> Value {
+    let created = unix_seconds(api.mesh.started);
+    json!({
+        "id": card.name,
+        "object": "model",
+        "created": created,
+        "owned_by": "hydramesh",
+        "context_length": card.context,
+        "architecture": card.architecture,
+        "quantization": card.quantization,
+        "file_bytes": card.file_bytes,
+        "kind": kind_name(card),
+        "dimensions": (card.dimensions > 0).then_some(card.dimensions),
+    })
+}
+
+/// The name of the model that is meant. Clients of many servers put the server's name before it, and Ollama's a tag behind it.
+pub(super) fn served_as(mesh: &Mesh, name: String) -> String {
+    if mesh.knows_model(&name) {
+        return name;
+    }
+    let meant = meant(&name).filter(|meant| mesh.knows_model(meant));
+    meant.map_or_else(|| name.clone(), str::to_owned)
+}
+
+fn meant(name: &str) -> Option<&str> {
+    let untagged = name.strip_suffix(":latest").unwrap_or(name);
+    let bare = match untagged.split_once('/') {
+        Some((provider, rest)) if PROVIDERS.contains(&provider) => rest,
+        _ => untagged,
+    };
+    (bare != name).then_some(bare)
+}
+
+const PROVIDERS: &[&str] = &[
+    "openai",
+    "text-completion-openai",
+    "custom_openai",
+    "openai_like",
+    "hosted_vllm",
+    "vllm",
+    "ollama",
+    "ollama_chat",
+    "lm_studio",
+    "lmstudio",
+    "llamafile",
+    "litellm_proxy",
+    "hydramesh",
+];
+
+/// What a model makes, in a word.
+pub(super) fn kind_name(card: &ModelCard) -> &'static str {
+    match card.kind() {
+        ModelKind::Chat => "chat",
+        ModelKind::Embed => "embed",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_clients_put_around_a_name_is_taken_off() {
+        assert_eq!(meant("openai/Qwen/Qwen3-0.6B"), Some("Qwen/Qwen3-0.6B"));
+        assert_eq!(meant("ollama/tiny:latest"), Some("tiny"));
+        assert_eq!(meant("tiny:latest"), Some("tiny"));
+        assert_eq!(meant("Qwen/Qwen3-0.6B"), None);
+        assert_eq!(meant("tiny"), None);
+    }
+}

@@ -1,0 +1,286 @@
+//! The nodes of the mesh, connected or not: who they are, and who is expelled.
+
+use std::collections::BTreeMap;
+use std::time::{Instant, SystemTime};
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::http::StatusCode;
+use mesh_control::registry::Worker;
+use mesh_net::trust::{KnownMember, TrustError};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::admin::read;
+use super::error::ApiError;
+use super::state::Api;
+use super::tokens::blocking;
+
+/// `GET /v1/mesh/nodes`: all nodes that the head knows by their certificates. The state of one is `connected`, `absent` or
+/// `expelled`.
+pub(super) async fn list(State(api): State<Api>) -> Result<Json<Value>, ApiError> {
+    let now = Instant::now();
+    let mut nodes: BTreeMap<String, Value> = BTreeMap::new();
+    for (node_id, member) in noted(&api).await? {
+        let shown = json!({
+            "node_id": node_id,
+            "name": member.name,
+            "state": "absent",
+            "member_since": member.since,
+            "certificate_ends": member.until,
+        });
+        nodes.insert(node_id, shown);
+    }
+    api.mesh.with_registry(|registry| {
+        for worker in registry.iter() {
+            let Some(node_id) = worker.node_id() else {
+                continue;
+            };
+            let shown = nodes
+                .entry(node_id.to_owned())
+                .or_insert_with(|| json!({ "node_id": node_id }));
+            let ago = |then: Instant| now.saturating_duration_since(then).as_secs_f64();
+            shown["name"] = json!(worker.name);
+            shown["state"] = json!("connected");
+            shown["address"] = json!(worker.address);
+            shown["connected_seconds"] = json!(ago(worker.joined));
+            shown["last_seen_seconds"] = json!(ago(worker.last_seen));
+        }
+    });
+    for (node_id, expulsion) in api.authority.deny_list().list() {
+        let shown = json!({
+            "node_id": node_id,
+            "name": expulsion.name,
+            "state": "expelled",
+            "expelled_at": expulsion.since,
+            "reason": expulsion.reason,
+        });
+        nodes.insert(node_id, shown);
+    }
+    let nodes: Vec<Value> = nodes.into_values().collect();
+    Ok(Json(json!({ "nodes": nodes })))
+}
+
+/// `POST /v1/mesh/nodes/expel`: the node that `node` names (by name or id) is no longer part of the mesh. The body may hold a
+/// `reason`.
+pub(super) async fn expel(State(api): State<Api>, body: Bytes) -> Result<Json<Value>, ApiError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Asked {
+        node: String,
+        #[serde(default)]
+        reason: String,
+    }
+    let asked: Asked = read(&body)?;
+    if asked.reason.len() > LONGEST_REASON || asked.reason.contains(char::is_control) {
+        let text = format!("'reason' must be one line of at most {LONGEST_REASON} bytes");
+        return Err(ApiError::new(
+            StatusCode::BAD_REQUEST,
+            "invalid_value",
+            text,
+        ));
+    }
+    // A name that an expelled node had may be another's by now.
+    let (node_id, name) = find(members(&api).await?, &asked.node)
+        .or_else(|error| find(expelled(&api), &asked.node).map_err(|_| error))?;
+    if *node_id == *api.own_id {
+        let text = format!("{node_id} is this head itself, which cannot be expelled");
+        return Err(ApiError::new(
+            StatusCode::BAD_REQUEST,
+            "invalid_value",
+            text,
+        ));
+    }
+    let connected = api
+        .mesh
+        .with_registry(|registry| registry.of_node(&node_id).is_some());
+    // A task of its own, which whoever asked cannot break off by going away.
+    let (task_api, id, called, reason) = (
+        api.clone(),
+        node_id.clone(),
+        name.clone(),
+        asked.reason.clone(),
+    );
+    let expelling = tokio::spawn(async move {
+        let authority = task_api.authority.clone();
+        let (to_expel, named, why) = (id.clone(), called.clone(), reason.clone());
+        let kept =
+            blocking(move || authority.expel(&to_expel, &named, &why, SystemTime::now())).await;
+        let text = task_api.authority.deny_list().refusal(&id);
+        if let Some(text) = text {
+            task_api
+                .mesh
+                .note_admission("node expelled", &id, &called, &reason);
+            task_api.mesh.expel(&id, &text.to_string());
+            task_api.mesh.tell_expelled();
+        }
+        kept
+    });
+    let kept = expelling
+        .await
+        .map_err(|error| internal(error.to_string()))??;
+    kept.map_err(|error| match error {
+        TrustError::ListFull { .. } => {
+            ApiError::new(StatusCode::CONFLICT, "list_full", error.to_string())
+        }
+        error => internal(format!(
+            "done, but it will be forgotten when the head starts again: {error}; make room or give the head its directory, and \
+             ask again"
+        )),
+    })?;
+    Ok(Json(json!({
+        "node_id": node_id,
+        "name": name,
+        "state": "expelled",
+        "was_connected": connected,
+    })))
+}
+
+/// `POST /v1/mesh/nodes/readmit`: ends that, and a quarantine.
+pub(super) async fn readmit(State(api): State<Api>, body: Bytes) -> Result<Json<Value>, ApiError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Asked {
+        node: String,
+    }
+    let asked: Asked = read(&body)?;
+    let mut out = quarantined(&api);
+    out.extend(expelled(&api));
+    let (node_id, name) = find(out, &asked.node)?;
+    let (authority, id) = (api.authority.clone(), node_id.clone());
+    let readmitted = blocking(move || authority.readmit(&id)).await?;
+    let readmitted = readmitted.map_err(|error| match error {
+        TrustError::NameTaken { .. } => {
+            ApiError::new(StatusCode::CONFLICT, "name_taken", error.to_string())
+        }
+        error => internal(format!("it stays expelled: {error}")),
+    })?;
+    let was_quarantined = api.mesh.readmit(&node_id);
+    if readmitted.is_none() && !was_quarantined {
+        let text = format!(
+            "{} is neither expelled nor in quarantine; GET /v1/mesh/nodes lists the nodes",
+            asked.node
+        );
+        return Err(ApiError::new(StatusCode::NOT_FOUND, "node_not_found", text));
+    }
+    api.mesh
+        .note_admission("node readmitted", &node_id, &name, "");
+    if readmitted.is_some() {
+        api.mesh.tell_expelled();
+    }
+    let connected = api
+        .mesh
+        .with_registry(|registry| registry.of_node(&node_id).is_some());
+    let state = if connected { "connected" } else { "absent" };
+    Ok(Json(
+        json!({ "node_id": node_id, "name": name, "state": state }),
+    ))
+}
+
+/// Names of the nodes in quarantine by their ids.
+fn quarantined(api: &Api) -> BTreeMap<String, String> {
+    let views = api
+        .mesh
+        .with_registry(|registry| registry.reputation.view(Instant::now()));
+    views
+        .into_iter()
+        .map(|view| (view.node_id, view.name))
+        .collect()
+}
+
+/// Names of the expelled nodes by their ids.
+fn expelled(api: &Api) -> BTreeMap<String, String> {
+    let expelled = api.authority.deny_list().list().into_iter();
+    expelled
+        .map(|(id, expulsion)| (id, expulsion.name))
+        .collect()
+}
+
+/// Names of the others.
+async fn members(api: &Api) -> Result<BTreeMap<String, String>, ApiError> {
+    let noted = noted(api).await?.into_iter();
+    let mut members: BTreeMap<String, String> =
+        noted.map(|(id, member)| (id, member.name)).collect();
+    api.mesh.with_registry(|registry| {
+        let named = |worker: &Worker| Some((worker.node_id()?.to_owned(), worker.name.clone()));
+        members.extend(registry.iter().filter_map(named));
+    });
+    Ok(members)
+}
+
+/// The head's roster, whose lock others hold while they write to the disk.
+async fn noted(api: &Api) -> Result<BTreeMap<String, KnownMember>, ApiError> {
+    let authority = api.authority.clone();
+    blocking(move || authority.members()).await
+}
+
+/// The one node of this name or id, or whose id begins so. An id that is not known is taken as it is.
+fn find(known: BTreeMap<String, String>, wanted: &str) -> Result<(String, String), ApiError> {
+    if let Some(name) = known.get(wanted) {
+        return Ok((wanted.to_owned(), name.clone()));
+    }
+    let is_hex = wanted
+        .bytes()
+        .all(|c| matches!(c, b'0'..=b'9' | b'a'..=b'f'));
+    let begins = |id: &str| is_hex && wanted.len() >= SHORTEST_ID && id.starts_with(wanted);
+    let mut found = known
+        .into_iter()
+        .filter(|(id, name)| name == wanted || begins(id));
+    match (found.next(), found.next()) {
+        (Some(node), None) => Ok(node),
+        (Some(_), Some(_)) => Err(ApiError::new(
+            StatusCode::BAD_REQUEST,
+            "ambiguous_node",
+            format!(
+                "several nodes are called {wanted:?}: give a node id; GET /v1/mesh/nodes (`hydramesh nodes list`) lists them"
+            ),
+        )),
+        (None, _) if is_hex && wanted.len() == ID_LENGTH => Ok((wanted.to_owned(), String::new())),
+        (None, _) => {
+            let shown: String = wanted.chars().take(80).collect();
+            Err(ApiError::new(
+                StatusCode::NOT_FOUND,
+                "node_not_found",
+                format!(
+                    "no node is called {shown:?}; GET /v1/mesh/nodes (`hydramesh nodes list`) lists them. Workers of DCF v5 have no identity: dcf.legacy_workers admits them"
+                ),
+            ))
+        }
+    }
+}
+
+fn internal(text: String) -> ApiError {
+    ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "not_kept", text)
+}
+
+const LONGEST_REASON: usize = 256;
+/// Digits of a node id, SHA-256 in hex.
+const ID_LENGTH: usize = 64;
+/// Fewer first digits of an id name nobody.
+const SHORTEST_ID: usize = 8;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_is_found_by_name_id_or_the_begin_of_its_id_and_never_by_two_of_them() {
+        let (attic, barn) = ("aaaaaaaa".repeat(8), "bbbbbbbb".repeat(8));
+        let known = BTreeMap::from([
+            (attic.clone(), "attic".to_owned()),
+            (barn.clone(), "aaaaaaaa".to_owned()),
+        ]);
+        let found = |wanted: &str| find(known.clone(), wanted).map(|(id, _)| id);
+        assert_eq!(found("attic").ok(), Some(attic.clone()));
+        assert_eq!(found(&attic).ok(), Some(attic.clone()));
+        assert_eq!(found("aaaaaaaaa").ok(), Some(attic));
+        assert_eq!(found("bbbbbbbb").ok(), Some(barn));
+        // A name that looks like another node's id names neither.
+        for nobody in ["aaaaaaaa", "bbbb", "", "barn"] {
+            assert!(found(nobody).is_err(), "{nobody:?}");
+        }
+        let unknown = "cc".repeat(32);
+        assert_eq!(found(&unknown).ok(), Some(unknown));
+    }
+}

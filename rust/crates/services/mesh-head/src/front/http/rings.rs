@@ -1,0 +1,220 @@
+//! What an administrator can do to rings: look at a plan, drain a worker, rebalance.
+
+use std::time::Instant;
+
+use arcanum_profiler::explain;
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::{Query, State};
+use axum::http::StatusCode;
+use mesh_control::registry::{Registry, Worker, WorkerId};
+use mesh_control::rings::Rings;
+use mesh_control::rings::drain::DrainRefusal;
+use mesh_control::rings::plan::NoPlan;
+use mesh_control::rings::rebalance::Comparison;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::admin::read;
+use super::error::ApiError;
+use super::state::Api;
+
+#[derive(Deserialize)]
+pub(super) struct PlanAsked {
+    #[serde(default)]
+    model: String,
+}
+
+/// `GET /v1/mesh/plan?model=NAME`: the ring that would be formed now, without forming it.
+pub(super) async fn plan(
+    State(api): State<Api>,
+    asked: Result<Query<PlanAsked>, axum::extract::rejection::QueryRejection>,
+) -> Result<Json<Value>, ApiError> {
+    let model = asked.map(|Query(asked)| asked.model).unwrap_or_default();
+    if model.is_empty() {
+        return Err(ApiError::new(
+            StatusCode::BAD_REQUEST,
+            "invalid_value",
+            "name the model: /v1/mesh/plan?model=NAME".to_owned(),
+        ));
+    }
+    let planned = api
+        .mesh
+        .with_rings(|rings, _| rings.plan(&model, Instant::now()));
+    let planned = planned.map_err(|error| {
+        let (status, code) = match &error {
+            NoPlan::NotOffered { .. } => (StatusCode::NOT_FOUND, "model_not_found"),
+            NoPlan::Place(_) => (StatusCode::SERVICE_UNAVAILABLE, "no_plan"),
+        };
+        ApiError::new(status, code, error.to_string())
+    })?;
+    Ok(Json(json!({
+        "model": model,
+        "context": planned.context,
+        "text": explain(&planned.plan, &planned.names).to_string(),
+        "names": planned.names,
+        "plan": planned.plan,
+    })))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WorkerAsked {
+    worker: String,
+}
+
+/// `POST /v1/mesh/drain`: the worker that `worker` names (by name or node id) gets nothing new, and hands over its parts of
+/// rings.
+pub(super) async fn drain(State(api): State<Api>, body: Bytes) -> Result<Json<Value>, ApiError> {
+    let asked: WorkerAsked = read(&body)?;
+    let drained: Result<_, ApiError> = api.mesh.change_rings(|rings, registry, now| {
+        let (id, node) = find(registry, &asked.worker)?;
+        if let Some(node) = &node {
+            rings.drain(node, now).map_err(refused)?;
+        }
+        if let Some(worker) = registry.get_mut(id) {
+            (worker.drained, worker.draining) = (true, true);
+        }
+        Ok((Some(id), node))
+    });
+    let (id, node) = drained?;
+    tracing::info!(worker = asked.worker, "worker drained by an operator");
+    keep_drains(&api).await?;
+    Ok(Json(progress(&api, id, node.as_deref())))
+}
+
+/// `POST /v1/mesh/undrain`: ends that.
+pub(super) async fn undrain(State(api): State<Api>, body: Bytes) -> Result<Json<Value>, ApiError> {
+    let asked: WorkerAsked = read(&body)?;
+    let undrained: Result<_, ApiError> = api.mesh.change_rings(|rings, registry, now| {
+        let (id, node) = match find(registry, &asked.worker) {
+            Ok((id, node)) => (Some(id), node),
+            // It may have been switched off for good.
+            Err(missing) => match drained(rings, &asked.worker) {
+                Some(node) => (None, Some(node)),
+                None => return Err(missing),
+            },
+        };
+        if let Some(node) = &node {
+            rings.undrain(node, now);
+        }
+        if let Some(worker) = id.and_then(|id| registry.get_mut(id)) {
+            (worker.drained, worker.draining) = (false, worker.load.draining);
+        }
+        Ok((id, node))
+    });
+    let (id, node) = undrained?;
+    tracing::info!(worker = asked.worker, "worker undrained by an operator");
+    keep_drains(&api).await?;
+    Ok(Json(progress(&api, id, node.as_deref())))
+}
+
+async fn keep_drains(api: &Api) -> Result<(), ApiError> {
+    api.mesh.keep_drains().await.map_err(|error| {
+        let text = format!(
+            "done, but it will be forgotten when the head starts again: {error}; make room or give the head its \
+             directory, and ask again"
+        );
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "drain_not_kept", text)
+    })
+}
+
+/// `POST /v1/mesh/rebalance`: compares rings with fresh plans and replaces those that are clearly worse. The body may hold
+/// `model` and `dry_run`.
+pub(super) async fn rebalance(
+    State(api): State<Api>,
+    body: Bytes,
+) -> Result<Json<Value>, ApiError> {
+    #[derive(Deserialize, Default)]
+    #[serde(default, deny_unknown_fields)]
+    struct Asked {
+        model: Option<String>,
+        dry_run: bool,
+    }
+    let asked: Asked = read(&body)?;
+    let compared = api
+        .mesh
+        .change_rings(|rings, _, now| rings.rebalance(asked.model.as_deref(), asked.dry_run, now));
+    let compared = compared
+        .map_err(|reason| ApiError::new(StatusCode::CONFLICT, "cannot_rebalance", reason))?;
+    Ok(Json(json!({
+        "dry_run": asked.dry_run,
+        "rings": compared.iter().map(show).collect::<Vec<_>>(),
+    })))
+}
+
+fn show(compared: &Comparison) -> Value {
+    json!({
+        "model": compared.model,
+        "old": {
+            "layout": compared.old,
+            "token_ms": compared.old_token_us / 1e3,
+            "tokens_per_second": compared.old_tokens_per_second,
+        },
+        "new": {
+            "token_ms": compared.new.token_us / 1e3,
+            "tokens_per_second": compared.new.tokens_per_second,
+            "text": explain(&compared.new, &compared.names).to_string(),
+            "plan": compared.new,
+        },
+        "gain": compared.gain,
+        "verdict": compared.verdict,
+    })
+}
+
+/// The one worker of that name or node id.
+fn find(registry: &Registry, name: &str) -> Result<(WorkerId, Option<String>), ApiError> {
+    let entry = |worker: &Worker| (worker.id, worker.node_id().map(str::to_owned));
+    if let Some(worker) = registry.of_node(name) {
+        return Ok(entry(worker));
+    }
+    let mut named = registry.iter().filter(|worker| worker.name == name);
+    match (named.next(), named.next()) {
+        (Some(worker), None) => Ok(entry(worker)),
+        (Some(_), Some(_)) => Err(ApiError::new(
+            StatusCode::BAD_REQUEST,
+            "ambiguous_worker",
+            format!("several workers are called {name:?}: give a node id, GET /v1/mesh lists them"),
+        )),
+        (None, _) => Err(ApiError::new(
+            StatusCode::NOT_FOUND,
+            "worker_not_found",
+            format!("no worker is called {name:?}; GET /v1/mesh lists them"),
+        )),
+    }
+}
+
+/// The one drained worker of that name or node id, connected or not.
+fn drained(rings: &Rings, name: &str) -> Option<String> {
+    let drained = rings.drained();
+    if drained.contains_key(name) {
+        return Some(name.to_owned());
+    }
+    let mut named = drained.into_iter().filter(|(_, known)| known == name);
+    match (named.next(), named.next()) {
+        (Some((node, _)), None) => Some(node),
+        _ => None,
+    }
+}
+
+fn refused(refusal: DrainRefusal) -> ApiError {
+    let (status, code) = match &refusal {
+        DrainRefusal::Unknown(_) => (StatusCode::NOT_FOUND, "worker_not_found"),
+        DrainRefusal::NoRoom { .. } => (StatusCode::CONFLICT, "no_room"),
+    };
+    ApiError::new(status, code, refusal.to_string())
+}
+
+/// What a worker still holds and runs.
+fn progress(api: &Api, id: Option<WorkerId>, node: Option<&str>) -> Value {
+    api.mesh.with_rings(|rings, registry| {
+        let worker = id.and_then(|id| registry.get(id));
+        json!({
+            "worker": worker.map(|worker| worker.name.as_str()),
+            "node_id": node,
+            "draining": worker.is_some_and(|worker| worker.draining),
+            "assigned": worker.map_or(0, |worker| worker.assigned),
+            "holds": rings.holdings(node.unwrap_or_default()),
+        })
+    })
+}

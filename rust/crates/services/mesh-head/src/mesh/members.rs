@@ -1,0 +1,272 @@
+//! Workers that join, report and leave.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Instant, SystemTime};
+
+use dcf::{ErrorCode, Message};
+use mesh_base::clock;
+use mesh_control::duplicates::{Duplicate, Machine};
+use mesh_control::registry::{Worker, WorkerId};
+use mesh_control::rings::Arrival;
+use mesh_net::quic::Link;
+use mesh_net::trust::DUPLICATE_IDENTITY;
+use mesh_proto::{Hello, Load};
+use tokio::sync::mpsc;
+
+use super::exchange::LegacyWorker;
+use super::state::{CLOCK_TOLERANCE, Mesh, Peer, timestamp_us};
+
+/// A worker that is connected with the identity of one that connects.
+#[derive(Debug)]
+pub(crate) struct Rival {
+    /// Its link.
+    pub link: Link,
+    /// It finishes what runs and will leave.
+    pub draining: bool,
+    name: String,
+    host: String,
+    orders: mpsc::Sender<Message>,
+}
+
+impl Mesh {
+    /// Enters a worker that said Hello on this link.
+    pub(crate) fn join(
+        &self,
+        link: &Link,
+        hello: Hello,
+        orders: mpsc::Sender<Message>,
+    ) -> WorkerId {
+        let now = Instant::now();
+        // Not what it calls itself.
+        let hello = Hello {
+            node_name: link.node_name().to_owned(),
+            version: plain(&hello.version),
+            ..hello
+        };
+        let (instance, host) = (hello.instance, plain(&hello.host));
+        let others = other_addresses(&hello.addresses, link.remote_addr().ip());
+        let mut state = self.lock();
+        let whole = hello.models.iter().map(|card| card.name.clone()).collect();
+        let (id, replaced) =
+            state
+                .placement
+                .registry
+                .join(link.node_id(), link.remote_addr(), hello, now);
+        let drained = state.rings.is_asked_to_drain(link.node_id());
+        let mut name = String::new();
+        if let Some(worker) = state.placement.registry.get_mut(id) {
+            (worker.drained, worker.draining) = (drained, drained);
+            name.clone_from(&worker.name);
+        }
+        state.tracker.joined(link.node_id(), &name, link.local_ip());
+        state.tracker.has_addresses(link.node_id(), others.clone());
+        let arrival = Arrival {
+            name,
+            whole,
+            head_ip: link.local_ip(),
+        };
+        state.rings.joined(link.node_id(), arrival, now);
+        state.rings.has_addresses(link.node_id(), others);
+        if let Some(old) = replaced.and_then(|old| state.peers.remove(&old)) {
+            old.link
+                .close(ErrorCode::CANCELLED, "this node has connected again");
+        }
+        state.peers.insert(
+            id,
+            Peer {
+                link: link.clone(),
+                orders,
+                heard_packets: 0,
+                heard: now,
+                instance,
+                host,
+            },
+        );
+        let list = self.expelled_message();
+        self.order(&mut state, id, link.node_id(), list, now);
+        self.note_mixed(&mut state);
+        self.turn(&mut state, now);
+        id
+    }
+
+    /// The process that is connected as this node, if its link is open.
+    pub(crate) fn process_of(&self, node: &str) -> Option<u64> {
+        let state = self.lock();
+        let worker = state.placement.registry.of_node(node)?;
+        let peer = state.peers.get(&worker.id)?;
+        peer.link.close_reason().is_none().then_some(peer.instance)
+    }
+
+    /// The worker that is connected as this node, unless it is the same process: that has lost its earlier link.
+    pub(crate) fn rival(&self, node: &str, instance: u64) -> Option<Rival> {
+        let state = self.lock();
+        let worker = state.placement.registry.of_node(node)?;
+        let peer = state.peers.get(&worker.id)?;
+        let same = instance != 0 && peer.instance == instance;
+        (!same && peer.link.close_reason().is_none()).then(|| Rival {
+            link: peer.link.clone(),
+            // A drain by an operator lasts; one of its own ends soon.
+            draining: worker.load.draining,
+            name: worker.name.clone(),
+            host: peer.host.clone(),
+            orders: peer.orders.clone(),
+        })
+    }
+
+    /// A second machine with the identity of `rival` was refused: both hear so. Returns what the newcomer is told.
+    pub(crate) fn refused_duplicate(
+        &self,
+        rival: &Rival,
+        newcomer: SocketAddr,
+        host: &str,
+    ) -> String {
+        let now = Instant::now();
+        let machine = |address, host: &str| Machine {
+            address,
+            host: host.chars().take(64).filter(|c| !c.is_control()).collect(),
+        };
+        let kept = machine(rival.link.remote_addr(), &rival.host);
+        let refused = machine(newcomer, host);
+        let node = rival.link.node_id();
+        let mut state = self.lock();
+        let news = state
+            .duplicates
+            .refused(node, &rival.name, kept, refused, now);
+        let text = state.duplicates.advice(node).unwrap_or_default();
+        drop(state);
+        self.metrics.duplicate(&rival.name);
+        if news {
+            tracing::error!(node, "{text}");
+            let message = Message::error(0, timestamp_us(), DUPLICATE_IDENTITY, &text);
+            // One that takes no orders is dropped elsewhere.
+            let _ = rival.orders.try_send(message);
+        }
+        text
+    }
+
+    /// Identities that several machines have.
+    pub(crate) fn duplicates(&self) -> Vec<Duplicate> {
+        self.lock().duplicates.view(Instant::now())
+    }
+
+    /// A worker's message with this timestamp came just now.
+    pub(crate) fn clock_heard(&self, id: WorkerId, timestamp_us: u64) {
+        // v5.0.0 peers may send 0.
+        if timestamp_us == 0 {
+            return;
+        }
+        let offset = (timestamp_us as f64 - super::state::timestamp_us() as f64) / 1e6;
+        self.with_worker(id, |worker| {
+            let was_off = worker.clock_offset.abs() > CLOCK_TOLERANCE;
+            worker.clock_offset = offset;
+            if offset.abs() > CLOCK_TOLERANCE && !was_off {
+                tracing::warn!(
+                    worker = worker.name,
+                    clock = clock::utc(SystemTime::now()),
+                    "the worker's clock is {} by this head's; set the one that is wrong, for example with `timedatectl set-ntp true`",
+                    clock::offset(offset)
+                );
+            }
+        });
+    }
+
+    /// A worker's link is closed.
+    pub(crate) fn leave(&self, id: WorkerId) {
+        let now = Instant::now();
+        let mut state = self.lock();
+        state.peers.remove(&id);
+        let left = state.placement.leave(id, now);
+        self.note_mixed(&mut state);
+        if let Some(node) = left.as_ref().and_then(Worker::node_id) {
+            state.rings.left(node, "its link is closed", now);
+            state.tracker.left(node);
+        }
+        self.turn(&mut state, now);
+    }
+
+    /// A worker reports its load.
+    pub(crate) fn report(&self, id: WorkerId, load: Load) {
+        let now = Instant::now();
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let draining = load.draining;
+        state.placement.registry.report(id, load, now);
+        if let Some(node) = state.placement.registry.get(id).and_then(Worker::node_id) {
+            state.rings.says_draining(node, draining);
+        }
+        self.turn(state, now);
+    }
+
+    /// A worker without an identity is alive. True means that it is new.
+    pub(crate) fn legacy_heartbeat(&self, worker: LegacyWorker) -> bool {
+        let now = Instant::now();
+        let mut state = self.lock();
+        let new = state
+            .placement
+            .registry
+            .legacy_heartbeat(worker.address, worker.version, now)
+            .is_some_and(|(_, new)| new);
+        if new {
+            self.pump(&mut state, now);
+        }
+        new
+    }
+}
+
+/// What a worker says of itself, as far as it is shown.
+fn plain(said: &str) -> String {
+    let shown = said.chars().filter(|c| !c.is_control());
+    shown.take(64).collect()
+}
+
+/// Addresses that a worker says it has, but for the one that it is seen at and those that lead to nobody or to everybody. One
+/// on the head's own machine is reached where the head is.
+fn other_addresses(said: &[String], seen: IpAddr) -> Vec<IpAddr> {
+    if seen.is_loopback() {
+        return Vec::new();
+    }
+    let usable = |ip: &IpAddr| {
+        let link_local = matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
+        !ip.is_unspecified() && !ip.is_multicast() && !ip.is_loopback() && !link_local
+    };
+    let parsed = said.iter().filter_map(|text| text.parse::<IpAddr>().ok());
+    let parsed = parsed.map(|ip| ip.to_canonical()).filter(usable);
+    parsed
+        .filter(|ip| *ip != seen)
+        .take(MOST_ADDRESSES)
+        .collect()
+}
+
+/// Other addresses of one worker that are passed on.
+const MOST_ADDRESSES: usize = 7;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_addresses_that_lead_to_a_worker_are_passed_on() {
+        let said: Vec<String> = [
+            "10.0.0.5",
+            "10.0.0.7",
+            "fe80::1",
+            "fd00::7",
+            "127.0.0.1",
+            "224.0.0.1",
+            "::ffff:10.0.0.8",
+            "no",
+            "0.0.0.0",
+        ]
+        .map(str::to_owned)
+        .to_vec();
+        let seen = IpAddr::from([10, 0, 0, 5]);
+        let others: Vec<String> = other_addresses(&said, seen)
+            .iter()
+            .map(|ip| ip.to_string())
+            .collect();
+        assert_eq!(others, ["10.0.0.7", "fd00::7", "10.0.0.8"]);
+        assert!(other_addresses(&said, IpAddr::from([127, 0, 0, 1])).is_empty());
+        let many: Vec<String> = (1..99).map(|last| format!("10.0.1.{last}")).collect();
+        assert_eq!(other_addresses(&many, seen).len(), MOST_ADDRESSES);
+    }
+}

@@ -1,0 +1,29 @@
+//! What all front ends share: placement and rings behind their lock, the links of workers, and who waits for room.
+//!
+//! The lock is held for a decision, never across an await. Per token nothing is locked.
+//!
+//! - [`state`]: the state and its lock;
+//! - [`members`], [`models`], [`nodes`], [`rings`]: events of workers, and what the cores make of them;
+//! - [`placing`], [`lease`]: a worker and memory for each request;
+//! - [`findings`]: faults of workers; [`tick`]: what is due now and then;
+//! - [`exchange`]: tasks with workers of DCF v5.0.0 and v5.1; [`sessions`]: keys of heartbeats;
+//! - [`drains`], [`pins`]: what outlasts a restart.
+
+mod drains;
+pub(crate) mod exchange;
+mod findings;
+mod lease;
+mod members;
+mod models;
+mod nodes;
+mod pins;
+mod placing;
+mod rings;
+mod sessions;
+mod state;
+mod tick;
+
+pub(crate) use lease::Lease;
+pub(crate) use placing::{Assignment, Route};
+pub(crate) use rings::RingRole;
+pub(crate) use state::{Mesh, timestamp_us};

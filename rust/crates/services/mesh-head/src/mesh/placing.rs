@@ -1,0 +1,307 @@
+//! A worker for each request, and the queue of those that wait for one.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use mesh_control::fair::{Ingress, Ticket};
+use mesh_control::placement::{Asked, Ended, Placed, Received, Refusal};
+use mesh_control::registry::{TokenClock, WorkerId};
+use mesh_control::replicas::Replicas;
+use mesh_control::rings::Prospect;
+use mesh_control::router::Ask;
+use mesh_net::quic::Link;
+use mesh_proto::ModelKind;
+use tokio::sync::oneshot;
+
+use super::exchange::LegacyWorker;
+use super::state::{Mesh, State};
+
+impl Mesh {
+    /// Finds a worker, waiting for one where all are busy. A `rerun` waits even if there is none.
+    ///
+    /// # Errors
+    /// [`Refusal`] says why there is none.
+    pub(crate) async fn place(
+        self: &Arc<Self>,
+        ask: Ask,
+        rerun: bool,
+    ) -> Result<Assignment, Refusal> {
+        let ingress = ask.source.ingress;
+        let placed = self.place_or_wait(ask, rerun).await;
+        if let Err(Refusal::QueueFull { .. }) = placed {
+            self.metrics.queue_refused(ingress);
+        }
+        placed
+    }
+
+    async fn place_or_wait(self: &Arc<Self>, ask: Ask, rerun: bool) -> Result<Assignment, Refusal> {
+        let (ticket, receiver) = {
+            let mut state = self.lock();
+            let ticket = Ticket(state.next_ticket);
+            state.next_ticket += 1;
+            match state.placement.ask(ticket, ask, rerun, Instant::now()) {
+                Asked::Placed(placed) => return Ok(self.assignment(&state, ticket, placed)),
+                Asked::Refused(refusal) => return Err(refusal),
+                Asked::Waiting => {
+                    let (sender, receiver) = oneshot::channel();
+                    state.waiting.insert(ticket, sender);
+                    if state.placement.has_displaced() {
+                        self.pump(&mut state, Instant::now());
+                    }
+                    (ticket, receiver)
+                }
+            }
+        };
+        let mut place = PlaceInQueue {
+            mesh: self,
+            ticket,
+            left: false,
+        };
+        let decided = receiver.await;
+        place.left = true;
+        match decided {
+            Ok(Ok(placed)) => Ok(self.assignment(&self.lock(), ticket, placed)),
+            Ok(Err(refusal)) => Err(refusal),
+            Err(_) => Err(Refusal::NoWorker {
+                model: String::new(),
+            }),
+        }
+    }
+
+    /// The model of a request that names none.
+    pub(crate) fn default_model(&self) -> Option<String> {
+        let first = || {
+            let mut state = self.lock();
+            let placement = &mut state.placement;
+            let served = placement
+                .registry
+                .default_model(ModelKind::Chat, Instant::now());
+            // A mesh whose only model is a ring that recovers has a model all the same.
+            let coming = || {
+                let coming = |(_, prospect): &(&String, &Prospect)| **prospect == Prospect::Coming;
+                let mut models = placement.prospects().iter().filter(coming);
+                models.next().map(|(name, _)| name.clone())
+            };
+            served.or_else(coming)
+        };
+        self.config.default_model.clone().or_else(first)
+    }
+
+    /// The embedding model of a request that names none.
+    pub(crate) fn first_encoder(&self) -> Option<String> {
+        let mut state = self.lock();
+        let registry = &mut state.placement.registry;
+        registry.default_model(ModelKind::Embed, Instant::now())
+    }
+
+    /// Who serves this model.
+    pub(crate) fn replicas(&self, name: &str) -> Replicas {
+        self.with_registry(|registry| Replicas::of(registry, name, Instant::now()))
+    }
+
+    /// Whether a worker serves this model now or did lately, or workers offer its layers.
+    pub(crate) fn knows_model(&self, name: &str) -> bool {
+        self.lock().placement.knows_model(name)
+    }
+
+    pub(super) fn assignment(
+        self: &Arc<Self>,
+        state: &State,
+        ticket: Ticket,
+        placed: Placed,
+    ) -> Assignment {
+        let worker = state.placement.registry.get(placed.worker);
+        let route = match (state.peers.get(&placed.worker), worker) {
+            (Some(peer), _) => Route::Link(peer.link.clone()),
+            (None, Some(worker)) => match worker.legacy_version() {
+                Some(version) => Route::Legacy(LegacyWorker {
+                    address: worker.address,
+                    version,
+                }),
+                None => Route::Gone,
+            },
+            (None, None) => Route::Gone,
+        };
+        self.gauge(state);
+        Assignment {
+            mesh: self.clone(),
+            ticket,
+            tokens_seen: worker.map(|worker| worker.tokens_seen.clone()),
+            process: state.peers.get(&placed.worker).map_or(0, |p| p.instance),
+            of_model: worker
+                .and_then(|worker| worker.model(&placed.model))
+                .map(|model| model.tokens_seen.clone()),
+            placed,
+            route,
+            ended: Ended::Cancelled,
+            received: Mutex::default(),
+        }
+    }
+
+    /// Whether another worker than this one answers such requests.
+    pub(crate) fn another(&self, ask: &Ask, than: WorkerId) -> bool {
+        self.lock().placement.another(ask, than, Instant::now())
+    }
+
+    /// The context that a worker claims for a model; 0 if it is not known.
+    pub(crate) fn context_on(&self, worker: WorkerId, model: &str) -> u32 {
+        self.with_registry(|registry| {
+            let served = registry.get(worker).and_then(|worker| worker.model(model));
+            served.map_or(0, |model| model.card.context)
+        })
+    }
+
+    pub(super) fn pump(&self, state: &mut State, now: Instant) {
+        for (ticket, decided) in state.placement.pump(now) {
+            let undelivered = match state.waiting.remove(&ticket) {
+                Some(sender) => sender.send(decided).is_err(),
+                None => true,
+            };
+            if undelivered {
+                state.placement.release(ticket, Ended::Cancelled, now);
+            }
+        }
+        self.gauge(state);
+    }
+
+    pub(super) fn gauge(&self, state: &State) {
+        self.metrics
+            .queued
+            .set(i64::try_from(state.placement.queued()).unwrap_or(i64::MAX));
+        self.metrics
+            .running
+            .set(i64::try_from(state.placement.running()).unwrap_or(i64::MAX));
+        for ingress in Ingress::ALL {
+            let (waiting, running) = state.placement.of_ingress(ingress);
+            self.metrics.ingress(ingress, waiting, running);
+        }
+        self.metrics
+            .queue_sources
+            .set(i64::try_from(state.placement.sources()).unwrap_or(i64::MAX));
+    }
+}
+
+/// How to reach the worker of an [`Assignment`].
+#[derive(Debug, Clone)]
+pub(crate) enum Route {
+    /// Over its link.
+    Link(Link),
+    /// Plain DCF over UDP.
+    Legacy(LegacyWorker),
+    /// The worker left in the same moment.
+    Gone,
+}
+
+/// A request's place in the queue; leaving early gives it up.
+struct PlaceInQueue<'a> {
+    mesh: &'a Mesh,
+    ticket: Ticket,
+    left: bool,
+}
+
+impl Drop for PlaceInQueue<'_> {
+    fn drop(&mut self) {
+        if self.left {
+            return;
+        }
+        let now = Instant::now();
+        let mut state = self.mesh.lock();
+        state.waiting.remove(&self.ticket);
+        state.placement.withdraw(self.ticket);
+        // It may have been given a worker in this very moment.
+        state.placement.release(self.ticket, Ended::Cancelled, now);
+        self.mesh.pump(&mut state, now);
+    }
+}
+
+/// A request's right to a worker; dropping it gives the worker free.
+#[derive(Debug)]
+pub(crate) struct Assignment {
+    mesh: Arc<Mesh>,
+    ticket: Ticket,
+    /// The worker.
+    pub placed: Placed,
+    /// How to reach it.
+    pub route: Route,
+    /// The worker's process; 0 is unknown.
+    pub process: u64,
+    ended: Ended,
+    received: Mutex<Received>,
+    tokens_seen: Option<TokenClock>,
+    /// The same for the model alone.
+    of_model: Option<TokenClock>,
+}
+
+impl Assignment {
+    /// The first token came.
+    pub(crate) fn first_token(&self) {
+        let now = Instant::now();
+        let mut state = self.mesh.lock();
+        state.placement.first_token(self.ticket, now);
+        if state.placement.has_suspects() {
+            self.mesh.pump(&mut state, now);
+        }
+    }
+
+    /// Tokens came.
+    pub(crate) fn received(&self, tokens: usize, first: bool, now: Instant) {
+        for seen in [&self.tokens_seen, &self.of_model].into_iter().flatten() {
+            seen.note(now);
+        }
+        let mut received = self.received.lock().unwrap_or_else(PoisonError::into_inner);
+        received.last = Some(now);
+        if !first {
+            let more = u32::try_from(tokens).unwrap_or(u32::MAX);
+            received.tokens = received.tokens.saturating_add(more);
+        }
+    }
+
+    /// All of a request without tokens was computed.
+    pub(crate) fn prefilled(&self) {
+        if let Some(seen) = &self.tokens_seen {
+            seen.note(Instant::now());
+        }
+        self.first_token();
+    }
+
+    /// When a token last came from this worker, whichever request it was for.
+    pub(crate) fn last_token_of_worker(&self) -> Option<Instant> {
+        self.tokens_seen.as_ref()?.last()
+    }
+
+    /// The worker says that its engine gets on.
+    pub(crate) fn gave_sign(&self) {
+        let model = &self.placed.model;
+        self.mesh.with_worker(self.placed.worker, |worker| {
+            worker.gave_sign(model, Instant::now());
+        });
+    }
+
+    /// True if the worker's reports explain that a request gets no token from it: it works, and requests wait
+    /// there.
+    pub(crate) fn is_busy(&self) -> bool {
+        let within = self.mesh.config.first_token_limit;
+        self.mesh.with_registry(|registry| {
+            let worker = registry.get(self.placed.worker);
+            let proof = self.mesh.config.request_timeout;
+            worker.is_some_and(|worker| worker.is_busy(within, proof, Instant::now()))
+        })
+    }
+
+    /// Says how the attempt ended, and gives the worker free.
+    pub(crate) fn end(mut self, ended: Ended) {
+        self.ended = ended;
+    }
+}
+
+impl Drop for Assignment {
+    fn drop(&mut self) {
+        let now = Instant::now();
+        let mut state = self.mesh.lock();
+        let received = *self.received.lock().unwrap_or_else(PoisonError::into_inner);
+        state
+            .placement
+            .release_after(self.ticket, self.ended, received, now);
+        self.mesh.pump(&mut state, now);
+    }
+}

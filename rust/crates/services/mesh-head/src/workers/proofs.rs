@@ -1,0 +1,442 @@
+//! Proofs: the head asks each worker a question now and then, and the answer shows that tokens come back and that they are
+//! those of the other workers.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use dcf::{ErrorCode, Message, MsgType};
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use mesh_control::registry::WorkerId;
+use mesh_control::registry::proofs::Proof;
+use mesh_control::request::{Answer, Bounds, Delta, Failure, Step};
+use mesh_control::spotcheck::{self, Position, Sample};
+use mesh_net::quic::{Link, StreamFailure};
+use mesh_proto::{
+    Chat, ChatMessage, Done, Embed, EmbedInput, EmbedText, Generate, GenerateParams, ModelKind,
+    Progress, Prompt, RequestPhase, Tokens,
+};
+use prost::Message as _;
+use tracing::{debug, info, warn};
+
+use super::requests::{self, error_of, gets_on, progress_ms};
+use crate::ids;
+use crate::mesh::{Mesh, RingRole, timestamp_us};
+
+/// Keeps the proof fresh that this worker answers, and that its answers are those of the others: asks it a question when it joins,
+/// after a failure, when it has been idle for long, and now and then.
+pub(super) async fn prove(mesh: Arc<Mesh>, id: WorkerId, link: Link) {
+    // Side by side: one may wait in its model's queue for long.
+    let mut running = FuturesUnordered::new();
+    let mut under_way = BTreeSet::new();
+    while link.close_reason().is_none() {
+        for proof in mesh.proofs_due(id, &under_way) {
+            under_way.insert(proof.model.clone());
+            let (mesh, link) = (&mesh, &link);
+            running.push(async move {
+                if !prove_model(mesh, id, link, &proof).await {
+                    // Whatever the registry makes of that, nobody is asked without end: a link that is closed refuses at once.
+                    tokio::time::sleep(PROOF_PAUSE).await;
+                }
+                proof.model
+            });
+        }
+        tokio::select! {
+            Some(model) = running.next(), if !running.is_empty() => {
+                under_way.remove(&model);
+                mesh.tick();
+            }
+            () = tokio::time::sleep(PROOF_PAUSE) => {}
+        }
+    }
+}
+
+/// Asks the question of a proof. True if it was answered.
+async fn prove_model(mesh: &Mesh, id: WorkerId, link: &Link, proof: &Proof) -> bool {
+    let mut probe = Probe {
+        mesh,
+        id,
+        proof,
+        asked: Instant::now(),
+        alive: Instant::now(),
+        got_on: Instant::now(),
+        told: None,
+    };
+    let asked = probe.asked;
+    let model = proof.model.as_str();
+    let proven = match proof.kind {
+        ModelKind::Chat => probe.tokens(link).await,
+        ModelKind::Embed => probe.one_vector(link).await,
+    };
+    let sample = match proven {
+        Ok(sample) => Some(sample),
+        Err(Unproven::Failed(reason) | Unproven::Refused(reason)) => {
+            info!(
+                worker = link.node_name(),
+                model, reason, "no token came back"
+            );
+            None
+        }
+        Err(Unproven::Silent) => {
+            warn!(
+                worker = link.node_name(),
+                model, "no token came back in time"
+            );
+            if let Some(ring) = proof.ring
+                && matches!(mesh.ring_role(id, ring), RingRole::Serves(since) if since <= asked)
+            {
+                mesh.suspect(id, ring, "a token that was asked of it did not come");
+            }
+            None
+        }
+        Err(Unproven::Needless) => return false,
+        Err(Unproven::Declined(reason)) => {
+            if mesh.declined(id, model) {
+                debug!(
+                    worker = link.node_name(),
+                    model, reason, "asked again later"
+                );
+                return false;
+            }
+            info!(
+                worker = link.node_name(),
+                model, reason, "it declines all questions, and no token comes from it"
+            );
+            None
+        }
+    };
+    let answered = sample.is_some();
+    mesh.proved(id, proof, sample, asked);
+    answered
+}
+
+/// A request that only is to show that a token comes back, and which.
+struct Probe<'a> {
+    mesh: &'a Mesh,
+    id: WorkerId,
+    proof: &'a Proof,
+    asked: Instant,
+    /// Time of the worker's last sign of life.
+    alive: Instant,
+    /// When the probe was sent, or its last token came.
+    got_on: Instant,
+    /// When the worker last said what the probe waits for.
+    told: Option<Instant>,
+}
+
+/// Reasons why a probe brought no proof.
+enum Unproven {
+    Failed(String),
+    /// The worker says that the question is at fault.
+    Refused(String),
+    /// Neither a token nor a sign of life.
+    Silent,
+    /// A real answer's token came meanwhile, or the worker is busy with real requests, whose tokens will come.
+    Needless,
+    /// The worker has no room for it, or drains.
+    Declined(String),
+}
+
+impl From<Failure> for Unproven {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(match failure {
+            Failure::Error {
+                code: code @ (ErrorCode::WORKER_BUSY | ErrorCode::DRAINING),
+                text,
+            } => return Self::Declined(format!("{code}: {text}")),
+            Failure::Error {
+                code: code @ ErrorCode::INVALID_PAYLOAD,
+                text,
+            } => return Self::Refused(format!("{code}: {text}")),
+            Failure::Lost(text) | Failure::Died(text) | Failure::Nonsense(text) => text,
+            Failure::Error { code, text } => format!("{code}: {text}"),
+        })
+    }
+}
+
+impl From<StreamFailure> for Unproven {
+    fn from(failure: StreamFailure) -> Self {
+        Self::Failed(failure.to_string())
+    }
+}
+
+impl Probe<'_> {
+    /// A few tokens, with what the worker thinks of others in their place. The question looks like a client's: a worker that knew it for
+    /// the head's could answer it alone honestly.
+    async fn tokens(&mut self, link: &Link) -> Result<Sample, Unproven> {
+        let text = self.proof.question.text.clone();
+        let message = ChatMessage {
+            role: "user".into(),
+            content: text.clone(),
+        };
+        let chat = Chat {
+            messages: vec![message],
+            ..Chat::default()
+        };
+        match self.tokens_after(link, Prompt::Chat(chat)).await {
+            // A model whose chat template cannot be used goes on with texts.
+            Err(Unproven::Refused(_)) => self.tokens_after(link, Prompt::Text(text)).await,
+            answered => answered,
+        }
+    }
+
+    async fn tokens_after(&mut self, link: &Link, prompt: Prompt) -> Result<Sample, Unproven> {
+        let params = GenerateParams {
+            max_tokens: Some(spotcheck::TOKENS),
+            // A model may have nothing to say to this.
+            ignore_eos: true,
+            temperature: Some(0.0),
+            seed: Some(ids::unique()),
+            logprobs: Some(spotcheck::ALTERNATIVES),
+            ..Default::default()
+        };
+        let generate = Generate {
+            request_id: ids::fresh("req"),
+            model: self.proof.model.clone(),
+            prompt: Some(prompt),
+            params: Some(params),
+            progress_ms: progress_ms(self.mesh),
+            ..Default::default()
+        };
+        let message = Message::new(
+            MsgType::GENERATE,
+            1,
+            timestamp_us(),
+            Bytes::from(generate.encode_to_vec()),
+        );
+        let opening = async {
+            let mut stream = link.open().await?;
+            stream.send(message).await?;
+            Ok::<_, StreamFailure>(stream)
+        };
+        let mut stream = self.while_alive(opening).await??;
+        let bounds = Bounds {
+            tokens: spotcheck::TOKENS,
+            alternatives: Some(spotcheck::ALTERNATIVES),
+            ..Bounds::default()
+        };
+        stream.limit(bounds.message());
+        // Checks what comes as any answer is checked.
+        let mut answer = Answer::new(self.mesh.config.request_limits(), self.asked).within(bounds);
+        let attempt = answer
+            .placed(self.id, Duration::ZERO, Instant::now())
+            .attempt;
+        let mut positions = Vec::new();
+        let (mut first, mut last) = (None, Instant::now());
+        let mut after_first = 0;
+        loop {
+            let received = self.while_alive(stream.recv()).await??;
+            let now = Instant::now();
+            let Some(message) = received else {
+                return Err(Unproven::Failed("it ended the stream".into()));
+            };
+            let unreadable =
+                |kind| Unproven::Failed(format!("it sent a {kind} that cannot be read"));
+            let step = match message.kind {
+                MsgType::TOKENS => {
+                    let tokens =
+                        Tokens::decode(message.payload).map_err(|_| unreadable(MsgType::TOKENS))?;
+                    if !tokens.tokens.is_empty() {
+                        match first {
+                            None => first = Some(now),
+                            Some(_) => after_first += tokens.tokens.len() as u32,
+                        }
+                        last = now;
+                        (self.alive, self.got_on) = (now, now);
+                    }
+                    answer.tokens_came(attempt, tokens, now)
+                }
+                MsgType::DONE => {
+                    let done =
+                        Done::decode(message.payload).map_err(|_| unreadable(MsgType::DONE))?;
+                    answer.done(attempt, done, now)
+                }
+                MsgType::PROGRESS => {
+                    if let Ok(progress) = Progress::decode(message.payload) {
+                        self.lives(&progress)?;
+                    }
+                    answer.idled(attempt, now)
+                }
+                _ => match message.error_body() {
+                    Some(_) => return Err(error_of(&message).into()),
+                    None => answer.idled(attempt, now),
+                },
+            };
+            match step {
+                Step::Wait => {}
+                Step::Emit(delta) => positions.extend(positions_of(&delta)),
+                Step::Complete(_) => {
+                    let _ = stream.finish();
+                    if let Some(first) = first {
+                        self.measured(after_first, last - first);
+                    }
+                    if positions.is_empty() {
+                        return Err(Unproven::Failed("its answer is empty".into()));
+                    }
+                    return Ok(Sample::Text(positions));
+                }
+                Step::Again(_) | Step::Fail(..) => {
+                    stream.reset(ErrorCode::CANCELLED);
+                    let text = "it sent what was not asked for";
+                    return Err(Unproven::Failed(text.into()));
+                }
+            }
+        }
+    }
+
+    fn measured(&self, tokens: u32, took: Duration) {
+        if tokens < LEAST_MEASURED {
+            return;
+        }
+        self.mesh.with_worker(self.id, |worker| {
+            let batch = worker.assigned.saturating_add(1);
+            let mut models = worker.models.iter_mut();
+            if let Some(model) = models.find(|model| model.card.name == self.proof.model) {
+                model.decoded(tokens, took, batch.min(model.card.slots.max(1)));
+            }
+        });
+    }
+
+    /// The same for an embedding model: one text becomes one vector.
+    async fn one_vector(&mut self, link: &Link) -> Result<Sample, Unproven> {
+        let embed = Embed {
+            request_id: ids::fresh("req"),
+            model: self.proof.model.clone(),
+            inputs: vec![EmbedInput {
+                text: Some(EmbedText::Text(self.proof.question.text.clone())),
+            }],
+            progress_ms: progress_ms(self.mesh),
+            ..Default::default()
+        };
+        let dimensions = self.proof.dimensions;
+        let mut stream = self
+            .while_alive(requests::open_embed(link, embed, 0))
+            .await??;
+        stream.limit(requests::embeddings_bytes(1, dimensions));
+        loop {
+            match self
+                .while_alive(requests::next_embeddings(&mut stream, 1, dimensions))
+                .await??
+            {
+                requests::Said::Vectors(answer) => {
+                    let _ = stream.finish();
+                    let numbers = answer.vectors.chunks_exact(4);
+                    let numbers = numbers.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+                    return Ok(Sample::Vector(numbers.collect()));
+                }
+                requests::Said::Lives(progress) => self.lives(&progress)?,
+                requests::Said::Other => {}
+            }
+        }
+    }
+
+    /// The output of `future`, as long as the worker shows life.
+    async fn while_alive<T>(&mut self, future: impl Future<Output = T>) -> Result<T, Unproven> {
+        let limit = self.mesh.config.first_token_limit;
+        let mut future = std::pin::pin!(future);
+        loop {
+            let due = self.alive + limit;
+            if let Ok(outcome) = tokio::time::timeout_at(due.into(), &mut future).await {
+                return Ok(outcome);
+            }
+            let now = Instant::now();
+            let seen = self.last_token();
+            if seen.is_some_and(|at| at >= self.asked) {
+                return Err(Unproven::Needless);
+            }
+            // An older worker does not say what a request waits for, but its reports say whether requests wait.
+            let busy = self.mesh.with_registry(|registry| {
+                let worker = registry.get(self.id);
+                let proof = self.mesh.config.request_timeout;
+                worker.is_some_and(|worker| worker.is_busy(limit, proof, now))
+            });
+            // One step of a slow machine may take longer. A ring that stands still must be found out, and has others to ask.
+            let slow = self.proof.ring.is_none()
+                && self
+                    .told
+                    .is_some_and(|at| now.saturating_duration_since(at) < TOLD);
+            if !slow && (self.told.is_some() || !busy) {
+                return Err(Unproven::Silent);
+            }
+            self.alive = now;
+            self.is_needed(!slow)?;
+        }
+    }
+
+    fn lives(&mut self, progress: &Progress) -> Result<(), Unproven> {
+        let now = Instant::now();
+        self.told = Some(now);
+        if let Some(moment) = now.checked_sub(Duration::from_millis(progress.quiet_ms)) {
+            self.alive = self.alive.max(moment);
+        }
+        if gets_on(progress) {
+            self.mesh
+                .with_worker(self.id, |worker| worker.gave_sign(&self.proof.model, now));
+        }
+        self.is_needed(progress.phase() == RequestPhase::Queued)
+    }
+
+    /// Gives the probe up if it waited for long and real answers prove that tokens come, or if it is `queued` behind them.
+    fn is_needed(&self, queued: bool) -> Result<(), Unproven> {
+        let limit = self.mesh.config.first_token_limit;
+        let waited = self.asked.elapsed();
+        if waited < limit {
+            return Ok(());
+        }
+        let proven = self.last_token().is_some_and(|at| at >= self.asked);
+        if proven || queued {
+            return Err(Unproven::Needless);
+        }
+        // Signs of life are words only. One token does not take so long.
+        if self.got_on.elapsed() >= limit.saturating_mul(SIGNS_FOR) {
+            return Err(Unproven::Silent);
+        }
+        Ok(())
+    }
+
+    /// When a token of a real answer of this model last came.
+    fn last_token(&self) -> Option<Instant> {
+        self.mesh.with_registry(|registry| {
+            let worker = registry.get(self.id)?;
+            let mut models = worker.models.iter();
+            let meant = models.find(|model| model.card.name == self.proof.model);
+            meant.and_then(|model| model.last_token())
+        })
+    }
+}
+
+/// The tokens of a piece of an answer, with the alternatives that came with them.
+fn positions_of(delta: &Delta) -> Vec<Position> {
+    let tokens = delta.tokens.iter().enumerate();
+    let positions = tokens.map(|(index, token)| match delta.logprobs.get(index) {
+        Some(said) => Position {
+            token: *token,
+            logprob: said.logprob,
+            top: said
+                .top
+                .iter()
+                .map(|top| (top.token, top.logprob))
+                .collect(),
+        },
+        None => Position {
+            token: *token,
+            logprob: 0.0,
+            top: Vec::new(),
+        },
+    });
+    positions.collect()
+}
+
+/// Interval at which it is looked who is to prove itself.
+const PROOF_PAUSE: Duration = Duration::from_millis(250);
+
+/// Time for which what a worker says of a probe counts.
+const TOLD: Duration = Duration::from_secs(10);
+
+/// Multiples of `first_token_limit` for which signs of life without a token keep a probe going.
+const SIGNS_FOR: u32 = 4;
+
+/// Tokens of a probe whose time says something.
+const LEAST_MEASURED: u32 = 4;
