@@ -3,6 +3,7 @@
 
 use std::time::{Duration, Instant};
 
+use mesh_model::file::FileError;
 use mesh_model::gguf::writer::{OwnedValue, Writer};
 use mesh_model::synth::{Shape, Tokens, random_model_bytes};
 use mesh_model::{Architecture, ChatTemplate, GgmlType, Gguf, GgufError, ModelConfig, Tokenizer};
@@ -140,11 +141,11 @@ fn a_file_on_disk_cut_short_is_refused_with_the_remedy() {
     let folder = tempfile::tempdir().unwrap();
     assert!(matches!(
         Gguf::open(folder.path()),
-        Err(GgufError::NotAFile { .. })
+        Err(GgufError::File(FileError::NotAFile { .. }))
     ));
     assert!(matches!(
         Gguf::open(folder.path().join("none")),
-        Err(GgufError::Open { .. })
+        Err(GgufError::File(FileError::Open { .. }))
     ));
 }
 
@@ -164,7 +165,7 @@ fn a_file_that_changes_while_open_is_noticed() {
     std::fs::write(&file, longer).unwrap();
     assert!(matches!(
         gguf.check_unchanged(),
-        Err(GgufError::Changed { .. })
+        Err(GgufError::File(FileError::Changed { .. }))
     ));
 }
 
@@ -422,7 +423,10 @@ fn a_named_pipe_or_a_device_is_refused_and_not_waited_for() {
     let made = std::process::Command::new("mkfifo").arg(&pipe).status();
     assert!(made.unwrap().success());
     for path in [pipe.as_path(), "/dev/zero".as_ref(), dir.path()] {
-        assert!(matches!(Gguf::open(path), Err(GgufError::NotAFile { .. })));
+        assert!(matches!(
+            Gguf::open(path),
+            Err(GgufError::File(FileError::NotAFile { .. }))
+        ));
         assert!(mesh_model::file::open_regular(path).is_err());
     }
 }
