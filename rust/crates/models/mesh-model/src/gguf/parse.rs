@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 
 use super::error::GgufError;
+use super::tensors::Entry;
 use super::types::{GgmlType, foreign_type_name};
 use super::value::{Value, ValueType};
 
@@ -31,14 +32,9 @@ type Positions = HashMap<Box<str>, usize>;
 /// Where things lie in a file.
 #[derive(Debug)]
 pub(super) struct Index {
-    pub(super) version: u32,
-    pub(super) alignment: u64,
     /// In the order of the file.
     pub(super) keys: Vec<KeyEntry>,
     pub(super) key_by_name: Positions,
-    /// In the order of the file.
-    pub(super) tensors: Vec<TensorEntry>,
-    pub(super) tensor_by_name: Positions,
     /// Byte position behind the keys and the tensor list.
     pub(super) data_start: u64,
 }
@@ -51,22 +47,10 @@ pub(super) struct KeyEntry {
     pub(super) at: usize,
 }
 
-#[derive(Debug)]
-pub(super) struct TensorEntry {
-    pub(super) name: Box<str>,
-    pub(super) ty: GgmlType,
-    pub(super) dims: Vec<u64>,
-    /// Which of the model's files has its bytes; 0 is the one with the keys.
-    pub(super) file: usize,
-    /// Byte position in the file.
-    pub(super) at: usize,
-    pub(super) len: usize,
-}
-
 impl Index {
-    /// Reads everything but the tensors' data. `bytes` are the first ones of a file of `length` bytes. If they are too few, the
+    /// Reads everything but the tensors' data: where things lie, and the list of tensors. `bytes` are the first ones of a file of `length` bytes. If they are too few, the
     /// error is [`GgufError::Truncated`] with their number for a length.
-    pub(super) fn parse(bytes: &[u8], length: u64) -> Result<Self, GgufError> {
+    pub(super) fn parse(bytes: &[u8], length: u64) -> Result<(Self, Vec<Entry>), GgufError> {
         let mut cursor = Cursor {
             length,
             ..Cursor::new(bytes)
@@ -81,21 +65,17 @@ impl Index {
             true => cursor.position(),
             false => cursor.align(alignment)?,
         };
-        let (tensors, tensor_by_name) = place_tensors(listed, data_start, alignment, length)?;
-        Ok(Index {
-            version: header.version,
-            alignment,
+        let entries = place_tensors(listed, data_start, alignment, length)?;
+        let index = Index {
             keys,
             key_by_name,
-            tensors,
-            tensor_by_name,
             data_start,
-        })
+        };
+        Ok((index, entries))
     }
 }
 
 struct Header {
-    version: u32,
     tensors: u64,
     keys: u64,
 }
@@ -117,11 +97,7 @@ impl Header {
         let keys = cursor.u64()?;
         check_limit("the number of tensors", tensors, MAX_TENSORS)?;
         check_limit("the number of metadata keys", keys, MAX_KEYS)?;
-        Ok(Header {
-            version,
-            tensors,
-            keys,
-        })
+        Ok(Header { tensors, keys })
     }
 }
 
@@ -244,9 +220,8 @@ fn place_tensors(
     data_start: u64,
     alignment: u64,
     file_len: u64,
-) -> Result<(Vec<TensorEntry>, Positions), GgufError> {
+) -> Result<Vec<Entry>, GgufError> {
     let mut tensors = Vec::with_capacity(listed.len());
-    let mut by_name = HashMap::with_capacity(listed.len());
     for ListedTensor {
         name,
         ty,
@@ -272,16 +247,9 @@ fn place_tensors(
                 length: file_len,
             });
         }
-        if by_name.insert(name.clone(), tensors.len()).is_some() {
-            let name = name.into();
-            return Err(GgufError::Duplicate {
-                kind: "tensor",
-                name,
-            });
-        }
         // Both lie within the file.
         let (at, len) = (at as usize, len as usize);
-        tensors.push(TensorEntry {
+        tensors.push(Entry {
             name,
             ty,
             dims,
@@ -291,11 +259,11 @@ fn place_tensors(
         });
     }
     check_overlap(&tensors)?;
-    Ok((tensors, by_name))
+    Ok(tensors)
 }
 
-fn check_overlap(tensors: &[TensorEntry]) -> Result<(), GgufError> {
-    let mut order: Vec<&TensorEntry> = tensors.iter().collect();
+fn check_overlap(tensors: &[Entry]) -> Result<(), GgufError> {
+    let mut order: Vec<&Entry> = tensors.iter().collect();
     order.sort_unstable_by_key(|tensor| tensor.at);
     for pair in order.windows(2) {
         if pair[0].at + pair[0].len > pair[1].at {
