@@ -13,11 +13,11 @@ fuzz_target!(|data: &[u8]| {
     for (_, value) in gguf.metadata_iter() {
         let _ = value.describe();
     }
-    for tensor in gguf.tensors() {
+    for tensor in gguf.tensors().iter() {
         assert_eq!(
             tensor.ty.bytes_for(tensor.elements()),
             Some(tensor.data.len() as u64)
         );
     }
-    let _ = ModelConfig::from_gguf(&gguf);
+    let _ = ModelConfig::read(&gguf);
 });

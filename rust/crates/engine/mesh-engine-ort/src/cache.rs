@@ -23,7 +23,7 @@ use mesh_base::files;
 use mesh_model::file::{Data, FileError};
 use mesh_model::gguf::Writer;
 use mesh_model::gguf::writer::OwnedValue;
-use mesh_model::{GgmlType, Gguf};
+use mesh_model::{Checkpoint, GgmlType, Gguf};
 use twox_hash::XxHash3_64;
 
 use crate::options::WeightFormat;
@@ -188,6 +188,7 @@ fn write_file(file: &mut File, matrices: &[Quantised]) -> io::Result<()> {
 fn checksum_of(gguf: &Gguf) -> Result<u64, FileError> {
     checksum(
         gguf.tensors()
+            .iter()
             .map(|tensor| (tensor.name, tensor.ty, tensor.dims, tensor.data)),
     )
 }
@@ -255,7 +256,10 @@ mod tests {
         assert!(entry.read("blk.0").is_none());
         entry.write("blk.0", &[matrix("a", 1), matrix("b", 2)]);
         let read = entry.read("blk.0").expect("whole");
-        assert_eq!(*read.tensor("b").unwrap().data.read().unwrap(), [2; 68]);
+        assert_eq!(
+            *read.tensors().get("b").unwrap().data.read().unwrap(),
+            [2; 68]
+        );
         assert_eq!(
             fs::read_dir(&entry.folder).unwrap().count(),
             1,
@@ -265,7 +269,7 @@ mod tests {
         let path = entry.path("blk.0");
         let whole = fs::read(&path).unwrap();
         // Every bit counts but those of the padding, which nobody reads.
-        let data = read.tensor("a").unwrap().data.offset() as usize;
+        let data = read.tensors().get("a").unwrap().data.offset() as usize;
         for at in [0, 8, 30, data - 60, data, data + 67, whole.len() - 1] {
             let mut damaged = whole.clone();
             damaged[at] ^= 4;
@@ -273,7 +277,8 @@ mod tests {
             let read = entry.read("blk.0");
             let same = read.is_some_and(|read| {
                 let data = read
-                    .tensor("a")
+                    .tensors()
+                    .get("a")
                     .map(|a| a.data.read().unwrap().into_owned());
                 data.is_some_and(|data| data == [1; 68])
             });

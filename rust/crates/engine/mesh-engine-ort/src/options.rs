@@ -114,7 +114,7 @@ pub(crate) fn has_floats(model: &Model) -> bool {
 
 /// What the layers' matrices are in the file.
 fn matrices(model: &Model) -> Option<GgmlType> {
-    let tensor = model.gguf().tensor("blk.0.ffn_up.weight");
+    let tensor = model.tensors().get("blk.0.ffn_up.weight");
     tensor.map(|tensor| tensor.ty)
 }
 

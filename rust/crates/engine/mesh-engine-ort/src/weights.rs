@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use mesh_kernels::{KernelError, PackOptions, Pool, QMatrix, WeightType};
 use mesh_model::file::{Data, FileError};
-use mesh_model::{GgmlType, Gguf, Model, ModelConfig};
+use mesh_model::{GgmlType, Gguf, Model, ModelConfig, Tensors};
 
 use crate::cache::{Entry, Quantised, WeightCache};
 use crate::options::{LoadError, WeightFormat, has_floats};
@@ -67,7 +67,7 @@ impl Weights {
             _ => None,
         };
         let loader = Loader {
-            gguf: model.gguf(),
+            tensors: model.tensors(),
             config: model.config(),
             pool,
             options,
@@ -126,7 +126,7 @@ impl Weights {
 const EMBEDDING: &str = "token_embd";
 
 struct Loader<'a> {
-    gguf: &'a Gguf,
+    tensors: &'a Tensors,
     config: &'a ModelConfig,
     pool: &'a Pool,
     options: PackOptions,
@@ -171,7 +171,7 @@ impl Loader<'_> {
     }
 
     fn check_unchanged(&self) -> Result<(), LoadError> {
-        let checked = self.gguf.check_unchanged();
+        let checked = self.tensors.check_unchanged();
         checked.map_err(|error| LoadError::Model(error.to_string()))
     }
 
@@ -233,8 +233,8 @@ impl Loader<'_> {
     /// A matrix in packed form. The model's configuration has checked its dimensions.
     fn matrix(&self, name: &str) -> Result<QMatrix, LoadError> {
         let tensor = self
-            .gguf
-            .tensor(name)
+            .tensors
+            .get(name)
             .ok_or_else(|| LoadError::MissingTensor(name.into()))?;
         let failed = |message: String| LoadError::Tensor {
             name: name.into(),
@@ -255,7 +255,10 @@ impl Loader<'_> {
             })
         };
         let mut group = self.group.borrow_mut();
-        let kept = group.kept.as_ref().and_then(|kept| kept.tensor(name));
+        let kept = group
+            .kept
+            .as_ref()
+            .and_then(|kept| kept.tensors().get(name));
         if let Some(kept) = kept.filter(|kept| kept.dims == tensor.dims) {
             match read(kept.ty, kept.data) {
                 Ok(packed) => return Ok(packed),
@@ -300,8 +303,8 @@ impl Loader<'_> {
     /// A vector as f32.
     fn vector(&self, name: &str) -> Result<Vec<f32>, LoadError> {
         let tensor = self
-            .gguf
-            .tensor(name)
+            .tensors
+            .get(name)
             .ok_or_else(|| LoadError::MissingTensor(name.into()))?;
         tensor.to_f32().map_err(|error| LoadError::Tensor {
             name: name.into(),
@@ -361,7 +364,7 @@ mod tests {
             };
             assert!(load().is_ok());
             let file = std::fs::File::options().write(true).open(&path).unwrap();
-            file.set_len(model.gguf().file_len() / 2).unwrap();
+            file.set_len(model.tensors().file_len() / 2).unwrap();
             let error = load().err().expect("cut short").to_string();
             assert!(
                 error.contains("tiny.gguf") && error.contains("ends before"),

@@ -8,8 +8,8 @@ use mesh_engine::{LogitRows, Segment, Stage, StageError, StageInput};
 use mesh_engine_ort::{Device, DeviceStage, LoadError, OrtOptions, Precision, Provider};
 use mesh_model::gguf::Writer;
 use mesh_model::gguf::writer::OwnedValue;
-use mesh_model::synth::{Shape, Tokens, random_model};
-use mesh_model::{Architecture, GgmlType, Model};
+use mesh_model::synth::{Shape, Tokens, random_model, random_model_bytes};
+use mesh_model::{Architecture, GgmlType, Gguf, Model};
 
 const TYPES: [GgmlType; 11] = [
     GgmlType::F32,
@@ -87,16 +87,22 @@ fn every_weight_type_of_every_architecture_agrees_with_both_references() {
     }
 }
 
+/// The file of [`tiny`].
+fn tiny_file(architecture: Architecture, ty: GgmlType) -> Gguf {
+    let bytes = random_model_bytes(&Shape::tiny(architecture), ty, Tokens::Bytes);
+    Gguf::from_bytes(bytes).unwrap()
+}
+
 /// `model` with other metadata, and with tensors of `others` where `from` says so.
 fn rewritten(
-    model: &Model,
+    model: &Gguf,
     keys: &[(&str, OwnedValue)],
-    others: &Model,
+    others: &Gguf,
     from: impl Fn(&str) -> bool,
 ) -> Model {
     let mut writer = Writer::new();
     let given = |name: &str| keys.iter().any(|(key, _)| *key == name);
-    for (name, value) in model.gguf().metadata_iter() {
+    for (name, value) in model.metadata_iter() {
         if !given(name) {
             writer.copy_key(name, value);
         }
@@ -106,9 +112,9 @@ fn rewritten(
     }
     let pick = |name: &str| {
         let source = if from(name) { others } else { model };
-        source.gguf().tensor(name).unwrap()
+        source.tensors().get(name).unwrap()
     };
-    for tensor in model.gguf().tensors() {
+    for tensor in model.tensors().iter() {
         writer.tensor(tensor.name, pick(tensor.name).ty, tensor.dims);
     }
     let bytes = writer
@@ -143,7 +149,8 @@ fn rotations_are_those_of_the_cpus_stage() {
         ] {
             let plain = tiny(architecture, GgmlType::F32);
             let keys: Vec<_> = keys.iter().map(|(k, v)| (k.as_str(), v.clone())).collect();
-            let model = rewritten(&plain, &keys, &plain, |_| false);
+            let file = tiny_file(architecture, GgmlType::F32);
+            let model = rewritten(&file, &keys, &file, |_| false);
             let vocab = model.config().vocab;
             let step = [all(0, 0, tokens.len())];
             let ours = logits(&mut load_whole(&model, options(1, 64)), &step, &tokens);
@@ -172,9 +179,9 @@ fn matrices_of_a_layer_may_differ_in_type() {
     for architecture in Architecture::ALL {
         // As in files called Q4_K_M.
         let model = rewritten(
-            &tiny(architecture, GgmlType::Q4_K),
+            &tiny_file(architecture, GgmlType::Q4_K),
             &[],
-            &tiny(architecture, GgmlType::Q6_K),
+            &tiny_file(architecture, GgmlType::Q6_K),
             |name| name.contains("attn_v") || name.contains("ffn_down"),
         );
         let ours = logits(

@@ -7,7 +7,7 @@ use half::f16;
 use mesh_engine::{LogitRows, Segment, Stage};
 use mesh_engine_ort::{OrtOptions, OrtStage, WeightFormat};
 use mesh_model::gguf::Writer;
-use mesh_model::{EncodeOptions, GgmlType, Model};
+use mesh_model::{EncodeOptions, GgmlType, Gguf, Model};
 use mesh_testkit::paths;
 
 const TEXT: &str = include_str!("../../../tools/mesh-bench/data/alice.txt");
@@ -117,12 +117,12 @@ fn rows_that_travel_as_f16_keep_the_perplexity() {
 /// The model with weights that have more than 4 bits: each is put anywhere in the step that its 4 bits stand for, as if it had
 /// been there before somebody rounded it, and stored as f16.
 fn unrounded(model: &Model, path: &std::path::Path) -> Model {
-    let gguf = model.gguf();
+    let gguf = Gguf::open(model.path()).unwrap();
     let mut writer = Writer::new();
     for (name, value) in gguf.metadata_iter() {
         writer.copy_key(name, value);
     }
-    for tensor in gguf.tensors() {
+    for tensor in gguf.tensors().iter() {
         let ty = match tensor.ty {
             GgmlType::Q4_1 => GgmlType::F16,
             ty => ty,
@@ -133,7 +133,7 @@ fn unrounded(model: &Model, path: &std::path::Path) -> Model {
     let mut file = std::io::BufWriter::new(std::fs::File::create(path).unwrap());
     writer
         .write(&mut file, |name, ty, _, out| {
-            let tensor = gguf.tensor(name).unwrap();
+            let tensor = gguf.tensors().get(name).unwrap();
             if ty == tensor.ty {
                 return out.write_all(&tensor.data.read().unwrap());
             }

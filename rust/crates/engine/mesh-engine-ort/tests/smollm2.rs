@@ -183,7 +183,7 @@ fn memory_follows_what_the_slots_hold() {
         ..options(8, 8192)
     };
     let mut stage = whole(&model, options);
-    let file = model.gguf().file_len();
+    let file = model.tensors().file_len();
     assert!(
         stage.info().weight_bytes < file + file / 10,
         "{} bytes",

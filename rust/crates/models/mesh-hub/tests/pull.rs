@@ -296,6 +296,7 @@ async fn of_some_layers_only_their_bytes_are_fetched() {
     };
     let needed: u64 = gguf
         .tensors()
+        .iter()
         .filter(|tensor| wanted(tensor.name))
         .map(|tensor| tensor.data.len() as u64)
         .sum();
@@ -317,9 +318,15 @@ async fn of_some_layers_only_their_bytes_are_fetched() {
         .find(|path| path.extension().is_none())
         .unwrap();
     let opened = Gguf::open(&path).unwrap();
-    for tensor in gguf.tensors().filter(|tensor| wanted(tensor.name)) {
+    for tensor in gguf.tensors().iter().filter(|tensor| wanted(tensor.name)) {
         assert_eq!(
-            opened.tensor(tensor.name).unwrap().data.read().unwrap(),
+            opened
+                .tensors()
+                .get(tensor.name)
+                .unwrap()
+                .data
+                .read()
+                .unwrap(),
             tensor.data.read().unwrap(),
             "{}",
             tensor.name

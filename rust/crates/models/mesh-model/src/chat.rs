@@ -10,7 +10,8 @@ use std::sync::{Arc, OnceLock};
 use minijinja::{Environment, ErrorKind, Value, context};
 use serde::{Deserialize, Serialize};
 
-use crate::gguf::{Gguf, GgufError};
+use crate::checkpoint::Checkpoint;
+use crate::gguf::GgufError;
 use crate::tokenizer::Tokenizer;
 use guard::{Guard, SENTINELS};
 
@@ -192,15 +193,15 @@ fn fallback(tokenizer: &Tokenizer) -> &'static str {
 impl ChatTemplate {
     /// The template in `tokenizer.chat_template`; if there is none, Gemma's format for a tokenizer with Gemma's turns, else
     /// ChatML, see [`ChatTemplate::is_fallback`]. One that does not parse refuses all conversations when it is rendered.
-    pub fn from_gguf(gguf: &Gguf, tokenizer: &Tokenizer) -> Self {
-        match gguf.string("tokenizer.chat_template") {
+    pub fn read(checkpoint: &dyn Checkpoint, tokenizer: &Tokenizer) -> Self {
+        match checkpoint.string("tokenizer.chat_template") {
             Ok(source) => Self::of(source, tokenizer),
             Err(error) => Self::broken("", &error.to_string()),
         }
     }
 
     /// The template with this source, ChatML if there is none, with the begin and end tokens of `tokenizer`.
-    pub(crate) fn of(source: Option<&str>, tokenizer: &Tokenizer) -> Self {
+    fn of(source: Option<&str>, tokenizer: &Tokenizer) -> Self {
         let text = |id: Option<u32>| match id {
             Some(id) => String::from_utf8_lossy(tokenizer.token_bytes(id)).into_owned(),
             None => String::new(),

@@ -1,12 +1,14 @@
-//! The shape of a network, read from a GGUF file and checked against its tensors.
+//! The shape of a network, read from a checkpoint's keys and checked against its tensors.
 
 mod rope;
 mod shapes;
 mod window;
 
-use crate::gguf::{Gguf, GgufError, Value};
+use crate::checkpoint::Checkpoint;
+use crate::gguf::{GgufError, Value};
 
-pub use rope::{Rope, RopeScaling, RopeStyle};
+pub use crate::checkpoint::RopeStyle;
+pub use rope::{Rope, RopeScaling};
 pub use window::SlidingWindow;
 
 /// A family of networks that the engines can run.
@@ -174,11 +176,14 @@ impl ModelConfig {
     ///
     /// # Errors
     /// If a key or tensor is missing, contradicts another, or asks for what the engines do not have.
-    pub fn from_gguf(gguf: &Gguf) -> Result<Self, ConfigError> {
-        let name = required_string(gguf, "general.architecture")?;
+    pub fn read(checkpoint: &dyn Checkpoint) -> Result<Self, ConfigError> {
+        let name = checkpoint.require_string("general.architecture")?;
         let architecture = Architecture::from_name(name)
             .ok_or_else(|| ConfigError::Architecture { found: name.into() })?;
-        let keys = Keys { gguf, architecture };
+        let keys = Keys {
+            checkpoint,
+            architecture,
+        };
         keys.refuse_experts()?;
         keys.refuse_softcapping()?;
 
@@ -196,12 +201,13 @@ impl ModelConfig {
             ));
         }
         let head_dim = keys.head_dim(hidden, heads)?;
-        let embedding = gguf.require_tensor("token_embd.weight")?;
+        let embedding = checkpoint.require_tensor("token_embd.weight")?;
         let rope = Rope::from_keys(&keys, head_dim)?;
         let gemma = architecture == Architecture::Gemma3;
+        let tensors = checkpoint.tensors();
         let config = ModelConfig {
             architecture,
-            name: gguf.string("general.name")?.map(str::to_owned),
+            name: checkpoint.string("general.name")?.map(str::to_owned),
             layers: layers as u32,
             hidden,
             heads,
@@ -218,8 +224,8 @@ impl ModelConfig {
                 true => ModelConfig::gemma_embedding_scale(hidden),
                 false => 1.0,
             },
-            norm_offset: match gemma && gguf.is_hugging_face() {
-                true => 1.0,
+            norm_offset: match gemma {
+                true => checkpoint.norm_offset(),
                 false => 0.0,
             },
             post_norms: gemma,
@@ -227,11 +233,11 @@ impl ModelConfig {
                 true => Activation::GeluTanh,
                 false => Activation::Silu,
             },
-            qkv_bias: gguf.tensor("blk.0.attn_q.bias").is_some(),
-            qk_norm: gguf.tensor("blk.0.attn_q_norm.weight").is_some(),
-            tied_embeddings: gguf.tensor("output.weight").is_none(),
+            qkv_bias: tensors.get("blk.0.attn_q.bias").is_some(),
+            qk_norm: tensors.get("blk.0.attn_q_norm.weight").is_some(),
+            tied_embeddings: tensors.get("output.weight").is_none(),
         };
-        shapes::check(&config, gguf)?;
+        shapes::check(&config, checkpoint)?;
         Ok(config)
     }
 
@@ -274,7 +280,7 @@ impl ModelConfig {
 
 /// The keys of one architecture: `<architecture>.<key>`.
 struct Keys<'a> {
-    gguf: &'a Gguf,
+    checkpoint: &'a dyn Checkpoint,
     architecture: Architecture,
 }
 
@@ -296,7 +302,7 @@ impl Keys<'_> {
     /// A count, or one count per layer that are all the same.
     fn optional_count(&self, key: &str, limit: u64) -> Result<Option<u64>, ConfigError> {
         let full = self.full(key);
-        let count = match self.gguf.metadata(&full) {
+        let count = match self.checkpoint.metadata(&full) {
             None => return Ok(None),
             Some(Value::Array(array)) => {
                 let mut counts = array.iter().map(|value| value.as_unsigned());
@@ -310,7 +316,7 @@ impl Keys<'_> {
                 }
                 first
             }
-            Some(_) => self.gguf.unsigned(&full)?,
+            Some(_) => self.checkpoint.unsigned(&full)?,
         };
         match count {
             Some(count) if (1..=limit).contains(&count) => Ok(Some(count)),
@@ -320,7 +326,10 @@ impl Keys<'_> {
     }
 
     fn float(&self, key: &str) -> Result<Option<f32>, ConfigError> {
-        Ok(self.gguf.float(&self.full(key))?.map(|value| value as f32))
+        Ok(self
+            .checkpoint
+            .float(&self.full(key))?
+            .map(|value| value as f32))
     }
 
     /// A finite number over 0.
@@ -368,7 +377,7 @@ impl Keys<'_> {
                 format!("it must be from 1 to {MAX_VOCAB}"),
             ));
         }
-        if let Some(tokens) = self.gguf.array("tokenizer.ggml.tokens")?
+        if let Some(tokens) = self.checkpoint.array("tokenizer.ggml.tokens")?
             && tokens.len() as u64 > embedding_rows
         {
             return Err(ConfigError::Value {
@@ -393,7 +402,7 @@ impl Keys<'_> {
     }
 
     fn refuse_experts(&self) -> Result<(), ConfigError> {
-        match self.gguf.unsigned(&self.full("expert_count"))? {
+        match self.checkpoint.unsigned(&self.full("expert_count"))? {
             Some(experts) if experts > 0 => Err(ConfigError::Unsupported {
                 feature: format!("a mixture of {experts} experts"),
             }),
@@ -441,9 +450,4 @@ impl Keys<'_> {
             reason,
         }
     }
-}
-
-fn required_string<'a>(gguf: &'a Gguf, key: &str) -> Result<&'a str, GgufError> {
-    gguf.string(key)?
-        .ok_or_else(|| GgufError::MissingKey { key: key.into() })
 }

@@ -22,7 +22,7 @@ pub enum FileError {
         source: io::Error,
     },
     /// A folder, a socket, a device.
-    #[error("{} is not a regular file", path.display())]
+    #[error("{} is not a regular file: give the path of a model file", path.display())]
     NotAFile {
         /// The path.
         path: PathBuf,

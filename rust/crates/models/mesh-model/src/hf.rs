@@ -1,10 +1,9 @@
 //! Models in Hugging Face's form: a folder with `config.json`, `tokenizer.json` and safetensors.
 //!
-//! The rest of the system speaks GGUF's language: its keys, and its names of tensors. A folder is therefore opened as the GGUF
-//! file that a converter would make of it: `config` writes `config.json` as keys, `names` gives the tensors their names,
-//! and their bytes stay where they are. Two things differ and are said by [`Gguf::is_hugging_face`]: the rows of llama's query
-//! and key matrices stand in another order, which the rotary embedding makes good, and Gemma's norms are stored as the
-//! distance from 1. Tokenizer and chat template are read by [`crate::tokenizer`] and [`crate::chat`].
+//! [`HfCheckpoint`] reads such a folder as a [`Checkpoint`]: `config` puts the values of `config.json` under GGUF's keys, `names`
+//! translates the names of tensors, and their bytes stay where they are. The rows of llama's query and key matrices stand in
+//! another order than in GGUF files, and Gemma's norms are stored as the distance from 1. [`crate::tokenizer`] and
+//! [`crate::chat`] read tokenizer and chat template.
 //!
 //! Nothing in a folder is trusted. Every file has a limit that is checked before it is read; `model.safetensors.index.json` can
 //! name files of the folder only; a link may lead into the store of blobs that the folder belongs to, and nowhere else.
@@ -12,70 +11,164 @@
 mod config;
 mod error;
 mod folder;
-pub(crate) mod names;
+mod keys;
+mod names;
 mod special;
 
+use std::path::Path;
+
+pub use crate::checkpoint::SpecialTokens;
 pub use error::HfError;
 pub use folder::{Folder, files_of_index, is_hugging_face};
-pub(crate) use names::in_their_words;
-pub use special::SpecialTokens;
+pub(crate) use names::their_name;
 
-use crate::gguf::{GgmlType, Gguf};
-use crate::safetensors::{Dtype, Safetensors};
+use crate::checkpoint::{Checkpoint, RopeStyle, TokenizerJson};
+use crate::file::ModelFile;
+use crate::gguf::{Entry, GgmlType, Tensors, Value};
+use crate::safetensors::{Dtype, Safetensors, TensorView};
+use config::{Configuration, Network};
+use keys::Keys;
 
-/// `config.json` as the GGUF keys that say the same, in a file without the model's tensors. For tests and fuzzing; opening a
-/// [`crate::Model`] does it for itself.
+/// A model in a folder, opened and checked but for the shapes of its tensors.
+#[derive(Debug)]
+pub struct HfCheckpoint {
+    keys: Keys,
+    tensors: Tensors,
+    /// Absent where only `config.json` was read.
+    tokenizer: Option<TokenizerJson>,
+}
+
+impl HfCheckpoint {
+    /// Opens the model in the folder at `path`, or around the `.safetensors` file at `path`.
+    ///
+    /// # Errors
+    /// If a file is missing or malformed, or describes a network that is not supported.
+    pub fn open(path: &Path) -> Result<Self, HfError> {
+        let folder = Folder::open(path)?;
+        let configuration = config::read(&folder.config()?, &folder.name())?;
+        let mut files = Vec::new();
+        let mut entries = Vec::new();
+        for path in folder.shards()? {
+            let shard = Safetensors::open(&path).map_err(|source| HfError::Weights {
+                path: path.clone(),
+                source: Box::new(source),
+            })?;
+            for tensor in shard.tensors() {
+                folder.check_place(tensor.name, &path)?;
+                entries.extend(entry(&tensor, files.len(), &configuration.network)?);
+            }
+            files.push(shard.into_file());
+        }
+        let mut checkpoint = Self::new(configuration, files, entries)?;
+        let (special, template) = special::read(&folder)?;
+        if let Some(template) = template {
+            checkpoint
+                .keys
+                .general("tokenizer.chat_template", &template);
+        }
+        let json = folder.tokenizer()?;
+        checkpoint.tokenizer = Some(TokenizerJson { json, special });
+        Ok(checkpoint)
+    }
+
+    fn new(
+        configuration: Configuration,
+        mut files: Vec<ModelFile>,
+        mut entries: Vec<Entry>,
+    ) -> Result<Self, HfError> {
+        if let Some(factors) = configuration.freq_factors {
+            let bytes: Vec<u8> = factors.iter().flat_map(|x| x.to_le_bytes()).collect();
+            entries.push(Entry {
+                name: "rope_freqs.weight".into(),
+                ty: GgmlType::F32,
+                dims: vec![factors.len() as u64],
+                file: files.len(),
+                at: 0,
+                len: bytes.len(),
+            });
+            files.push(ModelFile::from_bytes(bytes));
+        }
+        Ok(HfCheckpoint {
+            keys: configuration.keys,
+            tensors: Tensors::new(files, entries)?,
+            tokenizer: None,
+        })
+    }
+}
+
+impl Checkpoint for HfCheckpoint {
+    fn metadata(&self, key: &str) -> Option<Value<'_>> {
+        self.keys.get(key)
+    }
+
+    fn tensors(&self) -> &Tensors {
+        &self.tensors
+    }
+
+    fn into_tensors(self) -> Tensors {
+        self.tensors
+    }
+
+    fn row_order(&self) -> RopeStyle {
+        RopeStyle::Halves
+    }
+
+    fn norm_offset(&self) -> f32 {
+        // Stored is the distance from 1.
+        1.0
+    }
+
+    fn tokenizer_json(&self) -> Option<&TokenizerJson> {
+        self.tokenizer.as_ref()
+    }
+
+    fn stored_name(&self, tensor: &str) -> String {
+        their_name(tensor).unwrap_or_else(|| tensor.to_owned())
+    }
+}
+
+/// Where a tensor of the shard at position `file` lies; `None` for one that is not needed.
+fn entry(
+    tensor: &TensorView<'_>,
+    file: usize,
+    network: &Network,
+) -> Result<Option<Entry>, HfError> {
+    let Some(name) = names::gguf_name(tensor.name, network) else {
+        return Ok(None);
+    };
+    let ty = match tensor.dtype {
+        Dtype::F32 => GgmlType::F32,
+        Dtype::F16 => GgmlType::F16,
+        Dtype::BF16 => GgmlType::BF16,
+        dtype => {
+            return Err(HfError::TensorType {
+                tensor: tensor.name.into(),
+                dtype,
+            });
+        }
+    };
+    if tensor.shape.is_empty() || tensor.shape.contains(&0) {
+        return Err(HfError::Empty {
+            tensor: tensor.name.into(),
+        });
+    }
+    Ok(Some(Entry {
+        name: name.into(),
+        ty,
+        dims: tensor.shape.iter().rev().copied().collect(),
+        file,
+        at: tensor.offset as usize,
+        len: tensor.data.len(),
+    }))
+}
+
+/// What `config.json` says, as a checkpoint without the model's tensors. For tests and fuzzing; [`HfCheckpoint::open`] does it
+/// for itself.
 ///
 /// # Errors
 /// If it is malformed, or describes a network that is not supported.
-pub fn keys_of_config(json: &[u8]) -> Result<Gguf, HfError> {
-    let (head, _) = config::head(json, "model")?;
-    Ok(Gguf::from_bytes(head)?)
-}
-
-/// What a folder says about its network, and its tensors.
-pub(crate) fn open(folder: &Folder) -> Result<Gguf, HfError> {
-    let (head, config) = config::head(&folder.config()?, &folder.name())?;
-    let mut files = Vec::new();
-    let mut tensors = Vec::new();
-    for path in folder.shards()? {
-        let file = Safetensors::open(&path).map_err(|source| HfError::Weights {
-            path: path.clone(),
-            source: Box::new(source),
-        })?;
-        for tensor in file.tensors() {
-            folder.check_place(tensor.name, &path)?;
-            let Some(name) = names::gguf_name(tensor.name, &config) else {
-                continue;
-            };
-            let ty = match tensor.dtype {
-                Dtype::F32 => GgmlType::F32,
-                Dtype::F16 => GgmlType::F16,
-                Dtype::BF16 => GgmlType::BF16,
-                dtype => {
-                    return Err(HfError::TensorType {
-                        tensor: tensor.name.into(),
-                        dtype,
-                    });
-                }
-            };
-            if tensor.shape.is_empty() || tensor.shape.contains(&0) {
-                return Err(HfError::Empty {
-                    tensor: tensor.name.into(),
-                });
-            }
-            tensors.push(crate::gguf::Elsewhere {
-                name,
-                ty,
-                dims: tensor.shape.iter().rev().copied().collect(),
-                file: files.len(),
-                at: tensor.offset as usize,
-                len: tensor.data.len(),
-            });
-        }
-        files.push(file.into_file());
-    }
-    Ok(Gguf::with_tensors(head, files, tensors)?)
+pub fn keys_of_config(json: &[u8]) -> Result<HfCheckpoint, HfError> {
+    HfCheckpoint::new(config::read(json, "model")?, Vec::new(), Vec::new())
 }
 
 #[cfg(test)]

@@ -1,12 +1,14 @@
 //! Models on disk: GGUF, safetensors, tokenizer, chat template, streaming detokenisation.
 //!
-//! [`Model::open`] gives everything that lies in one GGUF file, or in a folder from Hugging Face ([`hf`]): the tensors
-//! ([`Gguf`]), the shape of the network ([`ModelConfig`]), the [`Tokenizer`] and the [`ChatTemplate`]. Nothing in a file is
-//! trusted: every count, length and offset is checked before it is used, and what is wrong is an error that names it.
+//! [`Model::open`] gives everything that lies in one GGUF file ([`Gguf`]), or in a folder from Hugging Face ([`hf`]): the
+//! [`Tensors`], the shape of the network ([`ModelConfig`]), the [`Tokenizer`] and the [`ChatTemplate`]. All four are read through
+//! one description of a stored model, the trait [`Checkpoint`]. Nothing in a file is trusted: every count, length and offset is
+//! checked before it is used, and what is wrong is an error that names it.
 
 #![forbid(unsafe_code)]
 
 pub mod chat;
+pub mod checkpoint;
 pub mod config;
 pub mod encoder;
 pub mod file;
@@ -20,11 +22,12 @@ pub mod text;
 pub mod tokenizer;
 
 pub use chat::{ChatError, ChatTemplate, Message, RenderRequest, Rendered};
+pub use checkpoint::Checkpoint;
 pub use config::{
     Activation, Architecture, ConfigError, ModelConfig, Rope, RopeScaling, RopeStyle, SlidingWindow,
 };
 pub use encoder::{EncoderError, EncoderModel};
-pub use gguf::{GgmlType, Gguf, GgufError, Tensor, dequantize};
+pub use gguf::{GgmlType, Gguf, GgufError, Tensor, Tensors, dequantize};
 pub use model::{Model, ModelError};
 pub use text::TextStream;
 pub use tokenizer::{EncodeOptions, Tokenizer, TokenizerError};

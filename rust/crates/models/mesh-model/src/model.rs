@@ -7,10 +7,11 @@ use std::sync::{Arc, OnceLock};
 use sha2::{Digest, Sha256};
 
 use crate::chat::{ChatTemplate, Message, RenderRequest};
+use crate::checkpoint::Checkpoint;
 use crate::config::{ConfigError, ModelConfig};
 use crate::file::open_regular;
-use crate::gguf::{Gguf, GgufError};
-use crate::hf::{self, HfError};
+use crate::gguf::{Gguf, GgufError, Tensors};
+use crate::hf::{self, HfCheckpoint, HfError};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// A model file, opened and checked: weights, shape, tokenizer and chat template. Cheap to clone.
@@ -22,7 +23,7 @@ pub struct Model {
 #[derive(Debug)]
 struct Inner {
     path: PathBuf,
-    gguf: Gguf,
+    tensors: Tensors,
     config: ModelConfig,
     tokenizer: Tokenizer,
     template: ChatTemplate,
@@ -78,45 +79,27 @@ impl Model {
     }
 
     fn load(path: &Path) -> Result<Self, ModelErrorKind> {
-        if path.is_dir() || hf::is_hugging_face(path) {
-            return Self::load_folder(path);
+        match is_folder(path) {
+            true => Self::read(path, HfCheckpoint::open(path)?),
+            false => Self::read(path, Gguf::open(path)?),
         }
-        let gguf = Gguf::open(path)?;
-        let config = ModelConfig::from_gguf(&gguf)?;
-        let tokenizer = Tokenizer::from_gguf(&gguf)?;
-        let template = ChatTemplate::from_gguf(&gguf, &tokenizer);
-        Ok(Self::of(path, gguf, config, tokenizer, template))
     }
 
-    fn load_folder(path: &Path) -> Result<Self, ModelErrorKind> {
-        let folder = hf::Folder::open(path)?;
-        let gguf = hf::open(&folder)?;
-        let config = ModelConfig::from_gguf(&gguf).map_err(hf::in_their_words)?;
-        let special = hf::SpecialTokens::read(&folder)?;
-        let tokenizer = Tokenizer::from_hugging_face(&folder.tokenizer()?, &special, config.vocab)?;
-        let template = ChatTemplate::of(special.template.as_deref(), &tokenizer);
-        Ok(Self::of(path, gguf, config, tokenizer, template))
-    }
-
-    fn of(
-        path: &Path,
-        gguf: Gguf,
-        config: ModelConfig,
-        tokenizer: Tokenizer,
-        template: ChatTemplate,
-    ) -> Self {
-        Model {
+    fn read(path: &Path, checkpoint: impl Checkpoint) -> Result<Self, ModelErrorKind> {
+        let config = ModelConfig::read(&checkpoint)?;
+        let tokenizer = Tokenizer::read(&checkpoint, config.vocab)?;
+        Ok(Model {
             inner: Arc::new(Inner {
                 path: path.into(),
-                gguf,
                 config,
+                template: ChatTemplate::read(&checkpoint, &tokenizer),
                 tokenizer,
-                template,
+                tensors: checkpoint.into_tensors(),
                 turn_end: OnceLock::new(),
                 keeps_text: OnceLock::new(),
                 fingerprint: OnceLock::new(),
             }),
-        }
+        })
     }
 
     /// The name that users call the model by: the file's name without `.gguf`, or the folder's.
@@ -129,9 +112,9 @@ impl Model {
         &self.inner.path
     }
 
-    /// Keys and tensors, in GGUF's terms whatever the model's form.
-    pub fn gguf(&self) -> &Gguf {
-        &self.inner.gguf
+    /// The weights, under the names that GGUF files have for them.
+    pub fn tensors(&self) -> &Tensors {
+        &self.inner.tensors
     }
 
     /// The shape of the network.
@@ -230,7 +213,7 @@ impl Model {
 
     fn digest(&self) -> Result<String, ModelErrorKind> {
         let path = &self.inner.path;
-        Ok(match self.inner.gguf.is_hugging_face() {
+        Ok(match is_folder(path) {
             true => hf::Folder::open(path)?.fingerprint(sha256_file)?,
             false => sha256_file(path)?,
         })
@@ -247,6 +230,11 @@ impl Model {
     pub fn known_fingerprint(&self) -> Option<&str> {
         self.inner.fingerprint.get().map(String::as_str)
     }
+}
+
+/// Whether the model at `path` is one in Hugging Face's form.
+fn is_folder(path: &Path) -> bool {
+    path.is_dir() || hf::is_hugging_face(path)
 }
 
 /// Turns of [`Model::text_probe`].

@@ -403,7 +403,7 @@ mod tests {
             let shape = Shape::tiny(architecture);
             for ty in GgmlType::ALL {
                 let gguf = Gguf::from_bytes(random_model_bytes(&shape, ty, Tokens::Bytes)).unwrap();
-                let config = ModelConfig::from_gguf(&gguf).unwrap();
+                let config = ModelConfig::read(&gguf).unwrap();
                 assert_eq!(config.architecture, architecture);
                 assert_eq!(config.qkv_bias, architecture == Architecture::Qwen2);
                 let qk_norm = [Architecture::Qwen3, Architecture::Gemma3].contains(&architecture);
@@ -422,7 +422,8 @@ mod tests {
         for ty in GgmlType::ALL {
             let gguf = Gguf::from_bytes(random_model_bytes(&shape, ty, Tokens::Bytes)).unwrap();
             let values = gguf
-                .require_tensor("blk.0.ffn_up.weight")
+                .tensors()
+                .get("blk.0.ffn_up.weight")
                 .unwrap()
                 .to_f32()
                 .unwrap();
@@ -442,7 +443,7 @@ mod tests {
         let shape = Shape::tiny(Architecture::Llama);
         let gguf =
             Gguf::from_bytes(random_model_bytes(&shape, GgmlType::Q4_0, Tokens::Bytes)).unwrap();
-        let tokenizer = Tokenizer::from_gguf(&gguf).unwrap();
+        let tokenizer = Tokenizer::from_keys(&gguf).unwrap();
         assert_eq!(tokenizer.vocab_size(), 300);
         let text = "hello 🦀\n<|im_end|>";
         let ids = tokenizer
@@ -467,8 +468,8 @@ mod tests {
                 Tokens::CopyOf(&source),
             ))
             .unwrap();
-            ModelConfig::from_gguf(&made).unwrap();
-            let tokenizer = Tokenizer::from_gguf(&made).unwrap();
+            ModelConfig::read(&made).unwrap();
+            let tokenizer = Tokenizer::from_keys(&made).unwrap();
             assert_eq!(tokenizer.vocab_size(), vocab as usize);
             assert_eq!(tokenizer.eos_ids(), ends);
         }

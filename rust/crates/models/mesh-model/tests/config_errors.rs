@@ -36,7 +36,7 @@ fn changed(change: Change<'_>) -> Gguf {
         writer.key(name, value);
     }
     let added = change.tensor.map_or("", |(name, _, _)| name);
-    for tensor in source.tensors() {
+    for tensor in source.tensors().iter() {
         if tensor.name != change.without_tensor && tensor.name != added {
             writer.tensor(tensor.name, tensor.ty, tensor.dims);
         }
@@ -49,7 +49,8 @@ fn changed(change: Change<'_>) -> Gguf {
             .to_le_bytes()
             .repeat(dims.iter().product::<u64>() as usize),
         _ => source
-            .tensor(name)
+            .tensors()
+            .get(name)
             .unwrap()
             .data
             .read()
@@ -64,11 +65,11 @@ fn error_with_key(name: &str, value: OwnedValue) -> String {
         key: Some((name, value)),
         ..Change::default()
     });
-    ModelConfig::from_gguf(&gguf).unwrap_err().to_string()
+    ModelConfig::read(&gguf).unwrap_err().to_string()
 }
 
 fn config_with_key(name: &str, value: OwnedValue) -> ModelConfig {
-    ModelConfig::from_gguf(&changed(Change {
+    ModelConfig::read(&changed(Change {
         key: Some((name, value)),
         ..Change::default()
     }))
@@ -89,7 +90,7 @@ fn a_missing_key_is_named() {
             without_key: &key,
             ..Change::default()
         });
-        let error = ModelConfig::from_gguf(&gguf).unwrap_err().to_string();
+        let error = ModelConfig::read(&gguf).unwrap_err().to_string();
         assert!(
             error.starts_with(&format!("metadata {key:?} is missing")),
             "{error}"
@@ -100,7 +101,7 @@ fn a_missing_key_is_named() {
         ..Change::default()
     });
     assert!(
-        ModelConfig::from_gguf(&gguf)
+        ModelConfig::read(&gguf)
             .unwrap_err()
             .to_string()
             .contains("\"general.architecture\" is missing")
@@ -206,7 +207,7 @@ fn tensors_that_contradict_the_metadata_are_named() {
         without_tensor: "blk.1.ffn_up.weight",
         ..Change::default()
     });
-    let error = ModelConfig::from_gguf(&gguf).unwrap_err().to_string();
+    let error = ModelConfig::read(&gguf).unwrap_err().to_string();
     assert!(
         error.starts_with("tensor \"blk.1.ffn_up.weight\" is missing"),
         "{error}"
@@ -216,7 +217,7 @@ fn tensors_that_contradict_the_metadata_are_named() {
         tensor: Some(("blk.0.attn_k.weight", &[256, 256], 0.0)),
         ..Change::default()
     });
-    let error = ModelConfig::from_gguf(&gguf).unwrap_err().to_string();
+    let error = ModelConfig::read(&gguf).unwrap_err().to_string();
     assert!(error.starts_with("tensor \"blk.0.attn_k.weight\" has dimensions [256, 256], but the metadata asks for [256, 128]"));
 
     for name in [
@@ -229,7 +230,7 @@ fn tensors_that_contradict_the_metadata_are_named() {
             tensor: Some((name, &[256], 0.0)),
             ..Change::default()
         });
-        let error = ModelConfig::from_gguf(&gguf).unwrap_err().to_string();
+        let error = ModelConfig::read(&gguf).unwrap_err().to_string();
         assert!(
             error.starts_with(&format!("tensor {name:?} has no place in a llama network")),
             "{error}"
@@ -267,7 +268,7 @@ fn rope_scaling_and_frequency_factors_are_read() {
         ..Change::default()
     });
     assert_eq!(
-        ModelConfig::from_gguf(&gguf).unwrap().rope.freq_factors,
+        ModelConfig::read(&gguf).unwrap().rope.freq_factors,
         Some(vec![8.0; 32])
     );
     for (dims, value, expected) in [
@@ -279,7 +280,7 @@ fn rope_scaling_and_frequency_factors_are_read() {
             tensor: Some(("rope_freqs.weight", &dims, value)),
             ..Change::default()
         });
-        let error = ModelConfig::from_gguf(&gguf).unwrap_err().to_string();
+        let error = ModelConfig::read(&gguf).unwrap_err().to_string();
         assert!(
             error.contains("rope_freqs.weight") && error.contains(expected),
             "{error}"
@@ -296,7 +297,7 @@ fn each_family_pairs_elements_in_its_own_way() {
         (Architecture::Gemma3, RopeStyle::Halves),
     ] {
         let bytes = random_model_bytes(&Shape::tiny(architecture), GgmlType::Q4_K, Tokens::Bytes);
-        let config = ModelConfig::from_gguf(&Gguf::from_bytes(bytes).unwrap()).unwrap();
+        let config = ModelConfig::read(&Gguf::from_bytes(bytes).unwrap()).unwrap();
         assert_eq!(config.rope.style, style);
     }
 }

@@ -43,7 +43,7 @@ fn the_shape_is_read() {
 #[test]
 fn a_file_called_q4_k_m_has_matrices_of_four_types() {
     let model = model();
-    let ty = |name: &str| model.gguf().require_tensor(name).unwrap().ty;
+    let ty = |name: &str| model.tensors().get(name).unwrap().ty;
     assert_eq!(ty("token_embd.weight"), GgmlType::Q8_0);
     assert_eq!(ty("blk.0.ffn_up.weight"), GgmlType::Q5_0);
     assert_eq!(ty("blk.0.attn_output.weight"), GgmlType::Q4_K);

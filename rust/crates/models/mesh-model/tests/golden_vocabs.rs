@@ -55,7 +55,7 @@ fn golden(name: &str) -> Vec<(String, Vec<u32>)> {
 fn every_supported_vocabulary_gives_llama_cpps_tokens() {
     let mut wrong = Vec::new();
     for name in GOLDEN {
-        let tokenizer = Tokenizer::from_gguf(&open(name)).unwrap();
+        let tokenizer = Tokenizer::from_keys(&open(name)).unwrap();
         let cases = golden(name);
         assert!(cases.len() > 40, "{name} has only {} cases", cases.len());
         for (text, expected) in cases {
@@ -77,7 +77,7 @@ fn every_supported_vocabulary_gives_llama_cpps_tokens() {
 fn vocabularies_of_other_families_are_refused_by_name() {
     // WordPiece (bert-bge) and unigram (nomic-bert-moe) belong to embedding models, which no engine here runs yet.
     for (name, model) in [("bert-bge", "bert"), ("nomic-bert-moe", "t5")] {
-        match Tokenizer::from_gguf(&open(name)) {
+        match Tokenizer::from_keys(&open(name)) {
             Err(TokenizerError::Model { found }) => assert_eq!(found, model),
             other => panic!("{name}: {other:?}"),
         }

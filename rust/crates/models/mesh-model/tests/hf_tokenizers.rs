@@ -15,7 +15,7 @@ fn texts(name: &str) -> Vec<String> {
 }
 
 fn both(gguf: &Gguf) -> (Tokenizer, Tokenizer) {
-    let theirs = Tokenizer::from_gguf(gguf).unwrap();
+    let theirs = Tokenizer::from_keys(gguf).unwrap();
     let json = tokenizer_json(gguf).unwrap().to_string();
     let name =
         |id: Option<u32>| id.map(|id| String::from_utf8_lossy(theirs.token_bytes(id)).into_owned());

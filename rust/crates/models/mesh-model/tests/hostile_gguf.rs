@@ -3,9 +3,12 @@
 
 use std::time::{Duration, Instant};
 
+use mesh_model::file::FileError;
 use mesh_model::gguf::writer::{OwnedValue, Writer};
 use mesh_model::synth::{Shape, Tokens, random_model_bytes};
-use mesh_model::{Architecture, ChatTemplate, GgmlType, Gguf, GgufError, ModelConfig, Tokenizer};
+use mesh_model::{
+    Architecture, ChatTemplate, Checkpoint, GgmlType, Gguf, GgufError, ModelConfig, Tokenizer,
+};
 use proptest::prelude::*;
 
 /// A small file with a key of every kind and two tensors.
@@ -76,12 +79,12 @@ fn a_sound_file_reads_back_as_it_was_written() {
         .unwrap()
         .collect();
     assert_eq!(numbers, [-1, 2]);
-    let tensor = gguf.tensor("second").unwrap();
+    let tensor = gguf.tensors().get("second").unwrap();
     assert_eq!(
         (tensor.ty, tensor.dims, tensor.data.len()),
         (GgmlType::F32, &[5][..], 20)
     );
-    assert_eq!(gguf.tensors().len(), 2);
+    assert_eq!(gguf.tensors().iter().len(), 2);
     let error = gguf.bool("some.count").unwrap_err().to_string();
     assert_eq!(
         error,
@@ -93,7 +96,7 @@ fn a_sound_file_reads_back_as_it_was_written() {
 fn version_2_is_read_and_others_are_refused() {
     let mut bytes = small();
     bytes[4] = 2;
-    assert_eq!(parse(bytes.clone()).unwrap().version(), 2);
+    parse(bytes.clone()).unwrap();
     for (version, name) in [(1u32, "1"), (4, "4"), (3u32.swap_bytes(), "50331648")] {
         bytes[4..8].copy_from_slice(&version.to_le_bytes());
         assert!(
@@ -140,11 +143,11 @@ fn a_file_on_disk_cut_short_is_refused_with_the_remedy() {
     let folder = tempfile::tempdir().unwrap();
     assert!(matches!(
         Gguf::open(folder.path()),
-        Err(GgufError::NotAFile { .. })
+        Err(GgufError::File(FileError::NotAFile { .. }))
     ));
     assert!(matches!(
         Gguf::open(folder.path().join("none")),
-        Err(GgufError::Open { .. })
+        Err(GgufError::File(FileError::Open { .. }))
     ));
 }
 
@@ -153,7 +156,7 @@ fn a_file_that_changes_while_open_is_noticed() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(&file, small()).unwrap();
     let gguf = Gguf::open(file.path()).unwrap();
-    gguf.check_unchanged().unwrap();
+    gguf.tensors().check_unchanged().unwrap();
     assert_eq!(
         gguf.unsigned("some.count").unwrap(),
         Some(7),
@@ -163,8 +166,8 @@ fn a_file_that_changes_while_open_is_noticed() {
     longer.push(0);
     std::fs::write(&file, longer).unwrap();
     assert!(matches!(
-        gguf.check_unchanged(),
-        Err(GgufError::Changed { .. })
+        gguf.tensors().check_unchanged(),
+        Err(GgufError::File(FileError::Changed { .. }))
     ));
 }
 
@@ -296,9 +299,9 @@ fn names_that_are_not_text_are_refused() {
 /// Everything that [`mesh_model::Model::open`] does with a file.
 fn open_all(bytes: Vec<u8>) -> Result<(), String> {
     let gguf = parse(bytes).map_err(|e| e.to_string())?;
-    let config = ModelConfig::from_gguf(&gguf).map_err(|e| e.to_string())?;
-    let tokenizer = Tokenizer::from_gguf(&gguf).map_err(|e| e.to_string())?;
-    ChatTemplate::from_gguf(&gguf, &tokenizer);
+    let config = ModelConfig::read(&gguf).map_err(|e| e.to_string())?;
+    let tokenizer = Tokenizer::from_keys(&gguf).map_err(|e| e.to_string())?;
+    ChatTemplate::read(&gguf, &tokenizer);
     config.rope.frequencies();
     tokenizer
         .encode(
@@ -306,7 +309,7 @@ fn open_all(bytes: Vec<u8>) -> Result<(), String> {
             mesh_model::EncodeOptions::RENDERED_CHAT,
         )
         .map_err(|e| e.to_string())?;
-    for tensor in gguf.tensors() {
+    for tensor in gguf.tensors().iter() {
         tensor.to_f32().unwrap();
     }
     Ok(())
@@ -321,7 +324,7 @@ fn model() -> (&'static [u8], usize) {
             Tokens::Bytes,
         );
         let gguf = Gguf::from_bytes(bytes.clone()).unwrap();
-        let weights: usize = gguf.tensors().map(|tensor| tensor.data.len()).sum();
+        let weights: usize = gguf.tensors().iter().map(|tensor| tensor.data.len()).sum();
         let head = bytes.len() - weights;
         (bytes, head)
     });
@@ -367,7 +370,7 @@ proptest! {
             for (_, value) in gguf.metadata_iter() {
                 value.describe();
             }
-            for tensor in gguf.tensors() {
+            for tensor in gguf.tensors().iter() {
                 tensor.to_f32().unwrap();
             }
         }
@@ -386,7 +389,7 @@ fn a_file_that_is_cut_short_while_it_is_open_is_an_error_and_no_signal() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(&file, small()).unwrap();
     let gguf = Gguf::open(file.path()).unwrap();
-    let tensor = gguf.require_tensor("second").unwrap();
+    let tensor = gguf.tensors().get("second").unwrap();
     assert_eq!(tensor.to_f32().unwrap().len(), 5);
     // Behind the end of a mapped file lies SIGBUS.
     file.as_file().set_len(10).unwrap();
@@ -401,7 +404,7 @@ fn a_file_that_is_cut_short_while_it_is_open_is_an_error_and_no_signal() {
         Some(7),
         "keys are kept"
     );
-    assert!(gguf.check_unchanged().is_err());
+    assert!(gguf.tensors().check_unchanged().is_err());
 }
 
 #[test]
@@ -422,7 +425,10 @@ fn a_named_pipe_or_a_device_is_refused_and_not_waited_for() {
     let made = std::process::Command::new("mkfifo").arg(&pipe).status();
     assert!(made.unwrap().success());
     for path in [pipe.as_path(), "/dev/zero".as_ref(), dir.path()] {
-        assert!(matches!(Gguf::open(path), Err(GgufError::NotAFile { .. })));
+        assert!(matches!(
+            Gguf::open(path),
+            Err(GgufError::File(FileError::NotAFile { .. }))
+        ));
         assert!(mesh_model::file::open_regular(path).is_err());
     }
 }

@@ -19,7 +19,7 @@ const NAMES: [&str; 6] = [
 
 fn open(name: &str) -> Tokenizer {
     let path = fetched(&format!("ggml-vocabs/ggml-vocab-{name}.gguf")).unwrap();
-    Tokenizer::from_gguf(&Gguf::open(path).unwrap()).unwrap()
+    Tokenizer::from_keys(&Gguf::open(path).unwrap()).unwrap()
 }
 
 /// The most memory that the process ever had, in MiB.

@@ -29,10 +29,7 @@ fn the_shape_is_read() {
 #[test]
 fn weights_dequantise_to_sane_values() {
     let model = model();
-    let tensor = model
-        .gguf()
-        .require_tensor("blk.0.ffn_gate.weight")
-        .unwrap();
+    let tensor = model.tensors().get("blk.0.ffn_gate.weight").unwrap();
     assert_eq!(tensor.ty, GgmlType::Q4_1);
     assert_eq!(tensor.dims, [576, 1536]);
     let values = tensor.to_f32().unwrap();

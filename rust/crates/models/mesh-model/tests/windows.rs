@@ -32,13 +32,14 @@ fn read(shape: &Shape, keys: &[(&str, OwnedValue)]) -> Result<ModelConfig, Strin
     for (name, value) in keys {
         writer.key(&key(name), value.clone());
     }
-    for tensor in source.tensors() {
+    for tensor in source.tensors().iter() {
         writer.tensor(tensor.name, tensor.ty, tensor.dims);
     }
     let bytes = writer
         .to_bytes(|name, _, _| {
             source
-                .tensor(name)
+                .tensors()
+                .get(name)
                 .unwrap()
                 .data
                 .read()
@@ -46,7 +47,7 @@ fn read(shape: &Shape, keys: &[(&str, OwnedValue)]) -> Result<ModelConfig, Strin
                 .into_owned()
         })
         .unwrap();
-    ModelConfig::from_gguf(&Gguf::from_bytes(bytes).unwrap()).map_err(|error| error.to_string())
+    ModelConfig::read(&Gguf::from_bytes(bytes).unwrap()).map_err(|error| error.to_string())
 }
 
 /// The layers that see all positions.

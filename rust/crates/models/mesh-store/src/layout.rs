@@ -117,6 +117,7 @@ impl Layout {
         })?;
         let tensors: Vec<TensorPlace> = gguf
             .tensors()
+            .iter()
             .map(|tensor| TensorPlace {
                 name: tensor.name.to_owned(),
                 offset: tensor.data.offset(),
@@ -125,8 +126,8 @@ impl Layout {
             .collect();
         let first = tensors.iter().map(|tensor| tensor.offset).min();
         Ok(Layout {
-            bytes: gguf.file_len(),
-            header: first.unwrap_or(gguf.file_len()),
+            bytes: gguf.tensors().file_len(),
+            header: first.unwrap_or(gguf.tensors().file_len()),
             tensors,
         })
     }

@@ -607,19 +607,13 @@ pub(crate) fn card(name: &str, path: &Path, model: &Model, fingerprint: &str) ->
     let spans = model.tokenizer().spans();
     ModelCard {
         name: name.to_owned(),
-        architecture: model
-            .gguf()
-            .string("general.architecture")
-            .ok()
-            .flatten()
-            .unwrap_or("")
-            .to_owned(),
+        architecture: model.config().architecture.name().to_owned(),
         fingerprint: fingerprint.to_owned(),
         context: model.config().context,
         file_bytes: match path.is_file() {
             true => std::fs::metadata(path).map_or(0, |metadata| metadata.len()),
             // Of a folder, its weights.
-            false => model.gguf().file_len(),
+            false => model.tensors().file_len(),
         },
         quantization: quantization(model),
         byte_spans: spans.map_or_else(Vec::new, |spans| spans.as_bytes().to_vec()),
@@ -703,7 +697,7 @@ fn kv_tokens(config: &Config, bytes_per_token: u64, root: &Path) -> u64 {
 /// The format of most bytes.
 fn quantization(model: &Model) -> String {
     let mut bytes = std::collections::BTreeMap::<String, u64>::new();
-    for tensor in model.gguf().tensors() {
+    for tensor in model.tensors().iter() {
         *bytes.entry(format!("{:?}", tensor.ty)).or_default() += tensor.data.len() as u64;
     }
     let most = bytes.into_iter().max_by_key(|&(_, bytes)| bytes);

@@ -73,7 +73,7 @@ async fn round_trip_to_an_echo(tasks: u32) -> Result<()> {
 
 async fn start_memory_and_round_trip_of_a_worker(args: &Args) -> Result<()> {
     let model = Model::open(&paths::smollm2()?)?;
-    let file = model.gguf().file_len() as f64;
+    let file = model.tensors().file_len() as f64;
     let config = model.config();
     // A key and a value of f16 for each head that has them, in each layer.
     let kv_bytes_per_token = 2 * 2 * config.layers as usize * config.kv_heads * config.head_dim;

@@ -21,7 +21,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use mesh_model::{Activation, Gguf, ModelConfig, Rope, RopeStyle};
+use mesh_model::{Activation, ModelConfig, Rope, RopeStyle, Tensors};
 use ort::value::{DynTensor, Tensor};
 
 use super::matrix::{Constants, FileMatrix, Form};
@@ -56,7 +56,7 @@ pub(super) struct Lowered {
 
 /// What a graph is made of.
 pub(super) struct Plan<'a> {
-    pub(super) gguf: &'a Gguf,
+    pub(super) tensors: &'a Tensors,
     pub(super) config: &'a ModelConfig,
     pub(super) layers: Range<u32>,
     pub(super) precision: Precision,
@@ -103,7 +103,7 @@ impl Plan<'_> {
             true => graph.head(x)?,
             false => graph.node("Identity", "", &[&x], OUTPUT, Vec::new()),
         }
-        self.gguf
+        self.tensors
             .check_unchanged()
             .map_err(|error| LoadError::Model(error.to_string()))?;
         Ok(graph.finish())
@@ -535,8 +535,8 @@ impl Graph<'_> {
 
     fn tensor(&self, name: &str) -> Result<mesh_model::Tensor<'_>, LoadError> {
         self.plan
-            .gguf
-            .tensor(name)
+            .tensors
+            .get(name)
             .ok_or_else(|| LoadError::MissingTensor(name.into()))
     }
 

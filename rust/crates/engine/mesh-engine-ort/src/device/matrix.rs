@@ -305,7 +305,7 @@ mod tests {
             random_model(&shape, ty, Tokens::Bytes, &path).unwrap();
             let model = Model::open(&path).unwrap();
             let names = ["blk.0.attn_q.weight", "blk.0.attn_k.weight"];
-            let tensors = names.map(|name| model.gguf().tensor(name).unwrap());
+            let tensors = names.map(|name| model.tensors().get(name).unwrap());
             let matrices = tensors.map(|tensor| FileMatrix {
                 ty: tensor.ty,
                 inputs: tensor.dims[0] as usize,

@@ -102,7 +102,7 @@ impl DeviceStage {
         };
         let limit = context as usize + padding;
         let plan = Plan {
-            gguf: model.gguf(),
+            tensors: model.tensors(),
             config,
             layers: layers.clone(),
             precision: device.precision,
@@ -242,8 +242,8 @@ impl Embedding {
     fn read(model: &Model) -> Result<Embedding, LoadError> {
         const NAME: &str = "token_embd.weight";
         let tensor = model
-            .gguf()
-            .tensor(NAME)
+            .tensors()
+            .get(NAME)
             .ok_or_else(|| LoadError::MissingTensor(NAME.into()))?;
         Ok(Embedding {
             ty: tensor.ty,

@@ -16,12 +16,12 @@ pub(crate) fn last_row(model: &Model, tokens: &[u32]) -> Vec<f32> {
 
 fn rows_from(model: &Model, tokens: &[u32], first: usize) -> Vec<f32> {
     let c = model.config();
-    let tensor = |name: &str| model.gguf().tensor(name).unwrap().to_f32().unwrap();
+    let tensor = |name: &str| model.tensors().get(name).unwrap().to_f32().unwrap();
     let norm_weight = |name: &str| -> Vec<f32> {
         let weight = tensor(name).into_iter();
         weight.map(|weight| weight + c.norm_offset).collect()
     };
-    let embedding = model.gguf().tensor("token_embd.weight").unwrap();
+    let embedding = model.tensors().get("token_embd.weight").unwrap();
     let mut x: Vec<Vec<f32>> = tokens
         .iter()
         .map(|&token| {
@@ -119,7 +119,7 @@ fn rows_from(model: &Model, tokens: &[u32], first: usize) -> Vec<f32> {
     let head = if c.tied_embeddings {
         embedding
     } else {
-        model.gguf().tensor("output.weight").unwrap()
+        model.tensors().get("output.weight").unwrap()
     };
     let x: Vec<_> = x[first..]
         .iter()

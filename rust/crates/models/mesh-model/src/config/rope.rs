@@ -1,15 +1,7 @@
 //! Rotary position embedding: which pairs of a head turn together, and how fast.
 
 use super::{Architecture, ConfigError, Keys, MAX_WIDTH};
-
-/// Which two elements of a head form a pair.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RopeStyle {
-    /// Elements 2i and 2i + 1 (llama's weights in GGUF files).
-    Interleaved,
-    /// Elements i and i + dim/2 (Qwen, NeoX).
-    Halves,
-}
+use crate::checkpoint::RopeStyle;
 
 /// How positions beyond the original context are squeezed.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -160,9 +152,7 @@ impl Rope {
             base,
             dim,
             style: match keys.architecture {
-                // A converter turns llama's rows around; in their own files they stand as Qwen's.
-                Architecture::Llama if keys.gguf.is_hugging_face() => RopeStyle::Halves,
-                Architecture::Llama => RopeStyle::Interleaved,
+                Architecture::Llama => keys.checkpoint.row_order(),
                 Architecture::Qwen2 | Architecture::Qwen3 | Architecture::Gemma3 => {
                     RopeStyle::Halves
                 }
@@ -195,7 +185,7 @@ impl Rope {
 fn scaling(keys: &Keys<'_>) -> Result<RopeScaling, ConfigError> {
     let key = keys.full("rope.scaling.type");
     let factor = keys.positive("rope.scaling.factor")?;
-    let kind = match keys.gguf.string(&key)? {
+    let kind = match keys.checkpoint.string(&key)? {
         Some(kind) => kind,
         // Files older than the key have only a factor.
         None => match keys.positive("rope.scale_linear")?.or(factor) {
@@ -231,7 +221,7 @@ fn scaling(keys: &Keys<'_>) -> Result<RopeScaling, ConfigError> {
 }
 
 fn freq_factors(keys: &Keys<'_>, pairs: usize) -> Result<Option<Vec<f32>>, ConfigError> {
-    let Some(tensor) = keys.gguf.tensor("rope_freqs.weight") else {
+    let Some(tensor) = keys.checkpoint.tensors().get("rope_freqs.weight") else {
         return Ok(None);
     };
     if tensor.dims != [pairs as u64] {

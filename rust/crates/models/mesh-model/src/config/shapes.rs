@@ -1,20 +1,20 @@
 //! Every tensor of the network, against the shape that the metadata gives.
 
 use super::{Architecture, ConfigError, ModelConfig};
-use crate::gguf::{Gguf, GgufError};
+use crate::checkpoint::Checkpoint;
 
 /// Checks that all tensors the engines need are there with the right dimensions, and that no other would be ignored.
-pub(super) fn check(config: &ModelConfig, gguf: &Gguf) -> Result<(), ConfigError> {
+pub(super) fn check(config: &ModelConfig, checkpoint: &dyn Checkpoint) -> Result<(), ConfigError> {
     let expected = expected(config);
     for (name, dims) in &expected.globals {
-        check_one(gguf, name, dims)?;
+        check_one(checkpoint, name, dims)?;
     }
     for layer in 0..config.layers {
         for (suffix, dims) in &expected.per_layer {
-            check_one(gguf, &format!("blk.{layer}.{suffix}"), dims)?;
+            check_one(checkpoint, &format!("blk.{layer}.{suffix}"), dims)?;
         }
     }
-    for tensor in gguf.tensors() {
+    for tensor in checkpoint.tensors().iter() {
         if !is_known(tensor.name, config, &expected) {
             return Err(ConfigError::UnexpectedTensor {
                 tensor: tensor.name.into(),
@@ -83,13 +83,11 @@ fn expected(config: &ModelConfig) -> Expected {
     Expected { globals, per_layer }
 }
 
-fn check_one(gguf: &Gguf, name: &str, dims: &[u64]) -> Result<(), ConfigError> {
-    let tensor = gguf.tensor(name).ok_or_else(|| GgufError::MissingTensor {
-        tensor: name.into(),
-    })?;
+fn check_one(checkpoint: &dyn Checkpoint, name: &str, dims: &[u64]) -> Result<(), ConfigError> {
+    let tensor = checkpoint.require_tensor(name)?;
     if tensor.dims != dims {
         return Err(ConfigError::Shape {
-            tensor: name.into(),
+            tensor: checkpoint.stored_name(name),
             found: tensor.dims.into(),
             wanted: dims.into(),
         });

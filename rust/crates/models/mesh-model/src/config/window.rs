@@ -36,7 +36,7 @@ impl SlidingWindow {
     ) -> Result<Option<Self>, ConfigError> {
         const SIZE: &str = "attention.sliding_window";
         const PATTERN: &str = "attention.sliding_window_pattern";
-        let size = match keys.gguf.unsigned(&keys.full(SIZE))? {
+        let size = match keys.checkpoint.unsigned(&keys.full(SIZE))? {
             None | Some(0) => return Ok(None),
             Some(size) if size <= MAX_CONTEXT => size as u32,
             Some(size) => {
@@ -44,7 +44,7 @@ impl SlidingWindow {
             }
         };
         let gemma = keys.architecture == Architecture::Gemma3;
-        let pattern = match keys.gguf.metadata(&keys.full(PATTERN)) {
+        let pattern = match keys.checkpoint.metadata(&keys.full(PATTERN)) {
             Some(Value::Array(flags)) => {
                 let wrong = || {
                     let reason = format!("it must have a flag for each of the {layers} layers");
@@ -60,7 +60,7 @@ impl SlidingWindow {
                 });
                 flags.collect::<Option<Vec<bool>>>().ok_or_else(wrong)?
             }
-            Some(_) => match keys.gguf.unsigned(&keys.full(PATTERN))? {
+            Some(_) => match keys.checkpoint.unsigned(&keys.full(PATTERN))? {
                 Some(period) if period <= MAX_LAYERS => {
                     SlidingWindow::all_but_every(period as u32, layers)
                 }

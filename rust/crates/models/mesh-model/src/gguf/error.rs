@@ -1,27 +1,14 @@
 //! What can be wrong with a GGUF file.
 
-use std::path::PathBuf;
-
 use crate::file::FileError;
 
 /// Why a GGUF file could not be read.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum GgufError {
-    /// The file could not be opened.
-    #[error("cannot open model file {}: {source}", path.display())]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// A folder, a socket, a device.
-    #[error("{} is not a regular file: give the path of a .gguf file", path.display())]
-    NotAFile {
-        /// The path.
-        path: PathBuf,
-    },
+    /// The file could not be opened or read, or changed meanwhile.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The magic number is missing.
     #[error("not a GGUF file: it begins with {found:02x?} instead of \"GGUF\"")]
     NotGguf {
@@ -176,18 +163,6 @@ pub enum GgufError {
         /// Elements asked for.
         elements: usize,
     },
-    /// The file was written to or replaced since it was opened.
-    #[error(
-        "{} changed while it was read: write model files under another name and rename them when they are whole",
-        path.display()
-    )]
-    Changed {
-        /// The file.
-        path: PathBuf,
-    },
-    /// The file could not be read where it is.
-    #[error(transparent)]
-    Read(FileError),
     /// Far more bytes than the tensors take.
     #[error(
         "the file has {bytes} bytes, but its tensors end at byte {end}: it is damaged or not whole, fetch it again"
@@ -198,15 +173,4 @@ pub enum GgufError {
         /// The end of the last tensor.
         end: u64,
     },
-}
-
-impl From<FileError> for GgufError {
-    fn from(error: FileError) -> Self {
-        match error {
-            FileError::Open { path, source } => GgufError::Open { path, source },
-            FileError::NotAFile { path } => GgufError::NotAFile { path },
-            FileError::Changed { path } => GgufError::Changed { path },
-            error => GgufError::Read(error),
-        }
-    }
 }

@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 
 use super::error::GgufError;
+use super::tensors::Entry;
 use super::types::{GgmlType, foreign_type_name};
 use super::value::{Value, ValueType};
 
@@ -31,14 +32,9 @@ type Positions = HashMap<Box<str>, usize>;
 /// Where things lie in a file.
 #[derive(Debug)]
 pub(super) struct Index {
-    pub(super) version: u32,
-    pub(super) alignment: u64,
     /// In the order of the file.
     pub(super) keys: Vec<KeyEntry>,
     pub(super) key_by_name: Positions,
-    /// In the order of the file.
-    pub(super) tensors: Vec<TensorEntry>,
-    pub(super) tensor_by_name: Positions,
     /// Byte position behind the keys and the tensor list.
     pub(super) data_start: u64,
 }
@@ -51,78 +47,51 @@ pub(super) struct KeyEntry {
     pub(super) at: usize,
 }
 
-#[derive(Debug)]
-pub(super) struct TensorEntry {
-    pub(super) name: Box<str>,
-    pub(super) ty: GgmlType,
-    pub(super) dims: Vec<u64>,
-    /// Which of the model's files has its bytes; 0 is the one with the keys.
-    pub(super) file: usize,
-    /// Byte position in the file.
-    pub(super) at: usize,
-    pub(super) len: usize,
-}
-
 impl Index {
-    /// Reads everything but the tensors' data. `bytes` are the first ones of a file of `length` bytes. If they are too few, the
-    /// error is [`GgufError::Truncated`] with their number for a length.
-    pub(super) fn parse(bytes: &[u8], length: u64) -> Result<Self, GgufError> {
+    /// Reads everything but the tensors' data: where things lie, and the list of tensors. `bytes` are the first ones of a file
+    /// of `length` bytes. If they are too few, the error is [`GgufError::Truncated`] with their number for a length.
+    pub(super) fn parse(bytes: &[u8], length: u64) -> Result<(Self, Vec<Entry>), GgufError> {
         let mut cursor = Cursor {
             length,
             ..Cursor::new(bytes)
         };
-        let header = Header::parse(&mut cursor)?;
-        let (keys, key_by_name) = parse_keys(&mut cursor, header.keys)?;
+        let (tensors, keys) = parse_header(&mut cursor)?;
+        let (keys, key_by_name) = parse_keys(&mut cursor, keys)?;
         let alignment = find_alignment(bytes, &keys, &key_by_name)?;
-        let listed = parse_tensor_list(&mut cursor, header.tensors)?;
+        let mut tensors = parse_tensor_list(&mut cursor, tensors)?;
         cursor.naming("the tensor data");
         // A file of metadata alone may end without padding.
-        let data_start = match listed.is_empty() {
+        let data_start = match tensors.is_empty() {
             true => cursor.position(),
             false => cursor.align(alignment)?,
         };
-        let (tensors, tensor_by_name) = place_tensors(listed, data_start, alignment, length)?;
-        Ok(Index {
-            version: header.version,
-            alignment,
+        place_tensors(&mut tensors, data_start, alignment, length)?;
+        let index = Index {
             keys,
             key_by_name,
-            tensors,
-            tensor_by_name,
             data_start,
-        })
+        };
+        Ok((index, tensors))
     }
 }
 
-struct Header {
-    version: u32,
-    tensors: u64,
-    keys: u64,
-}
-
-impl Header {
-    fn parse(cursor: &mut Cursor<'_>) -> Result<Self, GgufError> {
-        cursor.naming("the header");
-        let magic = cursor.bytes::<4>()?;
-        if magic != MAGIC {
-            return Err(GgufError::NotGguf {
-                found: magic.to_vec(),
-            });
-        }
-        let version = cursor.u32()?;
-        if !(2..=3).contains(&version) {
-            return Err(GgufError::Version { version });
-        }
-        let tensors = cursor.u64()?;
-        let keys = cursor.u64()?;
-        check_limit("the number of tensors", tensors, MAX_TENSORS)?;
-        check_limit("the number of metadata keys", keys, MAX_KEYS)?;
-        Ok(Header {
-            version,
-            tensors,
-            keys,
-        })
+/// The numbers of tensors and of metadata keys.
+fn parse_header(cursor: &mut Cursor<'_>) -> Result<(u64, u64), GgufError> {
+    cursor.naming("the header");
+    let magic = cursor.bytes::<4>()?;
+    if magic != MAGIC {
+        return Err(GgufError::NotGguf {
+            found: magic.to_vec(),
+        });
     }
+    let version = cursor.u32()?;
+    if !(2..=3).contains(&version) {
+        return Err(GgufError::Version { version });
+    }
+    let (tensors, keys) = (cursor.u64()?, cursor.u64()?);
+    check_limit("the number of tensors", tensors, MAX_TENSORS)?;
+    check_limit("the number of metadata keys", keys, MAX_KEYS)?;
+    Ok((tensors, keys))
 }
 
 fn parse_keys(
@@ -168,16 +137,8 @@ fn find_alignment(bytes: &[u8], keys: &[KeyEntry], by_name: &Positions) -> Resul
     Ok(alignment)
 }
 
-struct ListedTensor {
-    name: Box<str>,
-    ty: GgmlType,
-    dims: Vec<u64>,
-    /// Relative to the data section.
-    offset: u64,
-    len: u64,
-}
-
-fn parse_tensor_list(cursor: &mut Cursor<'_>, count: u64) -> Result<Vec<ListedTensor>, GgufError> {
+/// Tensors whose positions are relative to the data section.
+fn parse_tensor_list(cursor: &mut Cursor<'_>, count: u64) -> Result<Vec<Entry>, GgufError> {
     let mut tensors = Vec::new();
     for i in 0..count {
         cursor.naming(&format!("the description of tensor {i}"));
@@ -203,12 +164,14 @@ fn parse_tensor_list(cursor: &mut Cursor<'_>, count: u64) -> Result<Vec<ListedTe
             });
         };
         match tensor_bytes(ty, &dims) {
-            Ok(len) => tensors.push(ListedTensor {
+            // Whether such a position can be is checked when the section's own is known.
+            Ok(len) => tensors.push(Entry {
                 name,
                 ty,
                 dims,
-                offset,
-                len,
+                file: 0,
+                at: offset as usize,
+                len: len as usize,
             }),
             Err(reason) => {
                 return Err(GgufError::TensorShape {
@@ -239,26 +202,18 @@ fn tensor_bytes(ty: GgmlType, dims: &[u64]) -> Result<u64, &'static str> {
         .ok_or("the number of elements overflows")
 }
 
+/// Makes the tensors' positions those in the file, and checks that it has their bytes.
 fn place_tensors(
-    listed: Vec<ListedTensor>,
+    tensors: &mut [Entry],
     data_start: u64,
     alignment: u64,
     file_len: u64,
-) -> Result<(Vec<TensorEntry>, Positions), GgufError> {
-    let mut tensors = Vec::with_capacity(listed.len());
-    let mut by_name = HashMap::with_capacity(listed.len());
-    for ListedTensor {
-        name,
-        ty,
-        dims,
-        offset,
-        len,
-    } in listed
-    {
+) -> Result<(), GgufError> {
+    for tensor in &mut *tensors {
+        let (offset, len) = (tensor.at as u64, tensor.len as u64);
         if !offset.is_multiple_of(alignment) {
-            let tensor = name.into();
             return Err(GgufError::Misaligned {
-                tensor,
+                tensor: tensor.name.to_string(),
                 offset,
                 alignment,
             });
@@ -266,36 +221,19 @@ fn place_tensors(
         let at = data_start.saturating_add(offset);
         if at.saturating_add(len) > file_len {
             return Err(GgufError::Truncated {
-                what: format!("the data of tensor {name:?}"),
+                what: format!("the data of tensor {:?}", tensor.name),
                 at,
                 needed: len,
                 length: file_len,
             });
         }
-        if by_name.insert(name.clone(), tensors.len()).is_some() {
-            let name = name.into();
-            return Err(GgufError::Duplicate {
-                kind: "tensor",
-                name,
-            });
-        }
-        // Both lie within the file.
-        let (at, len) = (at as usize, len as usize);
-        tensors.push(TensorEntry {
-            name,
-            ty,
-            dims,
-            file: 0,
-            at,
-            len,
-        });
+        tensor.at = at as usize;
     }
-    check_overlap(&tensors)?;
-    Ok((tensors, by_name))
+    check_overlap(tensors)
 }
 
-fn check_overlap(tensors: &[TensorEntry]) -> Result<(), GgufError> {
-    let mut order: Vec<&TensorEntry> = tensors.iter().collect();
+fn check_overlap(tensors: &[Entry]) -> Result<(), GgufError> {
+    let mut order: Vec<&Entry> = tensors.iter().collect();
     order.sort_unstable_by_key(|tensor| tensor.at);
     for pair in order.windows(2) {
         if pair[0].at + pair[0].len > pair[1].at {

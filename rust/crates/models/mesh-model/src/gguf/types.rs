@@ -21,21 +21,33 @@ pub enum GgmlType {
     Q6_K,
 }
 
+/// A type's number in GGUF files, its name, and the elements and the bytes of one of its blocks.
+struct Layout(u32, &'static str, usize, usize);
+
 impl GgmlType {
     /// Every type, for tests and tables.
-    pub const ALL: [GgmlType; 11] = [
-        GgmlType::F32,
-        GgmlType::F16,
-        GgmlType::BF16,
-        GgmlType::Q4_0,
-        GgmlType::Q4_1,
-        GgmlType::Q5_0,
-        GgmlType::Q5_1,
-        GgmlType::Q8_0,
-        GgmlType::Q4_K,
-        GgmlType::Q5_K,
-        GgmlType::Q6_K,
-    ];
+    pub const ALL: [GgmlType; 11] = {
+        use GgmlType::*;
+        [
+            F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K,
+        ]
+    };
+
+    const fn layout(self) -> Layout {
+        match self {
+            GgmlType::F32 => Layout(0, "F32", 1, 4),
+            GgmlType::F16 => Layout(1, "F16", 1, 2),
+            GgmlType::BF16 => Layout(30, "BF16", 1, 2),
+            GgmlType::Q4_0 => Layout(2, "Q4_0", 32, 18),
+            GgmlType::Q4_1 => Layout(3, "Q4_1", 32, 20),
+            GgmlType::Q5_0 => Layout(6, "Q5_0", 32, 22),
+            GgmlType::Q5_1 => Layout(7, "Q5_1", 32, 24),
+            GgmlType::Q8_0 => Layout(8, "Q8_0", 32, 34),
+            GgmlType::Q4_K => Layout(12, "Q4_K", 256, 144),
+            GgmlType::Q5_K => Layout(13, "Q5_K", 256, 176),
+            GgmlType::Q6_K => Layout(14, "Q6_K", 256, 210),
+        }
+    }
 
     /// The type with this number in a GGUF file, if this crate reads it.
     pub fn from_id(id: u32) -> Option<Self> {
@@ -44,63 +56,22 @@ impl GgmlType {
 
     /// The number of this type in a GGUF file.
     pub const fn id(self) -> u32 {
-        match self {
-            GgmlType::F32 => 0,
-            GgmlType::F16 => 1,
-            GgmlType::Q4_0 => 2,
-            GgmlType::Q4_1 => 3,
-            GgmlType::Q5_0 => 6,
-            GgmlType::Q5_1 => 7,
-            GgmlType::Q8_0 => 8,
-            GgmlType::Q4_K => 12,
-            GgmlType::Q5_K => 13,
-            GgmlType::Q6_K => 14,
-            GgmlType::BF16 => 30,
-        }
+        self.layout().0
     }
 
     /// ggml's name of this type.
     pub const fn name(self) -> &'static str {
-        match self {
-            GgmlType::F32 => "F32",
-            GgmlType::F16 => "F16",
-            GgmlType::BF16 => "BF16",
-            GgmlType::Q4_0 => "Q4_0",
-            GgmlType::Q4_1 => "Q4_1",
-            GgmlType::Q5_0 => "Q5_0",
-            GgmlType::Q5_1 => "Q5_1",
-            GgmlType::Q8_0 => "Q8_0",
-            GgmlType::Q4_K => "Q4_K",
-            GgmlType::Q5_K => "Q5_K",
-            GgmlType::Q6_K => "Q6_K",
-        }
+        self.layout().1
     }
 
     /// Elements that share one block, that is, one set of scales. Rows are whole blocks.
     pub const fn block_size(self) -> usize {
-        match self {
-            GgmlType::F32 | GgmlType::F16 | GgmlType::BF16 => 1,
-            GgmlType::Q4_0 | GgmlType::Q4_1 | GgmlType::Q5_0 | GgmlType::Q5_1 | GgmlType::Q8_0 => {
-                32
-            }
-            GgmlType::Q4_K | GgmlType::Q5_K | GgmlType::Q6_K => 256,
-        }
+        self.layout().2
     }
 
     /// Bytes of one block.
     pub const fn type_size(self) -> usize {
-        match self {
-            GgmlType::F32 => 4,
-            GgmlType::F16 | GgmlType::BF16 => 2,
-            GgmlType::Q4_0 => 18,
-            GgmlType::Q4_1 => 20,
-            GgmlType::Q5_0 => 22,
-            GgmlType::Q5_1 => 24,
-            GgmlType::Q8_0 => 34,
-            GgmlType::Q4_K => 144,
-            GgmlType::Q5_K => 176,
-            GgmlType::Q6_K => 210,
-        }
+        self.layout().3
     }
 
     /// Bytes of `elements` elements, or `None` if they are not whole blocks or the size overflows.

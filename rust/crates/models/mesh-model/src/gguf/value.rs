@@ -23,41 +23,21 @@ pub enum ValueType {
 }
 
 impl ValueType {
+    /// In the order of their numbers in a file.
+    const ALL: [ValueType; 13] = {
+        use ValueType::*;
+        [
+            U8, I8, U16, I16, U32, I32, F32, Bool, String, Array, U64, I64, F64,
+        ]
+    };
+
     pub(super) fn from_id(id: u32) -> Option<Self> {
-        Some(match id {
-            0 => ValueType::U8,
-            1 => ValueType::I8,
-            2 => ValueType::U16,
-            3 => ValueType::I16,
-            4 => ValueType::U32,
-            5 => ValueType::I32,
-            6 => ValueType::F32,
-            7 => ValueType::Bool,
-            8 => ValueType::String,
-            9 => ValueType::Array,
-            10 => ValueType::U64,
-            11 => ValueType::I64,
-            12 => ValueType::F64,
-            _ => return None,
-        })
+        Self::ALL.get(id as usize).copied()
     }
 
+    /// The variants are declared in the order of their numbers.
     pub(super) fn id(self) -> u32 {
-        match self {
-            ValueType::U8 => 0,
-            ValueType::I8 => 1,
-            ValueType::U16 => 2,
-            ValueType::I16 => 3,
-            ValueType::U32 => 4,
-            ValueType::I32 => 5,
-            ValueType::F32 => 6,
-            ValueType::Bool => 7,
-            ValueType::String => 8,
-            ValueType::Array => 9,
-            ValueType::U64 => 10,
-            ValueType::I64 => 11,
-            ValueType::F64 => 12,
-        }
+        self as u32
     }
 
     /// Bytes of one value, or `None` for strings and arrays.
@@ -168,6 +148,15 @@ impl<'a> Array<'a> {
         })
     }
 
+    /// Flags, a byte each.
+    pub(crate) fn of_flags(flags: &'a [u8]) -> Self {
+        Array {
+            element: ValueType::Bool,
+            len: flags.len(),
+            bytes: flags,
+        }
+    }
+
     /// Number of elements.
     pub fn len(&self) -> usize {
         self.len
@@ -188,7 +177,7 @@ impl<'a> Array<'a> {
         self.bytes
     }
 
-    /// The elements. Ends early only if the file was changed after it was opened.
+    /// The elements.
     pub fn iter(&self) -> impl Iterator<Item = Value<'a>> + use<'a> {
         let mut cursor = Cursor::new(self.bytes);
         let element = self.element;

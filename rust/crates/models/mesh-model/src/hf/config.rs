@@ -1,18 +1,28 @@
-//! `config.json` as GGUF keys.
+//! `config.json` under GGUF's keys.
 //!
 //! Sources: the configuration classes of `transformers` (keys and defaults) and llama.cpp's converter (which key says the same in
 //! GGUF).
 
-use std::f64::consts::TAU;
+mod object;
+mod rope;
 
 use serde_json::{Map, Value};
 
 use super::HfError;
+use super::keys::Keys;
 use crate::config::{MAX_CONTEXT, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH};
-use crate::gguf::GgmlType;
-use crate::gguf::writer::{OwnedValue, Writer};
+use object::{Object, bad};
 
 const FILE: &str = "config.json";
+
+/// The contents of `config.json`.
+pub(super) struct Configuration {
+    pub(super) keys: Keys,
+    pub(super) network: Network,
+    /// Divisors of the frequencies, where the rotary embedding is stretched in llama 3's way. GGUF files have them as the tensor
+    /// `rope_freqs.weight`.
+    pub(super) freq_factors: Option<Vec<f32>>,
+}
 
 /// What the names of tensors depend on.
 #[derive(Debug, Clone, Copy)]
@@ -71,9 +81,8 @@ impl Family {
     }
 }
 
-/// The keys of `config.json` as a GGUF file in memory. Its only tensor is `rope_freqs.weight`, where the rotary embedding is
-/// stretched in llama 3's way.
-pub(super) fn head(json: &[u8], name: &str) -> Result<(Vec<u8>, Network), HfError> {
+/// Reads `config.json` of the model called `name`.
+pub(super) fn read(json: &[u8], name: &str) -> Result<Configuration, HfError> {
     let root: Map<String, Value> = serde_json::from_slice(json).map_err(|error| HfError::Json {
         file: FILE.into(),
         message: error.to_string(),
@@ -82,9 +91,9 @@ pub(super) fn head(json: &[u8], name: &str) -> Result<(Vec<u8>, Network), HfErro
     let (family, sees) = Family::of(&root)?;
     let text = match root.map.get("text_config") {
         Some(Value::Object(text)) if sees => Object { map: text },
-        _ => Object { map: root.map },
+        _ => root.clone(),
     };
-    text.refuse_foreign(family)?;
+    refuse_foreign(&text, family)?;
     let gemma = family == Family::Gemma3;
     let tied = |object: &Object<'_>| object.boolean("tie_word_embeddings");
     let network = Network {
@@ -92,43 +101,36 @@ pub(super) fn head(json: &[u8], name: &str) -> Result<(Vec<u8>, Network), HfErro
         post_norms: gemma,
         sees,
     };
+    // The default is what the class assumes where the file is silent.
+    let count =
+        |key: &str, limit: u64, default: Option<u64>| match text.count(key, limit)?.or(default) {
+            Some(count) => Ok(count),
+            None => text.required(key, limit),
+        };
 
-    let mut keys = Keys {
-        writer: Writer::new(),
-        prefix: family.name(),
-    };
-    let owned = |text: &str| OwnedValue::String(text.to_owned());
-    keys.writer
-        .key("general.architecture", owned(family.name()));
-    keys.writer.key("general.name", owned(name));
-    let layers = text.required("num_hidden_layers", MAX_LAYERS)?;
+    let mut keys = Keys::new(family.name());
+    keys.general("general.name", name);
+    let layers = count("num_hidden_layers", MAX_LAYERS, None)?;
     keys.count("block_count", layers);
-    keys.count("embedding_length", text.required("hidden_size", MAX_WIDTH)?);
+    let hidden = count("hidden_size", MAX_WIDTH, None)?;
+    keys.count("embedding_length", hidden);
     keys.count(
         "feed_forward_length",
-        text.required("intermediate_size", MAX_WIDTH)?,
+        count("intermediate_size", MAX_WIDTH, None)?,
     );
-    // What the class assumes where the file is silent.
-    let (heads, kv_heads, head_dim, context) = match family {
-        Family::Gemma3 => (Some(8), Some(4), Some(256), Some(131_072)),
-        Family::Qwen3 => (None, None, Some(128), None),
-        _ => (None, None, None, None),
+    let (heads, kv_heads, head_dim, vocab, context) = match family {
+        Family::Gemma3 => (Some(8), Some(4), Some(256), Some(262_208), Some(131_072)),
+        Family::Qwen3 => (None, None, Some(128), None, None),
+        _ => (None, None, None, None, None),
     };
-    let heads = match text.count("num_attention_heads", MAX_WIDTH)?.or(heads) {
-        Some(heads) => heads,
-        None => text.required("num_attention_heads", MAX_WIDTH)?,
-    };
+    let heads = count("num_attention_heads", MAX_WIDTH, heads)?;
     keys.count("attention.head_count", heads);
-    let kv_heads = text
-        .count("num_key_value_heads", MAX_WIDTH)?
-        .or(kv_heads)
-        .unwrap_or(heads);
+    let kv_heads = count("num_key_value_heads", MAX_WIDTH, kv_heads.or(Some(heads)))?;
     if !heads.is_multiple_of(kv_heads) {
         let reason = format!("it must divide the {heads} query heads");
         return Err(bad("num_key_value_heads", kv_heads, reason));
     }
     keys.count("attention.head_count_kv", kv_heads);
-    let hidden = text.required("hidden_size", MAX_WIDTH)?;
     let head_dim = match text.count("head_dim", MAX_WIDTH)?.or(head_dim) {
         Some(head_dim) => head_dim,
         None if hidden.is_multiple_of(heads) => hidden / heads,
@@ -140,60 +142,49 @@ pub(super) fn head(json: &[u8], name: &str) -> Result<(Vec<u8>, Network), HfErro
     };
     keys.count("attention.key_length", head_dim);
     keys.count("attention.value_length", head_dim);
-    keys.count(
-        "vocab_size",
-        match text.count("vocab_size", MAX_VOCAB)? {
-            Some(vocab) => vocab,
-            None if gemma => 262_208,
-            None => text.required("vocab_size", MAX_VOCAB)?,
-        },
-    );
-    let context = match text
-        .count("max_position_embeddings", MAX_CONTEXT)?
-        .or(context)
-    {
-        Some(context) => context,
-        None => text.required("max_position_embeddings", MAX_CONTEXT)?,
-    };
-    keys.float(
-        "attention.layer_norm_rms_epsilon",
-        text.positive("rms_norm_eps")?.unwrap_or(1e-6),
-    );
+    keys.count("vocab_size", count("vocab_size", MAX_VOCAB, vocab)?);
+    let context = count("max_position_embeddings", MAX_CONTEXT, context)?;
+    let eps = text.positive("rms_norm_eps")?.unwrap_or(1e-6);
+    keys.float("attention.layer_norm_rms_epsilon", eps);
     if gemma {
         let scalar = text.positive("query_pre_attn_scalar")?.unwrap_or(256.0);
         keys.float("attention.scale", 1.0 / scalar.sqrt());
     }
-    for (theirs, ours) in [
-        ("attn_logit_softcapping", "attn_logit_softcapping"),
-        ("final_logit_softcapping", "final_logit_softcapping"),
-    ] {
-        if let Some(most) = text.positive(theirs)? {
-            keys.float(ours, most);
+    for key in ["attn_logit_softcapping", "final_logit_softcapping"] {
+        if let Some(most) = text.positive(key)? {
+            keys.float(key, most);
         }
     }
     window(&text, family, layers, &mut keys)?;
-    let (context, factors) = rope(&text, family, head_dim, context, &mut keys)?;
+    let (context, freq_factors) = rope::rope(&text, family, head_dim, context, &mut keys)?;
     keys.count("context_length", context);
-    finish(keys.writer, factors).map(|head| (head, network))
+    Ok(Configuration {
+        keys,
+        network,
+        freq_factors,
+    })
 }
 
-fn finish(mut writer: Writer, factors: Option<Vec<f32>>) -> Result<Vec<u8>, HfError> {
-    if let Some(factors) = &factors {
-        writer.tensor("rope_freqs.weight", GgmlType::F32, &[factors.len() as u64]);
+/// What would make another network of it.
+fn refuse_foreign(text: &Object<'_>, family: Family) -> Result<(), HfError> {
+    if let Some(quantised) = text.object("quantization_config")? {
+        let method = quantised
+            .string("quant_method")?
+            .unwrap_or("an unknown method");
+        return Err(HfError::Unsupported {
+            feature: format!("weights quantised by {method} (quantization_config)"),
+        });
     }
-    let data = || {
-        factors
-            .iter()
-            .flatten()
-            .flat_map(|x| x.to_le_bytes())
-            .collect()
+    let (key, known): (_, &[&str]) = match family {
+        Family::Gemma3 => ("hidden_activation", &["gelu_pytorch_tanh"]),
+        _ => ("hidden_act", &["silu", "swish"]),
     };
-    writer
-        .to_bytes(|_, _, _| data())
-        .map_err(|error| HfError::Json {
-            file: FILE.into(),
-            message: error.to_string(),
-        })
+    match text.string(key)? {
+        Some(activation) if !known.contains(&activation) => Err(HfError::Unsupported {
+            feature: format!("the activation {activation:?} ({key})"),
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// Which layers see a window only.
@@ -231,296 +222,7 @@ fn window(text: &Object<'_>, family: Family, layers: u64, keys: &mut Keys) -> Re
     };
     if let Some(size) = size.filter(|_| flags.contains(&true)) {
         keys.count("attention.sliding_window", size);
-        let flags = flags.into_iter().map(i32::from).collect();
-        keys.put("attention.sliding_window_pattern", OwnedValue::I32s(flags));
+        keys.flags("attention.sliding_window_pattern", &flags);
     }
     Ok(())
-}
-
-/// The rotary embedding. Gives the context length, which YaRN stretches, and llama 3's divisors of the frequencies.
-fn rope(
-    text: &Object<'_>,
-    family: Family,
-    head_dim: u64,
-    context: u64,
-    keys: &mut Keys,
-) -> Result<(u64, Option<Vec<f32>>), HfError> {
-    // `rope_parameters` is what newer releases write, by kind of layer where kinds differ.
-    let parameters = text.object("rope_parameters")?;
-    let full = match &parameters {
-        Some(parameters) => parameters
-            .object("full_attention")?
-            .or_else(|| Some(parameters.clone())),
-        None => text.object("rope_scaling")?,
-    };
-    let sliding = match &parameters {
-        Some(parameters) => parameters.object("sliding_attention")?,
-        None => None,
-    };
-    let empty = Map::new();
-    let scaling = full.unwrap_or(Object { map: &empty });
-    let default = if family == Family::Gemma3 { 1e6 } else { 1e4 };
-    let base = match text.positive("rope_theta")? {
-        Some(base) => Some(base),
-        None => scaling.positive("rope_theta")?,
-    };
-    let base = base.unwrap_or(default);
-    keys.float("rope.freq_base", base);
-    if family == Family::Gemma3 {
-        let local = match &sliding {
-            Some(sliding) => sliding.positive("rope_theta")?,
-            None => text.positive("rope_local_base_freq")?,
-        };
-        keys.float("rope.freq_base_swa", local.unwrap_or(1e4));
-    }
-    let part = text.positive("partial_rotary_factor")?.unwrap_or(1.0);
-    if part > 1.0 {
-        return Err(bad(
-            "partial_rotary_factor",
-            part,
-            "it must be at most 1".into(),
-        ));
-    }
-    let dim = (head_dim as f64 * part) as u64;
-    keys.count("rope.dimension_count", dim);
-
-    let kind = match scaling.string("rope_type")? {
-        Some(kind) => Some(kind),
-        None => scaling.string("type")?,
-    };
-    let factor = || -> Result<f64, HfError> {
-        match scaling.positive("factor")? {
-            Some(factor) if factor >= 1.0 => Ok(factor),
-            Some(factor) => Err(bad(
-                "rope_scaling.factor",
-                factor,
-                "it must be at least 1".into(),
-            )),
-            None => Err(missing("rope_scaling.factor")),
-        }
-    };
-    let original = scaling.count("original_max_position_embeddings", MAX_CONTEXT)?;
-    match kind {
-        // Dynamic scaling begins beyond the context.
-        None | Some("default" | "dynamic") => Ok((context, None)),
-        Some("linear") => {
-            keys.put("rope.scaling.type", OwnedValue::String("linear".into()));
-            keys.float("rope.scaling.factor", factor()?);
-            Ok((context, None))
-        }
-        Some("yarn") => {
-            let (factor, original) = (factor()?, original.unwrap_or(context));
-            if scaling.boolean("truncate")? == Some(false) {
-                return Err(HfError::Unsupported {
-                    feature: "YaRN without truncation (rope_scaling.truncate)".into(),
-                });
-            }
-            keys.put("rope.scaling.type", OwnedValue::String("yarn".into()));
-            keys.float("rope.scaling.factor", factor);
-            keys.count("rope.scaling.original_context_length", original);
-            for (theirs, ours) in [
-                ("beta_fast", "yarn_beta_fast"),
-                ("beta_slow", "yarn_beta_slow"),
-            ] {
-                if let Some(beta) = scaling.positive(theirs)? {
-                    keys.float(&format!("rope.scaling.{ours}"), beta);
-                }
-            }
-            // GGUF's is a factor on what follows from the formula.
-            let of = |scale: f64| 1.0 + 0.1 * scale * factor.ln();
-            let attention = match scaling.positive("attention_factor")? {
-                Some(attention) => attention,
-                None => match (
-                    scaling.positive("mscale")?,
-                    scaling.positive("mscale_all_dim")?,
-                ) {
-                    (Some(one), Some(all)) => of(one) / of(all),
-                    _ => of(1.0),
-                },
-            };
-            keys.float("rope.scaling.attn_factor", attention / of(1.0));
-            let stretched = (original as f64 * factor).min(MAX_CONTEXT as f64) as u64;
-            Ok((context.max(stretched), None))
-        }
-        Some("llama3") => {
-            let need = |key: &str| scaling.positive(key)?.ok_or_else(|| missing(key));
-            let (low, high) = (need("low_freq_factor")?, need("high_freq_factor")?);
-            if high <= low {
-                let reason = format!("it must be over low_freq_factor, {low}");
-                return Err(bad("rope_scaling.high_freq_factor", high, reason));
-            }
-            let factor = factor()?;
-            let original = original.ok_or_else(|| missing("original_max_position_embeddings"))?;
-            let divisor = |pair: u64| {
-                let frequency = base.powf(-2.0 * pair as f64 / dim as f64);
-                let turns = original as f64 * frequency / TAU;
-                let keep = ((turns - low) / (high - low)).clamp(0.0, 1.0);
-                (1.0 / ((1.0 - keep) / factor + keep)) as f32
-            };
-            Ok((context, Some((0..dim / 2).map(divisor).collect())))
-        }
-        Some(other) => Err(HfError::Unsupported {
-            feature: format!("rope scaling {other:?}"),
-        }),
-    }
-}
-
-/// The keys of one architecture.
-struct Keys {
-    writer: Writer,
-    prefix: &'static str,
-}
-
-impl Keys {
-    fn put(&mut self, key: &str, value: OwnedValue) {
-        self.writer.key(&format!("{}.{key}", self.prefix), value);
-    }
-
-    /// All counts have limits far below 2^32.
-    fn count(&mut self, key: &str, count: u64) {
-        self.put(
-            key,
-            OwnedValue::U32(u32::try_from(count).unwrap_or(u32::MAX)),
-        );
-    }
-
-    fn float(&mut self, key: &str, value: f64) {
-        self.put(key, OwnedValue::F32(value as f32));
-    }
-}
-
-/// An object of `config.json`. A key whose value is null counts as absent.
-#[derive(Clone)]
-struct Object<'a> {
-    map: &'a Map<String, Value>,
-}
-
-impl<'a> Object<'a> {
-    fn get(&self, key: &str) -> Option<&'a Value> {
-        self.map.get(key).filter(|value| !value.is_null())
-    }
-
-    fn wrong(&self, key: &str, wanted: &str) -> HfError {
-        let value = self.get(key).map(Value::to_string).unwrap_or_default();
-        let short: String = value.chars().take(60).collect();
-        bad(key, short, format!("{wanted} is needed"))
-    }
-
-    fn string(&self, key: &str) -> Result<Option<&'a str>, HfError> {
-        let Some(value) = self.get(key) else {
-            return Ok(None);
-        };
-        value
-            .as_str()
-            .map(Some)
-            .ok_or_else(|| self.wrong(key, "text"))
-    }
-
-    fn boolean(&self, key: &str) -> Result<Option<bool>, HfError> {
-        let Some(value) = self.get(key) else {
-            return Ok(None);
-        };
-        value
-            .as_bool()
-            .map(Some)
-            .ok_or_else(|| self.wrong(key, "true or false"))
-    }
-
-    fn object(&self, key: &str) -> Result<Option<Object<'a>>, HfError> {
-        match self.get(key) {
-            None => Ok(None),
-            Some(Value::Object(map)) => Ok(Some(Object { map })),
-            Some(_) => Err(self.wrong(key, "an object")),
-        }
-    }
-
-    /// A whole number from 1 to `limit`. Some files have 4096.0.
-    fn count(&self, key: &str, limit: u64) -> Result<Option<u64>, HfError> {
-        let Some(value) = self.get(key) else {
-            return Ok(None);
-        };
-        let whole = value.as_f64().filter(|x| x.fract() == 0.0 && *x >= 0.0);
-        let count = value.as_u64().or(whole.map(|x| x as u64));
-        match count.filter(|count| (1..=limit).contains(count)) {
-            Some(count) => Ok(Some(count)),
-            None => Err(self.wrong(key, &format!("a whole number from 1 to {limit}"))),
-        }
-    }
-
-    fn required(&self, key: &str, limit: u64) -> Result<u64, HfError> {
-        self.count(key, limit)?.ok_or_else(|| missing(key))
-    }
-
-    /// A finite number over 0, also as a 32-bit float.
-    fn positive(&self, key: &str) -> Result<Option<f64>, HfError> {
-        let Some(value) = self.get(key) else {
-            return Ok(None);
-        };
-        let number = value
-            .as_f64()
-            .filter(|x| (*x as f32).is_finite() && *x as f32 > 0.0);
-        number
-            .map(Some)
-            .ok_or_else(|| self.wrong(key, "a number over 0"))
-    }
-
-    /// For each layer, whether it has the window.
-    fn layer_types(&self, layers: u64) -> Result<Vec<bool>, HfError> {
-        const KEY: &str = "layer_types";
-        let types: Option<Vec<bool>> = self.get(KEY).and_then(Value::as_array).and_then(|types| {
-            let flag = |ty: &Value| match ty.as_str()? {
-                "sliding_attention" => Some(true),
-                "full_attention" => Some(false),
-                _ => None,
-            };
-            types.iter().map(flag).collect()
-        });
-        types
-            .filter(|types| types.len() as u64 == layers)
-            .ok_or_else(|| {
-                let wanted = format!(
-                    "\"full_attention\" or \"sliding_attention\" for each of the {layers} layers"
-                );
-                self.wrong(KEY, &wanted)
-            })
-    }
-
-    /// What would make another network of it.
-    fn refuse_foreign(&self, family: Family) -> Result<(), HfError> {
-        if let Some(quantised) = self.object("quantization_config")? {
-            let method = quantised
-                .string("quant_method")?
-                .unwrap_or("an unknown method");
-            return Err(HfError::Unsupported {
-                feature: format!("weights quantised by {method} (quantization_config)"),
-            });
-        }
-        let (key, known): (_, &[&str]) = match family {
-            Family::Gemma3 => ("hidden_activation", &["gelu_pytorch_tanh"]),
-            _ => ("hidden_act", &["silu", "swish"]),
-        };
-        match self.string(key)? {
-            Some(activation) if !known.contains(&activation) => Err(HfError::Unsupported {
-                feature: format!("the activation {activation:?} ({key})"),
-            }),
-            _ => Ok(()),
-        }
-    }
-}
-
-fn bad(key: &str, value: impl ToString, reason: String) -> HfError {
-    HfError::Value {
-        file: FILE,
-        key: key.into(),
-        value: value.to_string(),
-        reason,
-    }
-}
-
-fn missing(key: &str) -> HfError {
-    bad(
-        key,
-        "missing",
-        "the network cannot be told without it".into(),
-    )
 }

@@ -1,8 +1,6 @@
 //! Hugging Face's names of tensors as GGUF's, and back.
 
 use super::config::Network;
-use crate::config::ConfigError;
-use crate::gguf::GgufError;
 
 /// The tensors of a layer: the name after `model.layers.N.`, and the one after `blk.N.`.
 const LAYER: [(&str, &str); 16] = [
@@ -83,26 +81,6 @@ fn layer(rest: &str, network: &Network) -> Option<String> {
         _ => LAYER.iter().find(|(known, _)| *known == suffix)?.1,
     };
     Some(format!("blk.{number}.{ours}"))
-}
-
-/// The same error with the names that tensors have in the folder.
-pub(crate) fn in_their_words(error: ConfigError) -> ConfigError {
-    match error {
-        ConfigError::Gguf(GgufError::MissingTensor { tensor }) => {
-            let tensor = their_name(&tensor).unwrap_or(tensor);
-            GgufError::MissingTensor { tensor }.into()
-        }
-        ConfigError::Shape {
-            tensor,
-            found,
-            wanted,
-        } => ConfigError::Shape {
-            tensor: their_name(&tensor).unwrap_or(tensor),
-            found,
-            wanted,
-        },
-        other => other,
-    }
 }
 
 /// The name in a folder of the tensor that GGUF calls so; `None` if there is none.

@@ -1,74 +1,55 @@
-//! Which tokens begin and end text: from four files, none of which always says it.
+//! Which tokens begin and end text, and the chat template: from five files, none of which always says it.
 
 use serde_json::{Map, Value};
 
 use super::{Folder, HfError};
-
-/// What a folder says about its special tokens.
-#[derive(Debug, Clone, Default)]
-pub struct SpecialTokens {
-    /// The begin token's text.
-    pub bos: Option<String>,
-    /// The end token's text.
-    pub eos: Option<String>,
-    /// The begin token's id, if only that is known.
-    pub bos_id: Option<u64>,
-    /// Ids of tokens that end an answer.
-    pub eos_ids: Vec<u64>,
-    /// Whether text begins with the begin token, if a file says so.
-    pub add_bos: Option<bool>,
-    /// Whether it ends with the end token.
-    pub add_eos: Option<bool>,
-    /// The chat template.
-    pub template: Option<String>,
-}
+use crate::checkpoint::SpecialTokens;
 
 /// More end tokens than any model has.
 const MAX_ENDS: usize = 64;
 
-impl SpecialTokens {
-    /// Reads `tokenizer_config.json`, `special_tokens_map.json`, `generation_config.json`, `config.json` and
-    /// `chat_template.jinja`, as far as they are there.
-    ///
-    /// # Errors
-    /// If one of them cannot be read or is malformed.
-    pub fn read(folder: &Folder) -> Result<Self, HfError> {
-        let object = |name: &'static str| -> Result<Map<String, Value>, HfError> {
-            let malformed = |message: String| HfError::Json {
-                file: name.into(),
-                message,
-            };
-            let Some(json) = folder.read(name)? else {
-                return Ok(Map::new());
-            };
-            serde_json::from_slice(&json).map_err(|error| malformed(error.to_string()))
+/// Reads special tokens and the chat template from `tokenizer_config.json`, `special_tokens_map.json`,
+/// `generation_config.json`, `config.json` and `chat_template.jinja`, as far as they are there.
+///
+/// # Errors
+/// If one of them cannot be read or is malformed.
+pub(super) fn read(folder: &Folder) -> Result<(SpecialTokens, Option<String>), HfError> {
+    let object = |name: &'static str| -> Result<Map<String, Value>, HfError> {
+        let malformed = |message: String| HfError::Json {
+            file: name.into(),
+            message,
         };
-        let tokenizer = object("tokenizer_config.json")?;
-        let map = object("special_tokens_map.json")?;
-        let generation = object("generation_config.json")?;
-        let config = object("config.json")?;
-        let text = |key: &str| token_text(tokenizer.get(key)).or_else(|| token_text(map.get(key)));
-        let ids = |key: &str| {
-            let of = |object: &Map<String, Value>| token_ids(object.get(key));
-            of(&generation).or_else(|| of(&config)).unwrap_or_default()
+        let Some(json) = folder.read(name)? else {
+            return Ok(Map::new());
         };
-        let flag = |key: &str| tokenizer.get(key).and_then(Value::as_bool);
-        let jinja = folder.read("chat_template.jinja")?;
-        let jinja = jinja.map(String::from_utf8).transpose();
-        let jinja = jinja.map_err(|_| HfError::Json {
-            file: "chat_template.jinja".into(),
-            message: "it is not valid UTF-8".into(),
-        })?;
-        Ok(SpecialTokens {
-            bos: text("bos_token"),
-            eos: text("eos_token"),
-            bos_id: ids("bos_token_id").first().copied(),
-            eos_ids: ids("eos_token_id"),
-            add_bos: flag("add_bos_token"),
-            add_eos: flag("add_eos_token"),
-            template: jinja.or_else(|| template(tokenizer.get("chat_template"))),
-        })
-    }
+        serde_json::from_slice(&json).map_err(|error| malformed(error.to_string()))
+    };
+    let tokenizer = object("tokenizer_config.json")?;
+    let map = object("special_tokens_map.json")?;
+    let generation = object("generation_config.json")?;
+    let config = object("config.json")?;
+    let text = |key: &str| token_text(tokenizer.get(key)).or_else(|| token_text(map.get(key)));
+    let ids = |key: &str| {
+        let of = |object: &Map<String, Value>| token_ids(object.get(key));
+        of(&generation).or_else(|| of(&config)).unwrap_or_default()
+    };
+    let flag = |key: &str| tokenizer.get(key).and_then(Value::as_bool);
+    let jinja = folder.read("chat_template.jinja")?;
+    let jinja = jinja.map(String::from_utf8).transpose();
+    let jinja = jinja.map_err(|_| HfError::Json {
+        file: "chat_template.jinja".into(),
+        message: "it is not valid UTF-8".into(),
+    })?;
+    let special = SpecialTokens {
+        bos: text("bos_token"),
+        eos: text("eos_token"),
+        bos_id: ids("bos_token_id").first().copied(),
+        eos_ids: ids("eos_token_id"),
+        add_bos: flag("add_bos_token"),
+        add_eos: flag("add_eos_token"),
+    };
+    let template = jinja.or_else(|| template(tokenizer.get("chat_template")));
+    Ok((special, template))
 }
 
 /// A token is its text, or an object with it.

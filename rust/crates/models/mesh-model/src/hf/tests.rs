@@ -46,7 +46,6 @@ fn a_folder_is_the_model_that_it_was_made_from() {
             write_folder(&original, dtype, shards, &path).unwrap();
             let model = Model::open(&path).unwrap();
             assert_eq!(model.name(), format!("Folder-{shards}.v1"));
-            assert!(model.gguf().is_hugging_face());
             let mut expected = ModelConfig {
                 name: Some(model.name()),
                 ..original.config().clone()
@@ -59,8 +58,8 @@ fn a_folder_is_the_model_that_it_was_made_from() {
                 expected.norm_offset = 1.0;
             }
             assert_eq!(*model.config(), expected);
-            for tensor in original.gguf().tensors() {
-                let ours = model.gguf().require_tensor(tensor.name).unwrap();
+            for tensor in original.tensors().iter() {
+                let ours = model.tensors().get(tensor.name).unwrap();
                 assert_eq!(ours.dims, tensor.dims);
                 let mut theirs = tensor.to_f32().unwrap();
                 if architecture == Architecture::Gemma3 && tensor.name.ends_with("norm.weight") {
@@ -83,7 +82,7 @@ fn a_folder_is_the_model_that_it_was_made_from() {
             }
             assert_eq!(model.tokenizer().eos_ids(), original.tokenizer().eos_ids());
             assert!(model.template().is_fallback());
-            model.gguf().check_unchanged().unwrap();
+            model.tensors().check_unchanged().unwrap();
         }
     }
 }
@@ -94,7 +93,7 @@ fn a_file_of_weights_stands_for_its_folder() {
     let whole = Model::open(&path).unwrap();
     let shard = Model::open(path.join("model-00002-of-00003.safetensors")).unwrap();
     assert_eq!(shard.fingerprint().unwrap(), whole.fingerprint().unwrap());
-    assert_eq!(shard.gguf().tensors().len(), whole.gguf().tensors().len());
+    assert_eq!(shard.tensors().iter().len(), whole.tensors().iter().len());
 
     let (_dir, path) = folder(Architecture::Qwen2, 1);
     let whole = Model::open(&path).unwrap();
@@ -297,7 +296,7 @@ fn a_tied_head_is_the_embedding_whatever_the_files_hold() {
         json["tie_word_embeddings"] = true.into()
     });
     let model = Model::open(&path).unwrap();
-    assert!(model.config().tied_embeddings && model.gguf().tensor("output.weight").is_none());
+    assert!(model.config().tied_embeddings && model.tensors().get("output.weight").is_none());
     let (_dir, path) = folder(Architecture::Qwen2, 1);
     edit(&path.join("config.json"), |json| {
         json["tie_word_embeddings"] = false.into()

@@ -1,7 +1,5 @@
 //! What can be wrong with a safetensors file.
 
-use std::path::PathBuf;
-
 use super::Dtype;
 use crate::file::FileError;
 
@@ -9,32 +7,9 @@ use crate::file::FileError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SafetensorsError {
-    /// The file could not be opened.
-    #[error("cannot open {}: {source}", path.display())]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// A folder, a socket, a device.
-    #[error("{} is not a regular file: give the path of a .safetensors file", path.display())]
-    NotAFile {
-        /// The path.
-        path: PathBuf,
-    },
-    /// The file was written to or replaced since it was opened.
-    #[error(
-        "{} changed while it was read: write model files under another name and rename them when they are whole",
-        path.display()
-    )]
-    Changed {
-        /// The file.
-        path: PathBuf,
-    },
-    /// The file could not be read where it is.
+    /// The file could not be opened or read, or changed meanwhile.
     #[error(transparent)]
-    Read(FileError),
+    File(#[from] FileError),
     /// The file is shorter than the length of a header.
     #[error("not a safetensors file: it has {length} bytes, and the header's length alone takes 8")]
     NoHeader {
@@ -162,15 +137,4 @@ pub enum SafetensorsError {
         /// Its type.
         dtype: Dtype,
     },
-}
-
-impl From<FileError> for SafetensorsError {
-    fn from(error: FileError) -> Self {
-        match error {
-            FileError::Open { path, source } => SafetensorsError::Open { path, source },
-            FileError::NotAFile { path } => SafetensorsError::NotAFile { path },
-            FileError::Changed { path } => SafetensorsError::Changed { path },
-            error => SafetensorsError::Read(error),
-        }
-    }
 }

@@ -8,8 +8,9 @@ use std::path::Path;
 use half::{bf16, f16};
 use serde_json::{Value, json};
 
+use crate::checkpoint::Checkpoint;
 use crate::config::{Architecture, ModelConfig, Rope, RopeScaling, RopeStyle};
-use crate::gguf::{Gguf, Tensor};
+use crate::gguf::{Gguf, Tensor, Tensors};
 use crate::hf;
 use crate::model::Model;
 use crate::safetensors::{self, Dtype, Planned};
@@ -22,12 +23,13 @@ use crate::safetensors::{self, Dtype, Planned};
 /// than those of GPT-2, SmolLM, Llama 3 and Qwen.
 pub fn write_folder(model: &Model, dtype: Dtype, shards: usize, dir: &Path) -> io::Result<()> {
     std::fs::create_dir_all(dir)?;
-    let (gguf, config) = (model.gguf(), model.config());
+    let gguf = Gguf::open(model.path()).map_err(io::Error::other)?;
+    let config = model.config();
     let write = |name: &str, value: Value| {
         std::fs::write(dir.join(name), serde_json::to_vec_pretty(&value)?)
     };
     write("config.json", config_json(config)?)?;
-    write("tokenizer.json", tokenizer_json(gguf)?)?;
+    write("tokenizer.json", tokenizer_json(&gguf)?)?;
     let tokenizer = model.tokenizer();
     let text = |id: Option<u32>| {
         id.map(|id| String::from_utf8_lossy(tokenizer.token_bytes(id)).into_owned())
@@ -46,7 +48,7 @@ pub fn write_folder(model: &Model, dtype: Dtype, shards: usize, dir: &Path) -> i
         "generation_config.json",
         json!({"eos_token_id": tokenizer.eos_ids()}),
     )?;
-    write_weights(gguf, config, dtype, shards.max(1), dir)
+    write_weights(gguf.tensors(), config, dtype, shards.max(1), dir)
 }
 
 fn unknown(what: impl Into<String>) -> io::Error {
@@ -272,15 +274,15 @@ pub(super) fn sentencepiece_tokenizer(tables: &Tables, scores: &[f32]) -> Value 
 }
 
 fn write_weights(
-    gguf: &Gguf,
+    tensors: &Tensors,
     config: &ModelConfig,
     dtype: Dtype,
     shards: usize,
     dir: &Path,
 ) -> io::Result<()> {
     let mut planned: Vec<(Planned, Tensor<'_>)> = Vec::new();
-    for tensor in gguf.tensors() {
-        let name = hf::names::their_name(tensor.name)
+    for tensor in tensors.iter() {
+        let name = hf::their_name(tensor.name)
             .filter(|_| tensor.name != "rope_freqs.weight")
             .ok_or_else(|| unknown(format!("tensor {}", tensor.name)))?;
         let name = match (

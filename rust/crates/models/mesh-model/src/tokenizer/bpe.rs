@@ -10,9 +10,9 @@ use tokenizers::models::bpe::{BPE, Vocab as BpeVocab};
 
 use super::merge::{LongWords, Unknown};
 use super::pre::PreTokenizer;
-use super::vocab::{Vocab, malformed};
+use super::vocab::{Vocab, malformed, wrong_elements};
 use super::{Limit, TokenizerError};
-use crate::gguf::{Gguf, GgufError};
+use crate::checkpoint::Checkpoint;
 
 #[derive(Debug)]
 pub(super) struct Bpe {
@@ -22,8 +22,11 @@ pub(super) struct Bpe {
 }
 
 impl Bpe {
-    pub(super) fn from_gguf(gguf: &Gguf, vocab: &Vocab) -> Result<Self, TokenizerError> {
-        let name = gguf.string("tokenizer.ggml.pre")?.unwrap_or_else(|| {
+    pub(super) fn from_keys(
+        checkpoint: &dyn Checkpoint,
+        vocab: &Vocab,
+    ) -> Result<Self, TokenizerError> {
+        let name = checkpoint.string("tokenizer.ggml.pre")?.unwrap_or_else(|| {
             tracing::warn!("the model file names no pre-tokenizer (tokenizer.ggml.pre): the default may give worse tokens");
             "default"
         });
@@ -33,7 +36,7 @@ impl Bpe {
         for (id, text) in vocab.texts().enumerate() {
             ids.insert(text.to_owned(), id as u32);
         }
-        let merges = read_merges(gguf, &ids)?;
+        let merges = read_merges(checkpoint, &ids)?;
         let long = LongWords::new(&ids, &merges, Unknown::default());
         let model = BPE::builder()
             .vocab_and_merges(ids, merges)
@@ -81,17 +84,14 @@ impl Bpe {
 }
 
 /// The pairs to merge, by rank. Pairs that name or make no token cannot be used and are left out.
-fn read_merges(gguf: &Gguf, ids: &BpeVocab) -> Result<Vec<(String, String)>, TokenizerError> {
+fn read_merges(
+    checkpoint: &dyn Checkpoint,
+    ids: &BpeVocab,
+) -> Result<Vec<(String, String)>, TokenizerError> {
     const KEY: &str = "tokenizer.ggml.merges";
-    let array = gguf
-        .array(KEY)?
-        .ok_or_else(|| GgufError::MissingKey { key: KEY.into() })?;
-    let strings = array.strings().ok_or_else(|| {
-        malformed(format!(
-            "{KEY} is an array of {:?}, not of strings",
-            array.element()
-        ))
-    })?;
+    let array = checkpoint.require_array(KEY)?;
+    let strings = array.strings();
+    let strings = strings.ok_or_else(|| wrong_elements(KEY, array, "strings"))?;
     let mut merges = Vec::with_capacity(array.len());
     let mut merged = String::new();
     for (rank, pair) in strings.enumerate() {

@@ -20,7 +20,7 @@ use super::merge::{LongWords, Unknown};
 use super::special::SpecialTokens as Finder;
 use super::vocab::{TokenType, Vocab, malformed};
 use super::{Algorithm, Family, Limit, Tokenizer, TokenizerError};
-use crate::hf::SpecialTokens;
+use crate::checkpoint::SpecialTokens;
 use json::{AddedToken, File};
 use steps::{Changes, Normalizer, PreTokenizer};
 
@@ -124,7 +124,7 @@ impl Tokenizer {
         let bos = by_text(&special.bos).or(special.bos_id.and_then(valid));
         let listed: Vec<u32> = special.eos_ids.iter().copied().filter_map(valid).collect();
         let eos = by_text(&special.eos).or(listed.first().copied());
-        let end_ids = super::ends_of(&vocab, eos.into_iter().chain(listed));
+        let end_ids = super::names::ends_of(&vocab, eos.into_iter().chain(listed));
         let around = |first: bool, id: Option<u32>| {
             let text = template_end(file.post_processor.as_ref()?, first)?;
             Some(id? == vocab.find(text)?)

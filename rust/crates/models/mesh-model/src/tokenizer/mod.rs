@@ -1,4 +1,4 @@
-//! Text to tokens and back, from the tables in a GGUF file or from a `tokenizer.json`.
+//! Text to tokens and back, from the tables under the `tokenizer.ggml` keys or from a `tokenizer.json`.
 //!
 //! Two families: byte-level BPE (`gpt2`: SmolLM2, Llama 3, Qwen) through the `tokenizers` crate, and SentencePiece's merging
 //! by score (`llama`: Llama 2, TinyLlama, Mistral), which that crate has no model for. Both give the token ids that
@@ -6,14 +6,17 @@
 
 mod bpe;
 mod hf;
+mod keys;
 mod merge;
+mod names;
 mod pre;
 mod special;
 mod spm;
 mod vocab;
 
 use crate::chat::Rendered;
-use crate::gguf::{Gguf, GgufError};
+use crate::checkpoint::{Checkpoint, TokenizerJson};
+use crate::gguf::GgufError;
 
 use mesh_base::tokens::{ByteCounts, ByteSpans};
 
@@ -131,135 +134,16 @@ pub enum TokenizerError {
     },
 }
 
-/// Tokens that end an answer, by name: files often name only one of them as their end token, and some give them the type of
-/// ordinary text.
-const END_NAMES: [&str; 28] = [
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|end|>",
-    "<end_of_turn>",
-    "<end_of_utterance>",
-    "<EOT>",
-    "_<EOT>",
-    "[EOT]",
-    "</s>",
-    "<\u{ff5c}end\u{2581}of\u{2581}sentence\u{ff5c}>",
-    "<|END_OF_TURN_TOKEN|>",
-    "<|end_of_turn|>",
-    "<|endofturn|>",
-    "<turn|>",
-    "<|eot|>",
-    "<|eom|>",
-    "<|return|>",
-    "<|call|>",
-    "<|flush|>",
-    "<|calls|>",
-    "<|eos|>",
-    "<|fim_pad|>",
-    "<|repo_name|>",
-    "<|file_sep|>",
-    "<|role_end|>",
-];
-
-/// Tokens that begin turns and parts of a prompt, by name. They are control tokens whatever type a file gives them.
-const CONTROL_NAMES: [&str; 24] = [
-    "<|im_start|>",
-    "<|im_sep|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|begin_of_text|>",
-    "<start_of_turn>",
-    "<|turn>",
-    "<|start|>",
-    "<|message|>",
-    "<|channel|>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|observation|>",
-    "<|START_OF_TURN_TOKEN|>",
-    "<|USER_TOKEN|>",
-    "<|CHATBOT_TOKEN|>",
-    "<|SYSTEM_TOKEN|>",
-    "<\u{ff5c}User\u{ff5c}>",
-    "<\u{ff5c}Assistant\u{ff5c}>",
-    "<|fim_prefix|>",
-    "<|fim_middle|>",
-    "<|fim_suffix|>",
-    "<|startoftext|>",
-];
-
-/// The type of a token, corrected by its name; llama.cpp overrides types likewise.
-fn type_by_name(text: &str, ty: TokenType) -> TokenType {
-    let named = || END_NAMES.contains(&text) || CONTROL_NAMES.contains(&text);
-    match ty {
-        // As a word of a vocabulary this ends struck text.
-        _ if text == "</s>" => ty,
-        TokenType::Normal | TokenType::UserDefined if named() => TokenType::Control,
-        _ => ty,
-    }
-}
-
 impl Tokenizer {
-    /// Builds the tokenizer from the `tokenizer.ggml` keys.
+    /// The tokenizer of a model whose embedding has `rows` rows.
     ///
     /// # Errors
     /// If tables are missing, malformed, or of a kind that is not supported.
-    pub fn from_gguf(gguf: &Gguf) -> Result<Self, TokenizerError> {
-        let model = gguf
-            .string("tokenizer.ggml.model")?
-            .ok_or_else(|| GgufError::MissingKey {
-                key: "tokenizer.ggml.model".into(),
-            })?;
-        let family = match model {
-            "gpt2" => Family::Bpe,
-            "llama" => Family::Spm,
-            other => {
-                return Err(TokenizerError::Model {
-                    found: other.into(),
-                });
-            }
-        };
-        let vocab = Vocab::from_gguf(gguf, family)?;
-        let ids = SpecialIds::read(gguf, family, vocab.len())?;
-        let (algorithm, pre_adds_bos) = match family {
-            Family::Bpe => {
-                let bpe = Bpe::from_gguf(gguf, &vocab)?;
-                let adds_bos = bpe.adds_bos();
-                (Algorithm::Bpe(Box::new(bpe)), adds_bos)
-            }
-            Family::Spm => (
-                Algorithm::Spm(Box::new(Spm::from_gguf(gguf, &vocab)?)),
-                true,
-            ),
-        };
-        let all = || spans(&vocab, family);
-        let spans = match &algorithm {
-            Algorithm::Bpe(bpe) => {
-                let mut spans = all();
-                // Nothing is claimed of a text with those.
-                bpe.lost().for_each(|byte| spans.cover(&[byte], usize::MAX));
-                Some(spans)
-            }
-            Algorithm::Spm(spm) => (!spm.drops()).then(all),
-            Algorithm::Hf(_) => None,
-        };
-        Ok(Tokenizer {
-            special: SpecialTokens::new(&vocab),
-            spans,
-            end_ids: ids.ends(&vocab),
-            bos: ids.bos,
-            eos: ids.eos,
-            add_bos: gguf
-                .bool("tokenizer.ggml.add_bos_token")?
-                .unwrap_or(pre_adds_bos),
-            add_eos: gguf.bool("tokenizer.ggml.add_eos_token")?.unwrap_or(false),
-            vocab,
-            algorithm,
-        })
+    pub fn read(checkpoint: &dyn Checkpoint, rows: usize) -> Result<Self, TokenizerError> {
+        match checkpoint.tokenizer_json() {
+            Some(TokenizerJson { json, special }) => Self::from_hugging_face(json, special, rows),
+            None => Self::from_keys(checkpoint),
+        }
     }
 
     /// Turns `text` to token ids.
@@ -495,80 +379,10 @@ enum Family {
     Spm,
 }
 
-/// The tokens that the metadata names by id.
-struct SpecialIds {
-    bos: Option<u32>,
-    eos: Option<u32>,
-    /// End of turn and end of message.
-    other_ends: Vec<u32>,
-}
-
-impl SpecialIds {
-    fn read(gguf: &Gguf, family: Family, vocab: usize) -> Result<Self, TokenizerError> {
-        let read = |name: &str, default: Option<u32>| match gguf
-            .unsigned(&format!("tokenizer.ggml.{name}_token_id"))?
-        {
-            // Converters write the largest number for "none".
-            Some(id) if id >= u64::from(u32::MAX) => Ok(None),
-            Some(id) if id < vocab as u64 => Ok(Some(id as u32)),
-            Some(id) => Err(TokenizerError::Tables {
-                reason: format!(
-                    "tokenizer.ggml.{name}_token_id is {id}, but there are only {vocab} tokens"
-                ),
-            }),
-            None => Ok(default.filter(|&id| (id as usize) < vocab)),
-        };
-        // SentencePiece's own numbers.
-        let (bos, eos) = match family {
-            Family::Bpe => (None, None),
-            Family::Spm => (Some(1), Some(2)),
-        };
-        Ok(SpecialIds {
-            bos: read("bos", bos)?,
-            eos: read("eos", eos)?,
-            other_ends: [read("eot", None)?, read("eom", None)?]
-                .into_iter()
-                .flatten()
-                .collect(),
-        })
-    }
-
-    fn ends(&self, vocab: &Vocab) -> Vec<u32> {
-        let listed = self.eos.into_iter().chain(self.other_ends.iter().copied());
-        ends_of(vocab, listed)
-    }
-}
-
-/// All tokens that end an answer: those that the files list, then those with a name for it.
-fn ends_of(vocab: &Vocab, listed: impl Iterator<Item = u32>) -> Vec<u32> {
-    // In this format it ends a message, of which an answer has several.
-    let several = ["<|return|>", "<|call|>"]
-        .iter()
-        .all(|name| vocab.find_special(name).is_some());
-    let named = END_NAMES
-        .iter()
-        .filter(|name| !(several && **name == "<|end|>"))
-        .filter_map(|name| vocab.find_special(name))
-        .filter(|&id| vocab.token_type(id) == TokenType::Control);
-    let mut ends: Vec<u32> = Vec::new();
-    for id in listed.chain(named) {
-        if !ends.contains(&id) {
-            ends.push(id);
-        }
-    }
-    let unlisted = vocab.overridden().filter(|(_, id)| ends.contains(id));
-    for (name, _) in unlisted {
-        tracing::warn!(
-            token = name,
-            "the file gives this token the type of ordinary text; by its name it ends answers, and does so here"
-        );
-    }
-    ends
-}
-
 #[cfg(test)]
 pub(crate) mod testing {
     use super::*;
+    use crate::gguf::Gguf;
     use crate::gguf::writer::{OwnedValue, Writer};
 
     /// A vocabulary of bytes with these tokens besides, each with its type.
@@ -592,7 +406,7 @@ pub(crate) mod testing {
                 OwnedValue::Strings(tokens.into_iter().map(|token| token.0).collect()),
             );
         let bytes = writer.to_bytes(|_, _, _| Vec::new()).unwrap();
-        Tokenizer::from_gguf(&Gguf::from_bytes(bytes).unwrap()).unwrap()
+        Tokenizer::from_keys(&Gguf::from_bytes(bytes).unwrap()).unwrap()
     }
 }
 

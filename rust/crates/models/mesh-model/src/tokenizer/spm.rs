@@ -8,9 +8,9 @@
 use std::cmp::Ordering;
 use std::collections::{BinaryHeap, HashMap};
 
-use super::vocab::{TokenType, Vocab, malformed};
+use super::vocab::{TokenType, Vocab, malformed, wrong_elements};
 use super::{Limit, TokenizerError};
-use crate::gguf::{Gguf, GgufError};
+use crate::checkpoint::Checkpoint;
 
 const SPACE: &str = "\u{2581}";
 
@@ -27,8 +27,11 @@ pub(super) struct Spm {
 }
 
 impl Spm {
-    pub(super) fn from_gguf(gguf: &Gguf, vocab: &Vocab) -> Result<Self, TokenizerError> {
-        let scores = read_scores(gguf, vocab.len())?;
+    pub(super) fn from_keys(
+        checkpoint: &dyn Checkpoint,
+        vocab: &Vocab,
+    ) -> Result<Self, TokenizerError> {
+        let scores = read_scores(checkpoint, vocab.len())?;
         let mut ids = HashMap::with_capacity(vocab.len());
         let mut bytes = [None; 256];
         let mut unknown = None;
@@ -52,7 +55,7 @@ impl Spm {
             longest,
             bytes,
             unknown,
-            add_space_prefix: gguf
+            add_space_prefix: checkpoint
                 .bool("tokenizer.ggml.add_space_prefix")?
                 .unwrap_or(true),
         })
@@ -239,19 +242,12 @@ impl PartialEq for Pair {
 
 impl Eq for Pair {}
 
-fn read_scores(gguf: &Gguf, tokens: usize) -> Result<Vec<f32>, TokenizerError> {
+fn read_scores(checkpoint: &dyn Checkpoint, tokens: usize) -> Result<Vec<f32>, TokenizerError> {
     const KEY: &str = "tokenizer.ggml.scores";
-    let array = gguf
-        .array(KEY)?
-        .ok_or_else(|| GgufError::MissingKey { key: KEY.into() })?;
+    let array = checkpoint.require_array(KEY)?;
     let scores: Vec<f32> = array
         .floats()
-        .ok_or_else(|| {
-            malformed(format!(
-                "{KEY} is an array of {:?}, not of floats",
-                array.element()
-            ))
-        })?
+        .ok_or_else(|| wrong_elements(KEY, array, "floats"))?
         .collect();
     if scores.len() != tokens {
         return Err(malformed(format!(

@@ -1,6 +1,7 @@
 //! The tokenizer against small vocabularies made here. Real ones are in `tests/golden_vocabs.rs`.
 
 use super::*;
+use crate::gguf::Gguf;
 use crate::gguf::writer::{OwnedValue, Writer};
 
 const NORMAL: i32 = 1;
@@ -33,7 +34,7 @@ fn build(keys: Vec<(&'static str, OwnedValue)>) -> Result<Tokenizer, TokenizerEr
     for (name, value) in keys {
         writer.key(name, value);
     }
-    Tokenizer::from_gguf(
+    Tokenizer::from_keys(
         &Gguf::from_bytes(writer.to_bytes(|_, _, _| unreachable!()).unwrap()).unwrap(),
     )
 }

@@ -2,8 +2,10 @@
 
 use std::collections::HashMap;
 
+use super::names::type_by_name;
 use super::{Family, TokenizerError};
-use crate::gguf::{Gguf, GgufError};
+use crate::checkpoint::Checkpoint;
+use crate::gguf::Array;
 
 /// What a token is, in the numbers of `tokenizer.ggml.token_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,11 +34,12 @@ pub(super) struct Vocab {
 const MAX_TOKENS: usize = 1 << 24;
 
 impl Vocab {
-    pub(super) fn from_gguf(gguf: &Gguf, family: Family) -> Result<Self, TokenizerError> {
+    pub(super) fn from_keys(
+        checkpoint: &dyn Checkpoint,
+        family: Family,
+    ) -> Result<Self, TokenizerError> {
         const KEY: &str = "tokenizer.ggml.tokens";
-        let tokens = gguf
-            .array(KEY)?
-            .ok_or_else(|| GgufError::MissingKey { key: KEY.into() })?;
+        let tokens = checkpoint.require_array(KEY)?;
         if tokens.is_empty() || tokens.len() > MAX_TOKENS {
             let reason = format!(
                 "{KEY} has {} tokens, it must have from 1 to {MAX_TOKENS}",
@@ -44,22 +47,14 @@ impl Vocab {
             );
             return Err(TokenizerError::Tables { reason });
         }
-        let types = read_types(gguf, tokens.len())?;
-        let strings = tokens.strings().ok_or_else(|| {
-            malformed(format!(
-                "{KEY} is an array of {:?}, not of strings",
-                tokens.element()
-            ))
-        })?;
-
+        let types = read_types(checkpoint, tokens.len())?;
+        let strings = tokens.strings();
+        let strings = strings.ok_or_else(|| wrong_elements(KEY, tokens, "strings"))?;
         let mut texts = Vec::with_capacity(tokens.len());
         for (id, text) in strings.enumerate() {
             let text = std::str::from_utf8(text)
                 .map_err(|_| malformed(format!("token {id} is not valid UTF-8")))?;
             texts.push(text);
-        }
-        if texts.len() != types.len() {
-            return Err(malformed(format!("{KEY} changed while it was read")));
         }
         Self::new(family, texts.into_iter().zip(types))
     }
@@ -77,7 +72,7 @@ impl Vocab {
         let mut overridden = Vec::new();
         for (id, (text, told)) in tokens.enumerate() {
             piece.clear();
-            let ty = super::type_by_name(text, told);
+            let ty = type_by_name(text, told);
             if ty != told {
                 overridden.push(id as u32);
             }
@@ -161,9 +156,12 @@ impl Vocab {
     }
 }
 
-fn read_types(gguf: &Gguf, tokens: usize) -> Result<Vec<TokenType>, TokenizerError> {
+fn read_types(
+    checkpoint: &dyn Checkpoint,
+    tokens: usize,
+) -> Result<Vec<TokenType>, TokenizerError> {
     const KEY: &str = "tokenizer.ggml.token_type";
-    let Some(array) = gguf.array(KEY)? else {
+    let Some(array) = checkpoint.array(KEY)? else {
         return Ok(vec![TokenType::Normal; tokens]);
     };
     if array.len() != tokens {
@@ -172,13 +170,9 @@ fn read_types(gguf: &Gguf, tokens: usize) -> Result<Vec<TokenType>, TokenizerErr
             array.len()
         )));
     }
-    let numbers = array.integers().ok_or_else(|| {
-        malformed(format!(
-            "{KEY} is an array of {:?}, not of integers",
-            array.element()
-        ))
-    })?;
-    let types: Vec<TokenType> = numbers
+    let numbers = array.integers();
+    let numbers = numbers.ok_or_else(|| wrong_elements(KEY, array, "integers"))?;
+    let types = numbers
         .map(|number| match number {
             2 => TokenType::Unknown,
             3 => TokenType::Control,
@@ -188,10 +182,13 @@ fn read_types(gguf: &Gguf, tokens: usize) -> Result<Vec<TokenType>, TokenizerErr
             _ => TokenType::Normal,
         })
         .collect();
-    if types.len() != tokens {
-        return Err(malformed(format!("{KEY} changed while it was read")));
-    }
     Ok(types)
+}
+
+/// For an array whose elements are of another type than `wanted`.
+pub(super) fn wrong_elements(key: &str, array: Array<'_>, wanted: &str) -> TokenizerError {
+    let found = array.element();
+    malformed(format!("{key} is an array of {found:?}, not of {wanted}"))
 }
 
 pub(super) fn malformed(reason: String) -> TokenizerError {

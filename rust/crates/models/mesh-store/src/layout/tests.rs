@@ -47,12 +47,12 @@ fn a_gguf_file_and_a_safetensors_file_tell_where_their_tensors_are() {
     let path = gguf(dir.path(), Architecture::Llama);
     let layout = Layout::read(&path).unwrap();
     let (file, bytes) = (Gguf::open(&path).unwrap(), std::fs::read(&path).unwrap());
-    assert_eq!(layout.tensors.len(), file.tensors().len());
-    assert_eq!(layout.bytes, file.file_len());
+    assert_eq!(layout.tensors.len(), file.tensors().iter().len());
+    assert_eq!(layout.bytes, file.tensors().file_len());
     assert_eq!(layout.header, layout.tensors[0].offset);
     for place in &layout.tensors {
         let (start, end) = (place.offset as usize, (place.offset + place.bytes) as usize);
-        let tensor = file.tensor(&place.name).unwrap();
+        let tensor = file.tensors().get(&place.name).unwrap();
         assert_eq!(bytes[start..end], *tensor.data.read().unwrap());
     }
 

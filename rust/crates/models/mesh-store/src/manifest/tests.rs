@@ -34,12 +34,12 @@ fn a_manifest_has_the_digests_of_file_pieces_and_tensors() {
         file.check_piece(index, slice(piece.range())).unwrap();
     }
     let gguf = Gguf::open(&path).unwrap();
-    assert_eq!(file.tensors.len(), gguf.tensors().len());
+    assert_eq!(file.tensors.len(), gguf.tensors().iter().len());
     for tensor in &file.tensors {
         assert_eq!(tensor.sha256, Digest::of(slice(tensor.range())));
         assert_eq!(tensor.layer, layout::layer(&tensor.name));
     }
-    let config = mesh_model::ModelConfig::from_gguf(&gguf).unwrap();
+    let config = mesh_model::ModelConfig::read(&gguf).unwrap();
     assert_eq!(manifest.layers(), config.layers);
     file.verify(&path, &|_| ()).unwrap();
 }
@@ -142,7 +142,7 @@ fn a_file_with_the_pieces_of_a_stage_opens_and_has_its_tensors() {
             }
             let opened = Model::open(&partial).unwrap();
             assert_eq!(opened.config(), whole.config());
-            for tensor in whole.gguf().tensors() {
+            for tensor in whole.tensors().iter() {
                 let config = whole.config();
                 let needed = match tensor.name.strip_prefix("blk.") {
                     Some(rest) => {
@@ -155,7 +155,7 @@ fn a_file_with_the_pieces_of_a_stage_opens_and_has_its_tensors() {
                         _ => layers.end == total,
                     },
                 };
-                let found = opened.gguf().tensor(tensor.name).unwrap();
+                let found = opened.tensors().get(tensor.name).unwrap();
                 let same = found.data.read().unwrap() == tensor.data.read().unwrap();
                 assert_eq!(same, needed, "{}", tensor.name);
             }

@@ -230,8 +230,8 @@ impl<'a> Sizes<'a> {
                 WeightFormat::Int4 => stored,
             }
         };
-        let gguf = self.model.gguf();
-        gguf.tensors()
+        let tensors = self.model.tensors().iter();
+        tensors
             .filter(|tensor| wanted(tensor.name))
             .map(bytes)
             .fold(0, u64::saturating_add)

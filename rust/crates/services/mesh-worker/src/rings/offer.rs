@@ -98,7 +98,7 @@ pub(super) fn open_again(
     fingerprint: &str,
     config: &Config,
 ) -> Result<Model, String> {
-    if model.gguf().check_unchanged().is_ok() {
+    if model.tensors().check_unchanged().is_ok() {
         return Ok(model.clone());
     }
     let path = model.path();

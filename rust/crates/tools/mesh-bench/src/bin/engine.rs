@@ -165,6 +165,6 @@ fn child(path: &Path, threads: usize) -> Result<()> {
     ours.time(Exercise::Decode(1))?;
     let kv = 512 * ours.stage.info().kv_bytes_per_token;
     let resident = resident_bytes()?.saturating_sub(kv);
-    println!("{:.3}", resident as f64 / model.gguf().file_len() as f64);
+    println!("{:.3}", resident as f64 / model.tensors().file_len() as f64);
     Ok(())
 }

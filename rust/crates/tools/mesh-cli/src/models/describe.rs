@@ -77,7 +77,7 @@ pub(super) fn fact(facts: &[(&str, Value)], key: &str) -> Option<Value> {
 
 /// The format that most weight bytes have.
 fn weight_format(model: &Model) -> String {
-    let tensors = model.gguf().tensors();
+    let tensors = model.tensors().iter();
     most_bytes(tensors.map(|tensor| (tensor.ty, tensor.data.len())))
 }
 

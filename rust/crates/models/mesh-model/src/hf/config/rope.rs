@@ -1,0 +1,139 @@
+//! The rotary embedding in `config.json`.
+
+use std::f64::consts::TAU;
+
+use serde_json::Map;
+
+use super::Family;
+use super::object::{Object, bad, missing};
+use crate::config::MAX_CONTEXT;
+use crate::hf::HfError;
+use crate::hf::keys::Keys;
+
+/// The rotary embedding. Gives the context length, which YaRN stretches, and llama 3's divisors of the frequencies.
+pub(super) fn rope(
+    text: &Object<'_>,
+    family: Family,
+    head_dim: u64,
+    context: u64,
+    keys: &mut Keys,
+) -> Result<(u64, Option<Vec<f32>>), HfError> {
+    // `rope_parameters` is what newer releases write, by kind of layer where kinds differ.
+    let parameters = text.object("rope_parameters")?;
+    let full = match &parameters {
+        Some(parameters) => parameters
+            .object("full_attention")?
+            .or_else(|| Some(parameters.clone())),
+        None => text.object("rope_scaling")?,
+    };
+    let sliding = match &parameters {
+        Some(parameters) => parameters.object("sliding_attention")?,
+        None => None,
+    };
+    let empty = Map::new();
+    let scaling = full.unwrap_or(Object { map: &empty });
+    let default = if family == Family::Gemma3 { 1e6 } else { 1e4 };
+    let base = match text.positive("rope_theta")? {
+        Some(base) => Some(base),
+        None => scaling.positive("rope_theta")?,
+    };
+    let base = base.unwrap_or(default);
+    keys.float("rope.freq_base", base);
+    if family == Family::Gemma3 {
+        let local = match &sliding {
+            Some(sliding) => sliding.positive("rope_theta")?,
+            None => text.positive("rope_local_base_freq")?,
+        };
+        keys.float("rope.freq_base_swa", local.unwrap_or(1e4));
+    }
+    let part = text.positive("partial_rotary_factor")?.unwrap_or(1.0);
+    if part > 1.0 {
+        return Err(bad(
+            "partial_rotary_factor",
+            part,
+            "it must be at most 1".into(),
+        ));
+    }
+    let dim = (head_dim as f64 * part) as u64;
+    keys.count("rope.dimension_count", dim);
+
+    let kind = match scaling.string("rope_type")? {
+        Some(kind) => Some(kind),
+        None => scaling.string("type")?,
+    };
+    let factor = || -> Result<f64, HfError> {
+        match scaling.positive("factor")? {
+            Some(factor) if factor >= 1.0 => Ok(factor),
+            Some(factor) => Err(bad(
+                "rope_scaling.factor",
+                factor,
+                "it must be at least 1".into(),
+            )),
+            None => Err(missing("rope_scaling.factor")),
+        }
+    };
+    let original = scaling.count("original_max_position_embeddings", MAX_CONTEXT)?;
+    match kind {
+        // Dynamic scaling begins beyond the context.
+        None | Some("default" | "dynamic") => Ok((context, None)),
+        Some("linear") => {
+            keys.text("rope.scaling.type", "linear");
+            keys.float("rope.scaling.factor", factor()?);
+            Ok((context, None))
+        }
+        Some("yarn") => {
+            let (factor, original) = (factor()?, original.unwrap_or(context));
+            if scaling.boolean("truncate")? == Some(false) {
+                return Err(HfError::Unsupported {
+                    feature: "YaRN without truncation (rope_scaling.truncate)".into(),
+                });
+            }
+            keys.text("rope.scaling.type", "yarn");
+            keys.float("rope.scaling.factor", factor);
+            keys.count("rope.scaling.original_context_length", original);
+            for (theirs, ours) in [
+                ("beta_fast", "yarn_beta_fast"),
+                ("beta_slow", "yarn_beta_slow"),
+            ] {
+                if let Some(beta) = scaling.positive(theirs)? {
+                    keys.float(&format!("rope.scaling.{ours}"), beta);
+                }
+            }
+            // GGUF's is a factor on what follows from the formula.
+            let of = |scale: f64| 1.0 + 0.1 * scale * factor.ln();
+            let attention = match scaling.positive("attention_factor")? {
+                Some(attention) => attention,
+                None => match (
+                    scaling.positive("mscale")?,
+                    scaling.positive("mscale_all_dim")?,
+                ) {
+                    (Some(one), Some(all)) => of(one) / of(all),
+                    _ => of(1.0),
+                },
+            };
+            keys.float("rope.scaling.attn_factor", attention / of(1.0));
+            let stretched = (original as f64 * factor).min(MAX_CONTEXT as f64) as u64;
+            Ok((context.max(stretched), None))
+        }
+        Some("llama3") => {
+            let need = |key: &str| scaling.positive(key)?.ok_or_else(|| missing(key));
+            let (low, high) = (need("low_freq_factor")?, need("high_freq_factor")?);
+            if high <= low {
+                let reason = format!("it must be over low_freq_factor, {low}");
+                return Err(bad("rope_scaling.high_freq_factor", high, reason));
+            }
+            let factor = factor()?;
+            let original = original.ok_or_else(|| missing("original_max_position_embeddings"))?;
+            let divisor = |pair: u64| {
+                let frequency = base.powf(-2.0 * pair as f64 / dim as f64);
+                let turns = original as f64 * frequency / TAU;
+                let keep = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+                (1.0 / ((1.0 - keep) / factor + keep)) as f32
+            };
+            Ok((context, Some((0..dim / 2).map(divisor).collect())))
+        }
+        Some(other) => Err(HfError::Unsupported {
+            feature: format!("rope scaling {other:?}"),
+        }),
+    }
+}
