@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use clap::Subcommand;
 use mesh_service::ask;
-use mesh_service::config::{Loader, units};
+use mesh_service::config::Loader;
 use mesh_service::service::{Context, Running, Service, block_on};
 
 use crate::config::Config;
@@ -44,7 +44,7 @@ pub enum TokenCommand {
     /// Print a new one-time join token
     Create {
         /// How long the token is good for, such as 30m, 12h
-        #[arg(long, value_name = "TIME", default_value = "24h", value_parser = units::duration::parse)]
+        #[arg(long, value_name = "TIME", default_value = "24h", value_parser = mesh_base::units::parse_duration)]
         ttl: Duration,
         /// The same in seconds: the old name
         #[arg(long, hide = true, conflicts_with = "ttl")]

@@ -255,7 +255,7 @@ async fn a_second_signal_ends_a_worker_and_a_head_at_once() -> Result<()> {
 #[tokio::test]
 async fn a_shim_drains_on_sigterm_until_its_limit_and_ends_well() -> Result<()> {
     let _alone = alone();
-    let launcher = Launcher::for_tests()?;
+    let launcher = Launcher::of_this_build()?;
     let silent = std::net::UdpSocket::bind("127.0.0.1:0")?;
     let mut config = shim(&silent.local_addr()?.to_string());
     config.insert("drain_timeout".to_owned(), "1s".into());
