@@ -38,6 +38,7 @@ test: fetch ## Formatting, clippy with warnings denied, every test
 	scripts/test_shell.sh $(WHERE_POSSIBLE)
 	$(PYTHON) scripts/check_dependencies.py
 	$(PYTHON) scripts/check_security.py
+	$(PYTHON) scripts/check_docs.py
 	$(IN_RUST) $(CARGO) fmt --all --check
 	$(IN_RUST) $(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	$(IN_RUST) $(CARGO) clippy --workspace --features $(PROVIDERS) --all-targets --locked -- -D warnings
