@@ -285,8 +285,8 @@ in
       example = "14G";
       description = ''
         Memory above which a worker is killed (systemd's MemoryMax=), so that a runaway worker leaves the
-        machine reachable. `null` sets no limit. The KV cache does not know this limit: with a lower one, set
-        `settings.worker.kv_memory` as well.
+        machine reachable. `null` sets no limit. Weights and KV cache are fitted into `memoryHigh` and this
+        limit.
       '';
     };
 
