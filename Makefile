@@ -41,6 +41,7 @@ test: fetch ## Formatting, clippy with warnings denied, layers and dependencies 
 	$(PYTHON) scripts/test_checks.py
 	$(PYTHON) scripts/check_layers.py
 	$(PYTHON) scripts/check_unused.py
+	$(PYTHON) scripts/check_docs.py
 	$(IN_RUST) $(CARGO) fmt --all --check
 	$(IN_RUST) $(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	$(IN_RUST) $(CARGO) clippy --workspace --features $(PROVIDERS) --all-targets --locked -- -D warnings

@@ -162,7 +162,7 @@ stick() {
   local address made
   if is_head; then
     if ! mountpoint --quiet "$partition"; then
-      echo "No partition labelled HYDRAMESH is here. Attach a stick that has one; docs/iso.md says how to make it."
+      echo "No partition labelled HYDRAMESH is here. Attach a stick that has one; docs/how-to/live-image.md says how to make it."
     elif made=$(new_token); then
       address=$(addresses | head -n 1)
       [ -z "$address" ] || address=$(host "$address")

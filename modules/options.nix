@@ -41,15 +41,15 @@ let
           type = types.path;
           default = "/var/lib/hydramesh/${role}";
           readOnly = true;
-          description = "Where the ${role} keeps its state; systemd makes the folder, so it cannot be another.";
+          description = "State directory of the ${role}. systemd creates it, so it cannot be changed.";
         };
       };
       default = { };
       inherit example;
       description = ''
-        Any key of `${role}.toml`, as docs/operations.md lists them. They win over the other options here. When the system is
-        built, `mesh-${role} --check-config` reads the result: an unknown key or a wrong value stops the build. Secrets do not
-        belong here: everyone on the machine can read the file.
+        Any key of `${role}.toml`, see docs/reference/configuration.md. These keys take precedence over the
+        other options. The system build runs `mesh-${role} --check-config` on the result: an unknown key or an
+        invalid value fails the build. Do not put secrets here: everyone on the machine can read the file.
       '';
     };
 in
@@ -60,9 +60,9 @@ in
     package = mkOption {
       type = types.package;
       default = plan.defaultPackage;
-      defaultText = lib.literalMD "`pkgs.hydramesh`, `pkgs.hydramesh-cuda` or `pkgs.hydramesh-rocm`, as `backend` says";
+      defaultText = lib.literalMD "`pkgs.hydramesh`, `pkgs.hydramesh-cuda` or `pkgs.hydramesh-rocm`, depending on `backend`";
       example = literalExpression "pkgs.hydramesh-cuda";
-      description = "The HydraMesh package; it holds the programs of all roles.";
+      description = "The HydraMesh package. It contains the programs of all roles.";
     };
 
     role = mkOption {
@@ -74,8 +74,8 @@ in
         "worker"
       ];
       description = ''
-        What this machine does: `head` routes requests, `worker` answers them, `shim` takes UDP clients in. One of them, or a
-        list.
+        Role of this machine: `head` routes requests, `worker` answers them, `shim` accepts UDP clients. One
+        role or a list.
       '';
     };
 
@@ -89,11 +89,13 @@ in
       default = "auto";
       example = "nvidia";
       description = ''
-        What the worker computes on. `auto` looks at this configuration: `nvidia` with an NVIDIA driver
-        (`hardware.nvidia.enabled`: a desktop's or a data centre's); `rocm` with "amdgpu" in it, or with `hardware.amdgpu.opencl.enable` or
-        `hardware.amdgpu.initrd.enable`; otherwise `cpu`. It decides on the package, and on the devices that the unit may
-        use. A worker with a GPU's package tries the GPU when it starts, and computes on the CPU where that fails; its log says
-        why. `settings.worker.backend` is its own key: "cuda" or "migraphx" make such a failure an error, "cpu" tries nothing.
+        Compute backend of the worker. `auto` derives it from this configuration: `nvidia` with an NVIDIA
+        driver (`hardware.nvidia.enabled`, desktop or data centre); `rocm` if
+        `services.xserver.videoDrivers` contains "amdgpu", or with `hardware.amdgpu.opencl.enable` or
+        `hardware.amdgpu.initrd.enable`; otherwise `cpu`. The backend determines the package and the devices
+        that the unit may use. A worker with a GPU package tries the GPU when it starts. If that fails, it
+        computes on the CPU and logs the reason. `settings.worker.backend` is a separate key: "cuda" or
+        "migraphx" turn such a failure into an error, "cpu" tries no GPU.
       '';
     };
 
@@ -102,25 +104,25 @@ in
       default = null;
       example = "attic.lan:7780";
       description = ''
-        The head's QUIC address, `host` or `host:port`, for a worker; a shim without `settings.shim.heads` sends to this host,
-        port 7777. Not needed where the head runs on the same machine.
+        The head's QUIC address for a worker, `host` or `host:port`. A shim without `settings.shim.heads`
+        sends to this host, port 7777. Not needed if the head runs on the same machine.
       '';
     };
 
     joinTokenFile = mkSecretFile "/run/secrets/hydramesh-join-token" ''
-      File with the token that lets the worker join, from `hydramesh token create` on the head. Root reads it and hands it to
-      the worker as a systemd credential when the unit starts, so that a new token needs a restart of it; it may be deleted when
-      the worker has joined.
+      File with the token that lets the worker join, from `hydramesh token create` on the head. Root reads it
+      and hands it to the worker as a systemd credential when the unit starts, so a new token takes effect
+      after a restart. The file may be deleted once the worker has joined.
     '';
 
     apiKeysFile = mkSecretFile "/run/secrets/hydramesh-api-keys" ''
-      File with one API key per line that the head's API asks for. Needed for listening beyond loopback. A systemd credential:
-      the file need not be readable for the service.
+      File with the API keys of the head, one per line. Required to listen beyond loopback. It is passed as a
+      systemd credential, so the service itself need not be able to read the file.
     '';
 
     hfTokenFile = mkSecretFile "/run/secrets/huggingface-token" ''
-      File with a Hugging Face token, for models that the hub gives to nobody else. The worker gets it as a systemd credential
-      and its path in `HF_TOKEN_FILE`.
+      File with a Hugging Face token, for gated or private models. The worker gets it as a systemd credential,
+      with its path in `HF_TOKEN_FILE`.
     '';
 
     hfToken = mkOption {
@@ -128,7 +130,8 @@ in
       default = null;
       example = "hf_…";
       description = ''
-        The Hugging Face token itself. It lands in the Nix store, where everyone on the machine can read it: use `hfTokenFile`.
+        The Hugging Face token itself. It ends up in the Nix store, where everyone on the machine can read it:
+        use `hfTokenFile` instead.
       '';
     };
 
@@ -140,9 +143,9 @@ in
         "/srv/models/qwen2.gguf"
       ];
       description = ''
-        Models that the worker serves whole: GGUF files, names that are looked up in `localModels`, or names on the Hugging Face
-        hub, which other workers of the mesh are asked for first; for embeddings the folder of a BERT-family encoder. A path
-        written without quotes is copied into the Nix store.
+        Models that the worker serves whole: GGUF files, names in `localModels`, or names on the Hugging Face
+        hub. The worker asks other workers of the mesh for hub models first. For embeddings, name the folder
+        of a BERT-family encoder. A path without quotes is copied into the Nix store.
       '';
     };
 
@@ -151,8 +154,9 @@ in
       default = [ ];
       example = [ "/srv/models/qwen3-32b.gguf" ];
       description = ''
-        Models of which the worker holds a range of layers, beside other workers, as the head decides; named like `models`. Of a
-        model by a name on the hub the worker fetches only what it needs. A worker needs `models`, `shards` or both. The other workers must reach this one: see
+        Models of which the worker holds a range of layers together with other workers, as the head decides;
+        named like `models`. For a model named on the hub, the worker fetches only the layers that it needs. A
+        worker needs `models`, `shards` or both. The other workers must be able to reach this one: see
         `ports.worker.ring` and `openFirewall`.
       '';
     };
@@ -162,8 +166,9 @@ in
       default = [ ];
       example = [ "/etc/hydramesh/operator.pem.pub" ];
       description = ''
-        Files with the public keys of those who sign models, as `hydramesh models key` makes them. What such a key signed is taken from
-        other workers where the hub cannot be asked. With `settings.worker.store.require_signature = true` nothing else is taken.
+        Files with public keys of people who sign models, from `hydramesh models key`. Models signed by such a
+        key are accepted from other workers when the hub cannot be asked. With
+        `settings.worker.store.require_signature = true` no other models are accepted.
       '';
     };
 
@@ -178,7 +183,8 @@ in
       default = [ ];
       example = [ "embeddings" ];
       description = ''
-        What this worker is kept for: it gets no request of another kind, and no part of a model for one. Empty is for anything.
+        Kinds of work that this worker is reserved for. It gets no requests of other kinds and no layers of
+        models for other kinds. An empty list reserves nothing.
       '';
     };
 
@@ -187,9 +193,10 @@ in
       default = "/var/lib/hydramesh/local-models";
       example = "/srv/models";
       description = ''
-        Folder with models: GGUF and safetensors files and Hugging Face folders, readable for everyone. What lies there is served
-        by name as it appears, without a restart, and no longer when it vanishes, but for what `models` and `shards` name. The
-        default one is made, owned by root; put files there. Folders in home directories are invisible to the services.
+        Folder with models: GGUF and safetensors files and Hugging Face folders, readable for everyone. The
+        worker serves each model by name as soon as it appears, without a restart, and stops when it vanishes,
+        except for models named in `models` and `shards`. The default folder is created, owned by root; put
+        files there. Folders in home directories are invisible to the services.
       '';
     };
 
@@ -198,8 +205,8 @@ in
       default = "127.0.0.1";
       example = "0.0.0.0";
       description = ''
-        Address on which the head's API listens. Beyond loopback it wants `apiKeysFile`. It is plain HTTP: put a TLS proxy
-        before it where the network is not yours.
+        Address on which the head's API listens. Beyond loopback it requires `apiKeysFile`. It is plain HTTP:
+        put a TLS proxy in front of it outside a trusted network.
       '';
     };
 
@@ -216,25 +223,26 @@ in
       ];
       example = [ ];
       description = ''
-        What the head tells without a key where `apiKeysFile` is set: `/ready` with its reasons and for one model, and `/metrics`.
-        Whoever is left out of the list needs a key; Prometheus sends one by `authorization.credentials_file`. `/health`, and
-        whether the mesh is ready at all, need none.
+        Endpoints that the head serves without a key when `apiKeysFile` is set: `/ready` with its reasons and
+        for one model, and `/metrics`. Endpoints that are not in the list need a key; Prometheus sends one
+        with `authorization.credentials_file`. `/health`, and whether the mesh is ready at all, never need a
+        key.
       '';
     };
 
     ports = {
       head = {
         http = mkPort 8080 "TCP port of the head's OpenAI API, health and metrics.";
-        clients = mkPort 7777 "UDP port on which the head takes DCF clients and shims.";
-        workers = mkPort 7778 "UDP port on which the head takes heartbeats.";
-        quic = mkPort 7780 "UDP port on which workers connect to the head (QUIC).";
+        clients = mkPort 7777 "UDP port of the head for DCF clients and shims.";
+        workers = mkPort 7778 "UDP port of the head for heartbeats.";
+        quic = mkPort 7780 "UDP port of the head for workers (QUIC).";
       };
       worker = {
         http = mkPort 8081 "TCP port of the worker's health and metrics, on loopback.";
-        ring = mkPort 7781 "UDP port on which a worker with `shards`, or with models by a name, takes other workers (QUIC).";
-        dcf = mkPort 7779 "UDP port on which the worker takes tasks of heads of DCF v5.0.0 and v5.1.";
+        ring = mkPort 7781 "UDP port for other workers (QUIC), for a worker with `shards` or with models by name.";
+        dcf = mkPort 7779 "UDP port of the worker for tasks from heads of DCF v5.0.0 and v5.1.";
       };
-      shim.clients = mkPort 9999 "UDP port on which the shim takes DCF clients.";
+      shim.clients = mkPort 9999 "UDP port of the shim for DCF clients.";
     };
 
     openFirewall = mkOption {
@@ -242,10 +250,11 @@ in
       default = false;
       example = true;
       description = ''
-        Whether to open the firewall: for a head its UDP ports, and its HTTP port if that listens beyond loopback; for a shim
-        its UDP port; and 5353/udp for multicast DNS (`settings.head.mdns`, `settings.worker.mdns`). A worker dials the head and
-        gets a port opened only for what makes others come: `shards` and models by a name (other workers), and of
-        `settings.worker` the keys `legacy.head`, or an `http.listen` beyond loopback.
+        Whether to open the firewall. For a head: its UDP ports, and its HTTP port if that listens beyond
+        loopback. For a shim: its UDP port. For multicast DNS (`settings.head.mdns`, `settings.worker.mdns`):
+        5353/udp. A worker dials the head, so a port of a worker is opened only if other machines connect to
+        it: for `shards` and models by name (other workers), for the key `legacy.head` of `settings.worker`,
+        or for its `http.listen` beyond loopback.
       '';
     };
 
@@ -254,8 +263,9 @@ in
       default = false;
       example = true;
       description = ''
-        Whether the head admits workers of DCF v5.0.0 and v5.1 on its own machine. They cannot prove who they are, and get
-        clients' prompts. Other machines than its own are named in `settings.head.dcf.legacy_worker_networks`.
+        Whether the head admits workers of DCF v5.0.0 and v5.1 on its own machine. They cannot prove their
+        identity, and they receive clients' prompts. `settings.head.dcf.legacy_worker_networks` names other
+        machines.
       '';
     };
 
@@ -264,8 +274,8 @@ in
       default = "85%";
       example = "12G";
       description = ''
-        Memory beyond which the kernel slows a worker down and takes memory back (MemoryHigh= of systemd); a percentage is of
-        the machine's memory. `null` sets no limit.
+        Memory above which the kernel throttles a worker and reclaims memory (systemd's MemoryHigh=). A
+        percentage refers to the machine's memory. `null` sets no limit.
       '';
     };
 
@@ -274,8 +284,9 @@ in
       default = "95%";
       example = "14G";
       description = ''
-        Memory beyond which a worker is killed (MemoryMax= of systemd), so that a worker out of control leaves the machine
-        reachable. `null` sets no limit. Weights and KV cache are fitted into `memoryHigh` and this limit.
+        Memory above which a worker is killed (systemd's MemoryMax=), so that a runaway worker leaves the
+        machine reachable. `null` sets no limit. Weights and KV cache are fitted into `memoryHigh` and this
+        limit.
       '';
     };
 
@@ -284,8 +295,8 @@ in
       default = [ ];
       example = [ 0 ];
       description = ''
-        Cards that the worker may use, by their number in PCI order or their UUID: CUDA_VISIBLE_DEVICES for NVIDIA,
-        ROCR_VISIBLE_DEVICES for AMD. Empty is all of them. For a second card, see `workers`.
+        GPUs that the worker may use, by number in PCI order or by UUID: CUDA_VISIBLE_DEVICES for NVIDIA,
+        ROCR_VISIBLE_DEVICES for AMD. An empty list means all. For a second GPU, see `workers`.
       '';
     };
 
@@ -294,8 +305,8 @@ in
       default = null;
       example = "10.3.0";
       description = ''
-        Type of card that ROCm takes an AMD card for (HSA_OVERRIDE_GFX_VERSION): for a card that it has no kernels for, the
-        nearest one that it has, such as 10.3.0 for a gfx1031 to gfx1036.
+        GPU type that ROCm uses in place of the detected one (HSA_OVERRIDE_GFX_VERSION). For a GPU without
+        kernels, name the nearest supported type, such as 10.3.0 for gfx1031 to gfx1036.
       '';
     };
 
@@ -307,8 +318,9 @@ in
         RUST_LOG = "mesh_worker=debug";
       };
       description = ''
-        Environment of the services. Variables that begin with HYDRAMESH_ are keys of the configuration and are checked with it when
-        the system is built. Secrets do not belong here: everyone on the machine can read the unit.
+        Environment of the services. Variables that begin with HYDRAMESH_ are configuration keys and are
+        checked with the configuration when the system is built. Do not put secrets here: everyone on the
+        machine can read the unit.
       '';
     };
 
@@ -317,9 +329,9 @@ in
       default = null;
       example = "hydramesh";
       description = ''
-        User of the services, where files must belong to a known one: models on NFS, say. The user "hydramesh" is made; any other
-        must exist. `null` is a user of systemd's that exists while a service runs (DynamicUser=). State folders change hands by
-        themselves.
+        User of the services, for files that must belong to a known user, such as models on NFS. The user
+        "hydramesh" is created; any other must exist. `null` means a dynamic user of systemd that exists while
+        a service runs (DynamicUser=). The ownership of state folders follows automatically.
       '';
     };
 
@@ -328,14 +340,14 @@ in
       default = cfg.user;
       defaultText = literalExpression "config.services.hydramesh.user";
       example = "hydramesh";
-      description = "Group of the services; only with `user`.";
+      description = "Group of the services. Requires `user`.";
     };
 
     configFiles = mkOption {
       type = types.attrsOf types.package;
       internal = true;
       readOnly = true;
-      description = "The checked configuration of each role on this machine, and of each further worker.";
+      description = "The checked configuration of each role on this machine and of each additional worker.";
     };
 
     settings = {

@@ -29,8 +29,8 @@ let
     mkOption {
       inherit (options.services.hydramesh.${option}) type example;
       default = machine.${option};
-      defaultText = lib.literalMD "what `services.hydramesh.${option}` is";
-      description = "As `services.hydramesh.${option}`, for this worker.";
+      defaultText = lib.literalMD "the value of `services.hydramesh.${option}`";
+      description = "Like `services.hydramesh.${option}`, for this worker.";
     };
 
   worker =
@@ -47,21 +47,19 @@ let
         package = mkOption {
           type = types.package;
           default = plan.defaultPackage;
-          defaultText = lib.literalMD "as `backend` says";
+          defaultText = lib.literalMD "depends on `backend`";
           example = lib.literalExpression "pkgs.hydramesh-cuda";
-          description = "The package with this worker's programs.";
+          description = "Package with the programs of this worker.";
         };
         joinTokenFile = mkOption {
           inherit (options.services.hydramesh.joinTokenFile) type example;
           default = null;
-          description = "As `services.hydramesh.joinTokenFile`. A token admits one worker, so each needs a file of its own.";
+          description = "Like `services.hydramesh.joinTokenFile`. A token admits one worker, so each worker needs its own file.";
         };
         ports = {
           http = port name 8081 "TCP port of this worker's health and metrics, on loopback.";
-          dcf = port name 7779 "UDP port on which this worker takes tasks of heads of DCF v5.0.0 and v5.1.";
-          ring =
-            port name 7781
-              "UDP port on which this worker, with `shards` or with models by a name, takes other workers (QUIC).";
+          dcf = port name 7779 "UDP port of this worker for tasks from heads of DCF v5.0.0 and v5.1.";
+          ring = port name 7781 "UDP port for other workers (QUIC), with `shards` or models by name.";
         };
         settings = mkOption {
           type = types.submodule {
@@ -71,14 +69,14 @@ let
               default = "/var/lib/hydramesh/worker-${name}";
               defaultText = lib.literalMD "`/var/lib/hydramesh/worker-<name>`";
               readOnly = true;
-              description = "Where this worker keeps its state.";
+              description = "State directory of this worker.";
             };
           };
           default = { };
           example = {
             kv_memory = "2GiB";
           };
-          description = "As `services.hydramesh.settings.worker`, for this worker.";
+          description = "Like `services.hydramesh.settings.worker`, for this worker.";
         };
       }
       // lib.genAttrs [
@@ -128,9 +126,10 @@ in
       };
     };
     description = ''
-      Further workers on this machine, each a service `hydramesh-worker-<name>` with its own identity, state folder and ports: one
-      for each of two cards, say. What is not set is as in `services.hydramesh`, but for `joinTokenFile` and `ports`. With
-      `role = "worker"` these come in addition to the one that `services.hydramesh` describes itself.
+      Additional workers on this machine, for example one for each of two GPUs. Each is a service
+      `hydramesh-worker-<name>` with its own identity, state folder and ports. Options that are not set have
+      the values of `services.hydramesh`, except `joinTokenFile` and `ports`. With `role = "worker"` these
+      workers run in addition to the one that `services.hydramesh` itself describes.
     '';
   };
 }

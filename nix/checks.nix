@@ -63,7 +63,7 @@ let
     models = [ "SmolLM2-135M-Instruct.Q4_1" ];
   };
   gpuMachines = [
-    # As docs/nix.md shows it, with a second card.
+    # As docs/how-to/nix.md shows it, with a second card.
     {
       nixpkgs.config.allowUnfree = true;
       boot.isContainer = lib.mkForce false;

@@ -1,4 +1,4 @@
-# docs/options.md as a string, from the options themselves. scripts/options_doc.sh writes it; the flake's checks compare it.
+# docs/reference/options.md as a string, from the options themselves. scripts/options_doc.sh writes it; the flake's checks compare it.
 # `options` is what evalModules gives for the modules.
 { lib, options }:
 let
@@ -99,8 +99,9 @@ in
   markdown = ''
     # Options of `services.hydramesh`
 
-    Written by scripts/options_doc.sh from modules/options.nix: change it there. How the options work together is in
-    [nix.md](nix.md), what the keys below `settings` mean in [operations.md](operations.md).
+    scripts/options_doc.sh generates this page from modules/options.nix: edit that file instead.
+    [Nix and NixOS](../how-to/nix.md) shows how the options work together. [Configuration](configuration.md)
+    lists the keys below `settings`.
 
     ${concatMapStringsSep "\n\n" entry entries}
   '';

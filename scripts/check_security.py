@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Checks that every promise in docs/security.md names a test, and that each test named there exists.
+"""Checks that every promise in docs/explanation/security.md names a test, and that each test named there exists.
 
 Tests are named `crate::test`, fuzz targets `fuzz::target`. Exit code 1 names what is missing.
 """
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs/security.md"
+PAGE = ROOT / "docs/explanation/security.md"
 CRATES = ROOT / "rust/crates"
 TARGETS = ROOT / "rust/fuzz/fuzz_targets"
 
@@ -51,9 +51,9 @@ def main():
             elif test not in known.setdefault(crate, tests(crates[crate])):
                 missing.append(f"{number}: {crate} has no test {test}")
     for line in missing:
-        print(f"docs/security.md:{line}", file=sys.stderr)
+        print(f"docs/explanation/security.md:{line}", file=sys.stderr)
     if not promises:
-        print("docs/security.md: no promise was found: has the form of its tables changed?", file=sys.stderr)
+        print("docs/explanation/security.md: no promise was found: has the form of its tables changed?", file=sys.stderr)
         return 1
     print(f"{promises} promises, {len(missing)} of their tests missing")
     return 1 if missing else 0

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Writes docs/options.md from the options of the NixOS module; with --check it only says whether the file is up to date.
+# Writes docs/reference/options.md from the options of the NixOS module; with --check it only says whether the file is up to date.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-file=$root/docs/options.md
+file=$root/docs/reference/options.md
 
 command -v nix-instantiate >/dev/null || {
     echo "options_doc: needs nix-instantiate: install Nix, or Debian's package nix-bin" >&2
@@ -23,7 +23,7 @@ open(sys.argv[2], "w").write(made["markdown"].rstrip() + "\n")
 
 if [ "${1:-}" = --check ]; then
     diff -u "$file" "$temporary/options.md" >&2 || {
-        echo "options_doc: docs/options.md is stale: run scripts/options_doc.sh" >&2
+        echo "options_doc: docs/reference/options.md is stale: run scripts/options_doc.sh" >&2
         exit 1
     }
 else

@@ -4,7 +4,7 @@
 #
 #   - every .nix file parses; nixfmt and deadnix have nothing to say, where they are installed
 #   - the tests under nix/tests pass, with our stand-in for nixpkgs' lib, or with the real one if NIXPKGS_LIB names it
-#   - docs/options.md is up to date; nix/detect-backend.sh decides as it should on made-up machines
+#   - docs/reference/options.md is up to date; nix/detect-backend.sh decides as it should on made-up machines
 #   - systemd finds no fault in the generated units and scores them 2.0 or better, GPU workers 3.0, where it is installed
 #   - the programs accept the generated configurations, where they are built (rust/target, or HYDRAMESH_BIN)
 #
@@ -109,5 +109,5 @@ fi
 
 left_out=
 [ "${#skipped[@]}" = 0 ] || left_out="; not there, so not run: ${skipped[*]}"
-printf 'test_nix: %s files parse, %s tests pass, %s units verified, docs/options.md is up to date%s\n' \
+printf 'test_nix: %s files parse, %s tests pass, %s units verified, docs/reference/options.md is up to date%s\n' \
     "${#files[@]}" "$tests" "$units" "$left_out"

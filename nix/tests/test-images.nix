@@ -146,7 +146,7 @@ in
     expected = [ ];
   };
 
-  "the head's ports are those of docs/operations.md" = {
+  "the head's ports are those of docs/reference/configuration.md" = {
     expr = builtins.attrNames head.ExposedPorts;
     expected = [
       "7777/udp"
@@ -156,7 +156,7 @@ in
     ];
   };
 
-  "a worker's ports are those of docs/operations.md" = {
+  "a worker's ports are those of docs/reference/configuration.md" = {
     expr = builtins.attrNames (worker "cpu").ExposedPorts;
     expected = [
       "7779/udp"

@@ -140,7 +140,7 @@ in
         ];
       })).config.services.hydramesh.role
       [ "head" ];
-  "ports and folders are those of docs/operations.md" = is (settings everything) {
+  "ports and folders are those of docs/reference/configuration.md" = is (settings everything) {
     head = {
       state_dir = "/var/lib/hydramesh/head";
       http.listen = "0.0.0.0:8080";

@@ -66,7 +66,7 @@
     {
       nixosConfigurations = {
         head = machine "head" head;
-        # An NVIDIA or AMD worker also needs its driver, see docs/nix.md of HydraMesh.
+        # An NVIDIA or AMD worker also needs its driver, see docs/how-to/nix.md of HydraMesh.
         attic = machine "attic" (worker "cpu");
         cellar = machine "cellar" (worker "cpu");
         den = machine "den" (worker "nvidia");

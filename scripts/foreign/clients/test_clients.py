@@ -102,7 +102,7 @@ def test_langchain_chats_streams_and_embeds(base, chat, embed):
     assert whole.content and whole.usage_metadata["output_tokens"] > 0
     assert "".join(chunk.content for chunk in model.stream([("system", "You are brief."), ("human", QUESTION)])) == whole.content
     assert len(model.batch([QUESTION, QUESTION])) == 2
-    # Its default sends token ids of OpenAI's own tokenizer: docs/operations.md says so.
+    # Its default sends token ids of OpenAI's own tokenizer: docs/how-to/serve-embeddings.md says so.
     vectors = OpenAIEmbeddings(base_url=base, api_key=KEY, model=embed, check_embedding_ctx_length=False)
     assert len(vectors.embed_query("one")) == 384 and len(vectors.embed_documents(["one", "two"])) == 2
 

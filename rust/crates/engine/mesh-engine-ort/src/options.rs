@@ -22,7 +22,7 @@ pub struct OrtOptions {
     /// Most rows in one step.
     pub max_rows: u32,
     /// Store the scales of Q4_1 weights as codes of 8 bits, 0.578 bytes a weight instead of 0.625: decoding is bound by the
-    /// bytes read, and perplexity does not change (docs/benchmarks.md). All stages of a model must agree on it for their
+    /// bytes read, and perplexity does not change (docs/reference/benchmarks.md). All stages of a model must agree on it for their
     /// results to be the same bit for bit.
     pub compact: bool,
     /// What the weights are held as. Stages of one model may differ in it: each computes what its own weights say.
@@ -73,7 +73,7 @@ impl WeightFormat {
 
     /// The format for a model that nobody chose one for: a file of integers stays as it is, floats become 8-bit integers. That
     /// halves the bytes of bf16, and with them the time of a decode step, for less than 1 % of perplexity; 4 bits cost several
-    /// (docs/benchmarks.md).
+    /// (docs/reference/benchmarks.md).
     pub fn suited(model: &Model) -> WeightFormat {
         match has_floats(model) {
             true => WeightFormat::Int8,

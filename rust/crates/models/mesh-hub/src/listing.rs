@@ -193,8 +193,7 @@ mod tests {
         ] {
             assert!(
                 Repo::parse(bad.as_bytes(), "acme/tiny").is_err(),
-                "{:.80}",
-                bad
+                "{bad:.80}"
             );
         }
         // A name that is none is not taken for one.

@@ -334,9 +334,9 @@ pub struct PlanArgs {
 /// `hydramesh drain`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Requests that run on it end where they are. Each of its stages goes to a standby that has caught up; where nobody has room for \
-one, the drain is refused and nothing changes. It stays drained until `hydramesh undrain`, also when it or the head restarts; only \
-workers of DCF v5.0.0 and v5.1 are forgotten then.
+Running requests finish on the worker. Each of its stages goes to a standby that has caught up. If no worker has room for a \
+stage, the drain is refused and nothing changes. The worker stays drained across restarts of itself and of the head, until \
+`hydramesh undrain`.
 
 Examples:
   hydramesh drain attic --wait && ssh attic poweroff

@@ -1,5 +1,5 @@
 //! One model over several machines: what heads and workers say about rings, and what the members of a ring say to each
-//! other. docs/protocol.md, "Rings", tells the story; field numbers are never reused.
+//! other. docs/reference/protocol.md, "Rings", tells the story; field numbers are never reused.
 //!
 //! A *ring* is one deployment of one model: stages `0..n`, each a contiguous range of layers on one worker, perhaps with a
 //! standby that holds the same layers. The worker of the last stage is the ring's *driver*: it schedules the steps, samples,

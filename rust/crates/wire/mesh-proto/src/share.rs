@@ -1,5 +1,5 @@
 //! The models of a mesh: what workers say to the head about those that they hold and seek, and how one gets a model's pieces
-//! from another. docs/protocol.md, "Models", tells the story; field numbers are never reused.
+//! from another. docs/reference/protocol.md, "Models", tells the story; field numbers are never reused.
 //!
 //! A model is named by its *fingerprint*, the SHA-256 of its manifest. Its *pieces* are those of all its files in the manifest's
 //! order, numbered from 0.

@@ -1,0 +1,67 @@
+#!/usr/bin/env python3
+"""Checks README.md, CONTRIBUTING.md, SECURITY.md, CHANGELOG.md and docs/: links lead to files and headings that exist, pages
+are reachable from docs/README.md, and lines of prose have at most 110 columns. Exit code 1 names what is wrong.
+
+Tables, code and link-only lines may be longer, because they cannot be wrapped.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = 110
+INDEX = ROOT / "docs/README.md"
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def prose(text):
+    """The numbered lines of a page outside of code, with whether each is a row of a table."""
+    fenced = False
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.startswith("```"):
+            fenced = not fenced
+        elif not fenced and not line.startswith("    "):
+            yield number, line, line.startswith("|")
+
+
+def anchors(text):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = (line.lstrip("#").strip() for _, line, _ in prose(text) if line.startswith("#"))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def faults(page, linked):
+    text = page.read_text()
+    for number, line, in_table in prose(text):
+        if len(line) > COLUMNS and not in_table:
+            yield number, f"{len(line)} columns, at most {COLUMNS} are allowed"
+        for target in LINK.findall(line):
+            if re.match(r"[a-z]+:", target):
+                continue
+            path, _, anchor = target.partition("#")
+            file = (page.parent / path).resolve() if path else page
+            linked.setdefault(page, set()).add(file)
+            if not file.exists():
+                yield number, f"no such file: {target}"
+            elif anchor and anchor not in anchors(file.read_text()):
+                yield number, f"no such heading: {target}"
+
+
+def main():
+    pages = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+    linked, count = {}, 0
+    for page in pages:
+        for number, fault in faults(page, linked):
+            print(f"{page.relative_to(ROOT)}:{number}: {fault}", file=sys.stderr)
+            count += 1
+    for page in pages:
+        if page.parent != ROOT and page != INDEX and page not in linked.get(INDEX, ()):
+            print(f"docs/README.md: no link to {page.relative_to(ROOT)}", file=sys.stderr)
+            count += 1
+    print(f"check_docs: {len(pages)} pages, {count} faults")
+    return 1 if count else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
