@@ -32,7 +32,13 @@ def normal(folder):
 
 
 def everything(folder, *places):
-    return "\n".join(code_of(path.read_text()) for place in places for path in sorted((folder / place).rglob("*.rs")))
+    """All code in these folders of a crate, with the files that `#[path]` takes from elsewhere."""
+    code = []
+    for path in (path for place in places for path in sorted((folder / place).rglob("*.rs"))):
+        text = path.read_text()
+        elsewhere = [path.parent / name for name in re.findall(r"#\[path\s*=\s*\"([^\"]+)\"\]", text)]
+        code += [code_of(text), *(code_of(other.read_text()) for other in elsewhere if other.is_file())]
+    return "\n".join(code)
 
 
 def is_named(name, code):
