@@ -124,7 +124,7 @@ fn a_wrong_configuration_is_printed_before_it_is_refused() -> Result<()> {
 }
 
 /// A command, what the printed configuration shows for it, and the warning: none for the variables of earlier deployments.
-const OLD_NAMES: [(&str, &str, &str); 15] = [
+const OLD_NAMES: [(&str, &str, &str); 16] = [
     (
         "mesh-shim --http-listen 127.0.0.1:9",
         "listen = \"127.0.0.1:9\"",
@@ -163,6 +163,11 @@ const OLD_NAMES: [(&str, &str, &str); 15] = [
     (
         "DCF_HEALTH_PORT=9 mesh-head",
         "listen = \"127.0.0.1:9\"",
+        "",
+    ),
+    (
+        "DCF_WORKER_TIMEOUT=7 mesh-head",
+        "worker_timeout = \"7s\"",
         "",
     ),
     (
@@ -407,6 +412,35 @@ async fn health_readiness_and_metrics_are_told_by_every_service() -> Result<()> 
         ensure!(
             !nobody.status.success() && words.contains("is the service running"),
             "{program} health: {nobody:?}"
+        );
+    }
+    // A command of the head's own, by its flag's new and old name.
+    let dir = mesh.head.state_dir();
+    let dir = dir.to_str().context("UTF-8")?;
+    for (flag, time, warns) in [("--ttl", "10m", false), ("--ttl-seconds", "600", true)] {
+        let note = flag.trim_start_matches('-');
+        let made = [
+            "token",
+            "create",
+            "--state-dir",
+            dir,
+            "--note",
+            note,
+            flag,
+            time,
+        ];
+        let made = run("mesh-head", &made)?;
+        let words = String::from_utf8_lossy(&made.stderr);
+        ensure!(made.status.success() && !made.stdout.is_empty(), "{made:?}");
+        ensure!(words.contains("use --ttl") == warns, "{flag}: {words}");
+        let listed = mesh.admin()?.get("/v1/mesh/tokens").await?;
+        let tokens = listed["tokens"].as_array().context("tokens")?;
+        let token = tokens.iter().find(|token| token["note"] == note);
+        let token = token.with_context(|| format!("{flag}: {listed}"))?;
+        let left = token["expires_in_seconds"].as_u64();
+        ensure!(
+            left.is_some_and(|left| (500..=600).contains(&left)),
+            "{token}"
         );
     }
     mesh.shutdown().await
