@@ -483,7 +483,7 @@ const USUAL_CONNECTIONS: usize = 1024;
 /// Requests at once on one connection.
 const MOST_STREAMS: u32 = 100;
 /// Bytes of a connection's buffer, so of a head, and of the headers of one request among many.
-const MOST_BUFFER: usize = 32 << 10;
+const MOST_BUFFER: usize = 64 << 10;
 const MOST_HEADERS: u32 = 32 << 10;
 /// After an error that is not of one connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);

@@ -487,7 +487,7 @@ pub enum Unsound {
 }
 
 /// Bytes of memory for requests, unless bodies may be longer than usual.
-const REQUEST_MEMORY: u64 = 32 << 20;
+const REQUEST_MEMORY: u64 = 24 << 20;
 
 fn loopback(port: u16) -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, port))
