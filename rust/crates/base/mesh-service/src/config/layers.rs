@@ -28,12 +28,16 @@ impl Layers<'_> {
             let Some(node) = self.tree.take(old) else {
                 continue;
             };
-            match node.text().filter(|_| new.ends_with(PORT)) {
-                Some(port) => self.set(old, port, node.origin)?,
-                None => {
-                    self.warn(old, new, &node.origin);
-                    self.tree.fill(new, node)?;
-                }
+            if new.ends_with(PORT) {
+                let port = node.text().ok_or_else(|| ConfigError::Value {
+                    key: (*old).to_owned(),
+                    origin: node.origin.clone(),
+                    reason: "expected a port".to_owned(),
+                })?;
+                self.set(old, port, node.origin)?;
+            } else {
+                self.warn(old, new, &node.origin);
+                self.tree.fill(new, node)?;
             }
         }
         Ok(())
@@ -92,6 +96,10 @@ impl Layers<'_> {
         let Some(key) = key.strip_suffix(PORT) else {
             return self.tree.set(key, value, origin);
         };
+        // Empty is "not set", as in variables.
+        if value.is_empty() {
+            return Ok(());
+        }
         let set = self.tree.node(key).and_then(|node| node.text());
         let default = || {
             let mut names = key.split('.');

@@ -293,6 +293,22 @@ fn a_port_variable_keeps_the_address_that_is_set() {
 }
 
 #[test]
+fn an_old_name_of_a_port_may_be_empty_and_is_named_when_it_is_no_port() {
+    let load = |text: &str| {
+        let file = file(text);
+        with_old_names().file(file.path()).load()
+    };
+    let loaded = load("port = \"\"").expect("not set");
+    assert_eq!(loaded.value, Config::default());
+    assert_eq!(loaded.warnings.len(), 1);
+    for text in ["port = [9]", "[port]\nhttp = 9"] {
+        let error = load(text).expect_err("not a port").to_string();
+        assert!(error.starts_with("`port` ("), "{error}");
+        assert!(error.ends_with("line 1): expected a port"), "{error}");
+    }
+}
+
+#[test]
 fn an_unknown_key_in_a_file_is_named_with_its_line_and_the_nearest_key() {
     let file = file("mode = \"fast\"\n\n[http]\nlisen = \"127.0.0.1:1\"\n");
     let message = error_of(loader().file(file.path()));
