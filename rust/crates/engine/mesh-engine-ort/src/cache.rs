@@ -112,7 +112,9 @@ impl Entry {
         let bytes: u64 = matrices.iter().map(|matrix| matrix.data.len() as u64).sum();
         fs::create_dir_all(&self.folder)?;
         self.make_room(bytes)?;
-        files::replace_with(path, None, files::PUBLIC, |file| write_file(file, matrices))
+        files::replace_with(path, None, files::PRIVATE, |file| {
+            write_file(file, matrices)
+        })
     }
 
     /// Removes what is used least recently until `bytes` more fit the limit; fails if they do not, or if the disk is full.
@@ -230,6 +232,8 @@ fn size(folder: &Path) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     fn matrix(name: &str, byte: u8) -> Quantised {
@@ -265,6 +269,11 @@ mod tests {
             1,
             "nothing else is left"
         );
+        let mode = fs::metadata(entry.path("blk.0"))
+            .unwrap()
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o777, files::PRIVATE, "only the worker reads it");
 
         let path = entry.path("blk.0");
         let whole = fs::read(&path).unwrap();
