@@ -1,10 +1,11 @@
 //! Measuring a machine once, and keeping in a file what took time to measure.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use arcanum_profiler::profile::{Key, LayerSpeed, Profile};
+use mesh_base::files;
 use mesh_engine_ort::WeightFormat;
 use mesh_kernels::Isa;
 use mesh_model::Model;
@@ -205,15 +206,9 @@ fn read(file: &Path) -> io::Result<Option<Kept>> {
 
 /// A new file takes the old one's place, so that nobody ever reads half of it.
 fn write(file: &Path, kept: &Kept) -> io::Result<()> {
-    let new = file.with_extension(format!("json.{}", std::process::id()));
     let mut text = serde_json::to_vec_pretty(kept)?;
     text.push(b'\n');
-    let written = File::create(&new).and_then(|mut file| file.write_all(&text));
-    let renamed = written.and_then(|()| std::fs::rename(&new, file));
-    if renamed.is_err() {
-        let _ = std::fs::remove_file(&new);
-    }
-    renamed
+    files::replace(file, &text, files::PUBLIC)
 }
 
 /// No file of ours is larger.
