@@ -336,7 +336,7 @@ pub struct PlanArgs {
 #[command(after_help = "\
 Running requests finish on the worker. Each of its stages goes to a standby that has caught up. If no worker has room for a \
 stage, the drain is refused and nothing changes. The worker stays drained across restarts of itself and of the head, until \
-`hydramesh undrain`.
+`hydramesh undrain`. Only workers of DCF v5.0.0 and v5.1, which have no identity, are forgotten.
 
 Examples:
   hydramesh drain attic --wait && ssh attic poweroff
