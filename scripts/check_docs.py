@@ -2,7 +2,7 @@
 """Checks README.md, CONTRIBUTING.md, SECURITY.md, CHANGELOG.md and docs/: links lead to files and headings that exist, pages
 are reachable from docs/README.md, and lines of prose have at most 110 columns. Exit code 1 names what is wrong.
 
-Tables, code and link-only lines may be longer, because they cannot be wrapped.
+Tables and code may be longer, because they cannot be wrapped.
 """
 
 import re
