@@ -15,7 +15,7 @@ use mesh_service::metrics::Metrics;
 use mesh_service::notify::{self, Heart, Watchdog};
 use mesh_service::reload::Report;
 use mesh_service::shutdown::{Drained, Shutdown};
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::{JoinError, JoinHandle, JoinSet};
 use tokio_util::task::TaskTracker;
 use tracing::warn;
 
@@ -239,14 +239,20 @@ impl HeadHandle {
     }
 
     /// Stops it: nothing new is taken, what runs may finish within the drain limit.
-    pub async fn shutdown(self) -> Drained {
+    ///
+    /// # Errors
+    /// If its main task panicked.
+    pub async fn shutdown(self) -> Result<Drained, JoinError> {
         self.shutdown.begin();
         self.wait().await
     }
 
     /// Waits until it has stopped.
-    pub async fn wait(self) -> Drained {
-        self.running.await.unwrap_or(Drained::TimedOut)
+    ///
+    /// # Errors
+    /// If its main task panicked.
+    pub async fn wait(self) -> Result<Drained, JoinError> {
+        self.running.await
     }
 }
 

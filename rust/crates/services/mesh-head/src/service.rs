@@ -9,6 +9,8 @@ use clap::Subcommand;
 use mesh_service::ask;
 use mesh_service::config::Loader;
 use mesh_service::service::{Context, Running, Service, block_on};
+use mesh_service::shutdown::Drained;
+use tracing::warn;
 
 use crate::config::Config;
 use crate::head::{Head, Live};
@@ -104,8 +106,9 @@ impl Service for Head {
             head.addresses().clone(),
             move |fresh, report| live.reload(fresh, report),
             async {
-                // Both ways in which a drain ends are good, and logged.
-                head.wait().await;
+                if head.wait().await.context("the head's main task failed")? == Drained::TimedOut {
+                    warn!("some answers were cut at the drain limit");
+                }
                 Ok(())
             },
         ))

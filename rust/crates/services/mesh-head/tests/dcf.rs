@@ -337,7 +337,7 @@ async fn a_result_of_a_thousand_chunks_reaches_a_client_with_an_ordinary_socket(
     assert_eq!(whole, large.as_bytes());
     // Nothing is left to be sent.
     assert_eq!(
-        head.handle.shutdown().await,
+        head.handle.shutdown().await.unwrap(),
         mesh_service::shutdown::Drained::Finished
     );
 }

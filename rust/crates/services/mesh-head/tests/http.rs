@@ -495,7 +495,7 @@ async fn a_shutdown_lets_running_answers_finish_and_takes_nothing_new() {
         truth("why?", 100)
     );
     assert_eq!(
-        stopping.await.unwrap(),
+        stopping.await.unwrap().unwrap(),
         mesh_service::shutdown::Drained::Finished
     );
 }

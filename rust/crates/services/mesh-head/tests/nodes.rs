@@ -221,7 +221,7 @@ async fn an_expelled_node_stays_out_when_the_head_starts_again() {
         "{closed:?}"
     );
     let TestHead { handle, dir, .. } = head;
-    handle.shutdown().await;
+    handle.shutdown().await.unwrap();
     let state_dir = dir.path().to_owned();
     let again = TestHead::start(move |config| config.state_dir = state_dir).await;
     let error = quic::connect(again.address("quic"), &worker.identity)
@@ -344,7 +344,7 @@ async fn a_state_directory_is_private_and_leftovers_of_a_killed_process_go() {
     let in_config = state.clone();
     let head = TestHead::start(move |config| config.state_dir = in_config).await;
     assert!(!leftover.exists());
-    head.handle.shutdown().await;
+    head.handle.shutdown().await.unwrap();
 
     let fresh = dir.path().join("new/head");
     let in_config = fresh.clone();
@@ -357,5 +357,5 @@ async fn a_state_directory_is_private_and_leftovers_of_a_killed_process_go() {
         let is_public = public.iter().any(|name| path.ends_with(name));
         assert!(is_public || mode(&path) == 0o600, "{}", path.display());
     }
-    head.handle.shutdown().await;
+    head.handle.shutdown().await.unwrap();
 }
