@@ -242,7 +242,7 @@ async fn live<S: Service>(
     tracing::info!(?addresses, state_dir, seconds, "{} started", name::<S>());
     notify::ready();
     let live = [S::LIVE_KEYS, &[LOG_LEVEL]].concat();
-    tokio::spawn(reload::follow(shutdown, move || {
+    tokio::spawn(reload::follow(shutdown.clone(), move || {
         reloader.reload(&live, |fresh, report| {
             (running.reload)(fresh, report);
             let logged = Shared::of(fresh)
@@ -250,7 +250,14 @@ async fn live<S: Service>(
             report.step(LOG_LEVEL, logged.map(|()| false));
         })
     }));
-    running.ended.await?;
+    tokio::select! {
+        ended = &mut running.ended => ended?,
+        // The head, too, can order a drain.
+        () = shutdown.draining() => {
+            notify::status("draining");
+            running.ended.await?;
+        }
+    }
     tracing::info!("{} stopped", name::<S>());
     Ok(())
 }
