@@ -17,7 +17,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use clap::{CommandFactory, FromArgMatches};
+use clap::{ArgMatches, CommandFactory, FromArgMatches};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Builder;
@@ -151,13 +151,33 @@ enum Command<C: clap::Subcommand> {
 impl<F: clap::Args, C: clap::Subcommand> Args<F, C> {
     /// Parses the process's arguments. Ends it with code 2 if they are wrong, with 0 after `--help` and `--version`.
     fn of<S: Service<Flags = F, Command = C>>() -> Self {
-        let mut command = Self::command()
+        let mut command = accept_set_anywhere(Self::command())
             .name(S::PROGRAM)
             .version(env!("CARGO_PKG_VERSION"))
             .about(S::ABOUT.lines().next())
             .long_about(S::ABOUT);
         let matches = command.clone().get_matches();
-        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.format(&mut command).exit())
+        Self::from_matches(&matches).unwrap_or_else(|error| error.format(&mut command).exit())
+    }
+
+    fn from_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let mut args = Self::from_arg_matches(matches)?;
+        let mut inner = matches;
+        while let Some((_, deeper)) = inner.subcommand() {
+            let set = deeper.get_many::<String>(SET).unwrap_or_default();
+            args.common.set.extend(set.cloned());
+            inner = deeper;
+        }
+        Ok(args)
+    }
+}
+
+/// Adds `--set` to the subcommands. As a global flag, only its values behind the last one would count.
+fn accept_set_anywhere(command: clap::Command) -> clap::Command {
+    let set = command.get_arguments().find(|arg| arg.get_id() == SET);
+    match set.cloned() {
+        Some(set) => command.mut_subcommands(|inner| accept_set_anywhere(inner.arg(set.clone()))),
+        None => command,
     }
 }
 
@@ -301,3 +321,41 @@ impl Shared {
 
 /// The key that says what is logged.
 const LOG_LEVEL: &str = "log_level";
+/// The field of [`CommonArgs`] with the keys that flags set.
+const SET: &str = "set";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, clap::Args)]
+    struct NoFlags {}
+
+    #[derive(Debug, clap::Subcommand)]
+    enum Outer {
+        Token {
+            #[command(subcommand)]
+            inner: Inner,
+        },
+    }
+
+    #[derive(Debug, clap::Subcommand)]
+    enum Inner {
+        Create,
+    }
+
+    #[test]
+    fn set_counts_before_and_behind_commands() {
+        let set = |line: &str| {
+            let command = accept_set_anywhere(Args::<NoFlags, Outer>::command());
+            let matches = command.try_get_matches_from(line.split(' '));
+            let args = Args::<NoFlags, Outer>::from_matches(&matches.expect("parsed"));
+            args.expect("parsed").common.set
+        };
+        assert_eq!(set("mesh --set a=1 --set b=2"), ["a=1", "b=2"]);
+        assert_eq!(set("mesh --set a=1 health --set a=2"), ["a=1", "a=2"]);
+        assert_eq!(set("mesh health --set a=2"), ["a=2"]);
+        let deep = "mesh --set a=1 token --set b=2 create --set c=3 --set d=4";
+        assert_eq!(set(deep), ["a=1", "b=2", "c=3", "d=4"]);
+    }
+}

@@ -59,7 +59,8 @@ pub struct CommonArgs {
     pub state_dir: Option<PathBuf>,
 
     /// Set one configuration key, for example --set http.listen=127.0.0.1:9000 (may be repeated)
-    #[arg(long = "set", global = true, value_name = "KEY=VALUE")]
+    // `service` adds it to subcommands.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
     pub set: Vec<String>,
 
     /// Where to serve HTTP: /health, /ready, /metrics, and the API of a head [default: 127.0.0.1, port 8080 at the head and 8081 at
