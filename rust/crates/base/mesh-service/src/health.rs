@@ -11,7 +11,8 @@ use axum::routing::get;
 use axum::{Json, Router};
 use serde_json::json;
 use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
+use tokio::task::JoinHandle;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::http::{self, Guard};
 use crate::metrics::{Format, Metrics};
@@ -78,19 +79,38 @@ pub fn router(health: Health, metrics: Arc<Metrics>) -> Router {
         .route("/metrics", get(scrape).with_state(metrics))
 }
 
-/// Serves nothing but the three endpoints, in the background, until `stop`. `hosts` are names besides this machine's own under which
-/// browsers may reach it on loopback.
+/// Serves nothing but the three endpoints, in the background, until the result is dropped. `hosts` are names besides this
+/// machine's own under which browsers may reach it on loopback.
 pub fn serve(
     listener: TcpListener,
     hosts: &[String],
     health: Health,
     metrics: Arc<Metrics>,
-    stop: CancellationToken,
-) -> io::Result<()> {
+) -> io::Result<Serving> {
     let guard = Guard::of_listener(listener.local_addr()?.ip(), hosts);
     let router = guard.before(router(health, metrics));
-    tokio::spawn(http::serve(listener, router, stop, GOODBYE));
-    Ok(())
+    let stop = CancellationToken::new();
+    let running = tokio::spawn(http::serve(listener, router, stop.clone(), GOODBYE));
+    Ok(Serving {
+        running,
+        stop: stop.drop_guard(),
+    })
+}
+
+/// The endpoints while [`serve`] serves them.
+#[derive(Debug)]
+pub struct Serving {
+    running: JoinHandle<io::Result<()>>,
+    stop: DropGuard,
+}
+
+impl Serving {
+    /// Takes no new request, and gives open ones a second to finish.
+    pub async fn end(self) {
+        drop(self.stop);
+        // An end by a panic is an end, too.
+        let _ = self.running.await;
+    }
 }
 
 async fn live(State(health): State<Health>) -> Response {
@@ -144,6 +164,8 @@ mod tests {
     use super::*;
     use axum::body::{Body, to_bytes};
     use axum::http::Request;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
     use tower::ServiceExt;
 
     async fn get(router: &Router, path: &str) -> (StatusCode, String) {
@@ -175,6 +197,24 @@ mod tests {
                 .1
                 .contains("process_open_fds")
         );
+    }
+
+    #[tokio::test]
+    async fn the_end_closes_connections_and_the_port() {
+        let listener = http::bind(([127, 0, 0, 1], 0).into()).await.expect("bound");
+        let address = listener.local_addr().expect("an address");
+        let metrics = Arc::new(Metrics::new("test", "0"));
+        let serving = serve(listener, &[], Health::starting(), metrics).expect("served");
+        let mut stream = TcpStream::connect(address).await.expect("connected");
+        let request = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n";
+        stream.write_all(request).await.expect("sent");
+        stream.readable().await.expect("answered");
+        serving.end().await;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.expect("closed");
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer:?}");
+        let refused = TcpStream::connect(address).await;
+        refused.expect_err("nothing listens");
     }
 
     #[tokio::test]

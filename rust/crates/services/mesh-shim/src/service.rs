@@ -14,7 +14,6 @@ use mesh_service::{
     shutdown::Shutdown,
 };
 use tokio::runtime::Builder;
-use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::Config,
@@ -85,25 +84,26 @@ impl Service for Shim {
         metrics.register(|registry| {
             registry.register_collector(Box::new(StatsCollector(Arc::clone(shim.stats()))));
         });
-        let stop = CancellationToken::new();
+        let mut serving = None;
         if let Some(listen) = config.http.listen {
             let listener = http::bind(listen).await?;
             bound.insert("http".into(), listener.local_addr()?);
             let hosts = &config.http.hosts;
-            health::serve(listener, hosts, health.clone(), metrics, stop.clone())?;
+            serving = Some(health::serve(listener, hosts, health.clone(), metrics)?);
         }
         if let Some(dir) = &config.state_dir {
             addresses::write(dir, &bound)?;
         }
         let live = shim.live();
         let ended = async move {
-            // HTTP ends last.
-            let _stop = stop.drop_guard();
             watch(&shim, &health, &shutdown).await;
             shim.drain();
-            tokio::task::spawn_blocking(move || shim.join())
-                .await?
-                .map_err(|_| anyhow!("the loop of the shim panicked"))
+            let joined = tokio::task::spawn_blocking(move || shim.join()).await?;
+            // HTTP ends last.
+            if let Some(serving) = serving {
+                serving.end().await;
+            }
+            joined.map_err(|_| anyhow!("the loop of the shim panicked"))
         };
         let reload = move |fresh: &Config, _: &mut _| live.reload(fresh.clone());
         Ok(Running::new(bound, reload, ended))

@@ -11,7 +11,7 @@ use mesh_base::random;
 use mesh_net::trust::NodeIdentity;
 use mesh_service::addresses::{self, Addresses};
 use mesh_service::files;
-use mesh_service::health::{self, Health};
+use mesh_service::health::{self, Health, Serving};
 use mesh_service::metrics::Metrics;
 use mesh_service::notify::{Heart, Watchdog};
 use mesh_service::reload::Report;
@@ -78,8 +78,8 @@ impl Worker {
         let stop = CancellationToken::new();
         let bound = sockets.addresses.clone();
         let (http, hosts) = (sockets.http, &config.http.hosts);
-        health::serve(http, hosts, health.clone(), metrics.clone(), stop.clone())
-            .map_err(state_dir)?;
+        let serving =
+            health::serve(http, hosts, health.clone(), metrics.clone()).map_err(state_dir)?;
         addresses::write(&config.state_dir, &bound).map_err(state_dir)?;
         tracing::info!(http = %bound["http"], dcf = %bound["dcf"], "listening");
 
@@ -151,6 +151,7 @@ impl Worker {
             counters,
             shutdown: shutdown.clone(),
             stop,
+            serving,
         };
         let task = tokio::spawn(running.run(identity));
         Ok(WorkerHandle {
@@ -290,6 +291,7 @@ struct Running {
     answers: TaskTracker,
     /// Ends what outlives the drain.
     stop: CancellationToken,
+    serving: Serving,
     heart: Heart,
 }
 
@@ -302,10 +304,13 @@ impl Running {
             () = self.drain() => Ok(()),
         };
         self.stop.cancel();
-        if !link.is_finished() {
-            // It says goodbye to the head.
-            let _ = tokio::time::timeout(GOODBYE, &mut link).await;
-        }
+        let goodbye = async {
+            if !link.is_finished() {
+                // It says goodbye to the head.
+                let _ = tokio::time::timeout(GOODBYE, &mut link).await;
+            }
+        };
+        tokio::join!(goodbye, self.serving.end());
         link.abort();
         plain.abort();
         worked
