@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::alone;
-use mesh_testkit::v5::V5Client;
+use mesh_testkit::v5::{Datagram, SHUTDOWN, V5Client};
 use mesh_testkit::{Launcher, Mesh, Service};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -193,6 +193,37 @@ async fn a_head_reloads_keys_and_log_level_names_what_needs_a_restart_and_tells_
     logged(&service, "holds no API key").await?;
     ensure!(models_as(&service, "sk-new").await? == 200);
     ensure!(service.terminate(LIMIT).await?.success());
+    Ok(())
+}
+
+#[tokio::test]
+async fn systemd_hears_of_a_drain_that_the_head_orders() -> Result<()> {
+    let _alone = alone();
+    let dir = tempfile::tempdir()?;
+    let socket = dir.path().join("notify");
+    let systemd = UnixDatagram::bind(&socket)?;
+    systemd.set_read_timeout(Some(LIMIT))?;
+    let launcher = Launcher::of_this_build()?
+        .with_environment("NOTIFY_SOCKET", socket.to_str().context("UTF-8")?);
+    let head = std::net::UdpSocket::bind("127.0.0.1:0")?;
+    head.set_read_timeout(Some(LIMIT))?;
+    let mut config = worker(&dir.path().join("models"));
+    fs::create_dir(dir.path().join("models"))?;
+    config["legacy"]["head"] = head.local_addr()?.to_string().into();
+    let mut service = launcher.start("mesh-worker", "worker", &config).await?;
+    logged(&service, "worker started").await?;
+    // After its first heartbeat the worker knows its head.
+    head.recv(&mut [0; 2_048])?;
+    let order = Datagram::new(SHUTDOWN, 1, "").encode();
+    head.send_to(&order, service.address("dcf")?)?;
+    ensure!(service.wait_for_end(LIMIT).await?.success());
+    systemd.set_nonblocking(true)?;
+    let mut told = String::new();
+    let mut buffer = [0; 4_096];
+    while let Ok(len) = systemd.recv(&mut buffer) {
+        told.push_str(&String::from_utf8_lossy(&buffer[..len]));
+    }
+    ensure!(told.contains("STATUS=draining"), "{told}");
     Ok(())
 }
 
