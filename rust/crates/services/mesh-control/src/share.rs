@@ -3,8 +3,8 @@
 //! The queue gives what becomes free to whoever has least, but answers are long: one source that holds all slots makes everybody
 //! else wait for the end of one of its answers. So each source that used the model lately is left as many slots as it had
 //! requests at once, up to an even share and up to half of all. Nor does free room make others fast: every answer that runs takes
-//! from the processors. So a source has no more than all others together, or half of all where they have less. A source alone is
-//! not limited.
+//! from the processors. So a source has no more than all others together, or a third of all where they have less. A source alone
+//! is not limited.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -72,7 +72,7 @@ impl Shares {
         let even = (slots / (others.len() + 1)).max(1);
         let left: usize = others.iter().map(|most| (*most).min(even)).sum();
         let together: usize = others.iter().sum();
-        let most = (slots - left.min(slots / 2)).min(together.max(slots / 2));
+        let most = (slots - left.min(slots / 2)).min(together.max(slots.div_ceil(3).max(2)));
         most.max(1)
     }
 
@@ -117,7 +117,8 @@ mod tests {
         shares.note("m", key(1), 1280, now);
         assert_eq!(shares.most("m", key(1), 12, now), usize::MAX);
         shares.note("m", key(2), 1, now);
-        assert_eq!(shares.most("m", key(1), 12, now), 6, "half");
+        assert_eq!(shares.most("m", key(1), 12, now), 4, "a third");
+        assert_eq!(shares.most("m", key(1), 3, now), 2);
         assert_eq!(shares.most("m", key(2), 12, now), 6);
         shares.note("m", key(2), 8, now);
         assert_eq!(shares.most("m", key(1), 12, now), 6);

@@ -226,6 +226,39 @@ impl SpotChecks {
         self.settle(weights, subject, peers, schedule, now)
     }
 
+    /// Weights whose running round has answers and waits for more.
+    pub(crate) fn waiting(&self) -> Vec<Weights> {
+        let waits = |group: &Group| {
+            let round = group.round.as_ref();
+            round.is_some_and(|round| !round.settled && !round.answers.is_empty())
+        };
+        let groups = self.groups.iter().filter(|(_, group)| waits(group));
+        groups.map(|(weights, _)| weights.clone()).collect()
+    }
+
+    /// Looks again at a round that waits: those that it waits for may be gone, or late. `peers` are all that answer now with these
+    /// weights, the senior ones first.
+    pub(crate) fn look_again(
+        &mut self,
+        weights: &Weights,
+        peers: &[Peer<'_>],
+        schedule: Schedule,
+        now: Instant,
+    ) -> Vec<Verdict> {
+        let round = self
+            .groups
+            .get(weights)
+            .and_then(|group| group.round.as_ref());
+        let answered = round.filter(|round| !round.settled).and_then(|round| {
+            let mut answers = round.answers.keys();
+            answers.find(|subject| peers.iter().any(|peer| peer.subject == *subject))
+        });
+        match answered.cloned() {
+            Some(subject) => self.settle(weights, &subject, peers, schedule, now),
+            None => Vec::new(),
+        }
+    }
+
     /// This one gave no answer to the running question: the others do not wait for it.
     pub(crate) fn gave_none(&mut self, weights: &Weights, subject: &str) {
         if let Some(group) = self.groups.get_mut(weights) {

@@ -538,8 +538,18 @@ impl Hosted {
         warm_up(&handle, &name, model.tokenizer())?;
         let measured = handle.load();
 
+        let context = u32::try_from(measured.kv_tokens_total).unwrap_or(u32::MAX);
+        let context = context.min(info.context);
+        if context < info.context {
+            tracing::warn!(
+                model = name,
+                context,
+                wanted = info.context,
+                "memory for keys and values is short, so conversations are: set kv_memory, or give the worker more memory"
+            );
+        }
         let card = ModelCard {
-            context: info.context,
+            context,
             slots: info.slots,
             decode_tps: measured.decode_tps,
             prefill_tps: measured.prefill_tps,

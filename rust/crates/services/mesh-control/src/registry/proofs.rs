@@ -155,6 +155,24 @@ impl Registry {
         findings
     }
 
+    /// Compares answers whose comparators are gone or late. To be called now and then.
+    pub fn look_at_checks(&mut self, seed: u64, now: Instant) -> Vec<Finding> {
+        let mut findings = Vec::new();
+        for weights in self.checks.waiting() {
+            let peers = self.peers(&weights, now);
+            let peers: Vec<Peer<'_>> = peers.iter().map(|subject| Peer { subject }).collect();
+            let every = self.check_interval;
+            let schedule = Schedule { every, seed };
+            let verdicts = self.checks.look_again(&weights, &peers, schedule, now);
+            let found = verdicts
+                .into_iter()
+                .filter_map(|verdict| self.found(&weights, verdict, now));
+            findings.extend(found.collect::<Vec<_>>());
+            self.refresh_all(now);
+        }
+        findings
+    }
+
     /// A worker declines a question because it is full or drains. Says whether that is excused, see [`ServedModel::declined`].
     pub fn declined(&mut self, id: WorkerId, model: &str, now: Instant) -> bool {
         let limit = self.trial;
@@ -209,7 +227,9 @@ impl Registry {
                 continue;
             }
             let same = worker.models.iter().filter(|model| {
-                model.proven && model.card.name == weights.0 && model.card.fingerprint == weights.1
+                let is_asked = !worker.draining || model.ring.is_some();
+                let (name, fingerprint) = (&model.card.name, &model.card.fingerprint);
+                model.proven && is_asked && (name, fingerprint) == (&weights.0, &weights.1)
             });
             for model in same {
                 let since = match model.ring {

@@ -47,7 +47,7 @@ impl Mesh {
         registry.declined(id, model, Instant::now())
     }
 
-    fn follow_finding(&self, state: &mut State, finding: Finding, now: Instant) {
+    pub(super) fn follow_finding(&self, state: &mut State, finding: Finding, now: Instant) {
         match finding {
             Finding::Disputed { text } => {
                 tracing::warn!(model_answers = "differ", "{text}");

@@ -11,6 +11,7 @@ use mesh_control::spotcheck::CheckState;
 use mesh_control::tracker::Conflict;
 
 use super::state::{CLOCK_TOLERANCE, Mesh, Peer, State};
+use crate::ids;
 
 impl Mesh {
     /// Problems that an operator should know and mend, in words.
@@ -55,6 +56,10 @@ impl Mesh {
         for node in pruned.iter().filter_map(Worker::node_id) {
             state.rings.left(node, "it was silent for too long", now);
             state.tracker.left(node);
+        }
+        let registry = &mut state.placement.registry;
+        for finding in registry.look_at_checks(ids::unique(), now) {
+            self.follow_finding(&mut state, finding, now);
         }
         self.look_at_rings(&mut state, now);
         self.turn(&mut state, now);

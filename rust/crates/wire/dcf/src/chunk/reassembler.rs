@@ -125,7 +125,8 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
     /// # Errors
     /// - [`ChunkError::Conflict`] if the Chunk belongs to another payload than the key's earlier ones, which stay;
     /// - [`ChunkError::TooLarge`] if the payload outgrows a limit: it is dropped;
-    /// - [`ChunkError::NoRoom`] if it outgrows the [room](Self::set_room) that there is now: it is dropped;
+    /// - [`ChunkError::NoRoom`] if it outgrows the [room](Self::set_room) that there is now, or its source holds more than any other
+    ///   and this is all that it has: it is dropped;
     /// - [`ChunkError::Corrupt`] if the last Chunk came and the MD5 does not agree: it is dropped.
     pub fn push(
         &mut self,
@@ -170,7 +171,10 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
             self.forget(&key);
             return Err(ChunkError::NoRoom);
         }
-        self.make_room(&key, cost);
+        if !self.make_room(&key, cost) {
+            self.forget(&key);
+            return Err(ChunkError::NoRoom);
+        }
 
         let timeout = self.limits.timeout;
         let pending = self
@@ -236,7 +240,8 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
         self.evicted
     }
 
-    fn make_room(&mut self, key: &K, cost: usize) {
+    /// False if others would have to give way that hold less.
+    fn make_room(&mut self, key: &K, cost: usize) -> bool {
         let is_new = !self.pending.contains_key(key);
         if let Some((share, source)) = self.share_of(key) {
             loop {
@@ -252,11 +257,12 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
         while self.bytes + cost > self.room
             || (is_new && self.pending.len() >= self.limits.max_messages)
         {
-            let largest = self.largest_source(Some(key));
+            let largest = self.largest_source(Some((key, cost)));
             if !self.evict(Some(key), largest) {
-                return;
+                return false;
             }
         }
+        true
     }
 
     /// Drops the stalest payload but that of `key`, among those of one source if it is given; false if no
@@ -287,14 +293,21 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
         Some((self.sources.as_ref()?.share, self.source_of(key)?))
     }
 
-    /// The source that holds the most bytes, `key` aside.
-    fn largest_source(&self, key: Option<&K>) -> Option<IpAddr> {
+    /// The source that holds the most bytes; that of `growing`, a payload with the bytes that it grows by, only if it holds more than
+    /// any other.
+    fn largest_source(&self, growing: Option<(&K, usize)>) -> Option<IpAddr> {
         let mut held: HashMap<IpAddr, usize> = HashMap::new();
-        let others = self.pending.iter().filter(|(other, _)| Some(*other) != key);
-        for (other, pending) in others {
-            *held.entry(self.source_of(other)?).or_default() += pending.bytes();
+        for (key, pending) in &self.pending {
+            *held.entry(self.source_of(key)?).or_default() += pending.bytes();
         }
-        let largest = held.into_iter().max_by_key(|(_, bytes)| *bytes);
+        let own = growing.and_then(|(key, cost)| Some((self.source_of(key)?, cost)));
+        if let Some((own, cost)) = own {
+            *held.entry(own).or_default() += cost;
+        }
+        let is_other = |source| own.is_none_or(|(own, _)| own != source);
+        let largest = held
+            .into_iter()
+            .max_by_key(|&(source, bytes)| (bytes, is_other(source)));
         largest.map(|(source, _)| source)
     }
 

@@ -3,7 +3,7 @@
 mod chunk_sender;
 mod proof;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -18,6 +18,7 @@ use mesh_control::placement::Refusal;
 use mesh_control::registry::Worker;
 use mesh_control::request::AnswerError;
 use mesh_net::udp::{BatchSocket, Datagram, RecvBatch, SendBatch};
+use tokio::time::MissedTickBehavior;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
@@ -50,6 +51,7 @@ pub(crate) async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: Ta
         port,
         counters,
         chunks: reassembler(),
+        without_room: VecDeque::new(),
         replies: SendBatch::new(),
         proofs: Proofs::new(&random::bytes(), Instant::now()),
         warned: None,
@@ -57,10 +59,13 @@ pub(crate) async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: Ta
         warned_of_mute: None,
     };
     let mut batch = RecvBatch::new();
+    // One timer for all turns: other datagrams do not put it off.
+    let mut room_check = tokio::time::interval(ROOM_CHECK);
+    room_check.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let received = tokio::select! {
             received = intake.port.socket.recv(&mut batch) => received,
-            () = tokio::time::sleep(ROOM_CHECK), if !intake.chunks.is_empty() => {
+            _ = room_check.tick(), if !intake.chunks.is_empty() => {
                 intake.look_for_room();
                 continue;
             }
@@ -100,6 +105,8 @@ struct Intake {
     port: Arc<Port>,
     counters: DatagramCounters,
     chunks: Reassembler<TaskKey>,
+    /// Tasks that were told lately that there is no room for their Chunks, and when, oldest first.
+    without_room: VecDeque<(Instant, TaskKey)>,
     replies: SendBatch,
     proofs: Proofs,
     /// When a stranger was last warned about.
@@ -272,10 +279,27 @@ impl Intake {
 
     fn chunk(&mut self, peer: Peer, sequence: u32, payload: Bytes) {
         let key = peer.task(sequence);
+        let now = Instant::now();
         self.look_for_room();
-        let pushed =
-            Chunk::parse(&payload).and_then(|chunk| self.chunks.push(key, &chunk, Instant::now()));
+        let is_over =
+            |(at, _): &(Instant, TaskKey)| now.saturating_duration_since(*at) >= NO_ROOM_FOR;
+        while self.without_room.front().is_some_and(is_over) {
+            self.without_room.pop_front();
+        }
+        // One Error for all of its Chunks; a part of it would only take room.
+        if self.without_room.iter().any(|(_, refused)| *refused == key) {
+            return self.counters.accepted.inc();
+        }
+        let pushed = Chunk::parse(&payload).and_then(|chunk| self.chunks.push(key, &chunk, now));
         match pushed {
+            Err(failure @ ChunkError::NoRoom) => {
+                self.counters.accepted.inc();
+                if self.without_room.len() >= MOST_WITHOUT_ROOM {
+                    self.without_room.pop_front();
+                }
+                self.without_room.push_back((now, key));
+                self.refuse(peer, sequence, ErrorCode::WORKER_BUSY, &failure.to_string());
+            }
             Ok(None) => {
                 self.counters.accepted.inc();
             }
@@ -287,7 +311,6 @@ impl Intake {
                 self.counters.malformed.inc();
                 let code = match failure {
                     ChunkError::Corrupt { .. } => ErrorCode::CHUNK_MISSING,
-                    ChunkError::NoRoom => ErrorCode::WORKER_BUSY,
                     _ => ErrorCode::INVALID_PAYLOAD,
                 };
                 self.refuse(peer, sequence, code, &failure.to_string());
@@ -297,6 +320,7 @@ impl Intake {
 
     /// Unfinished payloads have the memory that requests leave, and no more.
     fn look_for_room(&mut self) {
+        self.chunks.expire(Instant::now());
         let left = usize::try_from(self.port.mesh.unleased());
         self.chunks.set_room(left.unwrap_or(usize::MAX));
     }
@@ -614,8 +638,12 @@ const PER_TASK: u64 = 16 << 10;
 /// Bytes of an Error's text; it may quote what the client sent.
 const LONGEST_ERROR: usize = 4096;
 const WARN_EVERY: Duration = Duration::from_secs(60);
-/// Time that Chunks of a Task wait for the others.
+/// How often unfinished payloads make room for requests.
 const ROOM_CHECK: Duration = Duration::from_millis(100);
+/// Time for which Chunks of a Task are dropped after an Error said that there is no room for them.
+const NO_ROOM_FOR: Duration = Duration::from_secs(2);
+const MOST_WITHOUT_ROOM: usize = 64;
+/// Time that Chunks of a Task wait for the others.
 const CHUNKS_KEPT: Duration = Duration::from_secs(60);
 
 #[cfg(test)]

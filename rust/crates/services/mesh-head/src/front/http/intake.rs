@@ -52,9 +52,13 @@ pub(super) async fn body(
                 }
             }
         }
-        // Not by doubling: that would take twice what was leased.
+        // Not by doubling, and never beyond what was leased for it.
         if read.capacity() - read.len() < part.len() {
-            read.reserve_exact(part.len().max(GROWTH));
+            let room = usize::try_from(leased / 2).unwrap_or(usize::MAX);
+            let spare = room
+                .saturating_sub(read.len())
+                .min(GROWTH.max(read.len() / 4));
+            read.reserve_exact(part.len().max(spare));
         }
         read.extend_from_slice(&part);
     }
