@@ -288,7 +288,8 @@ impl Intake {
         }
         // One Error for all of its Chunks; a part of it would only take room.
         if self.without_room.iter().any(|(_, refused)| *refused == key) {
-            return self.counters.accepted.inc();
+            self.counters.accepted.inc();
+            return;
         }
         let pushed = Chunk::parse(&payload).and_then(|chunk| self.chunks.push(key, &chunk, now));
         match pushed {
