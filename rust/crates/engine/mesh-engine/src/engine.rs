@@ -52,7 +52,7 @@ pub enum StartError {
     /// The stage holds only some layers.
     #[error("the stage holds layers {start}..{end} of {layers}; an engine needs all of them")]
     PartialModel {
-        /// First layer held.
+        /// Index of the first layer held.
         start: u32,
         /// One past the last layer held.
         end: u32,
@@ -129,7 +129,7 @@ impl EngineHandle {
         self.send_work(Work::Generate(Box::new(request)))
     }
 
-    /// How the model sees each token of a text but the first, given the tokens before it.
+    /// Scores each token of `tokens` but the first, given the tokens before it.
     pub async fn score(&self, id: &str, tokens: Vec<u32>) -> Result<Vec<TokenScore>, RequestError> {
         let mut stream = self.send_work(Work::Score(id.to_owned(), tokens));
         loop {
@@ -142,7 +142,7 @@ impl EngineHandle {
         }
     }
 
-    /// What the engine has to do and how fast it goes, as of its last step.
+    /// Work in progress and measured speed, as of the engine's last step.
     pub fn load(&self) -> Load {
         self.shared.load()
     }

@@ -24,7 +24,7 @@ pub(crate) struct HashStage {
     pub(crate) fails_at: Option<usize>,
     pub(crate) panics_at: Option<usize>,
     pub(crate) calls: usize,
-    /// How long a step of some rows takes, if it is to take time.
+    /// Simulated duration of a step of some rows; `None` means no delay.
     pub(crate) step_time: Option<std::time::Duration>,
 }
 

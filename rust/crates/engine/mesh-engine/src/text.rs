@@ -152,7 +152,7 @@ impl StopFilter {
         std::mem::take(&mut self.held)
     }
 
-    /// Where the stop text that is complete first begins.
+    /// Offset of the stop text that completes first.
     fn first_stop(&self) -> Option<usize> {
         let found = self.stops.iter().filter_map(|stop| {
             let start = self.held.find(stop.as_str())?;

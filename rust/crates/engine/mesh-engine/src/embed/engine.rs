@@ -30,7 +30,7 @@ pub struct EmbedHandle {
     commands: mpsc::Sender<Command>,
 }
 
-/// How a request ends. Dropping it cancels the request.
+/// A future for the outcome of a request. Dropping it cancels the request.
 pub struct EmbedReply {
     key: Key,
     end: oneshot::Receiver<Result<Embedded, RequestError>>,
@@ -113,7 +113,7 @@ impl Drop for EmbedEngine {
 }
 
 impl EmbedHandle {
-    /// Submits a request.
+    /// Submits a request; the reply resolves when the request ends.
     pub fn submit(&self, request: EmbedRequest) -> EmbedReply {
         let key = self.shared.next_key.fetch_add(1, Ordering::Relaxed);
         let (sender, end) = oneshot::channel();
@@ -127,7 +127,7 @@ impl EmbedHandle {
         }
     }
 
-    /// What the engine has to do and how fast it goes, as of its last batch.
+    /// Work in progress and measured speed, as of the engine's last batch.
     pub fn load(&self) -> Load {
         lock(&self.shared.load).clone()
     }
@@ -216,7 +216,7 @@ impl Worker {
             }
             if let Some(batch) = self.scheduler.plan(Instant::now()) {
                 lock(&self.shared.advanced).get_or_insert_with(Instant::now);
-                // Whoever looks meanwhile sees that there is work.
+                // Readers of the load during the batch must see that there is work.
                 *lock(&self.shared.load) = self.scheduler.load();
                 if let Err(fatal) = self.compute(&batch) {
                     return fatal;
@@ -252,7 +252,8 @@ impl Worker {
 
     /// Takes in all commands; waits for one if there is nothing to compute. Returns `false` when the engine is to stop.
     fn take_commands(&mut self) -> bool {
-        // Whoever is known and not finished still has sequences that wait, since batches are computed at once.
+        // A request that is known and not finished still has waiting sequences, since batches are computed at
+        // once.
         if self.scheduler.is_idle() && !self.inbox.recv().is_ok_and(|command| self.obey(command)) {
             return false;
         }
@@ -311,7 +312,8 @@ fn dead(reason: &str) -> RequestError {
     }
 }
 
-/// What these mutexes guard is replaced as a whole, so a panic elsewhere leaves it sound.
+/// Locks `mutex`, poisoned or not: the guarded value is replaced as a whole, so a panic elsewhere leaves it
+/// sound.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

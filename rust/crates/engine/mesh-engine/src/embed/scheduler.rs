@@ -1,4 +1,4 @@
-//! Which sequences share a batch.
+//! Decides which sequences share a batch.
 //!
 //! Sequences lie side by side without padding, so they need not be sorted by length: a batch is whatever fits its rows. Requests take
 //! turns, one sequence each, so that a request of a thousand texts does not make one of a single text wait for all of them.
@@ -10,7 +10,7 @@ use super::{EmbedRequest, EncoderInfo};
 use crate::scheduler::{Load, Totals};
 use crate::{RequestError, StageError};
 
-/// Names a request.
+/// Identifies a request within the scheduler.
 pub type Key = u64;
 
 /// Limits of the queue.
@@ -34,7 +34,7 @@ impl Batch {
     }
 }
 
-/// What a request came to.
+/// Result of a finished request.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Embedded {
     /// One vector per sequence, in the request's order.
@@ -56,7 +56,7 @@ pub struct Scheduler {
     jobs: HashMap<Key, Job>,
     /// Requests with waiting sequences; the first is next.
     turns: VecDeque<Key>,
-    /// Tokens that wait.
+    /// Number of waiting tokens.
     backlog: u64,
     draining: bool,
     tokens_per_second: f64,
@@ -211,7 +211,7 @@ impl Scheduler {
         self.draining = true;
     }
 
-    /// Ends all requests.
+    /// Ends all requests with `error`.
     pub fn end_all(&mut self, error: &RequestError) {
         let keys: Vec<Key> = self.jobs.keys().copied().collect();
         for key in keys {
@@ -219,7 +219,7 @@ impl Scheduler {
         }
     }
 
-    /// Whether no request is left.
+    /// True if no request is left.
     pub fn is_idle(&self) -> bool {
         self.jobs.is_empty()
     }
@@ -229,7 +229,7 @@ impl Scheduler {
         self.ended.pop_front()
     }
 
-    /// What there is to do, and how fast it goes.
+    /// Work in progress and measured speed.
     pub fn load(&self) -> Load {
         let waiting = self.turns.len().min(self.jobs.len());
         Load {

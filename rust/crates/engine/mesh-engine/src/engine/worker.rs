@@ -1,4 +1,4 @@
-//! What an engine's thread does: takes commands, plans steps, has them run, hands out what comes of them.
+//! The loop of an engine's thread: take commands, plan steps, run them, deliver their events.
 //!
 //! Whoever holds the [`Worker`] does that. Usually it is the thread; a caller that has just received what a runner waits for may
 //! do it itself ([`Shared::work_here`]), which saves waking one thread and being woken by it.
@@ -17,7 +17,7 @@ use crate::request::{Event, Request, RequestError};
 use crate::runner::{Outcome, Runner};
 use crate::scheduler::{Load, RequestKey, RequestStatus, Scheduler, Step};
 
-/// What an engine's handles and its thread have in common.
+/// State shared by an engine's handles and its thread.
 pub(super) struct Shared {
     info: OnceLock<StageInfo>,
     next_key: AtomicU64,
@@ -44,7 +44,7 @@ struct Pulse {
 #[derive(Default)]
 struct Queue {
     commands: VecDeque<Command>,
-    /// When to look at the runner though there is no command.
+    /// Time at which to poll the runner even without a command.
     timer: Option<Instant>,
     /// Nobody will ever look here again.
     closed: bool,
@@ -155,7 +155,7 @@ impl Shared {
         true
     }
 
-    /// What the engine's thread does until it is stopped or the engine breaks.
+    /// Runs the engine's thread until it is stopped or the engine breaks.
     pub(super) fn work(&self) {
         loop {
             let mut queue = lock(&self.queue);
@@ -212,7 +212,7 @@ impl Shared {
     }
 }
 
-/// What runs an engine's steps, and all that it remembers.
+/// The runner of an engine's steps and all state of the engine.
 struct Worker {
     runner: Box<dyn Runner>,
     scheduler: Scheduler,
@@ -390,7 +390,8 @@ fn panic_text(panic: &(dyn Any + Send)) -> &str {
         .unwrap_or("(no message)")
 }
 
-/// What these mutexes guard is replaced as a whole, so a panic elsewhere leaves it sound.
+/// Locks `mutex`, poisoned or not: the guarded value is replaced as a whole, so a panic elsewhere leaves it
+/// sound.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -403,5 +404,5 @@ const FATAL_FAILURES: u32 = 3;
 /// Maximum age of the states of requests while steps go on.
 pub(super) const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How late a request's deadline may be noticed while steps are under way elsewhere.
+/// Longest delay in noticing a request's deadline while steps are under way elsewhere.
 const DEADLINE_CHECK: Duration = Duration::from_millis(50);

@@ -198,13 +198,13 @@ impl Job {
     /// Rows whose logits were taken in, or are not wanted.
     pub(super) fn settled(&self) -> u32 {
         match &self.kind {
-            // What follows the last token is not known yet.
+            // The token after the last one is not known yet.
             Kind::Generate(_) => self.tokens.len() as u32 - 1,
             Kind::Score(scores) => scores.len() as u32,
         }
     }
 
-    /// Whether every row's logits are wanted, and no KV row may be reused for that.
+    /// True for a scoring job: it needs the logits of every row, so no KV row may be reused.
     pub(super) fn is_score(&self) -> bool {
         matches!(self.kind, Kind::Score(_))
     }
@@ -217,7 +217,7 @@ impl Job {
         }
     }
 
-    /// Which rows become logits when the rows `cached..cached + rows` are computed.
+    /// The rows that become logits when the rows `cached..cached + rows` are computed.
     pub(super) fn logit_rows(&self, cached: u32, rows: u32) -> LogitRows {
         if self.is_score() {
             LogitRows::All

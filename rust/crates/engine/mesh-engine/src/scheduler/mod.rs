@@ -50,7 +50,7 @@ pub struct SchedulerConfig {
     pub queue_limit: usize,
     /// Most rows of a step; `None` is all that the stage takes.
     pub step_rows: Option<u32>,
-    /// How long prompts may make answers in progress wait for their next token.
+    /// Longest wait for the next token that prompts may cause to answers in progress.
     pub decode_stall: Duration,
     /// Most rows of a step whose logits are all wanted, because such a row takes `vocab * 4` bytes.
     pub score_rows: u32,
@@ -74,7 +74,7 @@ impl Default for SchedulerConfig {
     }
 }
 
-/// What to run on the stage: first the slot operations in order, then the segments.
+/// Work for the stage: first the slot operations in order, then the segments.
 #[derive(Debug, Default)]
 pub struct Step {
     /// Changes to the slots.
@@ -101,25 +101,25 @@ struct Owner {
 /// A change to a KV slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SlotOp {
-    /// [`Stage::truncate`](crate::Stage::truncate).
+    /// Shortens a slot, see [`Stage::truncate`](crate::Stage::truncate).
     Truncate {
-        /// The slot.
+        /// The slot to shorten.
         slot: SlotId,
-        /// Rows it keeps.
+        /// Number of KV rows that it keeps.
         len: u32,
     },
-    /// [`Stage::copy_prefix`](crate::Stage::copy_prefix).
+    /// Copies KV rows between slots, see [`Stage::copy_prefix`](crate::Stage::copy_prefix).
     CopyPrefix {
-        /// Where the rows are.
+        /// The slot that holds the rows.
         from: SlotId,
-        /// Where they are wanted.
+        /// The slot that receives them.
         to: SlotId,
-        /// How many.
+        /// Number of KV rows.
         len: u32,
     },
 }
 
-/// What a scheduler has to do and how fast its stage does it.
+/// Work in progress of a scheduler and the measured speed of its stage.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Load {
     /// Requests that hold a slot.
@@ -138,7 +138,7 @@ pub struct Load {
     pub prefill_tps: f32,
     /// Prompt tokens not yet computed, over all requests.
     pub prefill_backlog: u64,
-    /// Whether new requests are refused because the engine is to stop.
+    /// True if new requests are refused because the engine is to stop.
     pub draining: bool,
     /// Sums since the start.
     pub totals: Totals,
@@ -147,11 +147,11 @@ pub struct Load {
 /// Sums since the start of a scheduler.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// Steps run.
+    /// Completed steps.
     pub steps: u64,
     /// Rows that continued answers.
     pub decode_rows: u64,
-    /// Rows of prompts.
+    /// Rows that computed prompts.
     pub prefill_rows: u64,
     /// Tokens whose KV rows were found in the cache.
     pub reused_tokens: u64,
@@ -180,7 +180,7 @@ pub enum RequestStatus {
         /// Tokens that have to be.
         total: u32,
     },
-    /// Its answer grows.
+    /// Its answer is being generated.
     Decoding,
     /// It gave its KV memory to older requests and waits to go on.
     Preempted {
@@ -208,7 +208,7 @@ pub struct Scheduler {
     events: VecDeque<(RequestKey, Event)>,
     scratch: Scratch,
     speeds: Speeds,
-    /// When a step was last completed.
+    /// Time of the last completed step.
     completed: Option<Instant>,
     totals: Totals,
     draining: bool,
@@ -234,7 +234,7 @@ impl Scheduler {
         let held = u64::from(slots) * u64::from(info.context);
         let kv_total = config.kv_tokens.map_or(held, |n| n.min(held));
         Scheduler {
-            // What does not fit the KV memory could never run.
+            // A sequence that exceeds the KV memory could never run.
             context: u32::try_from(kv_total).map_or(info.context, |n| n.min(info.context)),
             vocab: info.shape.vocab,
             max_rows,
@@ -292,7 +292,7 @@ impl Scheduler {
         self.draining = true;
     }
 
-    /// Whether no request is queued or running.
+    /// True if no request is queued or running.
     pub fn is_idle(&self) -> bool {
         self.queue.is_empty() && self.running.is_empty()
     }
@@ -412,7 +412,7 @@ impl Scheduler {
         })
     }
 
-    /// What there is to do, and how fast it goes.
+    /// Work in progress and measured speed.
     pub fn load(&self) -> Load {
         let running = self
             .running
@@ -461,7 +461,8 @@ impl Scheduler {
         }
     }
 
-    /// How long the queue may be: requests that only wait for the next plan to take an idle slot do not count.
+    /// Longest queue allowed: the configured limit, plus one request for each slot that the next plan can
+    /// fill.
     fn queue_room(&self) -> usize {
         self.config.queue_limit + self.slots.count() - self.running.len()
     }
@@ -484,7 +485,7 @@ impl Scheduler {
         }
     }
 
-    /// Preempts requests, the youngest first, until the rows of the others fit, and drops rows kept for nobody.
+    /// Preempts requests, the youngest first, until the rows of the others fit, and drops unused rows.
     fn make_room(&mut self) {
         // One alone always fits: it was checked against the context.
         while self.used() > self.kv_total && self.running.len() > 1 {
@@ -557,7 +558,8 @@ impl Scheduler {
         self.evict();
     }
 
-    /// Drops rows kept for nobody until those in use fit. The end of a slot goes first: its beginning is of use to more.
+    /// Drops unused rows until those in use fit. The end of a slot goes first: more requests share its
+    /// beginning.
     fn evict(&mut self) {
         loop {
             let held = self.used() + self.slots.idle_tokens();
@@ -751,7 +753,7 @@ impl Step {
 /// Rows of a prompt chunk beside answers in progress, before any speed is known.
 const FIRST_CHUNK: u32 = 64;
 
-/// Rows kept for nobody that are dropped at once.
+/// Number of unused rows that are dropped at once.
 const EVICTED_AT_ONCE: u32 = 64;
 
 /// Rows that prompts get at least, or they would never end on a slow machine.

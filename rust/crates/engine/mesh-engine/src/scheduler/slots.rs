@@ -1,4 +1,4 @@
-//! Which tokens each KV slot holds, who uses it, and where a new request goes.
+//! The tokens that each KV slot holds, the request that uses it, and the choice of a slot for a new request.
 
 use super::RequestKey;
 use crate::SlotId;
@@ -17,7 +17,7 @@ struct Slot {
     owner: Option<RequestKey>,
     /// The salt of the request that the rows are of; `None` where rows are held that no request here left.
     salt: Option<u64>,
-    /// When it was last given up, in releases.
+    /// Number of the release that freed it last.
     released: u64,
 }
 
@@ -35,7 +35,7 @@ impl Salt {
     }
 }
 
-/// Where a request goes.
+/// The slot chosen for a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Placement {
     pub(super) slot: SlotId,
@@ -61,7 +61,7 @@ impl Slots {
         self.slots[slot as usize].cached.len() as u32
     }
 
-    /// KV rows held for nobody.
+    /// KV rows that no request uses.
     pub(super) fn idle_tokens(&self) -> u64 {
         let idle = self.slots.iter().filter(|slot| slot.owner.is_none());
         idle.map(|slot| slot.cached.len() as u64).sum()

@@ -45,7 +45,7 @@ impl Speeds {
     }
 }
 
-/// Which of the batch sizes that are told apart `batch`, at least 1, belongs to.
+/// Index of the size class of `batch`, which is at least 1.
 fn class(batch: u32) -> usize {
     (batch.ilog2() as usize).min(BATCH_SIZES - 1)
 }

@@ -134,7 +134,7 @@ impl Sim {
         }
     }
 
-    /// When the first token came, and the longest wait between two tokens.
+    /// Time of the first token, and the longest wait between two tokens.
     fn pace(&self, key: RequestKey) -> (Instant, Duration) {
         let tokens = self.events[&key]
             .iter()
@@ -590,7 +590,7 @@ fn cancelling_frees_the_slot_at_once_even_while_a_step_runs() {
         sim.answer(2),
         testing::answer(&endless(prompt(2, 10), 3), CONTEXT)
     );
-    // What the cancelled step computed is of use to who asks next.
+    // The rows of the cancelled step serve the next request with the same prompt.
     sim.submit(4, endless(prompt(2, 10), 3));
     sim.run_until_idle();
     assert_eq!(sim.done(4).cached_tokens, 9);
