@@ -1,4 +1,4 @@
-//! Which engine runs a stage: a GPU where one can be used, else the CPU.
+//! Chooses the engine for a stage: a GPU where one can be used, else the CPU.
 
 use std::fmt;
 use std::ops::Range;
@@ -12,7 +12,7 @@ use crate::options::{LoadError, OrtOptions};
 use crate::provider::Provider;
 use crate::stage::OrtStage;
 
-/// What a stage is asked to run on.
+/// The requested backend of a stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Backend {
     /// A GPU, if this program has a provider for it and the provider works; else the CPU.
@@ -56,7 +56,7 @@ impl fmt::Display for Backend {
     }
 }
 
-/// A name that is no backend.
+/// A string that names no backend.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is no backend: it is auto, cpu, cuda or migraphx")]
 pub struct NoSuchBackend(String);
@@ -78,9 +78,9 @@ impl FromStr for Backend {
 
 /// A stage, and where it runs.
 pub struct Opened {
-    /// The stage.
+    /// The loaded stage.
     pub stage: Box<dyn Stage>,
-    /// What runs it; [`Provider::Cpu`] stands for our own kernels.
+    /// The provider that runs the stage; [`Provider::Cpu`] stands for our own kernels.
     pub provider: Provider,
     /// The providers that were tried and refused, each with the reason.
     pub refused: Vec<(Provider, String)>,
@@ -109,7 +109,7 @@ pub fn open(
     options: OrtOptions,
     backend: Backend,
 ) -> Result<Opened, LoadError> {
-    // Without the library or the layers nothing runs anywhere: that is no provider's fault.
+    // Without the library or the layers no provider can run, so their errors are not a provider's.
     crate::runtime::environment(options.library.as_deref())?;
     crate::check::layers(&layers, model.config().layers)?;
     crate::check::options(&options, model.config().context)?;
@@ -182,7 +182,7 @@ fn compare_layer(
     let mut found = run(&mut ours, 0, rows, rows).map_err(&refused)?;
     let mut expected = run(&mut cpu, 0, rows, rows).map_err(&refused)?;
     if layer > 0 && layer < last {
-        // What the layer adds: the rows themselves would agree whatever it does.
+        // Compare the layers' contribution: the input rows alone would agree even if the layers were wrong.
         let input = hidden(0..rows, ours.info().shape.hidden);
         for out in [&mut found, &mut expected] {
             out.iter_mut().zip(&input).for_each(|(out, x)| *out -= x);

@@ -35,7 +35,7 @@ const CHECKSUM: &str = "hydramesh.checksum";
 /// Free disk space that is left alone.
 const SPARE: u64 = 1 << 30;
 
-/// Where quantised weights are kept, and how many bytes of them.
+/// Folder of quantised weights and its size limit in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WeightCache {
     /// The folder; it is made when it is needed.
@@ -206,7 +206,7 @@ fn checksum<'a>(
     Ok(hasher.finish())
 }
 
-/// Bytes of the files in a folder. Temporary files that nobody writes any more are removed.
+/// Bytes of the files in a folder. Removes abandoned temporary files.
 fn size(folder: &Path) -> u64 {
     let Ok(items) = fs::read_dir(folder) else {
         return 0;
@@ -268,7 +268,7 @@ mod tests {
 
         let path = entry.path("blk.0");
         let whole = fs::read(&path).unwrap();
-        // Every bit counts but those of the padding, which nobody reads.
+        // Every bit counts except those of the padding, which is never read.
         let data = read.tensors().get("a").unwrap().data.offset() as usize;
         for at in [0, 8, 30, data - 60, data, data + 67, whole.len() - 1] {
             let mut damaged = whole.clone();

@@ -26,7 +26,7 @@ use ort::value::{Shape, SymbolicDimensions, TensorElementType, ValueType};
 use crate::shared::{Shared, Step};
 use crate::tensors;
 
-/// Which operator.
+/// The custom operators of a stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Embed,

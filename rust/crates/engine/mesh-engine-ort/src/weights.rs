@@ -22,7 +22,7 @@ pub(crate) struct Weights {
     pub(crate) head: Option<HeadWeights>,
 }
 
-/// One transformer layer.
+/// Weights of one transformer layer.
 pub(crate) struct LayerWeights {
     pub(crate) attention_norm: Vec<f32>,
     /// Query, key and value under each other.
@@ -131,7 +131,7 @@ struct Loader<'a> {
     pool: &'a Pool,
     options: PackOptions,
     format: WeightFormat,
-    /// Where quantised matrices are kept, if they are.
+    /// Place of the quantised matrices in the cache, if there is a cache.
     entry: Option<Entry>,
     group: RefCell<Group>,
 }
@@ -141,7 +141,7 @@ struct Loader<'a> {
 struct Group {
     /// As they were kept.
     kept: Option<Gguf>,
-    /// To be kept.
+    /// Newly quantised matrices, to be written to the cache.
     fresh: Vec<Quantised>,
 }
 
@@ -163,7 +163,7 @@ impl Loader<'_> {
             && kept.is_none()
             && !fresh.is_empty()
         {
-            // What was made from a file that somebody writes to is not kept.
+            // Weights read while somebody writes to the file must not enter the cache.
             self.check_unchanged()?;
             entry.write(name, &fresh);
         }

@@ -1,5 +1,5 @@
-//! Which backend a stage gets. ONNX Runtime's library here is the one for CPUs, or with `HYDRAMESH_TEST_GPU=1` one whose
-//! provider must work.
+//! The choice of a stage's backend. By default ONNX Runtime's library is the one for CPUs; with
+//! `HYDRAMESH_TEST_GPU=1` it is one whose provider must work.
 
 mod common;
 

@@ -96,7 +96,7 @@ fn int8_stages_and_stages_of_the_files_own_format_work_together() {
     );
 }
 
-/// What a ring with `half_rows` costs in quality: next to nothing.
+/// The loss of quality in a ring with `half_rows` is negligible.
 #[test]
 fn rows_that_travel_as_f16_keep_the_perplexity() {
     let model = smollm2();

@@ -99,7 +99,7 @@ fn stories(dir: &Path) -> Model {
     Model::open(folder).unwrap()
 }
 
-/// What the checkpoint computes, as llama2.c does it, in f32, without anything of what is tested.
+/// The checkpoint's forward pass as llama2.c computes it, in f32, without any of the tested code.
 fn plain_forward(data: &[u8], tokens: &[u32]) -> Vec<f32> {
     const HIDDEN: usize = 288;
     const FFN: usize = 768;

@@ -54,7 +54,7 @@ pub(super) struct Lowered {
     pub(super) bytes: u64,
 }
 
-/// What a graph is made of.
+/// Inputs for building a graph.
 pub(super) struct Plan<'a> {
     pub(super) tensors: &'a Tensors,
     pub(super) config: &'a ModelConfig,

@@ -24,10 +24,10 @@ use mesh_kernels::Reclaim;
 use slots::{Shape, Slot};
 pub use tensors::Precision;
 
-/// Where and how a [`DeviceStage`] computes.
+/// Provider and settings of a [`DeviceStage`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Device {
-    /// The execution provider.
+    /// The execution provider to use.
     pub provider: Provider,
     /// Of weights' scales, activations and KV cache.
     pub precision: Precision,
@@ -37,7 +37,7 @@ pub struct Device {
 }
 
 impl Device {
-    /// What suits the provider.
+    /// The default settings for `provider`.
     pub fn new(provider: Provider) -> Device {
         Device {
             provider,
@@ -344,7 +344,7 @@ impl DeviceStage {
     fn write(&mut self, slot: SlotId, position: u32, rows: &[u8]) -> Result<(), StageError> {
         let end = position + (rows.len() / self.shape.token_bytes()) as u32;
         let place = &mut self.slots[slot as usize];
-        // What comes after is overwritten, or ends here.
+        // Later positions are overwritten, or the sequence ends here.
         place.len = position;
         let written = place
             .reserve(

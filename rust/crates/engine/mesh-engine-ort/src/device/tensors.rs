@@ -92,7 +92,7 @@ impl Precision {
         }
     }
 
-    /// The way back.
+    /// Inverse of the export: bytes in this format from exported bytes.
     pub(super) fn of_exported(self, bytes: &[u8], exported: KvFormat) -> Vec<u8> {
         match (self, exported) {
             (Precision::F16, KvFormat::F16) | (Precision::F32, KvFormat::F32) => bytes.to_vec(),
@@ -102,7 +102,7 @@ impl Precision {
     }
 }
 
-/// f32 as f16.
+/// Converts f32 to f16.
 fn narrowed(bytes: &[u8]) -> Vec<u8> {
     let numbers = bytes.as_chunks().0.iter().copied().map(f32::from_le_bytes);
     numbers
@@ -110,7 +110,7 @@ fn narrowed(bytes: &[u8]) -> Vec<u8> {
         .collect()
 }
 
-/// f16 as f32.
+/// Converts f16 to f32.
 fn widened(bytes: &[u8]) -> Vec<u8> {
     let numbers = bytes.as_chunks().0.iter().copied().map(f16::from_le_bytes);
     numbers

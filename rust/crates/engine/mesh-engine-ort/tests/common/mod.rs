@@ -1,4 +1,4 @@
-//! What the tests of the stage share.
+//! Helpers shared by the tests of the stage.
 
 #![allow(dead_code, reason = "each test file uses a part")]
 
