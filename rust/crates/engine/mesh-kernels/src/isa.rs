@@ -1,4 +1,4 @@
-//! Which instruction set the kernels use.
+//! The instruction sets that the kernels can use.
 
 use std::sync::OnceLock;
 
@@ -45,7 +45,7 @@ impl Isa {
             .collect()
     }
 
-    /// Whether this CPU runs it.
+    /// True if this CPU has the instructions.
     pub fn is_available(self) -> bool {
         match self {
             Isa::Scalar => true,

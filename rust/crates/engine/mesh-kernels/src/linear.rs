@@ -20,7 +20,7 @@ pub enum Activation {
     GeluTanh,
     /// GELU itself: `x Φ(x)` with the normal distribution's Φ.
     Gelu,
-    /// `max(x, 0)`.
+    /// ReLU: `max(x, 0)`.
     Relu,
 }
 
@@ -43,16 +43,16 @@ pub struct Gate<'a> {
     pub gate: &'a QMatrix,
     /// The one that its result is multiplied by.
     pub up: &'a QMatrix,
-    /// What is done with the gate.
+    /// The activation applied to the product with `gate`.
     pub activation: Activation,
 }
 
 /// A gated feed-forward layer with its norms.
 #[derive(Debug, Clone, Copy)]
 pub struct FeedForward<'a> {
-    /// Before the matrices.
+    /// Norm of the input rows, before the matrices.
     pub norm: RmsNorm<'a>,
-    /// The first half.
+    /// The gated first half of the layer.
     pub gate: Gate<'a>,
     /// The second half: its inputs are the first half's outputs.
     pub down: &'a QMatrix,
@@ -60,7 +60,7 @@ pub struct FeedForward<'a> {
     pub post_norm: Option<RmsNorm<'a>>,
 }
 
-/// What [`linear`] does before and after the product.
+/// Operations fused into [`linear`], before and after the product.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Linear<'a> {
     /// Normalise the input rows first.
@@ -69,11 +69,11 @@ pub struct Linear<'a> {
     pub bias: Option<&'a [f32]>,
     /// Applied after the bias.
     pub activation: Option<Activation>,
-    /// Added last.
+    /// The residual, added last.
     pub residual: Residual<'a>,
 }
 
-/// A residual connection.
+/// A residual connection: rows added to the result.
 #[derive(Debug, Clone, Copy, Default)]
 pub enum Residual<'a> {
     /// None: the output is overwritten.

@@ -25,11 +25,12 @@ pub struct PackOptions {
     /// Store the scales and minima of Q4_1 as 8-bit codes per 256 weights: 0.578 bytes a weight instead of 0.625. The
     /// codes of the weights stay; scale and minimum are off by up to 0.2 % of their group's largest.
     pub coded_scales: bool,
-    /// How many bits of Q8_0 to keep.
+    /// Number of bits kept of Q8_0 weights.
     pub q8_0: EightBit,
 }
 
-/// What becomes of Q8_0 weights, which are a third of a small model's bytes where they are its tied embeddings.
+/// Precision of packed Q8_0 weights, which are a third of a small model's bytes where they are its tied
+/// embeddings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum EightBit {
     /// All 8 bits: 1.0625 bytes a weight.
@@ -41,7 +42,7 @@ pub enum EightBit {
     Five,
 }
 
-/// One packed matrix.
+/// A packed matrix with one layout.
 #[derive(Debug)]
 pub(crate) struct Part {
     pub(crate) layout: Layout,
@@ -151,12 +152,12 @@ impl QMatrix {
         Ok(all)
     }
 
-    /// Number of outputs.
+    /// Number of outputs: columns of the product.
     pub fn n(&self) -> usize {
         self.n
     }
 
-    /// Number of inputs.
+    /// Number of inputs: the length of a row of weights.
     pub fn k(&self) -> usize {
         self.k
     }

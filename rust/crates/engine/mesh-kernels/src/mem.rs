@@ -88,7 +88,7 @@ impl Drop for Buffer {
     }
 }
 
-/// How `len` bytes are allocated: large buffers on a huge page's boundary.
+/// Alignment and size for `len` bytes: large buffers start at a huge page's boundary.
 fn layout(len: usize) -> Option<Layout> {
     let align = if len >= HUGE { HUGE } else { ALIGN };
     Layout::from_size_align(len, align).ok()
@@ -123,7 +123,7 @@ pub struct Reclaim;
 impl Drop for Reclaim {
     fn drop(&mut self) {
         #[cfg(all(target_os = "linux", target_env = "gnu"))]
-        // SAFETY: the allocator gives back pages that nobody holds; it may be called at any time by any thread.
+        // SAFETY: the allocator gives back only unused pages; any thread may call it at any time.
         unsafe {
             libc::malloc_trim(0)
         };

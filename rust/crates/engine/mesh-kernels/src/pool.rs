@@ -27,7 +27,7 @@ pub struct Pool {
     handles: Vec<JoinHandle<()>>,
 }
 
-/// How to start a [`Pool`].
+/// Options for starting a [`Pool`].
 #[derive(Debug, Clone, Default)]
 pub struct PoolOptions {
     /// Threads including the caller; 0 means 1.

@@ -173,7 +173,7 @@ fn attention_agrees_with_its_definition() {
     }
 }
 
-/// All pairs.
+/// All pairs of a format and an instruction set.
 fn each(formats: [KvFormat; 2], isas: &[Isa]) -> impl Iterator<Item = (KvFormat, Isa)> {
     let pairs = formats.map(|format| isas.iter().map(move |&isa| (format, isa)));
     pairs.into_iter().flatten()

@@ -14,7 +14,7 @@ use crate::mem::Region;
 /// Positions per tile of keys.
 pub(super) const TILE: usize = 16;
 
-/// What keys and values are held as.
+/// Element format of keys and values in the cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum KvFormat {
     /// 16 bits, half the memory.
@@ -47,7 +47,7 @@ pub struct KvShape {
     pub kv_heads: usize,
     /// Elements per head: a multiple of 16, at most 256.
     pub head_dim: usize,
-    /// What the elements are.
+    /// Format of the elements.
     pub format: KvFormat,
 }
 
@@ -103,7 +103,7 @@ impl KvCache {
         })
     }
 
-    /// The dimensions.
+    /// Dimensions and element format of the cache.
     pub fn shape(&self) -> KvShape {
         self.shape
     }

@@ -232,7 +232,7 @@ unsafe fn scale<S: Simd, const R: usize>(
     }
 }
 
-/// How the floats of a panel are stored.
+/// Storage format of a panel of floats.
 pub(crate) trait Float {
     /// 16 of them, from number `index` × 16 on.
     ///

@@ -1,4 +1,4 @@
-//! Sixteen lanes, whatever the CPU has.
+//! Vectors of sixteen lanes on every CPU.
 //!
 //! Every kernel is written once over [`Simd`], a token whose existence proves that the CPU has the instructions. A vector is
 //! always 16 lanes (one AVX-512 register, two AVX2, four NEON ones), every reduction is the same tree, and every
@@ -24,7 +24,7 @@ pub(crate) const LANES: usize = 16;
 
 /// A unit of work that is compiled once per instruction set.
 pub(crate) trait Kernel {
-    /// Does the work.
+    /// Runs the work with the instructions of `s`.
     fn run<S: Simd>(self, s: S);
 }
 
@@ -65,11 +65,11 @@ pub(crate) trait Simd: Copy {
     /// 64 bytes: 16 columns of 4 consecutive weights.
     type B: Copy;
 
-    /// Whether [`Simd::dot_wide`] wants signed weights and no bias.
+    /// True if [`Simd::dot_wide`] takes signed weights and no bias.
     const SIGNED_WIDE: bool;
-    /// Whether there are registers for 24 accumulators.
+    /// True if there are registers for 24 accumulators.
     const WIDE: bool;
-    /// Whether tiles of more than one row are not worth their code.
+    /// True if tiles of more than one row do not pay for their code.
     const SINGLE: bool;
 
     fn splat(self, v: f32) -> Self::F;
