@@ -45,19 +45,19 @@ pub enum StepError {
     /// The slot does not exist.
     #[error("slot {slot} does not exist: this stage has {slots}")]
     NoSuchSlot {
-        /// The slot.
+        /// The slot named in the step.
         slot: SlotId,
-        /// How many there are.
+        /// Number of slots of this stage.
         slots: u32,
     },
     /// Rows beyond what is held.
     #[error("slot {slot} holds {held} rows, but the step begins at {position}")]
     Gap {
-        /// The slot.
+        /// The slot named in the step.
         slot: SlotId,
-        /// Rows held.
+        /// KV rows that the slot holds.
         held: u32,
-        /// Position asked for.
+        /// Position of the step's first row.
         position: u32,
     },
     /// Lengths that do not fit each other.

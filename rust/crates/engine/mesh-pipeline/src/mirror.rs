@@ -1,4 +1,4 @@
-//! How far a standby is behind, and what it is sent next.
+//! The sending side of replication: the backlog of a standby, and the next rows to send.
 //!
 //! Messages of one stream are numbered; the standby says up to which number it has taken them in. Rows go out in the order in
 //! which they were written, in pieces, and no more than [`WINDOW`] bytes without an answer: a standby that joined a moment ago
@@ -39,7 +39,7 @@ struct Unanswered {
     bytes: usize,
 }
 
-/// Rows to send.
+/// Rows to send in one message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Piece {
     pub(crate) slot: SlotId,

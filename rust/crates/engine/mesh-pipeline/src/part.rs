@@ -10,16 +10,16 @@ use crate::kept::Kept;
 use crate::mirror::Mirror;
 use crate::wire;
 
-/// What a part has to tell others.
+/// A message of a part to others in its ring.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Out {
     /// Rows for the next stage.
     Next(RingStep),
-    /// For the driver.
+    /// The outcome of a step, for the driver.
     Driver(RingOutcome),
     /// For the stage before.
     Previous(RingMirrored),
-    /// For the standby.
+    /// Replicated rows, for the standby.
     Standby(RingMirror),
 }
 
@@ -70,7 +70,7 @@ impl Part {
         self.stage.info()
     }
 
-    /// What it holds.
+    /// The tokens behind its KV rows.
     pub fn book(&self) -> &Book {
         &self.book
     }
@@ -102,7 +102,7 @@ impl Part {
         self.mirror = None;
     }
 
-    /// What it holds, for the driver or for the member that it stands by for.
+    /// The rows it holds, for the driver or for the member that it stands by for.
     pub fn held(&self) -> RingHeld {
         RingHeld {
             epoch: self.epoch,
@@ -123,7 +123,7 @@ impl Part {
         self.pump(out);
     }
 
-    /// There is no standby any more.
+    /// Ends replication: the standby is gone.
     pub fn stop_mirroring(&mut self) {
         self.mirror = None;
     }
@@ -140,7 +140,7 @@ impl Part {
 
     /// The next stage's standby has the rows that follow from the first `len` of `slot`.
     pub fn next_mirrored(&mut self, mirrored: &RingMirrored) {
-        // What was said before the slot was cut off speaks of other rows.
+        // Acknowledgements from before the slot was cut off refer to other rows.
         let cut_at = self.cut_at.get(mirrored.slot as usize);
         if cut_at.is_some_and(|&cut_at| mirrored.count >= cut_at) {
             self.kept.release(mirrored.slot, mirrored.len);
@@ -414,7 +414,8 @@ impl Part {
         Ok(())
     }
 
-    /// Notes the rows that a step wrote. After a failure nobody knows what its slots hold, so they hold nothing.
+    /// Notes the rows that a step wrote. After a failure the contents of its slots are unknown, so they count
+    /// as empty.
     fn book_in(&mut self, step: &RingStep, segments: &[Segment], done: bool) {
         let mut tokens = step.tokens.as_slice();
         for segment in segments {

@@ -41,7 +41,7 @@ pub(crate) struct Pulse {
     slowest_of_all: Duration,
     /// Steps that arrived at the driver.
     arrived: u64,
-    /// Members that are no longer suspected.
+    /// Stages whose members are no longer suspected.
     cleared: Vec<u32>,
 }
 
@@ -66,9 +66,9 @@ struct LinkPulse {
 /// The reason why a member is suspected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Suspicion {
-    /// Its stage.
+    /// Index of the member's stage.
     pub(crate) stage: u32,
-    /// For how long.
+    /// Time since the member was last heard.
     pub(crate) silence: Duration,
     /// It answers, but what was passed on to it does not arrive.
     pub(crate) link: bool,
@@ -199,7 +199,7 @@ impl Pulse {
         }
     }
 
-    /// When to look again.
+    /// Time of the next check.
     pub(crate) fn next_timer(&self) -> Option<Instant> {
         let since = self.due_since?;
         Some(self.last_ping.map_or(since, |at| at.max(since)) + PING)
@@ -502,7 +502,7 @@ mod tests {
         assert_eq!(pulse.next_timer(), None);
         assert_eq!(pulse.ping(start + Duration::from_secs(9)), None);
         assert!(pulse.silent().is_empty());
-        // A long idle time before is no silence.
+        // A long idle time before does not count as silence.
         let later = start + Duration::from_secs(60);
         pulse.look(Some(later), later);
         pulse.look(Some(later), later + Duration::from_millis(900));

@@ -1,11 +1,11 @@
-//! What has to be replayed when an epoch begins, and from where.
+//! Chooses the replays at the beginning of an epoch: which rows, and from which stage.
 
 use mesh_engine::SlotId;
 use mesh_proto::RingHeld;
 
 use crate::book::{Book, common_prefix};
 
-/// What one stage holds of every slot.
+/// The rows that one stage holds, by slot.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Held {
     slots: Vec<HeldRows>,
@@ -22,7 +22,7 @@ struct HeldRows {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Replay {
     pub(crate) slot: SlotId,
-    /// First row.
+    /// Position of the first row.
     pub(crate) from: u32,
     /// One past the last row.
     pub(crate) to: u32,
@@ -167,7 +167,7 @@ mod tests {
         (0..len).map(|i| i * 7 % 101).collect()
     }
 
-    /// What a stage holds of slot 0: `len` rows, of which the outputs from `kept_from` on are kept.
+    /// A stage that holds `len` rows of slot 0 and keeps the outputs from `kept_from` on.
     fn held(len: u32, kept_from: u32) -> Held {
         Held::read(
             1,

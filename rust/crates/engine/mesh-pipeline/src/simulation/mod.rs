@@ -27,7 +27,7 @@ fn request(seed: u64) -> Request {
     request
 }
 
-/// What one worker with the whole model answers.
+/// The answer of one worker with the whole model.
 fn expected(request: &Request) -> Vec<u32> {
     let mut stage = ToyStage::new(0..LAYERS);
     let info = stage.info().clone();
@@ -131,7 +131,7 @@ fn requests_that_outgrow_the_memory_of_a_ring_take_turns_and_losses_change_nothi
     }
 }
 
-/// What others hold already is not computed again, whichever stage is lost.
+/// Rows that other stages hold are not computed again, whichever stage is lost.
 #[test]
 fn a_replay_goes_no_further_than_the_stage_that_needs_it() {
     for victim in 0..2 {

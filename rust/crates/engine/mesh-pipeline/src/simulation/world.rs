@@ -114,7 +114,7 @@ struct Worker {
     /// Rows of the steps among that.
     rows: u64,
     sent: u64,
-    /// What belongs to an epoch that has not reached it.
+    /// Messages of an epoch that has not reached this worker.
     early: Vec<(Node, Message)>,
 }
 
@@ -675,7 +675,7 @@ impl World {
         self.drive(node);
     }
 
-    /// What an engine's thread does, until there is nothing to do.
+    /// Runs the loop of an engine's thread until there is nothing to do.
     fn drive(&mut self, node: Node) {
         let now = self.clock();
         let Some(driver) = &mut self.workers[node].driver else {
