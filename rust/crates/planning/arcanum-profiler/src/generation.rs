@@ -6,7 +6,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-/// How old an NVIDIA card is.
+/// Architecture generation of an NVIDIA card, oldest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Generation {

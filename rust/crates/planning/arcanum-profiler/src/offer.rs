@@ -1,5 +1,6 @@
-//! What workers offer, as placement sees it. Offers come from other machines: numbers that make no sense are unknown here,
-//! or an error where nothing can be planned without them; lists and names are cut to sane lengths.
+//! Workers' offers as placement sees them. Offers come from other machines: impossible numbers count as
+//! unknown, or are an error where nothing can be planned without them; lists and names are cut to sane
+//! lengths.
 
 use std::collections::BTreeMap;
 
@@ -108,7 +109,7 @@ impl ModelSpec {
     }
 }
 
-/// A time, or 0 for one that nobody can have measured.
+/// A time in microseconds, or 0 if it cannot have been measured.
 fn time(us: f32) -> f64 {
     let us = f64::from(us);
     if known(us) { us } else { 0.0 }

@@ -6,7 +6,7 @@ use std::cmp::Ordering;
 use super::cost::Mesh;
 use super::types::Objective;
 
-/// What is looked for.
+/// Constraints and objective of a search.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Demand {
     pub(super) objective: Objective,
@@ -447,7 +447,7 @@ fn fits(order: &[usize], demand: &Demand) -> bool {
         && demand.must.is_none_or(|node| order.contains(&node))
 }
 
-/// Who is at the ends, and how many KV rows everybody holds.
+/// First and last node of a layout, and the KV rows that every node holds.
 #[derive(Debug, Clone, Copy)]
 struct Place {
     first: usize,
@@ -455,10 +455,10 @@ struct Place {
     kv_tokens: u64,
 }
 
-/// How the hops of a path are put together.
+/// Rule for combining the hops of a path.
 #[derive(Debug, Clone, Copy)]
 enum Sum {
-    /// Their times, added.
+    /// The sum of their times.
     Time,
     /// The one whose link is busy longest.
     Busiest,
@@ -467,7 +467,7 @@ enum Sum {
 /// The best path from `first` through every set to `last`.
 struct Paths {
     nodes: usize,
-    /// By first, set, last; infinite where there is none.
+    /// Cost by first node, set and last node; infinite where there is no path.
     cost: Vec<f64>,
     /// The node before last.
     before: Vec<u8>,

@@ -129,7 +129,7 @@ struct Ring<'a> {
     stage: &'a Assignment,
     /// Bytes that the stage needs.
     needs: u64,
-    /// What nodes hold of the other stages.
+    /// Layers and bytes that each node holds of other stages.
     holds: BTreeMap<&'a str, Holds>,
 }
 
@@ -188,11 +188,11 @@ struct Host<'a> {
     id: &'a str,
     /// The stage that it runs.
     own: Option<usize>,
-    /// Bytes left.
+    /// Bytes still free on the node.
     room: u64,
     /// Stages that it stands by for.
     stages: u32,
-    /// Their layers.
+    /// Number of layers of those stages.
     layers: u32,
 }
 
