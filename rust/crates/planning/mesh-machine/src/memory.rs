@@ -4,7 +4,7 @@ use std::path::{Component, Path};
 
 use crate::files::kernel_text;
 
-/// Memory, bytes; `None` where the system does not say.
+/// Memory in bytes; `None` where the system does not report it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Memory {
     /// Memory of the machine.
@@ -42,7 +42,7 @@ impl Memory {
 
 /// The files of one version of control groups.
 struct Version {
-    /// Where the hierarchy is mounted.
+    /// Mount point of the hierarchy.
     mount: &'static str,
     /// Limits; beyond each the kernel kills or throttles.
     limits: &'static [&'static str],

@@ -1,8 +1,8 @@
-//! Where a machine is told how to join: typed at the console, on the kernel command line, or on a partition.
+//! Settings for joining a mesh: typed at the console, on the kernel command line, or on a partition.
 //!
 //! All three know the same keys: `head`, `token`, `role`, `backend`, `ssh_key`, `name`, `keymap`. What is typed wins over the command line,
-//! and that over the partition, key by key. A source with a mistake is not used at all, since half of what a person meant can
-//! be worse than nothing; the mistake is told, and the other sources still count.
+//! and that over the partition, key by key. A source with a mistake is ignored as a whole, since half of a
+//! person's settings can be worse than none; the mistake is reported, and the other sources still count.
 
 use std::fmt;
 use std::path::Path;
@@ -22,18 +22,18 @@ pub const TOKEN_FILE: &str = "join-token";
 /// The head's port for workers, where an address names none.
 pub const HEAD_PORT: u16 = 7780;
 
-/// What one source says.
+/// Settings from one source; `None` where it does not contain the key.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Settings {
-    /// The head's address.
+    /// Address of the head.
     pub head: Option<HeadAddress>,
-    /// The join token.
+    /// The secret that admits this machine.
     pub token: Option<Token>,
-    /// What this machine shall be.
+    /// Role of this machine.
     pub role: Option<Role>,
     /// The backend; the inner `None` is `auto`.
     pub backend: Option<Option<Backend>>,
-    /// Who may log in over ssh: one line of an authorized_keys file.
+    /// Public key that may log in over ssh: one line of an authorized_keys file.
     pub ssh_key: Option<String>,
     /// Name of this node.
     pub name: Option<String>,
@@ -41,13 +41,13 @@ pub struct Settings {
     pub keymap: Option<String>,
 }
 
-/// What a machine is in a mesh.
+/// Role of a machine in a mesh.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Role {
-    /// Computes.
+    /// Computes answers.
     #[default]
     Worker,
-    /// Leads workers.
+    /// Manages workers and routes requests.
     Head,
     /// Takes UDP clients in.
     Shim,
@@ -58,7 +58,7 @@ pub enum Role {
 pub struct HeadAddress {
     /// Name or address; IPv6 without brackets.
     pub host: String,
-    /// UDP port.
+    /// UDP port for workers.
     pub port: u16,
 }
 
@@ -66,7 +66,7 @@ pub struct HeadAddress {
 #[derive(Clone, PartialEq, Eq)]
 pub struct Token(String);
 
-/// Where a setting came from.
+/// Origin of a setting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Source {
     /// Typed by a person at this machine.
@@ -92,17 +92,17 @@ pub enum JoinError {
     /// A value that makes no sense. The value of a token is not in it.
     #[error("`{key}`: {reason}")]
     Value {
-        /// The key.
+        /// Name of the key.
         key: String,
-        /// What is wrong and what to write.
+        /// Description of the error and the remedy.
         reason: String,
     },
     /// A file that cannot be used.
     #[error("{file}: {reason}")]
     File {
-        /// Its name on the partition.
+        /// Name of the file on the partition.
         file: &'static str,
-        /// What is wrong.
+        /// Description of the error.
         reason: String,
     },
 }
@@ -235,7 +235,7 @@ impl Settings {
     }
 }
 
-/// Whether the kernel was started with this word, such as `nomodeset`.
+/// True if the kernel command line contains `word`, such as `nomodeset`.
 pub fn command_line_has(text: &str, word: &str) -> bool {
     command_line_words(text).any(|found| found == word)
 }
@@ -353,7 +353,7 @@ impl Token {
         }
     }
 
-    /// The secret itself.
+    /// The token in clear text.
     pub fn secret(&self) -> &str {
         &self.0
     }
@@ -411,7 +411,7 @@ fn file(dir: &Path, name: &'static str) -> Result<Option<String>, JoinError> {
     }
 }
 
-/// Whether the place was free, or held the same.
+/// Fills an empty place. False if the place holds another value.
 fn put<T: PartialEq>(place: &mut Option<T>, value: T) -> bool {
     match place {
         Some(there) => *there == value,

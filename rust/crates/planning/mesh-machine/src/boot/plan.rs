@@ -1,4 +1,4 @@
-//! What this machine shall do, what is missing for it, and how a person can help.
+//! The plan of a booting machine: its role, the missing settings, and help for a person.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -10,11 +10,11 @@ use crate::hardware::Hardware;
 /// Everything that decides what a machine does.
 #[derive(Debug, Clone, Default)]
 pub struct Told {
-    /// What a person has typed, as `key=value` lines.
+    /// Settings typed by a person, as `key=value` lines.
     pub typed: Option<String>,
     /// The kernel's command line.
     pub command_line: String,
-    /// Where the partition is mounted, if there is one.
+    /// Mount point of the partition, if there is one.
     pub partition: Option<PathBuf>,
     /// Folder of the services' state, where it outlives a restart.
     pub state: Option<PathBuf>,
@@ -22,18 +22,18 @@ pub struct Told {
     pub backends: Option<Vec<Backend>>,
 }
 
-/// What a machine shall do.
+/// Role and settings of a booting machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
-    /// What it is.
+    /// Role in the mesh.
     pub role: Role,
-    /// What computes, and why.
+    /// The chosen backend with its reason.
     pub choice: Choice,
     /// The head's address, and who said so.
     pub head: Option<(HeadAddress, Source)>,
     /// The join token, and who gave it.
     pub token: Option<(Token, Source)>,
-    /// Who may log in.
+    /// Public key that may log in over ssh.
     pub ssh_key: Option<String>,
     /// Name of this node.
     pub name: Option<String>,
@@ -43,20 +43,20 @@ pub struct Plan {
     pub models: Vec<PathBuf>,
     /// Model files of the partition, to hold layers of together with other workers.
     pub shards: Vec<PathBuf>,
-    /// Whether the worker has a certificate from an earlier boot, and so needs no token.
+    /// True if the worker has a certificate from an earlier boot, and so needs no token.
     pub joined: bool,
-    /// What is wrong with a source, which then was not used.
+    /// Mistakes in ignored sources.
     pub mistakes: Vec<(Source, JoinError)>,
 }
 
-/// What a role cannot start without, and the remedy.
+/// A missing setting without which a role cannot start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Missing {
-    /// The head's address.
+    /// The head's address is missing.
     Head,
-    /// The join token.
+    /// The join token is missing.
     Token,
-    /// A model.
+    /// The worker has neither models nor shards.
     Model,
 }
 
@@ -122,7 +122,7 @@ impl Plan {
         }
     }
 
-    /// What the role cannot start without.
+    /// The missing settings without which the role cannot start.
     pub fn missing(&self) -> Vec<Missing> {
         let wanted: &[(Missing, bool)] = match self.role {
             Role::Head => &[],
@@ -157,7 +157,8 @@ impl Plan {
                 }
                 let paths =
                     |files: &[PathBuf]| list(files.iter().map(|path| path.display().to_string()));
-                // With shards alone it says that there are none, which the image's own configuration cannot know.
+                // With shards alone the list of models is set to empty, which the image's own configuration
+                // cannot know.
                 if !self.models.is_empty() || !self.shards.is_empty() {
                     set("HYDRAMESH_WORKER__MODELS", paths(&self.models));
                 }
@@ -181,7 +182,7 @@ impl Plan {
     }
 }
 
-/// What a person at the machine reads.
+/// The plan as text for a person at the machine.
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "Role: {}", self.role)?;
@@ -228,7 +229,7 @@ impl fmt::Display for Plan {
     }
 }
 
-/// With the remedy.
+/// The missing setting with its remedy.
 impl fmt::Display for Missing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -1,4 +1,4 @@
-//! The folder where a plan is written, and where the services' units look.
+//! The folder in which a plan is written, and in which the services' units look.
 //!
 //! | file | content |
 //! |---|---|
@@ -27,7 +27,7 @@ pub struct WriteError {
     source: io::Error,
 }
 
-/// Writes `plan` into `dir`, which is made if need be. What an earlier plan left there goes.
+/// Writes `plan` into `dir`, which is created if missing. Files of an earlier plan are removed.
 ///
 /// # Errors
 /// The file that could not be removed or written.

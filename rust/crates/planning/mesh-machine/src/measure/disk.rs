@@ -64,7 +64,7 @@ fn timed(mut file: File) -> Option<f64> {
 const TIME: Duration = Duration::from_millis(250);
 const MOST_BYTES: u64 = 256 << 20;
 const REQUEST: usize = 1 << 20;
-/// What direct reads want; no disk has larger sectors.
+/// Alignment for direct reads; no disk has larger sectors.
 const ALIGNMENT: usize = 4096;
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! How fast this machine runs layers of a real model.
+//! Measures the speed of this machine with layers of a real model.
 //!
 //! A stage of some layers from the model's middle is loaded as a ring would load it, and its steps are timed; then the last
 //! layers with the output matrix. As many layers are taken as together exceed the processor's caches twice, up to
@@ -26,7 +26,7 @@ pub enum MeasureError {
     /// The layers could not be loaded.
     #[error("loading layers to measure them: {0}")]
     Load(#[from] LoadError),
-    /// A step failed.
+    /// A step of the measurement failed.
     #[error("running layers to measure them: {0}")]
     Run(#[from] StageError),
     /// The model file cannot be read.
@@ -40,9 +40,9 @@ pub enum MeasureError {
     Memory {
         /// Bytes of a layer with its embedding or output matrix.
         needs: u64,
-        /// Bytes available.
+        /// Bytes of memory available.
         available: u64,
-        /// Weight format.
+        /// Name of the weight format.
         format: &'static str,
     },
 }
@@ -125,7 +125,7 @@ pub fn measure_layers(
 /// The format to hold a model's layers in, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FormatChoice {
-    /// The format.
+    /// The chosen format.
     pub format: WeightFormat,
     /// The reason in words.
     pub reason: String,
