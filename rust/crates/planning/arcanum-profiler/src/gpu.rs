@@ -43,7 +43,7 @@ pub struct Reported {
     pub vram_free: u64,
 }
 
-/// Whose cards are told apart.
+/// Vendors that are distinguished.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Vendor {

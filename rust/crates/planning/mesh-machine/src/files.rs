@@ -19,7 +19,7 @@ pub enum ReadError {
     /// It is not UTF-8 text, or holds control characters.
     #[error("it is not text; write it with a plain text editor, as UTF-8")]
     NotText,
-    /// The operating system's words.
+    /// An I/O error, as the operating system reports it.
     #[error("it cannot be read: {0}")]
     Io(String),
 }

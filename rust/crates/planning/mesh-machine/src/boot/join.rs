@@ -49,7 +49,7 @@ pub enum Role {
     Worker,
     /// Manages workers and routes requests.
     Head,
-    /// Takes UDP clients in.
+    /// Receives DCF clients over UDP.
     Shim,
 }
 

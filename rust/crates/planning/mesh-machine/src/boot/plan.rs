@@ -7,7 +7,7 @@ use super::choice::{Backend, Choice, Wish, choose};
 use super::join::{HeadAddress, JoinError, Role, Settings, Source, Token, command_line_has};
 use crate::hardware::Hardware;
 
-/// Everything that decides what a machine does.
+/// Input of a plan besides the hardware.
 #[derive(Debug, Clone, Default)]
 pub struct Told {
     /// Settings typed by a person, as `key=value` lines.
