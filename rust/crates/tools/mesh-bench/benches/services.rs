@@ -1,4 +1,5 @@
-//! What real services cost on loopback: a worker's start and its memory, and the time that shim and head add to a task.
+//! Cost of real services on loopback: a worker's start and memory, and the time that shim and head add to a
+//! task.
 //!
 //! The anchor of a round trip is the same task sent straight to the worker; both take turns, task by task. One worker is an echo
 //! on a bare socket (DCF v5.0.0), so that next to nothing but the path is timed. The other is a real one that joined over

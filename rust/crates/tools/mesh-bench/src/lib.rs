@@ -19,7 +19,7 @@ use mesh_model::Model;
 /// The middle value, or the mean of the two in the middle.
 ///
 /// # Panics
-/// If there is none.
+/// If `values` is empty.
 pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -30,7 +30,7 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
-/// What both engines are timed at.
+/// A workload on which both engines are timed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exercise {
     /// So many tokens one by one, from an empty context.
@@ -65,7 +65,7 @@ impl std::fmt::Display for Exercise {
 
 /// Our engine's stage of a whole model.
 pub struct Ours {
-    /// The stage.
+    /// The loaded stage with the whole model.
     pub stage: OrtStage,
     /// Counts tokens, so that each is another one.
     turn: u32,
@@ -282,7 +282,7 @@ pub fn program(name: &str) -> Result<PathBuf> {
 /// Resident memory of this process in bytes.
 ///
 /// # Errors
-/// If the system does not say.
+/// If the system does not report it.
 pub fn resident_bytes() -> Result<u64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let line = status

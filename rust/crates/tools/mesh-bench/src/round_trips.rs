@@ -38,7 +38,7 @@ pub fn round_trips_per_second(
         }
         under_way += batch::send(&socket, tasks[..count].iter().map(|task| (&task[..], None))).sent;
         if !readable(&socket, Duration::from_millis(100)) {
-            // What was lost does not come any more.
+            // Lost datagrams never arrive.
             under_way = 0;
             continue;
         }
@@ -76,17 +76,17 @@ pub fn echo_head(socket: UdpSocket, stop: &AtomicBool) {
 /// A thread with a socket, stopped when dropped.
 #[derive(Debug)]
 pub struct Running {
-    /// Its socket's.
+    /// Address of the socket.
     pub address: SocketAddr,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Running {
-    /// Starts it on a free port of the loopback address.
+    /// Starts the thread with a socket on a free port of the loopback address.
     ///
     /// # Errors
-    /// If there is none.
+    /// If no port is free.
     pub fn start(
         name: &str,
         run: impl FnOnce(UdpSocket, &AtomicBool) + Send + 'static,

@@ -1,4 +1,4 @@
-//! What it costs to run one model over three processes, and what mirroring costs: real services on loopback.
+//! Cost of running one model over three processes, and cost of replication: real services on loopback.
 //!
 //! Three meshes stand side by side and take turns, request by request, while the others idle: one worker with the whole model,
 //! three workers with a third of it each, and the same with three standbys. Every process computes with one thread, and there
@@ -41,7 +41,7 @@ struct Args {
 
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// Tokens per second.
+/// Speeds in tokens per second.
 #[derive(Clone, Copy)]
 struct Speed {
     decode: f64,
