@@ -174,7 +174,7 @@ impl Talk {
     }
 }
 
-/// What was said so far.
+/// The messages so far.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Conversation {
     system: Option<String>,

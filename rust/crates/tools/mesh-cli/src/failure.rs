@@ -1,4 +1,4 @@
-//! What can go wrong, in the words a user sees, and the exit code that a script sees.
+//! Failures in words for users, and exit codes for scripts.
 
 use std::fmt;
 
@@ -21,12 +21,12 @@ pub enum Exit {
     Timeout,
     /// A key is missing, or not good enough.
     Refused,
-    /// Ctrl-C.
+    /// Interrupted by Ctrl-C.
     Interrupted,
 }
 
 impl Exit {
-    /// The number.
+    /// The process's exit code.
     pub fn code(self) -> u8 {
         match self {
             Exit::Failed => 1,
@@ -43,11 +43,11 @@ impl Exit {
 /// Why a command ends without success.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
-    /// The exit code.
+    /// Kind of failure, which decides the exit code.
     pub exit: Exit,
-    /// What happened.
+    /// Description of the failure.
     pub message: String,
-    /// What to do.
+    /// Advice on a remedy.
     pub hint: Option<String>,
 }
 

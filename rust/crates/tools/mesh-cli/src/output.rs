@@ -53,7 +53,7 @@ impl Terminal {
     }
 }
 
-/// Writes text at once: an answer shall be seen while it grows.
+/// Writes text and flushes it, so that an answer is visible while it grows.
 pub(crate) fn print_now(text: &str) {
     let mut out = io::stdout().lock();
     // A reader that went away ends the program as println! would.
@@ -77,7 +77,7 @@ impl WaitLine {
         }
     }
 
-    /// Says what is waited for, in the head's words.
+    /// Shows what the answer waits for, as the head describes it.
     pub(crate) fn show(&mut self, what: &str) {
         if self.person {
             self.shown = true;
@@ -138,7 +138,7 @@ pub(crate) fn duration(value: Duration) -> String {
     }
 }
 
-/// `98.4 MB`.
+/// A size for people, such as `98.4 MB`.
 pub(crate) fn bytes(value: u64) -> String {
     match value {
         0..1_000 => format!("{value} B"),

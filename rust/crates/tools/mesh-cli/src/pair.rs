@@ -37,7 +37,7 @@ use serde::{Deserialize, Serialize};
 /// The token and the port that are handed over.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Gift {
-    /// The join token.
+    /// The join token of the offer.
     pub(crate) token: String,
     /// The head's port for workers; its host is where the offer was found.
     pub(crate) port: u16,
@@ -52,7 +52,7 @@ pub(crate) enum PairError {
     /// Too many wrong codes.
     #[error("{MOST_MISSES} wrong codes were tried, so the offer is over; make another")]
     TooManyMisses,
-    /// Nobody came.
+    /// No machine took the offer in time.
     #[error("nobody took the offer in time; make another")]
     Expired,
     /// No offer, or none that answers.
@@ -67,13 +67,13 @@ pub(crate) enum PairError {
     /// The message is not a valid gift.
     #[error("the offer makes no sense: {0}")]
     Malformed(String),
-    /// The network.
+    /// A network error.
     #[error("{0}")]
     Io(#[from] io::Error),
-    /// TLS.
+    /// A TLS error.
     #[error("TLS: {0}")]
     Tls(#[from] rustls::Error),
-    /// Multicast DNS.
+    /// An error of multicast DNS.
     #[error("multicast DNS: {0}")]
     Mdns(#[from] mdns_sd::Error),
 }

@@ -246,7 +246,7 @@ fn show_comparisons(answer: &Value) -> String {
     shown
 }
 
-/// Whether a drained worker holds and runs nothing.
+/// True if a drained worker holds and runs nothing.
 fn is_empty(worker: &Value) -> bool {
     list(&worker["holds"]).is_empty() && worker["assigned"].as_u64().unwrap_or(0) == 0
 }
@@ -290,7 +290,7 @@ fn escape(text: &str) -> String {
     text.bytes().map(escaped).collect()
 }
 
-/// How often a drain is looked at.
+/// Interval between looks at a drain.
 const LOOK: Duration = Duration::from_millis(500);
 
 #[cfg(test)]

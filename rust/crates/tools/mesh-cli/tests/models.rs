@@ -50,7 +50,7 @@ impl Home {
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
-    /// What a command says that fails.
+    /// Error output of a command that fails.
     fn failure(&self, arguments: &[&str]) -> String {
         let output = self.run(arguments);
         assert_eq!(output.status.code(), Some(1), "{output:?}");
@@ -171,7 +171,7 @@ fn an_altered_manifest_is_named_with_what_to_do_and_listed() {
     let warning = String::from_utf8(table.stderr).unwrap();
     assert!(warning.contains(manifest.to_str().unwrap()), "{warning}");
 
-    // What it says to do helps.
+    // The advice in the message works.
     assert!(home.run(&["rm", "tiny"]).status.success());
     assert_eq!(home.json(&["list"]), json!([]));
 }

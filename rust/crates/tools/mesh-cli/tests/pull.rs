@@ -97,7 +97,7 @@ fn text(output: &Output) -> (String, String) {
 }
 
 const KILLS: u32 = 50;
-/// What the hub sends over each of two connections.
+/// Bytes that the hub sends over each of two connections.
 const PIECE: usize = 8 << 10;
 const PAUSE: Duration = Duration::from_millis(8);
 /// Bytes that a kill may cost.

@@ -30,7 +30,7 @@ pub(super) fn run(
             ),
         );
     }
-    // Who names folders wants to see those.
+    // If folders are named, only those are listed.
     let only_named = !named.is_empty() && store.is_none();
     let dirs = match named.is_empty() {
         true => default_dirs(),
@@ -223,7 +223,7 @@ fn look(path: &std::path::Path, object: &mut Value) -> [String; 3] {
     }
 }
 
-/// `3 h ago`.
+/// Age in words, such as `3 h ago`.
 fn ago(time: SystemTime) -> String {
     let seconds = time.elapsed().map_or(0, |since| since.as_secs());
     match seconds {

@@ -77,7 +77,7 @@ fn dirs(places: &PlacesArgs) -> Vec<PathBuf> {
     }
 }
 
-/// The store's folder.
+/// The named folder of the store, or the default.
 fn store_dir(named: Option<PathBuf>) -> PathBuf {
     named.unwrap_or_else(default_store)
 }
@@ -116,7 +116,7 @@ fn damaged(name: &str, fingerprint: &Digest, error: &StoreError) -> Failure {
     ))
 }
 
-/// What `name` means, with the store in the folder `store` if there is one.
+/// The model that `name` refers to, with the store if there is one.
 fn resolve(
     name: &str,
     dirs: &[PathBuf],
@@ -152,7 +152,7 @@ fn failed(error: impl std::error::Error) -> Failure {
     Failure::failed(error.to_string())
 }
 
-/// Where something is, as text for JSON.
+/// Kind of place as text for JSON.
 fn place(target: &Target) -> &'static str {
     match target {
         Target::Local(_) => "folder",
