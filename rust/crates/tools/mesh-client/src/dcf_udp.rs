@@ -34,13 +34,13 @@ pub struct DcfClient {
 /// The whole answer to one task.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
-    /// The text.
+    /// Text of the whole answer.
     pub text: String,
     /// From the first Task datagram to the first piece of text.
     pub first_text: Duration,
     /// From the first Task datagram to the end.
     pub total: Duration,
-    /// Partials that came.
+    /// Number of received Partials.
     pub partials: u32,
     /// Task datagrams that were sent beyond the first.
     pub repeats: u32,
@@ -242,7 +242,8 @@ impl DcfClient {
 
     async fn send(&self, message: &Message, version: Version) -> Result<(), DcfError> {
         let mut datagram = message.encode_as(version).to_vec();
-        // Who wants to see first that this address is ours answers with no more bytes than came. What is behind a payload is ignored.
+        // A peer that first verifies our address replies with at most as many bytes as it received. Bytes
+        // behind the payload are ignored.
         datagram.resize(datagram.len().max(LEAST_DATAGRAM), 0);
         match self.socket.send(&datagram).await {
             Ok(_) => Ok(()),
@@ -312,20 +313,20 @@ async fn first_to_answer(
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DcfError {
-    /// Nothing there.
+    /// The name does not resolve, or the peer refuses datagrams.
     #[error("cannot reach {address} over UDP: {reason}")]
     Unreachable {
-        /// Where.
+        /// Address or name of the peer.
         address: String,
-        /// The system's words.
+        /// The operating system's error message.
         reason: String,
     },
     /// No answer in time.
     #[error("nothing came from {address} for {waited:?} ({received} bytes of text had come)")]
     Timeout {
-        /// Where.
+        /// Address of the peer.
         address: SocketAddr,
-        /// How long was waited.
+        /// Silence before the client gave up.
         waited: Duration,
         /// Bytes of text that Partials had brought.
         received: usize,
@@ -333,9 +334,9 @@ pub enum DcfError {
     /// The mesh answered with an Error.
     #[error("{code}: {text}")]
     Refused {
-        /// What kind.
+        /// Code of the Error message.
         code: ErrorCode,
-        /// What it says.
+        /// Text of the Error message.
         text: String,
     },
     /// More than a datagram holds.
@@ -350,12 +351,12 @@ pub enum DcfError {
     /// The answer makes no sense.
     #[error("the answer is broken: {0}")]
     Broken(String),
-    /// The socket failed.
+    /// An I/O error of the socket.
     #[error("UDP socket: {0}")]
     Io(#[from] std::io::Error),
 }
 
-/// When to repeat a Task; no socket, no clock.
+/// Timer for repeats of a Task; no socket, no clock.
 struct Patience {
     wait: Duration,
     ends: Instant,
@@ -393,7 +394,7 @@ impl Patience {
     }
 }
 
-/// What has come of one answer; no socket, no clock.
+/// The received part of one answer; no socket, no clock.
 struct Incoming {
     sequence: u32,
     started: Instant,

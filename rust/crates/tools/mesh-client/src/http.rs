@@ -245,24 +245,24 @@ pub enum HttpError {
         "{0} is not an http:// address; a head speaks plain HTTP, TLS is for a proxy before it"
     )]
     BadAddress(String),
-    /// Nothing answers there.
+    /// No server answers at the address.
     #[error("nothing answers at {address}: {reason}")]
     Unreachable {
-        /// The head's address.
+        /// Address of the head.
         address: String,
-        /// The system's words.
+        /// The operating system's error message.
         reason: String,
     },
     /// The head answered with an error.
     #[error("{message}")]
     Api {
-        /// HTTP status.
+        /// HTTP status of the response.
         status: u16,
-        /// OpenAI's `error.type`.
+        /// OpenAI's `error.type` field.
         kind: String,
         /// OpenAI's `error.code`, where there is one.
         code: Option<String>,
-        /// What it says.
+        /// The error message of the response.
         message: String,
     },
     /// The connection or the answer's form broke.

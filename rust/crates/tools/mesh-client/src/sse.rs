@@ -11,7 +11,7 @@ pub struct SseParser {
     line: Vec<u8>,
     data: Vec<u8>,
     after_cr: bool,
-    /// The latest comment.
+    /// Text of the latest comment.
     comment: Option<String>,
 }
 

@@ -1,4 +1,4 @@
-//! What a program that started services does when it is told to end.
+//! Reaction of a program that started services to SIGINT and SIGTERM.
 
 use std::future::Future;
 
