@@ -17,7 +17,7 @@ pub struct Brain {
     stage: OrtStage,
 }
 
-/// What the model answers.
+/// The model's own answer, token by token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RightAnswer {
     /// Id and bytes of each token.

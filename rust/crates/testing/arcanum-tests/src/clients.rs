@@ -14,15 +14,15 @@ use crate::rescore::Transcript;
 /// One question, with all that decides the answer.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Ask {
-    /// The user's message.
+    /// Text of the user's message.
     pub question: String,
     /// Tokens of the answer.
     pub tokens: u32,
     /// Sampled with this seed at temperature 0.8; `None` is greedy.
     pub seed: Option<u64>,
-    /// Ends where the model ends; otherwise the answer has `tokens` tokens whatever the model says.
+    /// Ends where the model ends; otherwise the answer has exactly `tokens` tokens.
     pub may_stop: bool,
-    /// Which model; `None` is the first that the mesh has.
+    /// Name of the model; `None` is the mesh's first model.
     pub model: Option<String>,
 }
 
@@ -55,7 +55,7 @@ impl Ask {
         }
     }
 
-    /// Of this model.
+    /// Asks `model` instead of the mesh's first one.
     #[must_use]
     pub fn of(self, model: &str) -> Self {
         Self {
@@ -121,11 +121,11 @@ impl Ask {
 /// A streamed answer, with the time at which each token came.
 #[derive(Debug, Clone)]
 pub struct Answer {
-    /// What came.
+    /// The received text and tokens.
     pub transcript: Transcript,
-    /// When it was asked for.
+    /// Time of the request.
     pub asked: Instant,
-    /// When each token came.
+    /// Arrival time of each token.
     pub arrivals: Vec<Instant>,
 }
 
@@ -138,8 +138,8 @@ impl Answer {
         }
     }
 
-    /// What every answer must be, whatever is in it: it has an end, and as many tokens as the mesh counts and the client
-    /// asked for.
+    /// Checks the invariants of every answer: it has an end, and as many tokens as the mesh reports and the
+    /// client asked for.
     fn check(&self, ask: &Ask) -> Result<()> {
         let came = self.transcript.tokens.len() as u64;
         ensure!(
@@ -330,7 +330,7 @@ pub fn long_question(number: usize, tokens: usize) -> String {
     text + &question(number)
 }
 
-/// How long answers may take, on a busy machine and with losses.
+/// Longest time for an answer, on a busy machine and with failures.
 pub const ANSWER_LIMIT: Duration = Duration::from_secs(120);
 
 #[cfg(test)]

@@ -68,7 +68,7 @@ impl Seed {
         Self(seed)
     }
 
-    /// This very seed.
+    /// A generator with exactly this seed.
     pub fn new(seed: u64) -> Self {
         Self(seed)
     }

@@ -1,4 +1,4 @@
-//! What a long run found, as a table.
+//! Results of a long run, as a table.
 
 use std::fmt;
 use std::fs;
@@ -16,7 +16,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// An empty one.
+    /// A report without rows or failures.
     pub fn new(title: &str, seed: u64) -> Self {
         Self {
             title: title.to_owned(),
@@ -38,12 +38,12 @@ impl Report {
         self.failures.push(what);
     }
 
-    /// How many runs did not.
+    /// Number of failed runs.
     pub fn failures(&self) -> usize {
         self.failures.len()
     }
 
-    /// Whether anything is not as it should be.
+    /// True if a run failed or a row is bad.
     pub fn failed(&self) -> bool {
         !self.failures.is_empty() || self.rows.iter().any(|(_, _, good)| *good == Some(false))
     }

@@ -23,13 +23,13 @@ pub struct Transcript {
     pub text: String,
     /// The bytes of each token, from its log probability entry.
     pub tokens: Vec<Vec<u8>>,
-    /// `stop` or `length`.
+    /// Reason for the end: `stop` or `length`; `None` before it.
     pub finish: Option<String>,
     /// Tokens of the prompt, as the mesh counts them.
     pub prompt_tokens: Option<u64>,
     /// Tokens of the answer, as the mesh counts them.
     pub completion_tokens: Option<u64>,
-    /// How often it was run again.
+    /// Number of times the mesh reran the request.
     pub reruns: u64,
 }
 

@@ -75,7 +75,7 @@ impl Lie {
             .unwrap_or_default()
     }
 
-    /// Whether answers with this lie are the model's own.
+    /// True if answers with this lie are the model's own.
     pub fn answers_right(self) -> bool {
         use Lie::{Chatter, Context, Dimensions, Memory, Name, Queue, Ring, Slots, Slow, Unasked};
         matches!(
@@ -84,32 +84,32 @@ impl Lie {
         )
     }
 
-    /// Whether it needs a model of its own to lie about nothing else.
+    /// True if the rogue needs a model of its own, so that it lies about nothing else.
     fn needs_model(self) -> bool {
         self.answers_right() || matches!(self, Lie::Sly | Lie::Replay)
     }
 }
 
-/// What a rogue claims to serve.
+/// The model that a rogue claims to serve.
 #[derive(Debug, Clone)]
 pub struct Claim {
     /// Name of the model.
     pub model: String,
-    /// Its fingerprint, so that the rogue counts as a replica.
+    /// Fingerprint of the model, so that the rogue counts as a replica.
     pub fingerprint: String,
-    /// What the model makes.
+    /// Kind of the model: chat or embeddings.
     pub kind: ModelKind,
     /// Length of its vectors, if it makes embeddings.
     pub dimensions: u32,
-    /// Its context.
+    /// Context that it claims, in tokens.
     pub context: u32,
 }
 
 impl Claim {
-    /// The same as the first worker of a mesh that serves `kind`.
+    /// The claim of a mesh's first worker that serves `kind`.
     ///
     /// # Errors
-    /// If there is none.
+    /// If no worker serves a model of that kind.
     pub fn like_others(registry: &Value, kind: ModelKind) -> Result<Self> {
         let wanted = match kind {
             ModelKind::Chat => "chat",
@@ -139,16 +139,16 @@ impl Claim {
 /// Something that reached a rogue.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen {
-    /// When.
+    /// Time of arrival.
     pub at: Instant,
-    /// The request's id.
+    /// Id of the request.
     pub request: String,
     /// The last message, or the prompt.
     pub question: String,
 }
 
 impl Seen {
-    /// Whether the head asks for a proof only, as far as a worker can tell.
+    /// True if the request is the head's probe, as far as a worker can tell.
     pub fn looks_like_a_probe(&self) -> bool {
         self.request.starts_with("probe")
     }
@@ -190,9 +190,9 @@ impl Shared {
 pub enum Event {
     /// The head took it in.
     Welcomed,
-    /// It was asked.
+    /// A request reached it.
     Asked(Seen),
-    /// Its link ended, or it could not make one.
+    /// Its link ended or could not be established, with the reason.
     Ended(String),
 }
 
@@ -493,5 +493,5 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Between two links.
+/// Pause between two links.
 const PAUSE: Duration = Duration::from_secs(1);

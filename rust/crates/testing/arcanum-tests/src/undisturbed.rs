@@ -1,4 +1,4 @@
-//! What answers are when nothing happens: those of one worker that has the whole model.
+//! Answers without failures: those of one worker that has the whole model.
 
 use std::collections::HashMap;
 
@@ -15,7 +15,7 @@ pub struct Undisturbed {
 }
 
 impl Undisturbed {
-    /// Nothing known yet.
+    /// A collection without answers.
     pub fn new() -> Self {
         Self::default()
     }
@@ -76,7 +76,7 @@ impl Undisturbed {
     }
 }
 
-/// The same model under whatever name it is asked for.
+/// The question without the model's name: all names stand for the same model.
 fn plain(ask: &Ask) -> Ask {
     Ask {
         model: None,

@@ -29,7 +29,7 @@ async fn datagrams_that_cannot_be_answered_get_an_error_that_says_why() -> Resul
     let shim = mesh.shim.as_ref().context("a shim")?.address("ingress")?;
     let task = |payload: &[u8]| Datagram::new(TASK, 1, payload).encode();
     let long = "word ".repeat(13_000);
-    // What is sent, and code and words of the Error.
+    // The datagrams sent, with code and text of the expected Error.
     let table: Vec<(&str, Vec<u8>, u8, &str)> = vec![
         ("an empty task", task(b""), 1, "empty"),
         ("bad UTF-8", task(b"abc\xff\xfe"), 1, "not UTF-8"),

@@ -11,7 +11,7 @@ use mesh_testkit::{Launcher, Mesh};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 const SMALL: &str = "threads = 1\nslots = 1\ncontext = 256\n[sampling]\nmax_tokens = 8\n";
-/// In which everybody gets an answer, whatever others do.
+/// Longest time for any answer, during any attack.
 const SOON: Duration = Duration::from_secs(5);
 /// By which a service may grow while it is attacked.
 const GROWTH: u64 = 64 << 20;

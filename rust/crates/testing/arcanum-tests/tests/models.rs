@@ -1,4 +1,4 @@
-//! How a model reaches the mesh once, and each worker gets what it needs.
+//! A model reaches the mesh once, and each worker gets the parts it needs.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -278,7 +278,7 @@ async fn a_worker_serves_what_a_short_name_stands_for_and_says_which_one_was_mea
     mesh.shutdown().await
 }
 
-/// Who gets the model from outside the mesh.
+/// Name of the worker that downloads the model from outside the mesh.
 async fn who_downloads(mesh: &Mesh) -> Result<String> {
     let begun = Instant::now();
     loop {
@@ -445,7 +445,7 @@ async fn a_worker_without_an_address_finds_its_head_on_the_lan() -> Result<()> {
         }
         if begun.elapsed() > Duration::from_secs(20) {
             let log = worker.log_end();
-            // A machine that lets nobody multicast; what else could be wrong would be said otherwise.
+            // A machine without multicast; other errors would have other messages.
             ensure!(log.contains("no address yet"), "{log}");
             println!("no multicast here, nothing was tested");
             return Ok(());

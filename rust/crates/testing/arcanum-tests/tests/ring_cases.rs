@@ -1,4 +1,4 @@
-//! What can happen to a ring besides the loss of one member with a standby.
+//! Failures of a ring besides the loss of one member with a standby.
 
 use std::time::{Duration, Instant};
 

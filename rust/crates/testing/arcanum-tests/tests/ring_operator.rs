@@ -1,4 +1,4 @@
-//! What an operator sees of rings: readiness, `/v1/mesh`, metrics, and the commands.
+//! The operator's view of rings: readiness, `/v1/mesh`, metrics, and the commands.
 
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};

@@ -234,7 +234,8 @@ async fn a_second_signal_ends_a_worker_and_a_head_at_once() -> Result<()> {
     let body = json!({"model": models[0], "prompt": "Once upon a time", "max_tokens": 1_500, "temperature": 0, "ignore_eos": true});
     let mut stream = client.stream(body).await?;
     stream.next().await?.context("a first piece")?;
-    // What ran on the worker waits at the head for another one, so that the head has something to wait for, too.
+    // Work from the worker waits at the head for another one, so that the head has something to wait for,
+    // too.
     let pairs = [
         (&mut mesh.workers[0], Signal::SIGTERM, 128 + 15),
         (&mut mesh.head, Signal::SIGINT, 128 + 2),
@@ -320,7 +321,8 @@ async fn a_head_outlives_its_terminal_and_can_still_log_and_drain() -> Result<()
     let signal = |signal| nix::sys::signal::kill(Pid::from_raw(pid), signal);
     terminal.kill()?;
     terminal.wait()?;
-    // The hangup has come when the terminal is gone; these have lines in the log, which nobody can read any more.
+    // The hangup arrives when the terminal is gone; these signals write log lines, which have no reader any
+    // more.
     for _ in 0..20 {
         tokio::time::sleep(Duration::from_millis(50)).await;
         signal(Signal::SIGUSR1).context("the head has died of the hangup")?;

@@ -1,4 +1,4 @@
-//! What a cluster is made of.
+//! Options of a cluster.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use mesh_testkit::{Mesh, Namespaces, paths};
 
 use super::{Cluster, SHARDS};
 
-/// What a cluster shall be made of.
+/// Builder of a cluster: workers, model, stages and configuration.
 #[derive(Debug)]
 pub struct ClusterBuilder {
     workers: Vec<String>,
@@ -88,7 +88,7 @@ impl ClusterBuilder {
         self
     }
 
-    /// Whether stages get standbys, which they do otherwise.
+    /// Sets if stages get standbys; they do by default.
     #[must_use]
     pub fn standbys(mut self, standbys: bool) -> Self {
         self.standbys = standbys;

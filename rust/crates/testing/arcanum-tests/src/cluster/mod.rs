@@ -37,12 +37,12 @@ use crate::view::RingView;
 /// A running cluster. Dropping it kills all of it.
 #[derive(Debug)]
 pub struct Cluster {
-    /// The mesh below.
+    /// The mesh that the cluster consists of.
     pub mesh: Mesh,
     model: PathBuf,
     threads: usize,
     standbys: bool,
-    /// Whether a worker was started that measures this machine.
+    /// True once a worker was started that measures this machine.
     measures: bool,
     machines: HashMap<String, Machine>,
     slowed: HashMap<String, JoinHandle<()>>,
@@ -115,8 +115,9 @@ impl Cluster {
         Ok(name)
     }
 
-    /// One more machine on the workers' network, for somebody who is no worker: what to put before a command that runs there.
-    /// Nothing where the workers are not in network namespaces: then it runs on this machine.
+    /// Adds a machine to the workers' network that runs no worker. Returns the words to put before a command
+    /// that runs there; they are empty if the workers are not in network namespaces, and the command runs on
+    /// this machine.
     ///
     /// # Errors
     /// If the system refuses.
@@ -137,7 +138,7 @@ impl Cluster {
     /// A worker by its name.
     ///
     /// # Errors
-    /// If there is none.
+    /// If no worker has this name.
     pub fn worker(&mut self, name: &str) -> Result<&mut Service> {
         let mut workers = self.mesh.workers.iter_mut();
         let found = workers.find(|worker| worker.name() == name);
@@ -160,7 +161,7 @@ impl Cluster {
         RingView::all(&self.mesh.registry().await?)
     }
 
-    /// Waits for a ring that serves, with all standbys ready if there shall be standbys, each with all KV rows.
+    /// Waits for a ring that serves. If the cluster has standbys, all must be ready and have all KV rows.
     ///
     /// # Errors
     /// As [`Cluster::wait_for_ring`].
@@ -170,10 +171,11 @@ impl Cluster {
             .await
     }
 
-    /// Waits for a ring that is as `wanted`.
+    /// Waits for a ring for which `wanted` is true.
     ///
     /// # Errors
-    /// If there is none within 90 s; the message holds what `/v1/mesh` shows and the ends of all logs.
+    /// If there is no such ring within 90 s; the message holds what `/v1/mesh` shows and the ends of all
+    /// logs.
     pub async fn wait_for_ring(&mut self, wanted: impl Fn(&RingView) -> bool) -> Result<RingView> {
         let started = Instant::now();
         loop {
@@ -345,8 +347,8 @@ impl Cluster {
         Ok(())
     }
 
-    /// What the first worker of this process found out about this machine: all workers are alike, and measured one after the
-    /// other they would differ by what else runs.
+    /// Measurements of this machine by the first worker of this process. All workers are alike; measured one
+    /// after the other they would differ by other load.
     async fn measured(&self) -> Vec<PathBuf> {
         let started = Instant::now();
         while self.measures && started.elapsed() < MEASURE_LIMIT && measured().is_none() {

@@ -137,7 +137,7 @@ struct Stand {
     _folder: tempfile::TempDir,
 }
 
-/// What was found in a phase.
+/// Results of one phase of the run.
 #[derive(Debug)]
 struct Phase {
     lasted: f64,
@@ -340,7 +340,7 @@ impl Stand {
         for attack in running {
             said.push((attack.source, attack.end().await));
         }
-        // What was asked for last may kill last.
+        // The last request may kill a process only now.
         self.look_for_deaths(begun, &mut deaths);
         let join = match join {
             Some(join) => Some(join.await?),
@@ -377,7 +377,7 @@ impl Stand {
         }
     }
 
-    /// When each attack begins: all at once, but liars one after the other, each early enough to be judged.
+    /// Start time of each attack: all at once, but liars one after the other, each early enough to be judged.
     async fn starts(&self, attacks: &[Source], lasts: Duration) -> Result<Vec<Start>> {
         let liars = attacks
             .iter()
@@ -674,7 +674,7 @@ fn mib(bytes: u64) -> String {
     format!("{} MiB", bytes.div_ceil(1 << 20))
 }
 
-/// When an attack begins.
+/// Start of one attack.
 struct Start {
     at: Duration,
     source: Source,
@@ -742,5 +742,5 @@ impl Polled {
     }
 }
 
-/// How long joining may take.
+/// Longest time to join.
 const JOIN_LIMIT: Duration = Duration::from_secs(5);

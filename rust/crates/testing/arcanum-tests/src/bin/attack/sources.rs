@@ -1,4 +1,4 @@
-//! Where attacks come from: programs that run beside the mesh, at the lowest priority.
+//! Sources of attacks: programs that run beside the mesh, at the lowest priority.
 
 use std::fmt;
 use std::fs::{self, File};
@@ -20,7 +20,7 @@ pub(crate) enum Source {
     Play(Play),
     /// A worker with a token.
     Rogue(Lie),
-    /// `scripts/stranger.py`.
+    /// The attack of this name in `scripts/stranger.py`.
     Stranger(&'static str),
 }
 
@@ -97,7 +97,7 @@ impl fmt::Display for Source {
 pub(crate) struct Machines {
     /// With an API key.
     pub(crate) clients: Vec<String>,
-    /// With addresses only.
+    /// Attackers that know addresses only.
     pub(crate) strangers: Vec<String>,
     /// With a join token.
     pub(crate) rogues: Vec<String>,
@@ -111,10 +111,10 @@ pub(crate) struct Attack {
     words: PathBuf,
 }
 
-/// What an attack said.
+/// Output of an attack.
 #[derive(Debug, Default)]
 pub(crate) struct Said {
-    /// Its counts, or why there are none.
+    /// Its counts, or the reason why there are none.
     pub(crate) summary: String,
     /// All of its words that are JSON.
     pub(crate) lines: Vec<Value>,
@@ -204,7 +204,7 @@ impl Attack {
         self.child.id()
     }
 
-    /// What it said so far, a JSON object a line.
+    /// Its output so far, one JSON object per line.
     pub(crate) fn lines(&self) -> Vec<Value> {
         let words = fs::read_to_string(&self.words).unwrap_or_default();
         let lines = words.lines();

@@ -1,4 +1,4 @@
-//! How long clients wait, and what standbys cost.
+//! Waiting times of clients, and the cost of standbys.
 
 use std::time::{Duration, Instant};
 
@@ -135,7 +135,7 @@ pub(crate) async fn mirror_cost(args: &Args, report: &mut Report) -> Result<()> 
     }
     for pair in 0..args.pairs {
         let ask = Ask::greedy(long_question(pair, 100), 200);
-        // Who goes first changes from pair to pair.
+        // The first in turn alternates from pair to pair.
         for turn in 0..2 {
             let which = (pair + turn) % 2;
             let answer = ask.ask(&clusters[which].client()?).await?;

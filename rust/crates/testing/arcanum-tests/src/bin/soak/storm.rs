@@ -16,7 +16,7 @@ const CLIENTS: usize = 4;
 /// Requests that a ring runs at once.
 const SLOTS: usize = 8;
 const EVERY: Duration = Duration::from_secs(20);
-/// How long a worker hangs, is cut off or slow.
+/// Duration of a hang, a cut or slowness of a worker.
 const LASTS: Duration = Duration::from_secs(8);
 /// More than this is not noise.
 const GROWTH: u64 = 48 << 20;

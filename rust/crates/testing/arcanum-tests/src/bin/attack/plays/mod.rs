@@ -54,7 +54,7 @@ impl Play {
         value.map_or_else(String::new, |value| value.get_name().to_owned())
     }
 
-    /// Whether it comes with an API key, or stands in a trusted network.
+    /// True if the attacker has an API key, or is in a trusted network.
     pub(crate) fn is_client(self) -> bool {
         use Play::{
             ChunkBombs, Forged, Greedy, PoisonDigits, PoisonObjects, SlowReaders, Templates,

@@ -1,4 +1,4 @@
-//! Attacks in datagrams.
+//! Attacks by UDP datagrams.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -105,7 +105,7 @@ async fn pace(begun: Instant, sent: u64) {
     }
 }
 
-/// Heartbeats of DCF v5.0.0, and an answer of its own to whatever task comes.
+/// Heartbeats of DCF v5.0.0, and a forged answer to every task.
 pub(super) async fn forged(targets: Arc<Targets>, tally: Tally) {
     let Ok(socket) = UdpSocket::bind("0.0.0.0:0").await else {
         return tally.count("no socket");
