@@ -38,7 +38,7 @@ use tokio::task::JoinHandle;
 pub use repos::Access;
 use repos::{Content, Repos};
 
-/// Where a fault happens or bytes are counted.
+/// A part of the hub's URL space, for faults and counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Site {
     /// `/api/models/…`; the "file" is the repository's id.
@@ -49,7 +49,7 @@ pub enum Site {
     Store,
 }
 
-/// What one request is answered with instead of what it should be.
+/// A false response to one request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fault {
     /// This status, and this `Retry-After` header.
@@ -60,7 +60,7 @@ pub enum Fault {
     StallAfter(u64),
     /// The byte at this offset of the file is another one.
     WrongByteAt(u64),
-    /// The whole file with status 200, whatever range was asked for.
+    /// The whole file with status 200, in place of the requested range.
     WholeFile,
     /// Another range than was asked for, one byte later.
     WrongRange,
@@ -71,9 +71,9 @@ pub enum Fault {
 /// Requests and bytes of one file at one [`Site`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Count {
-    /// HEAD requests.
+    /// Number of HEAD requests.
     pub heads: u64,
-    /// GET requests.
+    /// Number of GET requests.
     pub gets: u64,
     /// Bytes of bodies handed to the network.
     pub bytes: u64,
@@ -124,7 +124,7 @@ impl TestHub {
         })
     }
 
-    /// What `HF_ENDPOINT` is to be.
+    /// The value for `HF_ENDPOINT`: the hub's base URL.
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.api)
     }
@@ -157,7 +157,7 @@ impl TestHub {
     /// Has a branch or tag of `id` point to a commit.
     ///
     /// # Panics
-    /// If there is no such repository.
+    /// If the repository does not exist.
     pub fn point(&self, id: &str, name: &str, commit: &str) {
         self.state().repos.point(id, name, commit);
     }
@@ -172,10 +172,10 @@ impl TestHub {
         self.state().names_only = names_only;
     }
 
-    /// Who may see `id` and read its files.
+    /// Sets the access to `id` and its files.
     ///
     /// # Panics
-    /// If there is no such repository.
+    /// If the repository does not exist.
     pub fn restrict(&self, id: &str, access: Access) {
         self.state().repos.restrict(id, access);
     }
@@ -209,7 +209,7 @@ impl TestHub {
         self.state().pace = pace;
     }
 
-    /// What was asked for `file` at `site` so far.
+    /// Requests for `file` at `site` so far.
     pub fn count(&self, site: Site, file: &str) -> Count {
         let key = (site, file.to_owned());
         self.state().counts.get(&key).cloned().unwrap_or_default()
@@ -227,12 +227,12 @@ impl TestHub {
         let _ = sent.wait_for(|&sent| sent >= bytes).await;
     }
 
-    /// How many requests brought an `Authorization` header to the store.
+    /// Number of requests that sent an `Authorization` header to the store.
     pub fn leaked_tokens(&self) -> u64 {
         self.state().leaked_tokens
     }
 
-    /// Forgets all counts.
+    /// Resets all counts to 0.
     pub fn reset_counts(&self) {
         let mut state = self.state();
         state.counts.clear();
@@ -253,7 +253,7 @@ impl Drop for TestHub {
     }
 }
 
-/// What the handlers and the test share.
+/// State shared by the handlers and the test.
 #[derive(Debug)]
 struct Shared {
     store: SocketAddr,

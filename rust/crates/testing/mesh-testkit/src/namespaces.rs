@@ -91,7 +91,7 @@ impl Namespaces {
         launcher.wrapped(&wrapper.each_ref().map(String::as_str))
     }
 
-    /// What is put before a command so that it runs on `machine`.
+    /// Words to put before a command so that it runs on `machine`.
     pub fn wrapper(&self, machine: Machine) -> [String; 4] {
         let words = ["ip", "netns", "exec", &self.namespace(machine)];
         words.map(str::to_owned)
@@ -195,7 +195,7 @@ fn remove_left_behind() {
     }
 }
 
-/// A third number of 10.213.N.0/24 that nobody here uses.
+/// An N of 10.213.N.0/24 that no interface of this machine uses.
 fn free_subnet(first: u32) -> Result<u8> {
     let addresses = output(&["-o", "addr", "show"]);
     let used = |subnet: &u8| addresses.contains(&format!("10.213.{subnet}."));
@@ -232,7 +232,7 @@ fn output(arguments: &[&str]) -> String {
         .unwrap_or_default()
 }
 
-/// For cleaning up, where what is gone already is no error.
+/// Runs a command for cleaning up; a missing object is not an error.
 fn quietly(arguments: &[&str]) {
     let _ = Command::new("ip")
         .args(arguments)

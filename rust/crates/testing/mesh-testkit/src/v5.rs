@@ -49,13 +49,13 @@ pub enum Wire {
 /// One message: type u8, sequence u32, timestamp u64, payload length u32, all big-endian, then the payload.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Datagram {
-    /// Its version.
+    /// Version of the wire format.
     pub wire: Wire,
-    /// The type.
+    /// Message type.
     pub kind: u8,
-    /// The sequence.
+    /// Sequence number.
     pub sequence: u32,
-    /// What it carries.
+    /// Payload bytes.
     pub payload: Vec<u8>,
 }
 
@@ -76,7 +76,7 @@ impl Datagram {
         Self { wire, ..self }
     }
 
-    /// Its bytes, with the time of now.
+    /// Encodes the message, with the current time as timestamp.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = match self.wire {
             Wire::V5_0 => vec![self.kind],
@@ -152,7 +152,7 @@ impl V5Client {
     /// A client of the shim or head at `target`.
     ///
     /// # Errors
-    /// If there is no socket to be had.
+    /// If no socket can be opened.
     pub fn new(target: SocketAddr) -> Result<Self> {
         let socket = UdpSocket::bind("127.0.0.1:0").context("a UDP socket")?;
         socket.connect(target)?;
@@ -193,7 +193,7 @@ impl V5Client {
     /// The next datagram, `None` if none comes within `limit`.
     ///
     /// # Errors
-    /// If the socket fails or the datagram is no DCF message.
+    /// If the socket fails or the datagram is not a DCF message.
     pub fn receive(&self, limit: Duration) -> Result<Option<Datagram>> {
         self.socket.set_read_timeout(Some(limit))?;
         let mut buffer = vec![0; LARGEST];
@@ -274,7 +274,7 @@ impl V5Worker {
     /// `None` leaves the task without one.
     ///
     /// # Errors
-    /// If there is no socket to be had.
+    /// If no socket can be opened.
     pub fn start(
         bus: SocketAddr,
         interval: Duration,
@@ -337,7 +337,7 @@ impl V5Worker {
         })
     }
 
-    /// Where it takes tasks.
+    /// Address at which it takes tasks.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
@@ -363,7 +363,7 @@ impl V5Head {
     /// One whose worker bus has a port that the system chose.
     ///
     /// # Errors
-    /// If there is no socket to be had.
+    /// If no socket can be opened.
     pub fn start() -> Result<Self> {
         Ok(Self {
             bus: UdpSocket::bind("127.0.0.1:0").context("a UDP socket")?,
@@ -371,13 +371,13 @@ impl V5Head {
         })
     }
 
-    /// The same head, speaking this version. What comes in the other one it does not hear.
+    /// The same head with another wire version. It ignores messages of the other one.
     #[must_use]
     pub fn speaking(self, wire: Wire) -> Self {
         Self { wire, ..self }
     }
 
-    /// Where workers send heartbeats and results.
+    /// Address for the heartbeats and results of workers.
     ///
     /// # Errors
     /// If the socket fails.

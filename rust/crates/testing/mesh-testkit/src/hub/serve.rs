@@ -224,7 +224,7 @@ async fn large(
     serve(&shared, Site::Store, &path, &file, &method, &headers, fault)
 }
 
-/// What of a repository is asked for: a gated one shows its listing to everybody.
+/// The requested part of a repository: a gated one shows its listing to every client.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Part {
     Listing,
