@@ -97,12 +97,12 @@ impl fmt::Debug for Opened {
 
 /// Loads `layers` of `model` on `backend`.
 ///
-/// A GPU is used only if one layer gives there what it gives on the CPU, and if the whole stage gives finite numbers that do
-/// not depend on how a prompt is cut.
+/// A GPU is used only if one layer gives the same result there as on the CPU, and if the whole stage gives
+/// finite numbers that do not depend on how a prompt is cut.
 ///
 /// # Errors
-/// What [`OrtStage::load`] says; for a backend asked for by name also why it cannot be used. [`Backend::Auto`] logs that
-/// reason as a warning and takes the CPU.
+/// Those of [`OrtStage::load`]; for a backend requested by name also the reason why it cannot be used.
+/// [`Backend::Auto`] logs that reason as a warning and uses the CPU.
 pub fn open(
     model: &Model,
     layers: Range<u32>,
@@ -151,8 +151,8 @@ fn on_device(
     Ok(stage)
 }
 
-/// One layer on the device against the same layer on the CPU. It costs a small part of loading, and it is what a provider that
-/// is not there fails first.
+/// Compares one layer on the device with the same layer on the CPU. This takes a small part of the loading
+/// time and detects a missing provider early.
 fn compare_layer(
     model: &Model,
     layers: &Range<u32>,

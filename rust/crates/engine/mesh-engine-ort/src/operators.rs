@@ -216,7 +216,7 @@ impl StageKernel {
         Ok(())
     }
 
-    /// Fills `step.attended` with what the heads gather, having extended the layer's KV rows.
+    /// Extends the layer's KV rows and fills `step.attended` with the output of the attention heads.
     fn attend(&self, step: &mut Step, x: &[f32], clock: &mut Option<Instant>) -> ort::Result<()> {
         let shared = &*self.shared;
         let layer = &shared.weights.layers[self.layer];

@@ -59,13 +59,13 @@ impl Default for OrtOptions {
 /// Format of the weights in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum WeightFormat {
-    /// As they are stored in the file.
+    /// Unchanged, as stored in the file.
     #[default]
     File,
     /// All matrices as Q8_0: for processors that multiply bytes faster than they unpack nibbles.
     Int8,
-    /// The layers' matrices as Q4_1 where the file has more than 4 bits; embedding and output stay as they are, or become Q8_0
-    /// where they are floats, since they are what a small model can least afford to lose bits of.
+    /// The layers' matrices as Q4_1 where the file has more than 4 bits; embedding and output stay as they
+    /// are, or become Q8_0 where they are floats, since a small model loses most quality there.
     Int4,
 }
 
@@ -120,7 +120,7 @@ fn matrices(model: &Model) -> Option<GgmlType> {
     tensor.map(|tensor| tensor.ty)
 }
 
-/// Why a stage could not be loaded.
+/// Errors of loading a stage.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LoadError {

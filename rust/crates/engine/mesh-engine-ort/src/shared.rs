@@ -21,9 +21,9 @@ pub(crate) struct Shared {
     pub(crate) layers: Range<u32>,
     pub(crate) heads: usize,
     pub(crate) norm_eps: f32,
-    /// Of layers that see all positions.
+    /// Parameters of layers that see all positions.
     global: Attending,
-    /// Of layers that see a window, and for each layer of the stage whether it is one.
+    /// Parameters of layers with a sliding window, and for each layer of the stage whether it has one.
     local: Option<(Attending, Vec<bool>)>,
     pub(crate) embedding_scale: f32,
     pub(crate) activation: Activation,

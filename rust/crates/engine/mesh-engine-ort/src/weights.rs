@@ -1,7 +1,7 @@
 //! The weights of a stage, packed for the kernels.
 //!
-//! Layer by layer, each matrix on all threads: what is held besides the packed weights is one matrix in its new form, or one
-//! layer's where they are kept on disk for the next time.
+//! Packs layer by layer, each matrix on all threads: besides the packed weights, memory holds one matrix in
+//! its new form, or the matrices of one layer if they are cached on disk.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -31,13 +31,13 @@ pub(crate) struct LayerWeights {
     pub(crate) query_norm: Option<Vec<f32>>,
     pub(crate) key_norm: Option<Vec<f32>>,
     pub(crate) attention_output: QMatrix,
-    /// Of what attention gives, before it is added.
+    /// Norm of the attention output, before the residual is added.
     pub(crate) attention_post_norm: Option<Vec<f32>>,
     pub(crate) ffn_norm: Vec<f32>,
     pub(crate) gate: QMatrix,
     pub(crate) up: QMatrix,
     pub(crate) down: QMatrix,
-    /// Of what the feed-forward layer gives, before it is added.
+    /// Norm of the feed-forward output, before the residual is added.
     pub(crate) ffn_post_norm: Option<Vec<f32>>,
 }
 
@@ -139,14 +139,15 @@ struct Loader<'a> {
 /// The matrices that are being loaded together.
 #[derive(Default)]
 struct Group {
-    /// As they were kept.
+    /// The cached file, if there is one.
     kept: Option<Gguf>,
     /// Newly quantised matrices, to be written to the cache.
     fresh: Vec<Quantised>,
 }
 
 impl Loader<'_> {
-    /// Loads what belongs together, with quantised matrices as they were kept; if there are none, they are kept now.
+    /// Loads the tensors of one group, with the quantised matrices from the cache; if the cache lacks them,
+    /// adds them.
     fn group<T>(
         &self,
         name: &str,

@@ -82,7 +82,7 @@ fn a_backend_asked_for_by_name_fails_with_reason_and_remedy() {
         );
         let text = error.to_string();
         assert!(text.contains(provider.name()), "{text}");
-        // Where the library has the provider, it is what the provider needs that is missing.
+        // If the library has the provider, the provider's own requirements are missing.
         let reasons = match provider.is_compiled_in() {
             true => [
                 "was loaded was built without it",

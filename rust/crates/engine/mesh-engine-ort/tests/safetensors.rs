@@ -290,7 +290,7 @@ fn quantised_weights_are_kept_and_used_again() {
         assert_same_bits(&of(Some(&cache)), &without);
         assert_eq!(kept(&cache.folder), files, "nothing is written twice");
 
-        // It is what is in the folder that is used: other whole matrices give other logits.
+        // The stage uses the files of the folder: other valid matrices give other logits.
         let (first, second) = (&files[0].0, &files[1].0);
         assert!(first.ends_with("blk.0.gguf") && second.ends_with("blk.1.gguf"));
         let own = fs::read(first).unwrap();

@@ -54,8 +54,8 @@ pub struct EmbedRequest {
     pub deadline: Option<std::time::Instant>,
 }
 
-/// Cuts `vector` to its first `dimensions` numbers and scales what is left to length 1, as embedding models that were trained for it
-/// want it. A vector without a length stays as it is.
+/// Cuts `vector` to its first `dimensions` numbers and scales the rest to length 1, for embedding models
+/// trained with nested dimensions. A vector of length 0 stays as it is.
 pub fn shorten(vector: &mut Vec<f32>, dimensions: usize) {
     if dimensions >= vector.len() {
         return;

@@ -1,8 +1,9 @@
-//! The thread that works a runner and its scheduler, and the handle by which the rest of a program uses it.
+//! The thread that runs a runner and its scheduler, and the handle through which the rest of a program uses
+//! it.
 //!
 //! Nothing here depends on an async runtime: an [`EngineHandle`] never blocks, and a [`RequestStream`] is a plain
-//! [`Stream`]. A request ends in exactly one last event, whatever happens to the engine: if its thread is gone, the
-//! stream says so.
+//! [`Stream`]. Every request ends in exactly one last event: if the engine's thread is gone, the stream
+//! reports an error.
 
 mod worker;
 
@@ -45,7 +46,7 @@ pub struct RequestStream {
     ended: bool,
 }
 
-/// Why an engine cannot be started.
+/// Errors of starting an engine.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
@@ -147,8 +148,8 @@ impl EngineHandle {
         self.shared.load()
     }
 
-    /// Time since the engine last completed a step while it had something to do; zero while it has nothing to
-    /// do. A step that hangs shows here, whatever the rest of the process does.
+    /// Time since the engine last completed a step while it had work; zero while it is idle. A hanging step
+    /// shows here even if the rest of the process runs.
     pub fn quiet(&self) -> Duration {
         self.shared.quiet(Instant::now())
     }
@@ -167,7 +168,7 @@ impl EngineHandle {
         }
     }
 
-    /// Why the engine's thread is gone, if it is.
+    /// The error that ended the engine's thread; `None` while it runs.
     pub fn death(&self) -> Option<RequestError> {
         self.shared.death()
     }
@@ -197,7 +198,8 @@ impl Waker {
         let _ = self.0.tell(Command::Wake);
     }
 
-    /// Polls the runner here and now if nobody else is at it and nothing else waits, else [`wake`](Self::wake)s the thread.
+    /// Polls the runner in the calling thread if it is free and no command waits, else [`wake`](Self::wake)s
+    /// the engine's thread.
     ///
     /// Handing a step of a few milliseconds to another thread costs a noticeable share of it. The caller is kept for as long as
     /// the step takes.

@@ -182,7 +182,7 @@ pub struct Done {
     pub text: String,
 }
 
-/// Why an answer ended.
+/// Reason for the end of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Finish {
     /// A token that ends answers, or a stop text.
@@ -202,7 +202,7 @@ pub struct TokenScore {
     pub max_logprob: f32,
 }
 
-/// Why a request gets no answer.
+/// Errors that end a request without an answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RequestError {

@@ -7,7 +7,7 @@ use crate::request::RequestError;
 use crate::scheduler::{SlotOp, Step};
 use crate::{Stage, StageError, StageInfo, StageInput, StageOutput};
 
-/// Runs steps. Lives on the engine's thread; what it waits for wakes the thread through a [`Waker`](crate::Waker).
+/// Runs steps, on the engine's thread. Arriving results wake the thread through a [`Waker`](crate::Waker).
 pub trait Runner: Send {
     /// Shape and limits of the whole model.
     fn info(&self) -> &StageInfo;

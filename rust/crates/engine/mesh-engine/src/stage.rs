@@ -142,7 +142,7 @@ pub trait Stage: Send {
     fn kv_import(&mut self, slot: SlotId, position: u32, bytes: &[u8]) -> Result<(), StageError>;
 }
 
-/// Why a stage refused or failed a call. After any of them the stage can be used on; the KV of the slots named in the
+/// Errors of a stage's calls. The stage remains usable after any of them; the KV of the slots named in the
 /// call is as before it, except after [`StageError::Backend`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

@@ -17,7 +17,7 @@ pub(crate) const VOCAB: usize = 48;
 
 pub(crate) struct HashStage {
     info: StageInfo,
-    /// For each slot, the hash of the tokens up to each row.
+    /// Hash of the tokens up to each row, by slot.
     slots: Vec<Vec<u64>>,
     logits: Vec<f32>,
     /// Fails or panics in this call of `forward`, counted from 0.

@@ -43,7 +43,7 @@ impl TextPipeline {
         self.filter(&text)
     }
 
-    /// Ends the answer: what was held back is now certain.
+    /// Ends the answer: held-back text is now certain.
     pub fn finish(&mut self) {
         let text = self.characters.finish();
         if !self.filter(&text) {

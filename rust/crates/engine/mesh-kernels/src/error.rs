@@ -1,4 +1,4 @@
-//! Why a kernel refused its arguments.
+//! Errors of invalid arguments to kernels.
 
 /// A matrix, a cache or an operator was asked for something its shapes do not allow. Nothing was computed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

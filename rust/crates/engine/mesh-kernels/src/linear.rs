@@ -56,7 +56,7 @@ pub struct FeedForward<'a> {
     pub gate: Gate<'a>,
     /// The second half: its inputs are the first half's outputs.
     pub down: &'a QMatrix,
-    /// Of the result, before it is added (Gemma).
+    /// Norm of the result, before it is added (Gemma).
     pub post_norm: Option<RmsNorm<'a>>,
 }
 
@@ -79,7 +79,7 @@ pub enum Residual<'a> {
     /// None: the output is overwritten.
     #[default]
     None,
-    /// The product is added to what the output holds.
+    /// The product is added to the current content of the output.
     InPlace,
     /// These rows, `[rows, n]`, plus the product are written to the output.
     Rows(&'a [f32]),

@@ -11,7 +11,7 @@ use crate::{KernelError, Pool, WeightType, pack};
 
 /// A matrix of `n` outputs by `k` inputs, packed for [`linear`](crate::linear) (layout.rs says how).
 ///
-/// It may be several matrices of equal `k` under each other ([`QMatrix::concat`]), of different types if need be.
+/// It may be several matrices of equal `k` under each other ([`QMatrix::concat`]), also of different types.
 #[derive(Debug)]
 pub struct QMatrix {
     n: usize,
@@ -130,7 +130,7 @@ impl QMatrix {
     /// Puts matrices of equal `k` under each other: QKV as one product.
     ///
     /// # Errors
-    /// When there is none, or their numbers of inputs differ.
+    /// When there are no matrices, or their numbers of inputs differ.
     pub fn concat(matrices: impl IntoIterator<Item = QMatrix>) -> Result<QMatrix, KernelError> {
         let mut matrices = matrices.into_iter();
         let mut all = matrices.next().ok_or(KernelError::Dimension {

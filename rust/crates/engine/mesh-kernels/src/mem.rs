@@ -112,7 +112,8 @@ fn advise_huge(start: NonNull<u8>, layout: Layout) {
     let _ = (start, layout);
 }
 
-/// Gives memory back to the system when it is dropped: all that the process freed before and its allocator still holds.
+/// Returns memory to the system when dropped: all memory that the process freed before and its allocator
+/// still holds.
 ///
 /// The weights of a stage are hundreds of buffers that lie among others in the allocator's heaps. glibc keeps their pages when
 /// they are freed, for as long as the process runs, and other processes of a small machine never see them again. Where it
@@ -169,7 +170,7 @@ pub(crate) struct Region {
     buffer: Buffer,
 }
 
-// SAFETY: the region owns its memory; who writes through its pointers holds its owner exclusively.
+// SAFETY: the region owns its memory; writers through its pointers hold its owner exclusively.
 unsafe impl Send for Region {}
 // SAFETY: as above.
 unsafe impl Sync for Region {}

@@ -176,8 +176,8 @@ impl Pool {
     }
 }
 
-/// Runs `work` with a pool of its own whose threads stand behind all others of this machine for the processor (nice 5, on Linux):
-/// work that nobody waits for as long as others are answered, such as packing a model's weights.
+/// Runs `work` with a pool of its own at a low processor priority (nice 5, on Linux), for work that is less
+/// urgent than answers, such as packing a model's weights.
 ///
 /// # Panics
 /// As `work` does.
@@ -193,7 +193,7 @@ pub fn in_background<T: Send>(threads: usize, work: impl Fn(&Pool) -> T + Sync) 
         match lowered.map(std::thread::ScopedJoinHandle::join) {
             Ok(Ok(result)) => result,
             Ok(Err(panic)) => resume_unwind(panic),
-            // No thread is to be had: it is done at this one's priority.
+            // Without another thread the work runs at this one's priority.
             Err(_) => work(&Pool::new(threads)),
         }
     })
@@ -208,7 +208,7 @@ fn give_way() {
     };
 }
 
-/// As nice(2) has it.
+/// Niceness, as nice(2) defines it.
 #[cfg(target_os = "linux")]
 const BACKGROUND: libc::c_int = 5;
 

@@ -60,7 +60,7 @@ impl Book {
         Ok(())
     }
 
-    /// Notes rows that were written at `position`; what was behind it is gone.
+    /// Notes rows written at `position`; the rows behind them are gone.
     pub(crate) fn write(
         &mut self,
         slot: SlotId,

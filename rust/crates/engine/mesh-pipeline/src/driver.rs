@@ -30,7 +30,7 @@ pub enum DriverEvent {
         /// Rows travel as f16.
         half_rows: bool,
     },
-    /// A member says what it holds.
+    /// The rows that a member holds.
     Held {
         /// Index of the member's stage.
         stage: u32,
@@ -39,7 +39,7 @@ pub enum DriverEvent {
     },
     /// Rows from the last stage but one.
     Rows(RingStep),
-    /// A step failed at a member, or ended there as it should.
+    /// A step failed at a member, or ended at a member before the last stage, as a replay does.
     Outcome {
         /// Index of the member's stage.
         stage: u32,
@@ -79,9 +79,9 @@ pub enum DriverOut {
         /// Rows to send again.
         resend: RingResend,
     },
-    /// For the last stage but one.
+    /// Acknowledged rows, for the last stage but one.
     Previous(RingMirrored),
-    /// For the standby of the last stage.
+    /// Replicated rows, for the standby of the last stage.
     Standby(RingMirror),
     /// Measurements of the last stage, after a step.
     Gauges(DriverGauges),
@@ -91,7 +91,7 @@ pub enum DriverOut {
         stage: u32,
         /// Time since the member was last heard.
         silence: Duration,
-        /// It answers, but what is passed on to it, or by it, does not arrive.
+        /// The member answers, but data passed on to it, or by it, does not arrive.
         link: bool,
     },
     /// A member that was suspected has been heard again.
@@ -156,7 +156,7 @@ pub struct RingRunner {
 
 #[derive(Debug)]
 enum Phase {
-    /// Waits for what the members hold; the last entry is the driver's own.
+    /// Waits for the members' reports of their rows; the last entry is the driver's own.
     Joining(Vec<Option<Held>>),
     /// Waits until all replays have ended.
     Replaying(Replaying),
@@ -231,7 +231,7 @@ impl RingRunner {
         }
     }
 
-    /// For the failures of tests.
+    /// State of the driver, for messages of failing tests.
     #[cfg(test)]
     pub(crate) fn describe(&self) -> String {
         let phase = match &self.phase {
@@ -497,10 +497,10 @@ impl RingRunner {
         Some(common)
     }
 
-    /// Looks after what is due: pings, and who does not answer them.
+    /// Sends due pings and checks for members that do not answer.
     fn watch(&mut self, now: Instant) {
         let since = match &self.phase {
-            // Loading may take its time; who is not there is the head's affair.
+            // Loading may take long; the head handles members that are missing.
             Phase::Joining(_) => None,
             Phase::Replaying(_) => self.pulse.due_since().or(Some(now)),
             Phase::Running => self.under_way.front().map(|under_way| under_way.begun),
@@ -526,7 +526,7 @@ impl RingRunner {
         }
     }
 
-    /// Hands on what the part has to say.
+    /// Passes on the part's messages.
     fn flush(&mut self) {
         if std::mem::take(&mut self.pump_due) {
             self.part.pump(&mut self.outs);

@@ -23,7 +23,7 @@ struct KeptSlot {
 }
 
 impl Kept {
-    /// For rows of `width` numbers, at most about `limit` numbers altogether.
+    /// An empty buffer for rows of `width` numbers, at most about `limit` numbers altogether.
     pub(crate) fn new(slots: u32, width: usize, limit: usize) -> Self {
         Kept {
             width: width.max(1),
@@ -134,7 +134,7 @@ impl KeptSlot {
         }
     }
 
-    /// Frees what a long prompt took, once its rows are gone.
+    /// Frees the memory of a long prompt once its rows are gone.
     fn give_back(&mut self, width: usize) {
         if self.rows.capacity() > 4 * self.rows.len().max(SPARE_ROWS * width) {
             self.rows.shrink_to(2 * self.rows.len());

@@ -1,4 +1,5 @@
-//! One model over several machines: the stages of a ring, their standbys, and how an answer outlives any of them.
+//! One model over several machines: the stages of a ring, their standbys, and recovery from the loss of any
+//! of them.
 //!
 //! A *ring* runs one model in stages, each a contiguous range of layers on one worker. The worker of the last stage is its
 //! *driver*. A step goes from the driver to stage 0 as tokens, from stage to stage as hidden rows, and comes back to the
@@ -38,7 +39,7 @@ pub use part::{Out, Part};
 
 use mesh_engine::{SlotId, StageError};
 
-/// Why a step cannot be computed, or a standby cannot take in what it is sent.
+/// Errors of computing a step, or of a standby taking in mirrored rows.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum StepError {

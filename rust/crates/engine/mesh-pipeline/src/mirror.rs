@@ -34,7 +34,7 @@ struct MirroredSlot {
 struct Unanswered {
     count: u64,
     slot: SlotId,
-    /// One past the last row, as long as those rows are still what the slot holds.
+    /// One past the last row, while the slot still holds those rows.
     end: u32,
     bytes: usize,
 }
@@ -104,7 +104,7 @@ impl Mirror {
                 let sent = self.slots.get(from as usize)?.sent;
                 self.cut(to, 0);
                 if sent < len {
-                    // What comes at position 0 cuts off what the standby has there.
+                    // Rows at position 0 replace the standby's content.
                     return None;
                 }
                 self.slots.get_mut(to as usize)?.sent = len;

@@ -17,7 +17,7 @@ pub enum Out {
     Next(RingStep),
     /// The outcome of a step, for the driver.
     Driver(RingOutcome),
-    /// For the stage before.
+    /// Acknowledged rows, for the stage before.
     Previous(RingMirrored),
     /// Replicated rows, for the standby.
     Standby(RingMirror),
@@ -128,7 +128,7 @@ impl Part {
         self.mirror = None;
     }
 
-    /// The standby has taken in what it was sent up to `count`.
+    /// The standby has taken in the messages up to `count`.
     pub fn mirrored(&mut self, count: u64, out: &mut Vec<Out>) {
         let Some(mirror) = &mut self.mirror else {
             return;
@@ -215,8 +215,8 @@ impl Part {
         }
     }
 
-    /// As a standby: takes in what the member mirrors. An error means that the two have lost step; the member must begin
-    /// again with what [`held`](Self::held) says.
+    /// As a standby: takes in mirrored rows of the member. An error means that the two have diverged; the
+    /// member must begin again from [`held`](Self::held).
     pub fn take_mirrored(&mut self, mirror: &RingMirror) -> Result<RingMirrored, StepError> {
         if let Some(op) = &mirror.slot_op {
             let op = wire::read_slot_op(op);
@@ -255,7 +255,8 @@ impl Part {
         })
     }
 
-    /// As the last stage: computes a step whose rows have come all the way; the logits that `segments` ask for.
+    /// As the last stage: computes a step whose rows have come all the way, and the logits that `segments`
+    /// select.
     ///
     /// The logits are left in `logits`, whose memory is used again.
     pub(crate) fn finish_step(
@@ -286,7 +287,7 @@ impl Part {
         result
     }
 
-    /// Sends the standby what it lacks, as far as there is room on the way.
+    /// Sends the standby the rows it lacks, within the limit of unanswered bytes.
     pub(crate) fn pump(&mut self, out: &mut Vec<Out>) {
         let Some(mirror) = &mut self.mirror else {
             return;

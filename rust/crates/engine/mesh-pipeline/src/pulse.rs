@@ -70,7 +70,7 @@ pub(crate) struct Suspicion {
     pub(crate) stage: u32,
     /// Time since the member was last heard.
     pub(crate) silence: Duration,
-    /// It answers, but what was passed on to it does not arrive.
+    /// The member answers, but data passed on to it does not arrive.
     pub(crate) link: bool,
 }
 
@@ -95,7 +95,7 @@ impl Pulse {
         }
     }
 
-    /// A new epoch with `members` members; what is known of the pace stays.
+    /// Begins an epoch with `members` members; measured times are kept.
     pub(crate) fn begin_epoch(&mut self, members: u32) {
         *self = Pulse {
             slowest: self.slowest,

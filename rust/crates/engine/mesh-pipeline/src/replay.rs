@@ -33,7 +33,7 @@ pub(crate) struct Replay {
 }
 
 impl Held {
-    /// From what a member says. Slots beyond `slots` are of no interest.
+    /// Reads a member's report. Slots beyond `slots` are ignored.
     pub(crate) fn read(slots: u32, held: RingHeld) -> Self {
         let mut read = vec![HeldRows::default(); slots as usize];
         for slot in held.slots {
@@ -54,7 +54,7 @@ impl Held {
             .map_or(&[], |rows| rows.tokens.as_slice())
     }
 
-    /// Takes in what a replay has brought about.
+    /// Notes the result of a replay.
     pub(crate) fn set(&mut self, slot: SlotId, tokens: &[u32]) {
         if let Some(rows) = self.slots.get_mut(slot as usize) {
             rows.tokens = tokens.to_vec();
@@ -75,8 +75,8 @@ impl Held {
     }
 }
 
-/// The tokens that a slot should hold: what the driver planned or, if the driver is new, what the foremost stage has, which
-/// is the newest.
+/// The tokens that a slot should hold: the driver's plan or, if the driver is new, the content of the
+/// foremost stage, which is the newest.
 pub(crate) fn reference<'a>(planned: &'a Book, held: &'a [Held], slot: SlotId) -> &'a [u32] {
     if !planned.is_empty() {
         return planned.tokens(slot);
@@ -133,7 +133,7 @@ fn plan_slot(planned: &Book, held: &[Held], slot: SlotId) -> Option<Replay> {
         .filter(|stage| !lags(stage))
         .map(|stage| lens[stage])
         .min()?;
-    // From the nearest stage above that still has what it sent; the stages between compute those rows again.
+    // From the nearest stage above that still keeps its outputs; the stages between compute those rows again.
     let mut from = lens[first..=until].iter().copied().min()?;
     let mut source = None;
     for stage in (0..first).rev() {

@@ -67,7 +67,7 @@ pub(super) struct Plan<'a> {
 }
 
 impl Plan<'_> {
-    /// Refuses what the operators cannot express.
+    /// Fails if the operators cannot express the model.
     pub(super) fn check(&self) -> Result<(), LoadError> {
         let config = self.config;
         for (what, width) in [
@@ -223,7 +223,7 @@ impl Graph<'_> {
         self.added(&x, projected, &post_norm)
     }
 
-    /// The residual with what a half layer gives, normed before where the network has it.
+    /// Adds the output of a half layer to the residual, after a norm where the network has one.
     fn added(&mut self, x: &str, y: String, post_norm: &str) -> Result<String, LoadError> {
         let mut y = self.widen(y);
         if self.plan.config.post_norms {

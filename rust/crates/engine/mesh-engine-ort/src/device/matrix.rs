@@ -209,7 +209,7 @@ fn offset(ty: WeightType) -> u8 {
 }
 
 struct Scale {
-    /// Of each half of the stretch.
+    /// Scales of both halves of the stretch.
     scale: [f32; 2],
     /// m′.
     minimum: f32,

@@ -42,7 +42,7 @@ struct Shared {
     info: EncoderInfo,
     next_key: AtomicU64,
     load: Mutex<Load>,
-    /// Time at which a batch last came back, or the first request came; `None` while there is nothing to do.
+    /// Time at which a batch last came back, or the first request came; `None` while the engine is idle.
     advanced: Mutex<Option<Instant>>,
     death: Mutex<Option<RequestError>>,
 }
@@ -153,7 +153,7 @@ impl EmbedHandle {
         }
     }
 
-    /// Why the engine's thread is gone, if it is.
+    /// The error that ended the engine's thread; `None` while it runs.
     pub fn death(&self) -> Option<RequestError> {
         lock(&self.shared.death).clone()
     }
@@ -250,7 +250,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Takes in all commands; waits for one if there is nothing to compute. Returns `false` when the engine is to stop.
+    /// Takes in all commands; waits for one if no sequence waits. Returns `false` when the engine is to stop.
     fn take_commands(&mut self) -> bool {
         // A request that is known and not finished still has waiting sequences, since batches are computed at
         // once.

@@ -1,7 +1,8 @@
 //! Decides which sequences share a batch.
 //!
-//! Sequences lie side by side without padding, so they need not be sorted by length: a batch is whatever fits its rows. Requests take
-//! turns, one sequence each, so that a request of a thousand texts does not make one of a single text wait for all of them.
+//! Sequences lie side by side without padding, so they need not be sorted by length: a batch takes as many as
+//! fit its rows. Requests take turns, one sequence each, so that a request of a thousand texts does not delay
+//! a request of one.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};

@@ -1,7 +1,7 @@
 //! The loop of an engine's thread: take commands, plan steps, run them, deliver their events.
 //!
-//! Whoever holds the [`Worker`] does that. Usually it is the thread; a caller that has just received what a runner waits for may
-//! do it itself ([`Shared::work_here`]), which saves waking one thread and being woken by it.
+//! The holder of the [`Worker`] runs the loop. Usually it is the thread; a caller that has just received a
+//! result for the runner may run it itself ([`Shared::work_here`]), which saves two thread switches.
 
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
@@ -33,7 +33,7 @@ pub(super) struct Shared {
 /// The last report of the thread on itself and on its requests.
 #[derive(Default)]
 struct Pulse {
-    /// Time at which a step last came back, or the first request came; `None` while there is nothing to do.
+    /// Time at which a step last came back, or the first request came; `None` while the engine is idle.
     advanced: Option<Instant>,
     /// The states of its requests.
     statuses: HashMap<RequestKey, RequestStatus>,
@@ -77,7 +77,7 @@ impl Shared {
         }
     }
 
-    /// Gives the engine what it works with. Called once, before anything else.
+    /// Gives the engine its runner and scheduler. Called once, before anything else.
     pub(super) fn start(&self, info: StageInfo, runner: Box<dyn Runner>, scheduler: Scheduler) {
         let _ = self.info.set(info);
         *lock(&self.load) = scheduler.load();
@@ -130,7 +130,8 @@ impl Shared {
         true
     }
 
-    /// Does what there is to do in the calling thread; `false` if somebody else is at it, or commands wait for the thread.
+    /// Runs the loop in the calling thread; `false` if another thread runs it, or commands wait for the
+    /// engine's thread.
     pub(super) fn work_here(&self) -> bool {
         let queue = lock(&self.queue);
         if queue.closed || !queue.commands.is_empty() {
@@ -181,8 +182,8 @@ impl Shared {
         }
     }
 
-    /// Works until there is nothing to do at once. If that ends the engine, every stream ends, because its sender is dropped
-    /// here, and the reason is known before that.
+    /// Works until no work is possible at once. If that ends the engine, every stream ends, because its
+    /// sender is dropped here, after the reason was noted.
     fn turn(&self, worker: &mut Option<Worker>) {
         let Some(working) = worker else {
             return;
@@ -224,7 +225,8 @@ struct Worker {
 }
 
 impl Worker {
-    /// Works until there is nothing to do at once; then says when to look again. Returns what ended the engine.
+    /// Works until no work is possible at once; then sets the time of the next poll. Returns the error that
+    /// ended the engine.
     fn turn(&mut self, shared: &Shared) -> Option<RequestError> {
         loop {
             let commands = std::mem::take(&mut lock(&shared.queue).commands);
@@ -232,12 +234,12 @@ impl Worker {
             for command in commands {
                 news |= matches!(command, Command::Submit(..));
                 if !self.obey(command) {
-                    // A runner that has ended says why better than who drops the engine after it.
+                    // A runner's own error is more precise than the one for a dropped engine.
                     return Some(self.poll().err().unwrap_or_else(|| dead(STOPPED)));
                 }
             }
             if !self.scheduler.is_idle() {
-                // Seen by those who ask while the step below is computed.
+                // Visible to readers while the step below is computed.
                 lock(&shared.pulse)
                     .advanced
                     .get_or_insert_with(Instant::now);
@@ -357,7 +359,7 @@ impl Worker {
 }
 
 impl Worker {
-    /// Notes where all requests are; now and then, because nobody asks more often, or `at_once`.
+    /// Notes the status of all requests, at intervals or `at_once`.
     fn note_statuses(&self, shared: &Shared, at_once: bool) {
         let now = Instant::now();
         let mut pulse = lock(&shared.pulse);

@@ -14,9 +14,9 @@ use crate::{LogitRows, Vocabulary};
 pub(super) struct Job {
     pub(super) key: RequestKey,
     pub(super) id: String,
-    /// Prompt and answer so far: what the KV cache has to hold to go on.
+    /// Prompt and answer so far: the tokens that the KV cache must hold to continue.
     pub(super) tokens: Vec<u32>,
-    /// Whose cached rows it may use.
+    /// Cached rows that it may use.
     pub(super) salt: Salt,
     /// KV rows that it may need at most.
     limit: u64,

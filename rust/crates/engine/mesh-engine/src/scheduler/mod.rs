@@ -85,7 +85,7 @@ pub struct Step {
     pub tokens: Vec<u32>,
     /// Slots of all requests in progress, in this step or not.
     pub busy: Vec<SlotId>,
-    /// Whose segment each is.
+    /// The request of each segment.
     owners: Vec<Owner>,
     decode_rows: u32,
     planned: Option<Instant>,
@@ -200,7 +200,7 @@ pub struct Scheduler {
     slots: Slots,
     /// Oldest first; preempted ones are older than all others.
     queue: VecDeque<Job>,
-    /// Oldest first; all of them are older than what is queued.
+    /// Oldest first; all of them are older than the queued ones.
     running: Vec<Running>,
     lengths: AnswerLengths,
     /// Changes to slots that the next step begins with.
@@ -297,7 +297,7 @@ impl Scheduler {
         self.queue.is_empty() && self.running.is_empty()
     }
 
-    /// Plans the next step into `step`; returns `false` if there is nothing to compute.
+    /// Plans the next step into `step`; returns `false` if no row can be computed.
     ///
     /// Each planned step ends with [`complete`](Self::complete) or [`fail`](Self::fail), in the order of planning, unless
     /// [`resume`](Self::resume) makes it void. At most [`SchedulerConfig::steps_under_way`] should be under way at once.
@@ -359,8 +359,8 @@ impl Scheduler {
         }
     }
 
-    /// Takes in that every step under way is void and what the slots hold: for each slot the tokens whose KV rows are there.
-    /// Requests go on behind the rows that agree with theirs; what they had been answered stays answered.
+    /// Applies a recovery: every step under way is void, and each slot holds KV rows for the tokens in
+    /// `held`. Requests continue behind the rows that match theirs; tokens already sent remain valid.
     pub fn resume(&mut self, held: &[Vec<u32>]) {
         self.slot_ops.clear();
         for slot in 0..self.slots.count() as SlotId {
@@ -655,7 +655,7 @@ impl Scheduler {
         self.totals.decode_rows += u64::from(step.decode_rows);
         self.totals.prefill_rows += u64::from(prefill_rows);
         if let Some(planned) = step.planned {
-            // While several are under way, a step costs what it adds to those before it.
+            // While several steps are under way, a step costs only the time after the one before it.
             let begun = self.completed.map_or(planned, |at| at.max(planned));
             let elapsed = now.saturating_duration_since(begun);
             self.speeds.record(step.decode_rows, prefill_rows, elapsed);

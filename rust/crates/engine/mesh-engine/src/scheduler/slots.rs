@@ -21,11 +21,12 @@ struct Slot {
     released: u64,
 }
 
-/// Whose cached rows a request may use.
+/// Decides which cached rows a request may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Salt {
     pub(super) value: u64,
-    /// It goes on with an answer that was begun elsewhere: rows of unknown owners, mirrored from a lost stage, may be its own.
+    /// It continues an answer that began elsewhere: rows of unknown owners, mirrored from a lost stage, may
+    /// be its own.
     pub(super) goes_on: bool,
 }
 
@@ -138,8 +139,8 @@ impl Slots {
         self.slots[slot as usize].cached.extend_from_slice(tokens);
     }
 
-    /// Takes in what the slot holds in truth; returns how many rows of it are of use. A busy slot keeps what agrees with its
-    /// request, at most `settled` rows, an idle one all of it.
+    /// Applies the true content of the slot; returns the number of useful rows. A busy slot keeps the rows
+    /// that match its request, at most `settled`, an idle one all of them.
     pub(super) fn resume(&mut self, slot: SlotId, held: &[u32], settled: u32) -> u32 {
         let slot = &mut self.slots[slot as usize];
         match slot.owner {

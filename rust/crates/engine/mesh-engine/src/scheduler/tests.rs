@@ -518,7 +518,7 @@ fn when_memory_runs_out_the_youngest_gives_way_and_goes_on_where_it_was() {
     assert_eq!(sim.done(3).cached_tokens, 0);
     let totals = sim.scheduler.load().totals;
     assert!((1..8).contains(&totals.preempted), "{totals:?}");
-    // Of its rows those were left that nobody else needed.
+    // Some of its rows remained, since no other request needed them.
     assert!(totals.reused_tokens > 0, "{totals:?}");
 }
 
@@ -788,8 +788,8 @@ proptest! {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
-    /// Neither does a preemption, with several steps under way. What is in progress is always older than what waits, so
-    /// nobody starves.
+    /// Neither does a preemption, with several steps under way. Running requests are always older than
+    /// waiting ones, so no request starves.
     #[test]
     fn preemption_never_changes_an_answer_and_starves_nobody(
         arrivals in prop::collection::vec(long_arrival(), 1..12),

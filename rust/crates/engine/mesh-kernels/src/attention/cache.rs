@@ -248,7 +248,7 @@ impl KvCache {
         self.shape.format.bytes()
     }
 
-    /// The keys of a head. The pointer may be written through only by who has the cache exclusively.
+    /// The keys of a head. Writing through the pointer needs exclusive access to the cache.
     pub(super) fn keys<E>(&self, slot: usize, layer: usize, head: usize) -> *mut E {
         self.element(slot, (layer * 2 * self.shape.kv_heads + head) * self.head)
     }

@@ -330,7 +330,7 @@ unsafe fn gather<S: Simd, E: Element, const N: usize, const W: usize>(
     }
 }
 
-/// Adds the next chunk's result to what the chunks before it gave.
+/// Merges the next chunk's result into that of the chunks before it.
 #[inline(always)]
 pub(super) fn merge<S: Simd>(
     s: S,

@@ -248,7 +248,7 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// `E` is what the cache holds.
+    /// `E` is the element type of the cache.
     fn go<E: Element>(&self, qkv: &[f32], out: &mut [f32]) {
         let isa = self.pool.isa();
         let chunk = if self.rows < TASK_ROWS {

@@ -147,7 +147,7 @@ fn a_replay_goes_no_further_than_the_stage_that_needs_it() {
         finish(&mut world);
         check(&world);
         assert_eq!(world.members()[1 - victim], other);
-        // Its own 120, and what is computed again together with the next step.
+        // Its own 120, and the rows computed again together with the next step.
         let rows = world.rows(other);
         assert!(
             (119..160).contains(&rows),
