@@ -35,11 +35,11 @@ pub struct Gpu {
 /// A GPU in the words of its driver.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Reported {
-    /// As the driver calls it.
+    /// Name of the card as the driver reports it.
     pub name: String,
     /// Total memory of the card, bytes.
     pub vram_total: u64,
-    /// Of which free, bytes.
+    /// Free memory of the card, bytes.
     pub vram_free: u64,
 }
 
@@ -131,7 +131,7 @@ impl fmt::Display for Gpu {
     }
 }
 
-/// As the wire and JSON write it.
+/// The name in JSON and on the wire.
 impl fmt::Display for Vendor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

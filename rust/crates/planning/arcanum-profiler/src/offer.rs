@@ -9,8 +9,8 @@ use mesh_proto::{NodeProfile, ShardOffer};
 use crate::place::{Candidate, ModelSpec, PathSpec, PlanError, check_model, known};
 
 impl Candidate {
-    /// The node `id`, which people know as `name`, with what it offers for one model. `memory` is all that it may use; a
-    /// caller subtracts what other rings hold there.
+    /// The node `id`, displayed as `name`, with its offer for one model. `memory` is all that it may use; a
+    /// caller subtracts the bytes of other rings there.
     pub fn from_offer(id: &str, name: &str, profile: &NodeProfile, offer: &ShardOffer) -> Self {
         let paths: BTreeMap<String, PathSpec> = profile
             .paths

@@ -30,7 +30,7 @@ pub struct Profile {
     pub paths: Vec<MeasuredPath>,
     /// Layers of models that were measured.
     pub speeds: Vec<LayerSpeed>,
-    /// Why measurements that were kept are not used, if any were there.
+    /// Reason why kept measurements are not used, if there were any.
     pub remeasured: Option<String>,
 }
 

@@ -7,7 +7,7 @@ use std::path::Path;
 /// No file that is meant for this crate is larger.
 pub const LIMIT: u64 = 64 * 1024;
 
-/// Why a file could not be used.
+/// Errors of reading a small text file.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ReadError {
     /// The file does not exist.

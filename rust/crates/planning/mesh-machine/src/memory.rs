@@ -51,7 +51,7 @@ struct Version {
     reclaimable: &'static [&'static str],
 }
 
-/// Limit and what is left of it, for every limited control group from the process's own to the root. In a
+/// Limit and remaining bytes of every limited control group, from the process's own to the root. In a
 /// container the own path may be the host's and lead nowhere; the container's group is the root there.
 fn group_limits(root: &Path) -> Vec<(u64, u64)> {
     let groups = kernel_text(&root.join("proc/self/cgroup")).unwrap_or_default();
@@ -75,7 +75,7 @@ fn group_limits(root: &Path) -> Vec<(u64, u64)> {
 }
 
 impl Version {
-    /// Limit of the group in `folder`, and what is left of it. Cached files count as left, as they do in
+    /// Limit and remaining bytes of the group in `folder`. Cached files count as remaining, as they do in
     /// `MemAvailable`: reading a model fills a group up to its limit, and costs the next allocation nothing.
     fn limit(&self, folder: &Path) -> Option<(u64, u64)> {
         let number = |file| kernel_text(&folder.join(file))?.trim().parse::<u64>().ok();

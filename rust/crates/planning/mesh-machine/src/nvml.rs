@@ -6,7 +6,7 @@ use nvml_wrapper::{Device, Nvml};
 
 use crate::hardware::shown;
 
-/// Fills in what the driver reports of the cards among `gpus`, and adds those that the PCI bus does not show
+/// Adds the driver's reports to the cards in `gpus`, and adds cards that the PCI bus does not show
 /// (as under WSL).
 pub(crate) fn report(gpus: &mut Vec<Gpu>) {
     let found = LIBRARIES

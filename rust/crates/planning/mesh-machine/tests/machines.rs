@@ -1,4 +1,4 @@
-//! Made-up machines, from their sysfs to what they do.
+//! Made-up machines, from their sysfs to their plans.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;

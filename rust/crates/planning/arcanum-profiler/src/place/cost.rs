@@ -29,7 +29,7 @@ pub(super) struct Node {
 pub(super) struct Hop {
     /// From sending to having it all.
     pub(super) us: f64,
-    /// Of which the link is busy.
+    /// Part of that time during which the link is busy, microseconds.
     pub(super) busy_us: f64,
 }
 

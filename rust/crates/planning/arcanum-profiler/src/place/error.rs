@@ -10,7 +10,7 @@ pub enum PlanError {
     /// No node offers the model.
     #[error("no node offers layers of this model: name it in `shards` of a worker's configuration")]
     Empty,
-    /// The model's description makes no sense.
+    /// A number of the model's description is out of range.
     #[error("the model's {field} is {value}, but must be {least} to {most}")]
     Model {
         /// Name of the number.
@@ -94,7 +94,7 @@ pub enum PlanError {
 }
 
 impl PlanError {
-    /// Why the search on `mesh` found nothing.
+    /// The error for a search on `mesh` without a result.
     pub(super) fn of(
         model: &ModelSpec,
         mesh: &Mesh<'_>,
@@ -137,7 +137,7 @@ impl PlanError {
     }
 }
 
-/// The reasons in words, counted.
+/// The reasons as text, counted.
 fn reasons(left_out: &[LeftOut]) -> String {
     let count =
         |which: fn(&Reason) -> bool| left_out.iter().filter(|one| which(&one.reason)).count();

@@ -63,7 +63,7 @@ use search::{Demand, Layout, Search};
 /// The best plan for `model` on `candidates`. Does not depend on their order.
 ///
 /// # Errors
-/// [`PlanError`] names what is missing.
+/// [`PlanError`] names the problem and a remedy.
 pub fn place(
     model: &ModelSpec,
     candidates: &[Candidate],
@@ -164,7 +164,7 @@ fn most_kv(search: &Search<'_>, demand: Demand, least: Layout, wanted: u64) -> (
     }
     let mut best = (least, demand);
     let (mut low, mut high) = (demand.kv_tokens, wanted);
-    // The rest of what the layout can hold is added afterwards, so that a coarse search will do.
+    // The remaining memory of the layout is added afterwards, so that a coarse search will do.
     while high - low > 1 && high - low > low / 64 {
         let middle = low + (high - low) / 2;
         match at(middle) {

@@ -17,7 +17,7 @@ pub(super) struct Demand {
     pub(super) must: Option<usize>,
 }
 
-/// Nodes in order, how many layers each has, and what the objective makes of it, microseconds.
+/// Nodes in order, their numbers of layers, and the cost by the objective, microseconds.
 #[derive(Debug, Clone)]
 pub(super) struct Layout {
     pub(super) order: Vec<usize>,
@@ -27,7 +27,7 @@ pub(super) struct Layout {
     token_us: f64,
 }
 
-/// A mesh with what is worked out once for it.
+/// A mesh with values computed once for the search.
 pub(super) struct Search<'a> {
     mesh: &'a Mesh<'a>,
     /// Cheapest paths, and those with the least busy worst link; where the search is exact.

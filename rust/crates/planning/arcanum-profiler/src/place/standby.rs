@@ -1,4 +1,4 @@
-//! Standbys: who holds a stage's layers beside its member, and who takes over one that was lost.
+//! Standbys: the choice of a standby for a stage, and of a replacement for a lost member.
 
 use std::collections::BTreeMap;
 
@@ -44,7 +44,7 @@ pub(super) fn choose(
             layers: planned.layers.len() as u32,
         })
         .collect();
-    // The largest first: what is hard to find room for decides early.
+    // The largest first: they are the hardest to place.
     needs.sort_by_key(|need| (std::cmp::Reverse(need.bytes), need.stage));
     let mut search = Search {
         needs: &needs,

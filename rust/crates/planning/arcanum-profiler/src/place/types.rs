@@ -22,7 +22,7 @@ pub struct ModelSpec {
     pub kv_bytes: u64,
 }
 
-/// A node that may hold layers, with what was measured of it. Numbers that make no sense count as unknown.
+/// A node that may hold layers, with its measurements. Impossible numbers count as unknown.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Candidate {
     /// Id of the node in the mesh.
@@ -144,7 +144,7 @@ pub struct LeftOut {
     pub reason: Reason,
 }
 
-/// Why a node runs no stage.
+/// Reason why a node runs no stage.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "kind")]
 pub enum Reason {
@@ -153,7 +153,7 @@ pub enum Reason {
         /// The purposes it is reserved for.
         purposes: Vec<String>,
     },
-    /// It did not say how fast it is with this model.
+    /// It did not report its speed with this model.
     UnknownSpeed,
     /// Not even one layer fits.
     TooLittleMemory {

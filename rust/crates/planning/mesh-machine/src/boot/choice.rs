@@ -58,7 +58,7 @@ impl Wish {
     /// Reads `auto`, `cpu`, `nvidia` or `rocm`.
     ///
     /// # Errors
-    /// What can be written instead.
+    /// A message that lists the valid words.
     pub fn parse_backend(text: &str) -> Result<Option<Backend>, String> {
         if text == AUTO {
             return Ok(None);
@@ -78,12 +78,12 @@ impl FromStr for Backend {
     }
 }
 
-/// A backend, why, and what it leaves unused.
+/// The chosen backend, the reason, and the cards that it leaves unused.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Choice {
     /// The chosen backend.
     pub backend: Backend,
-    /// Why, in a sentence.
+    /// Reason for the choice, as a sentence.
     pub reason: String,
     /// Cards that are not used.
     pub left_out: Vec<LeftOut>,

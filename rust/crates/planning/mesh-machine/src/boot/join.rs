@@ -62,7 +62,7 @@ pub struct HeadAddress {
     pub port: u16,
 }
 
-/// A secret: shown nowhere but in the file that it is written to.
+/// A secret, shown only in the file that it is written to.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Token(String);
 
@@ -89,7 +89,7 @@ pub enum JoinError {
     /// A key without a value.
     #[error("`{0}` has no value; write {0}=VALUE")]
     NoValue(String),
-    /// A value that makes no sense. The value of a token is not in it.
+    /// An invalid value. The value of a token is not in the message.
     #[error("`{key}`: {reason}")]
     Value {
         /// Name of the key.
@@ -108,10 +108,10 @@ pub enum JoinError {
 }
 
 impl Settings {
-    /// Takes one setting in.
+    /// Sets one key.
     ///
     /// # Errors
-    /// [`JoinError`] where the key does not exist, was there already with another value, or the value makes no sense.
+    /// [`JoinError`] if the key is unknown, was set to another value before, or the value is invalid.
     pub fn set(&mut self, key: &str, value: &str) -> Result<(), JoinError> {
         let invalid = |reason: String| JoinError::Value {
             key: key.to_owned(),
@@ -158,7 +158,7 @@ impl Settings {
         Ok(settings)
     }
 
-    /// Reads what the kernel was started with; keys of others do not count.
+    /// Reads the settings on the kernel command line; other words are ignored.
     ///
     /// # Errors
     /// As [`Settings::set`].
@@ -179,10 +179,11 @@ impl Settings {
         Ok(settings)
     }
 
-    /// Reads `hydramesh.toml` and `join-token` of a mounted partition; without both, there are no settings.
+    /// Reads `hydramesh.toml` and `join-token` of a mounted partition. If neither exists, the settings are
+    /// empty.
     ///
     /// # Errors
-    /// [`JoinError`] naming the file and, without its content, what is wrong.
+    /// [`JoinError`] with the file and the error, without the file's content.
     pub fn from_partition(dir: &Path) -> Result<Self, JoinError> {
         let mut settings = match file(dir, SETTINGS_FILE)? {
             Some(text) => Self::from_toml(&text)?,
@@ -215,7 +216,7 @@ impl Settings {
             let start = error.span().map_or(0, |span| span.start);
             let line = text.bytes().take(start).filter(|&b| b == b'\n').count() + 1;
             let message = error.message().lines().next().unwrap_or("no TOML");
-            // A parser that quotes what it found must not show a secret.
+            // The TOML parser quotes its input, so the quote is cut off: it may be a secret.
             let message = message.split(['`', '"']).next().unwrap_or("no TOML");
             wrong(format!("line {line}: {}", message.trim_end()))
         })?;
@@ -265,7 +266,7 @@ impl HeadAddress {
     /// `host`, `host:port`, `[2001:db8::1]:port`.
     ///
     /// # Errors
-    /// What to write.
+    /// A message that shows the expected form.
     pub fn parse(text: &str) -> Result<Self, String> {
         let wrong =
             || "write the head's address as HOST:7780, such as 192.168.1.10:7780".to_owned();
@@ -334,7 +335,7 @@ impl Token {
     /// The form is checked; whether the head knows it turns out when the worker joins.
     ///
     /// # Errors
-    /// What a token looks like; never the text itself.
+    /// A message with the form of a token; never the text itself.
     pub fn parse(text: &str) -> Result<Self, String> {
         let body = text.trim().strip_prefix("hydra1.");
         let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_');

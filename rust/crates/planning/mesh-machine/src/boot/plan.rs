@@ -29,9 +29,9 @@ pub struct Plan {
     pub role: Role,
     /// The chosen backend with its reason.
     pub choice: Choice,
-    /// The head's address, and who said so.
+    /// The head's address and its origin.
     pub head: Option<(HeadAddress, Source)>,
-    /// The join token, and who gave it.
+    /// The join token and its origin.
     pub token: Option<(Token, Source)>,
     /// Public key that may log in over ssh.
     pub ssh_key: Option<String>,
@@ -61,7 +61,7 @@ pub enum Missing {
 }
 
 impl Plan {
-    /// Puts together what was found and what was told.
+    /// Combines the hardware and the settings of all sources.
     pub fn new(hardware: &Hardware, told: &Told) -> Self {
         let mut mistakes = Vec::new();
         let mut read = |source, settings: Result<Settings, JoinError>| {
@@ -295,7 +295,7 @@ impl Backend {
     }
 }
 
-/// The worker's certificate below the state folder; it is there when the worker has joined.
+/// The worker's certificate below the state folder; it exists once the worker has joined.
 const CERTIFICATE: &str = "worker/node.crt";
 /// Folder of the partition with models to serve whole.
 const MODELS: &str = "models";

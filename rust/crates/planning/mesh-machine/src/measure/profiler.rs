@@ -18,7 +18,7 @@ use crate::memory::Memory;
 use crate::nvml;
 use crate::processor::{last_level_cache, load};
 
-/// A machine's profile, and what is needed to measure more for it.
+/// A machine's profile, and the inputs for further measurements.
 #[derive(Debug)]
 pub struct Profiler {
     /// All that is known so far.
@@ -175,7 +175,7 @@ impl Profiler {
     }
 }
 
-/// Memory for this program: a tenth of what is available stays free for the rest of the system.
+/// Memory for this program: a tenth of the available memory stays free for the rest of the system.
 fn usable(available: u64, limit: Option<u64>) -> u64 {
     (available - available / 10).min(limit.unwrap_or(u64::MAX))
 }
