@@ -133,7 +133,7 @@ fn shim(mesh: &Mesh) -> Result<SocketAddr> {
     mesh.shim.as_ref().context("a shim")?.address("ingress")
 }
 
-/// Asks both ways in turn, directly and through shim and head, and prints what the longer way adds.
+/// Asks both ways in turn, directly and through shim and head, and prints the time that the longer way adds.
 async fn compare(
     what: &str,
     ways: [V5Client; 2],

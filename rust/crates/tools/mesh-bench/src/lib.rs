@@ -177,7 +177,7 @@ impl Ours {
     }
 }
 
-/// llama.cpp with a model loaded (anchor/llama_anchor.c says what it can be told).
+/// llama.cpp with a model loaded (anchor/llama_anchor.c documents its commands).
 pub struct Anchor {
     child: Child,
     commands: ChildStdin,

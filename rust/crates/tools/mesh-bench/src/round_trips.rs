@@ -1,4 +1,4 @@
-//! Datagrams there and back, as many as it goes: what a relay between a client and a head does.
+//! Datagrams there and back, as fast as possible: the load of a relay between a client and a head.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsFd;

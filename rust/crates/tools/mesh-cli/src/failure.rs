@@ -6,16 +6,16 @@ use dcf::ErrorCode;
 use mesh_client::dcf_udp::DcfError;
 use mesh_client::http::HttpError;
 
-/// Meaning of the exit codes. 0 is success; 2 is also what the argument parser uses.
+/// Exit codes of the command. 0 is success; 2 is also the argument parser's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
-    /// It did not work, for a reason that none of the others names.
+    /// A failure without an exit code of its own.
     Failed,
     /// The arguments make no sense.
     Usage,
     /// The mesh cannot be reached.
     Unreachable,
-    /// No worker is there, all are busy, or none has the model.
+    /// No worker is present, all are busy, or none has the model.
     NoWorker,
     /// No answer in time.
     Timeout,
@@ -40,7 +40,7 @@ impl Exit {
     }
 }
 
-/// Why a command ends without success.
+/// The failure of a command: an exit code and a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
     /// Kind of failure, which decides the exit code.

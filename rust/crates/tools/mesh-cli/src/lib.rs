@@ -30,7 +30,7 @@ use args::{Args, Command};
 use failure::Failure;
 use output::Terminal;
 
-/// Does what the arguments ask for.
+/// Runs the command in `args`.
 ///
 /// # Errors
 /// The [`Failure`] to be shown, with its exit code.

@@ -1,4 +1,4 @@
-//! `hydramesh nodes`: who belongs to the mesh, who is expelled.
+//! `hydramesh nodes`: the members of the mesh and the expelled nodes.
 
 use mesh_base::clock;
 use serde_json::{Value, json};

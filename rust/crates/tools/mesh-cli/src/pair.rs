@@ -1,7 +1,8 @@
 //! `hydramesh token offer` and `hydramesh token fetch`: a join token handed over the LAN against a short code that a person reads
 //! on one screen and types at the other.
 //!
-//! The offer is found by multicast DNS (`_hydramesh-offer._tcp`) and taken over TLS 1.3 with a certificate that nobody can check.
+//! The offer is found by multicast DNS (`_hydramesh-offer._tcp`) and taken over TLS 1.3 with an unverified
+//! certificate.
 //! The code takes the certificate's place: both sides derive a key from it and from the TLS session's exporter (RFC 8446, section
 //! 7.5) by PBKDF2, the taker proves first that it has the key, then the offerer. Somebody in the middle has two sessions with
 //! two exporters, and so no use for what one side proves to the other. To guess the code from a proof, it would have to try some
@@ -88,7 +89,7 @@ impl Code {
         Self(random::bytes().map(|byte| ALPHABET[usize::from(byte) % ALPHABET.len()]))
     }
 
-    /// Reads what a person typed: case, dashes and spaces do not matter.
+    /// Reads a typed code: case, dashes and spaces do not matter.
     pub(crate) fn parse(text: &str) -> Result<Self, PairError> {
         let typed: Vec<u8> = text
             .bytes()
@@ -153,7 +154,7 @@ impl Drop for Announced {
 
 /// Waits until a machine that has the code has taken `gift`, and returns that machine.
 ///
-/// Each conversation has its own thread, so that a silent connection holds up nobody else.
+/// Each conversation has its own thread, so that a silent connection delays no other.
 pub(crate) fn offer(
     listener: &TcpListener,
     code: &Code,
@@ -318,7 +319,7 @@ pub(crate) fn fetch_any(
     Err(reason)
 }
 
-/// Takes what is offered at `address`.
+/// Takes the offer at `address`.
 fn fetch(address: SocketAddr, code: &Code) -> Result<Gift, PairError> {
     let stream = TcpStream::connect_timeout(&address, CONNECT)?;
     let name = ServerName::IpAddress(address.ip().into());

@@ -279,7 +279,7 @@ fn text(value: &Value) -> String {
     }
 }
 
-/// For a query: everything but letters, digits and a few marks as `%XX`.
+/// Escapes a query value: everything but letters, digits and a few marks as `%XX`.
 fn escape(text: &str) -> String {
     let escaped = |byte: u8| match byte {
         b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {

@@ -108,7 +108,7 @@ fn absent(registry: &Value) -> String {
     }
 }
 
-/// Models that workers give each other: who has them, and who is waiting for what.
+/// Models that workers share: their holders, and the workers that wait for them.
 fn models(registry: &Value) -> String {
     let models = registry["models"].as_array().map(Vec::as_slice);
     let models = models.unwrap_or_default();

@@ -94,7 +94,7 @@ fn a_store_that_is_missing_is_an_empty_one_to_who_only_looks() {
     assert_eq!(home.json(&["verify", "tiny"])["name"], "tiny-q4");
     assert_eq!(home.json(&["list"])[0]["name"], "tiny-q4");
     assert!(!home.path("store").exists());
-    // Perhaps it is what was mistyped.
+    // Perhaps the path of the store was mistyped.
     let error = home.failure(&["show", "other"]);
     let store = home.path("store");
     let hint = format!("There is no store at {}", store.display());

@@ -289,7 +289,7 @@ async fn failures_have_exit_codes_and_say_what_to_do() {
 async fn ctrl_c_keeps_what_has_arrived() {
     let rig = Rig::new().await;
     rig.hub.publish(ID, &files());
-    // Slowly: what the hub has sent is what has arrived, then, but for little.
+    // Slowly, so that almost all sent bytes have arrived.
     rig.hub.pace(Some((16 << 10, Duration::from_millis(20))));
     let child = rig.command(&[ID]).spawn().unwrap();
     rig.hub.wait_for_bytes(2_000_000).await;

@@ -47,11 +47,11 @@ pub struct Answer {
 }
 
 impl DcfClient {
-    /// A socket toward `target` (`host:port`). Where the name has several addresses, all are asked whether somebody is there,
-    /// and the first that answers is used.
+    /// A socket toward `target` (`host:port`). If the name has several addresses, all are probed, and the
+    /// first that answers is used.
     ///
     /// # Errors
-    /// If the name does not resolve or no socket can be had.
+    /// If the name does not resolve or no socket can be opened.
     pub async fn connect(target: &str) -> Result<Self, DcfError> {
         let unreachable = |reason: String| DcfError::Unreachable {
             address: target.to_owned(),
@@ -124,7 +124,7 @@ impl DcfClient {
             .await
     }
 
-    /// As [`DcfClient::ask`]; `on_wait` hears what the task waits for, in the head's words.
+    /// As [`DcfClient::ask`]; `on_wait` receives the reason why the task waits, in the head's words.
     ///
     /// # Errors
     /// See [`DcfError`].
@@ -200,7 +200,7 @@ impl DcfClient {
             let first_word = self.version.is_none();
             self.version.get_or_insert(spoken);
             if first_word && spoken != version && task.payload.len() <= spoken.max_payload() {
-                // It could not read what was sent so far.
+                // It could not read the messages sent so far.
                 version = spoken;
                 self.send(&task, version).await?;
             }
@@ -309,7 +309,7 @@ async fn first_to_answer(
     (!sockets.is_empty()).then(|| sockets.swap_remove(0))
 }
 
-/// Why a task over DCF/UDP has no answer.
+/// Errors of a task over DCF/UDP.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DcfError {
@@ -348,7 +348,7 @@ pub enum DcfError {
         /// Bytes of the task.
         len: usize,
     },
-    /// The answer makes no sense.
+    /// The answer violates the protocol.
     #[error("the answer is broken: {0}")]
     Broken(String),
     /// An I/O error of the socket.
@@ -411,7 +411,7 @@ enum Step {
     Nothing,
     /// The mesh works on it.
     Progress,
-    /// The mesh has it, and says what it waits for.
+    /// The mesh has the task; the reason why it waits.
     Waits(String),
     /// A part of the finished answer.
     Piece,
@@ -514,7 +514,7 @@ impl Incoming {
                 return;
             }
             let piece = entry.remove();
-            // A repeat, or one that overlaps what is there: only what is new counts.
+            // A repeat, or one that overlaps the text so far: only the new part counts.
             if let Some(new) = piece.get(self.text.len() - offset..)
                 && !new.is_empty()
             {
@@ -561,7 +561,7 @@ fn plain(text: &str) -> String {
     text.take(LONGEST_WAIT).collect()
 }
 
-/// Characters of what a task waits for.
+/// Most characters of the reason why a task waits.
 const LONGEST_WAIT: usize = 120;
 
 /// First wait before a Task is repeated; it doubles up to [`LONGEST_REPEAT`].

@@ -153,7 +153,7 @@ impl HttpClient {
 pub enum Heard {
     /// A piece of the answer.
     Piece(Box<AnswerPiece>),
-    /// Nothing yet: what the request waits for, in the head's words.
+    /// No text yet: the reason why the request waits, in the head's words.
     Waits(String),
 }
 
@@ -171,7 +171,7 @@ pub struct AnswerStream {
 pub struct AnswerPiece {
     /// New text; may be empty.
     pub text: String,
-    /// Why the answer ended: `stop`, `length`.
+    /// Reason for the end: `stop` or `length`.
     pub finish_reason: Option<String>,
     /// Token counts, in the last piece.
     pub usage: Option<Value>,
@@ -196,7 +196,7 @@ impl AnswerStream {
         }
     }
 
-    /// The next piece, or what the answer waits for; `None` at the end.
+    /// The next piece, or the reason why the answer waits; `None` at the end.
     ///
     /// # Errors
     /// As [`AnswerStream::next`].
@@ -236,7 +236,7 @@ impl AnswerStream {
     }
 }
 
-/// Why a request over HTTP failed.
+/// Errors of a request over HTTP.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HttpError {

@@ -193,7 +193,7 @@ impl Mesh {
         self.head.http()
     }
 
-    /// A client that may do what the administrator may.
+    /// A client with the head's admin key.
     ///
     /// # Errors
     /// If the head's key cannot be read.

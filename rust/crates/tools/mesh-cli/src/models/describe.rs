@@ -111,7 +111,7 @@ pub(super) fn verdict(verdict: Verdict) -> String {
     }
 }
 
-/// Layers of which every byte is there, such as `0-11, 24-29`; none where the manifest knows no layers.
+/// Complete layers, such as `0-11, 24-29`; none if the manifest lists no layers.
 pub(super) fn whole_layers(
     store: &Store,
     fingerprint: &mesh_store::Digest,

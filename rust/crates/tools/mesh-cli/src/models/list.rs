@@ -162,7 +162,7 @@ fn in_store(store: &Store, model: &StoredModel) -> Line {
     }
 }
 
-/// A model of which it cannot be said what it consists of.
+/// A model whose content cannot be determined.
 fn unusable(model: &DamagedModel) -> Line {
     let reason = model.error.to_string();
     let unknown = || "?".to_owned();
@@ -192,8 +192,7 @@ fn unusable(model: &DamagedModel) -> Line {
     }
 }
 
-/// Weights, context and architecture. A file that cannot be opened is listed with its reason: that it lies there is what was
-/// asked.
+/// Weights, context and architecture. A file that cannot be opened is listed with the error.
 fn look(path: &std::path::Path, object: &mut Value) -> [String; 3] {
     match facts(path) {
         Ok(facts) => {

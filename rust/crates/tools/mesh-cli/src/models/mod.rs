@@ -108,7 +108,7 @@ fn manifest(store: &Store, name: &str, fingerprint: &Digest) -> Result<SignedMan
     }
 }
 
-/// The failure for a model whose manifest or signatures are not what they were.
+/// The failure for a model whose manifest or signatures have changed or are unreadable.
 fn damaged(name: &str, fingerprint: &Digest, error: &StoreError) -> Failure {
     let short = fingerprint.short();
     Failure::failed(format!("model {name} ({short}): {error}")).hint(format!(
@@ -130,7 +130,7 @@ fn resolve(
     places.resolve(name).map_err(|error| {
         let failure = failed(&error);
         match (error, store, named) {
-            // Perhaps the store's name is what is mistyped.
+            // Perhaps the name of the store is mistyped.
             (NameError::NotFound { .. }, None, Some(dir)) => {
                 failure.hint(format!("There is no store at {}.", dir.display()))
             }
