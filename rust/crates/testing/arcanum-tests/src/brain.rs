@@ -50,7 +50,7 @@ impl Brain {
         Ok(Self { model, stage })
     }
 
-    /// The greedy answer to a request, without what is in [`Generate::generated`].
+    /// The greedy answer to a request, without the tokens in [`Generate::generated`].
     ///
     /// # Errors
     /// If the prompt cannot be read, or is longer than 1,024 tokens.

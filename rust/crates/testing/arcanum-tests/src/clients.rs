@@ -1,4 +1,4 @@
-//! Clients of a mesh: what they ask, what comes back, and when.
+//! Clients of a mesh: their questions, the answers, and the times.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -166,7 +166,8 @@ impl Answer {
         pauses.max().unwrap_or_default()
     }
 
-    /// The longest pause that ended after `moment`: what the client noticed of it. `None` if no token came after it.
+    /// The longest pause that ended after `moment`, as the client noticed it. `None` if no token came after
+    /// it.
     pub fn gap_after(&self, moment: Instant) -> Option<Duration> {
         let pauses = self.arrivals.windows(2);
         let after = pauses.filter(|pair| pair[1] >= moment);

@@ -28,7 +28,7 @@ pub struct Lie {
     pub files: Option<std::path::PathBuf>,
 }
 
-/// It is there until it is dropped.
+/// A lying member of the mesh; dropping it stops it.
 #[derive(Debug)]
 pub struct Liar {
     sent: Arc<AtomicU64>,

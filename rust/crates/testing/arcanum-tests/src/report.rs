@@ -26,13 +26,13 @@ impl Report {
         }
     }
 
-    /// Something found; `good` is whether it is as it should be, where that can be said.
+    /// Adds a result; `good` is its verdict, if there is one.
     pub fn row(&mut self, what: &str, found: String, good: Option<bool>) {
         println!("{what}: {found}");
         self.rows.push((what.to_owned(), found, good));
     }
 
-    /// One run did not end as it should.
+    /// Adds a failed run.
     pub fn failure(&mut self, what: String) {
         println!("FAILED: {what}");
         self.failures.push(what);

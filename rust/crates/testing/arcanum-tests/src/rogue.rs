@@ -24,7 +24,7 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use answers::Answerer;
 
-/// What a rogue lies about.
+/// The lie of a rogue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, ValueEnum)]
 pub enum Lie {
     /// Claims a million tokens a second, and answers with a text of its own.
@@ -185,7 +185,7 @@ impl Shared {
     }
 }
 
-/// For a log of what happens to a rogue.
+/// A log entry of a rogue.
 #[derive(Debug, Clone)]
 pub enum Event {
     /// The head took it in.
@@ -253,7 +253,7 @@ impl Rogue {
         lock(&self.shared.seen).clone()
     }
 
-    /// Why its links ended, or could not be made.
+    /// Reasons why its links ended or could not be established.
     pub fn ends(&self) -> Vec<String> {
         lock(&self.shared.ends).clone()
     }

@@ -8,7 +8,7 @@ use crate::clients::{Answer, Ask, Running, assert_same_tokens};
 use crate::cluster::Cluster;
 use crate::rescore::Transcript;
 
-/// Knows the undisturbed answer to every question, and asks a worker of its own for those it has not heard yet.
+/// Answers without failures, by question; asks a worker of its own for those it does not know yet.
 #[derive(Debug, Default)]
 pub struct Undisturbed {
     known: HashMap<Ask, Transcript>,
@@ -20,7 +20,7 @@ impl Undisturbed {
         Self::default()
     }
 
-    /// Learns the answers to all of `asks`, from a worker that is there for no longer than that.
+    /// Learns the answers to all of `asks`, from a worker that runs only for this.
     ///
     /// # Errors
     /// If it cannot be started, or does not answer.

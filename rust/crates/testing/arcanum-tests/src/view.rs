@@ -15,7 +15,7 @@ pub struct RingView {
     pub epoch: u32,
     /// `forming`, `serving`, `recovering` or `retiring`.
     pub state: String,
-    /// Why its members are as they are.
+    /// Reason for its choice of members.
     pub reason: String,
     /// In order; the last one's member is the driver.
     pub stages: Vec<StageView>,
@@ -133,7 +133,7 @@ impl RingView {
         per_layer.max().unwrap_or_default()
     }
 
-    /// As a line for a test's output: `worker-1 0..10 (worker-2), ...`.
+    /// The stages as one line for a test's output: `worker-1 0..10 (worker-2), ...`.
     pub fn layout(&self) -> String {
         let stages = self.stages.iter().map(|stage| {
             let standby = stage.standby.as_ref().map(|part| part.worker.as_str());

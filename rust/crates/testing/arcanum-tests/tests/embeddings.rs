@@ -132,7 +132,7 @@ async fn over_udp(mesh: &Mesh) -> Result<()> {
         .err()
         .context("an error")?;
     ensure!(error.to_string().contains("'input'"), "{error}");
-    // A task without a kind is what it always was.
+    // A task without a kind is a prompt for text, as in earlier versions.
     let chat = client
         .ask(
             &json!({"prompt": "Say hi.", "max_tokens": 4}),

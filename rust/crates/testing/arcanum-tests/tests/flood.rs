@@ -114,7 +114,7 @@ async fn still_serves(mesh: &mut Mesh) -> Result<()> {
         if answer.kind == RESULT {
             return Ok(());
         }
-        // Busy with what the flood asked for; that ends.
+        // Still busy with tasks of the flood; that ends.
         ensure!(started.elapsed() < LIMIT, "still no result: {answer:?}");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }

@@ -30,7 +30,7 @@ async fn mesh_with_hub(head: &str) -> Result<(TestHub, Mesh)> {
     Ok((hub, mesh))
 }
 
-/// A worker's configuration: what it serves, and how it is found.
+/// A worker's configuration: its models, and how it is found.
 fn worker(what: &str) -> String {
     format!(
         "{what}\nthreads = 1\n[ring]\nlisten = \"127.0.0.1:0\"\nformat = \"file\"\n[store]\npeers = true\n"
@@ -221,7 +221,7 @@ async fn a_worker_that_sends_bad_pieces_is_dropped_and_reported_and_the_load_end
     ensure!(metrics.contains(reported), "{metrics}");
     ensure!(ask(&mesh, NAME).await? == text);
 
-    // Started again, it has what it needs.
+    // After a restart it has all the files it needs.
     mesh.workers[1].terminate(Duration::from_secs(30)).await?;
     let begun = Instant::now();
     mesh.workers[1].restart(None).await?;
@@ -355,7 +355,7 @@ async fn who_requires_signatures_takes_a_model_when_the_operator_has_signed_it()
     let refusal = wait_for_reason(&mesh.workers[1], "store.require_signature").await?;
     println!("without a signature: {refusal}");
 
-    // Signed by somebody, then by the operator.
+    // Signed by a stranger, then by the operator.
     sign(&mut mesh.workers[0], &stranger).await?;
     let refusal = wait_for_reason(&mesh.workers[1], "no signature of a trusted key").await?;
     println!("with a stranger's: {refusal}");

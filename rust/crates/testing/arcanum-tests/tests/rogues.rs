@@ -198,7 +198,7 @@ fn asks() -> Vec<Ask> {
         .collect()
 }
 
-/// Asks all of them at once; what is wrong with each answer.
+/// Asks all of them at once; for each answer `Ok`, or the error in it.
 async fn ask_all(http: &HttpClient, asks: &[Ask], undisturbed: &Undisturbed) -> Vec<Result<()>> {
     let mut tasks = Vec::new();
     for ask in asks {

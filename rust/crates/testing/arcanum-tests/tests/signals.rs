@@ -211,7 +211,7 @@ async fn the_second_signal_ends_a_shims_drain_at_once() -> Result<()> {
     while silent.recv(&mut buffer)? < 20 || buffer[0] != mesh_testkit::v5::TASK {}
     service.signal(Signal::SIGTERM)?;
     logged(&service, "draining").await?;
-    // A reload is nothing to a service that goes.
+    // A service that is shutting down ignores a reload.
     service.signal(Signal::SIGHUP)?;
     logged(&service, "not reloading").await?;
     ensure!(service.is_running(), "{}", service.log());

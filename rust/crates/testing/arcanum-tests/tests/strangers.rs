@@ -122,7 +122,7 @@ async fn joins(
 }
 
 fn attack(head: SocketAddr, words: &[&str], bind: &str) -> Result<Child> {
-    // It may cost time of its own, not that of those who join.
+    // It runs at low priority, so that it costs joining machines no time.
     Command::new("nice")
         .args(["-n", "10", "python3"])
         .arg(script())

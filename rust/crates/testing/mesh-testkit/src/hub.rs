@@ -17,7 +17,8 @@
 //! # }
 //! ```
 //!
-//! What is served follows <https://huggingface.co/docs/hub/api> and the headers that the `huggingface_hub` library reads.
+//! The responses follow <https://huggingface.co/docs/hub/api> and the headers that the `huggingface_hub`
+//! library reads.
 
 mod repos;
 mod serve;

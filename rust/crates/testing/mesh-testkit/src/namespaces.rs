@@ -1,7 +1,7 @@
 //! Network namespaces: a bridge, and for each machine a namespace with a cable to it that can be pulled or made slow.
 //!
-//! Needs root and iproute2. Everything is removed when it is dropped; what a killed process left behind is removed by the next
-//! one.
+//! Needs root and iproute2. Everything is removed on drop; the next run removes the leftovers of a killed
+//! process.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -27,7 +27,7 @@ impl Namespaces {
     /// A network without machines.
     ///
     /// # Errors
-    /// If this machine does not allow it; the message says what is missing.
+    /// If this machine does not allow it; the message names the missing permission or program.
     pub fn new() -> Result<Self> {
         ensure!(
             nix::unistd::geteuid().is_root(),
@@ -118,7 +118,7 @@ impl Namespaces {
         format!("10.213.{}.{}", self.subnet, 255 - machine.0 - 1)
     }
 
-    /// Pulls the cable: nothing comes through, and neither end is told.
+    /// Pulls the cable: no packet passes, and neither end is notified.
     ///
     /// # Errors
     /// If the system refuses.
@@ -134,7 +134,7 @@ impl Namespaces {
         ip(&["link", "set", &self.cable(machine), "up"])
     }
 
-    /// Limits what the machine may send and receive, in megabits per second each.
+    /// Limits the machine's sending and receiving rates, in megabits per second each.
     ///
     /// # Errors
     /// If the system refuses.

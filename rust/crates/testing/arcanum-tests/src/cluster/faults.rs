@@ -145,7 +145,7 @@ impl Cluster {
         }
     }
 
-    /// Ends it, where it ends: who is killed stays dead.
+    /// Ends `fault` if it can end: a killed worker stays dead.
     ///
     /// # Errors
     /// If the worker is gone.

@@ -194,7 +194,8 @@ impl Cluster {
         }
     }
 
-    /// Has the head compare rings with fresh plans and replace those that are clearly worse; returns what it says.
+    /// Has the head compare rings with fresh plans and replace those that are clearly worse; returns its
+    /// response.
     ///
     /// # Errors
     /// If it refuses.

@@ -128,7 +128,7 @@ impl Answerer {
         done(stream, count, prompt_tokens, finish).await
     }
 
-    /// Says the first tokens again, then other ones in their place.
+    /// Sends the first tokens again, then other ones in their place.
     async fn replay(&self, asked: &Generate, mut stream: MsgStream) -> Result<()> {
         let answer = self.model_answer(asked).await?.tokens;
         let begin = asked.generated.len() as u32;

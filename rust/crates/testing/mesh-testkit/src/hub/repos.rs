@@ -75,7 +75,7 @@ pub(super) struct StoredFile {
     pub(super) content: Content,
     /// SHA-1 of git's blob: of the content, or of the pointer that stands in git for a large file.
     pub(super) blob_id: String,
-    /// Of a large file.
+    /// SHA-256 of a large file; `None` for small ones.
     pub(super) sha256: Option<String>,
     pub(super) pointer_bytes: usize,
 }

@@ -26,7 +26,7 @@ const LINKED_SIZE: HeaderName = HeaderName::from_static("x-linked-size");
 
 /// Piece of a body where no pace is set.
 const PIECE: usize = 64 << 10;
-/// In this time what was handed over is written.
+/// Time in which data handed to the network is written.
 const FLUSHED: Duration = Duration::from_millis(20);
 
 pub(super) fn api(shared: Arc<Shared>) -> Router {

@@ -124,7 +124,7 @@ async fn phases(args: &Args, attacks: &[Source]) -> Result<ExitCode> {
     })
 }
 
-/// The mesh, and what is needed to attack it.
+/// The mesh, and everything needed to attack it.
 struct Stand {
     cluster: Cluster,
     targets: Targets,
@@ -151,7 +151,7 @@ struct Phase {
     join: Option<Result<Duration>>,
     services_cpu: f64,
     attackers_cpu: f64,
-    /// Of all that is neither services, nor attackers, nor this program.
+    /// Processor time of all processes but services, attackers and this program.
     others_cpu: f64,
 }
 
@@ -174,7 +174,7 @@ impl Phase {
 
 impl Stand {
     async fn start(args: &Args, report: &mut Report) -> Result<Self> {
-        // What a service of systemd gets; whoever needs more has to ask for it.
+        // The default limit of systemd services; a unit has to ask for more.
         let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
         setrlimit(Resource::RLIMIT_NOFILE, soft.min(1_024), hard)?;
         let folder = tempfile::Builder::new()

@@ -36,7 +36,7 @@ pub(crate) fn all() -> Vec<Source> {
     plays.chain(strangers).chain(lies).collect()
 }
 
-/// Those of a usual run: of the lies the ones that harm somebody.
+/// The attacks of a usual run; of the lies only the harmful ones.
 pub(crate) fn usual() -> Vec<Source> {
     let usual = [
         Lie::Fast,
@@ -255,7 +255,7 @@ fn script() -> PathBuf {
     root.unwrap_or(Path::new(".")).join("scripts/stranger.py")
 }
 
-/// Fetches what strangers need; says why where there is nothing.
+/// Fetches the strangers' dependencies; the error tells why that is impossible.
 pub(crate) fn strangers_are_to_be_had() -> Result<()> {
     let status = Command::new("python3")
         .arg(script())

@@ -23,7 +23,7 @@ pub(crate) struct Watched {
     last_asked: Option<Duration>,
     /// Time at which the head last considered it ready.
     last_ready: Option<Duration>,
-    /// As the head calls it now.
+    /// Its current state, in the head's words.
     state: String,
 }
 
@@ -40,7 +40,7 @@ impl Watched {
         }
     }
 
-    /// Looks at what reached it, and at what the head says.
+    /// Reads the liar's log and the head's registry.
     pub(crate) fn look(
         &mut self,
         attack: &Attack,

@@ -61,7 +61,7 @@ pub(crate) async fn pauses(args: &Args, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// Pauses by who was lost.
+/// Pauses by the role of the lost worker.
 #[derive(Default)]
 struct Kinds {
     member: Gaps,
@@ -93,7 +93,7 @@ async fn one_pause(
         true => all.driver.add(gap),
         false => all.member.add(gap),
     }
-    // Parts say what they did four times a second.
+    // Parts report their counters four times a second.
     tokio::time::sleep(Duration::from_millis(600)).await;
     let after = cluster.wait_for_ring(|ring| ring.serves()).await?;
     let layers = ring.stages[stage].layers;

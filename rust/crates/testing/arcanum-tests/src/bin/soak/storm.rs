@@ -123,7 +123,7 @@ async fn after_the_storm(
     report: &mut Report,
 ) -> Result<()> {
     cluster.wait_until_idle().await?;
-    // A slot that nobody used since may hold a few rows more in one part than in another: what an ended answer left behind is
+    // An unused slot may hold a few rows more in one part than in another, since rows of an ended answer are
     // not replayed. So every slot is used once more; then all parts must hold the same rows, and only those.
     let last: Vec<Ask> = (0..SLOTS)
         .map(|number| Ask::greedy(question(number * 11 + 50), 20))

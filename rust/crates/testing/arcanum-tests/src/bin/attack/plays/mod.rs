@@ -1,4 +1,4 @@
-//! Attacks by clients: what they send is bounded, each says at its end what it did and what it got.
+//! Attacks by clients: each sends a bounded load and prints its counts at its end.
 
 mod greedy;
 mod poison;
@@ -92,7 +92,7 @@ impl Play {
     }
 }
 
-/// Counts what was sent and what came of it.
+/// Counts of sent requests and their outcomes.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Tally(Arc<Mutex<BTreeMap<String, u64>>>);
 
@@ -116,7 +116,7 @@ impl Tally {
     }
 }
 
-/// As many open files as this process may have.
+/// Raises the limit of open files as far as this process may.
 pub(crate) fn raise_file_limit() {
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);

@@ -11,7 +11,7 @@ use serde_json::json;
 use super::{Tally, exchange};
 use crate::targets::Targets;
 
-/// Plants one file after the other, and asks for what is in them.
+/// Plants one file after the other, and asks for their models.
 pub(super) async fn templates(targets: Arc<Targets>, tally: Tally) {
     let templates = [
         ("planted-minus", format!("{{{{ {}1 }}}}", "-".repeat(6_000))),

@@ -13,7 +13,7 @@ use crate::targets::Targets;
 
 const CHALLENGE: u8 = 0x28;
 const CHALLENGE_REPLY: u8 = 0x29;
-/// Datagrams a second, so that the sockets of one attacker are not what is measured.
+/// Datagrams a second, so that the sockets of one attacker are not the bottleneck.
 const PACE: u64 = 8_000;
 
 /// A task of 16 MiB of small objects in Chunks every 10 s; between them the beginnings of payloads that never become whole.
