@@ -29,8 +29,8 @@ pub struct EncoderInfo {
 
 /// A loaded embedding model.
 ///
-/// A vector depends, bit for bit, on its own sequence only: not on what shares the call, nor on the number of threads. Calls are
-/// synchronous and use the encoder's own threads.
+/// A vector depends, bit for bit, on its own sequence only: neither on other sequences of the call nor on the
+/// number of threads. Calls are synchronous and use the encoder's own threads.
 pub trait Encoder: Send {
     /// Dimensions and limits of this encoder.
     fn info(&self) -> &EncoderInfo;

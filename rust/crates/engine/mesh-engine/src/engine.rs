@@ -22,7 +22,8 @@ use crate::runner::{Local, Runner};
 use crate::scheduler::{Load, RequestKey, RequestStatus, Scheduler, SchedulerConfig};
 use crate::{Stage, StageInfo, Vocabulary};
 
-/// A running engine: one thread with a scheduler and what runs its steps. Dropping it stops the thread; requests then fail.
+/// A running engine: one thread with a scheduler and a runner. Dropping it stops the thread; requests then
+/// fail.
 pub struct Engine {
     handle: EngineHandle,
     thread: Option<JoinHandle<()>>,
@@ -84,7 +85,8 @@ impl Engine {
         Self::start_runner(name, vocabulary, config, |_| Box::new(Local::new(stage)))
     }
 
-    /// As [`start`](Self::start), with steps that run elsewhere. The runner is made with what wakes the engine's thread.
+    /// As [`start`](Self::start), with the runner that `make` returns. It receives the waker of the engine's
+    /// thread.
     pub fn start_runner(
         name: &str,
         vocabulary: Arc<dyn Vocabulary>,

@@ -52,8 +52,8 @@ impl Request {
 
 /// Parameters for choosing the next token from a row of logits.
 ///
-/// The steps, in order: logit bias, penalties, temperature, top-k, top-p over what top-k left, min-p, one draw.
-/// Log probabilities are those of the model itself, before any of these.
+/// The steps, in order: logit bias, penalties, temperature, top-k, top-p over the result of top-k, min-p, one
+/// draw. Log probabilities are those of the model itself, before any of these.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
     /// Divides the logits; 0 is greedy: the largest logit, the lowest id among equals.

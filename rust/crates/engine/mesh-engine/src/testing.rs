@@ -78,7 +78,7 @@ impl Stage for HashStage {
         }
         assert!(self.panics_at != Some(call), "told to panic");
         if self.fails_at == Some(call) {
-            // What a backend leaves behind is anyone's guess.
+            // After a backend's failure the slot's content is undefined.
             for segment in segments {
                 self.slots[segment.slot as usize].clear();
             }

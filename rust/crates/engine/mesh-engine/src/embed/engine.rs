@@ -208,7 +208,7 @@ impl Worker {
         self.publish();
     }
 
-    /// Returns what ended it.
+    /// Runs until the engine stops; returns the reason.
     fn run(&mut self) -> RequestError {
         loop {
             if !self.take_commands() {
@@ -289,7 +289,7 @@ impl Worker {
         true
     }
 
-    /// Hands out what ended, and the load.
+    /// Delivers ended requests and publishes the load.
     fn publish(&mut self) {
         *lock(&self.shared.load) = self.scheduler.load();
         while let Some((key, end)) = self.scheduler.next_end() {

@@ -207,7 +207,7 @@ impl Scheduler {
         }
     }
 
-    /// Refuses what comes from now on.
+    /// Refuses new requests from now on.
     pub fn drain(&mut self) {
         self.draining = true;
     }

@@ -46,7 +46,7 @@ struct Queue {
     commands: VecDeque<Command>,
     /// Time at which to poll the runner even without a command.
     timer: Option<Instant>,
-    /// Nobody will ever look here again.
+    /// The engine's thread has ended and takes no more commands.
     closed: bool,
 }
 
@@ -299,8 +299,8 @@ impl Worker {
         true
     }
 
-    /// Takes in what came of the steps under way; says whether anything did. An error is one that the engine does not
-    /// survive.
+    /// Takes in the next outcome of the steps under way; returns `false` if there is none. An error ends the
+    /// engine.
     fn poll(&mut self) -> Result<bool, RequestError> {
         let (runner, scheduler, failures) =
             (&mut self.runner, &mut self.scheduler, &mut self.failures);
@@ -331,7 +331,7 @@ impl Worker {
         };
         match catch_unwind(AssertUnwindSafe(run)) {
             Ok(result) => result.map(|()| any),
-            // Whatever the stage was doing, its state cannot be trusted any more.
+            // The stage may have stopped halfway, so its state cannot be trusted any more.
             Err(panic) => Err(dead(&format!("a step panicked: {}", panic_text(&*panic)))),
         }
     }

@@ -191,7 +191,7 @@ impl Sampler {
                 select::top(row, top_k, floor, candidates);
             }
         } else if !all {
-            // Top-p is a share of what top-k leaves, before min-p.
+            // Top-p is a share of the tokens that top-k leaves, before min-p.
             select::top(row, top_k, f32::NEG_INFINITY, candidates);
             let total = candidates
                 .iter()

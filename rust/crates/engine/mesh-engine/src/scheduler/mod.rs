@@ -11,11 +11,12 @@
 //! - **Several steps at once.** Rows count as cached when they are planned, so the next chunk of a prompt may be planned while
 //!   the one before is still under way; steps come back in the order in which they were planned. Answers in progress are
 //!   spread over [`SchedulerConfig::steps_under_way`] steps, so that all stages of a pipeline work.
-//! - **Admission by expected use.** A request starts when there is KV memory for its prompt and an answer of the expected
-//!   length, which is learned from the answers before it. When memory runs out, rows kept for nobody give way first, the least
-//!   recently used first; then the youngest request in progress is *preempted*: it gives its slot back and waits at the front
-//!   of the queue with its tokens so far. What is in progress is always older than what waits, so the oldest request is
-//!   never preempted and every request ends. The queue is first come, first served.
+//! - **Admission by expected use.** A request starts when there is KV memory for its prompt and an answer of
+//!   the expected length, which is learned from the answers before it. When memory runs out, unused rows give
+//!   way first, the least recently used first; then the youngest request in progress is *preempted*: it gives
+//!   its slot back and waits at the front of the queue with its tokens so far. Running requests are always
+//!   older than waiting ones, so the oldest request is never preempted and every request ends. The queue is
+//!   first come, first served.
 //!
 //! None of this changes an answer: a stage's rows are independent, and a draw depends on seed and index alone.
 

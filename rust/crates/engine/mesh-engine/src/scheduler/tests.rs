@@ -12,7 +12,7 @@ use crate::{Stage, StageInput, StageOutput, sampler};
 
 const CONTEXT: u32 = 200;
 
-/// A scheduler with its stage and a clock that moves by what steps would take.
+/// A scheduler with its stage and a clock that advances by the duration of the steps.
 struct Sim {
     scheduler: Scheduler,
     stage: HashStage,
@@ -817,7 +817,8 @@ proptest! {
     }
 }
 
-/// Lets requests arrive, with up to `depth` steps under way, until all have ended; checks what came of each.
+/// Lets requests arrive, with up to `depth` steps under way, until all have ended; checks the outcome of
+/// each.
 fn run_arrivals(
     mut arrivals: Vec<Arrival>,
     mut sim: Sim,
