@@ -221,8 +221,8 @@ fn check_whole(stage: &mut DeviceStage) -> Result<(), String> {
     })
 }
 
-/// Runs `count` of the check's rows from `position` on in slot 0 and returns what comes out: the last row's logits, or
-/// hidden rows.
+/// Runs `count` of the check's rows from `position` on in slot 0 and returns the output: the last row's
+/// logits, or hidden rows.
 fn run(stage: &mut dyn Stage, position: u32, rows: u32, count: u32) -> Result<Vec<f32>, String> {
     let info = stage.info();
     let segment = Segment {

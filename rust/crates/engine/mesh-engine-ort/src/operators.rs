@@ -7,8 +7,8 @@
 //! | `FeedForward` | hidden | hidden + feed-forward(norm(hidden)) |
 //! | `Head` | hidden | logits `[kept, vocab]` |
 //!
-//! A node does a whole half layer because walking from node to node costs about a microsecond, and because what lies between
-//! (norm, rotation, quantised rows) then never leaves the second-level cache.
+//! A node does a whole half layer because walking from node to node costs about a microsecond, and because
+//! intermediate results (norm, rotation, quantised rows) then never leave the second-level cache.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError};

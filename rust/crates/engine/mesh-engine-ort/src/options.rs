@@ -124,7 +124,7 @@ fn matrices(model: &Model) -> Option<GgmlType> {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LoadError {
-    /// Nobody said where ONNX Runtime is.
+    /// The path of ONNX Runtime's library is not configured.
     #[error(
         "ONNX Runtime's library is not configured: give its path in the options or in ORT_DYLIB_PATH \
          (libonnxruntime.so.1.24.4, in the PyPI package `onnxruntime` 1.24.4 under onnxruntime/capi/)"

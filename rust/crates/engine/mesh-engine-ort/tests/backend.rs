@@ -145,7 +145,7 @@ fn names_of_backends_and_of_torch_devices() {
     );
 }
 
-/// The checks that a GPU must pass are passed by a provider that computes what it should.
+/// A provider that computes correctly passes the checks for GPUs.
 #[test]
 fn a_stage_says_what_it_holds() {
     let opened = opened(Backend::Auto).unwrap();

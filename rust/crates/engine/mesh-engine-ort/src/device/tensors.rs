@@ -10,9 +10,9 @@ use crate::options::KvFormat;
 /// The element type of a graph's activations, scales and KV cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
-    /// 32 bits: what CPUs compute in.
+    /// 32 bits, for CPUs.
     F32,
-    /// 16 bits: what GPUs compute in. The residual stream stays f32.
+    /// 16 bits, for GPUs. The residual stream stays f32.
     F16,
 }
 
