@@ -162,7 +162,7 @@ impl QMatrix {
         self.k
     }
 
-    /// Bytes of packed weights in memory; what one pass reads.
+    /// Bytes of packed weights in memory, all of which one pass reads.
     pub fn bytes(&self) -> usize {
         self.parts.iter().map(|part| part.data.len()).sum()
     }

@@ -115,9 +115,10 @@ fn advise_huge(start: NonNull<u8>, layout: Layout) {
 /// Returns memory to the system when dropped: all memory that the process freed before and its allocator
 /// still holds.
 ///
-/// The weights of a stage are hundreds of buffers that lie among others in the allocator's heaps. glibc keeps their pages when
-/// they are freed, for as long as the process runs, and other processes of a small machine never see them again. Where it
-/// stands in a struct it belongs behind what is large, in a function before it, so that it is dropped last.
+/// The weights of a stage are hundreds of buffers that lie among others in the allocator's heaps. glibc keeps
+/// their pages when they are freed, for as long as the process runs, and other processes of a small machine
+/// never see them again. In a struct its field belongs behind the large ones, in a function its variable
+/// before them, so that it is dropped last.
 #[derive(Debug, Default)]
 pub struct Reclaim;
 

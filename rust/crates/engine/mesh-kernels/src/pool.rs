@@ -1,8 +1,9 @@
 //! A thread pool for loops of a few microseconds.
 //!
-//! [`Pool::run`] publishes one word `tasks << 32 | next` and takes tasks off it together with its threads. A thread that is
-//! not running just then (another process has its core) has claimed nothing, so nobody waits for it. Idle threads watch the
-//! word for some microseconds, then yield between looks, then sleep: a machine shared with others keeps its cores.
+//! [`Pool::run`] publishes one word `tasks << 32 | next` and takes tasks off it together with its threads. A
+//! thread that is not running just then (another process has its core) has claimed nothing, so no other
+//! thread waits for it. Idle threads watch the word for some microseconds, then yield between looks, then
+//! sleep: a machine shared with others keeps its cores.
 //!
 //! Unsafe code: the pointer to the caller's closure, which outlives every claimed task because `run` waits for them; system calls
 //! that concern the calling thread alone.

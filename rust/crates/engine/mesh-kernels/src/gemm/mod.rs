@@ -1,4 +1,4 @@
-//! Products of rows with packed matrices: cutting the work into tasks, and what happens to a finished tile.
+//! Products of rows with packed matrices: dividing the work into tasks, and storing a finished tile.
 
 // Register tiles are arrays indexed by row and column; iterators over several of them at once hide the arithmetic.
 #![allow(clippy::needless_range_loop)]

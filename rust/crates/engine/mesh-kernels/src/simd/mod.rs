@@ -115,8 +115,8 @@ pub(crate) trait Simd: Copy {
     fn bshr<const N: u32>(self, a: Self::B) -> Self::B;
     /// `acc[c] += Σ w[4c+i] * a[i]` over four weights below 128 and the four signed bytes at `a`.
     unsafe fn dot(self, acc: Self::I, w: Self::B, a: *const i8) -> Self::I;
-    /// The same for weights stored as `w + 128`, with `w` in `-128..128`: what comes out is the sum for `w + 128`, or for
-    /// `w` where [`Simd::SIGNED_WIDE`] says so. No `a` may be -128.
+    /// The same for weights stored as `w + 128`, with `w` in `-128..128`: the result is the sum for `w +
+    /// 128`, or for `w` if [`Simd::SIGNED_WIDE`] is true. No `a` may be -128.
     unsafe fn dot_wide(self, acc: Self::I, w: Self::B, a: *const i8) -> Self::I;
 
     /// `2^x` for `x <= 0`, to about one unit in the last place times two; below -126 it is about `2^-126`.
