@@ -141,7 +141,7 @@ pub struct RingRunner {
     arrived: VecDeque<RingStep>,
     received: u64,
     pulse: Pulse,
-    /// The step whose logits are being looked at.
+    /// The step whose logits are with the caller.
     current: Step,
     logits: Vec<f32>,
     outs: Vec<Out>,

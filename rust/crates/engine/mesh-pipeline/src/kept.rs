@@ -6,8 +6,9 @@ use mesh_engine::SlotId;
 
 /// Hidden rows by slot and position, the newest of each slot without a gap.
 ///
-/// A row is kept until the next stage's standby has what follows from it. Where there is no standby all rows are kept, as far
-/// as the limit goes; beyond it the oldest are dropped, and a recovery computes them again from further up.
+/// A row is kept until the next stage's standby has the KV rows computed from it. Without a standby all rows
+/// are kept, as far as the limit goes; beyond it the oldest are dropped, and a recovery computes them again
+/// from further up.
 #[derive(Debug)]
 pub(crate) struct Kept {
     width: usize,

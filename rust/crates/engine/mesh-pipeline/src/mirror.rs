@@ -48,7 +48,7 @@ pub(crate) struct Piece {
 }
 
 impl Mirror {
-    /// Toward a standby that holds `held`, of what `book` says.
+    /// A stream to a standby that holds `held`, for the rows in `book`.
     pub(crate) fn new(book: &Book, held: &[HeldSlot]) -> Self {
         let slots = (0..book.slots()).map(|slot| {
             let theirs = held.iter().find(|held| held.slot == slot);

@@ -181,7 +181,8 @@ impl Part {
         let range = resend.from..resend.to;
         let rows = self.kept.rows(resend.slot, range.clone());
         let (Some(rows), true) = (rows, range.end as usize <= tokens.len()) else {
-            // The driver asked by what Held said; it will compute the rows again from further up.
+            // The driver's request was based on an older report; it will compute the rows again from further
+            // up.
             out.push(Out::Driver(RingOutcome {
                 epoch: self.epoch,
                 step: resend.step,

@@ -1,7 +1,8 @@
 //! The driver's failure detector: notices members that have fallen silent, and tells slow from dead.
 //!
-//! A member's network task answers pings however long its step takes, so silence means that its process is stopped or cut off,
-//! or that somebody had no processor for a while. Three things keep the last from counting as death:
+//! A member's network task answers pings however long its step takes, so silence means that its process is
+//! stopped or cut off, or that a machine had no processor time for a while. Three things keep the last from
+//! counting as death:
 //!
 //! - **Silence is counted on a clock that stands still while the driver itself does not run.** A gap between two looks counts for
 //!   no more than two pings take; and while the driver's own network thread has not echoed a ping, the answers of others may be
@@ -10,7 +11,7 @@
 //!   four times the slowest recent answer.
 //! - **A suspicion is not a verdict.** It is taken back when the member is heard again, and the head asks another witness first.
 //!
-//! If everybody answers but nothing of what one member passed on arrives at the next, the link between the two is broken.
+//! If all members answer but no data from one member arrives at the next, the link between the two is broken.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -322,7 +323,7 @@ mod tests {
             }
         }
 
-        /// Goes on for `seconds`; `answers` says what a member answers to a ping at once.
+        /// Runs for `seconds`; `answers` gives a member's immediate answer to a ping.
         fn run(&mut self, seconds: f64, answers: impl Fn(u32) -> Option<RingPing>) {
             let end = self.now + Duration::from_secs_f64(seconds);
             while self.now < end {

@@ -100,9 +100,9 @@ pub(crate) fn common(planned: &Book, held: &[Held], slot: SlotId) -> Vec<u32> {
 
 /// The replays worth having, one per slot at most.
 ///
-/// A stage lags if it lacks more than [`WORTHWHILE`] rows that another one has. Slots that nobody uses are left alone: their
-/// rows are computed again if anybody ever asks for them. A driver that has planned steps knows the `busy` ones; for a new one
-/// those count as busy that a recent step has touched.
+/// A stage lags if it lacks more than [`WORTHWHILE`] rows that another one has. Unused slots are left alone:
+/// their rows are computed again when a request needs them. A driver that has planned steps knows the `busy`
+/// ones; for a new one those count as busy that a recent step has touched.
 pub(crate) fn plan(
     planned: &Book,
     held: &[Held],

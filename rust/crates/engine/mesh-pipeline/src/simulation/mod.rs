@@ -258,7 +258,7 @@ proptest! {
     }
 }
 
-/// Messages of which most are nonsense, with numbers near what would make sense.
+/// Mostly invalid messages, with numbers near the valid ones.
 fn any_message() -> impl Strategy<Value = Nonsense> {
     let number = prop_oneof![0u32..24, Just(u32::MAX), Just(toy::CONTEXT)];
     let op = (
