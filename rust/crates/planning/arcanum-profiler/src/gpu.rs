@@ -1,4 +1,4 @@
-//! A graphics card or accelerator, as data: its ids, and what its driver says of it.
+//! A graphics card or accelerator, as data: its ids and its driver's report.
 
 use std::fmt;
 

@@ -6,8 +6,8 @@ use nvml_wrapper::{Device, Nvml};
 
 use crate::hardware::shown;
 
-/// Adds the driver's reports to the cards in `gpus`, and adds cards that the PCI bus does not show
-/// (as under WSL).
+/// Adds the driver's reports to the cards in `gpus`, and adds cards that the PCI bus does not show (as under
+/// WSL).
 pub(crate) fn report(gpus: &mut Vec<Gpu>) {
     let found = LIBRARIES
         .iter()

@@ -366,8 +366,9 @@ impl<'a> Search<'a> {
         order
     }
 
-    /// Takes a single change that makes the layout better, again and again, until there is none or it has looked at its share
-    /// of layouts. They are counted, not timed, so that the same numbers give the same plan on every machine.
+    /// Repeatedly applies a single change that improves the layout, until there is none or the limit of
+    /// layouts is reached. They are counted, not timed, so that the same numbers give the same plan on every
+    /// machine.
     fn improve(&self, mut layout: Layout, demand: &Demand) -> Layout {
         let mut share = (self.left.get() / 8).max(LEAST_LAYOUTS);
         let mut spend = || {

@@ -61,9 +61,9 @@ pub(super) fn choose(
     }
 }
 
-/// The node that should become the standby of `stages[stage]`, in a ring that runs with `kv_tokens`; `None` if no node has room.
-/// Candidates' `memory` is what they may use for this ring altogether: what `stages` puts on them is subtracted here.
-/// `exclude` names nodes that must not be taken, such as those just lost.
+/// The node that should become the standby of `stages[stage]`, in a ring that runs with `kv_tokens`; `None`
+/// if no node has room. Candidates' `memory` is all memory that they may use for this ring: the bytes of
+/// `stages` are subtracted here. `exclude` names nodes that must not be taken, such as those just lost.
 pub fn standby_for(
     model: &ModelSpec,
     stages: &[Assignment],

@@ -29,12 +29,12 @@ pub struct Candidate {
     pub id: String,
     /// Name a person knows it by.
     pub name: String,
-    /// Bytes that it may use for this ring's weights and KV cache; what other rings use is not in it.
+    /// Bytes that it may use for this ring's weights and KV cache; without the memory of other rings.
     pub memory: u64,
     /// Microseconds of one layer for one decode row; not positive is unknown.
     pub decode_us: f64,
-    /// Microseconds of one layer per row of a prefill chunk. Decoding decides the placement: it is what most
-    /// of an answer's time goes to, and nodes keep their order in both.
+    /// Microseconds of one layer per row of a prefill chunk. Decoding decides the placement: it takes most of
+    /// an answer's time, and the nodes' order is the same in both.
     pub prefill_us: f64,
     /// Microseconds of one row of logits.
     pub logits_us: f64,

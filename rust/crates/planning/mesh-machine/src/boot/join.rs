@@ -1,8 +1,9 @@
 //! Settings for joining a mesh: typed at the console, on the kernel command line, or on a partition.
 //!
-//! All three know the same keys: `head`, `token`, `role`, `backend`, `ssh_key`, `name`, `keymap`. What is typed wins over the command line,
-//! and that over the partition, key by key. A source with a mistake is ignored as a whole, since half of a
-//! person's settings can be worse than none; the mistake is reported, and the other sources still count.
+//! All three know the same keys: `head`, `token`, `role`, `backend`, `ssh_key`, `name`, `keymap`. Typed
+//! settings win over the command line, and that over the partition, key by key. A source with a mistake is
+//! ignored as a whole, since half of a person's settings can be worse than none; the mistake is reported, and
+//! the other sources still count.
 
 use std::fmt;
 use std::path::Path;
@@ -423,8 +424,8 @@ fn put<T: PartialEq>(place: &mut Option<T>, value: T) -> bool {
     }
 }
 
-/// A line of an authorized_keys file, or what fits on a command line without quotes: the key's second word alone, or the whole
-/// line as base64.
+/// A line of an authorized_keys file, or a form of it that needs no quotes on a command line: the key's
+/// second word alone, or the whole line as base64.
 fn ssh_key(text: &str) -> Result<String, String> {
     let wrong = || {
         "write the line of your .pub file in double quotes, its second word alone (AAAA…), or the line as base64".to_owned()
@@ -442,7 +443,7 @@ fn ssh_key(text: &str) -> Result<String, String> {
     let mut words = line.split_whitespace();
     let (kind, blob) = words.next().zip(words.next()).ok_or_else(wrong)?;
     let bytes = STANDARD.decode(blob).map_err(|_| wrong())?;
-    // A line that begins with options, or whose two words disagree, is not what .pub files hold.
+    // A .pub file holds no line that begins with options, or whose two words disagree.
     if key_type(&bytes) != Some(kind) || line.contains(char::is_control) || line.len() > 8192 {
         return Err(wrong());
     }

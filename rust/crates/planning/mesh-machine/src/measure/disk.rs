@@ -32,7 +32,7 @@ fn dropped(file: &Path) -> Option<f64> {
         .custom_flags(nix::libc::O_NONBLOCK)
         .open(file)
         .ok()?;
-    // Pages that a model in use has mapped stay; then the cache is measured, which is what loading would use, too.
+    // Pages that a model in use has mapped stay; then the cache is measured, which loading would use, too.
     let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
     timed(file)
 }

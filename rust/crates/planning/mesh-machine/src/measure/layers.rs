@@ -47,8 +47,8 @@ pub enum MeasureError {
     },
 }
 
-/// Loads some layers of `model` as `format` and measures them. Takes about a second for a small model; what takes long for a large
-/// one is loading its layers.
+/// Loads some layers of `model` as `format` and measures them. Takes about a second for a small model; for a
+/// large one, loading the layers takes most of the time.
 ///
 /// # Errors
 /// If memory is short, or the layers cannot be loaded or run.
@@ -297,7 +297,7 @@ impl Exercise {
         quick(DECODE_TIME, 3, || self.row(true))
     }
 
-    /// Microseconds that one row takes longer with logits than without, measured in turn: what else the machine does slows
+    /// Microseconds that one row takes longer with logits than without, measured in turn: other load slows
     /// both.
     fn head(&mut self) -> Result<f64, StageError> {
         let mut without = Vec::new();

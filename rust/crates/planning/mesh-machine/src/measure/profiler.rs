@@ -1,4 +1,4 @@
-//! Measuring a machine once, and keeping in a file what took time to measure.
+//! Measures a machine once, and keeps slow measurements in a file.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -152,8 +152,7 @@ impl Profiler {
         Ok(speed)
     }
 
-    /// Writes what took time to measure. That it cannot be written costs the same time again, and nothing
-    /// else.
+    /// Writes the slow measurements. A failure only costs the time to measure again.
     fn keep(&self) {
         let Some(file) = self.options.file() else {
             return;
