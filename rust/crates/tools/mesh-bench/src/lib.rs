@@ -1,7 +1,7 @@
 //! Committed benchmarks; each prints a ratio against its anchor.
 //!
-//! Shared here: [`Ours`], our engine under the same exercises as [`Anchor`], llama.cpp kept loaded by a small program of
-//! ours, so that both can take turns within seconds; [`round_trips`] loads what relays datagrams.
+//! Shared here: [`Ours`], our engine under the same exercises as [`Anchor`], llama.cpp kept loaded by a small
+//! program of ours, so that both can take turns within seconds; [`round_trips`] loads relays of datagrams.
 
 pub mod round_trips;
 

@@ -71,7 +71,7 @@ impl Failure {
         Self::new(Exit::Usage, message)
     }
 
-    /// Adds what to do.
+    /// Adds advice on a remedy.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());

@@ -75,7 +75,7 @@ fn show(answer: &Value) -> String {
     )
 }
 
-/// The name, or what there is of an id.
+/// The name, or the known part of the id.
 fn name(node: &Value) -> String {
     match node["name"].as_str() {
         Some(name) if !name.is_empty() => plain(name),

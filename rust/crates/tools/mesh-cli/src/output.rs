@@ -62,7 +62,8 @@ pub(crate) fn print_now(text: &str) {
     }
 }
 
-/// A line on standard error that says what an answer waits for, where a person looks. It goes when the answer comes.
+/// A line on standard error with the reason why an answer waits, if that is a terminal. It is erased when the
+/// answer comes.
 #[derive(Debug)]
 pub(crate) struct WaitLine {
     person: bool,

@@ -2,11 +2,11 @@
 //! on one screen and types at the other.
 //!
 //! The offer is found by multicast DNS (`_hydramesh-offer._tcp`) and taken over TLS 1.3 with an unverified
-//! certificate.
-//! The code takes the certificate's place: both sides derive a key from it and from the TLS session's exporter (RFC 8446, section
-//! 7.5) by PBKDF2, the taker proves first that it has the key, then the offerer. Somebody in the middle has two sessions with
-//! two exporters, and so no use for what one side proves to the other. To guess the code from a proof, it would have to try some
-//! 2^49 codes at 600,000 hashes each before the offer ends. Guessing at the offer itself ends it after three wrong codes.
+//! certificate. The code takes the certificate's place: both sides derive a key from it and from the TLS
+//! session's exporter (RFC 8446, section 7.5) by PBKDF2, the taker proves first that it has the key, then the
+//! offerer. An attacker in the middle has two sessions with two exporters, and so cannot reuse the proof of
+//! one side toward the other. To guess the code from a proof, it would have to try some 2^49 codes at 600,000
+//! hashes each before the offer ends. Guessing at the offer itself ends it after three wrong codes.
 //!
 //! | bytes | from the taker | bytes | from the offerer |
 //! |---|---|---|---|
@@ -557,7 +557,7 @@ mod tests {
         }
     }
 
-    /// An offer on loopback, and what becomes of it.
+    /// An offer on loopback, and its outcome.
     fn offered(code: &Code) -> (SocketAddr, thread::JoinHandle<Result<IpAddr, PairError>>) {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("an address");
@@ -656,7 +656,7 @@ mod tests {
         let ours = Code::random();
         let (right, outcome) = offered(&ours);
         let (other, _) = offered(&code(b"AAAAAAAAAA"));
-        // Nobody listens at the first address; a second proof at `other` would be a second miss.
+        // There is no listener at the first address; a second proof at `other` would be a second miss.
         let closed = SocketAddr::from(([127, 0, 0, 1], 1));
         let offers = [vec![closed, other, other], vec![right]];
         assert_eq!(fetch_any(&offers, &ours).expect("a token"), (right, gift()));

@@ -1,4 +1,4 @@
-//! `hydramesh models` for what lies on this machine, as a process.
+//! `hydramesh models` for files on this machine, as a process.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};

@@ -154,7 +154,7 @@ async fn a_pull_killed_fifty_times_ends_byte_identical_and_fetches_little_twice(
     check(&rig.store(), &expected, &files);
     assert_eq!(rig.hub.leaked_tokens(), 0);
 
-    // A kill costs what had not reached the disk. Without resume nothing would be kept.
+    // A kill loses the bytes that had not reached the disk. Without resume nothing would be kept.
     let last = rig.hub.bytes_sent() - before;
     let kept = (whole * (completed + 1)).saturating_sub(last);
     let lost = before.saturating_sub(kept) / u64::from(KILLS);

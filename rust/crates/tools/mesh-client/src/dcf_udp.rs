@@ -1,9 +1,9 @@
 //! A task over DCF/UDP: one Task datagram out, Partials while the answer grows if they were asked for, one Result in the end.
 //!
-//! A datagram may be lost, so the Task is repeated until something comes back; the head knows a repeated Task by address
-//! and sequence and does not run it twice. A long answer comes in Chunks. Where some are missing when no more come, the
-//! Task is repeated, too: the head then sends the answer again, and what has come before counts. A shim that has not seen this address before may send a Challenge first, which
-//! is echoed.
+//! A datagram may be lost, so the Task is repeated until something comes back; the head knows a repeated Task
+//! by address and sequence and does not run it twice. A long answer comes in Chunks. Where some are missing
+//! when no more come, the Task is repeated, too: the head then sends the answer again, and earlier Chunks
+//! count. A shim that has not seen this address before may send a Challenge first, which is echoed.
 //!
 //! Tasks are sent in DCF v5.0.0, which every shim and head of ours understands. Where nothing at all comes back, the client
 //! finds out by Health whether its peer speaks v5.1 only, and goes on in that version.
@@ -73,7 +73,7 @@ impl DcfClient {
             let nobody = || unreachable("nothing listens on that UDP port".to_owned());
             return Err(failed.unwrap_or_else(nobody));
         };
-        // A long answer comes faster than a busy program reads. The system gives what its limits allow.
+        // A long answer comes faster than a busy program reads. The system may grant less.
         let _ = SockRef::from(&socket).set_recv_buffer_size(RECV_BUFFER);
         Ok(Self {
             socket,
@@ -261,7 +261,7 @@ impl DcfClient {
 /// Bytes of the shortest datagram that is sent: those of a Challenge.
 const LEAST_DATAGRAM: usize = 64;
 
-/// Connected, so that the system tells us when nothing listens there, and drops what others send.
+/// Connected, so that the system reports a port without listener, and drops datagrams from other senders.
 async fn connected(address: SocketAddr) -> std::io::Result<UdpSocket> {
     let socket = UdpSocket::bind(listen::toward(address)).await?;
     socket.connect(address).await?;

@@ -4,7 +4,7 @@
 //!   the processes: its addresses, its log, signals to it;
 //! - [`Mesh`] is a head, workers and a shim on loopback, on ports the system chooses, gone when it is dropped;
 //! - [`until_signal`] makes sure that it is dropped when the program is told to end;
-//! - [`paths`] finds what `make fetch` and cargo put into a source tree.
+//! - [`paths`] finds the files that `make fetch` and cargo put into a source tree.
 
 #![forbid(unsafe_code)]
 

@@ -101,8 +101,8 @@ impl Launcher {
         }
     }
 
-    /// The same services, beginning with copies of these files in their state folders: what another one on this machine has
-    /// measured need not be measured again.
+    /// The same services, beginning with copies of these files in their state folders: measurements of
+    /// another service on this machine need not be repeated.
     #[must_use]
     pub fn with_state(&self, files: &[PathBuf]) -> Self {
         Self {

@@ -1,7 +1,7 @@
 //! Cost of a change: two builds of the services take turns, and the ratios of their speeds are printed.
 //!
-//! Both meshes are there all the time and only one has work, so that what else the machine does meets both alike. Without
-//! folders a build is compared with itself: that is the noise of the method.
+//! Both meshes run all the time and only one has work, so that other load affects both alike. Without folders
+//! a build is compared with itself: that is the noise of the method.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
