@@ -231,7 +231,7 @@ impl Running {
         Ok(())
     }
 
-    /// Waits for all answers, in the order of the questions; each is what came of it.
+    /// Waits for all answers, in the order of the questions, each with its outcome.
     ///
     /// # Errors
     /// If one does not end within 2 minutes.

@@ -66,7 +66,7 @@ impl Generator {
                     self.buffer.push(self.random.draw() as u8);
                 }
             }
-            // A header that lies about the length of what follows.
+            // A header with a false payload length.
             20..45 => {
                 let kind = self.random.draw() as u8;
                 let sequence = self.random.draw() as u32;

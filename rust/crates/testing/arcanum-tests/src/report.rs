@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-/// Rows of a table, and what went wrong.
+/// Rows of a table, and failures.
 #[derive(Debug)]
 pub struct Report {
     title: String,

@@ -16,7 +16,7 @@ use mesh_testkit::client::http::AnswerPiece;
 use mesh_testkit::paths;
 use serde_json::Value;
 
-/// A streamed answer with its tokens: what came, in the order in which it came.
+/// A streamed answer with its tokens, in order of arrival.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Transcript {
     /// The text of all pieces.

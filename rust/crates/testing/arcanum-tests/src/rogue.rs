@@ -1,7 +1,7 @@
 //! A worker that joined with a real token and lies: about one thing, by the lie's name, and in nothing else.
 //!
-//! It speaks the mesh's own protocol over real QUIC, claims to serve a model that others serve, and connects again whenever the
-//! head ends its link. [`Rogue::seen`] is what reached it.
+//! It speaks the mesh's own protocol over real QUIC, claims to serve a model that others serve, and connects
+//! again whenever the head ends its link. [`Rogue::seen`] lists the requests that reached it.
 
 mod answers;
 
@@ -197,7 +197,7 @@ pub enum Event {
 }
 
 impl Rogue {
-    /// Joins `mesh` as `name`, claiming to serve what its other workers serve.
+    /// Joins `mesh` as `name`, claiming to serve the model of its other workers.
     ///
     /// # Errors
     /// If the mesh gives no certificate.
@@ -211,7 +211,7 @@ impl Rogue {
         Self::join_at(mesh.head.address("quic")?, &token, name, lie, claim, |_| ()).await
     }
 
-    /// Joins the mesh of the head at `head`; `told` hears what happens.
+    /// Joins the mesh of the head at `head`; `told` receives its events.
     ///
     /// # Errors
     /// If the mesh gives no certificate.

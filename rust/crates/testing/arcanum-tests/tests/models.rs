@@ -261,7 +261,7 @@ async fn a_worker_serves_what_a_short_name_stands_for_and_says_which_one_was_mea
         "{reason}"
     );
 
-    // Nobody's model is called so.
+    // No model has this name.
     let refused = worker("models = [\"smollm2:136m\"]");
     let error = match mesh.start_worker(&refused).await {
         Err(error) => format!("{error:#}"),

@@ -1,4 +1,4 @@
-//! Real signals to real services: what reloads, what drains, and what does nothing.
+//! Real signals to real services: those that reload, those that drain, and ignored ones.
 
 use std::fs;
 use std::os::unix::net::UnixDatagram;
@@ -159,7 +159,7 @@ async fn a_head_reloads_keys_and_log_level_names_what_needs_a_restart_and_tells_
     ensure!(models_as(&service, "sk-old").await? == 200);
     ensure!(!service.log().contains("head started"), "{}", service.log());
 
-    // The running state folder is a flag's or the file's: only what is written below changes.
+    // The running state folder is a flag's or the file's: only the settings written below change.
     let path = service.config_path();
     let running: toml::Table = fs::read_to_string(&path)?.parse()?;
     let write = |fresh: toml::Table| -> Result<()> {

@@ -1,9 +1,10 @@
-//! A small Hugging Face hub: the public HTTP interface over repositories made in a test, with everything that goes wrong.
+//! A small Hugging Face hub: the public HTTP interface over repositories made in a test, with everything that
+//! can go wrong.
 //!
-//! Two servers on loopback, as on the real hub: one answers the API and `resolve`, the other is the store of large files to which
-//! `resolve` redirects. The second refuses requests with an `Authorization` header and counts them: a client must not send its token
-//! there. Both count requests and bytes per file, and do on request what networks do: cut, stall, slow down, answer 429 or 503, send
-//! other bytes.
+//! Two servers on loopback, as on the real hub: one answers the API and `resolve`, the other is the store of
+//! large files to which `resolve` redirects. The second refuses requests with an `Authorization` header and
+//! counts them: a client must not send its token there. Both count requests and bytes per file, and simulate
+//! failures on request: cut, stall, slow down, answer 429 or 503, send other bytes.
 //!
 //! ```no_run
 //! # async fn example() -> anyhow::Result<()> {

@@ -207,7 +207,7 @@ impl V5Client {
         }
     }
 
-    /// Sends a task and waits for what comes back: one datagram, or the pieces of one result, put together.
+    /// Sends a task and waits for the response: one datagram, or the pieces of one result, put together.
     ///
     /// # Errors
     /// If none comes within `limit`, or if it has another sequence or version, or if a v5.0.0 client gets a piece.
@@ -360,7 +360,7 @@ pub struct V5Head {
 }
 
 impl V5Head {
-    /// One whose worker bus has a port that the system chose.
+    /// A head with its worker bus on a port that the system chose.
     ///
     /// # Errors
     /// If no socket can be opened.

@@ -1,4 +1,4 @@
-//! A mesh of machines that share models, and what can happen to each of them.
+//! A mesh of machines that share models, with faults for each of them.
 //!
 //! ```no_run
 //! # async fn example() -> anyhow::Result<()> {
@@ -206,8 +206,7 @@ impl Cluster {
 
     /// Tells the head that a worker is to be emptied, and waits until it holds nothing.
     ///
-    /// # Errors
-    /// If the head refuses, or if the worker still holds something after 30 s; the message says what.
+    /// # Errors If the head refuses, or if the worker still holds something after 30 s; the message names it.
     pub async fn drain(&self, name: &str) -> Result<()> {
         let admin = self.mesh.admin()?;
         let asked = json!({ "worker": name });
@@ -322,8 +321,8 @@ impl Cluster {
         }
     }
 
-    /// Ends all services that run with SIGTERM and checks that each exits with 0. The head goes first: workers that leave a
-    /// head hand over what they hold, the last one in vain.
+    /// Ends all services that run with SIGTERM and checks that each exits with 0. The head goes first:
+    /// workers that leave a running head hand over their stages, the last one in vain.
     ///
     /// # Errors
     /// If one does not.

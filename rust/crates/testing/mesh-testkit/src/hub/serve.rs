@@ -303,7 +303,7 @@ fn open(
     }
 }
 
-/// A file, or a range of it, with what goes wrong.
+/// A file, or a range of it, with the faults set for it.
 fn serve(
     shared: &Arc<Shared>,
     site: Site,
@@ -420,7 +420,8 @@ fn send(
             let mut len = (end - at).min(piece as u64);
             match fault {
                 Some(Fault::CutAfter(limit)) if at - start >= limit => {
-                    // An error in the middle of a body closes the connection, and what waits to be written is lost with it.
+                    // An error in the middle of a body closes the connection, and unwritten data is lost with
+                    // it.
                     tokio::time::sleep(FLUSHED).await;
                     let cut = io::Error::new(io::ErrorKind::ConnectionReset, "cut by the test");
                     return Some((Err(cut), None));

@@ -427,7 +427,8 @@ impl Stand {
         }))
     }
 
-    /// Starts again what died, and the head in any case, so that the next attack meets a fresh one; waits until all of it serves.
+    /// Restarts dead services, and the head in any case, so that the next attack meets a fresh one; waits
+    /// until all of it serves.
     async fn restore(&mut self) -> Result<()> {
         self.cluster.mesh.restart_head(Duration::ZERO).await?;
         for entry in fs::read_dir(&self.targets.models_dir)?.flatten() {
@@ -601,7 +602,7 @@ impl Stand {
             );
         }
         for (source, said) in &found.said {
-            // Words in capitals are what must not happen.
+            // Words in capitals mark events that must not happen.
             let bad = ["TASKS OF CLIENTS", "JOINED", "WELCOMED"];
             let good = !bad.iter().any(|word| said.summary.contains(word));
             let summary = match source {

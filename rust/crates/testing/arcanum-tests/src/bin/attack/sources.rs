@@ -16,7 +16,7 @@ use crate::plays::Play;
 /// One attack, as it is named on the command line and in the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Source {
-    /// A client, or somebody with the addresses.
+    /// A client, or an attacker who knows the addresses only.
     Play(Play),
     /// A worker with a token.
     Rogue(Lie),

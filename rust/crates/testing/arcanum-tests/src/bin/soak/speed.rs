@@ -67,7 +67,7 @@ struct Kinds {
     member: Gaps,
     driver: Gaps,
     anew: Gaps,
-    /// Pauses over what loading and computing anew took.
+    /// Pauses divided by the time for loading and recomputing.
     shares: Vec<f64>,
 }
 

@@ -131,7 +131,7 @@ fn post(targets: &Targets, path: &str, length: usize) -> String {
     )
 }
 
-/// Sends a whole request and reads the answer; the status, or what happened instead.
+/// Sends a whole request and reads the answer; returns the status, or the failure.
 async fn exchange(targets: &Targets, path: &str, body: &[u8]) -> String {
     let exchange = async {
         let mut stream = TcpStream::connect(targets.http).await?;
