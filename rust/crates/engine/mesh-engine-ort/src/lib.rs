@@ -16,12 +16,13 @@
 //! - A node costs about a microsecond and a pass over its tensors. With norm, rotation, activation and residual inside, a
 //!   layer has two nodes instead of eleven.
 //!
-//! # The second lowering A GPU's execution provider cannot run our operators, so [`DeviceStage`] builds the
-//! same layers of ONNX Runtime's own ones (module `device::lower`): `MatMulNBits` with the weights of the
-//! file as they are, and a product of block sums for the minimum of a type; `GroupQueryAttention` with the
-//! slot's keys and values as past and present, on the device from step to step; one run for each segment of a
-//! step. On a GPU weights' scales, activations and KV cache are f16, the residual stream is f32. [`open`]
-//! takes a GPU where one works, and says why where none does.
+//! # The second lowering
+//! A GPU's execution provider cannot run our operators, so [`DeviceStage`] builds the same layers of ONNX
+//! Runtime's own ones (module `device::lower`): `MatMulNBits` with the weights of the file as they are, and a
+//! product of block sums for the minimum of a type; `GroupQueryAttention` with the slot's keys and values as
+//! past and present, on the device from step to step; one run for each segment of a step. On a GPU weights'
+//! scales, activations and KV cache are f16, the residual stream is f32. [`open`] takes a GPU where one
+//! works, and says why where none does.
 //!
 //! **Rows are not independent there**, bit for bit, as the trait asks: products choose their algorithm by the number of rows.
 //! A stream that is run again on such a stage, or moved between it and a CPU, continues with the same text up to near ties.

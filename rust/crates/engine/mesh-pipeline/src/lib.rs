@@ -8,10 +8,11 @@
 //! Nothing here does I/O or reads a clock. A [`Part`] is one stage on one worker, as member or as standby. A [`RingRunner`] is
 //! the driver: a [`mesh_engine::Runner`], so that scheduler, sampler and text are those of a model on one machine.
 //!
-//! # Recovery Three properties make it simple. Rows are independent bit for bit, so computing a row again
-//! gives the same row. A part knows the tokens behind its KV rows ([`Book`]), so comparing the tokens finds
-//! the rows that are still valid; no history of messages is needed. And the head alone changes the members of
-//! a ring, each change being a new *epoch*.
+//! # Recovery
+//! Three properties make it simple. Rows are independent bit for bit, so computing a row again gives the same
+//! row. A part knows the tokens behind its KV rows ([`Book`]), so comparing the tokens finds the rows that
+//! are still valid; no history of messages is needed. And the head alone changes the members of a ring, each
+//! change being a new *epoch*.
 //!
 //! When an epoch begins, every member reports the rows it holds. The driver finds for each slot the rows that
 //! all of them have; those behind are computed again, like a prompt. Where one member lacks many rows (a

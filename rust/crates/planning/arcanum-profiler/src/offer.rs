@@ -75,8 +75,9 @@ impl ModelSpec {
     /// The model as all of `offers` can hold it: nodes that use another weight format need other amounts of memory, and the
     /// largest counts for all. `None` if there is no offer.
     ///
-    /// # Errors [`PlanError::Model`] if a number is out of range; [`PlanError::Differs`] if the offers are
-    /// not of one model.
+    /// # Errors
+    /// [`PlanError::Model`] if a number is out of range; [`PlanError::Differs`] if the offers are not of one
+    /// model.
     pub fn covering<'a>(
         offers: impl IntoIterator<Item = &'a ShardOffer>,
     ) -> Result<Option<Self>, PlanError> {

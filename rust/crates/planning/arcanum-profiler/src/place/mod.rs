@@ -1,6 +1,7 @@
 //! Placement: cuts a model's layers into stages and gives each to a node.
 //!
-//! # What a plan costs A stage of `n` layers takes `n * decode_us * (1 + load)` for one row, the last one
+//! # What a plan costs
+//! A stage of `n` layers takes `n * decode_us * (1 + load)` for one row, the last one
 //! `logits_us * (1 + load)` more. A hop takes half the round trip plus the row's bytes over the bandwidth;
 //! the one from the last stage back to the first carries a token instead of a row. Where the path between two
 //! nodes was not measured, its round trip is taken as half the sum of theirs to the head (a mesh has a router
@@ -11,23 +12,25 @@
 //!   [`Objective::Throughput`] minimises it, then the sum. A link is busy while it carries bytes, not while they travel, so only
 //!   bytes over bandwidth counts there.
 //!
-//! # How the best one is found The cost of a layout is that of its order (hops) plus that of its split
-//! (compute), and the split depends on the order only through the first and the last node. So up to
-//! [`EXACT_NODES`] nodes the search is exact: the dynamic program of Held and Karp (1962, "A dynamic
-//! programming approach to sequencing problems") gives the cheapest path through every set of nodes between
-//! every pair of ends, and for each such triple the best split is greedy: one layer for each node, the rest
-//! to the fastest as far as its memory goes. For throughput the same program with `max` instead of `+` finds
-//! the least possible bottleneck; a second run that only allows links and stages within it finds the least
-//! latency. Sets are visited smallest first and must be better, not equal, to win: fewer stages win ties.
+//! # How the best one is found
+//! The cost of a layout is that of its order (hops) plus that of its split (compute), and the split depends
+//! on the order only through the first and the last node. So up to [`EXACT_NODES`] nodes the search is exact:
+//! the dynamic program of Held and Karp (1962, "A dynamic programming approach to sequencing problems") gives
+//! the cheapest path through every set of nodes between every pair of ends, and for each such triple the best
+//! split is greedy: one layer for each node, the rest to the fastest as far as its memory goes. For
+//! throughput the same program with `max` instead of `+` finds the least possible bottleneck; a second run
+//! that only allows links and stages within it finds the least latency. Sets are visited smallest first and
+//! must be better, not equal, to win: fewer stages win ties.
 //!
 //! Beyond that a local search (add, remove, exchange, move a node; each layout with its best split) starts from the smallest set of
 //! the fastest nodes that holds the model and from that of the largest nodes, for throughput also from the 2, 4, 8, ... fastest,
 //! and takes the best end.
 //!
-//! # Memory Every stage holds its layers, KV rows for `kv_tokens` tokens, and at the ends of the model its
-//! embedding or output matrix. The requested tokens may shrink, down to one context, until the plan is at
-//! most a tenth slower than the best plan for one context: a slow node is not worth its memory. Standbys
-//! share the remaining memory.
+//! # Memory
+//! Every stage holds its layers, KV rows for `kv_tokens` tokens, and at the ends of the model its embedding
+//! or output matrix. The requested tokens may shrink, down to one context, until the plan is at most a tenth
+//! slower than the best plan for one context: a slow node is not worth its memory. Standbys share the
+//! remaining memory.
 
 mod check;
 mod cost;

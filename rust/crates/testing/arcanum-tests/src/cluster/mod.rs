@@ -206,7 +206,8 @@ impl Cluster {
 
     /// Tells the head that a worker is to be emptied, and waits until it holds nothing.
     ///
-    /// # Errors If the head refuses, or if the worker still holds something after 30 s; the message names it.
+    /// # Errors
+    /// If the head refuses, or if the worker still holds something after 30 s; the message names it.
     pub async fn drain(&self, name: &str) -> Result<()> {
         let admin = self.mesh.admin()?;
         let asked = json!({ "worker": name });
