@@ -76,7 +76,7 @@ impl FromStr for Backend {
     }
 }
 
-/// A stage, and where it runs.
+/// A loaded stage with its provider.
 pub struct Opened {
     /// The loaded stage.
     pub stage: Box<dyn Stage>,

@@ -92,7 +92,7 @@ impl WeightFormat {
         }
     }
 
-    /// The format with this [`WeightFormat::name`].
+    /// The format with this [`WeightFormat::name`]; `None` for other names.
     pub fn from_name(name: &str) -> Option<WeightFormat> {
         WeightFormat::ALL
             .into_iter()

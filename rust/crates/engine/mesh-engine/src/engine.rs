@@ -29,13 +29,13 @@ pub struct Engine {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Submits requests to an [`Engine`] and looks at its load, from any thread or task.
+/// Submits requests to an [`Engine`] and reads its load, from any thread or task.
 #[derive(Clone)]
 pub struct EngineHandle {
     shared: Arc<Shared>,
 }
 
-/// Has an engine look at its runner.
+/// Makes an engine poll its runner.
 #[derive(Clone)]
 pub struct Waker(Arc<Shared>);
 
@@ -127,7 +127,7 @@ impl Drop for Engine {
 }
 
 impl EngineHandle {
-    /// Submits a request; refusals come as its first event.
+    /// Submits a request; a refusal is its first and last event.
     pub fn submit(&self, request: Request) -> RequestStream {
         self.send_work(Work::Generate(Box::new(request)))
     }
@@ -161,7 +161,7 @@ impl EngineHandle {
         self.shared.info()
     }
 
-    /// Refuses new requests from now on; resolves when those that are queued or running have ended.
+    /// Refuses new requests from now on; resolves when all queued and running requests have ended.
     pub async fn drain(&self) {
         let (done, drained) = oneshot::channel();
         if self.shared.tell(Command::Drain(done)) {
@@ -194,7 +194,7 @@ impl EngineHandle {
 }
 
 impl Waker {
-    /// Has the engine's thread poll its runner.
+    /// Wakes the engine's thread so that it polls its runner.
     pub fn wake(&self) {
         // A thread that is gone needs no waking.
         let _ = self.0.tell(Command::Wake);

@@ -83,7 +83,7 @@ pub struct SamplingParams {
 }
 
 impl SamplingParams {
-    /// The likeliest token, always.
+    /// Greedy sampling: always the likeliest token.
     pub fn greedy() -> Self {
         SamplingParams {
             temperature: 0.0,
@@ -240,7 +240,7 @@ pub enum RequestError {
         /// Description of the allowed values.
         range: &'static str,
     },
-    /// Too many requests wait.
+    /// The queue is full.
     #[error("{limit} requests already wait for this engine; try again later")]
     QueueFull {
         /// Most requests that may wait.
@@ -252,10 +252,10 @@ pub enum RequestError {
         /// Tokens of the answer that were there.
         tokens: u32,
     },
-    /// The engine takes nothing new.
+    /// The engine is draining and refuses new requests.
     #[error("the engine is shutting down and takes no new requests")]
     Draining,
-    /// A row of logits without a single finite number.
+    /// A row of logits has no finite number.
     #[error("the model gave no finite logit for token {index} of the answer")]
     BadLogits {
         /// Index of the token that was to be chosen.
@@ -264,13 +264,13 @@ pub enum RequestError {
     /// The stage failed the step that the request was in.
     #[error("a step of the engine failed: {0}")]
     Stage(#[from] StageError),
-    /// The machines that ran the model are too few now.
+    /// Too few machines are left to run the model.
     #[error("the mesh can no longer run this model: {reason}")]
     RingLost {
         /// Description of the missing workers or layers.
         reason: String,
     },
-    /// The model runs elsewhere now, and so can the request.
+    /// The model moved to other machines, where the request can continue.
     #[error("the model has moved: {reason}")]
     Moved {
         /// Description of the cause.

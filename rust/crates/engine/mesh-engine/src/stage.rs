@@ -13,7 +13,7 @@ use std::ops::Range;
 /// A KV cache slot: the cached keys and values of one sequence.
 pub type SlotId = u32;
 
-/// The shape of a model as far as callers of a stage need it.
+/// Dimensions of a model that callers of a stage need.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelShape {
     /// Number of transformer layers in the whole model.

@@ -7,7 +7,7 @@ use mesh_model::TextStream;
 
 use crate::request::RequestError;
 
-/// The text of one answer as its tokens come in.
+/// Converts the tokens of one answer to text, incrementally.
 #[derive(Debug)]
 pub struct TextPipeline {
     characters: TextStream,

@@ -10,7 +10,7 @@ use crate::mem::{Buffer, Shared};
 use crate::simd::{self, Kernel, LANES, Simd};
 use crate::{KernelError, Pool, add_rms_norm, rms_norm};
 
-/// A function of single numbers, between the halves of a feed-forward layer.
+/// An elementwise function between the halves of a feed-forward layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Activation {
     /// `x / (1 + e^-x)`.

@@ -69,7 +69,7 @@ const READ_BYTES: usize = 64 << 10;
 const LIMIT: usize = 1 << 28;
 
 impl QMatrix {
-    /// Packs `n` rows of `k` weights each, as they lie in a GGUF file, on the calling thread.
+    /// Packs `n` rows of `k` weights each, in the layout of a GGUF file, on the calling thread.
     ///
     /// # Errors
     /// When `rows` is not exactly `n` rows of that type, or memory is short.

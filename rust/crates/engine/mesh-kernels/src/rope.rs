@@ -51,7 +51,7 @@ pub struct Rope {
 const BLOCK: usize = 256;
 
 impl Rope {
-    /// Checks the options.
+    /// A table for `options`, filled as positions are used.
     ///
     /// # Errors
     /// When `dim` is odd or zero, the factors are not `dim / 2`, or there are absurdly many positions.

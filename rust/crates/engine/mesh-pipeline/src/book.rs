@@ -13,7 +13,7 @@ pub struct Book {
 }
 
 impl Book {
-    /// An empty one for `slots` slots.
+    /// An empty log for `slots` slots.
     pub fn new(slots: u32) -> Self {
         Book {
             slots: vec![Vec::new(); slots as usize],

@@ -27,7 +27,7 @@ pub enum DriverEvent {
         epoch: u32,
         /// Stages, the driver's included.
         stages: u32,
-        /// Rows travel as f16.
+        /// Hidden rows travel as f16.
         half_rows: bool,
     },
     /// The rows that a member holds.
@@ -37,7 +37,7 @@ pub enum DriverEvent {
         /// The rows it holds.
         held: RingHeld,
     },
-    /// Rows from the last stage but one.
+    /// Hidden rows from the last stage but one.
     Rows(RingStep),
     /// A step failed at a member, or ended at a member before the last stage, as a replay does.
     Outcome {
@@ -53,9 +53,9 @@ pub enum DriverEvent {
         /// The member's answer.
         ping: RingPing,
     },
-    /// This worker's own network thread has had a ping in its hands.
+    /// This worker's own network thread has handled the ping with this number.
     Echo(u64),
-    /// A standby for the last stage stands by.
+    /// A standby for the last stage is ready; the rows it holds.
     Standby(Vec<HeldSlot>),
     /// The standby for the last stage is gone.
     NoStandby,

@@ -75,7 +75,7 @@ impl Part {
         &self.book
     }
 
-    /// The epoch it is in.
+    /// Number of its current epoch; 0 before the first.
     pub fn epoch(&self) -> u32 {
         self.epoch
     }
@@ -87,7 +87,7 @@ impl Part {
             .map_or(0, |mirror| mirror.lag(&self.book))
     }
 
-    /// Bytes of memory that outputs take which are kept for a replay.
+    /// Bytes of outputs kept for a replay.
     pub fn kept_bytes(&self) -> u64 {
         self.kept.bytes()
     }
@@ -113,7 +113,7 @@ impl Part {
         }
     }
 
-    /// A standby that holds `held` stands by from now on.
+    /// Starts replication to a standby that holds `held`.
     pub fn mirror_to(&mut self, held: &[HeldSlot], out: &mut Vec<Out>) {
         let mirror = self.mirror.insert(Mirror::new(&self.book, held));
         let safe: Vec<SlotId> = (0..self.book.slots())
@@ -172,7 +172,7 @@ impl Part {
         self.pump(out);
     }
 
-    /// Sends rows that were kept to the next stage again.
+    /// Sends kept rows to the next stage again.
     pub fn resend(&mut self, resend: &RingResend, out: &mut Vec<Out>) {
         if resend.epoch != self.epoch {
             return;

@@ -23,7 +23,7 @@ pub struct EmbedEngine {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Submits requests to an [`EmbedEngine`] and looks at its load, from any thread or task.
+/// Submits requests to an [`EmbedEngine`] and reads its load, from any thread or task.
 #[derive(Clone)]
 pub struct EmbedHandle {
     shared: Arc<Shared>,
@@ -144,7 +144,7 @@ impl EmbedHandle {
         &self.shared.info
     }
 
-    /// Refuses new requests from now on; resolves when those that wait or run have ended.
+    /// Refuses new requests from now on; resolves when all waiting and running requests have ended.
     pub async fn drain(&self) {
         let (done, drained) = oneshot::channel();
         if self.commands.send(Command::Drain(done)).is_ok() {

@@ -81,7 +81,7 @@ impl Scheduler {
         }
     }
 
-    /// Takes a request in, or refuses it; how it ends comes from [`Scheduler::next_end`].
+    /// Queues a request, or refuses it; [`Scheduler::next_end`] returns its result.
     pub fn submit(&mut self, key: Key, request: EmbedRequest) {
         if let Err(error) = self.admit(&request) {
             self.totals.failed += 1;
@@ -127,14 +127,14 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Forgets a request. Sequences of it that are being computed are computed for nothing.
+    /// Forgets a request. Vectors of its sequences in a running batch are dropped.
     pub fn cancel(&mut self, key: Key) {
         if self.remove(key) {
             self.totals.cancelled += 1;
         }
     }
 
-    /// Puts the next batch together; `None` if nothing waits.
+    /// Forms the next batch; `None` if no sequence waits.
     pub fn plan(&mut self, now: Instant) -> Option<Batch> {
         self.expire(now);
         let mut batch = Batch::default();
@@ -165,7 +165,7 @@ impl Scheduler {
         (!batch.parts.is_empty()).then_some(batch)
     }
 
-    /// Takes in the vectors of `batch`, back to back, which took `elapsed` to compute.
+    /// Records the vectors of `batch`, back to back, which took `elapsed` to compute.
     pub fn complete(&mut self, batch: &Batch, vectors: &[f32], elapsed: Duration) {
         let rows = batch.rows();
         self.totals.steps += 1;
@@ -199,7 +199,7 @@ impl Scheduler {
         }
     }
 
-    /// Ends all requests in `batch`, which failed.
+    /// Ends all requests in `batch` with `error`.
     pub fn fail(&mut self, batch: &Batch, error: &StageError) {
         self.totals.steps += 1;
         for (key, _, _) in &batch.parts {
@@ -225,7 +225,7 @@ impl Scheduler {
         self.jobs.is_empty()
     }
 
-    /// The next request that ended, and how.
+    /// The next ended request, with its result.
     pub fn next_end(&mut self) -> Option<(Key, Result<Embedded, RequestError>)> {
         self.ended.pop_front()
     }

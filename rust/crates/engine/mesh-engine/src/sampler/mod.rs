@@ -62,7 +62,7 @@ impl Sampler {
         sampler
     }
 
-    /// Never chooses these before the least length of the answer is reached.
+    /// Never chooses `ends` before the least length of the answer is reached.
     #[must_use]
     pub fn not_ending_with(mut self, ends: Vec<u32>) -> Self {
         self.ends = ends;

@@ -39,7 +39,7 @@ use crate::request::{Event, Request, RequestError};
 use crate::sampler::Scratch;
 use crate::{Segment, SlotId, StageError, StageInfo, Vocabulary};
 
-/// Names a request within one scheduler; chosen by the submitter.
+/// Identifies a request within one scheduler; chosen by the submitter.
 pub type RequestKey = u64;
 
 /// Limits of a scheduler.
@@ -256,7 +256,7 @@ impl Scheduler {
         }
     }
 
-    /// Takes a request for text. A refusal comes as [`Event::Failed`], before any work is done.
+    /// Queues a request for text. A refusal is reported as [`Event::Failed`] at once.
     pub fn submit(&mut self, key: RequestKey, request: Request, now: Instant) {
         let job = Job::generate(key, request, self.context, &*self.vocabulary, now);
         self.enqueue(key, job, now);
@@ -321,7 +321,7 @@ impl Scheduler {
         !step.segments.is_empty()
     }
 
-    /// Takes in the logits of a step.
+    /// Completes a step with its logits.
     pub fn complete(&mut self, step: &Step, logits: &[f32], now: Instant) {
         if logits.len() != step.logit_rows() * self.vocab {
             let got = logits.len();
@@ -341,7 +341,7 @@ impl Scheduler {
         self.finish(now);
     }
 
-    /// Takes in that a step failed: its requests fail, the others go on.
+    /// Completes a step that failed: its requests fail, the others continue.
     pub fn fail(&mut self, step: &Step, error: &StageError) {
         for &owner in &step.owners {
             // One that was cancelled or preempted while the step ran is not affected.
@@ -392,7 +392,7 @@ impl Scheduler {
         self.events.pop_front()
     }
 
-    /// The state of a request; `None` if it has ended or was never there.
+    /// The state of a request; `None` if it has ended or never existed.
     pub fn status(&self, key: RequestKey) -> Option<RequestStatus> {
         if let Some(running) = self.running.iter().find(|r| r.job.key == key) {
             let total = running.job.tokens.len() as u32;

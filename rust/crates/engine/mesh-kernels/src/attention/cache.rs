@@ -178,7 +178,7 @@ impl KvCache {
         Ok(out)
     }
 
-    /// Writes exported rows at `position`; gives how many there were.
+    /// Writes exported rows at `position`; returns their number.
     ///
     /// # Errors
     /// When the slot or a position does not exist or `bytes` is not a whole number of rows.
