@@ -32,7 +32,7 @@ pub struct Gpu {
     pub reported: Option<Reported>,
 }
 
-/// A GPU in the words of its driver.
+/// Name and memory of a GPU, as its driver reports them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Reported {
     /// Name of the card as the driver reports it.
@@ -80,7 +80,7 @@ pub struct Gfx {
 }
 
 impl Gpu {
-    /// A card with these ids, of which no driver has reported anything yet.
+    /// A card with these ids and without a driver's report.
     pub fn new(address: String, vendor_id: u16, device_id: u16, class: u32) -> Self {
         let vendor = match vendor_id {
             0x10de => Vendor::Nvidia,

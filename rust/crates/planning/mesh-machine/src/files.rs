@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-/// No file that is meant for this crate is larger.
+/// Largest file that is read, in bytes.
 pub const LIMIT: u64 = 64 * 1024;
 
 /// Errors of reading a small text file.

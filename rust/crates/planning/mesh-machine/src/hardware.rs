@@ -35,7 +35,7 @@ pub struct Cpu {
     pub vectors: Vec<&'static str>,
 }
 
-/// Reads the hardware below `root`, which is `/` but in tests.
+/// Reads the hardware below `root`, which is `/` except in tests.
 pub fn probe(root: &Path) -> Hardware {
     let mut gpus = pci_gpus(&root.join("sys/bus/pci/devices"));
     let nodes = kfd_nodes(&root.join("sys/class/kfd/kfd/topology/nodes"));

@@ -17,7 +17,7 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Reads procfs and sysfs below `root`, which is `/` but in tests.
+    /// Reads procfs and sysfs below `root`, which is `/` except in tests.
     pub fn read(root: &Path) -> Self {
         let text = kernel_text(&root.join("proc/meminfo")).unwrap_or_default();
         let line = |name| {

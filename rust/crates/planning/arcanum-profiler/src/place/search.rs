@@ -548,5 +548,5 @@ const MOST_LAYOUTS: u32 = 40_000;
 /// Layouts that each of them may look at in any case.
 const LEAST_LAYOUTS: u32 = 400;
 
-/// Up to so many usable nodes the search is exact.
+/// Largest number of usable nodes for which the search is exact.
 pub const EXACT_NODES: usize = 8;

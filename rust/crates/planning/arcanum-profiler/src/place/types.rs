@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-/// A model as far as placement needs it.
+/// Dimensions of a model that placement needs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelSpec {
     /// Number of transformer layers.

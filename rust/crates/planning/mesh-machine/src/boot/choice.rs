@@ -51,7 +51,7 @@ pub struct Wish {
     pub without_rocm: bool,
 }
 
-/// The word for a choice by hardware.
+/// The value of `backend` that lets the hardware decide.
 pub const AUTO: &str = "auto";
 
 impl Wish {

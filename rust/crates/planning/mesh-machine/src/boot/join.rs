@@ -16,9 +16,9 @@ use crate::files::{ReadError, read_text};
 
 /// Prefix of our keys on the kernel command line.
 pub const PREFIX: &str = "hydramesh.";
-/// Settings on the partition.
+/// Name of the settings file on the partition.
 pub const SETTINGS_FILE: &str = "hydramesh.toml";
-/// A token alone on the partition.
+/// Name of a file on the partition that holds only the token.
 pub const TOKEN_FILE: &str = "join-token";
 /// The head's port for workers, where an address names none.
 pub const HEAD_PORT: u16 = 7780;
@@ -141,7 +141,7 @@ impl Settings {
         }
     }
 
-    /// Reads `key=value` lines, as they are typed; empty lines and lines with `#` do not count.
+    /// Reads typed `key=value` lines; empty lines and lines with `#` are ignored.
     ///
     /// # Errors
     /// As [`Settings::set`].
@@ -264,7 +264,7 @@ impl fmt::Display for Role {
 }
 
 impl HeadAddress {
-    /// `host`, `host:port`, `[2001:db8::1]:port`.
+    /// Parses `host`, `host:port` or `[2001:db8::1]:port`.
     ///
     /// # Errors
     /// A message that shows the expected form.
@@ -333,7 +333,7 @@ impl fmt::Display for HeadAddress {
 }
 
 impl Token {
-    /// The form is checked; whether the head knows it turns out when the worker joins.
+    /// Checks the form of a token. The head checks the token itself when the worker joins.
     ///
     /// # Errors
     /// A message with the form of a token; never the text itself.

@@ -143,7 +143,7 @@ impl Plan {
             .collect()
     }
 
-    /// Environment of the role's service, by which it is configured: names and values.
+    /// Environment variables that configure the role's service: names and values.
     pub fn environment(&self) -> Vec<(String, String)> {
         let mut variables = Vec::new();
         let mut set = |name: &str, value: String| variables.push((name.to_owned(), value));

@@ -123,7 +123,7 @@ pub fn measure_layers(
     })
 }
 
-/// The format to hold a model's layers in, and why.
+/// The chosen format for a model's layers, with the reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FormatChoice {
     /// The chosen format.

@@ -17,7 +17,7 @@ pub struct ProfileOptions {
     pub reserved_for: Vec<String>,
     /// ONNX Runtime's library; `None` is the environment's.
     pub library: Option<PathBuf>,
-    /// Folder with proc and sys: `/` but in tests.
+    /// Folder with proc and sys: `/` except in tests.
     pub root: PathBuf,
 }
 

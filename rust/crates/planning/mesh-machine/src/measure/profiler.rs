@@ -126,7 +126,7 @@ impl Profiler {
         profiler
     }
 
-    /// Speed of `model`'s layers held as `format`: kept, or measured now and kept.
+    /// Speed of `model`'s layers in `format`: from the file, or measured now and written to it.
     ///
     /// # Errors
     /// If they cannot be measured.
