@@ -42,7 +42,7 @@ pub enum Exercise {
 }
 
 impl Exercise {
-    /// Tokens that it computes.
+    /// Number of tokens that the exercise computes.
     pub fn tokens(self) -> u32 {
         match self {
             Exercise::Decode(tokens) | Exercise::Prefill(tokens) => tokens,

@@ -50,7 +50,7 @@ pub fn round_trips_per_second(
     Ok(answered as f64 / start.elapsed().as_secs_f64())
 }
 
-/// Answers every Task with the same bytes as a Result, and leaves all else as it is.
+/// Answers every Task with a Result of the same bytes, and ignores other messages.
 pub fn echo_head(socket: UdpSocket, stop: &AtomicBool) {
     let mut received = RecvBatch::new();
     while !stop.load(Ordering::Relaxed) {

@@ -52,7 +52,7 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// A failure of this kind.
+    /// A failure with this exit code and no hint.
     pub fn new(exit: Exit, message: impl Into<String>) -> Self {
         Self {
             exit,
@@ -61,12 +61,12 @@ impl Failure {
         }
     }
 
-    /// A failure without a kind of its own.
+    /// A failure with [`Exit::Failed`].
     pub fn failed(message: impl Into<String>) -> Self {
         Self::new(Exit::Failed, message)
     }
 
-    /// A failure of the arguments.
+    /// A failure with [`Exit::Usage`].
     pub fn usage(message: impl Into<String>) -> Self {
         Self::new(Exit::Usage, message)
     }
@@ -145,7 +145,7 @@ impl From<anyhow::Error> for Failure {
     }
 }
 
-/// Has the process end quietly where its output goes to a program that has stopped reading.
+/// Makes the process end quietly if the reader of its output is gone.
 pub fn end_quietly_on_broken_pipe() {
     let default = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {

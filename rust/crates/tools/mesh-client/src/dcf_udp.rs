@@ -92,13 +92,13 @@ impl DcfClient {
         }
     }
 
-    /// The version that the peer is known to speak; `None` before anything came from it.
+    /// The version that the peer is known to speak; `None` before its first message.
     #[must_use]
     pub fn version(&self) -> Option<Version> {
         self.version
     }
 
-    /// Sends `prompt` as it is, like a v5.0.0 client, and waits for the answer.
+    /// Sends `prompt` without a JSON envelope, like a v5.0.0 client, and waits for the answer.
     ///
     /// # Errors
     /// See [`DcfError`].

@@ -48,7 +48,7 @@ impl HttpClient {
         &self.base
     }
 
-    /// `GET path`, a JSON document.
+    /// Sends `GET path`; the response is a JSON document.
     ///
     /// # Errors
     /// If the head cannot be reached, says no, or answers with something else.
@@ -57,7 +57,7 @@ impl HttpClient {
         read_json(self.send(request).await?).await
     }
 
-    /// `GET path`, as text.
+    /// Sends `GET path`; returns the response as text.
     ///
     /// # Errors
     /// As [`HttpClient::get`].
@@ -66,7 +66,7 @@ impl HttpClient {
         self.send(request).await?.text().await.map_err(broken)
     }
 
-    /// `POST path` with a JSON body, a JSON document.
+    /// Sends `POST path` with a JSON body; the response is a JSON document.
     ///
     /// # Errors
     /// As [`HttpClient::get`].

@@ -146,7 +146,7 @@ pub struct Mesh {
 }
 
 impl Mesh {
-    /// A mesh to be described.
+    /// A builder for a mesh without workers or shim.
     pub fn builder() -> MeshBuilder {
         MeshBuilder {
             launcher: None,
@@ -159,7 +159,7 @@ impl Mesh {
         }
     }
 
-    /// Kills the head, if it has not died already, and starts it again after `pause`, on the same ports.
+    /// Kills the head if it still runs, and restarts it after `pause` on the same ports.
     ///
     /// # Errors
     /// If it does not start again.
@@ -225,7 +225,7 @@ impl Mesh {
         Ok(self.admin()?.get("/v1/mesh").await?)
     }
 
-    /// Workers that the head counts as usable now.
+    /// The workers that the head considers usable now, as the registry shows them.
     ///
     /// # Errors
     /// If the head does not answer.
@@ -326,7 +326,7 @@ impl Mesh {
         Ok(())
     }
 
-    /// Waits until the head counts `wanted` usable workers, no more and no fewer.
+    /// Waits until the head counts exactly `wanted` usable workers.
     ///
     /// # Errors
     /// If it does not within 90 s, or if a worker ends meanwhile.

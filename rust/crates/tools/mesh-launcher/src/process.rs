@@ -213,7 +213,7 @@ impl Service {
         Ok(HttpClient::new(&self.address("http")?.to_string(), None)?)
     }
 
-    /// All it has logged so far, over restarts.
+    /// The service's log so far, over all restarts.
     pub fn log(&self) -> String {
         fs::read(self.log_path())
             .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
@@ -258,7 +258,7 @@ impl Service {
         kill(Pid::from_raw(pid), signal).with_context(|| format!("{signal} to {}", self.name))
     }
 
-    /// Kills it as a crash would and waits until it is gone.
+    /// Kills the process with SIGKILL, like a crash, and waits until it is gone.
     ///
     /// # Errors
     /// If it is gone already.
@@ -324,7 +324,7 @@ impl Service {
         self.spawn().await
     }
 
-    /// Bytes of memory that it holds now.
+    /// Resident memory of the process, bytes.
     ///
     /// # Errors
     /// If the process is gone.
