@@ -11,7 +11,7 @@ use tokio::task::JoinHandle;
 
 use crate::rescore::Transcript;
 
-/// One question, with all that decides the answer.
+/// A question with all parameters that decide the answer.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Ask {
     /// Text of the user's message.
@@ -27,7 +27,7 @@ pub struct Ask {
 }
 
 impl Ask {
-    /// A greedy answer of exactly so many tokens.
+    /// Asks for a greedy answer of exactly `tokens` tokens.
     pub fn greedy(question: impl Into<String>, tokens: u32) -> Self {
         Self {
             question: question.into(),
@@ -38,7 +38,7 @@ impl Ask {
         }
     }
 
-    /// A sampled answer of exactly so many tokens.
+    /// Asks for a sampled answer of exactly `tokens` tokens.
     pub fn sampled(question: impl Into<String>, tokens: u32, seed: u64) -> Self {
         Self {
             seed: Some(seed),
@@ -183,7 +183,7 @@ impl Answer {
     }
 }
 
-/// Answers that are under way.
+/// Streamed answers in progress.
 #[derive(Debug)]
 pub struct Running {
     tasks: Vec<JoinHandle<Result<Answer>>>,
@@ -209,7 +209,7 @@ impl Running {
         self.arrived.load(Ordering::Relaxed)
     }
 
-    /// Waits until so many tokens came, over all answers.
+    /// Waits until `wanted` tokens came, over all answers.
     ///
     /// # Errors
     /// If they do not within 2 minutes, or if all answers end before.

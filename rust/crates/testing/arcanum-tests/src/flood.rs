@@ -16,7 +16,7 @@ pub struct Generator {
 }
 
 impl Generator {
-    /// The same datagrams for the same seed.
+    /// A generator; equal seeds give equal datagrams.
     pub fn new(seed: u64) -> Self {
         let payloads: [&[u8]; 9] = [
             b"",

@@ -54,7 +54,7 @@ pub fn alone() -> Flock<File> {
         .unwrap_or_else(|(_, error)| panic!("{}: {error}", path.display()))
 }
 
-/// Random numbers that a test can have again: from `HYDRAMESH_TEST_SEED`, else fixed.
+/// A repeatable random generator: the seed is `HYDRAMESH_TEST_SEED`, else fixed.
 #[derive(Debug, Clone)]
 pub struct Seed(u64);
 

@@ -136,7 +136,7 @@ impl Claim {
     }
 }
 
-/// Something that reached a rogue.
+/// A request that reached a rogue.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen {
     /// Time of arrival.
@@ -248,7 +248,7 @@ impl Rogue {
         })
     }
 
-    /// All that it was asked so far.
+    /// All requests that reached it so far.
     pub fn seen(&self) -> Vec<Seen> {
         lock(&self.shared.seen).clone()
     }

@@ -156,7 +156,7 @@ impl TestHub {
         Ok(self.state().repos.publish(id, files))
     }
 
-    /// Has a branch or tag of `id` point to a commit.
+    /// Points a branch or tag of `id` to a commit.
     ///
     /// # Panics
     /// If the repository does not exist.
@@ -169,7 +169,7 @@ impl TestHub {
         self.state().repos.rename(old, new);
     }
 
-    /// Lists files without their lengths and hashes, as mirrors of other makes do.
+    /// Lists files without their lengths and hashes, as some mirrors do.
     pub fn list_names_only(&self, names_only: bool) {
         self.state().names_only = names_only;
     }
@@ -182,7 +182,7 @@ impl TestHub {
         self.state().repos.restrict(id, access);
     }
 
-    /// Makes `token` a valid one that may read these private or gated repositories.
+    /// Makes `token` valid, with access to the private or gated `repos`.
     pub fn admit(&self, token: &str, repos: &[&str]) {
         let repos = repos.iter().map(|&id| id.to_owned()).collect();
         self.state().tokens.insert(token.to_owned(), repos);
@@ -196,7 +196,7 @@ impl TestHub {
         state.faults.entry(key).or_default().push(fault);
     }
 
-    /// Every request for `file` from now on meets this fault; `None` ends that.
+    /// Answers every request for `file` from now on with this fault; `None` ends that.
     pub fn always_fail(&self, site: Site, file: &str, fault: Option<Fault>) {
         let mut state = self.state();
         let key = (site, file.to_owned());

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anyhow::{Context, Result, bail, ensure};
 use mesh_launcher::Launcher;
 
-/// Several machines on one network, as far as the network goes.
+/// Simulated machines on one network: a namespace for each.
 #[derive(Debug)]
 pub struct Namespaces {
     /// Begins the names of this network's links.
@@ -19,7 +19,7 @@ pub struct Namespaces {
     machines: u8,
 }
 
-/// One of them, by number.
+/// A machine of a [`Namespaces`], by number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Machine(u8);
 
@@ -54,7 +54,7 @@ impl Namespaces {
         Ok(this)
     }
 
-    /// The address of this end, where machines reach the test itself.
+    /// The address at which the machines reach the test itself.
     pub fn own_address(&self) -> String {
         self.address(Machine(0))
     }
@@ -64,7 +64,7 @@ impl Namespaces {
         format!("10.213.{}.{}", self.subnet, machine.0 + 1)
     }
 
-    /// One more machine on the network.
+    /// Adds a machine to the network.
     ///
     /// # Errors
     /// If the system refuses.
@@ -97,7 +97,7 @@ impl Namespaces {
         words.map(str::to_owned)
     }
 
-    /// Gives the machine another address in place of the one it has, as a DHCP server may.
+    /// Replaces the machine's address by another, as a DHCP server may.
     ///
     /// # Errors
     /// If the system refuses.
@@ -126,7 +126,7 @@ impl Namespaces {
         ip(&["link", "set", &self.cable(machine), "down"])
     }
 
-    /// Plugs it in again.
+    /// Plugs the cable in again.
     ///
     /// # Errors
     /// If the system refuses.

@@ -36,7 +36,7 @@ const V5_1: u8 = 0x51;
 const SINGLE: usize = 1_454;
 const PIECE: usize = 1_400;
 
-/// The version that a peer speaks.
+/// Version of the wire format of a peer.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Wire {
     /// 17 bytes before the payload.
@@ -60,7 +60,7 @@ pub struct Datagram {
 }
 
 impl Datagram {
-    /// A v5.0.0 message of these parts.
+    /// A v5.0.0 message with these fields.
     pub fn new(kind: u8, sequence: u32, payload: impl Into<Vec<u8>>) -> Self {
         Self {
             wire: Wire::V5_0,
@@ -70,7 +70,7 @@ impl Datagram {
         }
     }
 
-    /// The same in another version.
+    /// The same message in another version.
     #[must_use]
     pub fn on(self, wire: Wire) -> Self {
         Self { wire, ..self }
@@ -89,7 +89,7 @@ impl Datagram {
         bytes
     }
 
-    /// Reads a datagram; `None` if it is shorter than its header says.
+    /// Decodes a datagram; `None` if it is shorter than its header requires.
     pub fn decode(bytes: &[u8]) -> Option<Self> {
         if let Some((&V5_1, message)) = bytes.split_first() {
             return Some(Self::decode_message(message)?.on(Wire::V5_1));
@@ -110,7 +110,7 @@ impl Datagram {
         String::from_utf8_lossy(&self.payload).into_owned()
     }
 
-    /// Code and text, if it is an Error.
+    /// Code and text of an Error; `None` for other messages.
     pub fn error(&self) -> Option<(u8, String)> {
         let (&code, text) = self.payload.split_first()?;
         (self.kind == ERROR).then(|| (code, String::from_utf8_lossy(text).into_owned()))
@@ -165,7 +165,7 @@ impl V5Client {
         Self { wire, ..self }
     }
 
-    /// A client on a socket that is connected already.
+    /// A client on a connected socket.
     pub fn from_socket(socket: UdpSocket) -> Self {
         Self {
             socket,
@@ -181,7 +181,7 @@ impl V5Client {
         self.send_raw(&Datagram::new(TASK, sequence, prompt).on(self.wire).encode())
     }
 
-    /// Sends bytes as they are.
+    /// Sends raw bytes as one datagram.
     ///
     /// # Errors
     /// If nothing listens there.
@@ -385,7 +385,7 @@ impl V5Head {
         Ok(self.bus.local_addr()?)
     }
 
-    /// Waits for a heartbeat; the address it names, and the bytes of its payload.
+    /// Waits for a heartbeat; returns the address in it, and its payload.
     ///
     /// # Errors
     /// If none comes within `limit`, or if one is malformed.

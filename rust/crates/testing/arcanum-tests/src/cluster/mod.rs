@@ -145,7 +145,7 @@ impl Cluster {
         found.with_context(|| format!("no worker is called {name}"))
     }
 
-    /// Names of the workers whose processes are there.
+    /// Names of the workers with a running process.
     pub fn names(&mut self) -> Vec<String> {
         let workers = self.mesh.workers.iter_mut();
         let running =
@@ -204,7 +204,7 @@ impl Cluster {
         Ok(admin.post("/v1/mesh/rebalance", &json!({})).await?)
     }
 
-    /// Tells the head that a worker is to be emptied, and waits until it holds nothing.
+    /// Drains a worker through the head, and waits until it holds nothing.
     ///
     /// # Errors
     /// If the head refuses, or if the worker still holds something after 30 s; the message names it.
@@ -270,7 +270,7 @@ impl Cluster {
         lines.collect()
     }
 
-    /// Memory that the processes of head and workers hold, bytes.
+    /// Resident memory of head and workers together, bytes.
     pub fn resident_bytes(&mut self) -> u64 {
         let services = std::iter::once(&mut self.mesh.head).chain(&mut self.mesh.workers);
         let running = services.filter_map(|service| {
@@ -281,7 +281,7 @@ impl Cluster {
         running.sum()
     }
 
-    /// The value of one of the head's metrics, summed over its labels; 0 if it is not there.
+    /// The value of one of the head's metrics, summed over its labels; 0 if it is missing.
     ///
     /// # Errors
     /// If the head does not answer.
@@ -296,7 +296,7 @@ impl Cluster {
         Ok(values.sum())
     }
 
-    /// Waits until the head counts no request that runs or waits.
+    /// Waits until the head has no running or waiting request.
     ///
     /// # Errors
     /// If some still run after 30 s.
