@@ -1,4 +1,4 @@
-//! Which worker holds the KV cache of which conversation.
+//! Cache affinity: the workers that hold the KV cache of a conversation.
 //!
 //! A prompt is cut into growing prefixes (message by message, or blocks of text), each with a hash. When a worker answers,
 //! the prompt's prefixes are noted under its name; the next turn of the conversation begins with the same ones and finds it.

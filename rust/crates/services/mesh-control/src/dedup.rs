@@ -23,19 +23,19 @@ pub struct TaskKey {
     pub sequence: u32,
 }
 
-/// What is kept of finished tasks.
+/// Bounds on the finished tasks that are kept.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Answers.
+    /// Number of answers.
     pub answers: usize,
     /// Bytes of their payloads together. The newest answer is kept even if it alone has more: its client may still lack a
     /// part of it.
     pub bytes: usize,
-    /// Age.
+    /// Time after which a finished task is forgotten.
     pub age: Duration,
 }
 
-/// What a Task is to this head.
+/// State of a received Task at this head.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Seen {
     /// New: run it, then call [`Dedup::finished`] or [`Dedup::forget`] with this number.
@@ -113,7 +113,7 @@ impl Dedup {
             .is_some_and(|task| task.answer.is_none())
     }
 
-    /// Whether this run is still what its client waits for.
+    /// Returns true if this run is still the one that its client waits for.
     pub fn is_current(&self, key: TaskKey, run: Run) -> bool {
         self.tasks.get(&key).is_some_and(|task| task.run == run)
     }
@@ -149,7 +149,7 @@ impl Dedup {
         self.tasks.len()
     }
 
-    /// Whether there is none.
+    /// Returns true if no task is known.
     pub fn is_empty(&self) -> bool {
         self.tasks.is_empty()
     }

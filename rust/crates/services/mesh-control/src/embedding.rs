@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use mesh_proto::Embeddings;
 
-/// What parts may be.
+/// Limits on the parts of an embedding request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cut {
     /// Workers that serve the model.
@@ -58,7 +58,8 @@ impl Cut {
     }
 }
 
-/// Whether `part` answers a request for `texts` vectors; with what is wrong if not. Nothing that a worker sends is believed.
+/// Checks that `part` answers a request for `texts` vectors; the error says what is wrong. Nothing that a
+/// worker sends is believed.
 pub fn check(part: &Embeddings, texts: usize, dimensions: u32) -> Result<(), String> {
     let one = part.dimensions as usize * 4;
     if one == 0 || part.vectors.len() != one.saturating_mul(texts) || part.tokens.len() != texts {

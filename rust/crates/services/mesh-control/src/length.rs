@@ -9,7 +9,7 @@ use std::sync::Arc;
 use mesh_base::tokens::{ByteCounts, ByteSpans};
 use mesh_proto::{ModelCard, Prompt};
 
-/// What can be told of a prompt's length.
+/// Knowledge of a prompt's length.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Length {
     /// It is short, or nothing can be told of it.

@@ -14,7 +14,7 @@ use dcf::{Message, Version};
 
 use super::dedup::TaskKey;
 
-/// How fast Chunks go, and how many wait.
+/// Rate at which Chunks are sent, and bounds on those that wait.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// Chunks that one receiver gets at a time.
@@ -36,10 +36,10 @@ impl Default for Limits {
     }
 }
 
-/// What became of an answer given to [`Outbox::add`].
+/// Result of [`Outbox::add`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Added {
-    /// It is the first; somebody has to begin to ask for [`Outbox::due`].
+    /// It is the first: the caller has to start polling [`Outbox::due`].
     First,
     /// It goes with the others.
     Queued,
@@ -55,11 +55,11 @@ pub struct Outbox {
     bytes: usize,
 }
 
-/// What one receiver is being sent.
+/// Answers that are being sent to one receiver.
 #[derive(Debug)]
 struct Queue {
     answers: VecDeque<Sending>,
-    /// When the next burst goes.
+    /// Time of the next burst.
     due: Instant,
 }
 
@@ -103,7 +103,7 @@ impl Outbox {
         if first { Added::First } else { Added::Queued }
     }
 
-    /// Whether the answer to this task is on its way.
+    /// Returns true if the answer to this task is being sent.
     pub fn is_sending(&self, key: TaskKey) -> bool {
         let queue = self.queues.get(&key.client);
         queue.is_some_and(|queue| queue.answers.iter().any(|of| of.answers(key)))
@@ -187,7 +187,7 @@ mod tests {
         outbox.add(key, split, chunks * MAX_DATA, now)
     }
 
-    /// What goes at `now`, as port, sequence and index, and when to ask again.
+    /// Chunks due at `now`, as port, sequence and index, and the time to ask again.
     fn due(outbox: &mut Outbox, now: Instant) -> (Vec<(u16, u32, u16)>, Option<Instant>) {
         let mut sent = Vec::new();
         let next = outbox.due(now, |to, _, message| {

@@ -24,9 +24,9 @@ pub use refusal::Refusal;
 pub struct Limits {
     /// Requests that wait for a worker.
     pub queue: usize,
-    /// How long a waiting request outlasts the last worker for it.
+    /// Time for which a waiting request outlasts the last worker for it.
     pub rejoin_grace: Duration,
-    /// How many requests a worker is given.
+    /// Number of requests that a worker is given at once.
     pub capacity: Capacity,
 }
 
@@ -47,7 +47,7 @@ pub struct Placed {
     pub context: u32,
     /// The ring that it answers for.
     pub ring: Option<u64>,
-    /// When to expect the answer.
+    /// Expected time of the answer.
     pub estimate: Estimate,
 }
 
@@ -62,7 +62,7 @@ pub enum Asked {
     Refused(Refusal),
 }
 
-/// How an attempt on a worker ended.
+/// Outcome of an attempt on a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
     /// The answer came back complete.
@@ -98,7 +98,7 @@ struct Waiting {
     ask: Ask,
     /// Equal for requests that the same workers may take.
     class: u64,
-    /// Since when nobody serves it.
+    /// Start of the time without any worker for it.
     nobody_since: Option<Instant>,
 }
 
@@ -126,12 +126,12 @@ struct Running {
     batch: u32,
 }
 
-/// What was received of an answer.
+/// Part of an answer received so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Received {
     /// Tokens after those that came first.
     pub tokens: u32,
-    /// When the last of them came.
+    /// Arrival of the last of them.
     pub last: Option<Instant>,
 }
 
@@ -342,7 +342,7 @@ impl Placement {
         !self.displaced.is_empty()
     }
 
-    /// Whether another worker than `than` answers requests like this one.
+    /// Returns true if another worker than `than` answers requests like this one.
     pub fn another(&self, ask: &Ask, than: WorkerId, now: Instant) -> bool {
         Router::another(&self.registry, ask, than, now)
     }
@@ -375,7 +375,7 @@ impl Placement {
         &self.prospects
     }
 
-    /// Whether a worker serves this model now or did lately, or workers offer its layers.
+    /// Returns true if a worker serves this model or did recently, or workers offer its layers.
     pub fn knows_model(&self, name: &str) -> bool {
         self.prospects.contains_key(name) || self.registry.knows_model(name)
     }
@@ -478,12 +478,12 @@ impl Placement {
     }
 }
 
-/// Which waiting requests are due, as far as the shares of their sources go.
+/// Tells which waiting requests may go, given the shares of their sources.
 struct Due<'a> {
     shares: &'a Shares,
     registry: &'a Registry,
     running: &'a BTreeMap<Ticket, Running>,
-    /// What was found out, by source and class.
+    /// Results so far, by source and class.
     known: HashMap<(Source, u64), bool>,
 }
 
@@ -516,7 +516,7 @@ fn held(running: &BTreeMap<Ticket, Running>, source: Source, model: &str) -> usi
     running.values().filter(same).count()
 }
 
-/// Whether the source of a request may have one more slot of its model.
+/// Returns true if the source of a request may have one more slot of its model.
 fn has_share(shares: &Shares, registry: &Registry, ask: &Ask, held: usize, now: Instant) -> bool {
     // Embeddings have slots for parts, which end soon. What has failed elsewhere has waited its turn.
     if ask.purpose != Purpose::Chat || !ask.avoid.is_empty() {
@@ -532,7 +532,7 @@ fn has_share(shares: &Shares, registry: &Registry, ask: &Ask, held: usize, now: 
 enum Room {
     Perhaps,
     No,
-    /// Nobody serves it at all.
+    /// No worker serves it.
     Nobody,
 }
 

@@ -29,7 +29,7 @@ pub use served::{ServedModel, Service, batch_gain};
 use served::{is_sound, plausible, ring_of_subject, short, speed};
 pub use worker::{Carrier, Worker, WorkerId};
 
-/// All workers, and the models that were served lately.
+/// All workers, and the models that were served recently.
 #[derive(Debug)]
 pub struct Registry {
     /// Silence after which a worker is pruned.
@@ -42,7 +42,7 @@ pub struct Registry {
     names: BTreeMap<String, (String, Instant)>,
     /// The models of requests that name none, by kind: once chosen they stay while they are served.
     defaults: BTreeMap<i32, String>,
-    /// What is thought of nodes.
+    /// Quarantines and pauses of nodes.
     pub reputation: Reputation,
     checks: SpotChecks,
     /// Warnings about workers that differ, by the one that is held back.
@@ -76,7 +76,8 @@ impl Registry {
         }
     }
 
-    /// How long requests wait for a worker that is to prove itself, and how often one that serves is checked.
+    /// Sets the time for which requests wait for a worker that has yet to prove itself, and the interval
+    /// between checks of one that serves.
     #[must_use]
     pub fn with_proofs(self, trial: Duration, check_interval: Duration) -> Self {
         Self {
@@ -86,7 +87,7 @@ impl Registry {
         }
     }
 
-    /// How long a name whose weights no worker has any more waits for one that has them.
+    /// Sets the time for which a name whose weights no worker has any more waits for one that has them.
     #[must_use]
     pub(crate) fn with_handover(self, handover: Duration) -> Self {
         Self {
@@ -353,12 +354,12 @@ impl Registry {
         self.workers.len()
     }
 
-    /// Whether there is none.
+    /// Returns true if there are no workers.
     pub fn is_empty(&self) -> bool {
         self.workers.is_empty()
     }
 
-    /// Whether a worker serves this model now or did within the last minutes.
+    /// Returns true if a worker serves this model or did within the last ten minutes.
     pub fn knows_model(&self, name: &str) -> bool {
         self.known_models.contains_key(name)
             || self.iter().any(|worker| worker.model(name).is_some())
@@ -383,7 +384,7 @@ impl Registry {
         models
     }
 
-    /// What changes with time alone.
+    /// Applies changes that are due to time alone.
     fn settle(&mut self, now: Instant) {
         let waits: Vec<WorkerId> = self
             .workers
@@ -481,5 +482,5 @@ const MODELS_PER_WORKER: usize = 64;
 const PURPOSES_PER_WORKER: usize = 16;
 const KNOWN_MODELS: usize = 1024;
 const LEGACY_WORKERS: usize = 1024;
-/// How long a model without a worker is answered with "no worker" and not with "no such model".
+/// Time for which a model without a worker is answered with "no worker" instead of "no such model".
 const MODEL_MEMORY: Duration = Duration::from_secs(600);

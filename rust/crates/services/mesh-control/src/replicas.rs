@@ -8,10 +8,10 @@ use mesh_proto::ModelKind;
 use super::registry::{Registry, ServedModel, Service, Worker};
 use super::spotcheck::CheckState;
 
-/// Who serves a model.
+/// The workers that serve a model.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Replicas {
-    /// What it makes; `None` if nobody serves it now.
+    /// Output of the model; `None` if no worker serves it now.
     pub kind: Option<ModelKind>,
     /// Workers with the same weights that may be asked for embeddings.
     pub workers: usize,

@@ -20,12 +20,12 @@ pub struct Reputation {
     nodes: BTreeMap<String, Record>,
 }
 
-/// Why a node gets nothing: its answers differed from those of others.
+/// A quarantine: the node gets no requests because its answers differed from those of others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Quarantine<'a> {
-    /// Its end.
+    /// Time at which it ends.
     pub until: Instant,
-    /// How the node was found out.
+    /// Evidence against the node.
     pub reason: &'a str,
 }
 
@@ -34,9 +34,9 @@ pub struct Quarantine<'a> {
 pub struct QuarantineView {
     /// Node id.
     pub node_id: String,
-    /// Its name when it was caught.
+    /// Name of the node when its quarantine began.
     pub name: String,
-    /// How it was found out.
+    /// Evidence against the node.
     pub reason: String,
     /// Time until it is asked again.
     pub seconds_left: f64,

@@ -27,7 +27,7 @@ use bounds::TOKEN_BYTES;
 pub use bounds::{Bounds, Limits};
 pub use error::{AnswerError, Failure, Fault};
 
-/// What to do next.
+/// Next action for the caller.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Step {
     /// Nothing; go on waiting.
@@ -64,11 +64,11 @@ pub struct Complete {
     pub first_token: Option<Duration>,
     /// From arrival to the end.
     pub total: Duration,
-    /// How often it was run again.
+    /// Number of reruns.
     pub reruns: u32,
 }
 
-/// Where the next attempt begins.
+/// Start of the next attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Resume {
     /// Name of the attempt in later events.
@@ -186,12 +186,12 @@ impl Answer {
         }
     }
 
-    /// What a worker may send.
+    /// Limits on what a worker may send.
     pub fn bounds(&self) -> Bounds {
         self.bounds
     }
 
-    /// Whose fault the last failure was.
+    /// Party to blame for the last failure.
     pub fn fault(&self) -> Fault {
         self.fault
     }
@@ -222,7 +222,7 @@ impl Answer {
         &self.tokens
     }
 
-    /// Whether anything went to the client: then only the same weights may go on.
+    /// Returns true if anything went to the client: then only the same weights may go on.
     pub fn has_begun(&self) -> bool {
         !self.tokens.is_empty() || self.text_bytes > 0
     }
@@ -270,7 +270,7 @@ impl Answer {
         silent && now.saturating_duration_since(self.placed_at) < self.limits.queue
     }
 
-    /// When to call [`Answer::time_passed`], unless something else happens before.
+    /// Time at which to call [`Answer::time_passed`], unless an event comes before.
     pub fn next_timer(&self) -> Option<Instant> {
         match self.phase {
             Phase::Placing => Some(self.deadline()),
@@ -536,7 +536,7 @@ impl Answer {
         *allowance = self.pace.allowance(self.limits.silence);
     }
 
-    /// What this message has too much of.
+    /// Describes the limit that this message exceeds; `None` if it exceeds none.
     fn excess(&self, tokens: &Tokens) -> Option<String> {
         let bounds = &self.bounds;
         let have = self.tokens.len() + tokens.tokens.len();

@@ -1,4 +1,4 @@
-//! Which worker answers a request soonest.
+//! Chooses the worker that answers a request soonest.
 //!
 //! Only workers that have answered the head's own question get requests ([`Registry::service`]). For each of them the router estimates
 //! the time to the last token from measured speed, load and queue; a conversation whose KV cache a worker holds is cheaper there by the prefill it saves. Workers whose estimates are
@@ -13,12 +13,12 @@ use super::fair::Source;
 use super::length::Length;
 use super::registry::{Registry, ServedModel, Service, Worker, WorkerId, batch_gain};
 
-/// What a request needs of a worker.
+/// Requirements of a request on a worker.
 #[derive(Debug, Clone, Default)]
 pub struct Ask {
     /// Model name; empty is any model.
     pub model: String,
-    /// What is wanted of it.
+    /// Use of the model: text or vectors.
     pub purpose: Purpose,
     /// Tokens of the prompt, estimated.
     pub prompt_tokens: u32,
@@ -36,13 +36,13 @@ pub struct Ask {
     pub revision: u32,
     /// The source of the request.
     pub source: Source,
-    /// What can be told of the prompt's length.
+    /// Knowledge of the prompt's length.
     pub length: Length,
     /// Workers died that had this request before its first token: no other may share its fate.
     pub alone: bool,
 }
 
-/// What a request wants of a model.
+/// Use that a request makes of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Purpose {
     /// Text.
@@ -77,11 +77,11 @@ pub enum Choice {
     Worker(WorkerId, Estimate),
     /// There are workers for it, all of them full.
     Busy,
-    /// There is none for it.
+    /// No worker serves it.
     Nobody,
 }
 
-/// When an answer is expected, counted from now.
+/// Expected times of an answer, counted from now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Estimate {
     /// To the first token.
@@ -98,7 +98,7 @@ pub struct Router {
     capacity: Capacity,
 }
 
-/// How many requests a worker is given at once.
+/// Number of requests that a worker is given at once.
 #[derive(Debug, Clone, Copy)]
 pub struct Capacity {
     /// Requests beyond a worker's slots that it is given ahead, so that a freed slot is filled without a round trip.
@@ -203,7 +203,8 @@ impl Router {
         models.map(|model| model.slots() as usize).sum()
     }
 
-    /// Whether another worker than `than` answers requests like this one: its opinion can be had.
+    /// Returns true if another worker than `than` answers requests like this one, so that a second opinion
+    /// can be had.
     pub fn another(registry: &Registry, ask: &Ask, than: WorkerId, now: Instant) -> bool {
         registry.iter().any(|worker| {
             worker.id != than
@@ -224,7 +225,7 @@ impl Router {
         }
     }
 
-    /// Whether a worker has a good part of this prompt in its cache, as far as the head knows.
+    /// Returns true if a worker has a good part of this prompt in its cache, as far as the head knows.
     pub(crate) fn is_cached(&self, ask: &Ask, worker: WorkerId) -> bool {
         let held = self.affinity.find(&ask.prefixes);
         held.is_some_and(|(holder, tokens)| holder == worker && tokens > ask.prompt_tokens / 8)
@@ -260,7 +261,7 @@ impl Router {
     }
 }
 
-/// What a worker has for a request.
+/// A worker's means to answer a request.
 #[derive(Clone, Copy)]
 enum Has<'a> {
     Model(&'a ServedModel),
@@ -268,7 +269,7 @@ enum Has<'a> {
     Tasks,
 }
 
-/// Whether a worker gets this request.
+/// Decides whether a worker gets this request.
 fn serves(registry: &Registry, worker: &Worker, ask: &Ask, now: Instant) -> Service {
     let another = || {
         let mut others = registry.iter().filter(|other| other.id != worker.id);
@@ -284,7 +285,7 @@ fn serves(registry: &Registry, worker: &Worker, ask: &Ask, now: Instant) -> Serv
     }
 }
 
-/// What `worker` has for this request, whether it answers or not.
+/// Means of `worker` to answer this request, regardless of its state.
 fn has<'a>(worker: &'a Worker, ask: &Ask) -> Option<Has<'a>> {
     // The driver of a ring answers until the ring has moved away from it.
     let moves = |model: &ServedModel| model.ring.is_some();
@@ -305,7 +306,8 @@ fn has<'a>(worker: &'a Worker, ask: &Ask) -> Option<Has<'a>> {
     worker.model(&ask.model).filter(same_kind).map(Has::Model)
 }
 
-/// Whether a model has the weights that this request wants: those of an answer begun, else those that its name stands for.
+/// Decides whether a model has the weights that this request wants: those of an answer begun, else those that
+/// its name stands for.
 fn has_weights(registry: &Registry, model: &ServedModel, ask: &Ask, now: Instant) -> Service {
     match &ask.fingerprint {
         None => registry.has_name(model, now),
@@ -314,7 +316,7 @@ fn has_weights(registry: &Registry, model: &ServedModel, ask: &Ask, now: Instant
     }
 }
 
-/// Whether `other` answers this request while `paused` is left alone.
+/// Returns true if `other` answers this request while `paused` is left alone.
 fn can_replace(
     registry: &Registry,
     other: &Worker,

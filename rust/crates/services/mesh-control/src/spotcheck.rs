@@ -31,14 +31,14 @@ pub type Weights = (String, String);
 pub struct Question {
     /// Its round.
     pub round: u64,
-    /// What is asked.
+    /// Text of the question.
     pub text: String,
 }
 
-/// What is thought of a worker with these weights.
+/// State of a worker with these weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum CheckState {
-    /// It was not compared yet, though there may be somebody to compare it with.
+    /// It was not compared yet, and another worker may be there to compare it with.
     #[default]
     New,
     /// It agrees with the others, or is alone.
@@ -47,7 +47,7 @@ pub enum CheckState {
     Held,
 }
 
-/// What came of a comparison.
+/// Result of a comparison.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
     /// Its answers differ from those of the majority, in two rounds.
@@ -57,7 +57,7 @@ pub enum Verdict {
         /// The others.
         by: Vec<String>,
     },
-    /// Two differ and nobody else can say who is right: the junior one is held back.
+    /// Two differ and no third can decide: the junior one is held back.
     Disputed {
         /// Serves longer, and goes on.
         senior: String,
@@ -71,14 +71,14 @@ pub enum Verdict {
     },
 }
 
-/// Somebody to compare with, in order of seniority.
+/// A candidate for a comparison, in order of seniority.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Peer<'a> {
     /// Its name here: a node id, or the name of a ring.
     pub subject: &'a str,
 }
 
-/// What comes after an answer.
+/// Timing and seed of the checks that follow an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Schedule {
     /// Time between two checks of one worker in the long run.
@@ -106,7 +106,7 @@ struct Round {
     since: Instant,
     text: String,
     answers: BTreeMap<String, Sample>,
-    /// Whose answers it needs.
+    /// Subjects whose answers the round waits for.
     wanted: BTreeSet<String>,
     settled: bool,
 }
@@ -119,15 +119,15 @@ struct Subject {
     agreed: u32,
     /// Rounds in which it was outvoted, since it last agreed.
     outvoted: u32,
-    /// Rounds in which it disagreed with a senior and nobody else was there, since it last agreed.
+    /// Rounds in which it disagreed with a senior while no third answered, since it last agreed.
     disputed: u32,
-    /// When it is to answer again.
+    /// Time of its next check.
     due: Option<Instant>,
     seen: Option<Instant>,
 }
 
 impl SpotChecks {
-    /// Whether this one is to answer a question now, though it is known to answer.
+    /// Returns true if this one should answer a question now, though it is known to answer.
     pub(crate) fn is_due(&self, weights: &Weights, subject: &str, now: Instant) -> bool {
         let Some(group) = self.groups.get(weights) else {
             return true;
@@ -238,8 +238,10 @@ impl SpotChecks {
         }
     }
 
-    /// What is thought of it. One that waits in vain for somebody to compare with is cleared, though not soon where there are some:
-    /// they may be busy, and it may be a liar that waits for that.
+    /// State of a subject. One that waits in vain for another to compare with is cleared, though only after a
+    /// longer wait where others exist: they may be busy, and a liar may wait for just that. One that waits in
+    /// vain for somebody to compare with is cleared, though not soon where there are some: they may be busy,
+    /// and it may be a liar that waits for that.
     pub(crate) fn check_state(&self, weights: &Weights, subject: &str, now: Instant) -> CheckState {
         let group = self.groups.get(weights);
         let Some(known) = group.and_then(|group| group.subjects.get(subject)) else {
@@ -445,7 +447,7 @@ const SETTLE_AFTER: Duration = Duration::from_secs(10);
 const COMPARE_WAIT: Duration = Duration::from_secs(20);
 /// The same where there are others that serve, and have been too busy to answer.
 const BUSY_WAIT: Duration = Duration::from_secs(180);
-/// How old the last answer of such a one may be.
+/// Maximum age of the last answer of such a one.
 const SEEN_LATELY: Duration = Duration::from_secs(1800);
 /// Time to the second check of a newcomer; it doubles from then on.
 const FIRST_CHECK: Duration = Duration::from_secs(5);

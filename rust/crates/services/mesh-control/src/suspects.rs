@@ -1,4 +1,4 @@
-//! For how long suspects keep other requests away from workers.
+//! Limits the time for which suspects keep other requests away from workers.
 //!
 //! A request that may have killed a worker is a suspect: it gets a worker where nobody else waits for a first token. One suspect of
 //! a model at a time keeps newcomers away from one worker until it is placed, for a few seconds at most, and while it waits there for
@@ -31,12 +31,12 @@ enum Turn {
 }
 
 impl Suspects {
-    /// True if there are suspects, or were lately.
+    /// True if there are suspects, or were recently.
     pub(crate) fn are_there(&self) -> bool {
         !self.turns.is_empty()
     }
 
-    /// Whether a suspect of this model may keep newcomers away from a worker.
+    /// Returns true if a suspect of this model may keep newcomers away from a worker.
     pub(crate) fn may_keep(&self, model: &str) -> bool {
         !self.turns.contains_key(model)
     }
@@ -85,7 +85,7 @@ impl Suspects {
         }
     }
 
-    /// Whether other requests for this model go before suspects.
+    /// Returns true if other requests for this model go before suspects.
     pub(crate) fn yield_for(&self, model: &str) -> bool {
         matches!(self.turns.get(model), Some(Turn::Others { .. }))
     }

@@ -1,4 +1,5 @@
-//! Which worker has which pieces of which model, who seeks them, and who goes outside the mesh for them.
+//! Records which worker has and seeks which pieces of which model, and which worker downloads a model from
+//! outside the mesh.
 //!
 //! Workers say what they hold and seek ([`Tracker::said`]). [`Tracker::poll`] compares what each should be told with what it was
 //! told, so that an event which comes late or twice changes nothing.
@@ -35,19 +36,19 @@ pub use view::{HolderView, SeekerView, TrackedModel};
 pub struct Tracker {
     nodes: BTreeMap<String, Node>,
     downloads: BTreeMap<Key, Download>,
-    /// Who failed on a download, and when it may try again.
+    /// Workers whose download failed, each with the time from which it may try again.
     failures: BTreeMap<(Key, String), Failure>,
     /// By model and accused: who says that it sent bad pieces.
     accused: BTreeMap<(String, String), BTreeSet<String>>,
     pins: Pins,
     conflicts: Conflicts,
     changed: bool,
-    /// When something may have to be decided without an event.
+    /// Time at which a decision may be due without an event.
     timer: Option<Instant>,
     actions: Vec<Action>,
 }
 
-/// What the shell is to do.
+/// An action for the shell to carry out.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
     /// Tell this worker where to get what it seeks.
@@ -63,25 +64,25 @@ pub enum Action {
     KeepPins,
 }
 
-/// What happened, for the log and the metrics.
+/// An event for the log and the metrics.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Note {
     /// A worker gets a model from outside the mesh from now on.
     Download {
-        /// What the model is sought by.
+        /// Name or fingerprint by which the model is sought.
         model: String,
         /// Name of the worker.
         worker: String,
-        /// Why not another one any more, if one had the download before.
+        /// Reason for which the worker that had the download before lost it; `None` if it is the first.
         instead: Option<String>,
     },
     /// A worker could not get a model from outside the mesh.
     Failed {
-        /// What the model is sought by.
+        /// Name or fingerprint by which the model is sought.
         model: String,
         /// Name of the worker.
         worker: String,
-        /// Why.
+        /// Cause of the failure.
         reason: String,
     },
     /// A worker says that another one sent it something else than the manifest says.
@@ -92,20 +93,20 @@ pub enum Note {
         accused: String,
         /// Name of the accuser.
         accuser: String,
-        /// What was wrong.
+        /// Fault that was found.
         reason: String,
     },
     /// Several models claim one name.
     Conflict(Conflict),
-    /// The worker that had the model of this name first replaced it, and nobody had the old one any more.
+    /// The worker that had the model of this name first replaced it, and no worker had the old one any more.
     Moved {
         /// The name.
         model: String,
         /// Name of the worker.
         worker: String,
-        /// What the name meant.
+        /// Fingerprint that the name stood for.
         before: String,
-        /// What it means now.
+        /// Fingerprint that it stands for now.
         now: String,
     },
 }
@@ -114,7 +115,7 @@ pub enum Note {
 #[derive(Debug, Clone, Default)]
 struct Node {
     name: String,
-    /// Where other workers reach it; `None` if they do not.
+    /// Address for other workers; `None` if they do not reach it.
     address: Option<SocketAddr>,
     /// Other addresses of its machine, as it says.
     others: Vec<IpAddr>,
@@ -134,7 +135,8 @@ struct Held {
 }
 
 impl Held {
-    /// Whether there is anything here that goes by this name: of a model that was replaced, only the manifest may be left.
+    /// Returns true if some pieces are here under this name: of a model that was replaced, only the manifest
+    /// may be left.
     fn is_called(&self, name: &str) -> bool {
         !self.pieces.is_empty() && self.names.iter().any(|own| own.eq_ignore_ascii_case(name))
     }
@@ -143,12 +145,12 @@ impl Held {
 #[derive(Debug, Clone)]
 struct Sought {
     model: SoughtModel,
-    /// What it lacks; `None` while the manifest is unknown to it.
+    /// Pieces that it lacks; `None` while the manifest is unknown to it.
     missing: Option<PieceSet>,
 }
 
 impl Sought {
-    /// Whether the seeker will not take this one, whatever it is called.
+    /// Returns true if the seeker does not accept this fingerprint under any name.
     fn rejects(&self, fingerprint: &str) -> bool {
         rejects(&self.model, fingerprint)
     }
@@ -181,7 +183,7 @@ struct Failure {
 }
 
 impl Tracker {
-    /// Knows of nobody.
+    /// An empty tracker.
     pub fn new() -> Self {
         Tracker::default()
     }
@@ -278,7 +280,7 @@ impl Tracker {
         self.changed = true;
     }
 
-    /// What is to be done by now; to be called after events and now and then.
+    /// Returns the actions that are due; to be called after events and now and then.
     pub fn poll(&mut self, now: Instant) -> Vec<Action> {
         if self.changed || self.timer.is_some_and(|timer| timer <= now) {
             self.changed = false;
@@ -372,7 +374,8 @@ impl Tracker {
         }
     }
 
-    /// Where `from` reaches a worker that the head sees at `address`: one on the head's own machine is where the head is.
+    /// Address at which `from` reaches a worker that the head sees at `address`: a worker on the head's own
+    /// machine is reached at the head's address.
     fn reach(&self, from: &Node, address: SocketAddr) -> SocketAddr {
         let own = from
             .address
@@ -383,7 +386,8 @@ impl Tracker {
         }
     }
 
-    /// Whether what this worker has of a model does not count: for one that accuses it, or for all, if two do.
+    /// Returns true if this worker's pieces of a model do not count: for a worker that accuses it, or for
+    /// all, if two do.
     fn is_banned(&self, fingerprint: &str, node: &str, asker: Option<&str>) -> bool {
         let key = (fingerprint.to_owned(), node.to_owned());
         self.accused.get(&key).is_some_and(|accusers| {
@@ -439,7 +443,7 @@ impl Tracker {
         best.map(|(fingerprint, _)| fingerprint.to_owned())
     }
 
-    /// What people call a sought model.
+    /// Name of a sought model, for people.
     fn title(&self, key: &Key) -> String {
         match key {
             Key::Name(name) => name.clone(),
@@ -459,7 +463,7 @@ impl Tracker {
     }
 }
 
-/// What a worker holds, if it makes sense.
+/// Checks a worker's report of a held model; `None` if it is invalid.
 fn held(model: HeldModel) -> Option<(String, Held)> {
     let pieces = PieceSet::from_proto(model.pieces.as_ref()?).ok()?;
     is_fingerprint(&model.fingerprint).then(|| {
@@ -474,7 +478,7 @@ fn held(model: HeldModel) -> Option<(String, Held)> {
     })
 }
 
-/// What a worker seeks, if it makes sense.
+/// Checks a worker's report of a sought model; `None` if it is invalid.
 fn sought(mut model: SoughtModel) -> Option<Sought> {
     for rejected in [&mut model.refused, &mut model.unusable] {
         rejected.truncate(MOST_REFUSED);
@@ -488,7 +492,7 @@ fn sought(mut model: SoughtModel) -> Option<Sought> {
     (known && is_name(&model.name)).then_some(Sought { model, missing })
 }
 
-/// What others wrote, as far as it belongs into a log.
+/// Shortens text from other nodes for the log.
 fn shorten(text: &str) -> String {
     let clean = text.chars().filter(|c| !c.is_control());
     clean.take(REASON_CHARS).collect()

@@ -151,5 +151,5 @@ const LEAST_DECODE: u32 = 4;
 /// Weight of the newest task in a v5.0.0 worker's smoothed duration.
 const SMOOTHING: f64 = 0.25;
 
-/// How long a worker that said busy is left alone.
+/// Time for which a worker that reported busy gets no requests.
 pub(super) const BUSY_PAUSE: Duration = Duration::from_millis(100);

@@ -1,4 +1,4 @@
-//! When a token last came.
+//! Arrival time of the last token, shared between threads.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -27,7 +27,7 @@ impl TokenClock {
         self.at.fetch_max(since + 1, Ordering::Relaxed);
     }
 
-    /// When the last one came.
+    /// Arrival time of the last token; `None` before the first.
     pub fn last(&self) -> Option<Instant> {
         let since = self.at.load(Ordering::Relaxed).checked_sub(1)?;
         self.origin.checked_add(Duration::from_micros(since))

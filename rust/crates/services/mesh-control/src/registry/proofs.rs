@@ -13,15 +13,15 @@ use crate::spotcheck::{CheckState, Peer, Question, Sample, Schedule, Verdict, We
 /// A proof that a worker is to give.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Proof {
-    /// Model.
+    /// Model name.
     pub model: String,
     /// The ring that it drives.
     pub ring: Option<u64>,
-    /// What the model makes.
+    /// Output of the model: text or vectors.
     pub kind: ModelKind,
     /// Length of its vectors.
     pub dimensions: u32,
-    /// What is asked.
+    /// The question to ask.
     pub question: Question,
 }
 
@@ -36,12 +36,12 @@ pub enum Finding {
         name: String,
         /// The ring that is given up.
         ring: Option<u64>,
-        /// How long.
+        /// Length of the quarantine.
         length: Duration,
-        /// How it was found out.
+        /// Evidence against it, for people.
         reason: String,
     },
-    /// Two differ and nobody can say who is right.
+    /// Two workers differ and no third can decide between them.
     Disputed {
         /// Both of them, and which one is held back.
         text: String,

@@ -23,7 +23,7 @@ pub struct ServedModel {
     pub prefill: Measured,
     /// The ring that it answers for as its driver; `None` where the worker holds the whole model.
     pub ring: Option<u64>,
-    /// Whether the last attempt with this model, probes included, brought an answer.
+    /// True if the last attempt with this model, probes included, brought an answer.
     pub proven: bool,
     /// True if the last attempt failed, for reasons that are not the request's: then only a token proves the
     /// contrary.
@@ -50,7 +50,7 @@ pub struct ServedModel {
     pub tokens_seen: TokenClock,
 }
 
-/// Whether a worker gets requests for a model.
+/// Decision on requests of a model for a worker, best first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Service {
     /// It answers.
@@ -108,7 +108,7 @@ impl ServedModel {
         self.trial_since = now;
     }
 
-    /// Whether it is to be asked for a proof, unless it is known to answer.
+    /// Returns true if its retry time has come, or it has none.
     pub(crate) fn may_be_asked(&self, now: Instant) -> bool {
         self.retry_at.is_none_or(|at| now >= at)
     }
@@ -205,8 +205,9 @@ impl ServedModel {
     }
 }
 
-/// How much faster `batch` streams decode together than one does. Decoding is bound by reading the weights, which a batch
-/// shares; the square root lies between no gain and a perfect one, and both measured points (2 and 8 streams) near it.
+/// Speed of `batch` streams that decode together, relative to one stream. Decoding is bound by reading the
+/// weights, which a batch shares; the square root lies between no gain and a perfect one, and both measured
+/// points (2 and 8 streams) near it.
 pub fn batch_gain(batch: u32) -> f64 {
     f64::from(batch.max(1)).sqrt()
 }
@@ -220,7 +221,7 @@ pub(super) fn speed(reported: f32) -> f64 {
     }
 }
 
-/// Whether a card can be one of a model. Names go into logs, tables and maps.
+/// Returns true if the fields of a card are within bounds. Names go into logs, tables and maps.
 pub(super) fn is_sound(card: &ModelCard) -> bool {
     let fits = |text: &str, limit: usize| text.len() <= limit && !text.contains(char::is_control);
     !card.name.is_empty() && fits(&card.name, NAME_BYTES) && fits(&card.fingerprint, NAME_BYTES)

@@ -1,4 +1,4 @@
-//! Which workers get requests for which models, and which weights a name stands for.
+//! Decides which workers get requests for which models, and which weights a name stands for.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use super::{KNOWN_MODELS, NAME_MEMORY, Registry};
 use crate::spotcheck::CheckState;
 
 impl Registry {
-    /// Whether this worker gets requests for this model of its own.
+    /// Decides on requests of this worker's own model.
     pub fn service(&self, worker: &Worker, model: &ServedModel, now: Instant) -> Service {
         let another = || {
             self.iter().any(|other| {
@@ -45,7 +45,7 @@ impl Registry {
         paused.unwrap_or_else(|| self.unpaused(model, now))
     }
 
-    /// Whether this worker answers for this model in place of one that is paused.
+    /// Returns true if this worker answers for this model in place of one that is paused.
     pub(crate) fn can_replace(&self, worker: &Worker, model: &ServedModel, now: Instant) -> bool {
         let Some(node) = worker.node_id() else {
             return false;
@@ -65,8 +65,8 @@ impl Registry {
             }
     }
 
-    /// What a pause makes of a worker. A long one counts while `another` answers: without one it would keep requests from the only
-    /// worker that may answer them.
+    /// Decision on a paused worker; `None` if no pause counts. A long one counts while `another` answers:
+    /// without one it would keep requests from the only worker that may answer them.
     pub(super) fn paused(
         &self,
         key: &str,
@@ -106,12 +106,13 @@ impl Registry {
         paused.unwrap_or(Service::Serves)
     }
 
-    /// Whether this node is in quarantine. It gets no requests, holds no part of a ring and gives nobody a model.
+    /// Returns true if this node is in quarantine. It gets no requests, holds no part of a ring and gives
+    /// nobody a model.
     pub fn is_out(&self, node_id: &str, now: Instant) -> bool {
         self.reputation.quarantined(node_id, now).is_some()
     }
 
-    /// Why this node is out, in words.
+    /// Reason for which this node is in quarantine; `None` if it is not.
     pub fn why_out(&self, node_id: &str, now: Instant) -> Option<String> {
         let found = self.reputation.quarantined(node_id, now)?;
         let left = (found.until - now).as_secs();
@@ -138,7 +139,8 @@ impl Registry {
         was_out
     }
 
-    /// Whether a model's name stands for the weights of this one, or soon does: they differ from those in use, which no worker has now.
+    /// Decides whether a model's name stands for these weights. [`Service::Soon`] if they differ from those
+    /// in use, which no worker has now.
     pub fn has_name(&self, model: &ServedModel, now: Instant) -> Service {
         let name = model.card.name.as_str();
         match self.weights_of(name) {
@@ -149,7 +151,7 @@ impl Registry {
         }
     }
 
-    /// Whether a worker that may get requests has these weights under this name.
+    /// Returns true if a worker that may get requests has these weights under this name.
     pub fn holds(&self, name: &str, weights: &str, now: Instant) -> bool {
         self.iter().any(|worker| {
             let mut same = worker
@@ -161,7 +163,8 @@ impl Registry {
         })
     }
 
-    /// Why a worker gets no requests for one of its models now, in words.
+    /// Reason for which a worker gets no requests for one of its models now, for people; `None` if it gets
+    /// them.
     pub fn why_not(&self, worker: &Worker, model: &ServedModel, now: Instant) -> Option<String> {
         if self.service(worker, model, now) == Service::Serves {
             return match self.has_name(model, now) {

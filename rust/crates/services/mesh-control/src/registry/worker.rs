@@ -13,7 +13,7 @@ use super::served::{RETRY, ServedModel};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WorkerId(pub u64);
 
-/// How a worker is reached.
+/// Transport between the head and a worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Carrier {
     /// Over its QUIC link; the node id is the SHA-256 of its public key.
@@ -35,18 +35,18 @@ pub struct Worker {
     pub id: WorkerId,
     /// Name a person knows it by.
     pub name: String,
-    /// How it is reached.
+    /// Transport to the worker.
     pub carrier: Carrier,
-    /// Where it is: remote address of the link, or where a v5.0.0 worker takes tasks.
+    /// Remote address of the link, or the address where a v5.0.0 worker takes tasks.
     pub address: SocketAddr,
     /// The lead of its clock over this head's, in seconds, by the timestamps of its messages; 0 while that is
     /// unknown.
     pub clock_offset: f64,
     /// Program version, empty for v5.0.0.
     pub version: String,
-    /// What it serves; empty for v5.0.0, which serves plain tasks.
+    /// Models that it serves; empty for v5.0.0, which serves plain tasks.
     pub models: Vec<ServedModel>,
-    /// What it is kept for; empty is for anything.
+    /// Purposes that it is reserved for; empty means any.
     pub reserved_for: Vec<String>,
     /// The fields of a request that it acts upon: [`Hello::request_revision`].
     pub request_revision: u32,
@@ -63,13 +63,13 @@ pub struct Worker {
     pub drained: bool,
     /// It said busy: nothing new before this moment.
     pub busy_until: Option<Instant>,
-    /// When it joined.
+    /// Time at which it joined.
     pub joined: Instant,
     /// Last sign of life.
     pub last_seen: Instant,
     /// Time at which a token last came back from it.
     pub last_success: Option<Instant>,
-    /// Whether the last attempt on it, probes included, brought an answer.
+    /// True if the last attempt on it, probes included, brought an answer.
     pub proven: bool,
     /// Requests of this head that run on it.
     pub assigned: u32,
@@ -113,7 +113,7 @@ impl Worker {
         self.models.iter().find(is_meant)
     }
 
-    /// Whether it may be used for this purpose.
+    /// Returns true if it may be used for this purpose.
     pub(crate) fn is_for(&self, purpose: &str) -> bool {
         self.reserved_for.is_empty() || self.reserved_for.iter().any(|kept| kept == purpose)
     }
@@ -144,7 +144,7 @@ impl Worker {
         }
     }
 
-    /// True if a token came from it so lately, for whichever request of this head.
+    /// True if a token came from it within this time, for any request of this head.
     pub(crate) fn made_a_token(&self, within: Duration, now: Instant) -> bool {
         let last = self.tokens_seen.last();
         last.is_some_and(|at| now.saturating_duration_since(at) < within)
@@ -207,7 +207,8 @@ const QUEUES_LONG: Duration = Duration::from_millis(500);
 
 const LONGEST_RETRY: Duration = Duration::from_secs(30);
 
-/// Whether a worker takes requests for what this model makes. The driver of a ring answers until the ring has moved away from it.
+/// Returns true if a worker takes requests of the kind that this model answers. The driver of a ring answers
+/// until the ring has moved away from it.
 pub(super) fn is_available(worker: &Worker, model: &ServedModel) -> bool {
     let purpose = match model.card.kind() {
         ModelKind::Chat => "chat",

@@ -7,10 +7,10 @@ use dcf::ErrorCode;
 use crate::memory::TooMuch;
 use crate::placement::Refusal;
 
-/// Whose fault the last failure of an attempt is.
+/// Party to blame for the last failure of an attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Fault {
-    /// Nobody's, or nobody knows: a link broke.
+    /// Unknown: a link broke.
     #[default]
     Unknown,
     /// The worker's, if another one can do what it could not.
@@ -21,7 +21,7 @@ pub enum Fault {
     Worker,
 }
 
-/// Why there is no answer.
+/// Reasons for which there is no answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AnswerError {
     /// No worker took it.
@@ -61,10 +61,10 @@ pub enum AnswerError {
         attempts: u32,
         /// Different workers that they were made on.
         workers: usize,
-        /// What the last one said.
+        /// Message of the last failure.
         last: String,
     },
-    /// Workers died that had it.
+    /// Too many workers died while they had the request.
     #[error(
         "{deaths} workers died while they had this request{}, so it is not tried again; change it, or ask again if they died of \
          something else: {last}",
@@ -73,9 +73,9 @@ pub enum AnswerError {
     WorkersDied {
         /// Workers that died.
         deaths: u32,
-        /// Before its first token.
+        /// True if they died before the first token.
         silent: bool,
-        /// What was seen of the last one.
+        /// The last death, as the head saw it.
         last: String,
     },
     /// Its answer would take more memory than there is.
@@ -86,7 +86,7 @@ pub enum AnswerError {
     ShuttingDown,
 }
 
-/// How an attempt failed.
+/// Failure of an attempt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Failure {
     /// The stream broke.

@@ -1,4 +1,4 @@
-//! What becomes of an answer when an attempt fails.
+//! Handles failed attempts: rerun, refusal or end of the answer.
 
 use std::collections::BTreeSet;
 
@@ -80,7 +80,7 @@ impl Answer {
         }
     }
 
-    /// Whether the worker of this attempt sent a token.
+    /// Returns true if the worker of this attempt sent a token.
     pub(super) fn came_from_it(&self) -> bool {
         matches!(self.phase, Phase::Running { decoding: true, .. })
     }

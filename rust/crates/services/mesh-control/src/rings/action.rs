@@ -1,8 +1,8 @@
-//! What [`super::Rings`] decides: things to do, and things to say.
+//! Output of [`super::Rings`]: actions for the shell and notes for the log.
 
 use mesh_proto::ModelCard;
 
-/// What the shell is to do.
+/// An action for the shell to carry out.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
     /// Send this worker its ring.
@@ -18,7 +18,7 @@ pub enum Action {
         node: String,
         /// The ring.
         ring: u64,
-        /// What it serves.
+        /// The model as the ring serves it.
         card: ModelCard,
     },
     /// This worker no longer answers for the model.
@@ -39,7 +39,7 @@ pub enum Action {
     Note(Note),
 }
 
-/// What happened, for the log and the metrics.
+/// An event for the log and the metrics.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Note {
     /// A ring was planned.
@@ -48,9 +48,9 @@ pub enum Note {
         ring: u64,
         /// Model name.
         model: String,
-        /// Who holds which layers.
+        /// Stages with their workers, in one line.
         layout: String,
-        /// Why it was made.
+        /// Cause of its formation.
         reason: String,
     },
     /// A ring's driver serves.
@@ -72,7 +72,7 @@ pub enum Note {
         epoch: u32,
         /// Model name.
         model: String,
-        /// Who was lost and who took over.
+        /// The lost members and their successors.
         reason: String,
     },
     /// A ring's standbys changed.
@@ -81,7 +81,7 @@ pub enum Note {
         ring: u64,
         /// Model name.
         model: String,
-        /// Why.
+        /// Cause of the change.
         reason: String,
     },
     /// A stage moved away from a drained worker.
@@ -121,7 +121,7 @@ pub enum Note {
         ring: u64,
         /// Model name.
         model: String,
-        /// Why.
+        /// Cause of its end.
         reason: String,
         /// It ends by plan: another one takes its place, or nothing runs on it any more.
         planned: bool,
@@ -130,14 +130,14 @@ pub enum Note {
     Unplanned {
         /// Model name.
         model: String,
-        /// What is missing.
+        /// The missing memory or workers, for people.
         reason: String,
     },
     /// A worker is not trusted with a stage for a while.
     Suspected {
         /// Its name.
         name: String,
-        /// Why.
+        /// Cause of the suspicion.
         reason: String,
     },
     /// A driver came through a change of epoch.
@@ -146,12 +146,12 @@ pub enum Note {
         ring: u64,
         /// Model name.
         model: String,
-        /// What it reports.
+        /// The driver's report.
         recovery: mesh_proto::Recovery,
     },
 }
 
-/// Whether a model that nobody serves now is about to be served.
+/// Prospect of a model that no worker serves now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Prospect {
     /// A ring of it is being formed or recovers.

@@ -9,13 +9,13 @@ use super::node::Node;
 use super::ring::{Part, Ring};
 use super::{Action, Note, Rings};
 
-/// Why a worker is not drained.
+/// Reasons for which a worker is not drained.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DrainRefusal {
     /// There is no such worker.
     #[error("no worker has the node id {0:?}")]
     Unknown(String),
-    /// Nobody can take its layers.
+    /// No other worker can take its layers.
     #[error(
         "worker {name} holds layers {layers} of {model}, and no other worker has the {mib} MiB that they need: add a worker, \
          undrain one, or shorten sharding.context; nothing was changed"
@@ -43,7 +43,7 @@ pub struct Holding {
     pub layers: [u32; 2],
     /// `member` or `standby`.
     pub part: &'static str,
-    /// What the move waits for.
+    /// Event that the move waits for.
     pub waits_for: String,
 }
 
@@ -95,7 +95,7 @@ impl Rings {
         was
     }
 
-    /// Whether an operator drains this worker.
+    /// Returns true if an operator drains this worker.
     pub fn is_asked_to_drain(&self, node: &str) -> bool {
         self.nodes.get(node).is_some_and(|node| node.asked_to_drain)
     }
@@ -118,7 +118,7 @@ impl Rings {
         }
     }
 
-    /// What a worker holds, and what a drain of it waits for.
+    /// Parts that a worker holds, each with the event that its move waits for.
     pub fn holdings(&self, node: &str) -> Vec<Holding> {
         let mut holdings = Vec::new();
         for ring in self.rings.values() {
@@ -311,8 +311,8 @@ impl Rings {
     }
 }
 
-/// Whether a standby can take over without anybody noticing. The member's lag is reported up to a quarter of a second after
-/// the standby is ready.
+/// Returns true if a standby can take over without a noticeable pause. The member's lag is reported up to a
+/// quarter of a second after the standby is ready.
 fn up_to_date(standby: &Part, lag_rows: u64, now: Instant) -> bool {
     let settled = |since: Instant| now.saturating_duration_since(since) >= LAG_KNOWN;
     standby.is_ready() && standby.ready_since.is_some_and(settled) && lag_rows <= SMALL_LAG

@@ -45,16 +45,16 @@ pub use view::{PathView, RecoveryView, RingView, StageView, Unformed};
 use node::{MODELS_PER_NODE, Node};
 use ring::Ring;
 
-/// How rings are made and kept.
+/// Settings of how rings are formed and kept.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
-    /// Whether rings are made at all.
+    /// True if rings are formed at all.
     pub enabled: bool,
-    /// What a plan is to be best at.
+    /// Optimisation target of plans.
     pub objective: Objective,
     /// Exactly so many stages; `None` is as many as needed.
     pub stages: Option<u32>,
-    /// Whether stages get standbys.
+    /// True if stages get standbys.
     pub standbys: bool,
     /// Requests that a ring runs at once.
     pub slots: u32,
@@ -64,16 +64,16 @@ pub struct Settings {
     pub half_rows: bool,
     /// By which part of its cost a fresh plan must beat a running ring to replace it.
     pub margin: f64,
-    /// How long offers must have been quiet before a plan is made of them.
+    /// Time without new offers before a plan is made of them.
     pub gather: Duration,
-    /// How long a suspect is left alone the first time; doubled with every repeat.
+    /// Length of a first suspicion; each repeat doubles it.
     pub suspect_pause: Duration,
     /// Make a ring even for a model that some worker serves whole.
     pub always: bool,
-    /// How long requests on a ring that was replaced may go on.
+    /// Time for which requests on a replaced ring may go on.
     pub retire_limit: Duration,
-    /// Whether a member may take over a second stage: one that it is the standby of, which beats loading weights, or one that
-    /// nobody else has room for. Plans never ask for it.
+    /// Allows a member to take over a second stage: one that it is the standby of, which beats loading
+    /// weights, or one that no other worker has room for. Plans never ask for it.
     pub double_seats: bool,
 }
 
@@ -114,9 +114,9 @@ pub struct Rings {
     settings: Settings,
     nodes: BTreeMap<String, Node>,
     rings: BTreeMap<u64, Ring>,
-    /// Why a model's last ring was given up, until it has one again.
+    /// Reason for which a model's last ring was given up, until it has a ring again.
     losses: BTreeMap<String, String>,
-    /// Why there is no ring of a model, and for which state of the mesh that was found.
+    /// Reason for which a model has no ring, and the state of the mesh in which that was found.
     unplanned: BTreeMap<String, (u64, String)>,
     next_ring: u64,
     /// Counts what may make a plan possible or better.
@@ -330,7 +330,7 @@ impl Rings {
         std::mem::take(&mut self.actions)
     }
 
-    /// When [`Rings::poll`] has something to do without an event.
+    /// Time at which [`Rings::poll`] has work without an event.
     pub fn next_timer(&self) -> Option<Instant> {
         let quiet = self.stirred.map(|stirred| self.quiet_at(stirred));
         let suspects = self.nodes.values().filter_map(Node::next_timer);
@@ -338,7 +338,7 @@ impl Rings {
         quiet.into_iter().chain(suspects).chain(rings).min()
     }
 
-    /// Models that nobody serves through a ring now, though workers offer their layers.
+    /// Models that no worker serves through a ring now, though workers offer their layers.
     pub fn prospects(&self) -> BTreeMap<String, Prospect> {
         let mut prospects = BTreeMap::new();
         if !self.settings.enabled {
@@ -365,8 +365,8 @@ impl Rings {
         prospects
     }
 
-    /// Since when this ring serves in its present epoch under this driver. `None`: another worker drives it now, or there
-    /// is no such ring any more. `Some(None)`: it recovers.
+    /// Time since which this ring serves in its present epoch under this driver. `None`: another worker
+    /// drives it now, or there is no such ring any more. `Some(None)`: it recovers.
     #[allow(clippy::option_option)]
     pub fn serves_since(&self, ring: u64, driver: &str) -> Option<Option<Instant>> {
         let ring = self.rings.get(&ring)?;
@@ -384,7 +384,7 @@ impl Rings {
             .collect()
     }
 
-    /// Whether a worker offered parts of models.
+    /// Returns true if a worker offered parts of models.
     pub fn has_offer(&self, node: &str) -> bool {
         self.nodes
             .get(node)
@@ -425,7 +425,7 @@ impl Rings {
         }
     }
 
-    /// Rings that do not get ready: whoever keeps them waiting is as good as lost.
+    /// Handles rings that do not get ready in time: the parts that they wait for count as lost.
     fn check_deadlines(&mut self, now: Instant) {
         let mut late = Vec::new();
         for (id, ring) in &self.rings {
@@ -476,7 +476,7 @@ impl Rings {
             .collect()
     }
 
-    /// Whether a ring of this model should exist and does not.
+    /// Returns true if a ring of this model should exist and does not.
     fn wants_ring(&self, model: &str) -> bool {
         let whole =
             |node: &Node| node.connected && !node.is_draining() && node.whole.contains(model);

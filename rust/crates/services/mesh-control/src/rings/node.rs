@@ -1,4 +1,4 @@
-//! What is known of a worker that may hold parts of models.
+//! A worker that may hold parts of models, as the head knows it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -15,13 +15,13 @@ pub(super) struct Node {
     pub(super) connected: bool,
     /// Time at which the head last heard anything on its link; `None` if that is not known.
     pub(super) heard: Option<Instant>,
-    /// Where other workers reach it; `None` before its first offer.
+    /// Address for other workers; `None` before its first offer.
     pub(super) address: Option<SocketAddr>,
     /// Other addresses of its machine, as it says.
     pub(super) others: Vec<IpAddr>,
     /// The head's own address on the way to it.
     pub(super) head_ip: Option<IpAddr>,
-    /// What it is.
+    /// Speed and memory of the machine.
     pub(super) profile: NodeProfile,
     /// By model name.
     pub(super) shards: BTreeMap<String, ShardOffer>,
@@ -35,16 +35,15 @@ pub(super) struct Node {
     pub(super) suspicion: Suspicion,
     /// Models of which it could not hold a part.
     pub(super) unfit: BTreeMap<String, Suspicion>,
-    /// Since when its link is down.
+    /// Time since which its link is down.
     pub(super) gone_since: Option<Instant>,
 }
 
-/// Why something is not trusted, and for how long.
+/// A suspicion, with its reason and its end.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Suspicion {
     /// Not before then.
     pub(super) until: Option<Instant>,
-    /// In words.
     pub(super) reason: String,
     times: u32,
     raised: Option<Instant>,
@@ -95,7 +94,7 @@ impl Node {
         self.asked_to_drain || self.said_draining
     }
 
-    /// Whether it may be given a part of this model.
+    /// Returns true if it may be given a part of this model.
     pub(super) fn is_usable(&self, model: &str, now: Instant) -> bool {
         self.connected
             && !self.is_draining()
@@ -114,7 +113,7 @@ impl Node {
             > 0
     }
 
-    /// When a suspicion ends.
+    /// Time at which a suspicion ends.
     pub(super) fn next_timer(&self) -> Option<Instant> {
         let all = self.unfit.values().chain([&self.suspicion]);
         all.filter_map(|suspicion| suspicion.until).min()

@@ -13,7 +13,7 @@ use super::node::Node;
 use super::ring::{Part, Ring, Stage};
 use super::{Action, Note, Rings};
 
-/// What placement found for a model.
+/// Result of placement for a model.
 #[derive(Debug, Clone)]
 pub struct Planned {
     /// The plan; its nodes are node ids.
@@ -28,10 +28,10 @@ pub struct Planned {
     pub(super) policy: Policy,
 }
 
-/// Why there is no plan.
+/// Reasons for which there is no plan.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum NoPlan {
-    /// Nobody may hold parts of it.
+    /// No worker may hold parts of it.
     #[error(
         "no connected worker may hold layers of {model:?} now{}; name the model under `shards` in a worker's \
          configuration", .waiting.as_deref().unwrap_or("")
@@ -39,7 +39,7 @@ pub enum NoPlan {
     NotOffered {
         /// Model name.
         model: String,
-        /// Who offers it and may not be used at the moment.
+        /// Workers that offer it but may not be used at the moment.
         waiting: Option<String>,
     },
     /// It does not fit.
@@ -54,12 +54,13 @@ pub(super) struct Outlook {
     pub(super) candidates: Vec<Candidate>,
 }
 
-/// What makes two offers of one name the same model: fingerprint, layers, width.
+/// Two offers of one name are the same model if these are equal: fingerprint, layers, width.
 type Weights<'a> = (&'a str, u32, u32);
 type Holder<'a> = (&'a String, &'a Node, &'a ShardOffer);
 
 impl Rings {
-    /// What a ring of this model would look like if it were formed now, with the memory of its present ring counted as free.
+    /// Computes the ring of this model that would be formed now, with the memory of its present ring counted
+    /// as free.
     ///
     /// # Errors
     /// [`NoPlan`] says what is missing.
@@ -207,7 +208,7 @@ impl Rings {
         has.saturating_sub(used)
     }
 
-    /// Who should stand by for a stage of this ring. `layout` is the ring as it is about to be.
+    /// Finds a standby for a stage of this ring. `layout` is the ring as it is about to be.
     pub(super) fn find_standby(&self, layout: &Ring, stage: usize, now: Instant) -> Option<String> {
         let outlook = self.outlook(&layout.model, Some(layout), &[layout.id], now)?;
         let mut exclude: Vec<String> = layout.lost.keys().cloned().collect();
@@ -225,7 +226,7 @@ impl Rings {
         )
     }
 
-    /// Who should take over a stage that nobody stands by for.
+    /// Finds a worker to take over a stage without a standby.
     pub(super) fn find_replacement(
         &self,
         layout: &Ring,
@@ -509,7 +510,7 @@ fn offered<'a>(node: &'a Node, model: &str) -> Option<(&'a ShardOffer, &'a Model
     Some((shard, shard.card.as_ref()?))
 }
 
-/// What rings are for, in the words of `reserved_for`.
+/// Purpose of rings, as `reserved_for` names it.
 const PURPOSE: &str = "chat";
 /// Context of a model that does not say.
 const ASSUMED_CONTEXT: u32 = 4096;

@@ -26,11 +26,11 @@ pub struct Comparison {
     pub names: BTreeMap<String, String>,
     /// Part of the cost that the fresh plan saves; negative where it costs more.
     pub gain: f64,
-    /// What was done, or would be.
+    /// The change that was made or would be made.
     pub verdict: String,
 }
 
-/// What to do about a comparison.
+/// Change that follows from a comparison.
 enum Remedy {
     Nothing,
     /// Single stages move to other workers while the ring serves.
@@ -80,7 +80,7 @@ impl Rings {
         Ok(compared)
     }
 
-    /// What is due by itself: rings that were not compared since the mesh changed.
+    /// Compares the rings that were not compared since the mesh changed.
     pub(super) fn rebalance_all(&mut self, now: Instant) {
         let paused = |at: Instant| now.saturating_duration_since(at) < PAUSE;
         if self.last_rebalance.is_some_and(paused) {
@@ -263,8 +263,9 @@ impl Rings {
         self.last_rebalance = Some(now);
     }
 
-    /// Where a plan cuts the model as the ring does, and only other workers hold some of the stages: the ring with those
-    /// workers as standbys, which then take over. `None` where that is not so, or memory does not allow it.
+    /// If a plan cuts the model as the ring does and only gives some stages to other workers, returns the
+    /// ring with those workers as standbys, which then take over. `None` where that is not so, or memory does
+    /// not allow it.
     fn moves(&self, ring: &Ring, fresh: &Planned) -> Option<Ring> {
         let planned = &fresh.plan.stages;
         let same_cut = planned.len() == ring.stages.len()
@@ -314,7 +315,7 @@ impl Rings {
         self.broadcast(id, &before);
     }
 
-    /// Which part of the ring's cost the plan saves.
+    /// Fraction of the ring's cost that the plan saves.
     fn gain(&self, (token_us, per_second): (f64, f64), plan: &Plan) -> f64 {
         match self.settings.objective {
             Objective::Latency => 1.0 - plan.token_us / token_us,
@@ -345,5 +346,5 @@ impl Rings {
 /// Least time between two replacements.
 const PAUSE: Duration = Duration::from_secs(60);
 
-/// How long a ring that came back from a loss serves before anything about it is changed for speed alone.
+/// Time for which a ring that recovered from a loss serves before it is changed for speed alone.
 const SETTLED: Duration = Duration::from_secs(30);

@@ -1,4 +1,4 @@
-//! What members say of their rings, and which of them are lost.
+//! Reports of members about their rings, and detection of lost members.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -34,7 +34,7 @@ impl Rings {
         self.driver_reports(node, state, now);
     }
 
-    /// Whom a worker says that it cannot reach.
+    /// Takes in the members that a worker reports as out of reach.
     pub(super) fn complaints(&mut self, node: &str, state: &RingState, now: Instant) {
         let Some(ring) = self.rings.get(&state.ring) else {
             return;
@@ -73,7 +73,7 @@ impl Rings {
         self.note_doubts(state.ring, node, &heard, &state.severed, now);
     }
 
-    /// What the driver says besides its parts.
+    /// Takes in the driver's report on the ring as a whole.
     pub(super) fn driver_reports(&mut self, node: &str, state: RingState, now: Instant) {
         let Some(ring) = self.rings.get_mut(&state.ring) else {
             return;

@@ -13,7 +13,7 @@ pub(super) struct Ring {
     pub(super) id: u64,
     pub(super) epoch: u32,
     pub(super) model: String,
-    /// What its members offered, for what its driver does not say.
+    /// The members' offer of the model, for fields that the driver does not report.
     pub(super) offered: ModelCard,
     pub(super) spec: ModelSpec,
     pub(super) stages: Vec<Stage>,
@@ -21,24 +21,25 @@ pub(super) struct Ring {
     pub(super) context: u32,
     pub(super) kv_tokens: u64,
     pub(super) half_rows: bool,
-    /// Why its members are as they are, for the workers' logs.
+    /// Reason for the present choice of members, for the workers' logs.
     pub(super) reason: String,
-    /// Why its present epoch began, and those before it that never served. The driver tells of an epoch's recovery later,
-    /// when `reason` may be another.
+    /// Cause of the present epoch, and of those before it that never served. The driver reports an epoch's
+    /// recovery later, when `reason` may have changed. The driver tells of an epoch's recovery later, when
+    /// `reason` may be another.
     pub(super) reason_of_epoch: String,
-    /// Whether its driver ever served in its present epoch.
+    /// True if its driver ever served in its present epoch.
     pub(super) served: bool,
-    /// When its present epoch began.
+    /// Start of its present epoch.
     pub(super) epoch_since: Instant,
-    /// Since when its driver serves in this epoch.
+    /// Time since which its driver serves in this epoch.
     pub(super) serving_since: Option<Instant>,
-    /// When it last lost a member.
+    /// Time of the last loss of a member.
     pub(super) last_loss: Option<Instant>,
-    /// Who answers for it, with what.
+    /// The driver that answers for it, with the card that it serves.
     pub(super) served_by: Option<(String, ModelCard)>,
     /// Workers whose parts are gone, and why; dealt with at the next poll.
     pub(super) lost: BTreeMap<String, String>,
-    /// Members that others do not reach: who, and whom.
+    /// Doubts between two members: the one that complains, and the one that it does not reach.
     pub(super) doubts: BTreeMap<(String, String), Doubt>,
     /// Time at which the link between two members was last made anew.
     pub(super) relinked: BTreeMap<(String, String), Instant>,
@@ -81,7 +82,7 @@ pub(super) struct Stage {
 pub(super) struct Part {
     pub(super) node: String,
     pub(super) phase: PartPhase,
-    /// When it became ready.
+    /// Time at which it became ready.
     pub(super) ready_since: Option<Instant>,
     pub(super) lag_rows: u64,
     pub(super) step_us: f32,
@@ -154,12 +155,12 @@ impl Ring {
         self.stages.last().map_or("", |stage| &stage.member.node)
     }
 
-    /// Whether the worker is one of its members or standbys.
+    /// Returns true if the worker is one of its members or standbys.
     pub(super) fn has_part(&self, node: &str) -> bool {
         self.parts().any(|part| part.node == node)
     }
 
-    /// Whether the worker runs one of its stages.
+    /// Returns true if the worker runs one of its stages.
     pub(super) fn has_member(&self, node: &str) -> bool {
         self.stages.iter().any(|stage| stage.member.node == node)
     }
@@ -249,7 +250,7 @@ impl Ring {
         card
     }
 
-    /// Why it does not serve, if it does not.
+    /// Reason for which it does not serve.
     pub(super) fn hindrance(&self) -> &str {
         match self.served {
             true => "its driver waits for a member",
@@ -317,7 +318,7 @@ impl Ring {
         }
     }
 
-    /// When the passing of time alone changes something.
+    /// Time at which the passing of time alone changes something.
     pub(super) fn next_timer(&self) -> Option<Instant> {
         if !self.lost.is_empty() {
             return Some(self.epoch_since);
@@ -331,7 +332,7 @@ impl Ring {
         retires.into_iter().chain(late).chain(doubts).min()
     }
 
-    /// Who holds which layers, in one line.
+    /// Stages with their workers, in one line.
     pub(super) fn layout(&self, name: impl Fn(&str) -> String) -> String {
         let stage = |stage: &Stage| {
             let standby = match &stage.standby {
@@ -386,7 +387,7 @@ const LOAD_LIMIT: Duration = Duration::from_secs(900);
 const SERVE_LIMIT: Duration = Duration::from_secs(300);
 /// Parts that report nothing new for so long compute nothing; they report four times a second at most.
 const STANDSTILL: Duration = Duration::from_secs(2);
-/// How often a ring on its way out is looked at.
+/// Interval between looks at a ring that is being retired.
 const RETIRE_LOOK: Duration = Duration::from_millis(200);
 
 /// One member does not reach another.

@@ -18,7 +18,7 @@ pub struct RingView {
     pub epoch: u32,
     /// `forming`, `serving`, `recovering` or `retiring`.
     pub state: &'static str,
-    /// Why its members are as they are.
+    /// Reason for the present choice of members.
     pub reason: String,
     /// In order; the last one's worker is the driver.
     pub stages: Vec<StageView>,
@@ -43,9 +43,9 @@ pub struct RingView {
 pub struct StageView {
     /// First layer, one past the last.
     pub layers: [u32; 2],
-    /// Who runs it.
+    /// The member.
     pub member: PartView,
-    /// Who stands by.
+    /// The standby, if there is one.
     pub standby: Option<PartView>,
     /// KV rows that the standby does not have yet.
     pub lag_rows: u64,
@@ -84,7 +84,7 @@ pub struct PathView {
     pub worker: Option<String>,
     /// Round trip.
     pub round_trip_ms: f64,
-    /// What its other end receives of it; unknown until it was idle once.
+    /// Bandwidth that its other end measured, in bytes per second; unknown until the path was idle once.
     pub bytes_per_second: Option<f64>,
 }
 
@@ -93,11 +93,11 @@ pub struct PathView {
 pub struct LeftOutView {
     /// Its name.
     pub worker: String,
-    /// Why.
+    /// Cause of the suspicion.
     pub reason: String,
 }
 
-/// How a ring came through a change of its members.
+/// Recovery of a ring from a change of its members.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RecoveryView {
     /// Model name.
@@ -106,7 +106,7 @@ pub struct RecoveryView {
     pub ring: String,
     /// The new epoch.
     pub epoch: u32,
-    /// What had happened.
+    /// Cause of the change.
     pub reason: String,
     /// Milliseconds from the last token before to the first one after.
     pub gap_ms: f64,
@@ -123,7 +123,7 @@ pub struct RecoveryView {
 pub struct Unformed {
     /// Model name.
     pub model: String,
-    /// Why.
+    /// Cause, for people.
     pub reason: String,
 }
 
@@ -141,7 +141,7 @@ impl RecoveryView {
         }
     }
 
-    /// When it was reported.
+    /// Time of the report.
     pub fn at(&self) -> Option<Instant> {
         self.at
     }

@@ -22,7 +22,7 @@ pub(super) fn question_of(seed: u64) -> String {
     }
 }
 
-/// Whether a text is one of [`question_of`]'s.
+/// Returns true if a text is one of [`question_of`]'s.
 pub fn is_question(text: &str) -> bool {
     let has = |list: &[&str]| list.iter().any(|word| text.contains(word));
     let begins = [

@@ -21,7 +21,7 @@ pub enum Sample {
 }
 
 impl Sample {
-    /// Whether two answers may come from the same weights on different machines.
+    /// Returns true if two answers may come from the same weights on different machines.
     pub(crate) fn agrees(&self, other: &Sample) -> bool {
         match (self, other) {
             (Sample::Text(one), Sample::Text(two)) => texts_agree(one, two),
@@ -52,7 +52,8 @@ fn texts_agree(one: &[Position], two: &[Position]) -> bool {
     false
 }
 
-/// Whether `other` is nearly as likely as what was chosen at this position; `None` if that is not told.
+/// Returns true if `other` is nearly as likely as the token chosen at this position; `None` if the position
+/// does not say.
 fn near_tie(position: &Position, other: u32) -> Option<bool> {
     if position.top.is_empty() {
         return None;
@@ -87,7 +88,8 @@ pub const ALTERNATIVES: u32 = 5;
 /// most here; weights in 4 and in 8 bits are further apart.
 const MARGIN: f32 = 2.0;
 
-/// How far the logarithms of one token's probability may be apart; 0.2 was the most there.
+/// Largest accepted difference of one token's log probability between two machines, in nats; the most that
+/// was measured is 0.2.
 const LOGPROB_TOLERANCE: f32 = 3.0;
 
 /// Equal tokens after which an earlier end on one side says nothing.

@@ -58,7 +58,7 @@ impl Tracker {
         self.conflicts.told.values().cloned().collect()
     }
 
-    /// Whether a name is claimed for several models, and no operator has decided.
+    /// Returns true if a name is claimed for several models and no operator has decided.
     pub(super) fn is_disputed(&self, name: &str) -> bool {
         self.conflicts.disputed.contains(&key(name))
     }
@@ -107,7 +107,7 @@ impl Tracker {
         self.conflicts.told = told.map(|(name, one)| (name, one.conflict)).collect();
     }
 
-    /// Who holds something under which name, in lower case.
+    /// Holders of models by name, in lower case.
     fn claimed(&self) -> BTreeMap<String, Claimed> {
         let mut names: BTreeMap<String, Claimed> = BTreeMap::new();
         let reached = self.nodes.iter();
@@ -160,7 +160,8 @@ impl Tracker {
         }
     }
 
-    /// Whether the log should have this of a name: once in a while, and not for ever of the same nodes.
+    /// Returns true if this is new for the log: at most once in a while, and not again and again for the same
+    /// nodes.
     fn is_news(&mut self, name: &str, involved: &BTreeSet<String>, now: Instant) -> bool {
         let noted = &mut self.conflicts.noted;
         noted.retain(|_, (at, _)| now.saturating_duration_since(*at) < NOTED_FOR);

@@ -135,7 +135,7 @@ impl Tracker {
         keys
     }
 
-    /// Pieces that somebody seeks and nobody holds.
+    /// Pieces that a worker seeks and no worker holds.
     pub(super) fn uncovered(&self, fingerprint: &str) -> PieceSet {
         let mut uncovered = PieceSet::none(0);
         for (_, missing) in self.missing(fingerprint) {
@@ -168,10 +168,10 @@ impl Tracker {
     }
 }
 
-/// Who brings nothing for so long loses the download.
+/// A worker that brings nothing for this time loses the download.
 const STALL_LIMIT: Duration = Duration::from_secs(30);
 
-/// How long who failed on a download is left alone the first time; doubled with every repeat.
+/// Time for which a worker is left alone after its first failed download; each repeat doubles it.
 const FIRST_PAUSE: Duration = Duration::from_secs(10);
 
 const LONGEST_PAUSE: Duration = Duration::from_secs(600);

@@ -1,4 +1,4 @@
-//! What names of models mean: decided by an operator, or by the worker that gets a model first.
+//! Pins of model names: set by an operator, or by the worker that gets a model first.
 
 use std::collections::BTreeMap;
 

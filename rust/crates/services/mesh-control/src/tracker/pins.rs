@@ -1,4 +1,5 @@
-//! What names of models mean in this mesh: the first model that was got under a name keeps it, until an operator says otherwise.
+//! Pins of model names in this mesh: the first model fetched under a name keeps the name until an operator
+//! decides otherwise.
 //!
 //! A worker that reaches the hub, or has the operator's signature, needs no pin. For all others a pin is what stands between a
 //! name and whoever claims it next.
@@ -8,7 +9,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-/// What a name means.
+/// A pin: the model that a name stands for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pin {
     /// The name, as it was first written.
@@ -38,9 +39,9 @@ pub struct Conflict {
     pub name: String,
     /// Fingerprints with the names of the workers that claim it for them; a pinned one that nobody has is among them.
     pub claims: BTreeMap<String, Vec<String>>,
-    /// What the name is pinned to.
+    /// Fingerprint that the name is pinned to.
     pub pinned: Option<String>,
-    /// Whether an operator did so. If not, nobody takes either model on this head's word.
+    /// True if an operator set the pin. If not, nobody takes either model on this head's word.
     pub decided: bool,
     /// Workers that refuse what it is pinned to, as the hub has another model under the name.
     pub refused_by: Vec<String>,
@@ -93,14 +94,14 @@ impl Conflict {
     }
 }
 
-/// What is known of conflicts, by name in lower case.
+/// Known conflicts, by name in lower case.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Conflicts {
     /// Those that are told of.
     pub(super) told: BTreeMap<String, Conflict>,
     /// All names that no operator has decided about.
     pub(super) disputed: BTreeSet<String>,
-    /// What the log has of late, and the nodes that had to do with it.
+    /// Recent log entries by name: their time, and the nodes that were involved.
     pub(super) noted: BTreeMap<String, (Instant, BTreeSet<String>)>,
 }
 
@@ -117,7 +118,7 @@ impl Pins {
         self.0.values()
     }
 
-    /// What `name` is pinned to.
+    /// The pin of `name`.
     pub fn get(&self, name: &str) -> Option<&Pin> {
         self.0.get(&key(name))
     }
@@ -134,7 +135,7 @@ impl Pins {
     }
 }
 
-/// Why a pin cannot be set.
+/// Reasons for which a pin cannot be set.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PinError {
