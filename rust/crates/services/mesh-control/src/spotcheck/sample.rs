@@ -88,8 +88,8 @@ pub const ALTERNATIVES: u32 = 5;
 /// most here; weights in 4 and in 8 bits are further apart.
 const MARGIN: f32 = 2.0;
 
-/// Largest accepted difference of one token's log probability between two machines, in nats; the most that
-/// was measured is 0.2.
+/// Largest accepted difference of one token's log probability between two machines, in nats; 0.2 was the most
+/// in the measurements for [`MARGIN`].
 const LOGPROB_TOLERANCE: f32 = 3.0;
 
 /// Equal tokens after which an earlier end on one side says nothing.
