@@ -78,7 +78,7 @@ impl RecvBatch {
         self.received.len()
     }
 
-    /// Whether there are none.
+    /// Returns true if it holds no datagrams.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.received.is_empty()
@@ -124,14 +124,14 @@ impl Default for RecvBatch {
     }
 }
 
-/// What became of datagrams that were to be sent.
+/// Result of sending a batch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SendReport {
-    /// The kernel took them.
+    /// Datagrams that the kernel took.
     pub sent: usize,
-    /// It did not.
+    /// Datagrams that the kernel refused.
     pub failed: usize,
-    /// The receiver's machine said about earlier ones that nobody listens there.
+    /// True if the receiver's machine reported, for earlier datagrams, that its port is closed.
     pub refused: bool,
 }
 

@@ -16,9 +16,9 @@ pub(crate) struct Candidates {
 #[derive(Debug)]
 struct Candidate {
     address: SocketAddr,
-    /// Connected, so that the system takes datagrams from the head alone and says when nobody listens there.
+    /// Connected, so that the system takes datagrams from the head alone and reports when its port is closed.
     socket: UdpSocket,
-    /// Nobody listens there, as far as is known.
+    /// The port is closed, as far as is known.
     refused: bool,
 }
 
@@ -91,7 +91,8 @@ impl Candidates {
         before != Some(candidate)
     }
 
-    /// Nobody listens at this one. True if that means that nobody listens at the head.
+    /// Notes that the port of this candidate is closed. Returns true if it was the chosen one or all are
+    /// refused now: then the head counts as refused.
     pub(crate) fn refused(&mut self, candidate: usize) -> bool {
         if let Some(refusing) = self.all.get_mut(candidate) {
             refusing.refused = true;

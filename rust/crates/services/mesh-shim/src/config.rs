@@ -1,4 +1,4 @@
-//! What an operator can set.
+//! Configuration of the shim.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -14,16 +14,16 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Where `addresses.json` is written with the addresses that are listened on; nowhere if absent.
+    /// Directory for `addresses.json` with the addresses that are listened on; none is written if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub state_dir: Option<PathBuf>,
-    /// Where clients send their datagrams.
+    /// Address to which clients send their datagrams.
     pub listen: SocketAddr,
     /// The heads, `host:port`, the preferred one first.
     pub heads: Vec<String>,
-    /// Who is served.
+    /// Sources that are served.
     pub admit: Admit,
-    /// Whether sources on this machine are trusted.
+    /// Trust sources on this machine.
     pub trust_loopback: bool,
     /// Networks that are trusted to hold clients, such as `10.0.0.0/8`.
     pub trusted_networks: Vec<Network>,
@@ -37,7 +37,7 @@ pub struct Config {
     /// Memory for copies of tasks under way, which are sent to another head if theirs is lost.
     #[serde(with = "units::bytes")]
     pub retain_bytes: u64,
-    /// How often each head is probed.
+    /// Interval at which each head is probed.
     #[serde(with = "units::duration")]
     pub probe_interval: Duration,
     /// A head that says nothing for so long has failed.
@@ -46,10 +46,10 @@ pub struct Config {
     /// A task that is not answered for so long is given up with an Error.
     #[serde(with = "units::duration")]
     pub request_timeout: Duration,
-    /// How long an answered task is known, so that a repeat of it is not a new one.
+    /// Time for which an answered task is known, so that a repeat of it is not a new one.
     #[serde(with = "units::duration")]
     pub answer_linger: Duration,
-    /// How long running tasks may take to finish after SIGTERM.
+    /// Time limit for running tasks after SIGTERM.
     #[serde(with = "units::duration")]
     pub drain_limit: Duration,
     /// The HTTP listener for `/health`, `/ready` and `/metrics`.
@@ -108,8 +108,8 @@ impl Config {
         Ok(())
     }
 
-    /// Whether datagrams from `source` are served without proof that they are from there. A loopback address cannot be forged from
-    /// elsewhere: the system drops such datagrams.
+    /// Returns true if datagrams from `source` are served without proof that they are from there. A loopback
+    /// address cannot be forged from elsewhere: the system drops such datagrams.
     #[must_use]
     pub fn knows(&self, source: IpAddr) -> bool {
         let canonical = source.to_canonical();
@@ -118,7 +118,7 @@ impl Config {
             && (canonical.is_loopback() || unverified.iter().any(|n| n.contains(canonical)))
     }
 
-    /// Whether clients at `source` are served, once they have shown that they are there.
+    /// Returns true if clients at `source` are served, once they have proved their address.
     #[must_use]
     pub fn trusts(&self, source: IpAddr) -> bool {
         let source = source.to_canonical();
@@ -130,7 +130,7 @@ impl Config {
     }
 }
 
-/// Who is served.
+/// Sources that are served.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Admit {

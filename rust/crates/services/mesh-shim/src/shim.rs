@@ -39,7 +39,7 @@ pub struct ShimHandle {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Why a shim could not start.
+/// Reasons for which a shim does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The configuration.
@@ -52,7 +52,7 @@ pub enum StartError {
     Listen {
         /// The address.
         address: SocketAddr,
-        /// What the system said.
+        /// Error of the system.
         source: io::Error,
     },
     /// A thread or a pipe.
@@ -138,7 +138,7 @@ impl Shim {
 }
 
 impl ShimHandle {
-    /// Where clients send their datagrams.
+    /// Address to which clients send their datagrams.
     #[must_use]
     pub fn addr(&self) -> SocketAddr {
         self.address
@@ -150,7 +150,7 @@ impl ShimHandle {
         &self.stats
     }
 
-    /// Whether the loop still runs.
+    /// Returns true while the loop runs.
     #[must_use]
     pub fn is_running(&self) -> bool {
         self.thread
@@ -208,7 +208,7 @@ impl Live {
     }
 }
 
-/// How others steer the loop.
+/// Controls of the loop for other threads.
 #[derive(Debug)]
 struct Control {
     phase: AtomicU8,
@@ -288,7 +288,7 @@ impl<F: FnMut()> Loop<F> {
         }
     }
 
-    /// Follows the phase; true when the loop shall end.
+    /// Follows the phase; true when the loop should end.
     fn is_over(&mut self, now: Instant) -> bool {
         match self.control.phase.load(Ordering::SeqCst) {
             RUNNING => return false,
@@ -474,7 +474,7 @@ impl<F: FnMut()> Loop<F> {
         }
     }
 
-    /// Nobody listens at one of a head's addresses.
+    /// The port at one of a head's addresses is closed.
     fn refused(&mut self, now: Instant, head: usize, candidate: usize) {
         if self.heads[head].refused(candidate) {
             self.bridge.on_head_refused(now, head);
@@ -509,7 +509,7 @@ impl<F: FnMut()> Loop<F> {
     }
 }
 
-/// Which sockets have something.
+/// Sockets that have something to read.
 #[derive(Clone, Copy, Debug)]
 struct Ready {
     wake: bool,
@@ -526,7 +526,8 @@ impl Ready {
     }
 }
 
-/// A head whose address is not known is one that nobody listens at. Returns the candidate that was used, too.
+/// Sends to a head, which counts as refused if its address is not known. Returns the candidate that was used,
+/// too.
 fn send_to_head<'a>(
     head: &Candidates,
     datagrams: impl IntoIterator<Item = (&'a [u8], Option<SocketAddr>)>,

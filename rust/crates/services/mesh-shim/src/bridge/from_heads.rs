@@ -1,4 +1,4 @@
-//! What heads answer, and what happens when they do not.
+//! Handling of answers from heads, and of heads that do not answer.
 
 use std::time::{Duration, Instant};
 
@@ -358,7 +358,7 @@ impl Bridge {
         }
     }
 
-    /// What has to happen before a task stops being open.
+    /// Cleans up when a task stops being open.
     fn leave_open(&mut self, id: TaskId) {
         if self.resend.is_some_and(|resend| resend.task == id) {
             self.resend = self.tasks.next(id).map(|task| Resend { task, offset: 0 });

@@ -24,7 +24,7 @@ struct Bucket {
     told: Option<Instant>,
 }
 
-/// What becomes of a datagram.
+/// Decision on a datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     /// Within the limit.

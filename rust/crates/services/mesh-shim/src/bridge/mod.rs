@@ -1,4 +1,4 @@
-//! What the bridge does, without sockets and without a clock.
+//! The bridge between clients and heads, without sockets and without a clock.
 //!
 //! [`Bridge`] is given datagrams and the time and says where each goes. It changes sequences in place, so the caller can
 //! send the very buffer it received into. All memory is allocated when the bridge is made.
@@ -56,7 +56,7 @@ pub struct Bridge {
     started: Instant,
     probes_sent: u32,
     resend: Option<Resend>,
-    /// When tasks are looked at again that were challenged soon after they had been sent again.
+    /// Time at which to look again at tasks that were challenged soon after they had been sent again.
     resend_at: Option<Instant>,
     /// The last challenge of a head, which is echoed.
     echo: Option<Echo>,
@@ -67,16 +67,16 @@ pub struct Bridge {
     stats: Arc<Stats>,
 }
 
-/// What becomes of a client's datagram.
+/// Decision on a client's datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FromClient {
-    /// Nothing.
+    /// It is dropped.
     Drop,
     /// Its first `len` bytes go to a head.
     Forward {
         /// Index of the head.
         head: usize,
-        /// Bytes.
+        /// Length in bytes, from the start of the datagram.
         len: usize,
         /// The version in which it gets them; see [`reframed`].
         version: Version,
@@ -85,16 +85,16 @@ pub enum FromClient {
     Reply,
 }
 
-/// What becomes of a head's datagram.
+/// Decision on a head's datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FromHead {
-    /// Nothing.
+    /// It is dropped.
     Drop,
     /// Its first `len` bytes go to a client.
     Deliver {
-        /// Its address.
+        /// Address of the client.
         client: SocketAddr,
-        /// Bytes.
+        /// Length in bytes, from the start of the datagram.
         len: usize,
         /// The version in which it gets them; see [`reframed`].
         version: Version,
@@ -124,13 +124,13 @@ struct Echo {
 /// A datagram that the bridge sends of its own accord.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Transmit {
-    /// To whom.
+    /// Receiver of the datagram.
     pub to: Destination,
     /// Bytes of the buffer that were filled.
     pub len: usize,
 }
 
-/// Where a datagram goes.
+/// Destination of a datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Destination {
     /// The head of this index.
@@ -146,12 +146,12 @@ pub struct Reply {
     len: usize,
 }
 
-/// What a bridge keeps to itself; chosen at random for each.
+/// Secrets of a bridge; chosen at random for each.
 #[derive(Clone)]
 pub struct Secrets {
     /// Key of the cookies.
     pub cookie_key: [u8; 32],
-    /// Where sequences toward the heads begin: they may still know those of an earlier process.
+    /// First generation of sequences toward the heads, which may still know those of an earlier process.
     pub first_generation: u32,
 }
 
@@ -234,7 +234,7 @@ impl Bridge {
         outcome
     }
 
-    /// The machine of this head said that nobody listens there.
+    /// The machine of this head reported that its port is closed.
     pub fn on_head_refused(&mut self, now: Instant, head: usize) {
         self.heads.refused(head);
         self.settle_heads(now);
@@ -282,7 +282,7 @@ impl Bridge {
             .or_else(|| self.poll_resend(now, buffer))
     }
 
-    /// When [`Bridge::poll_transmit`] next has something to do, if no datagram comes before.
+    /// Time at which [`Bridge::poll_transmit`] next has something to do, if no datagram comes before.
     #[must_use]
     pub fn next_wakeup(&self) -> Instant {
         let oldest = self
@@ -336,7 +336,7 @@ impl Bridge {
         self.heads.current()
     }
 
-    /// What is known of a head.
+    /// State of a head, as the bridge knows it.
     #[must_use]
     pub fn head_state(&self, head: usize, now: Instant) -> HeadState {
         self.heads.state(head, now)

@@ -1,4 +1,4 @@
-//! Which client asked what, under which sequence the head knows it, and where that stands.
+//! Table of tasks: the client and its sequence, the sequence toward the head, and the state of each.
 
 use std::{
     hash::{BuildHasher, RandomState},
@@ -29,11 +29,11 @@ pub(super) struct TaskTable {
 /// One task.
 #[derive(Clone, Debug)]
 pub(super) struct Task {
-    /// Who asked.
+    /// Address of the client.
     pub(super) client: SocketAddr,
     /// The version of the question and of the answer. The same sequence in another version is another task.
     pub(super) version: Version,
-    /// Under which sequence.
+    /// The client's sequence.
     pub(super) sequence: u32,
     /// The timestamp of the question.
     pub(super) timestamp_us: u64,
@@ -43,11 +43,11 @@ pub(super) struct Task {
     pub(super) upstream: Version,
     /// That head's epoch then.
     pub(super) epoch: u32,
-    /// When it is given up, or forgotten if it is answered.
+    /// Time at which it is given up, or forgotten if it is answered.
     pub(super) deadline: Instant,
-    /// What was sent, to send it again.
+    /// Datagrams that were sent, to send them again.
     pub(super) retained: Chain,
-    /// Whether `retained` is all of it.
+    /// True if `retained` is all of it.
     pub(super) complete: bool,
     /// The answer comes, or came, as Chunks.
     pub(super) chunked_answer: bool,
@@ -61,7 +61,7 @@ pub(super) struct Task {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct TaskId(u32);
 
-/// Which list a slot is in.
+/// The list that a slot is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
     Free = 0,
