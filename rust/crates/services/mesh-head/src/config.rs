@@ -38,10 +38,10 @@ pub struct Config {
     /// limit. At least three times `http.body_limit`, which the default is raised to.
     #[serde(with = "units::bytes")]
     pub request_memory: u64,
-    /// How long running requests outlast the last worker for them.
+    /// Time for which running requests outlast the last worker for them.
     #[serde(with = "units::duration")]
     pub rejoin_grace: Duration,
-    /// How often one request is run again after a worker failed on it.
+    /// Most reruns of one request after workers failed on it.
     pub max_reruns: u32,
     /// Least silence within an answer that counts as its worker's death.
     #[serde(with = "units::duration")]
@@ -51,7 +51,7 @@ pub struct Config {
     pub first_token_limit: Duration,
     /// Requests given to a worker beyond its slots.
     pub worker_ahead: u32,
-    /// How long running answers may take after SIGTERM.
+    /// Time limit for running answers after SIGTERM.
     #[serde(with = "units::duration")]
     pub drain_limit: Duration,
     /// Model for requests that name none; otherwise the first one by name.
@@ -98,7 +98,7 @@ pub struct HttpConfig {
     /// A whole answer that takes longer sends its status and headers, and then blanks until it is there; 0 is never.
     #[serde(with = "units::duration")]
     pub early_headers: Duration,
-    /// Refuse requests with fields that nobody knows, instead of naming them in a header.
+    /// Refuse requests with unknown fields, instead of naming them in a header.
     pub strict: bool,
     /// Names, besides this machine's own, under which browsers may reach a head without API keys.
     pub hosts: Vec<String>,
@@ -106,7 +106,8 @@ pub struct HttpConfig {
     pub cors: Vec<Origin>,
     /// Time limits for clients, and the number of connections that they may have.
     pub connections: Connections,
-    /// What is told without a key where keys are in use. `/health` always is, and whether the mesh is ready, in a word.
+    /// Information that is open without a key where keys are in use. `/health` and the bare status of
+    /// `/ready` always are.
     pub open: Vec<Open>,
 }
 
@@ -124,7 +125,7 @@ pub enum Open {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DcfConfig {
-    /// Where clients send Tasks.
+    /// Address to which clients send Tasks.
     pub clients: SocketAddr,
     /// Address to which workers send heartbeats, and workers without an identity (DCF v5.0.0 and v5.1)
     /// Results.
@@ -151,7 +152,7 @@ pub struct DcfConfig {
 pub struct QuicConfig {
     /// Address and port.
     pub listen: SocketAddr,
-    /// How often an idle worker is asked for one token, as proof that it answers.
+    /// Interval at which an idle worker is asked for one token, as proof that it answers.
     #[serde(with = "units::duration")]
     pub probe_interval: Duration,
 }
@@ -160,33 +161,33 @@ pub struct QuicConfig {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ShardingConfig {
-    /// Whether rings are made of what workers offer.
+    /// Form rings from what workers offer.
     pub enabled: bool,
-    /// What a plan is to be best at: the time of one token, or the tokens of many requests.
+    /// Optimisation target of plans: the time of one token, or the tokens of many requests.
     pub objective: RingObjective,
     /// Exactly so many stages; 0 is as many as needed.
     pub stages: u32,
-    /// Whether stages get standbys where memory allows.
+    /// Give stages standbys where memory allows.
     pub standbys: bool,
     /// Requests that a ring runs at once.
     pub slots: u32,
     /// Most tokens of prompt and answer; 0 is the model's own limit, less where memory is short.
     pub context: u32,
-    /// By which part a fresh plan must beat a running ring to replace it.
+    /// Fraction by which a fresh plan must beat a running ring to replace it.
     pub margin: f64,
-    /// How long offers must have been quiet before a ring is made of them.
+    /// Time without new offers before a ring is formed of them.
     #[serde(with = "units::duration")]
     pub gather: Duration,
     /// Hidden rows travel as f16 rather than f32.
     pub half_rows: bool,
-    /// How long a worker that did not answer is left alone the first time; doubled with every repeat.
+    /// Time for which a worker that did not answer is left alone at first; each repeat doubles it.
     #[serde(with = "units::duration")]
     pub suspect_pause: Duration,
     /// Make a ring even for a model that some worker serves whole.
     pub always: bool,
 }
 
-/// What a plan for a ring is to be best at.
+/// Optimisation target of plans for rings.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RingObjective {
@@ -388,7 +389,7 @@ impl Config {
         }
     }
 
-    /// How rings are made and kept.
+    /// Settings for the core that forms and keeps rings.
     pub fn ring_settings(&self) -> rings::Settings {
         let sharding = &self.sharding;
         rings::Settings {

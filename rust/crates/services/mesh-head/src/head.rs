@@ -82,7 +82,7 @@ impl Live {
     }
 }
 
-/// Why a head does not start.
+/// Reasons for which a head does not start.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
@@ -223,7 +223,7 @@ impl Head {
 }
 
 impl HeadHandle {
-    /// Where it listens: `http`, `dcf.clients`, `dcf.workers`, `quic`.
+    /// Addresses of its listeners: `http`, `dcf.clients`, `dcf.workers`, `quic`.
     pub fn addresses(&self) -> &Addresses {
         &self.addresses
     }
@@ -233,7 +233,7 @@ impl HeadHandle {
         &self.live
     }
 
-    /// What it knows of its mesh.
+    /// State of the mesh: workers, requests, rings.
     pub fn mesh(&self) -> &Arc<Mesh> {
         &self.mesh
     }
@@ -250,7 +250,7 @@ impl HeadHandle {
     }
 }
 
-/// What has to end in order.
+/// Parts of a running head that have to end in order.
 struct Parts {
     shutdown: Shutdown,
     quic: Arc<Listener>,

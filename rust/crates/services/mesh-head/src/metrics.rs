@@ -18,7 +18,7 @@ use mesh_service::metrics::prometheus_client::registry::{Registry, Unit};
 use mesh_control::fair::Ingress;
 use mesh_control::rings::RingView;
 
-/// Which front end a request came through.
+/// Front end that a request came through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 pub(crate) enum Front {
     /// The OpenAI API.
@@ -27,7 +27,7 @@ pub(crate) enum Front {
     Dcf,
 }
 
-/// How a request ended.
+/// Outcome of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 pub(crate) enum Outcome {
     /// With a whole answer.
@@ -502,7 +502,7 @@ impl Collector for ClockGauges {
     }
 }
 
-/// What became of a socket's datagrams.
+/// Counters of a socket's datagrams, by what became of them.
 #[derive(Debug, Clone)]
 pub(crate) struct DatagramCounters {
     /// Understood and acted upon.

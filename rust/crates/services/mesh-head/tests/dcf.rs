@@ -371,7 +371,7 @@ async fn a_task_repeated_while_its_chunks_come_gets_them_once_and_afterwards_aga
     client.nothing_comes().await;
 }
 
-/// How many Chunks come until none comes for a while.
+/// Counts the Chunks that come until none comes for a while.
 async fn chunks_until_quiet(client: &DcfPeer) -> usize {
     let mut count = 0;
     while let Some((kind, ..)) = client.receive_within(Duration::from_millis(500)).await {

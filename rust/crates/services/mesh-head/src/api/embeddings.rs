@@ -15,7 +15,7 @@ use crate::flight::task::{EmbedTask, Embedded};
 /// A request, checked.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AskedEmbeddings {
-    /// What to embed.
+    /// Model and texts.
     pub task: EmbedTask,
     /// Vectors in base64 of little-endian f32, instead of as numbers.
     pub base64: bool,

@@ -1,4 +1,4 @@
-//! What a request body of `/v1/chat/completions` or `/v1/completions` asks for.
+//! Parses request bodies of `/v1/chat/completions` and `/v1/completions`.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use crate::api::json::{self, Lists};
 use crate::flight::task::Task;
 use crate::ids;
 
-/// Which of the two APIs.
+/// The two OpenAI APIs for text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Api {
     /// `/v1/chat/completions`.
@@ -34,13 +34,13 @@ impl From<Api> for fields::Api {
 /// A request, checked.
 #[derive(Debug, Clone)]
 pub(crate) struct Asked {
-    /// Which API it came through.
+    /// The API that it came through.
     pub api: Api,
     /// Model named in it.
     pub model: Option<String>,
-    /// What to answer, several only in `/v1/completions`.
+    /// Prompts; several only in `/v1/completions`.
     pub prompts: Vec<Arc<Prompt>>,
-    /// How to answer.
+    /// Sampling parameters and limits of the answers.
     pub params: GenerateParams,
     /// Answers per prompt.
     pub choices: u32,
@@ -392,7 +392,7 @@ fn bytes_of(prompt: &Prompt) -> usize {
     }
 }
 
-/// What a running answer takes besides its tokens.
+/// Bytes that a running answer is charged besides its tokens.
 const PER_ANSWER: u64 = 8 << 10;
 /// A token with its text.
 const BYTES_A_TOKEN: u64 = 16;
@@ -405,7 +405,7 @@ const LONG_ANSWER: u32 = 8192;
 /// Tokens that an answer is counted with at most: of the many that wait few are longer at once.
 const USUAL_TOKENS: u32 = 512;
 
-/// What the OpenAI API answers with where `/v1/completions` names no `max_tokens`.
+/// The OpenAI API's default of `max_tokens` for `/v1/completions`.
 const DEFAULT_COMPLETION: u32 = 16;
 const MOST_ANSWERS: u64 = 128;
 /// Parameters that v5.0.0 workers know, besides `max_tokens`.

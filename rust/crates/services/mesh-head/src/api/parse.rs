@@ -4,7 +4,7 @@ use bytes::Bytes;
 use tokio::sync::Semaphore;
 use tokio::task::JoinError;
 
-/// What `parse` makes of a body. A large one is parsed on another thread, in its turn.
+/// Returns the result of `parse` on a body. A large one is parsed on another thread, in its turn.
 ///
 /// # Errors
 /// If `parse` panics.

@@ -12,7 +12,7 @@ use super::generate::Api;
 pub(crate) struct Envelope<'a, C> {
     /// The same in all chunks of an answer.
     pub id: &'a str,
-    /// What this is.
+    /// Type of the object, as the OpenAI API names it.
     pub object: &'static str,
     /// Seconds since the Unix epoch.
     pub created: u64,
@@ -33,7 +33,7 @@ pub(crate) struct Envelope<'a, C> {
 /// One answer of `/v1/chat/completions`.
 #[derive(Debug, Serialize)]
 pub(crate) struct ChatChoice {
-    /// Which of the `n`.
+    /// Index of the choice, below `n`.
     pub index: usize,
     /// The answer.
     pub message: ChatText,
@@ -57,9 +57,9 @@ pub(crate) struct ChatText {
 /// A piece of one answer of `/v1/chat/completions`.
 #[derive(Debug, Serialize)]
 pub(crate) struct ChatChunk<'a> {
-    /// Which of the `n`.
+    /// Index of the choice, below `n`.
     pub index: usize,
-    /// What is new.
+    /// Difference from the chunk before.
     pub delta: ChatDelta<'a>,
     /// Log probabilities where asked for.
     pub logprobs: Option<ChatLogprobs>,
@@ -67,7 +67,7 @@ pub(crate) struct ChatChunk<'a> {
     pub finish_reason: Option<&'static str>,
 }
 
-/// What is new in a chunk.
+/// New part of a message in a chunk.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct ChatDelta<'a> {
     /// In the first piece.
@@ -81,7 +81,7 @@ pub(crate) struct ChatDelta<'a> {
 /// One answer of `/v1/completions`, whole or a piece.
 #[derive(Debug, Serialize)]
 pub(crate) struct TextChoice<'a> {
-    /// Which of the answers.
+    /// Index of the answer.
     pub index: usize,
     /// The text.
     pub text: &'a str,
@@ -130,7 +130,7 @@ pub(crate) struct TextLogprobs {
     pub token_logprobs: Vec<f32>,
     /// The likeliest tokens in each place, and the one that was chosen.
     pub top_logprobs: Vec<Alternatives>,
-    /// Where each token begins in the answer, in characters.
+    /// Offset of each token in the answer, in characters.
     pub text_offset: Vec<usize>,
 }
 
@@ -158,7 +158,7 @@ pub(crate) struct PromptDetails {
     pub cached_tokens: u32,
 }
 
-/// How fast an answer was.
+/// Timings and speed of an answer.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(crate) struct Timings {
     /// From arrival at the head to the first token.
@@ -167,9 +167,9 @@ pub(crate) struct Timings {
     pub total_ms: f64,
     /// After the first token.
     pub tokens_per_second: f64,
-    /// Who answered in the end.
+    /// Worker that completed the answer.
     pub worker: String,
-    /// How often it was run again.
+    /// Number of reruns.
     pub reruns: u32,
 }
 
@@ -190,7 +190,7 @@ impl Api {
         }
     }
 
-    /// What ids of answers begin with.
+    /// Prefix of the ids of answers.
     pub(crate) fn id_prefix(self) -> &'static str {
         match self {
             Api::Chat => "chatcmpl",
@@ -240,7 +240,7 @@ impl TextLogprobs {
 /// A place in the text of an answer, as its tokens come in.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Place {
-    /// Whole characters so far.
+    /// Number of whole characters so far.
     characters: usize,
     /// The beginning of a character whose end has not come.
     open: Vec<u8>,

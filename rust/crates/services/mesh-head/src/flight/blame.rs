@@ -1,4 +1,4 @@
-//! Whose fault it is that an attempt failed.
+//! Decides which party is to blame for a failed attempt.
 
 use std::time::Instant;
 

@@ -1,4 +1,4 @@
-//! Which workers died of a request, as far as the head can see.
+//! Detects workers that died of a request, as far as the head can see.
 
 use dcf::ErrorCode;
 use mesh_control::registry::WorkerId;
@@ -71,7 +71,7 @@ impl Process {
     }
 }
 
-/// Whether a link that ended like this says that the worker died.
+/// Returns true if a link that ended like this shows that the worker died.
 fn is_death(reason: &Closed, process: Process) -> bool {
     match (reason, process) {
         (_, Process::Same) => false,

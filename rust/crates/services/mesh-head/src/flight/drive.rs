@@ -77,7 +77,7 @@ pub(super) struct Drive<'a, E> {
     pub(super) ask: Ask,
     pub(super) answer: Answer,
     emit: E,
-    /// When the last token came.
+    /// Arrival of the last token.
     last_token: Option<Instant>,
     /// The attempt before this one failed on a ring of this model, whose last token came then.
     broke_off: Option<(String, Instant)>,
@@ -87,7 +87,7 @@ pub(super) struct Drive<'a, E> {
     pub(super) suspects: Vec<Attempted>,
     /// The context that the worker claims whose rejection of this request is looked into.
     pub(super) rejected_in: u32,
-    /// When the client last heard what the request waits for.
+    /// Time at which the client was last told what the request waits for.
     told: Option<Instant>,
     deaths: Deaths,
 }
@@ -100,7 +100,7 @@ pub(super) struct Attempted {
     pub(super) began: Instant,
 }
 
-/// How one attempt ended.
+/// Result of one attempt.
 enum Attempt {
     Again {
         ended: Ended,

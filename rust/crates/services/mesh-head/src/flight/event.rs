@@ -1,10 +1,10 @@
-//! What a front end hears of its task.
+//! Events of a task for its front end.
 
 use bytes::Bytes;
 use mesh_control::request::{AnswerError, Complete, Delta};
 use mesh_proto::{Progress, RequestPhase};
 
-/// What a front end is told of its task. [`Event::Complete`] and [`Event::Failed`] are last.
+/// An event of a task for its front end. [`Event::Complete`] and [`Event::Failed`] are last.
 #[derive(Debug)]
 pub(crate) enum Event {
     /// It waits for a worker with room.
@@ -23,7 +23,7 @@ pub(crate) enum Event {
     Failed(AnswerError),
 }
 
-/// Who answers.
+/// The worker and the model that answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Placed {
     /// Model name.

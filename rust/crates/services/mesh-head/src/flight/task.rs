@@ -17,9 +17,9 @@ pub(crate) struct Task {
     pub id: String,
     /// Model name; the head's default where there is none.
     pub model: Option<String>,
-    /// What to answer. Several answers to it share it.
+    /// Prompt; several answers to it share it.
     pub prompt: Arc<Prompt>,
-    /// How to answer.
+    /// Sampling parameters and limits of the answer.
     pub params: GenerateParams,
     /// The client's own payload, where a v5.0.0 worker may take it as it is.
     pub legacy: Option<Bytes>,
@@ -30,7 +30,7 @@ pub(crate) struct Task {
 }
 
 impl Task {
-    /// What a worker may send as its answer.
+    /// Limits on the answer of a worker.
     pub(crate) fn bounds(&self) -> Bounds {
         let (bytes, messages) = match &*self.prompt {
             Prompt::Text(text) => (text.len(), 0),
@@ -61,7 +61,7 @@ impl Task {
         }
     }
 
-    /// What the router needs to know, for this model.
+    /// The router's view of this task, for this model.
     pub(crate) fn ask(&self, model: &str) -> Ask {
         let prompt_tokens = estimate_tokens(match &*self.prompt {
             Prompt::Text(text) => text.len(),

@@ -1,4 +1,4 @@
-//! What comes of the proofs that workers give, and of what clients' requests show about them.
+//! Consequences of the proofs that workers give, and of the faults that clients' requests show.
 
 use std::collections::BTreeSet;
 use std::time::Instant;

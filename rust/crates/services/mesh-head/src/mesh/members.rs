@@ -213,7 +213,7 @@ impl Mesh {
     }
 }
 
-/// What a worker says of itself, as far as it is shown.
+/// A worker's text about itself, made fit to show: at most 64 characters, no control characters.
 fn plain(said: &str) -> String {
     let shown = said.chars().filter(|c| !c.is_control());
     shown.take(64).collect()

@@ -1,4 +1,5 @@
-//! What all front ends share: placement and rings behind their lock, the links of workers, and who waits for room.
+//! State that all front ends share: placement and rings behind their lock, the links of workers, and the
+//! requests that wait for room.
 //!
 //! The lock is held for a decision, never across an await. Per token nothing is locked.
 //!

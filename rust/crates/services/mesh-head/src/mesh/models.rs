@@ -56,7 +56,7 @@ impl Mesh {
         self.lock().tracker.view()
     }
 
-    /// What names of models mean.
+    /// Pins of model names.
     pub(crate) fn pins(&self) -> Vec<Pin> {
         self.lock().tracker.pins().list().cloned().collect()
     }

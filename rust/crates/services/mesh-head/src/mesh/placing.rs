@@ -94,12 +94,12 @@ impl Mesh {
         registry.default_model(ModelKind::Embed, Instant::now())
     }
 
-    /// Who serves this model.
+    /// The workers that serve this model.
     pub(crate) fn replicas(&self, name: &str) -> Replicas {
         self.with_registry(|registry| Replicas::of(registry, name, Instant::now()))
     }
 
-    /// Whether a worker serves this model now or did lately, or workers offer its layers.
+    /// Returns true if a worker serves this model now or did recently, or workers offer its layers.
     pub(crate) fn knows_model(&self, name: &str) -> bool {
         self.lock().placement.knows_model(name)
     }
@@ -138,7 +138,7 @@ impl Mesh {
         }
     }
 
-    /// Whether another worker than this one answers such requests.
+    /// Returns true if another worker than this one answers such requests.
     pub(crate) fn another(&self, ask: &Ask, than: WorkerId) -> bool {
         self.lock().placement.another(ask, than, Instant::now())
     }
@@ -181,7 +181,7 @@ impl Mesh {
     }
 }
 
-/// How to reach the worker of an [`Assignment`].
+/// Route to the worker of an [`Assignment`].
 #[derive(Debug, Clone)]
 pub(crate) enum Route {
     /// Over its link.
@@ -221,7 +221,7 @@ pub(crate) struct Assignment {
     ticket: Ticket,
     /// The worker.
     pub placed: Placed,
-    /// How to reach it.
+    /// Route to the worker.
     pub route: Route,
     /// The worker's process; 0 is unknown.
     pub process: u64,
@@ -264,7 +264,7 @@ impl Assignment {
         self.first_token();
     }
 
-    /// When a token last came from this worker, whichever request it was for.
+    /// Arrival of the last token from this worker, for any request.
     pub(crate) fn last_token_of_worker(&self) -> Option<Instant> {
         self.tokens_seen.as_ref()?.last()
     }

@@ -17,7 +17,7 @@ use super::drains;
 use super::state::{Mesh, State, timestamp_us};
 use crate::metrics::Verdict;
 
-/// What became of a worker as the driver of a ring.
+/// State of a worker as the driver of a ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum RingRole {
     /// It serves since then.
@@ -93,7 +93,7 @@ impl Mesh {
         }
     }
 
-    /// What became of a worker as the driver of a ring.
+    /// State of a worker as the driver of a ring.
     pub(crate) fn ring_role(&self, id: WorkerId, ring: u64) -> RingRole {
         let state = self.lock();
         let node = state.placement.registry.get(id).and_then(Worker::node_id);
@@ -148,10 +148,10 @@ impl Mesh {
             .map_err(io::Error::other)?
     }
 
-    /// Whether requests for a model, or for any, can be answered; the reason if not.
+    /// Checks that requests for a model, or for any, can be answered.
     ///
     /// # Errors
-    /// Why not.
+    /// The reason, for people, if they cannot.
     pub(crate) fn ready(&self, model: Option<&str>) -> Result<(), String> {
         self.readiness(&self.lock(), model)
     }
@@ -191,7 +191,7 @@ impl Mesh {
         }
     }
 
-    /// Why a model cannot be answered for.
+    /// Reason for which requests of a model cannot be answered.
     pub(super) fn why_not(&self, state: &State, model: &str) -> String {
         let of_ring = state.rings.not_serving().into_iter();
         if let Some((_, text)) = of_ring.into_iter().find(|(name, _)| name == model) {
@@ -387,5 +387,5 @@ fn hex(ring: u64) -> String {
 const TURNS: usize = 64;
 /// Reasons that are told why a model is not served.
 const REASONS: usize = 3;
-/// How often gauges of rings are set.
+/// Interval at which the gauges of rings are set.
 const GAUGES: Duration = Duration::from_secs(1);

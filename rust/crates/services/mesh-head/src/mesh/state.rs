@@ -40,7 +40,7 @@ pub struct Mesh {
     pub(super) live: RwLock<Config>,
     /// Counters and histograms.
     pub(crate) metrics: HeadMetrics,
-    /// What `/ready` says.
+    /// State behind `/ready`.
     pub(crate) health: Health,
     /// Begins when the head is told to stop.
     pub(crate) shutdown: Shutdown,
@@ -52,12 +52,12 @@ pub struct Mesh {
     pub(crate) sessions: Sessions,
     /// Nodes that are no longer part of the mesh.
     pub(crate) deny_list: DenyList,
-    /// When the head started.
+    /// Wall-clock time of the head's start.
     pub(crate) started: SystemTime,
-    /// The same by a clock that nobody sets.
+    /// The same by the monotonic clock.
     pub(crate) running_since: Instant,
     pub(super) state: Mutex<State>,
-    /// What requests take of this head's memory.
+    /// Account of the memory that requests take.
     pub(super) memory: Mutex<Memory>,
     /// Large requests are read one at a time: until it is known what they are, they take a multiple of their bytes.
     pub(crate) reading: Semaphore,
@@ -79,7 +79,7 @@ pub(super) struct State {
     pub(super) held_back: HeldBack,
     /// Time of the last check of the links.
     pub(super) links_seen: Option<Instant>,
-    /// When the gauges of rings were last set.
+    /// Time at which the gauges of rings were last set.
     pub(super) gauged: Option<Instant>,
     /// Time of the last check for workers that had been heard.
     pub(super) listened: Option<Instant>,

@@ -1,4 +1,4 @@
-//! What is due now and then: silent workers, readiness, gauges, warnings.
+//! Periodic work: silent workers, readiness, gauges, warnings.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -40,7 +40,8 @@ impl Mesh {
         warnings
     }
 
-    /// What is due by now: silent workers are pruned, waiting requests looked at again, gauges and readiness set.
+    /// Does the work that is due: prunes silent workers, looks at waiting requests again, sets gauges and
+    /// readiness.
     pub(crate) fn tick(&self) {
         self.hear_held_back();
         let now = Instant::now();
@@ -152,7 +153,7 @@ impl Mesh {
             .clocks(offsets.map(|worker| (worker.name.clone(), worker.clock_offset)));
     }
 
-    /// Whether `/ready` should say yes: for one model, or for any.
+    /// Readiness for `/ready`: of one model, or of any; the error is the reason.
     pub(super) fn readiness(&self, state: &State, asked: Option<&str>) -> Result<(), String> {
         if self.shutdown.is_draining() {
             return Err("shutting down".into());

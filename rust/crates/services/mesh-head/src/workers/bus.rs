@@ -18,7 +18,7 @@ use crate::mesh::exchange::LegacyWorker;
 use crate::mesh::{Mesh, timestamp_us};
 use crate::metrics::DatagramCounters;
 
-/// Serves the bus for ever.
+/// Serves the bus; never returns.
 pub(crate) async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>) {
     let counters = mesh.metrics.datagrams("workers");
     let mut bus = WorkerBus {

@@ -36,7 +36,7 @@ pub(crate) async fn serve(mesh: Arc<Mesh>, listener: Arc<Listener>, heartbeat_po
     }
 }
 
-/// Why a link does not become a worker.
+/// Reasons for which a link does not become a worker.
 #[derive(Debug, thiserror::Error)]
 enum LinkError {
     #[error("a {0} connects here; only workers do")]
@@ -288,10 +288,10 @@ async fn answer_probes(link: Link) {
     }
 }
 
-/// What the key of a session's heartbeats is exported for; the context is the session, big-endian.
+/// Label of the exported key of a session's heartbeats; the context is the session, big-endian.
 pub(crate) const HEARTBEAT_LABEL: &str = "hydramesh heartbeat";
 
-/// How often a worker is to beat: a few may be lost or late before it is pruned for its silence.
+/// Interval of a worker's heartbeats: a few may be lost or late before it is pruned for its silence.
 fn heartbeat(worker_timeout: Duration) -> Duration {
     Duration::from_secs(2).min(worker_timeout / 4)
 }

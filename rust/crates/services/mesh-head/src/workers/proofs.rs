@@ -120,9 +120,9 @@ struct Probe<'a> {
     asked: Instant,
     /// Time of the worker's last sign of life.
     alive: Instant,
-    /// When the probe was sent, or its last token came.
+    /// Time at which the probe was sent, or its last token came.
     got_on: Instant,
-    /// When the worker last said what the probe waits for.
+    /// Time at which the worker last said what the probe waits for.
     told: Option<Instant>,
 }
 
@@ -396,7 +396,7 @@ impl Probe<'_> {
         Ok(())
     }
 
-    /// When a token of a real answer of this model last came.
+    /// Arrival of the last token of a client's answer by this model.
     fn last_token(&self) -> Option<Instant> {
         self.mesh.with_registry(|registry| {
             let worker = registry.get(self.id)?;

@@ -92,7 +92,7 @@ pub(crate) fn gets_on(progress: &Progress) -> bool {
     progress.quiet_ms < GETS_ON.as_millis() as u64
 }
 
-/// What a worker's answer that is none says.
+/// Failure in a worker's message that is not an answer.
 pub(crate) fn error_of(message: &Message) -> Failure {
     match message.error_body() {
         Some(body) => Failure::Error {

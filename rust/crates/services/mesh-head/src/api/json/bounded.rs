@@ -28,14 +28,14 @@ pub(crate) enum Lists {
 /// Fields of a body that hold many token ids by right.
 const COMPACT: [&str; 2] = ["prompt", "input"];
 
-/// What may still be read.
+/// Remaining counts that may still be read.
 #[derive(Debug)]
 pub(super) struct Budget {
     values: usize,
     objects: usize,
     ids: usize,
     lists: usize,
-    /// What there was too much of.
+    /// Description of the limit that was exceeded.
     pub(super) exceeded: Option<String>,
 }
 
@@ -210,7 +210,7 @@ impl<'de> Visitor<'de> for Bounded<'_> {
     }
 }
 
-/// What a field [`COMPACT`] holds.
+/// Value of a field in [`COMPACT`].
 enum Content {
     Value(Value),
     Lists(Lists),

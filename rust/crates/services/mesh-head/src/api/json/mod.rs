@@ -49,7 +49,7 @@ pub(crate) fn object(body: &[u8]) -> Result<Object, Invalid> {
     ))
 }
 
-/// Why a body is not read.
+/// Reasons for which a body is not read.
 enum Refused {
     Json(serde_json::Error),
     TooMuch(String),

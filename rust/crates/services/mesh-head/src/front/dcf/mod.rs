@@ -33,7 +33,7 @@ use crate::ids;
 use crate::mesh::{Lease, Mesh, timestamp_us};
 use crate::metrics::{DatagramCounters, Front};
 
-/// Serves the port for ever. Answers that are being made are in `running`.
+/// Serves the port; never returns. Answers that are being made are in `running`.
 pub(crate) async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: TaskTracker) {
     let counters = mesh.metrics.datagrams("clients");
     let dedup = Mutex::new(Dedup::new(mesh.config.dedup_limits()));
@@ -82,7 +82,7 @@ pub(crate) async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: Ta
     }
 }
 
-/// What tasks need to answer.
+/// State that tasks need to answer.
 struct Port {
     mesh: Arc<Mesh>,
     socket: Arc<BatchSocket>,
@@ -95,14 +95,14 @@ struct Port {
     running: TaskTracker,
 }
 
-/// What the receiving loop holds.
+/// State of the receiving loop.
 struct Intake {
     port: Arc<Port>,
     counters: DatagramCounters,
     chunks: Reassembler<TaskKey>,
     replies: SendBatch,
     proofs: Proofs,
-    /// When a stranger was last warned about.
+    /// Time of the last warning about an untrusted sender.
     warned: Option<Instant>,
     /// Time of the last warning about a sender of an unknown version.
     warned_of_version: Option<Instant>,
@@ -403,7 +403,7 @@ impl Port {
         }
     }
 
-    /// What a payload asks for. Acknowledges it, if it asks for that.
+    /// Parses a payload. Acknowledges it, if it asks for that.
     async fn read(&self, key: TaskKey, payload: Bytes) -> Result<DcfTask, AnswerError> {
         let rejected = |text: String| AnswerError::Rejected {
             code: ErrorCode::INVALID_PAYLOAD,
@@ -423,7 +423,7 @@ impl Port {
         Ok(task)
     }
 
-    /// Whether a task that runs asked for Acks.
+    /// Returns true if a running task asked for Acks.
     fn wants_acks(&self, key: TaskKey) -> bool {
         self.acks().contains(&key)
     }
@@ -609,7 +609,7 @@ fn code_of(failure: &AnswerError) -> (ErrorCode, bool) {
 const ASK_AFTER_TASK: &[u8] = b"task";
 /// ASCII, so that any part of it is text.
 const NOT_TRUSTED: &str = "your address is not trusted here: see trusted_networks";
-/// What a task takes besides its payload: the answer that it may become.
+/// Bytes that a task is charged besides its payload, for the answer that it may become.
 const PER_TASK: u64 = 16 << 10;
 /// Bytes of an Error's text; it may quote what the client sent.
 const LONGEST_ERROR: usize = 4096;

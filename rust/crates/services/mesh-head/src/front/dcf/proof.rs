@@ -33,7 +33,7 @@ struct Mute {
     last: Instant,
 }
 
-/// What a client that has shown nothing yet is answered.
+/// Answer to a client that has not yet proved its address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
     /// A Challenge with this cookie.
@@ -47,7 +47,7 @@ pub(crate) enum Verdict {
 }
 
 impl Proofs {
-    /// Nobody is known. `key` is nobody else's.
+    /// No client is known yet. `key` must be secret.
     pub(crate) fn new(key: &[u8; 32], now: Instant) -> Self {
         Self {
             cookies: Cookies::new(key),
@@ -58,7 +58,7 @@ impl Proofs {
         }
     }
 
-    /// True if this client has echoed a cookie lately.
+    /// True if this client has recently echoed a cookie.
     pub(crate) fn knows(&self, client: SocketAddr, now: Instant) -> bool {
         let known = self.verified.get(&client);
         known.is_some_and(|(since, _)| now.saturating_duration_since(*since) < KNOWN_FOR)

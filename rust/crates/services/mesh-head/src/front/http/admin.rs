@@ -1,4 +1,4 @@
-//! What the head tells about the mesh, and what an administrator can do to it.
+//! Endpoints that show the mesh, and those for administrators.
 
 use std::time::Instant;
 

@@ -49,7 +49,7 @@ pub(super) struct Answering {
     pass: Pass,
 }
 
-/// What all chunks of an answer share.
+/// Fields that all chunks of an answer share.
 struct Head {
     id: String,
     created: u64,
@@ -57,7 +57,7 @@ struct Head {
     fingerprint: Option<String>,
 }
 
-/// What is known of one choice.
+/// State of one choice.
 #[derive(Default)]
 struct Choice {
     worker: String,

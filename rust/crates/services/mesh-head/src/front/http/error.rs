@@ -15,11 +15,11 @@ use crate::api::invalid::Invalid;
 pub(crate) struct ApiError {
     /// HTTP status.
     pub status: StatusCode,
-    /// What to tell a person.
+    /// Message for people.
     pub message: String,
     /// Field of the request that is to blame.
     pub param: Option<String>,
-    /// What a program can tell the error by.
+    /// Code for programs.
     pub code: &'static str,
     /// Seconds after which to try again.
     pub retry_after: Option<u32>,

@@ -77,10 +77,10 @@ fn unreadable(error: &(dyn std::error::Error + 'static)) -> ApiError {
 
 /// Bytes by which room for a long body grows.
 const GROWTH: usize = 128 << 10;
-/// What any request is counted as.
+/// Least bytes that a request is charged.
 const LEAST: u64 = 4 << 10;
 
-/// What `parse` makes of a body.
+/// Returns the result of `parse` on a body.
 pub(super) async fn parsed<T: Send + 'static>(
     mesh: &Mesh,
     body: Bytes,

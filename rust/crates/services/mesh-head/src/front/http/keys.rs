@@ -53,7 +53,7 @@ impl Salts {
     }
 }
 
-/// Whom a request comes from.
+/// Origin of a request, by its key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Caller {
     /// Holds the admin key.
@@ -73,7 +73,7 @@ pub(crate) enum Denied {
     Wrong,
 }
 
-/// Why the keys cannot be read.
+/// Reasons for which the keys cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum KeysError {
     /// The file cannot be read or written.
@@ -81,13 +81,13 @@ pub enum KeysError {
     File {
         /// The file.
         path: PathBuf,
-        /// What happened.
+        /// Error of the system.
         error: io::Error,
     },
     /// A file without keys would lock everyone out, or let everyone in.
     #[error("{0} holds no API key; write one per line, or leave http.api_keys_file out")]
     Empty(PathBuf),
-    /// It is not made anew beside a damaged file: whoever holds the key would be locked out without a word.
+    /// The file is not created anew: the holder of the old key would be locked out without a word.
     #[error(
         "{0} is damaged: it holds no key; restore it from a backup, or remove it, and the head makes another at its next start"
     )]
@@ -129,7 +129,7 @@ impl Keys {
         !self.known().api.is_empty()
     }
 
-    /// What requests of `caller` share cached prompts by; 0 for all that have no key.
+    /// Salt under which requests of `caller` share cached prompts; 0 for all requests without a key.
     pub(crate) fn salt(&self, caller: Caller) -> u64 {
         let known = self.known();
         match caller {
@@ -143,7 +143,7 @@ impl Keys {
         }
     }
 
-    /// Whom these headers prove.
+    /// The caller that these headers prove.
     ///
     /// # Errors
     /// `Denied` where a key is needed and is missing, and wherever one is sent that is wrong and keys are in use.
@@ -213,7 +213,7 @@ impl Known {
     }
 }
 
-/// Who asks, as far as limits go.
+/// The client of a request, as limits count it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Client {
     /// By key.

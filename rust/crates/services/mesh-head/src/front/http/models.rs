@@ -105,7 +105,7 @@ const PROVIDERS: &[&str] = &[
     "hydramesh",
 ];
 
-/// What a model makes, in a word.
+/// Name of a model's kind.
 pub(super) fn kind_name(card: &ModelCard) -> &'static str {
     match card.kind() {
         ModelKind::Chat => "chat",

@@ -20,7 +20,7 @@ pub(super) struct Asked {
     model: Option<String>,
 }
 
-/// What the endpoints of health need.
+/// State of the health endpoints.
 #[derive(Clone)]
 pub(super) struct Told {
     pub(super) mesh: Arc<Mesh>,

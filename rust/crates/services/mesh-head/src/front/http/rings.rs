@@ -1,4 +1,4 @@
-//! What an administrator can do to rings: look at a plan, drain a worker, rebalance.
+//! Endpoints for rings: look at a plan, drain a worker, rebalance.
 
 use std::time::Instant;
 
@@ -205,7 +205,7 @@ fn refused(refusal: DrainRefusal) -> ApiError {
     ApiError::new(status, code, refusal.to_string())
 }
 
-/// What a worker still holds and runs.
+/// The parts and requests that a worker still has.
 fn progress(api: &Api, id: Option<WorkerId>, node: Option<&str>) -> Value {
     api.mesh.with_rings(|rings, registry| {
         let worker = id.and_then(|id| registry.get(id));
