@@ -217,5 +217,5 @@ fn read(message: Message) -> Result<Generate, String> {
         .map_err(|error| format!("the Generate cannot be read: {error}"))
 }
 
-/// How long a stream may stay empty.
+/// Time for which a stream may stay empty.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);

@@ -36,7 +36,7 @@ pub struct Config {
     pub shards: Vec<String>,
     /// Folders with models.
     pub model_dirs: Vec<PathBuf>,
-    /// What this node is kept for (`chat`, `embeddings`, `images`): it is given nothing else. Empty is for anything.
+    /// Purposes that this node is reserved for: `chat`, `embeddings`, `images`; empty means any.
     pub reserved_for: Vec<String>,
     /// Embedding models.
     pub embed: EmbedConfig,
@@ -46,7 +46,8 @@ pub struct Config {
     pub store: StoreConfig,
     /// ONNX Runtime's library; `ORT_DYLIB_PATH` by default.
     pub ort_library: Option<PathBuf>,
-    /// What computes: `auto` (a GPU that this build can use and that works, else the CPU), `cpu`, `cuda` or `migraphx`.
+    /// Device that computes: `auto` (a GPU that this build can use and that works, else the CPU), `cpu`,
+    /// `cuda` or `migraphx`.
     #[serde(with = "backend_name")]
     pub backend: Backend,
     /// Threads that compute, for each model; 0 is one per core.
@@ -60,12 +61,12 @@ pub struct Config {
     pub kv_memory: Option<u64>,
     /// Most rows of one step: larger is faster for long prompts and takes more memory.
     pub step_rows: u32,
-    /// How long long prompts may make answers in progress wait for their next token.
+    /// Time for which long prompts may make answers in progress wait for their next token.
     #[serde(with = "units::duration")]
     pub decode_stall: Duration,
     /// Requests that may wait for a slot of a model.
     pub queue_limit: usize,
-    /// How long running answers may take after SIGTERM.
+    /// Time limit for running answers after SIGTERM.
     #[serde(with = "units::duration")]
     pub drain_limit: Duration,
     /// Networks whose plain DCF is accepted, besides loopback and the v5.0.0 head.
@@ -80,7 +81,7 @@ pub struct Config {
     pub dcf: DcfConfig,
     /// Serving a head of DCF v5.0.0 or v5.1.
     pub legacy: LegacyConfig,
-    /// What requests get that do not say.
+    /// Defaults for requests that do not set these.
     pub sampling: SamplingDefaults,
     /// Log level or filter, used if neither `--log-level` nor RUST_LOG is set.
     pub log_level: Option<String>,
@@ -120,7 +121,8 @@ impl Default for EmbedConfig {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct WeightsConfig {
-    /// How weights of models that are served whole are held; `auto` is as in the file, or as 8-bit integers where those are floats.
+    /// Format in memory of the weights of models that are served whole; `auto` is as in the file, or 8-bit
+    /// integers where those are floats.
     pub format: Format,
     /// Most disk space, in the folder `weights` of the state directory, for weights that were quantised when they were loaded;
     /// 0 keeps none.
@@ -128,11 +130,11 @@ pub struct WeightsConfig {
     pub cache: u64,
 }
 
-/// How weights are held in memory.
+/// Format of weights in memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
-    /// As it suits: see where it is set.
+    /// Depends on the setting: see [`WeightsConfig::format`] and [`RingConfig::format`].
     #[default]
     Auto,
     /// As in the file.
@@ -144,7 +146,7 @@ pub enum Format {
 }
 
 impl Format {
-    /// What it comes to for a model that is served whole.
+    /// The format for a model that is served whole.
     pub(crate) fn of(self, model: &Model) -> WeightFormat {
         match self.candidates() {
             [only] => *only,
@@ -167,12 +169,14 @@ impl Format {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RingConfig {
-    /// Where other workers reach this one, QUIC over UDP. Used only if there are `shards`, or models that come from elsewhere.
+    /// Address at which other workers reach this one, QUIC over UDP. Used only if there are `shards`, or
+    /// models that come from elsewhere.
     pub listen: SocketAddr,
     /// Most memory for parts and their KV cache; by default most of what is free at the start.
     #[serde(with = "units::optional_bytes")]
     pub memory: Option<u64>,
-    /// How weights are held; `auto` is as in the file or as 8-bit integers, whichever is faster on this machine by measurement.
+    /// Format in memory of the weights; `auto` is as in the file or 8-bit integers, whichever is faster on
+    /// this machine by measurement.
     pub format: Format,
 }
 
@@ -180,7 +184,7 @@ pub struct RingConfig {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct StoreConfig {
-    /// Where they are kept; `store` in `state_dir` by default.
+    /// Folder of the store; `store` in `state_dir` by default.
     pub dir: Option<PathBuf>,
     /// Most bytes that they may take; what was not used for longest goes first. By default all but 1 GiB of the disk.
     #[serde(with = "units::optional_bytes")]
@@ -199,7 +203,7 @@ pub struct StoreConfig {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DcfConfig {
-    /// Where plain tasks are taken.
+    /// Address that takes plain tasks.
     pub listen: SocketAddr,
 }
 
@@ -228,7 +232,7 @@ pub enum HeadVersion {
     V5_1,
 }
 
-/// What requests get that do not say.
+/// Defaults for requests that do not set these.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SamplingDefaults {
@@ -347,7 +351,7 @@ impl Default for SamplingDefaults {
 }
 
 impl Config {
-    /// How requests are scheduled, but for the KV memory.
+    /// Settings of the scheduler, except for the KV memory.
     pub(crate) fn scheduler(&self) -> SchedulerConfig {
         SchedulerConfig {
             queue_limit: self.queue_limit,
@@ -391,7 +395,7 @@ impl Config {
         Ok(())
     }
 
-    /// Whether there is a head to link to, be it one that has to be found.
+    /// Returns true if there is a head to link to, at an address or to be found on the LAN.
     pub(crate) fn has_head(&self) -> bool {
         self.head.is_some() || self.mdns
     }
@@ -402,13 +406,13 @@ impl Config {
         local.chain(self.model_dirs.iter().cloned()).collect()
     }
 
-    /// Where models are kept that come from elsewhere.
+    /// Folder of the store of models.
     pub fn store_dir(&self) -> PathBuf {
         let own = || self.state_dir.join("store");
         self.store.dir.clone().unwrap_or_else(own)
     }
 
-    /// Whether plain DCF from this address is accepted without further ado.
+    /// Returns true if plain DCF from this address is accepted without further proof.
     pub fn trusts(&self, source: IpAddr) -> bool {
         let source = source.to_canonical();
         source.is_loopback() || self.trusted_networks.iter().any(|n| n.contains(source))
@@ -445,7 +449,7 @@ pub enum Unsound {
         "`models` and `shards` are empty: name at least one GGUF file to serve whole, as models = [\"/path/model.gguf\"] or --model FILE, or to hold layers of, as shards = [\"/path/model.gguf\"] or --shard FILE, or a folder whose models are served, as local_models = \"/path\""
     )]
     NoModels,
-    /// Nobody to serve.
+    /// No head is set.
     #[error(
         "`head` is not set: give the head's QUIC address, as head = \"host:7780\" or --head HOST:PORT, or find it on the LAN with mdns = true"
     )]
@@ -468,7 +472,7 @@ pub enum Unsound {
     Zero(&'static str),
 }
 
-/// What a node can be kept for.
+/// Purposes that a node can be reserved for.
 const PURPOSES: [&str; 3] = ["chat", "embeddings", "images"];
 
 /// A backend by its name.

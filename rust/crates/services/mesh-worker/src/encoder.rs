@@ -29,7 +29,7 @@ use crate::preparations;
 pub(crate) struct HostedEncoder {
     pub(crate) model: EncoderModel,
     pub(crate) engine: EmbedHandle,
-    /// What the head is told about it.
+    /// The model's description for the head.
     pub(crate) card: ModelCard,
     pub(crate) source: host::Source,
     /// Ends the engine's thread when dropped.
@@ -222,7 +222,7 @@ pub(crate) async fn serve(stream: MsgStream, first: Message, host: &Arc<Host>) {
     .await;
 }
 
-/// Why texts are not embedded.
+/// Reasons for which texts are not embedded.
 #[derive(Debug, thiserror::Error)]
 enum Refusal {
     #[error("this worker does not serve an embedding model called {name:?}")]
@@ -255,10 +255,11 @@ impl Refusal {
     }
 }
 
-/// How far the answer to an Embed is.
+/// Progress of the answer to an Embed.
 #[derive(Default)]
 struct Stage {
-    /// When its texts began to be tokenised. Until then it waits for other requests, which is nobody's silence.
+    /// Time at which its texts began to be tokenised. Until then it waits for other requests, which does not
+    /// count as silence.
     tokenising: OnceLock<Instant>,
     /// Set when this engine has the texts.
     engine: OnceLock<EmbedHandle>,

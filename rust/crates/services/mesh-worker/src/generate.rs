@@ -17,7 +17,7 @@ use crate::config::SamplingDefaults;
 use crate::preparations;
 use crate::templates::{TemplateError, Templates};
 
-/// Why a Generate message is refused before it reaches an engine.
+/// Reasons for which a Generate message is refused before it reaches an engine.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Refusal {
     #[error("no prompt was given")]
@@ -81,7 +81,7 @@ pub(crate) enum Written {
     /// As the model is to read it, control tokens and all.
     Text(String),
     Tokens(Vec<u32>),
-    /// What the model's template made of a conversation.
+    /// A conversation, rendered by the model's template.
     Chat(Rendered),
 }
 
@@ -235,7 +235,7 @@ pub(crate) fn message(
     }
 }
 
-/// What kind of error a request's error is on the wire.
+/// Code of a request's error on the wire.
 pub(crate) fn code(error: &RequestError) -> ErrorCode {
     match error {
         RequestError::EmptyPrompt

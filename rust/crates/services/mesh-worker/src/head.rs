@@ -110,7 +110,7 @@ pub(crate) async fn identify(
     }
 }
 
-/// Why a worker without a token does not start.
+/// Error of a worker that has neither an identity nor a token, or whose identity is damaged.
 pub(crate) fn unusable(error: TrustError) -> WorkerError {
     match error {
         TrustError::NoIdentity { .. } => WorkerError::NoToken,
@@ -464,7 +464,8 @@ impl HeadLink {
     }
 }
 
-/// Whether the head should hear of this: a drain at once, other changes at most four times a second.
+/// Returns true if the head should hear of this load now: a drain at once, other changes at most four times a
+/// second.
 fn is_news(reported: Option<&(Load, Instant)>, load: &Load) -> bool {
     let Some((last, at)) = reported else {
         return true;
@@ -689,7 +690,7 @@ fn look_at_token_file(config: &Config) {
     }
 }
 
-/// What else is to be done where the token file is systemd's copy of another one, in `credentials`.
+/// Further advice where the token file is systemd's copy of another one, in `credentials`.
 fn token_advice(config: &Config, credentials: Option<&Path>) -> &'static str {
     let path = config.join_token_file.as_deref();
     match (path, credentials) {
@@ -744,7 +745,7 @@ const LOAD_INTERVAL: Duration = Duration::from_millis(250);
 const MODELS_INTERVAL: Duration = Duration::from_millis(200);
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long the head has to hear that the worker goes.
+/// Time for which the worker waits to tell the head that it goes.
 const GOODBYE: Duration = Duration::from_millis(500);
 
 /// A link that held this long was no failed attempt.

@@ -88,9 +88,9 @@ pub(crate) enum Removed {
 pub(crate) struct Hosted {
     pub(crate) model: Model,
     pub(crate) engine: EngineHandle,
-    /// What the head is told about it.
+    /// The model's description for the head.
     pub(crate) card: ModelCard,
-    /// What computes it.
+    /// Device that computes it.
     pub(crate) backend: Provider,
     source: Source,
     /// Ends the engine's thread when dropped.
@@ -208,7 +208,7 @@ impl Host {
         Ok(())
     }
 
-    /// Serves the model called `name` no longer. What runs on it may finish as long as somebody holds what is returned.
+    /// Stops serving the model called `name`. Its running requests may finish as long as the result is held.
     pub(crate) fn remove(&self, name: &str) -> Option<Removed> {
         let mut hosted = self.hosted.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(index) = hosted.iter().position(|other| other.card.name == name) {
@@ -227,7 +227,7 @@ impl Host {
         &self.models
     }
 
-    /// What writes conversations as prompts.
+    /// Renderer of conversations to prompts.
     pub(crate) fn templates(&self) -> &Templates {
         &self.templates
     }
@@ -258,7 +258,7 @@ impl Host {
             .clone()
     }
 
-    /// What the head is told of all models.
+    /// Descriptions of all models for the head.
     pub(crate) fn cards(&self) -> Vec<ModelCard> {
         let (models, encoders) = (self.models(), self.encoders());
         let chat = models.iter().map(|hosted| &hosted.card);
@@ -602,7 +602,7 @@ pub(crate) fn learn_turn_end(model: &Model, name: &str, templates: &Templates) {
     }
 }
 
-/// What can be told of a model without loading it.
+/// Description of a model without loading it.
 pub(crate) fn card(name: &str, path: &Path, model: &Model, fingerprint: &str) -> ModelCard {
     let spans = model.tokenizer().spans();
     ModelCard {
@@ -622,7 +622,7 @@ pub(crate) fn card(name: &str, path: &Path, model: &Model, fingerprint: &str) ->
     }
 }
 
-/// How stages are loaded here.
+/// Options for loading stages on this worker.
 pub(crate) fn options(config: &Config) -> OrtOptions {
     OrtOptions {
         library: config.ort_library.clone(),

@@ -1,4 +1,4 @@
-//! Where the head is: at an address, or found on the LAN.
+//! Location of the head: an address, or to be found on the LAN.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -14,7 +14,7 @@ use crate::config::Config;
 use crate::error::WorkerError;
 use crate::head::{read_token, unusable};
 
-/// Where the head is.
+/// Location of the head.
 #[derive(Clone)]
 pub(crate) enum HeadPlace {
     /// At this address, `host:port`; which of its addresses worked last.
@@ -69,7 +69,7 @@ impl Lan {
         }
     }
 
-    /// Who is there.
+    /// Nodes of the mesh that are found on the LAN.
     pub(crate) fn found(&self) -> watch::Receiver<Vec<Found>> {
         self.discovery.found()
     }

@@ -38,7 +38,7 @@ pub(crate) struct PlainDcf {
 }
 
 impl PlainDcf {
-    /// Takes tasks and sends heartbeats for ever.
+    /// Takes tasks and sends heartbeats; never returns.
     pub(crate) async fn run(self) -> std::convert::Infallible {
         let defaults = Arc::new(self.config.sampling.clone());
         let running = Arc::new(Mutex::new(HashSet::new()));

@@ -1,4 +1,5 @@
-//! Models that come while the worker is up: those that are fetched, and those that somebody puts into a folder.
+//! Models that come while the worker runs: those that are fetched, and those that appear in the watched
+//! folder.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
@@ -17,7 +18,7 @@ use crate::error::WorkerError;
 use crate::host::{Failure, Host, Loaded, Source};
 use crate::models::is_at_hand;
 
-/// What is still to come, and whether the worker may call itself ready.
+/// Models that are still to come, and the worker's readiness.
 pub(crate) struct Loading {
     host: Arc<Host>,
     health: Health,
@@ -31,7 +32,7 @@ pub(crate) struct Loading {
 #[derive(Default)]
 struct State {
     linked: bool,
-    /// What is to come, each with what is in the way, if that is known.
+    /// Models to come, each with the obstacle, if it is known.
     pending: BTreeMap<String, Option<String>>,
     /// Number of deaths of each model's engine.
     deaths: BTreeMap<String, u32>,
@@ -146,7 +147,7 @@ impl Loading {
         self.looks.send_modify(|count| *count += 1);
     }
 
-    /// Whether there is a link to the head, if one is needed.
+    /// Notes that the link to the head is up or down.
     pub(crate) fn linked(&self, linked: bool) {
         self.lock().linked = linked;
         // What is not linked says why by itself.
@@ -578,7 +579,7 @@ impl Loading {
     }
 }
 
-/// What shows that a file is still the same, and no longer written to.
+/// Size and time of change of a file: equal stamps mean the same content, no longer written to.
 type Stamp = (u64, Option<SystemTime>);
 
 /// The file or folder that a name in the configuration means.
@@ -626,7 +627,7 @@ async fn wait_for_change(
     last != first
 }
 
-/// What does not load now may load when something else has ended, or a disk was cleared.
+/// Interval between attempts: a model may load once another has ended, or a disk was cleared.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
 const TRY_LATER: Duration = Duration::from_secs(300);
 /// A file that does not change is read again at most so often: to read tens of gigabytes keeps a disk busy for minutes.

@@ -85,7 +85,7 @@ pub(crate) async fn prepare<T: Send + 'static>(
     working.await
 }
 
-/// Whether a request of so many bytes is a long one.
+/// Returns true if a request of so many bytes is a long one.
 pub(crate) fn is_long(bytes: usize) -> bool {
     bytes > LONG
 }
@@ -119,7 +119,7 @@ const LONG: usize = 256 << 10;
 const SHORT_AT_ONCE: usize = 8;
 /// Long requests that may be here at once.
 const MOST_LONG: usize = 4;
-/// What a message takes besides its text.
+/// Bytes that a message takes besides its text.
 const PER_MESSAGE: usize = 64;
 
 #[cfg(test)]

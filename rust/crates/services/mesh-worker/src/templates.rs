@@ -28,7 +28,7 @@ pub const COMMAND: &str = "render-templates";
 
 /// Memory that a template may take, in MiB. The longest prompt that is accepted is held a few times over while it grows.
 const MEMORY_MIB: u64 = 512;
-/// How long one conversation may take. A thousand messages take milliseconds.
+/// Time limit for rendering one conversation. A thousand messages take milliseconds.
 const TIME: Duration = Duration::from_secs(5);
 /// Templates whose processes are kept.
 const KEPT: usize = 8;
@@ -39,7 +39,7 @@ const PROMPT: u8 = 0;
 const REFUSED: u8 = 1;
 const INVALID: u8 = 2;
 
-/// Why a conversation became no prompt.
+/// Reasons for which a conversation becomes no prompt.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TemplateError {
@@ -70,7 +70,7 @@ pub enum TemplateError {
 }
 
 impl TemplateError {
-    /// Whether it is neither the conversation's fault nor the template's.
+    /// Returns true if neither the conversation nor the template is at fault.
     pub fn is_internal(&self) -> bool {
         matches!(self, TemplateError::Process(_))
     }

@@ -394,7 +394,7 @@ impl Running {
     }
 }
 
-/// Whether the engines get on with what they have to do.
+/// Detects whether the engines make progress with their work.
 #[derive(Default)]
 struct Progress {
     steps: u64,
@@ -455,7 +455,7 @@ fn step_limit(rows: usize, speed: f32) -> Duration {
 const STEP_LIMIT: Duration = Duration::from_secs(60);
 const LONGEST_STEP_LIMIT: Duration = Duration::from_secs(3600);
 
-/// How long the link has for its goodbye.
+/// Time limit for the goodbye on the link.
 const GOODBYE: Duration = Duration::from_secs(1);
 
 #[cfg(test)]

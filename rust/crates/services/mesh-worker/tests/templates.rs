@@ -119,7 +119,7 @@ async fn a_program_that_is_missing_is_named() {
     );
 }
 
-/// What a file brings is not parsed in this process, where what parsing takes is limited by nobody.
+/// A template from a file is not parsed in this process, where its use of memory and time is not limited.
 #[tokio::test]
 async fn a_template_of_a_file_that_cannot_be_parsed_ends_no_process_but_its_own() {
     let dir = tempfile::tempdir().unwrap();

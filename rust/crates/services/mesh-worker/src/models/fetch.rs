@@ -15,7 +15,7 @@ use super::held::Held;
 use super::source::{self, News, Order, REFUSES};
 use super::{Models, origin};
 
-/// Somebody who waits for pieces.
+/// A request for pieces that waits.
 pub(super) struct Want {
     pub(super) pieces: PieceSet,
     pub(super) done: oneshot::Sender<Result<(), String>>,
@@ -118,7 +118,7 @@ impl Writer {
     }
 }
 
-/// Tries again for a while where somebody else is still writing.
+/// Tries again for a while where another writer is still at work.
 fn patiently<T>(mut work: impl FnMut() -> Result<T, StoreError>) -> Result<T, StoreError> {
     let mut attempts = 0;
     loop {
@@ -132,25 +132,25 @@ fn patiently<T>(mut work: impl FnMut() -> Result<T, StoreError>) -> Result<T, St
     }
 }
 
-/// The task that gets pieces of one model, for as long as somebody waits for some.
+/// The task that gets pieces of one model, for as long as a request waits for some.
 pub(super) struct Fetch {
     models: Arc<Models>,
     held: Arc<Held>,
-    /// What the model is sought by.
+    /// Name by which the model is sought.
     name: String,
     swarm: Swarm<String>,
     writer: Arc<Writer>,
     waiting: Vec<Want>,
     sources: HashMap<String, Source>,
-    /// Who could not be reached, and when it is tried again.
+    /// Sources that could not be reached, each with the time of the next attempt.
     pauses: HashMap<String, Instant>,
     news: mpsc::UnboundedSender<(String, News)>,
     started: Instant,
     store: Store,
-    /// Until when the hub is left alone.
+    /// Time until which the hub is left alone.
     rest: Option<Instant>,
     logged: (Instant, u64),
-    /// What is being fetched does not make room for itself.
+    /// Keeps the model in the store while it is fetched.
     _pin: Option<Pin>,
     _work: Option<Work>,
 }
@@ -388,8 +388,8 @@ impl Fetch {
         }
     }
 
-    /// Gets what nobody has from the hub, if this worker is the one to do it: all of the model, since others may lack other parts.
-    /// They get its pieces from here as they come.
+    /// Gets pieces that no worker holds from the hub, if this worker is the one to do it: all of the model,
+    /// since others may lack other parts. They get its pieces from here as they come.
     async fn run_errand(&mut self) {
         if self.rest.is_some_and(|until| until <= Instant::now()) {
             self.rest = None;
@@ -500,7 +500,7 @@ impl Fetch {
         }
     }
 
-    /// Has nobody take this model for what it says it is, and removes it from the store.
+    /// Withdraws this model, whose files are not what its manifest says, and removes it from the store.
     async fn disown(&mut self, reason: &str) {
         self.models.disown(&self.held, reason);
         self._pin = None;
@@ -551,7 +551,7 @@ impl Fetch {
         closed
     }
 
-    /// Puts things in order when nobody waits any more. Says whether that is the end.
+    /// Cleans up when no request waits any more. Returns true if that is the end.
     async fn end(&mut self, wants: &mpsc::UnboundedReceiver<Want>) -> bool {
         // What cannot be kept was said to who waited for it.
         if self.close(true).await.is_err() {
@@ -578,7 +578,7 @@ const BUSY_PAUSE: Duration = Duration::from_millis(100);
 const LOOK: Duration = Duration::from_millis(100);
 const ERRAND_LOOK: Duration = Duration::from_millis(300);
 const LOG: Duration = Duration::from_secs(5);
-/// How long a source that could not be reached is left alone.
+/// Time for which a source that could not be reached is left alone.
 const PAUSE: Duration = Duration::from_secs(2);
 const REFUSED: Duration = Duration::from_secs(30);
 const MOST_SOURCES: usize = 16;

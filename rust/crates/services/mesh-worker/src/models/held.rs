@@ -26,9 +26,9 @@ pub(crate) struct Held {
     /// Number of each file's first piece.
     first: Vec<u32>,
     here: RwLock<PieceSet>,
-    /// What it goes by besides the manifest's name, for which somebody vouches.
+    /// Names besides the manifest's own, each vouched for.
     names: Mutex<Vec<String>>,
-    /// What another worker once called it, with nobody to vouch for that.
+    /// Names that another worker once gave it, not vouched for.
     hearsay: Mutex<Vec<String>>,
     /// Files that were opened to be read from, with the paths that they had then.
     open: Mutex<HashMap<u32, (PathBuf, std::sync::Arc<File>)>>,
@@ -86,7 +86,8 @@ impl Held {
         self.fingerprint
     }
 
-    /// What tells it from other models where it is served: the digest of its file, the manifest's where there are several.
+    /// Fingerprint under which it is served: the digest of its file, or of the manifest where there are
+    /// several files.
     pub(crate) fn file_fingerprint(&self) -> String {
         match &self.manifest().files[..] {
             [only] => only.sha256.to_string(),
@@ -94,7 +95,7 @@ impl Held {
         }
     }
 
-    /// How many pieces it has.
+    /// Number of its pieces.
     pub(super) fn pieces(&self) -> u32 {
         self.ids.len() as u32
     }
@@ -135,7 +136,7 @@ impl Held {
         self.changes.subscribe()
     }
 
-    /// What is lacking of these pieces.
+    /// The subset of these pieces that is missing here.
     pub(super) fn missing(&self, pieces: &PieceSet) -> PieceSet {
         let mut missing = pieces.clone();
         missing.subtract(&self.here());
@@ -147,7 +148,7 @@ impl Held {
         PieceSet::all(self.pieces())
     }
 
-    /// What is needed to know the model without any of its weights: headers, and files without tensors.
+    /// Pieces that are needed to know the model without its weights: headers, and files without tensors.
     pub(super) fn headers(&self) -> PieceSet {
         let files = (0..).zip(&self.manifest().files);
         let ids = files.flat_map(|(file, described)| {
@@ -157,7 +158,7 @@ impl Held {
         PieceSet::of(self.pieces(), ids.map(|id| self.number(id)))
     }
 
-    /// What a stage of these layers needs, of `total`.
+    /// Pieces that a stage of these layers, of `total`, needs.
     pub(super) fn layers(&self, layers: Range<u32>, total: u32) -> PieceSet {
         let ids = self.manifest().pieces_for(layers, total);
         PieceSet::of(self.pieces(), ids.into_iter().map(|id| self.number(id)))
@@ -270,27 +271,29 @@ impl Held {
         }
     }
 
-    /// Whether another worker once called it so, and nobody vouches for that.
+    /// Returns true if another worker once called it so and the name is not vouched for.
     pub(super) fn is_said_to_be(&self, name: &str) -> bool {
         let hearsay = self.hearsay.lock().unwrap_or_else(PoisonError::into_inner);
         hearsay.iter().any(|said| said.eq_ignore_ascii_case(name))
     }
 
-    /// Whether nothing is known of it but another worker's word.
+    /// Returns true if all its names are another worker's word.
     fn is_hearsay(&self) -> bool {
         let hearsay = self.hearsay.lock().unwrap_or_else(PoisonError::into_inner);
         let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
         names.is_empty() && !hearsay.is_empty()
     }
 
-    /// The name to look it up by at the head: one that somebody vouches for. A manifest may call itself as it likes.
+    /// Name under which to look it up at the head: one that is vouched for, else its fingerprint. A manifest
+    /// may call itself as it likes.
     pub(super) fn title(&self) -> String {
         let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
         let first = names.first().cloned();
         first.unwrap_or_else(|| self.fingerprint.to_string())
     }
 
-    /// What it is served as when `asked` is what was wanted: a manifest gives itself no name of the hub's.
+    /// Name under which it is served if it was wanted as `asked`: the manifest's own name, unless that has
+    /// the form of a hub name.
     pub(crate) fn served_as(&self, asked: &str) -> String {
         match self.has_plain_name() {
             true => self.manifest().name.clone(),
@@ -302,13 +305,13 @@ impl Held {
         !origin::is_name(&self.manifest().name)
     }
 
-    /// What it goes by on the hub, if that is known.
+    /// Its name on the hub, if that is known.
     pub(super) fn hub_name(&self) -> Option<String> {
         let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
         names.iter().find(|name| origin::is_name(name)).cloned()
     }
 
-    /// Whether it goes by this name.
+    /// Returns true if it goes by this name.
     pub(super) fn is_called(&self, name: &str) -> bool {
         let own = self
             .own_name()
@@ -316,26 +319,27 @@ impl Held {
         own || self.is_named(name)
     }
 
-    /// Whether it goes by this name in the store, or is asked for by its fingerprint, whatever its manifest says.
+    /// Returns true if it goes by this name in the store, or `name` is its fingerprint. The manifest's own
+    /// name does not count.
     pub(super) fn is_named(&self, name: &str) -> bool {
         let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
         names.iter().any(|known| known.eq_ignore_ascii_case(name))
             || self.fingerprint.to_string() == name
     }
 
-    /// Whether it has any name in the store.
+    /// Returns true if it has any name in the store.
     pub(super) fn has_names(&self) -> bool {
         let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
         !names.is_empty()
     }
 
-    /// What its manifest calls it, where that counts.
+    /// The manifest's own name, where that counts.
     pub(super) fn own_name(&self) -> Option<&str> {
         let counts = self.has_plain_name() && !self.is_hearsay();
         counts.then_some(&self.manifest().name)
     }
 
-    /// What the head is told of it; `keeps_name` says whether it still goes by what its manifest calls it.
+    /// Description for the head; `keeps_name` is true if it still goes by the manifest's own name.
     pub(super) fn to_proto(&self, keeps_name: bool) -> HeldModel {
         let own = self.own_name().filter(|_| keeps_name);
         let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
@@ -352,7 +356,8 @@ impl Held {
         }
     }
 
-    /// What is opened to load it: the file, or the folder of a model of several. Names as the store links them.
+    /// Path to load it from: the file, or the folder of a model of several files. Names as the store links
+    /// them.
     pub(crate) fn path(&self) -> Result<PathBuf, mesh_store::StoreError> {
         let folder = self.store.folder(&self.fingerprint)?;
         Ok(match &self.manifest().files[..] {

@@ -45,7 +45,7 @@ use crate::rings::Peers;
 /// See the module's page.
 pub(crate) struct Models {
     config: Arc<Config>,
-    /// Where fetches run, whoever asks for them: a ring's own thread has other things to do.
+    /// Runtime of the fetches, whichever thread asks for them: a ring's own thread has other work.
     runtime: Handle,
     /// None if nothing that this worker serves comes from it.
     store: Option<Store>,
@@ -61,7 +61,7 @@ pub(crate) struct Models {
     /// One at a time looks for a name.
     seeking: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     state: Mutex<State>,
-    /// What the head told, by name.
+    /// Sources of models from the head, by name.
     told: watch::Sender<BTreeMap<String, ModelSources>>,
     net: Mutex<Option<Net>>,
     /// Workers on the LAN.
@@ -150,7 +150,7 @@ impl Models {
         }))
     }
 
-    /// Whether other workers have business here.
+    /// Returns true if other workers may fetch from here and this worker from them.
     pub(crate) fn is_sharing(&self) -> bool {
         self.store.is_some() && self.config.store.peers
     }
@@ -181,7 +181,7 @@ impl Models {
         });
     }
 
-    /// What the head should hear, and the version of that, if it is another one than `known`.
+    /// Message for the head and its version; `None` if the version is still `known`.
     pub(crate) fn report(&self, known: Option<u64>) -> Option<(Message, u64)> {
         let state = lock(&self.state);
         if !self.is_sharing() || known == Some(state.version) {
@@ -198,7 +198,7 @@ impl Models {
         Some((message(MsgType::MODELS, &models), state.version))
     }
 
-    /// What is lacking still, in words; empty if nothing is.
+    /// Description of what is missing still; empty if nothing is.
     pub(crate) fn lacking(&self) -> String {
         let state = lock(&self.state);
         let texts = state.sought.values().map(|sought| {
@@ -368,7 +368,7 @@ impl Models {
         ends
     }
 
-    /// Where a model lies, to be opened.
+    /// Path from which to load a model.
     pub(crate) async fn path(&self, held: &Arc<Held>) -> Result<PathBuf, String> {
         let held = held.clone();
         let path = tokio::task::spawn_blocking(move || held.path()).await;
@@ -470,8 +470,9 @@ impl Models {
     }
 }
 
-/// What the head is told of models: of those of which something is here, or is being fetched. Of several that call themselves the
-/// same only those are called so that the store has names for, if it has for any: the others were replaced.
+/// Models to report to the head: those with pieces here, and those that are being fetched. Where several have
+/// the same own name and the store has names for some of them, only these keep the own name: the others were
+/// replaced.
 fn told_of(
     held: &BTreeMap<Digest, Arc<Held>>,
     sought: &BTreeMap<String, SoughtModel>,
@@ -490,15 +491,15 @@ fn told_of(
     models.collect()
 }
 
-/// Whether a name means a file or a folder on this machine.
+/// Returns true if a name means a file or a folder on this machine.
 pub(crate) fn is_at_hand(name: &str, config: &Config) -> bool {
     let folders = config.folders();
     mesh_model::encoder::find(name, &folders).is_some()
         || mesh_store::local::resolve(name, &folders).is_ok()
 }
 
-/// Whether a name that means nothing on this machine may mean a model of the mesh or of the hub. What looks like a file's path does
-/// not: it is a mistake that should be seen at once.
+/// Returns true if a name without a meaning on this machine may mean a model of the mesh or of the hub. A
+/// name that looks like a file's path does not: it is a mistake that should show at once.
 pub(crate) fn may_be_fetched(name: &str) -> bool {
     let is_path = name.starts_with(['/', '.', '~']);
     let is_file = [".gguf", ".safetensors"]
@@ -512,7 +513,7 @@ fn message(kind: MsgType, body: &impl prost::Message) -> Message {
     Message::new(kind, 0, timestamp_us(), body.encode_to_vec())
 }
 
-/// What these mutexes guard is replaced as a whole, so a panic elsewhere leaves it sound.
+/// Values behind these mutexes are replaced as a whole, so a panic elsewhere leaves them sound.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -540,7 +541,7 @@ mod tests {
         Models::open(&Arc::new(config)).unwrap()
     }
 
-    /// What the head hears: names, and whether all of the model is here.
+    /// Report to the head: names, and true if all of the model is here.
     fn reported(models: &Models) -> Vec<(String, Vec<String>, bool)> {
         use prost::Message as _;
 

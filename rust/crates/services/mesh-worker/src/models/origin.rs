@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Models;
 
-/// Whether a name can be one of the hub's.
+/// Returns true if a name has the form of a hub name.
 pub(super) fn is_name(name: &str) -> bool {
     name.parse::<HubName>().is_ok()
 }
@@ -55,7 +55,7 @@ impl Watch for Counting {
     }
 }
 
-/// Why the hub does not give a model.
+/// Reason for which the hub does not give a model.
 #[derive(Debug, thiserror::Error)]
 #[error("{reason}")]
 pub(super) struct OriginError {
@@ -82,7 +82,7 @@ impl OriginError {
         }
     }
 
-    /// What came is not taken.
+    /// An error for content that is not accepted.
     pub(super) fn refused(reason: impl ToString) -> Self {
         OriginError {
             reason: reason.to_string(),
@@ -127,10 +127,10 @@ pub(super) async fn fetch(
     }
 }
 
-/// What the hub says that the model `name` consists of.
+/// Asks the hub for the files of the model `name`.
 ///
 /// # Errors
-/// If it does not say, in words.
+/// Description of the failure.
 pub(super) async fn expected(name: &str) -> Result<Expected, String> {
     let name: HubName = name.parse().map_err(|error: HubError| error.to_string())?;
     let runtime = Handle::current();
@@ -195,11 +195,11 @@ async fn run(
     fingerprint.ok_or_else(|| OriginError::other("only a part of the model came"))
 }
 
-/// How long the hub is waited for when it is asked what a model consists of.
+/// Time limit for the hub's answer about the files of a model.
 const ASK_LIMIT: Duration = Duration::from_secs(20);
 const TICK: Duration = Duration::from_millis(250);
 /// Every 5 s.
 const LOG_TICKS: u32 = 20;
-/// How long a hub is left alone that could not be reached, and one that refused.
+/// Time for which the hub is left alone after it could not be reached, and after it refused.
 const FAILED: Duration = Duration::from_secs(30);
 const REFUSED: Duration = Duration::from_secs(300);

@@ -205,13 +205,13 @@ impl Models {
         Ok(())
     }
 
-    /// Whether this worker may get the model from the hub, asked to or not.
+    /// Returns true if this worker may get the model from the hub, asked to or not.
     fn may_go(&self, name: &str) -> bool {
         let state = lock(&self.state);
         state.sought.get(name).is_some_and(|sought| sought.origin)
     }
 
-    /// Why a model that no worker has does not come from the hub either, if it does not.
+    /// Reason for which a model that no worker has does not come from the hub either; `None` if it may.
     fn why_nowhere(
         &self,
         name: &str,
@@ -238,7 +238,7 @@ impl Models {
         (!hub).then(|| "no worker has it yet, and `store.hub` forbids to ask the hub".to_owned())
     }
 
-    /// Whether this worker is the one that gets a model from outside the mesh.
+    /// Returns true if this worker is the one that gets a model from outside the mesh.
     pub(super) fn has_errand(&self, name: &str, sources: Option<&ModelSources>) -> bool {
         let may = || self.may_go(name);
         // Who has no head, or may not take from others, asks nobody.
@@ -353,13 +353,13 @@ fn discard(store: &Store, fingerprint: &Digest) {
     }
 }
 
-/// What an operator pinned a name to.
+/// Fingerprint to which an operator pinned the name, if one did.
 fn operators_pin(sources: &ModelSources) -> Option<Digest> {
     let pin = sources.pinned_by_operator.then_some(&sources.pin)?;
     pin.parse().ok()
 }
 
-/// Why a name whose pinned model no worker has leads nowhere.
+/// Message for a name that is pinned to a model that no worker has.
 fn pinned_to_nothing(name: &str, pin: &Digest) -> String {
     format!(
         "the head pins {name} to {}, which no worker has: start a worker that has it, or let another model have the name (`hydramesh \
@@ -371,7 +371,7 @@ fn pinned_to_nothing(name: &str, pin: &Digest) -> String {
 const DISCARD_ATTEMPTS: u32 = 50;
 const DISCARD_PAUSE: Duration = Duration::from_millis(100);
 const SEEK_AGAIN: Duration = Duration::from_secs(2);
-/// How long the head may take to give the errand to somebody after a refusal.
+/// Time for the head to give the download to another worker after a refusal.
 const ON_ITS_OWN: Duration = Duration::from_secs(10);
 /// Manifests that are refused under one name.
 const MOST_OTHERS: usize = 16;
@@ -409,7 +409,7 @@ mod tests {
         Models::open(&Arc::new(config)).unwrap()
     }
 
-    /// What a hub says of a model with these files.
+    /// Files of a model as the hub would list them.
     async fn expected(files: &[(&str, Vec<u8>)]) -> Expected {
         let hub = TestHub::start().await.unwrap();
         hub.publish(NAME, files);

@@ -13,7 +13,7 @@ use prost::Message as _;
 use super::held::Held;
 use super::{Models, message};
 
-/// Whether a stream that begins with this message is one of ours.
+/// Returns true if a stream that begins with this message is for this module.
 pub(crate) fn is_ours(kind: MsgType) -> bool {
     matches!(kind, MsgType::MANIFEST_REQUEST | MsgType::PIECES_HELLO)
 }
@@ -193,7 +193,7 @@ fn unknown(fingerprint: &str) -> Message {
 
 /// Pieces that one stream may have asked for and not got.
 const MOST_QUEUED: usize = 256;
-/// How often others hear of new pieces, at most.
+/// Least interval between reports of new pieces to other workers.
 const NEWS: Duration = Duration::from_millis(100);
 /// For which a worker may take nothing of what it asked for: a block is a quarter of a megabyte.
 const STUCK: Duration = Duration::from_secs(60);

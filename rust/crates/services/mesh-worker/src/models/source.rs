@@ -19,13 +19,13 @@ use super::held::Held;
 use super::message;
 use crate::rings::Peers;
 
-/// What a source is told.
+/// Orders to a source.
 pub(super) enum Order {
     Ask(Wanted),
     Withdraw(u32),
 }
 
-/// What comes from a source.
+/// Events of a source.
 pub(super) enum News {
     /// It has these.
     Here(PieceSet),
@@ -271,7 +271,7 @@ pub(super) async fn manifest(
     parsed.await.map_err(|error| error.to_string())?
 }
 
-/// How the reason of a source begins that has not got the model.
+/// Prefix of the reason of a source that has not got the model.
 pub(super) const REFUSES: &str = "it refused";
 const MANIFEST_TIMEOUT: Duration = Duration::from_secs(60);
 const MOST_WITHDRAWN: usize = 64;

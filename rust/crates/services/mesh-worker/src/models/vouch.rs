@@ -15,25 +15,25 @@ use mesh_store::{Digest, Manifest, SignedManifest, Verdict};
 use super::held::Held;
 use super::{Models, lock, origin};
 
-/// Somebody vouches for a model's name.
+/// A model's name that is vouched for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Vouched {
-    /// Who does, for people.
+    /// The party that vouches, for people.
     pub(super) by: String,
     /// Files whose content is still to be compared with what the hub says.
     pub(super) unchecked: Vec<Unchecked>,
 }
 
-/// Why a model is not taken under a name.
+/// Reasons for which a model is not taken under a name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Doubt {
-    /// It is another one.
+    /// The name stands for another model.
     Other(String),
-    /// Nobody says so.
+    /// No party vouches for the name.
     Nobody(String),
 }
 
-/// What the hub said lately, by name.
+/// Recent answers of the hub, by name.
 #[derive(Debug, Default)]
 pub(super) struct HubWords(pub(super) Mutex<BTreeMap<String, (Instant, HubWord)>>);
 
@@ -155,7 +155,7 @@ impl Models {
         compared.await.unwrap_or_else(failed)
     }
 
-    /// What the hub says that `name` consists of, asked again after a while.
+    /// The hub's list of the files of `name`, asked for again after a while.
     async fn expected(&self, name: &str) -> HubWord {
         let known = lock(&self.hub.0).get(name).cloned();
         if let Some((at, word)) = known {
@@ -172,8 +172,9 @@ impl Models {
     }
 }
 
-/// Whether a signed manifest may be the model `name`: a signature covers the name and the files, not what the hub calls them. So
-/// that a signed model cannot be passed off as another signed one, its files have to be called as that name says.
+/// Returns true if a signed manifest may be the model `name`: a signature covers the name and the files, not
+/// the name on the hub. So that a signed model cannot be passed off as another signed one, its files have to
+/// be called as that name says.
 fn may_be_called(name: &str, manifest: &Manifest) -> bool {
     let Ok(hub) = name.parse::<HubName>() else {
         return manifest.name.eq_ignore_ascii_case(name);
@@ -192,7 +193,7 @@ fn may_be_called(name: &str, manifest: &Manifest) -> bool {
     }
 }
 
-/// How long the hub's word is good, and its silence.
+/// Time for which an answer of the hub is good, and for which its silence is.
 const SAID: Duration = Duration::from_secs(60);
 const SILENT: Duration = Duration::from_secs(15);
 /// No file without a SHA-256 is larger.

@@ -29,7 +29,7 @@ impl Carrier {
         self.0.spawn(task);
     }
 
-    /// Until the guard is dropped, sockets that are opened belong to that thread.
+    /// Makes sockets that are opened until the guard is dropped belong to that thread.
     pub(super) fn enter(&self) -> EnterGuard<'_> {
         self.0.enter()
     }

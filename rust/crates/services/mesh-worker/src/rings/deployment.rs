@@ -24,7 +24,7 @@ use super::streams::{self, Broken, Target};
 use super::{Rings, Served, Shard};
 use crate::host::warm_up;
 
-/// What happens to a deployment.
+/// Events of a deployment.
 pub(super) enum Event {
     /// The head names the members.
     Ring(Ring),
@@ -86,7 +86,7 @@ struct LoadedAs {
 
 type Loaded = (u32, Result<(Part, LoadedAs), String>);
 
-/// What ends with an epoch.
+/// State that ends with an epoch.
 #[derive(Default)]
 struct EpochStreams {
     tasks: JoinSet<Ended>,
@@ -901,7 +901,7 @@ fn stop_mirroring(target: &Target) {
     }
 }
 
-/// Whether the head is to hear of the change at once.
+/// Returns true if the head should hear of the change at once.
 fn urgent(last: &RingState, state: &RingState) -> bool {
     let phases = |state: &RingState| -> Vec<(u32, bool, i32)> {
         let parts = state.parts.iter();

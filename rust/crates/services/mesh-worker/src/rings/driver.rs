@@ -36,7 +36,7 @@ impl Drop for Inner {
     }
 }
 
-/// Where the driver's messages go in this epoch.
+/// Outboxes of the driver in this epoch.
 #[derive(Default)]
 struct Boxes {
     members: Vec<Outbox>,
@@ -47,7 +47,7 @@ struct Boxes {
     gauges: DriverGauges,
 }
 
-/// What the driver tells the deployment that it belongs to.
+/// Notices of the driver to its deployment.
 #[derive(Debug)]
 pub(super) enum Notice {
     /// The ring works.
@@ -251,13 +251,13 @@ fn whole(last: &StageInfo) -> StageInfo {
     }
 }
 
-/// What these mutexes guard is replaced as a whole, so a panic elsewhere leaves it sound.
+/// Values behind these mutexes are replaced as a whole, so a panic elsewhere leaves them sound.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl DriverHandle {
-    /// How the last stage is.
+    /// Gauges of the last stage.
     pub(super) fn gauges(&self) -> DriverGauges {
         lock(&self.inner.boxes).gauges
     }

@@ -59,7 +59,7 @@ pub(crate) struct Rings {
     /// Rings of which this worker runs every stage.
     alone: Mutex<HashSet<u64>>,
     changed: Notify,
-    /// When a part here last computed something.
+    /// Time at which a part here last computed something.
     active: Mutex<Option<Instant>>,
     served: Mutex<Vec<Served>>,
     /// The paths that the head was told of.
@@ -76,7 +76,7 @@ pub(crate) struct Shard {
     card: ModelCard,
     format: WeightFormat,
     offer: ShardOffer,
-    /// Where it comes from, if only parts of it may be here.
+    /// The stored model, if only parts of it may be here.
     held: Option<Arc<Held>>,
 }
 
@@ -88,7 +88,7 @@ struct Served {
     card: ModelCard,
 }
 
-/// What needs an identity.
+/// State that exists once the worker has an identity.
 #[derive(Clone)]
 struct Net {
     node_id: String,
@@ -163,7 +163,7 @@ impl Rings {
         Ok(())
     }
 
-    /// Whether this worker offers anything, or will.
+    /// Returns true if this worker offers anything, or will.
     pub(crate) fn is_offering(&self) -> bool {
         !self.config.shards.is_empty()
     }
@@ -333,7 +333,7 @@ impl Rings {
         }
     }
 
-    /// Whether no part here has computed anything for a while.
+    /// Returns true if no part here has computed anything for a while.
     fn is_idle(&self) -> bool {
         lock(&self.active).is_none_or(|at| at.elapsed() >= IDLE)
     }
@@ -349,7 +349,8 @@ impl Rings {
         shared.count()
     }
 
-    /// Whether this worker runs every stage of a ring: then there is nobody to hand it over to.
+    /// Notes whether this worker runs every stage of a ring: then there is no other worker to hand it over
+    /// to.
     fn set_alone(&self, ring: u64, alone: bool) {
         if alone {
             lock(&self.alone).insert(ring);
@@ -529,7 +530,7 @@ async fn accept_streams(rings: Arc<Rings>, link: Link, main: Handle) {
     }
 }
 
-/// What these mutexes guard is replaced as a whole, so a panic elsewhere leaves it sound.
+/// Values behind these mutexes are replaced as a whole, so a panic elsewhere leaves them sound.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -540,7 +541,7 @@ const IDLE: Duration = Duration::from_secs(3);
 /// Interval at which the fetched size of a part is noted.
 const FETCH_LOOK: Duration = Duration::from_secs(1);
 
-/// How long a stream waits for its ring to be named here.
+/// Time for which a stream waits for the head to name its ring.
 const RING_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Outputs that a part keeps for replays, at most.

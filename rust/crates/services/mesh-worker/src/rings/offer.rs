@@ -1,4 +1,4 @@
-//! What this worker can hold parts of, measured.
+//! Measures the models of which this worker can hold parts.
 
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
@@ -196,7 +196,7 @@ fn measure_one(
     })
 }
 
-/// How parts are loaded; slots and context are the ring's.
+/// Options for loading parts; slots and context are the ring's.
 pub(super) fn options(config: &Config, format: WeightFormat) -> OrtOptions {
     OrtOptions {
         weights: format,

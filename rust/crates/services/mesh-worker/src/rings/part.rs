@@ -15,20 +15,20 @@ use mesh_pipeline::{Out, Part};
 use mesh_proto::{HeldSlot, RingHeld, RingMirror, RingMirrored, RingResend, RingStep};
 use tokio::sync::{mpsc as async_mpsc, oneshot};
 
-/// Where a part's messages go, each onto a stream of its own. Nobody may be there to take them.
+/// Outbox of a part's messages, each kind with a stream of its own. The receiver may be gone.
 pub(super) type Outbox = async_mpsc::UnboundedSender<Message>;
 
 /// The other end of an [`Outbox`].
 pub(super) type Outflow = async_mpsc::UnboundedReceiver<Message>;
 
-/// Where the messages of one epoch go.
+/// Outboxes of one epoch.
 pub(super) struct Outboxes {
     pub(super) next: Outbox,
     pub(super) driver: Outbox,
     pub(super) previous: Outbox,
 }
 
-/// What a part is told.
+/// Commands to a part.
 pub(super) enum Command {
     /// A new epoch, in which it is this stage.
     Begin {
@@ -60,7 +60,7 @@ pub(super) struct Counters {
     pub(super) sent: AtomicU64,
 }
 
-/// What is to be seen of a part from outside.
+/// State of a part as seen from outside.
 #[derive(Debug, Default)]
 pub(super) struct Gauges {
     /// Rows that its standby lacks.
@@ -166,7 +166,7 @@ impl PartHandle {
         self.tell(Command::Step(step));
     }
 
-    /// What the part holds, after all that it was told before.
+    /// Rows that the part holds, after all earlier commands.
     pub(super) async fn held(&self) -> Option<RingHeld> {
         let (sender, held) = oneshot::channel();
         self.tell(Command::Held(sender));
@@ -182,7 +182,7 @@ impl PartHandle {
 }
 
 impl Shared {
-    /// What the thread does.
+    /// Body of the thread.
     fn work(&self) {
         loop {
             {
@@ -219,7 +219,7 @@ impl Shared {
     }
 }
 
-/// Who holds the part.
+/// Owner of the part.
 struct PartWorker {
     part: Part,
     gauges: Arc<Gauges>,
@@ -354,13 +354,13 @@ fn smooth(gauge: &AtomicU64, took: u64) {
     gauge.store(smoothed, Ordering::Relaxed);
 }
 
-/// What is guarded is replaced as a whole, so a panic elsewhere leaves it sound.
+/// Values behind these mutexes are replaced as a whole, so a panic elsewhere leaves them sound.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether a step may be computed by the task that received it, where steps of a few rows take `short_us` microseconds. `part` is
-/// a number of whoever computes it.
+/// Returns true if a step may be computed by the task that received it, where steps of a few rows take
+/// `short_us` microseconds. `part` is a number that identifies the caller.
 pub(super) fn is_short(step: &RingStep, short_us: u64, part: usize) -> bool {
     let limit = || match is_alone(part) {
         true => ALONE_US,

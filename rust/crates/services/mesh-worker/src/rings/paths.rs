@@ -1,4 +1,4 @@
-//! How far the head and the other workers are away, for the head's plans.
+//! Measures the paths to the head and to other workers, for the head's plans.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -52,7 +52,8 @@ pub(super) async fn bandwidth(link: &Link) -> Option<f64> {
     best
 }
 
-/// Whether a plan might look at them differently: a new path, a round trip that is half as long again, or another bandwidth.
+/// Returns true if a plan might judge them differently: a new path, a round trip that is half as long again,
+/// or another bandwidth.
 pub(super) fn differ(before: &[PathProfile], now: &[PathProfile]) -> bool {
     now.iter().any(|path| {
         let known = before.iter().find(|known| known.node_id == path.node_id);

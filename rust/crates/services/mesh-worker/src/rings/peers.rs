@@ -31,7 +31,7 @@ struct Made {
     rtt: Duration,
     /// Bytes per second; 0 is unknown.
     bandwidth: f64,
-    /// Whether that was tried to be measured.
+    /// True if measuring the bandwidth was tried.
     measured: bool,
 }
 

@@ -17,7 +17,7 @@ use super::driver::DriverHandle;
 use super::part::{Command, Counters, Outflow, PartHandle, message};
 use super::peers::Peers;
 
-/// What a stream leads to on this worker.
+/// Target of a stream on this worker.
 #[derive(Clone)]
 pub(super) enum Target {
     /// A part that is not the last one.
@@ -26,10 +26,10 @@ pub(super) enum Target {
     Driver(DriverHandle),
 }
 
-/// Why a stream ended.
+/// Cause of a stream's end.
 #[derive(Debug)]
 pub(super) struct Broken {
-    /// In words.
+    /// Description for people.
     pub(super) text: String,
     /// The link itself is gone, and with it probably the worker at its other end.
     pub(super) link: bool,
@@ -337,7 +337,7 @@ pub(super) async fn first(stream: &mut MsgStream) -> Result<Message, Broken> {
     received_message(received)
 }
 
-/// What a stream between members is for, by its first message.
+/// Reads the purpose of a stream between members from its first message.
 pub(super) fn hello(first: Message) -> Result<RingHello, Broken> {
     let hello: RingHello = read(Ok(Some(first)), MsgType::RING_HELLO)?;
     if hello.purpose() == RingPurpose::Unspecified {
