@@ -1,9 +1,9 @@
-//! A repeated DCF task does not run twice.
+//! Runs a repeated DCF task only once.
 //!
-//! A client that hears nothing sends its Task again: the same address, sequence and payload are the same task. While it
-//! runs, the repeat is at most acknowledged; afterwards the kept answer is sent again. What is kept is bounded in count,
-//! bytes and time. The same address and sequence with *another* payload is a client that began anew: the old task is
-//! forgotten, because its answer would be a wrong one.
+//! A client that hears nothing sends its Task again: the same address, sequence and payload are the same
+//! task. While it runs, the repeat is at most acknowledged; afterwards the kept answer is sent again. Kept
+//! answers are bounded in count, bytes and time. The same address and sequence with *another* payload comes
+//! from a client that started again: the old task is forgotten, because its answer would be a wrong one.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -19,7 +19,7 @@ pub struct TaskKey {
     pub client: SocketAddr,
     /// The version that it came in and is answered in.
     pub version: Version,
-    /// Its sequence there.
+    /// Sequence of the task at that client.
     pub sequence: u32,
 }
 
@@ -80,7 +80,7 @@ impl Dedup {
         }
     }
 
-    /// A Task came.
+    /// Looks up a Task that came in, and registers it if it is new.
     pub fn task(&mut self, key: TaskKey, payload: &[u8], now: Instant) -> Seen {
         self.expire(now);
         let payload_hash = hash(payload);

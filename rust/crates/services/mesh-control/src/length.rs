@@ -24,7 +24,7 @@ pub enum Length {
 }
 
 impl Length {
-    /// Of this prompt.
+    /// Estimates the length of this prompt.
     pub fn of(prompt: &Prompt) -> Self {
         match prompt {
             Prompt::Tokens(list) => Self::Tokens(list.tokens.len() as u64),

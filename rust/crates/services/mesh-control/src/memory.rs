@@ -49,8 +49,8 @@ impl Memory {
         }
     }
 
-    /// The most that one client may hold, in bytes. It is more than half, so that one may send the longest
-    /// request where nobody else does much.
+    /// The most that one client may hold, in bytes. It is more than half, so that a client may send the
+    /// longest request while others do little.
     fn share(&self) -> u64 {
         self.limit / 3 * 2
     }
@@ -80,7 +80,7 @@ impl Memory {
         Ok(bytes)
     }
 
-    /// Gives them back.
+    /// Returns `bytes` of a request of `origin` to the account.
     pub fn give(&mut self, origin: Origin, bytes: u64) {
         self.used = self.used.saturating_sub(bytes);
         if let Some(yours) = self.by.get_mut(&origin) {

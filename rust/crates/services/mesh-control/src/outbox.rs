@@ -1,9 +1,10 @@
-//! Large answers leave as their receiver can take them.
+//! Sends large answers at the pace of their receivers.
 //!
-//! A socket holds what has come and not been read: 212,992 bytes on Linux unless somebody asks for more, of which a Chunk
-//! takes about 2,300 with the kernel's bookkeeping. What comes on top is lost without a word, so an answer of hundreds of
-//! Chunks that is sent at once never arrives whole, however often. Here each receiver gets a few Chunks at a time. Several
-//! answers to one receiver take turns and share its pace: behind one address there may be a shim with many clients.
+//! A socket buffers 212,992 bytes on Linux unless a larger buffer is set, and a Chunk takes about 2,300 of
+//! them with the kernel's bookkeeping. Datagrams beyond that are lost silently, so an answer of hundreds of
+//! Chunks that is sent at once never arrives whole, however often it is repeated. Here each receiver gets a
+//! few Chunks at a time. Several answers to one receiver take turns and share its pace: behind one address
+//! there may be a shim with many clients.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -280,7 +281,7 @@ mod tests {
         assert_eq!(add(&mut outbox, key(1, 8), 60, now), Added::Full);
         assert!(!outbox.is_sending(key(1, 8)));
         outbox.remove(key(1, 7));
-        // Whoever asks for what is due has not noticed yet, and is still there.
+        // The earlier poller has not noticed yet, and is still there.
         assert_eq!(add(&mut outbox, key(1, 8), 60, now), Added::Queued);
     }
 

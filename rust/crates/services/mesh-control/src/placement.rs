@@ -19,7 +19,7 @@ use super::suspects::Suspects;
 
 pub use refusal::Refusal;
 
-/// Bounds of placement.
+/// Limits of placement: the queue, and requests per worker.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// Requests that wait for a worker.
@@ -33,9 +33,9 @@ pub struct Limits {
 /// A request has a worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Placed {
-    /// The worker.
+    /// The worker that gets the request.
     pub worker: WorkerId,
-    /// Its name.
+    /// Name of the worker.
     pub name: String,
     /// The model that answers; the worker's own choice if none was named.
     pub model: String,
@@ -78,12 +78,12 @@ pub enum Ended {
 /// See the module's page.
 #[derive(Debug)]
 pub struct Placement {
-    /// The workers.
+    /// The known workers.
     pub registry: Registry,
     router: Router,
     limits: Limits,
     queue: FairQueue<Waiting>,
-    /// Requests that lost their places in the queue, and are to be told.
+    /// Requests that lost their places in the queue and have yet to be told.
     displaced: Vec<(Ticket, Refusal)>,
     running: BTreeMap<Ticket, Running>,
     shares: Shares,
@@ -220,8 +220,8 @@ impl Placement {
         Asked::Waiting
     }
 
-    /// Gives free room to those who wait, in turns ([`super::fair`]), and sends away whom nobody has been able to serve for
-    /// too long. To be called after every change and now and then.
+    /// Gives free room to the waiting requests, in turns ([`super::fair`]), and refuses those that no worker
+    /// has been able to serve for too long. To be called after every change and now and then.
     pub fn pump(&mut self, now: Instant) -> Vec<(Ticket, Result<Placed, Refusal>)> {
         let displaced = std::mem::take(&mut self.displaced).into_iter();
         let mut decided: Vec<_> = displaced.map(|(t, refusal)| (t, Err(refusal))).collect();
@@ -261,7 +261,7 @@ impl Placement {
         for (ticket, ask) in expired {
             decided.push((ticket, Err(self.nobody(&ask, now))));
         }
-        // Suspects whose turn is over wait until nobody else can go.
+        // Suspects whose turn is over wait until no other request can go.
         let mut yielding = true;
         loop {
             let mut found = None;
@@ -352,7 +352,7 @@ impl Placement {
         self.queue.retain(|waiting| waiting.ticket != ticket);
     }
 
-    /// Removes a worker.
+    /// Removes a worker, and returns it if it was known.
     pub fn leave(&mut self, id: WorkerId, now: Instant) -> Option<Worker> {
         self.router.left(id);
         self.registry.leave(id, now)
@@ -523,7 +523,7 @@ fn has_share(shares: &Shares, registry: &Registry, ask: &Ask, held: usize, now: 
         return true;
     }
     let slots = Router::slots(registry, ask, now);
-    // Of workers without an identity nobody knows how many they have.
+    // Workers without an identity do not report how many they have.
     slots == 0 || held < shares.most(&ask.model, ask.source, slots, now)
 }
 

@@ -8,7 +8,7 @@ pub mod proofs;
 mod served;
 mod service;
 
-/// Time for which a name stands for weights that nobody serves any more.
+/// Time for which a name stands for weights that no worker serves any more.
 const NAME_MEMORY: Duration = Duration::from_secs(30);
 #[cfg(test)]
 mod tests;
@@ -334,7 +334,7 @@ impl Registry {
             .collect()
     }
 
-    /// One worker.
+    /// The worker of this id, if it is here.
     pub fn get(&self, id: WorkerId) -> Option<&Worker> {
         self.workers.get(&id)
     }
@@ -349,7 +349,7 @@ impl Registry {
         self.workers.values()
     }
 
-    /// Number of workers.
+    /// Number of workers, legacy workers included.
     pub fn len(&self) -> usize {
         self.workers.len()
     }

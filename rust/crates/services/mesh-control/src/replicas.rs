@@ -22,8 +22,8 @@ pub struct Replicas {
 }
 
 impl Replicas {
-    /// Those of a model: with the weights that its name stands for, or, where it stands for none yet, with those that most of its workers
-    /// have.
+    /// The workers of a model: with the weights that its name stands for, or, where it stands for none yet,
+    /// with those that most of its workers have.
     pub fn of(registry: &Registry, name: &str, now: Instant) -> Self {
         let is_in = |worker: &&Worker| {
             let node = worker.node_id();

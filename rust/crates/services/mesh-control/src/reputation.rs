@@ -32,7 +32,7 @@ pub struct Quarantine<'a> {
 /// A node in quarantine, for people.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct QuarantineView {
-    /// Node id.
+    /// Id of the node.
     pub node_id: String,
     /// Name of the node when its quarantine began.
     pub name: String,
@@ -40,7 +40,7 @@ pub struct QuarantineView {
     pub reason: String,
     /// Time until it is asked again.
     pub seconds_left: f64,
-    /// Quarantines so far.
+    /// Number of quarantines so far.
     pub times: u32,
 }
 

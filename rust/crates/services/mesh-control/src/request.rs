@@ -1,14 +1,18 @@
 //! The life of one answer, across the deaths of the workers that make it.
 //!
-//! An [`Answer`] is told what happens (a worker was found, tokens came, the link broke, time passed) and says what follows
-//! ([`Step`]). It keeps the tokens so far: when a worker dies, the next one continues after them ([`Resume`]), so that the
-//! client sees one stream without a lost, doubled or changed token.
+//! An [`Answer`] takes events (a worker was found, tokens came, the link broke, time passed) and returns the
+//! next [`Step`]. It keeps the tokens so far: when a worker dies, the next one continues after them
+//! ([`Resume`]), so that the client sees one stream without a lost, doubled or changed token.
 //!
+//! **Busy is not dead.** Limits are on silence. A worker that has the request reports the cause of its wait
+//! ([`mesh_proto::Progress`]) and the time since its engine last made progress; the silence limits count from
+//! there, so a request may wait for hours in a queue that moves. A worker of an older version reports
+//! nothing: then the limits count from the time at which it was given the request.
 //! **Busy is not dead.** Limits are on silence. A worker that has the request says what it waits for ([`mesh_proto::Progress`]) and
 //! how long ago its engine got on; the silence limits count from there, so a request may wait for hours in a queue that moves. A
 //! worker of an older version says nothing: then the limits count from when it was given the request.
 //!
-//! Events name their attempt. Whatever still arrives from an attempt that was given up changes nothing.
+//! Events name their attempt. Events of an attempt that was given up change nothing.
 
 mod bounds;
 mod error;
@@ -47,7 +51,7 @@ pub enum Step {
 pub struct Delta {
     /// Index of the first of `tokens` in the answer.
     pub index: u32,
-    /// New tokens.
+    /// Ids of the new tokens.
     pub tokens: Vec<u32>,
     /// New text; may be empty.
     pub text: String,
@@ -106,7 +110,8 @@ pub struct Answer {
     advanced: Instant,
     /// The wait that it reported then.
     reported: Option<Progress>,
-    /// The worker that says that the request itself is at fault, and what it says; another one is asked whether that is so.
+    /// The worker that rejected the request as invalid, and its message; another worker is asked to confirm
+    /// that.
     rejected: Option<Rejection>,
     second_opinion: bool,
 }
@@ -114,11 +119,11 @@ pub struct Answer {
 /// A worker's word that a request cannot be answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rejection {
-    /// The worker.
+    /// The worker that rejected the request.
     pub worker: WorkerId,
-    /// Its code.
+    /// Code of its Error.
     pub code: ErrorCode,
-    /// Its words.
+    /// Text of its Error.
     pub text: String,
 }
 
@@ -132,7 +137,7 @@ enum Phase {
         /// The allowance before the next token while it waits or is prefilled.
         patience: Duration,
         decoding: bool,
-        /// The worker says what the request waits for.
+        /// The worker reports the cause of the request's wait.
         tells: bool,
     },
     Ended,
@@ -310,9 +315,9 @@ impl Answer {
         self.fail(refusal.into(), Ended::Cancelled)
     }
 
-    /// The worker says that the request lives, and what it waits for. Its engine's last step counts, not the message. `seen` is when a
-    /// token last came from that worker, whoever it was for: a wait that never gets shorter is believed for as long as a silence may
-    /// last, counted from there.
+    /// The worker reports that the request lives, and the cause of its wait. Its engine's last step counts,
+    /// not the message. `seen` is the arrival of the last token from that worker, for any request: a wait
+    /// that never gets shorter is believed for as long as a silence may last, counted from there.
     pub fn progressed(
         &mut self,
         attempt: u32,
@@ -365,7 +370,7 @@ impl Answer {
         self.idles(worker, now).unwrap_or(Step::Wait)
     }
 
-    /// Tokens came.
+    /// Takes in tokens of this attempt.
     pub fn tokens_came(&mut self, attempt: u32, tokens: Tokens, now: Instant) -> Step {
         let Some(worker) = self.worker_of(attempt) else {
             return Step::Wait;

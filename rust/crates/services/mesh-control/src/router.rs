@@ -70,7 +70,7 @@ impl Purpose {
     }
 }
 
-/// The router's answer.
+/// The router's decision on a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Choice {
     /// This worker.
@@ -298,7 +298,7 @@ fn has<'a>(worker: &'a Worker, ask: &Ask) -> Option<Has<'a>> {
     if worker.is_legacy() {
         return ask.legacy.then_some(Has::Tasks);
     }
-    // Whoever is kept for something else holds this model for other meshes, or by mistake.
+    // A worker that is reserved for something else holds this model for other meshes, or by mistake.
     if !worker.is_for(ask.purpose.name()) {
         return None;
     }
@@ -339,7 +339,7 @@ fn can_replace(
     }
 }
 
-/// The best speeds that were measured on any worker for a model: nobody's claim counts for more.
+/// The best speeds that were measured on any worker for a model: no worker's claim counts for more.
 #[derive(Debug, Clone, Copy, Default)]
 struct Best {
     decode: Option<f64>,

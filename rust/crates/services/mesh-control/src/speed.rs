@@ -1,4 +1,4 @@
-//! Speeds as the head measures them: by the times at which it receives what it counts itself.
+//! Speeds as the head measures them: from its own counts and the times at which messages arrive.
 
 use std::time::Duration;
 

@@ -1,7 +1,8 @@
 //! Spot checks: workers that serve the same weights are asked the same question, and their answers are compared.
 //!
-//! A question is greedy and a few tokens long. It is a *round*: whoever is due answers it, and so do one or two workers of long standing
-//! beside it. A newcomer serves only when its answer agrees with theirs, or when there is nobody to compare it with.
+//! A question is greedy and a few tokens long. All workers that are due, and one or two of long standing
+//! beside them, answer it: that is a *round*. A newcomer serves only when its answer agrees with theirs, or
+//! when there is no other worker to compare it with.
 //!
 //! **Honest machines differ in rounding.** Kernels of different CPUs and GPUs sum in other orders, so logits differ a little and two
 //! nearly equal tokens may change places. So tokens are compared up to the first difference only, and that difference counts if either
@@ -26,10 +27,10 @@ pub use sample::{ALTERNATIVES, Position, Sample};
 /// The weights that a group of workers has in common: name and fingerprint of a model.
 pub type Weights = (String, String);
 
-/// A question that a worker is to answer.
+/// A question for a worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Question {
-    /// Its round.
+    /// Number of its round.
     pub round: u64,
     /// Text of the question.
     pub text: String,
@@ -138,7 +139,8 @@ impl SpotChecks {
         let wanted = running.is_some_and(|round| round.wanted.contains(subject));
         let wanted = wanted && !has_answered(subject);
         let known = group.subjects.get(subject);
-        // Another question would begin another round, and the answers that this one waits for would come too late for ever.
+        // Another question would begin another round, and the answers that this one waits for would always
+        // come too late.
         if let Some(round) = running.filter(|_| has_answered(subject)) {
             let mut missing = round.wanted.iter().filter(|other| !has_answered(other));
             let of_standing = |other: &String| {
@@ -157,7 +159,7 @@ impl SpotChecks {
         wanted || known.is_none_or(|known| known.due.is_none_or(|due| now >= due))
     }
 
-    /// The question that this one is to answer: that of the running round, or a new one made from `seed`.
+    /// The next question for this one: that of the running round, or a new one made from `seed`.
     pub(crate) fn question(
         &mut self,
         weights: &Weights,
@@ -239,9 +241,7 @@ impl SpotChecks {
     }
 
     /// State of a subject. One that waits in vain for another to compare with is cleared, though only after a
-    /// longer wait where others exist: they may be busy, and a liar may wait for just that. One that waits in
-    /// vain for somebody to compare with is cleared, though not soon where there are some: they may be busy,
-    /// and it may be a liar that waits for that.
+    /// longer wait where others exist: they may be busy, and a liar may wait for just that.
     pub(crate) fn check_state(&self, weights: &Weights, subject: &str, now: Instant) -> CheckState {
         let group = self.groups.get(weights);
         let Some(known) = group.and_then(|group| group.subjects.get(subject)) else {

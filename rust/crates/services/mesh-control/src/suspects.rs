@@ -48,7 +48,8 @@ impl Suspects {
         now + KEPT_FOR
     }
 
-    /// A suspect got a worker. Returns until when it is alone there, and the worker that nobody keeps any more: not two at a time.
+    /// A suspect got a worker. Returns the time until which it is alone there, and the worker that is no
+    /// longer kept free: not two at a time.
     pub(crate) fn placed(
         &mut self,
         model: &str,

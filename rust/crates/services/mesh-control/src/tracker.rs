@@ -1,14 +1,16 @@
 //! Records which worker has and seeks which pieces of which model, and which worker downloads a model from
 //! outside the mesh.
 //!
-//! Workers say what they hold and seek ([`Tracker::said`]). [`Tracker::poll`] compares what each should be told with what it was
-//! told, so that an event which comes late or twice changes nothing.
+//! Workers report what they hold and seek ([`Tracker::said`]). [`Tracker::poll`] compares the sources that
+//! each should know with those that it was told, so that an event which comes late or twice changes nothing.
 //!
-//! For each model of which pieces are sought that nobody holds, one of the workers that could get it from outside the mesh has the
+//! If pieces are sought that no worker holds, one of the workers that could get the model from outside the
+//! mesh has its *download*. It keeps it while it makes progress; when it is gone, fails or stands still,
+//! another one gets it. All others wait and take the pieces from it as they come.
 //! *download*. It keeps it while it makes progress; when it is gone, fails or stands still, another one has it. All others wait and
 //! take the pieces from it as they come.
 //!
-//! What a name means is not left to who claims it last or loudest: see `pins`.
+//! The meaning of a name does not depend on the last or loudest claim: see `pins`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -51,7 +53,7 @@ pub struct Tracker {
 /// An action for the shell to carry out.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
-    /// Tell this worker where to get what it seeks.
+    /// Tell this worker the sources of the models that it seeks.
     Tell {
         /// Node id.
         node: String,
@@ -238,7 +240,7 @@ impl Tracker {
         self.changed = true;
     }
 
-    /// A worker, which others reach at `address`, says what it holds and seeks.
+    /// A worker, which others reach at `address`, reports the models that it holds and seeks.
     pub fn said(&mut self, node: &str, address: Option<SocketAddr>, models: Models, now: Instant) {
         let Some(entry) = self.nodes.get_mut(node) else {
             return;
@@ -258,7 +260,8 @@ impl Tracker {
             .collect();
         let accuser = entry.name.clone();
         for bad in models.bad.into_iter().take(MOST_MODELS) {
-            // What nobody says that he has is no accusation; so there are no more of those than of holders.
+            // An accusation counts only if the accused claims to hold the model, so there are at most as many
+            // as holders.
             let accused = self.nodes.get(&bad.node_id).filter(|accused| {
                 bad.node_id != node && accused.held.contains_key(&bad.fingerprint)
             });
@@ -292,7 +295,7 @@ impl Tracker {
         std::mem::take(&mut self.actions)
     }
 
-    /// Tells every worker what it should know and was not told.
+    /// Sends every worker the sources that it should know and was not told.
     fn tell(&mut self) {
         let mut news = Vec::new();
         for (node, entry) in &self.nodes {
@@ -410,7 +413,7 @@ impl Tracker {
     fn resolve(&self, sought: &SoughtModel) -> Option<String> {
         let name = &sought.name;
         let pin = self.pins.get(name);
-        // What the hub says against an operator's pin is of no account.
+        // An operator's pin counts more than the hub.
         let rejects = |fingerprint: &str| match pin {
             Some(pin) if pin.operator && pin.fingerprint == fingerprint => {
                 sought.unusable.contains(&pin.fingerprint)
@@ -497,7 +500,8 @@ fn shorten(text: &str) -> String {
     let clean = text.chars().filter(|c| !c.is_control());
     clean.take(REASON_CHARS).collect()
 }
-/// Workers that must accuse another one before nobody is sent to it any more: one alone may be wrong, or lie.
+/// Workers that must accuse another one before it is named to no worker any more: one alone may be wrong, or
+/// lie.
 const ACCUSERS: usize = 2;
 /// Sources that a worker is told of.
 const MOST_SEATS: usize = 32;

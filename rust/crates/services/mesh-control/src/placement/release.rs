@@ -1,4 +1,4 @@
-//! First tokens and ends of attempts: what they tell of their workers.
+//! Releases workers after first tokens and ends of attempts, and learns speed and faults from them.
 
 use std::time::{Duration, Instant};
 
@@ -54,7 +54,7 @@ impl Placement {
         self.release_after(ticket, ended, Received::default(), now);
     }
 
-    /// The same, with what was received of its answer: that is how fast the worker is.
+    /// The same, with the part of its answer that was received: it gives the worker's speed.
     pub fn release_after(
         &mut self,
         ticket: Ticket,
@@ -124,8 +124,8 @@ impl Placement {
         }
     }
 
-    /// An attempt that began at `began` failed, and that was the worker's own fault: it was silent, or sent what it must not send, or
-    /// another worker did what it could not. Returns for how long it is left alone.
+    /// An attempt that began at `began` failed through the worker's own fault: it was silent, or sent invalid
+    /// data, or another worker could do what it could not. Returns the time for which it is left alone.
     pub fn at_fault(
         &mut self,
         key: &str,

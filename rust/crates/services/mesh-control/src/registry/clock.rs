@@ -20,7 +20,7 @@ impl TokenClock {
         }
     }
 
-    /// A token came.
+    /// Notes that a token came at `now`.
     pub fn note(&self, now: Instant) {
         let since = now.saturating_duration_since(self.origin).as_micros();
         let since = u64::try_from(since).unwrap_or(u64::MAX - 1);

@@ -10,7 +10,7 @@ use super::served::{ServedModel, ring_of_subject, short};
 use super::worker::{Worker, WorkerId};
 use crate::spotcheck::{CheckState, Peer, Question, Sample, Schedule, Verdict, Weights};
 
-/// A proof that a worker is to give.
+/// A proof that a worker has to give.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Proof {
     /// Model name.
@@ -54,7 +54,7 @@ pub enum Finding {
 }
 
 impl Registry {
-    /// The proofs that this worker is to give now. `seed` makes questions that nobody knows in advance.
+    /// The proofs that this worker has to give now. `seed` makes questions that cannot be known in advance.
     /// Models that are `under_way` are being asked.
     pub fn proofs_due(
         &mut self,
@@ -164,7 +164,8 @@ impl Registry {
         meant.is_none_or(|served| served.declined(limit, now))
     }
 
-    /// Workers that differ from one another with nobody to decide, and models whose name stands for other weights, in words.
+    /// Descriptions of the workers that differ from one another without a majority, and of the models whose
+    /// name stands for other weights.
     pub fn disagreements(&self, now: Instant) -> Vec<String> {
         let mut texts: Vec<String> = self.disputes.values().cloned().collect();
         for quarantined in self.reputation.view(now) {

@@ -1,4 +1,4 @@
-//! A model on a worker: what is claimed of it, what was measured, and whether it answers.
+//! A model on a worker: its card, measured speeds, and proof that it answers.
 
 use std::time::{Duration, Instant};
 
@@ -38,7 +38,7 @@ pub struct ServedModel {
     pub streams: u32,
     /// Seconds to a first token that its prompt does not explain, smoothed, and when one was last measured.
     pub(super) delay: (f64, Option<Instant>),
-    /// Time since which it is to prove itself: it is new, or failed.
+    /// Start of the time in which it has to prove itself: it is new, or failed.
     pub(super) trial_since: Instant,
     /// Questions of the head that it did not answer, since it last answered one.
     pub(super) unanswered: u32,
@@ -93,7 +93,7 @@ impl ServedModel {
         excused
     }
 
-    /// An attempt failed: it is to prove anew that it answers.
+    /// An attempt failed: the model has to prove again that it answers.
     pub fn failed(&mut self, now: Instant) {
         if self.proven {
             self.trial_since = now;

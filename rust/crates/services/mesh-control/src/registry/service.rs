@@ -65,7 +65,7 @@ impl Registry {
             }
     }
 
-    /// Decision on a paused worker; `None` if no pause counts. A long one counts while `another` answers:
+    /// Decision on a paused worker; `None` if no pause counts. A long pause counts while `another` answers:
     /// without one it would keep requests from the only worker that may answer them.
     pub(super) fn paused(
         &self,
@@ -106,8 +106,8 @@ impl Registry {
         paused.unwrap_or(Service::Serves)
     }
 
-    /// Returns true if this node is in quarantine. It gets no requests, holds no part of a ring and gives
-    /// nobody a model.
+    /// Returns true if this node is in quarantine. It then gets no requests, holds no part of a ring and
+    /// gives other workers no models.
     pub fn is_out(&self, node_id: &str, now: Instant) -> bool {
         self.reputation.quarantined(node_id, now).is_some()
     }
@@ -122,7 +122,8 @@ impl Registry {
         ))
     }
 
-    /// An operator ends a node's quarantine and forgives its faults: it begins anew. Says whether it was in quarantine.
+    /// Ends a node's quarantine and forgives its faults, so that it starts again as a new node. Returns true
+    /// if it was in quarantine.
     pub fn readmit(&mut self, node_id: &str, now: Instant) -> bool {
         let was_out = self.is_out(node_id, now);
         self.reputation.readmit(node_id);

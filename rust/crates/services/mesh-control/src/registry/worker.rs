@@ -59,7 +59,7 @@ pub struct Worker {
     pub queues_since: Option<Instant>,
     /// It finishes what runs and takes nothing new: it says so, or an operator does.
     pub draining: bool,
-    /// An operator does.
+    /// An operator drains it.
     pub drained: bool,
     /// It said busy: nothing new before this moment.
     pub busy_until: Option<Instant>,
@@ -81,7 +81,7 @@ pub struct Worker {
     pub reserved_until: Option<Instant>,
     /// Prompt tokens of those whose first token has not come yet.
     pub prefilling: u64,
-    /// Answers it completed.
+    /// Number of answers that it completed.
     pub completed: u64,
     /// Attempts that failed on it.
     pub failed: u64,

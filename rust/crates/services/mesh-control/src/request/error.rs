@@ -13,7 +13,7 @@ pub enum Fault {
     /// Unknown: a link broke.
     #[default]
     Unknown,
-    /// The worker's, if another one can do what it could not.
+    /// The worker's, if another one can answer the request.
     Perhaps,
     /// The worker's: it was silent.
     Silence,

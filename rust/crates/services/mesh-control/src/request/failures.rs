@@ -14,7 +14,7 @@ impl Answer {
         self.deaths.iter().filter(|(_, silent)| *silent).count()
     }
 
-    /// The attempt failed.
+    /// Handles the failure of this attempt.
     pub fn failed(&mut self, attempt: u32, failure: Failure) -> Step {
         let Some(worker) = self.worker_of(attempt) else {
             return Step::Wait;

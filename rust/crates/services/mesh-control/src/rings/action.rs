@@ -92,7 +92,7 @@ pub enum Note {
         epoch: u32,
         /// Model name.
         model: String,
-        /// From whom to whom.
+        /// The worker that hands over, and its successor.
         reason: String,
     },
     /// A member does not reach another one, which the head still hears.
@@ -112,7 +112,7 @@ pub enum Note {
         epoch: u32,
         /// Model name.
         model: String,
-        /// Between whom.
+        /// The two members.
         reason: String,
     },
     /// A ring is no more.

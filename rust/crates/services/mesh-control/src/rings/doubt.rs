@@ -1,9 +1,9 @@
 //! Doubts: the steps of a ring when one member does not reach another, before any counts as dead.
 //!
-//! A member that does not answer is lost only if a second witness, the head itself, has not heard it lately either. If the head
-//! still hears it, the link between the two is at fault, or one of them is slow: the ring begins a new epoch with the same
-//! members, which makes new links, and nobody is blamed. Only if the same two still do not reach each other after that is one
-//! of them replaced.
+//! A member that does not answer is lost only if a second witness, the head itself, has not heard it recently
+//! either. If the head still hears it, the link between the two is at fault, or one of them is slow: the ring
+//! begins a new epoch with the same members, which makes new links, and no member is blamed. Only if the same
+//! two still do not reach each other after that is one of them replaced.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};

@@ -35,11 +35,11 @@ pub enum DrainRefusal {
 /// Something that a drained worker still holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Holding {
-    /// Model name.
+    /// Name of the model.
     pub model: String,
-    /// The ring, hex.
+    /// Id of the ring, hexadecimal.
     pub ring: String,
-    /// Its layers.
+    /// First layer and end (exclusive) of its stage.
     pub layers: [u32; 2],
     /// `member` or `standby`.
     pub part: &'static str,

@@ -216,7 +216,7 @@ impl Rings {
         }
     }
 
-    /// Nobody can take over: the whole model on what is left, or nothing.
+    /// No other worker can take over: plans the whole model on the remaining workers, or gives it up.
     pub(super) fn plan_anew(&mut self, id: u64, missing: &str, now: Instant) {
         let Some(ring) = self.rings.get(&id) else {
             return;

@@ -1,9 +1,9 @@
-//! Rings: which workers hold which layers of a model that no single one serves, and what happens when one of them is lost.
+//! Rings: forms them for models that no single worker serves, and repairs them after a loss.
 //!
-//! [`Rings`] is told what happens (a worker offers, leaves, reports; an operator drains) and [`Rings::poll`] compares what is
-//! with what should be and says what to do ([`Action`]). Events only note facts: whatever is known when `poll` runs goes into
-//! one decision, so that two workers lost in the same moment cost one change of epoch, and an event that comes twice or late
-//! changes nothing.
+//! [`Rings`] takes events (a worker offers, leaves, reports; an operator drains). [`Rings::poll`] compares
+//! the present state with the desired one and returns [`Action`]s. Events only note facts: all that is known
+//! when `poll` runs goes into one decision, so that two workers lost in the same moment cost one change of
+//! epoch, and an event that comes twice or late changes nothing.
 //!
 //! The life of a ring:
 //! - *formed* when the offers for its model have been quiet for a while and placement finds a plan: every member and standby is
@@ -255,7 +255,7 @@ impl Rings {
         self.generation += 1;
     }
 
-    /// An operator forgives a node: what it was left alone for is over.
+    /// An operator forgives a node: its suspicions end.
     pub fn readmit(&mut self, node: &str, now: Instant) {
         if let Some(entry) = self.nodes.get_mut(node)
             && let Some(until) = &mut entry.suspicion.until
@@ -264,8 +264,9 @@ impl Rings {
         }
     }
 
-    /// The answers of a ring are wrong. Nobody can say which of its members is to blame, so the ring is given up, and all of them are
-    /// left alone for a while, longer each time; another ring is made of the others if they are enough.
+    /// The answers of a ring are wrong. The member to blame is not known, so the ring is given up, and all of
+    /// its members are left alone for a while, longer each time; another ring is made of the other workers if
+    /// they are enough.
     pub fn distrust(&mut self, ring: u64, reason: &str, now: Instant) {
         let Some(found) = self.rings.get(&ring) else {
             return;
@@ -302,7 +303,8 @@ impl Rings {
         }
     }
 
-    /// Compares what is with what should be; to be called after events and when [`Rings::next_timer`] is due.
+    /// Compares the present state with the desired one; to be called after events and when
+    /// [`Rings::next_timer`] is due.
     pub fn poll(&mut self, now: Instant) -> Vec<Action> {
         self.settle_suspicions(now);
         self.check_deadlines(now);

@@ -89,7 +89,7 @@ impl Node {
         self.said_draining = false;
     }
 
-    /// It is to hold nothing.
+    /// Returns true if it should hold no parts.
     pub(super) fn is_draining(&self) -> bool {
         self.asked_to_drain || self.said_draining
     }

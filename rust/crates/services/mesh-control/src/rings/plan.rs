@@ -92,7 +92,7 @@ impl Rings {
         let plan = loop {
             match self.place_with(&outlook, context) {
                 Ok(plan) => break plan,
-                // A shorter context is better than none, where nobody asked for a certain one.
+                // A shorter context is better than no ring, unless a certain one is configured.
                 Err(PlanError::Memory { .. } | PlanError::Pieces { .. })
                     if fixed == 0 && context > LEAST_CONTEXT =>
                 {
@@ -172,7 +172,8 @@ impl Rings {
         let (_, group) = groups
             .into_iter()
             .max_by_key(|(key, group)| (group.len(), std::cmp::Reverse(*key)))?;
-        // Where weight formats differ in size the largest counts, so that a standby has room whoever it is.
+        // Where weight formats differ in size the largest counts, so that there is room for any worker as
+        // standby.
         let spec = match ring {
             Some(ring) => ring.spec.clone(),
             None => ModelSpec::covering(group.iter().map(|(_, _, shard)| *shard)).ok()??,

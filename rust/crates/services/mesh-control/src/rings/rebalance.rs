@@ -12,15 +12,15 @@ use super::{Action, Note, Prospect, Rings};
 /// A ring against a fresh plan for its model.
 #[derive(Debug, Clone)]
 pub struct Comparison {
-    /// Model name.
+    /// Name of the model.
     pub model: String,
-    /// Layout of the ring, in words.
+    /// Layout of the ring, in one line.
     pub old: String,
     /// Microseconds per token of the ring, as estimated now.
     pub old_token_us: f64,
     /// Tokens per second that it could give.
     pub old_tokens_per_second: f64,
-    /// The fresh plan.
+    /// The fresh plan to compare with.
     pub new: Plan,
     /// Names of nodes by their ids.
     pub names: BTreeMap<String, String>,

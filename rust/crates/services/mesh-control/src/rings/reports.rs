@@ -57,7 +57,8 @@ impl Rings {
             .cloned()
             .collect();
         if suspects.len() >= 2 && suspects.len() == others.len() && heard.is_empty() {
-            // Who reaches nobody is cut off itself: their links to the head are up, or they would be lost already.
+            // A member that reaches no other is cut off itself: their links to the head are up, or they would
+            // be lost already.
             self.suspect(node, state.ring, "it reaches no other member", now);
             return;
         }

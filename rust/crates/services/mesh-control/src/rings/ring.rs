@@ -41,7 +41,7 @@ pub(super) struct Ring {
     pub(super) lost: BTreeMap<String, String>,
     /// Doubts between two members: the one that complains, and the one that it does not reach.
     pub(super) doubts: BTreeMap<(String, String), Doubt>,
-    /// Time at which the link between two members was last made anew.
+    /// Time at which the link between two members was last renewed.
     pub(super) relinked: BTreeMap<(String, String), Instant>,
     /// Time at which a part of it last reported progress in loading or in computing.
     pub(super) progressed: Instant,
@@ -71,7 +71,7 @@ pub(super) struct Ring {
 #[derive(Debug, Clone)]
 pub(super) struct Stage {
     pub(super) layers: Range<u32>,
-    /// Weight format, the first member's; whoever takes the stage over uses it too.
+    /// Weight format, the first member's; its successors use it too.
     pub(super) format: String,
     pub(super) member: Part,
     pub(super) standby: Option<Part>,
@@ -212,7 +212,8 @@ impl Ring {
             .collect()
     }
 
-    /// Takes a worker's report on one of its parts in. Parts that it does not hold (any more) are nobody's business.
+    /// Takes in a worker's report on one of its parts. A report on a part that it does not hold (any more) is
+    /// ignored.
     pub(super) fn report(&mut self, node: &str, report: &PartState, now: Instant) {
         let stage = usize::try_from(report.stage)
             .ok()
@@ -377,7 +378,7 @@ fn sound(value: f32) -> f32 {
 }
 
 const MOST_SLOTS: u32 = 4096;
-/// Bytes of reasons after which the next one starts anew.
+/// Bytes of joined reasons after which the next one replaces them.
 const LONGEST_REASON: usize = 512;
 /// Time for which the loading of a stage may stand still. The whole may take as long as a slow disk takes.
 const LOAD_SILENCE: Duration = Duration::from_secs(300);

@@ -11,7 +11,7 @@ use super::view::{
 use super::{Prospect, Rings};
 
 impl Rings {
-    /// All rings.
+    /// Views of all rings.
     pub fn view(&self, now: Instant) -> Vec<RingView> {
         self.rings
             .values()

@@ -10,11 +10,11 @@ use super::ring::Ring;
 /// A ring, for `/v1/mesh`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RingView {
-    /// Model name.
+    /// Name of the model.
     pub model: String,
-    /// Its id, hex.
+    /// Id of the ring, hexadecimal.
     pub ring: String,
-    /// Its epoch.
+    /// Number of its epoch.
     pub epoch: u32,
     /// `forming`, `serving`, `recovering` or `retiring`.
     pub state: &'static str,
@@ -22,11 +22,11 @@ pub struct RingView {
     pub reason: String,
     /// In order; the last one's worker is the driver.
     pub stages: Vec<StageView>,
-    /// Requests at once.
+    /// Requests that it runs at once.
     pub slots: u32,
     /// Most tokens of a request.
     pub context: u32,
-    /// KV memory, tokens.
+    /// Size of its KV cache, in tokens.
     pub kv_tokens: u64,
     /// Milliseconds per token of one stream, as planned.
     pub planned_token_ms: f64,
@@ -38,12 +38,12 @@ pub struct RingView {
     pub age_seconds: f64,
 }
 
-/// A stage.
+/// A stage of a ring.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct StageView {
     /// First layer, one past the last.
     pub layers: [u32; 2],
-    /// The member.
+    /// The worker that computes it.
     pub member: PartView,
     /// The standby, if there is one.
     pub standby: Option<PartView>,
@@ -51,12 +51,12 @@ pub struct StageView {
     pub lag_rows: u64,
 }
 
-/// A part.
+/// A stage on one worker, as member or standby.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct PartView {
-    /// The worker's name.
+    /// Name of the worker.
     pub worker: String,
-    /// Its node id.
+    /// Node id of the worker.
     pub node_id: String,
     /// `ip:port` of its ring listener.
     pub address: String,
@@ -68,7 +68,7 @@ pub struct PartView {
     pub load_seconds: f64,
     /// Seconds that its steps of more than a few rows took since then.
     pub prefill_seconds: f64,
-    /// Bytes of weights.
+    /// Memory of its weights, in bytes.
     pub weight_bytes: u64,
     /// Bytes of KV rows.
     pub kv_bytes: u64,
@@ -79,10 +79,10 @@ pub struct PartView {
 /// A path that a worker measured.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct PathView {
-    /// Name of the worker at its other end; the head if there is none.
+    /// Name of the worker at its other end; absent if that is the head.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub worker: Option<String>,
-    /// Round trip.
+    /// Round trip, in milliseconds.
     pub round_trip_ms: f64,
     /// Bandwidth that its other end measured, in bytes per second; unknown until the path was idle once.
     pub bytes_per_second: Option<f64>,
@@ -91,7 +91,7 @@ pub struct PathView {
 /// A worker without a part.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LeftOutView {
-    /// Its name.
+    /// Name of the worker.
     pub worker: String,
     /// Cause of the suspicion.
     pub reason: String,
@@ -100,11 +100,11 @@ pub struct LeftOutView {
 /// Recovery of a ring from a change of its members.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RecoveryView {
-    /// Model name.
+    /// Name of the model.
     pub model: String,
-    /// The ring, hex.
+    /// Id of the ring, hexadecimal.
     pub ring: String,
-    /// The new epoch.
+    /// Number of the new epoch.
     pub epoch: u32,
     /// Cause of the change.
     pub reason: String,
@@ -112,7 +112,7 @@ pub struct RecoveryView {
     pub gap_ms: f64,
     /// Rows that were computed again.
     pub rows: u64,
-    /// Requests that ran.
+    /// Number of requests that ran.
     pub requests: u32,
     #[serde(skip)]
     at: Option<Instant>,
@@ -121,7 +121,7 @@ pub struct RecoveryView {
 /// A model without a ring, for `/v1/mesh`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Unformed {
-    /// Model name.
+    /// Name of the model.
     pub model: String,
     /// Cause, for people.
     pub reason: String,

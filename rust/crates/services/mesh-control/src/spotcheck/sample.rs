@@ -3,7 +3,7 @@
 /// One position of an answer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Position {
-    /// The chosen token.
+    /// Id of the chosen token.
     pub token: u32,
     /// Natural logarithm of its probability.
     pub logprob: f32,

@@ -1,7 +1,8 @@
 //! Names that several models claim.
 //!
-//! One worker alone cannot make a conflict: its own claims differ only while it replaces a model, and what it makes up is of no
-//! account to others. Nor can a few workers hide one, or fill the log: of what is told each has its part.
+//! One worker alone cannot make a conflict: its own claims differ only while it replaces a model, and its
+//! inventions do not count for others. Nor can a few workers hide a conflict, or fill the log: each node has
+//! a bounded share of the reports.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::pins::key;
 use super::{Action, Conflict, Note, Tracker};
 
-/// A name with those who claim it.
+/// A name with the workers that claim it.
 struct Claimed {
     conflict: Conflict,
     /// Ids of the nodes that hold something under it.
@@ -53,7 +54,8 @@ impl Claimed {
 }
 
 impl Tracker {
-    /// Names that several models claim, and why nobody should take either of them unseen: those that matter most.
+    /// Reported conflicts, by name: names that several models claim, so that no worker should take either
+    /// model unseen.
     pub fn conflicts(&self) -> Vec<Conflict> {
         self.conflicts.told.values().cloned().collect()
     }
@@ -63,7 +65,7 @@ impl Tracker {
         self.conflicts.disputed.contains(&key(name))
     }
 
-    /// Finds names that several models claim, and tells of those that are news.
+    /// Finds names that several models claim, and reports those that are new.
     pub(super) fn find_conflicts(&mut self, now: Instant) {
         let mut names = self.claimed();
         self.move_pins(&names, now);
@@ -129,8 +131,8 @@ impl Tracker {
         names
     }
 
-    /// Has a name go with its model where the worker that had it first replaced that: while nobody else has the old one, or claims
-    /// the name for a third, there is nothing that the pin would protect.
+    /// Moves a pin to the new model where the worker that had the name first replaced its model: while no
+    /// other worker has the old one, or claims the name for a third, the pin protects nothing.
     fn move_pins(&mut self, names: &BTreeMap<String, Claimed>, now: Instant) {
         let mut moved = Vec::new();
         for (name, pin) in &mut self.pins.0 {
@@ -178,7 +180,8 @@ impl Tracker {
     }
 }
 
-/// As many as are told of: first those that an operator decided about or somebody waits for, and some of each node's.
+/// Selects the conflicts to report: first those that an operator decided about or a worker waits for, and
+/// some of each node's.
 fn select(names: BTreeMap<String, Claimed>) -> BTreeMap<String, Claimed> {
     let mut ranked: Vec<(String, Claimed)> = names.into_iter().collect();
     ranked.sort_by_key(|(_, one)| {

@@ -116,7 +116,8 @@ impl Tracker {
         self.timer = stalls.chain(rests.filter(|until| *until > now)).min();
     }
 
-    /// Models of which something is sought that nobody holds, each with those who would go for it and the bytes they have.
+    /// Models with sought pieces that no worker holds, each with the workers that would download it and the
+    /// bytes that they have.
     pub(super) fn needed(&self) -> BTreeMap<Key, Vec<(String, u64)>> {
         let mut keys: BTreeMap<Key, Vec<(String, u64)>> = BTreeMap::new();
         for (node, entry) in &self.nodes {

@@ -1,8 +1,8 @@
 //! Pins of model names in this mesh: the first model fetched under a name keeps the name until an operator
 //! decides otherwise.
 //!
-//! A worker that reaches the hub, or has the operator's signature, needs no pin. For all others a pin is what stands between a
-//! name and whoever claims it next.
+//! A worker that reaches the hub, or has the operator's signature, needs no pin. For all others only the pin
+//! stands between a name and the next worker that claims it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -18,12 +18,13 @@ pub struct Pin {
     pub fingerprint: String,
     /// Name of the worker that had it first; of no account where an operator decided.
     pub worker: String,
-    /// An operator decided.
+    /// True if an operator set it.
     pub operator: bool,
     /// Id of the node that had it sought; so many pins has each.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub node: String,
-    /// Id of the worker that had it first: where that replaces the model, and nobody else has the old one, the name goes with it.
+    /// Id of the worker that had it first: if it replaces the model, and no other worker has the old one, the
+    /// name goes with it.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub holder: String,
 }
@@ -35,13 +36,14 @@ pub struct Pins(pub(super) BTreeMap<String, Pin>);
 /// A name that several models claim.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Conflict {
-    /// The name.
+    /// The disputed name.
     pub name: String,
-    /// Fingerprints with the names of the workers that claim it for them; a pinned one that nobody has is among them.
+    /// Fingerprints with the names of the workers that claim it for them; a pinned one that no worker has is
+    /// among them.
     pub claims: BTreeMap<String, Vec<String>>,
     /// Fingerprint that the name is pinned to.
     pub pinned: Option<String>,
-    /// True if an operator set the pin. If not, nobody takes either model on this head's word.
+    /// True if an operator set the pin. If not, no worker takes either model on this head's word.
     pub decided: bool,
     /// Workers that refuse what it is pinned to, as the hub has another model under the name.
     pub refused_by: Vec<String>,
@@ -97,7 +99,7 @@ impl Conflict {
 /// Known conflicts, by name in lower case.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Conflicts {
-    /// Those that are told of.
+    /// Conflicts that are reported.
     pub(super) told: BTreeMap<String, Conflict>,
     /// All names that no operator has decided about.
     pub(super) disputed: BTreeSet<String>,
@@ -106,7 +108,7 @@ pub(super) struct Conflicts {
 }
 
 impl Pins {
-    /// Those that were kept; what cannot be one is left out.
+    /// The pins from the file; invalid ones are left out.
     pub fn of(pins: impl IntoIterator<Item = Pin>) -> Self {
         let sound = |pin: &Pin| is_name(&pin.name) && is_fingerprint(&pin.fingerprint);
         let pins = pins.into_iter().filter(sound).take(MOST_PINS);

@@ -39,7 +39,7 @@ pub struct HolderView {
 pub struct SeekerView {
     /// Name of the worker.
     pub worker: String,
-    /// Bytes of what it needs that it has.
+    /// Bytes that it has of those that it needs.
     pub bytes: u64,
     /// Bytes that it needs; 0 while they are unknown.
     pub bytes_total: u64,
