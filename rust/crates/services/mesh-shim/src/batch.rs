@@ -135,8 +135,9 @@ pub struct SendReport {
     pub refused: bool,
 }
 
-/// Sends `datagrams`, each to its address, or to the socket's peer where there is none. A datagram that cannot be sent is
-/// counted and left out; a full send buffer is waited for, but only so long that receiving does not suffer.
+/// Sends `datagrams`, each to its address, or to the socket's peer if it has none. A datagram that cannot be
+/// sent is counted and left out; the call waits while the send buffer is full, but only so long that
+/// receiving does not suffer.
 pub fn send<'a>(
     socket: &impl AsFd,
     datagrams: impl IntoIterator<Item = (&'a [u8], Option<SocketAddr>)>,

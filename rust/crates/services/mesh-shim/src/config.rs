@@ -10,7 +10,7 @@ use mesh_base::addresses::host_and_port;
 use mesh_service::{config::units, network::Network};
 use serde::{Deserialize, Serialize};
 
-/// The whole configuration.
+/// Configuration of the shim, as `shim.toml` holds it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
@@ -27,10 +27,10 @@ pub struct Config {
     pub trust_loopback: bool,
     /// Networks that are trusted to hold clients, such as `10.0.0.0/8`.
     pub trusted_networks: Vec<Network>,
-    /// Those of them whose clients need not show that they have the address that they send from: clients of DCF v5.0.0 cannot. Who can
-    /// forge an address there can have answers sent to it.
+    /// Those of them whose clients need not prove their address: clients of DCF v5.0.0 cannot. An attacker
+    /// who can forge an address there can have answers sent to it.
     pub unverified_networks: Vec<Network>,
-    /// Limit per source.
+    /// Limit on the datagrams of each source.
     pub rate_limit: RateLimit,
     /// Most tasks at once, those answered within `answer_linger` included. Rounded up to a power of two.
     pub max_tasks: usize,
@@ -84,7 +84,7 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Checks what the types cannot say.
+    /// Checks rules that the types cannot express.
     ///
     /// # Errors
     /// A sentence with the key, its value and what to do.
@@ -147,7 +147,7 @@ pub enum Admit {
 pub struct RateLimit {
     /// Datagrams per second in the long run; 0 is no limit.
     pub per_second: u32,
-    /// Datagrams at once.
+    /// Most datagrams of a source at once.
     pub burst: u32,
     /// Sources that are kept apart at the same time; the memory for them is fixed.
     pub sources: usize,
@@ -163,7 +163,7 @@ impl Default for RateLimit {
     }
 }
 
-/// The HTTP listener.
+/// Settings of the HTTP listener.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Http {

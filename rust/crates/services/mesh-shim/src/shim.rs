@@ -144,7 +144,7 @@ impl ShimHandle {
         self.address
     }
 
-    /// The counters.
+    /// Counters of the shim, updated while it runs.
     #[must_use]
     pub fn stats(&self) -> &Arc<Stats> {
         &self.stats
@@ -212,7 +212,7 @@ impl Live {
 #[derive(Debug)]
 struct Control {
     phase: AtomicU8,
-    /// A configuration that the loop is to take over.
+    /// The next configuration for the loop.
     fresh: Mutex<Option<Config>>,
     waker: UnixStream,
 }
@@ -373,7 +373,7 @@ impl<F: FnMut()> Loop<F> {
         }
     }
 
-    /// Sends what the last batch has for `head`.
+    /// Sends the datagrams of the last batch for `head`.
     fn forward(&mut self, now: Instant, head: usize, count: usize) {
         let datagrams = (0..count).filter_map(|index| match self.from_client[index] {
             FromClient::Forward {
@@ -430,7 +430,7 @@ impl<F: FnMut()> Loop<F> {
         }
     }
 
-    /// Sends what the bridge has to send by itself, some of it at a time; true if there may be more.
+    /// Sends some of the bridge's own datagrams; true if there may be more.
     fn transmit_own(&mut self, now: Instant) -> bool {
         for _ in 0..OWN_AT_A_TIME {
             let Some(Transmit { to, len }) = self.bridge.poll_transmit(now, &mut self.own) else {

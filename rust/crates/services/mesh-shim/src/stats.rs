@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    /// Its value.
+    /// Value of the counter.
     pub fn get(&self) -> u64 {
         self.0.load(Relaxed)
     }

@@ -265,7 +265,7 @@ impl Bridge {
     }
 }
 
-/// The frame if the datagram is a message that clients send, else what is to be counted.
+/// The frame if the datagram is a message that clients send, else the drop to count.
 fn check_client_datagram<'a>(
     drops: &'a Drops,
     client: SocketAddr,

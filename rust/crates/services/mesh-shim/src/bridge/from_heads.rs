@@ -37,7 +37,7 @@ impl Bridge {
                 self.on_challenge(head, &frame, datagram);
                 FromHead::Drop
             }
-            // What a v5.0.0 head answers with.
+            // The answer of a v5.0.0 head.
             MsgType::TASK
             | MsgType::RESULT
             | MsgType::ERROR

@@ -148,7 +148,7 @@ impl Heads {
             .any(|other| other != head && self.state(other, now) == HeadState::Live)
     }
 
-    /// Settles who is current; true if that changed.
+    /// Chooses the current head; true if it changed.
     pub(super) fn choose(&mut self, now: Instant) -> bool {
         let in_order =
             || (0..self.heads.len()).map(|step| (self.current + step) % self.heads.len());

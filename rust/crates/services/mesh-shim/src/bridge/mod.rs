@@ -112,7 +112,7 @@ pub fn reframed(datagram: &[u8], version: Version) -> isize {
     }
 }
 
-/// A head's challenge: it wants to see that what it sends here arrives.
+/// A head's challenge: the head wants proof that its datagrams arrive here.
 #[derive(Debug)]
 struct Echo {
     head: usize,
@@ -240,8 +240,9 @@ impl Bridge {
         self.settle_heads(now);
     }
 
-    /// The next datagram that is due by itself (a probe, a task sent again, the end of one that nobody answers), written
-    /// to `buffer`, which holds a whole datagram. To be called until `None` after every batch and at [`Bridge::next_wakeup`].
+    /// The next datagram that is due by itself (a probe, a task sent again, the end of an unanswered task),
+    /// written to `buffer`, which holds a whole datagram. To be called until `None` after every batch and at
+    /// [`Bridge::next_wakeup`].
     pub fn poll_transmit(&mut self, now: Instant, buffer: &mut [u8]) -> Option<Transmit> {
         self.settle_heads(now);
         if let Some((head, version)) = self.heads.poll_probe(now) {
@@ -314,7 +315,7 @@ impl Bridge {
         "answer_linger",
     ];
 
-    /// From now on takes no new task; those that are open go on.
+    /// Takes no new tasks from now on; open tasks go on.
     pub fn begin_drain(&mut self) {
         self.drain = Drain::Draining;
     }
@@ -363,7 +364,7 @@ impl Reply {
         }
     }
 
-    /// The datagram.
+    /// Bytes of the datagram.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
         &self.bytes[..self.len]

@@ -12,10 +12,11 @@ use super::retain::Chain;
 
 /// All tasks, in slots that are allocated once.
 ///
-/// A slot's index and its generation make up the sequence toward the head, so that an answer finds its slot without a
-/// search, and one that comes after the slot was given to another task is known for what it is. Every slot is in one of
-/// three lists: free, open (a head works on it) or answered (kept a while, so that a repeat has the same sequence again).
-/// All three are in the order in which their slots came, which is also the order of their deadlines.
+/// A slot's index and its generation make up the sequence toward the head, so that an answer finds its slot
+/// without a search, and an answer that comes after the slot was given to another task is recognised as
+/// stale. Every slot is in one of three lists: free, open (a head works on it) or answered (kept a while, so
+/// that a repeat has the same sequence again). All three are in the order in which their slots came, which is
+/// also the order of their deadlines.
 #[derive(Debug)]
 pub(super) struct TaskTable {
     slots: Box<[Slot]>,

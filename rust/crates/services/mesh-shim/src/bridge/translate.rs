@@ -110,7 +110,7 @@ impl Translator {
         }
     }
 
-    /// The next datagram that is due, written to `buffer`: for whom, and its length.
+    /// The next datagram that is due, written to `buffer`: its client and its length.
     pub(super) fn poll(&mut self, buffer: &mut [u8]) -> Option<(SocketAddr, usize)> {
         while let Some(first) = self.outgoing.front_mut() {
             let next = match &mut first.what {
