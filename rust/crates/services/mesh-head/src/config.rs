@@ -1,4 +1,4 @@
-//! The head's configuration: what every key means, its default, and what is checked before anything starts.
+//! The head's configuration: the keys, their defaults, and the checks before anything starts.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -46,7 +46,7 @@ pub struct Config {
     /// Least silence within an answer that counts as its worker's death.
     #[serde(with = "units::duration")]
     pub silence_limit: Duration,
-    /// The same before the first token, on top of ten times what was expected.
+    /// The same before the first token, on top of ten times the expected time.
     #[serde(with = "units::duration")]
     pub first_token_limit: Duration,
     /// Requests given to a worker beyond its slots.
@@ -58,14 +58,14 @@ pub struct Config {
     pub default_model: Option<String>,
     /// Networks whose plain DCF clients are served, besides loopback.
     pub trusted_networks: Vec<Network>,
-    /// Those of `trusted_networks` whose clients need not show that they have the address that they send from: clients of DCF v5.0.0
-    /// cannot. Who can forge an address there can have answers sent to it.
+    /// Those of `trusted_networks` whose clients need not prove their address: clients of DCF v5.0.0 cannot.
+    /// An attacker who can forge an address there can have answers sent to it.
     pub unverified_networks: Vec<Network>,
-    /// The OpenAI API.
+    /// Settings of the OpenAI API.
     pub http: HttpConfig,
-    /// DCF over UDP.
+    /// Settings of DCF over UDP.
     pub dcf: DcfConfig,
-    /// Links of workers.
+    /// Settings of the links of workers.
     pub quic: QuicConfig,
     /// Models that several workers hold together.
     pub sharding: ShardingConfig,
@@ -75,22 +75,22 @@ pub struct Config {
     pub log_level: Option<String>,
 }
 
-/// The OpenAI API.
+/// Settings of the OpenAI API.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HttpConfig {
-    /// Address and port.
+    /// Address and port of the HTTP API.
     pub listen: SocketAddr,
     /// File with one API key per line.
     pub api_keys_file: Option<PathBuf>,
     /// Listen beyond loopback without API keys.
     pub allow_unauthenticated: bool,
-    /// Largest request body.
+    /// Largest request body, in bytes.
     #[serde(with = "units::bytes")]
     pub body_limit: u64,
     /// Requests of one API key (without keys: of one address) at a time; 0 is without limit.
     pub concurrent_requests: usize,
-    /// Largest `n`.
+    /// Largest value of `n`.
     pub choices_limit: u32,
     /// Pause after which a streamed answer says that it is alive.
     #[serde(with = "units::duration")]
@@ -121,7 +121,7 @@ pub enum Open {
     Metrics,
 }
 
-/// DCF over UDP.
+/// Settings of DCF over UDP.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DcfConfig {
@@ -141,16 +141,16 @@ pub struct DcfConfig {
     /// Bytes of them; the newest is kept even if it alone has more.
     #[serde(with = "units::bytes")]
     pub answers_kept_bytes: u64,
-    /// For how long.
+    /// Time for which they are kept.
     #[serde(with = "units::duration")]
     pub answers_kept_for: Duration,
 }
 
-/// Links of workers.
+/// Settings of the links of workers.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct QuicConfig {
-    /// Address and port.
+    /// Address and port, QUIC over UDP.
     pub listen: SocketAddr,
     /// Interval at which an idle worker is asked for one token, as proof that it answers.
     #[serde(with = "units::duration")]
@@ -377,7 +377,7 @@ impl Config {
         (shortest / 4).clamp(Duration::from_millis(50), Duration::from_secs(1))
     }
 
-    /// Limits of placement.
+    /// Limits for the placement core.
     pub fn placement_limits(&self) -> placement::Limits {
         placement::Limits {
             queue: self.queue_limit,
@@ -412,7 +412,7 @@ impl Config {
         }
     }
 
-    /// Limits of what is kept for repeats.
+    /// Limits on the answers that are kept for repeats.
     pub fn dedup_limits(&self) -> dedup::Limits {
         dedup::Limits {
             answers: self.dcf.answers_kept,
@@ -468,7 +468,7 @@ pub enum Unsound {
          workers of DCF v5.0.0 and v5.1, which cannot prove who they are, or leave the networks out"
     )]
     LegacyWorkersOff,
-    /// The longest body would be refused for ever.
+    /// `request_memory` is too small for the longest body, which would always be refused.
     #[error(
         "request_memory = {memory} is less than three times http.body_limit = {body}: raise it to {} or more, lower \
          http.body_limit, or set it to 0 for no limit",

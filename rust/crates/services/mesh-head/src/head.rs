@@ -331,7 +331,7 @@ async fn tick(mesh: Arc<Mesh>, heart: Heart) {
     }
 }
 
-/// Files of the state directory that nobody else may read.
+/// Files of the state directory that only the head's user may read.
 const SECRETS: [&str; 4] = ["root.key", "node.key", "tokens.json", "admin.key"];
 const HOUSEKEEPING: Duration = Duration::from_millis(50);
 const HOUSEKEEPING_LIMIT: Duration = Duration::from_secs(10);

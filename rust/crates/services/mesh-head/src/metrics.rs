@@ -49,18 +49,18 @@ pub(crate) enum Outcome {
 pub(crate) enum Verdict {
     /// The head hears it: nothing is decided yet.
     Doubted,
-    /// The link between the two was made anew.
+    /// The link between the two was renewed.
     Relinked,
-    /// Nobody hears it, or it cannot be linked to: it counts as lost.
+    /// The head does not hear it, or it cannot be linked to: it counts as lost.
     Lost,
 }
 
 /// Labels of the request metrics.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct RequestLabels {
-    /// Front end.
+    /// Front end of the request.
     pub front: Front,
-    /// End.
+    /// Outcome of the request.
     pub outcome: Outcome,
 }
 
@@ -112,7 +112,7 @@ pub(crate) struct HeadMetrics {
     pub tokens: Counter,
     /// Prompt tokens of complete answers.
     pub prompt_tokens: Counter,
-    /// Texts embedded.
+    /// Number of texts embedded.
     pub embedded: Counter,
     /// Prompt tokens of those that a worker found in its cache.
     pub cached_tokens: Counter,

@@ -29,7 +29,7 @@ pub struct DcfEmbed {
 /// An answer to generate, as a DCF client asks for it.
 #[derive(Debug, Clone)]
 pub struct DcfGenerate {
-    /// Model name.
+    /// Name of the model; the head's default if absent.
     pub model: Option<String>,
     /// Prompt: text, tokens or a conversation.
     pub prompt: Prompt,

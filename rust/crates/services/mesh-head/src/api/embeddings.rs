@@ -12,7 +12,7 @@ use crate::api::invalid::Invalid;
 use crate::api::json::{self, Lists};
 use crate::flight::task::{EmbedTask, Embedded};
 
-/// A request, checked.
+/// A checked request for embeddings.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AskedEmbeddings {
     /// Model and texts.

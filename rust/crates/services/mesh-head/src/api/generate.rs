@@ -42,7 +42,7 @@ pub(crate) struct Asked {
     pub prompts: Vec<Arc<Prompt>>,
     /// Sampling parameters and limits of the answers.
     pub params: GenerateParams,
-    /// Answers per prompt.
+    /// Number of answers per prompt.
     pub choices: u32,
     /// Send the answer as it grows.
     pub stream: bool,
@@ -398,7 +398,7 @@ const PER_ANSWER: u64 = 8 << 10;
 const BYTES_A_TOKEN: u64 = 16;
 /// The probability of a token or of one of its alternatives, as it comes and in the answer's JSON.
 const BYTES_A_LOGPROB: u64 = 96;
-/// Tokens of an answer that nobody limits.
+/// Tokens of an answer without a limit, for the estimate of its memory.
 const UNSAID_TOKENS: u32 = 2048;
 /// Tokens of a long answer of a model whose context is not known.
 const LONG_ANSWER: u32 = 8192;

@@ -1,4 +1,4 @@
-//! Bodies are parsed where they hold up nobody.
+//! Parses bodies; large ones on another thread, where they hold up no other request.
 
 use bytes::Bytes;
 use tokio::sync::Semaphore;

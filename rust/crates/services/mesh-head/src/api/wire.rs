@@ -16,9 +16,9 @@ pub(crate) struct Envelope<'a, C> {
     pub object: &'static str,
     /// Seconds since the Unix epoch.
     pub created: u64,
-    /// Model that answers.
+    /// Name of the model that answers.
     pub model: &'a str,
-    /// Names the weights.
+    /// Fingerprint of the weights.
     pub system_fingerprint: Option<&'a str>,
     /// The answers or their pieces.
     pub choices: Vec<C>,
@@ -35,7 +35,7 @@ pub(crate) struct Envelope<'a, C> {
 pub(crate) struct ChatChoice {
     /// Index of the choice, below `n`.
     pub index: usize,
-    /// The answer.
+    /// Message of the assistant.
     pub message: ChatText,
     /// Log probabilities where asked for.
     pub logprobs: Option<ChatLogprobs>,
@@ -46,11 +46,11 @@ pub(crate) struct ChatChoice {
 /// The message of an answer.
 #[derive(Debug, Serialize)]
 pub(crate) struct ChatText {
-    /// `assistant`.
+    /// Always `assistant`.
     pub role: &'static str,
-    /// The text.
+    /// Text of the answer.
     pub content: String,
-    /// Never.
+    /// Always `null`.
     pub refusal: Option<()>,
 }
 
@@ -73,7 +73,7 @@ pub(crate) struct ChatDelta<'a> {
     /// In the first piece.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub role: Option<&'static str>,
-    /// New text.
+    /// Text since the chunk before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub content: Option<&'a str>,
 }
@@ -83,7 +83,7 @@ pub(crate) struct ChatDelta<'a> {
 pub(crate) struct TextChoice<'a> {
     /// Index of the answer.
     pub index: usize,
-    /// The text.
+    /// Text of the answer, or of the piece.
     pub text: &'a str,
     /// Log probabilities where asked for.
     pub logprobs: Option<TextLogprobs>,
@@ -94,9 +94,9 @@ pub(crate) struct TextChoice<'a> {
 /// Log probabilities as `/v1/chat/completions` gives them.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct ChatLogprobs {
-    /// One per token.
+    /// Log probabilities, one per token.
     pub content: Vec<ChatLogprob>,
-    /// Never.
+    /// Always `null`.
     pub refusal: Option<()>,
 }
 
@@ -115,9 +115,9 @@ pub(crate) struct ChatLogprob {
 pub(crate) struct LogprobToken {
     /// Its text; U+FFFD where it is part of a character.
     pub token: String,
-    /// Natural logarithm.
+    /// Natural logarithm of its probability.
     pub logprob: f32,
-    /// Its bytes.
+    /// Bytes of its text.
     pub bytes: Vec<u8>,
 }
 
@@ -126,7 +126,7 @@ pub(crate) struct LogprobToken {
 pub(crate) struct TextLogprobs {
     /// Texts of the tokens.
     pub tokens: Vec<String>,
-    /// Their log probabilities.
+    /// Log probabilities of the tokens.
     pub token_logprobs: Vec<f32>,
     /// The likeliest tokens in each place, and the one that was chosen.
     pub top_logprobs: Vec<Alternatives>,
@@ -141,11 +141,11 @@ pub(crate) struct Alternatives(Vec<(String, f32)>);
 /// Tokens used.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Usage {
-    /// Of the prompts.
+    /// Tokens of the prompts.
     pub prompt_tokens: u32,
-    /// Of the answers.
+    /// Tokens of the answers.
     pub completion_tokens: u32,
-    /// Both.
+    /// Sum of the two.
     pub total_tokens: u32,
     /// Details of the prompts.
     pub prompt_tokens_details: PromptDetails,

@@ -36,7 +36,7 @@ impl<E: FnMut(Event) + Send> Drive<'_, E> {
         }
     }
 
-    /// The request was answered: those that could not were at fault, and not the request.
+    /// The request was answered, so the workers that failed on it were at fault, and not the request.
     pub(super) fn exonerate(&mut self, by: &Assignment) {
         for attempted in std::mem::take(&mut self.suspects) {
             if attempted.key != by.placed.key {

@@ -54,7 +54,7 @@ impl Deaths {
 enum Process {
     /// The same one.
     Same,
-    /// Another one: it was started anew.
+    /// Another one: the worker was restarted.
     Other,
     /// None, or one that does not say.
     Unknown,

@@ -125,7 +125,8 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         let known = named.as_ref().is_some_and(|name| mesh.knows_model(name));
         let model = named.or_else(|| mesh.default_model()).unwrap_or_default();
         let mut ask = task.ask(&model);
-        // Nobody knows what a v5.0.0 worker serves; whoever names a model of the mesh means that one.
+        // The models of a v5.0.0 worker are not known; a request that names a model of the mesh means that
+        // one.
         ask.legacy &= !known;
         let answer =
             Answer::new(mesh.config.request_limits(), Instant::now()).within(task.bounds());
@@ -353,7 +354,8 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                 if !matches!(attempt, Attempt::Over(Ended::Complete, _)) {
                     stream.reset(ErrorCode::CANCELLED);
                 } else {
-                    // The worker has said its last word; what it has yet to hear is only that we heard it.
+                    // The worker has sent its last message; only the confirmation of its receipt is left to
+                    // send.
                     let _ = stream.finish();
                 }
                 return attempt;
@@ -533,7 +535,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         self.answer.done(attempt, Done::default(), Instant::now())
     }
 
-    /// Does what the core decided; `None` means to go on with the attempt.
+    /// Carries out the core's decision; `None` means to go on with the attempt.
     fn follow(&mut self, step: Step, lost: bool) -> Option<Attempt> {
         match step {
             Step::Wait => None,

@@ -11,7 +11,7 @@ pub(crate) enum Event {
     Queued,
     /// A worker has it; again after each rerun.
     Placed(Placed),
-    /// Its worker says what it waits for.
+    /// Its worker reports the cause of its wait.
     Waits(Progress),
     /// The next piece of the answer.
     Delta(Delta),
@@ -26,9 +26,9 @@ pub(crate) enum Event {
 /// The worker and the model that answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Placed {
-    /// Model name.
+    /// Name of the model.
     pub model: String,
-    /// Worker's name.
+    /// Name of the worker.
     pub worker: String,
     /// SHA-256 of the model file.
     pub fingerprint: String,

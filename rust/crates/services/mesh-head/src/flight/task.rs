@@ -15,7 +15,7 @@ use mesh_proto::{ChatMessage, EmbedInput, GenerateParams, Prompt};
 pub(crate) struct Task {
     /// Request id in the logs of all services.
     pub id: String,
-    /// Model name; the head's default where there is none.
+    /// Model name; the head's default if absent.
     pub model: Option<String>,
     /// Prompt; several answers to it share it.
     pub prompt: Arc<Prompt>,
@@ -95,9 +95,9 @@ impl Task {
 pub struct EmbedTask {
     /// Request id in the logs of all services.
     pub id: String,
-    /// Model name; the first embedding model where there is none.
+    /// Model name; the first embedding model if absent.
     pub model: Option<String>,
-    /// The texts.
+    /// Texts to embed.
     pub inputs: Vec<EmbedInput>,
     /// Name of the prompt that the model puts in front.
     pub prompt_name: String,
@@ -128,5 +128,5 @@ const MESSAGE_TOKENS: usize = 64;
 /// Bytes of an echoed token.
 const ECHOED_TOKEN_BYTES: usize = 64;
 
-/// Tokens of an answer whose length nobody knows, for estimates.
+/// Tokens of an answer of unknown length, for estimates.
 const USUAL_ANSWER: u32 = 256;

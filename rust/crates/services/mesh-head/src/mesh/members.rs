@@ -19,7 +19,7 @@ use super::state::{CLOCK_TOLERANCE, Mesh, Peer, timestamp_us};
 /// A worker that is connected with the identity of one that connects.
 #[derive(Debug)]
 pub(crate) struct Rival {
-    /// Its link.
+    /// The worker's QUIC link.
     pub link: Link,
     /// It finishes what runs and will leave.
     pub draining: bool,
@@ -113,7 +113,8 @@ impl Mesh {
         })
     }
 
-    /// A second machine with the identity of `rival` was refused: both hear so. Returns what the newcomer is told.
+    /// A second machine with the identity of `rival` was refused: both are told. Returns the message for the
+    /// newcomer.
     pub(crate) fn refused_duplicate(
         &self,
         rival: &Rival,
@@ -219,8 +220,9 @@ fn plain(said: &str) -> String {
     shown.take(64).collect()
 }
 
-/// Addresses that a worker says it has, but for the one that it is seen at and those that lead to nobody or to everybody. One
-/// on the head's own machine is reached where the head is.
+/// Addresses that a worker reports, without the one that it is seen at and without unspecified, loopback,
+/// multicast and link-local ones. Empty for a worker on the head's own machine, which is reached at the
+/// head's address.
 fn other_addresses(said: &[String], seen: IpAddr) -> Vec<IpAddr> {
     if seen.is_loopback() {
         return Vec::new();

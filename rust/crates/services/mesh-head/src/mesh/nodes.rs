@@ -31,7 +31,7 @@ impl Mesh {
         self.turn(state, now);
     }
 
-    /// Ends a node's quarantine and forgives what it did. Says whether it was in quarantine.
+    /// Ends a node's quarantine and forgives its faults. Returns true if it was in quarantine.
     pub(crate) fn readmit(&self, node: &str) -> bool {
         let now = Instant::now();
         let mut guard = self.lock();

@@ -15,7 +15,7 @@ struct Saved {
     pins: Vec<Pin>,
 }
 
-/// The file, and what is to be written to it.
+/// The file, and the next content to write to it.
 #[derive(Debug, Clone)]
 pub(crate) struct PinsFile {
     path: PathBuf,

@@ -1,4 +1,4 @@
-//! A worker for each request, and the queue of those that wait for one.
+//! Finds a worker for each request, and holds the queue of requests that wait for one.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -17,10 +17,10 @@ use super::exchange::LegacyWorker;
 use super::state::{Mesh, State};
 
 impl Mesh {
-    /// Finds a worker, waiting for one where all are busy. A `rerun` waits even if there is none.
+    /// Finds a worker, and waits for one if all are busy. A `rerun` waits even if no worker serves the model.
     ///
     /// # Errors
-    /// [`Refusal`] says why there is none.
+    /// [`Refusal`] says why the request gets no worker.
     pub(crate) async fn place(
         self: &Arc<Self>,
         ask: Ask,
@@ -219,7 +219,7 @@ impl Drop for PlaceInQueue<'_> {
 pub(crate) struct Assignment {
     mesh: Arc<Mesh>,
     ticket: Ticket,
-    /// The worker.
+    /// The worker and the expected time of the answer.
     pub placed: Placed,
     /// Route to the worker.
     pub route: Route,

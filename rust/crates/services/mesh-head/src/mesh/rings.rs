@@ -29,7 +29,7 @@ pub(crate) enum RingRole {
 }
 
 impl Mesh {
-    /// A worker says what it may hold parts of.
+    /// A worker offers parts of models.
     pub(crate) fn offered(&self, id: WorkerId, mut offer: Offer) {
         let now = Instant::now();
         let mut guard = self.lock();
@@ -134,7 +134,7 @@ impl Mesh {
     /// If the file cannot be written.
     pub(crate) async fn keep_drains(self: &Arc<Self>) -> io::Result<()> {
         let mesh = self.clone();
-        // A task of its own, which whoever asked cannot break off by going away.
+        // A task of its own, so that it does not end with the request that asked for it.
         let saving = tokio::spawn(async move {
             // The later list must not be overtaken by the earlier one.
             let _alone = mesh.saving.lock().await;
@@ -156,7 +156,7 @@ impl Mesh {
         self.readiness(&self.lock(), model)
     }
 
-    /// Lets the rings decide, does it, and gives free room to those who wait.
+    /// Lets the rings decide, carries it out, and gives free room to waiting requests.
     pub(super) fn turn(&self, state: &mut State, now: Instant) {
         let mut changed = false;
         // A worker that is dropped because it takes no orders is a loss to decide about, too.

@@ -59,7 +59,8 @@ pub struct Mesh {
     pub(super) state: Mutex<State>,
     /// Account of the memory that requests take.
     pub(super) memory: Mutex<Memory>,
-    /// Large requests are read one at a time: until it is known what they are, they take a multiple of their bytes.
+    /// Turns for large requests, which are read one at a time: while they are parsed, they take a multiple of
+    /// their bytes.
     pub(crate) reading: Semaphore,
     /// Told whenever a ring's members or driver changed.
     pub(super) ring_changes: watch::Sender<()>,

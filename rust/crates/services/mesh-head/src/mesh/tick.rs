@@ -211,8 +211,9 @@ impl Mesh {
 }
 
 impl State {
-    /// Notes who has been heard since the last look: any packet on a worker's link is a sign of life. If the last look is too
-    /// long ago, this head itself did not run, and nobody is silent for that.
+    /// Notes the workers that were heard since the last look: any packet on a worker's link is a sign of
+    /// life. If the last look is too long ago, this head itself did not run, and no worker counts as silent
+    /// for that.
     fn listen(&mut self, now: Instant) {
         let gap = self
             .listened

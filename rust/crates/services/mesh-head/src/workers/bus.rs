@@ -84,7 +84,7 @@ impl Refused {
         if self.named.len() >= NAMED_SOURCES {
             self.named.retain(|_, at| !is_old(at));
         }
-        // A full table is a flood of made-up addresses, and one more name helps nobody.
+        // A full table is a flood of made-up addresses, and one more name helps no one.
         let room = self.named.len() < NAMED_SOURCES;
         if room {
             self.named.insert(source, now);

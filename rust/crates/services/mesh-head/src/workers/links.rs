@@ -1,4 +1,5 @@
-//! Workers on their QUIC links: Hello and Welcome, load reports, what they offer to rings and how their parts in them are.
+//! Workers on their QUIC links: Hello and Welcome, load reports, offers for rings and the state of their
+//! parts.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -177,7 +178,7 @@ async fn follow_control(
 ) -> Result<(), StreamFailure> {
     let (mut send, mut recv) = control.split();
     recv.limit(CONTROL_MESSAGE);
-    // What a worker may say in a while; more waits, and in the end the worker itself.
+    // Messages that a worker may send in a while; more of them wait, and in the end the worker itself.
     let mut credit = CONTROL_BURST;
     let mut refill = tokio::time::interval(CONTROL_WINDOW);
     refill.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

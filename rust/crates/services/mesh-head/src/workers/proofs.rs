@@ -37,7 +37,7 @@ pub(super) async fn prove(mesh: Arc<Mesh>, id: WorkerId, link: Link) {
             let (mesh, link) = (&mesh, &link);
             running.push(async move {
                 if !prove_model(mesh, id, link, &proof).await {
-                    // Whatever the registry makes of that, nobody is asked without end: a link that is closed refuses at once.
+                    // Whatever the registry makes of that, the questions end: a closed link refuses at once.
                     tokio::time::sleep(PROOF_PAUSE).await;
                 }
                 proof.model
@@ -112,7 +112,7 @@ async fn prove_model(mesh: &Mesh, id: WorkerId, link: &Link, proof: &Proof) -> b
     answered
 }
 
-/// A request that only is to show that a token comes back, and which.
+/// A request that only shows whether a token comes back, and which.
 struct Probe<'a> {
     mesh: &'a Mesh,
     id: WorkerId,
@@ -163,8 +163,8 @@ impl From<StreamFailure> for Unproven {
 }
 
 impl Probe<'_> {
-    /// A few tokens, with what the worker thinks of others in their place. The question looks like a client's: a worker that knew it for
-    /// the head's could answer it alone honestly.
+    /// A few tokens, with the worker's probabilities of others in their place. The question looks like a
+    /// client's: a worker that recognised it as the head's could answer only such questions honestly.
     async fn tokens(&mut self, link: &Link) -> Result<Sample, Unproven> {
         let text = self.proof.question.text.clone();
         let message = ChatMessage {
@@ -429,7 +429,7 @@ fn positions_of(delta: &Delta) -> Vec<Position> {
     positions.collect()
 }
 
-/// Interval at which it is looked who is to prove itself.
+/// Interval between looks for workers that have to prove themselves.
 const PROOF_PAUSE: Duration = Duration::from_millis(250);
 
 /// Time for which what a worker says of a probe counts.

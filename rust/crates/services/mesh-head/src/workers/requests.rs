@@ -79,7 +79,7 @@ fn lost(error: StreamFailure) -> Failure {
     Failure::Lost(error.to_string())
 }
 
-/// Numbers of a vector whose length nobody knows.
+/// Numbers of a vector of unknown length.
 const LONGEST_VECTOR: usize = 8192;
 
 /// Interval at which a worker is asked to say that a request lives, in milliseconds.
@@ -103,5 +103,5 @@ pub(crate) fn error_of(message: &Message) -> Failure {
     }
 }
 
-/// A step that came back so lately shows that the engine works.
+/// Age of the last step up to which the engine counts as working.
 const GETS_ON: Duration = Duration::from_secs(5);

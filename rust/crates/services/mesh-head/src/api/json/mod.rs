@@ -1,10 +1,10 @@
 //! Reading JSON as real clients send it.
 //!
-//! Strings cut in the middle of an emoji hold half of a surrogate pair, as an escape or as bytes; JSON's own reader refuses them, and a
-//! conversation that holds one would be refused for ever. Half a pair is read as U+FFFD, a whole pair in bytes (CESU-8) as its character.
-//! A byte order mark is skipped.
+//! Strings cut in the middle of an emoji hold half of a surrogate pair, as an escape or as bytes; JSON's own
+//! reader refuses them, and a conversation that holds one would be refused on every turn. Half a pair is read
+//! as U+FFFD, a whole pair in bytes (CESU-8) as its character. A byte order mark is skipped.
 //!
-//! What is read is bounded in number and depth, see `bounded`.
+//! Values are bounded in number and depth, see `bounded`.
 
 mod bounded;
 

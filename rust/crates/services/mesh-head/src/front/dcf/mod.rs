@@ -132,7 +132,8 @@ fn reassembler() -> Reassembler<TaskKey> {
     let usual = chunk::Limits::default();
     let limits = chunk::Limits {
         timeout: CHUNKS_KEPT,
-        // The longest payload, with its bookkeeping. Where there is no more, whoever holds the most of it gives way.
+        // The longest payload, with its bookkeeping. When memory runs out, the client that holds the most of
+        // it gives way.
         max_bytes: usual.max_payload / 8 * 9,
         ..usual
     };
@@ -324,7 +325,7 @@ impl Intake {
                         return self.refuse(peer, sequence, code, &error.to_string());
                     }
                 };
-                // What is left of the answer to an earlier task of that name is nothing to this one.
+                // Chunks left over from the answer to an earlier task of that name are not part of this one.
                 self.port.large.stop(key);
                 let port = self.port.clone();
                 self.port
@@ -334,7 +335,7 @@ impl Intake {
         }
     }
 
-    /// Says that a task runs, and what it waits for.
+    /// Reports that a task runs, and the cause of its wait.
     fn send_ack(&mut self, key: TaskKey) {
         let ack = self.port.ack(key);
         queue(&mut self.replies, (key.client, key.version), &ack);
@@ -611,7 +612,7 @@ const ASK_AFTER_TASK: &[u8] = b"task";
 const NOT_TRUSTED: &str = "your address is not trusted here: see trusted_networks";
 /// Bytes that a task is charged besides its payload, for the answer that it may become.
 const PER_TASK: u64 = 16 << 10;
-/// Bytes of an Error's text; it may quote what the client sent.
+/// Most bytes of an Error's text, which may quote the client's payload.
 const LONGEST_ERROR: usize = 4096;
 const WARN_EVERY: Duration = Duration::from_secs(60);
 /// Time that Chunks of a Task wait for the others.

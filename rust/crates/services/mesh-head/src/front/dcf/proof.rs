@@ -1,8 +1,8 @@
-//! Clients that have shown that they have the address that they send from.
+//! Clients that have proved that they receive datagrams at their address.
 //!
-//! An answer may have hundreds of times the bytes of its Task, so it must not go to an address that somebody else wrote into a
-//! datagram. A client that is not known gets a cookie and is served when it has sent the cookie back. Nothing is kept for it
-//! meanwhile, and no answer here is longer than what it answers.
+//! An answer may have hundreds of times the bytes of its Task, so it must not go to a forged address. An
+//! unknown client gets a cookie and is served when it has sent the cookie back. No state is kept for it
+//! meanwhile, and no answer here is longer than the datagram that it answers.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};

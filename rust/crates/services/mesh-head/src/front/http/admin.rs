@@ -200,7 +200,7 @@ fn describe(worker: &Worker, round_trip_ms: Option<f64>, offers: bool, now: Inst
             prefill_tokens_per_second: model.prefill_tps,
         })
         .collect();
-    // Who holds only parts of models has nothing to prove by itself.
+    // Workers that hold only parts of models have nothing to prove by themselves.
     let only_parts = worker.models.is_empty() && offers;
     let counted_on = !worker.models.is_empty() && worker.models.iter().all(|m| m.answers(now));
     let answers = worker.proven || counted_on || worker.is_legacy() || only_parts;

@@ -13,9 +13,9 @@ use crate::api::invalid::Invalid;
 /// An error of the HTTP API.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ApiError {
-    /// HTTP status.
+    /// Status of the HTTP response.
     pub status: StatusCode,
-    /// Message for people.
+    /// Message for people, in English.
     pub message: String,
     /// Field of the request that is to blame.
     pub param: Option<String>,
@@ -58,7 +58,7 @@ impl ApiError {
         }
     }
 
-    /// No room at the moment, whoever asks.
+    /// The head has no room at the moment, for any client.
     pub(crate) fn overloaded(message: String) -> Self {
         Self {
             retry_after: Some(1),

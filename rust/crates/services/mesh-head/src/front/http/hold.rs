@@ -19,9 +19,9 @@ use crate::mesh::Lease;
 /// Times at which a whole answer begins to be sent before it is complete.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Hold {
-    /// After this time; 0 is never.
+    /// Time before the first blank; 0 means never.
     pub after: Duration,
-    /// Between two blanks.
+    /// Interval between two blanks.
     pub every: Duration,
 }
 

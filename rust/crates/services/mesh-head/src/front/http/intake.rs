@@ -1,4 +1,5 @@
-//! Bodies of requests: read within what their client may take of this head's memory, and parsed where they hold up nobody.
+//! Reads bodies of requests within their client's share of the head's memory, and parses them where they hold
+//! up no other request.
 
 use axum::body::{Body, Bytes};
 use axum::http::StatusCode;

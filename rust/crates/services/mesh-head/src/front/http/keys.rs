@@ -1,4 +1,4 @@
-//! API keys: who may use the API, who may administer the mesh, and how much of it one client may take.
+//! API keys: admit clients and administrators, and limit the use by each client.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -137,7 +137,7 @@ impl Keys {
             Caller::Admin => self.1.of(&known.admin),
             Caller::Key(number) => {
                 let found = known.api.iter().find(|(_, known)| *known == number);
-                // A key that was taken away in this moment shares with nobody.
+                // A key that was removed in this moment shares with no other.
                 found.map_or_else(ids::unique, |(hash, _)| self.1.of(hash))
             }
         }
@@ -216,11 +216,11 @@ impl Known {
 /// The client of a request, as limits count it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Client {
-    /// By key.
+    /// Caller by its key.
     pub caller: Caller,
     /// By address, which counts where there are no keys.
     pub address: Option<IpAddr>,
-    /// See [`Keys::salt`].
+    /// Salt of its cached prompts; see [`Keys::salt`].
     pub salt: u64,
 }
 

@@ -1,7 +1,8 @@
 //! The OpenAI API, health and administration.
 //!
-//! Wire-compatible with the OpenAI clients: fields, errors and streams are theirs, and answers carry `timings`. Which fields of which
-//! servers are read, refused and ignored stands in `fields::known`, all of it for programs in openapi.json.
+//! Wire-compatible with the OpenAI clients: fields, errors and streams are theirs, and answers carry
+//! `timings`. `fields::known` lists the fields that are read, refused and ignored; openapi.json has them all
+//! for programs.
 
 mod admin;
 mod answer;
