@@ -163,7 +163,7 @@ impl Exchange {
         }
     }
 
-    /// Takes in what the head says; `None` when it breaks off.
+    /// Takes in a message of the head; `None` when it breaks off.
     fn heard(&mut self, received: Result<Option<Message>, StreamFailure>) -> Option<()> {
         match received {
             // It has nothing more to say, and still listens.

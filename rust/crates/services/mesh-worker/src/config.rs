@@ -1,4 +1,4 @@
-//! The worker's configuration: what every key means, its default, and what is checked before anything starts.
+//! The worker's configuration: the keys, their defaults, and the checks before anything starts.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -34,11 +34,11 @@ pub struct Config {
     pub models: Vec<String>,
     /// Models of which this worker holds a range of layers if the head wants it to; named like `models`.
     pub shards: Vec<String>,
-    /// Folders with models.
+    /// Folders in which models are looked up by name.
     pub model_dirs: Vec<PathBuf>,
     /// Purposes that this node is reserved for: `chat`, `embeddings`, `images`; empty means any.
     pub reserved_for: Vec<String>,
-    /// Embedding models.
+    /// Settings of embedding models.
     pub embed: EmbedConfig,
     /// Folder whose models are served whole as they appear, and withdrawn when they vanish.
     pub local_models: Option<PathBuf>,
@@ -71,13 +71,13 @@ pub struct Config {
     pub drain_limit: Duration,
     /// Networks whose plain DCF is accepted, besides loopback and the v5.0.0 head.
     pub trusted_networks: Vec<Network>,
-    /// Health and metrics.
+    /// The HTTP listener for health and metrics.
     pub http: HttpConfig,
-    /// Weights of models, and what is kept of them.
+    /// Format of models' weights, and the cache of quantised weights.
     pub weights: WeightsConfig,
     /// Running models together with other workers.
     pub ring: RingConfig,
-    /// DCF over UDP.
+    /// Settings of DCF over UDP.
     pub dcf: DcfConfig,
     /// Serving a head of DCF v5.0.0 or v5.1.
     pub legacy: LegacyConfig,
@@ -87,17 +87,17 @@ pub struct Config {
     pub log_level: Option<String>,
 }
 
-/// Health and metrics.
+/// Settings of the HTTP listener for health and metrics.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HttpConfig {
-    /// Address and port.
+    /// Address and port of the listener.
     pub listen: SocketAddr,
     /// Names, besides this machine's own, under which browsers may reach it on loopback.
     pub hosts: Vec<String>,
 }
 
-/// Embedding models.
+/// Settings of embedding models.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct EmbedConfig {
@@ -117,7 +117,7 @@ impl Default for EmbedConfig {
     }
 }
 
-/// Weights of models, and what is kept of them.
+/// Format of models' weights, and the cache of quantised weights.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct WeightsConfig {
@@ -172,7 +172,7 @@ pub struct RingConfig {
     /// Address at which other workers reach this one, QUIC over UDP. Used only if there are `shards`, or
     /// models that come from elsewhere.
     pub listen: SocketAddr,
-    /// Most memory for parts and their KV cache; by default most of what is free at the start.
+    /// Most memory for parts and their KV cache; by default most of the memory that is free at the start.
     #[serde(with = "units::optional_bytes")]
     pub memory: Option<u64>,
     /// Format in memory of the weights; `auto` is as in the file or 8-bit integers, whichever is faster on
@@ -186,12 +186,13 @@ pub struct RingConfig {
 pub struct StoreConfig {
     /// Folder of the store; `store` in `state_dir` by default.
     pub dir: Option<PathBuf>,
-    /// Most bytes that they may take; what was not used for longest goes first. By default all but 1 GiB of the disk.
+    /// Most bytes that they may take; the least recently used model goes first. By default all but 1 GiB of
+    /// the disk.
     #[serde(with = "units::optional_bytes")]
     pub limit: Option<u64>,
     /// Get models from the Hugging Face hub that no worker has.
     pub hub: bool,
-    /// Get models from other workers, and give them what is here.
+    /// Get models from other workers, and give them the models here.
     pub peers: bool,
     /// Take only models whose manifest is signed by one of `trusted_keys`.
     pub require_signature: bool,
@@ -199,7 +200,7 @@ pub struct StoreConfig {
     pub trusted_keys: Vec<PathBuf>,
 }
 
-/// DCF over UDP.
+/// Settings of DCF over UDP.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DcfConfig {
@@ -236,15 +237,15 @@ pub enum HeadVersion {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SamplingDefaults {
-    /// 0 is greedy.
+    /// Temperature; 0 is greedy.
     pub temperature: f32,
-    /// 0 is all.
+    /// Number of likeliest tokens to choose from; 0 is all.
     pub top_k: u32,
-    /// 1 is all.
+    /// Total probability of the likeliest tokens to choose from; 1 is all.
     pub top_p: f32,
-    /// 0 is all.
+    /// Least probability of a token, relative to the likeliest one; 0 is all.
     pub min_p: f32,
-    /// 1 is off.
+    /// Penalty on tokens that occurred before; 1 is off.
     pub repetition_penalty: f32,
     /// Most tokens of an answer; 0 is as many as the context holds.
     pub max_tokens: u32,

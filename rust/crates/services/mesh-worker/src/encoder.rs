@@ -173,7 +173,8 @@ pub(crate) async fn serve(stream: MsgStream, first: Message, host: &Arc<Host>) {
             let at = Stage::default();
             let mut answering = std::pin::pin!(answer(host, embed, arrived, &at));
             let mut broken_off = std::pin::pin!(async {
-                // Whatever else it says; only an end of its side is none.
+                // Messages are ignored, and the end of the head's side does not end the request; only an
+                // error does.
                 while let Ok(message) = recv.recv().await {
                     if message.is_none() {
                         std::future::pending::<()>().await;
@@ -215,7 +216,7 @@ pub(crate) async fn serve(stream: MsgStream, first: Message, host: &Arc<Host>) {
             return;
         }
         let _ = send.finish();
-        // What was sent must arrive before the stream's halves are dropped.
+        // Sent data must arrive before the stream's halves are dropped.
         send.stopped().await;
     }
     .instrument(span)

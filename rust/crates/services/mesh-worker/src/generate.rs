@@ -78,7 +78,7 @@ pub(crate) fn check_length(
 
 /// A prompt as the model will read it.
 pub(crate) enum Written {
-    /// As the model is to read it, control tokens and all.
+    /// Text to tokenise as it is, with its control tokens.
     Text(String),
     Tokens(Vec<u32>),
     /// A conversation, rendered by the model's template.

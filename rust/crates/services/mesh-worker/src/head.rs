@@ -119,7 +119,7 @@ pub(crate) fn unusable(error: TrustError) -> WorkerError {
 }
 
 impl HeadLink {
-    /// Keeps the link up until it is to stop, or until an error that trying again does not help.
+    /// Keeps the link up until shutdown, or until an error that a retry does not help.
     pub(crate) async fn run(self, mut identity: Option<NodeIdentity>) -> Result<(), WorkerError> {
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         // Refusals that trying again soon does not end.
@@ -283,7 +283,7 @@ impl HeadLink {
                 refusal: Some(Standing::Expelled),
             });
         }
-        // Where this machine or the way to the head fails, a token would be used up for nothing.
+        // If this machine or the path to the head fails, a token would be used up for nothing.
         if not_renewed.is_transient() || !matches!(not_renewed, JoinError::Refused { .. }) {
             return Err(text.into());
         }
@@ -706,7 +706,8 @@ pub(crate) fn read_token(config: &Config) -> Result<Option<JoinToken>, WorkerErr
         (Some(text), _) => (text.clone(), "`join_token`".to_owned()),
         (None, Some(path)) => match std::fs::read_to_string(path) {
             Ok(text) => (text, path.display().to_string()),
-            // Tokens are used once; who has joined may have thrown the file away. Whoever cannot use its identity hears of that.
+            // Tokens are used once; after the join their file may be gone. A worker that cannot use its
+            // identity is told of that.
             Err(_) if !has_never_joined(&config.state_dir) => return Ok(None),
             Err(source) => {
                 return Err(WorkerError::TokenFile {
@@ -741,7 +742,7 @@ const MOST_ADDRESSES: usize = 8;
 
 const HEARTBEAT: Duration = Duration::from_secs(2);
 const LOAD_INTERVAL: Duration = Duration::from_millis(250);
-/// The head hears at most so often of what is held and sought.
+/// Least interval between reports to the head of the models that are held and sought.
 const MODELS_INTERVAL: Duration = Duration::from_millis(200);
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(5);
 

@@ -50,7 +50,7 @@ pub(crate) struct Failure {
 /// The source that a model is loaded from.
 #[derive(Debug, Clone)]
 pub(crate) enum Source {
-    /// The file or folder that a name in the configuration means. What is loaded is [`Source::At`] a path.
+    /// The file or folder that a name in the configuration means. A loaded model has [`Source::At`] its path.
     Named,
     /// The same, offered in parts.
     Shard,
@@ -100,8 +100,9 @@ pub(crate) struct Hosted {
 }
 
 impl Host {
-    /// Loads every model of `config` that is a file at hand, starts its engine and lets it answer once, which also measures its
-    /// speed. Blocks for as long as that takes. What is wrong with one model is a failure of that one.
+    /// Loads every model of `config` that is a file at hand, starts its engine and lets it answer once, which
+    /// also measures its speed. Blocks for as long as that takes. A fault of one model becomes a [`Failure`]
+    /// of that model alone.
     ///
     /// # Errors
     /// If names in the configuration contradict each other, or none of them stands for a model.
@@ -172,7 +173,7 @@ impl Host {
         failed.clone()
     }
 
-    /// Notes what is wrong with a model, or that nothing is any more.
+    /// Notes a model's fault, or with `None` that it has none any more.
     pub(crate) fn set_failed(&self, name: &str, reason: Option<String>) {
         let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
         match reason {
@@ -222,7 +223,7 @@ impl Host {
         Some(Removed::Embed(encoders.remove(index)))
     }
 
-    /// Models that are in the store, and what is got from elsewhere.
+    /// The store of models, and the fetches from elsewhere.
     pub(crate) fn stored(&self) -> &Arc<Models> {
         &self.models
     }
@@ -232,7 +233,7 @@ impl Host {
         &self.templates
     }
 
-    /// Bounds what is prepared at once.
+    /// Bounds on the requests that are prepared at once.
     pub(crate) fn preparations(&self) -> &Preparations {
         &self.preparations
     }
@@ -371,7 +372,7 @@ impl Host {
 /// A model's name in the configuration, and where it lies or why it cannot be found.
 pub(crate) type Resolved = (String, Result<PathBuf, WorkerError>);
 
-/// The models that the names in the configuration stand for; those that come from elsewhere are left out.
+/// The models that the names in the configuration stand for, without those that come from elsewhere.
 pub(crate) fn find(config: &Config) -> Result<Vec<Resolved>, WorkerError> {
     let mut found = Vec::new();
     let mut names = HashSet::new();
@@ -482,7 +483,7 @@ impl Hosted {
         templates: Option<&Templates>,
     ) -> Result<Self, WorkerError> {
         let started = Instant::now();
-        // What loading needs is a multiple of what serving does.
+        // Loading takes a multiple of the memory that serving does.
         let _reclaim = Reclaim;
         let model = Model::open(path)?;
         let name = name.map_or_else(|| model.name(), str::to_owned);
@@ -504,7 +505,7 @@ impl Hosted {
             });
             let stage = load_stage(&model, &name, config);
             if stage.is_err() {
-                // Nobody needs it any more.
+                // No one needs it any more.
                 stop.store(true, Ordering::Relaxed);
             }
             let stage = stage?;
@@ -569,7 +570,7 @@ impl Hosted {
     }
 }
 
-/// Says once what is wrong with a model's chat template, and finds the token that it puts behind an answer.
+/// Logs the faults of a model's chat template once, and finds the token that it puts behind an answer.
 pub(crate) fn learn_turn_end(model: &Model, name: &str, templates: &Templates) {
     let template = model.template();
     if template.is_fallback() {
@@ -651,7 +652,7 @@ fn load_stage(model: &Model, name: &str, config: &Config) -> Result<Opened, Work
             model.know_fingerprint(&fingerprint);
         }
     }
-    // Why a GPU is not used it has logged.
+    // The log already has the reason for which a GPU is not used.
     let opened = mesh_engine_ort::open(model, layers, options, config.backend);
     opened.map_err(|error| WorkerError::Load {
         name: name.to_owned(),

@@ -32,7 +32,8 @@ pub(crate) struct Lan {
 }
 
 impl Lan {
-    /// Begins to look for the mesh that this worker belongs to, or is to join. `None` if the configuration does not allow it.
+    /// Begins to look for the mesh that this worker belongs to or should join. `None` if the configuration
+    /// does not allow it.
     pub(crate) fn start(config: &Config) -> Result<Option<Self>, WorkerError> {
         if !config.mdns {
             return Ok(None);

@@ -28,7 +28,7 @@ pub(crate) struct PlainDcf {
     pub(crate) socket: Arc<UdpSocket>,
     /// As configured at the start.
     pub(crate) config: Arc<Config>,
-    /// As configured now: whom to trust.
+    /// The current configuration, for the trusted networks.
     pub(crate) live: Arc<RwLock<Config>>,
     pub(crate) host: Arc<Host>,
     pub(crate) counters: Arc<Counters>,
@@ -216,7 +216,7 @@ impl Speech {
         self.heard = Some((version, now));
     }
 
-    /// The heartbeats that are to be sent now.
+    /// The heartbeats that are due now, as versions and sequences.
     fn beat(&mut self, now: Instant) -> Vec<(Version, u32)> {
         self.beats = self.beats.wrapping_add(1);
         let known = self.heard.filter(|(_, at)| now < *at + HEARD_FOR);

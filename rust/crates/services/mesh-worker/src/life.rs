@@ -1,8 +1,8 @@
 //! Signs of life of a request: the cause of its wait, sent to a head that asks for it, while no other message
 //! is sent.
 //!
-//! The timer only decides when to look. What is told comes from the engine, together with the time since the engine last
-//! completed a step, so that an engine that hangs is not vouched for.
+//! The timer only decides when to look. The cause comes from the engine, together with the time since the
+//! engine last completed a step, so that an engine that hangs shows as such.
 
 use std::pin::Pin;
 use std::time::{Duration, Instant};

@@ -82,7 +82,7 @@ impl Watched {
 }
 
 impl Loading {
-    /// Begins to load, in the background, what is not at hand, and to try again what failed.
+    /// Begins to load, in the background, the models that are not at hand, and to retry those that failed.
     pub(crate) fn begin(
         config: &Arc<Config>,
         host: &Arc<Host>,
@@ -141,8 +141,8 @@ impl Loading {
         loading
     }
 
-    /// Looks for models again now: at the folder, also for those in it that were refused, and for those that are to come
-    /// from elsewhere, without waiting until they would be tried again.
+    /// Looks for models again now: in the folder, also for those in it that were refused, and for those that
+    /// should come from elsewhere, without waiting for the next attempt.
     pub(crate) fn look_again(&self) {
         self.looks.send_modify(|count| *count += 1);
     }
@@ -150,7 +150,7 @@ impl Loading {
     /// Notes that the link to the head is up or down.
     pub(crate) fn linked(&self, linked: bool) {
         self.lock().linked = linked;
-        // What is not linked says why by itself.
+        // A lost link reports its reason by itself.
         if linked {
             self.show();
         }
@@ -187,8 +187,8 @@ impl Loading {
         }
     }
 
-    /// Loads a model that failed when its file has changed, or after a while. One that the folder's watcher served is loaded
-    /// after a while alone: when its file changes or vanishes, the watcher does what there is to do.
+    /// Loads a model that failed when its file has changed, or after a while. One that the folder's watcher
+    /// served is loaded only after a while: the watcher handles a change or a loss of its file.
     async fn again(
         self: Arc<Self>,
         failure: Failure,
@@ -222,7 +222,7 @@ impl Loading {
                     tracing::info!(model = name, "the model is served now");
                     (None, true)
                 }
-                // Somebody else loaded it.
+                // Another task loaded it.
                 Err(WorkerError::SameName { .. }) if matches!(source, Source::At(_)) => {
                     (None, true)
                 }
@@ -348,7 +348,8 @@ impl Loading {
         self.host.add(loaded.pinned(pin).from(source))
     }
 
-    /// Fetches what is needed to plan with a model, and offers its layers. Those are fetched when the head gives some to this worker.
+    /// Fetches the pieces that planning with a model needs, and offers its layers. The layers are fetched
+    /// when the head gives some to this worker.
     async fn offer(&self, name: &str) -> Result<(), WorkerError> {
         let models = self.host.stored();
         let failed = |reason: String| WorkerError::Fetch {
@@ -533,7 +534,7 @@ impl Loading {
         }
     }
 
-    /// Keeps what is said about it true.
+    /// Keeps the shown state of pending models up to date until none is left.
     async fn tell(self: Arc<Self>) {
         while !self.lock().pending.is_empty() {
             self.show();
@@ -655,7 +656,7 @@ mod tests {
         assert!(load.is_some() && !watched.took_over(load.as_ref()));
         watched.vanished(&path);
         assert!(watched.took_over(load.as_ref()));
-        // Loaded anew: it is another one.
+        // Loaded again: it is another one.
         watched.appeared(&path);
         assert!(watched.took_over(load.as_ref()));
         assert!(!watched.took_over(watched.load_of(&source).as_ref()));

@@ -1,7 +1,8 @@
 //! Bounds the requests that are prepared for an engine at once: rendered and tokenised.
 //!
-//! Preparation takes a multiple of a request's bytes. Short requests have places of their own, so that long ones hold up each other
-//! only; of those, one is prepared at a time and a few may wait with what they hold.
+//! Preparation takes a multiple of a request's bytes. Short requests have places of their own, so that long
+//! ones hold up only each other; of the long ones, one is prepared at a time and a few may wait with their
+//! memory.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,8 +20,8 @@ pub(crate) struct Preparations {
     held: Arc<AtomicUsize>,
 }
 
-/// A request's place; dropped, it is free. The blocking part of the preparation has it with it: that goes on when nobody waits for
-/// it any more.
+/// A request's place; dropping it frees it. The blocking part of the preparation owns it, since that part
+/// goes on when its request is gone.
 #[derive(Debug)]
 pub(crate) struct Place {
     _permit: OwnedSemaphorePermit,
@@ -72,7 +73,8 @@ impl Preparations {
     }
 }
 
-/// Does the part of a preparation that blocks. Its place is free when it is done, also if whoever asked is gone by then.
+/// Does the part of a preparation that blocks. Its place is free when it is done, even if its request is gone
+/// by then.
 pub(crate) async fn prepare<T: Send + 'static>(
     place: Place,
     work: impl FnOnce() -> T + Send + 'static,

@@ -1,12 +1,14 @@
 //! Chat templates, run in processes of their own.
 //!
 //! A template is a program that comes with a model. Its steps and its output are counted where it runs
-//! ([`mesh_model::chat`]), but a single step takes as much memory and time as the texts that it works on are long, and a loop
-//! can double them at every turn. Parsing it is such work, too. What a process may take, the system knows how to limit: [`serve`] is that process, and
-//! [`Templates`] asks it, waits so long and no longer, and starts another where one was lost.
+//! ([`mesh_model::chat`]), but a single step takes as much memory and time as the texts that it works on are
+//! long, and a loop can double them at every turn. The same holds for parsing it. The system can limit the
+//! memory of a process: [`serve`] is that process, and [`Templates`] asks it, waits for a limited time, and
+//! starts another where one was lost.
 //!
-//! Jobs and answers are frames: a length of 32 bits, big-endian, and so many bytes. A job is JSON; an answer's first byte says
-//! whether the rest is the prompt, why there is none, or why there will never be any.
+//! Jobs and answers are frames: a length of 32 bits, big-endian, and so many bytes. A job is JSON; an
+//! answer's first byte says if the rest is the prompt, the reason for a refusal, or a fault for which the
+//! template never works.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
@@ -76,7 +78,7 @@ impl TemplateError {
     }
 }
 
-/// Renders conversations.
+/// Renders conversations to prompts, each model's in a process of its own.
 #[derive(Debug)]
 pub struct Templates {
     /// `None` is for this process.
@@ -160,7 +162,7 @@ impl Templates {
     ) -> Result<String, TemplateError> {
         let seat = self.seat(template.source(), preparations::is_long(job.len()));
         let mut kept = seat.process.lock().await;
-        // One that waits for work may have been ended by somebody else, which is not this conversation's fault.
+        // An idle process may have been killed from outside, which is not this conversation's fault.
         if let Some(process) = kept.take()
             && let Some(answer) = process.ask(job, &mut kept).await?
         {
@@ -207,7 +209,7 @@ impl Process {
             .current_dir("/")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            // What is pressed at a terminal is for the worker, which ends it.
+            // Keys at a terminal signal the worker, which ends this process itself.
             .process_group(0)
             .kill_on_drop(true);
         if let Some(libraries) = std::env::var_os("LD_LIBRARY_PATH") {
@@ -290,7 +292,7 @@ pub fn serve(mut jobs: impl Read, mut answers: impl Write) -> io::Result<()> {
         let mut job = Vec::new();
         let wanted = u64::from(u32::from_be_bytes(len));
         jobs.by_ref().take(wanted).read_to_end(&mut job)?;
-        // Should nobody be left to end it.
+        // In case the worker dies without ending it.
         alarm::set(2 * TIME.as_secs() as u32);
         let (kind, text) = match render_job(&job, &mut last) {
             Ok(text) => (PROMPT, text),

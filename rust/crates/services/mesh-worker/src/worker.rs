@@ -32,7 +32,7 @@ use crate::metrics::{Counters, EngineCollector};
 use crate::models::Models;
 use crate::templates::Templates;
 
-/// Starts workers.
+/// Entry point that starts workers.
 pub struct Worker;
 
 /// A running worker.
@@ -201,8 +201,9 @@ impl Live {
     /// The keys of the configuration that [`Live::reload`] applies, besides `log_level`.
     pub const KEYS: [&str; 1] = ["trusted_networks"];
 
-    /// Puts the reloadable keys of `fresh` into effect, reads the certificate again, and looks again for models: at the folder
-    /// of local ones, also for those that were refused, and for those that did not come so far.
+    /// Puts the reloadable keys of `fresh` into effect, reads the certificate again, and looks again for
+    /// models: in the folder of local ones, also for those that were refused, and for those that did not come
+    /// so far.
     pub fn reload(&self, fresh: &Config, report: &mut Report) {
         if let Some(identity) = self.identity.get() {
             report.step("certificate", identity.reload());
@@ -432,7 +433,7 @@ impl Progress {
 /// Time for which a start waits for the head's answer to a join before it reads models meanwhile.
 const JOIN_FIRST: Duration = Duration::from_secs(5);
 
-/// Files of the state directory that nobody else may read.
+/// Files of the state directory that only the worker's user may read.
 const SECRETS: [&str; 1] = ["node.key"];
 
 const HOUSEKEEPING: Duration = Duration::from_millis(500);

@@ -1,4 +1,5 @@
-//! Gets pieces of one model from several workers at once. What to ask of whom is decided by [`Swarm`].
+//! Gets pieces of one model from several workers at once. [`Swarm`] decides which piece to ask of which
+//! worker.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -208,7 +209,7 @@ impl Fetch {
         let mut told = self.models.told();
         let mut look = tokio::time::interval(LOOK);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        // Somebody always waits at the start.
+        // At the start at least one request waits.
         let mut idle = false;
         while !idle {
             let timer = self.swarm.next_timer();
@@ -227,7 +228,7 @@ impl Fetch {
                 }
                 () = due => {}
             }
-            // What else has come is taken in before anything is decided.
+            // All other events are taken in before anything is decided.
             while let Ok((source, news)) = incoming.try_recv() {
                 self.take(source, news);
             }
@@ -276,7 +277,7 @@ impl Fetch {
                 self.swarm.gone(&source);
                 if let Some(gone) = self.sources.remove(&source) {
                     tracing::debug!(model = self.name, worker = gone.name, reason, "source gone");
-                    // Who has not got it will hardly have it in a moment.
+                    // A worker that has not got it will hardly have it in a moment.
                     let pause = if reason.starts_with(REFUSES) {
                         REFUSED
                     } else {
@@ -293,7 +294,7 @@ impl Fetch {
         }
     }
 
-    /// Carries out what the swarm decides.
+    /// Carries out the swarm's decisions.
     fn act(&mut self) {
         for action in self.swarm.poll(Instant::now()) {
             match action {
@@ -430,7 +431,7 @@ impl Fetch {
             self.rest = Some(Instant::now() + failed.pause);
             error = Some(failed.to_string());
         }
-        // What is lacking still is fetched as before.
+        // Pieces that are still missing are fetched as before.
         let mut lacking = PieceSet::none(self.held.pieces());
         for want in &self.waiting {
             lacking.union(&self.held.missing(&want.pieces));
@@ -482,7 +483,7 @@ impl Fetch {
             if matches!(error, StoreError::Mismatch { .. }) {
                 self.disown(&text).await;
             } else {
-                // What was not stored is not here, and is fetched again by who asks again.
+                // Pieces that were not stored are not here, and are fetched again on the next request.
                 self.sources.clear();
                 self.swarm = Swarm::new([], self.swarm.settings().clone());
                 self.look_again().await;
@@ -513,7 +514,7 @@ impl Fetch {
             let mut names = names
                 .iter()
                 .filter(|named| named.fingerprint == fingerprint);
-            // What this machine has of its own is not for another worker's manifest to remove.
+            // Another worker's manifest must not remove this machine's own files.
             let from_others = names.next().is_some_and(|first| {
                 first.is_from_worker() && names.all(mesh_store::Named::is_from_worker)
             });
@@ -553,7 +554,7 @@ impl Fetch {
 
     /// Cleans up when no request waits any more. Returns true if that is the end.
     async fn end(&mut self, wants: &mpsc::UnboundedReceiver<Want>) -> bool {
-        // What cannot be kept was said to who waited for it.
+        // Errors of the store were reported to the requests that waited.
         if self.close(true).await.is_err() {
             self.look_again().await;
         }

@@ -1,4 +1,4 @@
-//! A model of the store that others may have pieces of: which are here, and how they are read.
+//! A model of the store, its pieces that are here, and how they are read for other workers.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -32,12 +32,12 @@ pub(crate) struct Held {
     hearsay: Mutex<Vec<String>>,
     /// Files that were opened to be read from, with the paths that they had then.
     open: Mutex<HashMap<u32, (PathBuf, std::sync::Arc<File>)>>,
-    /// Counts the changes of what is here.
+    /// Counts the changes of the pieces that are here.
     changes: watch::Sender<u64>,
 }
 
 impl Held {
-    /// A model whose manifest is in the store, with what is there of it.
+    /// A model whose manifest is in the store, with its pieces that are there.
     pub(super) fn new(store: &Store, fingerprint: Digest, signed: SignedManifest) -> Self {
         let ids: Vec<PieceId> = signed.manifest.pieces().collect();
         let mut first = Vec::new();
@@ -224,7 +224,7 @@ impl Held {
         let mut bytes = vec![0; described.bytes as usize];
         file.read_exact_at(&mut bytes, described.offset)?;
         if !described.is(&bytes) {
-            // The disk, or somebody who wrote into a file outside the store.
+            // The disk is faulty, or another program wrote into the file.
             let mut here = self.here.write().unwrap_or_else(PoisonError::into_inner);
             here.remove(piece);
             return Err(io::Error::other(format!(
@@ -261,7 +261,8 @@ impl Held {
         news
     }
 
-    /// Takes in a name that the store has. On the hub's names another worker's word is none: it waits until somebody vouches.
+    /// Takes in a name from the store. For names of the hub another worker's word does not count: the name
+    /// waits until it is vouched for.
     pub(super) fn add_known(&self, named: &Named) {
         if named.is_hearsay() && origin::is_name(&named.name) {
             let mut hearsay = self.hearsay.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,10 +1,12 @@
-//! The models of this worker that are not files at hand: finds them in the store, gets what is missing from other workers or from
-//! the hub, and gives others what is here.
+//! The models of this worker that are not files at hand: finds them in the store, gets missing pieces from
+//! other workers or from the hub, and gives others the pieces that are here.
 //!
-//! Names that mean nothing anywhere are refused at the start (`wanted`). [`Models::obtain`] finds a model by a name and gives its [`Held`] (`seek`, `origin`); [`Models::fetch`] gets pieces of it
-//! (`fetch`, a task for each model that is fetched; `source`, one for each worker that sends some). That a model from another worker
-//! is what its name says somebody has to know who is none of them (`vouch`). `serve` is the other side. Who
-//! has what the head says: it hears what this worker holds and seeks ([`Models::report`]) and answers with [`Sources`].
+//! Names that cannot mean anything are refused at the start (`wanted`). [`Models::obtain`] finds a model by a
+//! name and returns its [`Held`] (`seek`, `origin`); [`Models::fetch`] gets pieces of it (`fetch`, a task for
+//! each model that is fetched; `source`, one for each worker that sends some). A model from another worker
+//! must be vouched for by a third party before it is taken under its name (`vouch`). `serve` is the other
+//! side. The head knows the holders of a model: this worker reports the models that it holds and seeks
+//! ([`Models::report`]), and the head answers with [`Sources`].
 
 mod fetch;
 mod held;
@@ -75,7 +77,7 @@ pub(crate) struct Models {
 struct State {
     sought: BTreeMap<String, SoughtModel>,
     bad: Vec<BadSource>,
-    /// Counts changes of what the head should hear.
+    /// Counts changes of the report to the head.
     version: u64,
 }
 
@@ -96,7 +98,8 @@ struct Counters {
 }
 
 impl Models {
-    /// Opens the store if the configuration needs it, and checks that what it names can come from somewhere.
+    /// Opens the store if the configuration needs it, and checks that each configured name may exist
+    /// somewhere.
     pub(crate) fn open(config: &Arc<Config>) -> Result<Arc<Self>, WorkerError> {
         let store_config = &config.store;
         let failed = |reason: String| WorkerError::ModelStore { reason };
@@ -170,7 +173,7 @@ impl Models {
         *lock(&self.lan) = Some(found);
     }
 
-    /// The head says where to get what is sought.
+    /// Takes in the head's sources of the models that are sought.
     pub(crate) fn sources(&self, sources: Sources) {
         let models = sources.models.into_iter();
         let by_name = models.map(|model| (model.name.clone(), model)).collect();
@@ -266,7 +269,8 @@ impl Models {
         }
     }
 
-    /// Looks again what is here of models whose manifests have this name: the file of one may have become another's.
+    /// Checks again which pieces are here of models whose manifests have this name: the file of one may have
+    /// become another's.
     async fn look_at(&self, name: &str) {
         let all = lock(&self.held).values().cloned().collect::<Vec<_>>();
         let called = all.into_iter().filter(|held| held.manifest().name == name);
@@ -358,7 +362,7 @@ impl Models {
         lock(&self.false_manifests).contains(fingerprint)
     }
 
-    /// Ends a model's fetch task, unless somebody wants something by now.
+    /// Ends a model's fetch task, unless a new request came by now.
     fn end_fetch(&self, fingerprint: &Digest, wants: &mpsc::UnboundedReceiver<Want>) -> bool {
         let mut fetches = lock(&self.fetches);
         let ends = wants.is_empty();
@@ -393,7 +397,7 @@ impl Models {
             .then(|| lock(&self.held).get(&fingerprint).cloned())?
     }
 
-    /// Workers that may have pieces of a model, by what was told.
+    /// Workers that may have pieces of a model, according to the head.
     fn seats(&self, told: &BTreeMap<String, ModelSources>, held: &Held) -> Vec<Seat> {
         let fingerprint = held.fingerprint().to_string();
         let own = lock(&self.net)
@@ -432,7 +436,7 @@ impl Models {
         lock(&self.net).as_ref().map(|net| net.peers.clone())
     }
 
-    /// Notes what is sought and how far it is.
+    /// Notes that a model is sought, with its progress.
     fn seeks(&self, name: &str, change: impl FnOnce(&mut SoughtModel)) {
         let mut state = lock(&self.state);
         let sought = state.sought.entry(name.to_owned()).or_default();

@@ -1,4 +1,4 @@
-//! Gets a model from the hub, when the head gives this worker the errand.
+//! Gets a model from the hub, when the head gives this worker its download.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -60,7 +60,7 @@ impl Watch for Counting {
 #[error("{reason}")]
 pub(super) struct OriginError {
     reason: String,
-    /// For how long it is to be left alone.
+    /// Time for which it is left alone.
     pub(super) pause: Duration,
 }
 
@@ -149,7 +149,7 @@ pub(super) async fn expected(name: &str) -> Result<Expected, String> {
     asking.await.map_err(|error| error.to_string())?
 }
 
-/// Nobody watches a few kilobytes.
+/// Shows no progress: the answer is a few kilobytes.
 struct Silent;
 
 impl Watch for Silent {

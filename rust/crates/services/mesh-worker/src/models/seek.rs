@@ -25,7 +25,7 @@ impl Models {
             .or_default()
             .clone();
         let _turn = turn.lock().await;
-        // The store's word counts before the manifest's, and what is here before what was replaced.
+        // The store's names count before the manifest's, and present models before replaced ones.
         let known = lock(&self.held)
             .values()
             .filter(|held| held.is_called(name) && !self.is_disowned(&held.fingerprint()))
@@ -63,7 +63,7 @@ impl Models {
         // Manifests that claim this name and are another model, and since when there is one.
         let mut others: BTreeMap<Digest, String> = BTreeMap::new();
         let mut since: Option<Instant> = None;
-        // Until when the hub is left alone.
+        // Time until which the hub is left alone.
         let mut rest: Option<Instant> = None;
         loop {
             if rest.is_some_and(|until| until <= Instant::now()) {
@@ -77,7 +77,7 @@ impl Models {
             {
                 self.tell_others(name, &others);
             }
-            // A head that knows nothing of refusals tells of the refused one for ever.
+            // A head that does not know refusals would name the refused one again and again.
             let own = since.is_some_and(|since| since.elapsed() >= ON_ITS_OWN) && self.may_go(name);
             if rest.is_none() && (own || self.has_errand(name, sources.as_ref())) {
                 match self.run_errand(name, store, own).await {
@@ -140,7 +140,7 @@ impl Models {
                     }
                     since.get_or_insert_with(Instant::now);
                     self.tell_others(name, &others);
-                    // The hub answers: somebody is to go there.
+                    // The hub answers, so a worker has to download from it.
                     self.seeks(name, |sought| sought.origin_error.clear());
                 } else {
                     self.seeks(name, |sought| sought.origin_error.clone_from(&reason));
@@ -161,8 +161,8 @@ impl Models {
         }
     }
 
-    /// Has the head know which manifests are not taken under a name. What this worker found out about files is its own; what the
-    /// name means the hub says, for all.
+    /// Reports to the head the manifests that are not taken under a name. This worker's findings about files
+    /// count for itself only; the hub's word about the name counts for all.
     fn tell_others(&self, name: &str, others: &BTreeMap<Digest, String>) {
         let (unusable, refused): (Vec<&Digest>, Vec<&Digest>) =
             others.keys().partition(|other| self.is_disowned(other));
@@ -182,7 +182,7 @@ impl Models {
         .cloned()
     }
 
-    /// Names a model of the store, if somebody vouches for it by now.
+    /// Names a model of the store, if the name is vouched for by now.
     async fn name_stored(
         self: &Arc<Self>,
         name: &str,
@@ -241,7 +241,7 @@ impl Models {
     /// Returns true if this worker is the one that gets a model from outside the mesh.
     pub(super) fn has_errand(&self, name: &str, sources: Option<&ModelSources>) -> bool {
         let may = || self.may_go(name);
-        // Who has no head, or may not take from others, asks nobody.
+        // A worker without a head, or one that may not take from others, asks no one.
         let alone = !self.config.has_head() || !self.config.store.peers;
         (alone || sources.is_some_and(|sources| sources.origin)) && may()
     }
@@ -286,7 +286,7 @@ impl Models {
         Ok(Some(self.hold(held)))
     }
 
-    /// Takes a manifest in that the worker `from` gave, if somebody else vouches that it is `name`.
+    /// Takes in a manifest from the worker `from`, if another party vouches that it is `name`.
     async fn keep(
         self: &Arc<Self>,
         name: &str,
@@ -315,7 +315,7 @@ impl Models {
         let (held, was_here) = kept.map_err(|error| failed(error.to_string()))?;
         let known = lock(&self.held).get(&held.fingerprint()).cloned();
         let held = known.unwrap_or_else(|| Arc::new(held));
-        // Nobody hears of it by that name before all of it is known.
+        // The name is not reported before all of the model is known.
         if let Err(doubt) = self.check_contents(&held, vouched.unchecked).await {
             let (store, fingerprint) = (store.clone(), held.fingerprint());
             drop(held);

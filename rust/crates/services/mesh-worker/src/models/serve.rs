@@ -67,7 +67,8 @@ async fn manifest(
     Ok(())
 }
 
-/// Says what is here, and again when there is more; sends what is asked for, piece after piece.
+/// Reports the pieces here, and again when there are more; sends the pieces that are asked for, one after
+/// another.
 async fn pieces(models: &Arc<Models>, first: Message, mut stream: MsgStream) {
     let hello = PiecesHello::decode(first.payload).unwrap_or_default();
     let Some(held) = models.shared(&hello.fingerprint) else {
@@ -195,6 +196,6 @@ fn unknown(fingerprint: &str) -> Message {
 const MOST_QUEUED: usize = 256;
 /// Least interval between reports of new pieces to other workers.
 const NEWS: Duration = Duration::from_millis(100);
-/// For which a worker may take nothing of what it asked for: a block is a quarter of a megabyte.
+/// Time for which a worker may take none of the pieces that it asked for: a block is a quarter of a megabyte.
 const STUCK: Duration = Duration::from_secs(60);
 const GOODBYE: Duration = Duration::from_secs(5);

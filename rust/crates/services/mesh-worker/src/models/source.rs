@@ -315,7 +315,7 @@ mod tests {
         }
         assert!(take_part(&mut coming, wanted(1, 10), &part(1, 6, 4)).is_ok());
         assert_eq!(coming.as_ref().map(|coming| coming.data.len()), Some(10));
-        // Another piece begins anew.
+        // Another piece starts from its beginning.
         assert!(take_part(&mut coming, wanted(2, 10), &part(2, 3, 3)).is_err());
         let block = BLOCK + 1;
         assert!(take_part(&mut coming, wanted(2, 1 << 20), &part(2, 0, block)).is_err());

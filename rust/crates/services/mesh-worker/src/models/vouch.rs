@@ -1,8 +1,9 @@
-//! That a model is what its name says: nobody who offers a file is believed about that.
+//! Checks that a model is what its name says: the worker that offers a file is not believed about that.
 //!
-//! In this order: an operator's pin at the head; the hub, which says in a few kilobytes which files a model consists of, wherever
-//! their bytes come from; where it does not say, a signature of a key that the operator trusts; else the pin that the head keeps for
-//! the name. What nobody vouches for is not taken under that name.
+//! These count, in this order: an operator's pin at the head; the hub, which lists a model's files in a few
+//! kilobytes, wherever their bytes come from; where it does not, a signature of a key that the operator
+//! trusts; else the pin that the head keeps for the name. A model that none of them vouches for is not taken
+//! under that name.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -20,7 +21,7 @@ use super::{Models, lock, origin};
 pub(super) struct Vouched {
     /// The party that vouches, for people.
     pub(super) by: String,
-    /// Files whose content is still to be compared with what the hub says.
+    /// Files whose content has yet to be compared with the hub's list.
     pub(super) unchecked: Vec<Unchecked>,
 }
 
@@ -40,7 +41,8 @@ pub(super) struct HubWords(pub(super) Mutex<BTreeMap<String, (Instant, HubWord)>
 type HubWord = Result<Arc<Expected>, String>;
 
 impl Models {
-    /// Finds out who vouches that the model with this manifest is called `name`. `told` is what the head said of that name.
+    /// Finds a party that vouches that the model with this manifest is called `name`. `told` is the head's
+    /// answer about that name.
     pub(super) async fn vouch(
         &self,
         name: &str,
@@ -125,7 +127,7 @@ impl Models {
         )))
     }
 
-    /// Gets the files of which the hub tells no SHA-256, and compares them with what it tells.
+    /// Gets the files for which the hub gives no SHA-256, and compares them with the hub's data.
     pub(super) async fn check_contents(
         self: &Arc<Self>,
         held: &Arc<Held>,

@@ -240,13 +240,13 @@ impl Deployment {
             && seats(&ring) == seats(&self.ring)
             && let Some(peers) = self.rings.peers()
         {
-            // The same members once more: their links are to be made anew.
+            // The same members once more: their links have to be renewed.
             for node_id in seats(&ring).into_iter().flatten() {
                 peers.forget(&node_id);
             }
         }
         self.ring = ring;
-        // First what is no longer needed: there may be no room for both.
+        // First drop the parts that are no longer needed: there may be no room for both.
         self.parts.retain(|stage, _| wanted.contains(stage));
         if !drives && let Some(driver) = self.driver.take() {
             self.rings.withdraw(self.id);

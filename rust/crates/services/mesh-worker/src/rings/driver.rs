@@ -54,7 +54,7 @@ pub(super) enum Notice {
     Running { epoch: u32 },
     /// It has answered once.
     Warm { epoch: u32 },
-    /// A member does not answer; with `link`, what is passed on to it does not arrive.
+    /// A member does not answer; with `link`, messages that are passed on to it do not arrive.
     Suspect {
         stage: u32,
         reason: String,
@@ -174,10 +174,10 @@ impl DriverHandle {
     }
 }
 
-/// Hands on what the driver has to say. Runs on the engine's thread.
+/// Hands on the driver's output. Runs on the engine's thread.
 fn post(boxes: &Mutex<Boxes>, notices: &async_mpsc::UnboundedSender<Notice>, out: DriverOut) {
     let mut boxes = lock(boxes);
-    // A stream that is gone is noticed by whoever served it.
+    // The task that serves a stream notices when it is gone.
     match out {
         DriverOut::Step(step) => send(boxes.members.first(), message(MsgType::RING_STEP, &step)),
         DriverOut::Ping(ping) => {

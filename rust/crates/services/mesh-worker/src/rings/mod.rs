@@ -1,9 +1,9 @@
 //! This worker's parts of rings: one model over several machines.
 //!
-//! [`Rings`] is what the rest of the worker sees. For every ring that the head names it runs a `deployment`, a task that
-//! loads parts (`part`: a thread each), opens and serves the `streams` to the other members in every epoch and, where this
-//! worker has the last stage, starts the `driver`, an engine like that of a whole model. What is decided about rows, replays
-//! and mirrors is `mesh-pipeline`'s.
+//! [`Rings`] is the interface for the rest of the worker. For every ring that the head names it runs a
+//! `deployment`, a task that loads parts (`part`: a thread each), opens and serves the `streams` to the other
+//! members in every epoch and, where this worker has the last stage, starts the `driver`, an engine like that
+//! of a whole model. `mesh-pipeline` decides about rows, replays and mirrors.
 
 mod carrier;
 mod deployment;
@@ -223,7 +223,7 @@ impl Rings {
     /// Says again what there is if the paths to others have changed.
     fn offer(&self) {
         let shards = self.shards();
-        // What is not known yet cannot be offered; that there is nothing need not be said.
+        // A model that is not known yet cannot be offered; an empty offer need not be sent.
         if shards.is_empty() {
             return;
         }
@@ -251,10 +251,10 @@ impl Rings {
         }
     }
 
-    /// The link to the head is gone; what it deployed is of no more use to it.
+    /// The link to the head is gone: ends what it deployed.
     pub(crate) fn unlinked(&self) {
         *lock(&self.head) = None;
-        // Their tasks end when nobody can tell them anything any more.
+        // Their tasks end when their channels close.
         lock(&self.deployments).clear();
         self.changed.notify_waiters();
     }
@@ -318,8 +318,9 @@ impl Rings {
             .collect()
     }
 
-    /// Resolves when this worker may leave: no ring with others has a part here any more, the link to the head is gone, or
-    /// nobody has asked these rings anything for a while; to an idle ring a leave is no worse than a handing over.
+    /// Resolves when this worker may leave: no ring with others has a part here any more, the link to the
+    /// head is gone, or these rings have had no requests for a while; for an idle ring a leave is no worse
+    /// than a handover.
     pub(crate) async fn emptied(&self) {
         let begun = Instant::now();
         loop {
@@ -535,7 +536,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Rings that nobody asks anything for so long are idle.
+/// Time without requests after which rings count as idle.
 const IDLE: Duration = Duration::from_secs(3);
 
 /// Interval at which the fetched size of a part is noted.

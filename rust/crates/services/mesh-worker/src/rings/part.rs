@@ -77,7 +77,7 @@ pub(super) struct Gauges {
     short_us: AtomicU64,
     /// Microseconds of all steps of more rows.
     pub(super) prefill_us: AtomicU64,
-    /// A step panicked; nobody knows what the part holds now.
+    /// A step panicked; the content of the part is unknown now.
     pub(super) broken: AtomicBool,
 }
 
@@ -93,8 +93,8 @@ pub(super) struct PartHandle {
 struct Shared {
     queue: Mutex<Queue>,
     filled: Condvar,
-    /// `None` once the part was taken. Whoever takes a command from the queue holds this already, so that commands are
-    /// obeyed in their order.
+    /// `None` once the part was taken. A thread that takes a command from the queue holds this already, so
+    /// that commands are obeyed in their order.
     worker: Mutex<Option<PartWorker>>,
 }
 
@@ -206,7 +206,7 @@ impl Shared {
             };
             if let Command::Take(taker) = command {
                 if let Some(worker) = worker.take() {
-                    // Whoever wanted it may be gone; then nobody needs it any more.
+                    // The requester may be gone; then the part is not needed any more.
                     let _ = taker.send(worker.part);
                 }
                 return;
@@ -295,7 +295,7 @@ impl PartWorker {
         }
     }
 
-    /// Hands out what the part has to say.
+    /// Hands out the part's output.
     fn send(&mut self) {
         for out in self.outs.drain(..) {
             let outboxes = self.outboxes.as_ref();
@@ -317,7 +317,7 @@ impl PartWorker {
                 }
             };
             if let Some(outbox) = outbox {
-                // A stream that is gone is noticed by whoever served it.
+                // The task that serves a stream notices when it is gone.
                 let _ = outbox.send(message);
             }
         }

@@ -73,8 +73,8 @@ const MEASUREMENTS: u32 = 3;
 /// Between them.
 const REST: Duration = Duration::from_millis(300);
 
-/// A mesh that starts all at once is loading until then, and its machines are too busy to measure anything. What they hold from the last
-/// time is planned in the same places again without figures that are new each time.
+/// A mesh that starts all at once is loading until then, and its machines are too busy to measure anything.
+/// Parts from an earlier run are planned in the same places again without figures that are new each time.
 const FIRST_LOOK: Duration = Duration::from_secs(10);
 
 /// Between looks at the paths.

@@ -106,16 +106,17 @@ impl Peers {
         links.remove(node_id);
     }
 
-    /// The link to a worker, made if there is none.
+    /// Returns the link to a worker, and makes it if there is none.
     pub(crate) async fn link(&self, seat: &Seat) -> Result<Link, String> {
         let entry = {
             let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
             links.entry(seat.node_id.clone()).or_default().clone()
         };
-        // Whoever asks meanwhile waits for the same link.
+        // Other callers meanwhile wait for the same link.
         let mut entry = entry.lock().await;
         if let Some(made) = entry.as_mut().filter(|made| made.is_open()) {
-            // A worker that has moved is dialled anew: this side's packets would go to its old address for ever.
+            // A worker that has moved is dialled again: this side's packets would keep going to its old
+            // address.
             if made.seat == *seat || made.link.answers(MOVED).await {
                 made.seat.clone_from(seat);
                 return Ok(made.link.clone());
@@ -156,8 +157,8 @@ impl Peers {
 }
 
 impl Peers {
-    /// A link to the worker in `seat` at one of its addresses. Private addresses of different machines may be the same, so
-    /// that somebody else may answer.
+    /// A link to the worker in `seat` at one of its addresses. Private addresses of different machines may be
+    /// the same, so another machine may answer.
     async fn dial(
         &self,
         seat: &Seat,

@@ -59,8 +59,8 @@ impl From<String> for Broken {
     }
 }
 
-/// Opens a stream to `seat` and says what it is for. Tries again for a while: the other side may hear of the epoch a
-/// moment later, or just be starting.
+/// Opens a stream to `seat` and states its purpose. Tries again for a while: the other side may hear of the
+/// epoch a moment later, or just be starting.
 pub(super) async fn open(
     peers: &Peers,
     seat: &Seat,
@@ -110,7 +110,7 @@ pub(super) async fn rows_out(stream: MsgStream, part: PartHandle, mut rows: Outf
     }
 }
 
-/// From the stage before: rows in, what the standby has back.
+/// Serves the stream from the stage before: rows come in, the standby's confirmations go back.
 pub(super) async fn rows_in(
     stream: MsgStream,
     target: Target,
@@ -128,7 +128,7 @@ pub(super) async fn rows_in(
                         Target::Part(part) => part.step(step),
                         Target::Driver(driver) => driver.rows(step),
                     }
-                    // What has just been computed goes out before the next step is.
+                    // Rows that have just been computed go out before the next step is computed.
                     tokio::task::yield_now().await;
                 }
                 Err(broken) => return broken,
