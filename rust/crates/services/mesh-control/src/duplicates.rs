@@ -11,7 +11,7 @@ use serde::Serialize;
 /// One of the machines.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Machine {
-    /// Its address.
+    /// Address of the machine.
     pub address: SocketAddr,
     /// Its host name; empty if it did not say.
     pub host: String,

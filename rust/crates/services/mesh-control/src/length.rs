@@ -15,7 +15,7 @@ pub enum Length {
     /// It is short, or nothing can be told of it.
     #[default]
     Unknown,
-    /// So many tokens.
+    /// Number of tokens, as the prompt gives them.
     Tokens(u64),
     /// Text that is tokenised as it is.
     Text(Arc<ByteCounts>),

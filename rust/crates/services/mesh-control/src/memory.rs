@@ -55,8 +55,9 @@ impl Memory {
         self.limit / 3 * 2
     }
 
-    /// Takes `bytes` more for a request of `origin` that has `own` already. A request of one that has nothing else counts as no more
-    /// than the share, so that none is refused for ever; returns what was taken.
+    /// Takes `bytes` more for a request of `origin` that has `own` already. A request of an origin that holds
+    /// nothing else counts as no more than the share, so that it is not refused on every attempt; returns the
+    /// bytes taken.
     ///
     /// # Errors
     /// [`TooMuch`] says whose they are; then nothing is taken.

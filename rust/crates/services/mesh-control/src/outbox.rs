@@ -121,7 +121,8 @@ impl Outbox {
         }
     }
 
-    /// Gives every Chunk that is to go now to `send`, with its receiver and the version to send it in. Returns when to ask again; `None` if there is nothing left.
+    /// Passes every Chunk that is due to `send`, with its receiver and the version to send it in. Returns the
+    /// time to ask again; `None` if nothing is left.
     pub fn due(
         &mut self,
         now: Instant,

@@ -54,11 +54,11 @@ pub struct Placed {
 /// The immediate answer to [`Placement::ask`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Asked {
-    /// Go there.
+    /// A worker takes the request.
     Placed(Placed),
     /// [`Placement::pump`] will name the ticket.
     Waiting,
-    /// No.
+    /// No worker takes it.
     Refused(Refusal),
 }
 

@@ -86,7 +86,7 @@ pub struct Resume {
 pub struct Answer {
     limits: Limits,
     started: Instant,
-    /// Time since which it waits for a worker with room: progress before a failure starts this anew.
+    /// Time since which it waits for a worker with room: progress before a failure restarts this.
     waiting_since: Instant,
     /// Time at which this attempt's worker was found.
     placed_at: Instant,

@@ -45,10 +45,10 @@ pub struct Ask {
 /// Use that a request makes of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Purpose {
-    /// Text.
+    /// Chat and completions.
     #[default]
     Chat,
-    /// Embeddings.
+    /// Embeddings of texts.
     Embed,
 }
 
@@ -73,7 +73,7 @@ impl Purpose {
 /// The router's decision on a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Choice {
-    /// This worker.
+    /// This worker, with the expected times.
     Worker(WorkerId, Estimate),
     /// There are workers for it, all of them full.
     Busy,
@@ -244,7 +244,8 @@ impl Router {
         if lasts(worker.alone) || !ask.alone && lasts(worker.reserved_until) {
             return false;
         }
-        // Requests wait there though slots are free: memory is short. They had better wait here, where whoever has room takes them.
+        // Requests wait there though slots are free: memory is short. They wait better here, where any worker
+        // with room takes them.
         if worker.queues(&ask.model, self.capacity.ahead, now) {
             return false;
         }
@@ -252,7 +253,8 @@ impl Router {
             Some(model) => model.slots().saturating_add(self.capacity.ahead),
             None => self.capacity.legacy,
         };
-        // The cause of another death must be plain: so at once, and where nobody else waits for a first token.
+        // The cause of another death must be plain: so at once, and where no other request waits for a first
+        // token.
         if ask.alone && worker.unstarted > 0 {
             return false;
         }

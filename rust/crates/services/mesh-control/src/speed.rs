@@ -10,7 +10,7 @@ pub struct Measured {
 }
 
 impl Measured {
-    /// So much came in that time.
+    /// Adds `amount` units that came within `took`.
     pub fn add(&mut self, amount: f64, took: Duration) {
         if amount <= 0.0 {
             return;

@@ -53,16 +53,16 @@ pub enum CheckState {
 pub enum Verdict {
     /// Its answers differ from those of the majority, in two rounds.
     Outvoted {
-        /// The one.
+        /// The subject that was outvoted.
         subject: String,
-        /// The others.
+        /// The subjects of the majority.
         by: Vec<String>,
     },
     /// Two differ and no third can decide: the junior one is held back.
     Disputed {
         /// Serves longer, and goes on.
         senior: String,
-        /// Gets nothing.
+        /// The subject that is held back.
         junior: String,
     },
     /// A dispute is over.
@@ -264,7 +264,7 @@ impl SpotChecks {
         }
     }
 
-    /// Forgets what is known of it with any weights: it is in quarantine, and begins anew afterwards.
+    /// Forgets its checks with any weights: it is in quarantine, and starts again as a newcomer afterwards.
     pub(crate) fn forget(&mut self, subject: &str) {
         for group in self.groups.values_mut() {
             group.subjects.remove(subject);
@@ -445,7 +445,7 @@ const ROUND_LIFE: Duration = Duration::from_secs(120);
 const SETTLE_AFTER: Duration = Duration::from_secs(10);
 /// Time that a newcomer waits to be compared.
 const COMPARE_WAIT: Duration = Duration::from_secs(20);
-/// The same where there are others that serve, and have been too busy to answer.
+/// The same where other workers serve and have been too busy to answer.
 const BUSY_WAIT: Duration = Duration::from_secs(180);
 /// Maximum age of the last answer of such a one.
 const SEEN_LATELY: Duration = Duration::from_secs(1800);

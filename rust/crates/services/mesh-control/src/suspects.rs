@@ -26,7 +26,7 @@ enum Turn {
         since: Instant,
         placed: Instant,
     },
-    /// Others go first.
+    /// Other requests go first.
     Others { until: Instant },
 }
 
@@ -91,7 +91,7 @@ impl Suspects {
         matches!(self.turns.get(model), Some(Turn::Others { .. }))
     }
 
-    /// Time has passed.
+    /// Ends turns that have lasted too long.
     pub(crate) fn expire(&mut self, now: Instant) {
         self.turns.retain(|_, turn| {
             match *turn {

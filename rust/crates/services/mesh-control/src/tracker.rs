@@ -57,7 +57,7 @@ pub enum Action {
     Tell {
         /// Node id.
         node: String,
-        /// The message.
+        /// The sources to send.
         sources: Sources,
     },
     /// Something for the log and the metrics.
@@ -102,7 +102,7 @@ pub enum Note {
     Conflict(Conflict),
     /// The worker that had the model of this name first replaced it, and no worker had the old one any more.
     Moved {
-        /// The name.
+        /// Name of the model.
         model: String,
         /// Name of the worker.
         worker: String,
@@ -190,7 +190,7 @@ impl Tracker {
         Tracker::default()
     }
 
-    /// The same with pins that were kept.
+    /// The same with the pins of an earlier run.
     #[must_use]
     pub fn with_pins(mut self, pins: Pins) -> Self {
         self.pins = pins;

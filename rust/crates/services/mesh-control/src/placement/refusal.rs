@@ -13,7 +13,7 @@ pub enum Refusal {
         if *sources == 1 { "source" } else { "sources" }
     )]
     QueueFull {
-        /// The queue's bound.
+        /// Most requests that may wait.
         limit: usize,
         /// The source of the request.
         whose: Source,

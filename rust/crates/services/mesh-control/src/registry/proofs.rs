@@ -32,7 +32,7 @@ pub enum Finding {
     Quarantined {
         /// Node id; the driver's if it is a ring.
         node: String,
-        /// Its name.
+        /// Name of the node.
         name: String,
         /// The ring that is given up.
         ring: Option<u64>,
@@ -48,7 +48,7 @@ pub enum Finding {
     },
     /// The one that was held back agrees now.
     Settled {
-        /// Its name.
+        /// Name of the node.
         name: String,
     },
 }

@@ -53,11 +53,11 @@ pub struct ServedModel {
 /// Decision on requests of a model for a worker, best first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Service {
-    /// It answers.
+    /// It gets requests.
     Serves,
     /// It is about to be asked for a proof: requests may wait for that.
     Soon,
-    /// It gets none.
+    /// It gets no requests.
     Out,
 }
 

@@ -250,7 +250,8 @@ impl Registry {
         for worker in self.workers.values() {
             for model in &worker.models {
                 let (name, weights) = (&model.card.name, &model.card.fingerprint);
-                // Whoever gets no requests keeps no name from those who would, and weights that nobody names are nobody's.
+                // A worker that gets no requests must not keep a name from those that would, and weights
+                // without a fingerprint do not count.
                 if !weights.is_empty()
                     && is_available(worker, model)
                     && self.service(worker, model, now) == Service::Serves

@@ -18,7 +18,7 @@ pub struct WorkerId(pub u64);
 pub enum Carrier {
     /// Over its QUIC link; the node id is the SHA-256 of its public key.
     Mesh {
-        /// Lower-case hex.
+        /// Node id, lower-case hexadecimal.
         node_id: String,
     },
     /// Plain DCF over UDP.
@@ -166,7 +166,8 @@ impl Worker {
     }
 
     /// True if its reports say that it works and that requests wait there: one without a token may be among
-    /// those. Reports alone are not believed for longer than `proof`: tokens must come from it, whoever they are for.
+    /// those. Reports alone are not believed for longer than `proof`: tokens must come from it, for any
+    /// request.
     pub fn is_busy(&self, within: Duration, proof: Duration, now: Instant) -> bool {
         self.load.queued > 0
             && now.saturating_duration_since(self.load_changed) < within

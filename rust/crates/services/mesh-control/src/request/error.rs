@@ -30,9 +30,9 @@ pub enum AnswerError {
     /// The worker says that the request itself cannot be answered.
     #[error("{text}")]
     Rejected {
-        /// The worker's code.
+        /// Code of the worker's Error.
         code: ErrorCode,
-        /// The worker's words.
+        /// Text of the worker's Error.
         text: String,
     },
     /// The operator's limit on whole answers.
@@ -57,7 +57,7 @@ pub enum AnswerError {
         if *workers == 1 { "worker" } else { "workers" }
     )]
     WorkersFailed {
-        /// Attempts made.
+        /// Number of attempts.
         attempts: u32,
         /// Different workers that they were made on.
         workers: usize,
@@ -71,7 +71,7 @@ pub enum AnswerError {
         if *silent { " and had not begun to answer it" } else { "" }
     )]
     WorkersDied {
-        /// Workers that died.
+        /// Number of workers that died.
         deaths: u32,
         /// True if they died before the first token.
         silent: bool,
@@ -97,9 +97,9 @@ pub enum Failure {
     Nonsense(String),
     /// The worker answered with an Error.
     Error {
-        /// Its code.
+        /// Code of its Error.
         code: ErrorCode,
-        /// Its words.
+        /// Text of its Error.
         text: String,
     },
 }

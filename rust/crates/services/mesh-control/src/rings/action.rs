@@ -7,32 +7,32 @@ use mesh_proto::ModelCard;
 pub enum Action {
     /// Send this worker its ring.
     Send {
-        /// Node id.
+        /// Node id of the worker.
         node: String,
-        /// The message.
+        /// Members and stages, as to send to the worker.
         ring: mesh_proto::Ring,
     },
     /// This worker answers for the ring's model from now on.
     Serve {
         /// Node id of the driver.
         node: String,
-        /// The ring.
+        /// Id of the ring.
         ring: u64,
         /// The model as the ring serves it.
         card: ModelCard,
     },
     /// This worker no longer answers for the model.
     Withdraw {
-        /// Node id.
+        /// Node id of the worker.
         node: String,
-        /// The ring.
+        /// Id of the ring.
         ring: u64,
-        /// Model name.
+        /// Name of the model.
         model: String,
     },
     /// Ask this worker for a sign of life on its link.
     Ask {
-        /// Node id.
+        /// Node id of the worker.
         node: String,
     },
     /// Something for the log and the metrics.
@@ -44,9 +44,9 @@ pub enum Action {
 pub enum Note {
     /// A ring was planned.
     Formed {
-        /// The ring.
+        /// Id of the ring.
         ring: u64,
-        /// Model name.
+        /// Name of the model.
         model: String,
         /// Stages with their workers, in one line.
         layout: String,
@@ -55,49 +55,49 @@ pub enum Note {
     },
     /// A ring's driver serves.
     Serving {
-        /// The ring.
+        /// Id of the ring.
         ring: u64,
-        /// Its epoch.
+        /// Number of its epoch.
         epoch: u32,
-        /// Model name.
+        /// Name of the model.
         model: String,
         /// Name of the driver.
         driver: String,
     },
     /// A ring's members changed because some were lost.
     Failover {
-        /// The ring.
+        /// Id of the ring.
         ring: u64,
-        /// Its new epoch.
+        /// Number of its new epoch.
         epoch: u32,
-        /// Model name.
+        /// Name of the model.
         model: String,
         /// The lost members and their successors.
         reason: String,
     },
     /// A ring's standbys changed.
     Standbys {
-        /// The ring.
+        /// Id of the ring.
         ring: u64,
-        /// Model name.
+        /// Name of the model.
         model: String,
         /// Cause of the change.
         reason: String,
     },
     /// A stage moved away from a drained worker.
     Moved {
-        /// The ring.
+        /// Id of the ring.
         ring: u64,
-        /// Its new epoch.
+        /// Number of its new epoch.
         epoch: u32,
-        /// Model name.
+        /// Name of the model.
         model: String,
         /// The worker that hands over, and its successor.
         reason: String,
     },
     /// A member does not reach another one, which the head still hears.
     Doubted {
-        /// The ring.
+        /// Id of the ring.
         ring: u64,
         /// Name of the one that is not reached.
         name: String,
@@ -106,20 +106,20 @@ pub enum Note {
     },
     /// A ring's members stay, and make new links.
     Relinked {
-        /// The ring.
+        /// Id of the ring.
         ring: u64,
-        /// Its new epoch.
+        /// Number of its new epoch.
         epoch: u32,
-        /// Model name.
+        /// Name of the model.
         model: String,
         /// The two members.
         reason: String,
     },
     /// A ring is no more.
     Dissolved {
-        /// The ring.
+        /// Id of the ring.
         ring: u64,
-        /// Model name.
+        /// Name of the model.
         model: String,
         /// Cause of its end.
         reason: String,
@@ -128,23 +128,23 @@ pub enum Note {
     },
     /// No plan was found.
     Unplanned {
-        /// Model name.
+        /// Name of the model.
         model: String,
         /// The missing memory or workers, for people.
         reason: String,
     },
     /// A worker is not trusted with a stage for a while.
     Suspected {
-        /// Its name.
+        /// Name of the worker.
         name: String,
         /// Cause of the suspicion.
         reason: String,
     },
     /// A driver came through a change of epoch.
     Recovered {
-        /// The ring.
+        /// Id of the ring.
         ring: u64,
-        /// Model name.
+        /// Name of the model.
         model: String,
         /// The driver's report.
         recovery: mesh_proto::Recovery,

@@ -13,9 +13,9 @@ use super::{Action, Note, Rings};
 
 /// The outcome of a doubt.
 enum Verdict {
-    /// Not known yet.
+    /// No decision yet.
     Wait,
-    /// It is silent for everybody.
+    /// It is lost: the head does not hear it either.
     Lost(String),
     /// It lives; the link is at fault.
     Relink,
@@ -141,7 +141,7 @@ impl Rings {
         Verdict::Wait
     }
 
-    /// The same members with new links.
+    /// Begins a new epoch with the same members and new links.
     fn relink(&mut self, id: u64, unreached: &[(String, String)], now: Instant) {
         let Some(ring) = self.rings.get(&id).filter(|ring| ring.lost.is_empty()) else {
             return;
@@ -207,7 +207,7 @@ const ASK_INTERVAL: Duration = Duration::from_millis(200);
 const SETTLED: Duration = Duration::from_millis(100);
 /// Time that a worker whose link to another one is closed has to answer the head.
 const ANSWER_LIMIT: Duration = Duration::from_millis(500);
-/// Time that a worker that the head hears may be silent for another member before their link is made anew.
+/// Time for which a worker that the head hears may be silent for another member before their link is renewed.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// Time for which a new link is remembered.
 const RELINK_MEMORY: Duration = Duration::from_secs(60);

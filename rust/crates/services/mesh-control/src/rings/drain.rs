@@ -21,11 +21,11 @@ pub enum DrainRefusal {
          undrain one, or shorten sharding.context; nothing was changed"
     )]
     NoRoom {
-        /// Its name.
+        /// Name of the worker.
         name: String,
-        /// Model name.
+        /// Name of the model.
         model: String,
-        /// Its layers.
+        /// Layers that it holds, as a range.
         layers: String,
         /// Memory that they need.
         mib: u64,

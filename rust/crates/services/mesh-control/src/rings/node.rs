@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use mesh_proto::{NodeProfile, Offer, ShardOffer};
 
-/// A worker.
+/// A worker as ring planning knows it.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Node {
     /// Name a person knows it by.
@@ -79,7 +79,7 @@ impl Node {
         news
     }
 
-    /// Its link is down: nothing it said holds any more, but what it did is remembered.
+    /// Its link is down: its reports no longer hold, but its suspicions remain.
     pub(super) fn disconnect(&mut self, now: Instant) {
         self.connected = false;
         self.heard = None;

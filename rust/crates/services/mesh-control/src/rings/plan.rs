@@ -37,12 +37,12 @@ pub enum NoPlan {
          configuration", .waiting.as_deref().unwrap_or("")
     )]
     NotOffered {
-        /// Model name.
+        /// Name of the model.
         model: String,
         /// Workers that offer it but may not be used at the moment.
         waiting: Option<String>,
     },
-    /// It does not fit.
+    /// Placement found no plan.
     #[error(transparent)]
     Place(#[from] PlanError),
 }
@@ -498,7 +498,7 @@ impl Rings {
     }
 }
 
-/// Stages without standby.
+/// Number of stages without a standby.
 fn uncovered(plan: &Plan) -> usize {
     plan.stages
         .iter()

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use arcanum_profiler::{Assignment, ModelSpec};
 use mesh_proto::{ModelCard, PartPhase, PartState};
 
-/// A ring.
+/// State of one ring.
 #[derive(Debug, Clone)]
 pub(super) struct Ring {
     pub(super) id: u64,

@@ -14,9 +14,9 @@ pub struct Position {
 /// An answer to a question of the head.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Sample {
-    /// Of a model that makes text.
+    /// Tokens of a model that makes text.
     Text(Vec<Position>),
-    /// Of a model that makes embeddings.
+    /// Vector of a model that makes embeddings.
     Vector(Vec<f32>),
 }
 

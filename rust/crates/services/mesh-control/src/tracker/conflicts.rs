@@ -213,6 +213,6 @@ fn select(names: BTreeMap<String, Claimed>) -> BTreeMap<String, Claimed> {
 /// Conflicts that are told of, and those among them that are about the same nodes while there are others.
 const MOST_CONFLICTS: usize = 64;
 const MOST_OF_NODE: usize = 8;
-/// For how long a name that the log had is no news, and names of one node that it has in that time.
+/// Time for which a logged name is not logged again, and over which the names of one node are counted.
 const NOTED_FOR: Duration = Duration::from_secs(600);
 const MOST_NOTES: usize = 32;

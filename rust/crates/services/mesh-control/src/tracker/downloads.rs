@@ -86,7 +86,7 @@ impl Tracker {
                 let failure = self.failures.get(&(key.clone(), node.clone()));
                 failure.is_none_or(|failure| failure.until <= now)
             };
-            // Who has most already, then the first.
+            // The worker that has most already, then the first.
             let rested = willing.iter().filter(|(node, _)| rested(node));
             let Some((node, bytes)) =
                 rested.max_by(|(a, x), (b, y)| x.cmp(y).then_with(|| b.cmp(a)))

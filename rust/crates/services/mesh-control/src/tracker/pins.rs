@@ -141,20 +141,20 @@ impl Pins {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PinError {
-    /// Not a name.
+    /// The name is not valid.
     #[error("invalid model name {0:?}: use 1 to 512 bytes without control characters")]
     Name(String),
-    /// Not a fingerprint.
+    /// The fingerprint is not valid.
     #[error(
         "invalid fingerprint {0:?}: use 64 digits from 0 to 9 and a to f; `hydramesh models show` tells a model's"
     )]
     Fingerprint(String),
-    /// No room.
+    /// There are as many pins as fit.
     #[error(
         "there are {MOST_PINS} pins already: release some with `hydramesh models pins release NAME`"
     )]
     TooMany,
-    /// Nothing to release.
+    /// The name is not pinned.
     #[error("the name {0:?} is not pinned: `hydramesh models pins list` shows those that are")]
     Unknown(String),
 }
