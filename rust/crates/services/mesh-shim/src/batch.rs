@@ -39,11 +39,11 @@ impl RecvBatch {
         }
     }
 
-    /// Takes what has arrived at `socket`, without waiting, in place of what was in the batch. Returns the number of
-    /// datagrams.
+    /// Takes the datagrams that have arrived at `socket`, without waiting, in place of those in the batch.
+    /// Returns the number of datagrams.
     ///
     /// # Errors
-    /// [`io::ErrorKind::WouldBlock`] if there are none; what the socket says otherwise, such as
+    /// [`io::ErrorKind::WouldBlock`] if there are none; else the socket's error, such as
     /// [`io::ErrorKind::ConnectionRefused`] on a connected one.
     pub fn recv(&mut self, socket: &impl AsFd) -> io::Result<usize> {
         self.take(socket, None)

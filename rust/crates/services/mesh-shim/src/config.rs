@@ -167,7 +167,7 @@ impl Default for RateLimit {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Http {
-    /// Its address; absent is no listener.
+    /// Address of the listener; there is none if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub listen: Option<SocketAddr>,
     /// Names, besides this machine's own, under which browsers may reach it on loopback.
@@ -180,10 +180,10 @@ pub enum Unsound {
     /// None or too many.
     #[error("`heads` names {0} heads; name 1 to {MAX_HEADS}, as [\"host:7777\"]")]
     Heads(usize),
-    /// Not `host:port`.
+    /// A head is not given as `host:port`.
     #[error("`heads` contains {0:?}, which is not host:port; write it as \"head.example:7777\"")]
     Head(String),
-    /// Out of range.
+    /// `max_tasks` is out of range.
     #[error("`max_tasks` is {0}; choose 2 to {MAX_TASKS}")]
     MaxTasks(usize),
     /// Interval of probes and timeout of heads contradict each other.
@@ -191,9 +191,9 @@ pub enum Unsound {
         "`head_timeout` ({timeout:?}) must not be shorter than `probe_interval` ({interval:?}), which must not be 0"
     )]
     Probing {
-        /// Of probes.
+        /// Value of `probe_interval`.
         interval: Duration,
-        /// Of heads.
+        /// Value of `head_timeout`.
         timeout: Duration,
     },
 }

@@ -42,7 +42,7 @@ pub struct ShimHandle {
 /// Reasons for which a shim does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// The configuration.
+    /// The configuration is not valid.
     #[error(transparent)]
     Config(#[from] Unsound),
     /// The port for clients.
@@ -50,7 +50,7 @@ pub enum StartError {
         "cannot listen on {address}/udp: {source}; is another shim running, or the port reserved?"
     )]
     Listen {
-        /// The address.
+        /// Address of the port.
         address: SocketAddr,
         /// Error of the system.
         source: io::Error,
@@ -247,7 +247,7 @@ struct Loop<F> {
     from_client: [FromClient; BATCH],
     from_head: [FromHead; BATCH],
     replies: Box<[Reply]>,
-    /// For datagrams of the bridge's own.
+    /// Buffer for the bridge's own datagrams.
     own: Box<[u8]>,
     stats: Arc<Stats>,
     control: Arc<Control>,
@@ -519,7 +519,7 @@ struct Ready {
 }
 
 impl Ready {
-    /// Head and candidate.
+    /// Readable sockets of heads, as head and candidate.
     fn heads(self) -> impl Iterator<Item = (usize, usize)> {
         let set = (0..MAX_SOCKETS).filter(move |index| self.heads >> index & 1 == 1);
         set.map(|index| (index / candidates::MOST, index % candidates::MOST))

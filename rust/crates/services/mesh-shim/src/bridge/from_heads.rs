@@ -289,7 +289,7 @@ impl Bridge {
                 }
                 self.mark_sent(id, head);
             } else if is_stale && task.head == head {
-                // It was silent, nobody knows its task by heart, and it may still be at it.
+                // It was silent, so it may have forgotten its task, or may still be at it.
                 self.mark_sent(id, head);
             } else if is_stale {
                 let text = "the head that had your task was lost; send it again";
@@ -376,8 +376,8 @@ impl Bridge {
     }
 }
 
-/// Between two times that a challenged task is sent again. Longer than most ways there and back: what was sent before a head got
-/// the echo is challenged, too.
+/// Least time between two sendings of a challenged task. Longer than most round trips: datagrams sent before
+/// a head got the echo are challenged, too.
 const CHALLENGE_PACE: Duration = Duration::from_millis(200);
 
 /// Payload of a Health that asks whether the task with its sequence runs; a head that works on it answers with an Ack.

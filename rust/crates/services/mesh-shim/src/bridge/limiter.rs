@@ -27,7 +27,7 @@ struct Bucket {
 /// Decision on a datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// Within the limit.
+    /// It is within the limit.
     Pass,
     /// Over it. `tell` is set about once a second, for the source to be told why it hears nothing.
     Limited { tell: bool },

@@ -27,7 +27,7 @@ impl Chain {
         len: 0,
     };
 
-    /// Bytes in it.
+    /// Number of bytes in it.
     pub(super) fn len(&self) -> usize {
         self.len as usize
     }

@@ -27,7 +27,7 @@ pub(super) struct TaskTable {
     hasher: RandomState,
 }
 
-/// One task.
+/// An open or answered task.
 #[derive(Clone, Debug)]
 pub(super) struct Task {
     /// Address of the client.
@@ -58,7 +58,7 @@ pub(super) struct Task {
     pub(super) paced: Instant,
 }
 
-/// Names a slot.
+/// Index of a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct TaskId(u32);
 
@@ -240,7 +240,7 @@ impl TaskTable {
         (next != NONE).then_some(TaskId(next))
     }
 
-    /// Slots in `state`.
+    /// Number of slots in `state`.
     pub(super) fn count(&self, state: State) -> usize {
         self.lists[state as usize].len
     }
