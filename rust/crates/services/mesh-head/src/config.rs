@@ -475,9 +475,9 @@ pub enum Unsound {
         body.saturating_mul(3)
     )]
     RequestMemory {
-        /// Memory for requests.
+        /// Memory for requests, in bytes.
         memory: u64,
-        /// Longest body.
+        /// Longest body, in bytes.
         body: u64,
     },
     /// No part of anything.

@@ -95,10 +95,10 @@ pub enum StartError {
     /// The mesh's root or the head's identity.
     #[error(transparent)]
     Trust(#[from] TrustError),
-    /// The QUIC port.
+    /// The QUIC port cannot be opened.
     #[error(transparent)]
     Quic(#[from] ConnectError),
-    /// The API keys.
+    /// The API keys cannot be read.
     #[error(transparent)]
     Keys(#[from] KeysError),
 }
@@ -290,7 +290,8 @@ impl Parts {
     }
 }
 
-/// Says on the LAN where this head is, if it may. That it cannot is no reason not to start.
+/// Announces this head on the LAN, if the configuration allows it. A failure does not keep the head from
+/// starting.
 fn announce(config: &Config, identity: &NodeIdentity, port: u16) -> Option<Discovery> {
     if !config.mdns {
         return None;

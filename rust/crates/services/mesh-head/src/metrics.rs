@@ -38,7 +38,7 @@ pub(crate) enum Outcome {
     Refused,
     /// The request itself was wrong.
     Rejected,
-    /// Too late.
+    /// It ran out of time.
     Timeout,
     /// Workers failed on it.
     Failed,
@@ -301,7 +301,7 @@ impl HeadMetrics {
         metrics
     }
 
-    /// A request ended.
+    /// Counts a request that ended, and its duration.
     pub(crate) fn request_ended(&self, front: Front, outcome: Outcome, seconds: f64) {
         let labels = RequestLabels { front, outcome };
         self.requests.get_or_create(&labels).inc();

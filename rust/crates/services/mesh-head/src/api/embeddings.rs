@@ -54,7 +54,7 @@ impl AskedEmbeddings {
                 ));
             }
         };
-        // Only names whom the client asks for.
+        // `user` only names the client's own user: its type is checked, and its value is not used.
         fields.text("user")?;
         // sentence-transformers' name for the same.
         let prompt_name = fields.name("input_type")?.or(fields.name("prompt_name")?);
@@ -72,7 +72,7 @@ impl AskedEmbeddings {
         })
     }
 
-    /// The answer's body.
+    /// Body of the answer, JSON.
     pub(crate) fn answer(&self, embedded: &Embedded) -> Vec<u8> {
         let size = (embedded.dimensions as usize * 4).max(1);
         let vectors = embedded.vectors.chunks_exact(size).enumerate();

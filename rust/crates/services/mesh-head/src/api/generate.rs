@@ -31,7 +31,7 @@ impl From<Api> for fields::Api {
     }
 }
 
-/// A request, checked.
+/// A checked request.
 #[derive(Debug, Clone)]
 pub(crate) struct Asked {
     /// The API that it came through.

@@ -15,7 +15,7 @@ pub struct Invalid {
 }
 
 impl Invalid {
-    /// A wrong value.
+    /// An error for a wrong value.
     pub(crate) fn new(param: impl Into<String>, message: impl Into<String>) -> Self {
         Self {
             param: param.into(),

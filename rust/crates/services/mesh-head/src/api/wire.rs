@@ -10,7 +10,7 @@ use super::generate::Api;
 /// A whole answer, or one chunk of a stream: the two differ in the name of `object` and in what a choice holds.
 #[derive(Debug, Serialize)]
 pub(crate) struct Envelope<'a, C> {
-    /// The same in all chunks of an answer.
+    /// Id of the answer, the same in all its chunks.
     pub id: &'a str,
     /// Type of the object, as the OpenAI API names it.
     pub object: &'static str,
@@ -63,14 +63,14 @@ pub(crate) struct ChatChunk<'a> {
     pub delta: ChatDelta<'a>,
     /// Log probabilities where asked for.
     pub logprobs: Option<ChatLogprobs>,
-    /// In the last piece.
+    /// `stop` or `length`, in the last piece only.
     pub finish_reason: Option<&'static str>,
 }
 
 /// New part of a message in a chunk.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct ChatDelta<'a> {
-    /// In the first piece.
+    /// Role of the message, in the first piece only.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub role: Option<&'static str>,
     /// Text since the chunk before.
@@ -87,7 +87,7 @@ pub(crate) struct TextChoice<'a> {
     pub text: &'a str,
     /// Log probabilities where asked for.
     pub logprobs: Option<TextLogprobs>,
-    /// In the last piece.
+    /// `stop` or `length`, in the last piece only.
     pub finish_reason: Option<&'static str>,
 }
 
@@ -330,7 +330,7 @@ impl Usage {
 }
 
 impl Timings {
-    /// Of this answer.
+    /// Timings of this answer.
     pub(crate) fn new(complete: &Complete, worker: &str) -> Self {
         let first = complete.first_token.unwrap_or(complete.total);
         let decoding = complete.total.saturating_sub(first).as_secs_f64();

@@ -52,7 +52,7 @@ impl Deaths {
 /// The process that is connected now as the node of a worker whose link is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Process {
-    /// The same one.
+    /// The same process.
     Same,
     /// Another one: the worker was restarted.
     Other,

@@ -111,7 +111,7 @@ impl Mesh {
             .collect();
     }
 
-    /// The same, for people.
+    /// Names that several models claim, for operators.
     pub(crate) fn alarms(&self) -> Vec<Conflict> {
         self.name_conflicts(&self.lock())
     }

@@ -77,7 +77,7 @@ impl PinsFile {
         io::Error::new(error.kind(), text)
     }
 
-    /// Has it written soon; the latest pins are what is in it in the end.
+    /// Writes the pins soon, in the background; the latest ones win.
     pub(crate) fn keep(&self, pins: &Pins) {
         *lock(&self.next) = Some(pins.list().cloned().collect());
         let file = self.clone();

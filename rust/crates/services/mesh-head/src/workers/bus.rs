@@ -134,7 +134,7 @@ impl WorkerBus {
         counter.inc();
     }
 
-    /// Says why a worker is not admitted, and how it would be.
+    /// Tells a worker why it is not admitted, and how it would be.
     fn refuse(&mut self, from: SocketAddr, version: Version) {
         let source = from.ip().to_canonical();
         if !self.refused.is_news(source, Instant::now()) {

@@ -16,12 +16,12 @@ pub(crate) struct Object {
     pub lists: BTreeMap<String, Lists>,
 }
 
-/// Token ids.
+/// Lists of token ids.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Lists {
-    /// One list.
+    /// One list of ids.
     One(Vec<u32>),
-    /// Several.
+    /// Several lists of ids.
     Many(Vec<Vec<u32>>),
 }
 
@@ -141,7 +141,7 @@ fn one_list() -> Value {
     Value::Array(vec![Value::from(0)])
 }
 
-/// A value, counted.
+/// Reads a value and counts it against the budget.
 struct Bounded<'b>(&'b mut Budget);
 
 impl<'de> DeserializeSeed<'de> for Bounded<'_> {

@@ -42,7 +42,7 @@ pub(crate) enum Verdict {
     Verified,
     /// An empty Health.
     Health,
-    /// Nothing.
+    /// No answer.
     Silence,
 }
 

@@ -67,9 +67,9 @@ pub(crate) enum Caller {
 /// A key that opens nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Denied {
-    /// None was sent.
+    /// No key was sent.
     Missing,
-    /// It is not one of ours.
+    /// The key is not known here.
     Wrong,
 }
 
@@ -79,7 +79,7 @@ pub enum KeysError {
     /// The file cannot be read or written.
     #[error("{path}: {error}")]
     File {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Error of the system.
         error: io::Error,

@@ -1,5 +1,5 @@
 //! `/ready` with the state of models, which the service's own answer lacks, and access to it and to
-//! `/metrics`. And who is told it, and `/metrics`.
+//! `/metrics`.
 
 use std::sync::Arc;
 
