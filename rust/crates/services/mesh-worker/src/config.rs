@@ -137,7 +137,7 @@ pub enum Format {
     /// Depends on the setting: see [`WeightsConfig::format`] and [`RingConfig::format`].
     #[default]
     Auto,
-    /// As in the file.
+    /// The types of the file, unchanged.
     File,
     /// 8-bit integers.
     Int8,
@@ -225,10 +225,10 @@ pub enum HeadVersion {
     #[default]
     #[serde(rename = "auto")]
     Auto,
-    /// v5.0.0.
+    /// DCF v5.0.0.
     #[serde(rename = "5.0")]
     V5_0,
-    /// v5.1.
+    /// DCF v5.1.
     #[serde(rename = "5.1")]
     V5_1,
 }
@@ -445,7 +445,7 @@ pub(crate) fn host_name() -> Option<String> {
 /// Keys that are valid one by one and make no sense together.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Unsound {
-    /// Nothing to serve.
+    /// No model is configured.
     #[error(
         "`models` and `shards` are empty: name at least one GGUF file to serve whole, as models = [\"/path/model.gguf\"] or --model FILE, or to hold layers of, as shards = [\"/path/model.gguf\"] or --shard FILE, or a folder whose models are served, as local_models = \"/path\""
     )]
@@ -458,9 +458,9 @@ pub enum Unsound {
     /// An address without a port.
     #[error("`{key}` is {value:?}, which is not host:port; write it as \"head.example:7780\"")]
     HeadAddress {
-        /// The key.
+        /// Name of the key.
         key: &'static str,
-        /// Its value.
+        /// Value of the key.
         value: String,
     },
     /// A reservation for nothing that there is.

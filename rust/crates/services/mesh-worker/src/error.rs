@@ -24,19 +24,19 @@ pub enum WorkerError {
         "cannot listen on {address}/{carrier}: {source}; set `{key}` to another address or port"
     )]
     Listen {
-        /// The address.
+        /// Address that cannot be used.
         address: SocketAddr,
         /// `tcp` or `udp`.
         carrier: &'static str,
-        /// The configuration key.
+        /// Configuration key of the address.
         key: &'static str,
         /// Error of the system.
         source: std::io::Error,
     },
-    /// The state directory.
+    /// The state directory cannot be used.
     #[error("cannot use the state directory {}: {source}; set `state_dir` to one that this user can write", path.display())]
     StateDir {
-        /// The directory.
+        /// Path of the directory.
         path: PathBuf,
         /// Error of the system.
         source: std::io::Error,
@@ -47,7 +47,7 @@ pub enum WorkerError {
     /// No file, folder, worker or hub model has this name.
     #[error("no model {name:?}: it is no file, in no model folder, {hint}")]
     Unknown {
-        /// The name.
+        /// Name from the configuration.
         name: String,
         /// Valid forms of a name, and known names that look like it.
         hint: String,
@@ -64,7 +64,7 @@ pub enum WorkerError {
     /// A model could not be fetched.
     #[error("model {name}: {reason}")]
     Fetch {
-        /// The model.
+        /// Name of the model.
         name: String,
         /// Cause, for people.
         reason: String,
@@ -75,7 +75,7 @@ pub enum WorkerError {
     /// An embedding model's folder is damaged or unsupported.
     #[error("embedding model {name}: {source}")]
     Encoder {
-        /// The model.
+        /// Name of the model.
         name: String,
         /// Error of the model's files.
         source: EncoderError,
@@ -83,13 +83,13 @@ pub enum WorkerError {
     /// Two models go by one name.
     #[error("two models are called {name:?}; rename one of the files or drop one from `models`")]
     SameName {
-        /// The name.
+        /// Name that two models have.
         name: String,
     },
     /// The model does not load.
     #[error("model {name}: {source}")]
     Load {
-        /// The model.
+        /// Name of the model.
         name: String,
         /// Error of the load.
         source: Box<LoadError>,
@@ -97,7 +97,7 @@ pub enum WorkerError {
     /// The engine does not start.
     #[error("model {name}: {source}")]
     Start {
-        /// The model.
+        /// Name of the model.
         name: String,
         /// Error of the engine.
         source: StartError,
@@ -105,7 +105,7 @@ pub enum WorkerError {
     /// The first token did not come.
     #[error("model {name} gives no token: {reason}")]
     Broken {
-        /// The model.
+        /// Name of the model.
         name: String,
         /// Cause, for people.
         reason: String,
@@ -113,7 +113,7 @@ pub enum WorkerError {
     /// The cost of the model's layers on this machine cannot be measured.
     #[error("model {name} cannot be offered in parts: {reason}")]
     Measure {
-        /// The model.
+        /// Name of the model.
         name: String,
         /// Cause, for people.
         reason: String,
@@ -121,7 +121,7 @@ pub enum WorkerError {
     /// The join token cannot be read.
     #[error("cannot read the join token from {}: {source}; `hydramesh token create` prints one", path.display())]
     TokenFile {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Error of the system.
         source: std::io::Error,
@@ -153,7 +153,7 @@ pub enum WorkerError {
     /// An engine's thread is gone.
     #[error("the engine of model {name} stopped: {reason}")]
     EngineDead {
-        /// The model.
+        /// Name of the model.
         name: String,
         /// Cause, for people.
         reason: String,

@@ -569,7 +569,7 @@ fn refusal_pause(times: u32) -> Duration {
         .min(LONGEST_REFUSAL_PAUSE)
 }
 
-/// Says so if this machine's clock and the head's are far apart. The mesh works nevertheless.
+/// Warns if this machine's clock and the head's are far apart. The mesh works nevertheless.
 fn compare_clocks(identity: &NodeIdentity) {
     let offset = identity.clock().offset();
     if offset.abs() > CLOCK_TOLERANCE.as_secs_f64() {

@@ -70,17 +70,17 @@ pub(crate) struct Answering {
 
 /// A model of either kind, loaded while the worker is up.
 pub(crate) enum Loaded {
-    /// It chats.
+    /// A chat model.
     Chat(Box<Hosted>),
-    /// It embeds.
+    /// An embedding model.
     Embed(Box<HostedEncoder>),
 }
 
 /// A model of either kind that is served no longer.
 pub(crate) enum Removed {
-    /// It chatted.
+    /// A chat model.
     Chat(Arc<Hosted>),
-    /// It embedded.
+    /// An embedding model.
     Embed(Arc<HostedEncoder>),
 }
 
@@ -243,7 +243,7 @@ impl Host {
         &self.rings
     }
 
-    /// All models.
+    /// Chat models that are served.
     pub(crate) fn models(&self) -> Vec<Arc<Hosted>> {
         self.hosted
             .read()
@@ -251,7 +251,7 @@ impl Host {
             .clone()
     }
 
-    /// All embedding models.
+    /// Embedding models that are served.
     pub(crate) fn encoders(&self) -> Vec<Arc<HostedEncoder>> {
         self.encoders
             .read()
@@ -436,7 +436,7 @@ impl Loaded {
         std::panic::catch_unwind(AssertUnwindSafe(load)).unwrap_or_else(panicked)
     }
 
-    /// Says where it came from.
+    /// Sets the source that it was loaded from.
     pub(crate) fn from(mut self, source: Source) -> Self {
         match &mut self {
             Loaded::Chat(hosted) => hosted.source = source,

@@ -56,7 +56,7 @@ impl Lan {
         }
     }
 
-    /// Says where this worker listens for others.
+    /// Announces on the LAN the port where this worker listens for others.
     pub(crate) fn announce(&self, identity: &NodeIdentity, port: u16) {
         let announcement = Announcement {
             role: Role::Worker,

@@ -24,8 +24,8 @@ pub(crate) struct Life {
 }
 
 impl Life {
-    /// For a request that asks for a sign every `progress_ms` milliseconds; 0 is never. The first one comes early, so that the
-    /// head knows that it will hear of this request.
+    /// For a request that asks for a sign every `progress_ms` milliseconds; 0 means never. The first one
+    /// comes early, so that the head knows that it will hear of this request.
     pub(crate) fn new(progress_ms: u32) -> Self {
         let every = Duration::from_millis(u64::from(progress_ms)).clamp(SHORTEST, LONGEST);
         let first = every.min(FIRST);

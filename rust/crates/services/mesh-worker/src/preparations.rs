@@ -11,7 +11,7 @@ use mesh_proto::{EmbedText, Prompt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinError;
 
-/// The places.
+/// Places for requests in preparation.
 #[derive(Debug)]
 pub(crate) struct Preparations {
     short: Arc<Semaphore>,
@@ -153,7 +153,7 @@ mod tests {
         );
         drop((first, short));
         assert!((&mut waiting[0]).now_or_never().is_some());
-        // Whoever gives up waiting makes room.
+        // A request that gives up waiting makes room.
         waiting.clear();
         assert!(places.enter(8 << 20).now_or_never().unwrap().is_ok());
     }

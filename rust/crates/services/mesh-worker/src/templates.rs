@@ -54,13 +54,13 @@ pub enum TemplateError {
     /// The template does not parse, so that no conversation becomes a prompt.
     #[error("{0}")]
     Invalid(String),
-    /// It took too long.
+    /// It took longer than the limit.
     #[error(
         "the model's chat template was stopped after {} s: it is malformed or the conversation is too long",
         TIME.as_secs()
     )]
     TooSlow,
-    /// Its process ended.
+    /// Its process ended before it answered.
     #[error(
         "the model's chat template was stopped: it wanted more than {MEMORY_MIB} MiB of memory, or failed badly; it is malformed or the \
          conversation is too long"
@@ -91,7 +91,7 @@ pub struct Templates {
 #[derive(Debug)]
 struct Seat {
     source: String,
-    /// For long conversations, so that they hold up each other only.
+    /// True if it is for long conversations, which hold up only each other.
     long: bool,
     process: tokio::sync::Mutex<Option<Process>>,
 }

@@ -21,7 +21,7 @@ pub(crate) struct Held {
     pub(super) fingerprint: Digest,
     pub(super) signed: SignedManifest,
     store: Store,
-    /// By number.
+    /// Pieces by number.
     ids: Vec<PieceId>,
     /// Number of each file's first piece.
     first: Vec<u32>,
@@ -81,7 +81,6 @@ impl Held {
         &self.signed.manifest
     }
 
-    /// Its fingerprint.
     pub(crate) fn fingerprint(&self) -> Digest {
         self.fingerprint
     }
@@ -143,7 +142,7 @@ impl Held {
         missing
     }
 
-    /// All of it.
+    /// All pieces of the model.
     pub(super) fn all(&self) -> PieceSet {
         PieceSet::all(self.pieces())
     }
@@ -251,7 +250,7 @@ impl Held {
         Ok(file)
     }
 
-    /// Has it go by `name`, too. Says whether that is news.
+    /// Adds the name `name`. Returns true if it is new.
     pub(super) fn add_name(&self, name: &str) -> bool {
         let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
         let news = !names.iter().any(|known| known == name);
@@ -403,7 +402,7 @@ mod tests {
         assert!(model.is_said_to_be(HUB));
         assert!(model.to_proto(true).names.is_empty());
         assert_eq!(model.hub_name(), None);
-        // What this machine got from the hub itself, and what somebody vouched for, is.
+        // What this machine got from the hub itself, and any vouched model, is.
         for vouched in [true, false] {
             match vouched {
                 true => store.name_from_worker(HUB, &fingerprint, "a", "the hub"),

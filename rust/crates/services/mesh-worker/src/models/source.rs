@@ -27,9 +27,9 @@ pub(super) enum Order {
 
 /// Events of a source.
 pub(super) enum News {
-    /// It has these.
+    /// It holds these pieces.
     Here(PieceSet),
-    /// It sends.
+    /// It is sending: a sign of life.
     Heard,
     /// A piece came, is the manifest's and is written.
     Piece(Verified),
@@ -37,7 +37,7 @@ pub(super) enum News {
     Bad(BadPiece),
     /// It has not got this piece.
     Refused(u32),
-    /// Nothing more comes.
+    /// It sends no more, for this reason.
     Gone(String),
     /// This machine cannot write.
     Disk(String),

@@ -24,7 +24,7 @@ impl Carrier {
         Ok(Carrier(handle))
     }
 
-    /// Has a task run there.
+    /// Runs a task there.
     pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         self.0.spawn(task);
     }

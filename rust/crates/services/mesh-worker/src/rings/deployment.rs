@@ -74,7 +74,7 @@ enum Hosted {
         part: PartHandle,
         loaded: LoadedAs,
     },
-    /// It is the driver's.
+    /// The driver has it.
     Driving(LoadedAs),
 }
 
@@ -192,7 +192,7 @@ impl Deployment {
         }
     }
 
-    /// Says so if any part here has computed something since the last look.
+    /// Notes activity if any part here has computed something since the last look.
     fn note_activity(&mut self) {
         let parts = self.parts.values().map(|hosted| match hosted {
             Hosted::Ready { part, .. } => part.gauges.steps.load(Relaxed),
@@ -345,7 +345,7 @@ impl Deployment {
         self.mirror();
     }
 
-    /// Has the parts that are ready begin the current epoch, if they have not.
+    /// Begins the current epoch with the parts that are ready and have not begun it.
     async fn begin_ready_parts(&mut self) {
         let stages = self.ring.stages.len() as u32;
         for stage in 0..stages {

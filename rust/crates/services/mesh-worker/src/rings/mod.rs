@@ -212,7 +212,7 @@ impl Rings {
         Ok(Some(address.port()))
     }
 
-    /// Says to the head, which is `rtt` away, what there is; from now on it hears of rings through `outbox`.
+    /// Sends the offer to the head, which is `rtt` away, and from now on reports on rings through `outbox`.
     pub(crate) fn linked(&self, outbox: mpsc::UnboundedSender<Message>, rtt: Duration) {
         *lock(&self.head) = Some(outbox);
         lock(&self.head_path).rtt_us = peers::path("", rtt, 0.0).rtt_us;
@@ -220,7 +220,7 @@ impl Rings {
         self.offer();
     }
 
-    /// Says again what there is if the paths to others have changed.
+    /// Sends the offer again if the paths to others have changed.
     fn offer(&self) {
         let shards = self.shards();
         // A model that is not known yet cannot be offered; an empty offer need not be sent.

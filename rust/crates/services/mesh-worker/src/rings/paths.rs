@@ -70,14 +70,14 @@ const LEAST_RTT: u32 = 1_000;
 /// Measurements of a path.
 const MEASUREMENTS: u32 = 3;
 
-/// Between them.
+/// Pause between two measurements.
 const REST: Duration = Duration::from_millis(300);
 
 /// A mesh that starts all at once is loading until then, and its machines are too busy to measure anything.
 /// Parts from an earlier run are planned in the same places again without figures that are new each time.
 const FIRST_LOOK: Duration = Duration::from_secs(10);
 
-/// Between looks at the paths.
+/// Interval between looks at the paths.
 const LOOK: Duration = Duration::from_secs(60);
 
 #[cfg(test)]

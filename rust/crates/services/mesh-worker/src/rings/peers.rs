@@ -100,7 +100,7 @@ impl Peers {
         }
     }
 
-    /// Has the next stream to a worker go over a link of its own. Streams on the present link are not disturbed.
+    /// Makes the next stream to a worker use a new link. Streams on the present link are not disturbed.
     pub(super) fn forget(&self, node_id: &str) {
         let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
         links.remove(node_id);
