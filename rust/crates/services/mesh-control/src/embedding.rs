@@ -1,4 +1,4 @@
-//! Cutting a request for embeddings into parts for several workers, and putting what comes back together in order.
+//! Cuts a request for embeddings into parts for several workers, and joins their vectors in order.
 //!
 //! One part is one Embed. Its life across worker deaths is that of an answer without tokens ([`super::request::Answer`]).
 
@@ -58,8 +58,8 @@ impl Cut {
     }
 }
 
-/// Checks that `part` answers a request for `texts` vectors; the error says what is wrong. Nothing that a
-/// worker sends is believed.
+/// Checks that `part` answers a request for `texts` vectors; the error says what is wrong. Workers are not
+/// trusted.
 pub fn check(part: &Embeddings, texts: usize, dimensions: u32) -> Result<(), String> {
     let one = part.dimensions as usize * 4;
     if one == 0 || part.vectors.len() != one.saturating_mul(texts) || part.tokens.len() != texts {

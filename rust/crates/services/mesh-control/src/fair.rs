@@ -53,7 +53,8 @@ pub enum Origin {
 }
 
 impl Origin {
-    /// The origin of what comes from this address. An IPv6 network of 64 bits is one origin, because its owner has all of it.
+    /// The origin of requests from this address. An IPv6 network of 64 bits is one origin, because its owner
+    /// has all of it.
     pub fn of(address: IpAddr) -> Self {
         Self::Address(match address.to_canonical() {
             IpAddr::V6(address) if !address.is_loopback() => {

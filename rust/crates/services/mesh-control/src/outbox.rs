@@ -27,7 +27,7 @@ pub struct Limits {
 }
 
 impl Default for Limits {
-    /// At most 11 MB/s to one receiver, who may be busy elsewhere for 10 ms without a loss.
+    /// At most 11 MB/s to one receiver, which may be busy elsewhere for 10 ms without a loss.
     fn default() -> Self {
         Self {
             burst: 16,
@@ -83,7 +83,7 @@ impl Outbox {
         }
     }
 
-    /// Takes an answer of `bytes` bytes, in place of what is left of an earlier one to the same task.
+    /// Takes an answer of `bytes` bytes, in place of the rest of an earlier one to the same task.
     pub fn add(&mut self, key: TaskKey, chunks: Split, bytes: usize, now: Instant) -> Added {
         self.remove(key);
         if self.bytes.saturating_add(bytes) > self.limits.bytes {

@@ -101,8 +101,8 @@ impl Registry {
         self.timeout
     }
 
-    /// Enters a mesh worker. A node that is already there has come back on a new link: the old entry's id is returned
-    /// as well, for the caller to end what runs on it.
+    /// Enters a mesh worker. A node that is already there has come back on a new link: the old entry's id is
+    /// returned as well, for the caller to end its requests.
     pub fn join(
         &mut self,
         node_id: &str,
@@ -262,7 +262,8 @@ impl Registry {
         self.remember_models(id, now);
     }
 
-    /// The worker serves these models whole, and no others. Those that it served before keep what is known of them.
+    /// The worker serves these models whole, and no others. Models that it served before keep their
+    /// measurements and checks.
     pub fn serves(&mut self, id: WorkerId, cards: Vec<ModelCard>, now: Instant) {
         self.remember_models(id, now);
         let Some(worker) = self.workers.get_mut(&id) else {

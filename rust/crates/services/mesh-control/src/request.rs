@@ -178,7 +178,7 @@ impl Answer {
         }
     }
 
-    /// The same, with bounds for what a worker may send.
+    /// The same, with bounds on the worker's answer.
     #[must_use]
     pub fn within(self, bounds: Bounds) -> Self {
         Self { bounds, ..self }
@@ -211,7 +211,8 @@ impl Answer {
         self.rejected.as_ref()
     }
 
-    /// Another worker answers what that one rejected. To be asked when an answer begins or is complete.
+    /// The rejection by a worker of a request that another worker answers. To be asked when an answer begins
+    /// or is complete.
     pub fn contradicted(&mut self) -> Option<Rejection> {
         self.rejected.take()
     }
@@ -457,7 +458,7 @@ impl Answer {
         self.limits.silence = least;
     }
 
-    /// The silence so far is excused, and what comes of it is looked at again at `moment`.
+    /// The silence so far is excused; its consequences are decided again at `moment`.
     pub fn look_again_at(&mut self, moment: Instant) {
         if let Phase::Running {
             last_heard,
@@ -575,7 +576,7 @@ impl Answer {
             .then(|| "the worker sent more probabilities than were asked for".to_owned())
     }
 
-    /// Notes what the head itself can see of the progress that a worker reports.
+    /// Notes the progress in a worker's report that the head can check itself.
     fn advances(&mut self, progress: &Progress, seen: Option<Instant>, now: Instant) {
         let shorter = self.reported.is_none_or(|before| {
             let later_phase = progress.phase > before.phase;

@@ -177,7 +177,7 @@ impl Router {
             .iter()
             .filter(|worker| serves(registry, worker, ask, now) != Service::Out);
         let cards = serving.map(|worker| worker.model(&ask.model).map(|model| &model.card));
-        // A worker without an identity says nothing of what it serves.
+        // A worker without an identity does not report its models.
         let cards: Option<Vec<_>> = cards.collect();
         ask.length.exceeds(cards?)
     }

@@ -66,7 +66,7 @@ impl Shares {
             .map(|used| used.most)
             .collect();
         if others.is_empty() {
-            // What its worker gets ahead of a free slot included.
+            // No limit, not even on the requests that a worker gets ahead of a free slot.
             return usize::MAX;
         }
         let even = (slots / (others.len() + 1)).max(1);
@@ -82,7 +82,7 @@ impl Shares {
         self.of.len()
     }
 
-    /// Forgets what was long ago.
+    /// Forgets uses that are too old to count.
     pub(crate) fn expire(&mut self, now: Instant) {
         for sources in self.of.values_mut() {
             sources.retain(|_, used| now.saturating_duration_since(used.last) < LATELY);

@@ -40,7 +40,7 @@ pub struct Tracker {
     downloads: BTreeMap<Key, Download>,
     /// Workers whose download failed, each with the time from which it may try again.
     failures: BTreeMap<(Key, String), Failure>,
-    /// By model and accused: who says that it sent bad pieces.
+    /// By model and accused: the workers that report bad pieces from it.
     accused: BTreeMap<(String, String), BTreeSet<String>>,
     pins: Pins,
     conflicts: Conflicts,

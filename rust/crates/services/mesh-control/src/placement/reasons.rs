@@ -19,8 +19,8 @@ impl Placement {
         }
     }
 
-    /// Says why the workers that claim to serve a model do not answer; `None` if nothing is wrong with any of
-    /// them.
+    /// Reasons for which the workers that claim to serve a model do not answer; `None` if nothing is wrong
+    /// with any of them.
     fn why_none_answers(&self, ask: &Ask, now: Instant) -> Option<String> {
         let mut reasons = Vec::new();
         for worker in self.registry.iter().filter(|worker| !worker.draining) {

@@ -39,7 +39,7 @@ pub enum Refusal {
         /// Reason for which the offers are not enough.
         reason: String,
     },
-    /// Workers serve the model, and would ignore what the request asks for.
+    /// Workers serve the model, but would ignore fields of the request.
     #[error(
         "the workers that serve {model:?} are of an older version and would ignore {}; update them, or leave that out",
         mesh_proto::REVISED_FIELDS

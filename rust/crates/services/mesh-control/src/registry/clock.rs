@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Time of the last token from a worker. Shared with what follows its answers, so that no lock is taken per token.
+/// Time of the last token from a worker. Shared with the tasks that follow its answers, so that no lock is
+/// taken per token.
 #[derive(Debug, Clone)]
 pub struct TokenClock {
     origin: Instant,

@@ -1,4 +1,4 @@
-//! The head's questions to workers, and what follows from their answers.
+//! The head's questions to workers, and the effects of their answers.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -155,7 +155,8 @@ impl Registry {
         findings
     }
 
-    /// A worker declines a question because it is full or drains. Says whether that is excused, see [`ServedModel::declined`].
+    /// A worker declines a question because it is full or drains. Returns true if that is excused, see
+    /// [`ServedModel::declined`].
     pub fn declined(&mut self, id: WorkerId, model: &str, now: Instant) -> bool {
         let limit = self.trial;
         let worker = self.workers.get_mut(&id);
@@ -300,7 +301,7 @@ impl Registry {
         }
     }
 
-    /// Takes over what is thought of the models of one worker.
+    /// Copies the check states of the models of one worker from the spot checks.
     pub(super) fn refresh(&mut self, id: WorkerId, now: Instant) {
         let (checks, reputation) = (&self.checks, &mut self.reputation);
         let Some(worker) = self.workers.get_mut(&id) else {

@@ -141,8 +141,8 @@ impl ServedModel {
         self.delay = (before + (more - before) * DELAY_WEIGHT, Some(now));
     }
 
-    /// Seconds to a first token besides those that its prompt takes: a worker may be busy with what this head does not see. What is long
-    /// ago counts for less.
+    /// Seconds to a first token besides those that its prompt takes: a worker may be busy with work that this
+    /// head does not see. Old measurements count for less.
     pub(crate) fn delay(&self, now: Instant) -> f64 {
         let (delay, at) = self.delay;
         let age = at.map_or(0.0, |at| now.saturating_duration_since(at).as_secs_f64());

@@ -17,7 +17,7 @@ pub enum Fault {
     Perhaps,
     /// The worker's: it was silent.
     Silence,
-    /// The worker's: it sent what no request asks for.
+    /// The worker's: it sent data that no request asks for.
     Worker,
 }
 
@@ -93,7 +93,7 @@ pub enum Failure {
     Lost(String),
     /// The worker's process is gone, or its machine.
     Died(String),
-    /// The worker sent what no worker sends.
+    /// The worker sent invalid data.
     Nonsense(String),
     /// The worker answered with an Error.
     Error {

@@ -16,8 +16,8 @@ const LIMITS: Limits = Limits {
     first_token: Duration::from_secs(5),
 };
 
-/// What every worker would answer: token `i` is `1000 + i`. Every third token is half a character: its text comes with
-/// the next one.
+/// The answer of every worker: token `i` is `1000 + i`. Every third token is half a character: its text comes
+/// with the next one.
 struct Truth {
     length: u32,
 }
@@ -40,7 +40,7 @@ impl Truth {
     }
 }
 
-/// How an attempt goes.
+/// Course of an attempt.
 #[derive(Debug, Clone)]
 struct Script {
     /// Tokens per message.

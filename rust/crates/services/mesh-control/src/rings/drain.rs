@@ -59,7 +59,7 @@ impl Rings {
         let mut trial = self.clone();
         trial.set_asked(node, true);
         trial.poll(now);
-        // What runs now must either have been moved, or have somewhere to go to.
+        // Running requests must either have been moved, or have somewhere to go to.
         for ring in self.rings.values().filter(|ring| ring.has_member(node)) {
             let later = trial
                 .live_ring(&ring.model)
@@ -179,7 +179,7 @@ impl Rings {
                 && ring.epoch == 1
                 && drained.iter().any(|node| ring.has_member(node))
             {
-                // Nothing has run on it yet: what is lost is lost without harm.
+                // Nothing has run on it yet, so its loss does no harm.
                 let names: Vec<&str> = drained.iter().map(|node| self.name(node)).collect();
                 let reason = format!("{} is drained", names.join(", "));
                 self.replan_forming(id, &drained, &reason, now);

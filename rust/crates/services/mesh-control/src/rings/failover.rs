@@ -1,4 +1,4 @@
-//! Losses: what a ring does about workers that are gone, and how it gets its standbys back.
+//! Losses: replaces the members of a ring that are gone, and restores its standbys.
 
 use std::collections::BTreeSet;
 use std::time::Instant;

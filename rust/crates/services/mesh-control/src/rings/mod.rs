@@ -104,7 +104,8 @@ pub struct Arrival {
     pub name: String,
     /// Models that it serves whole.
     pub whole: Vec<String>,
-    /// The head's own address on the way to it: what other workers must use for a worker on the head's machine.
+    /// The head's own address on the way to it, which other workers must use for a worker on the head's
+    /// machine.
     pub head_ip: Option<IpAddr>,
 }
 
@@ -119,7 +120,7 @@ pub struct Rings {
     /// Reason for which a model has no ring, and the state of the mesh in which that was found.
     unplanned: BTreeMap<String, (u64, String)>,
     next_ring: u64,
-    /// Counts what may make a plan possible or better.
+    /// Counts changes that may make a plan possible or better.
     generation: u64,
     /// First and last change of offers since they were last quiet.
     stirred: Option<(Instant, Instant)>,
@@ -165,7 +166,7 @@ impl Rings {
         self.generation += 1;
     }
 
-    /// A worker says what it may hold. `address` is where other workers reach it.
+    /// A worker offers parts of models. `address` is where other workers reach it.
     pub fn offered(&mut self, node: &str, address: SocketAddr, offer: Offer, now: Instant) {
         let Some(entry) = self.nodes.get_mut(node).filter(|node| node.connected) else {
             return;
@@ -349,7 +350,7 @@ impl Rings {
         for model in self.offered_models() {
             if self.wants_ring(&model) {
                 let prospect = match self.unplanned.get(&model) {
-                    // What has changed since may make a plan possible; that is seen in a moment.
+                    // Changes since then may make a plan possible; that shows in a moment.
                     Some((_, reason)) if self.stirred.is_none() => {
                         Prospect::Impossible(reason.clone())
                     }

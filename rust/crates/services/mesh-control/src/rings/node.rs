@@ -175,7 +175,7 @@ impl Suspicion {
 /// that claims more would get all layers.
 fn plausible(mut shard: ShardOffer) -> ShardOffer {
     let least = |bytes: u64| (bytes as f64 / FASTEST_MEMORY * 1e6) as f32;
-    // What is not known stays unknown: such a node gets nothing.
+    // Unknown values stay unknown: such a node gets nothing.
     if shard.decode_us > 0.0 {
         shard.decode_us = shard.decode_us.max(least(shard.layer_bytes));
     }
@@ -195,7 +195,8 @@ fn close(old: f64, new: f64) -> bool {
 }
 
 const NAME_BYTES: usize = 256;
-/// Bytes per second; ten times what discarded machines do, and what the fastest accelerators have.
+/// Bytes per second: ten times the memory bandwidth of discarded machines, and that of the fastest
+/// accelerators.
 const FASTEST_MEMORY: f64 = 8e12;
 const LONGEST_PAUSE: Duration = Duration::from_secs(600);
 

@@ -1,4 +1,4 @@
-//! From what workers offer to what placement needs, and from its plans to rings.
+//! Turns offers of workers into the input of placement, and its plans into rings.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -111,8 +111,8 @@ impl Rings {
         })
     }
 
-    /// The best plan for this context. KV memory beyond a quarter of what is wanted gives way to standbys: requests that
-    /// wait for room are better than a ring that ends with its first loss.
+    /// The best plan for this context. KV memory beyond a quarter of the desired size gives way to standbys:
+    /// requests that wait for room are better than a ring that ends with its first loss.
     fn place_with(&self, outlook: &Outlook, context: u32) -> Result<Plan, PlanError> {
         let mut policy = self.policy(context);
         let mut best = place(&outlook.spec, &outlook.candidates, &policy)?;
@@ -288,7 +288,7 @@ impl Rings {
     }
 
     pub(super) fn cannot_plan(&mut self, model: &str, error: &str) {
-        // Who was lost is of more use to a client than what the rest lacks alone.
+        // The lost workers are of more use to a client than the shortage of the rest alone.
         let reason = match self.losses.get(model) {
             Some(loss) => format!("{loss}; {error}"),
             None => error.to_owned(),
@@ -384,7 +384,7 @@ impl Rings {
         self.broadcast(id, &BTreeSet::new());
     }
 
-    /// Sends a ring to all who have a part in it, and to `others`, who had one.
+    /// Sends a ring to all workers with a part in it, and to `others`, which had one.
     pub(super) fn broadcast(&mut self, id: u64, others: &BTreeSet<String>) {
         let Some(ring) = self.rings.get(&id) else {
             return;

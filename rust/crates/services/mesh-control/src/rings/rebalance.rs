@@ -86,7 +86,8 @@ impl Rings {
         if self.last_rebalance.is_some_and(paused) {
             return;
         }
-        // After a loss the mesh is left alone for a while: what is lost may come back, and what runs has had its pause.
+        // After a loss the mesh is left alone for a while: the lost worker may come back, and running
+        // requests have had their pause.
         let shaken = |at: Instant| now.saturating_duration_since(at) < SETTLED;
         let due = |ring: &Ring| {
             ring.compared != Some(self.generation)
@@ -302,7 +303,7 @@ impl Rings {
         (!next.moves.is_empty() && all_fit).then_some(next)
     }
 
-    /// Frees what a ring's standbys take; nothing that runs is disturbed.
+    /// Frees the memory of a ring's standbys; running requests are not disturbed.
     fn give_up_standbys(&mut self, id: u64) {
         let Some(ring) = self.rings.get_mut(&id) else {
             return;

@@ -266,7 +266,7 @@ impl Ring {
         self.progressed = now;
         self.doubts.clear();
         self.serving_since = None;
-        // Who waits for this epoch waited for the one before it, too.
+        // A request that waits for this epoch waited for the one before it, too.
         let both = !std::mem::take(&mut self.served)
             && self.epoch > 2
             && self.reason_of_epoch.len() < LONGEST_REASON;
@@ -347,7 +347,8 @@ impl Ring {
     }
 }
 
-/// Bytes of a stage: its layers, what the ends of the model need besides, and KV rows for all of its layers.
+/// Bytes of a stage: its layers, the embedding and output weights at the ends of the model, and KV rows for
+/// all of its layers.
 pub(super) fn stage_bytes(spec: &ModelSpec, layers: &Range<u32>, kv_tokens: u64) -> u64 {
     let count = u64::from(layers.end.saturating_sub(layers.start));
     let first = if layers.start == 0 {

@@ -3,7 +3,7 @@
 /// A question as a person might ask it. It must not be the same one every time: its answer could be learnt by heart.
 pub(super) fn question_of(seed: u64) -> String {
     let pick = |list: &[&'static str], shift: u32| {
-        // The multiplier spreads what is alike in the low bits.
+        // The multiplier spreads seeds that are alike in the low bits.
         let mixed = (seed.rotate_left(shift)).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
         list[mixed as usize % list.len()]
     };

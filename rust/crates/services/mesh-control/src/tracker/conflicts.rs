@@ -16,7 +16,7 @@ struct Claimed {
     conflict: Conflict,
     /// Ids of the nodes that hold something under it.
     holders: BTreeSet<String>,
-    /// These, those who refuse what it is pinned to, and those that made the pin.
+    /// These, those that refuse the pinned model, and those that made the pin.
     involved: BTreeSet<String>,
     is_sought: bool,
 }

@@ -37,7 +37,7 @@ impl Tracker {
         }
     }
 
-    /// Takes a download away from who failed on it.
+    /// Takes a download away from the worker that failed on it.
     pub(super) fn fail(&mut self, key: &Key, reason: &str, now: Instant) {
         let Some(download) = self.downloads.remove(key) else {
             return;

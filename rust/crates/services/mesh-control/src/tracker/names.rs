@@ -58,7 +58,7 @@ impl Tracker {
         self.actions.push(super::Action::KeepPins);
     }
 
-    /// Pins names under which a model is about to be got, or was got by who had the download.
+    /// Pins names under which a model is being downloaded, or was downloaded by the worker with the download.
     pub(super) fn settle_pins(&mut self) {
         let mut first = Vec::new();
         for (node, entry) in &self.nodes {

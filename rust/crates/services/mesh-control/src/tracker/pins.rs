@@ -45,7 +45,7 @@ pub struct Conflict {
     pub pinned: Option<String>,
     /// True if an operator set the pin. If not, no worker takes either model on this head's word.
     pub decided: bool,
-    /// Workers that refuse what it is pinned to, as the hub has another model under the name.
+    /// Workers that refuse the pinned model, as the hub has another model under the name.
     pub refused_by: Vec<String>,
     /// The models are served: their fingerprints are those of files, which no pin can name.
     pub served: bool,
@@ -55,7 +55,7 @@ impl Conflict {
     /// Advice to the operator.
     pub fn advice(&self) -> String {
         let claims = self.claims.iter().map(|(fingerprint, workers)| {
-            // Of models that are served it is what the worker says.
+            // For models that are served, the worker reports it.
             let short: String = fingerprint.chars().take(12).collect();
             match workers[..] {
                 [] => format!("{short} (nobody now)"),
@@ -125,7 +125,7 @@ impl Pins {
         self.0.get(&key(name))
     }
 
-    /// Pins a name, unless it is pinned, or there are too many pins. Says whether it was.
+    /// Pins a name, unless it is pinned, or there are too many pins. Returns true if it was pinned now.
     pub(super) fn first(&mut self, pin: Pin) -> bool {
         let of_node = self.0.values().filter(|known| known.node == pin.node);
         let room = self.0.len() < MOST_PINS && of_node.count() < MOST_OF_NODE;
