@@ -141,7 +141,7 @@ pub enum Admit {
     Verified,
 }
 
-/// Limit on what each source may send: a token bucket per IPv4 address or IPv6 /64.
+/// Limit on the datagrams of each source: a token bucket per IPv4 address or IPv6 /64.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RateLimit {

@@ -579,7 +579,7 @@ fn connect(address: SocketAddr) -> io::Result<UdpSocket> {
 }
 
 fn enlarge_buffers(socket: &Socket) {
-    // The system gives what its limits allow, and a smaller buffer still works.
+    // The system gives a buffer within its limits, and a smaller one still works.
     let _ = socket.set_recv_buffer_size(SOCKET_BUFFER);
     let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
 }

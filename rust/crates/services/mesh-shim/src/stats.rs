@@ -47,7 +47,7 @@ macro_rules! counters {
 }
 
 counters! {
-    /// Datagrams by what became of them, when they were good.
+    /// Good datagrams and tasks, counted by source, destination and kind.
     Traffic, "kind":
     /// From clients, all of them.
     from_clients,

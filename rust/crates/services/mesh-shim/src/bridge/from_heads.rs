@@ -223,7 +223,7 @@ impl Bridge {
         self.stats.traffic.answers.count();
     }
 
-    /// `head` refused a task because it is shutting down; what it already runs it will still answer.
+    /// `head` refused a task because it is shutting down; it will still answer its running tasks.
     fn leave_to_another(&mut self, now: Instant, head: usize, id: TaskId) {
         self.heads.draining(head, now);
         let task = self.tasks.get_mut(id);

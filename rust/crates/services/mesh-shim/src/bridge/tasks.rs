@@ -132,7 +132,7 @@ impl TaskTable {
         table
     }
 
-    /// The slot of what `client` asked in `version` under `sequence`.
+    /// The slot of the task of `client` in `version` under `sequence`.
     pub(super) fn find(
         &self,
         client: SocketAddr,

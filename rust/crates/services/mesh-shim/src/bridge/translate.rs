@@ -103,7 +103,7 @@ impl Translator {
         }
     }
 
-    /// Drops what did not become complete in time.
+    /// Drops answers that did not become complete in time.
     pub(super) fn expire(&mut self, now: Instant) {
         if !self.pieces.is_empty() {
             self.pieces.expire(now);
