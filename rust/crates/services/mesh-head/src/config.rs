@@ -132,7 +132,8 @@ pub struct DcfConfig {
     pub workers: SocketAddr,
     /// Admit workers without an identity: from this machine, and from `legacy_worker_networks`.
     pub legacy_workers: bool,
-    /// Networks from which they are admitted, too. They get clients' prompts, and nothing proves who they are.
+    /// Networks from which they are admitted, too. They get clients' prompts, and nothing proves their
+    /// identity.
     pub legacy_worker_networks: Vec<Network>,
     /// Tasks given to one of them at a time.
     pub legacy_concurrency: u32,
@@ -161,7 +162,7 @@ pub struct QuicConfig {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ShardingConfig {
-    /// Form rings from what workers offer.
+    /// Form rings from the offers of workers.
     pub enabled: bool,
     /// Optimisation target of plans: the time of one token, or the tokens of many requests.
     pub objective: RingObjective,
@@ -291,7 +292,7 @@ impl Default for QuicConfig {
 }
 
 impl Config {
-    /// Checks what single keys cannot say.
+    /// Checks rules that no single key can express.
     ///
     /// # Errors
     /// [`Unsound`] says which keys contradict each other.

@@ -238,7 +238,7 @@ impl HeadHandle {
         &self.mesh
     }
 
-    /// Stops it: nothing new is taken, what runs may finish within the drain limit.
+    /// Stops the head: it takes no new requests, and running ones may finish within the drain limit.
     pub async fn shutdown(self) -> Drained {
         self.shutdown.begin();
         self.wait().await

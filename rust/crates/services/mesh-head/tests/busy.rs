@@ -73,7 +73,7 @@ async fn texts_that_wait_in_their_workers_queue_are_embedded_there_and_once() {
     let head = TestHead::start(|config| {
         config.first_token_limit = LIMIT;
         config.silence_limit = LIMIT;
-        // Nobody believes a worker for longer that shows nothing for its words.
+        // A worker that only claims to work is not believed for longer.
         config.request_timeout = Duration::from_secs(20);
         config.worker_timeout = Duration::from_secs(2);
     })

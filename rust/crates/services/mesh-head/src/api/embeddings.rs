@@ -1,4 +1,5 @@
-//! `/v1/embeddings`: what a body asks for, and the answer. DCF tasks of kind `embed` are read and answered alike.
+//! `/v1/embeddings`: parses the body, and writes the answer. DCF tasks of kind `embed` are read and answered
+//! alike.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;

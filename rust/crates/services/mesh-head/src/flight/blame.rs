@@ -51,7 +51,8 @@ impl<E: FnMut(Event) + Send> Drive<'_, E> {
         }
     }
 
-    /// A worker says that the request itself is at fault: notes whether another one can be asked, and what that would prove.
+    /// A worker says that the request itself is at fault: notes whether another one can be asked, and what
+    /// its answer would prove.
     pub(super) fn ask_another(&mut self, assignment: &Assignment) {
         let another = self.mesh.another(&self.ask, assignment.placed.worker);
         self.answer.set_second_opinion(another);

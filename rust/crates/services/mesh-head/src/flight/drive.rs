@@ -1,4 +1,5 @@
-//! Drives one answer: asks for a worker, talks to it, and does what [`Answer`] decides until the answer ends.
+//! Drives one answer: asks for a worker, talks to it, and carries out the decisions of [`Answer`] until the
+//! answer ends.
 
 use std::future::Future;
 use std::pin::{Pin, pin};
@@ -87,7 +88,7 @@ pub(super) struct Drive<'a, E> {
     pub(super) suspects: Vec<Attempted>,
     /// The context that the worker claims whose rejection of this request is looked into.
     pub(super) rejected_in: u32,
-    /// Time at which the client was last told what the request waits for.
+    /// Time at which the client last heard the cause of the request's wait.
     told: Option<Instant>,
     deaths: Deaths,
 }
@@ -647,7 +648,7 @@ fn due(answer: &Answer) -> Instant {
 /// Bytes of a whole answer of a worker without an identity.
 const MOST_WHOLE: usize = 8 << 20;
 
-/// Least time between two words to a client about what its request waits for.
+/// Least time between two messages to a client about the cause of its request's wait.
 const TELL_EVERY: Duration = Duration::from_millis(100);
 
 /// Time until the head looks again at a driver that is heard and sends no tokens.

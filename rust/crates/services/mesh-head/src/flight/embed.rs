@@ -290,7 +290,8 @@ async fn part(
     }
 }
 
-/// Asks a worker for one part, for as long as it shows life; else what the answer's core makes of the time that passed.
+/// Asks a worker for one part, for as long as it shows life; else returns the decision of the answer's core
+/// on the time that passed.
 async fn ask_for_part(
     answer: &mut Answer,
     assignment: &Assignment,

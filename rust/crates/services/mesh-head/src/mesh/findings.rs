@@ -40,7 +40,7 @@ impl Mesh {
         self.turn(state, now);
     }
 
-    /// A worker declines the head's question. Says whether that is excused.
+    /// A worker declines the head's question. Returns true if that is excused.
     pub(crate) fn declined(&self, id: WorkerId, model: &str) -> bool {
         let mut state = self.lock();
         let registry = &mut state.placement.registry;

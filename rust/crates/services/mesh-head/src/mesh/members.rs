@@ -21,7 +21,7 @@ use super::state::{CLOCK_TOLERANCE, Mesh, Peer, timestamp_us};
 pub(crate) struct Rival {
     /// The worker's QUIC link.
     pub link: Link,
-    /// It finishes what runs and will leave.
+    /// It finishes its running requests and will leave.
     pub draining: bool,
     name: String,
     host: String,
@@ -37,7 +37,7 @@ impl Mesh {
         orders: mpsc::Sender<Message>,
     ) -> WorkerId {
         let now = Instant::now();
-        // Not what it calls itself.
+        // Not the name that it gives itself.
         let hello = Hello {
             node_name: link.node_name().to_owned(),
             version: plain(&hello.version),

@@ -1,4 +1,4 @@
-//! Nodes that are expelled: their links end, what runs on them goes elsewhere, and all workers hear of it.
+//! Expulsion of nodes: their links end, their requests go elsewhere, and all workers hear of it.
 
 use std::time::Instant;
 

@@ -288,7 +288,7 @@ impl Assignment {
         })
     }
 
-    /// Says how the attempt ended, and gives the worker free.
+    /// Reports the end of the attempt, and frees the worker.
     pub(crate) fn end(mut self, ended: Ended) {
         self.ended = ended;
     }

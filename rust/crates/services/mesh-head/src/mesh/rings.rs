@@ -1,4 +1,5 @@
-//! Rings within the mesh: carries out what [`mesh_control::rings`] decides, and answers what others ask about rings.
+//! Rings within the mesh: carries out the decisions of [`mesh_control::rings`], and answers questions about
+//! rings.
 
 use std::io;
 use std::net::SocketAddr;
@@ -51,7 +52,7 @@ impl Mesh {
             return;
         }
         if let (Some(peer), Some(profile)) = (state.peers.get(&id), offer.profile.as_mut()) {
-            // A worker need not measure what its link knows, and is not believed about it.
+            // A worker need not measure the path that its link knows, and is not believed about it.
             let rtt = u32::try_from(peer.link.rtt().as_micros()).unwrap_or(u32::MAX);
             match profile
                 .paths
@@ -115,7 +116,7 @@ impl Mesh {
         look(&state.rings, &state.placement.registry)
     }
 
-    /// Changes rings as an operator wishes, and does what follows.
+    /// Changes rings as an operator wishes, and carries out the resulting actions.
     pub(crate) fn change_rings<T>(
         &self,
         change: impl FnOnce(&mut Rings, &mut Registry, Instant) -> T,
@@ -178,7 +179,7 @@ impl Mesh {
         self.pump(state, now);
     }
 
-    /// Tells the rings what runs on those that retire, and sets their gauges now and then.
+    /// Reports to the rings the requests on those that retire, and sets their gauges now and then.
     pub(super) fn look_at_rings(&self, state: &mut State, now: Instant) {
         for (ring, _) in state.rings.retiring() {
             let running = state.placement.running_on(ring);
@@ -254,7 +255,7 @@ impl Mesh {
         }
     }
 
-    /// Sends a worker an order that must not be lost: who does not take its orders is dropped.
+    /// Sends a worker an order that must not be lost: a worker that does not take its orders is dropped.
     pub(super) fn order(
         &self,
         state: &mut State,

@@ -108,7 +108,7 @@ impl Mesh {
     /// A mesh without workers.
     ///
     /// # Errors
-    /// If what models' names mean cannot be read.
+    /// If the pins of model names cannot be read.
     pub(crate) fn new(
         config: Config,
         metrics: HeadMetrics,

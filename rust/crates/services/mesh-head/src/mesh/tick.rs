@@ -94,7 +94,7 @@ impl Mesh {
         }
     }
 
-    /// Takes in what workers said of models and rings in a quarantine that is over.
+    /// Takes in the messages about models and rings of workers whose quarantine is over.
     fn hear_held_back(&self) {
         let now = Instant::now();
         let words = {
@@ -241,7 +241,7 @@ impl State {
 /// Time for which a worker that was heard counts as alive. Links carry something at least every half second.
 const HEARD: Duration = Duration::from_secs(1);
 
-/// A longer pause between two looks at who was heard means that this head had no processor.
+/// A longer pause between two looks at the workers heard means that this head had no processor.
 const LISTENS: Duration = Duration::from_millis(300);
 
 /// Interval at which links are asked for signs of life and addresses.

@@ -228,7 +228,7 @@ async fn follow_control(
                 }
             }
             order = orders.recv() => match order {
-                // While it waits here it is not heard either: who lets its orders lie is gone.
+                // While it waits here it is not heard either: a worker that leaves its orders unread is gone.
                 Some(message) => match timeout(ORDER_TIMEOUT, send.send(message)).await {
                     Ok(sent) => sent?,
                     Err(_) => {
@@ -271,8 +271,8 @@ fn varint(body: &[u8]) -> Option<(u64, &[u8])> {
     None
 }
 
-/// Lets the worker measure its bandwidth to here; nothing else comes on streams of its own. One after the other, so that what a
-/// worker sends in vain is bounded.
+/// Lets the worker measure its bandwidth to here; nothing else comes on streams of its own. One after the
+/// other, so that useless data from a worker is bounded.
 async fn answer_probes(link: Link) {
     while let Ok(mut stream) = link.accept().await {
         stream.limit(PROBE_MESSAGE);

@@ -122,7 +122,7 @@ struct Probe<'a> {
     alive: Instant,
     /// Time at which the probe was sent, or its last token came.
     got_on: Instant,
-    /// Time at which the worker last said what the probe waits for.
+    /// Time at which the worker last reported the cause of the probe's wait.
     told: Option<Instant>,
 }
 
@@ -218,7 +218,7 @@ impl Probe<'_> {
             ..Bounds::default()
         };
         stream.limit(bounds.message());
-        // Checks what comes as any answer is checked.
+        // Checks the tokens as those of any answer are checked.
         let mut answer = Answer::new(self.mesh.config.request_limits(), self.asked).within(bounds);
         let attempt = answer
             .placed(self.id, Duration::ZERO, Instant::now())
@@ -346,7 +346,7 @@ impl Probe<'_> {
             if seen.is_some_and(|at| at >= self.asked) {
                 return Err(Unproven::Needless);
             }
-            // An older worker does not say what a request waits for, but its reports say whether requests wait.
+            // An older worker does not report the cause of a wait, but its reports say whether requests wait.
             let busy = self.mesh.with_registry(|registry| {
                 let worker = registry.get(self.id);
                 let proof = self.mesh.config.request_timeout;
@@ -432,7 +432,7 @@ fn positions_of(delta: &Delta) -> Vec<Position> {
 /// Interval between looks for workers that have to prove themselves.
 const PROOF_PAUSE: Duration = Duration::from_millis(250);
 
-/// Time for which what a worker says of a probe counts.
+/// Time for which a worker's report on a probe counts.
 const TOLD: Duration = Duration::from_secs(10);
 
 /// Multiples of `first_token_limit` for which signs of life without a token keep a probe going.

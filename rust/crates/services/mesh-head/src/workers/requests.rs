@@ -1,4 +1,4 @@
-//! Requests to workers over their links, and what workers say on them.
+//! Requests to workers over their links, and the messages on them.
 
 use std::time::Duration;
 

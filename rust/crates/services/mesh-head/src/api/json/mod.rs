@@ -34,7 +34,7 @@ pub(crate) fn object(body: &[u8]) -> Result<Object, Invalid> {
         Err(Refused::TooMuch(text)) => return Err(too_much(&text)),
         Ok(object) => return Ok(object),
     };
-    // Only what is refused is looked at a second time.
+    // Only refused bodies are looked at a second time.
     let error = match whole_characters(body) {
         Cow::Owned(mended) => match read(&mended) {
             Err(Refused::Json(error)) => error,
@@ -88,7 +88,7 @@ fn whole_characters(body: &[u8]) -> Cow<'_, [u8]> {
                 (Some(0xd800..0xe000), _) => (6, b"\\ufffd"),
                 _ => (2, b""),
             },
-            // Whatever is escaped, it begins no escape.
+            // An escaped character begins no escape.
             [b'\\', _, ..] => (2, b""),
             // Surrogates in bytes, as UTF-8 does not allow them.
             [0xed, 0xa0..=0xbf, 0x80..=0xbf, ..] => match pair(rest) {

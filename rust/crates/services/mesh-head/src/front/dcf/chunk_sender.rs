@@ -11,7 +11,7 @@ use tracing::debug;
 use mesh_control::dedup::TaskKey;
 use mesh_control::outbox::{Added, Limits, Outbox};
 
-/// Sends Chunks from one socket. While there are any, a task of its own is at it.
+/// Sends Chunks from one socket. While there are any, a task of its own sends them.
 #[derive(Debug)]
 pub(crate) struct ChunkSender {
     socket: Arc<BatchSocket>,

@@ -314,7 +314,7 @@ impl Intake {
             Seen::Running if self.port.wants_acks(key) => self.send_ack(key),
             Seen::Running => {}
             Seen::New(run) => {
-                // Its payload and what it says, as long as it runs.
+                // Its payload, and the request parsed from it, as long as it runs.
                 let bytes = 2 * payload.len() as u64 + PER_TASK;
                 let origin = Origin::of(peer.address.ip());
                 let lease = match self.port.mesh.lease(origin, bytes) {
@@ -547,7 +547,7 @@ impl Port {
     }
 }
 
-/// Forgets what a task waits for when it has ended.
+/// Forgets the cause of a task's wait when the task has ended.
 struct Waits<'a> {
     port: &'a Port,
     key: TaskKey,
@@ -565,7 +565,7 @@ fn queue(batch: &mut SendBatch, (to, version): (SocketAddr, Version), message: &
     batch.push_parts(to, &[version.prefix(), &header, &message.payload]);
 }
 
-/// An Error in one datagram: Chunks do not say what kind of message they were.
+/// An Error in one datagram: Chunks do not tell the kind of their message.
 fn error(version: Version, sequence: u32, code: ErrorCode, text: &str) -> Message {
     let limit = LONGEST_ERROR.min(version.max_answer() - 1);
     let text = &text[..text.floor_char_boundary(limit)];

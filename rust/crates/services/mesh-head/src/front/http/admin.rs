@@ -121,13 +121,13 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
     }))
 }
 
-/// `GET /v1/mesh/pins`: what names of models mean in this mesh, and names that several models claim.
+/// `GET /v1/mesh/pins`: the pins of model names in this mesh, and names that several models claim.
 pub(super) async fn pins(State(api): State<Api>) -> Json<Value> {
     let pins = api.mesh.pins();
     Json(json!({ "pins": pins, "name_conflicts": api.mesh.alarms() }))
 }
 
-/// `POST /v1/mesh/pins`: has a `name` mean the model with this `fingerprint`; without one, what is got under it next.
+/// `POST /v1/mesh/pins`: pins a `name` to the model with this `fingerprint`; without one, releases the pin.
 pub(super) async fn pin(State(api): State<Api>, body: Bytes) -> Result<Json<Value>, ApiError> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]

@@ -54,7 +54,7 @@ pub(super) async fn whole<B: Into<Bytes> + Send + 'static>(
 
 /// A body whose memory counts until all of it is sent.
 pub(super) fn counted(body: Vec<u8>, mut lease: Lease) -> Bytes {
-    // It takes no more than what was counted for it.
+    // It takes no more memory than was counted for it.
     let _ = lease.set(body.len() as u64);
     Bytes::from_owner(Counted {
         body,

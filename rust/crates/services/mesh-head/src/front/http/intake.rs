@@ -38,7 +38,7 @@ pub(super) async fn body(
             // The rest is not kept; a client that still writes would not read why.
             continue;
         };
-        // Behind the body comes what it says, which has as many bytes.
+        // The parsed request follows the body and has as many bytes.
         if 2 * bytes > leased {
             let exact = 2 * bytes - leased;
             let ample = exact.max(leased);
@@ -53,7 +53,7 @@ pub(super) async fn body(
                 }
             }
         }
-        // Not by doubling: that would take twice what was leased.
+        // Not by doubling: that would take twice the leased memory.
         if read.capacity() - read.len() < part.len() {
             read.reserve_exact(part.len().max(GROWTH));
         }

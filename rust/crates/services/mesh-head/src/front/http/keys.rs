@@ -30,8 +30,8 @@ struct Known {
 
 type KeyHash = [u8; 32];
 
-/// Makes of each key what workers tell requests of different keys apart by. It says nothing about the key: it is made with a secret
-/// that this process alone has.
+/// Derives a salt from each key, by which workers tell requests of different keys apart. The salt reveals
+/// nothing about the key: it is made with a secret that only this process has.
 #[derive(Clone, Copy)]
 struct Salts(KeyHash);
 

@@ -123,7 +123,7 @@ pub(super) async fn revoke(State(api): State<Api>, body: Bytes) -> Result<Json<V
     Ok(Json(json!({ "id": asked.id, "revoked": true })))
 }
 
-/// Runs what waits for the disk.
+/// Runs work that waits for the disk.
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, ApiError> {
