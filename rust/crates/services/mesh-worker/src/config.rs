@@ -361,7 +361,7 @@ impl Config {
         }
     }
 
-    /// Checks what single keys cannot say.
+    /// Checks rules that no single key can express.
     pub fn check(&self) -> Result<(), Unsound> {
         if self.models.is_empty() && self.shards.is_empty() && self.local_models.is_none() {
             return Err(Unsound::NoModels);

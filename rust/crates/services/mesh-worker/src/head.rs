@@ -185,7 +185,7 @@ impl HeadLink {
         Ok(())
     }
 
-    /// Tells the operator what ends a refusal.
+    /// Tells the operator how to end a refusal.
     fn explain(&self, refusal: &Standing, pause: Duration) {
         let state_dir = self.config.state_dir.display();
         match refusal {

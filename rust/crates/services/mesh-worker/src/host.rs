@@ -32,7 +32,7 @@ pub(crate) struct Host {
     rings: Arc<Rings>,
     templates: Templates,
     preparations: Preparations,
-    /// Models that are not served because something is wrong with them, each with what that is.
+    /// Models that are not served because of a fault, each with the fault.
     failed: Mutex<BTreeMap<String, String>>,
     /// Models offered in parts whose templates were looked at.
     looked_at: Mutex<HashSet<String>>,
@@ -331,12 +331,12 @@ impl Host {
         report
     }
 
-    /// Takes nothing new; resolves when what runs has ended.
+    /// Takes no new requests; resolves when the running ones have ended.
     pub(crate) async fn drain(&self) {
         let (engines, encoders) = (self.engines(), self.encoders());
         let finished = join_all(engines.iter().map(|(_, engine)| engine.drain()));
         let embedded = join_all(encoders.iter().map(|hosted| hosted.engine.drain()));
-        // What this worker does for rings the head moves elsewhere when it hears of the drain.
+        // Parts that this worker runs for rings: the head moves them elsewhere when it hears of the drain.
         tokio::join!(finished, embedded, self.rings.emptied());
     }
 
@@ -410,7 +410,8 @@ pub(crate) fn find(config: &Config) -> Result<Vec<Resolved>, WorkerError> {
 }
 
 impl Loaded {
-    /// Loads what lies at `path`, whatever it is; see [`Hosted::load`]. Blocks. A panic is an error of this model.
+    /// Loads the model at `path`, of either kind; see [`Hosted::load`]. Blocks. A panic is an error of this
+    /// model.
     pub(crate) fn load(
         path: &Path,
         name: Option<&str>,
@@ -463,7 +464,7 @@ impl Loaded {
 }
 
 impl Removed {
-    /// Resolves when what runs on it has ended.
+    /// Resolves when its running requests have ended.
     pub(crate) async fn drain(&self) {
         match self {
             Removed::Chat(hosted) => hosted.engine.drain().await,

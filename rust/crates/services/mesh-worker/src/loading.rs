@@ -371,7 +371,7 @@ impl Loading {
             .map_err(|error| WorkerError::Internal(error.to_string()))?
     }
 
-    /// Serves what lies in the folder, and no longer what vanishes from it.
+    /// Serves the models in the folder, and withdraws those that vanish from it.
     async fn watch_folder(self: Arc<Self>, folder: PathBuf, config: Arc<Config>) {
         let host = &self.host;
         let everybody = |found: std::fs::Metadata| found.permissions().mode() & 0o1002 == 0o002;

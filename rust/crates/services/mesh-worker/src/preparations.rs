@@ -92,7 +92,7 @@ pub(crate) fn is_long(bytes: usize) -> bool {
     bytes > LONG
 }
 
-/// Bytes of what a prompt was written as.
+/// Bytes of a prompt's text, tokens or messages.
 pub(crate) fn bytes_of(prompt: &Prompt) -> usize {
     match prompt {
         Prompt::Text(text) => text.len(),

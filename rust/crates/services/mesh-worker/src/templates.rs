@@ -204,7 +204,7 @@ impl Process {
         let mut command = Command::new(program);
         command
             .arg(COMMAND)
-            // Nothing of what this process was told is its business.
+            // The worker's environment is not passed to this process.
             .env_clear()
             .current_dir("/")
             .stdin(Stdio::piped())
@@ -278,7 +278,7 @@ impl Process {
 pub fn serve(mut jobs: impl Read, mut answers: impl Write) -> io::Result<()> {
     let bytes = MEMORY_MIB << 20;
     setrlimit(Resource::RLIMIT_DATA, bytes, bytes)?;
-    // Where what a process maps is not told apart; programs and libraries count here.
+    // For systems that do not tell mapped memory apart; programs and libraries count here.
     setrlimit(Resource::RLIMIT_AS, 4 * bytes, 4 * bytes)?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
     let mut last: Option<(Job, ChatTemplate)> = None;
@@ -354,7 +354,7 @@ mod tests {
     #[test]
     fn a_job_that_is_nested_too_deep_is_refused_and_the_next_one_is_not() {
         let mut last = None;
-        // As deep as what comes from the head can be.
+        // As deep as a message from the head can be.
         for depth in [125, 126] {
             let (_, refused) = render_job(&job(depth), &mut last).unwrap_err();
             assert!(refused.contains("recursion limit"), "{depth}: {refused}");

@@ -289,7 +289,7 @@ struct Running {
     counters: Arc<Counters>,
     shutdown: Shutdown,
     answers: TaskTracker,
-    /// Ends what outlives the drain.
+    /// Ends tasks that outlive the drain.
     stop: CancellationToken,
     heart: Heart,
 }
@@ -335,7 +335,7 @@ impl Running {
         }
     }
 
-    /// Once the drain begins: takes nothing new and lets what runs finish, up to the limit.
+    /// Once the drain begins: takes no new requests and lets running ones finish, up to the limit.
     async fn drain(&self) {
         self.shutdown.draining().await;
         self.health.set_unready("shutting down");

@@ -278,7 +278,7 @@ async fn a_worker_joins_answers_resumes_cancels_comes_back_and_drains() {
     assert_eq!(lengths[0], 1);
     assert!(lengths[2] > lengths[1] + 3, "{lengths:?}");
 
-    // What cannot be answered is refused by name.
+    // Requests that cannot be answered are refused by name.
     let unknown = Generate {
         model: "gpt-9".to_owned(),
         ..question(1)

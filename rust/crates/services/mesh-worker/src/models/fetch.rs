@@ -528,7 +528,7 @@ impl Fetch {
         }
     }
 
-    /// Finds out what of it is on the disk.
+    /// Checks which of its pieces are on the disk.
     async fn look_again(&self) {
         let held = self.held.clone();
         if let Err(error) = tokio::task::spawn_blocking(move || held.look()).await {

@@ -62,7 +62,7 @@ impl Held {
         held
     }
 
-    /// Finds out what of it is in the store.
+    /// Checks which of its pieces are in the store.
     pub(super) fn look(&self) {
         let mut here = PieceSet::none(self.pieces());
         for (index, file) in (0..).zip(&self.manifest().files) {

@@ -69,7 +69,7 @@ pub(crate) struct Models {
     /// Workers on the LAN.
     lan: Mutex<Option<watch::Receiver<Vec<Found>>>>,
     hub: vouch::HubWords,
-    /// Models whose files turned out not to be what their manifests say.
+    /// Models whose files contradict their manifests.
     false_manifests: Mutex<BTreeSet<Digest>>,
 }
 
@@ -306,7 +306,7 @@ impl Models {
         self.fetch(held, held.all()).await
     }
 
-    /// Gets what a stage of these layers needs, of `total`.
+    /// Gets the pieces that a stage of these layers, of `total`, needs.
     pub(crate) async fn fetch_layers(
         self: &Arc<Self>,
         held: &Arc<Held>,
@@ -339,7 +339,8 @@ impl Models {
             .map_err(|_| "the task that fetches it is gone".to_owned())?
     }
 
-    /// Forgets a model whose files, all of them here, are not what its manifest says: each piece was, so the manifest lies.
+    /// Forgets a model whose files, all of them here, contradict its manifest: each piece matched, so the
+    /// manifest is false.
     pub(super) fn disown(&self, held: &Held, reason: &str) {
         let fingerprint = held.fingerprint();
         tracing::error!(

@@ -17,7 +17,7 @@ pub(super) fn is_name(name: &str) -> bool {
     name.parse::<HubName>().is_ok()
 }
 
-/// Counts what arrives.
+/// Counts bytes that arrive.
 struct Counting {
     models: Arc<Models>,
     name: String,
@@ -91,8 +91,8 @@ impl OriginError {
     }
 }
 
-/// Brings the model that is sought as `name`, and called `hub_name` on the hub, into `store`. Dropping the future breaks off; what
-/// has arrived by then is kept.
+/// Brings the model that is sought as `name`, and called `hub_name` on the hub, into `store`. Dropping the
+/// future stops the transfer; bytes that have arrived by then are kept.
 pub(super) async fn fetch(
     models: &Arc<Models>,
     store: &Store,

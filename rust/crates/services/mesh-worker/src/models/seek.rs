@@ -246,8 +246,8 @@ impl Models {
         (alone || sources.is_some_and(|sources| sources.origin)) && may()
     }
 
-    /// Gets a model from the hub, for as long as the head wants this worker to, or on its `own` account. `None` if it no longer
-    /// does; what has come by then is kept.
+    /// Gets a model from the hub, for as long as the head wants this worker to, or on its `own` account.
+    /// `None` if it no longer does; bytes that have arrived by then are kept.
     async fn run_errand(
         self: &Arc<Self>,
         name: &str,

@@ -82,7 +82,7 @@ struct Coming {
     data: Vec<u8>,
 }
 
-/// Carries orders out and what comes in; returns why that ended.
+/// Carries out orders and takes in messages; returns the reason for which that ended.
 async fn talk(
     stream: MsgStream,
     held: &Arc<Held>,

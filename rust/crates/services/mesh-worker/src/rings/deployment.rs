@@ -648,8 +648,8 @@ impl Deployment {
         }
     }
 
-    /// All members are there. A ring that has never worked answers once first, which also measures its speed; one that
-    /// comes back from a loss has clients who wait.
+    /// All members are there. A ring that has never worked answers once first, which also measures its speed;
+    /// one that comes back from a loss has clients that wait.
     fn ring_runs(&mut self) {
         let Some(driver) = self.driver.clone() else {
             return;
@@ -768,7 +768,7 @@ impl Deployment {
         self.rings.forget(self.id, &self.own);
     }
 
-    /// Tells the head what has changed, at most four times a second unless it is urgent.
+    /// Reports changes to the head, at most four times a second unless a change is urgent.
     fn report(&mut self) {
         if self.ring.epoch == 0 {
             return;

@@ -432,7 +432,7 @@ impl Rings {
 }
 
 impl Shard {
-    /// Gets what these layers need and is not here.
+    /// Gets the pieces that these layers need and that are not here.
     async fn fetch(
         &self,
         layers: Range<u32>,

@@ -38,7 +38,7 @@ pub(super) enum Command {
         outboxes: Outboxes,
         counters: Arc<Counters>,
     },
-    /// Say what you hold.
+    /// Report the rows that the part holds.
     Held(oneshot::Sender<RingHeld>),
     Step(RingStep),
     Resend(RingResend),
@@ -286,7 +286,7 @@ impl PartWorker {
                 let _ = answers.send(message(MsgType::RING_MIRRORED, &mirrored));
             }
             Err(error) => {
-                // The member begins again with what this standby holds.
+                // The member begins again from the rows that this standby holds.
                 tracing::info!(%error, "this standby has lost step with its member");
                 let text = error.to_string();
                 let error = Message::error(0, timestamp_us(), ErrorCode::INVALID_PAYLOAD, &text);
@@ -333,7 +333,7 @@ impl PartWorker {
     }
 }
 
-/// Notes it if what follows panics.
+/// Marks the part as broken if the code in its scope panics.
 struct Watch(Arc<Gauges>);
 
 impl Drop for Watch {

@@ -9,8 +9,8 @@ use mesh_proto::PathProfile;
 use super::{Rings, lock, peers};
 
 impl Rings {
-    /// Measures the paths to the head and to other workers, each once, while no ring has anything to do, and tells the head
-    /// what has changed, for as long as it is polled.
+    /// Measures the paths to the head and to other workers, each once, while no ring has anything to do, and
+    /// reports changes to the head, for as long as it is polled.
     pub(crate) async fn keep_paths_known(&self, head: &Link) -> Infallible {
         tokio::time::sleep(FIRST_LOOK).await;
         let mut measured = false;

@@ -91,7 +91,7 @@ pub(super) async fn open(
     })
 }
 
-/// To the next stage: rows out, what its standby has back.
+/// Serves the stream to the next stage: rows go out, its standby's confirmations come back.
 pub(super) async fn rows_out(stream: MsgStream, part: PartHandle, mut rows: Outflow) -> Broken {
     let (mut send, mut recv) = stream.split();
     loop {
@@ -287,7 +287,7 @@ pub(super) async fn mirror_in(stream: MsgStream, part: PartHandle) -> Broken {
                 Err(broken) => return broken,
             },
             message = answers.recv() => {
-                // The member begins again, on a new stream, with what this side holds.
+                // The member begins again, on a new stream, from the rows that this side holds.
                 let lost_step = message.as_ref().is_some_and(|m| m.kind == MsgType::ERROR);
                 if let Err(broken) = pass(&mut send, message).await {
                     return broken;
