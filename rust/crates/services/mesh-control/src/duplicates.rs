@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-/// One of the machines.
+/// A machine that uses the identity.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Machine {
     /// Address of the machine.
@@ -52,8 +52,8 @@ impl Duplicate {
     }
 }
 
-/// All of them, by node id. Only members of the mesh get here, so the map never has more entries than the
-/// mesh has members.
+/// Duplicates by node id. Only members of the mesh get here, so the map never has more entries than the mesh
+/// has members.
 #[derive(Debug, Clone, Default)]
 pub struct Duplicates(BTreeMap<String, Duplicate>);
 
@@ -86,7 +86,7 @@ impl Duplicates {
         self.0.get(node).map(Duplicate::advice)
     }
 
-    /// Those of the last while.
+    /// Recent duplicates, by node.
     pub fn view(&mut self, now: Instant) -> Vec<Duplicate> {
         self.settle(now);
         self.0.values().cloned().collect()

@@ -20,8 +20,8 @@ pub struct Cut {
 }
 
 impl Cut {
-    /// As it is good for this many workers: a part is a few batches of a worker, long enough to hide the way there and short enough
-    /// that one worker's death costs little.
+    /// Limits that suit this many workers: a part is a few batches of a worker, long enough to hide the round
+    /// trip and short enough that one worker's death costs little.
     pub fn new(workers: usize) -> Self {
         Cut {
             workers: workers.max(1),

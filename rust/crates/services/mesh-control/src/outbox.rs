@@ -20,7 +20,7 @@ use super::dedup::TaskKey;
 pub struct Limits {
     /// Chunks that one receiver gets at a time.
     pub burst: usize,
-    /// From one burst to the next to the same receiver.
+    /// Time between two bursts to the same receiver.
     pub pause: Duration,
     /// Bytes of the answers under way, over all receivers.
     pub bytes: usize,

@@ -340,7 +340,7 @@ impl Registry {
         self.workers.get(&id)
     }
 
-    /// One worker, to change.
+    /// The worker of this id, to change.
     pub fn get_mut(&mut self, id: WorkerId) -> Option<&mut Worker> {
         self.workers.get_mut(&id)
     }

@@ -155,7 +155,7 @@ impl Reputation {
         self.nodes.get(node)?.serves_since
     }
 
-    /// All nodes in quarantine.
+    /// Views of all nodes in quarantine.
     pub fn view(&self, now: Instant) -> Vec<QuarantineView> {
         let views = self.nodes.iter().filter_map(|(node, record)| {
             let (until, reason) = record.quarantine.as_ref()?;

@@ -55,7 +55,7 @@ pub struct Delta {
     pub tokens: Vec<u32>,
     /// New text; may be empty.
     pub text: String,
-    /// One per token where asked for.
+    /// Log probabilities, one per token, where asked for.
     pub logprobs: Vec<TokenLogprob>,
 }
 
@@ -64,9 +64,9 @@ pub struct Delta {
 pub struct Complete {
     /// The worker's account. Its `text` is the last piece of the answer.
     pub done: Done,
-    /// From arrival to the first token.
+    /// Time from arrival to the first token.
     pub first_token: Option<Duration>,
-    /// From arrival to the end.
+    /// Time from arrival to the end.
     pub total: Duration,
     /// Number of reruns.
     pub reruns: u32,
@@ -201,7 +201,7 @@ impl Answer {
         self.fault
     }
 
-    /// Another worker can be asked whether a request is at fault, if one says so.
+    /// Sets whether another worker can be asked for confirmation if one says that the request is at fault.
     pub fn set_second_opinion(&mut self, possible: bool) {
         self.second_opinion = possible;
     }
@@ -453,7 +453,8 @@ impl Answer {
         })
     }
 
-    /// From the next attempt on silence of `least` is enough to count as death, if it is out of proportion to the pace so far.
+    /// Sets the least silence that counts as death, from the next attempt on. A silence must also be out of
+    /// proportion to the pace so far.
     pub fn set_least_silence(&mut self, least: Duration) {
         self.limits.silence = least;
     }

@@ -84,9 +84,9 @@ pub enum Choice {
 /// Expected times of an answer, counted from now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Estimate {
-    /// To the first token.
+    /// Time to the first token.
     pub first_token: Duration,
-    /// To the last one.
+    /// Time to the last token.
     pub finish: Duration,
 }
 

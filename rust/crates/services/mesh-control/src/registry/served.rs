@@ -11,7 +11,7 @@ use crate::spotcheck::{CheckState, Weights};
 /// One model on one worker, with the speeds the head believes in.
 #[derive(Debug, Clone)]
 pub struct ServedModel {
-    /// As the worker announced it.
+    /// The worker's description of the model.
     pub card: ModelCard,
     /// Decode speed of a single stream, tokens per second: as measured here, else as the worker claims; 0 is unknown.
     pub decode_tps: f64,
@@ -113,7 +113,7 @@ impl ServedModel {
         self.retry_at.is_none_or(|at| now >= at)
     }
 
-    /// So many tokens came in that time, while `batch` requests ran there.
+    /// Takes in a measurement: `tokens` came within `took`, while `batch` requests ran there.
     pub fn decoded(&mut self, tokens: u32, took: Duration, batch: u32) {
         self.decode
             .add(f64::from(tokens), took.div_f64(batch_gain(batch)));

@@ -75,7 +75,8 @@ pub struct Worker {
     pub assigned: u32,
     /// Those of them whose first token has not come yet.
     pub unstarted: u32,
-    /// One of those is suspected of the death of another worker and has this one for itself until then.
+    /// End of the time in which one of those, which is suspected of the death of another worker, has this
+    /// worker for itself.
     pub alone: Option<Instant>,
     /// A suspect waits for it: no newcomers before this moment.
     pub reserved_until: Option<Instant>,

@@ -9,7 +9,7 @@ pub struct Limits {
     pub timeout: Duration,
     /// Most time that it waits for a worker with room, before its first token or after a failure.
     pub queue: Duration,
-    /// From arrival to the last token, if that is limited at all.
+    /// Most time from arrival to the last token; `None` is without limit.
     pub total: Option<Duration>,
     /// Attempts after the first.
     pub reruns: u32,

@@ -108,7 +108,7 @@ impl Rings {
             .collect()
     }
 
-    /// These were drained before the head was started; they may come at any time.
+    /// Restores the nodes that were drained before the head was started; they may come at any time.
     pub fn stay_drained(&mut self, nodes: BTreeMap<String, String>, now: Instant) {
         for (node, name) in nodes {
             let entry = self.nodes.entry(node).or_default();

@@ -62,7 +62,7 @@ pub struct Settings {
     pub context: u32,
     /// Hidden rows travel as f16.
     pub half_rows: bool,
-    /// By which part of its cost a fresh plan must beat a running ring to replace it.
+    /// Fraction of its cost by which a fresh plan must beat a running ring to replace it.
     pub margin: f64,
     /// Time without new offers before a plan is made of them.
     pub gather: Duration,

@@ -20,7 +20,7 @@ pub struct RingView {
     pub state: &'static str,
     /// Reason for the present choice of members.
     pub reason: String,
-    /// In order; the last one's worker is the driver.
+    /// Stages in order; the last one's worker is the driver.
     pub stages: Vec<StageView>,
     /// Requests that it runs at once.
     pub slots: u32,

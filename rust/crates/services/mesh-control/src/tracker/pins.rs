@@ -115,7 +115,7 @@ impl Pins {
         Pins(pins.map(|pin| (key(&pin.name), pin)).collect())
     }
 
-    /// All of them, by name.
+    /// Pins in the order of their names.
     pub fn list(&self) -> impl Iterator<Item = &Pin> {
         self.0.values()
     }

@@ -27,7 +27,7 @@ impl Tracker {
         texts
     }
 
-    /// All models that workers hold or seek.
+    /// Views of all models that workers hold or seek.
     pub fn view(&self) -> Vec<TrackedModel> {
         let mut models: BTreeMap<Key, TrackedModel> = BTreeMap::new();
         for (node, entry) in &self.nodes {
