@@ -84,7 +84,7 @@ impl RecvBatch {
         self.received.is_empty()
     }
 
-    /// One datagram and its source.
+    /// Datagram `index` and its source.
     ///
     /// # Panics
     /// If `index` is not below [`RecvBatch::len`].
@@ -107,7 +107,7 @@ impl RecvBatch {
         &self.bytes[start..end.max(start)]
     }
 
-    /// One datagram, to be changed in place, and its source.
+    /// Datagram `index`, to be changed in place, and its source.
     ///
     /// # Panics
     /// If `index` is not below [`RecvBatch::len`].

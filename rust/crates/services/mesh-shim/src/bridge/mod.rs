@@ -355,7 +355,7 @@ impl Bridge {
 }
 
 impl Reply {
-    /// Without an answer in it.
+    /// A reply without an answer in it.
     #[must_use]
     pub const fn empty() -> Self {
         Self {
