@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use mesh_control::router::Capacity;
 use mesh_control::{dedup, placement, request, rings};
 
-/// Everything that can be configured.
+/// All settings of the head.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
@@ -29,7 +29,7 @@ pub struct Config {
     /// Most time that a request waits for a worker with room.
     #[serde(with = "units::duration")]
     pub queue_timeout: Duration,
-    /// From a request's arrival to its last token; 0 is without limit.
+    /// Most time from a request's arrival to its last token; 0 is without limit.
     #[serde(with = "units::duration")]
     pub answer_limit: Duration,
     /// Requests that may wait for a worker; more are refused.

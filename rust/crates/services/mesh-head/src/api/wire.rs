@@ -25,7 +25,7 @@ pub(crate) struct Envelope<'a, C> {
     /// Tokens used; `null` in chunks before the last when usage was asked for, left out when not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<Option<Usage>>,
-    /// Not of the OpenAI API: how fast it was.
+    /// Timings of the answer, an extension of the OpenAI API.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub timings: Option<Timings>,
 }
@@ -161,11 +161,11 @@ pub(crate) struct PromptDetails {
 /// Timings and speed of an answer.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(crate) struct Timings {
-    /// From arrival at the head to the first token.
+    /// Time from arrival at the head to the first token.
     pub first_token_ms: f64,
-    /// From arrival to the end.
+    /// Time from arrival to the end.
     pub total_ms: f64,
-    /// After the first token.
+    /// Tokens per second after the first token.
     pub tokens_per_second: f64,
     /// Worker that completed the answer.
     pub worker: String,

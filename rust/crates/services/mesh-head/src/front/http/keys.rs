@@ -218,7 +218,7 @@ impl Known {
 pub(super) struct Client {
     /// Caller by its key.
     pub caller: Caller,
-    /// By address, which counts where there are no keys.
+    /// Address of the client, which counts where there are no keys.
     pub address: Option<IpAddr>,
     /// Salt of its cached prompts; see [`Keys::salt`].
     pub salt: u64,
