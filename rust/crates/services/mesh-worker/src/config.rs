@@ -13,7 +13,7 @@ use mesh_service::config::units;
 use mesh_service::network::Network;
 use serde::{Deserialize, Serialize};
 
-/// Everything that can be configured.
+/// All settings of the worker.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {

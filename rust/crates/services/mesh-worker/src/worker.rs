@@ -51,8 +51,8 @@ impl Worker {
         Self::start_with(config, Templates::here(), shutdown, Watchdog::start()).await
     }
 
-    /// As [`start`](Self::start), with chat templates run elsewhere, with a shutdown that others may begin, too, and with its
-    /// loop watched.
+    /// The same as [`start`](Self::start), with chat templates run elsewhere, with a shutdown that others may
+    /// begin, too, and with its loop watched.
     pub async fn start_with(
         config: Config,
         templates: Templates,
