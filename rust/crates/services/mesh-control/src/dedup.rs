@@ -28,8 +28,8 @@ pub struct TaskKey {
 pub struct Limits {
     /// Number of answers.
     pub answers: usize,
-    /// Bytes of their payloads together. The newest answer is kept even if it alone has more: its client may still lack a
-    /// part of it.
+    /// Bytes of their payloads together. The newest answer is kept even if it alone has more: its client may
+    /// still lack a part of it.
     pub bytes: usize,
     /// Time after which a finished task is forgotten.
     pub age: Duration,

@@ -1,6 +1,7 @@
 //! Nodes whose identity two machines have: a state directory was copied, for example with an SD card.
 //!
-//! The shell finds that out, by asking the older link whether it still answers; this remembers it for as long as it goes on.
+//! The shell finds that out, by asking the older link whether it still answers; this remembers it for as long
+//! as it goes on.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

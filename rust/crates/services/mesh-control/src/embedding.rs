@@ -1,6 +1,7 @@
 //! Cuts a request for embeddings into parts for several workers, and joins their vectors in order.
 //!
-//! One part is one Embed. Its life across worker deaths is that of an answer without tokens ([`super::request::Answer`]).
+//! One part is one Embed. Its life across worker deaths is that of an answer without tokens
+//! ([`super::request::Answer`]).
 
 use std::ops::Range;
 
@@ -31,8 +32,8 @@ impl Cut {
         }
     }
 
-    /// Ranges of texts, in order, for texts of so many tokens each. Of similar weight, and at least as many as there are workers
-    /// if there is enough to do.
+    /// Ranges of texts, in order, for texts of so many tokens each. Of similar weight, and at least as many
+    /// as there are workers if there is enough to do.
     pub fn parts(&self, tokens: &[u64]) -> Vec<Range<usize>> {
         let total: u64 = tokens.iter().sum();
         let workers = self.workers as u64;

@@ -5,8 +5,9 @@
 //! in turns where they are equal, and of that source the oldest request. So a free slot goes to the source
 //! that holds least, and a flood of one source delays the others only by its running requests.
 //!
-//! The queue is bounded. When it is full, a newcomer takes the place of the newest request of the ingress and source with the most
-//! waiting, unless that would be the newcomer's own. There are never more sources than requests, so memory is bounded, too.
+//! The queue is bounded. When it is full, a newcomer takes the place of the newest request of the ingress and
+//! source with the most waiting, unless that would be the newcomer's own. There are never more sources than
+//! requests, so memory is bounded, too.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;

@@ -1,8 +1,8 @@
 //! Prompts that are too long for every worker, told by their bytes before anybody is given them.
 //!
-//! Workers say how long a token over each byte can be ([`mesh_base::tokens`]). What a prompt has at least by that is
-//! compared with their contexts. A prompt is refused only if all workers that could take it say so: one that knows nothing of its
-//! tokenizer, or lies, refuses nothing that others serve.
+//! Workers say how long a token over each byte can be ([`mesh_base::tokens`]). What a prompt has at least by
+//! that is compared with their contexts. A prompt is refused only if all workers that could take it say so:
+//! one that knows nothing of its tokenizer, or lies, refuses nothing that others serve.
 
 use std::sync::Arc;
 
@@ -54,7 +54,8 @@ impl Length {
         }
     }
 
-    /// The largest context of these models and the tokens that the prompt has at least, if it is too long for all of them.
+    /// The largest context of these models and the tokens that the prompt has at least, if it is too long for
+    /// all of them.
     pub(crate) fn exceeds<'a>(
         &self,
         cards: impl IntoIterator<Item = &'a ModelCard>,

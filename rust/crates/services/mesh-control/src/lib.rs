@@ -1,7 +1,7 @@
 //! The head's decisions as plain state machines: no socket, no clock, no task.
 //!
-//! Events and the current time go in, decisions come out; `mesh-head` carries them out. So every failure case is an ordinary
-//! unit test with simulated time.
+//! Events and the current time go in, decisions come out; `mesh-head` carries them out. So every failure case
+//! is an ordinary unit test with simulated time.
 //!
 //! - [`registry`]: the workers, the models that they serve and their load.
 //! - [`router`]: chooses the worker that answers a request soonest.

@@ -118,8 +118,9 @@ struct Running {
     started: Instant,
     /// Prompt tokens that count as not yet prefilled.
     prefilling: u64,
-    /// Prompt tokens that were not prefilled on this worker when the request began, its own included; 0 if it had to wait for a slot
-    /// or its prompt was in the worker's cache, so that the time to its first token says nothing about speed.
+    /// Prompt tokens that were not prefilled on this worker when the request began, its own included; 0 if it
+    /// had to wait for a slot or its prompt was in the worker's cache, so that the time to its first token
+    /// says nothing about speed.
     backlog: u64,
     first_token: Option<Instant>,
     /// Requests on the worker when the first token came.
@@ -153,8 +154,9 @@ impl Placement {
         }
     }
 
-    /// Asks for a worker. A `rerun` has waited its turn already: it goes to the front of the queue, past its bound, and
-    /// may wait for a worker to join. Any request waits for a ring that is being formed or recovers.
+    /// Asks for a worker. A `rerun` has waited its turn already: it goes to the front of the queue, past its
+    /// bound, and may wait for a worker to join. Any request waits for a ring that is being formed or
+    /// recovers.
     pub fn ask(&mut self, ticket: Ticket, ask: Ask, rerun: bool, now: Instant) -> Asked {
         if !rerun
             && !self.is_coming(&ask.model)
@@ -536,7 +538,8 @@ enum Room {
     Nobody,
 }
 
-/// Equal for requests that the same workers may take, which only a failure or the weights of an answer begun tell apart.
+/// Equal for requests that the same workers may take, which only a failure or the weights of an answer begun
+/// tell apart.
 fn class_of(ask: &Ask) -> u64 {
     let mut hasher = DefaultHasher::new();
     (&ask.model, ask.purpose, ask.legacy, ask.revision).hash(&mut hasher);

@@ -1,7 +1,7 @@
 //! The registry of workers.
 //!
-//! A mesh worker enters with its Hello and leaves when its link closes; a v5.0.0 worker enters with a heartbeat. Either is
-//! pruned after [`Registry::timeout`] without a sign of life.
+//! A mesh worker enters with its Hello and leaves when its link closes; a v5.0.0 worker enters with a
+//! heartbeat. Either is pruned after [`Registry::timeout`] without a sign of life.
 
 mod clock;
 pub mod proofs;
@@ -160,7 +160,8 @@ impl Registry {
             worker.carrier = Carrier::Legacy { version };
             return Some((worker.id, false));
         }
-        // Heartbeats carry no proof of who sent them, so their number must not decide how much memory they take.
+        // Heartbeats carry no proof of who sent them, so their number must not decide how much memory they
+        // take.
         if self
             .workers
             .values()
@@ -366,8 +367,8 @@ impl Registry {
             || self.iter().any(|worker| worker.model(name).is_some())
     }
 
-    /// Every model served now, by name, each with the card of the worker that joined first among those that answer, or among all
-    /// where none does.
+    /// Every model served now, by name, each with the card of the worker that joined first among those that
+    /// answer, or among all where none does.
     pub fn models(&self) -> BTreeMap<&str, &ModelCard> {
         let mut models = BTreeMap::new();
         let answers =

@@ -40,7 +40,8 @@ impl Replicas {
         let usable = |worker: &Worker| !worker.draining && worker.is_for("embeddings");
         let answers =
             |model: &ServedModel| model.proven && model.check_state == CheckState::Cleared;
-        // The best there are: in use, with the name's weights or those that it may stand for next, and with an answer.
+        // The best there are: in use, with the name's weights or those that it may stand for next, and with
+        // an answer.
         let rank = |worker: &Worker, model: &ServedModel| {
             (
                 !usable(worker),

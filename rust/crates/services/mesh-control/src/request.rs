@@ -7,10 +7,11 @@
 //! **Busy is not dead.** Limits are on silence. A worker that has the request reports the cause of its wait
 //! ([`mesh_proto::Progress`]) and the time since its engine last made progress; the silence limits count from
 //! there, so a request may wait for hours in a queue that moves. A worker of an older version reports
-//! nothing: then the limits count from the time at which it was given the request.
-//! **Busy is not dead.** Limits are on silence. A worker that has the request says what it waits for ([`mesh_proto::Progress`]) and
-//! how long ago its engine got on; the silence limits count from there, so a request may wait for hours in a queue that moves. A
-//! worker of an older version says nothing: then the limits count from when it was given the request.
+//! nothing: then the limits count from the time at which it was given the request. **Busy is not dead.**
+//! Limits are on silence. A worker that has the request says what it waits for ([`mesh_proto::Progress`]) and
+//! how long ago its engine got on; the silence limits count from there, so a request may wait for hours in a
+//! queue that moves. A worker of an older version says nothing: then the limits count from when it was given
+//! the request.
 //!
 //! Events name their attempt. Events of an attempt that was given up change nothing.
 
@@ -106,7 +107,8 @@ pub struct Answer {
     fault: Fault,
     /// Messages of this attempt that brought nothing, since this moment.
     idle: (u32, Instant),
-    /// Time at which the worker last showed something that the head can see for itself: a token, or a wait that gets shorter.
+    /// Time at which the worker last showed something that the head can see for itself: a token, or a wait
+    /// that gets shorter.
     advanced: Instant,
     /// The wait that it reported then.
     reported: Option<Progress>,
@@ -353,7 +355,8 @@ impl Answer {
             *last_heard = (*last_heard).max(moment);
         }
         if *decoding && progress.phase() != RequestPhase::Decoding {
-            // It gave its place to others and waits, or is prefilled again: the pace of its tokens says nothing about that.
+            // It gave its place to others and waits, or is prefilled again: the pace of its tokens says
+            // nothing about that.
             *decoding = false;
             *allowance = *patience;
         }
@@ -631,7 +634,8 @@ impl Pace {
 const PACE_WEIGHT: f64 = 0.1;
 /// Messages without news that a worker may send within [`IDLE_WINDOW`]. It is asked for one a second at most.
 const IDLE_MESSAGES: u32 = 400;
-/// Places in a worker's queue whose loss counts as progress. Others are known by the tokens of those before them.
+/// Places in a worker's queue whose loss counts as progress. Others are known by the tokens of those before
+/// them.
 const POSITIONS: u32 = 64;
 const IDLE_WINDOW: Duration = Duration::from_secs(10);
 /// Deaths at any time after which it is given a worker for itself.

@@ -1,8 +1,9 @@
 //! Chooses the worker that answers a request soonest.
 //!
-//! Only workers that have answered the head's own question get requests ([`Registry::service`]). For each of them the router estimates
-//! the time to the last token from measured speed, load and queue; a conversation whose KV cache a worker holds is cheaper there by the prefill it saves. Workers whose estimates are
-//! within 5 % of the best take turns.
+//! Only workers that have answered the head's own question get requests ([`Registry::service`]). For each of
+//! them the router estimates the time to the last token from measured speed, load and queue; a conversation
+//! whose KV cache a worker holds is cheaper there by the prefill it saves. Workers whose estimates are within
+//! 5 % of the best take turns.
 
 use std::time::{Duration, Instant};
 
@@ -28,7 +29,8 @@ pub struct Ask {
     pub prefixes: Vec<Prefix>,
     /// A plain DCF task that a v5.0.0 worker may take too.
     pub legacy: bool,
-    /// Only workers whose model file has this SHA-256: an answer already begun must go on with the same weights.
+    /// Only workers whose model file has this SHA-256: an answer already begun must go on with the same
+    /// weights.
     pub fingerprint: Option<String>,
     /// Workers on which this request failed: taken only when there is no other.
     pub avoid: Vec<WorkerId>,
@@ -101,7 +103,8 @@ pub struct Router {
 /// Number of requests that a worker is given at once.
 #[derive(Debug, Clone, Copy)]
 pub struct Capacity {
-    /// Requests beyond a worker's slots that it is given ahead, so that a freed slot is filled without a round trip.
+    /// Requests beyond a worker's slots that it is given ahead, so that a freed slot is filled without a
+    /// round trip.
     pub ahead: u32,
     /// Tasks given to one v5.0.0 worker at once.
     pub legacy: u32,
@@ -166,7 +169,8 @@ impl Router {
             })
     }
 
-    /// The largest context for a request and the tokens that it has at least, if it is too long for every worker that serves it.
+    /// The largest context for a request and the tokens that it has at least, if it is too long for every
+    /// worker that serves it.
     pub(crate) fn too_long(
         &self,
         registry: &Registry,
@@ -398,7 +402,8 @@ fn estimate_mesh(
     let total_tps = known(decode_tps, ASSUMED_DECODE_TPS) * batch_gain(batch);
     let answer = f64::from(ask.answer_tokens) * f64::from(batch) / total_tps;
     let prefill = to_prefill as f64 / known(prefill_tps, ASSUMED_PREFILL_TPS) + model.delay(now);
-    // Requests that must end before a slot is free; each takes about as long as this answer, `slots` end in parallel.
+    // Requests that must end before a slot is free; each takes about as long as this answer, `slots` end in
+    // parallel.
     let ahead = worker.active().saturating_sub(slots - 1);
     let wait = f64::from(ahead) * answer / f64::from(slots);
     Estimate {

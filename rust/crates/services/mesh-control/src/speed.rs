@@ -25,9 +25,9 @@ impl Measured {
         (self.amount > 0.0).then(|| self.amount / self.seconds)
     }
 
-    /// The speed to count on. A worker's own `claim` counts before the first measurement only, and not beyond `best`, the best that was
-    /// measured on any worker. After few measurements the speed is taken for up to half as high again, and not beyond `best` either, so
-    /// that a worker with a bad start is tried again.
+    /// The speed to count on. A worker's own `claim` counts before the first measurement only, and not beyond
+    /// `best`, the best that was measured on any worker. After few measurements the speed is taken for up to
+    /// half as high again, and not beyond `best` either, so that a worker with a bad start is tried again.
     pub(crate) fn believed(&self, claim: f64, best: Option<f64>) -> f64 {
         match self.rate() {
             None => claim.min(best.unwrap_or(FASTEST)),

@@ -1,16 +1,19 @@
-//! Spot checks: workers that serve the same weights are asked the same question, and their answers are compared.
+//! Spot checks: workers that serve the same weights are asked the same question, and their answers are
+//! compared.
 //!
 //! A question is greedy and a few tokens long. All workers that are due, and one or two of long standing
 //! beside them, answer it: that is a *round*. A newcomer serves only when its answer agrees with theirs, or
 //! when there is no other worker to compare it with.
 //!
-//! **Honest machines differ in rounding.** Kernels of different CPUs and GPUs sum in other orders, so logits differ a little and two
-//! nearly equal tokens may change places. So tokens are compared up to the first difference only, and that difference counts if either
-//! side gives the other's token a much smaller probability than its own ([`MARGIN`]). What a worker says about its own alternatives is
-//! no excuse for it: the other side must say the same. A difference must show in two rounds with different questions.
+//! **Honest machines differ in rounding.** Kernels of different CPUs and GPUs sum in other orders, so logits
+//! differ a little and two nearly equal tokens may change places. So tokens are compared up to the first
+//! difference only, and that difference counts if either side gives the other's token a much smaller
+//! probability than its own ([`MARGIN`]). What a worker says about its own alternatives is no excuse for it:
+//! the other side must say the same. A difference must show in two rounds with different questions.
 //!
-//! **Who is right?** The majority of those that answered. Where there are only two opinions and no third, the one that serves longer goes
-//! on, the other one is held back, and both are named ([`Verdict::Disputed`]); a third worker decides as soon as there is one.
+//! **Who is right?** The majority of those that answered. Where there are only two opinions and no third, the
+//! one that serves longer goes on, the other one is held back, and both are named ([`Verdict::Disputed`]); a
+//! third worker decides as soon as there is one.
 
 mod question;
 mod sample;
@@ -328,7 +331,8 @@ impl SpotChecks {
                 |two: &&String| one == *two || round.answers[one].agrees(&round.answers[*two]);
             voters.iter().filter(agrees).cloned().collect()
         };
-        // The largest side, on a draw that of the most senior. Before all have answered, those of long standing count for more.
+        // The largest side, on a draw that of the most senior. Before all have answered, those of long
+        // standing count for more.
         let weight = |side: &[String]| {
             let senior = side.iter().filter(|voter| is_cleared(voter)).count();
             (if missing { senior } else { 0 }, side.len())

@@ -1,8 +1,9 @@
 //! Limits the time for which suspects keep other requests away from workers.
 //!
-//! A request that may have killed a worker is a suspect: it gets a worker where nobody else waits for a first token. One suspect of
-//! a model at a time keeps newcomers away from one worker until it is placed, for a few seconds at most, and while it waits there for
-//! its first token, for a few seconds more. Then other requests for the model go first for as long as they were kept away.
+//! A request that may have killed a worker is a suspect: it gets a worker where nobody else waits for a first
+//! token. One suspect of a model at a time keeps newcomers away from one worker until it is placed, for a few
+//! seconds at most, and while it waits there for its first token, for a few seconds more. Then other requests
+//! for the model go first for as long as they were kept away.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

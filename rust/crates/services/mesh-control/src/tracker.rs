@@ -6,8 +6,8 @@
 //!
 //! If pieces are sought that no worker holds, one of the workers that could get the model from outside the
 //! mesh has its *download*. It keeps it while it makes progress; when it is gone, fails or stands still,
-//! another one gets it. All others wait and take the pieces from it as they come.
-//! *download*. It keeps it while it makes progress; when it is gone, fails or stands still, another one has it. All others wait and
+//! another one gets it. All others wait and take the pieces from it as they come. *download*. It keeps it
+//! while it makes progress; when it is gone, fails or stands still, another one has it. All others wait and
 //! take the pieces from it as they come.
 //!
 //! The meaning of a name does not depend on the last or loudest claim: see `pins`.
@@ -408,8 +408,8 @@ impl Tracker {
         }
     }
 
-    /// The model that goes by the name that is sought: the pinned one; without a pin, or where the seeker will not take that, the
-    /// one that most workers hold whole, then the one that most have anything of.
+    /// The model that goes by the name that is sought: the pinned one; without a pin, or where the seeker
+    /// will not take that, the one that most workers hold whole, then the one that most have anything of.
     fn resolve(&self, sought: &SoughtModel) -> Option<String> {
         let name = &sought.name;
         let pin = self.pins.get(name);

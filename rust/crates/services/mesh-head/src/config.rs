@@ -34,8 +34,9 @@ pub struct Config {
     pub answer_limit: Duration,
     /// Requests that may wait for a worker; more are refused.
     pub queue_limit: usize,
-    /// Memory that requests may take here: their bodies, prompts and answers. One client gets two thirds of it at most; 0 is without
-    /// limit. At least three times `http.body_limit`, which the default is raised to.
+    /// Memory that requests may take here: their bodies, prompts and answers. One client gets two thirds of
+    /// it at most; 0 is without limit. At least three times `http.body_limit`, which the default is raised
+    /// to.
     #[serde(with = "units::bytes")]
     pub request_memory: u64,
     /// Time for which running requests outlast the last worker for them.
@@ -95,7 +96,8 @@ pub struct HttpConfig {
     /// Pause after which a streamed answer says that it is alive.
     #[serde(with = "units::duration")]
     pub keep_alive: Duration,
-    /// A whole answer that takes longer sends its status and headers, and then blanks until it is there; 0 is never.
+    /// A whole answer that takes longer sends its status and headers, and then blanks until it is there; 0 is
+    /// never.
     #[serde(with = "units::duration")]
     pub early_headers: Duration,
     /// Refuse requests with unknown fields, instead of naming them in a header.
@@ -431,8 +433,8 @@ impl Config {
             && (source.is_loopback() || networks.iter().any(|network| network.contains(source)))
     }
 
-    /// True if plain DCF clients there are served without proof that they are there. A loopback address cannot be forged from
-    /// elsewhere: the system drops such datagrams.
+    /// True if plain DCF clients there are served without proof that they are there. A loopback address
+    /// cannot be forged from elsewhere: the system drops such datagrams.
     pub fn knows(&self, source: IpAddr) -> bool {
         let canonical = source.to_canonical();
         let unverified = &self.unverified_networks;

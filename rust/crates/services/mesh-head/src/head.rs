@@ -59,8 +59,8 @@ impl Live {
         "dcf.legacy_worker_networks",
     ];
 
-    /// Puts the reloadable keys of `fresh` into effect and reads the files again: API keys, the admin key, the head's
-    /// certificate.
+    /// Puts the reloadable keys of `fresh` into effect and reads the files again: API keys, the admin key,
+    /// the head's certificate.
     pub fn reload(&self, fresh: &Config, report: &mut Report) {
         let state_dir = &self.mesh.config.state_dir;
         let file = fresh.http.api_keys_file.as_deref();

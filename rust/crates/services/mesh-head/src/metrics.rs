@@ -334,7 +334,8 @@ impl HeadMetrics {
             .inc();
     }
 
-    /// The registry's size: workers of the mesh, and workers without an identity by the version that they speak.
+    /// The registry's size: workers of the mesh, and workers without an identity by the version that they
+    /// speak.
     pub(crate) fn workers(&self, mesh: usize, legacy: [(Version, usize); 2]) {
         let legacy = legacy.map(|(version, count)| (version.name(), count));
         for (kind, count) in [("mesh", mesh)].into_iter().chain(legacy) {

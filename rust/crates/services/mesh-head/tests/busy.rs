@@ -21,8 +21,8 @@ fn busy(old: bool) -> Script {
     }
 }
 
-/// While a long answer takes the worker's only slot, a second request waits there far longer than any limit on silence: it gets
-/// its answer, `/ready` says yes all the time, and nothing counts as a failure.
+/// While a long answer takes the worker's only slot, a second request waits there far longer than any limit
+/// on silence: it gets its answer, `/ready` says yes all the time, and nothing counts as a failure.
 async fn a_second_request_waits_its_turn(old: bool) {
     let head = TestHead::start(|config| {
         config.first_token_limit = LIMIT;
@@ -67,7 +67,8 @@ async fn a_request_that_waits_in_its_workers_queue_is_answered_and_the_head_stay
     a_second_request_waits_its_turn(false).await;
 }
 
-/// Texts wait in their worker's queue far longer than any limit on silence: signs of life keep the worker in its place.
+/// Texts wait in their worker's queue far longer than any limit on silence: signs of life keep the worker in
+/// its place.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn texts_that_wait_in_their_workers_queue_are_embedded_there_and_once() {
     let head = TestHead::start(|config| {

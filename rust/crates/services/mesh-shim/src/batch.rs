@@ -25,7 +25,8 @@ pub struct RecvBatch {
 }
 
 impl RecvBatch {
-    /// An empty batch with room for [`BATCH`] datagrams of any size. Pages that no datagram reaches cost nothing.
+    /// An empty batch with room for [`BATCH`] datagrams of any size. Pages that no datagram reaches cost
+    /// nothing.
     #[must_use]
     pub fn new() -> Self {
         let mut bytes = vec![0; BATCH * STRIDE];
@@ -94,7 +95,8 @@ impl RecvBatch {
         (&self.bytes[index * STRIDE + HEADROOM..][..len], from)
     }
 
-    /// The first `len` bytes of one datagram as a datagram of `version`: with or without its version byte, and not copied.
+    /// The first `len` bytes of one datagram as a datagram of `version`: with or without its version byte,
+    /// and not copied.
     ///
     /// # Panics
     /// If `index` is not below [`RecvBatch::len`], or if the datagram is shorter than `len`.

@@ -1,7 +1,7 @@
 //! The addresses of one head, of which one is used.
 //!
-//! A name may have several addresses, and only some may lead to the head. Probes go to all of them until one answers. Tasks
-//! go to one at a time: the head would take the same task from two sources for two.
+//! A name may have several addresses, and only some may lead to the head. Probes go to all of them until one
+//! answers. Tasks go to one at a time: the head would take the same task from two sources for two.
 
 use std::net::{SocketAddr, UdpSocket};
 
@@ -23,7 +23,8 @@ struct Candidate {
 }
 
 impl Candidates {
-    /// Takes the present addresses in; sockets of those that stay are kept. Returns those for which none could be had.
+    /// Takes the present addresses in; sockets of those that stay are kept. Returns those for which none
+    /// could be had.
     pub(crate) fn update(
         &mut self,
         addresses: &[SocketAddr],

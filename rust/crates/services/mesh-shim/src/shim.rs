@@ -64,13 +64,14 @@ impl Shim {
     /// Starts a shim; its thread runs until the handle says otherwise.
     ///
     /// # Errors
-    /// [`StartError`] if the configuration is not sound or the port is taken. A head that cannot be reached, or whose name
-    /// is not known yet, is no error: it may come later.
+    /// [`StartError`] if the configuration is not sound or the port is taken. A head that cannot be reached,
+    /// or whose name is not known yet, is no error: it may come later.
     pub fn spawn(config: Config) -> Result<ShimHandle, StartError> {
         Self::spawn_with(config, || ())
     }
 
-    /// Like [`Shim::spawn`]; `beat` is called at least every [`BEAT_INTERVAL`] by the loop, and proves that it turns.
+    /// Like [`Shim::spawn`]; `beat` is called at least every [`BEAT_INTERVAL`] by the loop, and proves that
+    /// it turns.
     ///
     /// # Errors
     /// As [`Shim::spawn`].
@@ -164,8 +165,8 @@ impl ShimHandle {
         Live(Arc::clone(&self.control))
     }
 
-    /// Takes no new task from now on, and ends when those under way are answered, or when `drain_limit` is over: then
-    /// their clients get an Error. Returns at once; see [`ShimHandle::join`].
+    /// Takes no new task from now on, and ends when those under way are answered, or when `drain_limit` is
+    /// over: then their clients get an Error. Returns at once; see [`ShimHandle::join`].
     pub fn drain(&self) {
         self.control.enter(DRAINING);
     }

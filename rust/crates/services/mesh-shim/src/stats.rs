@@ -118,8 +118,8 @@ counters! {
     stale_answer,
     /// From a head: a second answer to a task.
     duplicate_answer,
-    /// From a head: an answer that is too long for a datagram of its client's version, or for which no room was left while
-    /// it was brought into that version's form.
+    /// From a head: an answer that is too long for a datagram of its client's version, or for which no room
+    /// was left while it was brought into that version's form.
     untranslated,
     /// Task that was not answered in time.
     timed_out,

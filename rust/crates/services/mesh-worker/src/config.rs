@@ -29,8 +29,9 @@ pub struct Config {
     pub join_token_file: Option<PathBuf>,
     /// The join token itself, for deployments that hand secrets over in the environment.
     pub join_token: Option<String>,
-    /// Models to serve whole: paths of GGUF files or of folders with safetensors, names looked up in `model_dirs`, names of
-    /// models that other workers or the hub have, or short names such as `qwen2.5:7b`; for embeddings the folder of an encoder.
+    /// Models to serve whole: paths of GGUF files or of folders with safetensors, names looked up in
+    /// `model_dirs`, names of models that other workers or the hub have, or short names such as `qwen2.5:7b`;
+    /// for embeddings the folder of an encoder.
     pub models: Vec<String>,
     /// Models of which this worker holds a range of layers if the head wants it to; named like `models`.
     pub shards: Vec<String>,
@@ -103,8 +104,8 @@ pub struct HttpConfig {
 pub struct EmbedConfig {
     /// Most tokens that are computed at once, over all texts of a batch.
     pub batch_tokens: u32,
-    /// Texts that a model wants in front of others, by model and by name, where its own files do not say them, such as
-    /// `{ "e5-small-v2" = { query = "query: ", passage = "passage: " } }`.
+    /// Texts that a model wants in front of others, by model and by name, where its own files do not say
+    /// them, such as `{ "e5-small-v2" = { query = "query: ", passage = "passage: " } }`.
     pub prompts: BTreeMap<String, BTreeMap<String, String>>,
 }
 
@@ -124,8 +125,8 @@ pub struct WeightsConfig {
     /// Format in memory of the weights of models that are served whole; `auto` is as in the file, or 8-bit
     /// integers where those are floats.
     pub format: Format,
-    /// Most disk space, in the folder `weights` of the state directory, for weights that were quantised when they were loaded;
-    /// 0 keeps none.
+    /// Most disk space, in the folder `weights` of the state directory, for weights that were quantised when
+    /// they were loaded; 0 keeps none.
     #[serde(with = "units::bytes")]
     pub cache: u64,
 }

@@ -39,8 +39,8 @@ pub(crate) struct HostedEncoder {
 }
 
 impl HostedEncoder {
-    /// Loads the model in `folder`, starts its engine and lets it embed something, which also measures its speed. It is called as
-    /// its folder is unless there is a `name`.
+    /// Loads the model in `folder`, starts its engine and lets it embed something, which also measures its
+    /// speed. It is called as its folder is unless there is a `name`.
     pub(crate) fn load(
         folder: &Path,
         name: Option<&str>,
@@ -153,7 +153,8 @@ fn warm_up(engine: &EmbedHandle, name: &str) -> Result<(), WorkerError> {
     Ok(())
 }
 
-/// Answers the Embed that `first` is. Ends early when the head breaks the stream off, which cancels the request.
+/// Answers the Embed that `first` is. Ends early when the head breaks the stream off, which cancels the
+/// request.
 pub(crate) async fn serve(stream: MsgStream, first: Message, host: &Arc<Host>) {
     let arrived = Instant::now();
     let sequence = first.sequence;

@@ -114,8 +114,8 @@ pub(crate) async fn write(
     })
 }
 
-/// Turns `generate` into a request for the engine of `model`, whose context holds so many tokens. Tokenizes: milliseconds for a
-/// long prompt.
+/// Turns `generate` into a request for the engine of `model`, whose context holds so many tokens. Tokenizes:
+/// milliseconds for a long prompt.
 pub(crate) fn request(
     model: &Model,
     defaults: &SamplingDefaults,

@@ -1,4 +1,5 @@
-//! The link to the head: joins, connects, says Hello, reports load, takes requests; connects again when the head is gone.
+//! The link to the head: joins, connects, says Hello, reports load, takes requests; connects again when the
+//! head is gone.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
@@ -56,10 +57,12 @@ pub(crate) struct HeadLink {
     pub(crate) known: Arc<OnceLock<NodeIdentity>>,
 }
 
-/// Loads the identity in the state directory, or joins with the token. `None` means that the head does not answer yet.
+/// Loads the identity in the state directory, or joins with the token. `None` means that the head does not
+/// answer yet.
 ///
 /// # Errors
-/// If there is neither; if the identity's files are not whole and the token does not mend that; if the head refuses.
+/// If there is neither; if the identity's files are not whole and the token does not mend that; if the head
+/// refuses.
 pub(crate) async fn identify(
     config: &Config,
     head: &HeadPlace,
@@ -233,8 +236,9 @@ impl HeadLink {
         }
     }
 
-    /// A link to the head at the first of its addresses that answers. The head judges dates: a certificate that it refuses,
-    /// after this machine was switched off for long or either clock was set, is renewed first.
+    /// A link to the head at the first of its addresses that answers. The head judges dates: a certificate
+    /// that it refuses, after this machine was switched off for long or either clock was set, is renewed
+    /// first.
     async fn connect(
         &self,
         identity: &NodeIdentity,
@@ -267,8 +271,8 @@ impl HeadLink {
         })
     }
 
-    /// The certificate is of no use and cannot be renewed: a token that the configuration names by now can mend that. It is
-    /// read each time, so that a worker which waits takes a new one.
+    /// The certificate is of no use and cannot be renewed: a token that the configuration names by now can
+    /// mend that. It is read each time, so that a worker which waits takes a new one.
     async fn join_again(
         &self,
         addresses: &[SocketAddr],
@@ -582,7 +586,8 @@ fn compare_clocks(identity: &NodeIdentity) {
     }
 }
 
-/// Addresses of this machine, at which other workers may reach it where they cannot reach it at the one that the head sees.
+/// Addresses of this machine, at which other workers may reach it where they cannot reach it at the one that
+/// the head sees.
 fn own_addresses() -> Vec<String> {
     // A service that may not use AF_NETLINK cannot list them, and does without.
     let Ok(all) = nix::ifaddrs::getifaddrs() else {

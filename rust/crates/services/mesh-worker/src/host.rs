@@ -474,8 +474,8 @@ impl Removed {
 }
 
 impl Hosted {
-    /// Loads the model at `path` and lets it answer once. It is called as its file is unless there is a `name`; its fingerprint is
-    /// computed unless it is known. Blocks.
+    /// Loads the model at `path` and lets it answer once. It is called as its file is unless there is a
+    /// `name`; its fingerprint is computed unless it is known. Blocks.
     pub(crate) fn load(
         path: &Path,
         name: Option<&str>,

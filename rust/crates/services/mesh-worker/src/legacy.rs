@@ -1,4 +1,5 @@
-//! Plain DCF, v5.0.0 and v5.1: heartbeats to a head of either, and Tasks, each answered in the version that it came in.
+//! Plain DCF, v5.0.0 and v5.1: heartbeats to a head of either, and Tasks, each answered in the version that
+//! it came in.
 
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
@@ -148,8 +149,8 @@ impl PlainDcf {
         live.trusts(source)
     }
 
-    /// Tells the head of DCF v5, if there is one, where tasks are taken; returns its addresses. At which of them it listens
-    /// cannot be known before it sends something: all get the heartbeat.
+    /// Tells the head of DCF v5, if there is one, where tasks are taken; returns its addresses. At which of
+    /// them it listens cannot be known before it sends something: all get the heartbeat.
     async fn heartbeat(&self, speech: &mut Speech) -> Vec<SocketAddr> {
         let (Some(name), Ok(own)) = (&self.config.legacy.head, self.socket.local_addr()) else {
             return Vec::new();
@@ -242,7 +243,8 @@ impl Speech {
     }
 }
 
-/// Answers a task: one Result or Error, or the Chunks of a Result that goes in no single datagram of this version.
+/// Answers a task: one Result or Error, or the Chunks of a Result that goes in no single datagram of this
+/// version.
 async fn run(
     task: Message,
     host: &Arc<Host>,

@@ -39,8 +39,9 @@ struct State {
     watched: Watched,
 }
 
-/// Models that [`Loading::watch_folder`] serves, which withdraws and loads them as their files change. When an engine dies,
-/// [`Loading::again`] may load the same file only as long as its model is still the same one here.
+/// Models that [`Loading::watch_folder`] serves, which withdraws and loads them as their files change. When
+/// an engine dies, [`Loading::again`] may load the same file only as long as its model is still the same one
+/// here.
 #[derive(Default)]
 struct Watched {
     loads: u64,
@@ -65,7 +66,8 @@ impl Watched {
         self.served.remove(path);
     }
 
-    /// The load that a failed model came from, if it lies in the folder and the configuration does not name it.
+    /// The load that a failed model came from, if it lies in the folder and the configuration does not name
+    /// it.
     fn load_of(&self, source: &Source) -> Option<WatchedLoad> {
         let Source::At(path) = source else {
             return None;
@@ -631,7 +633,8 @@ async fn wait_for_change(
 /// Interval between attempts: a model may load once another has ended, or a disk was cleared.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
 const TRY_LATER: Duration = Duration::from_secs(300);
-/// A file that does not change is read again at most so often: to read tens of gigabytes keeps a disk busy for minutes.
+/// A file that does not change is read again at most so often: to read tens of gigabytes keeps a disk busy
+/// for minutes.
 const READ_AGAIN: Duration = Duration::from_secs(1800);
 const SHOW: Duration = Duration::from_millis(250);
 /// A look at a folder costs next to nothing, and works on every file system.

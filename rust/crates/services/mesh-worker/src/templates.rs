@@ -28,7 +28,8 @@ use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 /// The subcommand of `mesh-worker` that is [`serve`].
 pub const COMMAND: &str = "render-templates";
 
-/// Memory that a template may take, in MiB. The longest prompt that is accepted is held a few times over while it grows.
+/// Memory that a template may take, in MiB. The longest prompt that is accepted is held a few times over
+/// while it grows.
 const MEMORY_MIB: u64 = 512;
 /// Time limit for rendering one conversation. A thousand messages take milliseconds.
 const TIME: Duration = Duration::from_secs(5);

@@ -44,8 +44,8 @@ pub struct WorkerHandle {
 }
 
 impl Worker {
-    /// Starts a worker that [`WorkerHandle::shutdown`] stops. Returns when its models are loaded and have answered once;
-    /// the link to the head is made, and made again, in the background.
+    /// Starts a worker that [`WorkerHandle::shutdown`] stops. Returns when its models are loaded and have
+    /// answered once; the link to the head is made, and made again, in the background.
     pub async fn start(config: Config) -> Result<WorkerHandle, WorkerError> {
         let shutdown = Shutdown::manual(config.drain_limit);
         Self::start_with(config, Templates::here(), shutdown, Watchdog::start()).await
@@ -110,7 +110,8 @@ impl Worker {
                 }
             };
             tokio::pin!(identity);
-            // A token that is refused is found out before gigabytes are read. A head that does not answer is not waited for.
+            // A token that is refused is found out before gigabytes are read. A head that does not answer is
+            // not waited for.
             let joined = tokio::time::timeout(JOIN_FIRST, &mut identity).await;
             let joined = joined.ok().transpose()?;
             let loading = {

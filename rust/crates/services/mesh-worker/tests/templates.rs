@@ -80,7 +80,8 @@ async fn a_template_that_wants_ever_more_memory_is_stopped_and_the_next_one_is_n
         assert!(after.saturating_sub(before) < 64 << 20, "{grown}");
         templates.render(&good, hello()).await.unwrap();
     }
-    // Captured text is not output and has no limit of its own; lists in lists are written by a function that calls itself.
+    // Captured text is not output and has no limit of its own; lists in lists are written by a function that
+    // calls itself.
     for source in [
         "{% set n = namespace(x='abc') %}{% for i in range(60) %}{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}\
          {% endfor %}{{ n.x | length }}",

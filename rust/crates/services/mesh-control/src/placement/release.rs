@@ -142,7 +142,8 @@ fn model_of<'a>(worker: &'a mut Worker, name: &str) -> Option<&'a mut ServedMode
     worker.models.iter_mut().find(|m| m.card.name == name)
 }
 
-/// Tokens of a prompt, estimated, whose time says something about prefill speed and not about round trips only.
+/// Tokens of a prompt, estimated, whose time says something about prefill speed and not about round trips
+/// only.
 const LEAST_PREFILL: u64 = 64;
 
 /// Tokens whose time says something about decode speed.

@@ -92,7 +92,8 @@ impl Registry {
                     true => checked || (stale && idle),
                     false => true,
                 };
-            // For a ring the token goes through every stage. Its driver answers until the ring has moved away.
+            // For a ring the token goes through every stage. Its driver answers until the ring has moved
+            // away.
             (!worker.draining || model.ring.is_some()) && wanted
         };
         let due: Vec<(Weights, String, ServedModel)> = worker

@@ -13,7 +13,8 @@ use crate::spotcheck::{CheckState, Weights};
 pub struct ServedModel {
     /// The worker's description of the model.
     pub card: ModelCard,
-    /// Decode speed of a single stream, tokens per second: as measured here, else as the worker claims; 0 is unknown.
+    /// Decode speed of a single stream, tokens per second: as measured here, else as the worker claims; 0 is
+    /// unknown.
     pub decode_tps: f64,
     /// Prefill speed, tokens per second, in the same way.
     pub prefill_tps: f64,
@@ -81,8 +82,8 @@ impl ServedModel {
         self.last_success.max(self.tokens_seen.last())
     }
 
-    /// It declines a question because it is full or drains. That is no silence, unless nothing came of it in all of `limit`. Says
-    /// whether it is excused.
+    /// It declines a question because it is full or drains. That is no silence, unless nothing came of it in
+    /// all of `limit`. Says whether it is excused.
     pub fn declined(&mut self, limit: Duration, now: Instant) -> bool {
         let since = *self.declines_since.get_or_insert(now);
         let since = self.last_token().map_or(since, |token| since.max(token));
@@ -149,7 +150,8 @@ impl ServedModel {
         delay * (-age / DELAY_FADES).exp2()
     }
 
-    /// The slots to count on: as many as it claims, and at most twice as many as it was seen to use, or a few at the beginning.
+    /// The slots to count on: as many as it claims, and at most twice as many as it was seen to use, or a few
+    /// at the beginning.
     pub fn slots(&self) -> u32 {
         let claimed = self.card.slots.max(1);
         match self.card.kind() {

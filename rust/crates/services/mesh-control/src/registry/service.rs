@@ -196,7 +196,8 @@ impl Registry {
         })
     }
 
-    /// The fingerprint of the weights that this name stands for. Other weights under the name get no requests while they are served.
+    /// The fingerprint of the weights that this name stands for. Other weights under the name get no requests
+    /// while they are served.
     pub(crate) fn weights_of(&self, name: &str) -> Option<&str> {
         self.names.get(name).map(|(weights, _)| weights.as_str())
     }
@@ -217,7 +218,8 @@ impl Registry {
         cards(true).or_else(|| cards(false))
     }
 
-    /// The model of requests that name none: the first by name, and from then on the same one as long as it is served.
+    /// The model of requests that name none: the first by name, and from then on the same one as long as it
+    /// is served.
     pub fn default_model(&mut self, kind: ModelKind, now: Instant) -> Option<String> {
         let this = &*self;
         let served = |wanted: Service| {

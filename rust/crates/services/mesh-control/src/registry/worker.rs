@@ -95,8 +95,8 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Requests that hold or wait for a slot, by whichever count is larger: its report is up to 250 ms old, and other
-    /// heads may use it too.
+    /// Requests that hold or wait for a slot, by whichever count is larger: its report is up to 250 ms old,
+    /// and other heads may use it too.
     pub(crate) fn active(&self) -> u32 {
         self.assigned
             .max(self.load.running.saturating_add(self.load.queued))

@@ -36,7 +36,8 @@ impl Answer {
                 self.rejects(worker, code, text)
             }
             ErrorCode::WORKER_BUSY | ErrorCode::DRAINING => {
-                // Not a failure, and the worker's own pause keeps this from turning quickly; the limit on waiting ends it.
+                // Not a failure, and the worker's own pause keeps this from turning quickly; the limit on
+                // waiting ends it.
                 self.phase = Phase::Placing;
                 Step::Again(Ended::Busy)
             }
@@ -135,8 +136,8 @@ fn readable(text: &str) -> String {
     short.replace(char::is_control, " ")
 }
 
-/// Deaths of workers before a request's first token that end it: the first may be chance, and the second worker had nothing else
-/// to begin.
+/// Deaths of workers before a request's first token that end it: the first may be chance, and the second
+/// worker had nothing else to begin.
 const MOST_SILENT_DEATHS: usize = 2;
 
 /// Deaths at any time that end it.

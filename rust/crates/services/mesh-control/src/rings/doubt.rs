@@ -198,8 +198,8 @@ impl Rings {
     }
 }
 
-/// The head has not heard a worker for so long that it is a second witness for its death. Links carry something at least
-/// every half second.
+/// The head has not heard a worker for so long that it is a second witness for its death. Links carry
+/// something at least every half second.
 pub(super) const SILENCE: Duration = Duration::from_secs(1);
 /// Interval at which a doubted worker is asked for a sign of life.
 const ASK_INTERVAL: Duration = Duration::from_millis(200);

@@ -250,8 +250,8 @@ impl Rings {
             next.standbys_for = Some(self.generation);
         }
 
-        // Asked before it was known to be impossible (a worker that is about to end does not ask): at least not at the last
-        // moment.
+        // Asked before it was known to be impossible (a worker that is about to end does not ask): at least
+        // not at the last moment.
         let by_itself = |node: &String| self.nodes.get(node).is_some_and(|node| node.said_draining);
         if let Some(node) = stuck.filter(by_itself)
             && ring.standbys_for != Some(self.generation)

@@ -6,16 +6,17 @@
 //! epoch, and an event that comes twice or late changes nothing.
 //!
 //! The life of a ring:
-//! - *formed* when the offers for its model have been quiet for a while and placement finds a plan: every member and standby is
-//!   sent the same [`mesh_proto::Ring`], epoch 1;
+//! - *formed* when the offers for its model have been quiet for a while and placement finds a plan: every
+//!   member and standby is sent the same [`mesh_proto::Ring`], epoch 1;
 //! - *serves* when its driver says that a token came back through every stage of this epoch;
-//! - a member that another one does not reach is *doubted*: it is lost if the head does not hear it either, else the link
-//!   between the two is made anew, in a new epoch with the same members;
-//! - on a *loss* every lost stage goes to its standby, else to a worker with room, in one new epoch; where neither is to be
-//!   had the ring is dissolved and planned anew over what is left;
-//! - a ring that does as well as before gets its *standbys* back, in the same epoch: running steps are undisturbed;
-//! - *drained* workers hand their stages over to standbys that are up to date; *rebalancing* builds a better ring beside
-//!   the old one, or in its place.
+//! - a member that another one does not reach is *doubted*: it is lost if the head does not hear it either,
+//!   else the link between the two is made anew, in a new epoch with the same members;
+//! - on a *loss* every lost stage goes to its standby, else to a worker with room, in one new epoch; where
+//!   neither is to be had the ring is dissolved and planned anew over what is left;
+//! - a ring that does as well as before gets its *standbys* back, in the same epoch: running steps are
+//!   undisturbed;
+//! - *drained* workers hand their stages over to standbys that are up to date; *rebalancing* builds a better
+//!   ring beside the old one, or in its place.
 
 mod action;
 mod doubt;
@@ -132,7 +133,8 @@ pub struct Rings {
 }
 
 impl Rings {
-    /// No rings yet. Ids count up from `first_ring`, which must be far from those that this head gave out in earlier lives.
+    /// No rings yet. Ids count up from `first_ring`, which must be far from those that this head gave out in
+    /// earlier lives.
     pub fn new(settings: Settings, first_ring: u64) -> Self {
         Self {
             settings,
@@ -461,7 +463,8 @@ impl Rings {
             .map_or(node.get(..12).unwrap_or(node), |known| &known.name)
     }
 
-    /// The ring of a model that is not on its way out; the one that serves rather than the one that will replace it.
+    /// The ring of a model that is not on its way out; the one that serves rather than the one that will
+    /// replace it.
     fn live_ring(&self, model: &str) -> Option<u64> {
         let live = |ring: &&Ring| ring.model == model && ring.retiring.is_none();
         let mut rings = self.rings.iter().filter(|(_, ring)| live(ring));

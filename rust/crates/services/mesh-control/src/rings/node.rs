@@ -171,8 +171,8 @@ impl Suspicion {
     }
 }
 
-/// An offer with times that a machine can have: no memory is read faster than [`FASTEST_MEMORY`], and a layer is read for every token. One
-/// that claims more would get all layers.
+/// An offer with times that a machine can have: no memory is read faster than [`FASTEST_MEMORY`], and a layer
+/// is read for every token. One that claims more would get all layers.
 fn plausible(mut shard: ShardOffer) -> ShardOffer {
     let least = |bytes: u64| (bytes as f64 / FASTEST_MEMORY * 1e6) as f32;
     // Unknown values stay unknown: such a node gets nothing.

@@ -136,7 +136,8 @@ impl Rings {
         Ok(best)
     }
 
-    /// Model and candidates. With a `ring`, only workers with its weights count, and the spec is the ring's own.
+    /// Model and candidates. With a `ring`, only workers with its weights count, and the spec is the ring's
+    /// own.
     pub(super) fn outlook(
         &self,
         model: &str,
@@ -409,8 +410,8 @@ impl Rings {
             .filter_map(|part| Some((part.node.as_str(), self.nodes.get(&part.node)?.address?)))
             .collect();
         let all_here = addresses.values().all(|address| address.ip().is_loopback());
-        // A worker beside the head is reached over loopback by the head alone; the others know that machine by the address
-        // at which they reach the head.
+        // A worker beside the head is reached over loopback by the head alone; the others know that machine
+        // by the address at which they reach the head.
         let head_ip = ring
             .parts()
             .filter(|part| {

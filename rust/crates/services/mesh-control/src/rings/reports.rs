@@ -133,7 +133,8 @@ impl Rings {
         self.serve(state.ring, node, card);
     }
 
-    /// A worker holds a ring that this head does not know (of an earlier life of the head, or dissolved): it may forget it.
+    /// A worker holds a ring that this head does not know (of an earlier life of the head, or dissolved): it
+    /// may forget it.
     pub(super) fn tell_off(&mut self, node: &str, state: &RingState) {
         if !self.nodes.get(node).is_some_and(|node| node.connected) {
             return;

@@ -1,6 +1,7 @@
 //! Questions that look like a client's.
 
-/// A question as a person might ask it. It must not be the same one every time: its answer could be learnt by heart.
+/// A question as a person might ask it. It must not be the same one every time: its answer could be learnt by
+/// heart.
 pub(super) fn question_of(seed: u64) -> String {
     let pick = |list: &[&'static str], shift: u32| {
         // The multiplier spreads seeds that are alike in the low bits.

@@ -83,9 +83,10 @@ fn vectors_agree(one: &[f32], two: &[f32]) -> bool {
 /// Alternatives that are asked for with each.
 pub const ALTERNATIVES: u32 = 5;
 
-/// Natural logarithm of how much likelier a token may be than another that takes its place on a machine with other rounding. SmolLM2-135M
-/// on scalar kernels (floats) and on AVX2 (8-bit activations) chooses other tokens within eight for every second question, and 0.35 was the
-/// most here; weights in 4 and in 8 bits are further apart.
+/// Natural logarithm of how much likelier a token may be than another that takes its place on a machine with
+/// other rounding. SmolLM2-135M on scalar kernels (floats) and on AVX2 (8-bit activations) chooses other
+/// tokens within eight for every second question, and 0.35 was the most here; weights in 4 and in 8 bits are
+/// further apart.
 const MARGIN: f32 = 2.0;
 
 /// Largest accepted difference of one token's log probability between two machines, in nats; 0.2 was the most

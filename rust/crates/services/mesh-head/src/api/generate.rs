@@ -126,8 +126,8 @@ impl Asked {
         self.prompts.len() * self.choices as usize
     }
 
-    /// Bytes of memory that it may need from now on: its prompts, each once as it is and once on its way to a worker, and its answers,
-    /// which end with the model's `context`.
+    /// Bytes of memory that it may need from now on: its prompts, each once as it is and once on its way to a
+    /// worker, and its answers, which end with the model's `context`.
     pub(crate) fn memory(&self, context: Option<u32>) -> u64 {
         let prompts: usize = self.prompts.iter().map(|prompt| bytes_of(prompt)).sum();
         let asked = self.params.max_tokens.unwrap_or(UNSAID_TOKENS);

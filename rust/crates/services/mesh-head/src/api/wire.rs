@@ -7,7 +7,8 @@ use serde::ser::{SerializeMap, Serializer};
 
 use super::generate::Api;
 
-/// A whole answer, or one chunk of a stream: the two differ in the name of `object` and in what a choice holds.
+/// A whole answer, or one chunk of a stream: the two differ in the name of `object` and in what a choice
+/// holds.
 #[derive(Debug, Serialize)]
 pub(crate) struct Envelope<'a, C> {
     /// Id of the answer, the same in all its chunks.
@@ -281,8 +282,8 @@ impl Place {
 }
 
 impl Alternatives {
-    /// The likeliest tokens and, always, the one chosen. Names are unique: of several tokens with one text the chosen one counts, then
-    /// the likeliest.
+    /// The likeliest tokens and, always, the one chosen. Names are unique: of several tokens with one text
+    /// the chosen one counts, then the likeliest.
     fn new(chosen: &TokenLogprob) -> Self {
         let name = name_of(chosen);
         let mut list: Vec<(String, f32)> = Vec::with_capacity(chosen.top.len() + 1);

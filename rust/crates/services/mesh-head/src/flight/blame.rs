@@ -61,7 +61,8 @@ impl<E: FnMut(Event) + Send> Drive<'_, E> {
             .context_on(assignment.placed.worker, &assignment.placed.model);
     }
 
-    /// A worker answers. If another one rejected the request before, that one was wrong, unless its context is smaller.
+    /// A worker answers. If another one rejected the request before, that one was wrong, unless its context
+    /// is smaller.
     pub(super) fn contradict(&mut self, assignment: &Assignment) {
         let Some(rejected) = self.answer.contradicted() else {
             return;

@@ -76,8 +76,8 @@ fn is_death(reason: &Closed, process: Process) -> bool {
     match (reason, process) {
         (_, Process::Same) => false,
         (Closed::Gone | Closed::Restarted | Closed::Silent, _) => true,
-        // This head closes links that it has no use for: in quarantine, expelled, or replaced. A new process has replaced one that
-        // died unnoticed.
+        // This head closes links that it has no use for: in quarantine, expelled, or replaced. A new process
+        // has replaced one that died unnoticed.
         (Closed::ByUs, process) => process == Process::Other,
         // It said goodbye.
         (

@@ -30,7 +30,8 @@ use crate::workers::requests::{error_of, gets_on, progress_ms};
 
 /// Starts a task; dropping the receiver cancels it.
 pub(crate) fn submit(mesh: &Arc<Mesh>, front: Front, task: Task) -> mpsc::UnboundedReceiver<Event> {
-    // Unbounded, yet bounded by the context: a slow client must not hold a worker's slot for longer than the answer takes.
+    // Unbounded, yet bounded by the context: a slow client must not hold a worker's slot for longer than the
+    // answer takes.
     let (sender, receiver) = mpsc::unbounded_channel();
     let mesh = mesh.clone();
     tokio::spawn(async move {
@@ -196,7 +197,8 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                 Route::Link(link) => {
                     let attempt = self.attempt_mesh(&assignment, &link, resume).await;
                     if link.close_reason().is_some() {
-                        // The link's own task will notice, too, but the next attempt must not find the worker there.
+                        // The link's own task will notice, too, but the next attempt must not find the worker
+                        // there.
                         self.mesh.leave(assignment.placed.worker);
                     }
                     attempt
@@ -383,7 +385,8 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                     biased;
                     reply = &mut pending.reply => break self.replied(resume.attempt, reply.ok()),
                     now = timer.fired(&self.answer) => {
-                        // It works on one task after the other: while it answers others, this one waits its turn.
+                        // It works on one task after the other: while it answers others, this one waits its
+                        // turn.
                         if let Some(at) = self.mesh.exchange.last_answer(worker.address) {
                             self.answer.excused_until(at);
                         }
@@ -615,8 +618,8 @@ async fn open(link: &Link, generate: Message) -> Result<MsgStream, Failure> {
     Ok(stream)
 }
 
-/// The answer's timer. It is moved only when the next deadline comes closer: mostly, tokens push it away, and it is cheaper
-/// to look again when it fires.
+/// The answer's timer. It is moved only when the next deadline comes closer: mostly, tokens push it away, and
+/// it is cheaper to look again when it fires.
 struct Timer {
     sleep: Pin<Box<Sleep>>,
 }
@@ -654,6 +657,7 @@ const TELL_EVERY: Duration = Duration::from_millis(100);
 /// Time until the head looks again at a driver that is heard and sends no tokens.
 const RING_LOOK: Duration = Duration::from_millis(300);
 
-/// Silence of a ring's driver that counts as its death, if its link is silent, too: its standby goes on within milliseconds. It is
-/// more than a driver needs to notice a silent member, whose loss is not the driver's.
+/// Silence of a ring's driver that counts as its death, if its link is silent, too: its standby goes on
+/// within milliseconds. It is more than a driver needs to notice a silent member, whose loss is not the
+/// driver's.
 const RING_SILENCE: Duration = Duration::from_millis(1_500);

@@ -1,4 +1,5 @@
-//! Drives one request for embeddings: parts to workers, each part elsewhere when its worker dies, vectors back in order.
+//! Drives one request for embeddings: parts to workers, each part elsewhere when its worker dies, vectors
+//! back in order.
 
 use std::future::Future;
 use std::ops::Range;
@@ -246,7 +247,8 @@ async fn part(
                     Ok(Err(failure)) => {
                         let failure = deaths.of(failure, &assignment, &mut answer, mesh);
                         if link.close_reason().is_some() {
-                            // The link's own task will notice, too, but the next attempt must not find the worker there.
+                            // The link's own task will notice, too, but the next attempt must not find the
+                            // worker there.
                             mesh.leave(placed.worker);
                         }
                         answer.failed(resume.attempt, failure)

@@ -97,7 +97,8 @@ impl Mesh {
         peer.link.close_reason().is_none().then_some(peer.instance)
     }
 
-    /// The worker that is connected as this node, unless it is the same process: that has lost its earlier link.
+    /// The worker that is connected as this node, unless it is the same process: that has lost its earlier
+    /// link.
     pub(crate) fn rival(&self, node: &str, instance: u64) -> Option<Rival> {
         let state = self.lock();
         let worker = state.placement.registry.of_node(node)?;

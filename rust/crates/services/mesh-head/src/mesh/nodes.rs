@@ -12,8 +12,8 @@ use tracing::warn;
 use super::state::{Mesh, timestamp_us};
 
 impl Mesh {
-    /// Removes a node at once, as if its link had ended, and closes that: its requests run again elsewhere, its parts of rings
-    /// go to standbys. Whether it may come back is for the deny list to say.
+    /// Removes a node at once, as if its link had ended, and closes that: its requests run again elsewhere,
+    /// its parts of rings go to standbys. Whether it may come back is for the deny list to say.
     pub(crate) fn expel(&self, node: &str, reason: &str) {
         let now = Instant::now();
         let mut guard = self.lock();

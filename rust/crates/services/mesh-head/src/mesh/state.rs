@@ -220,8 +220,8 @@ impl Mesh {
     }
 }
 
-/// Ring ids of this head's life count up from here. Random, so that they are not those of an earlier life, whatever the clock
-/// says, with room above.
+/// Ring ids of this head's life count up from here. Random, so that they are not those of an earlier life,
+/// whatever the clock says, with room above.
 fn first_ring() -> u64 {
     (ids::unique() >> 1).max(1)
 }

@@ -1,5 +1,5 @@
-//! The worker bus, 7778/udp: sealed heartbeats of the mesh's workers; heartbeats and Results of workers of DCF v5.0.0 and
-//! v5.1, which have no identity, where the operator admits those.
+//! The worker bus, 7778/udp: sealed heartbeats of the mesh's workers; heartbeats and Results of workers of
+//! DCF v5.0.0 and v5.1, which have no identity, where the operator admits those.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -67,7 +67,8 @@ fn reassembler() -> Reassembler<PieceKey> {
     Reassembler::by_source(limits, limits.half(), |key| key.0.ip())
 }
 
-/// The sources whose heartbeats were refused, so that each is named in the log now and then, and no flood of them fills it.
+/// The sources whose heartbeats were refused, so that each is named in the log now and then, and no flood of
+/// them fills it.
 #[derive(Debug, Default)]
 struct Refused {
     /// Time at which each was last named.

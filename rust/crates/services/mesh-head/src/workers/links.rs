@@ -143,8 +143,8 @@ async fn serve_link(
     Ok(reason)
 }
 
-/// Refuses a worker whose identity another machine uses that is connected and answers. A worker that comes back, after a
-/// crash or from another address, finds its earlier link dead or its own.
+/// Refuses a worker whose identity another machine uses that is connected and answers. A worker that comes
+/// back, after a crash or from another address, finds its earlier link dead or its own.
 async fn admit_one(mesh: &Mesh, link: &Link, hello: &Hello) -> Result<(), LinkError> {
     let Some(rival) = mesh.rival(link.node_id(), hello.instance) else {
         return Ok(());
@@ -243,7 +243,8 @@ async fn follow_control(
     }
 }
 
-/// Fields at the top of a protobuf message, counted without reading them: an empty part is two bytes there and hundreds in memory.
+/// Fields at the top of a protobuf message, counted without reading them: an empty part is two bytes there
+/// and hundreds in memory.
 fn fields_of(mut body: &[u8]) -> usize {
     let mut fields = 0;
     while let Some((key, rest)) = varint(body) {

@@ -1,5 +1,5 @@
-//! Proofs: the head asks each worker a question now and then, and the answer shows that tokens come back and that they are
-//! those of the other workers.
+//! Proofs: the head asks each worker a question now and then, and the answer shows that tokens come back and
+//! that they are those of the other workers.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -25,8 +25,8 @@ use super::requests::{self, error_of, gets_on, progress_ms};
 use crate::ids;
 use crate::mesh::{Mesh, RingRole, timestamp_us};
 
-/// Keeps the proof fresh that this worker answers, and that its answers are those of the others: asks it a question when it joins,
-/// after a failure, when it has been idle for long, and now and then.
+/// Keeps the proof fresh that this worker answers, and that its answers are those of the others: asks it a
+/// question when it joins, after a failure, when it has been idle for long, and now and then.
 pub(super) async fn prove(mesh: Arc<Mesh>, id: WorkerId, link: Link) {
     // Side by side: one may wait in its model's queue for long.
     let mut running = FuturesUnordered::new();
@@ -133,7 +133,8 @@ enum Unproven {
     Refused(String),
     /// Neither a token nor a sign of life.
     Silent,
-    /// A real answer's token came meanwhile, or the worker is busy with real requests, whose tokens will come.
+    /// A real answer's token came meanwhile, or the worker is busy with real requests, whose tokens will
+    /// come.
     Needless,
     /// The worker has no room for it, or drains.
     Declined(String),
@@ -352,7 +353,8 @@ impl Probe<'_> {
                 let proof = self.mesh.config.request_timeout;
                 worker.is_some_and(|worker| worker.is_busy(limit, proof, now))
             });
-            // One step of a slow machine may take longer. A ring that stands still must be found out, and has others to ask.
+            // One step of a slow machine may take longer. A ring that stands still must be found out, and has
+            // others to ask.
             let slow = self.proof.ring.is_none()
                 && self
                     .told
@@ -378,7 +380,8 @@ impl Probe<'_> {
         self.is_needed(progress.phase() == RequestPhase::Queued)
     }
 
-    /// Gives the probe up if it waited for long and real answers prove that tokens come, or if it is `queued` behind them.
+    /// Gives the probe up if it waited for long and real answers prove that tokens come, or if it is `queued`
+    /// behind them.
     fn is_needed(&self, queued: bool) -> Result<(), Unproven> {
         let limit = self.mesh.config.first_token_limit;
         let waited = self.asked.elapsed();

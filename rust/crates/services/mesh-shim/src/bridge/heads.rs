@@ -6,9 +6,9 @@ use dcf::Version;
 
 /// The heads in the operator's order, one of which is current.
 ///
-/// The current head stays current while it is alive, even if one before it in the order comes back: moving tasks costs
-/// more than an order is worth. If it is not alive, the next live one takes over. If none is, it stays current as long as
-/// it is merely silent, for a head of DCF v5.0.0 does not answer probes.
+/// The current head stays current while it is alive, even if one before it in the order comes back: moving
+/// tasks costs more than an order is worth. If it is not alive, the next live one takes over. If none is, it
+/// stays current as long as it is merely silent, for a head of DCF v5.0.0 does not answer probes.
 #[derive(Debug)]
 pub(super) struct Heads {
     heads: Box<[Head]>,
@@ -219,8 +219,8 @@ impl Heads {
         None
     }
 
-    /// Each head gets one probe an interval, in a version that it speaks. The other version is tried now and then only: a
-    /// head that does not know it may log every such datagram.
+    /// Each head gets one probe an interval, in a version that it speaks. The other version is tried now and
+    /// then only: a head that does not know it may log every such datagram.
     fn is_probed(&self, head: usize, version: Version, now: Instant) -> bool {
         let speaks = |version| self.speaks(head, version, now);
         let (old, new) = (speaks(Version::V5_0), speaks(Version::V5_1));

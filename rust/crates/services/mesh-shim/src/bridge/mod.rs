@@ -1,15 +1,16 @@
 //! The bridge between clients and heads, without sockets and without a clock.
 //!
-//! [`Bridge`] is given datagrams and the time and says where each goes. It changes sequences in place, so the caller can
-//! send the very buffer it received into. All memory is allocated when the bridge is made.
+//! [`Bridge`] is given datagrams and the time and says where each goes. It changes sequences in place, so the
+//! caller can send the very buffer it received into. All memory is allocated when the bridge is made.
 //!
-//! A task goes through like this: the client's address and sequence open a slot in the task table; the slot's own
-//! sequence replaces the client's and the datagram goes to the current head; an answer with that sequence finds the slot,
-//! gets the client's sequence back and goes to the client's address. The slot then lingers, so that a repeated task has
-//! the same sequence toward the head again and the head can tell that it is a repeat.
+//! A task goes through like this: the client's address and sequence open a slot in the task table; the slot's
+//! own sequence replaces the client's and the datagram goes to the current head; an answer with that sequence
+//! finds the slot, gets the client's sequence back and goes to the client's address. The slot then lingers,
+//! so that a repeated task has the same sequence toward the head again and the head can tell that it is a
+//! repeat.
 //!
-//! Client and head may speak different versions of DCF. A datagram then gets or loses its first byte when it is sent on; what
-//! else differs is in `translate`.
+//! Client and head may speak different versions of DCF. A datagram then gets or loses its first byte when it
+//! is sent on; what else differs is in `translate`.
 
 mod from_clients;
 mod from_heads;
@@ -249,7 +250,8 @@ impl Bridge {
             self.probes_sent = self.probes_sent.wrapping_add(1);
             self.stats.traffic.probes.count();
             let kind = (version, MsgType::HEALTH);
-            // A head that does not know this address yet answers with a cookie, and never with more bytes than came.
+            // A head that does not know this address yet answers with a cookie, and never with more bytes
+            // than came.
             let len = write_message(buffer, kind, self.probes_sent, 0, &[]);
             let padded = len.max(PROBE_LEN).min(buffer.len());
             buffer[len..padded].fill(0);

@@ -88,8 +88,8 @@ struct List {
 }
 
 impl TaskTable {
-    /// A table of at least `capacity` tasks. `generation` is where the generations begin, best chosen at random: the head
-    /// may still know sequences of an earlier process.
+    /// A table of at least `capacity` tasks. `generation` is where the generations begin, best chosen at
+    /// random: the head may still know sequences of an earlier process.
     pub(super) fn new(capacity: usize, generation: u32, now: Instant) -> Self {
         let capacity = capacity.clamp(2, MAX_SLOTS).next_power_of_two();
         let nobody = Task {

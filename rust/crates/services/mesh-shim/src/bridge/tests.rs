@@ -1137,8 +1137,8 @@ proptest! {
         }
     }
 
-    /// Whatever clients and heads send and whenever they fall silent: a client gets at most one answer for each time it
-    /// asked, always under its own sequence, and an answer to what it asked.
+    /// Whatever clients and heads send and whenever they fall silent: a client gets at most one answer for
+    /// each time it asked, always under its own sequence, and an answer to what it asked.
     #[test]
     fn answers_reach_who_asked_and_nobody_else(
         steps in prop::collection::vec((0u8..9, 0u16..3, 0u32..5, 0usize..2, 0u64..900), 0..120),

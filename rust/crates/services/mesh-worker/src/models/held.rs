@@ -206,7 +206,8 @@ impl Held {
         })
     }
 
-    /// A piece's bytes, compared with the manifest; none if it is not here. Blocks for as long as the disk takes.
+    /// A piece's bytes, compared with the manifest; none if it is not here. Blocks for as long as the disk
+    /// takes.
     pub(super) fn read(&self, piece: u32) -> io::Result<Option<Bytes>> {
         let here = self
             .here

@@ -58,7 +58,8 @@ pub(crate) struct Models {
     takers: Room<String>,
     counters: Counters,
     held: Mutex<BTreeMap<Digest, Arc<Held>>>,
-    /// A task for each model that is fetched. Wants are sent with the lock held, so that none is lost when a task ends.
+    /// A task for each model that is fetched. Wants are sent with the lock held, so that none is lost when a
+    /// task ends.
     fetches: Mutex<HashMap<Digest, mpsc::UnboundedSender<Want>>>,
     /// One at a time looks for a name.
     seeking: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
@@ -247,7 +248,8 @@ impl Models {
         }
     }
 
-    /// Lets others have a model that is a file or a folder at hand. Its bytes stay where they are; they are read once.
+    /// Lets others have a model that is a file or a folder at hand. Its bytes stay where they are; they are
+    /// read once.
     pub(crate) async fn adopt(&self, name: &str, path: &Path) {
         let Some(store) = self.store.clone().filter(|_| self.is_sharing()) else {
             return;

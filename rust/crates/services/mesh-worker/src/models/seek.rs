@@ -13,8 +13,9 @@ use super::vouch::Doubt;
 use super::{Models, lock, source, wanted};
 
 impl Models {
-    /// The model called `name`: from the store, else its manifest comes from another worker, or all of it from the hub. A short
-    /// name is that of a model on the hub. Waits for as long as that takes; an error is one that waiting does not mend.
+    /// The model called `name`: from the store, else its manifest comes from another worker, or all of it
+    /// from the hub. A short name is that of a model on the hub. Waits for as long as that takes; an error is
+    /// one that waiting does not mend.
     pub(crate) async fn obtain(self: &Arc<Self>, name: &str) -> Result<Arc<Held>, String> {
         let Some(store) = self.store.clone() else {
             return Err("there is no store to look it up in".to_owned());

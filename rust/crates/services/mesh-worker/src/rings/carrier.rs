@@ -1,8 +1,8 @@
 //! The one thread that carries messages between workers.
 //!
-//! A message passes several tasks: the socket's, its connection's, its stream's. On a runtime with more threads each of them
-//! may wake another thread, and a ring waits for every one of those wakings, token by token. On this thread they follow each other, and
-//! so does the step itself where it is short.
+//! A message passes several tasks: the socket's, its connection's, its stream's. On a runtime with more
+//! threads each of them may wake another thread, and a ring waits for every one of those wakings, token by
+//! token. On this thread they follow each other, and so does the step itself where it is short.
 
 use std::future::Future;
 use std::io;

@@ -1,4 +1,5 @@
-//! One ring as this worker sees it: loads its parts, connects them in every epoch, and tells the head how they are.
+//! One ring as this worker sees it: loads its parts, connects them in every epoch, and tells the head how
+//! they are.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -707,7 +708,8 @@ impl Deployment {
             Some(seat) if reason.link => {
                 self.suspect(&seat, &format!("{what}: {}", reason.text), true, true);
             }
-            // The other side is in another epoch already, or will dial again; silence would show in its pulse.
+            // The other side is in another epoch already, or will dial again; silence would show in its
+            // pulse.
             _ => tracing::debug!(what, reason = reason.text, "stream ended"),
         }
     }
@@ -880,8 +882,8 @@ impl Deployment {
     }
 }
 
-/// Mirrors to a standby, and begins again when that breaks: the standby may still be loading, or have lost step. Whether
-/// it is still the right one is for the head to say.
+/// Mirrors to a standby, and begins again when that breaks: the standby may still be loading, or have lost
+/// step. Whether it is still the right one is for the head to say.
 async fn keep_mirroring(peers: super::peers::Peers, seat: Seat, hello: RingHello, target: Target) {
     loop {
         let reason = match streams::open(&peers, &seat, &hello).await {

@@ -98,7 +98,8 @@ struct Net {
 }
 
 impl Rings {
-    /// Opens those of `config.shards` that are files at hand and measures this machine. Blocks for as long as that takes.
+    /// Opens those of `config.shards` that are files at hand and measures this machine. Blocks for as long as
+    /// that takes.
     pub(crate) fn open(config: &Arc<Config>, models: Arc<Models>) -> (Arc<Self>, Vec<Failure>) {
         let (shards, profile, failures) = offer::measure(config);
         let rings = Arc::new(Rings {
@@ -139,8 +140,8 @@ impl Rings {
         !self.shards().is_empty()
     }
 
-    /// Offers one more model, `name`, whose header lies at `path`; its layers are fetched when they are needed. Blocks for as long as
-    /// measuring takes.
+    /// Offers one more model, `name`, whose header lies at `path`; its layers are fetched when they are
+    /// needed. Blocks for as long as measuring takes.
     pub(crate) fn add(&self, name: &str, path: &Path, held: &Arc<Held>) -> Result<(), WorkerError> {
         let (shard, profile) = offer::measure_stored(name, path, held, &self.config)?;
         self.add_shard(shard, profile)
@@ -452,7 +453,8 @@ impl Shard {
         }
     }
 
-    /// Loads a range of layers in the weight format of that name, in the one of choice if there is no name. Blocks.
+    /// Loads a range of layers in the weight format of that name, in the one of choice if there is no name.
+    /// Blocks.
     fn load(
         &self,
         layers: Range<u32>,

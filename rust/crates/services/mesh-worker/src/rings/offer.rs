@@ -126,8 +126,8 @@ pub(super) fn measure_stored(
     let mut profiler = Profiler::take(profile_options(config, None));
     let model = Model::open(path)?;
     let fingerprint = held.file_fingerprint();
-    // Speeds are kept under it, and the file's own bytes need not be there: weights that are holes are zeros, and no kernel looks
-    // at values.
+    // Speeds are kept under it, and the file's own bytes need not be there: weights that are holes are zeros,
+    // and no kernel looks at values.
     model.know_fingerprint(&fingerprint);
     let card = host::card(name, path, &model, &fingerprint);
     let mut shard = measure_one(model, card, &mut profiler, config)?;

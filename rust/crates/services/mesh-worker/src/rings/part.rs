@@ -1,8 +1,8 @@
 //! One part at work: computes its steps one after the other, in the order in which they come.
 //!
-//! It has a thread. A step that takes a few milliseconds at most is not worth being handed over to it, because waking the
-//! thread and being woken by it costs a noticeable share of such a step: then the network task that received the step
-//! computes it, if nothing else is waiting.
+//! It has a thread. A step that takes a few milliseconds at most is not worth being handed over to it,
+//! because waking the thread and being woken by it costs a noticeable share of such a step: then the network
+//! task that received the step computes it, if nothing else is waiting.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};

@@ -34,7 +34,8 @@ impl Rings {
     }
 }
 
-/// The best of several measurements: a machine that is busy meanwhile looks slower than its network. `None`: none succeeded.
+/// The best of several measurements: a machine that is busy meanwhile looks slower than its network. `None`:
+/// none succeeded.
 pub(super) async fn bandwidth(link: &Link) -> Option<f64> {
     let mut best: Option<f64> = None;
     for again in 0..MEASUREMENTS {

@@ -74,7 +74,8 @@ impl Peers {
         }
     }
 
-    /// Measures the bandwidth of the links where that has not been tried, one after the other, until it is not `idle` any more.
+    /// Measures the bandwidth of the links where that has not been tried, one after the other, until it is
+    /// not `idle` any more.
     pub(super) async fn measure(&self, idle: impl Fn() -> bool) {
         let entries: Vec<Entry> = {
             let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
@@ -191,8 +192,8 @@ pub(super) fn path(node_id: &str, rtt: Duration, bandwidth: f64) -> PathProfile 
     }
 }
 
-/// A worker that does not answer within this time is not there. A handshake is some milliseconds of work on either side, which a
-/// machine that does much else may begin late.
+/// A worker that does not answer within this time is not there. A handshake is some milliseconds of work on
+/// either side, which a machine that does much else may begin late.
 const DIAL_TIMEOUT: Duration = Duration::from_millis(1500);
 
 /// Time that a worker with a new address has to answer at its old one.

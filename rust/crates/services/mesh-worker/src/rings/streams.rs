@@ -1,4 +1,5 @@
-//! The streams between members: one task for each, which carries messages between the network and a part or a driver.
+//! The streams between members: one task for each, which carries messages between the network and a part or a
+//! driver.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

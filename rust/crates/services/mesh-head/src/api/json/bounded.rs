@@ -1,5 +1,5 @@
-//! JSON values in memory that is bounded by more than the length of their text: a value takes up to a hundred times the bytes that
-//! spell it.
+//! JSON values in memory that is bounded by more than the length of their text: a value takes up to a hundred
+//! times the bytes that spell it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -404,7 +404,8 @@ impl<'de> Visitor<'de> for Place<'_> {
     }
 }
 
-/// Values of all kinds in one body: 32 bytes each. A conversation of thousands of messages has tens of thousands.
+/// Values of all kinds in one body: 32 bytes each. A conversation of thousands of messages has tens of
+/// thousands.
 const MOST_VALUES: usize = 1 << 17;
 /// Objects with fields: some 700 bytes each.
 const MOST_OBJECTS: usize = 1 << 14;

@@ -29,8 +29,8 @@ impl ChunkSender {
         })
     }
 
-    /// Begins to send an answer, from its beginning also where a part of it is out already. One that there is no room for
-    /// is left out: its client gets it when it repeats its Task.
+    /// Begins to send an answer, from its beginning also where a part of it is out already. One that there is
+    /// no room for is left out: its client gets it when it repeats its Task.
     pub(crate) fn send(self: &Arc<Self>, key: TaskKey, answer: &Message) {
         let client = key.client;
         let chunks = match chunk::split(key.sequence, answer.timestamp_us, answer.payload.clone()) {

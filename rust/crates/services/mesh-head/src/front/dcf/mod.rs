@@ -582,8 +582,8 @@ fn is_due(warned: &mut Option<Instant>) -> bool {
     due
 }
 
-/// The DCF code of a failure, and whether a repeat of the task gets the same failure again. Where it is over in a moment,
-/// the repeat had better be a new try.
+/// The DCF code of a failure, and whether a repeat of the task gets the same failure again. Where it is over
+/// in a moment, the repeat had better be a new try.
 fn code_of(failure: &AnswerError) -> (ErrorCode, bool) {
     match failure {
         AnswerError::Refused(Refusal::QueueFull { .. }) => (ErrorCode::WORKER_BUSY, false),

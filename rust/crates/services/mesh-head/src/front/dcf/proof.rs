@@ -64,8 +64,8 @@ impl Proofs {
         known.is_some_and(|(since, _)| now.saturating_duration_since(*since) < KNOWN_FOR)
     }
 
-    /// Notes a task of a client that is not known. True if it has sent several by now and no echo, as clients do that do not know
-    /// Challenges.
+    /// Notes a task of a client that is not known. True if it has sent several by now and no echo, as clients
+    /// do that do not know Challenges.
     pub(crate) fn is_mute(&mut self, client: IpAddr, now: Instant) -> bool {
         let is_recent = |mute: &Mute| now.saturating_duration_since(mute.last) < MUTE_FOR;
         if self.mute.len() >= MOST_MUTE && !self.mute.contains_key(&client) {

@@ -192,7 +192,8 @@ impl From<&AnswerError> for ApiError {
     }
 }
 
-/// Clients look for this phrase to shorten a conversation. Workers say it; older ones said where the limit is in words of their own.
+/// Clients look for this phrase to shorten a conversation. Workers say it; older ones said where the limit is
+/// in words of their own.
 fn as_clients_search_it(message: String) -> String {
     if message.contains(CONTEXT_PHRASE) {
         return message;

@@ -1,8 +1,8 @@
 //! Whole answers that take long: after a while the status, the headers and then blanks are sent, so that
 //! clients and proxies that limit silence see that work goes on.
 //!
-//! JSON may begin with blanks. A failure after that can only be the error's body under the status 200; the operator chooses how
-//! late that may be (`http.early_headers`).
+//! JSON may begin with blanks. A failure after that can only be the error's body under the status 200; the
+//! operator chooses how late that may be (`http.early_headers`).
 
 use std::convert::Infallible;
 use std::future::Future;

@@ -17,7 +17,8 @@ use subtle::{Choice, ConstantTimeEq};
 use crate::ids;
 use crate::mesh::Lease;
 
-/// The keys of one head. Only their hashes are held. Clones share them, so that keys that are read again count everywhere.
+/// The keys of one head. Only their hashes are held. Clones share them, so that keys that are read again
+/// count everywhere.
 #[derive(Clone)]
 pub(crate) struct Keys(Arc<RwLock<Known>>, Salts);
 
@@ -95,8 +96,8 @@ pub enum KeysError {
 }
 
 impl Keys {
-    /// Reads the API keys (one per line; empty lines and lines that begin with # are skipped) and the admin key, which
-    /// is made at the first start.
+    /// Reads the API keys (one per line; empty lines and lines that begin with # are skipped) and the admin
+    /// key, which is made at the first start.
     ///
     /// # Errors
     /// [`KeysError`] names the file.
@@ -146,7 +147,8 @@ impl Keys {
     /// The caller that these headers prove.
     ///
     /// # Errors
-    /// `Denied` where a key is needed and is missing, and wherever one is sent that is wrong and keys are in use.
+    /// `Denied` where a key is needed and is missing, and wherever one is sent that is wrong and keys are in
+    /// use.
     pub(crate) fn caller(&self, headers: &HeaderMap) -> Result<Caller, Denied> {
         let known = self.known();
         let Some(key) = bearer(headers) else {
@@ -259,7 +261,8 @@ impl ConcurrencyLimit {
         self.limit
     }
 
-    /// Lets a request for so many answers in, if there is room. One with more answers than the limit has to be alone.
+    /// Lets a request for so many answers in, if there is room. One with more answers than the limit has to
+    /// be alone.
     pub(super) fn enter(self: &Arc<Self>, client: Client, answers: usize) -> Option<Pass> {
         if self.limit == 0 {
             return Some(Pass(None, None));

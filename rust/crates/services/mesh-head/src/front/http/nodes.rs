@@ -17,8 +17,8 @@ use super::error::ApiError;
 use super::state::Api;
 use super::tokens::blocking;
 
-/// `GET /v1/mesh/nodes`: all nodes that the head knows by their certificates. The state of one is `connected`, `absent` or
-/// `expelled`.
+/// `GET /v1/mesh/nodes`: all nodes that the head knows by their certificates. The state of one is
+/// `connected`, `absent` or `expelled`.
 pub(super) async fn list(State(api): State<Api>) -> Result<Json<Value>, ApiError> {
     let now = Instant::now();
     let mut nodes: BTreeMap<String, Value> = BTreeMap::new();
@@ -62,8 +62,8 @@ pub(super) async fn list(State(api): State<Api>) -> Result<Json<Value>, ApiError
     Ok(Json(json!({ "nodes": nodes })))
 }
 
-/// `POST /v1/mesh/nodes/expel`: the node that `node` names (by name or id) is no longer part of the mesh. The body may hold a
-/// `reason`.
+/// `POST /v1/mesh/nodes/expel`: the node that `node` names (by name or id) is no longer part of the mesh. The
+/// body may hold a `reason`.
 pub(super) async fn expel(State(api): State<Api>, body: Bytes) -> Result<Json<Value>, ApiError> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
