@@ -32,8 +32,8 @@ impl Cut {
         }
     }
 
-    /// Ranges of texts, in order, for texts of so many tokens each. Of similar weight, and at least as many
-    /// as there are workers if there is enough to do.
+    /// Cuts texts of these token counts into ranges, in order and of similar weight: at least as many as
+    /// there are workers if there is enough to do.
     pub fn parts(&self, tokens: &[u64]) -> Vec<Range<usize>> {
         let total: u64 = tokens.iter().sum();
         let workers = self.workers as u64;

@@ -31,8 +31,8 @@ impl HeldBack {
         self.0.entry(id).or_default().models = Some(models);
     }
 
-    /// Takes the words of those workers that are no longer out. `is_out` says `None` of one that left: its
-    /// words are gone, too.
+    /// Takes out the messages of the workers that are no longer in quarantine. `is_out` returns `None` for a
+    /// worker that left: its messages are dropped.
     pub fn take(&mut self, is_out: impl Fn(WorkerId) -> Option<bool>) -> Vec<(WorkerId, Words)> {
         let mut free = Vec::new();
         self.0.retain(|id, words| match is_out(*id) {

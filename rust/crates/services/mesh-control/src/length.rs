@@ -12,7 +12,7 @@ use mesh_proto::{ModelCard, Prompt};
 /// Knowledge of a prompt's length.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Length {
-    /// It is short, or nothing can be told of it.
+    /// It is short, or its length cannot be estimated.
     #[default]
     Unknown,
     /// Number of tokens, as the prompt gives them.

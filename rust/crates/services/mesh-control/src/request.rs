@@ -118,7 +118,7 @@ pub struct Answer {
     second_opinion: bool,
 }
 
-/// A worker's word that a request cannot be answered.
+/// A worker's claim that a request cannot be answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rejection {
     /// The worker that rejected the request.
@@ -186,7 +186,7 @@ impl Answer {
         Self { bounds, ..self }
     }
 
-    /// The model has a context of so many tokens: no answer is longer. 0 is unknown.
+    /// Sets the model's context in tokens, which bounds the answer; 0 is unknown.
     pub fn set_context(&mut self, context: u32) {
         if context > 0 {
             self.bounds.tokens = self.bounds.tokens.min(context);

@@ -121,5 +121,5 @@ impl Turn {
 pub(crate) const KEPT_FOR: Duration = Duration::from_secs(5);
 /// Time for which a suspect is alone with its worker. What kills a worker does so early.
 pub(crate) const ALONE_FOR: Duration = Duration::from_secs(10);
-/// Others go first for so long at least.
+/// Least time for which others go first.
 const LEAST_TURN: Duration = Duration::from_secs(1);

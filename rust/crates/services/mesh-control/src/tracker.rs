@@ -503,7 +503,7 @@ fn shorten(text: &str) -> String {
 /// Workers that must accuse another one before it is named to no worker any more: one alone may be wrong, or
 /// lie.
 const ACCUSERS: usize = 2;
-/// Sources that a worker is told of.
+/// Most sources of a model that a worker is given.
 const MOST_SEATS: usize = 32;
 /// Models that a worker may hold, and seek.
 const MOST_MODELS: usize = 256;

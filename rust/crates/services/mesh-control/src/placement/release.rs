@@ -142,11 +142,10 @@ fn model_of<'a>(worker: &'a mut Worker, name: &str) -> Option<&'a mut ServedMode
     worker.models.iter_mut().find(|m| m.card.name == name)
 }
 
-/// Tokens of a prompt, estimated, whose time says something about prefill speed and not about round trips
-/// only.
+/// Least tokens of a prompt, estimated, whose time shows prefill speed and not only round trips.
 const LEAST_PREFILL: u64 = 64;
 
-/// Tokens whose time says something about decode speed.
+/// Least tokens whose time shows decode speed.
 const LEAST_DECODE: u32 = 4;
 
 /// Weight of the newest task in a v5.0.0 worker's smoothed duration.

@@ -28,7 +28,7 @@ pub struct Proof {
 /// A node was found out, or is suspected.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Finding {
-    /// It is in quarantine for so long.
+    /// It is in quarantine for this time.
     Quarantined {
         /// Node id; the driver's if it is a ring.
         node: String,

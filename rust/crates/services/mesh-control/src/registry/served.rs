@@ -123,7 +123,7 @@ impl ServedModel {
         }
     }
 
-    /// A prompt of so many tokens, estimated, took that time.
+    /// Takes in a measurement: a prompt of `tokens` tokens, estimated, took `took`.
     pub fn prefilled(&mut self, tokens: u64, took: Duration) {
         self.prefill.add(tokens as f64, took);
         if let Some(rate) = self.prefill.rate() {

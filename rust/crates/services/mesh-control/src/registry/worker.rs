@@ -57,7 +57,7 @@ pub struct Worker {
     pub load_changed: Instant,
     /// Time since which its reports say that requests wait there, without a break.
     pub queues_since: Option<Instant>,
-    /// It finishes what runs and takes nothing new: it says so, or an operator does.
+    /// It finishes its running requests and takes no new ones: it drains by itself, or an operator drains it.
     pub draining: bool,
     /// An operator drains it.
     pub drained: bool,
@@ -204,7 +204,7 @@ impl Worker {
     }
 }
 
-/// Requests that wait at a worker for so long do not just wait for its next step.
+/// Least wait of requests at a worker that is more than a wait for its next step.
 const QUEUES_LONG: Duration = Duration::from_millis(500);
 
 const LONGEST_RETRY: Duration = Duration::from_secs(30);

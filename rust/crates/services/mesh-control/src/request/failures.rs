@@ -130,7 +130,7 @@ impl Answer {
     }
 }
 
-/// A worker's words as they may be shown: short, and on one line.
+/// A worker's text in a form that may be shown: short, and on one line.
 fn readable(text: &str) -> String {
     let short = &text[..text.floor_char_boundary(ERROR_BYTES)];
     short.replace(char::is_control, " ")

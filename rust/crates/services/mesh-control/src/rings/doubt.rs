@@ -198,7 +198,7 @@ impl Rings {
     }
 }
 
-/// The head has not heard a worker for so long that it is a second witness for its death. Links carry
+/// Time without a message from a worker after which the head is a second witness for its death. Links carry
 /// something at least every half second.
 pub(super) const SILENCE: Duration = Duration::from_secs(1);
 /// Interval at which a doubted worker is asked for a sign of life.

@@ -53,7 +53,7 @@ pub struct Settings {
     pub enabled: bool,
     /// Optimisation target of plans.
     pub objective: Objective,
-    /// Exactly so many stages; `None` is as many as needed.
+    /// Number of stages; `None` is as many as needed.
     pub stages: Option<u32>,
     /// True if stages get standbys.
     pub standbys: bool,

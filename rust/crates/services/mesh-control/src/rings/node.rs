@@ -119,7 +119,7 @@ impl Node {
         all.filter_map(|suspicion| suspicion.until).min()
     }
 
-    /// Gone for so long that nothing about it matters any more. A drained worker stays drained.
+    /// True if it has been gone so long that it can be forgotten. A drained worker stays drained.
     pub(super) fn is_forgotten(&self, now: Instant) -> bool {
         let long_ago = |since: Instant| now.saturating_duration_since(since) >= LONGEST_PAUSE * 2;
         !self.asked_to_drain && self.gone_since.is_some_and(long_ago)

@@ -24,8 +24,7 @@ pub(super) struct Ring {
     /// Reason for the present choice of members, for the workers' logs.
     pub(super) reason: String,
     /// Cause of the present epoch, and of those before it that never served. The driver reports an epoch's
-    /// recovery later, when `reason` may have changed. The driver tells of an epoch's recovery later, when
-    /// `reason` may be another.
+    /// recovery later, when `reason` may have changed.
     pub(super) reason_of_epoch: String,
     /// True if its driver ever served in its present epoch.
     pub(super) served: bool,
@@ -387,7 +386,7 @@ const LOAD_SILENCE: Duration = Duration::from_secs(300);
 const LOAD_LIMIT: Duration = Duration::from_secs(900);
 /// Time that a driver has to bring a token through loaded stages, counted from the last progress of any part.
 const SERVE_LIMIT: Duration = Duration::from_secs(300);
-/// Parts that report nothing new for so long compute nothing; they report four times a second at most.
+/// Time without new reports after which a part counts as idle; parts report at most four times a second.
 const STANDSTILL: Duration = Duration::from_secs(2);
 /// Interval between looks at a ring that is being retired.
 const RETIRE_LOOK: Duration = Duration::from_millis(200);

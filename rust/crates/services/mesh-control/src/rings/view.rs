@@ -84,7 +84,7 @@ pub struct PathView {
     pub worker: Option<String>,
     /// Round trip, in milliseconds.
     pub round_trip_ms: f64,
-    /// Bandwidth that its other end measured, in bytes per second; unknown until the path was idle once.
+    /// Bytes per second that its other end receives; unknown until the path was idle once.
     pub bytes_per_second: Option<f64>,
 }
 

@@ -20,7 +20,7 @@ pub struct Pin {
     pub worker: String,
     /// True if an operator set it.
     pub operator: bool,
-    /// Id of the node that had it sought; so many pins has each.
+    /// Id of the node that first sought it; each node has a limited number of pins.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub node: String,
     /// Id of the worker that had it first: if it replaces the model, and no other worker has the old one, the
@@ -159,7 +159,7 @@ pub enum PinError {
     Unknown(String),
 }
 
-/// Names are told apart whatever their case.
+/// Names are equal whatever their case.
 pub(super) fn key(name: &str) -> String {
     name.to_ascii_lowercase()
 }
