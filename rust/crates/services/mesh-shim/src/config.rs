@@ -40,10 +40,10 @@ pub struct Config {
     /// Interval at which each head is probed.
     #[serde(with = "units::duration")]
     pub probe_interval: Duration,
-    /// A head that says nothing for so long has failed.
+    /// Time without a datagram from a head after which it counts as failed.
     #[serde(with = "units::duration")]
     pub head_timeout: Duration,
-    /// A task that is not answered for so long is given up with an Error.
+    /// Time after which an unanswered task is given up with an Error.
     #[serde(with = "units::duration")]
     pub request_timeout: Duration,
     /// Time for which an answered task is known, so that a repeat of it is not a new one.
