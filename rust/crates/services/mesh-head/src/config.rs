@@ -93,7 +93,7 @@ pub struct HttpConfig {
     pub concurrent_requests: usize,
     /// Largest value of `n`.
     pub choices_limit: u32,
-    /// Pause after which a streamed answer says that it is alive.
+    /// Pause after which a streamed answer gets a sign of life.
     #[serde(with = "units::duration")]
     pub keep_alive: Duration,
     /// A whole answer that takes longer sends its status and headers, and then blanks until it is there; 0 is
@@ -113,7 +113,7 @@ pub struct HttpConfig {
     pub open: Vec<Open>,
 }
 
-/// Something that tells of the mesh without using it.
+/// An endpoint that shows the mesh without using it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Open {
@@ -168,7 +168,7 @@ pub struct ShardingConfig {
     pub enabled: bool,
     /// Optimisation target of plans: the time of one token, or the tokens of many requests.
     pub objective: RingObjective,
-    /// Exactly so many stages; 0 is as many as needed.
+    /// Number of stages; 0 is as many as needed.
     pub stages: u32,
     /// Give stages standbys where memory allows.
     pub standbys: bool,

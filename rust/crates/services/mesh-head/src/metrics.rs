@@ -308,7 +308,7 @@ impl HeadMetrics {
         self.duration.get_or_create(&labels).observe(seconds);
     }
 
-    /// The first token of a complete answer took so long.
+    /// Records the time to the first token of a complete answer, in seconds.
     pub(crate) fn first_token(&self, seconds: f64) {
         self.first_token.observe(seconds);
     }
@@ -400,7 +400,7 @@ impl HeadMetrics {
             .inc();
     }
 
-    /// An answer stood still for so long because a ring's members changed.
+    /// Records the time for which an answer stood still because a ring's members changed.
     pub(crate) fn ring_gap(&self, model: &str, gap: Duration) {
         let model = model.to_owned();
         self.gaps

@@ -350,7 +350,7 @@ impl Timings {
     }
 }
 
-/// The API's word for why an answer ended.
+/// The API's name for the reason why an answer ended.
 pub(crate) fn finish_reason(complete: &Complete) -> &'static str {
     match complete.done.finish() {
         FinishReason::Length => "length",

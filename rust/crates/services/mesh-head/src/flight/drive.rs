@@ -553,7 +553,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         }
     }
 
-    /// The last word to the front end.
+    /// Sends the last event to the front end.
     fn settle(&mut self, step: Step) -> Outcome {
         match step {
             Step::Complete(complete) => {

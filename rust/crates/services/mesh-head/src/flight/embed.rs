@@ -369,7 +369,7 @@ fn weight(input: &EmbedInput) -> u64 {
     }
 }
 
-/// Bytes of memory that so many vectors take on their way to a client.
+/// Bytes of memory that `texts` vectors take on their way to a client.
 fn memory_of(texts: usize, dimensions: u32) -> u64 {
     let numbers = (texts as u64).saturating_mul(u64::from(dimensions));
     numbers.saturating_mul(BYTES_A_NUMBER)

@@ -269,7 +269,7 @@ impl Assignment {
         self.tokens_seen.as_ref()?.last()
     }
 
-    /// The worker says that its engine gets on.
+    /// Notes that the worker's engine makes progress.
     pub(crate) fn gave_sign(&self) {
         let model = &self.placed.model;
         self.mesh.with_worker(self.placed.worker, |worker| {

@@ -386,7 +386,7 @@ fn hex(ring: u64) -> String {
 
 /// Far more than follow from one another; what is left is done at the next turn.
 const TURNS: usize = 64;
-/// Reasons that are told why a model is not served.
+/// Most reasons to give for a model that is not served.
 const REASONS: usize = 3;
 /// Interval at which the gauges of rings are set.
 const GAUGES: Duration = Duration::from_secs(1);

@@ -441,5 +441,5 @@ const TOLD: Duration = Duration::from_secs(10);
 /// Multiples of `first_token_limit` for which signs of life without a token keep a probe going.
 const SIGNS_FOR: u32 = 4;
 
-/// Tokens of a probe whose time says something.
+/// Least tokens of a probe whose time shows a speed.
 const LEAST_MEASURED: u32 = 4;

@@ -12,7 +12,7 @@ use tracing::debug;
 
 use crate::mesh::{Mesh, timestamp_us};
 
-/// Bytes of an answer with so many vectors; 0 is of an unknown length.
+/// Bytes of an answer with `texts` vectors; `dimensions` of 0 means an unknown length.
 pub(crate) fn embeddings_bytes(texts: usize, dimensions: u32) -> usize {
     let dimensions = match dimensions {
         0 => LONGEST_VECTOR,

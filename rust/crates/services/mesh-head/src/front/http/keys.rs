@@ -261,8 +261,8 @@ impl ConcurrencyLimit {
         self.limit
     }
 
-    /// Lets a request for so many answers in, if there is room. One with more answers than the limit has to
-    /// be alone.
+    /// Admits a request for `answers` answers, if there is room. One with more answers than the limit is
+    /// admitted only alone.
     pub(super) fn enter(self: &Arc<Self>, client: Client, answers: usize) -> Option<Pass> {
         if self.limit == 0 {
             return Some(Pass(None, None));
