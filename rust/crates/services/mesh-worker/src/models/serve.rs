@@ -126,7 +126,7 @@ async fn pieces(models: &Arc<Models>, first: Message, mut stream: MsgStream) {
     }
 }
 
-/// Sends a piece, or says that it is not here. False if the other side takes nothing of it.
+/// Sends a piece, or the message that it is not here. Returns false if the other side takes nothing of it.
 async fn piece_out(
     models: &Arc<Models>,
     held: &Arc<Held>,

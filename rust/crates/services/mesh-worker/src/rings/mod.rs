@@ -62,7 +62,7 @@ pub(crate) struct Rings {
     /// Time at which a part here last computed something.
     active: Mutex<Option<Instant>>,
     served: Mutex<Vec<Served>>,
-    /// The paths that the head was told of.
+    /// The paths in the last offer to the head.
     offered: Mutex<Vec<PathProfile>>,
     /// To the head, while there is a link to it.
     head: Mutex<Option<mpsc::UnboundedSender<Message>>>,

@@ -142,7 +142,7 @@ impl PartHandle {
         })
     }
 
-    /// Tells the part something. One that was taken does not hear it; its streams end by themselves.
+    /// Sends the part a command. A part that was taken does not get it; its streams end by themselves.
     pub(super) fn tell(&self, command: Command) {
         lock(&self.shared.queue).commands.push_back(command);
         self.shared.filled.notify_one();
