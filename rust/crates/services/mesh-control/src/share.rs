@@ -1,10 +1,10 @@
 //! Limits the slots of a model that one source may hold while others use the model, too.
 //!
-//! A free slot goes to the source that holds least, but answers are long: one source that holds all slots
-//! makes all others wait for the end of one of its answers. So each source that used the model recently is
-//! left as many slots as it had requests at once, up to an even share and up to half of all. Free room does
-//! not make others fast either: every running answer takes from the processors. So a source has no more than
-//! all others together, or half of all where they have less. A source alone is not limited.
+//! The queue gives what becomes free to whoever has least, but answers are long: one source that holds all slots makes everybody
+//! else wait for the end of one of its answers. So each source that used the model lately is left as many slots as it had
+//! requests at once, up to an even share and up to half of all. Nor does free room make others fast: every answer that runs takes
+//! from the processors. So a source has no more than all others together, or half of all where they have less. A source alone is
+//! not limited.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

@@ -156,8 +156,7 @@ impl Registry {
         findings
     }
 
-    /// A worker declines a question because it is full or drains. Returns true if that is excused, see
-    /// [`ServedModel::declined`].
+    /// A worker declines a question because it is full or drains. Says whether that is excused, see [`ServedModel::declined`].
     pub fn declined(&mut self, id: WorkerId, model: &str, now: Instant) -> bool {
         let limit = self.trial;
         let worker = self.workers.get_mut(&id);

@@ -53,7 +53,7 @@ pub(super) async fn body(
                 }
             }
         }
-        // Not by doubling: that would take twice the leased memory.
+        // Not by doubling: that would take twice what was leased.
         if read.capacity() - read.len() < part.len() {
             read.reserve_exact(part.len().max(GROWTH));
         }
