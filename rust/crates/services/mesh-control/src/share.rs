@@ -1,4 +1,4 @@
-//! How many of a model's slots one source may hold while others use the model, too.
+//! Limits the slots of a model that one source may hold while others use the model, too.
 //!
 //! The queue gives what becomes free to whoever has least, but answers are long: one source that holds all slots makes everybody
 //! else wait for the end of one of its answers. So each source that used the model lately is left as many slots as it had
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::fair::Source;
 
-/// Who used which model lately.
+/// Recent use of models, by source.
 #[derive(Debug, Default)]
 pub(crate) struct Shares {
     of: BTreeMap<String, BTreeMap<Source, Use>>,
@@ -53,7 +53,7 @@ impl Shares {
         *last = Use { most, last: now };
     }
 
-    /// How many of `slots` that serve `model` may be held by `source`.
+    /// The most of the `slots` that serve `model` that `source` may hold.
     pub(crate) fn most(&self, model: &str, source: Source, slots: usize, now: Instant) -> usize {
         let Some(sources) = self.of.get(model) else {
             return usize::MAX;
@@ -66,7 +66,7 @@ impl Shares {
             .map(|used| used.most)
             .collect();
         if others.is_empty() {
-            // What its worker gets ahead of a free slot included.
+            // No limit, not even on the requests that a worker gets ahead of a free slot.
             return usize::MAX;
         }
         let even = (slots / (others.len() + 1)).max(1);
@@ -82,7 +82,7 @@ impl Shares {
         self.of.len()
     }
 
-    /// Forgets what was long ago.
+    /// Forgets uses that are too old to count.
     pub(crate) fn expire(&mut self, now: Instant) {
         for sources in self.of.values_mut() {
             sources.retain(|_, used| now.saturating_duration_since(used.last) < LATELY);

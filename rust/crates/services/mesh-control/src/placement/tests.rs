@@ -613,7 +613,7 @@ fn requests_wait_for_a_newcomers_first_answer_and_not_for_one_that_gives_none() 
         refusal.to_string().contains("`mute`: it does not answer"),
         "{refusal}"
     );
-    // Whoever answers gets everything, whatever the other claims.
+    // The worker that answers gets all requests, whatever the other claims.
     let good = join(&mut placement, "good", 8, late);
     let decided = placement.pump(late);
     assert!(matches!(&decided[..], [(Ticket(1), Ok(placed))] if placed.worker == good));

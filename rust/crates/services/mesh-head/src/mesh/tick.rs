@@ -1,4 +1,4 @@
-//! What is due now and then: silent workers, readiness, gauges, warnings.
+//! Periodic work: silent workers, readiness, gauges, warnings.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -41,7 +41,8 @@ impl Mesh {
         warnings
     }
 
-    /// What is due by now: silent workers are pruned, waiting requests looked at again, gauges and readiness set.
+    /// Does the work that is due: prunes silent workers, looks at waiting requests again, sets gauges and
+    /// readiness.
     pub(crate) fn tick(&self) {
         self.hear_held_back();
         let now = Instant::now();
@@ -98,7 +99,7 @@ impl Mesh {
         }
     }
 
-    /// Takes in what workers said of models and rings in a quarantine that is over.
+    /// Takes in the messages about models and rings of workers whose quarantine is over.
     fn hear_held_back(&self) {
         let now = Instant::now();
         let words = {
@@ -157,7 +158,7 @@ impl Mesh {
             .clocks(offsets.map(|worker| (worker.name.clone(), worker.clock_offset)));
     }
 
-    /// Whether `/ready` should say yes: for one model, or for any.
+    /// Readiness for `/ready`: of one model, or of any; the error is the reason.
     pub(super) fn readiness(&self, state: &State, asked: Option<&str>) -> Result<(), String> {
         if self.shutdown.is_draining() {
             return Err("shutting down".into());
@@ -215,8 +216,9 @@ impl Mesh {
 }
 
 impl State {
-    /// Notes who has been heard since the last look: any packet on a worker's link is a sign of life. If the last look is too
-    /// long ago, this head itself did not run, and nobody is silent for that.
+    /// Notes the workers that were heard since the last look: any packet on a worker's link is a sign of
+    /// life. If the last look is too long ago, this head itself did not run, and no worker counts as silent
+    /// for that.
     fn listen(&mut self, now: Instant) {
         let gap = self
             .listened
@@ -244,7 +246,7 @@ impl State {
 /// Time for which a worker that was heard counts as alive. Links carry something at least every half second.
 const HEARD: Duration = Duration::from_secs(1);
 
-/// A longer pause between two looks at who was heard means that this head had no processor.
+/// A longer pause between two looks at the workers heard means that this head had no processor.
 const LISTENS: Duration = Duration::from_millis(300);
 
 /// Interval at which links are asked for signs of life and addresses.

@@ -34,7 +34,7 @@ use crate::ids;
 use crate::mesh::{Lease, Mesh, timestamp_us};
 use crate::metrics::{DatagramCounters, Front};
 
-/// Serves the port for ever. Answers that are being made are in `running`.
+/// Serves the port; never returns. Answers that are being made are in `running`.
 pub(crate) async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: TaskTracker) {
     let counters = mesh.metrics.datagrams("clients");
     let dedup = Mutex::new(Dedup::new(mesh.config.dedup_limits()));
@@ -87,7 +87,7 @@ pub(crate) async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: Ta
     }
 }
 
-/// What tasks need to answer.
+/// State that tasks need to answer.
 struct Port {
     mesh: Arc<Mesh>,
     socket: Arc<BatchSocket>,
@@ -100,7 +100,7 @@ struct Port {
     running: TaskTracker,
 }
 
-/// What the receiving loop holds.
+/// State of the receiving loop.
 struct Intake {
     port: Arc<Port>,
     counters: DatagramCounters,
@@ -109,7 +109,7 @@ struct Intake {
     without_room: VecDeque<(Instant, TaskKey)>,
     replies: SendBatch,
     proofs: Proofs,
-    /// When a stranger was last warned about.
+    /// Time of the last warning about an untrusted sender.
     warned: Option<Instant>,
     /// Time of the last warning about a sender of an unknown version.
     warned_of_version: Option<Instant>,
@@ -139,7 +139,8 @@ fn reassembler() -> Reassembler<TaskKey> {
     let usual = chunk::Limits::default();
     let limits = chunk::Limits {
         timeout: CHUNKS_KEPT,
-        // The longest payload, with its bookkeeping. Where there is no more, whoever holds the most of it gives way.
+        // The longest payload, with its bookkeeping. When memory runs out, the client that holds the most of
+        // it gives way.
         max_bytes: usual.max_payload / 8 * 9,
         ..usual
     };
@@ -338,7 +339,7 @@ impl Intake {
             Seen::Running if self.port.wants_acks(key) => self.send_ack(key),
             Seen::Running => {}
             Seen::New(run) => {
-                // Its payload and what it says, as long as it runs.
+                // Its payload, and the request parsed from it, as long as it runs.
                 let bytes = 2 * payload.len() as u64 + PER_TASK;
                 let origin = Origin::of(peer.address.ip());
                 let lease = match self.port.mesh.lease(origin, bytes) {
@@ -349,7 +350,7 @@ impl Intake {
                         return self.refuse(peer, sequence, code, &error.to_string());
                     }
                 };
-                // What is left of the answer to an earlier task of that name is nothing to this one.
+                // Chunks left over from the answer to an earlier task of that name are not part of this one.
                 self.port.large.stop(key);
                 let port = self.port.clone();
                 self.port
@@ -359,7 +360,7 @@ impl Intake {
         }
     }
 
-    /// Says that a task runs, and what it waits for.
+    /// Reports that a task runs, and the cause of its wait.
     fn send_ack(&mut self, key: TaskKey) {
         let ack = self.port.ack(key);
         queue(&mut self.replies, (key.client, key.version), &ack);
@@ -428,7 +429,7 @@ impl Port {
         }
     }
 
-    /// What a payload asks for. Acknowledges it, if it asks for that.
+    /// Parses a payload. Acknowledges it, if it asks for that.
     async fn read(&self, key: TaskKey, payload: Bytes) -> Result<DcfTask, AnswerError> {
         let rejected = |text: String| AnswerError::Rejected {
             code: ErrorCode::INVALID_PAYLOAD,
@@ -448,7 +449,7 @@ impl Port {
         Ok(task)
     }
 
-    /// Whether a task that runs asked for Acks.
+    /// Returns true if a running task asked for Acks.
     fn wants_acks(&self, key: TaskKey) -> bool {
         self.acks().contains(&key)
     }
@@ -571,7 +572,7 @@ impl Port {
     }
 }
 
-/// Forgets what a task waits for when it has ended.
+/// Forgets the cause of a task's wait when the task has ended.
 struct Waits<'a> {
     port: &'a Port,
     key: TaskKey,
@@ -589,7 +590,7 @@ fn queue(batch: &mut SendBatch, (to, version): (SocketAddr, Version), message: &
     batch.push_parts(to, &[version.prefix(), &header, &message.payload]);
 }
 
-/// An Error in one datagram: Chunks do not say what kind of message they were.
+/// An Error in one datagram: Chunks do not tell the kind of their message.
 fn error(version: Version, sequence: u32, code: ErrorCode, text: &str) -> Message {
     let limit = LONGEST_ERROR.min(version.max_answer() - 1);
     let text = &text[..text.floor_char_boundary(limit)];
@@ -606,8 +607,8 @@ fn is_due(warned: &mut Option<Instant>) -> bool {
     due
 }
 
-/// The DCF code of a failure, and whether a repeat of the task gets the same failure again. Where it is over in a moment,
-/// the repeat had better be a new try.
+/// The DCF code of a failure, and whether a repeat of the task gets the same failure again. Where it is over
+/// in a moment, the repeat had better be a new try.
 fn code_of(failure: &AnswerError) -> (ErrorCode, bool) {
     match failure {
         AnswerError::Refused(Refusal::QueueFull { .. }) => (ErrorCode::WORKER_BUSY, false),
@@ -634,9 +635,9 @@ fn code_of(failure: &AnswerError) -> (ErrorCode, bool) {
 const ASK_AFTER_TASK: &[u8] = b"task";
 /// ASCII, so that any part of it is text.
 const NOT_TRUSTED: &str = "your address is not trusted here: see trusted_networks";
-/// What a task takes besides its payload: the answer that it may become.
+/// Bytes that a task is charged besides its payload, for the answer that it may become.
 const PER_TASK: u64 = 16 << 10;
-/// Bytes of an Error's text; it may quote what the client sent.
+/// Most bytes of an Error's text, which may quote the client's payload.
 const LONGEST_ERROR: usize = 4096;
 const WARN_EVERY: Duration = Duration::from_secs(60);
 /// How often unfinished payloads make room for requests.
