@@ -92,7 +92,7 @@ impl ExactSizeIterator for Split {}
 pub struct Chunk {
     /// Chunks of the whole payload; at least 1.
     pub total: u16,
-    /// Which of them this is, from 0.
+    /// Index of this Chunk, from 0.
     pub index: u16,
     /// MD5 of the whole payload.
     pub md5: [u8; 16],
@@ -137,13 +137,13 @@ impl Chunk {
     }
 }
 
-/// Why Chunks cannot be made, read or put together.
+/// Errors of making, reading or reassembling Chunks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ChunkError {
-    /// Not even a chunk header.
+    /// The payload is shorter than a Chunk header.
     #[error("a Chunk payload of {len} bytes is shorter than its {CHUNK_HEADER_LEN}-byte header")]
     Short {
-        /// Bytes there are.
+        /// Length of the payload in bytes.
         len: usize,
     },
     /// More data than a Chunk holds.
@@ -152,18 +152,18 @@ pub enum ChunkError {
         /// Bytes of data.
         len: usize,
     },
-    /// No such piece.
+    /// The index is not below the total.
     #[error("Chunk {index} of {total} does not exist; indices run from 0 to total - 1")]
     BadIndex {
-        /// Its index.
+        /// Index of the Chunk.
         index: u16,
-        /// Chunks there are to be.
+        /// Number of Chunks that it announces.
         total: u16,
     },
     /// The payload is longer than the limit.
     #[error("a payload of at least {len} bytes is over the limit of {limit} for Chunks")]
     TooLarge {
-        /// Bytes known of.
+        /// Bytes seen or announced so far.
         len: usize,
         /// The limit.
         limit: usize,
@@ -176,10 +176,10 @@ pub enum ChunkError {
         "a Chunk contradicts the earlier ones of its message (another total or MD5); use a new sequence for a new payload"
     )]
     Conflict,
-    /// All pieces came, and they are not what was sent.
+    /// All pieces arrived, but their MD5 differs from the announced one.
     #[error("the {total} Chunks do not have the MD5 they announce; send the payload again")]
     Corrupt {
-        /// Chunks there were.
+        /// Number of Chunks of the payload.
         total: u16,
     },
 }

@@ -27,7 +27,7 @@ impl StreamCodec {
         Self { max_payload }
     }
 
-    /// The limit.
+    /// Maximum payload length in bytes.
     #[must_use]
     pub const fn max_payload(&self) -> usize {
         self.max_payload
@@ -108,7 +108,7 @@ impl Encoder<Message> for StreamCodec {
     }
 }
 
-/// Why a stream of messages cannot go on.
+/// Errors that end a stream of messages.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
     /// More than the receiver takes (or, when encoding, more than this side sends).
@@ -134,12 +134,12 @@ pub enum StreamError {
         /// Bytes of the unfinished message.
         present: usize,
     },
-    /// The carrier failed.
+    /// The underlying stream failed.
     #[error("the stream failed: {0}")]
     Io(#[from] std::io::Error),
 }
 
-/// How far ahead of the bytes that arrived the decoder makes room.
+/// Maximum bytes that the decoder reserves beyond those that arrived.
 const READ_AHEAD: usize = 64 << 10;
 
 #[cfg(test)]

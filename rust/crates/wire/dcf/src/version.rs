@@ -10,7 +10,7 @@ use crate::{HEADER_LEN, MAX_DATAGRAM, chunk};
 /// travels in datagrams has that number, so the first byte tells the two apart. A peer is answered in its own version.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Version {
-    /// The 17-byte header.
+    /// Version 5.0.0: the 17-byte header without a version byte.
     #[default]
     V5_0,
     /// The version byte and the 17-byte header.

@@ -12,16 +12,16 @@ use md5::{Digest, Md5};
 
 use super::{Chunk, ChunkError};
 
-/// What a [`Reassembler`] may hold.
+/// Memory and time limits of a [`Reassembler`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Unfinished payloads at once.
+    /// Maximum number of unfinished payloads.
     pub max_messages: usize,
-    /// Bytes of one payload.
+    /// Maximum length of one payload, in bytes.
     pub max_payload: usize,
-    /// Bytes held for all unfinished payloads together, bookkeeping included.
+    /// Maximum memory for all unfinished payloads together, in bytes, bookkeeping included.
     pub max_bytes: usize,
-    /// How long a payload may take from its first Chunk to its last.
+    /// Maximum time from the first Chunk of a payload to its last.
     pub timeout: Duration,
 }
 
@@ -66,9 +66,9 @@ struct Sources<K> {
 /// Bounds on the unfinished payloads of one source in a [`Reassembler`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Share {
-    /// Unfinished payloads at once.
+    /// Maximum number of unfinished payloads.
     pub messages: usize,
-    /// Bytes, bookkeeping included.
+    /// Maximum memory in bytes, bookkeeping included.
     pub bytes: usize,
 }
 
@@ -206,19 +206,19 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
         self.forget(key).is_some()
     }
 
-    /// When [`Reassembler::expire`] next has something to do.
+    /// Time of the next expiry for [`Reassembler::expire`]; `None` without unfinished payloads.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Instant> {
         self.pending.values().map(|pending| pending.deadline).min()
     }
 
-    /// Unfinished payloads.
+    /// Number of unfinished payloads.
     #[must_use]
     pub fn len(&self) -> usize {
         self.pending.len()
     }
 
-    /// Whether nothing is unfinished.
+    /// True if there are no unfinished payloads.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.pending.is_empty()
@@ -370,5 +370,5 @@ fn network_of(source: IpAddr) -> IpAddr {
     }
 }
 
-/// What one piece costs beyond its data: its place in the map and the allocator's share, rounded up.
+/// Memory of a piece beyond its data: map entry and allocator overhead, rounded up.
 const PIECE_OVERHEAD: usize = 64;
