@@ -141,7 +141,7 @@ where
 pub struct Preferred(Arc<Mutex<Option<SocketAddr>>>);
 
 impl Preferred {
-    /// This address worked.
+    /// Records that a connection to this address succeeded.
     pub fn remember(&self, address: SocketAddr) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(address);
     }

@@ -1,4 +1,4 @@
-//! What glibc's allocator does with memory that was freed.
+//! Settings of glibc's allocator for memory that was freed.
 
 /// Has freed memory go back to the system: few heaps, large buffers outside of them, and no heap that stays as large as it once
 /// was. For a process that holds large buffers for a moment, such as the bodies of requests. To be called before any thread

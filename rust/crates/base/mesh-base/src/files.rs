@@ -69,7 +69,7 @@ pub fn create_private_dir(dir: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir)
 }
 
-/// Who may read a file with a secret.
+/// The users that may read a file with a secret.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Readers {
     /// Its owner alone: files that we write ourselves.
@@ -78,8 +78,8 @@ pub enum Readers {
     Group,
 }
 
-/// What is wrong with the mode of a file with a secret, and how to mend it; `None` if nothing is, or the file cannot be looked
-/// at.
+/// Describes a file with a secret whose mode is too open, and the remedy; `None` if the mode is right or the
+/// file cannot be examined.
 pub fn exposure(path: &Path, readers: Readers) -> Option<String> {
     let mode = fs::metadata(path).ok()?.permissions().mode() & 0o7777;
     let (allowed, wanted) = match readers {
@@ -100,7 +100,7 @@ pub fn exposure(path: &Path, readers: Readers) -> Option<String> {
     ))
 }
 
-/// What is wrong with the mode of a state directory, and how to mend it; `None` if nothing is.
+/// Describes a state directory whose mode is too open, and the remedy; `None` if the mode is right.
 pub fn writable_by_others(dir: &Path) -> Option<String> {
     let mode = fs::metadata(dir).ok()?.permissions().mode() & 0o7777;
     (mode & 0o022 != 0).then(|| {
@@ -128,7 +128,7 @@ pub fn remove_leftovers(dir: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(removed)
 }
 
-/// True if nobody has a temporary file locked any more: whoever was writing it was killed.
+/// True if no process holds the lock of a temporary file: the process that wrote it was killed.
 pub fn is_abandoned(file: &File) -> bool {
     file.try_lock().is_ok()
 }

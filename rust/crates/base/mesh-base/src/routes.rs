@@ -14,7 +14,7 @@ pub struct Routes {
 }
 
 impl Routes {
-    /// None are known.
+    /// An empty table.
     pub fn new() -> Self {
         Self {
             places: vec![None; PLACES].into(),

@@ -4,7 +4,7 @@
 //! at least as many tokens as the sum of `1 / span[b]` over its bytes: a token of `n` bytes adds at most `n * 1/n` to the sum.
 //! So whoever knows the spans of a tokenizer, 256 numbers, can tell without the tokenizer that a text is far too long.
 
-/// How often each byte occurs in a text.
+/// Number of occurrences of each byte in a text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ByteCounts(Box<[u64; 256]>);
 
@@ -92,7 +92,7 @@ impl ByteSpans {
     }
 }
 
-/// The longest character in bytes: a character that is no token may become one token.
+/// Maximum length of a UTF-8 character in bytes; a character that is not a token may become one token.
 const LEAST: u8 = 4;
 /// Bits behind the point.
 const FRACTION: u32 = 20;

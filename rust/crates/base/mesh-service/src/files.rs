@@ -73,7 +73,7 @@ fn named(error: io::Error, action: &str, path: &Path) -> io::Error {
     )
 }
 
-/// What systems allow that do not say it.
+/// Limit on open files to assume if the system reports none.
 const USUAL_FILES: usize = 1024;
 
 #[cfg(test)]

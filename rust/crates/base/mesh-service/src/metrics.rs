@@ -54,7 +54,7 @@ impl Format {
         }
     }
 
-    /// Its MIME type.
+    /// MIME type of the format.
     pub fn content_type(self) -> &'static str {
         match self {
             Self::Text => "text/plain; version=0.0.4; charset=utf-8",
@@ -97,7 +97,7 @@ impl Metrics {
         register(registry.sub_registry_with_prefix(&self.prefix))
     }
 
-    /// All metrics.
+    /// Encodes all metrics as text in this format.
     pub fn encode(&self, format: Format) -> String {
         let mut text = String::new();
         let registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);

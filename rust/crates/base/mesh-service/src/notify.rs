@@ -1,4 +1,4 @@
-//! What systemd is told, and a watchdog that only living loops feed.
+//! Notifications to systemd, and a watchdog that only living loops feed.
 //!
 //! Outside systemd every call is a no-op. The watchdog thread pets systemd only while every registered loop has beaten
 //! within its own limit: a thread that pets unconditionally would vouch for a service whose loops hang.
@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 
 use sd_notify::NotifyState;
 
-/// The service answers requests now.
+/// Tells systemd that the service answers requests.
 pub fn ready() {
     send(&[NotifyState::Ready]);
 }
 
-/// One line for `systemctl status`.
+/// Sets the line that `systemctl status` shows.
 pub fn status(line: &str) {
     send(&[NotifyState::Status(line)]);
 }

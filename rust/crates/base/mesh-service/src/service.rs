@@ -42,7 +42,7 @@ pub trait Service: 'static {
     type Config: Clone + Default + Serialize + DeserializeOwned + Send + 'static;
     /// Its flags, besides [`CommonArgs`].
     type Flags: clap::Args + Clone + Send + 'static;
-    /// Its subcommands, besides `health`; [`Infallible`](std::convert::Infallible) if there are none.
+    /// Subcommands besides `health`; [`Infallible`](std::convert::Infallible) without any.
     type Command: clap::Subcommand;
 
     /// Adds the service's own names of keys: flags, environment variables, names that keys had before.
@@ -70,10 +70,10 @@ pub trait Service: 'static {
     ) -> impl Future<Output = Result<Running<Self::Config>>>;
 }
 
-/// What a service is started with.
+/// Configuration and handles that a service starts with.
 #[derive(Clone, Debug)]
 pub struct Context {
-    /// Begins the drain.
+    /// Handle that begins and observes the drain.
     pub shutdown: Shutdown,
     /// Watches the service's loops.
     pub watchdog: Watchdog,
@@ -208,7 +208,7 @@ fn serve<S: Service>(common: CommonArgs, flags: S::Flags) -> Result<()> {
     files::raise_open_files();
     let runtime = S::runtime().enable_all().build()?;
     let ended = runtime.block_on(live::<S>(loaded.value, shared, common, flags));
-    // A file that is being read on a thread of its own is not read to its end for nobody.
+    // Bounded wait: a thread that still reads a file must not hold up the exit.
     runtime.shutdown_timeout(Duration::from_secs(1));
     ended
 }

@@ -1,4 +1,4 @@
-//! What can be wrong with a configuration, in words for the person who wrote it.
+//! Errors of a configuration, worded for the person who wrote it.
 
 use std::path::PathBuf;
 
@@ -6,7 +6,7 @@ use strsim::osa_distance;
 
 use super::tree::Origin;
 
-/// Why a configuration was refused.
+/// Errors that make a configuration unusable.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConfigError {
@@ -15,7 +15,7 @@ pub enum ConfigError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// Error from the operating system.
         source: std::io::Error,
     },
     /// The file is not TOML.
@@ -31,7 +31,7 @@ pub enum ConfigError {
     UnknownKey {
         /// Dotted path of the key.
         key: String,
-        /// Where it was set.
+        /// Layer that set the key.
         origin: Origin,
         /// The most similar key that exists, if any is similar.
         nearest: Option<String>,
@@ -43,9 +43,9 @@ pub enum ConfigError {
     Value {
         /// Dotted path of the key; empty for the whole configuration.
         key: String,
-        /// Where it was set.
+        /// Layer that set the value.
         origin: Origin,
-        /// What was expected.
+        /// Description of the expected value.
         reason: String,
     },
     /// An argument of `--set` without `=`.
@@ -57,13 +57,13 @@ pub enum ConfigError {
     /// An environment variable that is not UTF-8.
     #[error("environment variable {variable} is not UTF-8")]
     NotUtf8 {
-        /// Its name.
+        /// Name of the variable.
         variable: String,
     },
     /// A configuration that TOML cannot express (a bug in the configuration type).
     #[error("the configuration cannot be written as TOML: {reason}")]
     Unprintable {
-        /// What the TOML writer said.
+        /// Error from the TOML writer.
         reason: String,
     },
 }

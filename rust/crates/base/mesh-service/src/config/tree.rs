@@ -10,22 +10,22 @@ use toml::de::{DeTable, DeValue};
 
 use super::ConfigError;
 
-/// Where a value was set.
+/// The layer that set a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Origin {
-    /// Nowhere: the default.
+    /// The built-in default; no layer set the value.
     Default,
     /// A line of a file.
     File {
-        /// The file.
+        /// Path of the file.
         path: Arc<PathBuf>,
         /// Line, from 1.
         line: usize,
     },
-    /// An environment variable.
+    /// An environment variable, by name.
     Environment(String),
-    /// A flag.
+    /// A command-line flag, by name.
     Flag(String),
 }
 
@@ -40,7 +40,7 @@ impl fmt::Display for Origin {
     }
 }
 
-/// A value and where it was set.
+/// A value and its origin.
 #[derive(Clone, Debug)]
 pub(super) struct Node {
     pub(super) origin: Origin,
@@ -52,7 +52,7 @@ pub(super) struct Node {
 pub(super) enum Kind {
     Table(BTreeMap<String, Node>),
     Array(Vec<Node>),
-    /// A TOML scalar.
+    /// A TOML value that is neither an array nor a table.
     Scalar(toml::Value),
     /// Text from the environment or a flag, to be read as whatever its key asks for.
     Text(String),
@@ -131,7 +131,7 @@ impl Tree {
         names.try_fold(&mut self.root, |node, name| node.table()?.get_mut(name))
     }
 
-    /// As [`node`](Self::node), made as an empty table where there is none.
+    /// Like [`node`](Self::node), but creates an empty table if the key is missing.
     fn entry(&mut self, key: &str, origin: &Origin) -> Result<&mut Node, ConfigError> {
         let mut node = &mut self.root;
         for segment in key.split('.') {

@@ -294,7 +294,7 @@ impl Drop for Incoming {
     }
 }
 
-/// Reads the rest of a body that nobody wants, and keeps nothing of it.
+/// Reads and discards the rest of a body that was refused.
 async fn linger(mut body: Body) {
     let rest =
         async { while let Some(Ok(_)) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {} };
@@ -464,9 +464,9 @@ impl Drop for Answer {
     }
 }
 
-/// Bytes of a body for each of which nobody waits longer than a second.
+/// Slowest accepted body, in bytes per second.
 const LEAST_RATE: u64 = 1024;
 /// Bytes of an answer that a client takes at once: few enough that a slow one takes them in time.
 const PIECE: usize = 16 << 10;
-/// How long the rest of a body that is refused is read.
+/// Time limit for reading the rest of a refused body.
 const LINGER: Duration = Duration::from_secs(5);

@@ -10,50 +10,50 @@ use std::time::{Duration, Instant};
 
 use mesh_base::addresses::source;
 
-/// Names a connection; never reused.
+/// Number of a connection; never reused.
 pub(super) type Id = u64;
 
-/// Numbers of connections.
+/// Limits on the number of connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Bounds {
-    /// All of them.
+    /// All connections together.
     pub total: usize,
-    /// Those of one source.
+    /// Connections of one source.
     pub per_source: usize,
-    /// More than that, which may ask for nothing but health.
+    /// Connections above `total`, which may only ask for health.
     pub reserve: usize,
 }
 
-/// Time limits for a client.
+/// Time limits for clients.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Patience {
-    /// To send the head of a request.
+    /// Time to send the head of a request.
     pub header: Duration,
-    /// Between two requests.
+    /// Time between two requests.
     pub idle: Duration,
-    /// To take a piece of an answer.
+    /// Time to take a piece of an answer.
     pub write: Duration,
 }
 
 impl Patience {
-    /// The shortest of them: nothing new is due sooner.
+    /// The shortest limit; nothing new is due sooner.
     pub(super) fn least(&self) -> Duration {
         self.header.min(self.idle).min(self.write)
     }
 }
 
-/// A new connection's fate.
+/// Outcome of admitting a connection.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Admitted {
-    /// Its name.
+    /// Number of the new connection.
     pub id: Id,
-    /// It may ask for nothing but health.
+    /// The connection may only ask for health.
     pub restricted: bool,
-    /// One that has to go for it.
+    /// Connection that is evicted for it.
     pub evicted: Option<Id>,
 }
 
-/// The connections.
+/// The open connections and their limits.
 #[derive(Debug)]
 pub(super) struct Table {
     bounds: Bounds,
@@ -83,7 +83,7 @@ struct Entry {
 enum Wait {
     /// The rest of a request's head, or the first one.
     Head,
-    /// Another request.
+    /// The next request.
     Next,
     /// The same on a connection that carries many at once, where single bytes mean nothing.
     Streams,
@@ -156,7 +156,7 @@ impl Table {
         Some(evicted)
     }
 
-    /// Bytes came.
+    /// Records that bytes arrived.
     pub(super) fn heard(&mut self, id: Id, now: Instant) {
         if let Some(entry) = self.entries.get_mut(&id)
             && entry.answering == 0
@@ -183,7 +183,7 @@ impl Table {
         }
     }
 
-    /// The body of a request is complete or given up.
+    /// Records that the body of a request is complete or given up.
     pub(super) fn read(&mut self, id: Id) {
         if let Some(entry) = self.entries.get_mut(&id) {
             entry.reading = entry.reading.saturating_sub(1);
@@ -206,7 +206,7 @@ impl Table {
         }
     }
 
-    /// An answer is complete or given up.
+    /// Records that an answer is complete or given up.
     pub(super) fn answered(&mut self, id: Id, now: Instant) {
         if let Some(entry) = self.entries.get_mut(&id) {
             entry.answering = entry.answering.saturating_sub(1);
@@ -214,7 +214,7 @@ impl Table {
         }
     }
 
-    /// A connection is gone.
+    /// Removes a closed connection.
     pub(super) fn closed(&mut self, id: Id) {
         let Some(entry) = self.entries.remove(&id) else {
             return;
@@ -228,7 +228,7 @@ impl Table {
         }
     }
 
-    /// True if nothing is answered on it.
+    /// True if no answer is under way on the connection.
     pub(super) fn waits(&self, id: Id) -> bool {
         self.entries
             .get(&id)
