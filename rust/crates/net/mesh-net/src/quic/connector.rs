@@ -141,7 +141,7 @@ pub(super) async fn within<T, E: From<ConnectError>>(
     }
 }
 
-/// What the peer is, if it is what it should be.
+/// The peer's certificate contents, if the peer is the expected one.
 pub(super) fn peer_member(
     connection: &Connection,
     address: SocketAddr,

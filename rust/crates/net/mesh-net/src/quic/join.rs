@@ -389,19 +389,21 @@ fn decide(
     }
 }
 
-/// Requests and answers are a few hundred bytes; certificates of later algorithms take a few thousand.
+/// Maximum bytes of a request or answer. Both have a few hundred now, and a few thousand with certificates of
+/// later
+/// algorithms.
 const MAX_EXCHANGE: usize = 64 << 10;
 
-/// How long a node waits for the head's answer.
+/// Time limit for the head's answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a node may take for its request once the connection is made. It has the request at hand.
+/// Time limit for the request of a connected node, which has it at hand.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// How long a node may take to read the answer and to close.
+/// Time limit for a node to read the answer and to close.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// How often the date is looked at.
+/// Interval of checks whether renewal is due.
 const RENEWAL_CHECK: Duration = Duration::from_secs(60);
 
 /// Pause after a renewal that failed.

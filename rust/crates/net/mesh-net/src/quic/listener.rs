@@ -70,7 +70,7 @@ impl Listener {
         })
     }
 
-    /// The bound address.
+    /// The address that the listener is bound to.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.carrier.endpoint.local_addr()
     }
@@ -318,7 +318,7 @@ async fn renew_own(
     admission: Arc<dyn Admission>,
     endpoint: quinn::Endpoint,
 ) {
-    // `wait_idle` is no sign of the end; the endpoint's address is, once its driver has stopped.
+    // `wait_idle` does not show the end; the endpoint's address does, once its driver has stopped.
     while endpoint.local_addr().is_ok() {
         let now = identity.clock().now();
         if identity.is_renewal_due(now) {

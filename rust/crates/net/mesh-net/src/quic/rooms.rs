@@ -13,13 +13,13 @@ use mesh_base::places::Room;
 /// The rooms of one listener.
 #[derive(Clone)]
 pub(super) struct Rooms {
-    /// Handshakes of addresses from which no link has come lately.
+    /// Handshakes of addresses without a recent link.
     pub(super) strangers: Room<IpAddr>,
     /// Handshakes of addresses that have or had a link.
     pub(super) known: Room<IpAddr>,
     /// Nodes without a certificate, which want to join. The first request is awaited here.
     pub(super) joining: Room<IpAddr>,
-    /// The same whose request has come. It is decided and answered here.
+    /// Nodes that want to join and have sent their request, which is decided and answered here.
     pub(super) answering: Room<IpAddr>,
     /// Nodes with a certificate, by their id, which want another one.
     pub(super) renewing: Room<String>,
@@ -62,7 +62,7 @@ impl Rooms {
         lock(&self.addresses).0.contains_key(&source)
     }
 
-    /// A link came from this source.
+    /// Records a link from this source.
     pub(super) fn came_in(&self, source: IpAddr, now: Instant) {
         lock(&self.addresses).note(source, now);
     }
@@ -84,7 +84,7 @@ impl Known {
     }
 }
 
-/// How many handshakes each source may begin: a bucket of [`BURST`], filled by [`PER_SECOND`].
+/// Limit on the handshakes of each source: a bucket of [`BURST`], filled by [`PER_SECOND`].
 #[derive(Default)]
 struct Pace(HashMap<IpAddr, Bucket>);
 

@@ -225,7 +225,7 @@ impl PinVerifier {
         }
     }
 
-    /// Whether the peer showed the pinned root.
+    /// True if the peer showed the pinned root.
     pub(super) fn matched(&self) -> bool {
         *self.matched.lock().unwrap_or_else(PoisonError::into_inner)
     }

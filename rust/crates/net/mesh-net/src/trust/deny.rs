@@ -27,7 +27,7 @@ struct Inner {
     links: Mutex<Vec<WeakLink>>,
 }
 
-/// When and why a node was expelled.
+/// Time and reason of an expulsion.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Expulsion {
     /// Name of the node.
@@ -142,7 +142,7 @@ impl DenyList {
         files::replace(&self.0.path, &text, files::PRIVATE)
     }
 
-    /// Why this node is refused; `None` if it is not on the list.
+    /// The refusal to send to this node; `None` if it is not expelled.
     pub fn refusal(&self, node_id: &str) -> Option<Refusal> {
         let nodes = self.nodes();
         let expulsion = nodes.get(node_id)?;
@@ -160,7 +160,7 @@ impl DenyList {
         )))
     }
 
-    /// Whether this node is on the list.
+    /// True if this node is expelled.
     pub fn contains(&self, node_id: &str) -> bool {
         self.nodes().contains_key(node_id)
     }

@@ -136,7 +136,7 @@ impl NodeIdentity {
         self.member().node_id.clone()
     }
 
-    /// What the node's certificate says.
+    /// Contents of the node's certificate.
     pub fn member(&self) -> Arc<Member> {
         self.current().member
     }
@@ -151,7 +151,7 @@ impl NodeIdentity {
         sha256(&self.inner.root)
     }
 
-    /// When the certificate should be renewed: at two thirds of its life.
+    /// Time at which to renew the certificate: two thirds of its life.
     pub fn renew_at(&self) -> SystemTime {
         let member = self.member();
         let life = member
@@ -345,7 +345,7 @@ pub(crate) struct NodeKey {
 }
 
 impl NodeKey {
-    /// The key in `dir`, made when there is none: a join that is tried again must come with the same key.
+    /// The key in `dir`; created if there is none. A repeated join must use the same key.
     pub(crate) fn load_or_create(dir: &Path) -> Result<Self, TrustError> {
         if let Some(key) = Self::load(dir)? {
             return Ok(key);

@@ -1,4 +1,4 @@
-//! Who belongs to a mesh: its root, its nodes' certificates, and the tokens that let new nodes in.
+//! Membership in a mesh: its root, its nodes' certificates, and the tokens that admit new nodes.
 //!
 //! The head holds an [`Authority`]: a [`MeshRoot`] made at its first start, and a [`TokenStore`]. A node holds a
 //! [`NodeIdentity`]: its key, its certificate and the root. A node's id is the SHA-256 of its public key. Certificates

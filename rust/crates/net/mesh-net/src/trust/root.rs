@@ -1,4 +1,4 @@
-//! The root of a mesh, and what its certificates say.
+//! The root of a mesh and the contents of its certificates.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -18,12 +18,12 @@ use x509_parser::prelude::{FromDer, X509Certificate, X509Name};
 use super::{TrustError, names, sha256};
 use crate::files;
 
-/// What a node is to its mesh; part of its certificate, so that a worker cannot pass for the head.
+/// A node's role in its mesh; part of its certificate, so that a worker cannot pass for the head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Role {
     /// Routes requests and admits nodes.
     Head,
-    /// Everything else that joined with a token.
+    /// Any other node that joined with a token.
     Worker,
 }
 
@@ -49,12 +49,12 @@ impl std::fmt::Display for Role {
     }
 }
 
-/// How long node certificates hold.
+/// Validity periods of node certificates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Validity {
-    /// Life of a certificate from its issue.
+    /// Validity of a certificate from its issue.
     pub life: Duration,
-    /// How long after its end a certificate may still be exchanged for a new one (and for nothing else).
+    /// Period after a certificate's end in which it may still be exchanged for a new one (and nothing else).
     pub renewal_grace: Duration,
 }
 
@@ -206,7 +206,7 @@ impl MeshRoot {
         &self.mesh
     }
 
-    /// The root's certificate.
+    /// The root's self-signed certificate, DER.
     pub fn certificate(&self) -> &CertificateDer<'static> {
         &self.certificate
     }
@@ -263,14 +263,14 @@ fn parse_request(request: &[u8]) -> Result<CertificateSigningRequestParams, Trus
         .map_err(|error| TrustError::Request(error.to_string()))
 }
 
-/// What a node's certificate says about it. Says nothing about whether the certificate is genuine.
+/// Contents of a node's certificate. They say nothing about whether the certificate is genuine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {
     /// SHA-256 of the node's public key (SubjectPublicKeyInfo, DER), lower-case hex.
     pub node_id: String,
     /// The name a person knows it by; not unique.
     pub name: String,
-    /// What it is.
+    /// Role of the node.
     pub role: Role,
     /// Name of its mesh.
     pub mesh: String,
@@ -308,7 +308,7 @@ impl Member {
         format!("valid from {from} to {to}")
     }
 
-    /// Whether the certificate holds at this time.
+    /// True if `now` is within the certificate's validity.
     pub fn is_valid_at(&self, now: SystemTime) -> bool {
         (self.not_before..self.not_after).contains(&now)
     }

@@ -22,12 +22,12 @@ pub(super) struct Roster {
     has_deny_list: bool,
 }
 
-/// What the head remembers of a member. Times are seconds since the Unix epoch.
+/// The head's record of a member. Times are seconds since the Unix epoch.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KnownMember {
     /// The name in its certificate.
     pub name: String,
-    /// When it joined or was first seen.
+    /// Time at which it joined or was first seen.
     pub since: u64,
     /// The end of its certificate.
     pub until: u64,
@@ -172,7 +172,8 @@ impl Roster {
     }
 }
 
-/// Who joined with these tokens. Certificates were renewed since or have ended: `life` is the least.
+/// Members that joined with these tokens. Their certificates have been renewed since or have ended; `life` is
+/// the minimum.
 fn joined_with(tokens: &[TokenRecord], life: Duration) -> BTreeMap<String, KnownMember> {
     let used = tokens.iter().filter_map(|token| token.used.as_ref());
     let members = used.map(|used| {

@@ -43,7 +43,7 @@ impl JoinToken {
         HEXLOWER.encode(&self.id)
     }
 
-    /// The secret part.
+    /// The secret part of the token.
     pub fn secret(&self) -> &[u8] {
         self.secret.as_slice()
     }
@@ -117,7 +117,7 @@ impl FromStr for JoinToken {
     }
 }
 
-/// Why a text is not a join token.
+/// Errors of parsing a join token.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ParseTokenError {
@@ -144,7 +144,7 @@ pub enum ParseTokenError {
         "the join token holds {0} bytes instead of {LEN}: part of it is missing or something was added; copy it again"
     )]
     Length(usize),
-    /// Mistyped.
+    /// The checksum does not match: a typing error.
     #[error("the join token's checksum does not fit: a character was changed; copy it again")]
     Checksum,
 }
