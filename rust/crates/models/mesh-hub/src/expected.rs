@@ -1,4 +1,4 @@
-//! What the hub says that a model consists of: what bytes from elsewhere are compared with.
+//! The hub's description of a model, to compare bytes from elsewhere with.
 
 use mesh_store::{Manifest, ManifestFile};
 
@@ -15,9 +15,9 @@ use crate::pull::{chosen, git_blob_id};
 pub struct Expected {
     /// The name that the model gets, whoever brings it.
     pub name: String,
-    /// The repository, as the hub spells it.
+    /// Repository name as the hub spells it.
     pub repo: String,
-    /// Its commit.
+    /// Commit of the repository.
     pub commit: String,
     files: Vec<RepoFile>,
 }
@@ -31,7 +31,7 @@ pub struct Unchecked {
 }
 
 impl Hub {
-    /// What `name` means on the hub now.
+    /// The model that `name` refers to on the hub now.
     ///
     /// # Errors
     /// If the hub cannot be asked, does not say, or has nothing of that name.
@@ -110,7 +110,7 @@ fn compare(
 }
 
 impl Unchecked {
-    /// Whether this is the content that the hub means.
+    /// True if `content` has the git id that the hub lists.
     pub fn is(&self, content: &[u8]) -> bool {
         git_blob_id(content).eq_ignore_ascii_case(&self.blob_id)
     }

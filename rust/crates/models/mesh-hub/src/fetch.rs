@@ -16,7 +16,7 @@ use crate::error::HubError;
 use crate::listing::{Repo, RepoFile, is_hash};
 use crate::retry::Retry;
 
-/// Where bytes go. Called from several threads at once, which may be blocked.
+/// Destination of fetched bytes. Called from several threads at once, which may be blocked.
 pub trait Sink: Send + Sync + 'static {
     /// Takes the bytes at `offset` of the file.
     ///
@@ -58,12 +58,12 @@ pub trait Watch: Send + Sync {
 /// Nobody watches.
 impl Watch for () {}
 
-/// What one request is for at most, so that several connections share a file, and what is skipped at most where a server
-/// gives no ranges.
+/// Maximum bytes of one request, so that several connections share a file; also the maximum to skip where a
+/// server does not support ranges.
 const SPAN: u64 = 32 << 20;
 /// Wanted ranges with less than this between them are one request.
 const GAP: u64 = 4 << 10;
-/// What is written at once, unless it comes slowly.
+/// Bytes to write at once, unless they arrive slowly.
 const WRITE: usize = 256 << 10;
 const WRITE_AFTER: Duration = Duration::from_millis(50);
 
@@ -226,7 +226,7 @@ impl Job {
         ended
     }
 
-    /// Where the body of an answer begins in the file: where it was asked to, or at 0 if the server gives no ranges.
+    /// Offset of an answer's body in the file: the requested one, or 0 if the server does not support ranges.
     fn starts_at(
         &self,
         status: StatusCode,

@@ -25,41 +25,41 @@ pub(crate) use held::git_blob_id;
 use held::{Flusher, Held, complete, copy};
 use known::{find, manifest_of, to_open};
 
-/// What is wanted of a model.
+/// Options of [`pull`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PullOptions {
-    /// Only what a stage of these layers needs; everything without it.
+    /// Fetches only the files' ranges for a stage of these layers; `None` fetches the whole model.
     pub layers: Option<Range<u32>>,
 }
 
-/// What came of it.
+/// Result of [`pull`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pulled {
     /// Name of the model.
     pub name: String,
     /// The repository, as the hub spells it.
     pub repo: String,
-    /// Its commit.
+    /// Commit of the repository.
     pub commit: String,
-    /// The model's fingerprint; none where only some layers are here.
+    /// Fingerprint of the model; `None` if only some layers were fetched.
     pub fingerprint: Option<Digest>,
-    /// What to open: a GGUF file, or a folder; none where only some layers are here.
+    /// Path to open: a GGUF file or a folder; `None` if only some layers were fetched.
     pub path: Option<PathBuf>,
-    /// Length of all files of the model.
+    /// Total length of the model's files in bytes.
     pub bytes: u64,
-    /// Bytes of them that are here now.
+    /// Bytes of the model that are present now.
     pub present: u64,
-    /// Bytes that were fetched for it just now.
+    /// Bytes that this call fetched.
     pub fetched: u64,
-    /// Layers that the model has.
+    /// Number of layers of the model.
     pub layers: u32,
 }
 
-/// How long is waited before it is looked again whether another process has fetched a file.
+/// Interval of checks whether another process has fetched a file.
 const BUSY_PAUSE: Duration = Duration::from_millis(200);
 /// Longest list of shards that is read.
 const MAX_INDEX: usize = 32 << 20;
-/// Files without a SHA-256 are small; a larger one is none of the hub's.
+/// Maximum length of a file without a SHA-256; the hub has such digests for large ones.
 const MAX_SMALL: u64 = 256 << 20;
 
 /// Brings the model `name` into `store`: what is there already stays, what was begun goes on, and several processes may do this
@@ -77,7 +77,7 @@ pub async fn pull(
     if hub.settings().offline
         && let Some(known) = find(store, name.to_string(), None).await?
     {
-        // Which commit a branch means now, nobody can tell.
+        // Without the hub, the commit of a branch cannot be determined.
         return Ok(known);
     }
     let repo = hub.open(&name.repo, name.revision(), &*watch).await?;
@@ -474,7 +474,7 @@ impl Pull<'_> {
             .await
     }
 
-    /// Checks files that are whole by now and makes blobs of them; gives where each file of the model lies.
+    /// Checks complete files and makes blobs of them; returns the path of each file of the model.
     async fn finish(
         &self,
         files: &[RepoFile],

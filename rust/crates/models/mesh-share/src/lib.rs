@@ -1,4 +1,4 @@
-//! How the pieces of a model come from several sources at once.
+//! Fetching the pieces of a model from several sources at once.
 //!
 //! A model's manifest cuts its files into pieces and says the SHA-256 of each. [`Swarm`] gets those that a node lacks from
 //! whoever has them. It decides what to ask of whom, and does nothing else: no socket, no file, no clock. Whoever runs it tells

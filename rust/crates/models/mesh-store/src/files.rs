@@ -110,7 +110,7 @@ fn planted(what: &str) -> io::Error {
     ))
 }
 
-/// Whether what lies at `path` itself, and not behind a link, is put there by somebody whose files count.
+/// True if the file at `path` itself, not behind a link, belongs to one of `owners`.
 pub(crate) fn is_own(path: &Path, owners: Owners) -> bool {
     std::fs::symlink_metadata(path).is_ok_and(|found| owners.have(&found))
 }

@@ -24,18 +24,18 @@ use crate::store::Store;
 pub struct LocalModel {
     /// The file's name without its ending, or the folder's name.
     pub name: String,
-    /// The file or folder.
+    /// Path of the file or folder.
     pub path: PathBuf,
-    /// Length of all its files.
+    /// Total length of its files in bytes.
     pub bytes: u64,
-    /// What it is.
+    /// Form of the model's files.
     pub kind: LocalKind,
 }
 
-/// What a model in a folder is.
+/// Form of a model outside the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LocalKind {
-    /// A GGUF file.
+    /// A single GGUF file.
     Gguf,
     /// A safetensors file by itself.
     Safetensors,
@@ -44,7 +44,7 @@ pub enum LocalKind {
 }
 
 impl LocalKind {
-    /// For people.
+    /// Name of the form, for people.
     pub fn name(self) -> &'static str {
         match self {
             LocalKind::Gguf => "GGUF file",
@@ -54,7 +54,7 @@ impl LocalKind {
     }
 }
 
-/// Why a model could not be found in folders.
+/// Errors of looking up a model in folders.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LocalError {
@@ -63,13 +63,13 @@ pub enum LocalError {
     List {
         /// The folder.
         path: PathBuf,
-        /// What the system said.
+        /// Error from the operating system.
         source: io::Error,
     },
     /// No file of that name.
     #[error("no model {name:?}: {}", known_names(known))]
     NotFound {
-        /// What was asked for.
+        /// Name that was looked up.
         name: String,
         /// The names that there are.
         known: Vec<String>,
@@ -77,7 +77,7 @@ pub enum LocalError {
     /// Several files answer to a name.
     #[error("model {name:?} is ambiguous: it may be any of {}; give more of the name or a path", known.join(", "))]
     Ambiguous {
-        /// What was asked for.
+        /// Name that was looked up.
         name: String,
         /// The names that begin so.
         known: Vec<String>,
@@ -127,7 +127,7 @@ pub fn list(dirs: &[PathBuf]) -> Result<Vec<LocalModel>, LocalError> {
 
 /// The model at `path`, if that is one.
 pub fn look_at(path: PathBuf) -> Option<LocalModel> {
-    // Of a dangling link, or a file that is gone since the listing, there is none.
+    // Dangling links and files that are gone since the listing have no metadata.
     let metadata = std::fs::metadata(&path).ok()?;
     let (kind, bytes) = if metadata.is_dir() {
         (LocalKind::Folder, folder_bytes(&path)?)
@@ -216,7 +216,7 @@ struct Digested {
     sha256: String,
 }
 
-/// What shows that a file is still the same.
+/// Path, length and time of change, to detect that a file changed.
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq)]
 struct Stamp {
     path: PathBuf,
@@ -361,19 +361,19 @@ impl LocalIndex {
             .unwrap_or_default()
     }
 
-    /// Where `file` of the model lies, if it is still the one that was read.
+    /// Path of `file` of the model, if the file is still the one that was read.
     pub(crate) fn find(&self, fingerprint: &Digest, file: &str) -> Option<PathBuf> {
         let mut files = self.of(fingerprint).flat_map(|model| &model.files);
         let known = files.find(|known| known.file == file && known.is_unchanged())?;
         Some(known.stamp.path.clone())
     }
 
-    /// What the model was called where it was found.
+    /// Names of the model where it was found.
     pub(crate) fn names(&self, fingerprint: &Digest) -> impl Iterator<Item = &str> {
         self.of(fingerprint).map(|model| model.name.as_str())
     }
 
-    /// Whether the model is what lies at `path`, or lay there when it was last looked at.
+    /// True if the model is, or was when last read, the one at `path`.
     pub(crate) fn lies_at(&self, fingerprint: &Digest, path: &Path) -> bool {
         let Ok(path) = path.canonicalize() else {
             return false;
@@ -453,7 +453,7 @@ impl Store {
         Ok(self.manifest(&fingerprint)?.unwrap_or(signed))
     }
 
-    /// What is known of the model at `path`, if nothing of it changed.
+    /// The known manifest of the model at `path`, if nothing of it changed.
     fn adopted(&self, name: &str, path: &Path) -> Result<Option<SignedManifest>, StoreError> {
         let index = LocalIndex::read(self);
         let known = index

@@ -1,4 +1,4 @@
-//! What a name means: a model in a folder, one in the store, or one that the hub has.
+//! Resolution of names: to a model in a folder, in the store, or on the hub.
 
 mod close;
 
@@ -13,21 +13,21 @@ use crate::store::Store;
 
 pub use close::close_names;
 
-/// Where names are looked up.
+/// Folders and store in which names are looked up.
 #[derive(Debug, Clone, Copy)]
 pub struct Places<'a> {
-    /// Folders that people put models in; the first one's counts.
+    /// Folders of model files. Of models with the same name, the one in the first folder counts.
     pub folders: &'a [PathBuf],
     /// The store, if there is one.
     pub store: Option<&'a Store>,
 }
 
-/// What a name means, and why.
+/// The model that a name resolves to, with the reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resolved {
-    /// What it means.
+    /// Model that the name resolves to.
     pub target: Target,
-    /// How that was found, for people.
+    /// Explanation of the resolution, for people.
     pub why: String,
 }
 
@@ -50,11 +50,11 @@ pub enum Target {
     },
 }
 
-/// Why a name means nothing, or too much.
+/// Errors of resolving a name.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NameError {
-    /// It means nothing.
+    /// No model has this name.
     #[error("no model {name:?}: {}", hint(known, close))]
     NotFound {
         /// The name.
@@ -81,7 +81,7 @@ pub enum NameError {
     Ambiguous {
         /// The name.
         name: String,
-        /// What it may mean.
+        /// Models that the name could refer to.
         candidates: Vec<String>,
     },
     /// A folder cannot be listed.
@@ -266,7 +266,7 @@ impl Places<'_> {
     }
 }
 
-/// What the store has.
+/// Names and fingerprints in the store.
 #[derive(Debug, Default)]
 struct Stored {
     /// Names with what they mean, sorted.
@@ -326,7 +326,7 @@ impl Stored {
         why: impl FnOnce(&str) -> String,
     ) -> Result<Option<Resolved>, NameError> {
         let mut found: Vec<&(String, Digest)> = found.collect();
-        // Several names of one model are no matter.
+        // Several names of one model are not ambiguous.
         found.dedup_by_key(|(_, fingerprint)| *fingerprint);
         match found[..] {
             [] => Ok(None),
@@ -366,7 +366,7 @@ fn strip_ending(name: &str) -> &str {
         .unwrap_or(name)
 }
 
-/// Text that is a path whether or not something is there. `a/b.gguf` is none: it may be a file on the hub.
+/// True for text that is a path even if nothing exists there. `a/b.gguf` is not: it may be a file on the hub.
 fn looks_like_path(name: &str) -> bool {
     ["/", "./", "../", "~/"]
         .iter()
@@ -421,8 +421,8 @@ pub fn short_names() -> &'static BTreeMap<String, String> {
     })
 }
 
-/// Where people's store is by default: `$XDG_DATA_HOME/hydramesh/models`, else `~/.local/share/hydramesh/models`, else the
-/// services' folder `/var/lib/hydramesh/store`.
+/// Default folder of the store: `$XDG_DATA_HOME/hydramesh/models`, else `~/.local/share/hydramesh/models`,
+/// else the services' folder `/var/lib/hydramesh/store`.
 pub fn default_store() -> PathBuf {
     let folder = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
     folder("XDG_DATA_HOME")

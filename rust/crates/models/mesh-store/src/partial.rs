@@ -22,12 +22,12 @@ use crate::manifest::ManifestFile;
 use crate::ranges::RangeSet;
 use crate::store::Store;
 
-/// What a partial file will be.
+/// Identity of a partial file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum PartialKey {
-    /// The file with this digest.
+    /// Digest of the complete file.
     Blob(Digest),
-    /// A file whose digest is not known before it is whole; the digest is one of where it comes from.
+    /// Digest of the file's source, for a file whose own digest is unknown until it is complete.
     Source(Digest),
 }
 
@@ -133,12 +133,12 @@ impl PartialFile {
         Ok(partial)
     }
 
-    /// What it will be.
+    /// Identity of the file.
     pub fn key(&self) -> PartialKey {
         self.key
     }
 
-    /// Where it lies, until it is complete.
+    /// Path of the file until it is complete.
     pub fn path(&self) -> PathBuf {
         self.store.partial_path(&self.key)
     }
@@ -148,17 +148,17 @@ impl PartialFile {
         self.bytes
     }
 
-    /// What is there, by what was written; not all of it may be on disk.
+    /// Ranges that have been written; not all of them may be on disk.
     pub fn have(&self) -> RangeSet {
         self.state().have.clone()
     }
 
-    /// What is not there.
+    /// Ranges that are still to be written.
     pub fn missing(&self) -> Vec<Range<u64>> {
         self.state().have.missing(0..self.bytes)
     }
 
-    /// Whether all of it is there.
+    /// True if all wanted bytes have been written.
     pub fn is_complete(&self) -> bool {
         self.state().have.contains(&(0..self.bytes))
     }
@@ -283,7 +283,7 @@ impl PartialFile {
     }
 
     fn digest_on_disk(&self) -> Result<Digest, StoreError> {
-        // Of this file, whatever lies at its path by now.
+        // This open file, not another one at the same path.
         let mut reader = &self.file;
         reader
             .seek(SeekFrom::Start(0))
@@ -343,7 +343,7 @@ impl PartialFile {
         let blob = self.store.blob_path(&found);
         let _lock = self.store.lock()?;
         let finish = || -> io::Result<()> {
-            // Blobs do not change; that nobody may write them keeps accidents away.
+            // Blobs do not change; a mode without write permission prevents accidents.
             self.file
                 .set_permissions(std::fs::Permissions::from_mode(0o444))?;
             // Over a blob that is there already: it has the same bytes.
@@ -392,16 +392,16 @@ impl PartialFile {
     }
 }
 
-/// The have-map as it lies beside its file.
+/// The have-map file beside a partial file.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct HaveMap {
     version: u32,
     /// Length of the whole file.
     pub(crate) bytes: u64,
-    /// Bytes that shall be there in the end.
+    /// Number of bytes that the file needs in the end.
     pub(crate) wanted: u64,
-    /// Start and end of what is there.
+    /// Start and end of the ranges that are present.
     have: Vec<(u64, u64)>,
 }
 
@@ -411,7 +411,7 @@ const HAVE_VERSION: u32 = 1;
 const MAX_HAVE_MAP: u64 = 16 << 20;
 
 impl HaveMap {
-    /// The map at `path`; a broken one is none, and what it told of is fetched again.
+    /// Reads the map at `path`. A broken map counts as missing, and its ranges are fetched again.
     pub(crate) fn read(path: &Path) -> Option<HaveMap> {
         let json = files::read_limited(path, MAX_HAVE_MAP).ok()??;
         Self::parse(&json)
@@ -430,7 +430,7 @@ impl HaveMap {
     }
 }
 
-/// Where the have-map of the partial file at `path` lies.
+/// Path of the have-map for the partial file at `path`.
 pub(crate) fn have_path(path: &Path) -> PathBuf {
     path.with_extension("have")
 }

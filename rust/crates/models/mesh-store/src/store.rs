@@ -49,51 +49,51 @@ pub struct Store {
 struct Inner {
     root: PathBuf,
     limits: Limits,
-    /// Whose files count besides this user's and the system's: who owns the store's folder.
+    /// Users whose files are trusted, besides this user and the system: the owner of the store's folder.
     owners: Owners,
 }
 
-/// What [`Store::begin`] finds.
+/// Outcome of [`Store::begin`].
 #[derive(Debug)]
 pub enum Begun {
-    /// The file is whole already, here.
+    /// Path of the file, which is complete.
     Whole(PathBuf),
-    /// It has to be written, or the rest of it.
+    /// The file, to write what is missing of it.
     Partial(PartialFile),
 }
 
-/// Where bytes of a file are, and which.
+/// Location of a file and the ranges of it that are present.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Presence {
-    /// The file: a blob, a partial file, or one outside the store. None if nothing of it is here.
+    /// The file: a blob, a partial file, or one outside the store. `None` if nothing of it is present.
     pub path: Option<PathBuf>,
-    /// Which of its bytes are there.
+    /// Ranges of the file that are present.
     pub have: RangeSet,
 }
 
-/// A name that the store knows.
+/// A name of a model in the store, with its origin.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Named {
-    /// The name.
+    /// Name that resolves to the model.
     pub name: String,
-    /// The model.
+    /// Fingerprint of the model.
     pub fingerprint: Digest,
-    /// Where it comes from, for people: a hub's repository and commit, a path.
+    /// Origin, for people: a hub's repository and commit, or a path.
     pub source: Option<String>,
-    /// Who vouches that a model of another worker goes by this name: the hub, a signature, a pin. Absent where nobody was asked,
-    /// as before there was anybody to ask.
+    /// Confirmation of a name that another worker gave: the hub, a signature or a pin. Absent if it was not
+    /// confirmed, or recorded before confirmations existed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vouched: Option<String>,
 }
 
 impl Named {
-    /// Whether another worker said so, and nobody vouches for it.
+    /// True if the name comes from another worker and is not confirmed.
     pub fn is_hearsay(&self) -> bool {
         self.vouched.is_none() && self.is_from_worker()
     }
 
-    /// Whether it came from another worker, whoever vouches for it.
+    /// True if the name comes from another worker, confirmed or not.
     pub fn is_from_worker(&self) -> bool {
         let source = self.source.as_deref().unwrap_or_default();
         source.starts_with(FROM_WORKER)
@@ -193,7 +193,7 @@ impl Store {
         }
     }
 
-    /// Its folder.
+    /// Root folder of the store.
     pub fn root(&self) -> &Path {
         &self.inner.root
     }
@@ -202,22 +202,22 @@ impl Store {
         self.inner.owners
     }
 
-    /// How full it may become.
+    /// Limits on the bytes of the store.
     pub fn limits(&self) -> Limits {
         self.inner.limits
     }
 
-    /// Where the whole file with this digest lies, if it is there.
+    /// Path of the complete file with this digest, if the store has it.
     pub fn blob(&self, digest: &Digest) -> Option<PathBuf> {
         Some(self.blob_path(digest)).filter(|path| self.is_own_file(path))
     }
 
-    /// Whether there is a file that was put there by somebody whose files count.
+    /// True if there is a file at `path` that belongs to a trusted owner.
     pub(crate) fn is_own_file(&self, path: &Path) -> bool {
         files::is_own(path, self.owners()) && path.is_file()
     }
 
-    /// Says that files are being stored here, until it is dropped: what came since is no leftover, whatever the clock says.
+    /// Marks work in progress until it is dropped: files that arrive meanwhile do not count as leftovers.
     ///
     /// # Errors
     /// If the disk fails.
@@ -233,7 +233,7 @@ impl Store {
         Ok(Work { _file: file })
     }
 
-    /// Begins, or goes on with, a file of `bytes` bytes of which `wanted` shall be there in the end. Makes room for them: see
+    /// Begins or continues a file of `bytes` bytes, of which `wanted` are needed. Makes room for them: see
     /// [`Store::admit`]. A model that is fetched should be pinned before, so that it does not make room for itself.
     ///
     /// # Errors
@@ -251,7 +251,7 @@ impl Store {
         PartialFile::open(self, key, bytes, wanted).map(Begun::Partial)
     }
 
-    /// Stores a small file whose bytes are at hand.
+    /// Stores a small file and returns its digest.
     ///
     /// # Errors
     /// If there is no room, or the disk fails.
@@ -527,7 +527,7 @@ impl Store {
         })
     }
 
-    /// When a model was pinned last, or else when it came.
+    /// Time of the model's last pin, or else of its arrival.
     pub(crate) fn last_used(&self, fingerprint: &Digest) -> SystemTime {
         let time = |path: PathBuf| std::fs::metadata(path).and_then(|found| found.modified());
         time(self.pin_path(fingerprint))
@@ -574,7 +574,7 @@ impl Store {
         })
     }
 
-    /// What lies in one of its folders.
+    /// Paths in one of the store's folders.
     pub(crate) fn list(&self, folder: &str) -> Result<Vec<PathBuf>, StoreError> {
         let path = self.root().join(folder);
         let listed: io::Result<Vec<PathBuf>> =
@@ -618,7 +618,7 @@ impl Store {
 }
 
 impl Pin {
-    /// The model.
+    /// Fingerprint of the pinned model.
     pub fn fingerprint(&self) -> Digest {
         self.fingerprint
     }
@@ -651,10 +651,10 @@ fn close_to_others(path: &Path) {
     }
 }
 
-/// How files begin that say that somebody stores files.
+/// Prefix of files that mark work in progress.
 pub(crate) const WORK: &str = "work-";
 
-/// How the source of a name begins that came from another worker.
+/// Prefix of the source of names that came from another worker.
 const FROM_WORKER: &str = "worker ";
 
 const FOLDERS: [&str; 7] = [

@@ -32,8 +32,8 @@ impl Held {
     }
 }
 
-/// What has arrived is brought to disk after this time, or four times as long as that took, whichever is longer: it is what
-/// a kill costs.
+/// Interval of flushes to disk, or four times the duration of a flush if that is longer: the maximum loss
+/// when the process is killed.
 const FLUSH_AFTER: Duration = Duration::from_millis(100);
 
 /// Brings what has arrived to disk now and then.

@@ -37,7 +37,7 @@ impl Simulated {
     }
 }
 
-/// What came of it.
+/// Outcome of a simulated fetch.
 #[derive(Debug, Default)]
 pub(super) struct Outcome {
     pub(super) done: bool,

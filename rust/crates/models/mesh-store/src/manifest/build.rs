@@ -13,7 +13,7 @@ use super::{MAX_PIECE, Manifest, ManifestError, ManifestFile, Piece, TensorRange
 use crate::digest::{Digest, Hasher};
 use crate::layout::{self, Layout, LayoutError, Role, has_extension};
 
-/// Why no manifest could be made of files.
+/// Errors of making a manifest of files.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BuildError {
@@ -22,7 +22,7 @@ pub enum BuildError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// Error from the operating system.
         source: io::Error,
     },
     /// A model file is broken.
@@ -46,7 +46,7 @@ pub enum BuildError {
         /// The path.
         path: PathBuf,
     },
-    /// What was found cannot be said in a manifest.
+    /// A manifest cannot express these files.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
 }
@@ -219,7 +219,8 @@ fn stamp(metadata: &Metadata) -> (u64, Option<std::time::SystemTime>) {
     (metadata.len(), metadata.modified().ok())
 }
 
-/// Where a file is cut: at the end of its header, wherever the next tensor is for another stage, and every 4 MiB from there.
+/// Pieces of a file: it is cut at the end of its header, wherever the next tensor has another role, and every
+/// 4 MiB from there.
 fn cuts(layout: &Layout) -> Vec<Range<u64>> {
     let mut starts = vec![0];
     let mut group: Option<Role> = None;

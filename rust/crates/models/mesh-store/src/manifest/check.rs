@@ -5,20 +5,20 @@ use std::collections::HashSet;
 use super::{MAX_MANIFEST, MAX_PIECE, Manifest, ManifestFile, VERSION};
 use crate::digest::Digest;
 
-/// Why bytes are no manifest.
+/// Errors of a manifest's bytes.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ManifestError {
     /// More bytes than a manifest may have.
     #[error("the manifest has {bytes} bytes, more than the limit of {MAX_MANIFEST}")]
     TooLong {
-        /// How many it has.
+        /// Length of the manifest in bytes.
         bytes: usize,
     },
-    /// Not the JSON that it should be.
+    /// The bytes are not the expected JSON.
     #[error("the manifest is malformed: {reason}")]
     Malformed {
-        /// What is wrong.
+        /// Error from the parser.
         reason: String,
     },
     /// Written by another version.
@@ -29,25 +29,25 @@ pub enum ManifestError {
         /// Its version.
         version: u32,
     },
-    /// JSON that says the right thing in other than the canonical form.
+    /// Valid JSON that differs from the canonical form.
     #[error("the manifest is not in canonical form: its fingerprint would not be its own")]
     NotCanonical,
     /// A name or a path that is not allowed.
     #[error("the manifest's {what} {value:?} is not allowed: {reason}")]
     Text {
-        /// What it is.
+        /// Kind of the text, such as name or path.
         what: &'static str,
-        /// Its value.
+        /// The text.
         value: String,
-        /// What is wrong with it.
+        /// Rule that it breaks.
         reason: &'static str,
     },
-    /// More of something than there may be.
+    /// More entries than the limit allows.
     #[error("the manifest has {count} {what}, more than the limit of {limit}")]
     TooMany {
-        /// Of what.
+        /// Kind of the entries.
         what: &'static str,
-        /// How many.
+        /// Number of entries.
         count: usize,
         /// The limit.
         limit: usize,
@@ -65,17 +65,17 @@ pub enum ManifestError {
         path: String,
         /// Index of the piece.
         piece: usize,
-        /// What is wrong.
+        /// Rule that the piece breaks.
         reason: &'static str,
     },
-    /// A tensor that does not lie in its file, or over another one.
+    /// A tensor that is outside its file, or overlaps another one.
     #[error("the manifest's tensor {tensor:?} of {path:?} {reason}")]
     Tensor {
         /// The file.
         path: String,
         /// The tensor.
         tensor: String,
-        /// What is wrong.
+        /// Rule that the tensor breaks.
         reason: &'static str,
     },
     /// Not the manifest that was asked for.

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use super::build::Progress;
 use super::{ManifestFile, Piece};
 
-/// Why a file is not what its manifest says.
+/// Differences between a file and its manifest.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VerifyError {
@@ -19,7 +19,7 @@ pub enum VerifyError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// Error from the operating system.
         source: io::Error,
     },
     /// It has another length.

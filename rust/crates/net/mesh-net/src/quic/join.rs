@@ -389,9 +389,8 @@ fn decide(
     }
 }
 
-/// Maximum bytes of a request or answer. Both have a few hundred now, and a few thousand with certificates of
-/// later
-/// algorithms.
+/// Maximum bytes of a request or answer. Both have a few hundred; certificates of later algorithms take a few
+/// thousand.
 const MAX_EXCHANGE: usize = 64 << 10;
 
 /// Time limit for the head's answer.

@@ -291,6 +291,6 @@ pub(super) fn canonical(address: SocketAddr) -> SocketAddr {
 const SUSPICION: Duration = Duration::from_millis(200);
 /// Oversleeping by more than this shows that the process waited for a processor.
 const OVERSLEPT: Duration = Duration::from_millis(20);
-/// The same where what it was asked with came back: an acknowledgement waits for 10 ms, behind a step of up to 20 ms, and a loaded machine
-/// takes its time.
+/// Minimum wait for a sign of life after a probe: the acknowledgement may be delayed by 10 ms and wait behind
+/// a step of up to 20 ms, and a loaded machine needs more time.
 const SIGN_OF_LIFE: Duration = Duration::from_millis(40);
