@@ -20,7 +20,7 @@ use guard::{Guard, SENTINELS};
 pub struct Message {
     /// "system", "user", "assistant", or what else the template knows.
     pub role: String,
-    /// The text.
+    /// Text of the message.
     pub content: String,
 }
 
@@ -62,7 +62,7 @@ impl Default for RenderRequest {
 /// A conversation as the text that a model reads.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rendered {
-    /// The prompt.
+    /// Text of the prompt.
     pub text: String,
     /// Byte positions in it, ascending, that no special token spans: there a client wrote the name of one.
     pub barriers: Vec<usize>,
@@ -80,7 +80,7 @@ pub struct Guarded {
     pub sentinel: Option<char>,
 }
 
-/// Why a conversation could not be rendered.
+/// Errors of rendering a conversation.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ChatError {
@@ -102,7 +102,7 @@ pub enum ChatError {
         "the model's chat template is invalid, so it cannot chat (/v1/completions works): {message}"
     )]
     Invalid {
-        /// Where and why.
+        /// Error from the template engine, with its position.
         message: String,
     },
     /// The template itself refused the conversation.
@@ -131,12 +131,12 @@ pub enum ChatError {
     /// Anything else that went wrong while it ran.
     #[error("the model's chat template failed: {message}")]
     Failed {
-        /// Where and why.
+        /// Error from the template engine, with its position.
         message: String,
     },
 }
 
-/// What a template may do before it is stopped: instructions of the template engine. A message takes a few dozen.
+/// Maximum number of the template engine's instructions for one rendering. A message takes a few dozen.
 const FUEL: u64 = 2_000_000;
 const MAX_TEMPLATE: usize = 1 << 20;
 const MAX_OUTPUT: usize = 64 << 20;
@@ -287,7 +287,7 @@ impl ChatTemplate {
         }
     }
 
-    /// Whether the model file brings no template, so that one is used that the model may never have seen.
+    /// True if the model file has no template, so that a default one is used, which may not fit the model.
     pub fn is_fallback(&self) -> bool {
         self.fallback
     }
@@ -301,7 +301,7 @@ impl ChatTemplate {
         }
     }
 
-    /// The template's source.
+    /// Source text of the template.
     pub fn source(&self) -> &str {
         &self.source
     }

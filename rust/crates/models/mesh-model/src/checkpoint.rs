@@ -107,7 +107,7 @@ pub trait Checkpoint {
     }
 }
 
-/// Which two elements of a head form a pair.
+/// Arrangement of the pairs of a head that rotate together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RopeStyle {
     /// Elements 2i and 2i + 1 (llama's weights in GGUF files).
@@ -119,9 +119,9 @@ pub enum RopeStyle {
 /// The text of a `tokenizer.json`, with what other files say about its special tokens.
 #[derive(Debug, Default)]
 pub struct TokenizerJson {
-    /// The text.
+    /// Contents of `tokenizer.json`.
     pub json: Vec<u8>,
-    /// Of `tokenizer_config.json` and others.
+    /// Special tokens of `tokenizer_config.json` and other files.
     pub special: SpecialTokens,
 }
 
@@ -136,9 +136,9 @@ pub struct SpecialTokens {
     pub bos_id: Option<u64>,
     /// Ids of tokens that end an answer.
     pub eos_ids: Vec<u64>,
-    /// Whether text begins with the begin token, if a file says so.
+    /// Text begins with the begin token; `None` if the files do not say.
     pub add_bos: Option<bool>,
-    /// Whether it ends with the end token.
+    /// Text ends with the end token; `None` if the files do not say.
     pub add_eos: Option<bool>,
 }
 

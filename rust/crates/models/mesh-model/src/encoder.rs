@@ -41,12 +41,12 @@ pub struct EncoderModel {
     digest: String,
 }
 
-/// What tokenising a text gave.
+/// Result of tokenising a text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tokenised {
     /// Token ids with those that begin and end a sequence.
     pub tokens: Vec<u32>,
-    /// Whether the text was longer than the model takes.
+    /// True if the text was longer than the model accepts and was cut.
     pub truncated: bool,
 }
 
@@ -111,17 +111,17 @@ impl EncoderModel {
         name(&self.folder)
     }
 
-    /// The network's shape.
+    /// Shape of the network.
     pub fn config(&self) -> &EncoderConfig {
         &self.config
     }
 
-    /// How texts become vectors.
+    /// Settings between texts and vectors.
     pub fn sentences(&self) -> &Sentences {
         &self.sentences
     }
 
-    /// The weights.
+    /// Weights of the network.
     pub fn tensors(&self) -> &Safetensors {
         &self.tensors
     }
@@ -226,7 +226,7 @@ impl EncoderModel {
     }
 }
 
-/// The first `bytes` bytes of `text` and the rest of the word there; all of it, if there is no blank behind them.
+/// The first `bytes` bytes of `text` and the rest of the word there; all of it if no blank follows.
 fn beginning_of(text: &str, bytes: usize) -> &str {
     let Some(behind) = text.get(text.floor_char_boundary(bytes)..) else {
         return text;
@@ -248,7 +248,7 @@ pub fn find(name: &str, dirs: &[PathBuf]) -> Option<PathBuf> {
         .find(|path| path.is_dir() && is_encoder(path))
 }
 
-/// Whether `folder` holds a BERT-family encoder, by what its `config.json` says.
+/// True if `folder` holds a BERT-family encoder according to its `config.json`.
 pub fn is_encoder(folder: &Path) -> bool {
     let bytes = config::read(&folder.join(CONFIG), config::LIMIT);
     bytes.is_ok_and(|bytes| bytes.is_some_and(|bytes| config::is_encoder(&bytes)))

@@ -201,7 +201,7 @@ impl ModelFile {
         })
     }
 
-    /// Fails if the file is no longer the one that was opened, by its length and its time of change.
+    /// Fails if the file's length or time of change is no longer the one at opening.
     pub(crate) fn check_unchanged(&self) -> Result<(), FileError> {
         let ModelFile::File { path, file, stamp } = self else {
             return Ok(());
@@ -227,7 +227,7 @@ impl Stamp {
 }
 
 impl<'a> Data<'a> {
-    /// Number of bytes.
+    /// Length of the range in bytes.
     pub fn len(&self) -> usize {
         match self.0 {
             Place::File { len, .. } => len,
@@ -248,7 +248,7 @@ impl<'a> Data<'a> {
         }
     }
 
-    /// All of them.
+    /// Reads all bytes of the range.
     ///
     /// # Errors
     /// If the file cannot be read.

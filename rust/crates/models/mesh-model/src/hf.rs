@@ -127,7 +127,7 @@ impl Checkpoint for HfCheckpoint {
     }
 }
 
-/// Where a tensor of the shard at position `file` lies; `None` for one that is not needed.
+/// Entry of a tensor of the shard at index `file`; `None` for a tensor that is not needed.
 fn entry(
     tensor: &TensorView<'_>,
     file: usize,

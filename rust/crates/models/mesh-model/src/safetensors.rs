@@ -30,7 +30,7 @@ pub struct Safetensors {
     entries: Vec<Entry>,
     by_name: HashMap<Box<str>, usize>,
     metadata: Vec<(String, String)>,
-    /// Where the tensors' data begins in the file.
+    /// Position of the data section in the file.
     data_start: usize,
 }
 
@@ -45,7 +45,7 @@ pub struct TensorView<'a> {
     pub shape: &'a [u64],
     /// Its elements, unread: little-endian, without padding.
     pub data: Data<'a>,
-    /// Where its bytes begin in the file.
+    /// Position of its first byte in the file.
     pub offset: u64,
 }
 
@@ -86,7 +86,7 @@ impl Safetensors {
         })
     }
 
-    /// Where the file lies; `None` for one read from memory.
+    /// Path of the file; `None` for one read from memory.
     pub fn path(&self) -> Option<&Path> {
         self.file.path()
     }
@@ -138,7 +138,7 @@ impl Safetensors {
 }
 
 impl TensorView<'_> {
-    /// Number of elements.
+    /// Number of elements: the product of the shape.
     pub fn elements(&self) -> u64 {
         // Checked not to overflow when the file was read.
         self.shape.iter().product()

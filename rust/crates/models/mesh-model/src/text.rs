@@ -33,7 +33,7 @@ impl TextStream {
         text
     }
 
-    /// Whether the bytes so far end inside a character.
+    /// True if the bytes so far end inside a character.
     pub fn is_mid_character(&self) -> bool {
         !self.pending.is_empty()
     }

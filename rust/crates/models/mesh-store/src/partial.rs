@@ -153,12 +153,12 @@ impl PartialFile {
         self.state().have.clone()
     }
 
-    /// Ranges that are still to be written.
+    /// Ranges that have not been written.
     pub fn missing(&self) -> Vec<Range<u64>> {
         self.state().have.missing(0..self.bytes)
     }
 
-    /// True if all wanted bytes have been written.
+    /// True if all bytes of the file have been written.
     pub fn is_complete(&self) -> bool {
         self.state().have.contains(&(0..self.bytes))
     }

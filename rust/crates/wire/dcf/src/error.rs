@@ -27,7 +27,7 @@ macro_rules! error_codes {
 }
 
 error_codes! {
-    /// Success; not sent as an error.
+    /// Success: no error.
     OK = 0, "ok";
     /// The payload cannot be understood; asking again will not help.
     INVALID_PAYLOAD = 1, "invalid payload";

@@ -7,7 +7,7 @@
 use minijinja::machinery::{Token, WhitespaceConfig, tokenize};
 use minijinja::syntax::SyntaxConfig;
 
-/// What one expression or tag may consist of: operators, opening brackets, dots and the words that act like them.
+/// Maximum of operators, opening brackets, dots and similar words in one expression or tag.
 const MOST_OPERATORS: usize = 1000;
 /// `elif`s of a whole template.
 const MOST_ELIFS: usize = 1000;

@@ -3,12 +3,12 @@
 use super::{Architecture, ConfigError, Keys, MAX_CONTEXT, MAX_LAYERS, Rope};
 use crate::gguf::Value;
 
-/// Which layers see only a window, and how they rotate.
+/// The layers with a sliding window, and their rotary embedding.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SlidingWindow {
     /// Positions that a row sees, its own among them.
     pub size: u32,
-    /// For every layer of the model, whether it has the window.
+    /// One entry per layer: true if it has the window.
     pub layers: Vec<bool>,
     /// The rotary embedding of the layers that have it.
     pub rope: Rope,
@@ -22,7 +22,7 @@ impl SlidingWindow {
             .collect()
     }
 
-    /// Whether `layer` has the window.
+    /// True if `layer` has the window.
     pub fn has(&self, layer: u32) -> bool {
         self.layers.get(layer as usize).copied().unwrap_or(false)
     }

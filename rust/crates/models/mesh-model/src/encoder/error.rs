@@ -1,14 +1,14 @@
-//! Why an embedding model cannot be used, or a text not be embedded.
+//! Errors of embedding models and of texts to embed.
 
 use std::path::PathBuf;
 
 use crate::safetensors::SafetensorsError;
 
-/// Why an embedding model cannot be used, or a text not be embedded.
+/// Errors of loading an embedding model and of tokenising texts for it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum EncoderError {
-    /// A file that every model has is not there.
+    /// A required file is missing.
     #[error("{} is missing: an embedding model is a folder with config.json, tokenizer.json and model.safetensors", path.display())]
     MissingFile {
         /// The file.
@@ -19,7 +19,7 @@ pub enum EncoderError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// Error from the operating system.
         source: std::io::Error,
     },
     /// A file is larger than any of its kind.
@@ -37,7 +37,7 @@ pub enum EncoderError {
     Json {
         /// The file.
         file: &'static str,
-        /// What is wrong.
+        /// Error from the parser.
         message: String,
     },
     /// A number of the configuration outside its limits.
@@ -47,26 +47,26 @@ pub enum EncoderError {
         file: &'static str,
         /// The key.
         key: &'static str,
-        /// What it says.
+        /// Value in the file.
         value: u64,
-        /// What it may be.
+        /// Range that is accepted.
         need: &'static str,
     },
-    /// Something that is not implemented.
+    /// A feature that is not implemented.
     #[error("the model has {what}, which is not supported: {remedy}")]
     Unsupported {
-        /// What.
+        /// The feature.
         what: String,
-        /// What to do.
+        /// Alternative for the user.
         remedy: &'static str,
     },
-    /// The tokenizer.
+    /// The tokenizer is invalid.
     #[error("tokenizer.json: {message}")]
     Tokenizer {
-        /// In its own words.
+        /// Error from the tokenizer library.
         message: String,
     },
-    /// The weights.
+    /// The weights are invalid.
     #[error("model.safetensors: {0}")]
     Weights(#[from] SafetensorsError),
     /// A text that is too long to tokenise.

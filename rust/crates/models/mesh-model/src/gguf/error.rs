@@ -1,8 +1,8 @@
-//! What can be wrong with a GGUF file.
+//! Errors of GGUF files.
 
 use crate::file::FileError;
 
-/// Why a GGUF file could not be read.
+/// Errors of reading a GGUF file.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum GgufError {
@@ -15,25 +15,25 @@ pub enum GgufError {
         /// The first bytes.
         found: Vec<u8>,
     },
-    /// A version this crate does not read.
+    /// A version that this crate does not read.
     #[error(
         "GGUF version {version} is not supported: convert the file to version 3, little-endian"
     )]
     Version {
-        /// The version the file gives.
+        /// Version in the file.
         version: u32,
     },
-    /// The file ends before what it promises.
+    /// The file ends before its last field.
     #[error(
         "the file ends inside {what}: {needed} bytes are needed at byte {at}, but the file has {length}; \
          it was probably cut short, fetch it again"
     )]
     Truncated {
-        /// What was being read.
+        /// Field that is cut off.
         what: String,
-        /// Where it begins.
+        /// Position of its first byte.
         at: u64,
-        /// Bytes it takes.
+        /// Length of the field in bytes.
         needed: u64,
         /// Length of the file.
         length: u64,
@@ -45,15 +45,15 @@ pub enum GgufError {
     Limit {
         /// The count or length.
         what: String,
-        /// What the file says.
+        /// Value in the file.
         value: u64,
-        /// The most that is accepted.
+        /// Maximum that is accepted.
         limit: u64,
     },
     /// Text that is not UTF-8.
     #[error("{what} is not valid UTF-8: the file is damaged, fetch it again")]
     Utf8 {
-        /// Which text.
+        /// Field with the text.
         what: String,
     },
     /// A metadata key or tensor name that appears twice.
@@ -74,7 +74,7 @@ pub enum GgufError {
         /// The type's number.
         ty: u32,
     },
-    /// Arrays in arrays.
+    /// An array that contains arrays.
     #[error("metadata {key:?} is an array of arrays, which no model needs: the file is malformed")]
     NestedArray {
         /// The key.
@@ -93,7 +93,7 @@ pub enum GgufError {
         key: String,
         /// The type that was needed.
         wanted: &'static str,
-        /// What the file holds.
+        /// Type in the file.
         found: String,
     },
     /// A tensor of a type that this crate cannot read.
@@ -114,9 +114,9 @@ pub enum GgufError {
     TensorShape {
         /// The tensor.
         tensor: String,
-        /// What the file says.
+        /// Dimensions in the file.
         dims: Vec<u64>,
-        /// What is wrong with it.
+        /// Rule that they break.
         reason: &'static str,
     },
     /// A tensor that does not begin at a multiple of the alignment.
@@ -131,10 +131,10 @@ pub enum GgufError {
         /// The file's alignment.
         alignment: u64,
     },
-    /// An alignment that is no power of two, or absurd.
+    /// An alignment that is not a power of two, or out of range.
     #[error("general.alignment is {alignment}: it must be a power of two from 1 to 65536")]
     Alignment {
-        /// What the file says.
+        /// Alignment in the file.
         alignment: u64,
     },
     /// Two tensors share bytes.

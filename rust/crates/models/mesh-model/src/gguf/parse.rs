@@ -26,10 +26,10 @@ const MAX_KEY_LEN: u64 = 1 << 12;
 const MAX_TENSORS: u64 = 1 << 16;
 const MAX_TENSOR_NAME: u64 = 64;
 
-/// Where a name stands in a list.
+/// Index in a list, by name.
 type Positions = HashMap<Box<str>, usize>;
 
-/// Where things lie in a file.
+/// Positions of a file's metadata values and data section.
 #[derive(Debug)]
 pub(super) struct Index {
     /// In the order of the file.

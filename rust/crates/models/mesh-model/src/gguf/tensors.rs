@@ -31,7 +31,7 @@ pub struct Tensors {
     by_name: HashMap<Box<str>, usize>,
 }
 
-/// Where a tensor lies.
+/// Name, type, shape and position of a tensor.
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub(crate) name: Box<str>,
@@ -111,7 +111,7 @@ impl Tensors {
 }
 
 impl Tensor<'_> {
-    /// Number of elements.
+    /// Number of elements: the product of all dimensions.
     pub fn elements(&self) -> u64 {
         // Checked not to overflow when the file was read.
         self.dims.iter().product()

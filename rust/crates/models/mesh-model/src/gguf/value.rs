@@ -162,7 +162,7 @@ impl<'a> Array<'a> {
         self.len
     }
 
-    /// Whether there are no elements.
+    /// True if the array has no elements.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -177,7 +177,7 @@ impl<'a> Array<'a> {
         self.bytes
     }
 
-    /// The elements.
+    /// Iterates over the elements.
     pub fn iter(&self) -> impl Iterator<Item = Value<'a>> + use<'a> {
         let mut cursor = Cursor::new(self.bytes);
         let element = self.element;

@@ -1,20 +1,20 @@
-//! What can be wrong with a model folder.
+//! Errors of model folders.
 
 use std::path::PathBuf;
 
 use crate::gguf::GgufError;
 use crate::safetensors::{Dtype, SafetensorsError};
 
-/// Why a model in Hugging Face's form could not be read.
+/// Errors of reading a model in Hugging Face's form.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HfError {
-    /// A file that must be there is not.
+    /// A required file is missing.
     #[error("{} is missing: {remedy}", path.display())]
     Missing {
         /// The file.
         path: PathBuf,
-        /// What to do.
+        /// Remedy for the user.
         remedy: &'static str,
     },
     /// A file could not be read.
@@ -22,7 +22,7 @@ pub enum HfError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// Error from the operating system.
         source: std::io::Error,
     },
     /// Something else than a file.
@@ -50,10 +50,10 @@ pub enum HfError {
     Outside {
         /// The file.
         path: PathBuf,
-        /// Where the link leads.
+        /// Target of the link.
         target: PathBuf,
     },
-    /// A name in the index that is no name of a file in the folder.
+    /// A name in the index that is not the name of a file in the folder.
     #[error(
         "model.safetensors.index.json names the file {name:?}: only .safetensors files in the model's own folder can be named"
     )]
@@ -66,7 +66,7 @@ pub enum HfError {
     Json {
         /// The file.
         file: String,
-        /// Where and why.
+        /// Error from the parser, with its position.
         message: String,
     },
     /// A value that no network has.
@@ -78,7 +78,7 @@ pub enum HfError {
         key: String,
         /// The value.
         value: String,
-        /// What is wrong with it.
+        /// Rule that the value breaks.
         reason: String,
     },
     /// A network of another family.
@@ -87,7 +87,7 @@ pub enum HfError {
          Qwen3ForCausalLM or Gemma3ForCausalLM"
     )]
     Architecture {
-        /// What the file says.
+        /// Architecture in the file.
         found: String,
     },
     /// A feature that the engines do not have.
@@ -101,7 +101,7 @@ pub enum HfError {
     Weights {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Error of the file.
         #[source]
         source: Box<SafetensorsError>,
     },
@@ -128,7 +128,7 @@ pub enum HfError {
         tensor: String,
         /// The file in the index.
         expected: String,
-        /// Where it is.
+        /// Location of the tensor.
         found: String,
     },
     /// The keys and tensors together.

@@ -33,7 +33,7 @@ const MAX_SHARDS: usize = 1024;
 /// Folders that hold files under names made of their contents, to which the files of a model are links: the hub's cache and
 /// this system's store have them beside or above the model's folder.
 const BLOBS: [&str; 2] = ["blobs", "partial"];
-/// How far above.
+/// Maximum number of levels above the model's folder.
 const BLOBS_ABOVE: usize = 3;
 
 /// A folder with a model in Hugging Face's form.
@@ -54,7 +54,8 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// Whether the path is that of a model in Hugging Face's form: a folder with a `config.json`, or a `.safetensors` file.
+/// True if the path is of a model in Hugging Face's form: a folder with a `config.json`, or a `.safetensors`
+/// file.
 pub fn is_hugging_face(path: &Path) -> bool {
     has_extension(path) || path.join(CONFIG).is_file()
 }
@@ -100,7 +101,7 @@ impl Folder {
         Ok(folder)
     }
 
-    /// What the model is called: the folder's name, or the name of a file that is not the folder's only model.
+    /// Name of the model: the folder's name, or that of the file if the folder has several models.
     pub fn name(&self) -> String {
         let stem = |path: &Path| {
             path.file_stem()

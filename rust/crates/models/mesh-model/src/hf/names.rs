@@ -30,7 +30,8 @@ const GLOBAL: [(&str, &str); 2] = [
     ("norm.weight", "output_norm.weight"),
 ];
 
-/// What may stand before a name: models saved with and without their head, and the text half of those that also see.
+/// Prefixes of tensor names: of models saved with and without their head, and of the text part of multimodal
+/// models.
 const PREFIXES: [&str; 4] = [
     "model.language_model.",
     "language_model.model.",
@@ -83,7 +84,7 @@ fn layer(rest: &str, network: &Network) -> Option<String> {
     Some(format!("blk.{number}.{ours}"))
 }
 
-/// The name in a folder of the tensor that GGUF calls so; `None` if there is none.
+/// The folder's name for a tensor of GGUF's name; `None` if it has no such tensor.
 pub(crate) fn their_name(name: &str) -> Option<String> {
     if name == "output.weight" {
         return Some("lm_head.weight".into());

@@ -1,9 +1,9 @@
-//! What can be wrong with a safetensors file.
+//! Errors of safetensors files.
 
 use super::Dtype;
 use crate::file::FileError;
 
-/// Why a safetensors file could not be read.
+/// Errors of reading a safetensors file.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SafetensorsError {
@@ -21,15 +21,15 @@ pub enum SafetensorsError {
         "not a safetensors file, or a damaged one: its header is said to have {header} bytes, and at most {limit} can be"
     )]
     HeaderLength {
-        /// What the file says.
+        /// Header length in the file.
         header: u64,
-        /// What the file has room for, or the most that is accepted.
+        /// Maximum: the file's length or the limit of this crate.
         limit: u64,
     },
-    /// The header is no JSON of the right form.
+    /// The header is not JSON of the right form.
     #[error("the safetensors header is malformed: {message}")]
     Header {
-        /// Where and why.
+        /// Error from the parser, with its position.
         message: String,
     },
     /// More tensors than any model has.
@@ -45,9 +45,9 @@ pub enum SafetensorsError {
     Shape {
         /// The tensor.
         tensor: String,
-        /// What the file says.
+        /// Shape in the file.
         shape: Vec<u64>,
-        /// What is wrong with it.
+        /// Rule that it breaks.
         reason: &'static str,
     },
     /// A range of bytes that does not fit the shape.
@@ -119,17 +119,17 @@ pub enum SafetensorsError {
         /// The other.
         second: String,
     },
-    /// Bytes that no tensor has.
+    /// Bytes that belong to no tensor.
     #[error(
         "{bytes} bytes of data at offset {at} belong to no tensor, which the format forbids: the file is damaged"
     )]
     Hole {
-        /// Where they begin in the data section.
+        /// Position of the first byte in the data section.
         at: u64,
-        /// How many.
+        /// Number of bytes.
         bytes: u64,
     },
-    /// Numbers that are no floats where floats are needed.
+    /// A tensor that does not hold floats where floats are needed.
     #[error("tensor {tensor:?} has type {dtype}: F32, F16 or BF16 is needed")]
     NotFloats {
         /// The tensor.

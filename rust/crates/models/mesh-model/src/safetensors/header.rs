@@ -68,7 +68,7 @@ pub(super) struct Header {
     /// In the order of their data, which they cover without gap or overlap.
     pub(super) entries: Vec<Entry>,
     pub(super) metadata: Vec<(String, String)>,
-    /// Where the data section begins.
+    /// Position of the data section in the file.
     pub(super) data_start: usize,
 }
 

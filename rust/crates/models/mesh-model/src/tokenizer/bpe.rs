@@ -46,7 +46,7 @@ impl Bpe {
         Ok(Bpe { pre, model, long })
     }
 
-    /// Whether plain text begins with the begin token unless the file says otherwise.
+    /// True if plain text begins with the begin token unless the file says otherwise.
     pub(super) fn adds_bos(&self) -> bool {
         self.pre.adds_bos()
     }

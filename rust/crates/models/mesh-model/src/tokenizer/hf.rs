@@ -24,7 +24,7 @@ use crate::checkpoint::SpecialTokens;
 use json::{AddedToken, File};
 use steps::{Changes, Normalizer, PreTokenizer};
 
-/// How text becomes words, and words become tokens.
+/// A tokenizer from `tokenizer.json`: the steps from text to words, and from words to tokens.
 #[derive(Debug)]
 pub(super) struct Hf {
     normalizers: Vec<Normalizer>,
@@ -149,7 +149,7 @@ impl Tokenizer {
     }
 }
 
-/// How the texts of tokens are to be read.
+/// Notation of token texts in the file.
 fn family(file: &File) -> Result<Family, TokenizerError> {
     let model = &file.model;
     if model.kind.as_deref().is_some_and(|kind| kind != "BPE") {
@@ -196,7 +196,7 @@ fn some_text(text: &Option<String>) -> bool {
     text.as_deref().is_some_and(|text| !text.is_empty())
 }
 
-/// Whether `text` stands anywhere in the values of `part`.
+/// True if any value within `part` is the string `text`.
 fn mentions(part: &Value, text: &str) -> bool {
     match part {
         Value::String(found) => found == text,

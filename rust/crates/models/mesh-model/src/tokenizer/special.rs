@@ -176,7 +176,7 @@ impl SpecialTokens {
         places
     }
 
-    /// The length of the longest special token below `below` bytes that `text` begins with; 0 if there is none.
+    /// Length of the longest special token below `below` bytes at the start of `text`; 0 without one.
     fn longest(&self, text: &[u8], control: bool, below: usize) -> usize {
         let Some(&first) = text.first() else { return 0 };
         let lengths = self.lengths[first as usize].iter().rev();

@@ -96,13 +96,13 @@ impl Spm {
         Ok(())
     }
 
-    /// Whether bytes may be lost, because the vocabulary has nothing for them.
+    /// True if bytes may be lost because the vocabulary has no tokens for them.
     pub(super) fn drops(&self) -> bool {
         let missing = |byte: u8| self.bytes[usize::from(byte)].is_none();
         self.unknown.is_none() && super::bpe::text_bytes().any(missing)
     }
 
-    /// A piece is a token, or one character that is none.
+    /// A piece is a token or a single character without one.
     fn push_piece(&self, piece: &str, ids: &mut Vec<u32>) {
         if let Some(&id) = self.ids.get(piece) {
             ids.push(id);
@@ -140,7 +140,7 @@ struct Pair {
     score: f32,
     left: u32,
     right: u32,
-    /// Length of both together when the pair was found: if it is no longer that, one of them was joined otherwise.
+    /// Length of both together when the pair was found. If it differs now, one of them was merged otherwise.
     len: u32,
 }
 

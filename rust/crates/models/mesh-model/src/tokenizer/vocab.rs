@@ -7,7 +7,7 @@ use super::{Family, TokenizerError};
 use crate::checkpoint::Checkpoint;
 use crate::gguf::Array;
 
-/// What a token is, in the numbers of `tokenizer.ggml.token_type`.
+/// Type of a token, with the numbers of `tokenizer.ggml.token_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum TokenType {
     Normal,
@@ -199,7 +199,7 @@ pub(super) fn malformed(reason: String) -> TokenizerError {
 #[derive(Debug)]
 struct Packed {
     bytes: Vec<u8>,
-    /// Where each string ends.
+    /// End of each string in `bytes`.
     ends: Vec<u32>,
 }
 

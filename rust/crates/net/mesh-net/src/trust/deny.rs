@@ -27,7 +27,7 @@ struct Inner {
     links: Mutex<Vec<WeakLink>>,
 }
 
-/// Time and reason of an expulsion.
+/// Name of an expelled node, with time and reason.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Expulsion {
     /// Name of the node.
@@ -127,7 +127,7 @@ impl DenyList {
         true
     }
 
-    /// Writes the list down. Blocks on the disk.
+    /// Writes the list to its file. Blocks on the disk.
     ///
     /// # Errors
     /// If it cannot be written; the file before is still there then.

@@ -423,7 +423,7 @@ impl SendBatch {
         self.next += count;
     }
 
-    /// Frees the buffers once everything is sent.
+    /// Clears the buffers once everything is sent.
     fn recycle(&mut self) {
         if self.is_empty() {
             self.bytes.clear();

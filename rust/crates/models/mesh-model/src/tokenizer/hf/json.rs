@@ -47,7 +47,7 @@ pub(super) struct AddedToken {
     pub(super) rstrip: bool,
 }
 
-/// What makes words to tokens.
+/// The model of a `tokenizer.json`, which splits words into tokens.
 #[derive(Debug, Deserialize)]
 pub(super) struct ModelPart {
     #[serde(rename = "type")]
