@@ -146,7 +146,7 @@ pub fn is_temporary(name: &str) -> bool {
             .and_then(|(_, last)| last.split_once('-'));
         return numbers.is_some_and(|(pid, number)| digits(pid) && digits(number));
     }
-    // Other numbered files may be somebody's copies.
+    // Other numbered files may be copies that people made.
     name.strip_prefix("profile.json.").is_some_and(digits)
 }
 

@@ -1,7 +1,8 @@
 //! A bounded number of places, shared fairly among the sources that hold them.
 //!
-//! A newcomer always gets a place. When a source has its share, its own oldest place is given up; when all are taken, the oldest of
-//! the source that has the most. So whoever needs a place for a moment gets one, whatever others hold for long.
+//! A newcomer always gets a place. When a source has its share, its own oldest place is given up; when all
+//! are taken, the oldest of the source that has the most. So short uses get a place even if others hold
+//! theirs for long.
 
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;

@@ -1,8 +1,9 @@
 //! The addresses of this machine from which peers are answered.
 //!
-//! A UDP socket on every address answers from whichever one the routing table prefers, which need not be the one that the
-//! peer asked: IPv6 prefers temporary addresses, and a machine may have several interfaces. A peer with a connected socket
-//! never sees such an answer. So each peer's last datagram says where its answers leave from.
+//! A UDP socket bound to all addresses answers from the address that the routing table prefers, which may
+//! differ from the one that the peer used: IPv6 prefers temporary addresses, and a machine may have several
+//! interfaces. A peer with a connected socket never sees such an answer. So the last datagram of each peer
+//! determines the source of its answers.
 
 use std::net::{IpAddr, SocketAddr};
 

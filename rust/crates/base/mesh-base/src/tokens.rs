@@ -1,8 +1,8 @@
-//! The least number of tokens that a text can become, from its bytes alone.
+//! A lower bound on the number of tokens of a text, from its bytes alone.
 //!
 //! If every byte of a text is covered by a token, and no token that covers the byte `b` is longer than `span[b]`, then the text has
 //! at least as many tokens as the sum of `1 / span[b]` over its bytes: a token of `n` bytes adds at most `n * 1/n` to the sum.
-//! So whoever knows the spans of a tokenizer, 256 numbers, can tell without the tokenizer that a text is far too long.
+//! So the spans of a tokenizer, 256 numbers, suffice to detect that a text is far too long.
 
 /// Number of occurrences of each byte in a text.
 #[derive(Clone, Debug, PartialEq, Eq)]

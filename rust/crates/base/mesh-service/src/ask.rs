@@ -1,6 +1,6 @@
-//! One HTTP request to a service of ours that runs on this machine: the health checks of containers, the head's own commands.
+//! A single HTTP request to a local service, for health checks of containers and the head's own commands.
 //!
-//! Enough for that, and no reason for a client library. The service is found by its state directory (see
+//! This does not justify a client library. The service is found by its state directory (see
 //! [`addresses`](crate::addresses)).
 
 use std::io;

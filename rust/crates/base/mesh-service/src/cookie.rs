@@ -1,4 +1,4 @@
-//! Cookies that show that a source gets what is sent to its address, without keeping anything about it meanwhile.
+//! Cookies that prove that a source receives datagrams at its address, without state per source.
 
 use std::{
     net::{IpAddr, SocketAddr},

@@ -1,4 +1,5 @@
-//! Files in the state directory: written whole or not at all, secrets readable by their owner only. And how many may be open.
+//! Files in the state directory: replaced whole, secrets readable by their owner only. Also the limit on open
+//! files.
 
 use std::io;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! Prometheus metrics: a registry per service, and what is worth knowing about any process.
+//! Prometheus metrics: a registry per service, and metrics of the process.
 //!
 //! Names carry their unit (`_seconds`, `_bytes`, `_total`). A service's own metrics are prefixed
 //! `hydramesh_<service>_`; the process metrics keep the names that Prometheus client libraries share.

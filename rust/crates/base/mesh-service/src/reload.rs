@@ -1,4 +1,4 @@
-//! A reload: the configuration and the files it names are read again, and what can change while the service runs changes.
+//! Reloading: the configuration and the files that it names are read again, and reloadable keys are applied.
 //!
 //! A service names the keys that it can apply. Every other key that has changed is named in the log as one that needs a restart.
 //! A configuration that cannot be read or contradicts itself changes nothing.

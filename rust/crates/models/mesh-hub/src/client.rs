@@ -114,7 +114,7 @@ impl Hub {
     /// `HF_HUB_OFFLINE`, lists those in the cache of other programs.
     ///
     /// # Errors
-    /// If there is none, it may not be seen, or the hub cannot be reached.
+    /// If it does not exist, is not visible with the token, or the hub cannot be reached.
     pub async fn open(
         &self,
         id: &str,

@@ -13,7 +13,7 @@ use crate::pull::{chosen, git_blob_id};
 /// weights are needed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expected {
-    /// The name that the model gets, whoever brings it.
+    /// Name of the model in the store, independent of its source.
     pub name: String,
     /// Repository name as the hub spells it.
     pub repo: String,

@@ -1,4 +1,4 @@
-//! Ranges of a file: into a sink, over several connections, again where they break off.
+//! Fetching ranges of a file into a sink, over several connections, with retries.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -55,7 +55,7 @@ pub trait Watch: Send + Sync {
     }
 }
 
-/// Nobody watches.
+/// A watch that ignores all reports.
 impl Watch for () {}
 
 /// Maximum bytes of one request, so that several connections share a file; also the maximum to skip where a
@@ -68,11 +68,13 @@ const WRITE: usize = 256 << 10;
 const WRITE_AFTER: Duration = Duration::from_millis(50);
 
 impl Hub {
-    /// Brings `ranges` of `file` into `sink`, over several connections. What is cut off goes on where it was; what waits for
-    /// long is asked for again, after pauses that grow. On an error, what has arrived by then has been written.
+    /// Fetches `ranges` of `file` into `sink`, over several connections. Interrupted transfers continue where
+    /// they were; slow ones are requested again, after growing pauses. On an error, everything that arrived
+    /// has been written.
     ///
     /// # Errors
-    /// If the hub refuses or cannot be reached for too long, if the file is another one by now, or the sink fails.
+    /// If the hub refuses or cannot be reached for too long, if the file changed meanwhile, or the sink
+    /// fails.
     pub async fn fetch(
         &self,
         repo: &Repo,

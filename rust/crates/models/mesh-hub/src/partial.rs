@@ -1,4 +1,4 @@
-//! Only some layers of a model: the headers first, then the ranges of the tensors that are wanted.
+//! Fetching some layers of a model: the headers first, then the ranges of the tensors that are needed.
 
 use std::ops::Range;
 use std::path::Path;
@@ -18,11 +18,11 @@ const FIRST: u64 = 256 << 10;
 /// Longest header that is fetched.
 const MAX_HEADER: u64 = 128 << 20;
 
-/// What a stage of `layers` needs of files with these layouts, which together are a model; one set for each file, and the
-/// number of layers that the model has.
+/// The ranges that a stage of `layers` needs of files with these layouts, which together are a model: one set
+/// for each file, and the model's number of layers.
 ///
 /// # Errors
-/// If the model has fewer layers, or none: as a message.
+/// A message, if the model has fewer layers or none.
 pub fn wanted_ranges(
     layouts: &[Layout],
     layers: Range<u32>,

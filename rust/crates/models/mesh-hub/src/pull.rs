@@ -1,4 +1,4 @@
-//! A model, or some layers of it, from the hub into the store.
+//! Fetching a model, or some layers of it, from the hub into the store.
 
 mod held;
 mod known;
@@ -62,11 +62,12 @@ const MAX_INDEX: usize = 32 << 20;
 /// Maximum length of a file without a SHA-256; the hub has such digests for large ones.
 const MAX_SMALL: u64 = 256 << 20;
 
-/// Brings the model `name` into `store`: what is there already stays, what was begun goes on, and several processes may do this
-/// at once. With all files there and checked, the store knows the model by its name on the hub, and where it comes from.
+/// Fetches the model `name` into `store`. Present files stay, partial ones are continued, and several
+/// processes may do this at once. Once all files are complete and checked, the store knows the model by its
+/// name on the hub, with its source.
 ///
 /// # Errors
-/// If the hub does not give it, there is no room, or the disk fails. What has arrived by then is kept.
+/// If the hub refuses, there is no room, or the disk fails. Everything that arrived is kept.
 pub async fn pull(
     hub: &Hub,
     store: &Store,
@@ -285,8 +286,8 @@ impl Pull<'_> {
         }))
     }
 
-    /// Opens all files in the store, each for this process alone, and has the room for them promised; waits where other processes
-    /// write to them. None if one of those has fetched the model meanwhile, or somebody had before.
+    /// Opens all files in the store, each for this process alone, and reserves room for them; waits where
+    /// other processes write to them. `None` if the model was completed by another process.
     async fn begin(
         &self,
         files: &[RepoFile],
@@ -306,7 +307,7 @@ impl Pull<'_> {
                 )));
             }
             let begun = loop {
-                // Whoever wrote to it may have completed the model.
+                // The process that wrote the file may have completed the model.
                 if std::mem::take(&mut waited) && self.known().await?.is_some() {
                     return Ok(None);
                 }
@@ -343,7 +344,7 @@ impl Pull<'_> {
         Ok(Some(held))
     }
 
-    /// Takes back what was begun for nothing, and says how much room is missing for all of it.
+    /// Removes files that were begun in vain, and computes the room that is missing for all of them.
     async fn no_room(
         &self,
         held: BTreeMap<PartialKey, Held>,
@@ -365,8 +366,8 @@ impl Pull<'_> {
         ended.await.err().unwrap_or(one).into()
     }
 
-    /// Where the tensors of these files lie, and which bytes of them are here; of files that are not, their headers are fetched for
-    /// it. None if another process has brought the model meanwhile.
+    /// Layouts of these files and the ranges of them that are present; fetches the headers of files that are
+    /// missing. `None` if another process has fetched the model meanwhile.
     async fn layouts(
         &mut self,
         weights: &[RepoFile],

@@ -170,8 +170,8 @@ pub struct ChatTemplate {
     eos: Arc<str>,
 }
 
-/// Gemma's turns, for files whose tokenizer has them and that bring no template. There is no role of the system: what it says
-/// goes before what the user says first.
+/// Gemma's format, for files whose tokenizer has Gemma's turns and that have no template. It has no system
+/// role: the system's text goes before the first text of the user.
 const GEMMA: &str = "{{ bos_token }}{% set first = namespace(words='') %}{% for message in messages %}\
      {% if message['role'] == 'system' %}{% set first.words = message['content'] | trim + '\n\n' %}{% else %}\
      {% set role = 'model' if message['role'] == 'assistant' else message['role'] %}\

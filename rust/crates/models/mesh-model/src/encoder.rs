@@ -267,7 +267,7 @@ fn load_tokenizer(bytes: &[u8]) -> Result<Tokenizer, EncoderError> {
     })?;
     // A text to embed is data: the name of a control token in it is text, too.
     tokenizer.set_encode_special_tokens(true);
-    // Both are settings of whoever saved the file; sequences are cut here, and nothing is padded.
+    // Truncation and padding depend on the settings at saving; sequences are cut here, and nothing is padded.
     tokenizer.with_padding(None);
     tokenizer
         .with_truncation(None)
@@ -308,5 +308,6 @@ const MARGIN: usize = 64;
 /// The largest tokenizer known to us, of 250,000 tokens, takes 17 MB.
 const TOKENIZER_LIMIT: u64 = 64 << 20;
 
-/// Longest text in bytes. No model here reads more than 8,192 tokens, and what is behind them is tokenised for nothing.
+/// Maximum length of a text in bytes. No model here reads more than 8,192 tokens; tokenising more is wasted
+/// work.
 pub const TEXT_LIMIT: usize = 256 << 10;

@@ -1,7 +1,7 @@
 //! Model files, read piece by piece.
 //!
-//! Files are never mapped into memory: where somebody cuts a mapped file short, or a disk or a server fails, the next look at
-//! the map ends the process with SIGBUS. A read fails with an error that belongs to this one file.
+//! Files are never mapped into memory: if a mapped file is truncated, or a disk or a server fails, the next
+//! access ends the process with SIGBUS. A read fails with an error that concerns one file only.
 
 use std::borrow::Cow;
 use std::fs::{File, Metadata, OpenOptions};

@@ -162,8 +162,8 @@ fn entry(
     }))
 }
 
-/// What `config.json` says, as a checkpoint without the model's tensors. For tests and fuzzing; [`HfCheckpoint::open`] does it
-/// for itself.
+/// The values of `config.json`, as a checkpoint without the model's tensors. For tests and fuzzing;
+/// [`HfCheckpoint::open`] reads them itself.
 ///
 /// # Errors
 /// If it is malformed, or describes a network that is not supported.

@@ -23,7 +23,8 @@ use header::Entry;
 /// An open safetensors file.
 ///
 /// Cheap to open: the header is read, the tensors' data stays in the file until touched.
-/// [`crate::Tensors::check_unchanged`] says what happens if somebody writes to the file meanwhile; it holds here too.
+/// [`crate::Tensors::check_unchanged`] describes the effect of writes to the file meanwhile; it holds here
+/// too.
 #[derive(Debug)]
 pub struct Safetensors {
     file: ModelFile,

@@ -181,7 +181,7 @@ pub enum Tokens<'a> {
 /// If the file cannot be written.
 ///
 /// # Panics
-/// If a width of the shape is no whole number of `ty`'s blocks.
+/// If a width of the shape is not a multiple of `ty`'s block length.
 pub fn random_model(
     shape: &Shape,
     ty: GgmlType,

@@ -139,7 +139,7 @@ impl StoreError {
     }
 }
 
-/// Why there is no room, in bytes.
+/// Missing room in the store, in bytes.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "no room for {needed} more bytes in {}: {} {evictable} bytes of models that no process uses could go; free some space, \

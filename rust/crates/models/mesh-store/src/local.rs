@@ -166,11 +166,11 @@ fn folder_bytes(path: &Path) -> Option<u64> {
     weights.then_some(bytes)
 }
 
-/// The file or folder that `name` means: a path, the name of a model in `dirs`, or the only one whose name begins so,
-/// whatever its case.
+/// The file or folder that `name` refers to: a path, the name of a model in `dirs`, or a unique beginning of
+/// one, ignoring case.
 ///
 /// # Errors
-/// If there is none, or several.
+/// If there is no such model, or several.
 pub fn resolve(name: &str, dirs: &[PathBuf]) -> Result<PathBuf, LocalError> {
     let path = Path::new(name);
     if path.is_file() || is_hugging_face(path) {
@@ -315,7 +315,7 @@ impl FingerprintCache {
     }
 }
 
-/// Reads until it is told to stop.
+/// A reader that fails once it is told to stop.
 struct Stoppable<'a> {
     file: File,
     stop: &'a AtomicBool,

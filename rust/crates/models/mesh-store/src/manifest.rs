@@ -1,4 +1,4 @@
-//! Manifests: what a model consists of, down to pieces that can be fetched and checked one by one.
+//! Manifests: the files of a model, down to pieces that can be fetched and checked one by one.
 
 mod build;
 mod check;

@@ -105,13 +105,14 @@ fn hint(known: &[String], close: &[String]) -> String {
 }
 
 impl Places<'_> {
-    /// What `name` means. In this order: a path; the exact name of a model in a folder, then of one in the store; a fingerprint in
-    /// the store, or its beginning; a short name such as `qwen2.5:7b`; a name on the hub (`ORGANISATION/MODEL`, behind it
-    /// `@REVISION` and `:QUANTISATION` or `:FILE`; `ORGANISATION/MODEL/FILE` is taken, too); the beginning of exactly one of all
-    /// those names, whatever its case. What the hub has and the store has, too, is the store's.
+    /// Resolves `name`, in this order: a path; the exact name of a model in a folder, then of one in the
+    /// store; a fingerprint in the store, or its beginning; a short name such as `qwen2.5:7b`; a name on the
+    /// hub (`ORGANISATION/MODEL`, optionally with `@REVISION` and `:QUANTISATION` or `:FILE`;
+    /// `ORGANISATION/MODEL/FILE` is accepted, too); the unique beginning of one of these names, ignoring
+    /// case. A model that both the store and the hub have is taken from the store.
     ///
     /// # Errors
-    /// If it means nothing or several things, or a place cannot be read.
+    /// If there is no such model, or several, or a place cannot be read.
     pub fn resolve(&self, name: &str) -> Result<Resolved, NameError> {
         if let Some(resolved) = self.path(name)? {
             return Ok(resolved);
@@ -184,7 +185,7 @@ impl Places<'_> {
             let name = model.signed.manifest.name;
             stored.names.push((name, model.fingerprint));
         }
-        // Those that are damaged have to be found for somebody to see why, and yield to others.
+        // Damaged models are found, too, so that their error is shown; intact ones take precedence.
         for model in contents.damaged {
             stored.fingerprints.push(model.fingerprint);
             let mut names = model.names;

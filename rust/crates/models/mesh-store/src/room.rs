@@ -60,7 +60,7 @@ impl GcReport {
     }
 }
 
-/// Blobs and other files of no model are kept for so long: somebody may be about to store the manifest.
+/// Minimum age of files without a model before their removal: a manifest for them may be about to be stored.
 const LEFTOVER_AGE: Duration = Duration::from_secs(24 * 3600);
 
 /// Partial files of no model: a download that broke off may be taken up again.
@@ -140,8 +140,8 @@ impl Store {
         self.remove_model(fingerprint, manifest, &survey.uses)
     }
 
-    /// Removes what nobody needs any more: what crashes left behind, then models until the store has at most `limit` bytes (by
-    /// default its own limit), those first that were not used for the longest time. With `dry_run` it only tells.
+    /// Removes leftovers of crashes, then models until the store has at most `limit` bytes (by default its
+    /// own limit), the least recently used first. With `dry_run` nothing is removed.
     ///
     /// # Errors
     /// If the store cannot be listed, or the disk fails.

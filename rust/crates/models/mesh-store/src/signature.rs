@@ -235,7 +235,7 @@ impl PublicKey {
             })
     }
 
-    /// Writes it to a new file that everybody can read.
+    /// Writes the key to a new file that everyone can read.
     ///
     /// # Errors
     /// If the file exists or cannot be written.
@@ -299,7 +299,8 @@ impl SignedManifest {
         serde_json::to_vec(self).expect("numbers, texts and lists are JSON")
     }
 
-    /// Reads that form, from anybody. The signatures are not checked; a [`Policy`] does that.
+    /// Parses the output of [`SignedManifest::to_bytes`]; the bytes may come from anywhere. The signatures
+    /// are not checked; a [`Policy`] does that.
     ///
     /// # Errors
     /// If it is malformed in any way.

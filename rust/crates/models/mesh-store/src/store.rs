@@ -108,7 +108,7 @@ pub struct Pin {
     _file: File,
 }
 
-/// Somebody stores files, see [`Store::work`].
+/// A mark of work in progress; see [`Store::work`].
 #[derive(Debug)]
 pub struct Work {
     /// Locked.
@@ -234,7 +234,7 @@ impl Store {
     }
 
     /// Begins or continues a file of `bytes` bytes, of which `wanted` are needed. Makes room for them: see
-    /// [`Store::admit`]. A model that is fetched should be pinned before, so that it does not make room for itself.
+    /// [`Store::admit`]. Pin a model before fetching it, so that it is not evicted for its own files.
     ///
     /// # Errors
     /// If there is no room, another process writes the same file, or the disk fails.
@@ -266,7 +266,7 @@ impl Store {
         Ok(digest)
     }
 
-    /// What is here of a file of the model `fingerprint`, in the store or, for a model that was found outside of it
+    /// The ranges of a model's file that are present: in the store or, for a model outside it
     /// ([`Store::adopt`]), there.
     pub fn presence(&self, fingerprint: &Digest, file: &ManifestFile) -> Presence {
         let is_whole = |path: &Path| {
@@ -339,7 +339,7 @@ impl Store {
         let _lock = self.lock()?;
         let mut merged = SignedManifest::unsigned(signed.manifest.clone());
         let known = match self.read_signatures(&fingerprint) {
-            // They are of no use to anybody.
+            // Damaged signatures have no use.
             Err(error @ StoreError::Damaged { .. }) => {
                 tracing::warn!(%error, "signatures are lost");
                 let path = self.signatures_path(&fingerprint);

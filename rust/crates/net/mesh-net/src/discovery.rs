@@ -1,7 +1,7 @@
-//! Nodes find each other on the LAN by multicast DNS (RFC 6762, RFC 6763), service `_hydramesh._udp`.
+//! Discovery of nodes on the LAN by multicast DNS (RFC 6762, RFC 6763), service `_hydramesh._udp`.
 //!
-//! Only names, addresses and ports are learned this way, from anybody who cares to send them. Trust stays with TLS: whoever is
-//! found has to show a certificate of the mesh like everybody else.
+//! Discovery yields names, addresses and ports, from any sender. Trust stays with TLS: a node that was found
+//! must show a certificate of the mesh like any other.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -299,7 +299,7 @@ const LATER_WARNINGS: Duration = Duration::from_secs(3600);
 const SERVICE: &str = "_hydramesh._udp.local.";
 /// Of the node's id in its label, which may have 63 bytes.
 const LABEL_DIGITS: usize = 24;
-/// More would be somebody's mischief.
+/// Maximum number of nodes to remember; more would be an attack.
 const MOST_FOUND: usize = 1024;
 const MOST_ADDRESSES: usize = 8;
 const MOST_PROPERTY: usize = 128;

@@ -1,8 +1,9 @@
 //! Payloads too large for one datagram, as Chunk messages.
 //!
-//! A Chunk's payload is total u16, index u16, the MD5 of the whole payload (16 bytes: a checksum, no security), then up to
-//! [`MAX_DATA`] bytes. All Chunks of a payload have the sequence of the message they stand for. What kind of message that
-//! is follows from the direction: a Task toward a head, a Result toward a client.
+//! A Chunk's payload is total u16, index u16, the MD5 of the whole payload (16 bytes, a checksum without
+//! security), then up to [`MAX_DATA`] bytes. All Chunks of a payload have the sequence of the message they
+//! stand for. The direction determines the type of that message: a Task toward a head, a Result toward a
+//! client.
 
 mod reassembler;
 

@@ -10,11 +10,13 @@ pub const DEFAULT_MAX_PAYLOAD: usize = 64 << 20;
 
 /// Frames messages on a byte stream, for `tokio_util::codec::{FramedRead, FramedWrite}` and for plain buffers.
 ///
-/// Unlike a datagram, a stream lets unknown types of the internal range (0x10–0x7F) through: their length is as sound as
-/// any other's, and a receiver that ignores them can talk to a newer sender. An unassigned type outside of it means that
-/// this is no DCF stream, or that the two sides lost step, and is an error.
+/// Unlike a datagram, a stream lets unknown types of the internal range (0x10–0x7F) through: their length is
+/// as sound as any other's, and a receiver that ignores them can talk to a newer sender. An unassigned type
+/// outside that range means that the bytes are not a DCF stream, or that the two sides lost step, and is an
+/// error.
 ///
-/// An error is final. The decoder leaves the bytes where they are and repeats it, so nobody can go on by mistake.
+/// Errors are final. The decoder leaves the bytes where they are and repeats the error, so callers cannot
+/// continue by mistake.
 #[derive(Clone, Copy, Debug)]
 pub struct StreamCodec {
     max_payload: usize,

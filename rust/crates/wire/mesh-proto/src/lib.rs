@@ -1,7 +1,7 @@
 //! Protobuf bodies of the mesh's internal DCF messages.
 //!
 //! Field numbers are never reused; unknown fields are ignored, so that heads and workers of neighbouring versions talk.
-//! Which DCF type carries which body is listed in docs/reference/protocol.md.
+//! docs/reference/protocol.md lists the body of each DCF type.
 
 use prost::Message;
 

@@ -1,5 +1,5 @@
-//! One model over several machines: what heads and workers say about rings, and what the members of a ring say to each
-//! other. docs/reference/protocol.md, "Rings", tells the story; field numbers are never reused.
+//! Messages of rings: between head and workers, and between the members of a ring. See
+//! docs/reference/protocol.md, "Rings"; field numbers are never reused.
 //!
 //! A *ring* is one deployment of one model: stages `0..n`, each a contiguous range of layers on one worker, perhaps with a
 //! standby that holds the same layers. The worker of the last stage is the ring's *driver*: it schedules the steps, samples,
@@ -180,8 +180,8 @@ pub struct RingStage {
     /// The standby of this stage, with the same layers and a copy of its KV rows, if there is one.
     #[prost(message, optional, tag = "4")]
     pub standby: Option<Seat>,
-    /// Weight format, whoever holds it: `file`, `int8` or `int4`, as the first member offered. Another one would give other
-    /// tokens after a failover. Empty is the holder's own choice.
+    /// Weight format of all holders: `file`, `int8` or `int4`, as the first member offered. A different
+    /// format would give different tokens after a failover. If empty, each holder chooses its own.
     #[prost(string, tag = "5")]
     pub format: String,
 }

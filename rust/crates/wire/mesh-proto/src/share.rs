@@ -1,8 +1,8 @@
-//! The models of a mesh: what workers say to the head about those that they hold and seek, and how one gets a model's pieces
-//! from another. docs/reference/protocol.md, "Models", tells the story; field numbers are never reused.
+//! Messages about the models of a mesh: the reports of workers to the head, and the exchange of pieces
+//! between workers. See docs/reference/protocol.md, "Models"; field numbers are never reused.
 //!
-//! A model is named by its *fingerprint*, the SHA-256 of its manifest. Its *pieces* are those of all its files in the manifest's
-//! order, numbered from 0.
+//! A model is identified by its *fingerprint*, the SHA-256 of its manifest. Its *pieces* are those of all its
+//! files in the manifest's order, numbered from 0.
 
 use bytes::Bytes;
 use prost::Message;

@@ -1,7 +1,7 @@
-//! The bytes of requests that are not complete, and whose are given up when there are too many. Nothing here reads or waits.
+//! The memory of incomplete requests, and the choice of the one to give up. Nothing here reads or waits.
 //!
-//! Whoever sends a request gets room for it. When all is taken, the source that holds the most loses its oldest request, so what stays
-//! unfinished makes room for what is finished soon.
+//! A new request always gets room. When all is taken, the source that holds the most loses its oldest
+//! request, so that slow requests make room for those that are finished soon.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;

@@ -1,4 +1,5 @@
-//! Keeps web pages away from a service that its user's browser can reach, and lets in those that are named.
+//! Rejects requests of web pages that reach the service through its user's browser, except pages of named
+//! origins.
 //!
 //! A browser sends what a page tells it to. Three things give a page away that it cannot change: the name in
 //! `Host`, under which it was made to look like ours (DNS rebinding); its `Origin`; and a content type that
@@ -98,8 +99,8 @@ impl Guard {
         }
     }
 
-    /// For what only tells of itself. Beyond loopback it tells everybody, under whatever name they know it; on loopback a foreign name
-    /// is a page's.
+    /// A guard for a service that publishes information only. Beyond loopback any name is accepted; on
+    /// loopback a foreign name is taken for that of a web page.
     pub fn of_listener(address: IpAddr, names: &[String]) -> Self {
         if address.is_loopback() {
             Self::of_names(names)
@@ -137,7 +138,7 @@ impl Guard {
     }
 
     fn check(&self, method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<(), Refused> {
-        // Paths that only report health are for everybody: balancers ask under names of their own.
+        // Paths that only report health accept any name: load balancers use names of their own.
         let is_health = matches!(uri.path(), "/health" | "/ready");
         if !is_health {
             self.check_host(uri, headers)?;

@@ -1,6 +1,7 @@
-//! Connections, bodies and answers that a [`Table`](super::table::Table) is told about, and that end when the other side does nothing.
+//! Connections, bodies and answers that report to a [`Table`](super::table::Table) and end if the peer is
+//! inactive.
 //!
-//! On HTTP/1 that is the end of the connection, on HTTP/2 that of a stream.
+//! On HTTP/1 the connection ends, on HTTP/2 the stream.
 
 use std::error::Error;
 use std::fmt;

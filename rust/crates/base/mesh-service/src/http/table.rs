@@ -1,8 +1,9 @@
 //! The open connections, and the choice of the one to close when there are too many. Times go in, decisions
 //! come out.
 //!
-//! A connection that is answered is never taken from its client. One that only waits may be: the one that has waited longest, of the
-//! source that has the most of them. So neither silence nor a flood from one place keeps others out.
+//! A connection with an answer under way is never closed. Of the idle ones, the one that has waited longest
+//! is closed, of the source that has the most. So neither silence nor a flood from one source keeps others
+//! out.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -148,7 +149,7 @@ impl Table {
         }
     }
 
-    /// The system has no room for another connection: one that waits has to go.
+    /// The system has no room for another connection; returns an idle one to close.
     pub(super) fn exhausted(&mut self) -> Option<Id> {
         let most = self.most_waiting_source();
         let evicted = self.longest_waiting(|entry| Some(entry.source) == most)?;

@@ -1,4 +1,4 @@
-//! Files in the making: brought to disk now and then, checked and made blobs of in the end.
+//! Partial files of a download: flushed to disk at intervals, finally checked and made blobs.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

@@ -1,4 +1,4 @@
-//! Models that the store knows, and how it comes to know them.
+//! Models that the store knows already, and recording new ones.
 
 use std::path::PathBuf;
 

@@ -1,4 +1,4 @@
-//! Every tensor of the network, against the shape that the metadata gives.
+//! Checks of the network's tensors against the shapes that the metadata gives.
 
 use super::{Architecture, ConfigError, ModelConfig};
 use crate::checkpoint::Checkpoint;

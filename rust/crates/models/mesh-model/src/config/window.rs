@@ -27,8 +27,8 @@ impl SlidingWindow {
         self.layers.get(layer as usize).copied().unwrap_or(false)
     }
 
-    /// `attention.sliding_window` and its pattern, a period or a flag for each layer. Where there is none, Gemma 3 has its own,
-    /// and other families have the window in all layers (Mistral).
+    /// Reads `attention.sliding_window` and its pattern, a period or a flag for each layer. Without a
+    /// pattern, Gemma 3 has its own, and other families have the window in all layers (Mistral).
     pub(super) fn from_keys(
         keys: &Keys<'_>,
         layers: u32,

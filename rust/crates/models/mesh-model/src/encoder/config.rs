@@ -314,7 +314,8 @@ impl Sentences {
         Ok(sentences)
     }
 
-    /// The text that the prompt called `name` puts in front; without a name the default one, which may be none.
+    /// The text of the prompt called `name`, or of the default prompt without a name; empty if there is no
+    /// default.
     ///
     /// # Errors
     /// If there is no prompt of that name.

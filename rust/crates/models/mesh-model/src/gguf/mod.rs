@@ -24,7 +24,7 @@ use parse::{Cursor, Index};
 /// An open GGUF file: its metadata and its tensors.
 ///
 /// Cheap to open: the header, the keys and the tensor list are read, the tensors' data stays in the file until touched.
-/// See [`Tensors::check_unchanged`] for what happens if somebody writes to the file meanwhile.
+/// See [`Tensors::check_unchanged`] for the effect of writes to the file meanwhile.
 #[derive(Debug)]
 pub struct Gguf {
     /// The file's bytes before its tensors; empty where the whole file is in memory.

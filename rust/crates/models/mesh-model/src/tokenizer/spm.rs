@@ -1,7 +1,8 @@
 //! SentencePiece's BPE, the `llama` tokenizer model of GGUF files.
 //!
-//! Spaces become "▁"; then of all neighbours whose joined text is a token, the pair with the highest score is joined, the
-//! leftmost of equals, until none is left. Characters that are no token fall to their bytes.
+//! Spaces become "▁". Then, of all neighbours whose joined text is a token, the pair with the highest score
+//! is joined, the leftmost of equals, as long as there are any. Characters without tokens are encoded as
+//! bytes.
 //!
 //! This is not the `tokenizers` crate's BPE: that merges by pairs of tokens with one rank each, and the tables have neither.
 

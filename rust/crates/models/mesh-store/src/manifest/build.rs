@@ -1,4 +1,4 @@
-//! Manifests of files that are here.
+//! Making manifests of local files.
 
 use std::collections::VecDeque;
 use std::fs::{File, Metadata};
@@ -28,7 +28,7 @@ pub enum BuildError {
     /// A model file is broken.
     #[error(transparent)]
     Layout(#[from] LayoutError),
-    /// Somebody wrote to a file meanwhile.
+    /// A file changed while it was read.
     #[error("{} changed while it was read: wait until it is written, and try again", path.display())]
     Changed {
         /// The file.
@@ -120,11 +120,12 @@ impl Manifest {
     }
 }
 
-/// The files in the folder `root` that make up a model: weights (`.safetensors`, `.gguf`) and what describes them (`.json`,
-/// `.jinja`, `.txt`, `.model`), also one folder below, as sentence-transformers has it. Sorted, relative to `root`.
+/// The files in the folder `root` that make up a model: weights (`.safetensors`, `.gguf`) and descriptions
+/// (`.json`, `.jinja`, `.txt`, `.model`), also one folder below, as sentence-transformers has them. Sorted,
+/// relative to `root`.
 ///
 /// # Errors
-/// If the folder cannot be listed, or there are no weights in it.
+/// If the folder cannot be listed or has no weights.
 pub fn model_files(root: &Path) -> Result<Vec<PathBuf>, BuildError> {
     let mut files = Vec::new();
     let mut folders = vec![(PathBuf::new(), 0)];

@@ -1,4 +1,4 @@
-//! Reading manifests that others wrote.
+//! Parsing and checking untrusted manifests.
 
 use std::collections::HashSet;
 
@@ -97,7 +97,7 @@ const MAX_PATH: usize = 512;
 const MAX_TENSOR_NAME: usize = 512;
 
 impl Manifest {
-    /// Reads the canonical form, from anybody.
+    /// Parses the canonical form; the bytes may come from anywhere.
     ///
     /// # Errors
     /// If it is anything but the canonical form of a manifest whose files, pieces and tensors agree with each other.

@@ -1,4 +1,4 @@
-//! Files against their manifest.
+//! Checks of files against their manifest.
 
 use std::io;
 use std::num::NonZero;
@@ -55,10 +55,10 @@ fn piece_message(path: &str, piece: u32, offset: u64, bytes: u32) -> String {
 }
 
 impl ManifestFile {
-    /// Checks bytes that somebody sent as piece `piece` of this file.
+    /// Checks received bytes against piece `piece` of this file.
     ///
     /// # Errors
-    /// If they are not.
+    /// If they do not match.
     pub fn check_piece(&self, piece: u32, bytes: &[u8]) -> Result<(), VerifyError> {
         match self.pieces.get(piece as usize) {
             Some(wanted) if wanted.is(bytes) => Ok(()),

@@ -1,4 +1,4 @@
-//! Names that may have been meant.
+//! Suggestions of similar names.
 
 use strsim::osa_distance;
 

@@ -1,4 +1,4 @@
-//! The side that dials.
+//! The dialling side of links.
 
 use std::net::SocketAddr;
 use std::sync::Arc;

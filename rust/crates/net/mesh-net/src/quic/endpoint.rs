@@ -1,4 +1,4 @@
-//! The UDP socket under an endpoint, which also listens to what ICMP says about peers.
+//! The UDP socket under an endpoint, which also receives ICMP errors about peers.
 //!
 //! quinn's socket does not ask for ICMP errors and its driver would stop at one. This wrapper asks for them, keeps them
 //! from quinn, and lets the links to the address in question find out whether their peer is still there.

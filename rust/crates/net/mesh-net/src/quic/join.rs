@@ -75,13 +75,13 @@ pub async fn join(
     Ok(identity)
 }
 
-/// The identity in the state directory; joins first when there is none that can be used, or when the token is for another mesh
-/// than the identity's. A token that was used for this very directory is not needed again. Whether a certificate still holds
-/// is for the head to say: see [`join_again`].
+/// The identity in the state directory. Joins first if there is no usable one, or if the token is for another
+/// mesh than the identity's. A token that was used for this directory is not needed again. The head decides
+/// whether a certificate is still valid: see [`join_again`].
 ///
 /// # Errors
-/// Files that are not whole are replaced by a join alone: without a token, or with one that the head refuses, the error names
-/// them.
+/// Incomplete files are replaced by a join only: without a token, or with one that the head refuses, the
+/// error names them.
 pub async fn load_or_join(
     head: &[SocketAddr],
     token: Option<&JoinToken>,

@@ -1,4 +1,4 @@
-//! The side that accepts.
+//! The accepting side of links.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -389,7 +389,7 @@ mod tests {
         (dir, authority, listener.expect("listener"))
     }
 
-    /// A connection to the head by somebody who knows its root and has no certificate.
+    /// A connection to the head by a peer that knows its root and has no certificate.
     async fn dial_without_certificate(
         authority: &Authority,
         listener: &Listener,

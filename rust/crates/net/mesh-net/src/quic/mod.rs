@@ -13,12 +13,12 @@
 //! TLS is 1.3 only, with X25519MLKEM768 preferred; X25519 alone is there for peers without ML-KEM. New connections
 //! from unverified addresses are answered with a Retry packet, which is smaller than what they sent.
 //!
-//! Connections that are not links yet have little time, a small window, one stream and a bounded [room](rooms) for each kind. Peers that
-//! take their time lose their place to those that do not.
+//! Connections that are not links yet have little time, a small window, one stream and a bounded
+//! [room](rooms) for each kind. Slow peers lose their place to faster ones.
 //!
-//! A peer that vanishes is noticed in three ways: a process that ends closes its links; one that was killed leaves a
-//! closed port, whose ICMP answers end the link once the peer is asked for a sign of life and stays silent; a machine that is gone is silent for
-//! [`LinkConfig::idle_timeout`].
+//! There are three ways to notice that a peer vanished. A process that ends closes its links. One that was
+//! killed leaves a closed port, whose ICMP answers end the link once the peer does not answer a probe. A
+//! machine that is gone is silent for [`LinkConfig::idle_timeout`].
 
 mod connector;
 mod endpoint;
@@ -52,8 +52,8 @@ use quinn::{AckFrequencyConfig, Connection, IdleTimeout, TransportConfig, VarInt
 pub struct LinkConfig {
     /// Silence after which a side probes the peer.
     pub keep_alive: Duration,
-    /// Silence after which a link is over. Links are expensive to lose: it is long enough for a process that is stopped for
-    /// a while or waits for a processor. Whoever has to know sooner asks.
+    /// Silence after which a link ends. Links are expensive to lose, so it is long enough for a process that
+    /// is stopped for a while or waits for a processor. Use [`Link::answers`] to find out sooner.
     pub idle_timeout: Duration,
     /// Time limit for connecting and admission.
     pub handshake_timeout: Duration,

@@ -1,8 +1,8 @@
-//! The bandwidth of a link: a train of Probes on a stream of its own, and how fast it came.
+//! The bandwidth of a link, from the arrival rate of a train of Probes on a stream of its own.
 //!
 //! A path's congestion window starts small and grows by every acknowledgement, so only the later half of the train counts.
-//! Whoever receives it may have been asleep and find all of it in a buffer, which looks like a path without limits; whoever
-//! sends it knows when the answer came, and believes no more than a few times what that says.
+//! A receiver that was asleep finds the whole train in a buffer, which looks like a path without limits. So
+//! the sender bounds the reported bandwidth by the time until the answer.
 
 use std::time::{Duration, Instant};
 
@@ -135,7 +135,7 @@ fn believed(probed: &Probed, sent: u64, took: Duration) -> Option<f64> {
     if probed.bytes == 0 {
         return None;
     }
-    // All of it was sent and answered within that time, so the path is no slower.
+    // All bytes were sent and answered within that time, so the path is at least as fast.
     let least = sent as f64 / took.as_secs_f64().max(1e-6);
     let told = probed.bytes as f64 / (probed.microseconds.max(1) as f64 / 1e6);
     Some(told.clamp(least, FASTER * least))

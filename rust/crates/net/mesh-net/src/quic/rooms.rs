@@ -1,7 +1,7 @@
-//! Room for connections that are not links yet. Each kind of them has its own, so that none can take another's.
+//! Places for connections that are not links yet. Each kind has its own, so that no kind can take another's.
 //!
-//! A newcomer always gets in, and whoever has waited longest of the source that has the most is given up for it
-//! ([`mesh_base::places`]). Honest peers are here for a few round trips; what stays for longer is what goes.
+//! A newcomer always gets a place. If there is no free one, the source with the most places loses its oldest
+//! ([`mesh_base::places`]). Honest peers need a few round trips; longer ones are evicted.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -51,10 +51,11 @@ impl Rooms {
         }
     }
 
-    /// True if the source may begin a handshake now: each takes a millisecond of the processor. Whoever is told nothing tries again.
+    /// True if the source may begin a handshake now. Each takes a millisecond of processor time; refused
+    /// peers try again.
     pub(super) fn may_begin(&self, source: IpAddr, now: Instant) -> bool {
         let share = if self.is_known(source) { 4.0 } else { 1.0 };
-        // Whoever is on this machine has its processor anyway.
+        // A peer on this machine shares its processor anyway.
         source.is_loopback() || lock(&self.pace).take(source, share, now)
     }
 

@@ -145,8 +145,8 @@ pub const DUPLICATE_IDENTITY: ErrorCode = ErrorCode(0x54);
 /// The node was expelled from the mesh.
 pub const EXPELLED: ErrorCode = ErrorCode(0x55);
 
-/// Today's policy: whoever brings an unused token of this mesh is a worker, and stays one until it is expelled. The names
-/// that it gives are unique.
+/// The default policy: a node with an unused token of this mesh becomes a worker, and remains one until it is
+/// expelled. Names of workers are unique.
 #[derive(Debug)]
 pub struct Authority {
     root: MeshRoot,

@@ -46,10 +46,10 @@ struct Kept {
 }
 
 impl DenyList {
-    /// Reads the list in a state directory; without a file nobody is expelled.
+    /// Reads the list in a state directory; without a file the list is empty.
     ///
     /// # Errors
-    /// If the file cannot be read. It is not replaced: that would let everybody in again.
+    /// If the file cannot be read. It is not replaced: that would readmit all expelled nodes.
     pub fn open(dir: &Path) -> Result<Self, TrustError> {
         let path = dir.join(names::EXPELLED);
         let nodes = match files::read(&path)? {

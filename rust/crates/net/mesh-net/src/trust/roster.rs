@@ -1,4 +1,5 @@
-//! The nodes that have joined a mesh: which names are taken, and who can be expelled while it is not connected.
+//! The nodes that have joined a mesh: names in use, and nodes that can be expelled while they are not
+//! connected.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -103,8 +104,8 @@ impl Roster {
         other.map(|(id, _)| id)
     }
 
-    /// Notes that this node is a member with this certificate. A roster that cannot be written is told of: the mesh works
-    /// without.
+    /// Records that this node is a member with this certificate. If the roster cannot be written, a warning
+    /// is logged: the mesh works without it.
     pub(super) fn note(&mut self, member: &Member, now: SystemTime) {
         let until = unix_seconds(member.not_after);
         let known = self.members.get(&member.node_id);

@@ -1,4 +1,4 @@
-//! The text a person carries from the head to a new node.
+//! The text form of a join token, which a person carries from the head to a new node.
 
 use std::fmt;
 use std::str::FromStr;
@@ -13,9 +13,9 @@ use super::sha256;
 
 /// A one-time join token: which mesh, which token, and the secret that proves it.
 ///
-/// Its text is `hydra1.` and the base64url of 60 bytes: SHA-256 of the root's certificate (32), token id (8), secret
-/// (16), and the first four bytes of the SHA-256 of all that, so that a slip in copying is told apart from a token that
-/// the head does not know.
+/// Its text is `hydra1.` and the base64url of 60 bytes: SHA-256 of the root's certificate (32), token id (8),
+/// secret (16), and the first four bytes of the SHA-256 of these, to distinguish copying errors from tokens
+/// that the head does not know.
 #[derive(Clone, PartialEq, Eq)]
 pub struct JoinToken {
     root_sha256: [u8; 32],

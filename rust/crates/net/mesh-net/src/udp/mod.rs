@@ -127,7 +127,7 @@ impl BatchSocket {
         loop {
             let buffers = batch.storage.chunks_exact_mut(BUFFER);
             match datagrams::recv(self.io.as_fd(), buffers, &mut batch.received) {
-                // Somebody's port was closed when we sent to it; that says nothing about this call.
+                // An earlier datagram met a closed port; that says nothing about this call.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => continue,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 result => result?,

@@ -1,4 +1,4 @@
-//! Puts Chunks together again, within bounds.
+//! Reassembly of Chunks within memory and time limits.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -38,13 +38,13 @@ impl Default for Limits {
 
 /// Collects Chunks of many messages at once, each named by a key (usually source address and sequence).
 ///
-/// Memory follows what has arrived, never what a Chunk announces. When a limit is reached, the payload that has gone
-/// longest without a new Chunk makes room: what still moves is worth more than what has stalled. With
-/// [`Reassembler::by_source`] it is one of the source that holds the most bytes, and no source holds more than its share,
-/// so that one sender of endless Chunks disturbs only itself.
+/// Memory follows the data that has arrived, never what a Chunk announces. When a limit is reached, the
+/// payload that has gone longest without a new Chunk is evicted. With [`Reassembler::by_source`] the victim
+/// is a payload of the source that holds the most bytes, and no source holds more than its share, so that a
+/// sender of endless Chunks disturbs only itself.
 ///
-/// A Chunk that comes after its payload was completed begins a new one, which then times out; whoever needs to tell
-/// repeats apart does so by the key.
+/// A Chunk that arrives after its payload was completed begins a new payload, which then times out. Callers
+/// that need to detect repeats do so by the key.
 #[derive(Debug)]
 pub struct Reassembler<K> {
     limits: Limits,
