@@ -72,9 +72,9 @@ pub fn create_private_dir(dir: &Path) -> io::Result<()> {
 /// The users that may read a file with a secret.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Readers {
-    /// Its owner alone: files that we write ourselves.
+    /// The owner only: files that the program writes itself.
     Owner,
-    /// Its owner and a group: files that an operator or systemd hands over.
+    /// The owner and a group: files from an operator or systemd.
     Group,
 }
 

@@ -56,7 +56,7 @@ impl ByteSpans {
         Some(Self(spans))
     }
 
-    /// As they are sent.
+    /// The spans in wire form: one length for each byte value.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0[..]
     }

@@ -38,9 +38,9 @@ pub trait Service: 'static {
     const ABOUT: &'static str;
     /// The keys of the configuration that [`Running`] applies while the service runs, besides `log_level`.
     const LIVE_KEYS: &'static [&'static str];
-    /// Its configuration, with the keys `state_dir`, `drain_limit` and `log_level`.
+    /// Configuration type, with the keys `state_dir`, `drain_limit` and `log_level`.
     type Config: Clone + Default + Serialize + DeserializeOwned + Send + 'static;
-    /// Its flags, besides [`CommonArgs`].
+    /// Flags besides [`CommonArgs`].
     type Flags: clap::Args + Clone + Send + 'static;
     /// Subcommands besides `health`; [`Infallible`](std::convert::Infallible) without any.
     type Command: clap::Subcommand;

@@ -54,7 +54,7 @@ pub enum HubError {
          HF_TOKEN_FILE) to a token that may read it; tokens are made at {tokens_url}"
     )]
     NotFoundWithoutToken {
-        /// The repository.
+        /// Name of the repository.
         repo: String,
         /// URL of the repository's page.
         url: String,
@@ -67,7 +67,7 @@ pub enum HubError {
          read at {tokens_url}"
     )]
     NotFound {
-        /// The repository.
+        /// Name of the repository.
         repo: String,
         /// Origin of the token.
         token: String,
@@ -92,7 +92,7 @@ pub enum HubError {
          HF_TOKEN_FILE) to a token with read access, made at {tokens_url}"
     )]
     GatedWithoutToken {
-        /// The repository.
+        /// Name of the repository.
         repo: String,
         /// URL of the page with the licence.
         url: String,
@@ -106,7 +106,7 @@ pub enum HubError {
          read public gated repositories, at {tokens_url})"
     )]
     LicenceNotAccepted {
-        /// The repository.
+        /// Name of the repository.
         repo: String,
         /// Origin of the token.
         token: String,
@@ -134,7 +134,7 @@ pub enum HubError {
         "{repo} has no revision {revision:?}; its branches, tags and commits are listed at {url}"
     )]
     NoRevision {
-        /// The repository.
+        /// Name of the repository.
         repo: String,
         /// Revision that was requested.
         revision: String,
@@ -144,7 +144,7 @@ pub enum HubError {
     /// The repository has no such file.
     #[error("{repo} has no file {path:?} at revision {revision}; its files are listed at {url}")]
     NoFile {
-        /// The repository.
+        /// Name of the repository.
         repo: String,
         /// Commit of the repository.
         revision: String,
@@ -199,9 +199,9 @@ pub enum HubError {
         "{path} of {repo} is another file than it was when the fetch began ({reason}); run the command again"
     )]
     Changed {
-        /// The repository.
+        /// Name of the repository.
         repo: String,
-        /// The file.
+        /// Path of the file within the model or repository.
         path: String,
         /// Property that differs.
         reason: String,
@@ -211,9 +211,9 @@ pub enum HubError {
         "{path} of {repo} arrived damaged: its {kind} is {found}, {wanted} was expected; what was fetched of it is thrown away, run the command again"
     )]
     Damaged {
-        /// The repository.
+        /// Name of the repository.
         repo: String,
-        /// The file.
+        /// Path of the file within the model or repository.
         path: String,
         /// Kind of the digest.
         kind: &'static str,
@@ -225,7 +225,7 @@ pub enum HubError {
     /// No files of the repository fit the request.
     #[error("{repo}: {reason}")]
     Choice {
-        /// The repository.
+        /// Name of the repository.
         repo: String,
         /// Files that exist, and names to use instead.
         reason: String,
@@ -233,9 +233,9 @@ pub enum HubError {
     /// A model file with an invalid header.
     #[error("{path} of {repo}: {reason}")]
     Header {
-        /// The repository.
+        /// Name of the repository.
         repo: String,
-        /// The file.
+        /// Path of the file within the model or repository.
         path: String,
         /// Description of the fault.
         reason: String,
@@ -251,7 +251,7 @@ pub enum HubError {
     /// A file in the cache of other programs cannot be read.
     #[error("cannot read {}: {source}; remove it from the hub's cache to have it fetched", path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Error from the operating system.
         source: std::io::Error,

@@ -19,7 +19,7 @@ pub struct Repo {
 pub struct RepoFile {
     /// Relative to the repository, with `/` between the parts; it does not lead out of it.
     pub path: String,
-    /// Its length; see [`Hub::complete`] for hubs that do not list it.
+    /// Length in bytes; see [`Hub::complete`] for hubs that do not list it.
     pub bytes: Option<u64>,
     /// SHA-256, which the hub knows of large files.
     pub sha256: Option<Digest>,

@@ -71,7 +71,7 @@ pub struct Rendered {
 /// A conversation that was made ready for a template, and what [`ChatTemplate::unguarded`] needs to know behind it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Guarded {
-    /// With broken names of control tokens.
+    /// The request with broken names of control tokens.
     pub request: RenderRequest,
     /// The character that breaks them.
     pub mark: Option<char>,
@@ -92,7 +92,7 @@ pub enum ChatError {
         "the chat template has {bytes} bytes, over the limit of {limit}: the model file is damaged"
     )]
     TooLong {
-        /// Its length.
+        /// Length of the template in bytes.
         bytes: usize,
         /// The most that is accepted.
         limit: usize,
@@ -114,7 +114,7 @@ pub enum ChatError {
     /// The last message cannot be continued.
     #[error("the last message cannot be continued: {reason}")]
     NotContinued {
-        /// The reason.
+        /// Description of the obstacle.
         reason: &'static str,
     },
     /// The template ran for too long.
@@ -214,7 +214,7 @@ impl ChatTemplate {
         template
     }
 
-    /// One that refuses everything, and why.
+    /// A template that refuses all conversations, with the reason.
     fn broken(source: &str, problem: &str) -> Self {
         ChatTemplate {
             parsed: Arc::new(OnceLock::from(Err(problem.into()))),
@@ -245,7 +245,7 @@ impl ChatTemplate {
         })
     }
 
-    /// The same with a clock that stands still, `seconds` after 1970 began.
+    /// The same template with a fixed clock, `seconds` after the Unix epoch.
     #[must_use]
     pub fn at(mut self, seconds: u64) -> Self {
         self.clock = Some(seconds);

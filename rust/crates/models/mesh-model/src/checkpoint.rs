@@ -64,7 +64,7 @@ pub trait Checkpoint {
         })
     }
 
-    /// A truth value.
+    /// A boolean; `None` if the key is missing.
     fn bool(&self, key: &str) -> Result<Option<bool>, GgufError> {
         typed(self.metadata(key), key, "a bool", |value| match value {
             Value::Bool(v) => Some(v),
@@ -92,7 +92,7 @@ pub trait Checkpoint {
             .ok_or_else(|| GgufError::MissingKey { key: key.into() })
     }
 
-    /// An array.
+    /// An array; `None` if the key is missing.
     fn array(&self, key: &str) -> Result<Option<Array<'_>>, GgufError> {
         typed(self.metadata(key), key, "an array", |value| match value {
             Value::Array(v) => Some(v),

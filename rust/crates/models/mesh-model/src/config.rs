@@ -127,9 +127,9 @@ pub enum ConfigError {
     /// A number that no network has.
     #[error("metadata {key:?} is {value}: {reason}")]
     Value {
-        /// The key.
+        /// Name of the key.
         key: String,
-        /// The value.
+        /// Value of the key.
         value: String,
         /// Rule that the value breaks.
         reason: String,
@@ -140,7 +140,7 @@ pub enum ConfigError {
          convert the model again"
     )]
     Shape {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
         /// Dimensions in the file.
         found: Vec<u64>,
@@ -152,15 +152,15 @@ pub enum ConfigError {
         "tensor {tensor:?} has no place in a {architecture} network: this variant of it is not supported"
     )]
     UnexpectedTensor {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
-        /// The family.
+        /// Name of the family.
         architecture: &'static str,
     },
     /// A feature that the engines do not have.
     #[error("the model needs {feature}, which is not supported: choose another model")]
     Unsupported {
-        /// The feature.
+        /// Description of the feature.
         feature: String,
     },
 }

@@ -37,7 +37,7 @@ pub struct EncoderModel {
     begin: Vec<u32>,
     end: Vec<u32>,
     tensors: Safetensors,
-    /// Of the small files.
+    /// Digest of the small files.
     digest: String,
 }
 

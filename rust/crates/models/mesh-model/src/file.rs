@@ -13,18 +13,18 @@ use std::time::SystemTime;
 /// Reasons why a file could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
-    /// It could not be opened.
+    /// The file could not be opened.
     #[error("cannot open model file {}: {source}", path.display())]
     Open {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// The system's error.
+        /// Error from the operating system.
         source: io::Error,
     },
     /// A folder, a socket, a device.
     #[error("{} is not a regular file: give the path of a model file", path.display())]
     NotAFile {
-        /// The path.
+        /// Path that the error is about.
         path: PathBuf,
     },
     /// The disk, the file system or a file server failed, or the file was cut short.
@@ -33,13 +33,13 @@ pub enum FileError {
          then fetch it again", path.display()
     )]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// The offset of the first byte.
         at: u64,
         /// Number of bytes that were asked for.
         len: u64,
-        /// The system's error.
+        /// Error from the operating system.
         source: io::Error,
     },
     /// The file was written to or replaced since it was opened.
@@ -48,7 +48,7 @@ pub enum FileError {
         path.display()
     )]
     Changed {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
     },
 }
@@ -138,7 +138,7 @@ impl ModelFile {
         }
     }
 
-    /// Its length when it was opened.
+    /// Length of the file at opening.
     pub(crate) fn len(&self) -> u64 {
         match self {
             ModelFile::File { stamp, .. } => stamp.len,

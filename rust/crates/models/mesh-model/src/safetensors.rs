@@ -38,13 +38,14 @@ pub struct Safetensors {
 /// A tensor and its bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct TensorView<'a> {
-    /// Its name in the file.
+    /// Name of the tensor in the file.
     pub name: &'a str,
     /// Type of its elements.
     pub dtype: Dtype,
-    /// Its dimensions in the order of the file: the last one is contiguous. A weight matrix is `[outputs, inputs]`.
+    /// Dimensions in the order of the file: the last one is contiguous. A weight matrix is `[outputs,
+    /// inputs]`.
     pub shape: &'a [u64],
-    /// Its elements, unread: little-endian, without padding.
+    /// Elements, not read yet: little-endian, without padding.
     pub data: Data<'a>,
     /// Position of its first byte in the file.
     pub offset: u64,

@@ -28,7 +28,7 @@ pub enum BadPieceSet {
     TooLong {
         /// Length of the encoded set.
         bytes: usize,
-        /// The model's pieces.
+        /// Number of pieces of the model.
         pieces: u32,
     },
     /// The set contains a piece that the model does not have.
@@ -36,7 +36,7 @@ pub enum BadPieceSet {
     Beyond {
         /// Index of the piece.
         piece: u32,
-        /// The model's pieces.
+        /// Number of pieces of the model.
         pieces: u32,
     },
 }
@@ -179,7 +179,7 @@ impl PieceSet {
         }
     }
 
-    /// As it is sent.
+    /// Encodes the set as a message.
     pub fn to_proto(&self) -> Pieces {
         let all = self.is_all();
         let bits = if all { Vec::new() } else { self.to_bytes() };

@@ -114,21 +114,21 @@ pub enum Kind {
 pub enum Action<S> {
     /// Ask this source for this piece.
     Ask {
-        /// The source.
+        /// Source that the action concerns.
         source: S,
         /// Number of the piece.
         piece: u32,
     },
     /// Cancel the request for this piece.
     Withdraw {
-        /// The source.
+        /// Source that the action concerns.
         source: S,
         /// Number of the piece.
         piece: u32,
     },
     /// Stop using this source.
     Drop {
-        /// The source.
+        /// Source that the action concerns.
         source: S,
         /// Reason for dropping it.
         reason: DropReason,
@@ -174,7 +174,7 @@ pub struct Progress {
 pub struct Swarm<S: Ord + Clone> {
     settings: Settings,
     pieces: BTreeMap<u32, Piece<S>>,
-    /// Those that are not here yet.
+    /// Pieces that are not here yet.
     open: BTreeSet<u32>,
     sources: BTreeMap<S, Source>,
     /// Sources that sent a bad piece.
@@ -236,7 +236,7 @@ impl<S: Ord + Clone> Swarm<S> {
         swarm
     }
 
-    /// Its limits and times.
+    /// Limits and timeouts of the swarm.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
@@ -451,7 +451,7 @@ impl<S: Ord + Clone> Swarm<S> {
         }
     }
 
-    /// One request for each source that has room, in turn, so that pieces are spread over those that have them.
+    /// Makes one request to each source that has room, in turn, so that the load is spread over the sources.
     fn ask(&mut self, now: Instant) {
         let names: Vec<S> = self.sources.keys().cloned().collect();
         let mut in_flight = self.in_flight();

@@ -33,9 +33,9 @@ pub enum StoreError {
     /// Bytes that do not lie in their file.
     #[error("bytes {offset} to {end} do not lie in a file of {bytes} bytes")]
     Outside {
-        /// Position.
+        /// Position of the first byte.
         offset: u64,
-        /// Position of the end.
+        /// Position one past the last byte.
         end: u64,
         /// Length of the file.
         bytes: u64,
@@ -75,31 +75,31 @@ pub enum StoreError {
         "the store has no model {fingerprint}; `hydramesh models list` shows those that it has"
     )]
     NoModel {
-        /// The fingerprint.
+        /// Fingerprint of the model.
         fingerprint: Digest,
     },
     /// A model that a process has loaded.
     #[error("{name} is loaded by a process, and stays until that has ended")]
     Pinned {
-        /// The model.
+        /// Name of the model.
         name: String,
     },
     /// A folder of something else.
     #[error("{} is no store of models; name an empty folder, or one that `hydramesh models pull` or a worker made", path.display())]
     NoStore {
-        /// The folder.
+        /// Path of the folder.
         path: PathBuf,
     },
     /// A folder of the store that belongs to another user.
     #[error("{} belongs to another user, who may have put anything there: remove it, or keep the store elsewhere", path.display())]
     Foreign {
-        /// The folder.
+        /// Path of the folder.
         path: PathBuf,
     },
     /// A manifest or signatures in the store are no longer as written.
     #[error("{} is damaged: {reason}", path.display())]
     Damaged {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Description of the damage.
         reason: String,
@@ -119,7 +119,7 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// For `map_err`.
+    /// Returns a function for `map_err`.
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| StoreError::Io {
@@ -129,7 +129,7 @@ impl StoreError {
         }
     }
 
-    /// For `map_err`.
+    /// Returns a function for `map_err`.
     pub(crate) fn damaged<E: std::error::Error>(path: &Path) -> impl FnOnce(E) -> Self {
         let path = path.to_owned();
         move |error| StoreError::Damaged {

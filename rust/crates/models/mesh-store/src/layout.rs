@@ -22,14 +22,14 @@ pub struct Layout {
     pub bytes: u64,
     /// Bytes before the first tensor; for a file without tensors its length.
     pub header: u64,
-    /// Its tensors, ascending by offset; they do not overlap.
+    /// Tensors, ascending by offset, without overlap.
     pub tensors: Vec<TensorPlace>,
 }
 
 /// Name, offset and length of a tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorPlace {
-    /// Its name in the file.
+    /// Name of the tensor in the file.
     pub name: String,
     /// Position in the file.
     pub offset: u64,
@@ -57,7 +57,7 @@ pub enum LayoutError {
     /// The file could not be read.
     #[error("cannot read {}: {source}", path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Error from the operating system.
         source: io::Error,
@@ -65,7 +65,7 @@ pub enum LayoutError {
     /// A broken GGUF file.
     #[error("{}: {source}", path.display())]
     Gguf {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Error of the GGUF file.
         source: GgufError,
@@ -73,7 +73,7 @@ pub enum LayoutError {
     /// A broken safetensors file.
     #[error("{}: {source}", path.display())]
     Safetensors {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Error of the safetensors file.
         source: SafetensorsError,

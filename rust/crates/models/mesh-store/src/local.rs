@@ -61,7 +61,7 @@ pub enum LocalError {
     /// A folder could not be listed.
     #[error("cannot list the model folder {}: {source}", path.display())]
     List {
-        /// The folder.
+        /// Path of the folder.
         path: PathBuf,
         /// Error from the operating system.
         source: io::Error,

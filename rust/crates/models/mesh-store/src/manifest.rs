@@ -38,7 +38,7 @@ pub struct Manifest {
     pub version: u32,
     /// Name that users call the model by.
     pub name: String,
-    /// Its files; no two have the same path.
+    /// Files of the model; no two have the same path.
     pub files: Vec<ManifestFile>,
 }
 

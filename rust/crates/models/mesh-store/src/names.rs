@@ -38,9 +38,9 @@ pub enum Target {
     Local(LocalModel),
     /// A model in the store; not all of it needs to be there.
     Stored {
-        /// Its name.
+        /// Name in the store.
         name: String,
-        /// Its fingerprint.
+        /// Fingerprint of the model.
         fingerprint: Digest,
     },
     /// A model that is not here, but the hub may have it.
@@ -64,19 +64,19 @@ pub enum NameError {
         /// Short names that look like it.
         close: Vec<String>,
     },
-    /// It looks like a path, and nothing is there.
+    /// The name looks like a path, but no file exists there.
     #[error("there is no file or folder {name:?}")]
     NoFile {
-        /// The path.
+        /// Path that was given as the name.
         name: String,
     },
     /// There is something, but no model.
     #[error("{} is no model: neither a .gguf or .safetensors file, nor a folder with config.json and .safetensors files", path.display())]
     NoModel {
-        /// The path.
+        /// Path that the error is about.
         path: PathBuf,
     },
-    /// It may mean several models.
+    /// The name could refer to several models.
     #[error("model {name:?} is ambiguous: it may be any of {}; give more of the name, or a path", candidates.join(", "))]
     Ambiguous {
         /// The name.

@@ -71,7 +71,7 @@ pub struct PartialFile {
     bytes: u64,
     wanted: u64,
     state: Mutex<State>,
-    /// One at a time writes the have-map.
+    /// Held while the have-map is written.
     flushing: Mutex<()>,
 }
 

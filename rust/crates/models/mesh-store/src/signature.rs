@@ -40,7 +40,7 @@ pub enum SignatureError {
     KeyFile {
         /// The operation that failed.
         action: &'static str,
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Error from the operating system.
         source: std::io::Error,
@@ -48,15 +48,15 @@ pub enum SignatureError {
     /// A secret that others can read.
     #[error("the key {} can be read by others (mode {mode:o}): `chmod 600` it, or make a new one if it may have been seen", path.display())]
     KeyExposed {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its mode.
+        /// Mode of the file.
         mode: u32,
     },
     /// The file does not hold a key of this kind.
     #[error("{} holds no ML-DSA-65 {kind} key in PEM: {reason}; `hydramesh models key` makes one", path.display())]
     NotAKey {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// `private` or `public`.
         kind: &'static str,
@@ -74,9 +74,9 @@ pub enum SignatureError {
     Bad {
         /// Name of the model.
         model: String,
-        /// Its fingerprint.
+        /// Fingerprint of the model.
         fingerprint: Digest,
-        /// The key's id.
+        /// Id of the key.
         key: Digest,
     },
     /// No signature where one is required.
@@ -84,7 +84,7 @@ pub enum SignatureError {
     Unsigned {
         /// Name of the model.
         model: String,
-        /// Its fingerprint.
+        /// Fingerprint of the model.
         fingerprint: Digest,
         /// The keys that would do.
         trusted: String,
@@ -139,7 +139,7 @@ pub struct Policy {
 pub enum Verdict {
     /// Signed by this trusted key.
     Signed {
-        /// The key's id.
+        /// Id of the key.
         key: Digest,
     },
     /// Signed, but not by a trusted key.
@@ -294,7 +294,7 @@ impl SignedManifest {
         self.signatures.push(signature);
     }
 
-    /// Its form for the network: the manifest's canonical form and the signatures, as JSON without spaces.
+    /// Encodes it for the network: the manifest's canonical form and the signatures, as JSON without spaces.
     pub fn to_bytes(&self) -> Vec<u8> {
         serde_json::to_vec(self).expect("numbers, texts and lists are JSON")
     }

@@ -667,7 +667,7 @@ const FOLDERS: [&str; 7] = [
     "tmp",
 ];
 
-/// Those that tell it from other folders. Ollama's has the first two as well.
+/// Folders that identify a store. Ollama's folder has the first two as well.
 const MARKS: [&str; 3] = ["blobs", "manifests", "pins"];
 
 /// Longest files of these kinds that are read.

@@ -297,7 +297,7 @@ const FIRST_WARNING: Duration = Duration::from_secs(10);
 const LATER_WARNINGS: Duration = Duration::from_secs(3600);
 
 const SERVICE: &str = "_hydramesh._udp.local.";
-/// Of the node's id in its label, which may have 63 bytes.
+/// Digits of the node's id in its DNS label, which may have 63 bytes.
 const LABEL_DIGITS: usize = 24;
 /// Maximum number of nodes to remember; more would be an attack.
 const MOST_FOUND: usize = 1024;

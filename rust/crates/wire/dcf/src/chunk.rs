@@ -166,7 +166,7 @@ pub enum ChunkError {
     TooLarge {
         /// Bytes seen or announced so far.
         len: usize,
-        /// The limit.
+        /// Maximum that is accepted.
         limit: usize,
     },
     /// The receiver has no memory for it now.

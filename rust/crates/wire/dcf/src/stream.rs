@@ -118,11 +118,11 @@ pub enum StreamError {
         "a DCF message of type {kind:#04x} has {len} bytes of payload, the limit is {limit}; the stream is closed"
     )]
     TooLarge {
-        /// Its type.
+        /// Type of the message.
         kind: u8,
-        /// Its payload, bytes.
+        /// Payload length in bytes.
         len: usize,
-        /// The limit, bytes.
+        /// Maximum payload length in bytes.
         limit: usize,
     },
     /// Not a DCF stream.

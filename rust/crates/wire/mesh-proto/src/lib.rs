@@ -521,7 +521,7 @@ pub struct Embed {
 /// One text to embed.
 #[derive(Clone, PartialEq, Message)]
 pub struct EmbedInput {
-    /// As text or as tokens.
+    /// The text itself or its tokens.
     #[prost(oneof = "EmbedText", tags = "1, 2")]
     pub text: Option<EmbedText>,
 }
@@ -585,7 +585,7 @@ pub struct JoinResponse {
 /// Asks for a fresh certificate before the old one ends (DCF 0x32), on an authenticated link; answered by 0x31.
 #[derive(Clone, PartialEq, Message)]
 pub struct RenewRequest {
-    /// PKCS#10 request, DER.
+    /// PKCS#10 request for the same key, DER.
     #[prost(bytes = "vec", tag = "1")]
     pub csr: Vec<u8>,
 }

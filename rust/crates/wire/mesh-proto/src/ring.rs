@@ -492,7 +492,7 @@ pub struct RingResend {
     /// Maximum rows of one step.
     #[prost(uint32, tag = "6")]
     pub chunk: u32,
-    /// As in [`RingStep::through`].
+    /// Stages that take the rows in, as in [`RingStep::through`].
     #[prost(uint32, tag = "8")]
     pub through: u32,
 }

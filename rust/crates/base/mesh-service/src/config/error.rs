@@ -13,7 +13,7 @@ pub enum ConfigError {
     /// The file cannot be read.
     #[error("cannot read configuration file {}: {source}", path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Error from the operating system.
         source: std::io::Error,
@@ -21,7 +21,7 @@ pub enum ConfigError {
     /// The file is not TOML.
     #[error("{} is not valid TOML: {reason}", path.display())]
     Syntax {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Position and reason, from the TOML parser.
         reason: String,
@@ -51,7 +51,7 @@ pub enum ConfigError {
     /// An argument of `--set` without `=`.
     #[error("--set takes KEY=VALUE, got `{assignment}`")]
     Assignment {
-        /// The argument.
+        /// Text of the argument.
         assignment: String,
     },
     /// An environment variable that is not UTF-8.

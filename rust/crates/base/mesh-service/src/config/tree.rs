@@ -20,7 +20,7 @@ pub enum Origin {
     File {
         /// Path of the file.
         path: Arc<PathBuf>,
-        /// Line, from 1.
+        /// Line number, from 1.
         line: usize,
     },
     /// An environment variable, by name.
@@ -58,7 +58,7 @@ pub(super) enum Kind {
     Text(String),
 }
 
-/// All layers, merged.
+/// The merged layers of a configuration.
 #[derive(Clone, Debug)]
 pub(super) struct Tree {
     pub(super) root: Node,
@@ -119,7 +119,7 @@ impl Tree {
         Ok(())
     }
 
-    /// Removes a key.
+    /// Removes a key and returns its node.
     pub(super) fn take(&mut self, key: &str) -> Option<Node> {
         let (parents, name) = key.rsplit_once('.').unwrap_or(("", key));
         self.node(parents)?.table()?.remove(name)

@@ -37,7 +37,7 @@ pub struct Guard {
     hosts: Option<HashSet<String>>,
     /// Pages of other origins.
     origins: HashSet<String>,
-    /// All pages.
+    /// Pages of all origins may send requests.
     any_origin: bool,
     /// Decides if names count at the moment.
     names_count: NamesCount,

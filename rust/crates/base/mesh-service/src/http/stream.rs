@@ -24,7 +24,7 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use super::Shared;
 use super::table::Id;
 
-/// A client's connection.
+/// A client's connection that reports to the table.
 pub(super) struct Watched<S> {
     stream: S,
     shared: Shared,
@@ -180,7 +180,7 @@ pub(super) struct Incoming {
     timer: Pin<Box<Sleep>>,
     over: bool,
     source: IpAddr,
-    /// Its place among the unfinished requests, once anything has come.
+    /// Place among the unfinished requests, once a byte has arrived.
     place: Option<Place>,
 }
 
@@ -364,7 +364,7 @@ impl Offer {
 }
 
 tokio::task_local! {
-    /// That of the stream whose task this is.
+    /// The offer of the stream that this task serves.
     static OFFER: Arc<Offer>;
 }
 

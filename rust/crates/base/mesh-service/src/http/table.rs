@@ -86,7 +86,7 @@ enum Wait {
     Head,
     /// The next request.
     Next,
-    /// The same on a connection that carries many at once, where single bytes mean nothing.
+    /// The next request on a connection with concurrent streams, where single bytes are not progress.
     Streams,
 }
 

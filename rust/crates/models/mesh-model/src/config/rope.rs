@@ -110,7 +110,7 @@ impl Rope {
         }
     }
 
-    /// For each pair, how far it is from slow (0) to fast (1); the blend of YaRN (<https://arxiv.org/abs/2309.00071>).
+    /// YaRN's blend of each pair, from slow (0) to fast (1) (<https://arxiv.org/abs/2309.00071>).
     fn yarn_ramp(&self) -> impl Fn(usize) -> f64 {
         let (mut low, mut high) = (0.0, 0.0);
         if let RopeScaling::Yarn {

@@ -15,7 +15,7 @@ pub struct SlidingWindow {
 }
 
 impl SlidingWindow {
-    /// Of `period` layers all have the window but the last; all layers for 0.
+    /// Flags of layers: all have the window, except every `period`th; for 0, all have it.
     pub fn all_but_every(period: u32, layers: u32) -> Vec<bool> {
         (1..=layers)
             .map(|number| period == 0 || !number.is_multiple_of(period))

@@ -11,13 +11,13 @@ pub enum EncoderError {
     /// A required file is missing.
     #[error("{} is missing: an embedding model is a folder with config.json, tokenizer.json and model.safetensors", path.display())]
     MissingFile {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
     },
     /// A file could not be read.
     #[error("cannot read {}: {source}", path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Error from the operating system.
         source: std::io::Error,
@@ -25,9 +25,9 @@ pub enum EncoderError {
     /// A file is larger than any of its kind.
     #[error("{} has {bytes} bytes, more than the limit of {limit}: it is damaged or something else", path.display())]
     TooLarge {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its length.
+        /// Length of the file in bytes.
         bytes: u64,
         /// The most that is read.
         limit: u64,
@@ -35,7 +35,7 @@ pub enum EncoderError {
     /// A file is not the JSON it should be.
     #[error("{file} cannot be read: {message}")]
     Json {
-        /// The file.
+        /// Name of the file.
         file: &'static str,
         /// Error from the parser.
         message: String,
@@ -43,9 +43,9 @@ pub enum EncoderError {
     /// A number of the configuration outside its limits.
     #[error("{file} says {key} = {value}; {need}")]
     Value {
-        /// The file.
+        /// Name of the file.
         file: &'static str,
-        /// The key.
+        /// Name of the key.
         key: &'static str,
         /// Value in the file.
         value: u64,
@@ -55,7 +55,7 @@ pub enum EncoderError {
     /// A feature that is not implemented.
     #[error("the model has {what}, which is not supported: {remedy}")]
     Unsupported {
-        /// The feature.
+        /// Description of the feature.
         what: String,
         /// Alternative for the user.
         remedy: &'static str,
@@ -72,15 +72,15 @@ pub enum EncoderError {
     /// A text that is too long to tokenise.
     #[error("the text has {bytes} bytes, more than the limit of {limit}: cut it into parts")]
     TextTooLong {
-        /// Its length.
+        /// Length of the text in bytes.
         bytes: usize,
-        /// The limit.
+        /// Maximum that is accepted.
         limit: usize,
     },
     /// A token id that does not exist.
     #[error("token id {token} is outside the vocabulary of {vocab}")]
     NoSuchToken {
-        /// The id.
+        /// Token id that was given.
         token: u32,
         /// Size of the vocabulary.
         vocab: usize,
@@ -90,7 +90,7 @@ pub enum EncoderError {
     NoSuchPrompt {
         /// The name asked for.
         name: String,
-        /// Those there are.
+        /// Names of the model's prompts.
         known: Vec<String>,
     },
 }

@@ -12,7 +12,7 @@ pub enum GgufError {
     /// The magic number is missing.
     #[error("not a GGUF file: it begins with {found:02x?} instead of \"GGUF\"")]
     NotGguf {
-        /// The first bytes.
+        /// First bytes of the file.
         found: Vec<u8>,
     },
     /// A version that this crate does not read.
@@ -69,27 +69,27 @@ pub enum GgufError {
         "metadata {key:?} has the unknown type {ty}: the file is damaged or newer than this program"
     )]
     ValueType {
-        /// The key.
+        /// Name of the key.
         key: String,
-        /// The type's number.
+        /// Number of the type in the file.
         ty: u32,
     },
     /// An array that contains arrays.
     #[error("metadata {key:?} is an array of arrays, which no model needs: the file is malformed")]
     NestedArray {
-        /// The key.
+        /// Name of the key.
         key: String,
     },
     /// A key that the caller needs is absent.
     #[error("metadata {key:?} is missing: the file is incomplete, convert the model again")]
     MissingKey {
-        /// The key.
+        /// Name of the key.
         key: String,
     },
     /// A key has a value of the wrong type.
     #[error("metadata {key:?} is {found}, but {wanted} is needed: convert the model again")]
     WrongType {
-        /// The key.
+        /// Name of the key.
         key: String,
         /// The type that was needed.
         wanted: &'static str,
@@ -102,9 +102,9 @@ pub enum GgufError {
          BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K"
     )]
     TensorType {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
-        /// The type's number.
+        /// Number of the type in the file.
         ty: u32,
         /// The type's name, where known.
         name: &'static str,
@@ -112,7 +112,7 @@ pub enum GgufError {
     /// A tensor whose dimensions make no sense.
     #[error("tensor {tensor:?} has dimensions {dims:?}: {reason}")]
     TensorShape {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
         /// Dimensions in the file.
         dims: Vec<u64>,
@@ -124,11 +124,11 @@ pub enum GgufError {
         "tensor {tensor:?} begins at offset {offset}, which is not a multiple of the alignment {alignment}"
     )]
     Misaligned {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
-        /// Its offset in the data section.
+        /// Offset of the tensor in the data section.
         offset: u64,
-        /// The file's alignment.
+        /// Alignment of the file in bytes.
         alignment: u64,
     },
     /// An alignment that is not a power of two, or out of range.
@@ -140,15 +140,15 @@ pub enum GgufError {
     /// Two tensors share bytes.
     #[error("tensors {first:?} and {second:?} overlap: the file is malformed")]
     Overlap {
-        /// The one that begins first.
+        /// Name of the tensor that begins first.
         first: String,
-        /// The other.
+        /// Name of the tensor that begins second.
         second: String,
     },
     /// A tensor that the caller needs is absent.
     #[error("tensor {tensor:?} is missing: the file is incomplete or for another architecture")]
     MissingTensor {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
     },
     /// Input and output of a dequantisation do not fit each other.
@@ -156,11 +156,11 @@ pub enum GgufError {
     Dequantize {
         /// The type.
         ty: super::GgmlType,
-        /// Bytes given.
+        /// Number of bytes given.
         bytes: usize,
         /// Whole blocks they make.
         blocks: usize,
-        /// Elements asked for.
+        /// Number of elements requested.
         elements: usize,
     },
     /// Far more bytes than the tensors take.

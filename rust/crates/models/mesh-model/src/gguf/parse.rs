@@ -32,7 +32,7 @@ type Positions = HashMap<Box<str>, usize>;
 /// Positions of a file's metadata values and data section.
 #[derive(Debug)]
 pub(super) struct Index {
-    /// In the order of the file.
+    /// Keys in the order of the file.
     pub(super) keys: Vec<KeyEntry>,
     pub(super) key_by_name: Positions,
     /// Byte position behind the keys and the tensor list.
@@ -260,7 +260,7 @@ fn check_limit(what: &str, value: u64, limit: u64) -> Result<(), GgufError> {
 /// A position in a byte slice, with the name of what is being read for the error.
 pub(super) struct Cursor<'a> {
     bytes: &'a [u8],
-    /// Of the file that the bytes begin.
+    /// Length of the whole file, of which the bytes are the beginning.
     length: u64,
     pos: usize,
     what: String,

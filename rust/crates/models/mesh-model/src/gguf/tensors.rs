@@ -10,13 +10,13 @@ use crate::file::{Data, ModelFile};
 /// A tensor and its bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct Tensor<'a> {
-    /// Its name in GGUF files.
+    /// Name of the tensor in GGUF files.
     pub name: &'a str,
     /// Type of its elements.
     pub ty: GgmlType,
-    /// Its dimensions in GGUF order: `dims[0]` is the contiguous one. A weight matrix is `[inputs, outputs]`.
+    /// Dimensions in GGUF order: `dims[0]` is the contiguous one. A weight matrix is `[inputs, outputs]`.
     pub dims: &'a [u64],
-    /// Its bytes, unread: `dims[1] * dims[2] * …` rows, each of `dims[0]` elements in whole blocks.
+    /// Bytes, not read yet: `dims[1] * dims[2] * …` rows, each of `dims[0]` elements in whole blocks.
     pub data: Data<'a>,
 }
 
@@ -26,7 +26,7 @@ pub struct Tensor<'a> {
 #[derive(Debug)]
 pub struct Tensors {
     files: Vec<ModelFile>,
-    /// In the order of the files.
+    /// Tensors in the order of the files.
     entries: Vec<Entry>,
     by_name: HashMap<Box<str>, usize>,
 }

@@ -23,7 +23,7 @@ pub enum ValueType {
 }
 
 impl ValueType {
-    /// In the order of their numbers in a file.
+    /// All types in the order of their numbers in a file.
     const ALL: [ValueType; 13] = {
         use ValueType::*;
         [

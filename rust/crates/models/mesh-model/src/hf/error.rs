@@ -12,7 +12,7 @@ pub enum HfError {
     /// A required file is missing.
     #[error("{} is missing: {remedy}", path.display())]
     Missing {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Remedy for the user.
         remedy: &'static str,
@@ -20,7 +20,7 @@ pub enum HfError {
     /// A file could not be read.
     #[error("cannot read {}: {source}", path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Error from the operating system.
         source: std::io::Error,
@@ -28,7 +28,7 @@ pub enum HfError {
     /// Something else than a file.
     #[error("{} is not a regular file", path.display())]
     NotAFile {
-        /// The path.
+        /// Path that the error is about.
         path: PathBuf,
     },
     /// A file larger than any real one; it was not read.
@@ -36,9 +36,9 @@ pub enum HfError {
         "{} has {bytes} bytes, over the limit of {limit}: it is damaged or not meant to be read", path.display()
     )]
     TooLarge {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its length.
+        /// Length of the file in bytes.
         bytes: u64,
         /// The most that is accepted.
         limit: u64,
@@ -48,7 +48,7 @@ pub enum HfError {
         "{} is a link to {}, which is outside the model's folder: put the file itself there", path.display(), target.display()
     )]
     Outside {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Target of the link.
         target: PathBuf,
@@ -64,7 +64,7 @@ pub enum HfError {
     /// JSON that does not parse, or lacks what is needed.
     #[error("{file} is malformed: {message}")]
     Json {
-        /// The file.
+        /// Name of the file.
         file: String,
         /// Error from the parser, with its position.
         message: String,
@@ -72,11 +72,11 @@ pub enum HfError {
     /// A value that no network has.
     #[error("{file}: {key:?} is {value}: {reason}")]
     Value {
-        /// The file.
+        /// Name of the file.
         file: &'static str,
-        /// The key.
+        /// Name of the key.
         key: String,
-        /// The value.
+        /// Value of the key.
         value: String,
         /// Rule that the value breaks.
         reason: String,
@@ -93,13 +93,13 @@ pub enum HfError {
     /// A feature that the engines do not have.
     #[error("the model needs {feature}, which is not supported: choose another model")]
     Unsupported {
-        /// The feature.
+        /// Description of the feature.
         feature: String,
     },
     /// A file of weights.
     #[error("{}: {source}", path.display())]
     Weights {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Error of the file.
         #[source]
@@ -108,15 +108,15 @@ pub enum HfError {
     /// A tensor of a type that the engines cannot compute with.
     #[error("tensor {tensor:?} has type {dtype}: only F32, F16 and BF16 are supported")]
     TensorType {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
-        /// Its type.
+        /// Element type of the tensor.
         dtype: Dtype,
     },
     /// A tensor without elements.
     #[error("tensor {tensor:?} has no elements: the file is damaged")]
     Empty {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
     },
     /// The index and the files contradict each other.
@@ -124,7 +124,7 @@ pub enum HfError {
         "model.safetensors.index.json says that tensor {tensor:?} is in {expected:?}, but it is {found}: fetch the model again"
     )]
     Index {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
         /// The file in the index.
         expected: String,

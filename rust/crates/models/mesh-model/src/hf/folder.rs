@@ -40,7 +40,7 @@ const BLOBS_ABOVE: usize = 3;
 #[derive(Debug)]
 pub struct Folder {
     root: PathBuf,
-    /// Without links.
+    /// Path of the folder with links resolved.
     canonical: PathBuf,
     /// The one file of weights that was asked for.
     only: Option<PathBuf>,
@@ -149,14 +149,14 @@ impl Folder {
         Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
-    /// `config.json`.
+    /// Reads `config.json`.
     pub(super) fn config(&self) -> Result<Vec<u8>, HfError> {
         let missing =
             "a model in Hugging Face's form has one beside its weights; fetch the whole folder";
         self.require(CONFIG, missing)
     }
 
-    /// `tokenizer.json`.
+    /// Reads `tokenizer.json`.
     pub(crate) fn tokenizer(&self) -> Result<Vec<u8>, HfError> {
         self.require(
             TOKENIZER,
@@ -171,7 +171,7 @@ impl Folder {
         })
     }
 
-    /// One of the files of JSON or text; `None` if it is not there.
+    /// Reads a JSON or text file; `None` if it does not exist.
     pub(crate) fn read(&self, name: &str) -> Result<Option<Vec<u8>>, HfError> {
         let limit = OTHERS
             .iter()

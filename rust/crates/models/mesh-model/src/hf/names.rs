@@ -39,7 +39,7 @@ const PREFIXES: [&str; 4] = [
     "",
 ];
 
-/// Of models that also see: the half that is not used.
+/// Prefixes of tensors outside the text part of multimodal models; these are not used.
 const NOT_TEXT: [&str; 4] = [
     "vision_tower.",
     "model.vision_tower.",

@@ -43,7 +43,7 @@ pub enum SafetensorsError {
     /// A shape whose product overflows or that has too many dimensions.
     #[error("tensor {tensor:?} has shape {shape:?}: {reason}")]
     Shape {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
         /// Shape in the file.
         shape: Vec<u64>,
@@ -56,29 +56,29 @@ pub enum SafetensorsError {
          hold {found}: the file contradicts itself"
     )]
     Size {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
-        /// Its type.
+        /// Element type of the tensor.
         dtype: Dtype,
-        /// Its shape.
+        /// Shape of the tensor.
         shape: Vec<u64>,
         /// Bytes that type and shape take.
         wanted: u64,
         /// First byte in the data section.
         begin: u64,
-        /// One past the last.
+        /// One past the last byte in the data section.
         end: u64,
-        /// Bytes between.
+        /// Number of bytes in the range.
         found: u64,
     },
     /// A range that ends before it begins.
     #[error("tensor {tensor:?} has data_offsets {begin}..{end}, which end before they begin")]
     Backwards {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
         /// First byte in the data section.
         begin: u64,
-        /// One past the last.
+        /// One past the last byte in the data section.
         end: u64,
     },
     /// A range beyond the end of the file.
@@ -87,11 +87,11 @@ pub enum SafetensorsError {
          short, fetch it again"
     )]
     OutsideFile {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
         /// First byte in the data section.
         begin: u64,
-        /// One past the last.
+        /// One past the last byte in the data section.
         end: u64,
         /// Length of the data section.
         data: u64,
@@ -102,9 +102,9 @@ pub enum SafetensorsError {
          anew with the safetensors library"
     )]
     Misaligned {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
-        /// Its type.
+        /// Element type of the tensor.
         dtype: Dtype,
         /// First byte in the data section.
         begin: u64,
@@ -114,9 +114,9 @@ pub enum SafetensorsError {
     /// Two tensors share bytes.
     #[error("tensors {first:?} and {second:?} overlap: the file is malformed")]
     Overlap {
-        /// The one that begins first.
+        /// Name of the tensor that begins first.
         first: String,
-        /// The other.
+        /// Name of the tensor that begins second.
         second: String,
     },
     /// Bytes that belong to no tensor.
@@ -132,9 +132,9 @@ pub enum SafetensorsError {
     /// A tensor that does not hold floats where floats are needed.
     #[error("tensor {tensor:?} has type {dtype}: F32, F16 or BF16 is needed")]
     NotFloats {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
-        /// Its type.
+        /// Element type of the tensor.
         dtype: Dtype,
     },
 }

@@ -65,7 +65,7 @@ impl fmt::Display for Dtype {
 /// Everything before the tensors' bytes.
 #[derive(Debug)]
 pub(super) struct Header {
-    /// In the order of their data, which they cover without gap or overlap.
+    /// Tensors in the order of their data, which they cover without gap or overlap.
     pub(super) entries: Vec<Entry>,
     pub(super) metadata: Vec<(String, String)>,
     /// Position of the data section in the file.
@@ -105,7 +105,7 @@ pub(super) fn parse(bytes: &[u8], file: u64) -> Result<Header, SafetensorsError>
     })
 }
 
-/// As much of a file as its header takes.
+/// Reads the header of a file, without its tensors.
 pub(super) fn read(file: &ModelFile) -> Result<Vec<u8>, SafetensorsError> {
     let mut head = Vec::new();
     file.lengthen(&mut head, file.len().min(LENGTH_SIZE as u64) as usize)?;

@@ -12,7 +12,7 @@ pub struct Planned {
     pub name: String,
     /// Type of its elements.
     pub dtype: Dtype,
-    /// Its dimensions, the contiguous one last.
+    /// Dimensions of the tensor, the contiguous one last.
     pub shape: Vec<u64>,
 }
 

@@ -31,7 +31,7 @@ pub(super) struct Hf {
     pre: Vec<PreTokenizer>,
     model: BPE,
     long: LongWords,
-    /// Of the text behind the normalizers; `None` where it may lose bytes.
+    /// Spans of normalized text; `None` if tokenizing may lose bytes.
     spans: Option<ByteSpans>,
 }
 

@@ -22,7 +22,7 @@ pub(super) struct Unknown {
 #[derive(Debug)]
 pub(super) struct LongWords {
     characters: HashMap<char, u32>,
-    /// Tokens like `<0x0A>`.
+    /// Ids of the byte tokens such as `<0x0A>`.
     bytes: Box<[Option<u32>; 256]>,
     unknown: Unknown,
     /// Rank and result of each pair.

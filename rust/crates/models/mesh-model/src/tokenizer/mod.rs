@@ -111,7 +111,7 @@ pub enum TokenizerError {
         "the tokenizer uses {what}, which is not supported: choose another model, or a GGUF file of it"
     )]
     Unsupported {
-        /// The part.
+        /// Description of the part.
         what: String,
     },
     /// Tables that contradict each other.

@@ -185,7 +185,7 @@ fn read_types(
     Ok(types)
 }
 
-/// For an array whose elements are of another type than `wanted`.
+/// Error for an array whose elements are of another type than `wanted`.
 pub(super) fn wrong_elements(key: &str, array: Array<'_>, wanted: &str) -> TokenizerError {
     let found = array.element();
     malformed(format!("{key} is an array of {found:?}, not of {wanted}"))

@@ -20,7 +20,7 @@ pub enum BuildError {
     /// A file could not be read.
     #[error("cannot read {}: {source}", path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Error from the operating system.
         source: io::Error,
@@ -31,19 +31,19 @@ pub enum BuildError {
     /// A file changed while it was read.
     #[error("{} changed while it was read: wait until it is written, and try again", path.display())]
     Changed {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
     },
     /// Nothing in a folder is a model.
     #[error("{} holds no model: neither a .gguf nor a .safetensors file is in it", path.display())]
     NoModel {
-        /// The folder.
+        /// Path of the folder.
         path: PathBuf,
     },
     /// A path that cannot stand in a manifest.
     #[error("the path {} cannot stand in a manifest: it is not UTF-8, or leaves the model's folder", path.display())]
     Path {
-        /// The path.
+        /// Path of the file.
         path: PathBuf,
     },
     /// A manifest cannot express these files.

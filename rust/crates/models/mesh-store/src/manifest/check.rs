@@ -26,7 +26,7 @@ pub enum ManifestError {
         "the manifest has version {version}, this program reads {VERSION}: use the same release on all nodes"
     )]
     Version {
-        /// Its version.
+        /// Version in the manifest.
         version: u32,
     },
     /// Valid JSON that differs from the canonical form.
@@ -49,19 +49,19 @@ pub enum ManifestError {
         what: &'static str,
         /// Number of entries.
         count: usize,
-        /// The limit.
+        /// Maximum that is accepted.
         limit: usize,
     },
     /// Two files of one path, or one that would lie within another.
     #[error("the manifest names the file {path:?} twice, or as a folder of another")]
     SamePath {
-        /// The path.
+        /// Path that the error is about.
         path: String,
     },
     /// Pieces that do not cover their file.
     #[error("the manifest's piece {piece} of {path:?} {reason}")]
     Piece {
-        /// The file.
+        /// Path of the file within the model or repository.
         path: String,
         /// Index of the piece.
         piece: usize,
@@ -71,9 +71,9 @@ pub enum ManifestError {
     /// A tensor that is outside its file, or overlaps another one.
     #[error("the manifest's tensor {tensor:?} of {path:?} {reason}")]
     Tensor {
-        /// The file.
+        /// Path of the file within the model or repository.
         path: String,
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
         /// Rule that the tensor breaks.
         reason: &'static str,

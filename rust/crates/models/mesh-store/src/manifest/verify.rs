@@ -14,20 +14,20 @@ use super::{ManifestFile, Piece};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VerifyError {
-    /// It could not be read.
+    /// The file could not be read.
     #[error("cannot read {}: {source}", path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Error from the operating system.
         source: io::Error,
     },
-    /// It has another length.
+    /// The file has another length.
     #[error("{} has {found} bytes, its manifest says {wanted}: it is cut short or another file", path.display())]
     Length {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its length.
+        /// Length of the file in bytes.
         found: u64,
         /// The length in the manifest.
         wanted: u64,
@@ -39,9 +39,9 @@ pub enum VerifyError {
         path: String,
         /// Index of the piece.
         piece: u32,
-        /// Its position.
+        /// Position of the piece in the file.
         offset: u64,
-        /// Its length.
+        /// Length of the piece in bytes.
         bytes: u32,
     },
 }

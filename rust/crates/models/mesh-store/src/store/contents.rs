@@ -131,7 +131,7 @@ impl Store {
     }
 }
 
-/// As much of a manifest as can be hoped for.
+/// The name in a damaged manifest, if it can be read.
 #[derive(serde::Deserialize)]
 struct Said {
     name: String,

@@ -22,7 +22,7 @@ pub enum TrustError {
     /// The contents of a file are invalid.
     #[error("{} is damaged: {reason}; {}", path.display(), remedy(path))]
     Damaged {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Description of the damage.
         reason: String,
@@ -30,7 +30,7 @@ pub enum TrustError {
     /// A file is missing although others of its set exist.
     #[error("{} is missing, while {} is there; {}", path.display(), beside.display(), remedy(path))]
     Missing {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// A file of the set that exists.
         beside: PathBuf,
@@ -38,7 +38,7 @@ pub enum TrustError {
     /// The files are valid but do not belong together.
     #[error("{} does not belong to the files beside it: {reason}; {}", path.display(), remedy(path))]
     MixedUp {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// The mismatch.
         reason: String,
@@ -46,7 +46,7 @@ pub enum TrustError {
     /// The list of expelled nodes is full.
     #[error("{} holds {most} expelled nodes, and takes no more; readmit some that are gone for good (`hydramesh nodes readmit`)", path.display())]
     ListFull {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Maximum number of entries.
         most: usize,
@@ -72,7 +72,7 @@ pub enum TrustError {
     /// The node has not joined.
     #[error("{} holds no certificate: this node has not joined a mesh; give it a token from `hydramesh token create`", dir.display())]
     NoIdentity {
-        /// The state directory.
+        /// Path of the state directory.
         dir: PathBuf,
     },
     /// A certificate that is not for this node, or not of this mesh.

@@ -191,7 +191,7 @@ fn joined_with(tokens: &[TokenRecord], life: Duration) -> BTreeMap<String, Known
 /// Members that are remembered. Beyond, those whose certificates ended first are forgotten.
 const MOST_MEMBERS: usize = 4096;
 
-/// As `root::check_name` has it.
+/// Maximum length of a name, as in `root::check_name`.
 const LONGEST_NAME: usize = 63;
 
 #[cfg(test)]

@@ -121,7 +121,7 @@ impl FromStr for JoinToken {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ParseTokenError {
-    /// Something else entirely.
+    /// The text does not have the prefix of a token.
     #[error(
         "not a join token: it must begin with `{PREFIX}`; make one with `hydramesh token create`"
     )]
@@ -134,9 +134,9 @@ pub enum ParseTokenError {
         "the join token has `{found}` at position {position}, where only letters, digits, - and _ can be; copy it again"
     )]
     Character {
-        /// The character.
+        /// Character that is not allowed.
         found: char,
-        /// Its position in the text, in bytes from 1.
+        /// Position of the character in the text, in bytes from 1.
         position: usize,
     },
     /// Cut off, or with something appended.
