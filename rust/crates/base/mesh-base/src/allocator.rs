@@ -21,6 +21,6 @@ pub fn give_back_freed() {
     }
 }
 
-/// Bytes of a buffer that lies outside of the heaps. glibc's own default, but fixed.
+/// Minimum size in bytes of buffers outside the heaps. This is glibc's default, but fixed.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 const LARGE: libc::c_int = 128 << 10;

@@ -41,8 +41,8 @@ pub struct Received {
     pub truncated: bool,
 }
 
-/// Receives what is there into the first [`BATCH`] of `buffers`, without waiting. `received` then has one
-/// entry for each buffer that was filled, in their order.
+/// Receives waiting datagrams into the first [`BATCH`] of `buffers`, without blocking. `received` then has
+/// one entry for each buffer that was filled, in their order.
 ///
 /// # Errors
 /// [`io::ErrorKind::WouldBlock`] if nothing is there; what the socket says otherwise, such as

@@ -11,8 +11,8 @@ pub const PRIVATE: u32 = 0o600;
 /// Mode of a file that everyone may read.
 pub const PUBLIC: u32 = 0o644;
 
-/// Replaces the file at `path` by one of this mode, whatever the umask. After a crash or a loss of power it
-/// is the old or the new one, never a part; when this returns, the new one is on disk.
+/// Replaces the file at `path` by one of this mode, regardless of the umask. After a crash or a loss of power
+/// the file is the old or the new one, never a part; on return, the new one is on disk.
 ///
 /// # Errors
 /// If the folder of `path` does not exist or cannot be written to, or the disk fails.
@@ -20,9 +20,9 @@ pub fn replace(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
     replace_with(path, None, mode, |file| file.write_all(contents))
 }
 
-/// As [`replace`], with a file that `write` fills. Until then it lies beside `path`, or in `tmp`, a folder on
-/// the same file system. Its name there is one that [`is_temporary`] knows, and it is locked, so that others
-/// can tell it from what a killed process left ([`is_abandoned`]).
+/// Like [`replace`], with a file that `write` fills. Until then it is beside `path`, or in `tmp`, a folder on
+/// the same file system. Its temporary name satisfies [`is_temporary`], and it is locked, to distinguish it
+/// from the files of killed processes ([`is_abandoned`]).
 ///
 /// # Errors
 /// As [`replace`]; those of `write`.
@@ -46,7 +46,7 @@ pub fn replace_with(
     sync_parent(path)
 }
 
-/// Brings to disk what was renamed, created or removed beside `path`, or as `path`.
+/// Syncs the folder of `path` to disk, with the files that were renamed, created or removed in it.
 ///
 /// # Errors
 /// If the folder cannot be opened, or the disk fails.

@@ -7,8 +7,8 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-/// The addresses that peers sent to. Of fixed size: of two peers that share a place the later one is remembered, and the
-/// other is answered as the routing table says.
+/// The local addresses that peers sent to. The table has a fixed size: of two peers with the same place the
+/// later one is remembered, and the other is answered by the routing table.
 #[derive(Debug)]
 pub struct Routes {
     places: Box<[Option<(SocketAddr, IpAddr)>]>,

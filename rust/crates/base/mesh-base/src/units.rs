@@ -68,8 +68,8 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
     parsed.ok_or_else(|| invalid_bytes(text))
 }
 
-/// This many bytes, rounded; `None` for what is negative, or so much that an `f64` no longer tells
-/// neighbouring integers apart.
+/// Rounds a number of bytes; `None` for negative numbers, and for numbers so large that an `f64` cannot
+/// distinguish neighbouring integers.
 pub fn bytes(number: f64) -> Option<u64> {
     let exact = 0.0..=(1u64 << 53) as f64;
     exact.contains(&number).then_some(number.round() as u64)

@@ -8,8 +8,8 @@ use mesh_base::files;
 pub use mesh_base::files::Readers;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// Makes a service's state directory ready at its start: creates it, removes what a process that was killed left in it, and
-/// tells in the log of the files called `secrets`, and of the directory, where others may do more than they should.
+/// Prepares a service's state directory at its start: creates it, removes temporary files of killed
+/// processes, and warns if the mode of the directory or of the files called `secrets` is too open.
 pub fn open_state_dir(dir: &Path, secrets: &[&str]) -> io::Result<()> {
     create_private_dir(dir)?;
     sweep(dir);
@@ -38,7 +38,7 @@ pub fn sweep(dir: &Path) {
     }
 }
 
-/// Creates `dir` and its parents; `dir` itself is for its owner only when it is new.
+/// Creates `dir` and its parents; a new `dir` is accessible to its owner only.
 pub fn create_private_dir(dir: &Path) -> io::Result<()> {
     files::create_private_dir(dir).map_err(|error| named(error, "create directory", dir))
 }

@@ -49,7 +49,8 @@ impl Health {
         *self.lock() = None;
     }
 
-    /// Sets a problem that leaves the service able to serve requests; `/ready` tells it beside its answer.
+    /// Sets a problem that does not keep the service from serving requests; `/ready` reports it with its
+    /// answer.
     pub fn set_note(&self, note: Option<String>) {
         *self.note.lock().unwrap_or_else(PoisonError::into_inner) = note;
     }

@@ -148,7 +148,7 @@ fn classic(text: &str) -> String {
     classic
 }
 
-/// Resident memory of this process in bytes, where the system tells.
+/// Resident memory of this process in bytes; `None` if the system does not report it.
 pub fn resident_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status

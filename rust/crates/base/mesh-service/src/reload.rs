@@ -91,7 +91,7 @@ impl Report {
     }
 }
 
-/// Reloads on every request, without end, and tells systemd and the log.
+/// Reloads on every request, without end, and reports to systemd and the log.
 pub async fn follow(shutdown: Shutdown, mut reload: impl FnMut() -> Report) {
     loop {
         shutdown.reload_asked().await;
@@ -131,7 +131,7 @@ fn differences(old: &toml::Table, new: &toml::Table) -> Vec<String> {
     keys
 }
 
-/// Makes `key` in `to` what it is in `from`.
+/// Copies the value of `key` from `from` to `to`.
 fn copy(key: &str, from: &toml::Table, to: &mut toml::Table) {
     let (name, rest) = key.split_once('.').unwrap_or((key, ""));
     match (from.get(name), to.get_mut(name)) {

@@ -34,7 +34,7 @@ use crate::{ask, files, telemetry};
 pub trait Service: 'static {
     /// The program, `mesh-head`. Without `mesh-` it names the service in files, variables and logs.
     const PROGRAM: &'static str;
-    /// What `--help` says first; `-h` shows its first line.
+    /// Description for `--help`; `-h` shows its first line.
     const ABOUT: &'static str;
     /// The keys of the configuration that [`Running`] applies while the service runs, besides `log_level`.
     const LIVE_KEYS: &'static [&'static str];
@@ -48,7 +48,7 @@ pub trait Service: 'static {
     /// Adds the service's own names of keys: flags, environment variables, names that keys had before.
     fn layers(loader: Loader<Self::Config>, flags: &Self::Flags) -> Loader<Self::Config>;
 
-    /// Checks what the types of single keys cannot say.
+    /// Checks rules that the types of single keys do not express.
     ///
     /// # Errors
     /// A sentence with the key, its value and what to do.
@@ -182,7 +182,7 @@ fn obey<S: Service>(args: Args<S::Flags, S::Command>) -> Result<()> {
     }
 }
 
-/// `--print-config` and `--check-config`: what is in effect is shown also where it is wrong.
+/// Handles `--print-config` and `--check-config`. The configuration is printed even if it is invalid.
 fn report<S: Service>(common: &CommonArgs, flags: &S::Flags) -> Result<()> {
     let loaded = load::<S>(common, flags)?;
     if common.print_config {
@@ -292,5 +292,5 @@ impl Shared {
     }
 }
 
-/// The key that says what is logged.
+/// The key of the log filter.
 const LOG_LEVEL: &str = "log_level";

@@ -65,7 +65,8 @@ pub fn init(
     Ok(())
 }
 
-/// Changes what is logged, to another filter in the configuration. Nothing changes where the flag or RUST_LOG says what is.
+/// Changes the log filter to that of a new configuration. The flag and RUST_LOG take precedence, so nothing
+/// changes if one is set.
 pub fn reload(args: &CommonArgs, configured: Option<&str>) -> Result<(), TelemetryError> {
     let filter = given(args, configured)?;
     match FILTER.get() {

@@ -36,7 +36,7 @@ impl Chosen {
     }
 }
 
-/// The list of shards that stands beside them.
+/// Name of the list of shards in a repository.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 /// Files that describe a model of safetensors files; those that exist are taken. Those of
@@ -57,11 +57,11 @@ const DESCRIPTIONS: &[&str] = &[
     "2_Normalize/config.json",
 ];
 
-/// Quantisations that are taken where none is asked for, the first that is there.
+/// Quantisations to choose from by default, in order of preference.
 const USUAL: &[&str] = &["Q4_K_M", "Q4_0", "Q4_1", "Q4_K_S", "Q5_K_M", "Q8_0"];
 
-/// The files of `repo` that make up the model `which`: a quantisation, a file, or, without it, what the repository is most likely
-/// for. `index` is the content of [`INDEX`], where the repository has one.
+/// Selects the files of `repo` that make up the model `which`: a quantisation or a file, or by default the
+/// repository's most likely purpose. `index` is the content of [`INDEX`], if the repository has one.
 ///
 /// # Errors
 /// If nothing fits, or more than one thing does: the message names what there is.

@@ -46,7 +46,7 @@ pub(crate) struct Subject<'a> {
     pub(crate) path: Option<&'a str>,
 }
 
-/// An answer with success, and what the hub itself said on the way to it.
+/// A successful answer, with the hub's own headers before redirects.
 pub(crate) struct Answer {
     pub(crate) response: Response,
     pub(crate) etag: Option<String>,
@@ -139,7 +139,7 @@ impl Hub {
         })
     }
 
-    /// The page of a repository at its commit: what the store notes as a model's source.
+    /// URL of a repository's page at its commit, which the store records as a model's source.
     pub fn source(&self, repo: &Repo) -> String {
         let mut url = self.url(repo.id.split('/'));
         push(&mut url, ["tree", &repo.commit]);
@@ -251,7 +251,7 @@ impl Hub {
         }
     }
 
-    /// Waits before the next attempt, or says that there will be none.
+    /// Waits before the next attempt, or fails if there are no more attempts.
     pub(crate) async fn pause(
         &self,
         retry: &mut Retry,

@@ -22,7 +22,8 @@ pub struct Expected {
     files: Vec<RepoFile>,
 }
 
-/// A file of a manifest of which the hub tells git's id and no SHA-256: its content has to be looked at.
+/// A file of a manifest for which the hub lists git's id but no SHA-256, so that its content must be
+/// examined.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unchecked {
     /// Index in [`Manifest::files`].

@@ -31,25 +31,25 @@ impl Sink for PartialFile {
     }
 }
 
-/// Is told how a fetch goes. Must not block.
+/// Receives progress reports of a fetch. Must not block.
 pub trait Watch: Send + Sync {
-    /// So many bytes are to be fetched, beside so many that are here.
+    /// Number of bytes to fetch, and of bytes that are present already.
     fn planned(&self, missing: u64, present: u64) {
         let _ = (missing, present);
     }
-    /// So many bytes arrived and were written.
+    /// Number of bytes that arrived and were written.
     fn arrived(&self, bytes: u64) {
         let _ = bytes;
     }
-    /// Something went wrong, and it is tried again after this pause.
+    /// An attempt failed; the next one follows after this pause.
     fn waiting(&self, reason: &str, pause: Duration) {
         let _ = (reason, pause);
     }
-    /// All bytes are here; so many are now read to be checked.
+    /// All bytes are present; this many are now read for checking.
     fn checking(&self, bytes: u64) {
         let _ = bytes;
     }
-    /// So many of them were read.
+    /// Number of bytes that were read for checking.
     fn checked(&self, bytes: u64) {
         let _ = bytes;
     }
@@ -169,7 +169,7 @@ impl Job {
         Ok(())
     }
 
-    /// One request; `at` moves on with what is written.
+    /// Makes one request; `at` advances with the bytes written.
     async fn stream(&self, at: &mut u64, end: u64) -> Result<(), Failure> {
         let wanted = *at..end;
         let subject = Subject {

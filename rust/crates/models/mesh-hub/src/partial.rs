@@ -53,7 +53,7 @@ pub(crate) fn check_layers(layers: &Range<u32>, total: u32) -> Result<(), String
     Ok(())
 }
 
-/// Brings the header of `file` into `partial`, and tells where its tensors lie.
+/// Fetches the header of `file` into `partial`, and returns the positions of its tensors.
 pub(crate) async fn header(
     hub: &Hub,
     repo: &Repo,

@@ -147,7 +147,7 @@ async fn small_file(
 struct Pull<'a> {
     hub: &'a Hub,
     store: &'a Store,
-    /// The repository's page at its commit, by which the store tells people where the model comes from.
+    /// URL of the repository's page at its commit, which the store records as the model's source.
     source: String,
     /// The name that was asked for.
     label: String,
@@ -412,7 +412,8 @@ impl Pull<'_> {
         }
     }
 
-    /// Fetches what `missing` names of every file that is not whole, of which so many bytes are `wanted`.
+    /// Fetches the ranges that `missing` returns for every incomplete file, of which `wanted` bytes are
+    /// needed.
     async fn fetch(
         &mut self,
         files: &[RepoFile],

@@ -161,7 +161,7 @@ const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['
 pub struct ChatTemplate {
     /// Empty until it is parsed; the error instead, if the source does not parse.
     parsed: Arc<OnceLock<Result<Environment<'static>, Arc<str>>>>,
-    /// Seconds after 1970 began, where the clock stands still.
+    /// Fixed time in seconds since the Unix epoch; `None` for the system's clock.
     clock: Option<u64>,
     guard: Arc<Guard>,
     source: Arc<str>,
@@ -179,7 +179,7 @@ const GEMMA: &str = "{{ bos_token }}{% set first = namespace(words='') %}{% for 
      {% set first.words = '' %}{% endif %}{% endfor %}\
      {% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}";
 
-/// The format to take where a file brings none.
+/// The default format for a file without a template.
 fn fallback(tokenizer: &Tokenizer) -> &'static str {
     let turns = ["<start_of_turn>", "<end_of_turn>"];
     let has_turns = turns.iter().all(|name| {
@@ -292,7 +292,7 @@ impl ChatTemplate {
         self.fallback
     }
 
-    /// The format's name, used if the model brings none.
+    /// Name of the format: that of the default one, or "the model's own".
     pub fn name(&self) -> &'static str {
         match &*self.source {
             CHATML => "ChatML",
@@ -486,7 +486,7 @@ fn render_error(error: minijinja::Error) -> ChatError {
     }
 }
 
-/// Takes what a template writes, up to a limit.
+/// Collects the output of a template, up to a limit.
 #[derive(Default)]
 struct BoundedOutput {
     bytes: Vec<u8>,

@@ -46,7 +46,7 @@ pub trait Checkpoint {
         self.tensors().get(name).ok_or_else(missing)
     }
 
-    /// A non-negative integer of whatever width.
+    /// A non-negative integer of any width.
     fn unsigned(&self, key: &str) -> Result<Option<u64>, GgufError> {
         let value = self.metadata(key);
         typed(value, key, "a non-negative integer", |value| {

@@ -91,7 +91,8 @@ pub struct ModelConfig {
     /// Attention scores are divided by the square root of this: the head's width, or what Hugging Face calls
     /// `query_pre_attn_scalar`.
     pub query_scalar: f32,
-    /// Factor on the rows of the embedding where tokens come in. The output matrix has none, also where it is the same tensor.
+    /// Factor on the rows of the embedding at the input. It does not apply to the output matrix, even if that
+    /// is the same tensor.
     pub embedding_scale: f32,
     /// Added to every norm weight of the tensors: 0, or 1 where they are stored as the distance from 1 (Gemma's safetensors;
     /// its GGUF files have the sum).
@@ -147,7 +148,7 @@ pub enum ConfigError {
         /// Dimensions according to the metadata.
         wanted: Vec<u64>,
     },
-    /// A tensor that the engines would ignore, and so compute something else than the model.
+    /// A tensor that the engines would ignore, so that the result would differ from the model's.
     #[error(
         "tensor {tensor:?} has no place in a {architecture} network: this variant of it is not supported"
     )]

@@ -196,7 +196,8 @@ impl EncoderModel {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// A sequence of the client's own token ids. Those that begin and end a sequence are added unless they are there.
+    /// Prepares a sequence of the client's own token ids. Tokens that begin and end a sequence are added if
+    /// missing.
     ///
     /// # Errors
     /// If an id is outside the vocabulary.

@@ -53,8 +53,8 @@ pub enum FileError {
     },
 }
 
-/// Opens a file for reading, if it is a regular one. Does not wait for a writer where a named pipe lies at the path, whenever it
-/// came to lie there.
+/// Opens a regular file for reading. Does not block on a named pipe at the path, even if it has just replaced
+/// the file.
 ///
 /// # Errors
 /// If it cannot be opened, or is a folder, a pipe, a device or a socket ([`io::ErrorKind::InvalidInput`]).
@@ -153,7 +153,7 @@ impl ModelFile {
         }
     }
 
-    /// Fills `out` with what lies at byte `at`.
+    /// Fills `out` with the bytes from byte `at` on.
     pub(crate) fn read_at(&self, at: u64, out: &mut [u8]) -> Result<(), FileError> {
         match self {
             ModelFile::File { path, file, .. } => {

@@ -132,7 +132,7 @@ impl Model {
         &self.inner.template
     }
 
-    /// A conversation that shows what the template writes behind an answer, for [`Model::learn_turn_end`].
+    /// A conversation that shows the template's output behind an answer, for [`Model::learn_turn_end`].
     pub fn turn_probe() -> RenderRequest {
         RenderRequest {
             messages: vec![
@@ -144,9 +144,9 @@ impl Model {
         }
     }
 
-    /// Takes the special token that the template writes behind an answer for one that ends answers, too; gives its name if that
-    /// is news. `rendered` is the template's text of [`Model::turn_probe`]. Templates are programs of strangers, so the caller
-    /// says where they run.
+    /// Adds the special token that the template writes behind an answer to those that end answers; returns
+    /// its name if it was new. `rendered` is the template's text of [`Model::turn_probe`]. Templates are
+    /// untrusted programs, so the caller decides where they run.
     pub fn learn_turn_end(&self, rendered: &str) -> Option<String> {
         let (_, behind) = rendered.rsplit_once(PROBE)?;
         let tokenizer = self.tokenizer();

@@ -53,7 +53,7 @@ pub struct Shape {
 pub struct Window {
     /// Positions that a row sees, its own among them.
     pub size: u32,
-    /// All layers have the window but the last of so many; 0 means all.
+    /// All layers have the window except every `period`th; 0 means all.
     pub period: u32,
 }
 

@@ -26,7 +26,7 @@ impl TextStream {
         text
     }
 
-    /// Ends the stream: what is left of a character that never came whole becomes U+FFFD.
+    /// Ends the stream: the bytes of an incomplete character become U+FFFD.
     pub fn finish(&mut self) -> String {
         let text = String::from_utf8_lossy(&self.pending).into_owned();
         self.pending.clear();

@@ -98,7 +98,7 @@ impl PieceSet {
         word.is_some_and(|word| word >> (piece % 64) & 1 == 1)
     }
 
-    /// Puts a piece in. Says whether it was not in before; one that there is not is left out.
+    /// Adds a piece. True if it was not in the set before; pieces that the model does not have are ignored.
     pub fn insert(&mut self, piece: u32) -> bool {
         if piece >= self.pieces || self.contains(piece) {
             return false;
@@ -107,7 +107,7 @@ impl PieceSet {
         true
     }
 
-    /// Takes a piece out. Says whether it was in.
+    /// Removes a piece. True if it was in the set.
     pub fn remove(&mut self, piece: u32) -> bool {
         if !self.contains(piece) {
             return false;

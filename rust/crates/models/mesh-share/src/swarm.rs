@@ -259,7 +259,7 @@ impl<S: Ord + Clone> Swarm<S> {
         }
     }
 
-    /// A source is there, or has more than before. One that was dropped is not taken back before its time.
+    /// Adds a source, or updates its pieces. A dropped source is not accepted again before its pause ends.
     pub fn source(&mut self, source: S, kind: Kind, has: PieceSet, now: Instant) {
         if self.banned.contains(&source) {
             return;
@@ -310,7 +310,7 @@ impl<S: Ord + Clone> Swarm<S> {
         }
     }
 
-    /// A source says that it has not got this piece.
+    /// Records that a source does not have this piece.
     pub fn refused(&mut self, source: &S, piece: u32) {
         if let Some(known) = self.sources.get_mut(source) {
             known.has.remove(piece);

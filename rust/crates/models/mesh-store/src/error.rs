@@ -60,7 +60,7 @@ pub enum StoreError {
         /// Digest that was expected.
         wanted: Digest,
     },
-    /// The disk does not give back what was written to it.
+    /// The disk does not return what was written to it.
     #[error(
         "the disk does not give back what was written to {key}: {pieces} pieces differ and are fetched again; see to the disk (dmesg, smartctl) if it goes on"
     )]
@@ -110,7 +110,7 @@ pub enum StoreError {
     /// The bytes are not valid signatures.
     #[error(transparent)]
     Signature(#[from] SignatureError),
-    /// Bytes that are not what their manifest says.
+    /// The bytes do not match their manifest.
     #[error(transparent)]
     Verify(#[from] VerifyError),
     /// A file of which no manifest can be made.
@@ -154,7 +154,7 @@ pub struct NoRoom {
     pub available: u64,
     /// Bytes of models that could be evicted.
     pub evictable: u64,
-    /// The store's size limit, if that is what is reached; otherwise the disk is.
+    /// Size limit of the store if that was reached; `None` if the disk is full.
     pub limit: Option<u64>,
 }
 

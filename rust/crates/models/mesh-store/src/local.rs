@@ -71,7 +71,7 @@ pub enum LocalError {
     NotFound {
         /// Name that was looked up.
         name: String,
-        /// The names that there are.
+        /// Names of the models in the folders.
         known: Vec<String>,
     },
     /// Several files answer to a name.
@@ -399,8 +399,8 @@ fn index_path(store: &Store) -> PathBuf {
 }
 
 impl Store {
-    /// Lets the store know a model that lies elsewhere, a file or a folder: makes its manifest, or remembers it from the last time
-    /// if nothing changed since. Its bytes stay where they are; [`Store::presence`] finds them there.
+    /// Registers a model outside the store, a file or a folder: makes its manifest, or reuses the last one if
+    /// nothing changed since. Its bytes stay where they are; [`Store::presence`] finds them there.
     ///
     /// # Errors
     /// If the model cannot be read, or the disk fails.

@@ -52,13 +52,14 @@ pub struct ManifestFile {
     pub bytes: u64,
     /// Digest of the whole file.
     pub sha256: Digest,
-    /// Back to back, they cover the file. Cut where the layer changes, so that a stage can be given what it needs.
+    /// Pieces, back to back over the whole file. They end where the layer changes, so that a stage can fetch
+    /// just its own.
     pub pieces: Vec<Piece>,
     /// The file's tensors, ascending by offset.
     pub tensors: Vec<TensorRange>,
 }
 
-/// A piece of a file: what is fetched at once, and checked before it is used.
+/// A piece of a file: the unit of fetching and of checking before use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Piece {

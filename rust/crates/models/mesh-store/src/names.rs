@@ -59,7 +59,7 @@ pub enum NameError {
     NotFound {
         /// The name.
         name: String,
-        /// Names that there are here.
+        /// Names of the models here.
         known: Vec<String>,
         /// Short names that look like it.
         close: Vec<String>,
@@ -139,7 +139,7 @@ impl Places<'_> {
         self.beginning(name, &locals, &stored)
     }
 
-    /// A file or folder that is there, or text that cannot be anything else.
+    /// Resolves an existing file or folder, or text that can only be a path.
     fn path(&self, name: &str) -> Result<Option<Resolved>, NameError> {
         let path = Path::new(name);
         if !name.is_empty() && path.exists() {
@@ -270,7 +270,7 @@ impl Places<'_> {
 /// Names and fingerprints in the store.
 #[derive(Debug, Default)]
 struct Stored {
-    /// Names with what they mean, sorted.
+    /// Names with their fingerprints, sorted.
     names: Vec<(String, Digest)>,
     fingerprints: Vec<Digest>,
 }
@@ -412,7 +412,7 @@ fn hub_id(name: &str) -> Option<String> {
     }
 }
 
-/// Short names and what they mean on the hub, from names.toml.
+/// Short names with their names on the hub, from names.toml.
 pub fn short_names() -> &'static BTreeMap<String, String> {
     static NAMES: OnceLock<BTreeMap<String, String>> = OnceLock::new();
     NAMES.get_or_init(|| {

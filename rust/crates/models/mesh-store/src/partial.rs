@@ -32,8 +32,8 @@ pub enum PartialKey {
 }
 
 impl PartialKey {
-    /// A file known by where it comes from only: any text that means the same bytes whenever it is used, such as a hub's
-    /// repository, commit and path.
+    /// The key of a file that is known by its source only: any text that always refers to the same bytes,
+    /// such as a hub's repository, commit and path.
     pub fn source(text: &str) -> Self {
         PartialKey::Source(Digest::of(text))
     }
@@ -82,7 +82,7 @@ struct State {
     unflushed: u64,
 }
 
-/// Bytes after which the have-map is written by itself: what a kill may cost.
+/// Bytes after which the have-map is written: the maximum loss when the process is killed.
 const FLUSH_EVERY: u64 = 16 << 20;
 
 impl PartialFile {
@@ -184,7 +184,7 @@ impl PartialFile {
         }
     }
 
-    /// The bytes of `range`, if all of them are there.
+    /// Reads the bytes of `range`; `None` unless all of them are present.
     ///
     /// # Errors
     /// If it does not lie in the file, or the disk fails.
@@ -209,7 +209,7 @@ impl PartialFile {
         self.flush()
     }
 
-    /// Checks the pieces that are there against `file`, forgets the bad ones and gives their indices.
+    /// Checks the pieces that are present against `file`, drops the bad ones and returns their indices.
     ///
     /// # Errors
     /// If the file has another length, or the disk fails.
@@ -262,9 +262,9 @@ impl PartialFile {
         Ok(())
     }
 
-    /// Makes it a blob, if it is whole and has the digest that its key, or else `wanted`, says. The digest is computed over
-    /// what is on disk, at a good second per gigabyte. Of a file with another digest nothing is kept; where its manifest is
-    /// known, [`PartialFile::repair`] keeps what is right.
+    /// Makes it a blob if it is complete and has the digest of its key, or else `wanted`. The digest is
+    /// computed from the disk, at a good second per gigabyte. A file with another digest is discarded; if its
+    /// manifest is known, [`PartialFile::repair`] keeps the good pieces.
     ///
     /// # Errors
     /// If it is not whole or is another file, or the disk fails.

@@ -73,7 +73,7 @@ enum Victim {
     Model { fingerprint: Digest },
 }
 
-/// The store's files, and what they are needed for.
+/// The store's files and their uses.
 struct Survey {
     /// Models by fingerprint, the least recently used first.
     models: Vec<(Digest, Manifest)>,
@@ -417,7 +417,7 @@ impl Store {
         }
     }
 
-    /// Removes it, or only says so.
+    /// Removes the victim, or only reports it.
     fn evict(
         &self,
         victim: Victim,
@@ -458,7 +458,8 @@ impl Store {
         Ok(())
     }
 
-    /// The manifest goes first: what is left if this is cut short is of no model, and goes with the next `gc`.
+    /// The manifest is removed first: if this is interrupted, the rest belongs to no model and is removed by
+    /// the next `gc`.
     fn remove_model(
         &self,
         fingerprint: &Digest,

@@ -58,7 +58,7 @@ struct Inner {
 pub enum Begun {
     /// Path of the file, which is complete.
     Whole(PathBuf),
-    /// The file, to write what is missing of it.
+    /// The file, to write its missing ranges.
     Partial(PartialFile),
 }
 
@@ -394,7 +394,7 @@ impl Store {
         }))
     }
 
-    /// Lets `name` mean the model `fingerprint`, whatever it meant before.
+    /// Makes `name` refer to the model `fingerprint`, and replaces its earlier meaning.
     ///
     /// # Errors
     /// If the disk fails.
@@ -412,7 +412,8 @@ impl Store {
         })
     }
 
-    /// Lets `name` mean a model that came from the worker `worker`; `vouched` says who knows that it does.
+    /// Makes `name` refer to a model that came from the worker `worker`; `vouched` is the confirmation of the
+    /// name.
     ///
     /// # Errors
     /// If the disk fails.
@@ -459,7 +460,7 @@ impl Store {
         Ok(names)
     }
 
-    /// The model's folder, with links to what is here of its files: what is opened to load it. A file that is partly here has its
+    /// The model's folder, to load it from, with links to the files that are present. A partial file has its
     /// full length, with holes.
     ///
     /// # Errors

@@ -33,7 +33,7 @@ impl Header {
         MsgType(self.msg_type)
     }
 
-    /// The header as it stands on the wire.
+    /// Encodes the header for the wire.
     #[inline]
     #[must_use]
     pub const fn encode(&self) -> [u8; HEADER_LEN] {

@@ -4,8 +4,8 @@ use std::fmt;
 
 /// The type of a message.
 ///
-/// A newtype rather than an enum, so that a type which this version does not know can still be held, counted and
-/// printed; [`MsgType::is_assigned`] tells the known ones.
+/// A newtype rather than an enum, so that unknown types can still be held, counted and printed;
+/// [`MsgType::is_assigned`] distinguishes the known ones.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(transparent)]
 pub struct MsgType(pub u8);

@@ -21,7 +21,7 @@ pub struct Message {
     pub sequence: u32,
     /// Microseconds since the Unix epoch.
     pub timestamp_us: u64,
-    /// The payload; what is in it depends on `kind`.
+    /// The payload, with contents that depend on `kind`.
     pub payload: Bytes,
 }
 
@@ -59,7 +59,7 @@ impl Message {
             .flatten()
     }
 
-    /// A Partial message: `text` stands at byte `offset` of the answer.
+    /// Creates a Partial message with `text` at byte `offset` of the answer.
     #[must_use]
     pub fn partial(sequence: u32, timestamp_us: u64, offset: u32, text: &str) -> Self {
         let mut payload = BytesMut::with_capacity(4 + text.len());

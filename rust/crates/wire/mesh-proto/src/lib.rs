@@ -29,8 +29,8 @@ pub struct Hello {
     /// Purposes that the node is reserved for (`chat`, `embeddings`, `images`); empty allows all.
     #[prost(string, repeated, tag = "5")]
     pub reserved_for: Vec<String>,
-    /// Random, of this process: tells a worker that connects again from another one with a copy of its identity; 0 is
-    /// unknown.
+    /// Random number of this process. It distinguishes a worker that reconnects from another one with a copy
+    /// of its identity; 0 is unknown.
     #[prost(fixed64, tag = "6")]
     pub instance: u64,
     /// Host name of the machine, for messages.
@@ -222,8 +222,8 @@ pub struct Generate {
     /// Send a [`Progress`] whenever nothing else was sent for this many milliseconds; 0 disables it.
     #[prost(uint32, tag = "15")]
     pub progress_ms: u32,
-    /// Requests share cached rows of prompts only with those of the same salt. It says nothing about its owner. 0 is that of all
-    /// requests whose head sends none.
+    /// Requests share cached rows of prompts only with requests of the same salt, which reveals nothing about
+    /// its owner. 0 is the salt of all requests whose head sends none.
     #[prost(fixed64, tag = "24")]
     pub cache_salt: u64,
 }
@@ -243,8 +243,8 @@ pub struct Progress {
     /// Tokens of the prompt whose KV rows are computed.
     #[prost(uint32, tag = "4")]
     pub prompt_done: u32,
-    /// Milliseconds since what the request waits for last got on: since the engine completed a step. The engine's own account,
-    /// so that a hung engine behind a live process shows.
+    /// Milliseconds since the engine last completed a step. The engine measures this, so that a hung engine
+    /// in a live process is noticed.
     #[prost(uint64, tag = "5")]
     pub quiet_ms: u64,
 }
@@ -507,7 +507,7 @@ pub struct Embed {
     /// Name of the prompt that the model puts in front of texts (`query`, `passage`); empty is its default.
     #[prost(string, tag = "4")]
     pub prompt_name: String,
-    /// Cut vectors to so many numbers and scale them to length 1 again; 0 is all of them.
+    /// Truncate vectors to this length and scale them to length 1 again; 0 keeps all dimensions.
     #[prost(uint32, tag = "5")]
     pub dimensions: u32,
     /// Milliseconds the worker may spend from now; 0 is without limit.

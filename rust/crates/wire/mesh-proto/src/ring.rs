@@ -302,7 +302,7 @@ pub struct Recovery {
     pub requests: u32,
 }
 
-/// First message of a stream between members (DCF 0x43); the dialling side says what the stream is for.
+/// First message of a stream between members (DCF 0x43), from the dialling side.
 #[derive(Clone, PartialEq, Message)]
 pub struct RingHello {
     /// Identifier of the ring.
@@ -348,14 +348,15 @@ pub struct RingStep {
     /// Runs of rows that this step computes.
     #[prost(message, repeated, tag = "4")]
     pub segments: Vec<RingSegment>,
-    /// Token ids of all rows, back to back: what stage 0 reads, and what the other stages note as held.
+    /// Token ids of all rows, back to back: the input of stage 0, and for the other stages the tokens of the
+    /// rows they hold.
     #[prost(uint32, repeated, tag = "5")]
     pub tokens: Vec<u32>,
     /// Hidden rows, row-major, little-endian f32 or f16; empty toward stage 0.
     #[prost(bytes = "bytes", tag = "6")]
     pub rows: Bytes,
-    /// One more than the last stage that takes the rows in, which tells the driver when they are in its KV cache; 0 is a step that
-    /// goes all the way.
+    /// Number of the last stage that takes the rows in, plus one. The driver thus learns when they are in
+    /// that stage's KV cache. 0 for a step through all stages.
     #[prost(uint32, tag = "8")]
     pub through: u32,
 }

@@ -22,7 +22,7 @@ pub struct Models {
     /// Models of which it lacks pieces that it needs.
     #[prost(message, repeated, tag = "3")]
     pub sought: Vec<SoughtModel>,
-    /// Workers that sent it something else than the manifest says.
+    /// Workers that sent data which does not match the manifest.
     #[prost(message, repeated, tag = "4")]
     pub bad: Vec<BadSource>,
 }
@@ -175,7 +175,7 @@ pub struct ManifestReply {
     pub signatures: Bytes,
 }
 
-/// Says which model's pieces this stream is for (DCF 0x54), its first message; answered by [`PiecesHere`] or Error.
+/// First message of a stream for pieces of one model (DCF 0x54); answered by [`PiecesHere`] or Error.
 #[derive(Clone, PartialEq, Message)]
 pub struct PiecesHello {
     /// SHA-256 of the manifest, lower-case hex.
@@ -191,7 +191,7 @@ pub struct PiecesHere {
     pub pieces: Option<Pieces>,
 }
 
-/// Send this piece (DCF 0x56), or send it no longer. Pieces come in the order in which they were asked for.
+/// Request for a piece (DCF 0x56), or its withdrawal. Pieces arrive in the order of their requests.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct PieceRequest {
     /// Number of the piece.
@@ -202,7 +202,7 @@ pub struct PieceRequest {
     pub withdraw: bool,
 }
 
-/// A part of a piece (DCF 0x57). Its parts come in order, without others between.
+/// A part of a piece (DCF 0x57). The parts of a piece arrive in order, without others in between.
 #[derive(Clone, PartialEq, Message)]
 pub struct PieceData {
     /// Number of the piece.

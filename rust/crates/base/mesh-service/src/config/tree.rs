@@ -54,7 +54,7 @@ pub(super) enum Kind {
     Array(Vec<Node>),
     /// A TOML value that is neither an array nor a table.
     Scalar(toml::Value),
-    /// Text from the environment or a flag, to be read as whatever its key asks for.
+    /// Text from the environment or a flag, to be parsed as the key's type.
     Text(String),
 }
 
@@ -100,7 +100,7 @@ impl Tree {
         })
     }
 
-    /// Sets a dotted key, over whatever was there.
+    /// Sets a dotted key and replaces its earlier value.
     pub(super) fn set(
         &mut self,
         key: &str,

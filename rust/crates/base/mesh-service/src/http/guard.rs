@@ -116,12 +116,12 @@ impl Guard {
         self
     }
 
-    /// Lets through whatever name is asked for: where a key is needed, a page gains nothing by a name.
+    /// Accepts requests for any name: a service that needs a key is safe from pages under foreign names.
     pub fn of_any_name() -> Self {
         Self::default()
     }
 
-    /// Also lets pages of these origins through, and tells browsers so.
+    /// Also accepts requests from pages of these origins, with the CORS headers that browsers need.
     #[must_use]
     pub fn with_origins(mut self, origins: &[Origin]) -> Self {
         self.any_origin |= origins.iter().any(|origin| origin.0 == "*");
@@ -177,7 +177,7 @@ impl Guard {
         self.any_origin || self.origins.contains(&origin.to_ascii_lowercase())
     }
 
-    /// The header value that tells a browser that pages of this origin may read the answer.
+    /// The CORS header value with which a browser lets pages of this origin read the answer.
     fn permission(&self, origin: Option<&HeaderValue>) -> Option<HeaderValue> {
         origin.filter(|origin| self.allows(&text(origin))).cloned()
     }

@@ -113,7 +113,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     }
 }
 
-/// A body that did not come in time.
+/// Error of a body that did not arrive in time.
 #[derive(Debug)]
 pub struct TooSlow(Duration);
 

@@ -174,7 +174,7 @@ impl Table {
         (entry.answering == 0 && entry.wait == Wait::Head).then_some(entry.source)
     }
 
-    /// The head of a request is complete. Its body is not, if `body` says so.
+    /// Records that the head of a request is complete; `body` is true if its body is still to come.
     pub(super) fn asked(&mut self, id: Id, body: bool, streams: bool, now: Instant) {
         if let Some(entry) = self.entries.get_mut(&id) {
             entry.answering += 1;
@@ -191,7 +191,7 @@ impl Table {
         }
     }
 
-    /// A piece of an answer is there for the client to take.
+    /// Records that a piece of an answer is ready for the client.
     pub(super) fn offered(&mut self, id: Id, now: Instant) {
         if let Some(entry) = self.entries.get_mut(&id) {
             entry.offers.push(now);
@@ -236,7 +236,7 @@ impl Table {
             .is_none_or(|entry| entry.answering == 0)
     }
 
-    /// Time at which a connection has to be closed, unless something happens.
+    /// Time at which a connection must be closed unless there is progress.
     pub(super) fn due(&self, id: Id, patience: &Patience) -> Option<Instant> {
         let entry = self.entries.get(&id)?;
         if let Some(&oldest) = entry.offers.iter().min() {

@@ -99,7 +99,7 @@ pub(super) fn copy(
     Ok(())
 }
 
-/// Makes a blob of a whole file; gives where it lies.
+/// Makes a blob of a complete file; returns its path.
 pub(super) fn complete(
     store: &Store,
     partial: Arc<PartialFile>,

@@ -8,7 +8,7 @@ use super::{Pulled, blocking};
 use crate::error::HubError;
 use crate::fetch::Watch;
 
-/// The model that the store knows as `label`, if all of it is there and, where one is given, it is from `source`.
+/// The model that the store knows as `label`, if it is complete and, if `source` is given, comes from there.
 pub(super) async fn find(
     store: &Store,
     label: String,

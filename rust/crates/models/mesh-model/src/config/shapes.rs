@@ -3,7 +3,8 @@
 use super::{Architecture, ConfigError, ModelConfig};
 use crate::checkpoint::Checkpoint;
 
-/// Checks that all tensors the engines need are there with the right dimensions, and that no other would be ignored.
+/// Checks that all tensors that the engines need exist with the right dimensions, and that no other would be
+/// ignored.
 pub(super) fn check(config: &ModelConfig, checkpoint: &dyn Checkpoint) -> Result<(), ConfigError> {
     let expected = expected(config);
     for (name, dims) in &expected.globals {

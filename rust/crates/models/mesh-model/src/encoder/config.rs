@@ -73,7 +73,7 @@ pub struct Sentences {
     pub default_prompt: Option<String>,
 }
 
-/// Reads the file at `path` if it is there.
+/// Reads the file at `path` if it exists.
 pub(super) fn read(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, EncoderError> {
     let failed = |source| EncoderError::Read {
         path: path.into(),
@@ -100,7 +100,7 @@ pub(super) fn read(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, EncoderEr
     Ok(Some(content))
 }
 
-/// `config.json` as it lies in the file.
+/// Fields of `config.json`.
 #[derive(Deserialize)]
 struct MainFile {
     model_type: Option<String>,

@@ -63,7 +63,7 @@ pub enum Value<'a> {
     /// Either of the float types.
     Float(f64),
     Bool(bool),
-    /// Text, as it lies in the file: not yet known to be UTF-8.
+    /// Text as in the file, not checked to be UTF-8.
     String(&'a [u8]),
     Array(Array<'a>),
 }
@@ -87,7 +87,7 @@ impl<'a> Value<'a> {
         })
     }
 
-    /// The value, if it is an integer that is not negative, of whatever width.
+    /// The value, if it is a non-negative integer of any width.
     pub fn as_unsigned(&self) -> Option<u64> {
         match *self {
             Value::Unsigned(v) => Some(v),

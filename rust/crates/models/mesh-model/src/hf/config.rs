@@ -27,7 +27,7 @@ pub(super) struct Configuration {
 /// Properties of the network that determine the names of its tensors.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Network {
-    /// The embedding is also the output matrix, whatever the files hold besides.
+    /// The embedding is also the output matrix, even if the files hold another.
     pub(super) tied: bool,
     /// Layers also have norms behind attention and feed-forward.
     pub(super) post_norms: bool,

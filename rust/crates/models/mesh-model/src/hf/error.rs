@@ -25,7 +25,7 @@ pub enum HfError {
         /// Error from the operating system.
         source: std::io::Error,
     },
-    /// Something else than a file.
+    /// The path is not of a regular file.
     #[error("{} is not a regular file", path.display())]
     NotAFile {
         /// Path that the error is about.

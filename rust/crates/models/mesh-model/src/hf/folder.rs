@@ -115,7 +115,7 @@ impl Folder {
             .unwrap_or_else(|| "model".into())
     }
 
-    /// All files that make the model what it is, by name.
+    /// All files that determine the model, by name.
     ///
     /// # Errors
     /// If the files of weights cannot be told.
@@ -260,7 +260,7 @@ impl Folder {
         })
     }
 
-    /// A file lies in the folder, or is a link into the blobs beside it.
+    /// Checks that a file is in the folder, or is a link into the blobs beside it.
     fn check_inside(&self, path: &Path) -> Result<(), HfError> {
         let target = path.canonicalize().map_err(|source| {
             match source.kind() == io::ErrorKind::NotFound && path.symlink_metadata().is_err() {
@@ -291,7 +291,7 @@ impl Folder {
         })
     }
 
-    /// The tensor in the file at `path` is where the index says.
+    /// Checks that the tensor in the file at `path` is where the index places it.
     pub(super) fn check_place(&self, tensor: &str, path: &Path) -> Result<(), HfError> {
         let Some(index) = self.index.as_ref().filter(|_| self.only.is_none()) else {
             return Ok(());

@@ -47,8 +47,8 @@ const NOT_TEXT: [&str; 4] = [
     "model.multi_modal_projector.",
 ];
 
-/// GGUF's name of a tensor; `None` for one that is not needed. A name that means nothing here stays as it is: the check of
-/// shapes then says that it has no place in the network.
+/// GGUF's name of a tensor; `None` for one that is not needed. Unknown names stay as they are: the check of
+/// shapes then rejects them.
 pub(super) fn gguf_name(name: &str, network: &Network) -> Option<String> {
     if network.sees && NOT_TEXT.iter().any(|prefix| name.starts_with(prefix)) {
         return None;

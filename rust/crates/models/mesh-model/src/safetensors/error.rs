@@ -16,7 +16,7 @@ pub enum SafetensorsError {
         /// Length of the file.
         length: u64,
     },
-    /// The header is said to be longer than any real one, or than the file.
+    /// The header's length is over the limit, or beyond the end of the file.
     #[error(
         "not a safetensors file, or a damaged one: its header is said to have {header} bytes, and at most {limit} can be"
     )]

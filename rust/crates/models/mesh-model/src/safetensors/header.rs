@@ -269,7 +269,7 @@ struct Listed {
     too_many: bool,
 }
 
-/// Reads the header's object entry by entry: a name that comes twice is an error, not the last one.
+/// Reads the header's object entry by entry, so that a duplicate name is an error.
 struct ListVisitor<'a>(&'a mut Listed);
 
 impl<'de> Visitor<'de> for ListVisitor<'_> {

@@ -117,7 +117,7 @@ fn read_merges(
     Ok(merges)
 }
 
-/// Appends the bytes that a token's text stands for; characters outside the alphabet stand for themselves.
+/// Appends the bytes of a token's text; characters outside the alphabet are kept.
 pub(super) fn push_bytes(text: &str, out: &mut Vec<u8>) {
     for c in text.chars() {
         match ALPHABET.byte(c) {

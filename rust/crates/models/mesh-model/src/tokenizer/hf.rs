@@ -86,8 +86,9 @@ impl Hf {
 }
 
 impl Tokenizer {
-    /// Builds the tokenizer from the text of `tokenizer.json` and what the other files say about special tokens. Tokens from
-    /// `rows` on, for which the embedding has no row, are left out: some folders list tokens of a larger sister.
+    /// Builds the tokenizer from the text of `tokenizer.json` and the special tokens of the other files.
+    /// Tokens from `rows` on, for which the embedding has no row, are left out: some folders list tokens of a
+    /// larger model.
     ///
     /// # Errors
     /// If the file is malformed, contradicts itself, or asks for what is not supported.

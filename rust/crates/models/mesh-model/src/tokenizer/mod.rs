@@ -154,7 +154,8 @@ impl Tokenizer {
         self.encode_between(text, &[], options, usize::MAX)
     }
 
-    /// The same for at most so many tokens. Time and memory are bounded by that number, not by the text.
+    /// Like [`Tokenizer::encode`], for at most `most` tokens. Time and memory are bounded by that number, not
+    /// by the text.
     ///
     /// # Errors
     /// [`TokenizerError::TooLong`] if there are more; else as [`Tokenizer::encode`].
@@ -167,8 +168,8 @@ impl Tokenizer {
         self.encode_between(text, &[], options, most)
     }
 
-    /// Turns what a chat template wrote to token ids: the template's names of special tokens are read, those in the text of
-    /// clients are not.
+    /// Converts a rendered prompt to token ids: the template's names of special tokens are read, those in the
+    /// text of clients are not.
     ///
     /// # Errors
     /// As [`Tokenizer::encode`].
@@ -176,7 +177,7 @@ impl Tokenizer {
         self.encode_prompt_within(prompt, usize::MAX)
     }
 
-    /// The same for at most so many tokens, see [`Tokenizer::encode_within`].
+    /// Like [`Tokenizer::encode_prompt`], for at most `most` tokens; see [`Tokenizer::encode_within`].
     ///
     /// # Errors
     /// As [`Tokenizer::encode_within`].
@@ -239,7 +240,7 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// The bytes a token stands for; for a control token its name. Empty for an id outside the vocabulary.
+    /// Bytes of a token; for a control token its name. Empty for an id outside the vocabulary.
     ///
     /// One token may hold part of a character only: put them together with [`crate::TextStream`].
     pub fn token_bytes(&self, id: u32) -> &[u8] {

@@ -160,7 +160,7 @@ impl SpecialTokens {
         Some(fragments)
     }
 
-    /// Every place where a special token stands, with the length of the longest one there.
+    /// Positions of all special tokens, with the length of the longest one at each.
     fn places(&self, text: &str, control: bool) -> Vec<Place> {
         let bytes = text.as_bytes();
         let mut places = Vec::new();
@@ -196,7 +196,7 @@ impl SpecialTokens {
     }
 }
 
-/// A place in a text where a special token stands.
+/// A position of a special token in a text.
 #[derive(Clone, Copy)]
 struct Place {
     at: u32,

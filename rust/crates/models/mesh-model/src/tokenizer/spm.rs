@@ -259,7 +259,7 @@ fn read_scores(checkpoint: &dyn Checkpoint, tokens: usize) -> Result<Vec<f32>, T
     Ok(scores)
 }
 
-/// The byte that a token like `<0x0A>` stands for.
+/// The byte of a token such as `<0x0A>`.
 pub(super) fn byte_of(text: &str) -> Option<u8> {
     let digits = text.strip_prefix("<0x")?.strip_suffix('>')?;
     match digits.len() {
@@ -268,7 +268,7 @@ pub(super) fn byte_of(text: &str) -> Option<u8> {
     }
 }
 
-/// Appends the bytes that a token's text stands for.
+/// Appends the bytes of a token's text.
 pub(super) fn push_bytes(text: &str, out: &mut Vec<u8>) {
     let mut rest = text;
     while let Some((before, after)) = rest.split_once(SPACE) {

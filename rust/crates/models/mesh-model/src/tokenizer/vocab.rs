@@ -59,7 +59,7 @@ impl Vocab {
         Self::new(family, texts.into_iter().zip(types))
     }
 
-    /// Tokens by id, each with its text and what it is.
+    /// Creates the table from tokens by id, each with its text and type.
     pub(super) fn new<'a>(
         family: Family,
         tokens: impl ExactSizeIterator<Item = (&'a str, TokenType)>,

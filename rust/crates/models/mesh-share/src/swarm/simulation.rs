@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::{Action, DropReason, Kind, Settings, Swarm, Wanted};
 use crate::PieceSet;
 
-/// A source and what is wrong with it.
+/// A source and its faults.
 #[derive(Debug, Clone)]
 pub(super) struct Simulated {
     pub(super) kind: Kind,

@@ -51,7 +51,7 @@ pub enum BuildError {
     Manifest(#[from] ManifestError),
 }
 
-/// Told of every so many bytes that were read. Called from several threads.
+/// Called with numbers of bytes that were read, from several threads.
 pub type Progress<'a> = &'a (dyn Fn(u64) + Sync);
 
 impl Manifest {

@@ -66,7 +66,7 @@ impl ManifestFile {
         }
     }
 
-    /// The error for a piece that is not what it should be.
+    /// The error for a piece that does not match.
     pub(crate) fn bad(&self, piece: u32, wanted: Option<&Piece>) -> VerifyError {
         VerifyError::Piece {
             path: self.path.clone(),

@@ -113,7 +113,7 @@ impl Store {
         Ok(contents)
     }
 
-    /// Adds what the index of models outside of the store and the damaged manifest itself say.
+    /// Adds names from the index of models outside the store and from the damaged manifest itself.
     fn with_other_names(&self, mut names: Vec<String>, fingerprint: &Digest) -> Vec<String> {
         let json = files::read_limited(&self.manifest_path(fingerprint), MAX_MANIFEST as u64);
         let json = json.ok().flatten();

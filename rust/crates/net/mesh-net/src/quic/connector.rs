@@ -109,7 +109,7 @@ pub async fn connect(head: SocketAddr, identity: &NodeIdentity) -> Result<Link, 
         .await
 }
 
-/// A QUIC connection to `address`; the TLS configuration says to whom.
+/// Opens a QUIC connection to `address`; the TLS configuration determines the accepted peers.
 pub(super) async fn dial(
     carrier: &Carrier,
     tls: QuicClientConfig,
@@ -164,7 +164,7 @@ pub(super) fn peer_member(
     Ok(peer)
 }
 
-/// The peer's word that it admits this node; returns when that was said, by its clock.
+/// Waits for the peer's Ack, by which it admits this node; returns its time by the peer's clock.
 async fn wait_for_admission(
     connection: Connection,
     address: SocketAddr,

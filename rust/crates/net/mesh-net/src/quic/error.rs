@@ -204,7 +204,7 @@ pub enum JoinError {
     /// Our own keys or certificates cannot be used.
     #[error(transparent)]
     Trust(#[from] TrustError),
-    /// The identity in the state directory cannot be used, and the token brings no other.
+    /// The identity in the state directory is unusable, and the token does not yield another one.
     #[error("{identity}. Its join token does not help: {source}")]
     Unusable {
         /// Error of the identity.
@@ -240,7 +240,7 @@ impl JoinError {
         }
     }
 
-    /// True if the head says that this node was expelled.
+    /// True if the head reports that this node was expelled.
     pub fn is_expulsion(&self) -> bool {
         match self {
             Self::Refused { code, .. } => *code == EXPELLED,
@@ -362,7 +362,7 @@ pub(super) fn error_code(code: VarInt) -> ErrorCode {
     u8::try_from(code.into_inner()).map_or(ErrorCode::INTERNAL, ErrorCode)
 }
 
-/// True if the peer's TLS says that our certificate has expired or is not valid yet: rustls sends
+/// True if the peer's TLS reports that our certificate has expired or is not valid yet: rustls sends
 /// certificate_expired (RFC 8446, section 6.2) for both.
 pub(super) fn is_date_alert(error: &ConnectionError) -> bool {
     let ConnectionError::ConnectionClosed(close) = error else {

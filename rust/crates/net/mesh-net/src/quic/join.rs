@@ -131,8 +131,8 @@ pub async fn join_again(
     Ok(identity)
 }
 
-/// Ends a join as another node that broke off when the head had admitted it, and removes what is left of one that is not
-/// needed any more. For the start of a node.
+/// Completes an interrupted join as another node if the head had admitted it, and removes the files of joins
+/// that are not needed any more. Call it when a node starts.
 ///
 /// # Errors
 /// If a file cannot be moved.
@@ -280,8 +280,8 @@ async fn exchange(
     }
 }
 
-/// The head's side of the exchange, first half. The whole request has its time, however many pieces it comes in. The
-/// error is for the log.
+/// First half of the exchange at the head. The time limit is for the whole request, in however many pieces it
+/// arrives. The error is for the log.
 pub(super) async fn request(connection: &Connection) -> Result<(MsgStream, Message), String> {
     let received = async {
         let halves = connection
@@ -302,7 +302,7 @@ pub(super) async fn request(connection: &Connection) -> Result<(MsgStream, Messa
     }
 }
 
-/// The head's side of the exchange, second half. The error is for the log.
+/// Second half of the exchange at the head. The error is for the log.
 pub(super) async fn answer(
     connection: &Connection,
     (stream, request): (MsgStream, Message),

@@ -75,7 +75,7 @@ impl Link {
         canonical(self.inner.connection.remote_address())
     }
 
-    /// Our own address on the way to the peer, where the system says it.
+    /// Our own address on the path to the peer, if the system reports it.
     pub fn local_ip(&self) -> Option<IpAddr> {
         let ip = self.inner.connection.local_ip()?;
         Some(ip.to_canonical())

@@ -218,7 +218,7 @@ impl Gate {
         error.to_string()
     }
 
-    /// A link, if the node may have one. The peer has been told then.
+    /// Creates a link if the node is admitted, and informs the peer of the decision.
     async fn admit(&self, connection: &Connection, member: Member) -> Result<Link, String> {
         let now = self.clock.now();
         if let Some(refusal) = self.own.deny_list().refusal(&member.node_id) {

@@ -43,7 +43,7 @@ pub enum ProbeError {
     /// The peer did not answer in time.
     #[error("no answer to a train of probes within {} s", LIMIT.as_secs())]
     Silent,
-    /// Something else than Probed, or one that says nothing.
+    /// The answer is not a Probed message, or has no bandwidth.
     #[error("the answer to a train of probes is a {0} without a bandwidth")]
     Answer(MsgType),
 }

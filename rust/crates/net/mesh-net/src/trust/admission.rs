@@ -22,7 +22,7 @@ use super::{
 /// The methods may block on the disk; the listener calls them on blocking threads. Certificates are DER, the node's
 /// first, then the root's.
 pub trait Admission: Send + Sync + 'static {
-    /// A node without certificate hands in a token.
+    /// Decides on a node without certificate that presents a token.
     fn join(
         &self,
         ask: &JoinAsk<'_>,
@@ -253,8 +253,8 @@ impl Authority {
         members
     }
 
-    /// Expels a node: its links end, and it gets no link and no certificate any more, whatever token it brings. Its name is
-    /// free. Blocks on the disk.
+    /// Expels a node: its links end, and it gets no link or certificate any more, with any token. Its name
+    /// becomes free. Blocks on the disk.
     ///
     /// # Errors
     /// As [`DenyList::expel`].

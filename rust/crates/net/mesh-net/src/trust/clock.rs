@@ -3,8 +3,9 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// The head's clock as a node knows it: by the timestamps of the head's messages, and this machine's monotonic clock since
-/// then. Before the first message, and at the head, it is the system's clock. Clones share what is known.
+/// A node's estimate of the head's clock, from the timestamps of the head's messages and this machine's
+/// monotonic clock since then. Before the first message, and at the head, it is the system's clock. Clones
+/// share their state.
 #[derive(Clone, Debug, Default)]
 pub struct MeshClock(Arc<Mutex<Option<(SystemTime, Instant)>>>);
 

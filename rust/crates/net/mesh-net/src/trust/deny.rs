@@ -98,7 +98,7 @@ impl DenyList {
         self.save()
     }
 
-    /// Takes a node off the list, and gives what was noted. `None` if it was not there. Blocks on the disk.
+    /// Removes a node from the list and returns its entry; `None` if it was not listed. Blocks on the disk.
     ///
     /// # Errors
     /// If the list cannot be written: then the node stays expelled.
@@ -216,7 +216,7 @@ impl fmt::Debug for DenyList {
     }
 }
 
-/// Nodes on the list, at most. Each entry stands for a token that an operator once gave away.
+/// Maximum number of nodes on the list. Each entry is for a token that an operator once gave away.
 pub const MOST_EXPELLED: usize = 4096;
 
 #[cfg(test)]

@@ -87,7 +87,7 @@ impl NodeIdentity {
         })
     }
 
-    /// Stores what the mesh issued for `key`; the key is in `dir` already.
+    /// Stores the certificates that the mesh issued for `key`; the key is in `dir` already.
     pub(crate) fn store(
         dir: &Path,
         key: NodeKey,
@@ -207,8 +207,8 @@ impl NodeIdentity {
         Ok(())
     }
 
-    /// Takes the certificate in the state directory into use, if another one lies there now. It must be for this node's key,
-    /// of the same root, mesh and role; anything else needs a restart. True if it was another one.
+    /// Loads the certificate in the state directory, if it differs from the one in use. It must be for this
+    /// node's key, of the same root, mesh and role; other changes need a restart. True if it differed.
     pub fn reload(&self) -> Result<bool, TrustError> {
         let stored = Self::load_with(&self.inner.dir, self.inner.deny_list.clone())?;
         let (old, new) = (self.current(), stored.current());
@@ -320,7 +320,7 @@ pub fn set_aside(dir: &Path) -> Result<Option<PathBuf>, TrustError> {
     Ok(Some(folder))
 }
 
-/// Moves the files of an identity, as far as they are there, to another folder of the same disk.
+/// Moves the existing files of an identity to another folder of the same disk.
 pub(crate) fn move_identity(from: &Path, to: &Path) -> Result<(), TrustError> {
     for name in IDENTITY_FILES {
         let (from, to) = (from.join(name), to.join(name));

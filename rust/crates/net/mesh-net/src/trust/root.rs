@@ -84,8 +84,8 @@ impl std::fmt::Debug for MeshRoot {
 }
 
 impl MeshRoot {
-    /// Reads the root in `dir`, or makes one for a mesh of this name if nothing of a mesh is there. An existing root keeps its
-    /// name.
+    /// Reads the root in `dir`, or creates one for a mesh of this name if there are no files of a mesh. An
+    /// existing root keeps its name.
     ///
     /// # Errors
     /// If its files are not whole. A root is never made anew beside what is left of another one: tokens and certificates
@@ -218,8 +218,9 @@ impl MeshRoot {
 
     /// Issues a certificate for the key in a PKCS#10 request (DER) whose signature proves that the asker holds it.
     ///
-    /// Only the key is taken from the request; everything the certificate says comes from the arguments. It begins a day
-    /// before `now`, because reclaimed machines have poor clocks. Returns the certificate, then the root's.
+    /// Only the key is taken from the request; all other contents come from the arguments. The validity
+    /// begins a day before `now`, because reclaimed machines have poor clocks. Returns the certificate, then
+    /// the root's.
     pub fn issue(
         &self,
         request: &[u8],

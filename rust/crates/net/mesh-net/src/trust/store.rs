@@ -50,7 +50,7 @@ pub struct Use {
 }
 
 impl TokenRecord {
-    /// True if a node can still join with it, by a clock that says `now`.
+    /// True if a node can still join with it at the time `now`.
     pub fn is_open(&self, now: u64) -> bool {
         self.used.is_none() && now < self.expires
     }

@@ -110,7 +110,7 @@ impl BatchSocket {
         self.local
     }
 
-    /// Waits for datagrams and fills `batch` with what is there. Returns how many, at least one. Safe to drop half-way.
+    /// Waits for datagrams and fills `batch` with them. Returns their number, at least one. Cancel-safe.
     pub async fn recv(&self, batch: &mut RecvBatch) -> io::Result<usize> {
         self.io
             .async_io(Interest::READABLE, || self.fill(batch))
@@ -164,8 +164,8 @@ impl BatchSocket {
         Ok(sent)
     }
 
-    /// Sends what the socket's buffer takes, and removes that from the batch. Fails with `WouldBlock` when it takes
-    /// nothing.
+    /// Sends as many datagrams as the socket's buffer accepts, and removes them from the batch. Fails with
+    /// `WouldBlock` if it accepts none.
     pub fn try_send(&self, batch: &mut SendBatch) -> io::Result<usize> {
         self.io.try_io(Interest::WRITABLE, || self.drain(batch))
     }
@@ -440,8 +440,8 @@ struct Outgoing {
     range: Range<usize>,
 }
 
-/// Sends datagrams from the front of `outgoing`, whose bytes are in `bytes`, without waiting; from the
-/// addresses that `routes` says. Returns how many were taken; an error concerns the first.
+/// Sends datagrams from the front of `outgoing`, with bytes in `bytes`, without waiting, from the addresses
+/// in `routes`. Returns the number of datagrams sent; an error concerns the first.
 fn send(
     socket: BorrowedFd<'_>,
     outgoing: &[Outgoing],

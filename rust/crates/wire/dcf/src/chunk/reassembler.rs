@@ -90,8 +90,8 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
         Self::with_sources(limits, None)
     }
 
-    /// An empty one in which each source has at most `share`; `of` says from where a key's payload comes. Addresses of one
-    /// IPv6 /64 are one source.
+    /// An empty reassembler in which each source has at most `share`; `of` returns the source of a key's
+    /// payload. Addresses of one IPv6 /64 are one source.
     #[must_use]
     pub fn by_source(limits: Limits, share: Share, of: fn(&K) -> IpAddr) -> Self {
         Self::with_sources(limits, Some(Sources { of, share }))

@@ -216,7 +216,7 @@ fn begins_anew(c: char) -> bool {
 /// Bytes that are normalized at once, at least.
 const PART: usize = 16 << 10;
 
-/// Cuts a text into words, each spelled as the tokens are. `begins` says whether it begins the whole text.
+/// Cuts a text into words in the tokens' notation. `begins` is true at the beginning of the whole text.
 pub(super) fn split<'t>(
     steps: &[PreTokenizer],
     text: &'t str,
@@ -367,7 +367,7 @@ fn find(pattern: &Regex, text: &str) -> Result<Vec<Range<usize>>, TokenizerError
     Ok(found)
 }
 
-/// Cuts `word` at what was found in it.
+/// Cuts `word` at the matches in it.
 fn cut<'t>(
     word: Cow<'t, str>,
     found: Vec<Range<usize>>,
