@@ -182,7 +182,7 @@ pub fn receive_runs(socket: BorrowedFd<'_>) -> io::Result<()> {
     Ok(setsockopt(&socket, sockopt::UdpGroSegment, &true)?)
 }
 
-/// Asks the kernel to say to which address of this machine each datagram was sent.
+/// Asks the kernel to report the local address that each datagram was sent to.
 ///
 /// # Errors
 /// The system's.

@@ -22,7 +22,7 @@ pub fn open_state_dir(dir: &Path, secrets: &[&str]) -> io::Result<()> {
     Ok(())
 }
 
-/// Tells in the log of a file with a secret that others can read.
+/// Logs a warning about a file with a secret that others can read.
 pub fn warn_if_exposed(path: &Path, readers: Readers) {
     if let Some(text) = files::exposure(path, readers) {
         tracing::warn!("{text}");

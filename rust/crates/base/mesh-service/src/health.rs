@@ -28,7 +28,7 @@ pub struct Health {
 }
 
 impl Health {
-    /// Alive, and not ready because it is starting.
+    /// A service that is alive, but not ready because it is starting.
     pub fn starting() -> Self {
         Self {
             unready: Arc::new(Mutex::new(Some("starting".to_owned()))),
@@ -44,7 +44,7 @@ impl Health {
         self
     }
 
-    /// Requests can be served from now on.
+    /// Marks the service as ready.
     pub fn set_ready(&self) {
         *self.lock() = None;
     }

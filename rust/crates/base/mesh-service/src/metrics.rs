@@ -28,7 +28,7 @@ pub enum Format {
 }
 
 impl Format {
-    /// The one that an `Accept` header likes best; the text format where it does not care.
+    /// The format that an `Accept` header prefers; the text format without a preference.
     pub fn accepted(accept: Option<&str>) -> Self {
         let quality = |wanted: &dyn Fn(&str) -> bool| {
             let ranges = accept.unwrap_or("*/*").split(',');

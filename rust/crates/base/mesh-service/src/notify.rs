@@ -112,7 +112,7 @@ pub struct Heart {
 }
 
 impl Heart {
-    /// The loop turns. Costs one clock read and one store.
+    /// Records a beat of the loop. Costs one clock read and one store.
     pub fn beat(&self) {
         self.last.store(self.shared.now_ms(), Ordering::Relaxed);
     }

@@ -11,14 +11,14 @@ use crate::config::ConfigError;
 use crate::notify;
 use crate::shutdown::Shutdown;
 
-/// Knows which configuration is in effect, and reads the new one.
+/// Holds the configuration in effect, and reads the new one.
 pub struct Reloader<T> {
     read: Box<dyn Fn() -> anyhow::Result<T> + Send>,
     running: toml::Table,
 }
 
 impl<T: Serialize> Reloader<T> {
-    /// `running` is in effect; `read` reads and checks what is to be.
+    /// `running` is the configuration in effect; `read` reads and checks the new one.
     ///
     /// # Errors
     /// If the configuration cannot be written as TOML, which it was read from.

@@ -75,13 +75,13 @@ pub trait Service: 'static {
 pub struct Context {
     /// Handle that begins and observes the drain.
     pub shutdown: Shutdown,
-    /// Watches the service's loops.
+    /// Watchdog for the service's loops.
     pub watchdog: Watchdog,
 }
 
 type Reload<C> = Box<dyn FnMut(&C, &mut Report) + Send>;
 
-/// A service that runs.
+/// A running service.
 pub struct Running<C> {
     addresses: Addresses,
     reload: Reload<C>,
@@ -104,7 +104,7 @@ impl<C> Running<C> {
     }
 }
 
-/// The whole of a service's `main`.
+/// Runs a service; the whole body of its `main`.
 pub fn run<S: Service>() -> ExitCode {
     match obey::<S>(Args::of::<S>()) {
         Ok(()) => ExitCode::SUCCESS,

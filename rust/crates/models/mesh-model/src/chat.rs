@@ -18,7 +18,7 @@ use guard::{Guard, SENTINELS};
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
-    /// "system", "user", "assistant", or what else the template knows.
+    /// "system", "user", "assistant", or another role of the template.
     pub role: String,
     /// Text of the message.
     pub content: String,
@@ -34,7 +34,7 @@ impl Message {
     }
 }
 
-/// A conversation, and how it is to be written.
+/// A conversation with options for rendering.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct RenderRequest {
@@ -59,7 +59,7 @@ impl Default for RenderRequest {
     }
 }
 
-/// A conversation as the text that a model reads.
+/// A rendered conversation: the prompt text for the model.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rendered {
     /// Text of the prompt.
@@ -73,7 +73,7 @@ pub struct Rendered {
 pub struct Guarded {
     /// The request with broken names of control tokens.
     pub request: RenderRequest,
-    /// The character that breaks them.
+    /// Mark that breaks the names.
     pub mark: Option<char>,
     /// A character that marks the end of the last message, if it is to be continued; the rest of the
     /// conversation does not contain it.
@@ -311,7 +311,7 @@ impl ChatTemplate {
         &self.bos
     }
 
-    /// The text of the token that ends one.
+    /// The text of the token that ends a sequence.
     pub fn eos(&self) -> &str {
         &self.eos
     }
@@ -329,7 +329,7 @@ impl ChatTemplate {
         self.unguarded(text, &guarded)
     }
 
-    /// The text alone of what [`write`](Self::write) gives.
+    /// Like [`write`](Self::write), but returns the text only.
     ///
     /// # Errors
     /// As [`write`](Self::write).

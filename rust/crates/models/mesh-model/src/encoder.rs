@@ -26,7 +26,7 @@ pub use error::EncoderError;
 
 use crate::safetensors::Safetensors;
 
-/// An embedding model's folder, opened: everything but the weights is in memory, and those are mapped.
+/// An embedding model's folder, opened: everything is in memory except the weights, which stay in the file.
 #[derive(Debug)]
 pub struct EncoderModel {
     folder: PathBuf,
@@ -106,7 +106,7 @@ impl EncoderModel {
         })
     }
 
-    /// The folder's name: that of the model.
+    /// Name of the model, that of its folder.
     pub fn name(&self) -> String {
         name(&self.folder)
     }
@@ -139,7 +139,7 @@ impl EncoderModel {
         HEXLOWER.encode(&digest.finalize())
     }
 
-    /// Replaces the texts that may be put in front, where the model does not say them itself.
+    /// Replaces the model's prompts, for models whose files have none.
     pub fn set_prompts(&mut self, prompts: BTreeMap<String, String>) {
         self.sentences.prompts = prompts;
     }
@@ -238,7 +238,7 @@ fn beginning_of(text: &str, bytes: usize) -> &str {
     }
 }
 
-/// The folder that `name` means, if it is one with a BERT-family encoder: a path, or a folder in one of `dirs`.
+/// The folder that `name` refers to, if it has a BERT-family encoder: a path, or a folder in one of `dirs`.
 pub fn find(name: &str, dirs: &[PathBuf]) -> Option<PathBuf> {
     let inside = dirs
         .iter()

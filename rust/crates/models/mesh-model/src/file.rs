@@ -94,7 +94,7 @@ pub(crate) struct Stamp {
     modified: Option<SystemTime>,
 }
 
-/// Bytes of a file that were not read yet, or bytes in memory.
+/// A range of a file that has not been read yet, or bytes in memory.
 #[derive(Debug, Clone, Copy)]
 pub struct Data<'a>(Place<'a>);
 
@@ -263,7 +263,7 @@ impl<'a> Data<'a> {
         }
     }
 
-    /// Fills `out` with those from `at` on.
+    /// Fills `out` with the bytes from `at` on.
     ///
     /// # Errors
     /// If the file cannot be read, or there are not so many.
@@ -289,7 +289,7 @@ impl<'a> Data<'a> {
         }
     }
 
-    /// Hands them to `visit` in order, a piece at a time.
+    /// Passes the bytes to `visit` in order, a piece at a time.
     ///
     /// # Errors
     /// If the file cannot be read.

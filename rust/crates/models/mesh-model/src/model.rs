@@ -250,7 +250,7 @@ fn probe_text(turn: usize) -> String {
 
 const PROBE: &str = "PROBE42";
 
-/// The name that the model in the file at `path` goes by: the file's own without `.gguf` or `.safetensors`.
+/// Name of the model in the file at `path`: the file's name without `.gguf` or `.safetensors`.
 pub fn model_name(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     for ending in [".gguf", ".safetensors"] {

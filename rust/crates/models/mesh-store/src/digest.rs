@@ -38,7 +38,7 @@ impl Digest {
         Digest(Sha256::digest(bytes).into())
     }
 
-    /// The digest of all that `reader` gives.
+    /// The digest of all bytes of `reader`.
     ///
     /// # Errors
     /// If reading fails.
@@ -71,12 +71,12 @@ impl Digest {
     }
 }
 
-/// A digest in the making.
+/// Incremental computation of a digest.
 #[derive(Debug, Clone, Default)]
 pub struct Hasher(Sha256);
 
 impl Hasher {
-    /// Takes more bytes in.
+    /// Adds bytes to the digest.
     pub fn update(&mut self, bytes: &[u8]) {
         self.0.update(bytes);
     }

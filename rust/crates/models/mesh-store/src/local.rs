@@ -125,7 +125,7 @@ pub fn list(dirs: &[PathBuf]) -> Result<Vec<LocalModel>, LocalError> {
     Ok(models)
 }
 
-/// The model at `path`, if that is one.
+/// The model at `path`; `None` if there is none.
 pub fn look_at(path: PathBuf) -> Option<LocalModel> {
     // Dangling links and files that are gone since the listing have no metadata.
     let metadata = std::fs::metadata(&path).ok()?;
@@ -263,7 +263,7 @@ impl FingerprintCache {
         self.fingerprint_until(path, &AtomicBool::new(false))
     }
 
-    /// The same, given up when `stop` is set.
+    /// Like [`FingerprintCache::fingerprint`], but fails once `stop` is set.
     ///
     /// # Errors
     /// If a file cannot be read, and when it is given up.

@@ -31,7 +31,7 @@ pub struct Resolved {
     pub why: String,
 }
 
-/// A model, wherever it is.
+/// A model and its location.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
     /// A file or a folder outside the store.

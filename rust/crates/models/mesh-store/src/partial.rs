@@ -163,7 +163,7 @@ impl PartialFile {
         self.state().have.contains(&(0..self.bytes))
     }
 
-    /// Writes `data` at `offset`. It counts as present from then on. Every 16 MiB all of it is brought to disk.
+    /// Writes `data` at `offset`; the range then counts as present. Every 16 MiB the file is synced to disk.
     ///
     /// # Errors
     /// If it does not lie in the file, or the disk fails.
@@ -232,7 +232,7 @@ impl PartialFile {
         Ok(bad)
     }
 
-    /// Brings everything written so far to disk, and then the have-map.
+    /// Syncs everything written so far to disk, and then the have-map.
     ///
     /// # Errors
     /// If the disk fails.
@@ -363,7 +363,7 @@ impl PartialFile {
         Ok(found)
     }
 
-    /// Removes it with all that was fetched.
+    /// Removes the file and its have-map.
     ///
     /// # Errors
     /// If the disk fails.

@@ -30,7 +30,7 @@ pub struct Origin(String);
 )]
 pub struct NotAnOrigin(String);
 
-/// The rules by which a service lets requests through.
+/// The rules by which a service accepts requests.
 #[derive(Debug, Clone, Default)]
 pub struct Guard {
     /// Names in `Host` besides addresses and `localhost`; `None` lets all through.
@@ -82,7 +82,7 @@ enum Refused {
 }
 
 impl Guard {
-    /// Lets through what asks for an address, for `localhost`, for this machine's name or for one of `names`.
+    /// Accepts requests for an address, for `localhost`, for this machine's name or for one of `names`.
     pub fn of_names(names: &[String]) -> Self {
         let own = own_name();
         let short = own.split('.').next().unwrap_or_default();
@@ -109,7 +109,7 @@ impl Guard {
         }
     }
 
-    /// Looks at names only while `names_count`. It is asked for every request.
+    /// Checks names only while `names_count` returns true. It is called for every request.
     #[must_use]
     pub fn only_while(mut self, names_count: impl Fn() -> bool + Send + Sync + 'static) -> Self {
         self.names_count = NamesCount(Arc::new(names_count));
@@ -130,7 +130,7 @@ impl Guard {
         self
     }
 
-    /// `router` behind this guard.
+    /// Wraps `router` with this guard.
     pub fn before(self, router: Router) -> Router {
         Router::new()
             .fallback_service(router)

@@ -137,7 +137,7 @@ impl TooSlow {
     }
 }
 
-/// A body that was given up because unfinished requests held too much memory.
+/// Error of a body that was given up because unfinished requests held too much memory.
 #[derive(Debug)]
 pub struct NoRoom;
 

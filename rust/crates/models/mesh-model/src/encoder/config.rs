@@ -16,23 +16,23 @@ pub struct EncoderConfig {
     pub architecture: String,
     /// Number of transformer layers.
     pub layers: usize,
-    /// Width of a row.
+    /// Length of a hidden row.
     pub hidden: usize,
     /// Width between the halves of a feed-forward layer.
     pub intermediate: usize,
     /// Number of attention heads.
     pub heads: usize,
-    /// Tokens in the vocabulary.
+    /// Number of tokens in the vocabulary.
     pub vocab: usize,
-    /// Rows of the table of positions.
+    /// Number of rows of the position table.
     pub positions: usize,
     /// Row of that table for a sequence's first token: RoBERTa counts from its padding token's id plus one.
     pub first_position: usize,
-    /// Rows of the table of token types; every token is of type 0.
+    /// Number of rows of the token type table; every token is of type 0.
     pub token_types: usize,
     /// Epsilon of the layer norms.
     pub norm_eps: f32,
-    /// Between the halves of a feed-forward layer.
+    /// Activation between the halves of a feed-forward layer.
     pub activation: Activation,
 }
 

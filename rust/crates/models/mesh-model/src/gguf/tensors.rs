@@ -20,7 +20,7 @@ pub struct Tensor<'a> {
     pub data: Data<'a>,
 }
 
-/// All tensors of a model, whose bytes lie in one file or in several.
+/// All tensors of a model, in one file or in several.
 ///
 /// A tensor's bytes stay in the file until they are asked for; see [`Tensors::check_unchanged`].
 #[derive(Debug)]

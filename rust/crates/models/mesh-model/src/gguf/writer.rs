@@ -40,7 +40,7 @@ struct Planned {
 }
 
 impl Writer {
-    /// A file with nothing in it.
+    /// A writer without keys and tensors.
     pub fn new() -> Self {
         Self::default()
     }

@@ -27,7 +27,7 @@ use special::{Fragment, SpecialTokens};
 use spm::Spm;
 use vocab::{TokenType, Vocab};
 
-/// Turns text to token ids and ids to bytes.
+/// Converts text to token ids, and ids to bytes.
 #[derive(Debug)]
 pub struct Tokenizer {
     vocab: Vocab,
@@ -146,7 +146,7 @@ impl Tokenizer {
         }
     }
 
-    /// Turns `text` to token ids.
+    /// Converts `text` to token ids.
     ///
     /// # Errors
     /// If the pre-tokenizer gives up on the text, which takes a text made for it.

@@ -134,7 +134,7 @@ impl Manifest {
         Self::parse(bytes)
     }
 
-    /// Checks everything but the form.
+    /// Checks all rules except the canonical form.
     ///
     /// # Errors
     /// If something is not as [`Manifest`] says.

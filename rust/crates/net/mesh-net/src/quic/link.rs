@@ -92,7 +92,7 @@ impl Link {
         self.inner.connection.stats().udp_rx.datagrams
     }
 
-    /// True if the peer answers within `limit`. Packets that it sent before the question do not count.
+    /// True if the peer answers a probe within `limit`. Packets that it sent before the probe do not count.
     pub async fn answers(&self, limit: Duration) -> bool {
         let connection = &self.inner.connection;
         // Packets that are under way when its process ends arrive within this time.

@@ -18,7 +18,7 @@ impl MeshClock {
         }
     }
 
-    /// An authenticated message of the head came, with this timestamp: microseconds since the Unix epoch.
+    /// Records the timestamp of an authenticated message of the head, in microseconds since the Unix epoch.
     pub fn heard(&self, timestamp_us: u64) {
         let time = UNIX_EPOCH + Duration::from_micros(timestamp_us);
         *self.lock() = Some((time, Instant::now()));

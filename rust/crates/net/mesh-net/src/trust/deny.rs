@@ -33,7 +33,7 @@ pub struct Expulsion {
     /// Name of the node.
     #[serde(default)]
     pub name: String,
-    /// The operator's words; workers do not get them.
+    /// Reason given by the operator; not sent to workers.
     #[serde(default)]
     pub reason: String,
     /// Seconds since the Unix epoch.

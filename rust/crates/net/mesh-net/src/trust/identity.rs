@@ -172,7 +172,7 @@ impl NodeIdentity {
         &self.inner.clock
     }
 
-    /// The nodes that get no link from this one and to it.
+    /// The expelled nodes, to which this node has no links.
     pub fn deny_list(&self) -> &DenyList {
         &self.inner.deny_list
     }

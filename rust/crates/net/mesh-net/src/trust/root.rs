@@ -28,7 +28,7 @@ pub enum Role {
 }
 
 impl Role {
-    /// The word in the certificate (subject OU).
+    /// Name of the role in certificates (subject OU).
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Head => "head",
@@ -269,15 +269,15 @@ fn parse_request(request: &[u8]) -> Result<CertificateSigningRequestParams, Trus
 pub struct Member {
     /// SHA-256 of the node's public key (SubjectPublicKeyInfo, DER), lower-case hex.
     pub node_id: String,
-    /// The name a person knows it by; not unique.
+    /// Name of the node, for people; not unique.
     pub name: String,
     /// Role of the node.
     pub role: Role,
     /// Name of its mesh.
     pub mesh: String,
-    /// Begin of the certificate.
+    /// Start of the certificate's validity.
     pub not_before: SystemTime,
-    /// End of the certificate.
+    /// End of the certificate's validity.
     pub not_after: SystemTime,
 }
 

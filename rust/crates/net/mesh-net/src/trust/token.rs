@@ -11,7 +11,7 @@ use zeroize::Zeroizing;
 
 use super::sha256;
 
-/// A one-time join token: which mesh, which token, and the secret that proves it.
+/// A one-time join token: the mesh's root digest, the token's id, and its secret.
 ///
 /// Its text is `hydra1.` and the base64url of 60 bytes: SHA-256 of the root's certificate (32), token id (8),
 /// secret (16), and the first four bytes of the SHA-256 of these, to distinguish copying errors from tokens

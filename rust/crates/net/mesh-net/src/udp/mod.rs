@@ -58,7 +58,7 @@ impl BatchSocket {
         Self::bind_with(address, &SocketOptions::default())
     }
 
-    /// Binds to an address.
+    /// Binds to an address with these options.
     pub fn bind_with(address: SocketAddr, options: &SocketOptions) -> io::Result<Self> {
         let bind = || {
             let socket = mesh_base::listen::udp(address, |socket| {
