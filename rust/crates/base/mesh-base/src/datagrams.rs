@@ -190,7 +190,7 @@ pub fn tell_destinations(socket: BorrowedFd<'_>, is_ipv6: bool) -> io::Result<()
     if is_ipv6 {
         setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &true)?;
     }
-    // A dual-stack socket says it for IPv4 datagrams this way.
+    // A dual-stack socket reports the address of IPv4 datagrams by this option.
     Ok(setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?)
 }
 

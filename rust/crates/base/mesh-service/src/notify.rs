@@ -22,7 +22,7 @@ pub fn status(line: &str) {
 
 /// The service takes a new configuration; [`ready`] follows when it has. With `Type=notify-reload`, systemd waits for both.
 pub fn reloading() {
-    // Systemd tells this reload from an earlier one by the time.
+    // Systemd distinguishes this reload from an earlier one by the time.
     match NotifyState::monotonic_usec_now() {
         Ok(now) => send(&[NotifyState::Reloading, now]),
         Err(error) => tracing::debug!(%error, "systemd was not told"),

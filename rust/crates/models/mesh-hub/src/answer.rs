@@ -56,7 +56,7 @@ impl Failure {
             true => "nothing came for too long".to_owned(),
             false => error.to_string(),
         };
-        // The last cause is the one that says something: "connection refused".
+        // The last cause is the most specific one: "connection refused".
         let mut source = std::error::Error::source(&error);
         while let Some(cause) = source {
             if !timed_out && std::error::Error::source(cause).is_none() {

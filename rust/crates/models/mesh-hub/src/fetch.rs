@@ -188,7 +188,7 @@ impl Job {
         };
         if let (Some(known), Some(found)) = (self.file.etag(), &answer.etag)
             && is_hash(found)
-            // Of a small file from a manifest the SHA-256 is known, and the hub tells git's id.
+            // The manifest has the SHA-256 of a small file, but the hub lists git's id.
             && known.len() == found.len()
             && known != *found
         {

@@ -114,7 +114,7 @@ impl Listing {
         }
         files.sort_by(|a, b| a.path.cmp(&b.path));
         files.dedup_by(|a, b| a.path == b.path);
-        // After a rename the hub tells the new name. Anything but a name is not believed.
+        // After a rename the hub returns the new name. Anything that is not a valid name is ignored.
         let id = self.id.filter(|id| {
             id.parse::<crate::HubName>()
                 .is_ok_and(|name| name.repo == *id)

@@ -142,7 +142,7 @@ fn whole(partial: &PartialFile, path: &str) -> Result<Read, HubError> {
 
 /// Layout of the file at `file`, called `path` in its repository; the inner error describes an invalid file.
 pub(crate) fn layout_of(file: &Path, path: &str) -> Result<Result<Layout, String>, HubError> {
-    // Formats are told by the file's ending, which a file of the store has not.
+    // The ending determines the format, but files of the store have none.
     let write = |source| HubError::Write {
         what: "a temporary link".to_owned(),
         source,

@@ -66,7 +66,7 @@ pub fn open_regular(path: &Path) -> io::Result<File> {
             "it is not a regular file",
         )),
     };
-    // To open a device can do things; what is opened may be another file than the one that was looked at.
+    // Opening a device can have effects. The opened file may differ from the one that was examined.
     regular(std::fs::metadata(path)?)?;
     let file = OpenOptions::new()
         .read(true)

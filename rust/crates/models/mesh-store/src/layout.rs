@@ -203,7 +203,7 @@ pub fn role(name: &str) -> Role {
         return Role::Layer(layer);
     }
     let hf = hf_name(name);
-    // Whatever is not known goes to every stage: more than is needed does no harm.
+    // Unknown tensors go to every stage: superfluous ones do no harm.
     if name.starts_with("token_embd.") || hf.starts_with("embed_tokens.") {
         Role::Embedding
     } else if is_output_matrix(name)

@@ -410,7 +410,7 @@ impl Store {
         path: &Path,
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<SignedManifest, StoreError> {
-        // Links are not followed: a blob behind one has no name that tells what it is.
+        // Links are not followed: a blob behind one has no name that shows its format.
         let path = std::path::absolute(path).map_err(StoreError::io("look at", path))?;
         if let Some(known) = self.adopted(name, &path)? {
             return Ok(known);

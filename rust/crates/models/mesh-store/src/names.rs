@@ -148,7 +148,7 @@ impl Places<'_> {
                 let target = Target::Local(model);
                 return Ok(Some(Resolved { target, why }));
             }
-            // Blobs have no endings; what is in it is seen when it is opened.
+            // Blobs have no endings; opening the file shows its format.
             if path.is_file() {
                 let target = Target::Local(LocalModel {
                     name: mesh_model::model::model_name(path),
@@ -239,7 +239,7 @@ impl Places<'_> {
                 found.push((label, in_store(known, *fingerprint, why)));
             }
         }
-        // What is here goes before what would have to be fetched.
+        // Local models take precedence over those to fetch.
         if found.is_empty() {
             for (short, id) in short_names().iter().filter(|(short, _)| fits(short)) {
                 let why = format!("the beginning of {short}, the short name of {id}");

@@ -107,7 +107,7 @@ impl PartialFile {
             Err(std::fs::TryLockError::Error(error)) => return Err(io("lock")(error)),
         }
         let length = file.metadata().map_err(io("look at"))?.len();
-        // A map that is left from another file of that name says nothing about this one.
+        // A map of an earlier file with that name does not apply to this one.
         let have = match length == bytes {
             true => HaveMap::read(&map).filter(|map| map.bytes == bytes),
             false => None,

@@ -366,7 +366,7 @@ impl Store {
                 &merged.signatures_to_bytes(),
             )?;
         }
-        // What makes it a model comes last. One that is damaged is mended so.
+        // The manifest, which makes it a model, is written last. This also repairs a damaged one.
         let path = self.manifest_path(&fingerprint);
         let is_there = files::read_limited(&path, MAX_MANIFEST as u64)
             .is_ok_and(|known| known.is_some_and(|known| known == bytes));

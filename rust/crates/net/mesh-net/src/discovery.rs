@@ -183,7 +183,7 @@ impl Discovery {
 
 impl Drop for Discovery {
     fn drop(&mut self) {
-        // It says goodbye. Fails only if it has ended by itself.
+        // Announces the shutdown. Fails only if the daemon has ended by itself.
         let _ = self.daemon.shutdown();
     }
 }

@@ -68,7 +68,7 @@ impl Decoder for StreamCodec {
         self.check(&header)?;
         let end = HEADER_LEN + header.payload_len as usize;
         if src.len() < end {
-            // Room grows with what arrives, never to what the header claims.
+            // The buffer grows with the bytes that arrive, never to the length in the header.
             src.reserve((end - src.len()).min(READ_AHEAD));
             return Ok(None);
         }

@@ -250,7 +250,7 @@ impl HttpBody for Incoming {
                 if len > 0 {
                     self.grow(len as u64);
                 }
-                // Silence has a limit, and what comes drop by drop has one, too.
+                // Both silence and a slow trickle have a limit.
                 let earned = Duration::from_secs(self.received / LEAST_RATE);
                 let silence = tokio::time::Instant::now() + self.limit;
                 let due = silence.min(self.began + self.limit + earned);

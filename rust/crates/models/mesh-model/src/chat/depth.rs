@@ -22,7 +22,7 @@ pub(super) fn check(source: &str) -> Result<(), String> {
     let whitespace = WhitespaceConfig::default();
     let (mut operators, mut elifs, mut begins) = (0, 0, false);
     for token in tokenize(source, false, SyntaxConfig, whitespace) {
-        // The parser will say what is wrong, and gets no further.
+        // The parser reports the error and stops here, too.
         let Ok((token, span)) = token else {
             return Ok(());
         };

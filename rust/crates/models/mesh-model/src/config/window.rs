@@ -50,7 +50,7 @@ impl SlidingWindow {
                     let reason = format!("it must have a flag for each of the {layers} layers");
                     keys.bad(PATTERN, "an array", reason)
                 };
-                // Not one more is read: the file says how many there are.
+                // Check the length before reading: the file determines it.
                 if flags.len() != layers as usize {
                     return Err(wrong());
                 }

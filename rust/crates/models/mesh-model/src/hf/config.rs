@@ -101,7 +101,7 @@ pub(super) fn read(json: &[u8], name: &str) -> Result<Configuration, HfError> {
         post_norms: gemma,
         sees,
     };
-    // The default is what the class assumes where the file is silent.
+    // The default is that of the class in `transformers`.
     let count =
         |key: &str, limit: u64, default: Option<u64>| match text.count(key, limit)?.or(default) {
             Some(count) => Ok(count),

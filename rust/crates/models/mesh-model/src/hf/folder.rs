@@ -91,7 +91,7 @@ impl Folder {
         if let Some(json) = folder.read(INDEX)? {
             folder.index = Some(parse_index(&json)?);
         }
-        // A shard stands for the whole model.
+        // A shard represents the whole model.
         let name = path.file_name().and_then(|name| name.to_str());
         let is_shard = folder
             .index

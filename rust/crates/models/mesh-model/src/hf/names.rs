@@ -95,7 +95,7 @@ pub(crate) fn their_name(name: &str) -> Option<String> {
     let (layer, suffix) = name.strip_prefix("blk.")?.split_once('.')?;
     let theirs = match suffix {
         "post_attention_norm.weight" => POST_ATTENTION,
-        // Of llama's two names the last, which is everybody's but Gemma's.
+        // Of llama's two names the last, which all families except Gemma use.
         _ => LAYER.iter().rev().find(|(_, ours)| *ours == suffix)?.0,
     };
     Some(format!("model.layers.{layer}.{theirs}"))

@@ -112,7 +112,8 @@ impl SpecialTokens {
             before.is_none_or(|(start, other)| start + other.text.len() as u32 <= at)
         };
         let mut same: Vec<(u32, u32)> = Vec::new();
-        // One length at a time, so that what is held is bounded by the text and not by the tokens that overlap in it.
+        // One length at a time, so that memory is bounded by the text and not by the tokens that overlap in
+        // it.
         while let Some(len) = places.iter().map(|place| place.len).max() {
             let len = len as usize;
             same.clear();

@@ -143,7 +143,7 @@ impl TokenStore {
             .map_err(|error| Refusal::Internal(error.to_string()))?;
         let now = unix_seconds(now);
         let hash = HEXLOWER.encode(&sha256(secret));
-        // Compares with every record, so that the time taken tells nothing about which ids exist.
+        // Compares with every record, so that the duration does not reveal which ids exist.
         let position = self
             .records
             .iter()
