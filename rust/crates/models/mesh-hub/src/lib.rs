@@ -4,8 +4,8 @@
 //!   offline;
 //! - [`Hub::open`] pins a revision to its commit and lists the files; [`choose`] selects those that a model
 //!   needs;
-//! - [`Hub::fetch`] fetches ranges of a file into a [`Sink`]: it retries after pauses, continues where it was cut
-//!   off, and checks that the file is still the same;
+//! - [`Hub::fetch`] fetches ranges of a file into a [`Sink`]: it retries after pauses, continues where it was
+//!   cut off, and checks that the file is still the same;
 //! - [`Hub::expected`] describes a model's files, to check bytes that come from elsewhere;
 //! - [`pull`] fetches a model, or some layers of it, into a [`mesh_store::Store`].
 //!
